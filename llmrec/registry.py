@@ -1,0 +1,66 @@
+"""Name tables: what a recipe may say, and the attribute that answers to it.
+
+A plug-in is one more entry here. Values are ``module:attribute``, imported when first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from llmrec.errors import RecipeError, did_you_mean
+
+SOURCES: Mapping[str, str] = {
+    "movielens-100k": "llmrec.data.sources:movielens_100k",
+    "movielens-small": "llmrec.data.sources:movielens_small",
+    "made-reviews": "llmrec.data.made:made_reviews",
+    "table": "llmrec.data.sources:table",
+}
+
+TASKS: Mapping[str, str] = {
+    "rating": "llmrec.tasks.rating:RatingTask",
+    "sequential": "llmrec.tasks.sequential:SequentialTask",
+    "direct": "llmrec.tasks.direct:DirectTask",
+    "explanation": "llmrec.tasks.explanation:ExplanationTask",
+}
+
+BACKENDS: Mapping[str, str] = {
+    "vllm": "llmrec.backends.vllm:VLLMBackend",
+    "hf": "llmrec.backends.hf:HFBackend",
+    "fake": "llmrec.backends.fake:FakeBackend",
+}
+
+STRATEGIES: Mapping[str, str] = {
+    "likelihood": "llmrec.rank.pointwise:LikelihoodRanker",
+    "label": "llmrec.rank.listwise:LabelRanker",
+    "list": "llmrec.rank.listwise:ListRanker",
+    "expected": "llmrec.rank.rater:ExpectedRater",
+    "parsed": "llmrec.rank.rater:ParsedRater",
+    "text": "llmrec.rank.writer:Writer",
+}
+
+BASELINES: Mapping[str, str] = {
+    "random": "llmrec.baselines.popular:Random",
+    "popularity": "llmrec.baselines.popular:Popularity",
+    "item-knn": "llmrec.baselines.knn:ItemKNN",
+    "markov": "llmrec.baselines.markov:Markov",
+    "global-mean": "llmrec.baselines.rating:GlobalMean",
+    "user-mean": "llmrec.baselines.rating:UserMean",
+    "item-mean": "llmrec.baselines.rating:ItemMean",
+    "user-item-bias": "llmrec.baselines.rating:UserItemBias",
+    "frequent-text": "llmrec.baselines.text:FrequentText",
+    "nearest-text": "llmrec.baselines.text:NearestText",
+}
+
+
+def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
+    """Import what a name stands for.
+
+    Raises:
+        RecipeError: If the table has no such name; the message suggests the closest one.
+    """
+    if name not in table:
+        raise RecipeError(f"unknown {what} {name!r}{did_you_mean(name, table)}; known: {', '.join(sorted(table))}")
+    module, attribute = table[name].split(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,322 @@
+"""The records and protocols that every layer shares.
+
+Records are frozen and carry named fields. A *case* pairs a request with its held-out truth, so that no
+predictor is ever handed the answer: predictors see `Request`, only the metrics see `Case.truth`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+Role = Literal["system", "user", "assistant"]
+SegmentKind = Literal["text", "item", "target"]
+SplitName = Literal["train", "valid", "test"]
+Capability = Literal["generate", "score", "embed"]
+Family = Literal["rating", "sequential", "direct", "explanation"]
+
+# --------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One catalogue entry; ``fields`` holds further text such as genres or a brand."""
+
+    item_id: str
+    title: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One past interaction as a history shows it (``timestamp`` in the unit of the source)."""
+
+    item_id: str
+    rating: float | None = None
+    timestamp: float | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interaction:
+    """One observed (user, item) pair."""
+
+    user_id: str
+    item_id: str
+    rating: float | None = None
+    timestamp: float | None = None
+    text: str | None = None
+
+
+# --------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of unrendered text: template words, data (``item``) or what is learned (``target``)."""
+
+    kind: SegmentKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat turn made of segments."""
+
+    role: Role
+    segments: tuple[Segment, ...]
+
+    @property
+    def text(self) -> str:
+        """The turn as one string."""
+        return "".join(segment.text for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What a backend continues: chat turns, then the part of the answer that is already given.
+
+    Attributes:
+        messages: System, user and (for few-shot) assistant turns; the last one is a user turn.
+        answer_prefix: Segments of the assistant's answer that precede the continuation. List templates
+            put the history here, so that a new event extends a cached prefix.
+        stop: The text that ends the answer (``"\\n"`` in list templates); None means end of turn.
+    """
+
+    messages: tuple[Message, ...]
+    answer_prefix: tuple[Segment, ...] = ()
+    stop: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One training row.
+
+    Attributes:
+        id: Unique within a run.
+        user_id: Whose history it is.
+        task: Family name.
+        template: ``family/name`` of the template.
+        messages: The turns before the answer.
+        answer: The answer's segments; loss is taken on those of kind ``target`` only. A *user row* has
+            one target per position, an ordinary row has one in all.
+        ends_turn: Whether the row closes the assistant's turn, with loss on the closing token.
+        pairs: The (user_id, item_id) pairs that the row shows, for the leak audit.
+    """
+
+    id: str
+    user_id: str
+    task: Family
+    template: str
+    messages: tuple[Message, ...]
+    answer: tuple[Segment, ...]
+    ends_turn: bool
+    pairs: tuple[tuple[str, str], ...] = ()
+
+
+# --------------------------------------------------------------------------- requests and answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a predictor is asked. ``history`` is oldest first and never holds the truth.
+
+    Attributes:
+        candidates: Item ids to rank, in stored order; None means the whole catalogue.
+        item: The item to rate or to explain.
+        context: Further text by name (profile, feature, ...).
+    """
+
+    id: str
+    user_id: str
+    history: tuple[Event, ...] = ()
+    candidates: tuple[str, ...] | None = None
+    item: str | None = None
+    context: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A request with its held-out truth: an item id, a rating or a text."""
+
+    request: Request
+    truth: str | float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Work done for one answer, in tokens; ``cached_tokens`` is the part of the prompt that was reused."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Items with scores, best first; equal scores are ties. Items left out count as misses."""
+
+    request_id: str
+    items: tuple[str, ...]
+    scores: tuple[float, ...]
+    raw: str | None = None
+    prompt_hash: str | None = None
+    cost: Cost = Cost()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rating:
+    """A predicted rating on the data's own scale."""
+
+    request_id: str
+    value: float
+    raw: str | None = None
+    prompt_hash: str | None = None
+    cost: Cost = Cost()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A generated text."""
+
+    request_id: str
+    text: str
+    raw: str | None = None
+    prompt_hash: str | None = None
+    cost: Cost = Cost()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unparsed:
+    """An answer that could not be read. It stays in every denominator as a failure."""
+
+    request_id: str
+    reason: str
+    raw: str | None = None
+    prompt_hash: str | None = None
+    cost: Cost = Cost()
+
+
+Answer = Ranking | Rating | Text | Unparsed
+
+
+# --------------------------------------------------------------------------- contracts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A generated continuation. ``finish_reason`` is ``"stop"`` or ``"length"``."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Full-softmax log-probabilities of candidate continuations, in nats.
+
+    Attributes:
+        logprobs: Sum over the candidate's tokens, one per candidate, in the order asked.
+        tokens: Number of tokens of each candidate.
+        prompt_tokens: Length of the shared prompt.
+        engine: The route that computed them, such as ``"vllm:one-token"``.
+    """
+
+    logprobs: tuple[float, ...]
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    engine: str
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Three verbs over prompts; ``capabilities`` says which of them this backend offers."""
+
+    name: str
+    capabilities: frozenset[Capability]
+
+    def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+        """Continue each prompt greedily until its stop text, the end of turn or ``max_tokens``."""
+        ...
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> list[Scores]:
+        """Score each prompt's candidate continuations exactly; ``candidates[i]`` belongs to ``prompts[i]``.
+
+        With ``closed`` the end of the answer (stop text or end of turn) is part of every continuation, so that
+        a title is not favoured for being a prefix of another; labels are scored open.
+        """
+        ...
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector a text, shape (n, d)."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine; calling it twice is harmless."""
+        ...
+
+
+class Task(Protocol):
+    """One family. The same object serves training, evaluation and reward."""
+
+    family: Family
+
+    def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
+        """Yield rows with targets.
+
+        For ``train`` this is a seeded stream without end, from training interactions only: pass after pass over
+        the users, each row with a freshly drawn window and seen template. For ``valid`` it is one row per held-out
+        case, with that case as the only target. ``limit`` caps the number of rows.
+        """
+        ...
+
+    def cases(self, split: SplitName) -> list[Case]:
+        """Return the held-out cases of a split in a seeded order that does not depend on row order."""
+        ...
+
+    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+        """Render a request, with ``shots`` solved examples from training data before it."""
+        ...
+
+    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
+        """The texts whose likelihood answers the request: one per candidate, or one per label."""
+        ...
+
+    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
+        """Read a completion; None if it does not hold an answer."""
+        ...
+
+    def reward(self, answer: Answer, case: Case) -> float:
+        """Score an answer in [0, 1], for preference and reinforcement training."""
+        ...
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Anything that answers requests: a baseline and a language model alike."""
+
+    name: str
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer every request, in order; a failure is an `Unparsed`, never a gap."""
+        ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A predictor that learns from training interactions."""
+
+    def fit(self, data: SplitDataset) -> None:
+        """Learn from ``data``'s training interactions and nothing else."""
+        ...
