@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load_recipe", "run"]
 
 if TYPE_CHECKING:
-    from llmrec.build import run as run
+    from llmrec.build.pipeline import run as run
     from llmrec.recipe_file import load_recipe as load_recipe
 
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return load_recipe
     if name == "run":
-        from llmrec.build import run
+        from llmrec.build.pipeline import run
 
         return run
     raise AttributeError(f"module 'llmrec' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Classic predictors under the same contract as language models: numpy and scipy only."""

@@ -1,0 +1,1 @@
+"""Interactions in, splits and candidate sets out; polars throughout, free of torch."""

@@ -1,0 +1,1 @@
+"""Metrics, their statistics and their signatures: numpy and scipy only."""

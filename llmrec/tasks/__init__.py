@@ -1,0 +1,1 @@
+"""The task families, and what they share."""

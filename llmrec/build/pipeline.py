@@ -1,0 +1,125 @@
+"""The main job: recipe -> data -> training -> evaluation -> report, each stage reused where its inputs are unchanged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.models import load_tokenizer, resolve
+from llmrec.backends.vllm import prepare_environment
+from llmrec.build.engines import Engines, dtype_name
+from llmrec.build.evaluation import Evaluation, Row
+from llmrec.build.results import write_results
+from llmrec.build.stages import Budget, locked
+from llmrec.build.study import Study, build_study, folder_of
+from llmrec.build.training import train_stage
+from llmrec.recipe import Recipe
+from llmrec.recipe_file import dump
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: The run folder.
+        results: What ``results.json`` holds.
+        report: Path of the HTML page.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    report: Path
+
+
+def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False) -> Run:
+    """Run a whole recipe and return its results.
+
+    Args:
+        recipe: From `llmrec.load_recipe`.
+        out: The run folder; ``runs/<name>`` by default.
+        quiet: Show no progress bars.
+    """
+    folder = folder_of(recipe, Path(out) if out is not None else None)
+    with locked(folder):
+        session = open_session(recipe, folder, quiet=quiet)
+        training = session.train() if "tuned" in recipe.eval.arms else None
+        results = session.evaluate(training)
+        return Run(folder, results, report(folder))
+
+
+def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> dict[str, Any]:
+    """Only train; returns the training record."""
+    folder = folder_of(recipe, out)
+    with locked(folder):
+        return open_session(recipe, folder, quiet=quiet).train()
+
+
+def report(folder: Path) -> Path:
+    """Write the report of a run folder and return the page's path."""
+    from llmrec.report.page import write
+
+    return write(folder)["html"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study with its tokenizer, model folder, run folder and budget."""
+
+    study: Study
+    encoder: Encoder
+    base: str
+    folder: Path
+    budget: Budget
+    quiet: bool
+
+    def train(self) -> dict[str, Any]:
+        """Train, or reuse."""
+        return train_stage(self.study, self.encoder, self.base, self.folder, self.budget, quiet=self.quiet)
+
+    def evaluate(self, training: dict[str, Any] | None) -> dict[str, Any]:
+        """Evaluate every arm and write the results."""
+        recipe = self.study.recipe
+        evaluation = Evaluation(self.study, self.encoder, self.folder, self.budget, quiet=self.quiet)
+        engines = Engines(recipe.model, recipe.eval, self.encoder, recipe.seed, self.budget)
+        rows: list[Row] = evaluation.baselines()
+        try:
+            rows += evaluation.arms({arm: self._weights(arm, training) for arm in _by_model(recipe.eval.arms)}, engines)
+        finally:
+            engines.close()
+        model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
+        return write_results(self.study, rows, training, model, self.budget, self.folder)
+
+    def _weights(self, arm: str, training: dict[str, Any] | None) -> tuple[str, str]:
+        """Return the model folder of an arm and a hash that stands for its weights."""
+        if arm != "tuned" or training is None:
+            return self.base, self.base
+        return str(self.folder / "merged"), training["adapter_sha256"]
+
+
+def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Session:
+    """Build the study, find the model, and write the resolved recipe and candidate sets to the run folder."""
+    prepare_environment()
+    budget = Budget()
+    folder.mkdir(parents=True, exist_ok=True)
+    with budget.stage("data"):
+        study = build_study(recipe)
+        (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        if study.candidates is not None:
+            (folder / "candidates").mkdir(exist_ok=True)
+            study.candidates.save(folder / "candidates" / f"{recipe.eval.split}.parquet")
+    with budget.stage("model"):
+        base = resolve(recipe.model)
+        encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
+    return Session(study, encoder, base, folder, budget, quiet)
+
+
+def _by_model(arms: Sequence[str]) -> list[str]:
+    """Order arms so that those of the base model stand together: one engine start serves both."""
+    return [arm for arm in ("zero-shot", "few-shot", "tuned") if arm in arms]

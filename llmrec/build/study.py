@@ -1,0 +1,142 @@
+"""Recipe -> data, candidate sets and tasks: everything that needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmrec.data.candidates import CandidateSets, draw
+from llmrec.data.sources import load
+from llmrec.data.split import SplitDataset, split
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.prompts import Template, load_templates
+from llmrec.recipe import DataSection, Recipe, TaskSection
+from llmrec.registry import TASKS, lookup
+from llmrec.types import Case, Task
+
+RANKING = ("sequential", "direct")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recipe's data and tasks, built once and shared by every stage.
+
+    Attributes:
+        recipe: The whole recipe.
+        data: Main data; its held-out pairs are held out by every task.
+        reviews: The second table, where the recipe names one.
+        candidates: Stored candidate sets of the evaluated split, for ranking tasks.
+        tasks: Chosen families by name.
+        templates: All templates of the chosen families, ``family -> name -> template``.
+    """
+
+    recipe: Recipe
+    data: SplitDataset
+    reviews: SplitDataset | None
+    candidates: CandidateSets | None
+    tasks: Mapping[str, Task]
+    templates: Mapping[str, Mapping[str, Template]]
+
+    def section(self, family: str) -> TaskSection:
+        """Return a family's recipe section."""
+        return self.recipe.tasks.present()[family]
+
+    def task_data(self, family: str) -> SplitDataset:
+        """Return the data that a family reads."""
+        return self.reviews if family == "explanation" and self.reviews is not None else self.data
+
+    def cases(self, family: str) -> list[Case]:
+        """Return the evaluated cases: the first ``users`` ones in seeded order."""
+        section = self.section(family)
+        return self.tasks[family].cases(self.recipe.eval.split)[: section.users or self.recipe.eval.users]
+
+    def eval_templates(self, family: str) -> tuple[Template, ...]:
+        """Return the templates that evaluation uses; by default the first training template."""
+        section = self.section(family)
+        names = section.eval_templates or training_templates(section, self.templates[family])[:1]
+        return tuple(_template(family, name, self.templates[family]) for name in names)
+
+
+def build_study(recipe: Recipe) -> Study:
+    """Load, split and check everything that a recipe names.
+
+    Raises:
+        DataError: If the data does not carry what a task needs.
+        RecipeError: If a template, strategy or baseline does not exist.
+    """
+    data = _data(recipe.data, recipe.seed)
+    reviews = _data(recipe.reviews, recipe.seed) if recipe.reviews else None
+    families = recipe.tasks.present()
+    templates = {family: load_templates(family) for family in families}
+    candidates = None
+    if any(family in RANKING for family in families):
+        candidates = draw(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
+    tasks: dict[str, Task] = {}
+    for family, section in families.items():
+        used = reviews if family == "explanation" and reviews is not None else data
+        _check_data(family, used, recipe)
+        chosen = training_templates(section, templates[family])
+        for name in section.eval_templates:
+            _template(family, name, templates[family])
+        tasks[family] = lookup(TASKS, family, "task")(
+            used,
+            section.model_copy(update={"templates": chosen}),
+            templates[family],
+            seed=recipe.seed,
+            candidates=candidates if family in RANKING else None,
+            shot_choice=recipe.eval.shots.choice,
+        )
+    return Study(recipe, data, reviews, candidates, tasks, templates)
+
+
+def training_templates(section: TaskSection, known: Mapping[str, Template]) -> tuple[str, ...]:
+    """Return the names of the templates to train on: the chosen ones, or every seen one.
+
+    Raises:
+        RecipeError: If a chosen template is marked unseen.
+    """
+    names = section.templates or tuple(name for name, template in known.items() if template.use == "seen")
+    for name in names:
+        template = _template(next(iter(known.values())).family, name, known)
+        if template.use == "unseen":
+            raise RecipeError(
+                f"template {template.id} is kept unseen in training; name it under eval_templates instead of templates"
+            )
+    return names
+
+
+def _template(family: str, name: str, known: Mapping[str, Template]) -> Template:
+    if name not in known:
+        raise RecipeError(
+            f"tasks.{family}: no template {name!r}{did_you_mean(name, known)}; known: {', '.join(known)} (prompts/{family}/)"
+        )
+    return known[name]
+
+
+def _data(section: DataSection, seed: int) -> SplitDataset:
+    return split(load(section, seed=seed), section.split, seed=seed)
+
+
+def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
+    rows = data.dataset.interactions
+    where = "reviews" if family == "explanation" and recipe.reviews else "data"
+    if family == "rating" and rows["rating"].null_count() == len(rows):
+        raise DataError(
+            f"tasks.rating needs ratings, and {data.dataset.name} has none; name the column with {where}.columns.rating"
+        )
+    if family == "explanation" and rows["text"].null_count() == len(rows):
+        raise DataError(
+            f"tasks.explanation needs texts, and {data.dataset.name} has none; name the column with "
+            f"{where}.columns.text, or give a second table under `reviews:`"
+        )
+    if family in RANKING and len(data.dataset.items) < recipe.eval.candidates.count:
+        raise DataError(
+            f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
+            f"{recipe.eval.candidates.count}; lower it"
+        )
+
+
+def folder_of(recipe: Recipe, out: Path | None) -> Path:
+    """Return the run folder: ``out``, or ``runs/<name>`` under the working folder."""
+    return out if out is not None else Path("runs") / recipe.name

@@ -1,0 +1,129 @@
+"""The training stage: mixture -> planned steps -> adapter -> merged folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec.backends.encode import Encoder, Row
+from llmrec.build.stages import Budget, key_of, read_stage, write_json
+from llmrec.build.study import Study
+from llmrec.tasks.mixture import mixture
+from llmrec.train.batches import Step, fit_row, plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Planned steps, how many rows of each task they hold, and validation rows by task."""
+
+    steps: list[Step]
+    rows: Mapping[str, int]
+    valid: Mapping[str, list[Row]]
+
+
+def plan_training(study: Study, encoder: Encoder) -> Plan:
+    """Draw rows by weight until the recipe's steps are filled."""
+    section, recipe = study.recipe.train, study.recipe
+    weighted = {
+        family: (task, study.section(family).weight)
+        for family, task in study.tasks.items()
+        if study.section(family).weight > 0
+    }
+    family_of: dict[int, str] = {}
+
+    def rows() -> Iterator[Row]:
+        stream = mixture(weighted, seed=recipe.seed, size=lambda example: len(encoder.row(example).ids))
+        for example in stream:
+            row = fit_row(example, encoder, section.max_row_tokens)
+            if row is not None:
+                family_of[id(row)] = example.task
+                kept.append(row)
+                yield row
+
+    # Rows stay referenced, so that an id names one row for as long as it is looked up.
+    kept: list[Row] = []
+    steps = plan(rows(), steps=section.steps, batch_tokens=section.batch_tokens, seed=recipe.seed)
+    counts = dict.fromkeys(weighted, 0)
+    for step in steps:
+        for row in step.rows:
+            counts[family_of[id(row)]] += 1
+    valid = {family: _valid_rows(study, family, encoder) for family in weighted}
+    return Plan(steps, counts, valid)
+
+
+def _valid_rows(study: Study, family: str, encoder: Encoder) -> list[Row]:
+    section = study.recipe.train
+    share = section.valid_rows // max(len(study.tasks), 1)
+    found = (fit_row(e, encoder, study.recipe.model.max_length) for e in study.tasks[family].examples("valid", share))
+    return [row for row in found if row is not None]
+
+
+def training_key(study: Study, folder: str) -> str:
+    """Return a key over everything that can change the adapter."""
+    recipe = study.recipe
+    return key_of(
+        model=recipe.model.model_dump(),
+        folder=folder,
+        data=study.data.fingerprint,
+        reviews=study.reviews.fingerprint if study.reviews else None,
+        tasks=recipe.tasks.model_dump(exclude={f: {"strategies", "baselines", "users"} for f in study.tasks}),
+        templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
+        train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints"}),
+        seed=recipe.seed,
+    )
+
+
+def train_stage(
+    study: Study, encoder: Encoder, base: str, folder: Path, budget: Budget, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Train and merge, or reuse what an earlier run left; returns the ``training`` part of results.json."""
+    key = training_key(study, base)
+    done = read_stage(folder / "train.json", key)
+    if done is not None and (folder / "merged" / "config.json").is_file():
+        log.info("training: reusing %s", folder / "adapter")
+        return done
+    from llmrec.train import lora, sft
+
+    model_section, section = study.recipe.model, study.recipe.train
+    with budget.stage("plan"):
+        planned = plan_training(study, encoder)
+    with budget.stage("train"):
+        _clear_foreign(folder, key)
+        model = lora.load_trainable(base, model_section, section)
+        training = sft.train(
+            model,
+            encoder,
+            planned.steps,
+            planned.valid,
+            section,
+            folder=folder,
+            seed=study.recipe.seed,
+            quiet=quiet,
+        )
+        del model
+    with budget.stage("merge"):
+        if section.method == "full":
+            lora.save_full(folder / "adapter", model_section, folder / "merged")
+        else:
+            lora.merge(base, model_section, folder / "adapter", folder / "merged")
+        encoder.tokenizer.save_pretrained(folder / "merged")
+    record = {"key": key, "rows": dict(planned.rows), **sft.as_json(training)}
+    write_json(folder / "train.json", record)
+    return record
+
+
+def _clear_foreign(folder: Path, key: str) -> None:
+    """Drop checkpoints that another recipe left in this folder; keep those of a killed run of this one."""
+    import shutil
+
+    mark = folder / "checkpoints" / "key"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == key:
+        return
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    mark.parent.mkdir(parents=True)
+    mark.write_text(key, encoding="utf-8")

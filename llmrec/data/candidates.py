@@ -1,0 +1,181 @@
+"""Stored candidate sets: each held-out item among sampled negatives, under one hash.
+
+Sets are drawn once and stored, so that every predictor ranks the same items and a run can be repeated from the
+file alone. Random numbers come from SplitMix64 (Steele et al., OOPSLA 2014) keyed by the request's name: a set
+depends on nothing but the data, the seed and the request, and not on the version of a random library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from llmrec.data.hashing import digest_strings, hash_one
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.errors import DataError
+from llmrec.recipe import CandidateSection
+from llmrec.types import SplitName
+
+_META = b"llmrec.candidates"
+
+
+@dataclass(frozen=True)
+class CandidateSets:
+    """Candidates of every request of a split.
+
+    Attributes:
+        kind: How negatives were drawn, ``uniform`` or ``popularity``.
+        count: Candidates of a request, the target included.
+        seed: The seed they were drawn with.
+        sets: Item ids by `request_id`, in the order in which predictors see them.
+        digest: SHA-256 over all of the above.
+    """
+
+    kind: str
+    count: int
+    seed: int
+    sets: Mapping[str, tuple[str, ...]]
+    digest: str
+
+    def save(self, path: Path) -> None:
+        """Write the sets as Parquet: columns request_id and candidates, the rest as metadata."""
+        names = sorted(self.sets)
+        table = pa.table(
+            {
+                "request_id": pa.array(names, pa.string()),
+                "candidates": pa.array([list(self.sets[name]) for name in names], pa.list_(pa.string())),
+            }
+        )
+        head = {"kind": self.kind, "count": self.count, "seed": self.seed, "digest": self.digest}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.replace_schema_metadata({_META: json.dumps(head).encode()}), path)
+
+    @staticmethod
+    def load(path: Path) -> CandidateSets:
+        """Read stored sets and check them against their digest.
+
+        Raises:
+            DataError: If the file is missing, is not a candidate file, or was changed.
+        """
+        try:
+            table = pq.read_table(path)
+            head = json.loads((table.schema.metadata or {})[_META])
+            names, sets = table["request_id"].to_pylist(), table["candidates"].to_pylist()
+            found = _sets(head["kind"], head["count"], head["seed"], dict(zip(names, map(tuple, sets), strict=True)))
+            stored = head["digest"]
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: there is no such candidate file; draw the candidates again") from error
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path} is not a candidate file of llmrec ({error}); draw the candidates again") from error
+        if found.digest != stored or len(found.sets) != len(names):
+            raise DataError(
+                f"{path}: the candidates do not match their digest, so the file was changed; draw them again"
+            )
+        return found
+
+
+def _sets(kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]]) -> CandidateSets:
+    rows = [part for name in sorted(sets) for part in (name, json.dumps(sets[name]))]
+    return CandidateSets(kind, count, seed, sets, digest_strings([kind, str(count), str(seed), *rows]))
+
+
+def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, seed: int) -> CandidateSets:
+    """Draw the candidates of every held-out interaction of a split.
+
+    Negatives are items that the user touched in no split; ``popularity`` draws them without replacement with
+    chances proportional to 1 + their number of *training* interactions. The order is shuffled, so that the
+    target's position is uniform.
+
+    Args:
+        data: The split data.
+        split: ``valid`` or ``test``.
+        section: The recipe's ``eval.candidates``.
+        seed: The run's seed.
+
+    Raises:
+        DataError: If some user leaves fewer untouched items than are asked for.
+    """
+    catalogue = sorted(data.dataset.items)
+    place = {item: index for index, item in enumerate(catalogue)}
+    weights = _weights(data, place, section.kind)
+    total = np.cumsum(weights)
+    by_user = data.dataset.interactions.group_by("user_id").agg(pl.col("item_id").unique())
+    touched = {user: {place[item] for item in items} for user, items in by_user.iter_rows()}
+    sets: dict[str, tuple[str, ...]] = {}
+    for held in data.holdouts(split):
+        banned = touched[held.user_id]
+        if len(catalogue) - len(banned) < section.count - 1:
+            raise DataError(
+                f"user {held.user_id!r} has touched {len(banned)} of {len(catalogue)} items, so only "
+                f"{len(catalogue) - len(banned)} negatives are left; set eval.candidates.count to at most "
+                f"{len(catalogue) - len(banned) + 1}"
+            )
+        name = request_id(held.user_id, held.item_id)
+        numbers = _Numbers(hash_one("candidates", seed, name))
+        chosen = [place[held.item_id], *_negatives(numbers, weights, total, banned, section.count - 1)]
+        sets[name] = tuple(catalogue[index] for index in numbers.shuffled(chosen))
+    return _sets(section.kind, section.count, seed, sets)
+
+
+def _weights(data: SplitDataset, place: Mapping[str, int], kind: str) -> NDArray[np.uint64]:
+    weights = np.ones(len(place), dtype=np.uint64)
+    if kind == "popularity":
+        for item, number in data.train.group_by("item_id").len().iter_rows():
+            weights[place[item]] += np.uint64(number)
+    return weights
+
+
+def _negatives(
+    numbers: _Numbers, weights: NDArray[np.uint64], total: NDArray[np.uint64], banned: set[int], need: int
+) -> list[int]:
+    """Draw ``need`` different items outside ``banned``, one after the other with chances by weight."""
+    taken: dict[int, None] = {}
+    # Throwing away what is banned or already drawn leaves the chances among the rest as they should be. Where that
+    # would go on for long, the rest is listed and drawn from directly, which is the same distribution.
+    for _ in range(4):
+        places = np.searchsorted(total, numbers.below(total[-1], 2 * need + 8), side="right")
+        for index in places.tolist():
+            if index not in banned and len(taken) < need:
+                taken[index] = None
+        if len(taken) == need:
+            return list(taken)
+    rest = np.array([index for index in range(len(weights)) if index not in banned and index not in taken], dtype=int)
+    while len(taken) < need:
+        sums = np.cumsum(weights[rest])
+        at = int(np.searchsorted(sums, numbers.below(sums[-1], 1), side="right")[0])
+        taken[int(rest[at])] = None
+        rest = np.delete(rest, at)
+    return list(taken)
+
+
+class _Numbers:
+    """A SplitMix64 stream."""
+
+    def __init__(self, key: int) -> None:
+        self._state = key
+
+    def below(self, bound: int | np.uint64, size: int) -> NDArray[np.uint64]:
+        """Return integers in [0, bound), shape (size,); the bias of the remainder is below bound / 2**64."""
+        steps = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        word = steps + np.uint64(self._state)
+        self._state = (self._state + size * 0x9E3779B97F4A7C15) % 2**64
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (word ^ (word >> np.uint64(31))) % np.uint64(bound)
+
+    def shuffled(self, values: list[int]) -> list[int]:
+        """Return the values in a random order (Fisher-Yates)."""
+        values = list(values)
+        words = self.below(2**63, len(values)).tolist()
+        for last in range(len(values) - 1, 0, -1):
+            other = words[last] % (last + 1)
+            values[last], values[other] = values[other], values[last]
+        return values

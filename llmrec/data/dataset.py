@@ -1,0 +1,117 @@
+"""The data of one experiment: who interacted with what, and what the items are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import polars as pl
+
+from llmrec.data.hashing import digest_frame, digest_strings
+from llmrec.errors import DataError
+from llmrec.types import Item
+
+SCHEMA: Mapping[str, pl.DataType] = {
+    "user_id": pl.String(),
+    "item_id": pl.String(),
+    "rating": pl.Float64(),
+    "timestamp": pl.Float64(),
+    "text": pl.String(),
+}
+"""The interaction columns. The last three may hold nulls; a column that is null throughout was not in the source."""
+
+
+def conform(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return the interaction columns of a frame in their order and types; missing optional ones become nulls.
+
+    Raises:
+        DataError: If user_id or item_id is missing or holds nulls, or a column has another type.
+    """
+    for name in ("user_id", "item_id"):
+        if name not in frame.columns:
+            raise DataError(f"interactions need a column {name!r}; these have {', '.join(frame.columns)}")
+        if frame[name].null_count():
+            raise DataError(f"interactions need a value in every row of {name!r}")
+    try:
+        return frame.select(
+            pl.col(name).cast(dtype) if name in frame.columns else pl.lit(None, dtype=dtype).alias(name)
+            for name, dtype in SCHEMA.items()
+        )
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"an interaction column has a type that cannot be used: {error}") from error
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Interactions, items and users of one source, after filters and before the split.
+
+    Attributes:
+        name: Short name, such as ``movielens-100k``.
+        noun: What the items are called in prompts, in the plural.
+        interactions: Columns of `SCHEMA`, in file order. Where there are no timestamps, this order is the time order.
+        items: The catalogue: exactly one entry for every item that has an interaction.
+        users: Profile fields by user; may be empty.
+        rating_scale: Lowest and highest rating; None without ratings.
+        provenance: Where the data came from: source, path, sha256, rows, made ("yes" or "no"), licence.
+    """
+
+    name: str
+    noun: str
+    interactions: pl.DataFrame
+    items: Mapping[str, Item]
+    users: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    rating_scale: tuple[float, float] | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "interactions", conform(self.interactions))
+        absent = set(self.interactions["item_id"].unique()) - self.items.keys()
+        if absent:
+            raise DataError(f"{self.name}: {len(absent)} items have interactions but no entry, such as {min(absent)!r}")
+
+    @property
+    def made(self) -> bool:
+        """Whether the project itself made this data."""
+        return self.provenance.get("made") == "yes"
+
+    @property
+    def has_time(self) -> bool:
+        """Whether there are timestamps; without them the row order is the time order."""
+        return self.interactions["timestamp"].null_count() < self.interactions.height
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content in canonical order.
+
+        The order of rows does not matter, unless there are no timestamps: then each user's order is content.
+        Provenance is left out, so that the same data from two places has one fingerprint.
+        """
+        frame = self.interactions
+        if not self.has_time:
+            order = pl.int_range(pl.len()).over("user_id").cast(pl.Float64)
+            frame = frame.with_columns(timestamp=order)
+        catalogue = [
+            part
+            for item_id, item in sorted(self.items.items())
+            for part in (item_id, item.title, json.dumps(dict(item.fields), sort_keys=True))
+        ]
+        profiles = [
+            part
+            for user_id, known in sorted(self.users.items())
+            for part in (user_id, json.dumps(dict(known), sort_keys=True))
+        ]
+        parts = (digest_frame(frame.sort(frame.columns)), digest_strings(catalogue), digest_strings(profiles))
+        return digest_strings([self.noun, repr(self.rating_scale), repr(self.has_time), *parts])
+
+    def restrict(self, interactions: pl.DataFrame) -> Dataset:
+        """Return the dataset with these interactions only; items and users without any are dropped."""
+        kept_items = set(interactions["item_id"].unique())
+        kept_users = set(interactions["user_id"].unique())
+        return replace(
+            self,
+            interactions=interactions,
+            items={item_id: item for item_id, item in self.items.items() if item_id in kept_items},
+            users={user_id: known for user_id, known in self.users.items() if user_id in kept_users},
+        )

@@ -1,0 +1,67 @@
+"""Stable seeded hashes: every random choice of the data layer is a function of names, never of row order.
+
+blake2b is used instead of a library's own hash, so that a split does not move when polars or numpy changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+
+def hash64(purpose: str, seed: int, *columns: Sequence[str]) -> NDArray[np.uint64]:
+    """Hash rows of strings to 64 bits.
+
+    Args:
+        purpose: What the hash decides. Choices with different purposes are independent of each other.
+        seed: The run's seed.
+        columns: Equally long columns, such as the user and the item of every row.
+
+    Returns:
+        One hash a row, shape (n,).
+    """
+    # Lengths stand before the parts, so that ("ab", "c") and ("a", "bc") differ.
+    prefix = f"{purpose}\x1f{seed}\x1f"
+    digests = [
+        hashlib.blake2b((prefix + "".join([f"{len(part)}:{part}" for part in row])).encode(), digest_size=8).digest()
+        for row in zip(*columns, strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def hash_one(purpose: str, seed: int, *parts: str) -> int:
+    """Hash one row; the same value as `hash64` gives it."""
+    return int(hash64(purpose, seed, *[[part] for part in parts])[0])
+
+
+def digest_frame(frame: pl.DataFrame) -> str:
+    """Return a SHA-256 over the values of a frame, in row order; nulls differ from empty texts."""
+    total = hashlib.sha256()
+    for name in frame.columns:
+        series = frame[name]
+        total.update(f"{name}\x1f{len(series)}\x1f".encode())
+        if series.dtype == pl.String:
+            _digest_strings(total, series.to_list())
+        else:
+            # A null travels in the mask; the number below it is set to 0, so that its bytes are always the same.
+            total.update(series.is_null().to_numpy().astype(np.uint8).tobytes())
+            total.update(series.cast(pl.Float64).fill_null(0.0).to_numpy().astype("<f8").tobytes())
+    return total.hexdigest()
+
+
+def digest_strings(values: Iterable[str | None]) -> str:
+    """Return a SHA-256 over a sequence of strings."""
+    total = hashlib.sha256()
+    _digest_strings(total, list(values))
+    return total.hexdigest()
+
+
+def _digest_strings(total: hashlib._Hash, values: list[str | None]) -> None:
+    encoded = [None if value is None else value.encode("utf-8", "surrogatepass") for value in values]
+    lengths = np.array([-1 if value is None else len(value) for value in encoded], dtype="<i8")
+    total.update(lengths.tobytes())
+    total.update(b"".join(value for value in encoded if value is not None))

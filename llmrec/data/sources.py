@@ -1,0 +1,112 @@
+"""Where interactions come from. `load` is the door; a source is one entry of `llmrec.registry.SOURCES`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from llmrec.data import filter as filters
+from llmrec.data.assemble import assemble
+from llmrec.data.catalogue import catalogue
+from llmrec.data.columns import find, ids, numbers, texts, times
+from llmrec.data.dataset import Dataset
+from llmrec.data.files import Table, from_arrow, read_table
+from llmrec.data.movielens import movielens_100k, movielens_small
+from llmrec.errors import DataError, require
+from llmrec.recipe import DataSection
+from llmrec.registry import SOURCES, lookup
+
+__all__ = ["load", "movielens_100k", "movielens_small", "table"]
+
+_HUB = "hf://"
+
+
+def load(section: DataSection, *, seed: int) -> Dataset:
+    """Load a source and apply the recipe's filters.
+
+    Args:
+        section: The recipe's ``data`` or ``reviews``.
+        seed: The run's seed; only sources that draw something use it.
+
+    Raises:
+        RecipeError: If there is no such source.
+        DataError: If the data is missing or malformed, or the filters leave less than 2 items.
+    """
+    source = lookup(SOURCES, section.source, "data source")
+    dataset: Dataset = filters.apply(source(section, seed=seed), section.filter)
+    if len(dataset.items) < 2:
+        raise DataError(
+            f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter"
+        )
+    return dataset
+
+
+def table(section: DataSection, *, seed: int) -> Dataset:
+    """Load a CSV, TSV, JSON Lines or Parquet table, or a dataset from the Hugging Face hub.
+
+    Raises:
+        DataError: If a file, column or row cannot be used; the message names it.
+        MissingExtra: If a hub dataset is asked for and ``datasets`` is not installed.
+    """
+    if section.path is None:
+        raise DataError("source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]")
+    main = _read(section.path)
+    columns = section.columns
+    user = find(main, columns.user, "user_id", "data.columns.user") or ""
+    item = find(main, columns.item, "item_id", "data.columns.item") or ""
+    rating = find(main, columns.rating, "rating", "data.columns.rating")
+    time = find(main, columns.time, "timestamp", "data.columns.time")
+    text = find(main, columns.text, "text", "data.columns.text")
+    item_ids = ids(main, item)
+    series = {"user_id": ids(main, user), "item_id": item_ids}
+    if rating is not None:
+        series["rating"] = numbers(main, rating, "rating")
+    if time is not None:
+        series["timestamp"] = times(main, time)
+    if text is not None:
+        given = texts(main, text)
+        series["text"] = given.set(given.str.strip_chars() == "", None)
+    listed = _read(section.items) if section.items is not None else None
+    tables = [main] if listed is None else [main, listed]
+    return assemble(
+        section,
+        main,
+        pl.DataFrame(series),
+        catalogue(section, main, item_ids, listed),
+        {},
+        name=_name(section.path),
+        noun="items",
+        scale=None,
+        provenance={
+            "source": "table",
+            "path": "; ".join(each.name for each in tables),
+            "sha256": "; ".join(each.sha256 for each in tables),
+            "rows": str(main.frame.height),
+            "made": "no",
+            "licence": "as the owner of the table says",
+        },
+    )
+
+
+def _name(path: str) -> str:
+    return path.removeprefix(_HUB) if path.startswith(_HUB) else Path(path).name.split(".")[0] or "table"
+
+
+def _read(path: str) -> Table:
+    return _read_hub(path) if path.startswith(_HUB) else read_table(Path(path).expanduser())
+
+
+def _read_hub(path: str) -> Table:
+    """Read ``hf://name[:split]`` through the datasets library; the split is ``train`` unless named."""
+    name, _, part = path.removeprefix(_HUB).partition(":")
+    datasets = require("datasets", "train")
+    try:
+        found = datasets.load_dataset(name, split=part or "train")
+        values = found.with_format("arrow")[:]
+    except Exception as error:  # the library raises dozens of types, from network errors to parser errors
+        raise DataError(
+            f"{path} cannot be loaded ({type(error).__name__}: {error}); check the name and the split in "
+            "data.path, and that the hub can be reached, or download the table and give its file as data.path"
+        ) from error
+    return from_arrow(path, values)

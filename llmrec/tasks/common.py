@@ -1,0 +1,306 @@
+"""What the four families share: the data as templates see it, the choice of templates, and rows in seeded order."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from llmrec.data.candidates import CandidateSets
+from llmrec.data.hashing import hash_one
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.prompts import Template, clean
+from llmrec.recipe import TaskSection
+from llmrec.types import (
+    Answer,
+    Case,
+    Event,
+    Example,
+    Family,
+    Interaction,
+    Message,
+    Ranking,
+    Request,
+    Segment,
+    SplitName,
+)
+
+ABOUT_USER = frozenset({"noun", "user_id", "profile"})
+ABOUT_ITEM = frozenset({"item", "fields"})
+# A past review says enough in its first words, and three whole ones would crowd out the question.
+_PAST_TEXT = 160
+
+Values = dict[str, object]
+
+
+class Fields(dict[str, object]):
+    """An item's title and further fields; one that the item lacks reads as None."""
+
+    def __missing__(self, key: str) -> object:
+        """Let templates ask ``{% if item.genres %}`` of any catalogue."""
+        return None
+
+
+class View:
+    """What templates see of the data, every text cleaned."""
+
+    def __init__(self, data: SplitDataset) -> None:
+        self.data = data
+        self._items: dict[str, Fields] = {}
+
+    def item(self, item_id: str) -> Fields:
+        """Return an item's title and fields.
+
+        Raises:
+            DataError: If the catalogue has no such item.
+        """
+        known = self._items.get(item_id)
+        if known is None:
+            entry = self.data.dataset.items.get(item_id)
+            if entry is None:
+                raise DataError(
+                    f"{self.data.dataset.name}: there is no item {item_id!r}; ask about items of the catalogue"
+                )
+            title = clean(entry.title) or clean(item_id) or "untitled"
+            known = Fields({name: clean(text) for name, text in sorted(entry.fields.items())}, title=title)
+            self._items[item_id] = known
+        return known
+
+    def title(self, item_id: str) -> str:
+        """Return an item's title as one line; never empty."""
+        return str(self.item(item_id)["title"])
+
+    def about(self, item_id: str) -> Values:
+        """Return the variables about an item: the item, and as a list to loop over what the title does not say."""
+        item = self.item(item_id)
+        fields = [
+            {"name": name, "value": value}
+            for name, value in item.items()
+            if name != "title" and value and str(value) not in str(item["title"])
+        ]
+        return {"item": item, "fields": fields}
+
+    def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
+        """Return the variables about a user; a profile text in ``context`` stands in for the data's own fields."""
+        fields = self.data.dataset.users.get(user_id, {})
+        if context and context.get("profile"):
+            fields = {"profile": context["profile"]}
+        profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]
+        return {"noun": self.data.dataset.noun, "user_id": user_id, "profile": profile}
+
+    def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
+        """Return events as templates loop over them: title, rating, text and n, counted from 1."""
+        return [
+            {
+                "title": self.title(event.item_id),
+                "rating": None if event.rating is None or rating_label is None else rating_label(event.rating),
+                "text": clean(event.text or "", _PAST_TEXT),
+                "n": n,
+            }
+            for n, event in enumerate(events, start=1)
+        ]
+
+
+# --------------------------------------------------------------------------- templates
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The templates of one task.
+
+    Attributes:
+        every: All of the family, by name.
+        train: Those that training rows are drawn from; never an unseen one.
+        evaluate: Names of those that evaluation asks with.
+    """
+
+    every: Mapping[str, Template]
+    train: tuple[Template, ...]
+    evaluate: tuple[str, ...]
+
+    def get(self, name: str) -> Template:
+        """Return a template by its name or ``family/name``.
+
+        Raises:
+            RecipeError: If there is none; the message suggests the closest one.
+        """
+        bare = name.rpartition("/")[2]
+        if bare not in self.every:
+            known = ", ".join(self.every)
+            raise RecipeError(f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}")
+        return self.every[bare]
+
+
+def choose(family: Family, section: TaskSection, templates: Mapping[str, Template]) -> Chosen:
+    """Pick the section's templates.
+
+    Raises:
+        RecipeError: If a name is unknown, an unseen template is to be trained on, or none is left.
+    """
+    everything = Chosen(templates, (), ())
+    named = [everything.get(name) for name in section.templates]
+    for template in named:
+        if template.use == "unseen":
+            raise RecipeError(
+                f"tasks.{family}.templates: {template.id} is an unseen template, kept to measure new wordings; "
+                "name it in eval_templates instead"
+            )
+    train = tuple(named or [template for template in templates.values() if template.use == "seen"])
+    if not train:
+        raise RecipeError(f"tasks.{family}: there is no seen template; add one under prompts/{family}")
+    evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)
+    return Chosen(templates, train, evaluate)
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
+    """Return random numbers that depend on names only, never on the order of rows or calls."""
+    return random.Random(hash_one(purpose, seed, *parts))
+
+
+def passes(
+    family: Family, users: Sequence[str], seed: int, limit: int | None
+) -> Iterator[tuple[str, str, random.Random]]:
+    """Yield (row id, user, random numbers) without end, pass after pass over the users in a fresh order.
+
+    Raises:
+        DataError: If there is no user to train on.
+    """
+    if not users:
+        raise DataError(f"tasks.{family}: no user has enough training interactions; use more data or drop the task")
+    done = 0
+    number = 0
+    while limit is None or done < limit:
+        order = sorted(users)
+        keyed(f"{family} order", seed, str(number)).shuffle(order)
+        for user in order[: None if limit is None else limit - done]:
+            yield f"{family}/train/{number}/{user}", user, keyed(f"{family} row", seed, str(number), user)
+        done += len(order)
+        number += 1
+
+
+def held_out(data: SplitDataset, split: SplitName) -> tuple[Interaction, ...]:
+    """Return a split's held-out interactions, refusing the training split."""
+    if split == "train":
+        raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
+    return data.holdouts(split)
+
+
+def refuse_test(split: SplitName) -> None:
+    """Refuse rows with targets from the test split, which nothing may learn from or choose by."""
+    if split == "test":
+        raise ValueError("rows with targets come from 'train' or 'valid'; the test split is for cases() alone")
+
+
+def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[int], bool]) -> tuple[Segment, ...]:
+    """Render a list: the target of step i is learned where ``learned(i)``, and context elsewhere."""
+    answer: list[Segment] = []
+    for index, values in enumerate(steps):
+        lead, target = template.step(values)
+        answer += lead
+        answer += target if learned(index) else as_context(target)
+    return tuple(answer)
+
+
+def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Return segments with nothing left to learn."""
+    return tuple(replace(segment, kind="item") if segment.kind == "target" else segment for segment in segments)
+
+
+def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
+    """Return a few-shot example: the user turn and its answered assistant turn."""
+    segments = list(as_context(answer))
+    segments[-1] = replace(segments[-1], text=segments[-1].text.rstrip("\n"))
+    user = template.turns(values)[-1]
+    return user, Message("assistant", tuple(segment for segment in segments if segment.text))
+
+
+def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
+    """Put solved examples between the system turn and the question."""
+    return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
+
+
+def pairs_of(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
+    """Return the (user_id, item_id) pairs that a row shows."""
+    return tuple((user_id, event.item_id) for event in events)
+
+
+def chat_example(
+    template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
+) -> Example:
+    """Return a row with one answer; ``past`` counts as shown only where the template shows a history."""
+    shown = past if "history" in template.names("system", "user") else ()
+    return Example(
+        id=row,
+        user_id=user_id,
+        task=template.family,  # type: ignore[arg-type]
+        template=template.id,
+        messages=template.turns(values),
+        answer=template.step(answer)[1],
+        ends_turn=True,
+        pairs=pairs_of(user_id, (*shown, event)),
+    )
+
+
+def list_example(
+    template: Template, row: str, user_id: str, values: Values, answer: tuple[Segment, ...], events: Sequence[Event]
+) -> Example:
+    """Return a user row: a list of events whose learned steps are marked in ``answer``."""
+    return Example(
+        id=row,
+        user_id=user_id,
+        task=template.family,  # type: ignore[arg-type]
+        template=template.id,
+        messages=template.turns(values),
+        answer=answer,
+        ends_turn=False,
+        pairs=pairs_of(user_id, events),
+    )
+
+
+def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Event, ...]:
+    """Return ``length`` consecutive events from a random start, or all where there are fewer."""
+    start = rng.randrange(max(1, len(events) - length + 1))
+    return tuple(events[start : start + length])
+
+
+def asked_item(request: Request, family: Family) -> str:
+    """Return the item that a request asks about.
+
+    Raises:
+        DataError: If it names none.
+    """
+    if request.item is None:
+        raise DataError(f"request {request.id!r}: the {family} task asks about one item; set Request.item")
+    return request.item
+
+
+def candidates_of(sets: CandidateSets | None, held: Interaction, family: Family) -> tuple[str, ...] | None:
+    """Return the stored candidates of a held-out interaction; None where there are no sets.
+
+    Raises:
+        DataError: If there are sets, but none for it.
+    """
+    if sets is None:
+        return None
+    name = request_id(held.user_id, held.item_id)
+    if name not in sets.sets:
+        raise DataError(
+            f"tasks.{family}: the stored candidates have no set for {name!r}; they were drawn for another split, seed "
+            "or data set, so draw them again"
+        )
+    return sets.sets[name]
+
+
+def ranking_reward(answer: Answer, case: Case) -> float:
+    """Return 1 / log2(1 + rank) of the true item, averaged over the places it may take among ties; 0 if left out."""
+    if not isinstance(answer, Ranking) or case.truth not in answer.items:
+        return 0.0
+    own = answer.scores[answer.items.index(str(case.truth))]
+    above = sum(score > own for score in answer.scores)
+    level = sum(score == own for score in answer.scores)
+    return sum(1 / math.log2(2 + rank) for rank in range(above, above + level)) / level

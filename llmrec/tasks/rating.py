@@ -1,0 +1,260 @@
+"""Rating prediction: what would this user give this item?"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from llmrec.data.candidates import CandidateSets
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.errors import DataError
+from llmrec.prompts import Template
+from llmrec.recipe import RatingSection
+from llmrec.tasks.common import (
+    ABOUT_ITEM,
+    ABOUT_USER,
+    Values,
+    View,
+    asked_item,
+    chat_example,
+    choose,
+    held_out,
+    list_answer,
+    list_example,
+    passes,
+    refuse_test,
+    solved,
+    window,
+    with_shots,
+)
+from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.reading import read_number
+from llmrec.types import Answer, Case, Event, Example, Family, Message, Prompt, Rating, Request, SplitName
+
+# A user row costs little more than a single question, and every rating in it is a target.
+_ROW_EVENTS = 30
+_MOST_LABELS = 101
+
+
+class RatingTask:
+    """The rating family.
+
+    A list template asks for one user's ratings in order; the history stands in the answer, so that one training
+    row teaches a rating at every position. A chat template shows the history and asks about one item.
+    """
+
+    family: Family = "rating"
+
+    def __init__(
+        self,
+        data: SplitDataset,
+        section: RatingSection,
+        templates: Mapping[str, Template],
+        *,
+        seed: int,
+        candidates: CandidateSets | None = None,
+        shot_choice: str = "random",
+    ) -> None:
+        self._data, self._section, self._seed = data, section, seed
+        self.scale = find_scale(data)
+        self._chosen = choose(self.family, section, templates)
+        self._view = View(data)
+        turns = ABOUT_USER | {"scale_low", "scale_high"}
+        for template in templates.values():
+            if template.shape == "list":
+                lead = turns | ABOUT_ITEM | {"n"}
+                template.check(turns=turns, lead=lead, target=lead | {"rating"})
+            else:
+                asked = turns | ABOUT_ITEM | {"history"}
+                template.check(turns=asked, lead=(), target=asked | {"rating"})
+        self._events = {user: rated for user in data.users() if (rated := _rated(data.train_events(user)))}
+        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=1)
+
+    @property
+    def eval_templates(self) -> tuple[str, ...]:
+        """Names of the templates that evaluation asks with."""
+        return self._chosen.evaluate
+
+    def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
+        """Yield rows with targets; see `Task`."""
+        refuse_test(split)
+        if split == "valid":
+            for case in self.cases("valid")[:limit]:
+                event = Event(item_id=asked_item(case.request, self.family), rating=float(case.truth))
+                past = _rated(case.request.history)[-self._section.history :]
+                row = f"rating/valid/{case.request.id}"
+                yield self._example(self._chosen.train[0], row, case.request.user_id, (*past, event), last_only=True)
+            return
+        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+            template = rng.choice(self._chosen.train)
+            yield self._example(template, row, user, self._train_events(template, user, rng), last_only=False)
+
+    def cases(self, split: SplitName) -> list[Case]:
+        """Return the held-out ratings; an interaction without one is no case."""
+        return [
+            Case(
+                request=Request(
+                    id=request_id(held.user_id, held.item_id),
+                    user_id=held.user_id,
+                    history=self._data.history(held.user_id, split),
+                    item=held.item_id,
+                ),
+                truth=held.rating,
+            )
+            for held in held_out(self._data, split)
+            if held.rating is not None
+        ]
+
+    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+        """Render a request; see `Task`."""
+        chosen = self._chosen.get(template)
+        drawn = self.draw_shots(request, shots)
+        item = self._view.about(asked_item(request, self.family))
+        turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
+        if chosen.shape == "chat":
+            values = self._question(request.user_id, drawn.history, request.context) | item
+            return Prompt(messages=with_shots(chosen.turns(values), turns))
+        values = self._about(request.user_id, request.context)
+        steps = self._steps(values, drawn.history)
+        opening = chosen.opening(values | item | {"n": len(steps) + 1})
+        return Prompt(
+            messages=with_shots(chosen.turns(values), turns),
+            answer_prefix=(*list_answer(chosen, steps, lambda _: True), *opening),
+            stop=chosen.tail,
+        )
+
+    def draw_shots(self, request: Request, shots: int) -> Drawn:
+        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        return self._shots.draw(request, _rated(request.history), shots, self._section.history)
+
+    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
+        """Return the scale's labels, lowest first."""
+        return self.scale.labels
+
+    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
+        """Read the first number; None if there is none on the scale."""
+        value = read_number(completion, self.scale.low, self.scale.high)
+        return None if value is None else Rating(request_id=request.id, value=value)
+
+    def reward(self, answer: Answer, case: Case) -> float:
+        """Return 1 for the true rating, falling linearly to 0 at the width of the scale."""
+        if not isinstance(answer, Rating):
+            return 0.0
+        width = (self.scale.high - self.scale.low) or 1.0
+        return max(0.0, 1.0 - abs(answer.value - float(case.truth)) / width)
+
+    # ----------------------------------------------------------------------- building blocks
+
+    def _train_events(self, template: Template, user: str, rng: random.Random) -> tuple[Event, ...]:
+        events = self._events[user]
+        if template.shape == "list":
+            return window(events, max(_ROW_EVENTS, self._section.history + 1), rng)
+        at = rng.randrange(len(events))
+        return events[max(0, at - self._section.history) : at + 1]
+
+    def _example(
+        self, template: Template, row: str, user: str, events: tuple[Event, ...], *, last_only: bool
+    ) -> Example:
+        if template.shape == "chat":
+            values = self._one(user, events)
+            return chat_example(
+                template, row, user, values, self._with_rating(values, events[-1]), past=events[:-1], event=events[-1]
+            )
+        values = self._about(user)
+        last = len(events) - 1
+        answer = list_answer(template, self._steps(values, events), lambda i: i == last or not last_only)
+        return list_example(template, row, user, values, answer, events)
+
+    def _solved(self, template: Template, user: str, events: tuple[Event, ...]) -> tuple[Message, ...]:
+        if template.shape == "chat":
+            values = self._one(user, events)
+            return solved(template, values, template.step(self._with_rating(values, events[-1]))[1])
+        values = self._about(user)
+        return solved(template, values, list_answer(template, self._steps(values, events), lambda _: True))
+
+    def _about(self, user: str, context: Mapping[str, str] | None = None) -> Values:
+        scale = {"scale_low": self.scale.label(self.scale.low), "scale_high": self.scale.label(self.scale.high)}
+        return self._view.user(user, context) | scale
+
+    def _question(self, user: str, past: Sequence[Event], context: Mapping[str, str] | None = None) -> Values:
+        return self._about(user, context) | {"history": self._view.events(past, self.scale.label)}
+
+    def _one(self, user: str, events: tuple[Event, ...]) -> Values:
+        return self._question(user, events[:-1]) | self._view.about(events[-1].item_id)
+
+    def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
+        return [
+            self._with_rating(values | self._view.about(event.item_id) | {"n": n}, event)
+            for n, event in enumerate(events, start=1)
+        ]
+
+    def _with_rating(self, values: Values, event: Event) -> Values:
+        assert event.rating is not None
+        return values | {"rating": self.scale.label(event.rating)}
+
+
+def _rated(events: Sequence[Event]) -> tuple[Event, ...]:
+    return tuple(event for event in events if event.rating is not None)
+
+
+# --------------------------------------------------------------------------- the scale
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A rating scale: its values and how they are written, lowest first."""
+
+    values: tuple[float, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def low(self) -> float:
+        """The worst rating."""
+        return self.values[0]
+
+    @property
+    def high(self) -> float:
+        """The best rating."""
+        return self.values[-1]
+
+    def label(self, rating: float) -> str:
+        """Return how a rating is written: the nearest label, the lower one of two."""
+        place = min(range(len(self.values)), key=lambda i: (abs(self.values[i] - rating), i))
+        return self.labels[place]
+
+
+def find_scale(data: SplitDataset) -> Scale:
+    """Return the data's scale, in whole or half points.
+
+    Half points are written ``4.0`` and ``4.5``, so that no label is the beginning of another.
+
+    Raises:
+        DataError: If there are no ratings, or more than 101 steps.
+    """
+    ratings = data.train["rating"].drop_nulls().unique().to_list()
+    if not ratings:
+        raise DataError(f"tasks.rating: {data.dataset.name} has no ratings; drop the task or name data.columns.rating")
+    low, high = data.dataset.rating_scale or (min(ratings), max(ratings))
+    whole = all(float(value).is_integer() for value in (*ratings, low, high))
+    step = 1.0 if whole or high - low > _MOST_LABELS // 2 else 0.5
+    first, last = math.floor(low / step), math.ceil(high / step)
+    if last - first >= _MOST_LABELS:
+        raise DataError(
+            f"tasks.rating: the scale from {low:g} to {high:g} has {last - first + 1} steps, more than {_MOST_LABELS}; "
+            "rescale the ratings"
+        )
+    values = tuple(step * number for number in range(first, last + 1))
+    return Scale(values, tuple(f"{value:.0f}" if step == 1.0 else f"{value:.1f}" for value in values))
+
+
+def expected(values: Sequence[float], logprobs: Sequence[float]) -> float:
+    """Return the mean of ``values`` under softmax(``logprobs``).
+
+    Raises:
+        ValueError: If the lengths differ or there are none.
+    """
+    peak = max(logprobs)
+    weights = [math.exp(logprob - peak) for logprob in logprobs]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)

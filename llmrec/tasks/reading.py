@@ -1,0 +1,223 @@
+"""Reads answers out of free text. Pure functions: whatever the text, they return a reading or nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+_LONGEST = 20_000
+_ALNUM = r"[^\W_]"
+_NUMBER = re.compile(r"(?<!\w)[-−+]?(?:\d+(?:[.,]\d+)?|\.\d+)")
+_OUT_OF = re.compile(r"\s*(?:/|out of)\s*(\d+)", re.IGNORECASE)
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_ENTRY = re.compile(r"\s*(?:[-•*+]\s+|#?\d{1,3}[.):]\s*|\(\d{1,3}\)\s*)")
+_CONNECTED = ("and", "or", "then", "is", "over", "before", "followed", "first")
+
+
+@lru_cache(maxsize=65536)
+def title_key(title: str) -> str:
+    """Return what makes two titles the same: letters, marks and digits, case folded, with single spaces."""
+    folded = unicodedata.normalize("NFKC", title).casefold()
+    kept = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in folded)
+    return " ".join(kept.split()) or " ".join(folded.split())
+
+
+def read_line(text: str) -> Iterator[str]:
+    """Yield what the first line with words may mean as a title: whole, and without a list mark before it."""
+    line = next((line for line in text[:_LONGEST].splitlines() if line.strip()), "")
+    if line:
+        yield title_key(line)
+        bare = _ENTRY.sub("", line, count=1)
+        if bare != line:
+            yield title_key(bare)
+
+
+def read_number(text: str, low: float, high: float) -> float | None:
+    """Read the first number of an answer; None where there is none or it lies outside [low, high].
+
+    Digits of any script, ``4.5``, ``4,5``, ``4/5``, ``4 out of 5``, a leading number word and a run of stars count.
+    """
+    text = text[:_LONGEST].replace("½", ".5")
+    match = _NUMBER.search(text)
+    if match is None:
+        words = re.findall(r"\w+", text.casefold())
+        value = float(_WORDS.index(words[0])) if words and words[0] in _WORDS else float(_star_run(text)) or None
+    else:
+        value = float(match.group().replace(",", ".").replace("−", "-"))
+        scale = _OUT_OF.match(text, match.end())
+        if scale and float(scale.group(1)) != high:
+            return None
+    return value if value is not None and low <= value <= high else None
+
+
+def _star_run(text: str) -> int:
+    run = re.search("[★⭐]+", text)
+    return len(run.group()) if run else 0
+
+
+# --------------------------------------------------------------------------- rankings
+
+
+def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str]) -> list[int]:
+    """Read an ordered list of candidates from free text.
+
+    Labels and titles count alike, the first mention of a candidate decides, and what is no candidate is passed over.
+
+    Args:
+        text: Such as ``B, A, C``, ``1. B) Title``, a JSON list, or a sentence.
+        labels: Capital letters, or numbers, one a candidate.
+        titles: The candidates' titles, in the same order.
+
+    Returns:
+        Places in ``labels``, best first; empty where nothing could be read.
+    """
+    reader = _Reader(labels, titles)
+    found: dict[int, None] = {}
+    text = text[:_LONGEST]
+    for lines in (_json_entries(text), text.splitlines()):
+        for line in lines:
+            for place in reader.line(line):
+                found.setdefault(place)
+        if found:
+            break
+    return list(found)
+
+
+def _json_entries(text: str) -> list[str]:
+    start, end = text.find("["), text.rfind("]")
+    if not 0 <= start < end:
+        return []
+    try:
+        values = json.loads(text[start : end + 1])
+    except (ValueError, RecursionError):
+        return []
+    entries: list[str] = []
+    for value in values:
+        parts = list(value.values()) if isinstance(value, dict) else [value]
+        texts = [part for part in parts if isinstance(part, str)]
+        entries += texts or [str(part) for part in parts if isinstance(part, int)]
+    return entries
+
+
+class _Reader:
+    """The labels and titles of one request, and how they are found in a line."""
+
+    def __init__(self, labels: Sequence[str], titles: Sequence[str]) -> None:
+        self._numeric = bool(labels) and labels[0].isdecimal()
+        self._labels = {self._label_key(label): place for place, label in enumerate(labels)}
+        self._titles: dict[str, int] = {}
+        for place, title in enumerate(titles):
+            key = title_key(title)
+            # A one-letter title would be taken for a label, and where labels are numbers, "1984" for one of them.
+            if len(key) > 1 and not (self._numeric and key.isdecimal()):
+                self._titles.setdefault(key, place)
+        one = r"\d{1,4}" if self._numeric else "[A-Za-z]"
+        gap = r"(?:(?:[\s,;>/|→–—&+.):\]\[(\"'`=-]|\*\*|\b(?:and|then)\b)+)"
+        self._strict = re.compile(rf"[\s\[(\"'`*#>-]*(?P<list>{one}(?:{gap}{one})*)[\s.,;:)\]\"'`*]*", re.IGNORECASE)
+        label = r"\d{1,4}" if self._numeric else "[A-Z]"
+        joined = r"[.*'’&/-]"
+        self._label = re.compile(
+            rf"(?<!{_ALNUM})(?<!{_ALNUM}{joined})({label})(?!{_ALNUM})(?!{joined}{_ALNUM})(?P<mark>[*\"'`_]*\s*[).:\]-])?"
+        )
+
+    def line(self, line: str) -> list[int]:
+        """Return the places that one line mentions, in order."""
+        line = unicodedata.normalize("NFKC", line)
+        whole = title_key(line)
+        if whole in self._titles:
+            return [self._titles[whole]]
+        strict = self._strict.fullmatch(line)
+        if strict:
+            inner = re.findall(rf"(?<!{_ALNUM})\w+", strict["list"])
+            return self._known(inner)
+        entry = self._entry(line)
+        rest = line[entry:]
+        spans = self._title_spans(rest)
+        marks = self._label_marks(rest, spans, is_entry=entry > 0)
+        return [place for _, place in sorted([*((start, place) for start, _, place in spans), *marks])]
+
+    def _known(self, words: Sequence[str]) -> list[int]:
+        keys = [self._label_key(word) for word in words]
+        return [self._labels[key] for key in keys if key in self._labels]
+
+    def _label_key(self, label: str) -> str:
+        return str(int(label)) if label.isdecimal() else label.upper()
+
+    def _entry(self, line: str) -> int:
+        """Return where an entry begins after its bullet or number, 0 where the line has none of its own."""
+        mark = _ENTRY.match(line)
+        if mark is None:
+            return 0
+        # With numbers as labels, "7. Title" is candidate 7, unless a label of its own follows: "1. 07) Title".
+        if self._numeric and any(c.isdigit() for c in mark.group()) and not self._label.match(line, mark.end()):
+            return 0
+        return mark.end()
+
+    def _title_spans(self, line: str) -> list[tuple[int, int, int]]:
+        """Return (start, end, place) of the titles in a line; a longer title hides a shorter one inside it."""
+        words = _words(line)
+        text = " " + "".join(f"{word} " for word, _, _ in words)
+        # Where each word begins in `text`, so that a hit is traced back to its place in the line.
+        offsets, offset = {}, 0
+        for index, (word, _, _) in enumerate(words):
+            offsets[offset] = index
+            offset += len(word) + 1
+        spans: list[tuple[int, int, int]] = []
+        for title, place in sorted(self._titles.items(), key=lambda pair: (-len(pair[0]), pair[0])):
+            at = text.find(f" {title} ")
+            while at >= 0:
+                first = offsets[at]
+                start, end = words[first][1], words[first + title.count(" ")][2]
+                if all(end <= s or e <= start for s, e, _ in spans):
+                    spans.append((start, end, place))
+                    break
+                at = text.find(f" {title} ", at + 1)
+        return spans
+
+    def _label_marks(
+        self, line: str, spans: Sequence[tuple[int, int, int]], *, is_entry: bool
+    ) -> list[tuple[int, int]]:
+        hidden = line
+        for start, end, _ in spans:
+            hidden = hidden[:start] + "\0" * (end - start) + hidden[end:]
+        found = list(self._label.finditer(hidden))
+        opening = bool(found) and not re.search(_ALNUM, hidden[: found[0].start()].replace("\0", "x"))
+        if is_entry:
+            found = found[:1] if opening else []
+        elif opening and found[0]["mark"]:
+            found = [match for match in found if match["mark"]]
+        marks: list[tuple[int, int]] = []
+        for match in found:
+            place = self._labels.get(self._label_key(match.group(1)))
+            after = hidden[match.end() :]
+            # A label in front of another candidate's title is the answer's own numbering: the title is what it says.
+            if place is not None and not self._is_word(match.group(1), after, match["mark"]):
+                numbering = match["mark"] or after.lstrip().startswith("(")
+                if numbering and re.match(r"[\W_]*\0", after):
+                    continue
+                marks.append((match.start(), place))
+        return marks
+
+    def _is_word(self, label: str, after: str, mark: str | None) -> bool:
+        """Say whether A or I is the English word: other words follow it."""
+        if label not in ("A", "I") or mark:
+            return False
+        word = re.match(rf"\s+({_ALNUM}{{2,}})", after)
+        return word is not None and word.group(1).casefold() not in _CONNECTED
+
+
+def _words(line: str) -> list[tuple[str, int, int]]:
+    """Cut a line into the words of its title key, each with its (start, end) in the line."""
+    words: list[tuple[str, int, int]] = []
+    start = None
+    for index, character in enumerate(line + " "):
+        inside = character.isalnum() or unicodedata.category(character).startswith("M")
+        if inside and start is None:
+            start = index
+        elif not inside and start is not None:
+            words += [(word, start, index) for word in title_key(line[start:index]).split()]
+            start = None
+    return words

@@ -1,0 +1,211 @@
+"""Sequential recommendation: which item comes next in this user's history?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+from llmrec.data.candidates import CandidateSets
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.errors import RecipeError
+from llmrec.prompts import Template
+from llmrec.recipe import SequentialSection
+from llmrec.tasks.common import (
+    ABOUT_USER,
+    Values,
+    View,
+    candidates_of,
+    chat_example,
+    choose,
+    held_out,
+    list_answer,
+    list_example,
+    passes,
+    ranking_reward,
+    refuse_test,
+    solved,
+    window,
+    with_shots,
+)
+from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.reading import read_line, title_key
+from llmrec.types import Answer, Case, Event, Example, Family, Message, Prompt, Ranking, Request, SplitName
+
+
+class SequentialTask:
+    """The sequential family.
+
+    A list template asks to continue a list; the history stands in the answer, so that one training row teaches
+    the next title at every position. A chat template shows the history and asks for one title.
+    """
+
+    family: Family = "sequential"
+
+    def __init__(
+        self,
+        data: SplitDataset,
+        section: SequentialSection,
+        templates: Mapping[str, Template],
+        *,
+        seed: int,
+        candidates: CandidateSets | None = None,
+        shot_choice: str = "random",
+    ) -> None:
+        self._data, self._section, self._seed, self._candidates = data, section, seed, candidates
+        self._chosen = choose(self.family, section, templates)
+        self._view = View(data)
+        for template in templates.values():
+            if template.shape == "list":
+                template.check(turns=ABOUT_USER, lead=ABOUT_USER | {"n"}, target=ABOUT_USER | {"item", "n"})
+            else:
+                asked = ABOUT_USER | {"history"}
+                template.check(turns=asked, lead=(), target=asked | {"item"})
+        least = max(2, section.warm_up + 1)
+        if section.window < least:
+            raise RecipeError(
+                f"tasks.sequential.window is {section.window}, which leaves no target after {section.warm_up} items of "
+                f"warm_up; set it to at least {least}"
+            )
+        events = {user: data.train_events(user) for user in data.users()}
+        self._events = {user: past for user, past in events.items() if len(past) >= least}
+        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=2)
+
+    @property
+    def eval_templates(self) -> tuple[str, ...]:
+        """Names of the templates that evaluation asks with."""
+        return self._chosen.evaluate
+
+    @cached_property
+    def catalogue(self) -> tuple[str, ...]:
+        """Every item id, sorted: what a request without candidates chooses from."""
+        return tuple(sorted(self._data.dataset.items))
+
+    def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
+        """Yield rows with targets; see `Task`."""
+        refuse_test(split)
+        if split == "valid":
+            for held in held_out(self._data, "valid")[:limit]:
+                past = self._data.history(held.user_id, "valid")[-self._section.history :]
+                row = f"sequential/valid/{request_id(held.user_id, held.item_id)}"
+                events = (*past, Event(item_id=held.item_id))
+                yield self._example(self._chosen.train[0], row, held.user_id, events, first_target=len(past))
+            return
+        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+            template = rng.choice(self._chosen.train)
+            events = self._train_events(template, user, rng)
+            yield self._example(template, row, user, events, first_target=self._section.warm_up)
+
+    def cases(self, split: SplitName) -> list[Case]:
+        """Return every held-out interaction with its candidates, or with none where the whole catalogue is ranked."""
+        return [
+            Case(
+                request=Request(
+                    id=request_id(held.user_id, held.item_id),
+                    user_id=held.user_id,
+                    history=self._data.history(held.user_id, split),
+                    candidates=candidates_of(self._candidates, held, self.family),
+                ),
+                truth=held.item_id,
+            )
+            for held in held_out(self._data, split)
+        ]
+
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: str = "one") -> Prompt:
+        """Render a request; see `Task`.
+
+        Raises:
+            RecipeError: If a whole ranking is wanted as text: these templates ask for the next title.
+        """
+        if want != "one":
+            raise RecipeError(
+                "tasks.sequential cannot answer with a list; use the strategy 'likelihood', or the direct task"
+            )
+        chosen = self._chosen.get(template)
+        drawn = self.draw_shots(request, shots)
+        turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
+        values = self._view.user(request.user_id, request.context)
+        if chosen.shape == "chat":
+            question = chosen.turns(values | {"history": self._view.events(drawn.history)})
+            return Prompt(messages=with_shots(question, turns))
+        steps = self._steps(values, drawn.history)
+        opening = chosen.opening(values | {"n": len(steps) + 1})
+        return Prompt(
+            messages=with_shots(chosen.turns(values), turns),
+            answer_prefix=(*list_answer(chosen, steps, lambda i: i >= self._section.warm_up), *opening),
+            stop=chosen.tail,
+        )
+
+    def draw_shots(self, request: Request, shots: int) -> Drawn:
+        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        return self._shots.draw(request, request.history, shots, self._section.history)
+
+    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
+        """Return the candidates' titles in stored order, or those of the whole `catalogue`."""
+        chosen = self._chosen.get(template)
+        values = self._view.user(request.user_id, request.context)
+        if chosen.shape == "chat":
+            values["history"] = self._view.events(request.history[-self._section.history :])
+        n = min(len(request.history), self._section.history) + 1
+        items = self.catalogue if request.candidates is None else request.candidates
+        return tuple(chosen.answer(values | {"item": self._view.item(item), "n": n}) for item in items)
+
+    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
+        """Match the first line against titles: letters and digits count, case and punctuation do not.
+
+        Items that share the title share the first place.
+        """
+        known = self._titles if request.candidates is None else self._by_title(request.candidates)
+        for key in read_line(completion):
+            if key in known:
+                items = known[key]
+                return Ranking(request_id=request.id, items=items, scores=(1.0,) * len(items))
+        return None
+
+    def reward(self, answer: Answer, case: Case) -> float:
+        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is left out."""
+        return ranking_reward(answer, case)
+
+    # ----------------------------------------------------------------------- building blocks
+
+    @cached_property
+    def _titles(self) -> Mapping[str, tuple[str, ...]]:
+        return self._by_title(self.catalogue)
+
+    def _by_title(self, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for item in items:
+            key = title_key(self._view.title(item))
+            found[key] = (*found.get(key, ()), item)
+        return found
+
+    def _train_events(self, template: Template, user: str, rng: random.Random) -> tuple[Event, ...]:
+        events = self._events[user]
+        if template.shape == "list":
+            return window(events, self._section.window, rng)
+        at = rng.randrange(1, len(events))
+        return events[max(0, at - self._section.history) : at + 1]
+
+    def _example(
+        self, template: Template, row: str, user: str, events: tuple[Event, ...], *, first_target: int
+    ) -> Example:
+        if template.shape == "chat":
+            values = self._question(user, events)
+            answer = values | {"item": self._view.item(events[-1].item_id)}
+            return chat_example(template, row, user, values, answer, past=events[:-1], event=events[-1])
+        values = self._view.user(user)
+        listed = list_answer(template, self._steps(values, events), lambda i: i >= first_target)
+        return list_example(template, row, user, values, listed, events)
+
+    def _solved(self, template: Template, user: str, events: tuple[Event, ...]) -> tuple[Message, ...]:
+        if template.shape == "chat":
+            values = self._question(user, events)
+            return solved(template, values, template.step(values | {"item": self._view.item(events[-1].item_id)})[1])
+        values = self._view.user(user)
+        return solved(template, values, list_answer(template, self._steps(values, events), lambda _: True))
+
+    def _question(self, user: str, events: tuple[Event, ...]) -> Values:
+        return self._view.user(user) | {"history": self._view.events(events[:-1])}
+
+    def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
+        return [values | {"item": self._view.item(event.item_id), "n": n} for n, event in enumerate(events, start=1)]

@@ -1,0 +1,100 @@
+"""Puts adapters on a base model, and merges them back into unquantised weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmrec.backends.models import dtype, load_model
+from llmrec.errors import RecipeError, require
+from llmrec.recipe import LoraSection, ModelSection, TrainSection
+
+
+def load_trainable(folder: str, model: ModelSection, train: TrainSection) -> Any:
+    """Load the base as ``train.method`` asks and make the right weights trainable.
+
+    Raises:
+        RecipeError: If 8-bit training is asked for without CUDA, or no module matches ``train.lora.targets``.
+    """
+    torch = require("torch", "train")
+    if train.method == "full":
+        # Optimiser steps are smaller than bfloat16 can hold; autocast still multiplies in bfloat16.
+        return load_model(folder, model, dtype=torch.float32)
+    options: dict[str, Any] = {}
+    if train.method in ("qlora", "lora8"):
+        options["quantization_config"] = _quantization(model, train)
+    base = load_model(folder, model, **options)
+    if train.gradient_checkpointing:
+        base.enable_input_require_grads()
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    return _with_adapter(base, train.lora)
+
+
+def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:
+    """Merge an adapter into the unquantised base, in float32, and save the result in the model's dtype.
+
+    A QLoRA adapter is merged into the unquantised base too, which rounds less than merging into NF4.
+    """
+    torch, peft = require("torch", "train"), require("peft", "train")
+    base = load_model(folder, model, dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    merged.to(dtype(model)).save_pretrained(target)
+
+
+def save_full(trained: Path, model: ModelSection, target: Path) -> None:
+    """Save fully fine-tuned float32 weights again in the model's dtype, for serving."""
+    torch = require("torch", "train")
+    load_model(str(trained), model, dtype=torch.float32).to(dtype(model)).save_pretrained(target)
+
+
+def _with_adapter(base: Any, lora: LoraSection) -> Any:
+    peft = require("peft", "train")
+    layers = None
+    if lora.top_layers is not None:
+        count = base.config.get_text_config().num_hidden_layers
+        layers = list(range(max(0, count - lora.top_layers), count))
+    targets: str | list[str] = list(lora.targets) or (_block_linears(base) if layers else "all-linear")
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        layers_to_transform=layers,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(base, config)
+    except ValueError as error:
+        raise RecipeError(
+            f"train.lora.targets {targets}: {error}; known linear layers: {_block_linears(base)}"
+        ) from error
+
+
+def _block_linears(base: Any) -> list[str]:
+    """Return the names of the linear layers inside the blocks, such as q_proj, without the head."""
+    torch = require("torch", "train")
+    head = base.get_output_embeddings()
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if (isinstance(module, torch.nn.Linear) or "Linear" in type(module).__name__) and module is not head
+    }
+    return sorted(names)
+
+
+def _quantization(model: ModelSection, train: TrainSection) -> Any:
+    torch, transformers = require("torch", "train"), require("transformers", "train")
+    require("bitsandbytes", "quant")
+    if train.method == "lora8":
+        if not torch.cuda.is_available():
+            raise RecipeError("train.method 'lora8' needs a CUDA GPU; use 'qlora', which runs on the CPU too")
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype(model),
+    )

@@ -1,0 +1,294 @@
+"""Supervised fine-tuning: TRL's SFTTrainer over planned steps, with loss on label rows only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.models import cpu_has_bf16
+from llmrec.recipe import TrainSection
+from llmrec.train.batches import Step, padded
+from llmrec.train.loss import label_loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What a training run did."""
+
+    method: str
+    steps: int
+    tokens: int
+    target_tokens: int
+    seconds: float
+    tokens_per_second: float
+    trainable_parameters: int
+    total_parameters: int
+    log: list[dict[str, Any]]
+    adapter_sha256: str
+
+
+class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose dataset rows are whole planned steps and whose head sees label rows only."""
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean loss over the step's targets."""
+        with mixed_precision(inputs["input_ids"].device):
+            total, count = label_loss(model, inputs["input_ids"], inputs["labels"])
+        loss = total / max(count, 1)
+        return (loss, {}) if return_outputs else loss
+
+
+def mixed_precision(device: Any) -> Any:
+    """Autocast to bfloat16 where the hardware multiplies it natively; adapters stay in float32."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16) if torch.cuda.is_bf16_supported() else nullcontext()
+    return torch.autocast("cpu", dtype=torch.bfloat16) if cpu_has_bf16() else nullcontext()
+
+
+def train(
+    model: Any,
+    encoder: Encoder,
+    steps: Sequence[Step],
+    valid: Mapping[str, Sequence[Row]],
+    section: TrainSection,
+    *,
+    folder: Path,
+    seed: int,
+    quiet: bool = False,
+) -> Training:
+    """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
+
+    A run that was killed goes on from its newest complete checkpoint in ``folder/checkpoints``.
+
+    Args:
+        model: From `llmrec.train.lora.load_trainable`.
+        encoder: Its tokenizer.
+        steps: Planned optimiser steps.
+        valid: Held-out validation rows by task, whose loss is followed.
+        section: The recipe's ``train`` section.
+        folder: The run folder.
+        seed: Seeds the order of steps and dropout.
+        quiet: Show no progress bar.
+    """
+    started = time.monotonic()
+    pad = encoder.tokenizer.pad_token_id
+    follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet)
+    trainer = LabelRowTrainer(
+        model=model,
+        args=_config(section, folder, len(steps), seed),
+        train_dataset=_StepList(steps, pad),
+        processing_class=encoder.tokenizer,
+        data_collator=_tensors,
+        callbacks=[follow],
+    )
+    checkpoint = _newest_checkpoint(folder / "checkpoints")
+    follow.open(resumed=checkpoint is not None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    adapter = folder / "adapter"
+    work = adapter.with_suffix(".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    model.save_pretrained(work)
+    shutil.rmtree(adapter, ignore_errors=True)
+    work.rename(adapter)
+    seconds = time.monotonic() - started
+    tokens = sum(step.tokens for step in steps)
+    return Training(
+        method=section.method,
+        steps=len(steps),
+        tokens=tokens,
+        target_tokens=sum(step.targets for step in steps),
+        seconds=seconds,
+        tokens_per_second=follow.speed(),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        log=follow.records,
+        adapter_sha256=weights_sha256(adapter),
+    )
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the sha256 over a folder's safetensors files, in name order."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def as_json(training: Training) -> dict[str, Any]:
+    """Return the record as JSON values."""
+    return asdict(training)
+
+
+class _StepList(torch.utils.data.Dataset):  # type: ignore[type-arg, misc]
+    """Planned steps as a map-style dataset: one item is the padded batch of one optimiser step."""
+
+    column_names = ("input_ids", "labels")
+
+    def __init__(self, steps: Sequence[Step], pad: int) -> None:
+        self.steps, self.pad = steps, pad
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> dict[str, list[list[int]]]:
+        ids, labels = padded(self.steps[index].rows, self.pad)
+        return {"input_ids": ids, "labels": labels}
+
+
+def _tensors(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    (item,) = items
+    return {name: torch.tensor(item[name]) for name in ("input_ids", "labels")}
+
+
+def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
+    return SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=section.schedule,
+        warmup_steps=max(1, round(section.warmup * steps)),
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        gradient_checkpointing=section.gradient_checkpointing,
+        # Autocast is entered around the loss, whose head is called outside the model's own forward.
+        bf16=False,
+        fp16=False,
+        logging_steps=1,
+        logging_strategy="steps",
+        save_strategy="steps",
+        save_steps=section.save_every,
+        save_total_limit=section.keep_checkpoints,
+        eval_strategy="no",
+        report_to=list(section.report_to) or "none",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        log_level="error",
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose state file, written last, is there."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+class _Follow(TrainerCallback):  # type: ignore[misc]
+    """Shows progress, measures speed, follows validation losses, and writes one JSON line a step."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        valid: Mapping[str, Sequence[Row]],
+        section: TrainSection,
+        log_file: Path,
+        *,
+        pad: int,
+        quiet: bool,
+    ) -> None:
+        self._mean_tokens = sum(step.tokens for step in steps) / max(len(steps), 1)
+        self._valid, self._section, self._file, self._pad = valid, section, log_file, pad
+        self.records: list[dict[str, Any]] = []
+        self._spent = 0.0
+        self._steps_timed = 0
+        self._step_start = 0.0
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            disable=quiet,
+        )
+        self._bar = self._progress.add_task("train", total=len(steps), loss=float("nan"), speed=0.0)
+
+    def open(self, *, resumed: bool) -> None:
+        """Start a new log, or read back the one that a resumed run continues."""
+        if resumed and self._file.is_file():
+            self.records = [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines() if line]
+        else:
+            self._file.write_text("", encoding="utf-8")
+
+    def speed(self) -> float:
+        """Tokens a second over the steps timed so far, validation excluded."""
+        return self._steps_timed * self._mean_tokens / self._spent if self._spent else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.records = [record for record in self.records if record["step"] <= state.global_step]
+        self._progress.start()
+        if not self.records:
+            self._record({"step": 0, "loss": None, "learning_rate": 0.0, "valid_loss": self._losses(kwargs["model"])})
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._spent += time.monotonic() - self._step_start
+        self._steps_timed += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        step = state.global_step
+        due = step % self._section.valid_every == 0 or step == state.max_steps
+        self._record(
+            {
+                "step": step,
+                "loss": float(logs["loss"]),
+                "learning_rate": float(logs.get("learning_rate", 0.0)),
+                "valid_loss": self._losses(kwargs["model"]) if due else None,
+            }
+        )
+        self._progress.update(self._bar, completed=step, loss=float(logs["loss"]), speed=self.speed())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.stop()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        record["tokens_per_second"] = self.speed()
+        self.records.append(record)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _losses(self, model: Any) -> dict[str, float] | None:
+        """Mean validation loss in nats a target token, by task."""
+        if not any(self._valid.values()):
+            return None
+        was_training = model.training
+        model.eval()
+        losses = {}
+        with torch.no_grad():
+            for task, rows in self._valid.items():
+                total, count = 0.0, 0
+                for start in range(0, len(rows), 8):
+                    ids, labels = padded(rows[start : start + 8], self._pad)
+                    inputs = torch.tensor(ids, device=model.device), torch.tensor(labels, device=model.device)
+                    with mixed_precision(model.device):
+                        loss, n = label_loss(model, *inputs)
+                    total, count = total + float(loss), count + n
+                if count:
+                    losses[task] = total / count
+        model.train(was_training)
+        return losses

@@ -1,0 +1,170 @@
+"""What every backend must do, whichever engine answers. vLLM here is the real engine on a tiny random model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.fake import FakeBackend
+from llmrec.errors import BackendError
+from llmrec.types import Backend, Message, Prompt, Segment
+
+TITLES = ("Heat (1995)", "Fargo (1996)", "Casino (1995)", "Heat", "Toy Story 2")
+LABELS = ("1", "2", "3", "4", "5")
+
+
+def prompt(question: str, given: str = "", stop: str | None = None) -> Prompt:
+    answer = (Segment("item", given),) if given else ()
+    return Prompt(messages=(Message("user", (Segment("text", question),)),), answer_prefix=answer, stop=stop)
+
+
+PROMPTS = (
+    prompt("Continue the list", "Toy Story\nAlien\n", "\n"),
+    prompt("Answer with one number"),
+    prompt("Continue the list of films that this person watched in order", "Brazil\nJaws\nRocky\n", "\n"),
+)
+
+
+def load_hf(folder: Path, **options: Any) -> Backend:
+    from llmrec.backends.hf import HFBackend
+    from llmrec.backends.models import load_model, load_tokenizer
+    from llmrec.recipe import ModelSection
+
+    section = ModelSection(name=str(folder), dtype="float32")
+    encoder = Encoder(load_tokenizer(str(folder), section), max_length=512)
+    return HFBackend(load_model(str(folder), section), encoder, **options)
+
+
+def load_vllm(folder: Path, route: str) -> Backend:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from llmrec.backends.models import load_tokenizer
+    from llmrec.backends.vllm import VLLMBackend
+    from llmrec.recipe import ModelSection
+
+    section = ModelSection(name=str(folder))
+    encoder = Encoder(load_tokenizer(str(folder), section), max_length=512)
+    return VLLMBackend(str(folder), encoder, dtype="float32", route=route)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def vllm_backend(llama_folder: Path) -> Iterator[Backend]:
+    backend = load_vllm(llama_folder, "forced")
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(params=["fake", "hf-packed", "hf-rows", pytest.param("vllm", marks=pytest.mark.vllm)])
+def backend(request: pytest.FixtureRequest, llama_folder: Path) -> Backend:
+    if request.param == "vllm":
+        engine: Backend = request.getfixturevalue("vllm_backend")
+        return engine
+    if request.param == "fake":
+        return FakeBackend()
+    return load_hf(llama_folder, packed=request.param == "hf-packed")
+
+
+def test_satisfies_the_protocol(backend: Backend) -> None:
+    assert isinstance(backend, Backend)
+    assert backend.capabilities <= {"generate", "score", "embed"}
+
+
+def test_scores_come_in_order_one_per_candidate(backend: Backend) -> None:
+    sets = [TITLES, LABELS, TITLES[:2]]
+    found = backend.score(PROMPTS, sets)
+    assert [len(scores.logprobs) for scores in found] == [5, 5, 2]
+    assert all(math.isfinite(value) and value < 0 for scores in found for value in scores.logprobs)
+    assert all(n >= 1 for scores in found for n in scores.tokens)
+
+
+def test_scores_do_not_depend_on_the_batch_or_on_candidate_order(backend: Backend) -> None:
+    together = backend.score(PROMPTS, [TITLES, TITLES, TITLES])
+    alone = backend.score(PROMPTS[2:], [TITLES[::-1]])[0]
+    assert together[2].logprobs == pytest.approx(alone.logprobs[::-1], abs=1e-4)
+
+
+def test_generates_in_order_and_within_the_limit(backend: Backend) -> None:
+    found = backend.generate(PROMPTS, max_tokens=6)
+    assert len(found) == 3
+    assert all(0 <= done.completion_tokens <= 6 for done in found)
+    assert all(done.finish_reason in ("stop", "length") for done in found)
+    assert "\n" not in found[0].text
+    assert [done.text for done in found] == [done.text for done in backend.generate(PROMPTS, max_tokens=6)]
+
+
+def test_embeds_or_says_that_it_does_not(backend: Backend) -> None:
+    if "embed" in backend.capabilities:
+        vectors = backend.embed(["Heat", "Fargo", "Heat"])
+        assert vectors.shape[0] == 3
+        assert vectors[0].tolist() == vectors[2].tolist() != vectors[1].tolist()
+    else:
+        with pytest.raises(BackendError, match="hf"):
+            backend.embed(["Heat"])
+
+
+# --------------------------------------------------------------------------- exactness
+
+
+def by_hand(backend: Any, asked: Prompt, text: str, *, closed: bool) -> float:
+    """Sum full-softmax log-probabilities over one plain forward of prompt + continuation."""
+    import torch
+
+    ids = backend.encoder.prompt(asked)
+    tail = list(backend.encoder.continuation(asked, text, closed=closed))
+    with torch.no_grad():
+        logprobs = backend.model(input_ids=torch.tensor([ids + tail])).logits[0].float().log_softmax(-1)
+    return float(sum(logprobs[len(ids) + k - 1, token] for k, token in enumerate(tail)))
+
+
+@pytest.mark.parametrize("kind", ["llama_folder", "qwen_folder"])
+@pytest.mark.parametrize("closed", [True, False])
+def test_packed_scores_equal_plain_forwards(kind: str, closed: bool, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    packed, rows = load_hf(folder, packed=True), load_hf(folder, packed=False)
+    found = packed.score(PROMPTS, [TITLES] * 3, closed=closed)
+    assert found[0].engine == "hf:packed"
+    assert rows.score(PROMPTS, [TITLES] * 3, closed=closed)[0].engine == "hf:rows"
+    for asked, scores, plain in zip(PROMPTS, found, rows.score(PROMPTS, [TITLES] * 3, closed=closed), strict=True):
+        expected = [by_hand(packed, asked, title, closed=closed) for title in TITLES]
+        assert scores.logprobs == pytest.approx(expected, abs=1e-4)
+        assert plain.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_labels_are_read_from_one_distribution(llama_folder: Path) -> None:
+    hf: Any = load_hf(llama_folder)
+    (found,) = hf.score(PROMPTS[1:2], [LABELS], closed=False)
+    assert found.engine == "hf:one-token"
+    assert found.logprobs == pytest.approx([by_hand(hf, PROMPTS[1], label, closed=False) for label in LABELS], abs=1e-4)
+
+
+def test_batched_generation_equals_one_by_one(llama_folder: Path) -> None:
+    hf = load_hf(llama_folder)
+    together = [done.text for done in hf.generate(PROMPTS, max_tokens=8)]
+    assert together == [hf.generate([asked], max_tokens=8)[0].text for asked in PROMPTS]
+
+
+@pytest.mark.vllm
+def test_vllm_scores_equal_transformers_in_float32(vllm_backend: Any, llama_folder: Path) -> None:
+    hf = load_hf(llama_folder)
+    for sets, closed, engine in (([TITLES] * 3, True, "vllm:forced"), ([LABELS] * 3, False, "vllm:one-token")):
+        ours, theirs = vllm_backend.score(PROMPTS, sets, closed=closed), hf.score(PROMPTS, sets, closed=closed)
+        assert ours[0].engine == engine
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=2e-3)
+    nodes = vllm_backend._nodes(
+        [vllm_backend.encoder.prompt(PROMPTS[0])],
+        [[vllm_backend.encoder.continuation(PROMPTS[0], title, closed=True) for title in TITLES]],
+    )
+    assert nodes[0] == pytest.approx(hf.score(PROMPTS[:1], [TITLES])[0].logprobs, abs=2e-3)
+
+
+@pytest.mark.vllm
+def test_vllm_greedy_text_equals_transformers_in_float32(vllm_backend: Backend, llama_folder: Path) -> None:
+    hf = load_hf(llama_folder)
+    assert [d.text for d in vllm_backend.generate(PROMPTS, max_tokens=8)] == [
+        d.text for d in hf.generate(PROMPTS, max_tokens=8)
+    ]

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.metrics.stats import Difference, holm, interval, interval_of, paired, paired_of, verdict
+
+_VALUES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=40)
+
+
+# ------------------------------------------------------------------ intervals
+
+
+def test_the_mean_of_many_users_has_the_normal_interval() -> None:
+    values = np.random.default_rng(0).normal(2.0, 1.0, size=2000)
+    found = interval(values, resamples=4000, seed=1)
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_the_root_mean_is_rmse() -> None:
+    errors = np.array([1.0, 0.0, 9.0, 4.0])
+    found = interval(errors, resamples=1000, seed=0, statistic="root_mean")
+    assert found.value == pytest.approx(math.sqrt(3.5))
+    assert 0 <= found.low < found.value < found.high <= 3
+
+
+@pytest.mark.parametrize("statistic", ["mean", "root_mean"])
+def test_bca_equals_scipy(statistic: Literal["mean", "root_mean"]) -> None:
+    values = np.random.default_rng(3).exponential(1.0, size=40)
+    found = interval(values, resamples=40_000, seed=0, statistic=statistic, method="bca")
+
+    def figure(sample: np.ndarray, axis: int = -1) -> np.ndarray:
+        mean = np.mean(sample, axis=axis)
+        return np.sqrt(mean) if statistic == "root_mean" else mean
+
+    theirs = scipy.stats.bootstrap((values,), figure, n_resamples=40_000, method="BCa", rng=1).confidence_interval
+    assert found.low == pytest.approx(theirs.low, abs=0.01)
+    assert found.high == pytest.approx(theirs.high, abs=0.015)
+    plain = interval(values, resamples=40_000, seed=0, statistic=statistic)
+    assert found.high > plain.high + 0.01  # skewed to the right: the correction moves the interval up
+
+
+def test_a_callable_gives_the_same_interval_as_the_mean_it_computes() -> None:
+    values = np.random.default_rng(0).random(700)
+    for method in ("percentile", "bca"):
+        direct = interval(values, resamples=3000, seed=5, method=method)
+        called = interval_of(lambda rows: values[rows].mean(axis=1), 700, resamples=3000, seed=5, method=method)
+        assert [direct.value, direct.low, direct.high] == pytest.approx([called.value, called.low, called.high])
+
+
+@settings(deadline=None)
+@given(values=_VALUES, seed=st.integers(0, 9), method=st.sampled_from(["percentile", "bca"]))
+def test_bounds_are_ordered_repeatable_and_inside_the_data(
+    values: list[float], seed: int, method: Literal["percentile", "bca"]
+) -> None:
+    for statistic in ("mean", "root_mean"):
+        found = interval(values, resamples=100, seed=seed, statistic=statistic, method=method)
+        assert found == interval(values, resamples=100, seed=seed, statistic=statistic, method=method)
+        root = math.sqrt if statistic == "root_mean" else float
+        assert root(min(values)) - 1e-9 <= found.low <= found.high <= root(max(values)) + 1e-9
+
+
+@given(values=_VALUES, order=st.randoms(use_true_random=False))
+def test_the_figure_does_not_depend_on_the_order_of_users(values: list[float], order: object) -> None:
+    shuffled = list(values)
+    order.shuffle(shuffled)  # type: ignore[attr-defined]
+    first, second = (interval(each, resamples=10, seed=0) for each in (values, shuffled))
+    assert first.value == pytest.approx(second.value, abs=1e-12)
+
+
+def test_equal_values_give_an_interval_without_width() -> None:
+    for method in ("percentile", "bca"):
+        found = interval(np.full(50, 0.25), resamples=200, seed=0, method=method)
+        assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
+
+
+def test_values_that_cannot_be_resampled_are_errors() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        interval([], resamples=10, seed=0)
+    with pytest.raises(ValueError, match="not finite"):
+        interval([0.5, math.nan], resamples=10, seed=0)
+    with pytest.raises(ValueError, match="at least 0"):
+        interval([0.5, -1.0], resamples=10, seed=0, statistic="root_mean")
+    with pytest.raises(ValueError, match="resamples"):
+        interval([0.5], resamples=0, seed=0)
+    with pytest.raises(ValueError, match="2 values against 1"):
+        paired([0.5, 1.0], [0.5], resamples=10, seed=0)
+
+
+# ------------------------------------------------------------------ paired differences
+
+
+def test_pairing_removes_what_both_arms_share() -> None:
+    rng = np.random.default_rng(0)
+    user = rng.normal(0, 5, size=300)
+    found = paired(user + 0.3 + rng.normal(0, 0.5, 300), user + rng.normal(0, 0.5, 300), resamples=2000, seed=0)
+    assert found.value == pytest.approx(0.3, abs=0.1)
+    assert 0 < found.low < found.value < found.high < 0.5
+    assert found.p == pytest.approx(2 / 2001)
+    assert verdict(found) == "shown"
+
+
+def test_a_paired_root_mean_is_a_difference_of_rmse() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random(200) * 2, rng.random(200)
+    found = paired(a, b, resamples=500, seed=0, statistic="root_mean")
+    assert found.value == pytest.approx(math.sqrt(a.mean()) - math.sqrt(b.mean()))
+    assert verdict(found, better="lower") == "contradicted"
+    assert verdict(found, better="higher") == "shown"
+
+
+def test_equal_arms_differ_by_nothing() -> None:
+    values = np.random.default_rng(0).random(100)
+    for statistic in ("mean", "root_mean"):
+        assert paired(values, values, resamples=300, seed=0, statistic=statistic) == Difference(0.0, 0.0, 0.0, 1.0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(pairs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=30), seed=st.integers(0, 9))
+def test_swapping_the_arms_mirrors_the_difference(pairs: list[tuple[float, float]], seed: int) -> None:
+    a, b = np.array(pairs).T
+    forth, back = paired(a, b, resamples=200, seed=seed), paired(b, a, resamples=200, seed=seed)
+    assert [forth.value, forth.low, forth.high] == pytest.approx([-back.value, -back.high, -back.low], abs=1e-12)
+    assert forth.p == pytest.approx(back.p)
+    assert 0 < forth.p <= 1
+
+
+def test_a_paired_callable_sees_both_arms_on_the_same_draw() -> None:
+    values = np.random.default_rng(0).random(60)
+    found = paired_of(lambda rows: values[rows].mean(1) - values[rows].mean(1), 60, resamples=100, seed=0)
+    assert found == Difference(0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "root_mean"])
+def test_a_against_a_is_called_different_in_five_percent(statistic: Literal["mean", "root_mean"]) -> None:
+    """1,500 pairs of arms that differ by chance alone: 200 users, a shared part and a part of each arm's own."""
+    rng = np.random.default_rng(11)
+    wrong = 0
+    for trial in range(1500):
+        user = rng.random(200)
+        a, b = (np.clip(user + rng.normal(0, 0.5, 200), 0, 2) for _ in range(2))
+        found = paired(a, b, resamples=400, seed=trial, statistic=statistic)
+        wrong += verdict(found) != "not shown"
+    assert 0.03 <= wrong / 1500 <= 0.07
+
+
+def test_intervals_cover_the_truth_in_ninety_five_percent() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(1000):
+        found = interval(rng.random(200) < 0.3, resamples=400, seed=trial)
+        covered += found.low <= 0.3 <= found.high
+    assert 0.92 <= covered / 1000 <= 0.97
+
+
+# ------------------------------------------------------------------ corrections and verdicts
+
+
+def test_holm_by_hand() -> None:
+    # Sorted .005 .01 .03 .04 times 4 3 2 1 is .02 .03 .06 .04; the last may not fall below .06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        holm([1.2])
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_never_lowers_and_keeps_the_order(p: list[float]) -> None:
+    adjusted = holm(p)
+    assert all(own <= new <= min(1.0, len(p) * own + 1e-12) or new == 1.0 for own, new in zip(p, adjusted, strict=True))
+    order = np.argsort(p, kind="stable")
+    assert (np.diff(np.array(adjusted)[order]) >= 0).all()
+
+
+def test_verdicts() -> None:
+    up, down = Difference(0.1, 0.02, 0.2, 0.01), Difference(-0.1, -0.2, -0.02, 0.01)
+    assert verdict(up) == "shown"
+    assert verdict(down) == "contradicted"
+    assert verdict(up, "lower") == "contradicted"
+    assert verdict(down, "lower") == "shown"
+    assert verdict(Difference(0.1, -0.01, 0.2, 0.08)) == "not shown"
+    assert verdict(up, p=0.06) == "not shown"  # after correction for several comparisons
+    assert verdict(up, alpha=0.005) == "not shown"

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from llmrec.errors import MissingExtra
+from llmrec.metrics import text as text_metrics
+from llmrec.metrics.stats import interval_of, paired_of
+from llmrec.metrics.text import bleu4, bleu4_statistic, distinct_n, rouge
+
+_REASON = "is not installed: pip install 'llmrec[text]'"
+
+TEXTS = [
+    "the cat sat on the mat",
+    "great sound and a comfortable fit",
+    "",
+    "I liked the story, but the ending was weak.",
+    "good",
+    "the battery lasts long and the screen is bright",
+]
+REFERENCES = [
+    "the cat sat on a mat",
+    "great sound and very comfortable",
+    "a fine film",
+    "I liked the story but not the ending.",
+    "good value",
+    "the screen is bright and the battery lasts long",
+]
+
+
+@pytest.fixture
+def sacrebleu() -> object:
+    return pytest.importorskip("sacrebleu", reason=f"sacrebleu {_REASON}")
+
+
+@pytest.fixture
+def rouge_score() -> object:
+    return pytest.importorskip("rouge_score", reason=f"rouge-score {_REASON}")
+
+
+def test_bleu_by_hand(sacrebleu: object) -> None:
+    # 5/6, 3/5, 2/4 and 1/3 of the n-grams match; lengths are equal, so there is no brevity penalty.
+    assert bleu4(["the cat sat on the mat"], ["the cat sat on a mat"]) == pytest.approx((5 / 6 * 3 / 5 / 2 / 3) ** 0.25)
+    assert bleu4(REFERENCES, REFERENCES) == pytest.approx(1.0)
+    assert bleu4(["", "x"], ["some words", "y"]) == 0.0
+
+
+def test_the_statistic_is_sacrebleu_on_every_resample(sacrebleu: object) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, len(TEXTS), size=(200, len(TEXTS)))
+    values = bleu4_statistic(TEXTS, REFERENCES)(rows)
+    expected = [bleu4([TEXTS[i] for i in row], [REFERENCES[i] for i in row]) for row in rows]
+    assert np.abs(values - expected).max() < 1e-9
+    assert len(set(values.round(9))) > 50
+
+
+def test_the_statistic_takes_index_rows_of_any_length(sacrebleu: object) -> None:
+    statistic = bleu4_statistic(TEXTS, REFERENCES)
+    assert statistic(np.array([[0]]))[0] == pytest.approx(bleu4(TEXTS[:1], REFERENCES[:1]))
+    assert statistic(np.array([[2], [4]])).tolist() == [0.0, 0.0]
+
+
+def test_intervals_of_a_corpus_bleu(sacrebleu: object) -> None:
+    statistic = bleu4_statistic(TEXTS, REFERENCES)
+    found = interval_of(statistic, len(TEXTS), resamples=500, seed=0)
+    assert found.value == pytest.approx(bleu4(TEXTS, REFERENCES))
+    assert 0 <= found.low < found.value < found.high <= 1
+    perfect = bleu4_statistic(REFERENCES, REFERENCES)
+    lead = paired_of(lambda rows: perfect(rows) - statistic(rows), len(TEXTS), resamples=500, seed=0)
+    assert lead.value == pytest.approx(1 - found.value)
+    assert lead.low > 0 and lead.p < 0.05
+
+
+def test_rouge_by_hand(rouge_score: object) -> None:
+    # Reference of 3 words, text of 2: both words match, so precision 1 and recall 2/3.
+    scores = rouge(["the cat", "sat cat the", ""], ["the cat sat"] * 3)
+    assert scores["ROUGE-1"].tolist() == pytest.approx([0.8, 1.0, 0.0])
+    # The longest common subsequence of "sat cat the" and "the cat sat" has one word.
+    assert scores["ROUGE-L"].tolist() == pytest.approx([0.8, 1 / 3, 0.0])
+
+
+def test_distinct_by_hand() -> None:
+    # the-cat, cat-sat, the-cat: two of three bigrams differ.
+    assert distinct_n(["the cat sat", "The cat"], 2) == pytest.approx(2 / 3)
+    assert distinct_n(["a a a"], 1) == pytest.approx(1 / 3)
+    assert distinct_n(["one", ""], 2) == 0.0
+    with pytest.raises(ValueError, match="at least 1"):
+        distinct_n(["a"], 0)
+
+
+def test_lengths_must_agree_and_be_positive() -> None:
+    for metric in (bleu4, bleu4_statistic, rouge):
+        with pytest.raises(ValueError, match="2 texts but 1 references"):
+            metric(["a", "b"], ["a"])
+        with pytest.raises(ValueError, match="no requests"):
+            metric([], [])
+
+
+def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
+    monkeypatch.setitem(__import__("sys").modules, "rouge_score", None)
+    monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(MissingExtra, match=r"llmrec\[text\]"):
+        bleu4(["a"], ["a"])
+    with pytest.raises(MissingExtra, match=r"llmrec\[text\]"):
+        rouge(["a"], ["a"])
+
+
+def test_bleu_from_sums_without_the_library() -> None:
+    # Sums of the first pair above, then the same matches in a text of half the reference's length.
+    sums = np.array([[5, 3, 2, 1, 6, 5, 4, 3, 6, 6], [5, 3, 2, 1, 6, 5, 4, 3, 6, 12], [0] * 4 + [6, 5, 4, 3, 6, 6]])
+    whole = (5 / 6 * 3 / 5 / 2 / 3) ** 0.25
+    assert text_metrics._bleu(sums.astype(float)).tolist() == pytest.approx([whole, whole * math.exp(-1), 0.0])
