@@ -113,10 +113,10 @@ def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quie
 
 @app.command("eval")
 def evaluate(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet: Quiet = False) -> None:
-    """Evaluate a recipe and write its report, training first where the tuned arm needs it."""
+    """Evaluate with the adapter that `train` left, and write the report; never trains."""
     from llmrec.build import pipeline
 
-    _finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet))
+    _finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet, may_train=False))
 
 
 @app.command()
@@ -137,9 +137,8 @@ def doctor() -> None:
     wrong = 0
     for finding in examine():
         wrong += bool(finding.mend)
-        _say(
-            f"{'✗' if finding.mend else '✓'} {finding.name}: {finding.found}{'. Mend: ' + finding.mend if finding.mend else ''}"
-        )
+        mend = f". Mend: {finding.mend}" if finding.mend else ""
+        _say(f"{'✗' if finding.mend else '✓'} {finding.name}: {finding.found}{mend}")
     if wrong:
         raise typer.Exit(1)
 

@@ -66,17 +66,13 @@ def compiled(source: str) -> Compiled:
         Refused: If it holds anything else; naming the line and the construct.
     """
     names: set[str] = set()
-    for node in _parse(source).body:
-        _walk(node, 0, None, names)
-    return Compiled(frozenset(names), _ENVIRONMENT.from_string(source))
-
-
-def _parse(source: str) -> nodes.Template:
     try:
-        return _ENVIRONMENT.parse(source)
+        for node in _ENVIRONMENT.parse(source).body:
+            _walk(node, 0, None, names)
+        return Compiled(frozenset(names), _ENVIRONMENT.from_string(source))
     except TemplateError as error:
-        raise Refused(getattr(error, "lineno", 1), str(error.message)) from None
-    except (RecursionError, ValueError, MemoryError, OverflowError):
+        raise Refused(getattr(error, "lineno", None) or 1, str(error.message)) from None
+    except (RecursionError, ValueError, MemoryError, OverflowError, SyntaxError):
         raise Refused(1, "an expression too deep or a number too long to read") from None
 
 

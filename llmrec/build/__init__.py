@@ -1,0 +1,1 @@
+"""From a recipe to objects and runs; the only package that reads a whole recipe."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Evaluation:
             for family in self._study.tasks:
                 for name in self._study.section(family).baselines:
                     spec = RowSpec(self._study.tasks[family].family, "baseline", name)
-                    rows.append(self._row(spec, "numpy", "", lambda spec=spec: self._baseline(spec)))
+                    rows.append(self._row(spec, "numpy", "", partial(self._baseline, spec)))
         return rows
 
     def arms(self, weights: Mapping[str, tuple[str, str]], engines: Engines) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The main job: recipe -> data -> training -> evaluation -> report, each stage reused where its inputs are unchanged."""
+"""The main job: data, training, evaluation, report; each stage is reused where its inputs are unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from llmrec.build.evaluation import Evaluation, Row
 from llmrec.build.results import write_results
 from llmrec.build.stages import Budget, locked
 from llmrec.build.study import Study, build_study, folder_of
-from llmrec.build.training import train_stage
+from llmrec.build.training import train_stage, trained
+from llmrec.errors import RecipeError
 from llmrec.recipe import Recipe
 from llmrec.recipe_file import dump
 
@@ -38,18 +39,30 @@ class Run:
     report: Path
 
 
-def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False) -> Run:
+def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, may_train: bool = True) -> Run:
     """Run a whole recipe and return its results.
 
     Args:
         recipe: From `llmrec.load_recipe`.
         out: The run folder; ``runs/<name>`` by default.
         quiet: Show no progress bars.
+        may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error.
+
+    Raises:
+        RecipeError: If the tuned arm has no adapter and ``may_train`` is off.
     """
     folder = folder_of(recipe, Path(out) if out is not None else None)
     with locked(folder):
         session = open_session(recipe, folder, quiet=quiet)
-        training = session.train() if "tuned" in recipe.eval.arms else None
+        training = None
+        if "tuned" in recipe.eval.arms:
+            training = session.trained()
+            if training is None and not may_train:
+                raise RecipeError(
+                    f"{folder} holds no adapter made by this recipe, which the tuned arm needs; run "
+                    "`llmrec train` first, or evaluate other arms with 'eval.arms=[zero-shot, few-shot]'"
+                )
+            training = training or session.train()
         results = session.evaluate(training)
         return Run(folder, results, report(folder))
 
@@ -78,6 +91,10 @@ class Session:
     folder: Path
     budget: Budget
     quiet: bool
+
+    def trained(self) -> dict[str, Any] | None:
+        """Return the training record that this recipe left in the folder, if any."""
+        return trained(self.study, self.base, self.folder)
 
     def train(self) -> dict[str, Any]:
         """Train, or reuse."""

@@ -109,7 +109,8 @@ def training_templates(section: TaskSection, known: Mapping[str, Template]) -> t
 def _template(family: str, name: str, known: Mapping[str, Template]) -> Template:
     if name not in known:
         raise RecipeError(
-            f"tasks.{family}: no template {name!r}{did_you_mean(name, known)}; known: {', '.join(known)} (prompts/{family}/)"
+            f"tasks.{family}: no template {name!r}{did_you_mean(name, known)}; "
+            f"known: {', '.join(known)} (prompts/{family}/)"
         )
     return known[name]
 

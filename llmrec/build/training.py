@@ -78,15 +78,21 @@ def training_key(study: Study, folder: str) -> str:
     )
 
 
+def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
+    """Return the record of a finished training from the same inputs, if this folder holds one."""
+    done = read_stage(folder / "train.json", training_key(study, base))
+    return done if (folder / "merged" / "config.json").is_file() else None
+
+
 def train_stage(
     study: Study, encoder: Encoder, base: str, folder: Path, budget: Budget, *, quiet: bool = False
 ) -> dict[str, Any]:
     """Train and merge, or reuse what an earlier run left; returns the ``training`` part of results.json."""
-    key = training_key(study, base)
-    done = read_stage(folder / "train.json", key)
-    if done is not None and (folder / "merged" / "config.json").is_file():
+    done = trained(study, base, folder)
+    if done is not None:
         log.info("training: reusing %s", folder / "adapter")
         return done
+    key = training_key(study, base)
     from llmrec.train import lora, sft
 
     model_section, section = study.recipe.model, study.recipe.train

@@ -41,7 +41,8 @@ def texts(table: Table, column: str) -> pl.Series:
         series = series.list.join(", ")
     elif series.dtype.is_float():
         # Whole numbers turn into floats on their way through other libraries; ids must survive that.
-        whole = (series.is_null() | (series.is_finite() & (series == series.round(0)) & (series.abs() < 2**53))).all()
+        series = series.fill_nan(None)
+        whole = ((series == series.round(0)) & (series.abs() < 2**53)).all()
         series = series.cast(pl.Int64) if whole else series
     found = series.cast(pl.String).fill_null("")
     row = _first(found.str.contains("\0", literal=True))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 from llmrec.errors import DataError
@@ -53,7 +53,7 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
         if md5 is not None and digest.hexdigest() != md5:
             raise DataError(f"{url} has the MD5 {digest.hexdigest()} and not the published {md5}; try again later")
         part.replace(target)
-    except (OSError, urllib.error.URLError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise DataError(f"{url} cannot be fetched ({error})") from error
     finally:
         part.unlink(missing_ok=True)

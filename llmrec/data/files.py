@@ -91,16 +91,28 @@ def read_bytes(path: Path) -> tuple[bytes, str]:
     try:
         stored = path.read_bytes()
     except FileNotFoundError as error:
-        folder = path.parent
-        names = [other.name for other in folder.iterdir()] if folder.is_dir() else []
-        hint = did_you_mean(path.name, names) if folder.is_dir() else f": there is no folder {str(folder)!r}"
-        raise DataError(f"{path}: there is no such file{hint}; check data.path and data.items") from error
+        raise DataError(f"{path}: there is no such file{_near(path)}; check data.path and data.items") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); check data.path and data.items") from error
     raw = unpack(str(path), stored) if path.suffix.lower() == ".gz" else stored
     if not raw:
         raise DataError(f"{path} is empty; write the table again")
     return raw, hashlib.sha256(stored).hexdigest()
+
+
+def user_path(text: str) -> Path:
+    """Return a path from a recipe, with ``~`` for the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user: the file of that name will be reported as missing
+        return Path(text)
+
+
+def _near(path: Path) -> str:
+    try:
+        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return f" (nor a folder {str(path.parent)!r} that can be read)"
 
 
 def unpack(name: str, stored: bytes) -> bytes:
@@ -314,12 +326,7 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
     Raises:
         DataError: If there are no rows, or two columns have one name.
     """
-    flat = [
-        column.name
-        for column in table.schema
-        if not (pa.types.is_nested(column.type) or pa.types.is_binary(column.type))
-        or (pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type))
-    ]
+    flat = [column.name for column in table.schema if _plain(column.type)]
     _names(name, table.column_names)
     if not table.num_rows or not flat:
         raise DataError(f"{name} has no rows or no plain columns; write the table again")
@@ -330,3 +337,15 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
     if not isinstance(frame, pl.DataFrame):
         raise DataError(f"{name} is not a table; write it again")
     return Table(name, frame, sha256)
+
+
+def _plain(kind: Any) -> bool:
+    """Whether a column can hold ids, numbers, times or texts."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return bool(types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return bool(types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+    tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
+    more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
+    return any(test(kind) for test in (*tests, *more))

@@ -19,7 +19,7 @@ from llmrec.data.assemble import assemble
 from llmrec.data.columns import ids, numbers, texts
 from llmrec.data.dataset import Dataset
 from llmrec.data.download import fetch, members
-from llmrec.data.files import Table, delimited, read_bytes, unpack
+from llmrec.data.files import Table, delimited, read_bytes, unpack, user_path
 from llmrec.errors import DataError
 from llmrec.recipe import Columns, DataSection
 from llmrec.resources import cache_dir
@@ -148,8 +148,12 @@ def _locate(what: _Published, section: DataSection) -> _Found:
             f"data.columns and data.items are for source 'table'; source {what.name!r} knows its own columns"
         )
     if section.path is not None:
-        path = Path(section.path).expanduser()
-        found = _in_archive(what, path) if path.suffix == ".zip" and path.is_file() else _in_folder(what, _folder(path))
+        path = user_path(section.path)
+        folder = path.parent if path.is_file() else path
+        if path.suffix == ".zip" and path.is_file():
+            found = _in_archive(what, path)
+        else:
+            found = _in_folder(what, folder) or _in_folder(what, folder / what.folder)
         if found is None:
             wanted = " or ".join(" + ".join(layout[:2]) for layout in what.layouts)
             raise DataError(f"data.path={section.path} does not hold {wanted} (each may end in .gz); correct data.path")
@@ -170,10 +174,6 @@ def _locate(what: _Published, section: DataSection) -> _Found:
     if found is None:
         raise DataError(f"{archive} does not hold {what.name}; delete it and try again")
     return found
-
-
-def _folder(path: Path) -> Path:
-    return path.parent if path.is_file() else path
 
 
 def _wheel_folder(what: _Published) -> Path | None:

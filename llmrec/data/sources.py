@@ -11,7 +11,7 @@ from llmrec.data.assemble import assemble
 from llmrec.data.catalogue import catalogue
 from llmrec.data.columns import find, ids, numbers, texts, times
 from llmrec.data.dataset import Dataset
-from llmrec.data.files import Table, from_arrow, read_table
+from llmrec.data.files import Table, from_arrow, read_table, user_path
 from llmrec.data.movielens import movielens_100k, movielens_small
 from llmrec.errors import DataError, require
 from llmrec.recipe import DataSection
@@ -94,7 +94,7 @@ def _name(path: str) -> str:
 
 
 def _read(path: str) -> Table:
-    return _read_hub(path) if path.startswith(_HUB) else read_table(Path(path).expanduser())
+    return _read_hub(path) if path.startswith(_HUB) else read_table(user_path(path))
 
 
 def _read_hub(path: str) -> Table:

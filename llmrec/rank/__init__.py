@@ -1,0 +1,1 @@
+"""Strategies that turn a backend into a predictor."""

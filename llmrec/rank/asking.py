@@ -54,9 +54,8 @@ class Asker:
             BackendError: If it does not.
         """
         if capability not in self.backend.capabilities:
-            raise BackendError(
-                f"backend {self.backend.name!r} cannot {capability}; it offers {', '.join(sorted(self.backend.capabilities))}"
-            )
+            offered = ", ".join(sorted(self.backend.capabilities))
+            raise BackendError(f"backend {self.backend.name!r} cannot {capability}; it offers {offered}")
 
     def batches(self, requests: Sequence[Request]) -> Iterator[tuple[Sequence[Request], list[Prompt]]]:
         """Yield batches with their prompts, reporting progress after each."""

@@ -14,7 +14,7 @@ IGNORED = -100
 _CHUNK = 256
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
+class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """Sum of cross-entropies through a frozen head; the gradient is formed in the forward pass.
 
     With the head frozen only d(loss)/d(hidden) = (softmax - onehot) W is ever needed, so each chunk of logits is

@@ -134,7 +134,7 @@ def as_json(training: Training) -> dict[str, Any]:
     return asdict(training)
 
 
-class _StepList(torch.utils.data.Dataset):  # type: ignore[type-arg, misc]
+class _StepList(torch.utils.data.Dataset):  # type: ignore[misc]
     """Planned steps as a map-style dataset: one item is the padded batch of one optimiser step."""
 
     column_names = ("input_ids", "labels")

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.baselines.knn import ItemKNN
+from llmrec.baselines.markov import Markov
+from llmrec.baselines.popular import Popularity, Random
+from llmrec.baselines.ranked import TOP
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset
+from llmrec.types import Event, Item, Ranking, Request
+
+
+def _trained(sequences: dict[str, list[str]], catalogue: list[str]) -> SplitDataset:
+    """A split whose training rows are these sequences, and nothing held out."""
+    rows = [(user, item, float(place)) for user, items in sorted(sequences.items()) for place, item in enumerate(items)]
+    frame = pl.DataFrame(
+        rows, schema={"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Float64}, orient="row"
+    )
+    items = {item: Item(item_id=item, title=item) for item in catalogue}
+    data = Dataset(name="toy", noun="things", interactions=frame, items=items)
+    none = data.interactions.clear()
+    return SplitDataset(
+        dataset=data,
+        kind="leave_one_out",
+        seed=0,
+        train=data.interactions,
+        valid=none,
+        test=none,
+        held_out=frozenset(),
+    )
+
+
+def _ask(predictor: Random | Popularity | ItemKNN | Markov, history: str, candidates: str | None) -> Ranking:
+    request = Request(
+        id="r",
+        user_id="asker",
+        history=tuple(Event(item_id=item) for item in history),
+        candidates=None if candidates is None else tuple(candidates),
+    )
+    (answer,) = predictor.answer([request])
+    assert isinstance(answer, Ranking)
+    return answer
+
+
+def _scores(ranking: Ranking) -> dict[str, float]:
+    return dict(zip(ranking.items, ranking.scores, strict=True))
+
+
+LETTERS = {"u1": list("abcd"), "u2": list("abd"), "u3": list("bca"), "u4": list("ad")}
+
+
+# ------------------------------------------------------------------ popularity and chance
+
+
+def test_popularity_counts_training_interactions() -> None:
+    model = Popularity()
+    model.fit(_trained(LETTERS, list("abcdez")))
+    assert _scores(_ask(model, "", "zeabcd")) == {"a": 4.0, "b": 3.0, "d": 3.0, "c": 2.0, "e": 0.0, "z": 0.0}
+
+
+def test_whole_catalogues_are_cut_after_the_tied_block_at_the_top() -> None:
+    many = {f"u{n}": [f"i{k}" for k in range(n, 150)] for n in range(1, 150)}
+    catalogue = [f"i{k}" for k in range(300)]
+    model = Popularity()
+    model.fit(_trained(many, catalogue))
+    answer = _ask(model, "", None)
+    assert len(answer.items) == TOP and answer.items[:2] == ("i149", "i148")
+    few = Popularity()
+    few.fit(_trained({"u": ["i0", "i1"]}, catalogue))
+    # Two items have a count; the hundredth place falls among the 298 without one, which stay together.
+    assert len(_ask(few, "", None).items) == 300
+    chance = Random()
+    chance.fit(_trained(many, catalogue))
+    assert len(_ask(chance, "", None).items) == TOP
+
+
+def test_chance_is_uniform_and_moves_with_the_seed_and_the_request() -> None:
+    model = Random(seed=1)
+    model.fit(_trained(LETTERS, list("abcd")))
+    requests = [Request(id=f"r{n}", user_id="u", candidates=tuple("abcdefghij")) for n in range(5000)]
+    answers = model.answer(requests)
+    places = Counter(answer.items.index("g") for answer in answers if isinstance(answer, Ranking))
+    statistic = sum((places[place] - 500) ** 2 / 500 for place in range(10))
+    assert statistic < 27.9  # chi-square with 9 degrees of freedom, p = .001
+    other = Random(seed=2)
+    other.fit(_trained(LETTERS, list("abcd")))
+    assert other.answer(requests[:20]) != answers[:20]
+
+
+# ------------------------------------------------------------------ item-knn
+
+
+def test_cosines_by_hand() -> None:
+    model = ItemKNN(history=5, decay=1.0)
+    model.fit(_trained(LETTERS, list("abcd")))
+    # a has 4 readers, b 3, c 2, d 3; a and b share 3, a and c 2, a and d 3.
+    scores = _scores(_ask(model, "a", "bcd"))
+    assert scores == pytest.approx({"b": 3 / math.sqrt(12), "c": 2 / math.sqrt(8), "d": 3 / math.sqrt(12)}, abs=1e-5)
+
+
+def test_later_items_of_the_history_weigh_more() -> None:
+    pairs = {"u1": list("ax"), "u2": list("by")}
+    model = ItemKNN()
+    model.fit(_trained(pairs, list("abxy")))
+    assert _ask(model, "ab", "xy").items == ("y", "x")
+    assert _ask(model, "ba", "xy").items == ("x", "y")
+    assert _scores(_ask(model, "ab", "xy")) == pytest.approx({"y": 1.0, "x": 0.8}, abs=1e-5)
+
+
+def test_without_neighbours_popularity_decides() -> None:
+    model = ItemKNN()
+    model.fit(_trained(LETTERS, list("abcdz")))
+    assert _ask(model, "", "cab").items == ("a", "b", "c")
+    assert _ask(model, "z", "cab").items == ("a", "b", "c")
+
+
+_SEQUENCES = st.dictionaries(
+    st.sampled_from(["u1", "u2", "u3", "u4", "u5"]),
+    st.lists(st.sampled_from("abcdef"), min_size=1, max_size=12),
+    min_size=1,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sequences=_SEQUENCES, history=st.text("abcdefz", max_size=10), window=st.integers(1, 6), decay=st.floats(0.1, 1))
+def test_knn_equals_dense_cosines(sequences: dict[str, list[str]], history: str, window: int, decay: float) -> None:
+    model = ItemKNN(history=window, decay=decay)
+    model.fit(_trained(sequences, list("abcdef")))
+    found = _scores(_ask(model, history, "abcdefz"))
+    readers = {item: {user for user, items in sequences.items() if item in items} for item in "abcdefz"}
+    for item, score in found.items():
+        expected = 0.0
+        for age, past in enumerate(reversed(history[-window:])):
+            both = len(readers[item] & readers[past])
+            if past != item and both:
+                expected += decay**age * both / math.sqrt(len(readers[item]) * len(readers[past]))
+        assert expected - 1e-9 <= score <= expected + 1.1e-6  # the rest is the tie filler
+
+
+# ------------------------------------------------------------------ markov
+
+
+def test_transitions_by_hand() -> None:
+    model = Markov(order=1, popularity=0.0)
+    model.fit(_trained(LETTERS, list("abcd")))
+    # a is followed by b twice and by d once; only the last item of the history votes.
+    assert _scores(_ask(model, "ca", "bcd")) == {"b": 2.0, "d": 1.0, "c": 0.0}
+
+
+def test_skips_and_ages_decay() -> None:
+    model = Markov(order=3, decay=0.5, popularity=0.0)
+    model.fit(_trained({"u": list("abcd")}, list("abcd")))
+    assert _scores(_ask(model, "a", "bcd")) == {"b": 1.0, "c": 0.5, "d": 0.25}
+    # b votes for d with .5 (a skip), a with .5 * .25 (older by one, two skips).
+    assert _scores(_ask(model, "ab", "d")) == {"d": 0.5 + 0.5 * 0.25}
+
+
+def test_steps_do_not_cross_from_one_user_to_the_next() -> None:
+    model = Markov(popularity=0.0)
+    model.fit(_trained({"u1": ["a"], "u2": ["b"]}, list("ab")))
+    assert _scores(_ask(model, "a", "b")) == {"b": 0.0}
+
+
+def test_popularity_fills_ties() -> None:
+    model = Markov(order=1)
+    model.fit(_trained(LETTERS, list("abcdz")))
+    assert _ask(model, "", "zcab").items == ("a", "b", "c", "z")
+    assert _scores(_ask(model, "a", "b")) == pytest.approx({"b": 2.003})
+
+
+@settings(deadline=None, max_examples=60)
+@given(sequences=_SEQUENCES, history=st.text("abcdefz", max_size=10), order=st.integers(1, 6), decay=st.floats(0.1, 1))
+def test_markov_equals_counting_one_by_one(
+    sequences: dict[str, list[str]], history: str, order: int, decay: float
+) -> None:
+    model = Markov(order=order, decay=decay, popularity=1e-3)
+    model.fit(_trained(sequences, list("abcdef")))
+    steps: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    popularity = Counter(item for items in sequences.values() for item in items)
+    for items in sequences.values():
+        for place, item in enumerate(items):
+            for later in range(place + 1, min(place + order + 1, len(items))):
+                steps[item][items[later]] += decay ** (later - place - 1)
+    for item, score in _scores(_ask(model, history, "abcdefz")).items():
+        votes = sum(decay**age * steps[past][item] for age, past in enumerate(reversed(history[-order:])))
+        assert score == pytest.approx(votes + 1e-3 * popularity[item], abs=1e-9)
+
+
+@pytest.mark.parametrize("settings_", [{"order": 0}, {"decay": 0.0}, {"decay": 1.1}, {"popularity": -1.0}])
+def test_markov_settings_out_of_range_are_errors(settings_: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Markov(**settings_)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings_", [{"history": 0}, {"decay": 0.0}, {"decay": 1.1}])
+def test_knn_settings_out_of_range_are_errors(settings_: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        ItemKNN(**settings_)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ they find what is there
+
+
+def test_on_a_walk_with_structure_markov_beats_knn_beats_popularity_beats_chance() -> None:
+    """Users walk through a ring of 40 items: from each it goes 1 ahead mostly, and at times jumps to a popular one."""
+    rng = np.random.default_rng(0)
+    sequences: dict[str, list[str]] = {}
+    for user in range(300):
+        place, walk = int(rng.integers(40)), []
+        for _ in range(10):
+            place = (place + 1) % 40 if rng.random() < 0.7 else int(40 * rng.random() ** 2)
+            walk.append(f"i{place:02d}")
+        sequences[f"u{user}"] = walk
+    data = _trained({user: walk[:-1] for user, walk in sequences.items()}, [f"i{n:02d}" for n in range(40)])
+    hits = []
+    for model in (Random(), Popularity(), ItemKNN(), Markov()):
+        model.fit(data)
+        requests = [
+            Request(
+                id=user,
+                user_id=user,
+                history=tuple(Event(item_id=item) for item in walk[:-1]),
+                candidates=tuple(data.dataset.items),
+            )
+            for user, walk in sequences.items()
+        ]
+        answers = model.answer(requests)
+        found = [isinstance(a, Ranking) and sequences[a.request_id][-1] in a.items[:3] for a in answers]
+        hits.append(sum(found) / len(found))
+    chance, popular, knn, markov = hits
+    assert chance < 0.15 and chance < popular < knn < markov
+    assert markov > 0.6

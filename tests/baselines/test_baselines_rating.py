@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+
+from llmrec.baselines.rating import GlobalMean, ItemMean, UserItemBias, UserMean
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset
+from llmrec.types import Event, Item, Rating, Request
+
+Rows = list[tuple[str, str, float | None]]
+ROWS: Rows = [("u1", "a", 5.0), ("u1", "b", 3.0), ("u2", "a", 4.0), ("u2", "c", 1.0), ("u3", "c", None)]
+
+
+def _trained(rows: Rows, scale: tuple[float, float] | None = (1.0, 5.0)) -> SplitDataset:
+    frame = pl.DataFrame(rows, schema={"user_id": pl.String, "item_id": pl.String, "rating": pl.Float64}, orient="row")
+    items = {item: Item(item_id=item, title=item) for item in sorted({row[1] for row in rows})}
+    data = Dataset(name="toy", noun="things", interactions=frame, items=items, rating_scale=scale)
+    none = data.interactions.clear()
+    return SplitDataset(
+        dataset=data,
+        kind="leave_one_out",
+        seed=0,
+        train=data.interactions.sort("user_id"),
+        valid=none,
+        test=none,
+        held_out=frozenset(),
+    )
+
+
+def _value(model: GlobalMean | UserMean | ItemMean | UserItemBias, user: str, item: str, *history: Event) -> float:
+    (answer,) = model.answer([Request(id="r", user_id=user, item=item, history=history)])
+    assert isinstance(answer, Rating)
+    return answer.value
+
+
+def test_means_by_hand() -> None:
+    world, user, item = GlobalMean(), UserMean(), ItemMean()
+    for model in (world, user, item):
+        model.fit(_trained(ROWS))
+    assert _value(world, "u1", "c") == 13 / 4
+    assert _value(user, "u1", "c") == 4.0
+    assert _value(user, "u2", "b") == 2.5
+    assert _value(item, "u9", "a") == 4.5
+    assert _value(item, "u1", "c") == 1.0
+
+
+def test_what_is_unknown_falls_back_to_the_item_and_then_to_the_global_mean() -> None:
+    user, item = UserMean(), ItemMean()
+    user.fit(_trained(ROWS))
+    item.fit(_trained(ROWS))
+    assert _value(user, "u9", "a") == 4.5
+    assert _value(user, "u3", "a") == 4.5  # u3 is in the training data, without a rating
+    assert _value(user, "u9", "new") == 13 / 4
+    assert _value(item, "u1", "new") == 13 / 4
+
+
+def test_an_unknown_user_is_judged_by_the_history_of_the_request() -> None:
+    user, bias = UserMean(), UserItemBias(user_penalty=1.0)
+    user.fit(_trained(ROWS))
+    bias.fit(_trained(ROWS))
+    past = (Event(item_id="a", rating=2.0), Event(item_id="b", rating=1.0), Event(item_id="c"))
+    assert _value(user, "u9", "b", *past) == 1.5
+    assert _value(bias, "u9", "b", *past) < _value(bias, "u9", "b") - 0.5
+    # A known user's level is learned in training and does not move with the request.
+    assert _value(user, "u1", "b", *past) == 4.0
+    assert _value(bias, "u1", "b", *past) == _value(bias, "u1", "b")
+
+
+def test_biases_solve_the_ridge_problem_exactly() -> None:
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(0, 12, 150), rng.integers(0, 9, 150)
+    ratings = np.clip(np.round(3 + users / 8 - items / 6 + rng.normal(0, 0.7, 150)), 1, 5)
+    rows: Rows = [(f"u{u:02d}", f"i{i}", float(r)) for u, i, r in zip(users, items, ratings, strict=True)]
+    model = UserItemBias(user_penalty=2.0, item_penalty=5.0)
+    model.fit(_trained(rows))
+    design = np.zeros((150 + 21, 21))
+    design[np.arange(150), users] = 1
+    design[np.arange(150), 12 + items] = 1
+    design[150 + np.arange(21), np.arange(21)] = np.sqrt([2.0] * 12 + [5.0] * 9)
+    target = np.concatenate([ratings - ratings.mean(), np.zeros(21)])
+    exact = np.linalg.lstsq(design, target, rcond=None)[0]
+    for user in range(12):
+        for item in range(9):
+            expected = np.clip(ratings.mean() + exact[user] + exact[12 + item], 1, 5)
+            assert _value(model, f"u{user:02d}", f"i{item}") == pytest.approx(expected, abs=1e-8)
+    assert _value(model, "nobody", "i3") == pytest.approx(ratings.mean() + exact[12 + 3], abs=1e-8)
+    assert _value(model, "u03", "nothing") == pytest.approx(ratings.mean() + exact[3], abs=1e-8)
+
+
+def test_predictions_stay_on_the_scale() -> None:
+    rows: Rows = [(f"u{n}", "good", 5.0) for n in range(30)] + [("u0", "x", 5.0), ("u1", "bad", 1.0), ("u1", "y", 1.0)]
+    model = UserItemBias(user_penalty=0.01, item_penalty=0.01)
+    model.fit(_trained(rows))
+    assert _value(model, "u0", "good") <= 5.0
+    assert _value(model, "u1", "bad") >= 1.0
+    narrow = GlobalMean()
+    narrow.fit(_trained(rows, scale=(1.0, 2.0)))
+    assert _value(narrow, "u0", "good") == 2.0
+    # Without a stated scale, the training ratings span it.
+    seen = UserMean()
+    seen.fit(_trained(ROWS, scale=None))
+    assert _value(seen, "u9", "a", Event(item_id="a", rating=99.0)) == 5.0
+
+
+def test_bias_beats_the_means_where_there_are_biases() -> None:
+    rng = np.random.default_rng(1)
+    user_level, item_level = rng.normal(0, 0.6, 80), rng.normal(0, 0.6, 40)
+    pairs = [(u, i) for u in range(80) for i in range(40) if rng.random() < 0.4]
+    truth = [float(np.clip(3 + user_level[u] + item_level[i] + rng.normal(0, 0.5), 1, 5)) for u, i in pairs]
+    rows: Rows = [(f"u{u}", f"i{i}", r) for (u, i), r in zip(pairs, truth, strict=True)]
+    error = []
+    for model in (GlobalMean(), UserMean(), ItemMean(), UserItemBias()):
+        model.fit(_trained(rows[::2]))
+        guesses = [_value(model, user, item) for user, item, _ in rows[1::2]]
+        error.append(math.sqrt(float(np.mean((np.array(guesses) - truth[1::2]) ** 2))))
+    assert error[3] < min(error[1], error[2]) - 0.1 and max(error[1], error[2]) < error[0]
+    assert error[3] < 0.6
+
+
+def test_penalties_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        UserItemBias(user_penalty=0.0)

@@ -1,0 +1,299 @@
+"""The page: its sections, its safety, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.report import page
+from llmrec.report.page import write
+from llmrec.report.plots import page_json, plain
+from llmrec.report.table import cell
+
+Save = Callable[[dict[str, Any]], Path]
+Hostile = Callable[[dict[str, Any], list[str]], dict[str, Any]]
+
+
+class Tree(HTMLParser):
+    """Collects start tags with attributes, and the text of each element by its id or tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, tuple[str, ...]]] = []
+        self.values: list[tuple[str, str, str]] = []
+        self.comments: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[tuple[str, int]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, tuple(name for name, _ in attrs)))
+        self.values += [(tag, name, value or "") for name, value in attrs]
+        if tag not in {"meta", "link", "br", "img", "hr", "input"}:
+            self.open.append((tag, len(self.texts)))
+            self.texts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes <{self.open[-1:]}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts[self.open[-1][1]] += data
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+
+def _structure(text: str) -> list[tuple[str, tuple[str, ...]]]:
+    return Tree(text).tags
+
+
+def test_every_section_is_there_in_order(run_dir: Path) -> None:
+    pages = write(run_dir)
+    text = pages["html"].read_text("utf-8")
+    tree = Tree(text)
+    assert not tree.open, "every element is closed"
+    ids = [value for tag, name, value in tree.values if tag == "section" and name == "id"]
+    tasks = [f"task-{place}" for place in range(1, 5)]
+    assert ids == [
+        "summary",
+        *tasks,
+        "comparisons",
+        "training",
+        "failures",
+        "examples",
+        "budget-section",
+        "protocol",
+        "notes",
+    ]
+    assert [tag for tag, _ in tree.tags].count("h1") == 1
+    plots = [value for tag, name, value in tree.values if name == "id" and tag == "div"]
+    assert plots == ["forest-1", "forest-2", "forest-3", "forest-4", "training-loss", "training-speed", "budget"]
+    for said in (
+        "A trivial control wins: markov",
+        "made data",
+        "5f3c1a9b" * 8,
+        "a3" * 32,
+        "c9" * 32,
+        "0.930",
+        "unseen",
+    ):
+        assert said in text
+    assert {path.name for path in (run_dir / "report").iterdir()} == {
+        "index.html", "plotly.min.js", "report.js", "report.md", "table.csv",
+    }  # fmt: skip
+
+
+def test_page_is_accessible(run_dir: Path) -> None:
+    text = write(run_dir)["html"].read_text("utf-8")
+    tree = Tree(text)
+    names = [tag for tag, _ in tree.tags]
+    assert names.count("table") == names.count("caption") > 5
+    assert all("scope" in attributes for tag, attributes in tree.tags if tag == "th")
+    ids = [value for _, name, value in tree.values if name == "id"]
+    assert len(ids) == len(set(ids))
+    targets = [value for _, name, value in tree.values if name == "aria-labelledby"]
+    assert set(targets) <= set(ids)
+    anchors = [value[1:] for tag, name, value in tree.values if tag == "a" and name == "href" and value.startswith("#")]
+    assert set(anchors) <= set(ids)
+    levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_contrast_is_enough_in_both_schemes() -> None:
+    style = (Path(page.__file__).parent / "style.css").read_text()
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in style.split(":root {")[1:3])
+    pairs = [(text, back) for text in ("text", "muted", "link") for back in ("page", "surface", "raised")]
+    pairs += [
+        ("good", "good-back"),
+        ("bad", "bad-back"),
+        ("warn", "warn-back"),
+        ("warn", "surface"),
+        ("text", "plain-back"),
+    ]
+    for scheme in (light, dark):
+        for text, back in pairs:
+            bright, dim = sorted((_luminance(scheme[text]), _luminance(scheme[back])), reverse=True)
+            assert (bright + 0.05) / (dim + 0.05) >= 4.5, (text, back)
+        for mark in ("zero-shot", "few-shot", "tuned", "baseline"):
+            bright, dim = sorted((_luminance(scheme[mark]), _luminance(scheme["surface"])), reverse=True)
+            assert (bright + 0.05) / (dim + 0.05) >= 3, mark
+
+
+def test_whitespace_of_prompts_is_kept(run_dir: Path, results: dict[str, Any]) -> None:
+    results["examples"][0]["prompt"] = "\n  two  spaces\n\n\ttab\n"
+    (run_dir / "results.json").write_text(json.dumps(results))
+    text = write(run_dir)["html"].read_text("utf-8")
+    # HTML drops one line feed after <pre ...>; the second one is the prompt's own.
+    assert '<pre dir="auto" tabindex="0">\n\n  two  spaces\n\n\ttab\n</pre>' in text
+
+
+def test_a_run_without_training_comparisons_or_examples(results: dict[str, Any], save: Save) -> None:
+    results.update(
+        training=None, comparisons=[], examples=[], budget=[], notes=[], candidates={}, seconds=None, machine={}
+    )
+    results["data"] = {"main": {**results["data"]["main"]}, "reviews": None}
+    for row in results["rows"]:
+        row.update(parse_rate=1.0, tie_rate=None, failures=[], inputs="")
+    text = write(save(results))["html"].read_text("utf-8")
+    for said in ("Nothing was trained", "No rows were compared", "No examples were kept", "could be read", "None."):
+        assert said in text
+    assert len(re.findall("<section ", text)) == 12
+
+
+# --------------------------------------------------------------------------- safety
+
+
+def test_hostile_texts_change_no_element(
+    results: dict[str, Any], save: Save, hostile: Hostile, payloads: list[str]
+) -> None:
+    assert len(payloads) >= 100
+    tame = write(save(hostile(results, ["x"] * len(payloads))))["html"].read_text("utf-8")
+    wild = write(save(hostile(results, payloads)))["html"].read_text("utf-8")
+    assert _structure(wild) == _structure(tame)
+    tree = Tree(wild)
+    assert not tree.comments
+    assert {tag for tag, _ in tree.tags} <= {
+        "html", "head", "meta", "title", "style", "body", "header", "nav", "main", "footer", "section", "article", "h1", "h2",
+        "h3", "p", "a", "ul", "ol", "li", "dl", "dt", "dd", "div", "span", "bdi", "em", "strong", "code", "pre", "table", "caption",
+        "thead", "tbody", "tfoot", "tr", "th", "td", "figure", "figcaption", "details", "summary", "script",
+    }  # fmt: skip
+    attributes = {name for _, names in tree.tags for name in names}
+    assert attributes <= {
+        "aria-hidden", "aria-label", "aria-labelledby", "charset", "class", "colspan", "content", "dir", "href", "http-equiv",
+        "id", "lang", "name", "nonce", "role", "scope", "src", "tabindex", "type",
+    }  # fmt: skip
+    links = [value for _, name, value in tree.values if name in {"href", "src"}]
+    assert all(
+        re.fullmatch(r"#[\w-]+|table\.csv|report\.md|\.\./results\.json|plotly\.min\.js|report\.js", link)
+        for link in links
+    )
+
+
+def test_payloads_are_shown_as_text(results: dict[str, Any], save: Save, hostile: Hostile, payloads: list[str]) -> None:
+    wild = write(save(hostile(results, payloads)))["html"].read_text("utf-8")
+    texts = {text.removeprefix("\n") for text in Tree(wild).texts}
+    harmless = [payload for payload in payloads if not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e]", payload)]
+    assert len(harmless) > 80
+    assert set(harmless) <= texts
+
+
+def test_policy_forbids_everything_but_our_own_scripts(run_dir: Path) -> None:
+    tree = Tree(write(run_dir)["html"].read_text("utf-8"))
+    at = tree.values.index(("meta", "http-equiv", "Content-Security-Policy"))
+    policy = dict(part.strip().split(" ", 1) for part in tree.values[at + 1][2].split(";"))
+    nonce = re.fullmatch(r"'nonce-([0-9a-f]{32})'", policy["script-src"])
+    assert nonce is not None
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": nonce[0],
+        "style-src": nonce[0],
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert [value for tag, name, value in tree.values if name == "nonce"] == [nonce[1]] * 5
+    assert [value for tag, name, value in tree.values if name == "src"] == ["plotly.min.js", "report.js"]
+    assert not any(name == "style" or name.startswith("on") for _, names in tree.tags for name in names)
+
+
+def test_plot_data_survives_and_closes_nothing(results: dict[str, Any], save: Save) -> None:
+    evil = "</script><script>window.__pwned=1</script><!--<b>&\u2028"
+    results["rows"][0]["predictor"] = evil
+    results["budget"][0]["stage"] = evil
+    text = write(save(results))["html"].read_text("utf-8")
+    block = text.split('<script type="application/json" id="plot-data">')[1].split("</script>")[0]
+    data = json.loads(block)
+    shown = "&lt;/script&gt;&lt;script&gt;window.__pwned=1&lt;/script&gt;&lt;!--&lt;b&gt;&amp;"
+    assert data["budget"]["stages"][0]["label"] == shown
+    assert any(shown in row["label"] for row in data["forest-1"]["rows"])
+    assert [row["value"] for row in data["forest-1"]["rows"]] == sorted(
+        row["metrics"]["RMSE"]["value"] for row in results["rows"] if row["task"] == "rating"
+    )
+
+
+@given(
+    st.recursive(
+        st.one_of(st.text(), st.integers(), st.none()),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_page_json_round_trip(content: Any) -> None:
+    text = page_json(content)
+    assert json.loads(text) == content
+    assert not set(text) & set("<>&'\u2028\u2029")
+
+
+def test_page_json_refuses_nan() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        page_json({"value": float("nan")})
+
+
+@given(st.text())
+def test_plot_labels_hold_no_markup(text: str) -> None:
+    shown = plain(text)
+    assert "<" not in shown and ">" not in shown and "\n" not in shown
+    assert re.sub("&(amp|lt|gt);", "", shown).count("&") == 0
+
+
+def test_markdown_page_is_inert(results: dict[str, Any], save: Save, hostile: Hostile, payloads: list[str]) -> None:
+    text = write(save(hostile(results, payloads)))["markdown"].read_text("utf-8")
+    body, fence, recipe = text.partition("```")[0], "```", text.partition("```")[2]
+    assert not re.search(r"<[A-Za-z!/?]", body)
+    assert not re.search(r"(?<!\\)\]\(", body)
+    assert fence in recipe and recipe.index("## Notes") > recipe.index("\n```")
+    assert all(line.startswith(("#", "|", "-")) or line == "" or cell(line) for line in body.splitlines())
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def test_writing_twice_gives_the_same_bytes_and_keeps_plotly(run_dir: Path) -> None:
+    pages = write(run_dir)
+    before = {name: path.read_bytes() for name, path in pages.items()}
+    plotly = run_dir / "report" / "plotly.min.js"
+    stamp = plotly.stat().st_mtime_ns
+    assert {name: path.read_bytes() for name, path in write(run_dir).items()} == before
+    assert plotly.stat().st_mtime_ns == stamp
+    assert b"Plotly" in plotly.read_bytes()[:200] or b"plotly.js" in plotly.read_bytes()[:200]
+
+
+def test_a_broken_write_leaves_the_old_report(
+    run_dir: Path, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = write(run_dir)
+    before = {name: path.read_bytes() for name, path in pages.items()}
+    results["notes"] = ["another run"]
+    results["rows"][0]["metrics"]["RMSE"]["value"] = 9.0
+    (run_dir / "results.json").write_text(json.dumps(results))
+
+    def fail(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(run_dir)
+    assert {name: path.read_bytes() for name, path in pages.items()} == before
+    assert not list((run_dir / "report").glob(".*"))
+
+
+def test_nothing_is_loaded_from_a_network(run_dir: Path) -> None:
+    pages = write(run_dir)
+    text = pages["html"].read_text("utf-8") + (run_dir / "report" / "report.js").read_text()
+    assert not re.search(r"https?://|//cdn|@import|url\(", text)

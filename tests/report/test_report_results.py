@@ -1,0 +1,173 @@
+"""Reading a run: what is refused, and what the refusal says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from llmrec.errors import DataError, LlmrecError
+from llmrec.report.page import write
+from llmrec.report.results import failure_reasons, read, results_of
+
+Save = Callable[[dict[str, Any]], Path]
+
+
+def test_missing_results_name_the_file_and_the_command(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/results.json")) as caught:
+        write(tmp_path)
+    assert f"llmrec eval {tmp_path}" in str(caught.value)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"rows": [', "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "holds a list"),
+        (b"{}", "'llmrec'"),
+    ],
+)
+def test_corrupt_results(run_dir: Path, content: bytes, said: str) -> None:
+    (run_dir / "results.json").write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        write(run_dir)
+    assert "results.json" in str(caught.value) and "llmrec eval" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_key_is_named_with_its_place(results: dict[str, Any], save: Save) -> None:
+    results["rows"][3]["metrics"]["RMSE"]["value"] = "much"
+    with pytest.raises(DataError, match=re.escape("'rows[3].metrics.RMSE.value'")):
+        write(save(results))
+
+
+def test_missing_predictions(run_dir: Path) -> None:
+    (run_dir / "predictions.parquet").unlink()
+    with pytest.raises(DataError, match=r"predictions\.parquet: no such file\. .*llmrec eval"):
+        write(run_dir)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all" * 100])
+def test_corrupt_predictions(run_dir: Path, content: bytes) -> None:
+    (run_dir / "predictions.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"predictions\.parquet: is not a readable .*llmrec eval"):
+        write(run_dir)
+
+
+def test_predictions_without_their_columns(run_dir: Path) -> None:
+    pl.DataFrame({"row_id": ["a"]}).write_parquet(run_dir / "predictions.parquet")
+    with pytest.raises(DataError, match=r"predictions\.parquet"):
+        write(run_dir)
+
+
+def test_predictions_of_another_run(run_dir: Path, results: dict[str, Any]) -> None:
+    results["rows"][0]["n"] = 199
+    (run_dir / "results.json").write_text(json.dumps(results))
+    with pytest.raises(DataError, match=r"200 predictions .* n = 199; the two files are not of one run"):
+        write(run_dir)
+
+
+def test_reasons_are_counted_from_the_predictions(run_dir: Path) -> None:
+    results = read(run_dir)
+    reasons = failure_reasons(run_dir, results)
+    assert reasons
+    for row in results.rows:
+        assert row.parse_rate is not None
+        assert sum(reasons.get(row.id, {}).values()) == round((1 - row.parse_rate) * row.n)
+
+
+# --------------------------------------------------------------------------- protocols and baselines
+
+
+@pytest.mark.parametrize("field", ["ties:best", "cand:full", "seen:included", "split:global-time", "llmrec:0.0.9"])
+def test_rows_of_different_protocols_are_refused(results: dict[str, Any], save: Save, field: str) -> None:
+    row = next(row for row in results["rows"] if row["task"] == "sequential" and row["arm"] == "tuned")
+    key = field.partition(":")[0]
+    for metric in row["metrics"].values():
+        metric["signature"] = re.sub(rf"\|{key}:[^|]*", f"|{field}", metric["signature"])
+    with pytest.raises(LlmrecError, match="different protocols") as caught:
+        write(save(results))
+    assert field in str(caught.value) and row["id"] in str(caught.value)
+
+
+def test_rows_that_share_no_metric_cannot_hide_a_protocol(results: dict[str, Any]) -> None:
+    row = next(row for row in results["rows"] if row["task"] == "direct" and row["arm"] == "tuned")
+    signature = row["metrics"]["NDCG@10"]["signature"].replace("cand:uniform-20-5f3c1a9b", "cand:full")
+    row["metrics"] = {"HR@20": {"value": 0.9, "low": 0.8, "high": 1.0, "signature": signature}}
+    with pytest.raises(LlmrecError, match="different protocols"):
+        results_of(results)
+
+
+def test_two_conventions_are_fine_when_every_row_has_both(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        if row["task"] == "direct":
+            metric = row["metrics"]["NDCG@10"]
+            row["metrics"]["NDCG@10 seen"] = {
+                **metric,
+                "signature": metric["signature"].replace("excluded", "included"),
+            }
+    assert "NDCG@10 seen" in results_of(results).metrics("direct")
+
+
+def test_a_task_without_its_baselines_is_refused(results: dict[str, Any], save: Save) -> None:
+    results["rows"] = [row for row in results["rows"] if row["task"] != "direct" or row["arm"] != "baseline"]
+    results["comparisons"] = []
+    folder = save(results)
+    with pytest.raises(LlmrecError, match="task 'direct' has no row with arm 'baseline'"):
+        write(folder)
+    assert not (folder / "report" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda results: results.update(rows=[]), "nothing to report"),
+        (lambda results: results["rows"].append(results["rows"][0]), "appears more than once"),
+        (lambda results: results["headline"].pop("rating"), "'headline' must name, for task 'rating'"),
+        (lambda results: results["headline"].update(rating="NDCG@10"), "'headline' must name"),
+        (lambda results: results["comparisons"][0].update(a="nobody"), r"comparisons\[0\] names row 'nobody'"),
+        (lambda results: results["comparisons"][0].update(task="direct"), r"task 'direct' does not have"),
+    ],
+)
+def test_parts_that_do_not_fit(results: dict[str, Any], change: Callable[[dict[str, Any]], None], said: str) -> None:
+    change(results)
+    with pytest.raises(LlmrecError, match=said):
+        results_of(results)
+
+
+# --------------------------------------------------------------------------- order
+
+
+def test_best_row_is_first_in_either_direction(results: dict[str, Any]) -> None:
+    found = results_of(results)
+    rating = [row.metrics["RMSE"].value for row in found.standings("rating")]
+    ranking = [row.metrics["NDCG@10"].value for row in found.standings("sequential")]
+    assert rating == sorted(value for value in rating if value is not None)
+    assert ranking == sorted((value for value in ranking if value is not None), reverse=True)
+    assert found.best("rating", "MAE") == min(
+        r["metrics"]["MAE"]["value"] for r in results["rows"] if r["task"] == "rating"
+    )
+
+
+def test_rows_without_a_value_come_last_and_nan_is_no_value(results: dict[str, Any], save: Save) -> None:
+    results["rows"][0]["metrics"]["RMSE"]["value"] = float("nan")
+    found = read(save(results))
+    assert found.standings("rating")[-1].id == results["rows"][0]["id"]
+    assert found.standings("rating")[-1].metrics["RMSE"].value is None
+    assert write(save(results))["html"].read_text().count("NaN") == 0
+
+
+def test_unknown_keys_and_lone_surrogates_are_no_obstacle(results: dict[str, Any], save: Save) -> None:
+    results["later"] = {"version": 2}
+    results["notes"].append("half an emoji \ud83c here")
+    text = write(save(results))["html"].read_text("utf-8")
+    assert "half an emoji \ufffd here" in text

