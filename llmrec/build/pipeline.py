@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import load_tokenizer, resolve
+from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve
 from llmrec.backends.vllm import prepare_environment
 from llmrec.build.engines import Engines, dtype_name
 from llmrec.build.evaluation import Evaluation, Row
@@ -123,6 +123,7 @@ class Session:
 def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Session:
     """Build the study, find the model, and write the resolved recipe and candidate sets to the run folder."""
     prepare_environment()
+    quiet_libraries()
     budget = Budget()
     folder.mkdir(parents=True, exist_ok=True)
     with budget.stage("data"):

@@ -60,7 +60,6 @@ def write_results(
     """
     recipe = study.recipe
     families = [family for family in HEADLINE if family in study.tasks]
-    # Per family: the headline follows the recipe's largest cut-off where 10 is not among them.
     results = {
         "llmrec": __version__,
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -98,7 +97,10 @@ def headline(family: str, cutoffs: Sequence[int]) -> str:
 
 
 def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Pair tuned with zero-shot, few-shot with zero-shot, and tuned with every baseline; Holm over all of them."""
+    """Pair tuned and few-shot with zero-shot, and the tuned headline strategy with every baseline.
+
+    The headline strategy is the first that the recipe names for a family; p-values are Holm-adjusted over all pairs.
+    """
     recipe = study.recipe
     planned: list[tuple[str, str, Row, Row]] = []
     for family in study.tasks:
@@ -109,7 +111,7 @@ def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
             zero = arms.get(("zero-shot", predictor, template))
             if arm in ("tuned", "few-shot") and zero is not None:
                 planned.append((family, metric, row, zero))
-            if arm == "tuned":
+            if arm == "tuned" and predictor == study.section(family).strategies[0]:
                 planned.extend((family, metric, row, b) for b in own if b.figures["arm"] == "baseline")
     found: list[Difference] = [
         compare(metric, a.values[metric], b.values[metric], resamples=recipe.eval.bootstrap, seed=recipe.seed)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from llmrec.data.files import reason
 from llmrec.data.hashing import digest_strings, hash_one
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError
@@ -74,7 +75,9 @@ class CandidateSets:
         except FileNotFoundError as error:
             raise DataError(f"{path}: there is no such candidate file; draw the candidates again") from error
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path} is not a candidate file of llmrec ({error}); draw the candidates again") from error
+            raise DataError(
+                f"{path} is not a candidate file of llmrec ({reason(error)}); draw the candidates again"
+            ) from error
         if found.digest != stored or len(found.sets) != len(names):
             raise DataError(
                 f"{path}: the candidates do not match their digest, so the file was changed; draw them again"

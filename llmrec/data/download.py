@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
+from llmrec.data.files import reason
 from llmrec.errors import DataError
 
 _TIMEOUT = 30
@@ -39,7 +40,9 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     except OSError as error:
-        raise DataError(f"the download folder {target.parent} cannot be written ({error}); set LLMREC_CACHE") from error
+        raise DataError(
+            f"the download folder {target.parent} cannot be written ({reason(error)}); set LLMREC_CACHE"
+        ) from error
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as out, urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
@@ -54,7 +57,7 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
             raise DataError(f"{url} has the MD5 {digest.hexdigest()} and not the published {md5}; try again later")
         part.replace(target)
     except (OSError, HTTPException, ValueError) as error:
-        raise DataError(f"{url} cannot be fetched ({error})") from error
+        raise DataError(f"{url} cannot be fetched ({reason(error)})") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -84,5 +87,7 @@ def members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
                         raise DataError(f"{archive}: {name} is larger than {_MAX_MEMBER} bytes; delete the archive")
                     found[name.rsplit("/", 1)[-1]] = raw
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise DataError(f"{archive} is not a readable zip archive ({error}); delete it and try again") from error
+        raise DataError(
+            f"{archive} is not a readable zip archive ({reason(error)}); delete it and try again"
+        ) from error
     return found

@@ -61,6 +61,12 @@ def _row(row: int, line: int) -> str:
     return f"row {row}" if row == line else f"row {row} (line {line})"
 
 
+def reason(error: BaseException) -> str:
+    """Return another library's message in one short line, to be quoted in ours."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
 def read_table(path: Path) -> Table:
     """Read a CSV, TSV, JSON Lines or Parquet file, the text ones optionally gzipped.
 
@@ -79,7 +85,8 @@ def read_table(path: Path) -> Table:
     if suffix[0] in _SEPARATORS:
         return delimited(name, raw, separator=_SEPARATORS[suffix[0]], sha256=sha256)
     known = sorted([*_SEPARATORS, *_JSON_LINES, *_PARQUET])
-    raise DataError(f"{name}: a file that ends in {suffix[0] or 'nothing'!r} is no table; known: {', '.join(known)}")
+    ending = repr(suffix[0]) if suffix[0] else "nothing"
+    raise DataError(f"{name}: a file that ends in {ending} is no table; known: {', '.join(known)}")
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:
@@ -93,7 +100,7 @@ def read_bytes(path: Path) -> tuple[bytes, str]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file{_near(path)}; check data.path and data.items") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); check data.path and data.items") from error
+        raise DataError(f"{path} cannot be read ({reason(error)}); check data.path and data.items") from error
     raw = unpack(str(path), stored) if path.suffix.lower() == ".gz" else stored
     if not raw:
         raise DataError(f"{path} is empty; write the table again")
@@ -125,7 +132,7 @@ def unpack(name: str, stored: bytes) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:
             raw = stream.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name} is damaged gzip ({error}); pack it again") from error
+        raise DataError(f"{name} is damaged gzip ({reason(error)}); pack it again") from error
     if len(raw) > MAX_BYTES:
         raise DataError(f"{name} unpacks to more than {MAX_BYTES} bytes; split it")
     return raw
@@ -284,7 +291,7 @@ def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place} is not JSON ({error}); write one object a line") from error
+            raise DataError(f"{place} is not JSON ({reason(error)}); write one object a line") from error
         if not isinstance(record, dict):
             raise DataError(f"{place} is not a JSON object; write one object a line")
         rows.append({key: _text(f"{place}, column {key!r}", value) for key, value in record.items()})
@@ -316,7 +323,7 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
     try:
         table = pq.read_table(io.BytesIO(raw))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{name} is not a Parquet file or is damaged ({error}); write it again") from error
+        raise DataError(f"{name} is not a Parquet file or is damaged ({reason(error)}); write it again") from error
     return from_arrow(name, table, sha256)
 
 
@@ -331,9 +338,11 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
     if not table.num_rows or not flat:
         raise DataError(f"{name} has no rows or no plain columns; write the table again")
     try:
-        frame = pl.from_arrow(table.select(flat))
+        chosen = table.select(flat)
+        chosen.validate(full=True)  # Arrow itself does not look whether texts are UTF-8
+        frame = pl.from_arrow(chosen)
     except (pl.exceptions.PolarsError, pa.ArrowException, ValueError, TypeError) as error:
-        raise DataError(f"{name} has a column that cannot be used ({error}); write plain columns") from error
+        raise DataError(f"{name} has a column that cannot be used ({reason(error)}); write plain columns") from error
     if not isinstance(frame, pl.DataFrame):
         raise DataError(f"{name} is not a table; write it again")
     return Table(name, frame, sha256)

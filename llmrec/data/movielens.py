@@ -131,7 +131,7 @@ def movielens_small(section: DataSection, *, seed: int) -> Dataset:
     ratings, films = (delimited(found.names[name], found.files[name], separator=",") for name in _SMALL.layouts[0])
     column, title, genres = (_column(films, name) for name in ("movieId", "title", "genres"))
     items = {}
-    for item_id, raw, kinds in zip(ids(films, column), texts(films, title), texts(films, genres), strict=True):
+    for item_id, raw, kinds in zip(ids(films, column), _titles(films, title), texts(films, genres), strict=True):
         name, year = movie_title(raw)
         listed = _UNKNOWN if kinds == "(no genres listed)" else kinds.replace("|", ", ")
         items[item_id] = Item(item_id=item_id, title=name, fields={"genres": listed, "year": year})
@@ -148,16 +148,7 @@ def _locate(what: _Published, section: DataSection) -> _Found:
             f"data.columns and data.items are for source 'table'; source {what.name!r} knows its own columns"
         )
     if section.path is not None:
-        path = user_path(section.path)
-        folder = path.parent if path.is_file() else path
-        if path.suffix == ".zip" and path.is_file():
-            found = _in_archive(what, path)
-        else:
-            found = _in_folder(what, folder) or _in_folder(what, folder / what.folder)
-        if found is None:
-            wanted = " or ".join(" + ".join(layout[:2]) for layout in what.layouts)
-            raise DataError(f"data.path={section.path} does not hold {wanted} (each may end in .gz); correct data.path")
-        return found
+        return _given(what, section.path)
     cached = cache_dir() / "data"
     archive = cached / f"{what.folder}.zip"
     for folder in (_wheel_folder(what), cached / what.folder):
@@ -173,6 +164,20 @@ def _locate(what: _Published, section: DataSection) -> _Found:
     found = _in_archive(what, archive)
     if found is None:
         raise DataError(f"{archive} does not hold {what.name}; delete it and try again")
+    return found
+
+
+def _given(what: _Published, text: str) -> _Found:
+    """Read the folder, the archive or the neighbours of the file that ``data.path`` names."""
+    path = user_path(text)
+    if path.suffix == ".zip" and path.is_file():
+        found = _in_archive(what, path)
+    else:
+        folder = path.parent if path.is_file() else path
+        found = _in_folder(what, folder) or _in_folder(what, folder / what.folder)
+    if found is None:
+        wanted = " or ".join(" + ".join(layout[:2]) for layout in what.layouts)
+        raise DataError(f"data.path={text} does not hold {wanted} (each may end in .gz); correct data.path")
     return found
 
 
@@ -244,7 +249,7 @@ def _100k_table(found: _Found, number: int, official: str) -> Table:
 def _official_items(films: Table) -> dict[str, Item]:
     items = {}
     flags = films.frame.select(_GENRES).rows()
-    for item_id, raw, row in zip(ids(films, "id"), texts(films, "title"), flags, strict=True):
+    for item_id, raw, row in zip(ids(films, "id"), _titles(films, "title"), flags, strict=True):
         genres = ", ".join(genre for genre, flag in zip(_GENRES, row, strict=True) if flag.strip() == "1")
         title, year = movie_title(raw)
         items[item_id] = Item(item_id=item_id, title=title, fields={"genres": genres or _UNKNOWN, "year": year})
@@ -255,7 +260,8 @@ def _atomic_items(films: Table) -> dict[str, Item]:
     wanted = ("item_id:token", "movie_title:token_seq", "release_year:token", "class:token_seq")
     columns = [_column(films, name) for name in wanted]
     items = {}
-    rows = zip(ids(films, columns[0]), *[texts(films, column) for column in columns[1:]], strict=True)
+    years_and_genres = [texts(films, column) for column in columns[2:]]
+    rows = zip(ids(films, columns[0]), _titles(films, columns[1]), *years_and_genres, strict=True)
     for item_id, name, year, genres in rows:
         # This layout cut the last bracket off the title, which is the year but for two films: one is a video,
         # "(V)", and one is called "unknown" (there with a slip of the pen).
@@ -279,6 +285,14 @@ def _people(found: _Found) -> dict[str, dict[str, str]]:
             ids(table, keys[0]), *[texts(table, key) for key in keys[1:]], strict=True
         )
     }
+
+
+def _titles(films: Table, column: str) -> pl.Series:
+    titles = texts(films, column)
+    blank = (titles.str.strip_chars() == "").arg_true()
+    if blank.len():
+        raise DataError(f"{films.where(blank[0])}: column {column!r} is empty; every film needs a title")
+    return titles
 
 
 def _column(table: Table, name: str) -> str:

@@ -11,7 +11,7 @@ from llmrec.data.assemble import assemble
 from llmrec.data.catalogue import catalogue
 from llmrec.data.columns import find, ids, numbers, texts, times
 from llmrec.data.dataset import Dataset
-from llmrec.data.files import Table, from_arrow, read_table, user_path
+from llmrec.data.files import Table, from_arrow, read_table, reason, user_path
 from llmrec.data.movielens import movielens_100k, movielens_small
 from llmrec.errors import DataError, require
 from llmrec.recipe import DataSection
@@ -90,7 +90,9 @@ def table(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _name(path: str) -> str:
-    return path.removeprefix(_HUB) if path.startswith(_HUB) else Path(path).name.split(".")[0] or "table"
+    return (
+        path.removeprefix(_HUB).partition(":")[0] if path.startswith(_HUB) else Path(path).name.split(".")[0] or "table"
+    )
 
 
 def _read(path: str) -> Table:
@@ -106,7 +108,7 @@ def _read_hub(path: str) -> Table:
         values = found.with_format("arrow")[:]
     except Exception as error:  # the library raises dozens of types, from network errors to parser errors
         raise DataError(
-            f"{path} cannot be loaded ({type(error).__name__}: {error}); check the name and the split in "
+            f"{path} cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in "
             "data.path, and that the hub can be reached, or download the table and give its file as data.path"
         ) from error
     return from_arrow(path, values)

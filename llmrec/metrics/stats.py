@@ -251,11 +251,13 @@ def _bca_tails(
     # Half of the ties: discrete figures such as HR give many resamples equal to the value.
     below = float(np.mean(draws < value) + np.mean(draws == value) / 2)
     deviation = left_out.mean() - left_out if left_out.size else np.zeros(1)
-    spread = float(np.sum(deviation**2))
-    if not 0 < below < 1 or spread == 0:
+    largest = float(np.abs(deviation).max())
+    if not 0 < below < 1 or largest == 0:
         return tails
     bias = float(ndtri(below))
-    acceleration = float(np.sum(deviation**3)) / (6 * spread**1.5)
+    # Skew does not depend on the unit; scaling first keeps powers of tiny deviations from becoming 0.
+    deviation = deviation / largest
+    acceleration = float(np.sum(deviation**3) / (6 * np.sum(deviation**2) ** 1.5))
     z = bias + ndtri(tails)
     moved: NDArray[np.float64] = ndtr(bias + z / (1 - acceleration * z))
     return moved

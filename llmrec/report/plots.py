@@ -11,6 +11,8 @@ from typing import Any
 from llmrec.report.results import LOWER_IS_BETTER, Results
 from llmrec.report.wording import duration, interval, label, number, title, visible
 
+_LONGEST_LABEL = 48  # characters beside or above a mark; hovering shows the rest
+
 # Plotly reads a little HTML in labels, and JSON in a page must not spell a closing tag or a comment.
 _LABEL = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _SCRIPT = str.maketrans(
@@ -18,9 +20,12 @@ _SCRIPT = str.maketrans(
 )
 
 
-def plain(text: str) -> str:
-    """Return untrusted text as a plot label that shows as it is written."""
-    return visible(" ".join(text.split())).translate(_LABEL)
+def plain(text: str, longest: int | None = None) -> str:
+    """Return untrusted text as a plot label that shows as it is written, cut to ``longest`` characters."""
+    flat = visible(" ".join(text.split()))
+    if longest is not None and len(flat) > longest:
+        flat = f"{flat[: longest - 1]}…"
+    return flat.translate(_LABEL)
 
 
 def page_json(content: object) -> str:
@@ -56,6 +61,7 @@ def forest(results: Results, task: str) -> dict[str, Any]:
         rows.append(
             {
                 "label": plain(label(row)),
+                "short": plain(label(row), _LONGEST_LABEL),
                 "arm": row.arm,
                 "value": score.value,
                 "low": score.low,
@@ -99,7 +105,12 @@ def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> dic
 def budget(results: Results) -> dict[str, Any]:
     """Return seconds a stage, in the order in which the stages ran."""
     stages = [
-        {"label": plain(entry.stage), "seconds": entry.seconds, "text": duration(entry.seconds)}
+        {
+            "label": plain(entry.stage),
+            "short": plain(entry.stage, _LONGEST_LABEL // 2),
+            "seconds": entry.seconds,
+            "text": duration(entry.seconds),
+        }
         for entry in results.budget
     ]
     return {"kind": "budget", "stages": stages}

@@ -76,7 +76,7 @@
       showgrid: false,
       showticklabels: !narrow,
       tickvals: places,
-      ticktext: rows.map(function (row) { return row.label; }),
+      ticktext: rows.map(function (row) { return row.short; }),
       tickfont: { color: colour("text"), size: 13 },
       ticks: "",
       ticklabelstandoff: 8,
@@ -87,7 +87,7 @@
       { type: "line", x0: plot.reference, x1: plot.reference, yref: "paper", y0: 0, y1: 1, layer: "below", line: { color: colour("muted"), width: 1.5, dash: "dash" } },
     ];
     layout.annotations = !narrow ? [] : rows.map(function (row, place) {
-      return { text: row.label, x: 0, xref: "paper", xanchor: "left", y: place - 0.4, yanchor: "middle", showarrow: false, font: { size: 12 }, bgcolor: colour("surface"), borderpad: 1 };
+      return { text: row.short, x: 0, xref: "paper", xanchor: "left", y: place - 0.4, yanchor: "middle", showarrow: false, font: { size: 12 }, bgcolor: colour("surface"), borderpad: 1 };
     });
     return [traces, layout];
   }
@@ -138,7 +138,7 @@
     }];
     const layout = base(plot.stages.length * 34 + 66, { l: 20, r: 84, t: 8, b: 46 });
     layout.xaxis = axis("seconds", { rangemode: "tozero", nticks: 6 });
-    layout.yaxis = axis("", { tickvals: places, ticktext: plot.stages.map(function (stage) { return stage.label; }), autorange: "reversed", showgrid: false, ticks: "", ticklabelstandoff: 8, tickfont: { color: colour("text"), size: 13 } });
+    layout.yaxis = axis("", { tickvals: places, ticktext: plot.stages.map(function (stage) { return stage.short; }), autorange: "reversed", showgrid: false, ticks: "", ticklabelstandoff: 8, tickfont: { color: colour("text"), size: 13 } });
     return [traces, layout];
   }
 
@@ -151,7 +151,7 @@
       const fallback = holder.querySelector(".fallback");
       if (fallback) fallback.remove();
       const made = KINDS[data[id].kind](data[id], holder.clientWidth);
-      window.Plotly.react(holder, made[0], made[1], { displayModeBar: false, responsive: false, scrollZoom: false, doubleClick: false });
+      window.Plotly.react(holder, made[0], made[1], { displayModeBar: false, responsive: false, scrollZoom: false, doubleClick: false, typesetMath: false });
     });
   }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from llmrec.errors import DataError, LlmrecError
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
 
+# Signature fields that may differ between the metrics of one row.
+_OF_A_METRIC = frozenset({"gain", "ties", "text"})
 LOWER_IS_BETTER = frozenset({"RMSE", "MAE"})
 
 
@@ -328,6 +331,8 @@ def _check_protocol(task: str, rows: list[Row], source: str) -> None:
                 raise LlmrecError(_mixed(task, f"{other!r} ({signature})", f"{row.id!r} ({metric.signature})", source))
             for part in metric.signature.split("|")[1:]:
                 key, _, value = part.partition(":")
+                if key in _OF_A_METRIC:
+                    continue
                 fields.setdefault(key, {}).setdefault(row.id, set()).add(value)
     for key, values in fields.items():
         (first, known), *others = values.items()
@@ -362,7 +367,7 @@ def _check_comparisons(results: Results, source: str) -> None:
 
 def mend_for(run_dir: Path) -> str:
     """Return the sentence that says how to write a run's files anew."""
-    return f"Write it again with: llmrec eval {run_dir}"
+    return f"Write it again with: llmrec eval RECIPE --out {shlex.quote(str(run_dir))}"
 
 
 def read(run_dir: Path) -> Results:

@@ -147,7 +147,8 @@ def csv_text(results: Results | Mapping[str, Any]) -> str:
     """
     found = results_of(results)
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    # The line ending of RFC 4180, for then the writer also quotes text that holds a lone carriage return.
+    writer = csv.writer(buffer, lineterminator="\r\n")
     writer.writerow(CSV_COLUMNS)
     for task in found.tasks:
         for row in found.standings(task):

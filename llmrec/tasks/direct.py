@@ -240,7 +240,7 @@ class Negatives:
 
 
 def candidate_labels(count: int) -> tuple[str, ...]:
-    """Return A, B, C, ... for up to 26 candidates, else numbers of equal width: no label may be the start of another."""
+    """Return A, B, C, ... for up to 26 candidates, else numbers of equal width: no label starts another."""
     if count <= len(ascii_uppercase):
         return tuple(ascii_uppercase[:count])
     width = len(str(count))

@@ -88,7 +88,8 @@ class ShotPool:
         drawn = []
         for user in others:
             events = self._events[user]
-            end = rng.randrange(self._least, len(events) + 1)
+            # A window is short only where the user's past is.
+            end = rng.randrange(max(self._least, min(length + 1, len(events))), len(events) + 1)
             drawn.append(Window(user, events[max(0, end - length - 1) : end]))
         return Drawn((*drawn, *own), latest)
 

@@ -6,15 +6,16 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import Encoder, Row
@@ -91,11 +92,12 @@ def train(
     trainer = LabelRowTrainer(
         model=model,
         args=_config(section, folder, len(steps), seed),
-        train_dataset=_StepList(steps, pad),
+        train_dataset=_dataset(steps, pad),
         processing_class=encoder.tokenizer,
         data_collator=_tensors,
         callbacks=[follow],
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoint = _newest_checkpoint(folder / "checkpoints")
     follow.open(resumed=checkpoint is not None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -134,20 +136,15 @@ def as_json(training: Training) -> dict[str, Any]:
     return asdict(training)
 
 
-class _StepList(torch.utils.data.Dataset):  # type: ignore[misc]
-    """Planned steps as a map-style dataset: one item is the padded batch of one optimiser step."""
+def _dataset(steps: Sequence[Step], pad: int) -> Any:
+    """Planned steps as a dataset: one item is the padded batch of one optimiser step."""
 
-    column_names = ("input_ids", "labels")
+    def batches() -> Iterator[dict[str, Any]]:
+        for step in steps:
+            ids, labels = padded(step.rows, pad)
+            yield {"input_ids": ids, "labels": labels}
 
-    def __init__(self, steps: Sequence[Step], pad: int) -> None:
-        self.steps, self.pad = steps, pad
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, index: int) -> dict[str, list[list[int]]]:
-        ids, labels = padded(self.steps[index].rows, self.pad)
-        return {"input_ids": ids, "labels": labels}
+    return Dataset.from_list(list(batches()))
 
 
 def _tensors(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

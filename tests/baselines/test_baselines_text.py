@@ -91,6 +91,18 @@ def test_a_stranger_to_both_gets_the_most_frequent_text() -> None:
     assert _write(model, "dan", "bulb") == _write(model, "dan", "unknown item") == "Good value."
 
 
+@pytest.mark.parametrize("model", [FrequentText, NearestText])
+def test_equally_good_texts_do_not_fall_by_their_order(model: type[FrequentText] | type[NearestText]) -> None:
+    alike: Rows = [(f"u{n}", "lamp", text) for n, text in enumerate(["red one", "one red", "red one!", "One red"])]
+    written = set()
+    for rows in (alike, alike[::-1]):
+        # As if the same user had written all of them, so that sorting by user leaves the order of rows.
+        fitted = model()
+        fitted.fit(_trained([("ann", item, text) for _, item, text in rows]))
+        written.add(_write(fitted, "ann", "lamp"))
+    assert len(written) == 1
+
+
 def test_weights_and_cosines_by_hand() -> None:
     model = TfIdf.of(["red car", "red bus", "Red!"])
     rare, common = math.log(4 / 2) + 1, math.log(4 / 4) + 1

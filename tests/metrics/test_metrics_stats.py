@@ -49,6 +49,16 @@ def test_bca_equals_scipy(statistic: Literal["mean", "root_mean"]) -> None:
     assert found.high > plain.high + 0.01  # skewed to the right: the correction moves the interval up
 
 
+def test_bca_corrects_a_biased_figure_as_scipy_does() -> None:
+    values = np.random.default_rng(4).normal(0, 1, size=25)  # the plug-in variance is low by 1 part in 25
+    found = interval_of(lambda rows: values[rows].var(axis=1), 25, resamples=40_000, seed=0, method="bca")
+    theirs = scipy.stats.bootstrap((values,), np.var, n_resamples=40_000, method="BCa", rng=1).confidence_interval
+    plain = interval_of(lambda rows: values[rows].var(axis=1), 25, resamples=40_000, seed=0)
+    assert found.low == pytest.approx(theirs.low, abs=0.02)
+    assert found.high == pytest.approx(theirs.high, abs=0.03)
+    assert found.low > plain.low + 0.05 and found.high > plain.high + 0.05
+
+
 def test_a_callable_gives_the_same_interval_as_the_mean_it_computes() -> None:
     values = np.random.default_rng(0).random(700)
     for method in ("percentile", "bca"):
@@ -81,6 +91,13 @@ def test_equal_values_give_an_interval_without_width() -> None:
     for method in ("percentile", "bca"):
         found = interval(np.full(50, 0.25), resamples=200, seed=0, method=method)
         assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 5e-324, 1e-300], [1e-200, 2e-200, 9e-200], [0.5]])
+def test_tiny_and_single_values_have_intervals(values: list[float]) -> None:
+    for statistic in ("mean", "root_mean"):
+        found = interval(values, resamples=200, seed=0, statistic=statistic, method="bca")
+        assert 0 <= found.low <= found.high <= math.sqrt(max(values)) + max(values)
 
 
 def test_values_that_cannot_be_resampled_are_errors() -> None:

@@ -62,6 +62,14 @@ def test_the_statistic_takes_index_rows_of_any_length(sacrebleu: object) -> None
     assert statistic(np.array([[2], [4]])).tolist() == [0.0, 0.0]
 
 
+def test_orders_without_a_match_are_smoothed_as_sacrebleu_does(sacrebleu: object) -> None:
+    texts, references = ["a fine old red lamp"], ["a red and fine lamp"]
+    # 4 of 5 words match and no longer run: the empty orders count as 1/2, 1/4 and 1/8 matches.
+    expected = (4 / 5 * (1 / 2) / 4 * (1 / 4) / 3 * (1 / 8) / 2) ** 0.25
+    assert bleu4(texts, references) == pytest.approx(expected)
+    assert bleu4_statistic(texts, references)(np.array([[0], [0]])).tolist() == pytest.approx([expected] * 2)
+
+
 def test_intervals_of_a_corpus_bleu(sacrebleu: object) -> None:
     statistic = bleu4_statistic(TEXTS, REFERENCES)
     found = interval_of(statistic, len(TEXTS), resamples=500, seed=0)
@@ -110,6 +118,16 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_bleu_from_sums_without_the_library() -> None:
     # Sums of the first pair above, then the same matches in a text of half the reference's length.
-    sums = np.array([[5, 3, 2, 1, 6, 5, 4, 3, 6, 6], [5, 3, 2, 1, 6, 5, 4, 3, 6, 12], [0] * 4 + [6, 5, 4, 3, 6, 6]])
+    # Then no match at all, and matches of single words only.
+    sums = np.array(
+        [
+            [5, 3, 2, 1, 6, 5, 4, 3, 6, 6],
+            [5, 3, 2, 1, 6, 5, 4, 3, 6, 12],
+            [0, 0, 0, 0, 6, 5, 4, 3, 6, 6],
+            [4, 0, 0, 0, 5, 4, 3, 2, 5, 5],
+        ],
+        dtype=np.float64,
+    )
     whole = (5 / 6 * 3 / 5 / 2 / 3) ** 0.25
-    assert text_metrics._bleu(sums.astype(float)).tolist() == pytest.approx([whole, whole * math.exp(-1), 0.0])
+    smoothed = (4 / 5 * (1 / 2) / 4 * (1 / 4) / 3 * (1 / 8) / 2) ** 0.25
+    assert text_metrics._bleu(sums).tolist() == pytest.approx([whole, whole * math.exp(-1), 0.0, smoothed])

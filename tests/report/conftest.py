@@ -76,7 +76,8 @@ def _row(
     tokens = 0 if baseline else int(rng.integers(30_000, 90_000))
     return {
         "id": name, "task": task, "arm": arm, "predictor": predictor,
-        "template": f"{task}/{template}" if template else None, "template_use": use, "shots": 2 if arm == "few-shot" else 0,
+        "template": f"{task}/{template}" if template else None, "template_use": use,
+        "shots": 2 if arm == "few-shot" else 0,
         "engine": "numpy" if baseline else "hf:packed" if task == "sequential" else "vllm:one-token",
         "n": USERS, "parse_rate": 1 - failed / USERS, "tie_rate": float(rng.choice([0.0, 0.004, 0.13])),
         "metrics": _metrics(task, level, rng),
@@ -186,7 +187,9 @@ def made_results(seed: int = 0) -> dict[str, Any]:
         "candidates": {"main": {"digest": "5f3c1a9b" * 8, "count": 20, "kind": "uniform"}},
         "training": {
             "method": "lora", "steps": 200, "tokens": 296_400, "target_tokens": 91_000, "seconds": 361.0,
-            "tokens_per_second": 821.0, "rows": {"rating": 410, "sequential": 300, "direct": 280, "explanation": 330}, "log": _log(rng),
+            "tokens_per_second": 821.0,
+            "rows": {"rating": 410, "sequential": 300, "direct": 280, "explanation": 330},
+            "log": _log(rng),
             "trainable_parameters": 4_884_480, "total_parameters": 139_400_000, "adapter_sha256": "d4" * 32,
         },
         "rows": rows, "headline": dict(HEADLINE), "comparisons": comparisons,

@@ -21,7 +21,7 @@ Save = Callable[[dict[str, Any]], Path]
 def test_missing_results_name_the_file_and_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape(f"{tmp_path}/results.json")) as caught:
         write(tmp_path)
-    assert f"llmrec eval {tmp_path}" in str(caught.value)
+    assert f"llmrec eval RECIPE --out {tmp_path}" in str(caught.value)
     assert not (tmp_path / "report").exists()
 
 

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from data_cases import Row, dataset, random_rows, seeds, shuffled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.data.candidates import CandidateSets, _Numbers, _sets, draw
+from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.errors import DataError
+from llmrec.recipe import CandidateSection, Split
+
+
+def cut(rows: list[Row], seed: int = 0) -> SplitDataset:
+    return split(dataset(rows), Split(), seed=seed)
+
+
+def many(users: int, items: int = 30) -> SplitDataset:
+    """Each user has three of the items; item 0 is the favourite of training."""
+    rows = []
+    for user in range(users):
+        for step, item in enumerate((0, 1 + user % (items - 2), items - 1)):
+            rows.append((f"u{user}", f"i{item:02d}", 3.0, float(step)))
+    return cut(rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(2, 7), st.sampled_from(["uniform", "popularity"]), st.sampled_from(["valid", "test"]))
+def test_the_target_once_and_no_touched_negative(seed: int, count: int, kind: str, name: str) -> None:
+    rows = random_rows(seed, items=20)
+    data = cut(rows, seed)
+    drawn = draw(data, name, CandidateSection(count=count, kind=kind), seed=seed)  # type: ignore[arg-type]
+    touched: dict[str, set[str]] = {}
+    for user, item, *_ in rows:
+        touched.setdefault(user, set()).add(item)
+    held = data.holdouts(name)  # type: ignore[arg-type]
+    assert set(drawn.sets) == {request_id(each.user_id, each.item_id) for each in held}
+    for each in held:
+        chosen = drawn.sets[request_id(each.user_id, each.item_id)]
+        assert len(chosen) == len(set(chosen)) == count
+        assert set(chosen) & touched[each.user_id] == {each.item_id}
+        assert set(chosen) <= set(data.dataset.items)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.sampled_from(["uniform", "popularity"]))
+def test_sets_do_not_depend_on_the_order_of_rows(seed: int, kind: str) -> None:
+    rows = random_rows(seed, items=20)
+    section = CandidateSection(count=5, kind=kind)  # type: ignore[arg-type]
+    one = draw(cut(rows), "test", section, seed=seed)
+    assert draw(cut(shuffled(rows, seed)), "test", section, seed=seed) == one
+    assert draw(cut(rows), "test", section, seed=seed + 1).digest != one.digest
+
+
+@pytest.mark.parametrize("kind", ["uniform", "popularity"])
+def test_the_position_of_the_target_is_uniform(kind: str) -> None:
+    data = many(2000)
+    drawn = draw(data, "test", CandidateSection(count=10, kind=kind), seed=0)  # type: ignore[arg-type]
+    places = Counter(
+        drawn.sets[request_id(held.user_id, held.item_id)].index(held.item_id) for held in data.holdouts("test")
+    )
+    # Chi-square with 9 degrees of freedom: 27.9 is the 0.1 % point.
+    assert sum((places[place] - 200) ** 2 / 200 for place in range(10)) < 27.9
+
+
+def test_uniform_negatives_are_uniform() -> None:
+    data = many(2000, items=12)
+    drawn = draw(data, "test", CandidateSection(count=4), seed=0)
+    counts = Counter(item for chosen in drawn.sets.values() for item in chosen if item != "i11")
+    own = Counter(f"i{1 + user % 10:02d}" for user in range(2000))
+    # Every user leaves 9 of the 10 middle items, so item i is drawn 3/9 of the times it is free.
+    expected = {item: (2000 - own[item]) / 3 for item in own}
+    assert sum((counts[item] - expected[item]) ** 2 / expected[item] for item in own) < 27.9
+    assert counts["i00"] == 0
+
+
+def test_popular_negatives_follow_training_counts_only() -> None:
+    # Item p has 99 training rows, q has none besides the held-out ones; a stranger's negative is p far more often.
+    rows = [(f"fan{n}", item, 3.0, float(t)) for n in range(99) for t, item in enumerate(("p", "q", "r"))]
+    rows += [(f"new{n}", item, 3.0, float(t)) for n in range(400) for t, item in enumerate(("s", "t", "v"))]
+    data = cut(rows)
+    drawn = draw(data, "test", CandidateSection(count=2, kind="popularity"), seed=0)
+    counts = Counter(item for name, chosen in drawn.sets.items() if name.startswith("new") for item in chosen)
+    # Weights 100 : 1 : 1 among p, q and r; 400 draws, so p has 392 expected with a standard deviation of 2.8.
+    assert 378 <= counts["p"] <= 400
+
+
+def test_successive_draws_match_their_exact_chances() -> None:
+    # Two negatives of three items with weights 8, 1 and 1: {q, r} has the chance 2 * (1/10) * (1/9).
+    rows = [(f"fan{n}", item, 3.0, float(t)) for n in range(7) for t, item in enumerate(("p", "q", "r"))]
+    rows += [(f"new{n}", item, 3.0, float(t)) for n in range(3000) for t, item in enumerate(("s", "t", "v"))]
+    drawn = draw(cut(rows), "test", CandidateSection(count=3, kind="popularity"), seed=1)
+    sets = [set(chosen) for name, chosen in drawn.sets.items() if name.startswith("new")]
+    share = float(np.mean(["p" not in chosen for chosen in sets]))
+    assert share == pytest.approx(2 / 90, abs=4 * (2 / 90 / 3000) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "popularity"])
+def test_all_untouched_items_can_be_asked_for(kind: str) -> None:
+    data = many(30)
+    drawn = draw(data, "test", CandidateSection(count=28, kind=kind), seed=0)  # type: ignore[arg-type]
+    assert {len(set(chosen)) for chosen in drawn.sets.values()} == {28}
+
+
+def test_too_many_candidates_name_the_key() -> None:
+    with pytest.raises(DataError, match=r"touched 3 of 30 items.*eval\.candidates\.count to at most 28"):
+        draw(many(30), "test", CandidateSection(count=29), seed=0)
+
+
+# --------------------------------------------------------------------------- storage
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    drawn = draw(many(50), "test", CandidateSection(count=5), seed=3)
+    path = tmp_path / "new" / "candidates.parquet"
+    drawn.save(path)
+    assert CandidateSets.load(path) == drawn
+    assert pl.read_parquet(path).columns == ["request_id", "candidates"]
+
+
+@pytest.mark.parametrize("field", ["kind", "count", "seed", "order", "item", "missing"])
+def test_the_digest_sees_every_change(field: str) -> None:
+    drawn = draw(many(50), "test", CandidateSection(count=5), seed=3)
+    kind, count, seed, sets = drawn.kind, drawn.count, drawn.seed, dict(drawn.sets)
+    name = next(iter(sets))
+    if field == "order":
+        sets[name] = sets[name][::-1]
+    elif field == "item":
+        sets[name] = ("another", *sets[name][1:])
+    elif field == "missing":
+        del sets[name]
+    changed = {"kind": ("popularity", count, seed), "count": (kind, 6, seed), "seed": (kind, count, 4)}
+    assert _sets(*changed.get(field, (kind, count, seed)), sets).digest != drawn.digest
+    assert _sets(drawn.kind, drawn.count, drawn.seed, dict(reversed(drawn.sets.items()))).digest == drawn.digest
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "candidates.parquet"
+    draw(many(50), "test", CandidateSection(count=5), seed=3).save(path)
+    table = pq.read_table(path)
+    lists = table["candidates"].to_pylist()
+    lists[0] = lists[0][::-1]
+    index = table.column_names.index("candidates")
+    changed = table.set_column(index, table.schema.field("candidates"), [lists])
+    pq.write_table(changed, path)
+    with pytest.raises(DataError, match=r"candidates\.parquet.*digest.*draw"):
+        CandidateSets.load(path)
+
+
+def test_files_that_are_no_candidates(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such candidate file"):
+        CandidateSets.load(tmp_path / "absent.parquet")
+    (tmp_path / "text.parquet").write_text("user,item\n")
+    with pytest.raises(DataError, match="not a candidate file"):
+        CandidateSets.load(tmp_path / "text.parquet")
+    pl.DataFrame({"request_id": ["a"], "candidates": [["x"]]}).write_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="not a candidate file"):
+        CandidateSets.load(tmp_path / "other.parquet")
+
+
+def test_pinned_set() -> None:
+    """The same data and seed give the same candidates on every machine and with every library version."""
+    drawn = draw(many(12, items=12), "test", CandidateSection(count=5), seed=0)
+    assert drawn.digest == "acd3696c00ddc2f320f3d74bf66d7edfc641625d6a72d734f46d12ce592b8bdc"
+
+
+def test_numbers_are_splitmix64() -> None:
+    # The published outputs for the seed 1234567.
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    numbers = _Numbers(1234567)
+    drawn = [*numbers.below(2**63, 2).tolist(), *numbers.below(2**63, 3).tolist()]
+    assert drawn == [number % 2**63 for number in published]

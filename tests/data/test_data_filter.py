@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import polars as pl
+import pytest
+from data_cases import dataset, random_rows, seeds, shuffled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.data.dataset import SCHEMA, Dataset
+from llmrec.data.filter import apply, core
+from llmrec.errors import DataError
+from llmrec.recipe import Filter
+from llmrec.types import Item
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 5), st.integers(1, 5))
+def test_core_has_the_property_and_is_the_largest(seed: int, user_core: int, item_core: int) -> None:
+    rows = dataset(random_rows(seed)).interactions
+    kept = core(rows, user_core=user_core, item_core=item_core)
+    for column, least in (("user_id", user_core), ("item_id", item_core)):
+        assert all(count >= least for count in kept.group_by(column).len()["len"])
+    # One row at a time, in another order: the k-core is unique.
+    left = [row[:2] for row in shuffled(rows.rows(), seed)]  # type: ignore[arg-type]
+    while True:
+        bad = [
+            row
+            for row in left
+            if sum(other[0] == row[0] for other in left) < user_core
+            or sum(other[1] == row[1] for other in left) < item_core
+        ]
+        if not bad:
+            break
+        left.remove(bad[0])
+    assert sorted(left) == sorted(kept.select("user_id", "item_id").rows())
+
+
+def test_min_rating_drops_rows_items_and_users() -> None:
+    data = dataset([("a", "x", 5.0, 1.0), ("a", "y", 4.0, 2.0), ("b", "z", 1.0, 3.0)])
+    data = Dataset(**{**data.__dict__, "users": {"a": {"age": "9"}, "b": {}}})
+    kept = apply(data, Filter(min_rating=4))
+    assert kept.interactions["item_id"].to_list() == ["x", "y"]
+    assert list(kept.items) == ["x", "y"] and list(kept.users) == ["a"]
+
+
+def test_no_filter_changes_nothing() -> None:
+    data = dataset(random_rows(1))
+    assert apply(data, Filter()) is data
+
+
+def test_nothing_left_names_the_keys() -> None:
+    with pytest.raises(DataError, match=r"no interaction passes.*min_rating=5.*user_core=9"):
+        apply(dataset([("a", "x", 5.0, 1.0), ("a", "y", 4.0, 2.0)]), Filter(min_rating=5, user_core=9))
+
+
+def test_min_rating_without_ratings() -> None:
+    rows = pl.DataFrame({"user_id": ["a"], "item_id": ["x"]})
+    data = Dataset(name="clicks", noun="things", interactions=rows, items={"x": Item(item_id="x", title="X")})
+    with pytest.raises(DataError, match=r"no ratings.*data\.filter\.min_rating"):
+        apply(data, Filter(min_rating=3))
+
+
+# --------------------------------------------------------------------------- the dataset itself
+
+
+def test_a_dataset_conforms_its_columns() -> None:
+    rows = pl.DataFrame({"item_id": ["x"], "user_id": ["a"], "rating": [3], "extra": [0]})
+    data = Dataset(name="d", noun="things", interactions=rows, items={"x": Item(item_id="x", title="X")})
+    assert dict(data.interactions.schema) == dict(SCHEMA)
+    assert not data.has_time and not data.made
+
+
+def test_every_item_needs_an_entry() -> None:
+    rows = pl.DataFrame({"user_id": ["a", "a"], "item_id": ["x", "y"]})
+    with pytest.raises(DataError, match="1 items have interactions but no entry, such as 'y'"):
+        Dataset(name="d", noun="things", interactions=rows, items={"x": Item(item_id="x", title="X")})
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        ({"user_id": ["a"]}, "need a column 'item_id'"),
+        ({"user_id": ["a", None], "item_id": ["x", "x"]}, "value in every row of 'user_id'"),
+        ({"user_id": ["a"], "item_id": ["x"], "rating": ["good"]}, "type that cannot be used"),
+    ],
+)
+def test_columns_that_do_not_conform(frame: dict[str, list[object]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Dataset(name="d", noun="things", interactions=pl.DataFrame(frame), items={"x": Item(item_id="x", title="X")})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: [(*rows[0][:2], 2.0, rows[0][3]), *rows[1:]],
+        lambda rows: [(*rows[0][:3], 99.0), *rows[1:]],
+        lambda rows: rows[1:],
+        lambda rows: [("other", *rows[0][1:]), *rows[1:]],
+    ],
+)
+def test_the_fingerprint_sees_every_change(change) -> None:  # type: ignore[no-untyped-def]
+    rows = [("a", "x", 5.0, 1.0), ("b", "y", 4.0, 2.0), ("b", "x", 1.0, 3.0)]
+    assert dataset(change(rows)).fingerprint != dataset(rows).fingerprint
+
+
+def test_the_fingerprint_sees_titles_profiles_and_moved_letters() -> None:
+    rows = pl.DataFrame({"user_id": ["ab"], "item_id": ["c"]})
+
+    def make(user: str = "ab", item: str = "c", title: str = "T", **keys: object) -> str:
+        frame = rows.with_columns(user_id=pl.lit(user), item_id=pl.lit(item))
+        items = {item: Item(item_id=item, title=title)}
+        return Dataset(name="d", noun="n", interactions=frame, items=items, **keys).fingerprint  # type: ignore[arg-type]
+
+    seen = {make(), make("a", "bc"), make(title="U"), make(users={"ab": {"age": "1"}}), make(rating_scale=(1.0, 5.0))}
+    assert len(seen) == 5
+    assert make(provenance={"path": "elsewhere"}) == make()

@@ -1,0 +1,377 @@
+"""MovieLens in every layout and from every place, on made files of the same form."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import sys
+import types
+import zipfile
+from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.data import movielens
+from llmrec.data.dataset import Dataset
+from llmrec.data.movielens import movie_title
+from llmrec.data.sources import load
+from llmrec.errors import DataError
+from llmrec.recipe import Columns, DataSection
+
+FLAGS = {"Comedy": 5, "Drama": 8}
+
+
+def flags(*genres: str) -> str:
+    return "|".join("1" if number in [FLAGS[genre] for genre in genres] else "0" for number in range(19))
+
+
+OFFICIAL = {
+    "u.data": "1\t10\t5\t100\n1\t20\t3\t101\n2\t30\t1\t102\n2\t10\t4\t103\n1\t40\t2\t104\n",
+    "u.item": (
+        f"10|Fugitive, The (1993)|01-Jan-1993||http://x/|{flags('Drama')}\n"
+        f"20|Café au Lait (1993)|01-Jan-1993||http://x/|{flags('Comedy', 'Drama')}\n"
+        f"30|unknown||||1{flags()[1:]}\n"
+        f'40|Land of "Time" (1995) (V)|01-Jan-1995||http://x/|{flags("Comedy")}\n'
+        f"50|Never Rated (1990)|01-Jan-1990||http://x/|{flags('Comedy')}\n"
+    ),
+    "u.user": "1|24|M|technician|85711\n2|53|F|other|94043\n3|23|M|writer|32067\n",
+}
+ATOMIC = {
+    "ml-100k.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + OFFICIAL["u.data"],
+    "ml-100k.item": (
+        "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+        "10\tFugitive, The\t1993\tDrama\n20\tCafé au Lait\t1993\tComedy Drama\n30\tunkonwn\tunkonwn\tunknown\n"
+        '40\tLand of "Time" (1995)\tV\tComedy\n50\tNever Rated\t1990\tComedy\n'
+    ),
+    "ml-100k.user": (
+        "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token\n"
+        + OFFICIAL["u.user"].replace("|", "\t")
+    ),
+}
+SMALL = {
+    "ratings.csv": "userId,movieId,rating,timestamp\n1,10,4.5,100\n1,20,0.5,101\n2,10,3.0,102\n",
+    "movies.csv": (
+        'movieId,title,genres\n10,"Postman, The (Postino, Il) (1994)",Comedy|Drama\n'
+        "20,Babylon 5,(no genres listed)\n30,Unseen (2000),Drama\n"
+    ),
+}
+
+
+def encoded(name: str, text: str) -> bytes:
+    return text.encode("latin-1" if name.startswith("u.") else "utf-8")
+
+
+def folder(path: Path, files: Mapping[str, str], *, packed: bool = False) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        raw = encoded(name, text)
+        (path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(raw) if packed else raw)
+    return path
+
+
+def archive(top: str, files: Mapping[str, str]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as pack:
+        pack.writestr("../../escape.txt", "never unpacked")
+        for name, text in files.items():
+            pack.writestr(f"{top}/{name}", encoded(name, text))
+    return out.getvalue()
+
+
+def hundred(path: Path | None = None, **keys: object) -> Dataset:
+    return load(DataSection(source="movielens-100k", path=str(path) if path else None, **keys), seed=0)  # type: ignore[arg-type]
+
+
+def small(path: Path | None = None) -> Dataset:
+    return load(DataSection(source="movielens-small", path=str(path) if path else None), seed=0)
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No wheel, no network, an empty cache; returns the cache's data folder."""
+
+    def unreachable(*args: object, **keys: object) -> object:
+        raise URLError("unreachable")
+
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(movielens, "find_spec", lambda name: None)
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    return tmp_path / "cache" / "data"
+
+
+# --------------------------------------------------------------------------- layouts
+
+
+def test_official_layout(tmp_path: Path) -> None:
+    data = hundred(folder(tmp_path / "official", OFFICIAL))
+    assert data.interactions.rows()[0] == ("1", "10", 5.0, 100.0, None)
+    assert {key: item.title for key, item in data.items.items()} == {
+        "10": "The Fugitive (1993)",
+        "20": "Café au Lait (1993)",
+        "30": "unknown",
+        "40": 'Land of "Time" (1995)',
+    }
+    assert data.items["20"].fields == {"genres": "Comedy, Drama", "year": "1993"}
+    assert data.items["30"].fields == {"genres": "unknown", "year": "unknown"}
+    assert data.users == {
+        "1": {"age": "24", "gender": "male", "occupation": "technician"},
+        "2": {"age": "53", "gender": "female", "occupation": "other"},
+    }
+    assert data.rating_scale == (1.0, 5.0) and data.noun == "movies" and not data.made
+    assert hashlib.sha256(OFFICIAL["u.data"].encode()).hexdigest() in data.provenance["sha256"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("named", ["folder", "file", "parent"])
+def test_both_layouts_give_the_same_data(tmp_path: Path, packed: bool, named: str) -> None:
+    seen = []
+    for name, files in (("official", OFFICIAL), ("atomic", ATOMIC)):
+        place = folder(tmp_path / name / "ml-100k", files, packed=packed)
+        path = {"folder": place, "parent": place.parent, "file": place / (next(iter(files)) + ".gz" * packed)}[named]
+        seen.append(hundred(path))
+    assert seen[0].fingerprint == seen[1].fingerprint
+    assert seen[0].interactions.equals(seen[1].interactions)
+    assert (seen[0].items, seen[0].users) == (seen[1].items, seen[1].users)
+
+
+def test_without_profiles(tmp_path: Path) -> None:
+    files = {name: text for name, text in OFFICIAL.items() if name != "u.user"}
+    assert hundred(folder(tmp_path, files)).users == {}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_small(tmp_path: Path, packed: bool) -> None:
+    data = small(folder(tmp_path, SMALL, packed=packed))
+    assert {key: (item.title, dict(item.fields)) for key, item in data.items.items()} == {
+        "10": ("The Postman (Il Postino) (1994)", {"genres": "Comedy, Drama", "year": "1994"}),
+        "20": ("Babylon 5", {"genres": "unknown", "year": "unknown"}),
+    }
+    assert data.rating_scale == (0.5, 5.0) and data.users == {} and data.noun == "movies"
+
+
+def test_the_recipe_may_call_them_otherwise(tmp_path: Path) -> None:
+    data = hundred(folder(tmp_path, OFFICIAL), noun="films", rating_scale=(0, 10))
+    assert (data.noun, data.rating_scale) == ("films", (0.0, 10.0))
+
+
+# --------------------------------------------------------------------------- titles
+
+
+@pytest.mark.parametrize(
+    ("raw", "title", "year"),
+    [
+        ("Toy Story (1995)", "Toy Story (1995)", "1995"),
+        ("Fish Called Wanda, A (1988)", "A Fish Called Wanda (1988)", "1988"),
+        ("American in Paris, An (1951)", "An American in Paris (1951)", "1951"),
+        ("Enfer, L' (1994)", "L'Enfer (1994)", "1994"),
+        ("Boot, Das (1981)", "Das Boot (1981)", "1981"),
+        ("Good, The Bad and The Ugly, The (1966)", "The Good, The Bad and The Ugly (1966)", "1966"),
+        ("Tin Drum, The (Blechtrommel, Die) (1979)", "The Tin Drum (Die Blechtrommel) (1979)", "1979"),
+        ("Star Maker, The (Uomo delle stelle, L') (1995)", "The Star Maker (L'Uomo delle stelle) (1995)", "1995"),
+        (
+            "Children Are Watching Us, The (Bambini ci guardano, I) (1944)",
+            "The Children Are Watching Us (I Bambini ci guardano) (1944)",
+            "1944",
+        ),
+        ("Twelve Monkeys (a.k.a. 12 Monkeys) (1995)", "Twelve Monkeys (a.k.a. 12 Monkeys) (1995)", "1995"),
+        (
+            "Visitors, The (a.k.a. Guests, The) (Visiteurs, Les) (1993)",
+            "The Visitors (a.k.a. The Guests) (Les Visiteurs) (1993)",
+            "1993",
+        ),
+        ("Corrina, Corrina (1994)", "Corrina, Corrina (1994)", "1994"),
+        ("I, Robot (2004)", "I, Robot (2004)", "2004"),
+        ("Land Before Time III (1995) (V)", "Land Before Time III (1995)", "1995"),
+        ("Death Note (2006–2007)", "Death Note (2006–2007)", "2006"),
+        ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey (1968)", "1968"),
+        ("Babylon 5", "Babylon 5", "unknown"),
+        ("unknown", "unknown", "unknown"),
+        ("1984", "1984", "unknown"),
+    ],
+)
+def test_titles(raw: str, title: str, year: str) -> None:
+    assert movie_title(raw) == (title, year)
+
+
+@given(st.text("ab ,()'Thexyz19", max_size=30))
+def test_titles_keep_every_letter(raw: str) -> None:
+    title, _ = movie_title(f"{raw} (1999)")
+    assert sorted(title.replace(" ", "").replace(",", "")) == sorted(f"{raw}(1999)".replace(" ", "").replace(",", ""))
+
+
+# --------------------------------------------------------------------------- places
+
+
+def test_the_wheel_is_used_without_importing_it(tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "recbole"
+    folder(package / "dataset_example" / "ml-100k", ATOMIC)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    spec = ModuleSpec("recbole", None, is_package=True)
+    spec.submodule_search_locations = [str(package)]
+    monkeypatch.setattr(movielens, "find_spec", lambda name: spec if name == "recbole" else None)
+    folder(alone / "ml-100k", {**OFFICIAL, "u.data": OFFICIAL["u.data"].replace("\t5\t", "\t1\t")})
+    data = hundred()
+    assert data.provenance["path"].startswith(str(package))
+    assert data.interactions["rating"][0] == 5.0  # the wheel goes before the cache
+    assert "recbole" not in sys.modules
+
+
+def test_a_broken_wheel_is_passed_over(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ValueError(f"{name}.__spec__ is None")
+
+    monkeypatch.setattr(movielens, "find_spec", broken)
+    folder(alone / "ml-100k", OFFICIAL)
+    assert hundred().provenance["path"] == str(alone / "ml-100k")
+
+
+def test_a_cached_archive(alone: Path) -> None:
+    alone.mkdir(parents=True)
+    (alone / "ml-100k.zip").write_bytes(archive("ml-100k", OFFICIAL))
+    (alone / "ml-latest-small.zip").write_bytes(archive("ml-latest-small", SMALL))
+    assert hundred().items["10"].title == "The Fugitive (1993)"
+    assert small().interactions.height == 3
+    assert hundred(alone / "ml-100k.zip").fingerprint == hundred().fingerprint
+    assert sorted(path.name for path in alone.parent.parent.rglob("*")) == [
+        "cache",
+        "data",
+        "ml-100k.zip",
+        "ml-latest-small.zip",
+    ]
+
+
+Serve = Callable[[bytes], list[str]]
+
+
+@pytest.fixture
+def serve(alone: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
+    def answer(raw: bytes) -> list[str]:
+        asked: list[str] = []
+
+        def urlopen(url: str, timeout: float) -> io.BytesIO:
+            asked.append(url)
+            return io.BytesIO(raw)
+
+        monkeypatch.setattr("urllib.request.urlopen", urlopen)
+        return asked
+
+    return answer
+
+
+def test_download_once(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = archive("ml-100k", OFFICIAL)
+    published = movielens._100K._replace(md5=hashlib.md5(raw).hexdigest())
+    monkeypatch.setattr(movielens, "_100K", published)
+    asked = serve(raw)
+    assert hundred().fingerprint == hundred().fingerprint
+    assert asked == ["https://files.grouplens.org/datasets/movielens/ml-100k.zip"]
+    assert [path.name for path in alone.iterdir()] == ["ml-100k.zip"]
+
+
+def test_a_download_that_is_not_the_published_file(alone: Path, serve: Serve) -> None:
+    serve(archive("ml-100k", OFFICIAL))
+    with pytest.raises(DataError, match=r"not the published 0e33842e24a9c977be4e0107933c0723.*recbole==1\.2\.1"):
+        hundred()
+    assert list(alone.iterdir()) == []
+
+
+def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.data.download._MAX_ARCHIVE", 10)
+    serve(archive("ml-latest-small", SMALL))
+    with pytest.raises(DataError, match="larger than 10 bytes"):
+        small()
+    assert list(alone.iterdir()) == []
+
+
+def test_a_member_that_is_too_large(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.data.download._MAX_MEMBER", 10)
+    serve(archive("ml-latest-small", SMALL))
+    with pytest.raises(DataError, match=r"ratings\.csv is larger than 10 bytes"):
+        small()
+
+
+def test_archives_that_are_none(alone: Path) -> None:
+    alone.mkdir(parents=True)
+    (alone / "ml-100k.zip").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"ml-100k\.zip is not a readable zip archive.*delete it"):
+        hundred()
+    raw = bytearray(archive("ml-100k", OFFICIAL))
+    raw[200:260] = bytes(60)
+    (alone / "ml-100k.zip").write_bytes(raw)
+    with pytest.raises(DataError, match=r"ml-100k\.zip"):
+        hundred()
+    (alone / "ml-100k.zip").write_bytes(archive("another", OFFICIAL))
+    with pytest.raises(DataError, match="does not hold movielens-100k"):
+        hundred()
+
+
+def test_nowhere_names_the_ways(alone: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        hundred()
+    for way in ("pip install --no-deps recbole==1.2.1", "data.path=", "network", "unreachable"):
+        assert way in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"movielens-small is not on this machine.*data\.path=FOLDER"):
+        small()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="LLMREC_CACHE"):
+        hundred()
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+def test_a_path_without_the_files(tmp_path: Path, alone: Path) -> None:
+    folder(alone / "ml-100k", OFFICIAL)  # a path that is given is the only place
+    with pytest.raises(DataError, match=r"u\.data \+ u\.item or ml-100k\.inter \+ ml-100k\.item.*correct data\.path"):
+        hundred(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("keys", [{"columns": Columns(user="who")}, {"items": "films.csv"}])
+def test_keys_that_are_for_tables(tmp_path: Path, keys: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="source 'movielens-100k' knows its own columns"):
+        hundred(folder(tmp_path, OFFICIAL), **keys)
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "old", "new", "message"),
+    [
+        (OFFICIAL, "u.data", "1\t20\t3\t", "1\t20\tbad\t", r"u\.data, row 2: the rating .* 'bad'"),
+        (OFFICIAL, "u.data", "1\t20\t3\t", "1\t20\t9\t", r"u\.data, row 2: the rating 9 is off the scale from 1 to 5"),
+        (OFFICIAL, "u.data", "1\t20\t3\t", "1\t99\t3\t", r"u\.data, row 2: item '99' is not in the table of items"),
+        (OFFICIAL, "u.data", "1\t20\t3\t", "1\t10\t3\t", r"u\.data, row 2 repeats user '1' with item '10' of row 1"),
+        (OFFICIAL, "u.data", "1\t20\t3\t101", "1\t20\t3", r"u\.data, row 2 has 3 fields where it should have 4"),
+        (OFFICIAL, "u.item", "Café au Lait (1993)", "", r"u\.item, row 2: column 'title' is empty"),
+        (OFFICIAL, "u.item", "||http://x/|", "|http://x/|", r"u\.item, row 1 has 23 fields where it should have 24"),
+        (OFFICIAL, "u.user", "2|53", "|53", r"u\.user, row 2: column 'user_id' is empty"),
+        (ATOMIC, "ml-100k.inter", "rating:float", "stars", r"ml-100k\.inter has no column 'rating:float'.*stars"),
+        (ATOMIC, "ml-100k.item", "Café", "Caf\0", r"ml-100k\.item, row 2 \(line 3\): there is a NUL"),
+        (SMALL, "ratings.csv", "1,20,0.5", "1,20,0", r"ratings\.csv, row 2 \(line 3\): the rating 0 is off the scale"),
+        (SMALL, "movies.csv", "genres", "kinds", r"movies\.csv has no column 'genres'"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, files: Mapping[str, str], name: str, old: str, new: str, message: str) -> None:
+    assert old in files[name]
+    path = folder(tmp_path, {**files, name: files[name].replace(old, new, 1)})
+    with pytest.raises(DataError, match=message):
+        small(path) if files is SMALL else hundred(path)
+
+
+def test_packed_files_are_called_by_their_names(tmp_path: Path) -> None:
+    path = folder(tmp_path, {**SMALL, "ratings.csv": SMALL["ratings.csv"].replace("4.5", "x")}, packed=True)
+    with pytest.raises(DataError, match=r"ratings\.csv\.gz, row 1 \(line 2\)"):
+        small(path)
+
+
+def test_no_module_is_loaded_for_the_wheel() -> None:
+    assert isinstance(movielens, types.ModuleType) and "recbole" not in sys.modules

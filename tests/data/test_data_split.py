@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import polars as pl
+import pytest
+from data_cases import Row, dataset, random_rows, seeds, shuffled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.data.hashing import hash_one
+from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.data.stats import statistics
+from llmrec.errors import DataError
+from llmrec.recipe import Split
+
+KINDS = ("leave_one_out", "global_time", "user_disjoint")
+kinds = st.sampled_from(KINDS)
+
+
+def cut(
+    rows: list[Row], kind: str = "leave_one_out", seed: int = 0, *, timed: bool = True, **keys: float
+) -> SplitDataset:
+    shares = keys or {"valid": 0.2, "test": 0.2}
+    return split(dataset(rows, timed=timed), Split(kind=kind, **shares), seed=seed)  # type: ignore[arg-type]
+
+
+def pairs(frame: pl.DataFrame) -> list[tuple[str, str]]:
+    return list(frame.select("user_id", "item_id").iter_rows())
+
+
+# --------------------------------------------------------------------------- properties of every kind
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, kinds, st.booleans(), st.booleans())
+def test_parts_are_disjoint_and_held_out_pairs_are_nowhere_else(
+    seed: int, kind: str, repeats: bool, timed: bool
+) -> None:
+    rows = random_rows(seed, repeats=repeats)
+    data = cut(rows, kind, seed, timed=timed)
+    valid, test, known, train = (pairs(part) for part in (data.valid, data.test, data.known, data.train))
+    assert data.held_out == set(valid) | set(test)
+    assert len(valid) == len(set(valid)) and len(test) == len(set(test))
+    assert not set(valid) & set(test)
+    assert not data.held_out & (set(train) | set(known))
+    assert set(valid) | set(test) | set(known) | set(train) == {row[:2] for row in rows}
+    if not repeats:
+        assert len(valid) + len(test) + len(known) + len(train) == len(rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, kinds, st.booleans())
+def test_the_order_of_rows_does_not_matter(seed: int, kind: str, repeats: bool) -> None:
+    rows = random_rows(seed, repeats=repeats)
+    one, other = cut(rows, kind, seed), cut(shuffled(rows, seed + 1), kind, seed)
+    for name in ("train", "valid", "test", "known"):
+        assert getattr(one, name).equals(getattr(other, name))
+    assert one.dataset.fingerprint == other.dataset.fingerprint
+    assert one.fingerprint == other.fingerprint
+    assert one.holdouts("test") == other.holdouts("test")
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, kinds)
+def test_history_is_in_time_order_and_older_than_the_truth(seed: int, kind: str) -> None:
+    data = cut(random_rows(seed), kind, seed)
+    for name in ("valid", "test"):
+        for held in data.holdouts(name):  # type: ignore[arg-type]
+            history = data.history(held.user_id, name)  # type: ignore[arg-type]
+            times = [event.timestamp for event in history]
+            assert times == sorted(times)  # type: ignore[type-var]
+            assert all(time <= held.timestamp for time in times)  # type: ignore[operator]
+            assert held.item_id not in {event.item_id for event in history}
+            # Nothing that came before is missing: every earlier row of the user stands in the history.
+            rows = data.dataset.interactions.filter(pl.col("user_id") == held.user_id)
+            earlier = rows.filter(pl.col("timestamp") < held.timestamp)["item_id"].to_list()
+            if kind != "global_time":
+                assert set(earlier) - {event.item_id for event in history} <= {
+                    i for u, i in data.held_out if u == held.user_id
+                }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_gives_another_split_and_another_fingerprint(kind: str) -> None:
+    rows = random_rows(3, users=40, moments=2)
+    one, other = cut(rows, kind, 1), cut(rows, kind, 2)
+    assert one.held_out != other.held_out
+    assert one.fingerprint != other.fingerprint
+    assert one.dataset.fingerprint == other.dataset.fingerprint
+
+
+# --------------------------------------------------------------------------- leave one out
+
+
+def test_leave_one_out_by_hand() -> None:
+    rows = [("a", f"i{n}", 3.0, float(n)) for n in range(4)] + [("b", "i0", 3.0, 9.0), ("b", "i1", 3.0, 1.0)]
+    data = cut(rows)
+    assert pairs(data.test) == [("a", "i3")]
+    assert pairs(data.valid) == [("a", "i2")]
+    assert pairs(data.train) == [("a", "i0"), ("a", "i1"), ("b", "i1"), ("b", "i0")]
+    assert [event.item_id for event in data.history("a", "valid")] == ["i0", "i1"]
+    assert [event.item_id for event in data.history("a", "test")] == ["i0", "i1", "i2"]
+    assert [event.item_id for event in data.train_events("b")] == ["i1", "i0"]
+    assert data.train_events("nobody") == ()
+    assert data.users() == ("a", "b")
+
+
+def test_repeats_of_a_held_out_pair_are_dropped() -> None:
+    rows = [
+        ("a", "x", 1.0, 1.0),
+        ("a", "y", 2.0, 2.0),
+        ("a", "z", 3.0, 3.0),
+        ("a", "x", 4.0, 4.0),
+        ("a", "x", 5.0, 5.0),
+    ]
+    data = cut(rows)
+    assert data.test.rows() == [("a", "x", 5.0, 5.0, None)]
+    assert pairs(data.valid) == [("a", "z")]
+    assert pairs(data.train) == [("a", "y")]
+
+
+@settings(max_examples=80, deadline=None)
+@given(seeds, st.integers(3, 8))
+def test_ties_fall_by_the_seeded_hash(seed: int, size: int) -> None:
+    rows = [("u", f"i{n}", 3.0, 7.0) for n in range(size)]
+    data = cut(shuffled(rows, seed), seed=seed)
+    order = sorted((row[1] for row in rows), key=lambda item: hash_one("tie", seed, "u", item))
+    assert [event.item_id for event in data.history("u", "test")] == order[:-1]
+    assert pairs(data.test) == [("u", order[-1])]
+
+
+def test_ties_favour_no_item_id() -> None:
+    rows = [(f"u{user}", f"i{item}", 3.0, 1.0) for user in range(600) for item in range(4)]
+    counts = Counter(item for _, item in pairs(cut(rows).test))
+    # Chi-square with 3 degrees of freedom: 16.3 is the 0.1 % point.
+    assert sum((counts[f"i{item}"] - 150) ** 2 / 150 for item in range(4)) < 16.3
+
+
+def test_without_timestamps_the_file_order_is_the_time_order() -> None:
+    rows = [("u", item, 3.0, 0.0) for item in ("c", "a", "d", "b")]
+    data = cut(rows, timed=False)
+    assert [event.item_id for event in data.history("u", "test")] == ["c", "a", "d"]
+    assert pairs(data.test) == [("u", "b")]
+    turned = cut(rows[::-1], timed=False)
+    assert pairs(turned.test) == [("u", "c")]
+    assert turned.dataset.fingerprint != data.dataset.fingerprint
+
+
+def test_too_few_interactions_to_leave_one_out() -> None:
+    with pytest.raises(DataError, match=r"no user has 3 interactions.*data\.split\.kind"):
+        cut([("a", "x", 1.0, 1.0), ("a", "y", 1.0, 2.0), ("b", "x", 1.0, 1.0)])
+
+
+# --------------------------------------------------------------------------- global time and disjoint users
+
+
+def test_global_time_by_hand_with_cold_ones_counted() -> None:
+    rows = [("a", f"i{n}", 3.0, float(n)) for n in range(8)] + [("new", "i1", 3.0, 8.0), ("a", "fresh", 3.0, 9.0)]
+    data = cut(rows, "global_time", valid=0.2, test=0.2)
+    assert set(pairs(data.test)) == {("new", "i1"), ("a", "fresh")}
+    assert pairs(data.valid) == [("a", "i6"), ("a", "i7")]
+    assert [event.item_id for event in data.history("a", "test")] == [f"i{n}" for n in range(8)]
+    assert data.history("new", "test") == ()
+    figures = statistics(data)
+    assert (figures["cold_users_test"], figures["cold_items_test"]) == (1, 1)
+    assert (figures["cold_users_valid"], figures["cold_items_valid"]) == (0, 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_global_time_has_one_border(seed: int) -> None:
+    data = cut(random_rows(seed), "global_time", seed)
+    ends = [
+        data.train["timestamp"].max(),
+        data.valid["timestamp"].min(),
+        data.valid["timestamp"].max(),
+        data.test["timestamp"].min(),
+    ]
+    assert ends == sorted(ends)  # type: ignore[type-var]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_disjoint_users_are_never_trained_on(seed: int) -> None:
+    data = cut(random_rows(seed, users=20), "user_disjoint", seed)
+    away = {user for user, _ in data.held_out}
+    assert away and not away & set(data.train["user_id"])
+    assert not set(data.valid["user_id"]) & set(data.test["user_id"])
+    for held in data.holdouts("test"):
+        assert data.history(held.user_id, "test") and data.train_events(held.user_id) == ()
+
+
+@pytest.mark.parametrize("kind", ["global_time", "user_disjoint"])
+def test_too_few_for_a_share(kind: str) -> None:
+    rows = [("a", "x", 1.0, 1.0), ("a", "y", 1.0, 2.0), ("b", "x", 1.0, 3.0)]
+    with pytest.raises(DataError, match=r"too few for .* data\.split\.valid=0\.1"):
+        cut(rows, kind, valid=0.1, test=0.4)
+
+
+@pytest.mark.parametrize(("valid", "test"), [(0.0, 0.0), (0.5, 0.5), (0.9, 0.2)])
+def test_shares_that_make_no_sense(valid: float, test: float) -> None:
+    with pytest.raises(DataError, match=r"more than 0 and less than 1"):
+        cut(random_rows(0), "global_time", valid=valid, test=test)
+
+
+def test_no_training_left() -> None:
+    rows = [("a", "x", 1.0, 1.0), ("a", "y", 1.0, 2.0), ("b", "x", 1.0, 3.0), ("b", "y", 1.0, 4.0)]
+    with pytest.raises(DataError, match="leaves no training interaction"):
+        cut(rows, "user_disjoint", valid=0.5, test=0.49)
+
+
+# --------------------------------------------------------------------------- holdouts
+
+
+def test_the_first_holdouts_are_an_unbiased_sample_of_tied_users() -> None:
+    # Half of the users have ties, which are resolved by a hash: they must not gather at one end of the sample.
+    rows = [(f"t{user}", f"i{item}", 3.0, 1.0) for user in range(500) for item in range(8)]
+    rows += [(f"s{user}", f"i{item}", 3.0, float(item)) for user in range(500) for item in range(8)]
+    first = cut(rows).holdouts("test")[:300]
+    tied = sum(held.user_id.startswith("t") for held in first)
+    assert 110 <= tied <= 190  # 150 expected; the standard deviation is 7.2
+
+
+def test_training_holds_nothing_out() -> None:
+    with pytest.raises(DataError, match="'valid' or 'test'"):
+        cut(random_rows(0)).holdouts("train")
+
+
+@given(st.tuples(st.text(), st.text()), st.tuples(st.text(), st.text()))
+def test_request_ids_are_one_to_one(one: tuple[str, str], other: tuple[str, str]) -> None:
+    assert (request_id(*one) == request_id(*other)) == (one == other)
+
+
+@given(st.lists(st.text("a|\\"), min_size=4, max_size=4))
+def test_request_ids_escape_the_separator(parts: list[str]) -> None:
+    assert (request_id(*parts[:2]) == request_id(*parts[2:])) == (parts[:2] == parts[2:])

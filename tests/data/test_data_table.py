@@ -1,0 +1,484 @@
+"""The `table` source: what it reads, and what every malformed file is told."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import sys
+import types
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from data_cases import section
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.data.files import delimited, read_table
+from llmrec.data.sources import load
+from llmrec.data.split import split
+from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.recipe import Columns, DataSection, Filter
+
+HEAD = "user_id,item_id,rating,timestamp\n"
+GOOD = HEAD + "a,x,5,1\na,y,4,2\na,z,3,3\nb,x,2,4\n"
+
+
+def write(folder: Path, text: str | bytes, name: str = "data.csv") -> Path:
+    path = folder / name
+    raw = text.encode() if isinstance(text, str) else text
+    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    return path
+
+
+def fails(path: Path | str, *words: str, **keys: object) -> str:
+    with pytest.raises(DataError) as caught:
+        load(section(path, **keys), seed=0)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (Path(str(path)).name, *words):
+        assert word in message, message
+    return message
+
+
+# --------------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.csv.gz", "DATA.CSV"])
+def test_csv(tmp_path: Path, name: str) -> None:
+    data = load(section(write(tmp_path, GOOD, name)), seed=0)
+    assert data.interactions.rows()[0] == ("a", "x", 5.0, 1.0, None)
+    assert data.rating_scale == (2.0, 5.0)
+    assert {item.title for item in data.items.values()} == {"x", "y", "z"}
+    assert data.provenance["rows"] == "4" and data.provenance["made"] == "no"
+    assert len(data.provenance["sha256"]) == 64
+
+
+def rows_of(frame: pl.DataFrame, path: Path) -> Path:
+    ending = path.name.removesuffix(".gz").rsplit(".", 1)[1]
+    if ending == "parquet":
+        frame.write_parquet(path)
+        return path
+    if ending == "jsonl":
+        text = frame.write_ndjson()
+    else:
+        text = frame.write_csv(separator="\t" if ending in ("tsv", "txt") else ",")
+    return write(path.parent, text, path.name)
+
+
+FORMATS = ["csv", "tsv", "txt", "jsonl", "parquet", "csv.gz", "tsv.gz", "jsonl.gz"]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_format_gives_the_same_data(tmp_path: Path, ending: str) -> None:
+    frame = pl.DataFrame(
+        {
+            "user_id": ["1", "1", "2"],
+            "item_id": ["7", "8", "7"],
+            "rating": [4.5, 1.0, 2.0],
+            "timestamp": [3, 2, 1],
+            "title": ['A "quoted", title', "Ünïcode 映画", 'A "quoted", title'],
+            "text": ["two, parts", "plain", 'said "so"'],
+        }
+    )
+    data = load(section(rows_of(frame, tmp_path / f"data.{ending}"), noun="films"), seed=0)
+    assert data.interactions.rows() == [
+        ("1", "7", 4.5, 3.0, "two, parts"),
+        ("1", "8", 1.0, 2.0, "plain"),
+        ("2", "7", 2.0, 1.0, 'said "so"'),
+    ]
+    assert [item.title for item in data.items.values()] == ['A "quoted", title', "Ünïcode 映画"]
+    assert data.noun == "films" and data.name == "data"
+
+
+def test_ids_of_other_types_survive_parquet(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"user_id": [1.0, 2.0], "item_id": [7, 8], "rating": [3, 4], "timestamp": [1, 2]})
+    frame = frame.with_columns(pl.col("item_id").cast(pl.String).cast(pl.Categorical))
+    frame.write_parquet(tmp_path / "data.parquet")
+    data = load(section(tmp_path / "data.parquet"), seed=0)
+    assert data.interactions["user_id"].to_list() == ["1", "2"]
+    assert data.interactions["item_id"].to_list() == ["7", "8"]
+
+
+def test_a_long_text_with_line_breaks_and_windows_line_ends(tmp_path: Path) -> None:
+    text = 'user_id,item_id,text\r\na,x,"one\r\ntwo"\r\na,y,\r\n\r\nb,x,three\r\n'
+    data = load(section(write(tmp_path, "\ufeff" + text)), seed=0)
+    assert data.interactions["text"].to_list() == ["one\r\ntwo", None, "three"]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_another_separator_is_found(tmp_path: Path, separator: str) -> None:
+    data = load(section(write(tmp_path, GOOD.replace(",", separator))), seed=0)
+    assert data.interactions.height == 4
+
+
+field = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(field, field, field), min_size=1, max_size=5))
+def test_quoted_fields_come_back_as_they_were(rows: list[tuple[str, str, str]]) -> None:
+    frame = pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "c": pl.String}, orient="row")
+    assert delimited("x", frame.write_csv(quote_style="always").encode(), separator=",").frame.equals(frame)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(*[st.text("ab é映;", max_size=4)] * 3), min_size=1, max_size=5))
+def test_the_fast_reader_agrees_with_the_careful_one(rows: list[tuple[str, str, str]]) -> None:
+    plain = "\n".join(["h,i,j", *[",".join(row) for row in rows]]) + "\n"
+    quoted = plain.replace("h,i,j", '"h",i,j', 1)  # one quote in the file asks for care
+    one = delimited("x", plain.encode(), separator=",")
+    other = delimited("x", quoted.encode(), separator=",")
+    assert one.lines is None and other.lines is not None
+    assert one.frame.equals(other.frame)
+    assert [one.where(n) for n in range(len(rows))] == [other.where(n) for n in range(len(rows))]
+
+
+def test_times(tmp_path: Path) -> None:
+    def seconds(*values: str) -> list[float]:
+        text = "user_id,item_id,timestamp\n" + "".join(f"a,x{n},{value}\n" for n, value in enumerate(values))
+        return load(section(write(tmp_path, text)), seed=0).interactions["timestamp"].to_list()
+
+    assert seconds("1.5", "-2", "3e3") == [1.5, -2.0, 3000.0]
+    assert seconds("1970-01-02", "1970-01-01T00:00:01", "1970-01-01 01:00:00+01:00") == [86400.0, 1.0, 0.0]
+    assert seconds("1970-01-01T00:00:00.250Z", "2024-02-29") == [0.25, datetime(2024, 2, 29, tzinfo=UTC).timestamp()]
+
+
+def test_times_in_parquet(tmp_path: Path) -> None:
+    base = {"user_id": ["a", "a"], "item_id": ["x", "y"]}
+    for values, expected in (
+        ([datetime(1970, 1, 1, 0, 0, 1), datetime(1970, 1, 2)], [1.0, 86400.0]),
+        ([date(1970, 1, 2), date(1970, 1, 3)], [86400.0, 172800.0]),
+        ([datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 1, 1, tzinfo=UTC)], [0.0, 3600.0]),
+        ([5, 6], [5.0, 6.0]),
+    ):
+        pl.DataFrame({**base, "timestamp": values}).write_parquet(tmp_path / "data.parquet")
+        data = load(section(tmp_path / "data.parquet"), seed=0)
+        assert data.interactions["timestamp"].to_list() == expected
+
+
+def test_named_columns_items_table_and_fields(tmp_path: Path) -> None:
+    main = write(tmp_path, "who,what,stars,when,shop\na,1,3,1,N\na,2,4,2,S\nb,1,5,3,S\nb,3,1,4,S\n")
+    items = write(tmp_path, "what\tname\tkind\n1\tOne\tbig\n2\tTwo\t\n3\tThree\tsmall\n4\tUnused\t\n", "items.tsv")
+    columns = Columns(user="who", item="what", rating="stars", time="when", title="name", fields=("kind", "shop"))
+    data = load(section(main, items=str(items), columns=columns, rating_scale=(0, 10)), seed=0)
+    assert {key: (item.title, dict(item.fields)) for key, item in data.items.items()} == {
+        "1": ("One", {"kind": "big", "shop": "N"}),
+        "2": ("Two", {"kind": "", "shop": "S"}),
+        "3": ("Three", {"kind": "small", "shop": "S"}),
+    }
+    assert data.rating_scale == (0.0, 10.0)
+    assert data.provenance["path"] == f"{main}; {items}"
+
+
+def test_titles_that_differ_go_by_majority_whatever_the_order(tmp_path: Path) -> None:
+    rows = ["a,x,Old", "b,x,New", "c,x,New", "a,y,B", "b,y,A"]
+    for turn in (rows, rows[::-1]):
+        data = load(section(write(tmp_path, "user_id,item_id,title\n" + "\n".join(turn))), seed=0)
+        assert {key: item.title for key, item in data.items.items()} == {"x": "New", "y": "A"}
+
+
+def test_keep_last(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + "a,x,1,9\na,y,2,1\na,x,3,5\nb,y,4,7\nb,y,5,7\n")
+    data = load(section(path, duplicates="keep_last"), seed=0)
+    assert data.interactions.select("user_id", "item_id", "rating").rows() == [
+        ("a", "x", 1.0),
+        ("a", "y", 2.0),
+        ("b", "y", 5.0),
+    ]
+    untimed = write(tmp_path, "user_id,item_id,rating\na,x,1\na,y,2\na,x,3\n")
+    kept = load(section(untimed, duplicates="keep_last"), seed=0).interactions
+    assert kept["rating"].to_list() == [2.0, 3.0]
+
+
+def test_the_filter_of_the_recipe_is_applied(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert list(load(section(path, filter=Filter(min_rating=4)), seed=0).items) == ["x", "y"]
+    with pytest.raises(DataError, match="the filter leaves one item"):
+        load(section(path, filter=Filter(min_rating=5)), seed=0)
+
+
+def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Stored:
+        def with_format(self, name: str) -> Stored:
+            assert name == "arrow"
+            return self
+
+        def __getitem__(self, rows: slice) -> pa.Table:
+            ids = {"user_id": ["a", "a"], "item_id": [1, 2], "rating": [1, 2], "nested": [{"x": 1}] * 2}
+            return pa.table(ids)
+
+    def load_dataset(name: str, split: str) -> Stored:
+        asked.append((name, split))
+        if name == "absent":
+            raise FileNotFoundError("no such set")
+        return Stored()
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    data = load(section("hf://some/reviews:test"), seed=0)
+    assert load(section("hf://some/reviews"), seed=0).name == "some/reviews" == data.name
+    assert asked == [("some/reviews", "test"), ("some/reviews", "train")]
+    assert data.interactions["item_id"].to_list() == ["1", "2"]
+    with pytest.raises(DataError, match=r"hf://absent cannot be loaded \(FileNotFoundError: no such set\).*data\.path"):
+        load(section("hf://absent"), seed=0)
+
+
+# --------------------------------------------------------------------------- what is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("a,w,NaN,1", ["row 2 (line 3)", "'rating'", "'NaN'"]),
+        ("a,w,inf,1", ["row 2 (line 3)", "'rating'", "finite"]),
+        ("a,w,-Infinity,1", ["row 2 (line 3)", "'rating'"]),
+        ("a,w,good,1", ["row 2 (line 3)", "'rating'", "'good'"]),
+        ("a,w,,1", ["row 2 (line 3)", "'rating'"]),
+        (",w,1,1", ["row 2 (line 3)", "'user_id'", "empty"]),
+        ("  ,w,1,1", ["row 2 (line 3)", "'user_id'", "empty"]),
+        ("a,,1,1", ["row 2 (line 3)", "'item_id'", "empty"]),
+        ("a,w,1,", ["row 2 (line 3)", "'timestamp'"]),
+        ("a,w,1,nan", ["row 2 (line 3)", "'timestamp'"]),
+        ("a,w,1,2024-01-01", ["row 2 (line 3)", "'timestamp'", "'2024-01-01'"]),
+        ("a,w,1", ["row 2 (line 3)", "3 fields", "4"]),
+        ("a,w,1,2,3", ["row 2 (line 3)", "5 fields", "4"]),
+        ("a,x,1,9", ["row 2 (line 3)", "repeats", "row 1", "keep_last"]),
+        ('a,"w,1,2', ["row 2 (line 3)", "double quotes"]),
+        ('a,"w"w,1,2', ["row 2 (line 3)", "double quotes"]),
+        ("a,w\0,1,2", ["row 2 (line 3)", "NUL"]),
+    ],
+)
+def test_bad_rows(tmp_path: Path, row: str, words: list[str]) -> None:
+    fails(write(tmp_path, f"{HEAD}a,x,5,1\n{row}\nb,y,3,4\n"), *words)
+
+
+def test_dates_that_are_none(tmp_path: Path) -> None:
+    path = write(tmp_path, "user_id,item_id,timestamp\na,x,2024-01-01\na,y,31.12.2024\n")
+    fails(path, "row 2 (line 3)", "'timestamp'", "'31.12.2024'", "ISO")
+    path = write(tmp_path, "user_id,item_id,timestamp\na,x,2024-01-01\na,y,5\n")
+    fails(path, "row 2 (line 3)", "one sort")
+
+
+def test_line_and_row_differ_after_a_line_break_in_a_field(tmp_path: Path) -> None:
+    path = write(tmp_path, 'user_id,item_id,rating,text\na,x,1,"one\ntwo"\n\na,y,bad,\n')
+    fails(path, "row 2 (line 5)", "'bad'")
+
+
+def test_undecodable_bytes(tmp_path: Path) -> None:
+    raw = GOOD.replace("a,y", "ä,y").encode("latin-1")
+    fails(write(tmp_path, raw), "row 2 (line 3)", "0xe4", "UTF-8")
+    fails(write(tmp_path, GOOD.encode("utf-16")), "UTF-16")
+    fails(write(tmp_path, b"\xe4" + GOOD.encode()), "header", "0xe4")
+    fails(write(tmp_path, b'{"user_id": "\xff"}', "data.jsonl"), "row 1", "0xff")
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv", "data.jsonl", "data.parquet", "data.csv.gz"])
+def test_empty_files(tmp_path: Path, name: str) -> None:
+    fails(write(tmp_path, b"", name), "empty")
+    if name != "data.parquet":
+        fails(write(tmp_path, b"\n \n", name), "empty")
+
+
+def test_header_only(tmp_path: Path) -> None:
+    fails(write(tmp_path, HEAD), "no rows")
+    pl.DataFrame(schema={"user_id": pl.String, "item_id": pl.String}).write_parquet(tmp_path / "data.parquet")
+    fails(tmp_path / "data.parquet", "no rows")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    write(tmp_path, GOOD, "ratings.csv")
+    fails(tmp_path / "rating.csv", "no such file", "did you mean 'ratings.csv'", "data.path")
+    fails(tmp_path / "nowhere" / "x.csv", "no such file", "nowhere")
+    fails(tmp_path, "cannot be read")
+    fails(write(tmp_path, GOOD, "data"), "ends in nothing")
+    fails(write(tmp_path, GOOD, "data.xlsx"), "'.xlsx'", ".csv", ".parquet")
+    (tmp_path / "folder.csv").mkdir()
+    fails(tmp_path / "folder.csv", "cannot be read")
+    with pytest.raises(DataError, match=r"gone\.csv: there is no such file"):
+        load(section(write(tmp_path, GOOD), items=str(tmp_path / "gone.csv")), seed=0)
+    with pytest.raises(DataError, match=r"data\.path=FILE"):
+        load(DataSection(source="table"), seed=0)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    packed = gzip.compress(GOOD.encode() * 50)
+    (tmp_path / "data.csv.gz").write_bytes(packed[:-20])
+    fails(tmp_path / "data.csv.gz", "gzip")
+    (tmp_path / "data.csv.gz").write_bytes(b"plain")
+    fails(tmp_path / "data.csv.gz", "gzip")
+    fails(write(tmp_path, b"PAR1 and no more", "data.parquet"), "not a Parquet file")
+
+
+def test_a_gzip_bomb_ends_at_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.data.files.MAX_BYTES", 1000)
+    fails(write(tmp_path, b"a" * 100_000, "data.csv.gz"), "more than 1000 bytes")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ["row 2 (line 3)", "not JSON"]),
+        ("[1]", ["row 2 (line 3)", "JSON object"]),
+        ('{"user_id": {"a": 1}, "item_id": "y"}', ["row 2 (line 3)", "'user_id'", "nested"]),
+        ('{"user_id": "\\ud800", "item_id": "y"}', ["row 2 (line 3)", "surrogate"]),
+        ('{"user_id": "a\\u0000", "item_id": "y"}', ["row 2 (line 3)", "NUL"]),
+        ('{"user_id": null, "item_id": "y", "rating": 1}', ["row 2 (line 3)", "'user_id'"]),
+        ('{"item_id": "y", "rating": 1}', ["row 2 (line 3)", "'user_id'"]),
+        ('{"user_id": "a", "item_id": "y", "rating": NaN}', ["row 2 (line 3)", "'rating'"]),
+        ('{"user_id": "a", "item_id": "y", "rating": 1e999}', ["row 2 (line 3)", "'rating'"]),
+        ("[" * 100_000, ["row 2 (line 3)", "not JSON"]),
+    ],
+)
+def test_bad_json_lines(tmp_path: Path, line: str, words: list[str]) -> None:
+    first = '{"user_id": "a", "item_id": "x", "rating": 3}'
+    fails(write(tmp_path, f"{first}\n\n{line}\n", "data.jsonl"), *words)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("user_id", ["a", None], ["row 2", "'user_id'"]),
+        ("user_id", [1.0, float("nan")], ["row 2", "'user_id'"]),
+        ("rating", [1.0, float("nan")], ["row 2", "'rating'"]),
+        ("rating", [1.0, None], ["row 2", "'rating'"]),
+        ("rating", ["1", "x"], ["row 2", "'rating'", "'x'"]),
+        ("timestamp", [datetime(2024, 1, 1), None], ["row 2", "'timestamp'", "missing"]),
+        ("item_id", ["x", "y\0"], ["row 2", "'item_id'", "NUL"]),
+        ("rating", [[1], [2]], ["no column 'rating'"]),
+    ],
+)
+def test_bad_parquet_rows(tmp_path: Path, column: str, values: list[object], words: list[str]) -> None:
+    base: dict[str, list[object]] = {"user_id": ["a", "b"], "item_id": ["x", "y"], "rating": [1.0, 2.0]}
+    pl.DataFrame({**base, column: values}).write_parquet(tmp_path / "data.parquet")
+    fails(tmp_path / "data.parquet", *words, columns=Columns(rating="rating"))
+
+
+def test_unknown_columns(tmp_path: Path) -> None:
+    path = write(tmp_path, "user,movie,rating\na,x,1\na,y,2\n")
+    message = fails(path, "no column 'user_id'", "did you mean 'user'", "user, movie, rating", "data.columns.user=")
+    assert "row" not in message
+    fails(path, "'item_id'", "data.columns.item=", columns=Columns(user="user"))
+    fails(
+        path,
+        "'ratings'",
+        "did you mean 'rating'",
+        "data.columns.rating=",
+        columns=Columns(user="user", item="movie", rating="ratings"),
+    )
+    fails(path, "'when'", "data.columns.time=", columns=Columns(user="user", item="movie", time="when"))
+    fails(path, "'review'", "data.columns.text=", columns=Columns(user="user", item="movie", text="review"))
+    fails(path, "'name'", "data.columns.title=", columns=Columns(user="user", item="movie", title="name"))
+    fails(path, "'kind'", "data.columns.fields=", columns=Columns(user="user", item="movie", fields=("kind",)))
+
+
+def test_a_column_twice(tmp_path: Path) -> None:
+    fails(write(tmp_path, "user_id,item_id,rating,rating\na,x,1,2\n"), "header", "'rating'", "twice")
+
+
+def test_titles_that_are_missing(tmp_path: Path) -> None:
+    main = write(tmp_path, "user_id,item_id,name\na,x,X\na,y, \nb,y,\n")
+    fails(main, "row 2 (line 3)", "item 'y'", "'name'", columns=Columns(title="name"))
+    main = write(tmp_path, "user_id,item_id\na,x\na,y\nb,z\n")
+    items = write(tmp_path, "item_id,title\nx,X\ny,\n", "items.csv")
+    with pytest.raises(DataError, match=r"items\.csv, row 2 \(line 3\): item 'y' has no title in column 'title'"):
+        load(section(main, items=str(items)), seed=0)
+    write(tmp_path, "item_id,title\nx,X\ny,Y\n", "items.csv")
+    fails(main, "row 3 (line 4)", "item 'z'", "not in the table of items", items=str(items))
+    write(tmp_path, "item_id,title\nx,X\ny,Y\nz,Z\nx,W\n", "items.csv")
+    with pytest.raises(DataError, match=r"items\.csv, row 4 \(line 5\) repeats item 'x'"):
+        load(section(main, items=str(items)), seed=0)
+    kept = load(section(main, items=str(items), duplicates="keep_last"), seed=0)
+    assert kept.items["x"].title == "W"
+    write(tmp_path, "id,title\nx,X\n", "items.csv")
+    with pytest.raises(DataError, match=r"items\.csv has no column 'item_id'.*data\.columns\.item="):
+        load(section(main, items=str(items)), seed=0)
+
+
+def test_a_catalogue_of_one(tmp_path: Path) -> None:
+    fails(write(tmp_path, HEAD + "a,x,5,1\nb,x,4,2\n"), "only one item", "at least 2")
+
+
+def test_too_few_to_split(tmp_path: Path) -> None:
+    data = load(section(write(tmp_path, HEAD + "a,x,5,1\nb,y,4,2\n")), seed=0)
+    with pytest.raises(DataError, match=r"data: no user has 3 interactions"):
+        split(data, section("x").split, seed=0)
+
+
+def test_the_rating_scale(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    fails(path, "row 1 (line 2)", "rating 5", "from 1 to 4", "data.rating_scale", rating_scale=(1, 4))
+    with pytest.raises(DataError, match=r"data\.rating_scale is \(5, 1\)"):
+        load(section(path, rating_scale=(5, 1)), seed=0)
+
+
+def test_an_unknown_source() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'movielens-100k'"):
+        load(DataSection(source="movielens100k"), seed=0)
+
+
+# --------------------------------------------------------------------------- fuzz
+
+
+def _broken(dice: random.Random, raw: bytes) -> bytes:
+    """Damage a file in one to four places."""
+    data = bytearray(raw)
+    for _ in range(dice.randint(1, 4)):
+        at = dice.randrange(len(data) + 1)
+        sort = dice.randrange(6)
+        if sort == 0:
+            data[at:at] = dice.choice(
+                [b'"', b",", b"\n", b"\r", b"\0", b"\xff", b"\t", b"{", b"[[", "\ufeff".encode(), b"1e400"]
+            )
+        elif sort == 1:
+            del data[at : at + dice.randint(1, 30)]
+        elif sort == 2:
+            data[at : at + 1] = bytes([dice.randrange(256)])
+        elif sort == 3:
+            data = data[:at]
+        elif sort == 4:
+            end = at + dice.randint(1, 40)
+            data[at:at] = data[at:end]
+        else:
+            data = data.replace(
+                dice.choice([b",", b"\n", b"5", b"x", b"user"]), dice.choice([b"", b";", b"nan", b"\n\n"]), 1
+            )
+    return bytes(data)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv.gz", "jsonl", "parquet", "csv.gz"])
+def test_malformed_files_fail_as_data_errors_only(tmp_path: Path, ending: str) -> None:
+    frame = pl.DataFrame(
+        {
+            "user_id": [f"user{n // 4}" for n in range(20)],
+            "item_id": [f"x{n % 7}" for n in range(20)],
+            "rating": [n % 5 + 1 for n in range(20)],
+            "timestamp": [1000 + n for n in range(20)],
+            "title": [f'Title "{n % 7}", the' for n in range(20)],
+        }
+    )
+    good = rows_of(frame, tmp_path / f"good.{ending}").read_bytes()
+    assert load(section(tmp_path / f"good.{ending}"), seed=0).interactions.height == 20
+    dice = random.Random(ending)
+    refused = 0
+    for number in range(40):
+        path = tmp_path / f"bad{number}.{ending}"
+        if ending.endswith(".gz") and number % 2:
+            path.write_bytes(gzip.compress(_broken(dice, gzip.decompress(good))))
+        else:
+            path.write_bytes(_broken(dice, good))
+        try:
+            data = load(section(path), seed=0)
+            assert data.interactions["rating"].is_finite().all()
+        except LlmrecError as error:
+            refused += 1
+            assert isinstance(error, DataError) and path.name in str(error) and "\n" not in str(error)
+    assert refused > 10
+
+
+def test_read_table_keeps_every_value_as_text(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "a,b\n001,NA\n1e3,null\n"))
+    assert table.frame.rows() == [("001", "NA"), ("1e3", "null")]

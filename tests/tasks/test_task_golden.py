@@ -1,0 +1,96 @@
+"""Every shipped template, byte for byte.
+
+After a wanted change raise the template's version and run once with LLMREC_UPDATE_GOLDEN=1.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import polars as pl
+import pytest
+from task_data import CLASSES, FAMILIES
+
+from llmrec.data.candidates import draw
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.prompts import load_templates
+from llmrec.recipe import CandidateSection, Split
+from llmrec.types import Event, Item, Message, Prompt, Request, Segment
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+NAMES = [(family, name) for family in FAMILIES for name in load_templates(family)]
+FILMS = ("Heat", "Alien", "Brazil", "Jaws", "Fargo", "Rocky", "Casino", "Big", "Manhattan", "Ed Wood")
+
+
+def small() -> SplitDataset:
+    rows = []
+    for user in range(4):
+        for when in range(8):
+            film = (user * 3 + when) % len(FILMS)
+            rows.append(
+                (f"{user}", f"{film}", float(1 + (user + when) % 5), float(when), f"{FILMS[film]} moved user {user}.")
+            )
+    items = {
+        str(i): Item(item_id=str(i), title=title, fields={"genres": "Drama" if i % 2 else "", "year": str(1970 + i)})
+        for i, title in enumerate(FILMS)
+    }
+    data = Dataset(
+        name="golden",
+        noun="films",
+        interactions=pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row"),
+        items=items,
+        users={"0": {"age": "24", "occupation": "technician"}, "1": {"age": "31"}},
+        rating_scale=(1.0, 5.0),
+    )
+    return split(data, Split(), seed=0)
+
+
+def show(messages: tuple[Message, ...], answer: tuple[Segment, ...]) -> str:
+    parts = [f"[{message.role}]\n{message.text}\n" for message in messages]
+    ends = {"text": ("", ""), "item": ("", ""), "target": ("«", "»")}
+    parts.append("[answer]\n" + "".join(f"{ends[s.kind][0]}{s.text}{ends[s.kind][1]}" for s in answer) + "\n")
+    return "".join(parts)
+
+
+def rendering(family: str, name: str) -> str:
+    data = small()
+    task_class, section = CLASSES[family]
+    template = load_templates(family)[name]
+    sets = draw(data, "test", CandidateSection(count=3), seed=0)
+    trained = {"templates": (name,)} if template.use == "seen" else {}
+    task = task_class(
+        data, section(history=3, **trained), load_templates(family), seed=0,
+        candidates=sets if family in ("direct", "sequential") else None,
+    )  # fmt: skip
+    case = next(case for case in task.cases("test") if case.request.user_id == "0")
+    known = () if family != "sequential" else (Event(item_id="5"),)
+    bare = Request(id="bare", user_id="nobody", item="3", candidates=("3", "1", "2"), history=known)
+    asked: list[tuple[str, Prompt]] = [
+        ("request", task.prompt(case.request, template=name)),
+        ("request of a stranger", task.prompt(bare, template=name)),
+        ("request with one shot", task.prompt(case.request, template=name, shots=1)),
+    ]
+    if family == "direct":
+        asked.append(("request for a ranking", task.prompt(case.request, template=name, shots=1, want="ranking")))
+    parts = [f"{template.id} version {template.version}, {template.use}, {template.shape}\n"]
+    if template.use == "seen":
+        row = next(row for row in task.examples("train") if row.user_id == "0")
+        parts.append(f"===== training row, {'closed' if row.ends_turn else 'open'}\n" + show(row.messages, row.answer))
+    parts += [f"===== {title}, stops at {p.stop!r}\n" + show(p.messages, p.answer_prefix) for title, p in asked]
+    parts.append(f"===== continuations\n{task.continuations(case.request, template=name)!r}\n")
+    return "".join(parts)
+
+
+@pytest.mark.parametrize(("family", "name"), NAMES)
+def test_golden(family: str, name: str) -> None:
+    file = GOLDEN / f"{family}.{name}.txt"
+    text = rendering(family, name).encode()
+    if os.environ.get("LLMREC_UPDATE_GOLDEN") == "1":
+        file.write_bytes(text)
+    assert file.read_bytes() == text, f"{file.name} changed; raise the template's version, then LLMREC_UPDATE_GOLDEN=1"
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert {file.name for file in GOLDEN.glob("*.txt")} == {f"{family}.{name}.txt" for family, name in NAMES}

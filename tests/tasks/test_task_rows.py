@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import collections
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from task_data import (
+    FAMILIES,
+    example_text,
+    load_templates,
+    make_candidates,
+    make_dataset,
+    make_split,
+    make_task,
+    prompt_text,
+    targets,
+)
+
+from llmrec.errors import DataError, RecipeError
+from llmrec.types import Case, Interaction, Prompt, Ranking, Rating, Request, Text, Unparsed
+
+DATA = make_split()
+PLAIN = make_split(make_dataset(hostile=False))
+
+
+def shown_items(text: str) -> set[str]:
+    return {f"i{i:02d}" for i in range(60) if f"Film #{i:02d}!" in text or f"on i{i:02d} end" in text}
+
+
+# --------------------------------------------------------------------------- held-out pairs
+
+
+@pytest.mark.parametrize("kind", ["leave_one_out", "global_time", "user_disjoint"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_training_row_shows_a_held_out_pair(family: str, kind: str) -> None:
+    data = PLAIN if kind == "leave_one_out" else make_split(make_dataset(hostile=False), kind=kind)
+    task = make_task(family, data)
+    for row in islice(task.examples("train"), 2000 if kind == "leave_one_out" else 300):
+        text = example_text(row)
+        forbidden = {item for user, item in data.held_out if user == row.user_id}
+        assert not shown_items(text) & forbidden
+        assert row.pairs and not set(row.pairs) & data.held_out
+        trained = {event.item_id for event in data.train_events(row.user_id)}
+        assert all(user == row.user_id and item in trained for user, item in row.pairs)
+        if family != "direct":
+            assert shown_items(text) <= {item for _, item in row.pairs}
+
+
+@pytest.mark.parametrize("choice", ["random", "own", "similar"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_shot_shows_a_held_out_pair(family: str, choice: str) -> None:
+    task = make_task(family, PLAIN, shot_choice=choice, history=4)
+    held = collections.defaultdict(set)
+    for user, item in PLAIN.held_out:
+        held[user].add(item)
+    asked = 0
+    for case in task.cases("test"):
+        for name in load_templates(family):
+            drawn = task.draw_shots(case.request, 2)
+            plain, shot = (task.prompt(case.request, template=name, shots=k) for k in (0, 2))
+            assert len(drawn.windows) == 2
+            assert len(shot.messages) == len(plain.messages) + 4
+            first = len(plain.messages) - 1
+            for place, window in enumerate(drawn.windows):
+                pair = shot.messages[first + 2 * place : first + 2 * place + 2]
+                assert [message.role for message in pair] == ["user", "assistant"]
+                assert not shown_items("\n".join(m.text for m in pair)) & held[window.user_id]
+                train = PLAIN.train_events(window.user_id)
+                assert all(event in train for event in window.events)
+            assert all(segment.kind != "target" for message in shot.messages for segment in message.segments)
+            asked += 2
+    assert asked >= 2 * len(task.cases("test")) * 5
+
+
+def test_own_shots_repeat_nothing_of_the_question() -> None:
+    task = make_task("rating", PLAIN, shot_choice="own", history=4)
+    own = 0
+    for case in task.cases("test"):
+        drawn = task.draw_shots(case.request, 2)
+        mine = [window for window in drawn.windows if window.user_id == case.request.user_id]
+        own += len(mine)
+        shown = [event.item_id for window in mine for event in window.events] + [e.item_id for e in drawn.history]
+        assert len(shown) == len(set(shown))
+        assert drawn.history == case.request.history[len(case.request.history) - len(drawn.history) :]
+        assert len(drawn.history) >= min(4, len(case.request.history) // 2)
+    assert own > len(task.cases("test"))
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def test_sequential_user_row_has_a_target_a_position_after_warm_up() -> None:
+    task = make_task("sequential", PLAIN, templates=("continue-list",), window=6, warm_up=2)
+    for row in islice(task.examples("train"), 200):
+        events = PLAIN.train_events(row.user_id)
+        length = min(6, len(events))
+        items = [item for _, item in row.pairs]
+        start = [event.item_id for event in events].index(items[0])
+        assert items == [event.item_id for event in events[start : start + length]]
+        assert targets(row) == [f"Film #{item[1:]}!\n" for item in items[2:]]
+        assert not row.ends_turn
+        assert "".join(s.text for s in row.answer) == "".join(f"Film #{item[1:]}!\n" for item in items)
+
+
+def test_windows_start_everywhere() -> None:
+    task = make_task("sequential", PLAIN, templates=("continue-list",), window=4)
+    starts = collections.defaultdict(set)
+    for row in islice(task.examples("train"), 4000):
+        starts[row.user_id].add(row.pairs[0][1])
+    for user, seen in starts.items():
+        assert len(seen) == max(1, len(PLAIN.train_events(user)) - 3)
+
+
+def test_rating_user_row_has_every_rating_as_target() -> None:
+    task = make_task("rating", PLAIN, templates=("list-ratings",))
+    for row in islice(task.examples("train"), 100):
+        events = PLAIN.train_events(row.user_id)
+        assert targets(row) == [f"{event.rating:.0f}\n" for event in events]
+        assert len(row.pairs) == len(events)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_rows_have_one_target_and_close_the_turn(family: str) -> None:
+    for row in islice(make_task(family).examples("train"), 200):
+        template = load_templates(family)[row.template.rpartition("/")[2]]
+        assert template.use == "seen"
+        if template.shape == "chat":
+            assert len(targets(row)) == 1 and row.ends_turn and row.messages[-1].role == "user"
+        assert all(segment.kind != "target" for message in row.messages for segment in message.segments)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_seen_template_trains_and_ids_are_unique(family: str) -> None:
+    rows = list(islice(make_task(family).examples("train"), 400))
+    seen = {t.id for t in load_templates(family).values() if t.use == "seen"}
+    assert {row.template for row in rows} == seen
+    assert len({row.id for row in rows}) == len(rows)
+    assert [row.id for row in make_task(family).examples("train", limit=7)] == [row.id for row in rows[:7]]
+    assert list(make_task(family).examples("train", limit=0)) == []
+
+
+def test_position_of_the_target_label_is_uniform() -> None:
+    task = make_task("direct", PLAIN)
+    counts = collections.Counter(targets(row)[0] for row in islice(task.examples("train"), 4000))
+    assert set(counts) == set("ABCDEFGHIJ")
+    chi2 = sum((counts[label] - 400) ** 2 / 400 for label in counts)
+    assert chi2 < 27.9  # the 99.9 % point at 9 degrees of freedom
+
+
+def test_direct_negatives_are_untouched_by_the_user() -> None:
+    touched = collections.defaultdict(set)
+    for user, item in PLAIN.dataset.interactions.select("user_id", "item_id").iter_rows():
+        touched[user].add(item)
+    task = make_task("direct", PLAIN, templates=("profile-only",))
+    for row in islice(task.examples("train"), 300):
+        listed = shown_items(row.messages[-1].text)
+        assert len(listed) == 10
+        assert listed & touched[row.user_id] == {row.pairs[-1][1]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_prompts_and_cases_do_not_depend_on_row_order(family: str) -> None:
+    once, again = (make_task(family, make_split(make_dataset(shuffled=s)), shot_choice="similar") for s in (1, 2))
+    assert list(islice(once.examples("train"), 60)) == list(islice(again.examples("train"), 60))
+    assert once.cases("test") == again.cases("test")
+    name = next(iter(load_templates(family)))
+    for case in once.cases("test")[:10]:
+        assert once.prompt(case.request, template=name, shots=2) == again.prompt(case.request, template=name, shots=2)
+    reordered = [once.prompt(case.request, template=name, shots=2) for case in reversed(once.cases("test")[:10])]
+    assert reordered[::-1] == [once.prompt(c.request, template=name, shots=2) for c in once.cases("test")[:10]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_seed_changes_rows(family: str) -> None:
+    one, two = (list(islice(make_task(family, seed=s).examples("train"), 20)) for s in (0, 1))
+    assert one != two
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_valid_rows_have_the_held_out_case_as_only_target(family: str) -> None:
+    task = make_task(family)
+    rows = list(task.examples("valid"))
+    truth = {held.user_id: held for held in DATA.holdouts("valid")}
+    assert len(rows) == len(truth)
+    assert len(list(task.examples("valid", limit=3))) == 3
+    tests = {(held.user_id, held.item_id) for held in DATA.holdouts("test")}
+    for row in rows:
+        held: Interaction = truth[row.user_id]
+        assert len(targets(row)) == 1
+        assert row.pairs[-1] == (held.user_id, held.item_id)
+        assert not set(row.pairs) & tests
+        if family == "rating":
+            assert targets(row) == [f"{held.rating:.0f}\n"]
+        if family == "explanation":
+            assert targets(row) == [held.text]
+    with pytest.raises(ValueError, match="test split"):
+        next(iter(task.examples("test")))
+    with pytest.raises(ValueError, match="training split"):
+        task.cases("train")
+
+
+# --------------------------------------------------------------------------- cases and prompts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cases_hold_the_whole_known_history_and_prompts_the_latest(family: str) -> None:
+    task = make_task(family, PLAIN, history=3)
+    sets = make_candidates(PLAIN)
+    for case in task.cases("test"):
+        request = case.request
+        assert request.history == PLAIN.history(request.user_id, "test")
+        if family in ("sequential", "direct"):
+            assert request.candidates == sets.sets[request.id] and case.truth in request.candidates
+        else:
+            assert request.candidates is None and request.item is not None
+        for name, template in load_templates(family).items():
+            prompt = task.prompt(request, template=name)
+            assert prompt.messages[-1].role == "user"
+            assert (prompt.stop is None) == (template.shape == "chat") == (not prompt.answer_prefix)
+            latest = {event.item_id for event in request.history[-3:]}
+            shown = shown_items(prompt_text(prompt)) - set(request.candidates or ()) - {request.item}
+            assert shown <= latest
+            if "history" in template.names("system", "user") and name != "after-latest":
+                assert shown == latest - set(request.candidates or ())
+            if family == "explanation":
+                assert str(case.truth) not in prompt_text(prompt)
+            assert task.prompt(request, template=template.id) == prompt
+
+
+def test_prompt_of_a_list_begins_the_row_that_trains_it() -> None:
+    """Kinds and texts agree from the first step on, so that a tokenizer cuts both alike."""
+    for family, name in (("sequential", "continue-list"), ("rating", "list-ratings")):
+        task = make_task(family, PLAIN, templates=(name,), **({"window": 50} if family == "sequential" else {}))
+        for row in islice(task.examples("train"), 40):
+            *past, last = PLAIN.train_events(row.user_id)
+            request = Request(
+                id="x", user_id=row.user_id, history=tuple(past), item=last.item_id, candidates=(last.item_id,)
+            )
+            prompt: Prompt = task.prompt(request, template=name)
+            if len(past) > task._section.history:
+                continue
+            assert prompt.messages == row.messages
+            assert row.answer[: len(prompt.answer_prefix)] == prompt.answer_prefix
+            (rest,) = row.answer[len(prompt.answer_prefix) :]
+            assert prompt.stop is not None
+            texts = {text + prompt.stop for text in task.continuations(request, template=name)}
+            assert rest.text in texts
+
+
+def test_continuations() -> None:
+    case = make_task("sequential", PLAIN).cases("test")[0]
+    sequential, direct = make_task("sequential", PLAIN), make_task("direct", PLAIN)
+    titles = tuple(f"Film #{item[1:]}!" for item in case.request.candidates)
+    assert sequential.continuations(case.request, template="continue-list") == titles
+    assert direct.continuations(case.request, template="shortlist") == tuple("ABCDEFGHIJ")
+    whole = Request(id="w", user_id="u00", history=())
+    assert len(sequential.continuations(whole, template="next-title")) == len(sequential.catalogue) == 60
+    assert make_task("rating").continuations(case.request, template="rate-next") == ("1", "2", "3", "4", "5")
+    many = Request(id="m", user_id="u00", candidates=tuple(sorted(PLAIN.dataset.items))[:30])
+    labels = direct.continuations(many, template="shortlist")
+    assert labels[:2] == ("01", "02") and len(labels) == 30
+    assert not any(a != b and b.startswith(a) for a in labels for b in labels)
+
+
+def test_hostile_titles_stay_one_line_in_every_prompt() -> None:
+    for family in FAMILIES:
+        task = make_task(family)
+        for case in task.cases("test")[:20]:
+            for name in load_templates(family):
+                text = prompt_text(task.prompt(case.request, template=name, shots=1))
+                assert "\ue000" not in text and "\nuser: forged" not in text and " 49" not in text
+
+
+# --------------------------------------------------------------------------- errors
+
+
+def test_errors_name_the_mend() -> None:
+    task = make_task("rating")
+    with pytest.raises(RecipeError, match=r"unknown template 'rate-nxt' \(did you mean 'rate-next'\?\)"):
+        task.prompt(task.cases("test")[0].request, template="rate-nxt")
+    with pytest.raises(RecipeError, match="rating/judge-one is an unseen template"):
+        make_task("rating", templates=("judge-one",))
+    assert make_task("rating", eval_templates=("judge-one",)).eval_templates == ("judge-one",)
+    assert task.eval_templates == ("list-ratings",)
+    with pytest.raises(RecipeError, match="unknown shot choice 'similer'"):
+        make_task("rating", shot_choice="similer")
+    with pytest.raises(DataError, match=r"set Request\.item"):
+        task.prompt(Request(id="q", user_id="u00"), template="rate-next")
+    with pytest.raises(DataError, match="no item 'i99'"):
+        task.prompt(Request(id="q", user_id="u00", item="i99"), template="rate-next")
+    with pytest.raises(DataError, match=r"lower eval\.shots\.k"):
+        task.prompt(task.cases("test")[0].request, template="rate-next", shots=41)
+    with pytest.raises(RecipeError, match="draw them first"):
+        make_task("direct", stored=False).cases("test")
+    with pytest.raises(DataError, match=r"Request\.candidates"):
+        make_task("direct").prompt(Request(id="q", user_id="u00"), template="shortlist")
+    with pytest.raises(ValueError, match="'one' or 'ranking'"):
+        make_task("direct").prompt(task.cases("test")[0].request, template="shortlist", want="all")
+    with pytest.raises(RecipeError, match="strategy 'likelihood'"):
+        make_task("sequential").prompt(task.cases("test")[0].request, template="next-title", want="ranking")
+    with pytest.raises(DataError, match="have no set for"):
+        make_task("sequential").cases("valid")
+    with pytest.raises(RecipeError, match=r"tasks\.sequential\.window is 2"):
+        make_task("sequential", window=2, warm_up=2)
+
+
+def test_data_without_ratings_or_texts() -> None:
+    import polars as pl
+
+    full = make_dataset()
+    bare = full.restrict(full.interactions.with_columns(rating=pl.lit(None, pl.Float64), text=pl.lit(None, pl.String)))
+    data = make_split(bare)
+    with pytest.raises(DataError, match="has no ratings"):
+        make_task("rating", data)
+    with pytest.raises(DataError, match="has no interaction texts"):
+        make_task("explanation", data)
+    assert len(make_task("sequential", data).cases("test")) == len(data.holdouts("test"))
+
+
+def test_too_few_items_for_negatives() -> None:
+    data = make_split(make_dataset(items=26))
+    task = make_task("direct", data, stored=False)
+    with pytest.raises(DataError, match=r"set eval\.candidates\.count to at most"):
+        list(islice(task.examples("train"), 200))
+
+
+@pytest.mark.parametrize("family", ["direct", "explanation"])
+def test_list_templates_are_refused_where_one_answer_is_asked(family: str) -> None:
+    from task_data import CLASSES
+
+    from llmrec.prompts import Template
+
+    task, section = CLASSES[family]
+    wrong = Template(family=family, name="x", version=1, use="seen", shape="list", user="u", target="t", tail="\n")
+    with pytest.raises(RecipeError, match="use shape: chat"):
+        task(DATA, section(), {"x": wrong}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "user", "target"),
+    [
+        ("rating", "{{ rating }}", "{{ rating }}"),
+        ("sequential", "{{ item.title }}", "{{ item.title }}"),
+        ("direct", "{{ label }}", "{{ label }}"),
+        ("explanation", "{{ text }}", "{{ text }}"),
+    ],
+)
+def test_a_question_cannot_show_its_answer(family: str, user: str, target: str) -> None:
+    from task_data import CLASSES
+
+    from llmrec.prompts import Template
+
+    task, section = CLASSES[family]
+    template = Template(family=family, name="x", version=1, use="seen", shape="chat", user=user, target=target)
+    with pytest.raises(RecipeError, match=f"template {family}/x, key user: unknown variable"):
+        task(DATA, section(), {"x": template}, seed=0)
+
+
+# --------------------------------------------------------------------------- rewards
+
+
+def test_rewards_lie_between_0_and_1() -> None:
+    rating, direct, text = make_task("rating"), make_task("direct"), make_task("explanation")
+    asked = Request(id="r", user_id="u00")
+    assert rating.reward(Rating(request_id="r", value=4.0), Case(request=asked, truth=4.0)) == 1.0
+    assert rating.reward(Rating(request_id="r", value=1.0), Case(request=asked, truth=5.0)) == 0.0
+    assert rating.reward(Rating(request_id="r", value=3.0), Case(request=asked, truth=5.0)) == 0.5
+    case = Case(request=asked, truth="b")
+    assert direct.reward(Ranking(request_id="r", items=("b", "a"), scores=(2.0, 1.0)), case) == 1.0
+    assert direct.reward(Ranking(request_id="r", items=("a", "b"), scores=(2.0, 1.0)), case) == pytest.approx(0.63093)
+    tied = direct.reward(Ranking(request_id="r", items=("a", "b"), scores=(1.0, 1.0)), case)
+    assert tied == pytest.approx((1 + 0.63093) / 2, abs=1e-5)
+    assert direct.reward(Ranking(request_id="r", items=("a",), scores=(1.0,)), case) == 0.0
+    words = Case(request=asked, truth="quiet and easy")
+    assert text.reward(Text(request_id="r", text="Easy, and quiet!"), words) == 1.0
+    assert text.reward(Text(request_id="r", text="easy one"), words) == pytest.approx(0.4)
+    assert text.reward(Text(request_id="r", text=""), words) == 0.0
+    for task in (rating, direct, text):
+        assert task.reward(Unparsed(request_id="r", reason="x"), case) == 0.0
+
+
+@given(st.floats(-50, 50), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_rating_reward_bounds(value: float, truth: int) -> None:
+    task = TASK_FOR_REWARD
+    case = Case(request=Request(id="r", user_id="u00"), truth=float(truth))
+    assert 0.0 <= task.reward(Rating(request_id="r", value=value), case) <= 1.0
+
+
+TASK_FOR_REWARD = make_task("rating")

@@ -1,0 +1,116 @@
+"""Training for real on tiny models: it learns, it is deterministic, it resumes, and NF4 runs on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.models import load_model, load_tokenizer
+from llmrec.errors import RecipeError
+from llmrec.recipe import LoraSection, ModelSection, TrainSection
+from llmrec.train import lora, sft
+from llmrec.train.batches import plan
+from llmrec.types import Example, Message, Segment
+
+QUESTION = (Message("user", (Segment("text", "Answer with one number"),)),)
+
+
+def examples() -> list[Example]:
+    return [
+        Example(
+            id=str(k),
+            user_id="u",
+            task="rating",
+            template="rating/x",
+            messages=QUESTION,
+            answer=(Segment("item", f"Heat {k % 3}: "), Segment("target", str(1 + k % 3)), Segment("target", "\n")),
+            ends_turn=False,
+        )
+        for k in range(480)
+    ]
+
+
+def run(folder: Path, out: Path, *, steps: int = 12, **settings: Any) -> tuple[sft.Training, Any]:
+    section = ModelSection(name=str(folder), dtype="float32")
+    values = {"steps": steps, "batch_tokens": 256, "learning_rate": 1e-2, "valid_every": 6, "save_every": 4, **settings}
+    train = TrainSection(**values)
+    encoder = Encoder(load_tokenizer(str(folder), section), max_length=256)
+    rows = [encoder.row(example) for example in examples()]
+    torch.manual_seed(0)
+    model = lora.load_trainable(str(folder), section, train)
+    planned = plan(iter(rows), steps=steps, batch_tokens=256, seed=0)
+    return sft.train(model, encoder, planned, {"rating": rows[:6]}, train, folder=out, seed=0, quiet=True), model
+
+
+@pytest.mark.parametrize("folder", ["llama_folder", "qwen_folder"])
+def test_it_learns_and_follows_validation(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    done, _ = run(request.getfixturevalue(folder), tmp_path, steps=30)
+    valid = [record["valid_loss"]["rating"] for record in done.log if record["valid_loss"]]
+    assert valid[-1] < 0.5 * valid[0]
+    assert [record["step"] for record in done.log] == list(range(31))
+    assert done.tokens > done.target_tokens > 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_killed_run_resumes_to_the_same_weights(llama_folder: Path, tmp_path: Path) -> None:
+    whole, _ = run(llama_folder, tmp_path / "whole")
+    run(llama_folder, tmp_path / "cut")
+    for later in ("checkpoint-12",):
+        for file in (tmp_path / "cut" / "checkpoints" / later).iterdir():
+            file.unlink()
+    resumed, _ = run(llama_folder, tmp_path / "cut")
+    assert resumed.adapter_sha256 == whole.adapter_sha256
+    assert [r["step"] for r in resumed.log] == [r["step"] for r in whole.log]
+
+
+def test_merged_weights_answer_like_the_adapter(llama_folder: Path, tmp_path: Path) -> None:
+    section = ModelSection(name=str(llama_folder), dtype="float32")
+    _, model = run(llama_folder, tmp_path)
+    lora.merge(str(llama_folder), section, tmp_path / "adapter", tmp_path / "merged")
+    merged = load_model(str(tmp_path / "merged"), section)
+    ids = torch.tensor([[5, 9, 30, 12, 44]])
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-3)
+    assert not list((tmp_path / "merged").glob("*.bin"))
+
+
+def test_nf4_runs_on_the_cpu(llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    done, model = run(llama_folder, tmp_path, steps=4, method="qlora")
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "Linear4bit" in kinds
+    assert all(record["loss"] is None or record["loss"] > 0 for record in done.log)
+
+
+def test_switches_reach_the_adapter(llama_folder: Path) -> None:
+    section = ModelSection(name=str(llama_folder), dtype="float32")
+    train = TrainSection(lora=LoraSection(rank=4, rslora=True, dora=True, top_layers=1, targets=("q_proj",)))
+    model = lora.load_trainable(str(llama_folder), section, train)
+    config = model.peft_config["default"]
+    assert (config.r, config.use_rslora, config.use_dora) == (4, True, True)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("layers.1." in name and "q_proj" in name for name in trained)
+
+
+def test_full_tuning_trains_every_weight(llama_folder: Path, tmp_path: Path) -> None:
+    done, model = run(llama_folder, tmp_path, steps=3, method="full", learning_rate=1e-3)
+    assert done.trainable_parameters == done.total_parameters
+    lora.save_full(tmp_path / "adapter", ModelSection(name="x", dtype="float32"), tmp_path / "merged")
+    again = load_model(str(tmp_path / "merged"), ModelSection(name="x", dtype="float32"))
+    ids = torch.tensor([[5, 9, 30]])
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(input_ids=ids).logits, again(input_ids=ids).logits, atol=1e-4)
+
+
+def test_impossible_settings_are_one_clear_error(llama_folder: Path) -> None:
+    section = ModelSection(name=str(llama_folder), dtype="float32")
+    with pytest.raises(RecipeError, match=r"targets.*q_proj"):
+        lora.load_trainable(str(llama_folder), section, TrainSection(lora=LoraSection(targets=("nope",))))
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match="qlora"):
+            lora.load_trainable(str(llama_folder), section, TrainSection(method="lora8"))
