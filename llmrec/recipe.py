@@ -85,6 +85,7 @@ class RatingSection(TaskSection):
 
     strategies: tuple[str, ...] = ("expected", "parsed")
     baselines: tuple[str, ...] = ("global-mean", "user-mean", "item-mean", "user-item-bias")
+    window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
 
 
 class SequentialSection(TaskSection):

@@ -64,6 +64,7 @@ def train_rows(study: Study, encoder: Encoder) -> dict[str, Any]:
     return {
         "steps": len(planned.steps),
         "rows": dict(planned.rows),
+        "dropped_rows": dict(planned.dropped),
         "tokens": sum(step.tokens for step in planned.steps),
         "padded_tokens": sum(step.padded_tokens for step in planned.steps),
         "target_tokens": sum(step.targets for step in planned.steps),

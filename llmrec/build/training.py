@@ -19,10 +19,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Planned steps, how many rows of each task they hold, and validation rows by task."""
+    """Planned steps, how many rows of each task they hold, and validation rows by task.
+
+    ``dropped`` counts rows whose only target lay beyond ``train.max_row_tokens``.
+    """
 
     steps: list[Step]
     rows: Mapping[str, int]
+    dropped: Mapping[str, int]
     valid: Mapping[str, list[Row]]
 
 
@@ -40,11 +44,14 @@ def plan_training(study: Study, encoder: Encoder) -> Plan:
         stream = mixture(weighted, seed=recipe.seed, size=lambda example: len(encoder.row(example).ids))
         for example in stream:
             row = fit_row(example, encoder, section.max_row_tokens)
-            if row is not None:
+            if row is None:
+                dropped[example.task] += 1
+            else:
                 family_of[id(row)] = example.task
                 kept.append(row)
                 yield row
 
+    dropped = dict.fromkeys(weighted, 0)
     # Rows stay referenced, so that an id names one row for as long as it is looked up.
     kept: list[Row] = []
     steps = plan(rows(), steps=section.steps, batch_tokens=section.batch_tokens, seed=recipe.seed)
@@ -53,7 +60,7 @@ def plan_training(study: Study, encoder: Encoder) -> Plan:
         for row in step.rows:
             counts[family_of[id(row)]] += 1
     valid = {family: _valid_rows(study, family, encoder) for family in weighted}
-    return Plan(steps, counts, valid)
+    return Plan(steps, counts, dropped, valid)
 
 
 def _valid_rows(study: Study, family: str, encoder: Encoder) -> list[Row]:
@@ -118,7 +125,7 @@ def train_stage(
         else:
             lora.merge(base, model_section, folder / "adapter", folder / "merged")
         encoder.tokenizer.save_pretrained(folder / "merged")
-    record = {"key": key, "rows": dict(planned.rows), **sft.as_json(training)}
+    record = {"key": key, "rows": dict(planned.rows), "dropped": dict(planned.dropped), **sft.as_json(training)}
     write_json(folder / "train.json", record)
     return record
 

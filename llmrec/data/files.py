@@ -333,11 +333,11 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
     Raises:
         DataError: If there are no rows, or two columns have one name.
     """
-    flat = [column.name for column in table.schema if _plain(column.type)]
-    _names(name, table.column_names)
-    if not table.num_rows or not flat:
-        raise DataError(f"{name} has no rows or no plain columns; write the table again")
     try:
+        flat = [column.name for column in table.schema if _plain(column.type)]
+        _names(name, table.column_names)
+        if not table.num_rows or not flat:
+            raise DataError(f"{name} has no rows or no plain columns; write the table again")
         chosen = table.select(flat)
         chosen.validate(full=True)  # Arrow itself does not look whether texts are UTF-8
         frame = pl.from_arrow(chosen)

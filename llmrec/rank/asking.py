@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from llmrec.errors import BackendError
 from llmrec.types import (
@@ -75,13 +76,22 @@ class Scored:
     prompt_hash: str
 
 
-def scored(asker: Asker, requests: Sequence[Request], *, closed: bool) -> Iterator[Scored]:
-    """Score every request's continuations, in order."""
+def scored(asker: Asker, requests: Sequence[Request], *, closed: bool | None) -> Iterator[Scored]:
+    """Score every request's continuations, in order.
+
+    ``closed`` as in `Backend.score`; None scores labels: open, unless one label starts another (``1`` and ``10``).
+    """
     for part, prompts in asker.batches(requests):
         texts = [asker.task.continuations(request, template=asker.template) for request in part]
-        found = asker.backend.score(prompts, texts, closed=closed)
+        closing = any(_nested(labels) for labels in set(texts)) if closed is None else closed
+        found = asker.backend.score(prompts, texts, closed=closing)
         for request, prompt, asked, scores in zip(part, prompts, texts, found, strict=True):
             yield Scored(request, asked, scores, prompt_hash(prompt))
+
+
+def _nested(labels: tuple[str, ...]) -> bool:
+    ordered = sorted(labels)
+    return any(after.startswith(before) for before, after in pairwise(ordered) if after != before)
 
 
 def generated(

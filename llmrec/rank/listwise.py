@@ -27,7 +27,7 @@ class LabelRanker:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank every request's candidates; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for found in scored(self._asker, requests, closed=False):
+        for found in scored(self._asker, requests, closed=None):
             self.engine = found.scores.engine
             answers.append(ranked(found))
         return answers

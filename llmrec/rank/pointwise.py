@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmrec.errors import LlmrecError
 from llmrec.rank.asking import Asker, Scored, scored
 from llmrec.types import Answer, Cost, Ranking, Request
 
@@ -32,8 +33,14 @@ class LikelihoodRanker:
 
 
 def ranked(found: Scored) -> Ranking:
-    """Sort a request's candidates by their scores; equal scores keep the stored order and are ties."""
-    items, scores = found.request.candidates or (), found.scores
+    """Sort a request's candidates by their scores; equal scores keep the stored order and are ties.
+
+    Raises:
+        LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is out of reach.
+    """
+    items, scores = found.request.candidates, found.scores
+    if items is None:
+        raise LlmrecError(f"request {found.request.id} has no candidates to rank; give it a candidate set")
     order = sorted(range(len(items)), key=lambda i: -scores.logprobs[i])
     return Ranking(
         request_id=found.request.id,

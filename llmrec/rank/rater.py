@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from llmrec.rank.asking import Asker, generated, scored
+from llmrec.tasks.rating import expected
 from llmrec.types import Answer, Cost, Rating, Request
 
 _NUMBER_TOKENS = 8
@@ -24,12 +24,12 @@ class ExpectedRater:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate every request's item; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for found in scored(self._asker, requests, closed=False):
+        for found in scored(self._asker, requests, closed=None):
             self.engine = found.scores.engine
             answers.append(
                 Rating(
                     request_id=found.request.id,
-                    value=expectation([float(text) for text in found.texts], found.scores.logprobs),
+                    value=expected([float(text) for text in found.texts], found.scores.logprobs),
                     prompt_hash=found.prompt_hash,
                     cost=Cost(prompt_tokens=found.scores.prompt_tokens, completion_tokens=1),
                 )
@@ -51,10 +51,3 @@ class ParsedRater:
         """Rate every request's item; see `Predictor.answer`."""
         reason = "no number on the rating scale in the answer"
         return generated(self._asker, requests, max_tokens=_NUMBER_TOKENS, wanted=Rating, reason=reason)
-
-
-def expectation(values: Sequence[float], logprobs: Sequence[float]) -> float:
-    """Return the mean of ``values`` under softmax(``logprobs``)."""
-    peak = max(logprobs)
-    weights = [math.exp(logprob - peak) for logprob in logprobs]
-    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)

@@ -33,8 +33,6 @@ from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.reading import read_number
 from llmrec.types import Answer, Case, Event, Example, Family, Message, Prompt, Rating, Request, SplitName
 
-# A user row costs little more than a single question, and every rating in it is a target.
-_ROW_EVENTS = 30
 _MOST_LABELS = 101
 
 
@@ -150,7 +148,7 @@ class RatingTask:
     def _train_events(self, template: Template, user: str, rng: random.Random) -> tuple[Event, ...]:
         events = self._events[user]
         if template.shape == "list":
-            return window(events, max(_ROW_EVENTS, self._section.history + 1), rng)
+            return window(events, self._section.window, rng)
         at = rng.randrange(len(events))
         return events[max(0, at - self._section.history) : at + 1]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_cases import section
 from hypothesis import given, settings
@@ -355,6 +356,15 @@ def test_bad_parquet_rows(tmp_path: Path, column: str, values: list[object], wor
     base: dict[str, list[object]] = {"user_id": ["a", "b"], "item_id": ["x", "y"], "rating": [1.0, 2.0]}
     pl.DataFrame({**base, column: values}).write_parquet(tmp_path / "data.parquet")
     fails(tmp_path / "data.parquet", *words, columns=Columns(rating="rating"))
+
+
+def test_parquet_whose_texts_or_names_are_no_utf8(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"x", b"\xbe\xff"], pa.binary()).buffers())
+    pq.write_table(pa.table({"user_id": ["a", "a"], "item_id": broken}), tmp_path / "data.parquet")
+    fails(tmp_path / "data.parquet", "UTF8")
+    pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "naaaame": ["y"]}).write_parquet(tmp_path / "name.parquet")
+    raw = (tmp_path / "name.parquet").read_bytes().replace(b"naaaame", b"na\xbe\xffame")
+    fails(write(tmp_path, raw, "name.parquet"), "cannot be used")
 
 
 def test_unknown_columns(tmp_path: Path) -> None:
