@@ -232,3 +232,7 @@ def _short(value: Any) -> str:
 
 def _say(text: str) -> None:
     typer.echo(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,8 @@ def resource(*parts: str) -> Path:
     Raises:
         LlmrecError: If neither the checkout nor the wheel holds it.
     """
-    for root in (_PACKAGE.parent, _PACKAGE / "_shipped"):
+    # The wheel's own copy first: beside an installed package other packages may have folders of these names.
+    for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
         path = root.joinpath(*parts)
         if path.exists():
             return path

@@ -1,6 +1,7 @@
 """Intervals, paired differences and verdicts by the bootstrap over users.
 
-The unit that is resampled is the request; with one request a user, as in leave-one-out, that is the user.
+The unit that is resampled is the user with all of their requests: requests of one user are alike, and taking them
+for independent makes intervals too narrow. With one request a user, as in leave-one-out, ``users`` may be left out.
 Resampling with replacement follows Efron and Tibshirani, "An Introduction to the Bootstrap" (1993): percentile
 intervals (chapter 13), BCa intervals (chapter 14). A bootstrap only knows the values it was given: where every
 request has the same value, for instance no hit at all, the interval has no width, which does not mean certainty.
@@ -18,7 +19,7 @@ from scipy.special import ndtr, ndtri
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    #: A figure as a function of resampled requests: index arrays of shape (b, m) -> b values.
+    #: A figure as a function of resampled users: index arrays of shape (b, m) -> b values.
     Statistic = Callable[[NDArray[np.intp]], NDArray[np.float64]]
 
 StatisticName = Literal["mean", "root_mean"]
@@ -55,6 +56,7 @@ def interval(
     resamples: int,
     seed: int,
     statistic: StatisticName = "mean",
+    users: Sequence[str] | None = None,
     method: Method = "percentile",
     level: float = 0.95,
 ) -> Interval:
@@ -66,29 +68,29 @@ def interval(
         seed: Equal seeds and values give equal intervals. The order of the values does not alter what is
             estimated, but it does alter which resamples are drawn.
         statistic: What is taken of the values.
+        users: Whose request each value belongs to; None means that every request has a user of its own.
         method: ``bca`` corrects bias and skew; it moves few figures and costs nothing for means.
         level: Coverage aimed at.
 
     Raises:
         ValueError: If there are no values, or some are not finite.
     """
-    array = _finite(values, statistic)
-    draws = _resample(_statistic(array, statistic), array.size, resamples, seed)
-    total = array.sum()
-    # Leaving one request out, in closed form.
-    left_out = _root_or_not((total - array) / max(array.size - 1, 1), statistic)
-    value = float(_root_or_not(np.array(total / array.size), statistic))
+    sums, sizes = _by_user(_finite(values, statistic), users)
+    draws = _resample(_statistic(sums, sizes, statistic), sums.size, resamples, seed)
+    # Leaving one user out, in closed form.
+    left_out = _root_or_not((sums.sum() - sums) / np.maximum(sizes.sum() - sizes, 1), statistic)
+    value = float(_root_or_not(sums.sum() / sizes.sum(), statistic))
     return Interval(value, *_bounds(draws, value, left_out, method, level))
 
 
 def interval_of(
     statistic: Statistic, n: int, *, resamples: int, seed: int, method: Method = "percentile", level: float = 0.95
 ) -> Interval:
-    """Bootstrap a figure that is no mean, such as corpus BLEU, over n requests.
+    """Bootstrap a figure that is no mean, such as corpus BLEU, over n users.
 
     Args:
         statistic: Function from index arrays of shape (b, m), entries below n, to b values.
-        n: Number of requests.
+        n: Number of users; with one request a user, of requests.
         resamples: See `interval`.
         seed: See `interval`.
         method: See `interval`; ``bca`` adds n evaluations of the statistic.
@@ -115,11 +117,12 @@ def paired(
     resamples: int,
     seed: int,
     statistic: StatisticName = "mean",
+    users: Sequence[str] | None = None,
     level: float = 0.95,
 ) -> Difference:
     """Bootstrap the difference of two arms over the same requests, a less b.
 
-    Each resample draws requests once and takes both arms on them, so that what makes a user easy or hard for both
+    Each resample draws users once and takes both arms on them, so that what makes a user easy or hard for both
     cancels out.
 
     Args:
@@ -128,6 +131,7 @@ def paired(
         resamples: See `interval`.
         seed: See `interval`.
         statistic: See `interval`.
+        users: See `interval`.
         level: See `interval`.
 
     Returns:
@@ -141,13 +145,16 @@ def paired(
     if first.shape != second.shape:
         raise ValueError(f"paired arms must have the same requests: {first.size} values against {second.size}")
     if statistic == "mean":
-        return paired_of(_statistic(first - second, "mean"), first.size, resamples=resamples, seed=seed, level=level)
-    left, right = _statistic(first, statistic), _statistic(second, statistic)
-    return paired_of(lambda rows: left(rows) - right(rows), first.size, resamples=resamples, seed=seed, level=level)
+        sums, sizes = _by_user(first - second, users)
+        difference = _statistic(sums, sizes, "mean")
+        return paired_of(difference, sums.size, resamples=resamples, seed=seed, level=level)
+    (sums, sizes), (others, _) = _by_user(first, users), _by_user(second, users)
+    left, right = _statistic(sums, sizes, statistic), _statistic(others, sizes, statistic)
+    return paired_of(lambda rows: left(rows) - right(rows), sums.size, resamples=resamples, seed=seed, level=level)
 
 
 def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int, level: float = 0.95) -> Difference:
-    """Bootstrap a difference that is itself a function of resampled requests, such as that of two corpus BLEUs."""
+    """Bootstrap a difference that is itself a function of resampled users, such as that of two corpus BLEUs."""
     draws = _resample(difference, n, resamples, seed)
     below, above = int(np.sum(draws <= 0)), int(np.sum(draws >= 0))
     p = min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))
@@ -213,8 +220,23 @@ def _root_or_not(means: NDArray[np.float64], statistic: StatisticName) -> NDArra
     return np.sqrt(np.maximum(means, 0.0)) if statistic == "root_mean" else means
 
 
-def _statistic(array: NDArray[np.float64], name: StatisticName) -> Statistic:
-    return lambda rows: _root_or_not(array[rows].mean(axis=1), name)
+def _by_user(
+    array: NDArray[np.float64], users: Sequence[str] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return each user's sum of values and number of them."""
+    if users is None:
+        return array, np.ones(array.size)
+    if len(users) != array.size:
+        raise ValueError(f"every value needs its user: {array.size} values against {len(users)} users")
+    owner = np.unique(np.array(users, dtype=object), return_inverse=True)[1]
+    sums = np.bincount(owner, weights=array).astype(np.float64)
+    return sums, np.bincount(owner).astype(np.float64)
+
+
+def _statistic(sums: NDArray[np.float64], sizes: NDArray[np.float64], name: StatisticName) -> Statistic:
+    if (sizes == 1).all():
+        return lambda rows: _root_or_not(sums[rows].mean(axis=1), name)
+    return lambda rows: _root_or_not(sums[rows].sum(axis=1) / sizes[rows].sum(axis=1), name)
 
 
 def _at_all(statistic: Statistic, n: int) -> float:

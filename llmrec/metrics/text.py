@@ -39,10 +39,16 @@ def bleu4(texts: Sequence[str], references: Sequence[str]) -> float:
     return float(score.score) / 100
 
 
-def bleu4_statistic(texts: Sequence[str], references: Sequence[str]) -> Statistic:
-    """Corpus BLEU-4 as a function of resampled requests, for `llmrec.metrics.stats.interval_of`.
+def bleu4_statistic(texts: Sequence[str], references: Sequence[str], users: Sequence[str] | None = None) -> Statistic:
+    """Corpus BLEU-4 as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
     A corpus BLEU is no mean over requests; it is a function of sums of n-gram counts, which are taken once here.
+
+    Args:
+        texts: Generated texts.
+        references: One reference a text.
+        users: Whose each text is; None means that every text has a user of its own. The function then counts users,
+            in sorted order.
 
     Returns:
         A function from index arrays of shape (b, m) to b values.
@@ -57,6 +63,8 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str]) -> Statisti
     for row, text, reference in zip(counts, texts, references, strict=True):
         one = scorer.corpus_score([text], [[reference]])
         row[:] = [*one.counts, *one.totals, one.sys_len, one.ref_len]
+    if users is not None:
+        counts = _sum_by(counts, users)
 
     def statistic(indices: NDArray[np.intp]) -> NDArray[np.float64]:
         draws, n = indices.shape[0], len(counts)
@@ -65,6 +73,15 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str]) -> Statisti
         return _bleu(times @ counts)
 
     return statistic
+
+
+def _sum_by(counts: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
+    if len(users) != len(counts):
+        raise ValueError(f"every text needs its user: {len(counts)} texts against {len(users)} users")
+    names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
+    total = np.zeros((len(names), counts.shape[1]))
+    np.add.at(total, owner, counts)
+    return total
 
 
 def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:

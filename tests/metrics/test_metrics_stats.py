@@ -179,6 +179,70 @@ def test_intervals_cover_the_truth_in_ninety_five_percent() -> None:
     assert 0.92 <= covered / 1000 <= 0.97
 
 
+# ------------------------------------------------------------------ several requests a user
+
+
+def test_requests_of_one_user_are_drawn_together() -> None:
+    rng = np.random.default_rng(0)
+    level = rng.random(50)
+    users = [f"u{n}" for n in range(50) for _ in range(20)]
+    values = np.repeat(level, 20)  # 1,000 requests, but no more than 50 independent ones
+    alone, together = (interval(values, resamples=2000, seed=0, users=each) for each in (None, users))
+    once = interval(level, resamples=2000, seed=0)
+    assert alone.value == pytest.approx(together.value) == pytest.approx(once.value)
+    assert together.high - together.low == pytest.approx(once.high - once.low, rel=0.1)
+    assert alone.high - alone.low < (together.high - together.low) / 3
+
+
+@pytest.mark.parametrize("statistic", ["mean", "root_mean"])
+def test_one_request_a_user_is_the_plain_bootstrap(statistic: Literal["mean", "root_mean"]) -> None:
+    a, b = np.random.default_rng(0).random((2, 80))
+    users = [f"u{n:02d}" for n in range(80)]
+    plain = interval(a, resamples=300, seed=0, statistic=statistic)
+    assert interval(a, resamples=300, seed=0, statistic=statistic, users=users) == plain
+    difference = paired(a, b, resamples=300, seed=0, statistic=statistic)
+    assert paired(a, b, resamples=300, seed=0, statistic=statistic, users=users) == difference
+
+
+@pytest.mark.parametrize("statistic", ["mean", "root_mean"])
+def test_users_with_unequal_numbers_of_requests_equal_counting_one_by_one(
+    statistic: Literal["mean", "root_mean"],
+) -> None:
+    rng = np.random.default_rng(0)
+    users = [f"u{n}" for n in rng.integers(0, 9, 40)]
+    a, b = rng.random((2, 40))
+    names = sorted(set(users))
+    owned = {name: [place for place, user in enumerate(users) if user == name] for name in names}
+
+    def figure(rows: np.ndarray) -> np.ndarray:
+        out = []
+        for row in rows:
+            places = [place for user in row for place in owned[names[user]]]
+            means = [each[places].mean() for each in (a, b)]
+            root = math.sqrt if statistic == "root_mean" else float
+            out.append(root(means[0]) - root(means[1]))
+        return np.array(out)
+
+    slow = paired_of(figure, len(names), resamples=200, seed=3)
+    fast = paired(a, b, resamples=200, seed=3, statistic=statistic, users=users)
+    assert [fast.value, fast.low, fast.high, fast.p] == pytest.approx([slow.value, slow.low, slow.high, slow.p])
+
+
+@pytest.mark.parametrize("users", [None, [f"u{n // 5}" for n in range(200)]])
+def test_ignoring_users_would_call_too_many_differences_real(users: list[str] | None) -> None:
+    rng = np.random.default_rng(2)
+    wrong = 0
+    for trial in range(600):
+        a, b = (np.repeat(rng.normal(size=40), 5) + rng.normal(0, 0.3, 200) for _ in range(2))
+        wrong += verdict(paired(a, b, resamples=300, seed=trial, users=users)) != "not shown"
+    assert wrong / 600 > 0.25 if users is None else 0.02 <= wrong / 600 <= 0.1
+
+
+def test_every_value_needs_its_user() -> None:
+    with pytest.raises(ValueError, match="3 values against 2 users"):
+        interval([1.0, 2.0, 3.0], resamples=10, seed=0, users=["a", "b"])
+
+
 # ------------------------------------------------------------------ corrections and verdicts
 
 

@@ -62,6 +62,16 @@ def test_the_statistic_takes_index_rows_of_any_length(sacrebleu: object) -> None
     assert statistic(np.array([[2], [4]])).tolist() == [0.0, 0.0]
 
 
+def test_the_statistic_can_count_users(sacrebleu: object) -> None:
+    by_user = bleu4_statistic(TEXTS, REFERENCES, ["b", "a", "b", "c", "a", "c"])
+    rows = np.array([[0, 1, 2], [2, 2, 0]])
+    places = [[1, 4, 0, 2, 3, 5], [3, 5, 3, 5, 1, 4]]
+    expected = [bleu4([TEXTS[i] for i in each], [REFERENCES[i] for i in each]) for each in places]
+    assert by_user(rows).tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="6 texts against 1 users"):
+        bleu4_statistic(TEXTS, REFERENCES, ["a"])
+
+
 def test_orders_without_a_match_are_smoothed_as_sacrebleu_does(sacrebleu: object) -> None:
     texts, references = ["a fine old red lamp"], ["a red and fine lamp"]
     # 4 of 5 words match and no longer run: the empty orders count as 1/2, 1/4 and 1/8 matches.

@@ -1,0 +1,174 @@
+"""The quickstart recipe end to end on a tiny random model: every stage, reuse, and what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from llmrec.build import pipeline
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.recipe import Recipe
+from llmrec.recipe_file import load_recipe
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+pytest.importorskip("rouge_score", reason="the text extra is not installed")
+
+SMALL = (
+    "data={source: made-reviews, noun: products}",
+    "reviews=null",
+    "train.steps=3",
+    "train.batch_tokens=512",
+    "train.valid_rows=4",
+    "train.lora.top_layers=1",
+    "tasks.sequential.users=null",
+    "tasks.rating.users=null",
+    "tasks.direct.users=null",
+    "tasks.explanation.users=null",
+    "tasks.explanation.max_tokens=6",
+    "eval.users=6",
+    "eval.candidates.count=5",
+    "eval.bootstrap=50",
+    "eval.backend=hf",
+)
+
+
+def recipe(folder: Path, *more: str) -> Recipe:
+    return load_recipe("recipes/quickstart.yaml", [f"model.name={folder}", "model.dtype=float32", *SMALL, *more])
+
+
+@pytest.fixture(scope="module", params=["llama_folder", "qwen_folder"])
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, pipeline.Run]:
+    """The same recipe on two architectures."""
+    chosen = recipe(request.getfixturevalue(request.param))
+    return chosen, pipeline.run(chosen, tmp_path_factory.mktemp("run") / "r", quiet=True)
+
+
+def test_every_arm_and_task_has_its_rows(done: tuple[Recipe, pipeline.Run]) -> None:
+    rows = done[1].results["rows"]
+    found = {(row["task"], row["arm"], row["predictor"]) for row in rows}
+    for arm in ("zero-shot", "few-shot", "tuned"):
+        for task, predictor in (
+            ("rating", "expected"),
+            ("rating", "parsed"),
+            ("sequential", "likelihood"),
+            ("direct", "label"),
+            ("direct", "list"),
+            ("explanation", "text"),
+        ):
+            assert (task, arm, predictor) in found
+    assert {"random", "popularity", "item-knn", "markov"} <= {row["predictor"] for row in rows if row["task"] == "direct"}
+    for row in rows:
+        assert row["n"] == 6
+        assert all(figure["signature"] for figure in row["metrics"].values())
+        assert row["shots"] == (1 if row["arm"] == "few-shot" else 0)
+
+
+def test_every_file_is_written(done: tuple[Recipe, pipeline.Run]) -> None:
+    folder = done[1].folder
+    for name in (
+        "recipe.yaml",
+        "results.json",
+        "predictions.parquet",
+        "candidates/test.parquet",
+        "train_log.jsonl",
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "report/index.html",
+        "report/report.md",
+        "report/table.csv",
+    ):
+        assert (folder / name).is_file(), name
+    assert load_recipe(folder / "recipe.yaml") == done[0]
+    predictions = pl.read_parquet(folder / "predictions.parquet")
+    assert len(predictions) == 6 * len(done[1].results["rows"])
+    assert predictions["request_id"].null_count() == 0
+
+
+def test_results_hold_what_a_reader_needs_to_repeat_them(done: tuple[Recipe, pipeline.Run]) -> None:
+    results = json.loads((done[1].folder / "results.json").read_text(encoding="utf-8"))
+    assert results["recipe"] == done[0].model_dump(mode="json")
+    assert results["versions"]["transformers"]
+    assert len(results["data"]["main"]["fingerprint"]) >= 16
+    assert results["candidates"]["main"]["count"] == 5
+    assert results["training"]["adapter_sha256"]
+    assert results["training"]["steps"] == 3
+    assert any("made by the llmrec project" in note for note in results["notes"])
+    assert {stage["stage"] for stage in results["budget"]} >= {"data", "train", "zero-shot", "few-shot", "tuned"}
+
+
+def test_tuned_is_compared_with_zero_shot_and_baselines(done: tuple[Recipe, pipeline.Run]) -> None:
+    pairs = {(c["a"], c["b"]) for c in done[1].results["comparisons"]}
+    first = "sequential/tuned/likelihood/continue-list"
+    assert (first, "sequential/zero-shot/likelihood/continue-list") in pairs
+    assert {b for a, b in pairs if a == first} >= {f"sequential/baseline/{n}" for n in ("popularity", "markov")}
+
+
+def test_a_second_run_reuses_everything(done: tuple[Recipe, pipeline.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, first = done
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise AssertionError("nothing should be computed again")
+
+    monkeypatch.setattr("llmrec.build.engines.load_model", fail)
+    monkeypatch.setattr("llmrec.train.lora.load_model", fail)
+    again = pipeline.run(chosen, first.folder, quiet=True)
+    assert again.results["rows"] == first.results["rows"]
+    assert again.results["comparisons"] == first.results["comparisons"]
+
+
+def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) -> None:
+    from llmrec.build.evaluation import Evaluation, RowSpec
+    from llmrec.build.stages import Budget
+    from llmrec.build.study import build_study
+
+    chosen, first = done
+    keys = set()
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"seed": 1},
+        {"model": chosen.model.model_copy(update={"max_length": 999})},
+        {"eval": chosen.eval.model_copy(update={"users": 5})},
+        {"eval": chosen.eval.model_copy(update={"cutoffs": (1, 3)})},
+        {"eval": chosen.eval.model_copy(update={"candidates": chosen.eval.candidates.model_copy(update={"count": 4})})},
+    )
+    for change in changes:
+        study = build_study(chosen.model_copy(update=change))
+        evaluation = Evaluation(study, None, first.folder, Budget(), quiet=True)
+        spec = RowSpec("sequential", "zero-shot", "likelihood", study.eval_templates("sequential")[0])
+        for engine, weights in (("hf", "w"), ("vllm", "w"), ("hf", "v")):
+            keys.add(evaluation._key(spec, engine, weights))
+    assert len(keys) == 3 * len(changes)
+
+
+def test_eval_without_an_adapter_says_what_to_do(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="llmrec train"):
+        pipeline.run(recipe(llama_folder), tmp_path, quiet=True, may_train=False)
+
+
+def test_two_runs_do_not_share_a_folder(llama_folder: Path, tmp_path: Path) -> None:
+    from llmrec.build.stages import locked
+
+    with locked(tmp_path), pytest.raises(LlmrecError, match="another run"):
+        pipeline.run(recipe(llama_folder), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tasks.rating.strategies=[expcted]", "did you mean 'expected'"),
+        ("tasks.rating.baselines=[user-men]", "did you mean 'user-mean'"),
+        ("tasks.rating.templates=[list-rating]", "did you mean 'list-ratings'"),
+        ("tasks.rating.templates=[judge-one]", "unseen"),
+        ("data.source=movielens-100", "did you mean 'movielens-100k'"),
+        ("eval.candidates.count=100", "eval.candidates.count"),
+    ],
+)
+def test_wrong_names_are_found_by_check(llama_folder: Path, override: str, message: str) -> None:
+    from llmrec.build.study import build_study
+
+    with pytest.raises(LlmrecError, match=message):
+        build_study(recipe(llama_folder, override))

@@ -1,0 +1,140 @@
+"""The command line as a user meets it: quick help, one-paragraph errors, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RECIPE = """\
+name: shop
+model: {name: MODEL}
+data:
+  source: table
+  path: PATH
+  columns: {user: user, item: item, rating: stars, time: day, title: title}
+tasks:
+  rating: {}
+  sequential: {}
+eval: {backend: fake, scorer: fake, arms: [zero-shot], users: 4, candidates: {count: 3}, bootstrap: 50}
+"""
+HEADER = "user,item,stars,day,title\n"
+
+
+def rows() -> list[str]:
+    return [f"u{u},i{(u + k) % 9},{1 + (u * k) % 5},{100 * u + k},Title {(u + k) % 9}" for u in range(8) for k in range(6)]
+
+
+def llmrec(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llmrec.cli", *args], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
+    )
+
+
+def write(folder: Path, table: str, model: str = "none") -> str:
+    (folder / "shop.csv").write_text(table, encoding="utf-8")
+    text = RECIPE.replace("PATH", str(folder / "shop.csv")).replace("MODEL", model)
+    (folder / "shop.yaml").write_text(text, encoding="utf-8")
+    return str(folder / "shop.yaml")
+
+
+def expect_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys, time; begin = time.perf_counter(); sys.argv = ['llmrec', '--help']\n"
+        "from llmrec import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'vllm', 'polars', 'trl'} & set(sys.modules)\n"
+        "sys.stderr.write(f'{time.perf_counter() - begin:.3f} {sorted(heavy)}')"
+    )
+    times = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+        seconds, heavy = done.stderr.split(" ", 1)
+        assert heavy == "[]"
+        assert "run" in done.stdout
+        times.append(float(seconds))
+    assert min(times) < 0.5
+
+
+def test_every_command_has_help() -> None:
+    for command in ("run", "check", "data", "prompts", "train", "eval", "report", "doctor"):
+        done = llmrec(command, "--help")
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+
+
+def test_check_passes_on_good_data_and_shows_counts(tmp_path: Path) -> None:
+    done = llmrec("check", write(tmp_path, HEADER + "\n".join(rows()) + "\n"))
+    assert done.returncode == 0, done.stderr
+    assert "sequential: 4 test cases" in done.stdout
+    done = llmrec("data", str(tmp_path / "shop.yaml"))
+    assert done.returncode == 0
+    assert "interactions" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda r: HEADER.replace("stars", "points") + "\n".join(r), ("shop.csv", "stars", "columns.rating")),
+        (lambda r: HEADER + "\n".join([*r[:4], "u0,i3,nan,7,Title 3", *r[4:]]), ("shop.csv", "row 5", "stars")),
+        (lambda r: HEADER + "\n".join([*r, r[0]]), ("shop.csv", "duplicates")),
+        (lambda r: "", ("shop.csv", "empty")),
+        (lambda r: HEADER + "\n".join(f"u{k},i0,3,{k},Title" for k in range(9)), ("shop.csv", "item")),
+        (lambda r: HEADER + "\n".join([*r[:-1], r[-1].rpartition(",")[0] + ","]), ("shop.csv", "title")),
+    ],
+    ids=["missing column", "NaN rating", "duplicate row", "empty file", "one item", "absent title"],
+)
+def test_bad_data_is_one_paragraph(tmp_path: Path, change: object, parts: tuple[str, ...]) -> None:
+    done = llmrec("check", write(tmp_path, change(rows())))  # type: ignore[operator]
+    expect_error(done, *parts)
+
+
+def test_unknown_key_wrong_model_path_and_missing_files(tmp_path: Path) -> None:
+    path = write(tmp_path, HEADER + "\n".join(rows()), model="./no-such-model")
+    expect_error(llmrec("check", path, "train.stepz=3"), "train.stepz", "did you mean 'steps'")
+    expect_error(llmrec("run", path, "--out", str(tmp_path / "r")), "./no-such-model", "model.name")
+    expect_error(llmrec("run", str(tmp_path / "no.yaml")), "no.yaml", "shipped recipes")
+    expect_error(llmrec("check", path, f"data.path={tmp_path}/gone.csv"), "gone.csv")
+    expect_error(llmrec("report", str(tmp_path)), "results.json", "llmrec eval")
+
+
+def test_a_missing_extra_prints_its_install_command(tmp_path: Path) -> None:
+    path = write(tmp_path, HEADER + "\n".join(rows()))
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        f"sys.argv = ['llmrec', 'run', {path!r}, 'model.name=SmolLM2-135M-Instruct', '--out', {str(tmp_path / 'r')!r}]\n"
+        "from llmrec import cli; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    expect_error(done, "pip install 'llmrec[train]'")
+
+
+def test_fake_backend_runs_a_recipe_to_its_report(tmp_path: Path, llama_folder: Path) -> None:
+    path = write(tmp_path, HEADER + "\n".join(rows()), model=str(llama_folder))
+    begin = time.monotonic()
+    done = llmrec("run", path, "-q", "--out", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    assert "popularity" in done.stdout
+    assert "budget" in done.stdout
+    assert (tmp_path / "r" / "report" / "index.html").is_file()
+    assert time.monotonic() - begin < 60
+
+
+def test_doctor_gives_one_line_a_finding() -> None:
+    done = llmrec("doctor")
+    assert done.returncode in (0, 1)
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) >= 10
+    assert all(line[0] in "✓✗" for line in lines)
