@@ -124,9 +124,17 @@ def evaluate(
     return Evaluated(figures, values, records)
 
 
-def compare(metric: str, a: NDArray[np.float64], b: NDArray[np.float64], *, resamples: int, seed: int) -> Difference:
-    """Pair two rows over the same requests; RMSE is compared as a root mean of squared errors."""
-    return paired(a, b, resamples=resamples, seed=seed, statistic=_statistic(metric))
+def compare(
+    metric: str,
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    users: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> Difference:
+    """Pair two rows over the same requests of ``users``; RMSE is compared as a root mean of squared errors."""
+    return paired(a, b, users=users, resamples=resamples, seed=seed, statistic=_statistic(metric))
 
 
 _Measured = tuple[dict[str, Any], dict[str, NDArray[np.float64]], dict[str, Any]]
@@ -136,10 +144,13 @@ def _statistic(metric: str) -> StatisticName:
     return "root_mean" if metric == "RMSE" else "mean"
 
 
-def _figures(values: Mapping[str, NDArray[np.float64]], protocol: Protocol) -> dict[str, Any]:
+def _figures(values: Mapping[str, NDArray[np.float64]], cases: Sequence[Case], protocol: Protocol) -> dict[str, Any]:
+    users = [case.request.user_id for case in cases]
     figures = {}
     for metric, per_request in values.items():
-        found = interval(per_request, resamples=protocol.resamples, seed=protocol.seed, statistic=_statistic(metric))
+        found = interval(
+            per_request, users=users, resamples=protocol.resamples, seed=protocol.seed, statistic=_statistic(metric)
+        )
         figures[metric] = _figure(found.value, found.low, found.high, metric, protocol)
     return figures
 
@@ -163,7 +174,7 @@ def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protoc
             values[f"NDCG@{k}"] = rank_metrics.ndcg(greater, tied, k)
     values["MRR"] = rank_metrics.reciprocal_rank(greater, tied)
     ranks = [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
-    return _figures(values, protocol), values, {"tie_rate": rank_metrics.tie_rate(tied), "ranks": ranks}
+    return _figures(values, cases, protocol), values, {"tie_rate": rank_metrics.tie_rate(tied), "ranks": ranks}
 
 
 def _ratings(
@@ -185,17 +196,17 @@ def _ratings(
         "RMSE": rating_metrics.squared_error(predicted, truth),
         "MAE": rating_metrics.absolute_error(predicted, truth),
     }
-    return _figures(values, protocol), values, {}
+    return _figures(values, cases, protocol), values, {}
 
 
 def _texts(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protocol, fallback: object) -> _Measured:
     written = [answer.text if isinstance(answer, Text) else "" for answer in answers]
     truth = [str(case.truth) for case in cases]
     values = dict(text_metrics.rouge(written, truth))
-    figures = _figures(values, protocol)
-    bleu = interval_of(
-        text_metrics.bleu4_statistic(written, truth), len(cases), resamples=protocol.resamples, seed=protocol.seed
-    )
+    figures = _figures(values, cases, protocol)
+    users = [case.request.user_id for case in cases]
+    statistic = text_metrics.bleu4_statistic(written, truth, users)
+    bleu = interval_of(statistic, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
     figures["BLEU-4"] = _figure(bleu.value, bleu.low, bleu.high, "BLEU-4", protocol)
     # Resampling repeats texts, which distinct-n punishes by definition: it gets no interval.
     figures["Distinct-2"] = _figure(text_metrics.distinct_n(written, 2), None, None, "Distinct-2", protocol)

@@ -62,7 +62,9 @@ class DataSection(Section):
     split: Split = Split()
     noun: str = Field("items", description="what the items are called in prompts, in the plural")
     duplicates: Literal["error", "keep_last"] = Field("error", description="what to do with repeated rows")
-    rating_scale: tuple[float, float] | None = Field(None, description="lowest and highest rating; None: seen in the data")
+    rating_scale: tuple[float, float] | None = Field(
+        None, description="lowest and highest rating; None: seen in the data"
+    )
 
 
 # --------------------------------------------------------------------------- tasks
@@ -92,7 +94,7 @@ class SequentialSection(TaskSection):
     """Predict the next item from the history."""
 
     strategies: tuple[str, ...] = ("likelihood",)
-    baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov")
+    baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 20
     window: Positive = Field(30, description="items in one training row; each is a target")
     warm_up: int = Field(1, ge=0, description="items at the start of a row that are context only")
@@ -102,7 +104,7 @@ class DirectSection(TaskSection):
     """Pick from a candidate set."""
 
     strategies: tuple[str, ...] = ("label", "list")
-    baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov")
+    baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 5
 
 
@@ -136,7 +138,9 @@ class ModelSection(Section):
 
     name: str = "SmolLM2-135M-Instruct"
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16 where it is fast")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where it is fast"
+    )
     trust_remote_code: bool = False
     max_length: Positive = Field(1024, description="longest prompt plus answer, in tokens")
 
@@ -148,7 +152,9 @@ class LoraSection(Section):
     alpha: Positive = 32
     dropout: Fraction = 0.0
     targets: tuple[str, ...] = Field((), description="module names; empty: every linear layer of the blocks")
-    top_layers: Positive | None = Field(None, description="adapt only this many last blocks: the rest needs no backward pass")
+    top_layers: Positive | None = Field(
+        None, description="adapt only this many last blocks: the rest needs no backward pass"
+    )
     rslora: bool = False
     dora: bool = False
 
@@ -156,7 +162,9 @@ class LoraSection(Section):
 class TrainSection(Section):
     """Supervised fine-tuning through TRL's SFTTrainer."""
 
-    method: Literal["lora", "qlora", "lora8", "full"] = Field("lora", description="qlora: NF4 base; lora8: 8-bit base, CUDA only")
+    method: Literal["lora", "qlora", "lora8", "full"] = Field(
+        "lora", description="qlora: NF4 base; lora8: 8-bit base, CUDA only"
+    )
     lora: LoraSection = LoraSection()
     steps: Positive = Field(200, description="optimiser steps")
     batch_tokens: Positive = Field(1536, description="tokens in one optimiser step, padding included")
@@ -188,7 +196,9 @@ class ShotSection(Section):
     """Solved examples in few-shot prompts; training data only."""
 
     k: Positive = 2
-    choice: Literal["random", "own", "similar"] = Field("random", description="own: the user's own past; similar: nearest users")
+    choice: Literal["random", "own", "similar"] = Field(
+        "random", description="own: the user's own past; similar: nearest users"
+    )
 
 
 class EvalSection(Section):
@@ -198,7 +208,9 @@ class EvalSection(Section):
     split: Literal["valid", "test"] = "test"
     users: Positive = 200
     backend: Literal["vllm", "hf", "fake"] = "vllm"
-    scorer: Literal["auto", "vllm", "hf", "fake"] = Field("auto", description="engine for title likelihoods; auto: the faster one here")
+    scorer: Literal["auto", "vllm", "hf", "fake"] = Field(
+        "auto", description="engine for title likelihoods; auto: the faster one here"
+    )
     candidates: CandidateSection = CandidateSection()
     shots: ShotSection = ShotSection()
     cutoffs: tuple[Positive, ...] = (1, 5, 10)
@@ -224,7 +236,11 @@ class Recipe(Section):
         if not self.tasks.present():
             raise ValueError("tasks: name at least one of rating, sequential, direct, explanation")
         if "tuned" in self.eval.arms and all(task.weight == 0 for task in self.tasks.present().values()):
-            raise ValueError("tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight")
+            raise ValueError(
+                "tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight"
+            )
         if self.train.method == "full" and self.train.lora != LoraSection():
-            raise ValueError("train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'")
+            raise ValueError(
+                "train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'"
+            )
         return self

@@ -45,6 +45,7 @@ BASELINES: Mapping[str, str] = {
     "popularity": "llmrec.baselines.popular:Popularity",
     "item-knn": "llmrec.baselines.knn:ItemKNN",
     "markov": "llmrec.baselines.markov:Markov",
+    "markov-1": "llmrec.baselines.markov:first_order",
     "global-mean": "llmrec.baselines.rating:GlobalMean",
     "user-mean": "llmrec.baselines.rating:UserMean",
     "item-mean": "llmrec.baselines.rating:ItemMean",

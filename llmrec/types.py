@@ -87,7 +87,7 @@ class Prompt:
         messages: System, user and (for few-shot) assistant turns; the last one is a user turn.
         answer_prefix: Segments of the assistant's answer that precede the continuation. List templates
             put the history here, so that a new event extends a cached prefix.
-        stop: The text that ends the answer (``"\\n"`` in list templates); None means end of turn.
+        stop: The text that ends the answer (a line break in list templates); None means end of turn.
     """
 
     messages: tuple[Message, ...]

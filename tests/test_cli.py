@@ -25,7 +25,9 @@ HEADER = "user,item,stars,day,title\n"
 
 
 def rows() -> list[str]:
-    return [f"u{u},i{(u + k) % 9},{1 + (u * k) % 5},{100 * u + k},Title {(u + k) % 9}" for u in range(8) for k in range(6)]
+    return [
+        f"u{u},i{(u + k) % 9},{1 + (u * k) % 5},{100 * u + k},Title {(u + k) % 9}" for u in range(8) for k in range(6)
+    ]
 
 
 def llmrec(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -112,9 +114,10 @@ def test_unknown_key_wrong_model_path_and_missing_files(tmp_path: Path) -> None:
 
 def test_a_missing_extra_prints_its_install_command(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER + "\n".join(rows()))
+    out = str(tmp_path / "r")
     code = (
         "import sys; sys.modules['transformers'] = None\n"
-        f"sys.argv = ['llmrec', 'run', {path!r}, 'model.name=SmolLM2-135M-Instruct', '--out', {str(tmp_path / 'r')!r}]\n"
+        f"sys.argv = ['llmrec', 'run', {path!r}, 'model.name=SmolLM2-135M-Instruct', '--out', {out!r}]\n"
         "from llmrec import cli; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

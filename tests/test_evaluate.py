@@ -12,9 +12,7 @@ from llmrec.errors import LlmrecError
 from llmrec.evaluate import Protocol, compare, evaluate
 from llmrec.types import Answer, Case, Ranking, Rating, Request, Text, Unparsed
 
-PROTOCOL = Protocol(
-    split="leave_one_out", candidates="uniform-4", cutoffs=(1, 2), resamples=200, seed=0, catalogue=9
-)
+PROTOCOL = Protocol(split="leave_one_out", candidates="uniform-4", cutoffs=(1, 2), resamples=200, seed=0, catalogue=9)
 ITEMS = ("a", "b", "c", "d")
 
 
@@ -61,7 +59,9 @@ def test_more_failures_never_raise_a_figure() -> None:
     last = 2.0
     for failed in range(11):
         answers = [Unparsed(request_id=f"r{k}", reason="x") if k < failed else good[k] for k in range(10)]
-        value = evaluate(Canned(answers), cases, family="sequential", protocol=PROTOCOL).figures["metrics"]["MRR"]["value"]
+        value = evaluate(Canned(answers), cases, family="sequential", protocol=PROTOCOL).figures["metrics"]["MRR"][
+            "value"
+        ]
         assert value < last or failed == 0
         last = value
 
@@ -99,5 +99,5 @@ def test_a_predictor_that_leaves_gaps_is_refused() -> None:
 
 def test_comparison_of_rmse_is_of_root_means() -> None:
     a, b = np.array([1.0, 9.0, 4.0, 4.0]), np.array([4.0, 16.0, 9.0, 1.0])
-    found = compare("RMSE", a, b, resamples=200, seed=0)
+    found = compare("RMSE", a, b, ["u0", "u1", "u2", "u3"], resamples=200, seed=0)
     assert found.value == pytest.approx(np.sqrt(a.mean()) - np.sqrt(b.mean()))

@@ -114,7 +114,14 @@ def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
             if arm == "tuned" and predictor == study.section(family).strategies[0]:
                 planned.extend((family, metric, row, b) for b in own if b.figures["arm"] == "baseline")
     found: list[Difference] = [
-        compare(metric, a.values[metric], b.values[metric], resamples=recipe.eval.bootstrap, seed=recipe.seed)
+        compare(
+            metric,
+            a.values[metric],
+            b.values[metric],
+            [record["user_id"] for record in a.records],
+            resamples=recipe.eval.bootstrap,
+            seed=recipe.seed,
+        )
         for _, metric, a, b in planned
     ]
     adjusted = holm([difference.p for difference in found]) if found else []

@@ -60,7 +60,9 @@ def test_every_arm_and_task_has_its_rows(done: tuple[Recipe, pipeline.Run]) -> N
             ("explanation", "text"),
         ):
             assert (task, arm, predictor) in found
-    assert {"random", "popularity", "item-knn", "markov"} <= {row["predictor"] for row in rows if row["task"] == "direct"}
+    assert {"random", "popularity", "item-knn", "markov"} <= {
+        row["predictor"] for row in rows if row["task"] == "direct"
+    }
     for row in rows:
         assert row["n"] == 6
         assert all(figure["signature"] for figure in row["metrics"].values())

@@ -147,7 +147,9 @@ def test_refusals() -> None:
 
 def test_prompt_hash_sees_every_part() -> None:
     def make(role: Any = "user", text: str = "x", given: str = "") -> str:
-        return prompt_hash(Prompt(messages=(Message(role, (Segment("text", text),)),), answer_prefix=(Segment("item", given),)))
+        return prompt_hash(
+            Prompt(messages=(Message(role, (Segment("text", text),)),), answer_prefix=(Segment("item", given),))
+        )
 
     assert len({make(), make(role="system"), make(text="y"), make(given="z")}) == 4
     assert make() == make()
