@@ -12,13 +12,14 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test lint docs
+.PHONY: help setup quickstart test lint docs bench
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff, mypy and import-linter"
+	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
 	@echo "make docs         write the command-line reference, docs/cli.md"
 	@echo "make setup        only make .venv"
 
@@ -40,3 +41,6 @@ lint: setup
 
 docs: setup
 	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks.scoring eval/results/scoring.json

@@ -201,9 +201,10 @@ def _dry_run(study: Any) -> None:
     for texts in dryrun.rendered(study, encoder).values():
         for text in texts:
             _say(text + "\n")
-    if "tuned" in study.recipe.eval.arms:
-        _table("training rows", {name: json.dumps(value) for name, value in dryrun.train_rows(study, encoder).items()})
-    found = dryrun.estimate(study, encoder, base)
+    rows = dryrun.train_rows(study, encoder) if "tuned" in study.recipe.eval.arms else {}
+    if rows:
+        _table("training rows", {name: json.dumps(value) for name, value in rows.items()})
+    found = dryrun.estimate(study, encoder, base, rows)
     arms = {
         f"{arm}: about": f"{count:,} tokens, {found.eval_seconds[arm]:.0f} s"
         for arm, count in found.eval_tokens.items()

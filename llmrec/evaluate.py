@@ -102,6 +102,8 @@ def evaluate(
     asked = [case.request.id for case in cases]
     if [answer.request_id for answer in answers] != asked:
         raise LlmrecError(f"predictor {predictor.name!r} did not answer every request in order; this is a defect in it")
+    wanted: type[Answer] = {"rating": Rating, "explanation": Text}.get(family, Ranking)
+    answers = [answer if isinstance(answer, wanted | Unparsed) else _foreign(answer) for answer in answers]
     measure = {"rating": _ratings, "explanation": _texts}.get(family, _rankings)
     metrics, values, extra = measure(cases, answers, protocol, fallback)
     failures = [answer for answer in answers if isinstance(answer, Unparsed)]
@@ -211,6 +213,17 @@ def _texts(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protocol,
     # Resampling repeats texts, which distinct-n punishes by definition: it gets no interval.
     figures["Distinct-2"] = _figure(text_metrics.distinct_n(written, 2), None, None, "Distinct-2", protocol)
     return figures, values, {}
+
+
+def _foreign(answer: Answer) -> Unparsed:
+    """Count an answer of another family's kind as a failure."""
+    return Unparsed(
+        request_id=answer.request_id,
+        reason=f"a {type(answer).__name__} does not answer this task",
+        raw=answer.raw,
+        prompt_hash=answer.prompt_hash,
+        cost=answer.cost,
+    )
 
 
 def _record(case: Case, answer: Answer, rank: float | None) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class TrainSection(Section):
     lora: LoraSection = LoraSection()
     steps: Positive = Field(200, description="optimiser steps")
     batch_tokens: Positive = Field(1536, description="tokens in one optimiser step, padding included")
-    max_row_tokens: Positive = Field(384, description="longest training row; longer rows lose their oldest history")
+    max_row_tokens: Positive = Field(384, description="longest training row; longer user rows lose their last targets")
     learning_rate: float = Field(5e-4, gt=0)
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     warmup: Fraction = Field(0.05, description="share of steps")
@@ -213,7 +213,7 @@ class EvalSection(Section):
     )
     candidates: CandidateSection = CandidateSection()
     shots: ShotSection = ShotSection()
-    cutoffs: tuple[Positive, ...] = (1, 5, 10)
+    cutoffs: tuple[Positive, ...] = Field((1, 5, 10), min_length=1, description="ranks at which HR and NDCG are cut")
     bootstrap: Positive = Field(2000, description="resamples over users for the 95 % intervals")
     batch: Positive = Field(64, description="requests handed to a backend at a time")
 
@@ -239,6 +239,15 @@ class Recipe(Section):
             raise ValueError(
                 "tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight"
             )
+        for family, section in self.tasks.present().items():
+            for key in ("templates", "eval_templates", "strategies", "baselines"):
+                names = getattr(section, key)
+                if len(set(names)) != len(names):
+                    raise ValueError(f"tasks.{family}.{key}: a name stands twice in {list(names)}; keep one")
+        if len(set(self.eval.arms)) != len(self.eval.arms):
+            raise ValueError(f"eval.arms: an arm stands twice in {list(self.eval.arms)}; keep one")
+        if self.reviews is not None and self.tasks.explanation is None:
+            raise ValueError("reviews: only tasks.explanation reads a second table; add that task or drop the section")
         if self.train.method == "full" and self.train.lora != LoraSection():
             raise ValueError(
                 "train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'"

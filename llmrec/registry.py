@@ -5,7 +5,7 @@ A plug-in is one more entry here. Values are ``module:attribute``, imported when
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -54,6 +54,21 @@ BASELINES: Mapping[str, str] = {
     "nearest-text": "llmrec.baselines.text:NearestText",
 }
 
+# What answers which family; a pair outside these tables has no meaning.
+FAMILY_STRATEGIES: Mapping[str, tuple[str, ...]] = {
+    "rating": ("expected", "parsed"),
+    "sequential": ("likelihood",),
+    "direct": ("label", "list"),
+    "explanation": ("text",),
+}
+_RANKERS = ("random", "popularity", "item-knn", "markov-1", "markov")
+FAMILY_BASELINES: Mapping[str, tuple[str, ...]] = {
+    "rating": ("global-mean", "user-mean", "item-mean", "user-item-bias"),
+    "sequential": _RANKERS,
+    "direct": _RANKERS,
+    "explanation": ("frequent-text", "nearest-text"),
+}
+
 
 def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
     """Import what a name stands for.
@@ -65,3 +80,20 @@ def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
         raise RecipeError(f"unknown {what} {name!r}{did_you_mean(name, table)}; known: {', '.join(sorted(table))}")
     module, attribute = table[name].split(":")
     return getattr(import_module(module), attribute)
+
+
+def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
+    """Check that a family's strategies and baselines exist and answer that family.
+
+    Raises:
+        RecipeError: If one does not; the message lists those that do.
+    """
+    for kind, names, known, table in (
+        ("strategies", strategies, FAMILY_STRATEGIES[family], STRATEGIES),
+        ("baselines", baselines, FAMILY_BASELINES[family], BASELINES),
+    ):
+        for name in names:
+            if name in known:
+                continue
+            why = "does not answer this family" if name in table else f"is unknown{did_you_mean(name, known)}"
+            raise RecipeError(f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}")

@@ -272,6 +272,11 @@ class Task(Protocol):
 
     family: Family
 
+    @property
+    def eval_templates(self) -> tuple[str, ...]:
+        """Names of the templates that evaluation asks with."""
+        ...
+
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield rows with targets.
 

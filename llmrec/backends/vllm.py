@@ -76,6 +76,7 @@ class VLLMBackend:
                 enable_prefix_caching=True,
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 **options,
             )
         except (RuntimeError, ValueError, OSError) as error:
@@ -109,8 +110,8 @@ class VLLMBackend:
         """Score candidates exactly in the full vocabulary; see `Backend.score`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
         tails = [
-            [self.encoder.continuation(prompt, text, closed=closed) for text in texts]
-            for prompt, texts in zip(prompts, candidates, strict=True)
+            self.encoder.continuations(prompt, ids, texts, closed=closed)
+            for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
         ]
         labels = [single_token_labels(group) for group in tails]
         results: list[Scores | None] = [None] * len(prompts)

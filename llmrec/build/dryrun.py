@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import dtype
+from llmrec.backends.models import dtype, load_config
 from llmrec.build.study import Study
 from llmrec.build.training import plan_training
 from llmrec.errors import require
@@ -21,6 +22,7 @@ _SAMPLE = 24
 # Share of a plain matrix product's speed that a training step or a prefill reaches; measured on two cores.
 _EFFICIENCY = 0.45
 # Seconds to start one vLLM engine, and to load one hf model.
+_ANSWER_TOKENS = {"likelihood": 0, "expected": 1, "label": 1, "parsed": 3, "list": 60, "text": 30}
 _START = {"vllm": 45.0, "hf": 3.0, "fake": 0.0}
 
 
@@ -46,15 +48,19 @@ class Estimate:
 
 
 def rendered(study: Study, encoder: Encoder, count: int = _SHOWN) -> dict[str, list[str]]:
-    """Return rendered training prompts with answers per task, each from another template where there is one."""
+    """Return rendered training prompts with answers per task, one of each template first."""
     shown: dict[str, list[str]] = {}
     for family, task in study.tasks.items():
-        by_template: dict[str, str] = {}
+        first: dict[str, str] = {}
+        more: list[str] = []
         for example in islice(task.examples("train"), 64):
             answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
-            text = encoder.turns_text(example.messages) + answer
-            by_template.setdefault(example.template, f"[{example.template}]\n{text}")
-        shown[family] = list(by_template.values())[:count]
+            text = f"[{example.template}]\n{encoder.turns_text(example.messages)}{answer}"
+            if example.template in first:
+                more.append(text)
+            else:
+                first[example.template] = text
+        shown[family] = [*first.values(), *more][:count]
     return shown
 
 
@@ -92,26 +98,27 @@ def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
 
 def _tokens(task: Task, encoder: Encoder, request: Request, template: str, shots: int, strategy: str) -> int:
     prompt = task.prompt(request, template=template, shots=shots)
-    length = len(encoder.prompt(prompt)) + 1
+    length = len(encoder.prompt(prompt)) + _ANSWER_TOKENS[strategy]
     if strategy == "likelihood":
         length += sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
     return length
 
 
-def estimate(study: Study, encoder: Encoder, folder: str) -> Estimate:
-    """Estimate time and memory from token counts, model size and a short matrix product on this machine."""
+def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any]) -> Estimate:
+    """Estimate time and memory from token counts, model size and a short matrix product on this machine.
+
+    ``rows`` is what `train_rows` counted; empty where nothing is trained.
+    """
     recipe = study.recipe
     parameters, head = _size(folder, study)
     speed = _flops_per_second(study)
-    tuned = "tuned" in recipe.eval.arms
-    rows = train_rows(study, encoder) if tuned else {"padded_tokens": 0, "tokens": 0, "target_tokens": 0}
     body = parameters - head
     share = 1.0
     if recipe.train.method != "full" and recipe.train.lora.top_layers:
         share = min(1.0, recipe.train.lora.top_layers / _layers(folder, study))
     # Forward, and backward through the adapted blocks: to inputs only under LoRA, to weights too in full tuning.
     per_token = 2 * body * (1 + share) if recipe.train.method != "full" else 6 * body
-    work = rows["padded_tokens"] * per_token + rows["target_tokens"] * 4 * head
+    work = rows.get("padded_tokens", 0) * per_token + rows.get("target_tokens", 0) * 4 * head
     tokens = eval_tokens(study, encoder)
     start = _START[recipe.eval.backend] + _START["hf"]
     seconds = {arm: count * 2 * body / (speed * _EFFICIENCY) + start for arm, count in tokens.items()}
@@ -120,7 +127,7 @@ def estimate(study: Study, encoder: Encoder, folder: str) -> Estimate:
     activations = recipe.train.batch_tokens * _layers(folder, study) * 34 * _width(folder, study) * share
     return Estimate(
         parameters=parameters,
-        train_tokens=rows["tokens"],
+        train_tokens=rows.get("tokens", 0),
         eval_tokens=tokens,
         train_seconds=work / (speed * _EFFICIENCY),
         eval_seconds=seconds,
@@ -139,11 +146,7 @@ def _size(folder: str, study: Study) -> tuple[int, int]:
 
 
 def _config(folder: str, study: Study) -> Any:
-    transformers = require("transformers", "train")
-    model = study.recipe.model
-    return transformers.AutoConfig.from_pretrained(
-        folder, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+    return load_config(folder, study.recipe.model)
 
 
 def _layers(folder: str, study: Study) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import dtype, load_model
+from llmrec.backends.models import dtype, load_model, release_memory
 from llmrec.build.stages import Budget
 from llmrec.errors import MissingExtra
 from llmrec.recipe import EvalSection, ModelSection
@@ -63,6 +62,7 @@ class Engines:
         if self._open is not None:
             self._open[2].close()
             self._open = None
+            release_memory()
 
     def _start(self, engine: str, folder: str) -> Backend:
         if engine == "fake":
@@ -73,7 +73,7 @@ class Engines:
                 started: Backend = lookup(BACKENDS, "vllm", "backend")(
                     folder,
                     self._encoder,
-                    dtype=str(dtype(self._model)).removeprefix("torch."),
+                    dtype=dtype_name(self._model),
                     seed=self._seed,
                     trust_remote_code=self._model.trust_remote_code,
                 )
@@ -95,6 +95,6 @@ def _has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def dtype_name(model: ModelSection) -> Any:
-    """Return the dtype's name, for records."""
+def dtype_name(model: ModelSection) -> str:
+    """Return the dtype's name as vLLM and the records write it."""
     return str(dtype(model)).removeprefix("torch.")

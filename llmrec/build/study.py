@@ -9,10 +9,10 @@ from pathlib import Path
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources import load
 from llmrec.data.split import SplitDataset, split
-from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.errors import DataError
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DataSection, Recipe, TaskSection
-from llmrec.registry import TASKS, lookup
+from llmrec.registry import TASKS, check_names, lookup
 from llmrec.types import Case, Task
 
 RANKING = ("sequential", "direct")
@@ -53,9 +53,7 @@ class Study:
 
     def eval_templates(self, family: str) -> tuple[Template, ...]:
         """Return the templates that evaluation uses; by default the first training template."""
-        section = self.section(family)
-        names = section.eval_templates or training_templates(section, self.templates[family])[:1]
-        return tuple(_template(family, name, self.templates[family]) for name in names)
+        return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
 
 
 def build_study(recipe: Recipe) -> Study:
@@ -63,11 +61,16 @@ def build_study(recipe: Recipe) -> Study:
 
     Raises:
         DataError: If the data does not carry what a task needs.
-        RecipeError: If a template, strategy or baseline does not exist.
+        RecipeError: If a template, strategy or baseline does not exist or does not fit its family.
     """
+    families = recipe.tasks.present()
+    for family, section in families.items():
+        check_names(family, section.strategies, section.baselines)
     data = _data(recipe.data, recipe.seed)
     reviews = _data(recipe.reviews, recipe.seed) if recipe.reviews else None
-    families = recipe.tasks.present()
+    if reviews is not None:
+        # One held-out set for all tasks: where the two tables share pairs, each keeps out what the other holds out.
+        data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
     templates = {family: load_templates(family) for family in families}
     candidates = None
     if any(family in RANKING for family in families):
@@ -76,43 +79,23 @@ def build_study(recipe: Recipe) -> Study:
     for family, section in families.items():
         used = reviews if family == "explanation" and reviews is not None else data
         _check_data(family, used, recipe)
-        chosen = training_templates(section, templates[family])
-        for name in section.eval_templates:
-            _template(family, name, templates[family])
         tasks[family] = lookup(TASKS, family, "task")(
             used,
-            section.model_copy(update={"templates": chosen}),
+            section,
             templates[family],
             seed=recipe.seed,
             candidates=candidates if family in RANKING else None,
             shot_choice=recipe.eval.shots.choice,
         )
-    return Study(recipe, data, reviews, candidates, tasks, templates)
-
-
-def training_templates(section: TaskSection, known: Mapping[str, Template]) -> tuple[str, ...]:
-    """Return the names of the templates to train on: the chosen ones, or every seen one.
-
-    Raises:
-        RecipeError: If a chosen template is marked unseen.
-    """
-    names = section.templates or tuple(name for name, template in known.items() if template.use == "seen")
-    for name in names:
-        template = _template(next(iter(known.values())).family, name, known)
-        if template.use == "unseen":
-            raise RecipeError(
-                f"template {template.id} is kept unseen in training; name it under eval_templates instead of templates"
+    study = Study(recipe, data, reviews, candidates, tasks, templates)
+    for family in families:
+        if not study.cases(family):
+            name = study.task_data(family).dataset.name
+            raise DataError(
+                f"tasks.{family}: the {recipe.eval.split} split of {name} holds no case; "
+                "hold out more (data.split), or evaluate another split (eval.split)"
             )
-    return names
-
-
-def _template(family: str, name: str, known: Mapping[str, Template]) -> Template:
-    if name not in known:
-        raise RecipeError(
-            f"tasks.{family}: no template {name!r}{did_you_mean(name, known)}; "
-            f"known: {', '.join(known)} (prompts/{family}/)"
-        )
-    return known[name]
+    return study
 
 
 def _data(section: DataSection, seed: int) -> SplitDataset:

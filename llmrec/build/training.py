@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmrec import __version__
 from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.models import release_memory, weights_stamp
 from llmrec.build.stages import Budget, key_of, read_stage, write_json
 from llmrec.build.study import Study
+from llmrec.errors import RecipeError
 from llmrec.tasks.mixture import mixture
 from llmrec.train.batches import Step, fit_row, plan
+from llmrec.types import Example
 
 log = logging.getLogger(__name__)
+
+# Task settings that no training row depends on.
+_EVALUATION_ONLY = {"strategies", "baselines", "users", "eval_templates", "max_tokens"}
+# Rows dropped in a row before training gives up: every one was longer than a training row may be.
+_PATIENCE = 2000
 
 
 @dataclass(frozen=True)
@@ -38,23 +48,38 @@ def plan_training(study: Study, encoder: Encoder) -> Plan:
         for family, task in study.tasks.items()
         if study.section(family).weight > 0
     }
-    family_of: dict[int, str] = {}
-
-    def rows() -> Iterator[Row]:
-        stream = mixture(weighted, seed=recipe.seed, size=lambda example: len(encoder.row(example).ids))
-        for example in stream:
-            row = fit_row(example, encoder, section.max_row_tokens)
-            if row is None:
-                dropped[example.task] += 1
-            else:
-                family_of[id(row)] = example.task
-                kept.append(row)
-                yield row
-
+    encoded: dict[str, Row | None] = {}
     dropped = dict.fromkeys(weighted, 0)
     # Rows stay referenced, so that an id names one row for as long as it is looked up.
     kept: list[Row] = []
+    family_of: dict[int, str] = {}
+
+    def size(example: Example) -> int:
+        row = encoded[example.id] = fit_row(example, encoder, section.max_row_tokens)
+        return len(row.ids) if row else 0
+
+    def rows() -> Iterator[Row]:
+        since = 0
+        for example in mixture(weighted, seed=recipe.seed, size=size):
+            row = encoded.pop(example.id)
+            if row is None:
+                dropped[example.task] += 1
+                since += 1
+                if since > _PATIENCE:
+                    raise RecipeError(
+                        f"no training row fits train.max_row_tokens={section.max_row_tokens}: {_PATIENCE} rows of "
+                        f"tasks.{example.task} in a row were longer; raise it, or show less history"
+                    )
+                continue
+            since = 0
+            family_of[id(row)] = example.task
+            kept.append(row)
+            yield row
+
     steps = plan(rows(), steps=section.steps, batch_tokens=section.batch_tokens, seed=recipe.seed)
+    for family, lost in dropped.items():
+        if lost:
+            log.warning("tasks.%s: %d rows were longer than train.max_row_tokens and were dropped", family, lost)
     counts = dict.fromkeys(weighted, 0)
     for step in steps:
         for row in step.rows:
@@ -74,12 +99,15 @@ def training_key(study: Study, folder: str) -> str:
     """Return a key over everything that can change the adapter."""
     recipe = study.recipe
     return key_of(
+        llmrec=__version__,
         model=recipe.model.model_dump(),
-        folder=folder,
+        weights=weights_stamp(folder),
         data=study.data.fingerprint,
         reviews=study.reviews.fingerprint if study.reviews else None,
-        tasks=recipe.tasks.model_dump(exclude={f: {"strategies", "baselines", "users"} for f in study.tasks}),
+        noun=[data.dataset.noun for data in (study.data, study.reviews) if data is not None],
+        tasks=recipe.tasks.model_dump(exclude=dict.fromkeys(study.tasks, _EVALUATION_ONLY)),
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
+        candidates=recipe.eval.candidates.model_dump() if "direct" in study.tasks else None,
         train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints"}),
         seed=recipe.seed,
     )
@@ -100,6 +128,8 @@ def train_stage(
         log.info("training: reusing %s", folder / "adapter")
         return done
     key = training_key(study, base)
+    # A record must never vouch for weights of another run that was killed half-way.
+    (folder / "train.json").unlink(missing_ok=True)
     from llmrec.train import lora, sft
 
     model_section, section = study.recipe.model, study.recipe.train
@@ -119,12 +149,17 @@ def train_stage(
             quiet=quiet,
         )
         del model
+        release_memory()
     with budget.stage("merge"):
+        work = folder / "merged.tmp"
+        shutil.rmtree(work, ignore_errors=True)
         if section.method == "full":
-            lora.save_full(folder / "adapter", model_section, folder / "merged")
+            lora.save_full(folder / "adapter", model_section, work)
         else:
-            lora.merge(base, model_section, folder / "adapter", folder / "merged")
-        encoder.tokenizer.save_pretrained(folder / "merged")
+            lora.merge(base, model_section, folder / "adapter", work)
+        encoder.tokenizer.save_pretrained(work)
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        work.rename(folder / "merged")
     record = {"key": key, "rows": dict(planned.rows), "dropped": dict(planned.dropped), **sft.as_json(training)}
     write_json(folder / "train.json", record)
     return record
@@ -132,11 +167,9 @@ def train_stage(
 
 def _clear_foreign(folder: Path, key: str) -> None:
     """Drop checkpoints that another recipe left in this folder; keep those of a killed run of this one."""
-    import shutil
-
     mark = folder / "checkpoints" / "key"
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    mark.parent.mkdir(parents=True)
+    mark.parent.mkdir(parents=True, exist_ok=True)
     mark.write_text(key, encoding="utf-8")

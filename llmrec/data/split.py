@@ -7,7 +7,7 @@ target where many events carry the same timestamp. Without timestamps the file o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -54,6 +54,17 @@ class SplitDataset:
     test: pl.DataFrame
     held_out: frozenset[tuple[str, str]]
     known: pl.DataFrame = field(default_factory=_no_rows)
+
+    def without(self, pairs: frozenset[tuple[str, str]]) -> SplitDataset:
+        """Return this split with another table's held-out pairs taken out of ``train`` and ``known``."""
+        if not pairs:
+            return self
+        gone = pl.DataFrame(sorted(pairs), schema=_PAIR, orient="row")
+        return replace(
+            self,
+            train=self.train.join(gone, on=_PAIR, how="anti", maintain_order="left"),
+            known=self.known.join(gone, on=_PAIR, how="anti", maintain_order="left"),
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -21,13 +21,13 @@ class LabelRanker:
 
     def __init__(self, asker: Asker) -> None:
         asker.needs("score")
-        self._asker = asker
+        self.asker = asker
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank every request's candidates; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for found in scored(self._asker, requests, closed=None):
+        for found in scored(self.asker, requests, closed=None):
             self.engine = found.scores.engine
             answers.append(ranked(found))
         return answers
@@ -40,14 +40,14 @@ class ListRanker:
 
     def __init__(self, asker: Asker) -> None:
         asker.needs("generate")
-        self._asker = replace(asker, task=_RankingTask(asker.task))
+        self.asker = replace(asker, task=_RankingTask(asker.task))
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank every request's candidates; see `Predictor.answer`."""
         room = _TOKENS_PER_LABEL * max((len(r.candidates or ()) for r in requests), default=1)
         reason = "no candidate label or title in the answer"
-        return generated(self._asker, requests, max_tokens=room, wanted=Ranking, reason=reason)
+        return generated(self.asker, requests, max_tokens=room, wanted=Ranking, reason=reason)
 
 
 class _RankingTask:

@@ -20,13 +20,13 @@ class LikelihoodRanker:
 
     def __init__(self, asker: Asker) -> None:
         asker.needs("score")
-        self._asker = asker
+        self.asker = asker
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank every request's candidates; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for found in scored(self._asker, requests, closed=True):
+        for found in scored(self.asker, requests, closed=True):
             self.engine = found.scores.engine
             answers.append(ranked(found))
         return answers

@@ -18,13 +18,13 @@ class ExpectedRater:
 
     def __init__(self, asker: Asker) -> None:
         asker.needs("score")
-        self._asker = asker
+        self.asker = asker
         self.engine = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate every request's item; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for found in scored(self._asker, requests, closed=None):
+        for found in scored(self.asker, requests, closed=None):
             self.engine = found.scores.engine
             answers.append(
                 Rating(
@@ -44,10 +44,10 @@ class ParsedRater:
 
     def __init__(self, asker: Asker) -> None:
         asker.needs("generate")
-        self._asker = asker
+        self.asker = asker
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate every request's item; see `Predictor.answer`."""
         reason = "no number on the rating scale in the answer"
-        return generated(self._asker, requests, max_tokens=_NUMBER_TOKENS, wanted=Rating, reason=reason)
+        return generated(self.asker, requests, max_tokens=_NUMBER_TOKENS, wanted=Rating, reason=reason)

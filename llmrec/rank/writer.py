@@ -15,10 +15,10 @@ class Writer:
 
     def __init__(self, asker: Asker, *, max_tokens: int = 48) -> None:
         asker.needs("generate")
-        self._asker = asker
+        self.asker = asker
         self._max_tokens = max_tokens
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Write a text for every request; see `Predictor.answer`."""
-        return generated(self._asker, requests, max_tokens=self._max_tokens, wanted=Text, reason="empty answer")
+        return generated(self.asker, requests, max_tokens=self._max_tokens, wanted=Text, reason="empty answer")

@@ -19,7 +19,9 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection) -> Any
     torch = require("torch", "train")
     if train.method == "full":
         # Optimiser steps are smaller than bfloat16 can hold; autocast still multiplies in bfloat16.
-        return load_model(folder, model, dtype=torch.float32)
+        full = load_model(folder, model, dtype=torch.float32)
+        full.llmrec_float32 = dtype(model) == torch.float32
+        return full
     options: dict[str, Any] = {}
     if train.method in ("qlora", "lora8"):
         options["quantization_config"] = _quantization(model, train)
@@ -28,7 +30,9 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection) -> Any
         base.enable_input_require_grads()
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    return _with_adapter(base, train.lora)
+    adapted = _with_adapter(base, train.lora)
+    adapted.llmrec_float32 = dtype(model) == torch.float32
+    return adapted
 
 
 def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:

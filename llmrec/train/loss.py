@@ -12,6 +12,8 @@ import torch
 
 IGNORED = -100
 _CHUNK = 256
+# Configuration keys of models whose logits are more than one matrix product.
+_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]
@@ -78,5 +80,5 @@ def _chunk_loss(head: Any, hidden: Any, targets: Any) -> Any:
 def _plain_head(config: Any, head: Any) -> bool:
     """Whether logits are exactly ``hidden @ weight.T``: no soft cap, scale or bias, and a plain matrix."""
     text = config.get_text_config()
-    shaped = any(getattr(text, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    shaped = any(getattr(text, name, None) for name in _SCALES)
     return not shaped and type(head) is torch.nn.Linear and head.bias is None

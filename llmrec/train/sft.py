@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.models import cpu_has_bf16
+from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe import TrainSection
 from llmrec.train.batches import Step, padded
 from llmrec.train.loss import label_loss
@@ -48,14 +50,20 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean loss over the step's targets."""
-        with mixed_precision(inputs["input_ids"].device):
+        with mixed_precision(model):
             total, count = label_loss(model, inputs["input_ids"], inputs["labels"])
         loss = total / max(count, 1)
         return (loss, {}) if return_outputs else loss
 
 
-def mixed_precision(device: Any) -> Any:
-    """Autocast to bfloat16 where the hardware multiplies it natively; adapters stay in float32."""
+def mixed_precision(model: Any) -> Any:
+    """Autocast to bfloat16 where base weights are bfloat16 or fully trained, and the hardware multiplies it natively.
+
+    Adapters stay in float32 either way. A recipe that asks for a float32 model trains in float32 throughout.
+    """
+    device = model.device
+    if getattr(model, "llmrec_float32", False):
+        return nullcontext()
     if device.type == "cuda":
         return torch.autocast("cuda", dtype=torch.bfloat16) if torch.cuda.is_bf16_supported() else nullcontext()
     return torch.autocast("cpu", dtype=torch.bfloat16) if cpu_has_bf16() else nullcontext()
@@ -89,14 +97,19 @@ def train(
     started = time.monotonic()
     pad = encoder.tokenizer.pad_token_id
     follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet)
-    trainer = LabelRowTrainer(
-        model=model,
-        args=_config(section, folder, len(steps), seed),
-        train_dataset=_dataset(steps, pad),
-        processing_class=encoder.tokenizer,
-        data_collator=_tensors,
-        callbacks=[follow],
-    )
+    try:
+        trainer = LabelRowTrainer(
+            model=model,
+            args=_config(section, folder, len(steps), seed),
+            train_dataset=_dataset(steps, pad),
+            processing_class=encoder.tokenizer,
+            data_collator=_tensors,
+            callbacks=[follow],
+        )
+    except (RuntimeError, ValueError) as error:
+        if not section.report_to:
+            raise
+        raise RecipeError(f"train.report_to {list(section.report_to)}: {error}") from error
     trainer.remove_callback(PrinterCallback)
     checkpoint = _newest_checkpoint(folder / "checkpoints")
     follow.open(resumed=checkpoint is not None)
@@ -153,7 +166,7 @@ def _tensors(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=1,
@@ -169,6 +182,7 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
         fp16=False,
         logging_steps=1,
         logging_strategy="steps",
+        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=section.save_every,
         save_total_limit=section.keep_checkpoints,
@@ -182,12 +196,24 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
     )
+    # Several GPUs take part through accelerate, one process each; DataParallel would wrap the model in one process.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint whose state file, written last, is there."""
     found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """Read a log line; the last one of a killed run may be torn."""
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return record
 
 
 class _Follow(TrainerCallback):  # type: ignore[misc]
@@ -224,7 +250,9 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
     def open(self, *, resumed: bool) -> None:
         """Start a new log, or read back the one that a resumed run continues."""
         if resumed and self._file.is_file():
-            self.records = [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines() if line]
+            self.records = [
+                record for line in self._file.read_text(encoding="utf-8").splitlines() if (record := _read(line))
+            ]
         else:
             self._file.write_text("", encoding="utf-8")
 
@@ -234,6 +262,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.records = [record for record in self.records if record["step"] <= state.global_step]
+        self._file.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
         self._progress.start()
         if not self.records:
             self._record({"step": 0, "loss": None, "learning_rate": 0.0, "valid_loss": self._losses(kwargs["model"])})
@@ -249,6 +278,12 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs:
             return
         step = state.global_step
+        if not math.isfinite(float(logs["loss"])):
+            self._progress.stop()
+            raise LlmrecError(
+                f"training: the loss is {logs['loss']} at step {step}; "
+                "lower train.learning_rate, or set model.dtype=float32"
+            )
         due = step % self._section.valid_every == 0 or step == state.max_steps
         self._record(
             {
@@ -282,7 +317,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
                 for start in range(0, len(rows), 8):
                     ids, labels = padded(rows[start : start + 8], self._pad)
                     inputs = torch.tensor(ids, device=model.device), torch.tensor(labels, device=model.device)
-                    with mixed_precision(model.device):
+                    with mixed_precision(model):
                         loss, n = label_loss(model, *inputs)
                     total, count = total + float(loss), count + n
                 if count:

@@ -19,7 +19,7 @@ from llmrec.recipe import Split
 from llmrec.registry import BASELINES, lookup
 from llmrec.types import Answer, Event, Item, Predictor, Ranking, Rating, Request, Text, Trainable, Unparsed
 
-RANKING = ("random", "popularity", "item-knn", "markov")
+RANKING = ("random", "popularity", "item-knn", "markov-1", "markov")
 RATING = ("global-mean", "user-mean", "item-mean", "user-item-bias")
 TEXT = ("frequent-text", "nearest-text")
 KINDS = ("leave_one_out", "global_time", "user_disjoint")

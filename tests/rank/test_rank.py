@@ -24,6 +24,7 @@ class ToyTask:
     """Labels A-D for candidates, digits for ratings; reads the first thing that it knows."""
 
     family = "direct"
+    eval_templates = ("t",)
 
     def __init__(self, labels: Sequence[str] = LETTERS) -> None:
         self.labels = tuple(labels)
