@@ -94,7 +94,7 @@ def test_check_passes_on_good_data_and_shows_counts(tmp_path: Path) -> None:
         (lambda r: HEADER + "\n".join([*r, r[0]]), ("shop.csv", "duplicates")),
         (lambda r: "", ("shop.csv", "empty")),
         (lambda r: HEADER + "\n".join(f"u{k},i0,3,{k},Title" for k in range(9)), ("shop.csv", "item")),
-        (lambda r: HEADER + "\n".join([*r[:-1], r[-1].rpartition(",")[0] + ","]), ("shop.csv", "title")),
+        (lambda r: HEADER + "\n".join([*r, "u0,i99,3,7,"]), ("shop.csv", "title", "i99")),
     ],
     ids=["missing column", "NaN rating", "duplicate row", "empty file", "one item", "absent title"],
 )

@@ -28,7 +28,7 @@ from llmrec.resources import resource
 
 COLUMNS = ("user_id", "item_id", "rating", "timestamp", "title", "category", "brand", "price", "text")
 _SEED = 0
-_USERS = 60
+_USERS = 120
 _START = 1_609_459_200  # 1 January 2021
 _DAY = 86_400
 
@@ -214,7 +214,7 @@ def generate(seed: int) -> pl.DataFrame:
         seed: Of the grammar's dice; the shipped table has seed 0.
 
     Returns:
-        About 700 rows by time: `COLUMNS`, with ratings 1 to 5, timestamps in seconds and prices in whole units.
+        About 1,400 rows by time: `COLUMNS`, with ratings 1 to 5, timestamps in seconds and prices in whole units.
     """
     dice = _Dice(seed)
     products = _products(dice)
@@ -327,7 +327,7 @@ def to_csv(frame: pl.DataFrame) -> bytes:
 
 
 def made_reviews(section: DataSection, *, seed: int) -> Dataset:
-    """Load the shipped table of made reviews: 60 made users, 40 made products, about 700 reviews with texts.
+    """Load the shipped table of made reviews: 120 made users, 40 made products, about 1,400 reviews with texts.
 
     Products carry ``category``, ``brand`` and ``price``.
 

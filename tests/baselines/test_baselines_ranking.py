@@ -221,7 +221,7 @@ def test_on_a_walk_with_structure_markov_beats_knn_beats_popularity_beats_chance
         sequences[f"u{user}"] = walk
     data = _trained({user: walk[:-1] for user, walk in sequences.items()}, [f"i{n:02d}" for n in range(40)])
     hits = []
-    for model in (Random(), Popularity(), ItemKNN(), Markov()):
+    for model in (Random(), Popularity(), ItemKNN(), Markov(order=5, decay=0.7)):
         model.fit(data)
         requests = [
             Request(

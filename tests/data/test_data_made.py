@@ -44,8 +44,8 @@ def test_another_seed_makes_another_table() -> None:
 
 def test_its_shape(shipped: pl.DataFrame) -> None:
     assert tuple(shipped.columns) == COLUMNS
-    assert 650 <= shipped.height <= 800
-    assert (shipped["user_id"].n_unique(), shipped["item_id"].n_unique(), shipped["title"].n_unique()) == (60, 40, 40)
+    assert 1300 <= shipped.height <= 1600
+    assert (shipped["user_id"].n_unique(), shipped["item_id"].n_unique(), shipped["title"].n_unique()) == (120, 40, 40)
     assert set(shipped["rating"]) == {1, 2, 3, 4, 5}
     assert shipped.select("user_id", "item_id").is_duplicated().sum() == 0
     assert shipped["timestamp"].is_sorted()
@@ -86,7 +86,7 @@ def test_the_source() -> None:
     assert set(item.fields) == {"category", "brand", "price"} and item.fields["brand"] in item.title
     assert data.provenance["source"] == "made-reviews"
     assert load(SECTION.model_copy(update={"noun": "things"}), seed=0).noun == "things"
-    assert statistics(split(data, Split(), seed=0))["test"] == 60
+    assert statistics(split(data, Split(), seed=0))["test"] == 120
 
 
 @pytest.mark.parametrize("keys", [{"path": "x.csv"}, {"items": "x.csv"}, {"columns": Columns(user="u")}])
