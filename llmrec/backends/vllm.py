@@ -15,6 +15,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
+
 from llmrec.backends.encode import Encoder
 from llmrec.backends.labels import single_token_labels
 from llmrec.errors import BackendError, require
@@ -240,7 +242,8 @@ def prepare_environment() -> None:
     """Set what vLLM reads from the environment at import, unless the user already has."""
     defaults = {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
+        # GiB. A strategy that asks again about the same prompts finds them cached only if all of them fit.
+        "VLLM_CPU_KVCACHE_SPACE": str(max(2, min(8, psutil.virtual_memory().available // 2**30 // 4))),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
