@@ -77,6 +77,13 @@ def test_every_command_has_help() -> None:
         assert "Usage" in done.stdout
 
 
+def test_the_reference_is_what_the_program_says() -> None:
+    command = [sys.executable, "-m", "typer", "llmrec.cli", "utils", "docs", "--name", "llmrec"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    page = Path(__file__).parent.parent / "docs" / "cli.md"
+    assert done.stdout.strip() == page.read_text(encoding="utf-8").strip(), "run make docs"
+
+
 def test_check_passes_on_good_data_and_shows_counts(tmp_path: Path) -> None:
     done = llmrec("check", write(tmp_path, HEADER + "\n".join(rows()) + "\n"))
     assert done.returncode == 0, done.stderr
