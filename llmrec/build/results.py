@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -50,9 +51,10 @@ def write_results(
 ) -> dict[str, Any]:
     """Write ``results.json`` and ``predictions.parquet`` to the run folder, each atomically.
 
-    ``budget`` and ``seconds`` tell what this invocation spent; reused stages cost it nothing.
+    ``budget`` holds what each stage cost when it last ran: a stage that this invocation reused keeps its figure.
     """
     recipe = study.recipe
+    spent = {**_spent_before(folder / "results.json", recipe_hash(recipe)), **budget.stages}
     families = [family for family in HEADLINE if family in study.tasks]
     results = {
         "llmrec": __version__,
@@ -73,14 +75,23 @@ def write_results(
         "rows": [row.figures for row in rows],
         "headline": {family: headline(family, recipe.eval.cutoffs) for family in families},
         "comparisons": comparisons(study, rows),
-        "budget": [{"stage": stage, "seconds": seconds} for stage, seconds in budget.stages.items()],
-        "seconds": budget.total(),
+        "budget": [{"stage": stage, "seconds": seconds} for stage, seconds in spent.items()],
+        "seconds": sum(spent.values()),
         "examples": [example for row in rows for example in row.examples],
         "notes": notes(study),
     }
     write_predictions(rows, folder / "predictions.parquet")
     write_json(folder / "results.json", results)
     return results
+
+
+def _spent_before(path: Path, hashed: str) -> dict[str, float]:
+    """Read the stage costs of an earlier run of the same recipe, if there is one."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        return {e["stage"]: float(e["seconds"]) for e in earlier["budget"]} if earlier["recipe_hash"] == hashed else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def headline(family: str, cutoffs: Sequence[int]) -> str:

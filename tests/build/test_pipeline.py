@@ -120,6 +120,8 @@ def test_a_second_run_reuses_everything(done: tuple[Recipe, pipeline.Run], monke
     again = pipeline.run(chosen, first.folder, quiet=True)
     assert again.results["rows"] == first.results["rows"]
     assert again.results["comparisons"] == first.results["comparisons"]
+    cost = {entry["stage"]: entry["seconds"] for entry in again.results["budget"]}
+    assert cost["train"] == {entry["stage"]: entry["seconds"] for entry in first.results["budget"]}["train"]
 
 
 def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) -> None:
