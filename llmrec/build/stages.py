@@ -44,7 +44,6 @@ class Budget:
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
-        self._start = time.monotonic()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -54,10 +53,6 @@ class Budget:
             yield
         finally:
             self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - begin
-
-    def total(self) -> float:
-        """Seconds since this budget was made."""
-        return time.monotonic() - self._start
 
 
 @contextmanager
