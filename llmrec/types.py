@@ -152,11 +152,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Work done for one answer, in tokens; ``cached_tokens`` is the part of the prompt that was reused."""
+    """Work done for one answer, in tokens."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,11 +106,11 @@ def _gpu() -> Finding:
 
 
 def _memory() -> Finding:
-    total = psutil.virtual_memory().available / 2**30
+    available_gb = psutil.virtual_memory().available / 2**30
     return Finding(
         "memory",
-        f"{total:.1f} GiB available",
-        "" if total >= _MIN_MEMORY_GB else f"the quickstart needs about {_MIN_MEMORY_GB} GiB",
+        f"{available_gb:.1f} GiB available",
+        "" if available_gb >= _MIN_MEMORY_GB else f"the quickstart needs about {_MIN_MEMORY_GB} GiB",
     )
 
 

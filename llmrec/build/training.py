@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def train_stage(
         encoder.tokenizer.save_pretrained(work)
         shutil.rmtree(folder / "merged", ignore_errors=True)
         work.rename(folder / "merged")
-    record = {"key": key, "rows": dict(planned.rows), "dropped": dict(planned.dropped), **sft.as_json(training)}
+    record = {"key": key, "rows": dict(planned.rows), "dropped": dict(planned.dropped), **asdict(training)}
     write_json(folder / "train.json", record)
     return record
 

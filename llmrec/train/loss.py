@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from llmrec.backends.encode import IGNORED
+
 _CHUNK = 256
 # Configuration keys of models whose logits are more than one matrix product.
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,6 @@ def weights_sha256(folder: Path) -> str:
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def as_json(training: Training) -> dict[str, Any]:
-    """Return the record as JSON values."""
-    return asdict(training)
 
 
 def _dataset(steps: Sequence[Step], pad: int) -> Any:
