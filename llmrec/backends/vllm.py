@@ -243,7 +243,7 @@ def prepare_environment() -> None:
     defaults = {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         # GiB. A strategy that asks again about the same prompts finds them cached only if all of them fit.
-        "VLLM_CPU_KVCACHE_SPACE": str(max(2, min(8, psutil.virtual_memory().available // 2**30 // 4))),
+        "VLLM_CPU_KVCACHE_SPACE": str(max(2, min(8, psutil.virtual_memory().available // 2**30 // 3))),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
