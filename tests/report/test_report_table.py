@@ -95,7 +95,7 @@ def test_csv_cell_round_trip(value: str | float | int | None) -> None:
         assert not text.startswith(STARTS)
         assert text.removeprefix("'") == value.replace("\x00", "").removeprefix("'")
     elif value is not None:
-        assert float(text) == value
+        assert type(value)(text) == value
 
 
 # --------------------------------------------------------------------------- Markdown
