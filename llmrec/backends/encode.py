@@ -126,10 +126,6 @@ class Encoder:
             finish_reason="stop" if finished else "length",
         )
 
-    def turns_text(self, messages: Sequence[Message]) -> str:
-        """Return chat turns as the model reads them, up to the start of the answer."""
-        return self._render(messages)
-
     def piece(self, text: str) -> tuple[int, ...]:
         """Tokenise one piece of an answer, remembered by its text."""
         known = self._pieces.get(text)
@@ -144,11 +140,11 @@ class Encoder:
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Tokenise chat turns up to the start of the answer, and prove that no content forged a control token."""
-        ids: list[int] = self.tokenizer.encode(self._render(messages), add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(self.turns_text(messages), add_special_tokens=False)
         roles = tuple(message.role for message in messages)
         if roles not in self._scaffold:
             plain = [Message(role, (Segment("text", "x"),)) for role in roles]
-            self._scaffold[roles] = self._count(self.tokenizer.encode(self._render(plain), add_special_tokens=False))
+            self._scaffold[roles] = self._count(self.tokenizer.encode(self.turns_text(plain), add_special_tokens=False))
         if self._count(ids) != self._scaffold[roles]:
             raise BackendError(
                 "a prompt holds more control tokens than its chat template writes, so some title, review or user "
@@ -159,7 +155,8 @@ class Encoder:
     def _count(self, ids: Iterable[int]) -> int:
         return sum(i in self._control_ids for i in ids)
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def turns_text(self, messages: Sequence[Message]) -> str:
+        """Return chat turns as the model reads them, up to the start of the answer."""
         turns = [{"role": m.role, "content": neutralise(m.text, self.control)} for m in messages]
         if not self.tokenizer.chat_template:
             start = self.tokenizer.bos_token or ""
