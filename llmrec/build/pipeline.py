@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.backends.vllm import prepare_environment
@@ -18,6 +19,7 @@ from llmrec.build.results import write_results
 from llmrec.build.stages import Budget, locked
 from llmrec.build.study import Study, build_study, folder_of
 from llmrec.build.training import train_stage, trained
+from llmrec.durable import replacing, write_text
 from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.recipe import Recipe
 from llmrec.recipe_file import dump
@@ -105,12 +107,14 @@ class Session:
         """Evaluate every arm and write the results."""
         recipe = self.study.recipe
         evaluation = Evaluation(self.study, self.encoder, self.folder, self.budget, quiet=self.quiet)
-        engines = Engines(recipe.model, recipe.eval, self.encoder, recipe.seed, self.budget)
+        store = AnswerStore(self.folder / "answers.sqlite")
+        engines = Engines(recipe.model, recipe.eval, self.encoder, recipe.seed, self.budget, store)
         rows: list[Row] = evaluation.baselines()
         try:
             rows += evaluation.arms({arm: self._weights(arm, training) for arm in _by_model(recipe.eval.arms)}, engines)
         finally:
             engines.close()
+            store.close()
         model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
         return write_results(self.study, rows, training, model, self.budget, self.folder)
 
@@ -118,7 +122,7 @@ class Session:
         """Return the model folder of an arm and a hash that stands for its weights."""
         if arm != "tuned" or training is None:
             return self.base, weights_stamp(self.base)
-        return str(self.folder / "merged"), training["adapter_sha256"]
+        return str(self.folder / "merged"), training["merged_sha256"]
 
 
 def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Session:
@@ -130,10 +134,10 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Sessio
     folder.mkdir(parents=True, exist_ok=True)
     with budget.stage("data"):
         study = build_study(recipe)
-        (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        write_text(folder / "recipe.yaml", dump(recipe))
         if study.candidates is not None:
-            (folder / "candidates").mkdir(exist_ok=True)
-            study.candidates.save(folder / "candidates" / f"{recipe.eval.split}.parquet")
+            with replacing(folder / "candidates" / f"{recipe.eval.split}.parquet") as draft:
+                study.candidates.save(draft)
     with budget.stage("model"):
         base = resolve(recipe.model)
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)

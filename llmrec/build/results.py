@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ import polars as pl
 from llmrec import __version__
 from llmrec.build.evaluation import Row
 from llmrec.build.facts import machine, versions
-from llmrec.build.stages import Budget, write_json
+from llmrec.build.stages import Budget
 from llmrec.build.study import RANKING, Study
 from llmrec.data.split import SplitDataset
+from llmrec.durable import replacing, write_json
 from llmrec.evaluate import HEADLINE, LOWER_IS_BETTER, compare
 from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe_file import recipe_hash
@@ -157,9 +157,8 @@ def write_predictions(rows: Sequence[Row], path: Path) -> None:
         for row in rows
         for record in row.records
     ]
-    work = path.with_suffix(f".{os.getpid()}.tmp")
-    pl.DataFrame(lines, schema=dict(_SCHEMA)).write_parquet(work)
-    work.replace(path)
+    with replacing(path) as draft:
+        pl.DataFrame(lines, schema=dict(_SCHEMA)).write_parquet(draft)
 
 
 def describe(data: SplitDataset) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +17,6 @@ def key_of(**inputs: Any) -> str:
     """Return 16 hex digits over everything that can change a stage's outcome."""
     text = json.dumps(inputs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary file and rename it: a killed run leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    work.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    work.replace(path)
 
 
 def read_stage(path: Path, key: str) -> dict[str, Any] | None:
@@ -44,15 +35,24 @@ class Budget:
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
+        self._inner: list[float] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a stage."""
+        """Add the time of a block to a stage; what a stage inside it takes is that one's alone."""
         begin = time.monotonic()
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - begin
+            spent = time.monotonic() - begin
+            self.add(name, spent - self._inner.pop())
+            if self._inner:
+                self._inner[-1] += spent
+
+    def add(self, name: str, seconds: float) -> None:
+        """Book seconds that an earlier, killed invocation spent on work that this one goes on from."""
+        self.stages[name] = self.stages.get(name, 0.0) + seconds
 
 
 @contextmanager

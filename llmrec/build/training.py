@@ -7,17 +7,22 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.models import release_memory, weights_stamp
-from llmrec.build.stages import Budget, key_of, read_stage, write_json
+from llmrec.build import bundle
+from llmrec.build.stages import Budget, key_of, read_stage
 from llmrec.build.study import Study
+from llmrec.durable import replacing, write_json, write_text
 from llmrec.errors import RecipeError
 from llmrec.tasks.mixture import mixture
 from llmrec.train.batches import Step, fit_row, plan
 from llmrec.types import Example
+
+if TYPE_CHECKING:
+    from llmrec.train.sft import Training
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +119,15 @@ def training_key(study: Study, folder: str) -> str:
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
-    """Return the record of a finished training from the same inputs, if this folder holds one."""
+    """Return the record of a finished training from the same inputs, if this folder still holds what it made."""
     done = read_stage(folder / "train.json", training_key(study, base))
-    return done if (folder / "merged" / "config.json").is_file() else None
+    if done is None:
+        return None
+    merged = folder / "merged"
+    if (merged / "config.json").is_file() and weights_stamp(str(merged)) == done["merged_sha256"]:
+        return done
+    log.warning("training: %s is not what training left there; it is made again", merged)
+    return None
 
 
 def train_stage(
@@ -130,39 +141,50 @@ def train_stage(
     key = training_key(study, base)
     # A record must never vouch for weights of another run that was killed half-way.
     (folder / "train.json").unlink(missing_ok=True)
-    from llmrec.train import lora, sft
-
-    model_section, section = study.recipe.model, study.recipe.train
     with budget.stage("plan"):
         planned = plan_training(study, encoder)
     with budget.stage("train"):
-        _clear_foreign(folder, key)
-        model = lora.load_trainable(base, model_section, section)
-        training = sft.train(
-            model,
-            encoder,
-            planned.steps,
-            planned.valid,
-            section,
-            folder=folder,
-            seed=study.recipe.seed,
-            quiet=quiet,
-        )
-        del model
-        release_memory()
+        training = _train(study, encoder, base, folder, planned, key, quiet=quiet)
+    budget.add("train", training.seconds_before)
     with budget.stage("merge"):
-        work = folder / "merged.tmp"
-        shutil.rmtree(work, ignore_errors=True)
-        if section.method == "full":
-            lora.save_full(folder / "adapter", model_section, work)
-        else:
-            lora.merge(base, model_section, folder / "adapter", work)
-        encoder.tokenizer.save_pretrained(work)
-        shutil.rmtree(folder / "merged", ignore_errors=True)
-        work.rename(folder / "merged")
-    record = {"key": key, "rows": dict(planned.rows), "dropped": dict(planned.dropped), **asdict(training)}
+        _merge(study, encoder, base, folder)
+    record = {
+        "key": key,
+        "rows": dict(planned.rows),
+        "dropped": dict(planned.dropped),
+        **asdict(training),
+        "merged_sha256": weights_stamp(str(folder / "merged")),
+    }
     write_json(folder / "train.json", record)
     return record
+
+
+def _train(
+    study: Study, encoder: Encoder, base: str, folder: Path, planned: Plan, key: str, *, quiet: bool
+) -> Training:
+    from llmrec.train import lora, sft
+
+    section = study.recipe.train
+    _clear_foreign(folder, key)
+    model = lora.load_trainable(base, study.recipe.model, section)
+    training = sft.train(
+        model, encoder, planned.steps, planned.valid, section, folder=folder, seed=study.recipe.seed, quiet=quiet
+    )
+    del model
+    release_memory()
+    return training
+
+
+def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
+    from llmrec.train import lora
+
+    with replacing(folder / "merged") as draft:
+        if study.recipe.train.method == "full":
+            lora.save_full(folder / "adapter", study.recipe.model, draft)
+        else:
+            lora.merge(base, study.recipe.model, folder / "adapter", draft)
+        encoder.tokenizer.save_pretrained(draft)
+        bundle.write(study, draft)
 
 
 def _clear_foreign(folder: Path, key: str) -> None:
@@ -171,5 +193,4 @@ def _clear_foreign(folder: Path, key: str) -> None:
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text(key, encoding="utf-8")
+    write_text(mark, key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llmrec.durable import replacing
 from llmrec.report import wording
 from llmrec.report.plots import page_json, plots
 from llmrec.report.results import LOWER_IS_BETTER, Results, failure_reasons, read
@@ -58,12 +58,8 @@ def _put(path: Path, content: bytes) -> None:
     """Write a file in one step, unless it is there already."""
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as draft:
         draft.write_bytes(content)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _inline_styles(plotly: bytes) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,21 +20,27 @@ from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.models import cpu_has_bf16
+from llmrec.durable import replacing, write_text
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe import TrainSection
 from llmrec.train.batches import Step, padded
+from llmrec.train.checkpoint import Seal, newest
 from llmrec.train.loss import label_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """What a training run did."""
+    """What a training run did.
+
+    ``seconds`` counts what killed invocations spent up to the checkpoint that was gone on from, ``seconds_before``.
+    """
 
     method: str
     steps: int
     tokens: int
     target_tokens: int
     seconds: float
+    seconds_before: float
     tokens_per_second: float
     trainable_parameters: int
     total_parameters: int
@@ -82,7 +87,8 @@ def train(
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
-    A run that was killed goes on from its newest complete checkpoint in ``folder/checkpoints``.
+    A run that was killed goes on from its newest checkpoint in ``folder/checkpoints`` that verifies, and ends with
+    the same weights.
 
     Args:
         model: From `llmrec.train.lora.load_trainable`.
@@ -104,23 +110,20 @@ def train(
             train_dataset=_dataset(steps, pad),
             processing_class=encoder.tokenizer,
             data_collator=_tensors,
-            callbacks=[follow],
+            callbacks=[follow, Seal()],
         )
     except (RuntimeError, ValueError) as error:
         if not section.report_to:
             raise
         raise RecipeError(f"train.report_to {list(section.report_to)}: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    checkpoint = _newest_checkpoint(folder / "checkpoints")
+    checkpoint = newest(folder / "checkpoints")
     follow.open(resumed=checkpoint is not None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     adapter = folder / "adapter"
-    work = adapter.with_suffix(".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work)
-    shutil.rmtree(adapter, ignore_errors=True)
-    work.rename(adapter)
-    seconds = time.monotonic() - started
+    with replacing(adapter) as draft:
+        model.save_pretrained(draft)
+    seconds = follow.before + time.monotonic() - started
     tokens = sum(step.tokens for step in steps)
     return Training(
         method=section.method,
@@ -128,6 +131,7 @@ def train(
         tokens=tokens,
         target_tokens=sum(step.targets for step in steps),
         seconds=seconds,
+        seconds_before=follow.before,
         tokens_per_second=follow.speed(),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
@@ -196,12 +200,6 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
     return config
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose state file, written last, is there."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-
-
 def _read(line: str) -> dict[str, Any] | None:
     """Read a log line; the last one of a killed run may be torn."""
     try:
@@ -227,6 +225,9 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
         self._mean_tokens = sum(step.tokens for step in steps) / max(len(steps), 1)
         self._valid, self._section, self._file, self._pad = valid, section, log_file, pad
         self.records: list[dict[str, Any]] = []
+        # Seconds that killed invocations spent up to the step that this one goes on from.
+        self.before = 0.0
+        self._begin = time.monotonic()
         self._spent = 0.0
         self._steps_timed = 0
         self._step_start = 0.0
@@ -249,15 +250,18 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
                 record for line in self._file.read_text(encoding="utf-8").splitlines() if (record := _read(line))
             ]
         else:
-            self._file.write_text("", encoding="utf-8")
+            write_text(self._file, "")
 
     def speed(self) -> float:
-        """Tokens a second over the steps timed so far, validation excluded."""
-        return self._steps_timed * self._mean_tokens / self._spent if self._spent else 0.0
+        """Tokens a second over the steps timed so far, validation excluded; as last noted where none was timed."""
+        if not self._spent:
+            return float(self.records[-1].get("tokens_per_second", 0.0)) if self.records else 0.0
+        return self._steps_timed * self._mean_tokens / self._spent
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.records = [record for record in self.records if record["step"] <= state.global_step]
-        self._file.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
+        self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
         self._progress.start()
         if not self.records:
             self._record({"step": 0, "loss": None, "learning_rate": 0.0, "valid_loss": self._losses(kwargs["model"])})
@@ -295,6 +299,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
 
     def _record(self, record: dict[str, Any]) -> None:
         record["tokens_per_second"] = self.speed()
+        record["seconds"] = self.before + time.monotonic() - self._begin
         self.records.append(record)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -1,0 +1,190 @@
+"""Answers that outlive the process: a SQLite table in front of a backend, keyed by everything that can change them.
+
+The calls that reach it are the fixed chunks that evaluation cuts its requests into. Each call's new answers are
+committed in one transaction, so a kill loses the chunk at hand and nothing else, and that chunk is computed again as
+a whole. The engine is started by the first question that the table cannot answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec.errors import BackendError
+from llmrec.types import Backend, Capability, Completion, Prompt, Scores
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_WAIT = 30.0
+_MANY = 500  # keys of one query: SQLite bounds the number of variables
+
+
+class AnswerStore:
+    """A table of JSON answers by key.
+
+    Args:
+        path: The database file. One that is damaged is set aside under the ending ``.damaged``, never deleted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._open(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise BackendError(
+                    f"the answer cache {path} cannot be opened: {error}; mend this, or delete it"
+                ) from error
+            log.warning("%s is damaged (%s); it is set aside and answers are computed again", path, error)
+            for suffix in ("", "-wal", "-shm"):
+                part = path.with_name(path.name + suffix)
+                if part.exists():
+                    part.replace(path.with_name(f"{path.name}.damaged{suffix}"))
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None)
+        run = self._connection.execute
+        run("PRAGMA journal_mode=WAL")
+        run("PRAGMA synchronous=NORMAL")
+        if run("PRAGMA user_version").fetchone()[0] not in (0, _VERSION):
+            run("DROP TABLE IF EXISTS answers")
+        run("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+        run(f"PRAGMA user_version={_VERSION}")
+
+    def get(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Return the answers that are stored, by key."""
+        found: dict[str, Any] = {}
+        for start in range(0, len(keys), _MANY):
+            part = keys[start : start + _MANY]
+            marks = ",".join("?" * len(part))
+            query = f"SELECT key, value FROM answers WHERE key IN ({marks})"
+            found.update((key, json.loads(value)) for key, value in self._connection.execute(query, part))
+        return found
+
+    def put(self, answers: Iterable[tuple[str, Any]]) -> None:
+        """Store answers in one transaction: all of them or, after a kill, none."""
+        rows = [(key, json.dumps(value, ensure_ascii=False)) for key, value in answers]
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+
+    def __len__(self) -> int:
+        """Number of stored answers."""
+        return int(self._connection.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()
+
+
+class CachedBackend:
+    """A backend whose answers are remembered.
+
+    Args:
+        store: Where they are.
+        identity: All that can change an answer besides the question: weights, tokenizer and chat template, revision,
+            dtype, engine with its versions, device, decoding, seed, longest prompt.
+        kind: The backend's class, for its name and its capabilities.
+        start: Starts the engine; called at most once, and not at all where every answer is known.
+    """
+
+    def __init__(
+        self, store: AnswerStore, identity: Mapping[str, Any], kind: type[Backend], start: Callable[[], Backend]
+    ) -> None:
+        self.name = kind.name
+        self.capabilities: frozenset[Capability] = kind.capabilities
+        self._store, self._start = store, start
+        self._identity = dict(identity)
+        self._started: Backend | None = None
+        self.recalled = 0
+        """Answers that came from the table."""
+        self.recalled_seconds = 0.0
+        """What those answers cost when they were computed."""
+
+    def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+        """Continue each prompt; see `Backend.generate`."""
+        keys = [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
+
+        def compute(missing: list[int]) -> list[dict[str, Any]]:
+            found = self._engine().generate([prompts[i] for i in missing], max_tokens=max_tokens)
+            return [asdict(completion) for completion in found]
+
+        return [Completion(**answer) for answer in self._answers(keys, compute)]
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> list[Scores]:
+        """Score candidate continuations; see `Backend.score`."""
+        keys = [
+            self._key("score", prompt, candidates=list(texts), closed=closed)
+            for prompt, texts in zip(prompts, candidates, strict=True)
+        ]
+
+        def compute(missing: list[int]) -> list[dict[str, Any]]:
+            found = self._engine().score([prompts[i] for i in missing], [candidates[i] for i in missing], closed=closed)
+            return [asdict(scores) for scores in found]
+
+        return [
+            Scores(**answer | {"logprobs": tuple(answer["logprobs"]), "tokens": tuple(answer["tokens"])})
+            for answer in self._answers(keys, compute)
+        ]
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return vectors; these are not remembered."""
+        return self._engine().embed(texts)
+
+    def close(self) -> None:
+        """Close the engine, if it was started."""
+        if self._started is not None:
+            self._started.close()
+            self._started = None
+
+    def _engine(self) -> Backend:
+        if self._started is None:
+            self._started = self._start()
+        return self._started
+
+    def _key(self, verb: str, prompt: Prompt, **question: Any) -> str:
+        asked = {
+            "verb": verb,
+            "turns": [[message.role, [s.text for s in message.segments]] for message in prompt.messages],
+            # Pieces are tokenised one by one, so where a text is cut can change its tokens.
+            "answer": [[segment.kind == "target", segment.text] for segment in prompt.answer_prefix],
+            "stop": prompt.stop,
+            **question,
+        }
+        text = json.dumps([self._identity, asked], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _answers(self, keys: list[str], compute: Callable[[list[int]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        known = self._store.get(keys)
+        self.recalled += sum(key in known for key in keys)
+        self.recalled_seconds += sum(known[key]["seconds"] for key in set(keys) & known.keys())
+        missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
+        if missing:
+            order = sorted(missing.values())
+            self._engine()  # its start is not part of what an answer costs
+            begin = time.monotonic()
+            answers = compute(order)
+            share = (time.monotonic() - begin) / len(order)
+            fresh = {keys[i]: {"seconds": share, "answer": answer} for i, answer in zip(order, answers, strict=True)}
+            self._store.put(fresh.items())
+            known |= fresh
+        return [known[key]["answer"] for key in keys]

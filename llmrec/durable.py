@@ -1,0 +1,82 @@
+"""Files that a kill cannot tear: written beside their place and moved there, and folders with a checksum manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_CHUNK = 2**20
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Hand out a draft path beside a file or folder, and move it into place when the block ends well.
+
+    The draft has one fixed name, so that what a killed process left is overwritten and never piles up; two processes
+    must be kept apart by a lock. An existing folder at ``path`` is removed right before the move.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(draft)
+    try:
+        yield draft
+        if draft.is_dir() and path.is_dir():
+            _remove(path)
+        draft.replace(path)
+    finally:
+        _remove(draft)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step; NaN and infinities are refused."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write a manifest of every file in a folder: what has one and verifies was written in full."""
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST and not file.name.endswith(".draft")
+    }
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def verifies(folder: Path) -> bool:
+    """Whether a folder has a manifest, and every file that it lists is there with the same content."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return bool(listed) and all(
+            (folder / name).stat().st_size == entry["bytes"] and sha256_of(folder / name) == entry["sha256"]
+            for name, entry in listed.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
