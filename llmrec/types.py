@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -203,7 +203,18 @@ class Unparsed:
     cost: Cost = Cost()
 
 
-Answer = Ranking | Rating | Text | Unparsed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probability:
+    """A predicted probability, in [0, 1], that the answer is yes."""
+
+    request_id: str
+    value: float
+    raw: str | None = None
+    prompt_hash: str | None = None
+    cost: Cost = Cost()
+
+
+Answer = Ranking | Rating | Probability | Text | Unparsed
 
 
 # --------------------------------------------------------------------------- contracts
@@ -314,6 +325,22 @@ class Predictor(Protocol):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer every request, in order; a failure is an `Unparsed`, never a gap."""
+        ...
+
+
+@runtime_checkable
+class CatalogueScorer(Protocol):
+    """A ranking predictor that can score every item at once, for full ranking over many requests."""
+
+    name: str
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        ...
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Return one finite score per request and item, higher is better, shape (n, items); seen items included."""
         ...
 
 
