@@ -138,6 +138,7 @@ class Evaluation:
                 "shots": spec.shots,
                 "engine": extra["engine"],
                 "inputs": _inputs(spec, self._study),
+                "candidates": self._digest(spec.family),
                 **found.figures,
             }
             stored = {
@@ -165,7 +166,7 @@ class Evaluation:
             weights=weights,
             model=recipe.model.model_dump() if spec.template else None,
             data=study.task_data(spec.family).fingerprint,
-            candidates=study.candidates.digest if study.candidates and spec.family in RANKING else None,
+            candidates=self._digest(spec.family),
             section=study.section(spec.family).model_dump(exclude={"weight", "strategies", "baselines", "templates"}),
             noun=study.task_data(spec.family).dataset.noun,
             split=recipe.eval.split,
@@ -174,6 +175,10 @@ class Evaluation:
             cases=[case.request.id for case in self._cases[spec.family]],
             seed=recipe.seed,
         )
+
+    def _digest(self, family: str) -> str | None:
+        """Return the hash of the candidate sets that a family ranks."""
+        return self._study.candidates.digest if self._study.candidates and family in RANKING else None
 
     def _baseline(self, spec: RowSpec) -> _Made:
         predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=self._study.recipe.seed)

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.backends.vllm import prepare_environment
+from llmrec.build import audit
 from llmrec.build.engines import Engines, dtype_name
 from llmrec.build.evaluation import Evaluation, Row
 from llmrec.build.results import write_results
@@ -67,6 +70,7 @@ def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, m
                 )
             training = training or session.train()
         results = session.evaluate(training)
+        session.audit(results)
         return Run(folder, results, report(folder))
 
 
@@ -117,6 +121,14 @@ class Session:
             store.close()
         model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
         return write_results(self.study, rows, training, model, self.budget, self.folder)
+
+    def audit(self, results: dict[str, Any]) -> None:
+        """Look for held-out data where it must not be; the report refuses a run that leaks."""
+        checks = list(audit.examine(self.study, results, pl.read_parquet(self.folder / "predictions.parquet")))
+        audit.write(self.folder, checks)
+        for check in checks:
+            if check.verdict == "leak":
+                log.warning("audit: %s: %s", check.name, check.found)
 
     def _weights(self, arm: str, training: dict[str, Any] | None) -> tuple[str, str]:
         """Return the model folder of an arm and a hash that stands for its weights."""

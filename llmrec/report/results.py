@@ -24,6 +24,7 @@ Verdict = Literal["shown", "not shown", "contradicted"]
 
 # Signature fields that may differ between the metrics of one row.
 _OF_A_METRIC = frozenset({"gain", "ties", "text"})
+AUDIT = "audit.json"
 LOWER_IS_BETTER = frozenset({"RMSE", "MAE"})
 
 
@@ -386,7 +387,43 @@ def read(run_dir: Path) -> Results:
         raise DataError(f"{path}: is not valid JSON ({error}). {mend}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__} where an object is expected. {mend}")
+    _refuse_leaks(run_dir / AUDIT)
     return results_of(content, source=str(path), mend=mend)
+
+
+class AuditLine(Record):
+    """One check of ``audit.json``: what was looked at and what came out."""
+
+    name: str
+    found: str
+    verdict: Literal["clean", "leak", "notice"]
+    examples: tuple[str, ...] = ()
+
+
+def audit_lines(run_dir: Path) -> tuple[AuditLine, ...]:
+    """Return the lines of a run's audit; none where it was not audited.
+
+    Raises:
+        DataError: If ``audit.json`` is there and cannot be read.
+    """
+    path = run_dir / AUDIT
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(AuditLine(**line) for line in json.loads(path.read_bytes())["checks"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); write it again with `llmrec audit {run_dir}`") from error
+
+
+def _refuse_leaks(path: Path) -> None:
+    leaks = [line for line in audit_lines(path.parent) if line.verdict == "leak"]
+    if leaks:
+        first = f"{leaks[0].name}: {leaks[0].found}"
+        where = f" (such as {leaks[0].examples[0]})" if leaks[0].examples else ""
+        raise LlmrecError(
+            f"{path}: this run leaks, so it gets no table. {first}{where}"
+            f"{f', and {len(leaks) - 1} more' if len(leaks) > 1 else ''}; mend the data or the recipe and run it again"
+        )
 
 
 def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]]:

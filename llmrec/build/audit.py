@@ -1,0 +1,98 @@
+"""The audit of a run: every check of `llmrec.build.leaks` and `llmrec.build.probes`, written to ``audit.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.models import load_model, load_tokenizer, quiet_libraries, resolve
+from llmrec.build import leaks, probes
+from llmrec.build.leaks import Check
+from llmrec.build.stages import locked
+from llmrec.build.study import RANKING, Study, build_study
+from llmrec.durable import write_json
+from llmrec.errors import LlmrecError
+from llmrec.recipe_file import load_recipe
+
+FILE = "audit.json"
+# Rows of a family that are looked at where nothing was trained.
+_UNTRAINED = 500
+
+
+def audit(folder: Path, *, memory: bool = False) -> list[Check]:
+    """Audit a finished run from its folder and write ``audit.json``.
+
+    Args:
+        folder: The run folder.
+        memory: Also ask the untuned model for the catalogue, which loads it.
+
+    Raises:
+        LlmrecError: If the folder holds no finished run.
+    """
+    recipe, stored = folder / "recipe.yaml", folder / "results.json"
+    if not recipe.is_file() or not stored.is_file():
+        raise LlmrecError(f"{folder} holds no finished run (recipe.yaml and results.json); finish it with `llmrec run`")
+    with locked(folder):
+        study = build_study(load_recipe(str(recipe)))
+        results = json.loads(stored.read_text(encoding="utf-8"))
+        checks = list(examine(study, results, pl.read_parquet(folder / "predictions.parquet")))
+        if memory:
+            checks.append(_memory(study))
+        write(folder, checks)
+    return checks
+
+
+def examine(study: Study, results: Mapping[str, Any], predictions: pl.DataFrame) -> Iterator[Check]:
+    """Yield every check that needs no model."""
+    split = study.recipe.eval.split
+    for data in filter(None, (study.data, study.reviews)):
+        yield leaks.training_interactions(data)
+        yield leaks.profiles(data)
+    training = results.get("training")
+    for family in study.tasks:
+        if study.section(family).weight > 0:
+            yield leaks.training_rows(study, family, _rows_of(training, family))
+        yield leaks.questions(study, family)
+        if "few-shot" in study.recipe.eval.arms:
+            yield leaks.shots(study, family)
+    yield from leaks.candidate_sets(study)
+    yield from leaks.stored_rows(results["rows"], predictions, study)
+    yield leaks.baselines(study)
+    yield probes.id_arithmetic(study.data, split)
+    yield probes.duplicate_items(study.data)
+    if any(family in RANKING for family in study.tasks):
+        yield probes.duplicate_users(study.data, split)
+
+
+def write(folder: Path, checks: Sequence[Check]) -> None:
+    """Write ``audit.json``: the checks, and how many of them are leaks."""
+    found = [asdict(check) for check in checks]
+    write_json(folder / FILE, {"leaks": sum(check.verdict == "leak" for check in checks), "checks": found})
+
+
+def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:
+    """Return how many rows training drew from a family's stream, those that were too long included."""
+    if training is None:
+        return _UNTRAINED
+    return int(training["rows"].get(family, 0)) + int(training.get("dropped", {}).get(family, 0))
+
+
+def _memory(study: Study) -> Check:
+    from llmrec.backends.hf import HFBackend
+
+    quiet_libraries()
+    section = study.recipe.model
+    base = resolve(section)
+    backend = HFBackend(
+        load_model(base, section), Encoder(load_tokenizer(base, section), max_length=section.max_length)
+    )
+    try:
+        return probes.memorisation(backend, study.data, seed=study.recipe.seed)
+    finally:
+        backend.close()

@@ -1,0 +1,350 @@
+"""Looks for held-out data where it must not be: training rows, examples, questions, candidates, fitted baselines.
+
+Every check reads what the run really used (rendered rows, drawn sets, stored answers), not what the code that made it
+promises. A check returns what it found; nothing here repairs anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from scipy.stats import chi2
+
+from llmrec.build.study import RANKING, Study
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.prompts import clean
+from llmrec.registry import BASELINES, lookup
+from llmrec.types import Case, Example, Message, Segment
+
+_SHOWN = 5
+# A text this short ("good", "love it") is written by many people about many things.
+_TELLING = 24
+# Of longer texts the beginning is looked for: prompts cut them.
+_TEXT = 120
+_NAMED = 6
+# Chance of a false alarm of one statistical check.
+_ALARM = 1e-4
+_SCORED = 50
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of an audit.
+
+    Attributes:
+        name: What was looked at.
+        found: What came out, in one sentence.
+        verdict: ``leak`` fails the run; a ``notice`` is something that a reader must know.
+        examples: The first places where something was found.
+        figures: Numbers behind the sentence.
+    """
+
+    name: str
+    found: str
+    verdict: Literal["clean", "leak", "notice"] = "clean"
+    examples: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
+    """Return a check that leaks where there is any place at all."""
+    if not places:
+        return Check(name, f"none in {looked_at}")
+    return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
+
+
+# --------------------------------------------------------------------------- the split
+
+
+def training_interactions(data: SplitDataset) -> Check:
+    """Held-out pairs among training interactions, and training interactions later than the user's held-out ones."""
+    train = data.train.select("user_id", "item_id", "timestamp")
+    places = [
+        f"user {user}, item {item} is held out and trained on"
+        for user, item in train.select("user_id", "item_id").iter_rows()
+        if (user, item) in data.held_out
+    ]
+    if data.kind == "leave_one_out" and data.dataset.has_time:
+        first = pl.concat([data.valid, data.test]).group_by("user_id").agg(pl.col("timestamp").min().alias("held"))
+        late = train.join(first, on="user_id").filter(pl.col("timestamp") > pl.col("held"))
+        places += [
+            f"user {user}, item {item} is trained on and later than what is held out"
+            for user, item in late.select("user_id", "item_id").iter_rows()
+        ]
+    return verdict(f"training interactions of {data.dataset.name}", f"{len(train):,} interactions", places)
+
+
+# --------------------------------------------------------------------------- rendered text
+
+
+class _Secrets:
+    """What must not be shown about a user: titles and texts of what is held out, less what training tells anyway."""
+
+    def __init__(self, data: SplitDataset) -> None:
+        items = data.dataset.items
+        known: dict[str, set[str]] = defaultdict(set)
+        for frame in (data.train, data.known):
+            for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
+                known[user] |= {clean(items[item].title), clean(text or "")[:_TEXT]}
+        self.titles: dict[str, dict[str, str]] = defaultdict(dict)
+        self.texts: dict[str, dict[str, str]] = defaultdict(dict)
+        for frame in (data.valid, data.test):
+            for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
+                title = clean(items[item].title)
+                if title not in known[user]:
+                    self.titles[user][title] = item
+                said = clean(text or "")[:_TEXT]
+                if len(said) >= _TELLING and said not in known[user]:
+                    self.texts[user][said] = item
+
+    def shown(self, user: str, segments: Iterable[Segment], *, texts: bool = True) -> Iterator[str]:
+        """Yield each held-out item of a user that data segments show, by its whole title or by its text."""
+        titles, written = self.titles.get(user, {}), self.texts.get(user, {})
+        for segment in segments:
+            if segment.kind == "text":
+                continue
+            said = clean(segment.text)
+            if said in titles:
+                yield f"user {user}, title of held-out item {titles[said]}"
+            if texts:
+                yield from (
+                    f"user {user}, text about held-out item {item}" for text, item in written.items() if text in said
+                )
+
+
+def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> Iterator[Segment]:
+    for message in messages:
+        yield from message.segments
+    yield from answer
+
+
+def training_rows(study: Study, family: str, count: int) -> Check:
+    """Held-out pairs in the training rows of a family: those that a row declares, and those that its text shows."""
+    data = study.task_data(family)
+    both = [study.data, *([study.reviews] if study.reviews else [])]
+    held = frozenset().union(*(each.held_out for each in both))
+    secrets = _Secrets(data)
+    places = []
+    for example in islice(study.tasks[family].examples("train"), count):
+        places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
+        places += [f"row {example.id}: {what}" for what in _told(example, secrets)]
+    return verdict(f"training rows of {family}", f"{count:,} rows", places)
+
+
+def _told(example: Example, secrets: _Secrets) -> Iterator[str]:
+    yield from secrets.shown(example.user_id, _segments(example.messages, example.answer))
+
+
+def questions(study: Study, family: str) -> Check:
+    """Whether a question shows its own answer: in the history, a profile, or anywhere in the rendered prompt."""
+    cases, places = study.cases(family), []
+    for case in cases:
+        request, truth = case.request, str(case.truth)
+        if family in RANKING and any(event.item_id == truth for event in request.history):
+            places.append(f"request {request.id}: the history holds the target")
+        places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case)]
+        if request.item is not None and any(event.item_id == request.item for event in request.history):
+            places.append(f"request {request.id}: the history holds the item that is asked about")
+    names = ", ".join(template.name for template in study.eval_templates(family))
+    return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", places)
+
+
+def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
+    data, request = study.task_data(family), case.request
+    secret = clean(data.dataset.items[str(case.truth)].title) if family in RANKING else clean(str(case.truth))[:_TEXT]
+    if family == "rating" or (family not in RANKING and len(secret) < _TELLING):
+        return
+    titles = {clean(item.title) for item in data.dataset.items.values()} if family in RANKING else set()
+    others = {clean(data.dataset.items[event.item_id].title) for event in request.history}
+    for template in study.eval_templates(family):
+        prompt = study.tasks[family].prompt(request, template=template.name)
+        for segment in _segments(prompt.messages, prompt.answer_prefix):
+            if segment.kind == "text":
+                continue
+            said = clean(segment.text)
+            if said in others or (family == "direct" and said == secret):
+                continue  # a namesake in the history; among the candidates it stands as it must
+            # A title may be part of another ("Alien", "Aliens"); in any other text it is named.
+            if said == secret or (said not in titles and len(secret) >= _NAMED and secret in said):
+                yield f"the prompt of {template.id} shows the answer"
+                break
+
+
+def shots(study: Study, family: str) -> Check:
+    """Held-out pairs in the few-shot examples of the evaluated requests."""
+    recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
+    places: list[str] = []
+    draw: Callable[..., Any] = getattr(task, "draw_shots")  # noqa: B009 - not part of the Task protocol
+    secrets, cases = _Secrets(data), study.cases(family)
+    for case in cases:
+        for window in draw(case.request, recipe.eval.shots.k).windows:
+            places += [
+                f"request {case.request.id}: example of user {window.user_id} shows held-out item {event.item_id}"
+                for event in window.events
+                if (window.user_id, event.item_id) in data.held_out
+            ]
+            told = [Segment("item", event.text) for event in window.events if event.text]
+            places += [f"request {case.request.id}: {what}" for what in secrets.shown(window.user_id, told)]
+    return verdict(f"few-shot examples of {family}", f"{len(cases):,} requests", places)
+
+
+def profiles(data: SplitDataset) -> Check:
+    """Held-out titles in the profile texts of users."""
+    secrets = _Secrets(data)
+    places = [
+        f"user {user}: profile field {name!r} names held-out item {item}"
+        for user, fields in data.dataset.users.items()
+        for name, text in fields.items()
+        for title, item in secrets.titles.get(user, {}).items()
+        if len(title) >= _NAMED and title in clean(text)
+    ]
+    return verdict(f"user profiles of {data.dataset.name}", f"{len(data.dataset.users):,} profiles", places)
+
+
+# --------------------------------------------------------------------------- candidates
+
+
+def candidate_sets(study: Study) -> list[Check]:
+    """Sets that lack or repeat the target, hold other items of the user, or give the target away by its place."""
+    data, sets, split = study.data, study.candidates, study.recipe.eval.split
+    if sets is None:
+        return []
+    by_user: dict[str, set[str]] = defaultdict(set)
+    for user, item in data.dataset.interactions.select("user_id", "item_id").iter_rows():
+        by_user[user].add(item)
+    lacking, repeated, touched, positions = [], [], [], []
+    for held in data.holdouts(split):
+        name = request_id(held.user_id, held.item_id)
+        items = sets.sets.get(name, ())
+        if held.item_id not in items:
+            lacking.append(f"request {name}")
+        else:
+            positions.append(items.index(held.item_id))
+        repeated += [f"request {name}: {item}" for item, times in Counter(items).items() if times > 1]
+        touched += [
+            f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]
+        ]
+    looked = f"{len(sets.sets):,} candidate sets"
+    return [
+        verdict("candidate sets without the target", looked, lacking),
+        verdict("candidates that stand twice", looked, repeated),
+        verdict("negatives that the user interacted with", looked, touched),
+        _placed(positions, sets.count),
+        _ordered(study, sets.sets),
+    ]
+
+
+def _placed(positions: Sequence[int], count: int) -> Check:
+    """Chi-square of the target's position against the uniform distribution."""
+    name = "position of the target among its candidates"
+    if len(positions) < 5 * count:
+        return Check(name, f"not tested: {len(positions)} sets are too few for {count} positions", "notice")
+    seen = np.bincount(positions, minlength=count)
+    expected = len(positions) / count
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    p = float(chi2.sf(statistic, count - 1))
+    figures = {"chi2": statistic, "p": p}
+    if p < _ALARM:
+        return Check(
+            name, f"not uniform: p = {p:.2g}", "leak", (f"position {int(seen.argmax()) + 1} most often",), figures
+        )
+    return Check(name, f"uniform: p = {p:.2g} over {len(positions):,} sets", figures=figures)
+
+
+def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
+    """Whether stored orders follow popularity or ids: mean rank correlation, zero for shuffled sets."""
+    counts = dict(study.data.train.group_by("item_id").len().iter_rows())
+    ids = {item: place for place, item in enumerate(sorted(study.data.dataset.items))}
+    name, figures = "order of the candidates", {}
+    for what, key in (("popularity", counts), ("item ids", ids)):
+        values = [np.array([key.get(item, 0) for item in items], dtype=float) for items in sets.values()]
+        found = [_correlation(value) for value in values if len(value) > 2 and np.ptp(value) > 0]
+        if not found:
+            continue
+        mean, error = float(np.mean(found)), float(np.std(found) / np.sqrt(len(found)) + 1e-9)
+        figures[what] = mean
+        if abs(mean) > max(5 * error, 0.05):
+            return Check(name, f"follows {what}: mean rank correlation {mean:+.2f}", "leak", (), figures)
+    shown = ", ".join(f"{value:+.3f} with {what}" for what, value in figures.items())
+    return Check(name, f"shuffled: mean rank correlation {shown}", figures=figures)
+
+
+def _correlation(values: np.ndarray[Any, Any]) -> float:
+    ranks = values.argsort(kind="stable").argsort()
+    return float(np.corrcoef(ranks, np.arange(len(values)))[0, 1])
+
+
+def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
+    """Rows of one table that were given different candidates, and answers that rank what was not asked."""
+    unequal, foreign = [], []
+    for family in RANKING:
+        digests = {row["id"]: row.get("candidates") for row in rows if row["task"] == family}
+        if len(set(digests.values())) > 1:
+            unequal += [f"{row}: {digest}" for row, digest in digests.items()]
+    sets = study.candidates.sets if study.candidates else {}
+    ranked = predictions.filter(pl.col("task").is_in(list(RANKING)) & pl.col("error").is_null())
+    for row, request, parsed in ranked.select("row_id", "request_id", "parsed").iter_rows():
+        items = json.loads(parsed)["items"] if parsed and parsed != "null" else []
+        if request in sets and not set(items) <= set(sets[request]):
+            foreign.append(f"{row}, request {request}")
+    asked: dict[str, set[str]] = defaultdict(set)
+    for row, request in predictions.select("row_id", "request_id").iter_rows():
+        asked[row].add(request)
+    by_family: dict[str, dict[str, frozenset[str]]] = defaultdict(dict)
+    for row in rows:
+        by_family[row["task"]][row["id"]] = frozenset(asked[row["id"]])
+    different = [
+        f"{family}: {row}" for family, seen in by_family.items() if len(set(seen.values())) > 1 for row in seen
+    ]
+    return [
+        verdict("rows of one table with unequal candidates", f"{len(rows)} rows", unequal),
+        verdict("rows of one table with unequal requests", f"{len(rows)} rows", different),
+        verdict("ranked items that were no candidates", f"{len(ranked):,} answers", foreign),
+    ]
+
+
+# --------------------------------------------------------------------------- what was fitted
+
+
+def redrawn(data: SplitDataset, split: str, seed: int = 1) -> SplitDataset:
+    """Return the data with a split's held-out items drawn anew from the catalogue; all else stays as it is.
+
+    Dealing the same items out among other users would leave every count of items as it was, and miss a prior that
+    counted them.
+    """
+    rng, items = np.random.default_rng(seed), sorted(data.dataset.items)
+    parts = {"valid": data.valid, "test": data.test}
+    frame = parts[split]
+    drawn = pl.Series("item_id", [items[place] for place in rng.integers(len(items), size=len(frame))], pl.String)
+    parts[split] = frame.with_columns(drawn)
+    held = frozenset(pl.concat([*parts.values()]).select("user_id", "item_id").iter_rows())
+    columns = data.train.columns
+    whole = pl.concat([part.select(columns) for part in (data.train, data.known, *parts.values())])
+    dataset = replace(data.dataset, interactions=whole)
+    return replace(data, dataset=dataset, valid=parts["valid"], test=parts["test"], held_out=held)
+
+
+def baselines(study: Study) -> Check:
+    """Whether a baseline's answers move when only the interactions that are evaluated change: it learned from them."""
+    places, fitted = [], 0
+    for family in study.tasks:
+        data = study.task_data(family)
+        other = redrawn(data, study.recipe.eval.split)
+        requests = [case.request for case in study.cases(family)[:_SCORED]]
+        for name in study.section(family).baselines:
+            fitted += 1
+            answers = []
+            for used in (data, other):
+                predictor = lookup(BASELINES, name, "baseline")(seed=study.recipe.seed)
+                predictor.fit(used)
+                answers.append(predictor.answer(requests))
+            if answers[0] != answers[1]:
+                places.append(f"{family}/{name}")
+    return verdict("baselines that learned from held-out interactions", f"{fitted} fitted baselines", places)
