@@ -46,15 +46,15 @@ class Filter(Section):
 class Split(Section):
     """How validation and test interactions are held out. Ties in time fall by a seeded hash of (user, item)."""
 
-    kind: Literal["leave_one_out", "global_time", "user_disjoint"] = "leave_one_out"
-    valid: Fraction = Field(0.1, description="share of interactions or users; unused by leave_one_out")
-    test: Fraction = Field(0.1, description="share of interactions or users; unused by leave_one_out")
+    kind: Literal["leave_one_out", "global_time", "user_disjoint", "given"] = "leave_one_out"
+    valid: Fraction = Field(0.1, description="share of interactions or users; for global_time and user_disjoint")
+    test: Fraction = Field(0.1, description="share of interactions or users; for global_time and user_disjoint")
 
 
 class DataSection(Section):
     """Where interactions come from."""
 
-    source: str = Field(description="movielens-100k, movielens-small, made-reviews or table")
+    source: str = Field(description="name of a data set, such as movielens-100k, or table; docs/data.md lists them")
     path: str | None = Field(None, description="file or folder; for table also hf://dataset-name[:split]")
     items: str | None = Field(None, description="table of items, joined on the item column")
     columns: Columns = Columns()
@@ -253,3 +253,35 @@ class Recipe(Section):
                 "train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'"
             )
         return self
+
+
+# --------------------------------------------------------------------------- suites
+
+
+class SuiteRow(Section):
+    """One row of a suite: a baseline, with its parameters or its declared grid."""
+
+    baseline: str
+    parameters: dict[str, float | int | str | bool] = Field(default={}, description="keyword arguments; they stay")
+    tune: bool = Field(True, description="choose among the baseline's declared grid on validation")
+
+
+class Suite(Section):
+    """A protocol with its data and rows: full ranking of the whole catalogue."""
+
+    suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    data: DataSection
+    split: Literal["valid", "test"] = "test"
+    seen: tuple[Literal["excluded", "included"], ...] = Field(
+        ("excluded", "included"),
+        min_length=1,
+        description="whether items of the history can be ranked; first: headline",
+    )
+    cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the chosen point, where it has any chance")
+    split_seeds: tuple[int, ...] = Field((0,), min_length=1, description="tie rules of the split; several: a range")
+    bootstrap: Positive = 2000
+    users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
+    rows: tuple[SuiteRow, ...] = Field(min_length=1)
+    references: tuple[str, ...] = Field((), description="names of eval/references files to print beside")

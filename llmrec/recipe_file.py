@@ -6,16 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.recipe import Recipe
+from llmrec.recipe import Recipe, Suite
 from llmrec.resources import resource
 
 KeyPath = tuple[str | int, ...]
+Page = TypeVar("Page", Recipe, Suite)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -27,23 +28,48 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
     """
-    file = _find(Path(path))
+    file = _find(Path(path), "recipes")
     values, lines = _read(file)
     base = values.pop("base", None)
     if base is not None:
-        base_values, base_lines = _read(_find(file.parent / str(base)))
+        base_values, base_lines = _read(_find(file.parent / str(base), "recipes"))
         if "base" in base_values:
             raise RecipeError(f"{file}: base recipe {base} has a base of its own; only one level is read")
         values, lines = _merge(base_values, values), {**base_lines, **lines}
+    return _validated(Recipe, values, lines, file, overrides)
+
+
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
+    """Read a suite, such as ``eval/suites/movielens-100k.yaml``, and apply overrides such as ``seeds=[0]``.
+
+    Raises:
+        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
+    """
+    file = _find(Path(path), "eval")
+    values, lines = _read(file)
+    return _validated(Suite, values, lines, file, overrides)
+
+
+def is_suite(path: str | Path) -> bool:
+    """Whether a page is a suite and not a recipe: it has the key ``suite``."""
+    try:
+        return "suite" in _read(_find(Path(path), "eval"))[0]
+    except RecipeError:
+        return False
+
+
+def _validated(
+    model: type[Page], values: dict[str, Any], lines: dict[KeyPath, int], file: Path, overrides: Sequence[str]
+) -> Page:
     for override in overrides:
         _override(values, override)
     try:
-        return Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error, file, lines, overrides)) from None
+        raise RecipeError(_explain(error, model, file, lines, overrides)) from None
 
 
-def recipe_hash(recipe: Recipe) -> str:
+def recipe_hash(recipe: Recipe | Suite) -> str:
     """Return 16 hex digits over every resolved value."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -54,15 +80,17 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, home: str) -> Path:
     if path.is_file():
         return path
-    if not path.is_absolute() and path.parts and path.parts[0] == "recipes":
-        shipped = resource("recipes").joinpath(*path.parts[1:])
+    if not path.is_absolute() and path.parts and path.parts[0] == home:
+        shipped = resource(home).joinpath(*path.parts[1:])
         if shipped.is_file():
             return shipped
-    names = sorted(p.relative_to(resource("recipes")).as_posix() for p in resource("recipes").rglob("*.yaml"))
-    raise RecipeError(f"recipe {path} does not exist; shipped recipes: {', '.join('recipes/' + n for n in names)}")
+    folder = Path(*{"recipes": ("recipes",), "eval": ("eval", "suites")}[home])
+    shipped = resource(*folder.parts)
+    names = sorted((folder / page.relative_to(shipped)).as_posix() for page in shipped.rglob("*.yaml"))
+    raise RecipeError(f"page {path} does not exist; shipped are: {', '.join(names)}")
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -131,12 +159,18 @@ def _override(values: dict[str, Any], override: str) -> None:
     here[last] = value
 
 
-def _explain(error: ValidationError, file: Path, lines: Mapping[KeyPath, int], overrides: Sequence[str]) -> str:
+def _explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    file: Path,
+    lines: Mapping[KeyPath, int],
+    overrides: Sequence[str],
+) -> str:
     problems = []
     for detail in error.errors():
         path: KeyPath = tuple(detail["loc"])
         where = _where(path, file, lines, overrides)
-        problems.append(f"{where}: {_problem(path, detail)}")
+        problems.append(f"{where}: {_problem(path, detail, model)}")
     return "; ".join(problems)
 
 
@@ -152,11 +186,11 @@ def _where(path: KeyPath, file: Path, lines: Mapping[KeyPath, int], overrides: S
     return str(file)
 
 
-def _problem(path: KeyPath, detail: Any) -> str:
+def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
     dotted = _dotted(path)
     kind = detail["type"]
     if kind == "extra_forbidden":
-        known = _known_keys(path[:-1])
+        known = _known_keys(path[:-1], page)
         return f"unknown key {dotted!r}{did_you_mean(str(path[-1]), known)}; known here: {', '.join(known)}"
     if kind == "missing":
         return f"key {dotted!r} is missing; add it"
@@ -166,10 +200,12 @@ def _problem(path: KeyPath, detail: Any) -> str:
     return f"{dotted}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}"
 
 
-def _known_keys(path: KeyPath) -> list[str]:
-    model: Any = Recipe
+def _known_keys(path: KeyPath, page: type[BaseModel]) -> list[str]:
+    model: Any = page
     for part in path:
-        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:
             return []
         options = [field.annotation, *get_args(field.annotation)]

@@ -97,7 +97,7 @@ def test_dump_is_the_same_recipe_with_every_default(tmp_path: Path) -> None:
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"does not exist; shipped recipes: recipes/"):
+    with pytest.raises(RecipeError, match=r"does not exist; shipped are: recipes/"):
         load_recipe(tmp_path / "no.yaml")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe name: x")
     with pytest.raises(RecipeError, match="UTF-8"):

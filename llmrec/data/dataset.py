@@ -44,6 +44,21 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 @dataclass(frozen=True)
+class GivenSplit:
+    """What a source itself holds out.
+
+    Attributes:
+        valid: Held-out (user_id, item_id) pairs for choosing.
+        test: Held-out pairs for reporting.
+        history_only: Users whose other events are shown as history and never learned from.
+    """
+
+    valid: frozenset[tuple[str, str]]
+    test: frozenset[tuple[str, str]]
+    history_only: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Interactions, items and users of one source, after filters and before the split.
 
@@ -55,6 +70,7 @@ class Dataset:
         users: Profile fields by user; may be empty.
         rating_scale: Lowest and highest rating; None without ratings.
         provenance: Where the data came from: source, path, sha256, rows, made ("yes" or "no"), licence.
+        given: The source's own split, which ``data.split.kind=given`` takes; None where it has none.
     """
 
     name: str
@@ -64,6 +80,7 @@ class Dataset:
     users: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     rating_scale: tuple[float, float] | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
+    given: GivenSplit | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interactions", conform(self.interactions))

@@ -37,7 +37,7 @@ class SplitDataset:
 
     Attributes:
         dataset: What was split.
-        kind: ``leave_one_out``, ``global_time`` or ``user_disjoint``.
+        kind: ``leave_one_out``, ``global_time``, ``user_disjoint`` or ``given``.
         seed: Decides ties in time, which users are held out, and the order of `holdouts`.
         train: What may be learned from.
         valid: Held-out interactions for choosing.
@@ -85,7 +85,7 @@ class SplitDataset:
 
         For ``train`` and ``valid`` these are the training events, for ``test`` the validation events follow them.
         A held-out user of a user-disjoint split brings the events before the held-out one. With ``global_time``
-        all events before the split's period are known, and none inside it.
+        all events before the split's period are known, and none inside it. With ``given`` it is what the source says.
         """
         past = self._events["known"].get(user_id, ()) + self._events["train"].get(user_id, ())
         return past + self._events["valid"].get(user_id, ()) if split == "test" else past
@@ -129,7 +129,7 @@ def _in_hash_order(frame: pl.DataFrame, seed: int) -> tuple[Interaction, ...]:
     return tuple(Interaction(**row) for row in rows.iter_rows(named=True))
 
 
-# --------------------------------------------------------------------------- the three kinds
+# --------------------------------------------------------------------------- the four kinds
 
 
 class _Parts(NamedTuple):
@@ -157,8 +157,9 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
         "leave_one_out": _leave_one_out,
         "global_time": _global_time,
         "user_disjoint": _user_disjoint,
+        "given": _given,
     }
-    if section.kind != "leave_one_out" and not 0 < section.valid + section.test < 1:
+    if section.kind in ("global_time", "user_disjoint") and not 0 < section.valid + section.test < 1:
         raise DataError(
             f"data.split: valid ({section.valid}) and test ({section.test}) are shares; "
             "together they must be more than 0 and less than 1"
@@ -241,6 +242,29 @@ def _user_disjoint(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: 
     away = _users_frame(order[: tests + valids])
     known = _without(frame.join(away, on="user_id", how="semi"), valid, test)
     return _Parts(frame.join(away, on="user_id", how="anti"), valid, test, known)
+
+
+def _given(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
+    """The source says which pairs are held out, and whose other events are history only."""
+    given = dataset.given
+    if given is None:
+        raise DataError(
+            f"{dataset.name} has no split of its own, so data.split.kind=given cannot be used; choose another kind"
+        )
+    latest = _latest(frame)
+    # A pair that is in both parts is for test alone.
+    valid, test = (
+        latest.join(_pairs_frame(pairs), on=_PAIR, how="semi") for pairs in (given.valid - given.test, given.test)
+    )
+    if valid.is_empty() and test.is_empty():
+        raise DataError(f"{dataset.name}: no held-out pair of its split is left; relax data.filter")
+    rest = _without(frame, valid, test)
+    away = _users_frame(sorted(given.history_only))
+    return _Parts(rest.join(away, on="user_id", how="anti"), valid, test, rest.join(away, on="user_id", how="semi"))
+
+
+def _pairs_frame(pairs: frozenset[tuple[str, str]]) -> pl.DataFrame:
+    return pl.DataFrame(sorted(pairs), schema=dict.fromkeys(_PAIR, pl.String), orient="row")
 
 
 def _users_frame(users: list[str]) -> pl.DataFrame:

@@ -1,0 +1,163 @@
+"""The words in which published data sets are described: which file holds what, in which form, under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a file is written.
+
+    Attributes:
+        kind: ``json``: one JSON object a line; ``dicts``: one JSON object or Python dictionary a line.
+        separator: Between the fields of delimited text; may be longer than one character.
+        columns: Names of the columns of a file without a header.
+        quoted: Whether a double quote opens a field in which separators and line breaks are text.
+        encodings: The first one in which the whole file can be read is taken.
+    """
+
+    kind: Literal["delimited", "json", "dicts"]
+    separator: str = ","
+    columns: tuple[str, ...] = ()
+    quoted: bool = False
+    encodings: tuple[str, ...] = ("utf-8",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Events:
+    """The file of interactions, one a row.
+
+    Attributes:
+        files: Patterns of its name, without ``.gz`` and with ``.json`` for every sort of JSON Lines; the first that
+            fits counts. What ``*`` stands for is the category.
+        skip: Patterns of names that are something else.
+        form: How it is written.
+        user: Column of the user.
+        item: Columns of the item; of several the first that is not blank.
+        rating: Column of the rating.
+        unrated: A number that means that there is no rating.
+        time: Column of the time; without one, a seeded hash decides the order.
+        clock: Formats of dates, UTC unless they say otherwise; none: seconds or milliseconds since 1970.
+        texts: Columns with a text by the user; the first one is taken unless a recipe names another.
+        title: Column with the item's title, where there is no file of items.
+    """
+
+    files: tuple[str, ...]
+    skip: tuple[str, ...] = ()
+    form: Form
+    user: str
+    item: tuple[str, ...]
+    rating: str | None = None
+    unrated: float | None = None
+    time: str | None = None
+    clock: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    title: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """A further field of items or users.
+
+    Attributes:
+        name: What templates call it.
+        column: Where it stands.
+        split: What separates several values inside one text.
+        join: What stands between several values in the result.
+        keep: A regular expression that the whole value must match; others count as missing.
+        words: Codes with their meaning.
+        missing: What stands for a missing value.
+    """
+
+    name: str
+    column: str
+    split: str | None = None
+    join: str = ", "
+    keep: str | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+    missing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """The file of items.
+
+    Attributes:
+        files: Patterns of its name; ``{}`` is the category of the file of interactions.
+        form: How it is written.
+        item: Column of the id.
+        titles: Columns of the title; of several the first that is not blank.
+        junk: A piece of text that no real title holds.
+        attributes: Further fields.
+        film: Whether titles end in a year and carry their article last, as in ``"Fugitive, The (1993)"``.
+        complete: Whether every item must have an entry and a title; otherwise its id stands in.
+    """
+
+    files: tuple[str, ...]
+    form: Form
+    item: str
+    titles: tuple[str, ...]
+    junk: str | None = None
+    attributes: tuple[Attribute, ...] = ()
+    film: bool = False
+    complete: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class People:
+    """The file of user profiles."""
+
+    files: tuple[str, ...]
+    form: Form
+    user: str
+    attributes: tuple[Attribute, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renames:
+    """A file that says which item id of the interactions is which one in the file of items."""
+
+    files: tuple[str, ...]
+    form: Form
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The files of one variant of a set."""
+
+    events: Events
+    items: Items | None = None
+    people: People | None = None
+    renames: Renames | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A published set.
+
+    Attributes:
+        name: The source's name in recipes.
+        noun: What its items are called, in the plural.
+        layouts: Its variants.
+        folders: Names of the folder or archive in which it is published.
+        scale: Lowest and highest rating.
+        page: Where it is published.
+        fetch: Which files to fetch there.
+        licence: Its terms, in one line.
+        notes: What a user must know of the figures, such as that there are no times.
+    """
+
+    name: str
+    noun: str
+    layouts: tuple[Layout, ...]
+    folders: tuple[str, ...] = ()
+    scale: tuple[float, float] | None = None
+    page: str
+    fetch: str
+    licence: str
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,273 @@
+"""The Amazon sets of three years on made files in their official forms."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.data import published
+from llmrec.data.dataset import Dataset
+from llmrec.data.published import PUBLISHED
+from llmrec.data.sources import load
+from llmrec.data.typed import plain
+from llmrec.errors import DataError
+from llmrec.recipe import Columns, DataSection
+
+# Made: users and products of the official lengths, 13 or 14 and 10 characters.
+ANN, BOB = "A2IBPI20UZIR0", "A14VAT5EAX3D9S"
+PICK, CASE = "B000000001", "1384719342"
+
+
+def review(user: str, item: str, stars: float, day: int, text: str, summary: str) -> dict[str, object]:
+    return {
+        "reviewerID": user,
+        "asin": item,
+        "reviewerName": "N.",
+        "helpful": [0, 1],
+        "reviewText": text,
+        "overall": stars,
+        "summary": summary,
+        "unixReviewTime": day,
+        "reviewTime": "02 28, 2014",
+    }
+
+
+REVIEWS = [
+    review(ANN, CASE, 5.0, 1393545600, "Does what it should &#34;well&#34;", "good"),
+    review(BOB, CASE, 4.0, 1363392000, "", "Jake"),
+    review(ANN, PICK, 1.0, 1377648000, "Broke & bent; no AT&T;", "bad &amp; ugly"),
+]
+META = [
+    {
+        "asin": CASE,
+        "title": 'Tom &amp; Jerry\'s "Case"',
+        "price": 9.5,
+        "brand": "",
+        "categories": [["Musical Instruments", "Cases"], ["Other", "Path"]],
+        "salesRank": {"Musical Instruments": 7},
+        "related": {"also_bought": ["B0"]},
+    },
+    {"asin": "B0000000XX", "title": "Not bought", "categories": [["X"]]},
+    {"asin": CASE, "title": "Listed again", "categories": [["X"]]},
+]
+NEW = [
+    {"rating": 5.0, "title": "Fine", "text": "It&#39;s fine", "images": [], "asin": "B00V", "parent_asin": PICK}
+    | {"user_id": ANN, "timestamp": 1588687728923, "helpful_vote": 0, "verified_purchase": True},
+    {"rating": 2.0, "title": "No", "text": "no", "images": [{"a": "b"}], "asin": "B00W", "parent_asin": CASE}
+    | {"user_id": ANN, "timestamp": 1588687729000, "helpful_vote": 2, "verified_purchase": False},
+    {"rating": 3.0, "title": "", "text": "", "images": [], "asin": "B00V", "parent_asin": PICK}
+    | {"user_id": BOB, "timestamp": 1288687728923, "helpful_vote": 0, "verified_purchase": True},
+]
+NEW_META = [
+    {"main_category": "All Beauty", "title": "Pick", "average_rating": 4.8, "rating_number": 10, "price": "None"}
+    | {"store": "Howard", "categories": ["Beauty", "Hair"], "details": {"a": "b"}, "parent_asin": PICK},
+    {"main_category": None, "title": "Case &eacute;", "price": 19.99, "store": None, "categories": []}
+    | {"parent_asin": CASE},
+]
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def dicts(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(f"{row!r}\n" for row in rows).encode()
+
+
+def write(path: Path, raw: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def read(year: int, path: Path, **keys: Any) -> Dataset:
+    return load(DataSection(source=f"amazon-{year}", path=str(path), **keys), seed=0)
+
+
+@pytest.fixture
+def beauty(tmp_path: Path) -> Path:
+    write(tmp_path / "reviews_Beauty_5.json.gz", jsonl(REVIEWS))
+    write(tmp_path / "meta_Beauty.json.gz", dicts(META))
+    return tmp_path
+
+
+def test_2014(beauty: Path) -> None:
+    data = read(2014, beauty)
+    assert data.interactions.rows() == [
+        (ANN, CASE, 5.0, 1393545600.0, 'Does what it should "well"'),
+        (BOB, CASE, 4.0, 1363392000.0, None),
+        (ANN, PICK, 1.0, 1377648000.0, "Broke & bent; no AT&T;"),
+    ]
+    assert {key: item.title for key, item in data.items.items()} == {CASE: 'Tom & Jerry\'s "Case"', PICK: PICK}
+    fields = {"categories": "Musical Instruments > Cases", "brand": "", "price": "9.5"}
+    assert data.items[CASE].fields == fields
+    assert data.items[PICK].fields == {"categories": "", "brand": "", "price": ""}
+    assert (data.name, data.noun, data.rating_scale) == ("amazon-2014-beauty", "products", (1.0, 5.0))
+    notes = data.provenance["notes"]
+    assert "1 of 2 items have no title" in notes and "lists 1 items again; the first entry counts" in notes
+
+
+def test_2018(tmp_path: Path) -> None:
+    meta = [
+        {"asin": CASE, "title": "Case", "category": ["Music", "Cases"], "brand": "B&amp;O", "price": "$3.50 - $4.00"},
+        {"asin": PICK, "title": "x.getTime() }", "category": [], "price": ".a-box-inner{background:#fff}"},
+    ]
+    rows = [{key: value for key, value in row.items() if key != "helpful"} | {"verified": True} for row in REVIEWS]
+    write(tmp_path / "Beauty_5.json.gz", jsonl(rows))
+    write(tmp_path / "meta_Beauty.json.gz", jsonl(meta))
+    data = read(2018, tmp_path)
+    assert data.items[CASE].fields == {"categories": "Music > Cases", "brand": "B&O", "price": "$3.50 - $4.00"}
+    assert data.items[PICK].title == PICK and data.items[PICK].fields["price"] == ""
+    assert data.interactions.equals(read(2014, tmp_path / "Beauty_5.json.gz").interactions)
+
+
+def test_2023(tmp_path: Path) -> None:
+    write(tmp_path / "All_Beauty.jsonl.gz", jsonl(NEW))
+    write(tmp_path / "meta_All_Beauty.jsonl.gz", jsonl(NEW_META))
+    data = read(2023, tmp_path)
+    assert data.interactions.rows() == [
+        (ANN, PICK, 5.0, 1588687728.923, "It's fine"),
+        (ANN, CASE, 2.0, 1588687729.0, "no"),
+        (BOB, PICK, 3.0, 1288687728.923, None),
+    ]
+    assert data.items[PICK].fields == {
+        "categories": "Beauty > Hair",
+        "main_category": "All Beauty",
+        "brand": "Howard",
+        "price": "",
+    }
+    assert data.items[CASE].title == "Case é" and data.items[CASE].fields["price"] == "19.99"
+    # Averages over all ratings would show the held-out ones.
+    assert not {"average_rating", "rating_number", "salesRank"} & set(data.items[PICK].fields)
+
+
+def test_ratings_only(tmp_path: Path) -> None:
+    pairs = [(row["reviewerID"], row["asin"], row["overall"], row["unixReviewTime"]) for row in REVIEWS]
+    old = "".join(f"{user},{item},{stars},{time}\n" for user, item, stars, time in pairs).encode()
+    middle = "".join(f"{item},{user},{stars},{time}\n" for user, item, stars, time in pairs).encode()
+    new = b"user_id,parent_asin,rating,timestamp\n" + old.replace(b"00\n", b"00000\n")
+    seen = [
+        read(2014, write(tmp_path / "a" / "ratings_Beauty.csv", old)),
+        read(2018, write(tmp_path / "b" / "Beauty.csv", middle)),
+        read(2023, write(tmp_path / "c" / "Beauty.csv.gz", new)),
+    ]
+    assert len({data.fingerprint for data in seen}) == 1
+    assert seen[0].interactions["text"].null_count() == 3
+    for year, path in ((2018, tmp_path / "a" / "ratings_Beauty.csv"), (2014, tmp_path / "b" / "Beauty.csv")):
+        with pytest.raises(DataError, match=r"the user column holds product numbers.*amazon-2014.*amazon-2018"):
+            read(year, path)
+    with pytest.raises(DataError, match="has no column 'user_id', so it is not this data set"):
+        read(2023, tmp_path / "a" / "ratings_Beauty.csv")
+
+
+def test_the_headline_can_be_the_text(beauty: Path) -> None:
+    data = read(2014, beauty, columns=Columns(text="summary"))
+    assert data.interactions["text"].to_list() == ["good", "Jake", "bad & ugly"]
+    assert read(2014, beauty, columns=Columns(text="none")).interactions["text"].null_count() == 3
+    with pytest.raises(DataError, match="in this file are: reviewText, summary; name one of them"):
+        read(2014, beauty, columns=Columns(text="headline"))
+
+
+@pytest.mark.parametrize("name", ["reviews.jsonl.gz", "anything.json", "reviews_Beauty.json.gz", "Beauty_5.ndjson"])
+def test_a_file_of_another_name(tmp_path: Path, name: str) -> None:
+    data = read(2014, write(tmp_path / name, jsonl(REVIEWS)), items=None)
+    assert data.interactions.height == 3 and data.items[PICK].title == PICK
+    assert "2 of 2 items have no title" in data.provenance["notes"]
+
+
+def test_metadata_lies_beside_or_is_named(beauty: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write(beauty / "meta_Baby.json", dicts([{"asin": CASE, "title": "A baby's case"}]))
+    assert read(2014, beauty).items[CASE].title.startswith("Tom")
+    named = write(other / "products.json", dicts([{"asin": CASE, "title": "Named"}]))
+    assert read(2014, beauty, items=str(named)).items[CASE].title == "Named"
+    write(beauty / "reviews_Baby_5.json", jsonl(REVIEWS))
+    with pytest.raises(DataError, match=r"several files.*reviews_Baby_5\.json, reviews_Beauty_5\.json\.gz"):
+        read(2014, beauty)
+    assert read(2014, beauty / "reviews_Baby_5.json").items[CASE].title == "A baby's case"
+
+
+def test_repeats(beauty: Path) -> None:
+    again = [*REVIEWS, review(ANN, CASE, 2.0, 1393545601, "later", "l"), review(BOB, CASE, 3.0, 1, "earlier", "e")]
+    write(beauty / "reviews_Beauty_5.json.gz", jsonl(again))
+    with pytest.raises(DataError, match=rf"reviews_Beauty_5\.json\.gz, row 4 repeats user '{ANN}'.*keep_last"):
+        read(2014, beauty)
+    kept = read(2014, beauty, duplicates="keep_last").interactions
+    assert sorted(kept["text"].fill_null("-").to_list()) == ["-", "Broke & bent; no AT&T;", "later"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"overall": 4.0', b'"overall": "four"', r"_5\.json\.gz, row 2: the rating in column 'overall' is 'four'"),
+        (b'"overall": 4.0', b'"overall": 7.0', r"row 2: the rating 7 is off the scale from 1 to 5"),
+        (b"1363392000,", b'"1363392000 http://",', r"row 2: the time in column 'unixReviewTime' is '1363392000 http"),
+        (b'"summary": "Jake",', b'"summary": "Jake"', r"row 2 is neither JSON nor a Python literal"),
+        (b'"reviewerID": "A14', b'"reviewer": "A14', r"row 2: column 'reviewerID' is empty"),
+        (b"\n", b"\r\n\n{}\n", r"row 2 \(line 3\): column 'reviewerID' is empty"),
+    ],
+)
+def test_broken_reviews(beauty: Path, old: bytes, new: bytes, message: str) -> None:
+    raw = jsonl(REVIEWS)
+    assert old in raw
+    write(beauty / "reviews_Beauty_5.json.gz", raw.replace(old, new, 1))
+    with pytest.raises(DataError, match=message) as caught:
+        read(2014, beauty)
+    assert str(beauty) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_broken_metadata_names_the_line(beauty: Path) -> None:
+    write(beauty / "meta_Beauty.json.gz", dicts(META) + b"\n{'asin': 'B1', 'title': 'open")
+    with pytest.raises(DataError, match=r"meta_Beauty\.json\.gz, row 5 is neither JSON nor a Python literal"):
+        read(2014, beauty)
+
+
+def test_one_number_as_text_is_read_like_the_others(beauty: Path) -> None:
+    data = read(2014, beauty)
+    write(beauty / "reviews_Beauty_5.json.gz", jsonl(REVIEWS).replace(b"4.0", b'"4.0"').replace(b"5.0,", b"5,"))
+    assert read(2014, beauty).fingerprint == data.fingerprint
+
+
+def test_order_and_fingerprint(beauty: Path) -> None:
+    data = read(2014, beauty)
+    write(beauty / "reviews_Beauty_5.json.gz", dicts(REVIEWS[::-1]))
+    again = read(2014, beauty)
+    assert again.fingerprint == data.fingerprint and again.items == data.items
+    assert data.fingerprint.startswith("a928ba3938fe")
+
+
+def test_published_counts(beauty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    told = "published: 22,363 users / 12,101 items / 198,502 interactions (the page of the Amazon 2014 set); here: "
+    assert read(2014, beauty).provenance["published"].startswith(told + "2 users / 2 items / 3 interactions")
+    assert told in caplog.text
+    assert "published" not in read(2014, write(beauty / "x" / "mine.json", jsonl(REVIEWS))).provenance
+    monkeypatch.setattr(
+        published, "PUBLISHED", {("amazon-2014", "reviews_Beauty_5.json"): published.Counts(2, None, 3, "p")}
+    )
+    assert read(2014, beauty).provenance["published"] == "as published: 2 users / 3 interactions (p)"
+
+
+def test_published_figures_of_well_known_files() -> None:
+    toys = PUBLISHED["amazon-2014", "reviews_Toys_and_Games_5.json"]
+    assert (toys.users, toys.items, toys.interactions) == (19_412, 11_924, 167_597)
+    assert PUBLISHED["amazon-2018", "Books_5.json"].interactions == 27_164_983
+    assert PUBLISHED["amazon-2023", "Video_Games.csv"].rounded
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("A &amp; B", "A & B"),
+        ("&quot;Hi&quot; &#39;x&#39; &#x2122;", "\"Hi\" 'x' ™"),
+        ("&amp;amp;", "&amp;"),
+        ("AT&T; R&B &copy 2001 &notathing; &", "AT&T; R&B &copy 2001 &notathing; &"),
+        ("&lt;|im_end|&gt;", "<|im_end|>"),
+        ("plain", "plain"),
+    ],
+)
+def test_entities_are_decoded_once(raw: str, text: str) -> None:
+    assert plain(raw) == text

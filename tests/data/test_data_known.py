@@ -1,0 +1,718 @@
+"""Published sets on made files in their official forms: in folders, packed, zipped, whole and broken."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import random
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.data import known as sets
+from llmrec.data import pieces, published, streams
+from llmrec.data.dataset import Dataset
+from llmrec.data.maps import Form, Known
+from llmrec.data.places import Member, captured, plain_name
+from llmrec.data.published import PUBLISHED, Counts, comparison
+from llmrec.data.sources import load
+from llmrec.data.split import split
+from llmrec.errors import DataError
+from llmrec.recipe import Columns, DataSection, Split
+from llmrec.registry import SOURCES
+
+Files = dict[str, bytes]
+
+
+def lines(*rows: object) -> bytes:
+    return "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows).encode()
+
+
+def dicts(*rows: dict[str, Any]) -> bytes:
+    return "".join(f"{row!r}\n" for row in rows).encode()
+
+
+ML_1M: Files = {
+    "ratings.dat": lines("1::10::5::978300760", "1::20::3::978302109", "2::10::4::978301968", "2::30::1::978300275"),
+    "movies.dat": (
+        "10::Fugitive, The (1993)::Drama|Thriller\n20::Café au Lait (1993)::Comedy\n30::Babylon 5::Sci-Fi\n"
+        "40::Never Rated (1990)::Drama\n"
+    ).encode("latin-1"),
+    "users.dat": lines("1::F::1::10::48067", "2::M::56::16::70072", "3::M::25::15::55117"),
+}
+ML_CSV: Files = {
+    "ratings.csv": lines(
+        "userId,movieId,rating,timestamp", "1,10,4.5,978300760", "1,20,0.5,978302109", "2,10,3.0,978301968"
+    ),
+    "movies.csv": lines(
+        "movieId,title,genres",
+        '10,"Postman, The (Postino, Il) (1994)",Comedy|Drama',
+        "20,Babylon 5,(no genres listed)",
+        '30,"Say ""Hi"" (2000)",Drama',
+    ),
+}
+STEAM: Files = {
+    "steam_reviews.json": dicts(
+        {"username": "Chaos", "hours": 22.4, "product_id": "725280", "date": "2017-12-17", "text": "Good &amp; short"},
+        {"username": "Chaos", "product_id": "328100", "date": "2018-01-02", "text": "", "early_access": False},
+        {"username": "₮ʜᴇ", "product_id": "725280", "date": "2018-01-02", "text": "It's ok", "user_id": "765611"},
+    ).replace(b"{'username'", b"{u'username'"),
+    "steam_games.json": dicts(
+        {"id": "725280", "app_name": "Lost &amp; Found", "genres": ["Action", "Indie"], "developer": "A &lt; B"},
+        {"id": "328100", "title": "Reversion", "release_date": "2014-12-05", "specs": None},
+        {"app_name": "no id at all", "id": "1"},
+    ),
+}
+YELP: Files = {
+    "yelp_academic_dataset_review.json": lines(
+        {
+            "review_id": "r1",
+            "user_id": "u1",
+            "business_id": "b1",
+            "stars": 3.0,
+            "text": "ok",
+            "date": "2018-07-07 22:09:11",
+        },
+        {
+            "review_id": "r2",
+            "user_id": "u1",
+            "business_id": "b2",
+            "stars": 5,
+            "text": "great",
+            "date": "2019-01-01 00:00:00",
+        },
+        {"review_id": "r3", "user_id": "u2", "business_id": "b1", "stars": 1.0, "text": "no", "date": "2017-01-01"},
+    ),
+    "yelp_academic_dataset_business.json": lines(
+        {"business_id": "b1", "name": "Apple's Café", "city": "Tucson", "categories": "Bars, Food", "stars": 2.0},
+        {"business_id": "b2", "name": "Zed", "city": "Reno", "categories": None, "attributes": {"a": "b"}},
+        {"business_id": "b3", "name": "Unvisited", "city": "Reno", "categories": ""},
+    ),
+}
+
+
+def goodreads_row(user: str, book: str, rating: int, day: str, **more: object) -> dict[str, object]:
+    return {"user_id": user, "book_id": book, "review_id": "r", "rating": rating, "date_added": day} | more
+
+
+DAY = "Fri Apr {} 08:15:15 -0700 2013"
+GOODREADS: Files = {
+    "goodreads_reviews_poetry.json": lines(
+        goodreads_row("u1", "402", 5, DAY.format(19), review_text="Lovely"),
+        goodreads_row("u1", "403", 0, DAY.format(12), review_text=""),
+        goodreads_row("u2", "402", 3, DAY.format(5), review_text="So so"),
+    ),
+    "goodreads_books_poetry.json": lines(
+        {"book_id": "402", "title": "Cats", "publication_year": "1982", "publisher": "HB", "average_rating": "4.2"},
+        {"book_id": "403", "title": "", "title_without_series": "Hours", "publication_year": "", "format": "Paperback"},
+    ),
+}
+GOODREADS_CSV: Files = {
+    "goodreads_interactions.csv": lines(
+        "user_id,book_id,is_read,rating,is_reviewed", "0,1,1,5,0", "0,2,1,0,0", "1,1,0,3,0"
+    ),
+    "book_id_map.csv": lines("book_id_csv,book_id", "1,402", "2,403", "402,1"),
+    "goodreads_books.json": lines({"book_id": "402", "title": "Cats"}, {"book_id": "1", "title": "Wrong"}),
+}
+LASTFM_2K: Files = {
+    "user_artists.dat": lines("userID\tartistID\tweight", "2\t51\t13883", "2\t52\t11690", "3\t51\t1"),
+    "artists.dat": lines(
+        "id\tname\turl\tpictureURL", '51\tDuran "2" Duran\thttp://x\thttp://y', "52\tMorcheeba\t\t", "53\tAir\t\t"
+    ),
+}
+LASTFM_1K: Files = {
+    "userid-timestamp-artid-artname-traid-traname.tsv": lines(
+        "user_000001\t2009-05-04T23:08:57Z\tf1b1\tDeep Dish\t\tFuck Me Im Famous",
+        "user_000001\t2009-05-04T13:54:10Z\t\tNo Id\tt2\tComposition 7",
+        "user_000002\t2009-05-03T15:48:25Z\tf1b1\tDeep Dish\t\tOther",
+    ),
+    "userid-profile.tsv": lines(
+        "#id\tgender\tage\tcountry\tregistered", "user_000001\tm\t\tJapan\tAug 13, 2006", "user_000002\tf\t19\tPeru\t"
+    ),
+}
+MIND: Files = {
+    "behaviors.tsv": lines(
+        "1\tU1\t11/11/2019 9:05:58 AM\tN1 N2\tN3-0 N4-1",
+        "2\tU1\t11/10/2019 11:05:58 PM\tN1 N2\tN5-1 N3-1",
+        "3\tU2\t11/13/2019 12:36:57 PM\t\tN1-1 N2-0",
+    ),
+    "news.tsv": lines(
+        *[f"N{n}\tnews\tworld\tTitle &amp; {n}\tText\thttp://x\t[]\t[]" for n in range(1, 6)],
+        'N6\tlife\tpets\tA "quoted" title\t\thttp://x\t[]\t[]',
+    ),
+}
+SETS: Mapping[str, Files] = {
+    "movielens-1m": ML_1M,
+    "movielens-10m": ML_1M,
+    "movielens-20m": ML_CSV,
+    "movielens-25m": ML_CSV,
+    "movielens-32m": ML_CSV,
+    "movielens-latest": ML_CSV,
+    "steam": STEAM,
+    "yelp": YELP,
+    "goodreads": GOODREADS,
+    "lastfm-2k": LASTFM_2K,
+    "lastfm-1k": LASTFM_1K,
+    "mind": MIND,
+}
+KNOWN = {value.name: value for value in vars(sets).values() if isinstance(value, Known)}
+
+
+def folder(path: Path, files: Files, *, packed: bool = False) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, raw in files.items():
+        (path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(raw) if packed else raw)
+    return path
+
+
+def archive(path: Path, files: Files, *, top: str = "some folder/", packed: bool = False) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as pack:
+        pack.writestr("__MACOSX/" + next(iter(files)), b"rubbish")
+        for name, raw in files.items():
+            pack.writestr(top + (f"{name}.gz" if packed else name), gzip.compress(raw) if packed else raw)
+    return path
+
+
+def read(source: str, path: Path | None, **keys: Any) -> Dataset:
+    return load(DataSection(source=source, path=str(path) if path else None, **keys), seed=0)
+
+
+def titles(data: Dataset) -> dict[str, str]:
+    return {key: item.title for key, item in data.items.items()}
+
+
+def rows(data: Dataset) -> list[tuple[Any, ...]]:
+    return data.interactions.rows()
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "no cache"))
+
+
+# --------------------------------------------------------------------------- what comes out
+
+
+def test_movielens_1m(tmp_path: Path) -> None:
+    data = read("movielens-1m", folder(tmp_path, ML_1M))
+    assert rows(data)[0] == ("1", "10", 5.0, 978300760.0, None) and len(rows(data)) == 4
+    assert titles(data) == {"10": "The Fugitive (1993)", "20": "Café au Lait (1993)", "30": "Babylon 5"}
+    assert data.items["10"].fields == {"genres": "Drama, Thriller", "year": "1993"}
+    assert data.items["30"].fields == {"genres": "Sci-Fi", "year": "unknown"}
+    assert data.users == {
+        "1": {"age": "under 18", "gender": "female", "occupation": "K-12 student"},
+        "2": {"age": "56 or older", "gender": "male", "occupation": "self-employed"},
+    }
+    assert (data.noun, data.rating_scale, data.made) == ("movies", (1.0, 5.0), False)
+    assert "GroupLens" in data.provenance["licence"] and data.provenance["rows"] == "4"
+
+
+def test_movielens_csv(tmp_path: Path) -> None:
+    data = read("movielens-32m", folder(tmp_path, ML_CSV))
+    assert titles(data) == {"10": "The Postman (Il Postino) (1994)", "20": "Babylon 5"}
+    assert data.items["20"].fields == {"genres": "unknown", "year": "unknown"}
+    assert data.users == {} and data.rating_scale == (0.5, 5.0)
+    # The other loader of this form gives the same.
+    assert data.fingerprint == read("movielens-small", tmp_path).fingerprint
+
+
+def test_steam(tmp_path: Path) -> None:
+    data = read("steam", folder(tmp_path, STEAM))
+    assert rows(data) == [
+        ("Chaos", "725280", None, 1513468800.0, "Good & short"),
+        ("Chaos", "328100", None, 1514851200.0, None),
+        ("₮ʜᴇ", "725280", None, 1514851200.0, "It's ok"),
+    ]
+    assert titles(data) == {"725280": "Lost & Found", "328100": "Reversion"}
+    assert data.items["725280"].fields == {"genres": "Action, Indie", "developer": "A < B", "release_date": ""}
+    assert data.rating_scale is None
+
+
+def test_yelp(tmp_path: Path) -> None:
+    data = read("yelp", folder(tmp_path, YELP))
+    assert rows(data)[0] == ("u1", "b1", 3.0, 1531001351.0, "ok")
+    assert rows(data)[2][3] == 1483228800.0
+    assert titles(data) == {"b1": "Apple's Café", "b2": "Zed"}
+    assert data.items["b2"].fields == {"categories": "", "city": "Reno"}
+
+
+def test_goodreads_reviews(tmp_path: Path) -> None:
+    data = read("goodreads", folder(tmp_path, GOODREADS))
+    assert data.name == "goodreads-poetry"
+    assert rows(data) == [
+        ("u1", "402", 5.0, 1366384515.0, "Lovely"),
+        ("u1", "403", None, 1365779715.0, None),
+        ("u2", "402", 3.0, 1365174915.0, "So so"),
+    ]
+    assert titles(data) == {"402": "Cats", "403": "Hours"}
+    assert data.items["402"].fields == {"year": "1982", "publisher": "HB", "format": ""}
+
+
+def test_goodreads_csv_joins_books_through_the_map(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = read("goodreads", folder(tmp_path, GOODREADS_CSV))
+    assert titles(data) == {"1": "Cats", "2": "2"}  # book 1 of the other file is another one
+    assert "1 of 2 items have no title" in data.provenance["notes"] and "1 of 2 items" in caplog.text
+    assert data.interactions["rating"].to_list() == [5.0, None, 3.0]
+    assert "order of a user's items is that of a seeded hash" in data.provenance["notes"]
+
+
+def test_goodreads_csv_needs_the_map(tmp_path: Path) -> None:
+    files = {name: raw for name, raw in GOODREADS_CSV.items() if "map" not in name}
+    with pytest.raises(DataError, match=r"lacks book_id_map\.csv \(or book_id_map\.csv\.gz\).*which item id is which"):
+        read("goodreads", folder(tmp_path, files))
+
+
+def test_lastfm_2k_has_no_times_so_neither_rows_nor_ids_decide(tmp_path: Path) -> None:
+    data = read("lastfm-2k", folder(tmp_path / "a", LASTFM_2K))
+    assert titles(data) == {"51": 'Duran "2" Duran', "52": "Morcheeba"}
+    assert data.interactions["rating"].null_count() == 3 and data.interactions["timestamp"].to_list() == [0.0] * 3
+    head, *body = LASTFM_2K["user_artists.dat"].splitlines(keepends=True)
+    turned = folder(tmp_path / "b", {**LASTFM_2K, "user_artists.dat": head + b"".join(reversed(body))})
+    assert read("lastfm-2k", turned).fingerprint == data.fingerprint
+
+
+def test_lastfm_1k(tmp_path: Path) -> None:
+    data = read("lastfm-1k", folder(tmp_path, LASTFM_1K))
+    assert titles(data) == {"f1b1": "Deep Dish", "No Id": "No Id"}
+    assert rows(data)[1][:2] == ("user_000001", "No Id") and rows(data)[0][3] == 1241478537.0
+    assert data.users == {
+        "user_000001": {"age": "", "gender": "male", "country": "Japan"},
+        "user_000002": {"age": "19", "gender": "female", "country": "Peru"},
+    }
+
+
+def test_mind_puts_the_history_first_and_clicks_in_time(tmp_path: Path) -> None:
+    data = read("mind", folder(tmp_path, MIND))
+    order = [item for user, item, *_ in rows(data) if user == "U1"]
+    assert order == ["N1", "N2", "N5", "N3", "N4"]
+    assert not data.has_time and titles(data)["N1"] == "Title & 1"
+    assert data.items["N1"].fields == {"category": "news", "subcategory": "world"}
+    cut = split(data, Split(), seed=0)
+    assert [held.item_id for held in cut.holdouts("test")] == ["N4"]
+    assert [event.item_id for event in cut.history("U1", "valid")] == ["N1", "N2", "N5"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"N4-1", b"N1-1", r"behaviors\.tsv, line 1: user 'U1' has item 'N1' again \(1 such repeats\).*keep_last"),
+        (b"N4-1", b"N4", r"behaviors\.tsv, line 1: 'N4' does not say whether it was clicked.*test part"),
+        (b"11/11/2019 9", b"2019-11-11 9", r"behaviors\.tsv, row 1: the time in column 'time' is '2019-11-11 9"),
+        (b"\tN1-1 N2-0", b"", r"behaviors\.tsv, row 3 has 4 fields where it should have 5"),
+    ],
+)
+def test_mind_refuses(tmp_path: Path, old: bytes, new: bytes, message: str) -> None:
+    files = {**MIND, "behaviors.tsv": MIND["behaviors.tsv"].replace(old, new, 1)}
+    with pytest.raises(DataError, match=message):
+        read("mind", folder(tmp_path, files))
+
+
+# --------------------------------------------------------------------------- wherever the files lie
+
+
+@pytest.mark.parametrize("source", SETS)
+def test_every_way_to_the_files_gives_the_same(tmp_path: Path, source: str) -> None:
+    files = SETS[source]
+    plain = folder(tmp_path / "plain", files)
+    data = read(source, plain)
+    main = next(iter(files))
+    packed = folder(tmp_path / "packed", files, packed=True)
+    inside = (*KNOWN[source].folders, "")[0]
+    around = tmp_path / "around"
+    folder(around / inside, files)
+    ways = [plain / main, packed, packed / f"{main}.gz", around]
+    ways += [archive(tmp_path / "a.zip", files), archive(tmp_path / "b.zip", files, top="", packed=True)]
+    for way in ways:
+        again = read(source, way)
+        assert again.fingerprint == data.fingerprint, way
+        assert again.interactions.equals(data.interactions) and again.items == data.items and again.users == data.users
+    assert len(data.provenance["sha256"].split("; ")) == len(files)
+
+
+def test_the_cache_folder_stands_in_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        read("movielens-1m", None)
+    for word in ("source 'movielens-1m' needs data.path", "ml-1m.zip", "https://grouplens.org/", "terms: GroupLens"):
+        assert word in str(caught.value)
+    (tmp_path / "data").mkdir()
+    archive(tmp_path / "data" / "ml-1m.zip", ML_1M)
+    assert len(read("movielens-1m", None).items) == 3
+
+
+@pytest.mark.parametrize("source", SETS)
+def test_a_wrong_folder_names_what_is_missing_and_where_it_is_published(tmp_path: Path, source: str) -> None:
+    known = KNOWN[source]
+    (tmp_path / "notes.txt").write_text("nothing here")
+    with pytest.raises(DataError) as caught:
+        read(source, tmp_path)
+    message = str(caught.value)
+    assert known.layouts[0].events.files[0] in message and known.page in message and known.licence in message
+    assert "\n" not in message
+    with pytest.raises(DataError, match="no such file or folder"):
+        read(source, tmp_path / "nowhere")
+
+
+def test_missing_members(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"lacks movies\.dat \(or movies\.dat\.gz\), the file of items.*ml-1m\.zip"):
+        read("movielens-1m", folder(tmp_path / "a", {"ratings.dat": ML_1M["ratings.dat"]}))
+    without = {name: raw for name, raw in ML_1M.items() if name != "users.dat"}
+    assert read("movielens-1m", folder(tmp_path / "b", without)).users == {}
+
+
+def test_missing_metadata_is_said_and_not_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = read("steam", folder(tmp_path, {"steam_reviews.json": STEAM["steam_reviews.json"]}))
+    assert titles(data) == {"725280": "725280", "328100": "328100"}
+    assert "2 of 2 items have no title" in data.provenance["notes"]
+    first = caplog.records[0]
+    assert first.levelno == logging.WARNING and first.getMessage().startswith("2 of 2 items have no title")
+
+
+def test_several_files_of_interactions(tmp_path: Path) -> None:
+    both = {**GOODREADS, **GOODREADS_CSV, "goodreads_reviews_spoiler.json": b"{}"}
+    with pytest.raises(DataError, match=r"several files.*goodreads_reviews_poetry\.json, goodreads_interactions\.csv"):
+        read("goodreads", folder(tmp_path, both))
+    assert read("goodreads", tmp_path / "goodreads_reviews_poetry.json").name == "goodreads-poetry"
+
+
+def test_items_from_elsewhere(tmp_path: Path) -> None:
+    main = folder(tmp_path / "a", {"steam_reviews.json": STEAM["steam_reviews.json"]})
+    folder(tmp_path / "b", {"games.json": STEAM["steam_games.json"]}, packed=True)
+    data = read("steam", main, items=str(tmp_path / "b" / "games.json.gz"))
+    assert data.fingerprint == read("steam", folder(tmp_path / "c", STEAM)).fingerprint
+    with pytest.raises(DataError, match=r"lost\.json: there is no such file"):
+        read("steam", main, items=str(tmp_path / "lost.json"))
+    with pytest.raises(DataError, match="has no file of items; leave the key out"):
+        read("lastfm-1k", folder(tmp_path / "d", LASTFM_1K), items="x.tsv")
+
+
+def test_other_columns_are_for_tables(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="source 'yelp' knows its own columns"):
+        read("yelp", folder(tmp_path, YELP), columns=Columns(rating="useful"))
+    with pytest.raises(DataError, match=r"data\.columns\.text=useful.*are: text; name one of them, or none"):
+        read("yelp", tmp_path, columns=Columns(text="useful"))
+    assert read("yelp", tmp_path, columns=Columns(text="none")).interactions["text"].null_count() == 3
+
+
+# --------------------------------------------------------------------------- times, encodings, order
+
+
+@pytest.mark.parametrize("source", [name for name in SETS if name not in ("mind",)])
+def test_the_order_of_rows_does_not_matter(tmp_path: Path, source: str) -> None:
+    files = SETS[source]
+    main = next(iter(files))
+    body = files[main].splitlines(keepends=True)
+    head = [body.pop(0)] if main.endswith(".csv") or main.startswith("user_artists") else []
+    random.Random(3).shuffle(body)
+    moved = {**files, main: b"".join(head + body)}
+    one, other = read(source, folder(tmp_path / "a", files)), read(source, folder(tmp_path / "b", moved))
+    assert one.fingerprint == other.fingerprint
+    cuts = [split(data, Split(kind="global_time", valid=0.0, test=0.34), seed=0).fingerprint for data in (one, other)]
+    assert cuts[0] == cuts[1]
+
+
+FINGERPRINTS = {
+    "movielens-1m": "957be8a95eec",
+    "movielens-32m": "0c6662227237",
+    "steam": "f34629379091",
+    "yelp": "15c494da0d44",
+    "goodreads": "da151549ffb6",
+    "lastfm-2k": "42b578c1b795",
+    "lastfm-1k": "e5ef3808157a",
+    "mind": "b2d4f45355dc",
+}
+
+
+def test_fingerprints_are_stable(tmp_path: Path) -> None:
+    for source, start in FINGERPRINTS.items():
+        assert read(source, folder(tmp_path / source, SETS[source])).fingerprint.startswith(start), source
+
+
+def test_milliseconds_become_seconds(tmp_path: Path) -> None:
+    slow = ML_1M["ratings.dat"]
+    fast = b"".join(line.rstrip(b"\n") + b"000\n" for line in slow.splitlines(keepends=True))
+    one = read("movielens-1m", folder(tmp_path / "a", ML_1M))
+    other = read("movielens-1m", folder(tmp_path / "b", {**ML_1M, "ratings.dat": fast}))
+    assert one.fingerprint == other.fingerprint
+
+
+@pytest.mark.parametrize("first", ["seconds", "milliseconds"])
+def test_one_file_has_one_unit_of_time(tmp_path: Path, first: str) -> None:
+    body = ML_1M["ratings.dat"].replace(b"978302109", b"978302109000")
+    if first == "milliseconds":
+        body = body.replace(b"978300760", b"978300760000")
+    row = 2 if first == "seconds" else 3
+    with pytest.raises(
+        DataError, match=rf"ratings\.dat, row {row}: the time .* while the file begins with {first} since"
+    ):
+        read("movielens-1m", folder(tmp_path, {**ML_1M, "ratings.dat": body}))
+
+
+def test_an_old_set_saved_as_utf8_reads_the_same(tmp_path: Path) -> None:
+    films = ML_1M["movies.dat"].decode("latin-1").encode()
+    one, other = (
+        read("movielens-1m", folder(tmp_path / name, files))
+        for name, files in (("a", ML_1M), ("b", {**ML_1M, "movies.dat": films}))
+    )
+    assert one.items == other.items
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("source", ["movielens-32m", "yelp", "lastfm-2k", "movielens-1m"])
+def test_byte_order_marks_and_line_ends(tmp_path: Path, source: str, mark: bytes, end: bytes) -> None:
+    files = {name: mark + raw.replace(b"\n", end) for name, raw in SETS[source].items() if name != "movies.dat"}
+    if source == "movielens-1m":
+        files["movies.dat"] = SETS[source]["movies.dat"].replace(b"\n", end)
+    data = read(source, folder(tmp_path / "a", files))
+    assert data.fingerprint == read(source, folder(tmp_path / "b", SETS[source])).fingerprint
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+Change = tuple[str, str, bytes, bytes, str]
+REVIEWS, BUSINESSES = YELP
+LISTENS = next(iter(LASTFM_1K))
+CAFE = "Café au Lait (1993)".encode("latin-1")
+BROKEN: list[Change] = [
+    (
+        "movielens-1m",
+        "ratings.dat",
+        b"1::20::3",
+        b"1::20::bad",
+        r"\.dat, row 2: the rating in column 'rating' is 'bad'",
+    ),
+    ("movielens-1m", "ratings.dat", b"1::20::3::", b"1::20::9::", r"row 2: the rating 9 is off the scale from 1 to 5"),
+    ("movielens-1m", "ratings.dat", b"1::20::3::", b"1::99::3::", r"row 2: item '99' is not in the table of items"),
+    ("movielens-1m", "ratings.dat", b"1::20::3::", b"1::10::3::", r"row 2 repeats user '1' with item '10' of row 1"),
+    ("movielens-1m", "ratings.dat", b"1::20::3::978302109", b"1::20::3", r"row 2 has 3 fields where it should have 4"),
+    ("movielens-1m", "ratings.dat", b"1::20", b"::20", r"row 2: column 'user' is empty"),
+    ("movielens-1m", "ratings.dat", b"978302109", b"97830210\0", r"ratings\.dat, line 2: there is a NUL byte"),
+    ("movielens-1m", "movies.dat", CAFE, b" ", r"movies\.dat, row 2: column 'title' is empty"),
+    ("movielens-1m", "users.dat", b"2::M", b"::M", r"users\.dat, row 2: column 'user' is empty"),
+    ("movielens-32m", "ratings.csv", b"1,20,0.5", b"1,20,nan", r"ratings\.csv, row 2 \(line 3\): the rating .* 'nan'"),
+    (
+        "movielens-32m",
+        "ratings.csv",
+        b"978302109",
+        b"97 http://x",
+        r"\(line 3\): the time in column 'timestamp' is '97 h",
+    ),
+    ("movielens-32m", "ratings.csv", b"movieId", b"film", r"has no column 'movieId', so it is not this data set"),
+    ("movielens-32m", "movies.csv", b'"Say ""Hi""', b'"Say "Hi', r"row 3 \(line 4\): .* check the double quotes"),
+    ("movielens-32m", "ratings.csv", b"1,10,4.5", b'"1,10,4.5', r"ratings\.csv, row 1 \(line 2\).*double quotes"),
+    (
+        "movielens-32m",
+        "ratings.csv",
+        b"userId,movie",
+        b"movieId,movie",
+        r"header: the column 'movieId' stands there twice",
+    ),
+    ("yelp", REVIEWS, b'"stars": 5', b'"stars": "x"', r"row 2: the rating in column 'stars' is 'x'"),
+    ("yelp", REVIEWS, b'"stars": 5', b'"stars": [5]', r"row 2: column 'stars' holds no text or number"),
+    ("yelp", REVIEWS, b'"stars": 5', b'"stars": 5,,', r"_review\.json, row 2 is not JSON"),
+    ("yelp", REVIEWS, b'"stars": 5', b'"stars": null', r"row 2: the rating in column 'stars' is None"),
+    ("yelp", REVIEWS, b"2019-01-01 00", b"2019-13-01 00", r"row 2: the time in column 'date' is '2019-13"),
+    ("yelp", REVIEWS, b'"great"', b'"\\ud83d"', r"row 2: column 'text' holds half of a surrogate"),
+    ("yelp", REVIEWS, b'"great"', b'"a\\u0000"', r"row 2: column 'text' holds a NUL"),
+    ("yelp", REVIEWS, b'"user_id"', b'"who"', r"has no column 'user_id'.*columns are: review_id, who"),
+    ("yelp", REVIEWS, b"great", b"gr\xe9at", r"line 2: byte 0xe9 is not UTF-8"),
+    ("yelp", REVIEWS, b'{"review_id": "r2"', b'[{"review_id": "r2"', r"row 2 is not JSON"),
+    ("yelp", REVIEWS, b'"r1", "user_id"', b'"r1", "x": "y"}\n{"user_id"', r"no column 'user_id'.*: review_id, x"),
+    ("yelp", BUSINESSES, b'"name": "Zed"', b'"name": "Zed', r"_business\.json, row 2 is not JSON"),
+    ("steam", "steam_reviews.json", b"'328100'", b"open('x')", r"row 2 is neither JSON nor a Python literal"),
+    (
+        "steam",
+        "steam_games.json",
+        b"{'id': '328100'",
+        b"{'id': '328100",
+        r"steam_games\.json, row 2 is neither JSON nor",
+    ),
+    ("steam", "steam_games.json", b"'id': '328100'", b"'id': ''", r"steam_games\.json, row 2: column 'id' is empty"),
+    ("lastfm-2k", "user_artists.dat", b"2\t52\t11690", b"2\t52", r"user_artists\.dat, row 2 \(line 3\) has 2 fields"),
+    ("lastfm-1k", LISTENS, b"\tNo Id\t", b"\t\t", r"row 2: column 'artid' and 'artname' is empty"),
+]
+
+
+@pytest.mark.parametrize(("source", "name", "old", "new", "message"), BROKEN)
+def test_broken_files(tmp_path: Path, source: str, name: str, old: bytes, new: bytes, message: str) -> None:
+    assert old in SETS[source][name]
+    path = folder(tmp_path, {**SETS[source], name: SETS[source][name].replace(old, new, 1)})
+    with pytest.raises(DataError, match=message) as caught:
+        read(source, path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_nothing_in_a_file_is_ever_run(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    evil = f"{{'username': __import__('pathlib').Path({str(mark)!r}).touch(), 'product_id': '1'}}\n".encode()
+    with pytest.raises(DataError, match="neither JSON nor a Python literal"):
+        read("steam", folder(tmp_path, {**STEAM, "steam_reviews.json": evil}))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "zip", "empty", "header"])
+def test_damaged_files(tmp_path: Path, damage: str) -> None:
+    path = folder(tmp_path / "x", ML_CSV, packed=True)
+    main = path / "ratings.csv.gz"
+    if damage == "cut":
+        main.write_bytes(main.read_bytes()[:-12])
+    elif damage == "garbage":
+        main.write_bytes(b"<html>no such page</html>")
+    elif damage == "empty":
+        main.write_bytes(gzip.compress(b""))
+    elif damage == "header":
+        main.write_bytes(gzip.compress(b"userId,movieId,rating,timestamp\n"))
+    else:
+        path = tmp_path / "x.zip"
+        path.write_bytes(b"PK no zip at all")
+    messages = {"empty": "holds no rows", "header": "holds no rows", "zip": "not a readable folder or zip"}
+    with pytest.raises(
+        DataError, match=messages.get(damage, r"ratings\.csv\.gz cannot be read to its end.*fetch it again")
+    ):
+        read("movielens-25m", path)
+
+
+def test_an_endless_line_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "BLOCK", 64)
+    monkeypatch.setattr(pieces, "LONGEST", 200)
+    path = folder(tmp_path, {**YELP, "yelp_academic_dataset_review.json": b'{"user_id": "' + b"x" * 1000})
+    with pytest.raises(DataError, match="has a line of more than 200 bytes"):
+        read("yelp", path)
+
+
+# --------------------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("source", SETS)
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_the_size_of_blocks_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, size: int
+) -> None:
+    data = read(source, folder(tmp_path, SETS[source]))
+    monkeypatch.setattr(pieces, "BLOCK", size)
+    monkeypatch.setattr(streams, "BLOCK", size)
+    again = read(source, tmp_path)
+    assert again.interactions.equals(data.interactions) and again.items == data.items and again.users == data.users
+
+
+cells = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\ufeff"), max_size=6)
+
+
+def as_json(row: dict[str, str]) -> str:
+    return json.dumps(row)
+
+
+def as_csv(row: dict[str, str]) -> str:
+    return ",".join('"' + value.replace('"', '""') + '"' for value in (row["a"], row["b"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.fixed_dictionaries({"a": cells, "b": cells}), min_size=1, max_size=8),
+    st.sampled_from(["json", "dicts", "python", "csv"]),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, str]], kind: str, size: int, gaps: bool
+) -> None:
+    write: Callable[[dict[str, str]], str] = {"csv": as_csv, "python": ascii}.get(kind, as_json)  # type: ignore[assignment]
+    head = "a,b\n" if kind == "csv" else ""
+    path = tmp_path_factory.mktemp("blocks") / "x"
+    path.write_bytes((head + ("\n\n" if gaps else "\n").join(write(row) for row in values)).encode())
+    form = Form(kind={"csv": "delimited", "python": "dicts"}.get(kind, kind), quoted=True)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "BLOCK", size)
+        blocks = list(streams.blocks(Member("x", path), form, {"b": "text", "a": "text"}))
+    found = [row for block in blocks for row in block.frame.iter_rows(named=True)]
+    assert found == values
+    if kind != "csv":
+        step = 2 if gaps else 1
+        assert [line for block in blocks for line in block.lines] == list(range(1, step * len(values) + 1, step))
+        assert blocks[-1].where(blocks[-1].frame.height - 1).startswith(f"x, row {len(values)}")
+
+
+def test_rows_are_named_across_blocks_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "BLOCK", 40)
+    body = b"\n".join(b"1::%d::3::978300760" % number for number in range(10)) + b"\n\n1::77::x::978300760\n"
+    with pytest.raises(DataError, match=r"ratings\.dat, row 11 \(line 12\): the rating in column 'rating' is 'x'"):
+        read("movielens-1m", folder(tmp_path, {**ML_1M, "ratings.dat": body}))
+    again = body.replace(b"77::x", b"5::3")
+    movies = b"".join(b"%d::Film %d (2000)::Drama\n" % (number, number) for number in range(10))
+    path = folder(tmp_path, {**ML_1M, "ratings.dat": again, "movies.dat": movies})
+    with pytest.raises(DataError, match=r"ratings\.dat, row 11 \(line 12\) repeats user '1' with item '5' of row 6"):
+        read("movielens-1m", path)
+
+
+# --------------------------------------------------------------------------- published counts
+
+
+def test_a_difference_from_what_is_published_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = read("movielens-1m", folder(tmp_path, ML_1M))
+    told = data.provenance["published"]
+    assert told.startswith("published: 6,040 users / 3,706 items / 1,000,209 interactions (the set's README); here: ")
+    assert "here: 2 users / 3 items / 4 interactions; expected when the file was filtered" in told
+    assert told in caplog.text
+
+
+def test_agreement_is_said_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    same = {("movielens-1m", "ratings.dat"): Counts(2, 3, 4, "a page")}
+    monkeypatch.setattr(published, "PUBLISHED", same)
+    data = read("movielens-1m", folder(tmp_path, ML_1M), filter={"min_rating": 2})
+    assert data.provenance["published"] == "as published: 2 users / 3 items / 4 interactions (a page)"
+    assert data.interactions.height == 3 and not caplog.records  # counts are taken before the filter
+
+
+def test_repeats_count_as_published_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "PUBLISHED", {("movielens-1m", "ratings.dat"): Counts(2, 3, 5, "a page")})
+    twice = {**ML_1M, "ratings.dat": ML_1M["ratings.dat"] + b"1::10::2::978400000\n"}
+    data = read("movielens-1m", folder(tmp_path, twice), duplicates="keep_last")
+    assert data.provenance["published"].startswith("as published") and data.interactions.height == 4
+
+
+@pytest.mark.parametrize(
+    ("known", "here", "same"),
+    [
+        (Counts(10, 20, 30, ""), Counts(10, 20, 30, ""), True),
+        (Counts(10, 20, 30, ""), Counts(10, 20, 31, ""), False),
+        (Counts(None, None, 30, ""), Counts(1, 2, 30, ""), True),
+        (Counts(94_800, 25_600, 814_600, "", rounded=True), Counts(94_762, 25_612, 814_586, ""), True),
+        (Counts(94_800, 25_600, 814_600, "", rounded=True), Counts(94_762, 25_612, 814_686, ""), False),
+        (Counts(253, 356, 2_500, "", rounded=True), Counts(253, 356, 2_535, ""), True),
+        (Counts(253, 356, 2_500, "", rounded=True), Counts(254, 356, 2_500, ""), False),
+        (Counts(2_500_000, 1, 1, "", rounded=True), Counts(2_540_000, 1, 1, ""), True),
+    ],
+)
+def test_agreement(known: Counts, here: Counts, same: bool) -> None:
+    assert known.agrees(here) is same
+
+
+def test_published_counts_belong_to_files_that_a_source_reads() -> None:
+    assert comparison("table", "x.csv", Counts(1, 1, 1, "")) is None
+    for source, file in PUBLISHED:
+        patterns = [pattern for layout in KNOWN[source].layouts for pattern in layout.events.files]
+        assert any(captured(pattern, file) is not None for pattern in patterns), (source, file)
+        assert plain_name(file) == file
+
+
+def test_every_map_is_a_source_and_reads_columns_that_its_files_have() -> None:
+    for name, known in KNOWN.items():
+        assert name in SOURCES and known.page.startswith("http") and known.licence and known.fetch
+        for layout in known.layouts:
+            events = layout.events
+            named = [events.user, *events.item, events.rating, events.time, *events.texts, events.title]
+            if events.form.columns:
+                assert {column for column in named if column} <= set(events.form.columns), name
+            if layout.items is not None and layout.items.form.columns:
+                columns = {layout.items.item, *layout.items.titles, *(each.column for each in layout.items.attributes)}
+                assert columns <= set(layout.items.form.columns), name
