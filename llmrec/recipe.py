@@ -267,8 +267,9 @@ class SuiteRow(Section):
 
 
 class Suite(Section):
-    """A protocol with its data and rows: full ranking of the whole catalogue."""
+    """A protocol with its data and rows: full ranking of the whole catalogue, or the rating of held-out items."""
 
+    task: Literal["ranking", "rating"] = "ranking"
     suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     data: DataSection

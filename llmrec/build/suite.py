@@ -1,0 +1,363 @@
+"""Runs a suite: one protocol, one data set, many predictors; each row tuned on validation, kept, and written down."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from llmrec import __version__
+from llmrec.baselines.tuning import Tuned, tune
+from llmrec.build.facts import machine, versions
+from llmrec.build.results import describe
+from llmrec.build.stages import key_of, locked, read_stage
+from llmrec.data.sources import load
+from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.durable import write_json, write_text
+from llmrec.errors import RecipeError
+from llmrec.evaluate import LOWER_IS_BETTER, Protocol, evaluate
+from llmrec.full_ranking import evaluate_catalogue
+from llmrec.list_metrics import Background
+from llmrec.metrics.significance import detectable, detectable_line, over_seeds, signflip
+from llmrec.metrics.stats import StatisticName, holm, verdict
+from llmrec.recipe import DataSection, Suite, SuiteRow
+from llmrec.recipe_file import recipe_hash
+from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
+from llmrec.report.leaderboard import leaderboard, load_reference, read_results
+from llmrec.resources import resource
+from llmrec.types import Case, Request
+
+log = logging.getLogger(__name__)
+
+RATED = "rating"
+_MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished suite: its results, the file that holds them, and the leaderboard, if there is one to write."""
+
+    results: dict[str, Any]
+    file: Path
+    leaderboard: Path | None
+
+
+def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], None] = log.info) -> Ran:
+    """Run every row that is not there yet, then write the suite's results and the leaderboard.
+
+    Args:
+        suite: From `llmrec.recipe_file.load_suite`.
+        out: Where finished rows are kept, so that a killed suite goes on.
+        results: Folder for ``<suite>.json``; ``LEADERBOARD.md`` is written beside it.
+        say: Told of each row as it is done.
+
+    Raises:
+        RecipeError: If a row names no ranking baseline, or a reference page is missing.
+        DataError: If the data cannot be used.
+    """
+    for row in suite.rows:
+        able = FAMILY_BASELINES["rating" if suite.task == "rating" else "sequential"]
+        if row.baseline not in able:
+            raise RecipeError(
+                f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}; choose from "
+                f"{', '.join(able)}"
+            )
+    pages = {name: _reference(name) for name in suite.references}
+    with locked(out):
+        begin = time.monotonic()
+        splits = {seed: _split(suite.data, seed) for seed in suite.split_seeds}
+        rows = []
+        for place, row in enumerate(suite.rows):
+            found = _row(suite, row, place, splits, out)
+            rows.append(found)
+            say(_line(suite, found))
+        written = _results(suite, rows, splits[suite.split_seeds[0]], time.monotonic() - begin)
+        file = results / f"{suite.suite}.json"
+        write_json(file, written)
+    page = None
+    if results.name == "results":
+        page = results.parent / "LEADERBOARD.md"
+        write_text(page, leaderboard(read_results(results), pages | _all_references()))
+    return Ran(written, file, page)
+
+
+def _reference(name: str) -> Any:
+    folder = resource("eval", "references")
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(page.stem for page in folder.glob("*.yaml")))
+        raise RecipeError(f"references: there is no page {name!r} under eval/references; known: {known}")
+    return load_reference(path)
+
+
+def _all_references() -> dict[str, Any]:
+    return {page.stem: load_reference(page) for page in sorted(resource("eval", "references").glob("*.yaml"))}
+
+
+def _split(section: DataSection, seed: int) -> SplitDataset:
+    path = section.path
+    if path is not None and not Path(path).exists() and (folder := os.environ.get("LLMREC_DATA")):
+        section = section.model_copy(update={"path": str(Path(folder) / path)})
+    return split(load(section, seed=seed), section.split, seed=seed)
+
+
+# --------------------------------------------------------------------------- one row
+
+
+def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], out: Path) -> dict[str, Any]:
+    """Return a stored row with the same key, or make it and store it."""
+    path = out / "rows" / f"{place:02d}-{row.baseline}.json"
+    key = key_of(
+        llmrec=__version__,
+        packages={name: version for name, version in versions().items() if name in _MATTERS},
+        row=row.model_dump(),
+        data={seed: data.fingerprint for seed, data in splits.items()},
+        protocol=suite.model_dump(exclude={"suite", "description", "data", "rows", "references"}),
+    )
+    stored = read_stage(path, key)
+    if stored is None:
+        stored = {"key": key, **_make(suite, row, splits)}
+        write_json(path, stored)
+    else:
+        log.info("suite: reusing %s", path)
+    return stored
+
+
+def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset]) -> dict[str, Any]:
+    first = suite.split_seeds[0]
+    kind = lookup(BASELINES, row.baseline, "baseline")
+    seconds: dict[str, float] = {}
+    with _peak() as memory:
+        begin = time.monotonic()
+        tuned = _tuned(row, splits[first], suite.seeds[0])
+        seconds["tune"] = time.monotonic() - begin
+        seeds = suite.seeds if kind.stochastic else suite.seeds[:1]
+        runs = [_measure(suite, row, tuned.parameters, splits[first], seed, seconds) for seed in seeds]
+        others = [
+            _measure(suite, row, tuned.parameters, splits[seed], suite.seeds[0], seconds)
+            for seed in suite.split_seeds[1:]
+        ]
+    tables = {
+        seen: _table([run[seen] for run in runs], [run[seen] for run in (runs[0], *others)])
+        for seen in tables_of(suite)
+    }
+    return {
+        "name": row.baseline,
+        "baseline": row.baseline,
+        "parameters": dict(tuned.parameters),
+        "trials": [{"parameters": dict(trial.parameters), "value": trial.value} for trial in tuned.trials],
+        "chosen_by": tuned.metric,
+        "seeds": list(seeds),
+        "tables": {seen: {k: v for k, v in table.items() if k != "values"} for seen, table in tables.items()},
+        "values": {seen: table["values"] for seen, table in tables.items()},
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "memory_gb": round(memory[0] / 2**30, 2),
+    }
+
+
+def _tuned(row: SuiteRow, data: SplitDataset, seed: int) -> Tuned:
+    """Choose among the declared grid, with the row's own parameters fixed."""
+    declared = lookup(BASELINES, row.baseline, "baseline").GRID if row.tune else {}
+    grid = {name: values for name, values in declared.items() if name not in row.parameters}
+    fixed = {name: (value,) for name, value in row.parameters.items()}
+    if all(len(values) == 1 for values in grid.values()):
+        only = {name: values[0] for name, values in (grid | fixed).items()}
+        return Tuned(parameters=only, trials=(), metric="nothing to choose")
+    return tune(row.baseline, data, seed=seed, grid=grid | fixed)
+
+
+def _measure(
+    suite: Suite,
+    row: SuiteRow,
+    parameters: Mapping[str, Any],
+    data: SplitDataset,
+    seed: int,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    predictor = lookup(BASELINES, row.baseline, "baseline")(**parameters, seed=seed)
+    begin = time.monotonic()
+    predictor.fit(data)
+    seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin
+    protocol = Protocol(
+        split=f"{data.kind}/{suite.split}",
+        candidates="full",
+        cutoffs=suite.cutoffs,
+        resamples=suite.bootstrap,
+        seed=0,
+        catalogue=len(data.dataset.items),
+    )
+    begin = time.monotonic()
+    cases, found = _cases(suite, data), {}
+    if suite.task == "rating":
+        found[RATED] = evaluate(predictor, cases, family="rating", protocol=protocol)
+    else:
+        background = Background.of(data)
+        found |= evaluate_catalogue(predictor, cases, protocol, seen=suite.seen, background=background)
+    seconds["answer"] = seconds.get("answer", 0.0) + time.monotonic() - begin
+    return found
+
+
+def _cases(suite: Suite, data: SplitDataset) -> list[Case]:
+    rating, cases = suite.task == "rating", []
+    for held in data.holdouts(suite.split)[: suite.users]:
+        if rating and held.rating is None:
+            continue  # it has no truth
+        request = Request(
+            id=request_id(held.user_id, held.item_id),
+            user_id=held.user_id,
+            history=data.history(held.user_id, suite.split),
+            item=held.item_id if rating else None,
+        )
+        cases.append(Case(request=request, truth=held.rating if rating and held.rating is not None else held.item_id))
+    return cases
+
+
+def _table(runs: Sequence[Any], splits: Sequence[Any]) -> dict[str, Any]:
+    """Average a convention's figures over seeds; over tie rules of the split give the range."""
+    metrics: dict[str, Any] = {}
+    values: dict[str, list[float]] = {}
+    for name, figure in runs[0].figures["metrics"].items():
+        metrics[name] = dict(figure)
+        if len(runs) > 1:
+            each = [run.figures["metrics"][name]["value"] for run in runs]
+            # An interval covers the choice of users; averaged over seeds, with the seeds' own spread beside it.
+            for end in ("value", "low", "high"):
+                ends = [run.figures["metrics"][name][end] for run in runs]
+                metrics[name][end] = None if None in ends else float(np.mean(ends))
+            metrics[name]["sd"] = float(np.std(each, ddof=1))
+        if len(splits) > 1:
+            spread = [run.figures["metrics"][name]["value"] for run in splits]
+            metrics[name]["range"] = [min(spread), max(spread)]
+        if name in runs[0].values:
+            values[name] = [float(v) for v in over_seeds([run.values[name] for run in runs]).values]
+    return {
+        "metrics": metrics,
+        "tie_rate": float(np.mean([run.figures["tie_rate"] for run in runs])),
+        "n": runs[0].figures["n"],
+        "values": values,
+    }
+
+
+@contextmanager
+def _peak() -> Iterator[list[float]]:
+    """Watch this process's memory; the list's one entry is the highest resident size in bytes seen."""
+    process, found, over = psutil.Process(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            found[0] = max(found[0], float(process.memory_info().rss))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
+
+
+# --------------------------------------------------------------------------- all rows
+
+
+def _results(suite: Suite, rows: Sequence[Mapping[str, Any]], data: SplitDataset, seconds: float) -> dict[str, Any]:
+    spent = sum(sum(row["seconds"].values()) for row in rows)
+    compared = {seen: _compared(suite, rows, data, seen) for seen in tables_of(suite)}
+    return {
+        "kind": "suite",
+        "suite": suite.suite,
+        "description": suite.description,
+        "llmrec": __version__,
+        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["llmrec", *sys.argv[1:]]),
+        "suite_hash": recipe_hash(suite),
+        "versions": versions(),
+        "machine": machine(),
+        "data": describe(data),
+        "protocol": {
+            "split": f"{data.kind}/{suite.split}",
+            "task": suite.task,
+            "candidates": "full" if suite.task == "ranking" else None,
+            "seen": list(tables_of(suite)),
+            "metrics": metrics_of(suite),
+            "seeds": list(suite.seeds),
+            "split_seeds": list(suite.split_seeds),
+            "users": rows[0]["tables"][tables_of(suite)[0]]["n"],
+        },
+        "rows": [{k: v for k, v in row.items() if k not in ("key", "values")} for row in rows],
+        "comparisons": [line for lines, _ in compared.values() for line in lines],
+        "detectable": {seen: line for seen, (_, line) in compared.items()},
+        "references": list(suite.references),
+        "seconds": max(seconds, spent),
+    }
+
+
+def _compared(
+    suite: Suite, rows: Sequence[Mapping[str, Any]], data: SplitDataset, seen: str
+) -> tuple[list[dict[str, Any]], str]:
+    """Pair the best row with every other, p-values Holm-adjusted; say what the comparisons could have shown."""
+    metric = headline_of(suite)
+    users = [case.request.user_id for case in _cases(suite, data)]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    best = max(rows, key=lambda row: sign * row["tables"][seen]["metrics"][metric]["value"])
+    how: StatisticName = "root_mean" if metric == "RMSE" else "mean"
+    others = [row for row in rows if row is not best]
+    if not others:
+        return [], ""
+    own = best["values"][seen][metric]
+    found = [
+        signflip(own, row["values"][seen][metric], resamples=suite.bootstrap, seed=0, users=users, statistic=how)
+        for row in others
+    ]
+    small = [
+        detectable(own, row["values"][seen][metric], comparisons=len(others), users=users, statistic=how)
+        for row in others
+    ]
+    lines = [
+        {
+            "seen": seen,
+            "metric": metric,
+            "a": best["name"],
+            "b": row["name"],
+            "value": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p": p,
+            "verdict": verdict(difference, "higher" if sign > 0 else "lower", p=p),
+        }
+        for row, difference, p in zip(others, found, holm([d.p for d in found]), strict=True)
+    ]
+    return lines, detectable_line(metric, small, users=len(set(users)), comparisons=len(others))
+
+
+def _line(suite: Suite, row: Mapping[str, Any]) -> str:
+    metrics = row["tables"][tables_of(suite)[0]]["metrics"]
+    shown = "  ".join(f"{name} {metrics[name]['value']:.4f}" for name in metrics_of(suite))
+    return f"{row['name']:<20} {shown}  {sum(row['seconds'].values()):.0f} s"
+
+
+def tables_of(suite: Suite) -> tuple[str, ...]:
+    """Return the names of a suite's tables: the conventions about the history, or the one of ratings."""
+    return suite.seen if suite.task == "ranking" else (RATED,)
+
+
+def metrics_of(suite: Suite) -> list[str]:
+    """Return the metrics of a suite's tables, the one that it is sorted by last."""
+    if suite.task == "rating":
+        return ["MAE", "RMSE"]
+    return [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
+
+
+def headline_of(suite: Suite) -> str:
+    """Return the metric that rows are compared by."""
+    return "RMSE" if suite.task == "rating" else f"NDCG@{max(suite.cutoffs)}"
