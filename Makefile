@@ -12,14 +12,15 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test lint docs bench record
+.PHONY: help setup quickstart test lint docs bench bench-rank record
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
 	@echo "make test         run the tests"
-	@echo "make lint         ruff, mypy and import-linter"
+	@echo "make lint         ruff, mypy, import-linter; hadolint and a schema for docker/"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
+	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make docs         write the command-line reference, docs/cli.md"
 	@echo "make setup        only make .venv"
@@ -39,12 +40,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@test ! -x $(BIN)/hadolint || (set -x; $(BIN)/hadolint docker/Dockerfile.*)
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
 docs: setup
 	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks.scoring eval/results/scoring.json
+
+bench-rank: setup
+	$(BIN)/python -m tests.benchmarks.rank_requests eval/results/rank.json $(ARGS)
 
 record: setup
 	$(BIN)/python -m tests.benchmarks.record runs/quickstart eval/results/quickstart.json README.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -15,6 +16,9 @@ from llmrec.errors import LlmrecError
 
 if TYPE_CHECKING:
     from llmrec.recipe import Recipe
+
+# What a user can mend: no space, no permission, a file system that is full or read-only.
+_MENDABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE})
 
 app = typer.Typer(
     name="llmrec",
@@ -112,10 +116,26 @@ def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quie
 
 
 @app.command("eval")
-def evaluate(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet: Quiet = False) -> None:
-    """Evaluate with the adapter that `train` left, and write the report; never trains."""
+def evaluate(
+    recipe: Annotated[str, typer.Argument(metavar="PAGE", help="A recipe, or a suite such as eval/suites/NAME.yaml.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    results: Annotated[
+        Path, typer.Option("--results", help="Of a suite: folder for its results; LEADERBOARD.md goes beside it.")
+    ] = Path("eval/results"),
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a recipe with the adapter that `train` left, never training; or run a suite of classic recommenders."""
     from llmrec.build import pipeline
+    from llmrec.recipe_file import is_suite, load_suite
 
+    if is_suite(recipe):
+        from llmrec.build.suite import run_suite
+
+        suite = load_suite(recipe, overrides or ())
+        ran = run_suite(suite, out=out or Path("runs") / "suites" / suite.suite, results=results, say=_say)
+        _say(f"results: {ran.file}" + (f"\nleaderboard: {ran.leaderboard}" if ran.leaderboard else ""))
+        return
     _finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet, may_train=False))
 
 
@@ -130,16 +150,174 @@ def report(
 
 
 @app.command()
-def doctor() -> None:
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder, such as runs/quickstart.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")],
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16", help="Of the weights; auto: the one that the run was evaluated in."
+        ),
+    ] = "auto",
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write the adapter, not a whole model.")] = False,
+    with_items: Annotated[
+        bool, typer.Option("--with-items", help="Put the catalogue in; it may have an owner.")
+    ] = False,
+    check_users: Annotated[
+        int, typer.Option("--check-users", min=0, help="Validation cases a task on which the export is checked.")
+    ] = 50,
+    licence: Annotated[str | None, typer.Option("--licence", help="Of the tuned weights and the card.")] = None,
+    base_licence: Annotated[
+        str | None, typer.Option("--base-licence", help="Of the base model, where it does not say itself.")
+    ] = None,
+    push: Annotated[str | None, typer.Option("--push", metavar="USER/NAME", help="Upload to the model hub.")] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Whether what is uploaded is private.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a tuned model as a folder of its own, for llmrec, transformers and vLLM, with a model card."""
+    from llmrec.build import export as exports
+
+    options = exports.Options(
+        out=out,
+        dtype=dtype,
+        adapter_only=adapter_only,
+        with_items=with_items,
+        users=check_users,
+        licence=licence,
+        base_licence=base_licence,
+        push=push,
+        private=private,
+        force=force,
+    )
+    for title, rows in exports.summary(exports.export(run, options, say=_say)):
+        _table(title, rows)
+
+
+@app.command()
+def rank(
+    model: Annotated[
+        str, typer.Option("--model", help="A run folder, an exported folder, a model folder or hub name.")
+    ],
+    requests: Annotated[
+        Path, typer.Option("--in", help="Requests: .jsonl, .csv, .tsv (each also .gz) or .parquet; see docs/rank.md.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Rankings, in any of these formats.")],
+    items: Annotated[
+        Path | None, typer.Option("--items", help="Table of items: item_id, title. Default: the run's own data.")
+    ] = None,
+    task: Annotated[str, typer.Option(metavar="auto|sequential|direct", help="Which family asks.")] = "auto",
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Default: the one that the model was evaluated with.")
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(metavar="auto|likelihood|label|list", help="How candidates are ordered.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(metavar="auto|vllm|hf", help="Engine; auto: the faster one here.")] = "auto",
+    top: Annotated[int | None, typer.Option(min=1, help="Keep the first so many; default: all.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Requests handed to the engine at a time.")] = 64,
+    noun: Annotated[str | None, typer.Option(metavar="PLURAL", help="What prompts call the items.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=16, help="Longest prompt with answer in tokens; default: as tuned.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the weights.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Rank the first so many requests only.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what an earlier, killed run left.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rank candidate sets: a file of requests in, a file of ranked lists with scores out.
+
+    A killed run goes on where it was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
+    """
+    from llmrec.build import rank_files, rank_progress
+
+    options = rank_files.RankOptions(
+        model=model,
+        requests=requests,
+        out=out,
+        items=items,
+        task=task,
+        template=template,
+        strategy=strategy,
+        backend=backend,
+        top=top,
+        batch=batch,
+        noun=noun,
+        max_length=max_length,
+        dtype=dtype,
+        limit=limit,
+        restart=restart,
+        quiet=quiet,
+    )
+    summary = rank_files.rank_file(options)
+    _table("ranking", rank_progress.console_rows(summary))
+    if summary["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="A CSV, TSV, JSON Lines or Parquet file.")],
+    items: Annotated[str | None, typer.Option("--items", help="A second table, with one row an item.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe; <name>.yaml by default.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The recipe's name; the table's by default.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="Column of users.")] = None,
+    item: Annotated[str | None, typer.Option("--item", help="Column of items.")] = None,
+    rating: Annotated[str | None, typer.Option("--rating", help="Column of ratings; none: leave them out.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="Column of times; none: the order of the rows.")] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Column of item titles; none: ids stand in.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Column of texts by users; none: leave them out.")] = None,
+    fields: Annotated[str | None, typer.Option("--fields", help="Further item columns, A,B; none: no such.")] = None,
+    dates: Annotated[
+        str | None, typer.Option("--dates", help="Order in dates such as 03/04/2024: day-first or month-first.")
+    ] = None,
+    mend: Annotated[
+        Path | None, typer.Option("--mend", help="Write a copy of the table with its faults mended, and use that.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing recipe or copy.")] = False,
+) -> None:
+    """Look at a table and write a recipe for it, saying which column was taken for what, and why."""
+    from llmrec.build import init as starting
+    from llmrec.data.roles import asked
+
+    said = asked(user=user, item=item, rating=rating, time=time, title=title, text=text, fields=fields, dates=dates)
+    _say(starting.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force).told)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+) -> None:
     """Check versions, hardware, model and data, one line each with the mend; exit code 1 if something is wrong."""
     from llmrec.build.doctor import examine
 
-    wrong = 0
-    for finding in examine():
-        wrong += bool(finding.mend)
-        mend = f". Mend: {finding.mend}" if finding.mend else ""
-        _say(f"{'✗' if finding.mend else '✓'} {finding.name}: {finding.found}{mend}")
-    if wrong:
+    found = list(examine())
+    if as_json:
+        rows = [{"name": f.name, "level": f.level, "found": f.found, "mend": f.mend, "note": f.note} for f in found]
+        _say(json.dumps({"llmrec": __version__, "findings": rows}, indent=1, ensure_ascii=False))
+    for finding in () if as_json else found:
+        advice = f". Mend: {finding.mend}" if finding.mend else f". Note: {finding.note}" if finding.note else ""
+        _say(f"{'✗' if finding.mend else '✓'} {finding.name}: {finding.found}{advice}")
+    if any(finding.mend for finding in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")],
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also ask the untuned model for the catalogue; loads it.")
+    ] = False,
+) -> None:
+    """Look for held-out data where it must not be, and for what else may explain a figure; exit code 1 on a leak."""
+    from llmrec.build import audit as audits
+
+    marks = {"clean": "✓", "notice": "·", "leak": "✗"}
+    checks = audits.audit(folder, memory=memory)
+    for check in checks:
+        _say(f"{marks[check.verdict]} {check.name}: {check.found}")
+        for example in check.examples:
+            _say(f"    {example}")
+    if any(check.verdict == "leak" for check in checks):
         raise typer.Exit(1)
 
 
@@ -166,6 +344,14 @@ def main() -> None:
         app()
     except LlmrecError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(
+            f"error: {error.strerror}{where}; mend this and run the same command again: it goes on where it stopped\n"
+        )
         sys.exit(2)
 
 

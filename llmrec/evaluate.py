@@ -1,7 +1,7 @@
 """Runs one predictor over the cases of one task: answers -> per-request values -> figures with intervals.
 
-Nothing is dropped: an answer that cannot be read stays in the denominator as a miss, a fallback rating or an
-empty text, and is counted in the parse rate.
+Nothing is dropped: an answer that cannot be read stays in the denominator as a miss, a fallback rating or
+probability, or an empty text, and is counted in the parse rate.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from numpy.typing import NDArray
 
 from llmrec import __version__
 from llmrec.errors import LlmrecError
+from llmrec.metrics import probability
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.metrics import rating as rating_metrics
 from llmrec.metrics import text as text_metrics
 from llmrec.metrics.signature import signature
-from llmrec.metrics.stats import Difference, StatisticName, interval, interval_of, paired
-from llmrec.types import Answer, Case, Family, Predictor, Ranking, Rating, Request, Text, Unparsed
+from llmrec.metrics.significance import signflip
+from llmrec.metrics.stats import Difference, StatisticName, interval, interval_of, paired_of
+from llmrec.types import Answer, Case, Family, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
 
 HEADLINE: Mapping[str, str] = {
     "rating": "RMSE",
     "sequential": "NDCG@10",
     "direct": "NDCG@10",
     "explanation": "ROUGE-L",
+    "ctr": "AUC",
 }
-LOWER_IS_BETTER = frozenset({"RMSE", "MAE"})
+LOWER_IS_BETTER = frozenset({"RMSE", "MAE", "LogLoss", "ECE"})
+UNKNOWN = 0.5
+"""What a yes/no answer that cannot be read counts as, where there is no better fallback."""
 _SHOWN_FAILURES = 5
 
 
@@ -45,6 +50,7 @@ class Protocol:
         resamples: Bootstrap samples over users.
         seed: Seeds the bootstrap.
         catalogue: Number of items, the pool where a request has no candidates.
+        users: Which or how many users were evaluated, for the signatures; None leaves it unsaid.
     """
 
     split: str
@@ -53,10 +59,27 @@ class Protocol:
     resamples: int
     seed: int
     catalogue: int
+    users: str | None = None
 
-    def sign(self, metric: str) -> str:
-        """Return a metric's signature."""
-        return signature(metric, candidates=self.candidates, seen="excluded", split=self.split, version=__version__)
+    def sign(self, metric: str, *, seen: str = "excluded", slice: str | None = None, how: str | None = None) -> str:
+        """Return a metric's signature.
+
+        Args:
+            metric: Its name.
+            seen: ``excluded`` or ``included``, see `signature`.
+            slice: Which cases the figure is over; None for all.
+            how: What else sets the figure apart.
+        """
+        return signature(
+            metric,
+            candidates=self.candidates,
+            seen=seen,
+            users=self.users,
+            slice=slice,
+            how=how,
+            split=self.split,
+            version=__version__,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +88,7 @@ class Evaluated:
 
     Attributes:
         figures: Metrics with intervals and signatures, rates, cost: the row as results.json holds it.
-        values: Per-request values behind each mean, shape (n,), for paired comparisons.
+        values: Per-request values behind each mean, shape (n,), for paired comparisons; see `compare` for AUC.
         records: One mapping a request, as predictions.parquet holds it.
     """
 
@@ -89,7 +112,8 @@ def evaluate(
         cases: Requests with their truth; the predictor sees the requests only.
         family: Which metrics apply.
         protocol: See `Protocol`.
-        fallback: For ratings, what stands in for an answer that cannot be read, such as the user's mean.
+        fallback: For ratings and yes/no answers, what stands in for one that cannot be read, such as the user's mean;
+            yes/no answers may do without, and then count 0.5.
 
     Raises:
         LlmrecError: If there are no cases, or the predictor leaves a request out.
@@ -102,9 +126,9 @@ def evaluate(
     asked = [case.request.id for case in cases]
     if [answer.request_id for answer in answers] != asked:
         raise LlmrecError(f"predictor {predictor.name!r} did not answer every request in order; this is a defect in it")
-    wanted: type[Answer] = {"rating": Rating, "explanation": Text}.get(family, Ranking)
+    wanted: type[Answer] = {"rating": Rating, "explanation": Text, "ctr": Probability}.get(family, Ranking)
     answers = [answer if isinstance(answer, wanted | Unparsed) else _foreign(answer) for answer in answers]
-    measure = {"rating": _ratings, "explanation": _texts}.get(family, _rankings)
+    measure = {"rating": _ratings, "explanation": _texts, "ctr": _probabilities}.get(family, _rankings)
     metrics, values, extra = measure(cases, answers, protocol, fallback)
     failures = [answer for answer in answers if isinstance(answer, Unparsed)]
     figures = {
@@ -120,6 +144,7 @@ def evaluate(
         "failures": [
             {"request_id": f.request_id, "reason": f.reason, "raw": f.raw or ""} for f in failures[:_SHOWN_FAILURES]
         ],
+        **extra.get("rates", {}),
     }
     ranks = extra.get("ranks", [None] * len(cases))
     records = [_record(case, answer, rank) for case, answer, rank in zip(cases, answers, ranks, strict=True)]
@@ -135,30 +160,80 @@ def compare(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """Pair two rows over the same requests of ``users``; RMSE is compared as a root mean of squared errors."""
-    return paired(a, b, users=users, resamples=resamples, seed=seed, statistic=_statistic(metric))
+    """Pair two rows over the same requests of ``users``, a less b.
+
+    Means are compared by flipping signs over users, see `significance`; RMSE as a root mean of squared errors; GAUC
+    over the users who have both classes. AUC is no mean over users and gets the paired bootstrap.
+
+    Args:
+        metric: Name of the metric.
+        a: Values of the first row as `Evaluated.values` has them. For AUC and GAUC these are the probabilities, with a
+            minus sign (also before 0) where the truth is no.
+        b: Values of the second row.
+        users: Whose request each value is.
+        resamples: Number of resamples.
+        seed: Seeds them.
+
+    Raises:
+        LlmrecError: If rows of AUC or GAUC have different truths, or no user has both classes.
+    """
+    if metric in ("AUC", "GAUC"):
+        return _compare_auc(metric, a, b, users, resamples=resamples, seed=seed)
+    return signflip(a, b, users=users, resamples=resamples, seed=seed, statistic=statistic_of(metric))
+
+
+def _compare_auc(
+    metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
+) -> Difference:
+    truth = ~np.signbit(a)
+    if not np.array_equal(truth, ~np.signbit(b)):
+        raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired")
+    if metric == "AUC":
+        first, second = (probability.auc_statistic(np.abs(each), truth, users) for each in (a, b))
+        return paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
+    left, right = (probability.gauc(np.abs(each), truth, users) for each in (a, b))
+    both = left.weights > 0
+    if not both.any():
+        raise LlmrecError("GAUC: no user has both a yes and a no, so there is nothing to compare")
+    return signflip(left.values[both], right.values[both], resamples=resamples, seed=seed)
 
 
 _Measured = tuple[dict[str, Any], dict[str, NDArray[np.float64]], dict[str, Any]]
 
 
-def _statistic(metric: str) -> StatisticName:
+def statistic_of(metric: str) -> StatisticName:
+    """Return how a metric's figure comes from per-request values."""
     return "root_mean" if metric == "RMSE" else "mean"
+
+
+def mean_figure(
+    metric: str,
+    per_request: NDArray[np.float64],
+    users: Sequence[str],
+    protocol: Protocol,
+    signature: str,
+) -> dict[str, Any]:
+    """Return the mean of per-request values (for RMSE its root) with its interval and signature."""
+    found = interval(
+        per_request,
+        users=users,
+        resamples=protocol.resamples,
+        seed=protocol.seed,
+        statistic=statistic_of(metric),
+        method="bca",
+        widen=True,
+    )
+    return figure(found.value, found.low, found.high, signature)
+
+
+def figure(value: float | None, low: float | None, high: float | None, signature: str) -> dict[str, Any]:
+    """Return one metric as results.json holds it; no number where the figure is not defined."""
+    return {"value": value, "low": low, "high": high, "signature": signature}
 
 
 def _figures(values: Mapping[str, NDArray[np.float64]], cases: Sequence[Case], protocol: Protocol) -> dict[str, Any]:
     users = [case.request.user_id for case in cases]
-    figures = {}
-    for metric, per_request in values.items():
-        found = interval(
-            per_request, users=users, resamples=protocol.resamples, seed=protocol.seed, statistic=_statistic(metric)
-        )
-        figures[metric] = _figure(found.value, found.low, found.high, metric, protocol)
-    return figures
-
-
-def _figure(value: float, low: float | None, high: float | None, metric: str, protocol: Protocol) -> dict[str, Any]:
-    return {"value": value, "low": low, "high": high, "signature": protocol.sign(metric)}
+    return {name: mean_figure(name, each, users, protocol, protocol.sign(name)) for name, each in values.items()}
 
 
 def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protocol, fallback: object) -> _Measured:
@@ -169,14 +244,27 @@ def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protoc
         standings.append(rank_metrics.standing(found, str(case.truth), pool))
     greater = np.array([s.greater for s in standings], dtype=np.int64)
     tied = np.array([s.tied for s in standings], dtype=np.int64)
+    values = ranking_values(greater, tied, protocol.cutoffs)
+    ranks = ranks_of(greater, tied)
+    return _figures(values, cases, protocol), values, {"tie_rate": rank_metrics.tie_rate(tied), "ranks": ranks}
+
+
+def ranking_values(
+    greater: NDArray[np.int64], tied: NDArray[np.int64], cutoffs: Sequence[int]
+) -> dict[str, NDArray[np.float64]]:
+    """Return the per-request values of every ranking metric, shape (n,) each, for one target a request."""
     values: dict[str, NDArray[np.float64]] = {}
-    for k in protocol.cutoffs:
+    for k in cutoffs:
         values[f"HR@{k}"] = rank_metrics.hit_rate(greater, tied, k)
         if k > 1:
             values[f"NDCG@{k}"] = rank_metrics.ndcg(greater, tied, k)
     values["MRR"] = rank_metrics.reciprocal_rank(greater, tied)
-    ranks = [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
-    return _figures(values, cases, protocol), values, {"tie_rate": rank_metrics.tie_rate(tied), "ranks": ranks}
+    return values
+
+
+def ranks_of(greater: NDArray[np.int64], tied: NDArray[np.int64]) -> list[float | None]:
+    """Return the expected rank of each target; None where it was left out."""
+    return [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
 
 
 def _ratings(
@@ -209,10 +297,61 @@ def _texts(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protocol,
     users = [case.request.user_id for case in cases]
     statistic = text_metrics.bleu4_statistic(written, truth, users)
     bleu = interval_of(statistic, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
-    figures["BLEU-4"] = _figure(bleu.value, bleu.low, bleu.high, "BLEU-4", protocol)
+    figures["BLEU-4"] = figure(bleu.value, bleu.low, bleu.high, protocol.sign("BLEU-4"))
     # Resampling repeats texts, which distinct-n punishes by definition: it gets no interval.
-    figures["Distinct-2"] = _figure(text_metrics.distinct_n(written, 2), None, None, "Distinct-2", protocol)
+    for n in (1, 2):
+        name = f"Distinct-{n}"
+        figures[name] = figure(text_metrics.distinct_n(written, n), None, None, protocol.sign(name))
     return figures, values, {}
+
+
+def _probabilities(
+    cases: Sequence[Case],
+    answers: Sequence[Answer],
+    protocol: Protocol,
+    fallback: Callable[[Request], float] | None,
+) -> _Measured:
+    truth = np.array([float(case.truth) for case in cases])
+    said = np.full(len(cases), UNKNOWN)
+    for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
+        if isinstance(answer, Probability):
+            said[i] = answer.value
+        elif fallback is not None:
+            said[i] = fallback(case.request)
+    users = [case.request.user_id for case in cases]
+    signed = np.copysign(said, np.where(truth == 1, 1.0, -1.0))
+    loss = probability.log_loss(said, truth)
+    figures = {"AUC": _auc_figure(said, truth, users, protocol)}
+    figures["GAUC"], left_out = _gauc_figure(said, truth, users, protocol)
+    figures["LogLoss"] = mean_figure("LogLoss", loss, users, protocol, protocol.sign("LogLoss", how="clip-1e-15"))
+    # A resample of few answers a bin is further from its own mean than the answers are: no interval.
+    error = probability.calibration_error(said, truth)
+    figures["ECE"] = figure(error, None, None, protocol.sign("ECE", how=f"mass-{probability.BINS}"))
+    values = {"AUC": signed, "GAUC": signed, "LogLoss": loss}
+    return figures, values, {"rates": {"users_left_out": left_out}}
+
+
+def _auc_figure(
+    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol
+) -> dict[str, Any]:
+    sign = protocol.sign("AUC")
+    if truth.min() == truth.max():
+        return figure(None, None, None, sign)
+    statistic = probability.auc_statistic(said, truth, users)
+    found = interval_of(statistic, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
+    return figure(found.value, found.low, found.high, sign)
+
+
+def _gauc_figure(
+    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol
+) -> tuple[dict[str, Any], int]:
+    """Return the figure over users who have both classes, and how many have not."""
+    within = probability.gauc(said, truth, users)
+    both, sign = within.weights > 0, protocol.sign("GAUC", how="users-alike")
+    if not both.any():
+        return figure(None, None, None, sign), within.left_out
+    names = [name for name, kept in zip(within.users, both, strict=True) if kept]
+    return mean_figure("GAUC", within.values[both], names, protocol, sign), within.left_out
 
 
 def _foreign(answer: Answer) -> Unparsed:
@@ -230,7 +369,7 @@ def _record(case: Case, answer: Answer, rank: float | None) -> dict[str, Any]:
     parsed: Any = None
     if isinstance(answer, Ranking):
         parsed = {"items": list(answer.items), "scores": [float(score) for score in answer.scores]}
-    elif isinstance(answer, Rating):
+    elif isinstance(answer, Rating | Probability):
         parsed = answer.value
     elif isinstance(answer, Text):
         parsed = answer.text

@@ -1,84 +1,258 @@
-"""Keeps data text from posing as anything else: `clean` for lines and templates, `neutralise` for control tokens."""
+"""Keeps data text from posing as anything else: `clean` for lines and templates, `neutralise` for control tokens.
+
+A tokenizer may rewrite text before it looks for its added tokens: full-width letters become plain, accents and
+invisible characters go, capitals become small. So tokens are looked for in a *view* of the text with all of that
+done at once, and the text itself is broken where the view shows one.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Protocol
 
 TITLE_LIMIT = 300
 TEXT_LIMIT = 1000
 
-_BRACKETS = "<>[]|{}｜＜＞⟨⟩«»【】〈〉《》"
-_ANY_BRACKET = re.compile(f"[{re.escape(_BRACKETS)}]")
-# Half a marker is broken too, so that two fields standing side by side cannot form a whole one.
-_HALVES = (re.compile(r"([<＜])(?=[|｜])"), re.compile(r"([|｜])(?=[>＞])"))
+# Longer texts are cleaned again rather than remembered: a catalogue of long reviews would fill the memory.
+_REMEMBERED = 2000
+# A token is broken at its start, so the rest of a long one need not be compared.
+_COMPARED = 64
+
+_BRACKETS = "<>[]|{}⟨⟩«»【】〈〉《》"
+# What compatibility normalisation turns into one of the ASCII brackets.
+_LOOKALIKES = "≮≯︷︸﹇﹈﹛﹜﹤﹥＜＞［］｛｜｝"
+_ANY_BRACKET = re.compile(f"[{re.escape(_BRACKETS + _LOOKALIKES)}]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
+# Half a marker is broken too, so that two fields standing side by side cannot form a whole one, known or not.
+_HALVES = re.compile(r"(?<=[<＜])(?=[|｜])|(?<=[|｜])(?=[>＞])")
 # Control tokens of widespread tokenizers. The model at hand adds its own, but a text may be meant for another one.
 _KNOWN = (
-    *("<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<cls>", "<sep>", "<sop>", "<eop>"),
+    *("<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<cls>", "<sep>", "<sop>", "<eop>", "<eod>"),
     *("[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[BOS]", "[EOS]", "[gMASK]", "[sMASK]"),
-    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
-    *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>", "<MASK_TOKEN>", "<PAD>", "<UNK>", "<CLS>", "<SEP>"),
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]"),
+    *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[ARGS]"),
+    *("[TOOL_CONTENT]", "[CALL_ID]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
     *("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<think>", "</think>"),
     *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<begin_of_text>", "<end_of_text>"),
+    *("<tools>", "</tools>", "<tool_calls>", "</tool_calls>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     *("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "[im_start]", "[im_end]"),
 )
-_KNOWN_PATTERNS = (r"<extra_id_[0-9]+>", r"<unused_?[0-9]+>", r"<reserved_[0-9]+>", r"<0x[0-9A-Fa-f]{2}>")
+_KNOWN_PATTERNS = (
+    *(r"<extra_id_[0-9]+>", r"<unused_?[0-9]+>", r"<reserved_[0-9]+>", r"<SPECIAL_[0-9]+>", r"<0x[0-9A-Fa-f]{2}>"),
+    *(r"\[control_[0-9]+\]", r"\[unused[0-9]+\]", r"\[UNUSED_TOKEN_[0-9]+\]", r"\|\|\|[A-Z_]+\|\|\|"),
+    r">>(?:TITLE|ABSTRACT|INTRODUCTION|SUMMARY|COMMENT|ANSWER|QUESTION|DOMAIN|PREFIX|SUFFIX|MIDDLE)<<",
+)
 
 
-@lru_cache(maxsize=65536)
+class Added(Protocol):
+    """A token that a tokenizer adds to its model's vocabulary."""
+
+    content: str
+    special: bool
+
+
+# --------------------------------------------------------------------------- one line
+
+
 def clean(text: str, limit: int = TITLE_LIMIT) -> str:
     """Return data text as one line.
 
     Line breaks and other white space become single spaces. Control, zero-width, bidirectional, surrogate and
     private-use characters are dropped. What is longer than ``limit`` characters is cut. Cleaning twice changes nothing.
     """
+    return _remembered(text, limit) if len(text) <= _REMEMBERED else _clean(text, limit)
+
+
+def _clean(text: str, limit: int) -> str:
     if not text.isprintable():
         text = "".join(character for character in text if character.isspace() or _stays(character))
     line = " ".join(text.split())
     return line if len(line) <= limit else line[:limit].rstrip()
 
 
+_remembered = lru_cache(maxsize=65536)(_clean)
+
+
+@cache
 def _stays(character: str) -> bool:
     if unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
         return False
     return ord(character) & 0xFFFE != 0xFFFE and not 0xFDD0 <= ord(character) <= 0xFDEF
 
 
+# --------------------------------------------------------------------------- control tokens
+
+
+def control_tokens(special: Iterable[str], added: Iterable[Added]) -> tuple[str, ...]:
+    """Return the tokens of a tokenizer that data must not spell out.
+
+    Special tokens are, and so are further added tokens in brackets, such as ``<think>`` or ``<tool_call>``, which
+    chat formats give a meaning. Other added tokens are ordinary text: line breaks, runs of spaces, words. So is a
+    token of one character, which no text could do without.
+
+    Args:
+        special: The tokens that the tokenizer calls special.
+        added: All tokens that it adds to its model's vocabulary.
+    """
+    names = {*special, *(token.content for token in added if token.special or _enclosed(token.content.strip()))}
+    return tuple(sorted(name for name in names if len(name.strip()) > 1))
+
+
+def _enclosed(token: str) -> bool:
+    brackets = bool(_ANY_BRACKET.match(token) and _ANY_BRACKET.match(token[-1]))
+    return brackets and any(character.isalnum() for character in token)
+
+
 def neutralise(text: str, control: Sequence[str]) -> str:
     """Break every control token that a text spells out, by a space after its opening bracket.
 
+    The beginning of one at the end of the text is broken too: what a chat template writes next could complete it.
+    Tokens of ``control`` are found in any case, in compatibility letters, and with accents or invisible characters
+    among their letters; those of other widespread tokenizers are found too, but not in another case.
+
     Args:
         text: Any text.
-        control: The tokenizer's special and added tokens. Those without a bracket (some tokenizers add line breaks
-            or runs of spaces) are ordinary text and stay; the ids are to be checked after tokenising.
+        control: The tokenizer's `control_tokens`. Those of letters alone are ordinary words and stay; the ids are to
+            be checked after tokenising.
 
     Returns:
         The text, unchanged where it spells out none of them. Doing it twice changes nothing.
     """
-    if not _ANY_BRACKET.search(text):
+    own = _own(tuple(control))
+    if own.bracketed and not _ANY_BRACKET.search(text):
         return text
-    for half in _HALVES:
-        text = half.sub(r"\1 ", text)
-    pattern = _pattern(tuple(control))
+    text = _HALVES.sub(" ", text)
     # A space that breaks one token may complete another which holds a space itself, so look again. Every round
     # lengthens a run of spaces, and no token has runs without end.
-    while pattern.search(text):
-        text = pattern.sub(_broken, text)
+    while places := _breaks(text, own):
+        text = " ".join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
     return text
 
 
+@dataclass(frozen=True)
+class _Own:
+    """The tokens of one tokenizer: those of ASCII characters, others, and whether all of them hold a bracket.
+
+    Each as a pattern for whole tokens, and one for the beginning of a token at the end of a text.
+    """
+
+    plain: re.Pattern[str] | None
+    plain_end: re.Pattern[str] | None
+    other: re.Pattern[str] | None
+    other_end: re.Pattern[str] | None
+    bracketed: bool
+
+
 @lru_cache(maxsize=64)
-def _pattern(control: tuple[str, ...]) -> re.Pattern[str]:
-    words = {token.strip() for token in (*control, *_KNOWN)}
-    words |= {word.replace("▁", " ").strip() for word in words}
-    breakable = sorted((w for w in words if len(w) > 1 and _ANY_BRACKET.search(w)), key=lambda w: (-len(w), w))
-    return re.compile("|".join((*map(re.escape, breakable), *_KNOWN_PATTERNS)))
+def _own(control: tuple[str, ...]) -> _Own:
+    folded = {_folded(token).strip() for token in control}
+    words = {word for word in folded if len(word) > 1 and not word.isalpha()}
+    plain = {word for word in words if word.isascii()}
+    return _Own(
+        plain=_any_of(plain),
+        plain_end=_beginning_of(plain),
+        other=_any_of(words - plain),
+        other_end=_beginning_of(words - plain),
+        bracketed=all(_ANY_BRACKET.search(word) for word in words),
+    )
 
 
-def _broken(match: re.Match[str]) -> str:
-    token = match.group()
-    bracket = _ANY_BRACKET.search(token)
-    at = bracket.end() if bracket and bracket.end() < len(token) else len(token) - 1
-    return f"{token[:at]} {token[at:]}"
+def _any_of(words: Iterable[str], *patterns: str) -> re.Pattern[str] | None:
+    """Return a pattern for any of the words; thousands of them cost no more than one."""
+    branches = [found for found in (_branches(_tree(words)), *patterns) if found]
+    return re.compile("|".join(branches)) if branches else None
+
+
+def _beginning_of(words: Iterable[str]) -> re.Pattern[str] | None:
+    """Return a pattern for a bracket and a letter that begin any of the words, and after which a text ends."""
+    starts = {word[:length] for word in words for length in range(2, min(len(word), _COMPARED))}
+    starts = {start for start in starts if _ANY_BRACKET.search(start) and any(map(str.isalnum, start))}
+    starts = {start for start in starts if not start[-1].isspace()}
+    return re.compile(rf"{_branches(_tree(starts))}(?=\s*\Z)") if starts else None
+
+
+def _tree(words: Iterable[str]) -> dict[str, Any]:
+    """Return words as a tree of their letters."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        node = tree
+        for letter in word[:_COMPARED]:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    return tree
+
+
+def _branches(node: dict[str, Any]) -> str:
+    parts = [re.escape(letter) + _branches(below) for letter, below in sorted(node.items()) if letter]
+    if not parts or (len(parts) == 1 and "" not in node):
+        return "".join(parts)
+    return f"(?:{'|'.join(parts)})" + ("?" if "" in node else "")
+
+
+_WIDESPREAD = _any_of(_KNOWN, *_KNOWN_PATTERNS)
+
+
+def _breaks(text: str, own: _Own) -> list[int]:
+    """Return where spaces break the tokens that a text spells out, in order."""
+    places = set()
+    for pattern, end, view in (
+        (_WIDESPREAD, None, _plain),
+        (own.plain, own.plain_end, _plain_small),
+        (own.other, own.other_end, _folded),
+    ):
+        seen = view(text) if pattern else ""
+        found = list(pattern.finditer(seen)) if pattern else []
+        if end and (beginning := end.search(seen, max(0, len(seen.rstrip()) - _COMPARED))):
+            found.append(beginning)
+        if found:
+            origins = _origins(text, view)
+            places |= {_place(match, origins) for match in found}
+    return sorted(place for place in places if place is not None)
+
+
+def _place(match: re.Match[str], origins: Sequence[int]) -> int | None:
+    """Return before which character of the text a space breaks a token; None if one character gave all of it."""
+    start, end = match.span()
+    bracket = _ANY_BRACKET.search(match.group())
+    wanted = start + bracket.end() if bracket and bracket.end() < end - start else end - 1
+    free = (at for at in (*range(wanted, end), *range(start + 1, wanted)) if origins[at] != origins[at - 1])
+    return next((origins[at] for at in free), None)
+
+
+def _plain(text: str) -> str:
+    """Return the ASCII characters that are left when letters become compatible ones and all else goes."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKD", text).replace("▁", " ").encode("ascii", "ignore").decode("ascii")
+    return _CONTROL.sub("", text)
+
+
+def _plain_small(text: str) -> str:
+    return _plain(text).lower()
+
+
+def _folded(text: str) -> str:
+    """Return compatible small letters, without accents and invisible characters."""
+    folded = unicodedata.normalize("NFKD", text).replace("▁", " ").casefold()
+    return "".join(character for character in folded if _is_seen(character))
+
+
+@cache
+def _is_seen(character: str) -> bool:
+    return character in "\n\t" or (character != "\ufffd" and unicodedata.category(character)[0] not in "MC")
+
+
+@cache
+def _length(character: str, view: Callable[[str], str]) -> int:
+    return len(view(character))
+
+
+def _origins(text: str, view: Callable[[str], str]) -> Sequence[int]:
+    """Return which character of the text each character of its view comes from."""
+    if text.isascii() and not _CONTROL.search(text):
+        return range(len(text))
+    return [place for place, character in enumerate(text) for _ in range(_length(character, view))]

@@ -60,13 +60,22 @@ STRATEGIES: Mapping[str, str] = {
 BASELINES: Mapping[str, str] = {
     "random": "llmrec.baselines.popular:Random",
     "popularity": "llmrec.baselines.popular:Popularity",
+    "recent-popularity": "llmrec.baselines.popular:RecentPopularity",
     "item-knn": "llmrec.baselines.knn:ItemKNN",
     "markov": "llmrec.baselines.markov:Markov",
-    "markov-1": "llmrec.baselines.markov:first_order",
+    "markov-1": "llmrec.baselines.markov:FirstOrder",
+    "markov-cooccurrence": "llmrec.baselines.markov:MarkovCooccurrence",
+    "ease": "llmrec.baselines.ease:EASE",
+    "als": "llmrec.baselines.factors:ALS",
+    "bpr": "llmrec.baselines.factors:BPR",
+    "gru4rec": "llmrec.baselines.gru4rec:GRU4Rec",
+    "sasrec": "llmrec.baselines.sasrec:SASRec",
     "global-mean": "llmrec.baselines.rating:GlobalMean",
     "user-mean": "llmrec.baselines.rating:UserMean",
     "item-mean": "llmrec.baselines.rating:ItemMean",
     "user-item-bias": "llmrec.baselines.rating:UserItemBias",
+    "mf": "llmrec.baselines.mf:MF",
+    "svd": "llmrec.baselines.mf:SVD",
     "frequent-text": "llmrec.baselines.text:FrequentText",
     "nearest-text": "llmrec.baselines.text:NearestText",
 }
@@ -78,9 +87,12 @@ FAMILY_STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "direct": ("label", "list"),
     "explanation": ("text",),
 }
-_RANKERS = ("random", "popularity", "item-knn", "markov-1", "markov")
+_RANKERS = (
+    *("random", "popularity", "recent-popularity", "item-knn", "markov-1", "markov", "markov-cooccurrence"),
+    *("ease", "als", "bpr", "gru4rec", "sasrec"),
+)
 FAMILY_BASELINES: Mapping[str, tuple[str, ...]] = {
-    "rating": ("global-mean", "user-mean", "item-mean", "user-item-bias"),
+    "rating": ("global-mean", "user-mean", "item-mean", "user-item-bias", "mf", "svd"),
     "sequential": _RANKERS,
     "direct": _RANKERS,
     "explanation": ("frequent-text", "nearest-text"),

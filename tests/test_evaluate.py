@@ -10,7 +10,8 @@ import pytest
 
 from llmrec.errors import LlmrecError
 from llmrec.evaluate import Protocol, compare, evaluate
-from llmrec.types import Answer, Case, Ranking, Rating, Request, Text, Unparsed
+from llmrec.metrics.stats import verdict
+from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Text, Unparsed
 
 PROTOCOL = Protocol(split="leave_one_out", candidates="uniform-4", cutoffs=(1, 2), resamples=200, seed=0, catalogue=9)
 ITEMS = ("a", "b", "c", "d")
@@ -86,6 +87,8 @@ def test_texts_that_fail_are_empty_texts() -> None:
     ]
     found = evaluate(Canned(answers), cases, family="explanation", protocol=PROTOCOL)
     assert found.figures["metrics"]["ROUGE-L"]["value"] == pytest.approx(0.5)
+    assert {"ROUGE-1", "ROUGE-2", "Distinct-1"} <= found.figures["metrics"].keys()
+    assert found.figures["metrics"]["Distinct-1"]["value"] == 1.0  # seven words, each once
     assert found.figures["metrics"]["Distinct-2"]["low"] is None
     assert json.loads(found.records[1]["parsed"]) is None
 
@@ -95,6 +98,111 @@ def test_a_predictor_that_leaves_gaps_is_refused() -> None:
         evaluate(Canned([]), [case(0, "a")], family="direct", protocol=PROTOCOL)
     with pytest.raises(LlmrecError, match="no case"):
         evaluate(Canned([]), [], family="direct", protocol=PROTOCOL)
+
+
+def yes_no(k: int, user: str, truth: float) -> Case:
+    return Case(request=Request(id=f"r{k}", user_id=user, item="a"), truth=truth)
+
+
+def said(k: int, value: float) -> Answer:
+    return Probability(request_id=f"r{k}", value=value)
+
+
+def test_yes_no_answers() -> None:
+    cases = [
+        yes_no(k, user, truth) for k, (user, truth) in enumerate([("u", 1), ("u", 0), ("v", 1), ("v", 0), ("w", 1)])
+    ]
+    answers = [said(0, 0.9), said(1, 0.2), said(2, 0.4), said(3, 0.4), Unparsed(request_id="r4", reason="x")]
+    found = evaluate(Canned(answers), cases, family="ctr", protocol=PROTOCOL)  # type: ignore[arg-type]
+    metrics = found.figures["metrics"]
+    # Yes .9 .4 .5 against no .2 .4: only .4 against .4 is a tie.
+    assert metrics["AUC"]["value"] == pytest.approx(5.5 / 6)
+    assert metrics["GAUC"]["value"] == pytest.approx((1 + 0.5) / 2)
+    assert metrics["GAUC"]["signature"].startswith("GAUC|how:users-alike|")
+    assert found.figures["users_left_out"] == 1
+    assert found.figures["parse_rate"] == 0.8
+    losses = -np.log([0.9, 0.8, 0.4, 0.6, 0.5])
+    assert metrics["LogLoss"]["value"] == pytest.approx(losses.mean())
+    assert metrics["ECE"]["low"] is None
+    assert json.loads(found.records[0]["parsed"]) == 0.9
+    better = evaluate(
+        Canned(answers),
+        cases,
+        family="ctr",  # type: ignore[arg-type]
+        protocol=PROTOCOL,
+        fallback=lambda request: 1.0,
+    )
+    assert better.values["LogLoss"][4] == 0.0
+
+
+def test_yes_no_answers_of_one_class_have_no_auc() -> None:
+    cases = [yes_no(k, "u", 1.0) for k in range(3)]
+    found = evaluate(Canned([said(k, 0.0) for k in range(3)]), cases, family="ctr", protocol=PROTOCOL)  # type: ignore[arg-type]
+    assert found.figures["metrics"]["AUC"] == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "signature": PROTOCOL.sign("AUC"),
+    }
+    assert found.figures["metrics"]["GAUC"]["value"] is None
+    json.dumps(found.figures, allow_nan=False)
+    with pytest.raises(LlmrecError, match="nothing to compare"):
+        compare("GAUC", found.values["GAUC"], found.values["GAUC"], ["u"] * 3, resamples=10, seed=0)
+
+
+@pytest.mark.parametrize("metric", ["AUC", "GAUC"])
+def test_areas_of_two_rows_are_compared(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    users = [f"u{k // 8}" for k in range(800)]
+    truth = rng.integers(0, 2, 800)
+    cases = [yes_no(k, user, float(t)) for k, (user, t) in enumerate(zip(users, truth, strict=True))]
+    rows = [
+        evaluate(
+            Canned([said(k, float(p)) for k, p in enumerate(np.clip(0.5 + edge * (truth - 0.5) + noise, 0, 1))]),
+            cases,
+            family="ctr",  # type: ignore[arg-type]
+            protocol=PROTOCOL,
+        )
+        for edge, noise in ((0.5, rng.normal(0, 0.3, 800)), (0.1, rng.normal(0, 0.3, 800)))
+    ]
+    stored = [np.array(json.loads(json.dumps(list(row.values[metric])))) for row in rows]
+    found = compare(metric, *stored, users, resamples=300, seed=0)
+    value = [row.figures["metrics"][metric]["value"] for row in rows]
+    assert found.value == pytest.approx(value[0] - value[1])
+    assert verdict(found) == "shown"
+    assert compare(metric, stored[0], stored[0], users, resamples=300, seed=0).value == 0
+    flipped = np.copysign(stored[1], -stored[1])
+    with pytest.raises(LlmrecError, match="different truths"):
+        compare(metric, stored[0], flipped, users, resamples=10, seed=0)
+
+
+def test_a_no_that_was_said_surely_keeps_its_truth() -> None:
+    cases = [yes_no(0, "u", 0.0), yes_no(1, "u", 1.0)]
+    found = evaluate(Canned([said(0, 0.0), said(1, 0.0)]), cases, family="ctr", protocol=PROTOCOL)  # type: ignore[arg-type]
+    stored = np.array(json.loads(json.dumps(list(found.values["AUC"]))))
+    assert np.signbit(stored).tolist() == [True, False]
+    assert found.figures["metrics"]["AUC"]["value"] == 0.5
+
+
+def test_few_users_are_compared_exactly() -> None:
+    a, b = np.array([1.0, 1.0, 1.0, 1.0, 0.0]), np.zeros(5)
+    found = compare("HR@10", a, b, [f"u{k}" for k in range(5)], resamples=200, seed=0)
+    assert found.p == pytest.approx(2 / 2**4)
+    assert verdict(found) == "not shown"
+
+
+def test_intervals_of_rare_hits_reach_further_up_than_down() -> None:
+    cases = [case(k, "a" if k < 4 else "d") for k in range(100)]
+    answers: list[Answer] = [ranking(k, "abcd", [4, 3, 2, 1]) for k in range(100)]
+    figure = evaluate(Canned(answers), cases, family="direct", protocol=PROTOCOL).figures["metrics"]["HR@1"]
+    assert figure["value"] == 0.04
+    assert figure["high"] - 0.04 > 0.04 - figure["low"] > 0
+
+
+def test_users_stand_in_the_signature_where_they_are_named() -> None:
+    named = Protocol(split="loo", candidates="full", cutoffs=(1,), resamples=10, seed=0, catalogue=9, users="1000")
+    assert "|users:1000|" in named.sign("HR@1")
+    assert "users" not in PROTOCOL.sign("HR@1")
 
 
 def test_comparison_of_rmse_is_of_root_means() -> None:

@@ -15,10 +15,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
-
 from llmrec.backends.encode import Encoder
 from llmrec.backends.labels import single_token_labels
+from llmrec.backends.machine import memory
+from llmrec.backends.vigil import Limits
+from llmrec.backends.vllm_watch import ORDERLY_SECONDS, EngineLost, Progress, Watch
 from llmrec.errors import BackendError, require
 from llmrec.types import Capability, Completion, Prompt, Scores
 
@@ -68,22 +69,26 @@ class VLLMBackend:
             options |= {"block_size": 32, "enforce_eager": True}
         if self.route == "forced":
             options["logits_processors"] = ["llmrec.backends.vllm_forced:ForcedTokens"]
+        self._watch = Watch()
         try:
-            self._engine: Any = vllm.LLM(
-                folder,
-                dtype=dtype,
-                seed=seed,
-                max_model_len=encoder.max_length,
-                max_logprobs=_MAX_IDS,
-                enable_prefix_caching=True,
-                trust_remote_code=trust_remote_code,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                **options,
+            self._engine: Any = self._watch.start(
+                lambda: vllm.LLM(
+                    folder,
+                    dtype=dtype,
+                    seed=seed,
+                    max_model_len=encoder.max_length,
+                    max_logprobs=_MAX_IDS,
+                    enable_prefix_caching=True,
+                    trust_remote_code=trust_remote_code,
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    **options,
+                )
             )
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:
+            # RuntimeError for a process that died, but also its own VLLMError, ZMQError, and what libraries raise.
             raise BackendError(
-                f"vLLM could not start on {folder}: {error}; try eval.backend=hf, or llmrec doctor"
+                f"vLLM could not start on {folder}: {_line(error)}; try eval.backend=hf, or llmrec doctor"
             ) from error
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
@@ -151,21 +156,29 @@ class VLLMBackend:
         raise BackendError("the vllm backend generates and scores; for embeddings use the hf backend")
 
     def close(self) -> None:
-        """Shut the engine process down and free its memory."""
+        """End the engine's processes and free their memory, in a few seconds even where they are dead or stopped."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.llm_engine.engine_core.shutdown()
+            core = engine.llm_engine.engine_core
+            self._watch.close(lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _release(core))
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
         if self._engine is None:
             raise BackendError("this vLLM engine was closed; build a new one")
+        engine = self._engine
+        requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         try:
-            outputs: list[Any] = self._engine.generate(
-                [{"prompt_token_ids": list(ids)} for ids in prompts], list(parameters), use_tqdm=False
-            )
+            return self._watch.run(lambda progress: _answers(engine, requests, parameters, progress))
         except Exception as error:
-            raise BackendError(f"the vLLM engine failed: {error}; run the same command again to continue") from error
-        return outputs
+            self.close()
+            raise BackendError(
+                f"the vLLM engine {_line(error)}; run the same command again to continue"
+                if isinstance(error, EngineLost)
+                else f"the vLLM engine failed: {_line(error)}; run the same command again to continue"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
 
     def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]]) -> list[list[float]]:
         """Read next-token log-probabilities of chosen ids, one request for each (prompt ids, ids)."""
@@ -229,6 +242,33 @@ class VLLMBackend:
         ]
 
 
+def _answers(
+    engine: Any, requests: Sequence[dict[str, list[int]]], parameters: Sequence[Any], progress: Progress
+) -> list[Any]:
+    """Do what ``LLM.generate`` does, step by step, so that the watch sees that steps finish."""
+    engine.enqueue(requests, list(parameters), use_tqdm=False)
+    progress.step()
+    outputs = []
+    while engine.llm_engine.has_unfinished_requests():
+        outputs += [output for output in engine.llm_engine.step() if output.finished]
+        progress.step()
+    return sorted(outputs, key=lambda output: int(output.request_id))
+
+
+def _release(core: Any) -> None:
+    """Wake a thread that waits for an engine which will not answer any more."""
+    ended = RuntimeError("the engine was closed")
+    if (waiting := getattr(core, "outputs_queue", None)) is not None:
+        waiting.put_nowait(ended)
+    for future in list(getattr(core, "utility_results", {}).values()):
+        if not future.done():
+            future.set_exception(ended)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:
     if tuple(answer.token_ids) != tail:
         raise BackendError(
@@ -243,9 +283,11 @@ def prepare_environment() -> None:
     defaults = {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         # GiB. A strategy that asks again about the same prompts finds them cached only if all of them fit.
-        "VLLM_CPU_KVCACHE_SPACE": str(max(2, min(8, psutil.virtual_memory().available // 2**30 // 3))),
+        "VLLM_CPU_KVCACHE_SPACE": str(max(2, min(8, memory().usable // 2**30 // 3))),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        # Seconds that one step may take; the watch comes first, and says what it saw.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(round(Limits().step) + 60),
         "TOKENIZERS_PARALLELISM": "false",
     }
     for key, value in defaults.items():

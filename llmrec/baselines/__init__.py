@@ -1,1 +1,1 @@
-"""Classic predictors under the same contract as language models: numpy and scipy only."""
+"""Classic predictors under the same contract as language models; torch and implicit are imported when one is fitted."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from scipy import sparse
@@ -41,6 +41,8 @@ class ItemKNN:
     """
 
     name = "item-knn"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"history": (10, 20, 50), "decay": (0.8, 1.0)}
 
     def __init__(self, *, history: int = 20, decay: float = 0.8, seed: int = 0) -> None:
         """Set up.
@@ -60,10 +62,7 @@ class ItemKNN:
         """Normalise the columns of the binary training matrix."""
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
-        shape = (log.user_count, len(catalogue.ids))
-        binary = sparse.csr_array((np.ones(len(log.items)), (log.users, log.items)), shape=shape)
-        binary.sum_duplicates()
-        binary.data[:] = 1.0
+        binary = log.binary(len(catalogue.ids))
         readers = np.asarray(binary.sum(axis=0)).ravel()
         units = binary @ sparse.diags_array(1 / np.sqrt(np.maximum(readers, 1)))
         popular = counts(log, catalogue)
@@ -74,12 +73,14 @@ class ItemKNN:
             filler=_FILLER * popular / max(1.0, popular.max(initial=0)),
         )
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items score 0."""
-        model = fitted(self._model, self.name)
-        return rank_all(requests, model.catalogue, lambda part: self._scores(part, model))
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return fitted(self._model, self.name).catalogue.ids
 
-    def _scores(self, requests: Sequence[Request], model: _Columns) -> NDArray[np.float64]:
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return the sums of cosines for every request, shape (n, items)."""
+        model = fitted(self._model, self.name)
         weights = recent(requests, model.catalogue, self._history, self._decay)
         # Through the users instead of an item-by-item matrix, which a large catalogue could not hold.
         with_self = ((weights @ model.units.T) @ model.units).toarray()
@@ -89,3 +90,7 @@ class ItemKNN:
         scores[scores < 1e-12] = 0.0
         total: NDArray[np.float64] = scores + model.filler
         return total
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank the candidates, or the catalogue less the history; unknown items score 0."""
+        return rank_all(requests, fitted(self._model, self.name).catalogue, self.scores)

@@ -1,10 +1,10 @@
-"""Two controls without a model of the user: chance and popularity."""
+"""Controls without a model of the user: chance, popularity, and popularity of late."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 class Random:
-    """Ranks by chance. Scores depend on the seed, the request's id and the set of items, on no order of anything."""
+    """Ranks by chance. Scores depend on the seed, the request's id and the catalogue, on no order of anything."""
 
     name = "random"
+    stochastic = True
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self._seed = seed
@@ -32,43 +34,134 @@ class Random:
         """Take down the catalogue; nothing is learned."""
         self._catalogue = Catalogue.of(data)
 
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return fitted(self._catalogue, self.name).ids
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Draw a number in [0, 1) for every request and item, shape (n, items)."""
+        size = len(self.items)
+        return np.array([self._draw(request, size) for request in requests]).reshape(len(requests), size)
+
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates, or the catalogue less the history, in a random order without ties."""
         catalogue = fitted(self._catalogue, self.name)
         return [self._one(request, catalogue) for request in requests]
 
+    def _draw(self, request: Request, size: int) -> NDArray[np.float64]:
+        return np.random.default_rng(hash_one("random baseline", self._seed, request.id)).random(size)
+
     def _one(self, request: Request, catalogue: Catalogue) -> Answer:
         if (refused := refusal(request)) is not None:
             return refused
-        rng = np.random.default_rng(hash_one("random baseline", self._seed, request.id))
+        drawn = self._draw(request, len(catalogue.ids))
         if request.candidates is None:
             places = unseen(request, catalogue)
-            return top_of(request, catalogue, places, rng.random(len(places)))
-        items = sorted(request.candidates)
-        return ranking(request, items, rng.random(len(items)))
+            return top_of(request, catalogue, places, drawn[places])
+        scores = [
+            drawn[place] if place >= 0 else hash_one("random baseline", self._seed, request.id, item) / 2**64
+            for item, place in zip(request.candidates, catalogue.places(request.candidates).tolist(), strict=True)
+        ]
+        return ranking(request, request.candidates, np.array(scores))
 
 
 @dataclass(frozen=True)
-class _Popular:
+class _Weights:
+    """One weight an item, the same for everybody."""
+
     catalogue: Catalogue
-    counts: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        return np.repeat(self.weights[None, :], len(requests), axis=0)
 
 
 class Popularity:
     """Ranks by the number of training interactions; the score is that number."""
 
     name = "popularity"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
-        self._model: _Popular | None = None
+        self._model: _Weights | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Count the training interactions of every item."""
         catalogue = Catalogue.of(data)
-        self._model = _Popular(catalogue=catalogue, counts=counts(Log.of(data, catalogue), catalogue))
+        self._model = _Weights(catalogue, counts(Log.of(data, catalogue), catalogue))
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return fitted(self._model, self.name).catalogue.ids
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return the counts for every request, shape (n, items)."""
+        return fitted(self._model, self.name).scores(requests)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates, or the catalogue less the history; unknown items count 0."""
-        model = fitted(self._model, self.name)
-        everything = model.counts[None, :]
-        return rank_all(requests, model.catalogue, lambda part: np.repeat(everything, len(part), axis=0))
+        return rank_all(requests, fitted(self._model, self.name).catalogue, self.scores)
+
+
+class RecentPopularity:
+    """Ranks by training interactions that count less the older they are (Ji et al., SIGIR 2020, on time-aware counts).
+
+    The age of an interaction is the share of all training interactions that are later than it, so that it needs no
+    unit of time; an interaction of age a counts ``2**(-a / half_life)``. Without timestamps nothing is known of the
+    order between users: an interaction is then as late as its place from the end of its user's sequence.
+    """
+
+    name = "recent-popularity"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"half_life": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)}
+
+    def __init__(self, *, half_life: float = 0.1, seed: int = 0) -> None:
+        """Set up.
+
+        Args:
+            half_life: Age at which an interaction counts half, as a share of all training interactions.
+            seed: Not used; nothing here is random.
+        """
+        if half_life <= 0:
+            raise ValueError(f"half_life must be above 0, not {half_life}")
+        self._half_life = half_life
+        self._model: _Weights | None = None
+
+    def fit(self, data: SplitDataset) -> None:
+        """Sum the weights of every item's training interactions."""
+        catalogue = Catalogue.of(data)
+        log = Log.of(data, catalogue)
+        weights = 0.5 ** (_ages(log) / self._half_life)
+        # In a canonical order, so that the order of rows within one moment cannot move the last bits of a sum.
+        order = np.lexsort((weights, log.items))
+        summed = np.bincount(log.items[order], weights=weights[order], minlength=len(catalogue.ids))
+        # The oldest interactions may weigh less than a float can hold beside others; a count keeps them above none.
+        self._model = _Weights(catalogue, summed + 1e-9 * counts(log, catalogue))
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return fitted(self._model, self.name).catalogue.ids
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return the decayed counts for every request, shape (n, items)."""
+        return fitted(self._model, self.name).scores(requests)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank the candidates, or the catalogue less the history; unknown items count 0."""
+        return rank_all(requests, fitted(self._model, self.name).catalogue, self.scores)
+
+
+def _ages(log: Log) -> NDArray[np.float64]:
+    """Return the share of interactions that are later than each one; those of one moment are of one age."""
+    if np.isnan(log.times).all():
+        ends = np.cumsum(np.bincount(log.users, minlength=log.user_count))
+        lateness = (np.arange(len(log.users)) - ends[log.users] + 1).astype(np.float64)
+    else:
+        # An interaction without a time among others that have one counts as old as the oldest.
+        lateness = np.where(np.isnan(log.times), np.nanmin(log.times), log.times)
+    ordered = np.sort(lateness)
+    return (len(ordered) - np.searchsorted(ordered, lateness, side="right")) / len(ordered)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 from scipy import sparse
 
 from llmrec.types import Answer, Ranking, Request, Unparsed
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-    #: Scores of every catalogue item, at least 0 each: requests -> (b, items).
-    Scorer = Callable[[Sequence[Request]], NDArray[np.float64]]
+    #: Scores of every catalogue item: requests -> (b, items).
+    Scorer = Callable[[Sequence[Request]], NDArray[np.floating[Any]]]
 
 TOP = 100
 """How many items of a whole catalogue are returned."""
@@ -51,27 +52,109 @@ class Log:
     Attributes:
         users: Number of the user of each row; users are numbered in sorted order.
         items: Number of the item of each row.
+        times: Timestamp of each row; NaN where there is none.
         user_count: Number of users.
     """
 
     users: NDArray[np.int64]
     items: NDArray[np.int64]
+    times: NDArray[np.float64]
     user_count: int
 
     @staticmethod
     def of(data: SplitDataset, catalogue: Catalogue) -> Log:
         """Number the training interactions."""
-        names, users = np.unique(
-            np.array(data.train.get_column("user_id").to_list(), dtype=object), return_inverse=True
-        )
+        names = data.train.get_column("user_id")
+        known = names.unique().sort()
+        users = names.cast(pl.Enum(known)).to_physical().to_numpy().astype(np.int64)
         items = catalogue.places(data.train.get_column("item_id").to_list())
+        times = data.train.get_column("timestamp").to_numpy().astype(np.float64)
         order = np.argsort(users, kind="stable")
-        return Log(users=users[order].astype(np.int64), items=items[order], user_count=len(names))
+        return Log(users=users[order], items=items[order], times=times[order], user_count=len(known))
+
+    def matrix(self, columns: int) -> Any:
+        """Return how often each user had each item, sparse, shape (users, columns)."""
+        shape = (self.user_count, columns)
+        found = sparse.csr_array((np.ones(len(self.items)), (self.users, self.items)), shape=shape)
+        found.sum_duplicates()
+        return found
+
+    def binary(self, columns: int) -> Any:
+        """Return whether each user had each item as 0 or 1, sparse, shape (users, columns)."""
+        found = self.matrix(columns)
+        found.data[:] = 1.0
+        return found
 
 
 def counts(log: Log, catalogue: Catalogue) -> NDArray[np.float64]:
     """Return the number of training interactions of each item, shape (items,)."""
     return np.bincount(log.items, minlength=len(catalogue.ids)).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Warm:
+    """The items with training interactions: all that a model of vectors or weights can know.
+
+    Attributes:
+        catalogue: The whole catalogue.
+        places: Catalogue number of each warm item, ascending, shape (warm,).
+        column: Warm number of each catalogue item, -1 for a cold one, shape (items,).
+        popular: Training interactions of each warm item by those of the most popular one, shape (warm,).
+    """
+
+    catalogue: Catalogue
+    places: NDArray[np.int64]
+    column: NDArray[np.int64]
+    popular: NDArray[np.float64]
+
+    @staticmethod
+    def of(log: Log, catalogue: Catalogue) -> Warm:
+        """Number the warm items."""
+        found = counts(log, catalogue)
+        places = np.flatnonzero(found)
+        column = np.full(len(catalogue.ids), -1, dtype=np.int64)
+        column[places] = np.arange(len(places))
+        return Warm(catalogue=catalogue, places=places, column=column, popular=found[places] / found.max(initial=1.0))
+
+    def log(self, log: Log) -> Log:
+        """Return the same interactions with warm numbers."""
+        return Log(users=log.users, items=self.column[log.items], times=log.times, user_count=log.user_count)
+
+    def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
+        """Return the warm items of each history, oldest first; others are left out."""
+        index, column = self.catalogue.index, self.column
+        known = [[index[event.item_id] for event in request.history if event.item_id in index] for request in requests]
+        numbers = [column[np.array(places, dtype=np.int64)] for places in known]
+        return [found[found >= 0] for found in numbers]
+
+    def spread(
+        self, scores: NDArray[np.floating[Any]], histories: Sequence[NDArray[np.int64]]
+    ) -> NDArray[np.floating[Any]]:
+        """Return scores of the whole catalogue.
+
+        Cold items come below every warm one. Where the history holds no warm item there is nothing to go by, and
+        popularity decides.
+
+        Args:
+            scores: Of the warm items, shape (b, warm).
+            histories: As `histories` gives them.
+        """
+        scores[[place for place, history in enumerate(histories) if not len(history)]] = self.popular
+        lowest = scores.min(axis=1, keepdims=True) if len(self.places) else np.zeros((len(scores), 1), scores.dtype)
+        whole = np.repeat(lowest - 1, len(self.catalogue.ids), axis=1)
+        whole[:, self.places] = scores
+        return whole
+
+
+def pairs(histories: Sequence[NDArray[np.int64]], columns: int, dtype: type = np.float64) -> Any:
+    """Return which items stand in each history as 0 or 1, sparse, shape (b, columns)."""
+    lengths = [len(history) for history in histories]
+    rows = np.repeat(np.arange(len(histories)), lengths)
+    items = np.concatenate([np.empty(0, dtype=np.int64), *histories])
+    found = sparse.csr_array((np.ones(len(items), dtype=dtype), (rows, items)), shape=(len(histories), columns))
+    found.sum_duplicates()
+    found.data[:] = 1
+    return found
 
 
 def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay: float) -> Any:
@@ -86,18 +169,14 @@ def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay
     Returns:
         Sparse matrix of shape (requests, items); an item that occurs twice has the sum of its weights.
     """
-    rows, columns, weights = [], [], []
-    for row, request in enumerate(requests):
-        for age, event in enumerate(reversed(request.history[-window:])):
-            place = catalogue.index.get(event.item_id)
-            if place is not None:
-                rows.append(row)
-                columns.append(place)
-                weights.append(decay**age)
-    shape = (len(requests), len(catalogue.ids))
+    latest = [[event.item_id for event in reversed(request.history[-window:])] for request in requests]
+    places = catalogue.places(item for items in latest for item in items)
+    lengths = np.array([len(items) for items in latest], dtype=np.int64)
+    ages = np.arange(len(places)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows, known = np.repeat(np.arange(len(requests)), lengths), places >= 0
     return sparse.csr_array(
-        (np.array(weights, dtype=np.float64), (np.array(rows, dtype=np.int64), np.array(columns, dtype=np.int64))),
-        shape=shape,
+        (decay ** ages[known].astype(np.float64), (rows[known], places[known])),
+        shape=(len(requests), len(catalogue.ids)),
     )
 
 
@@ -112,13 +191,14 @@ def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) 
     return answers
 
 
-def ranking(request: Request, items: Sequence[str], scores: NDArray[np.float64]) -> Ranking:
+def ranking(request: Request, items: Sequence[str], scores: NDArray[np.floating[Any]]) -> Ranking:
     """Sort items by score, best first, equal ones by id; all of them are kept."""
-    order = sorted(range(len(items)), key=lambda place: (-scores[place], items[place]))
+    values = scores.tolist()
+    order = sorted(range(len(items)), key=lambda place: (-values[place], items[place]))
     return Ranking(
         request_id=request.id,
         items=tuple(items[place] for place in order),
-        scores=tuple(float(scores[place]) for place in order),
+        scores=tuple(values[place] for place in order),
     )
 
 
@@ -141,7 +221,9 @@ def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
     return np.flatnonzero(keep)
 
 
-def top_of(request: Request, catalogue: Catalogue, places: NDArray[np.int64], scores: NDArray[np.float64]) -> Ranking:
+def top_of(
+    request: Request, catalogue: Catalogue, places: NDArray[np.int64], scores: NDArray[np.floating[Any]]
+) -> Ranking:
     """Keep the best `TOP` of numbered items, and whatever ties with the last of them.
 
     Cutting through a tied block would decide by chance, or by id, whether the target is in the list.
@@ -153,12 +235,13 @@ def top_of(request: Request, catalogue: Catalogue, places: NDArray[np.int64], sc
     return ranking(request, [catalogue.ids[place] for place in places], scores)
 
 
-def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.float64]) -> Answer:
+def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[Any]]) -> Answer:
     if (refused := refusal(request)) is not None:
         return refused
     if request.candidates is None:
         places = unseen(request, catalogue)
         return top_of(request, catalogue, places, scores[places])
     places = catalogue.places(request.candidates)
-    # No score is below 0, so an unknown candidate is never above a known one.
-    return ranking(request, request.candidates, np.where(places >= 0, scores[places], 0.0))
+    # An unknown candidate is never above a known one.
+    lowest = scores.min(initial=0.0)
+    return ranking(request, request.candidates, np.where(places >= 0, scores[places], lowest - (lowest < 0)))

@@ -6,33 +6,20 @@ if there are any: they are known at the time of the request, and nothing was lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from llmrec.baselines.fitted import fitted
-from llmrec.errors import DataError
-from llmrec.types import Answer, Rating, Request, Unparsed
+from llmrec.baselines.rated import Ratings, bias_of_history, rate, ratings, ridge_biases
+from llmrec.types import Answer, Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
-
-
-@dataclass(frozen=True)
-class _Ratings:
-    """Training ratings as numbers, with their mean and the scale they are clipped to."""
-
-    users: NDArray[np.int64]
-    items: NDArray[np.int64]
-    values: NDArray[np.float64]
-    user_index: Mapping[str, int]
-    item_index: Mapping[str, int]
-    mean: float
-    scale: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -49,6 +36,8 @@ class GlobalMean:
     """Predicts the mean of all training ratings."""
 
     name = "global-mean"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self._model: _Levels | None = None
@@ -59,18 +48,20 @@ class GlobalMean:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        self._model = _means(_ratings(data, self.name))
+        self._model = _means(ratings(data, self.name))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
         model = fitted(self._model, self.name)
-        return _rate(requests, model.scale, lambda user, item, request: model.mean)
+        return rate(requests, model.scale, lambda user, item, request: model.mean)
 
 
 class UserMean:
     """Predicts the mean of the user's ratings; for users without any the item's mean, then the global one."""
 
     name = "user-mean"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self._model: _Levels | None = None
@@ -81,7 +72,7 @@ class UserMean:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        self._model = _means(_ratings(data, self.name))
+        self._model = _means(ratings(data, self.name))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
@@ -93,13 +84,15 @@ class UserMean:
             known = [event.rating for event in request.history if event.rating is not None]
             return sum(known) / len(known) if known else model.by_item.get(item, model.mean)
 
-        return _rate(requests, model.scale, predict)
+        return rate(requests, model.scale, predict)
 
 
 class ItemMean:
     """Predicts the mean of the item's ratings; for items without any the global one."""
 
     name = "item-mean"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self._model: _Levels | None = None
@@ -110,12 +103,12 @@ class ItemMean:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        self._model = _means(_ratings(data, self.name))
+        self._model = _means(ratings(data, self.name))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
         model = fitted(self._model, self.name)
-        return _rate(requests, model.scale, lambda user, item, request: model.by_item.get(item, model.mean))
+        return rate(requests, model.scale, lambda user, item, request: model.by_item.get(item, model.mean))
 
 
 class UserItemBias:
@@ -127,6 +120,8 @@ class UserItemBias:
     """
 
     name = "user-item-bias"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"user_penalty": (2.0, 5.0, 10.0), "item_penalty": (1.0, 3.0)}
 
     def __init__(self, *, user_penalty: float = 5.0, item_penalty: float = 3.0, seed: int = 0) -> None:
         """Set up.
@@ -148,8 +143,8 @@ class UserItemBias:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        known = _ratings(data, self.name)
-        of_users, of_items = _solve(known, self._user_penalty, self._item_penalty)
+        known = ratings(data, self.name)
+        of_users, of_items = ridge_biases(known, self._user_penalty, self._item_penalty)
         self._model = _Levels(
             mean=known.mean,
             by_user={user: float(of_users[place]) for user, place in known.user_index.items()},
@@ -161,49 +156,19 @@ class UserItemBias:
         """Predict the rating of each request's item; an unknown item's bias is 0."""
         model = fitted(self._model, self.name)
 
+        def of_item(item: str) -> float:
+            return model.by_item.get(item, 0.0)
+
         def predict(user: str, item: str, request: Request) -> float:
-            own = model.by_user[user] if user in model.by_user else self._from_history(request, model)
-            return model.mean + own + model.by_item.get(item, 0.0)
+            own = model.by_user.get(user)
+            if own is None:
+                own = bias_of_history(request, model.mean, of_item, self._user_penalty)
+            return model.mean + own + of_item(item)
 
-        return _rate(requests, model.scale, predict)
-
-    def _from_history(self, request: Request, model: _Levels) -> float:
-        left = [
-            event.rating - model.mean - model.by_item.get(event.item_id, 0.0)
-            for event in request.history
-            if event.rating is not None
-        ]
-        return sum(left) / (len(left) + self._user_penalty)
+        return rate(requests, model.scale, predict)
 
 
-# --------------------------------------------------------------------------- parts
-
-
-def _ratings(data: SplitDataset, name: str) -> _Ratings:
-    rated = data.train.drop_nulls("rating").select("user_id", "item_id", "rating")
-    if rated.is_empty():
-        raise DataError(
-            f"the baseline {name!r} needs ratings, and the training interactions of {data.dataset.name!r} have none; "
-            "name the rating column under data.columns.rating, or leave the rating task out"
-        )
-    # A canonical order of sums, so that the order of rows in the file cannot move the last bits.
-    rated = rated.sort("user_id", "item_id", "rating")
-    user_names, users = np.unique(np.array(rated["user_id"].to_list(), dtype=object), return_inverse=True)
-    item_names, items = np.unique(np.array(rated["item_id"].to_list(), dtype=object), return_inverse=True)
-    values = rated["rating"].to_numpy().astype(np.float64)
-    low, high = data.dataset.rating_scale or (float(values.min()), float(values.max()))
-    return _Ratings(
-        users=users.astype(np.int64),
-        items=items.astype(np.int64),
-        values=values,
-        user_index={user: place for place, user in enumerate(user_names.tolist())},
-        item_index={item: place for place, item in enumerate(item_names.tolist())},
-        mean=float(values.mean()),
-        scale=(low, high),
-    )
-
-
-def _means(known: _Ratings) -> _Levels:
+def _means(known: Ratings) -> _Levels:
     def group(places: NDArray[np.int64], index: Mapping[str, int]) -> dict[str, float]:
         means = np.bincount(places, weights=known.values) / np.bincount(places)
         return {name: float(means[place]) for name, place in index.items()}
@@ -214,35 +179,3 @@ def _means(known: _Ratings) -> _Levels:
         by_item=group(known.items, known.item_index),
         scale=known.scale,
     )
-
-
-def _solve(
-    known: _Ratings, user_penalty: float, item_penalty: float, *, tolerance: float = 1e-10, rounds: int = 1000
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Alternate between user and item biases until no user's moves by more than ``tolerance``."""
-    residual = known.values - known.mean
-    user_weight = np.bincount(known.users) + user_penalty
-    item_weight = np.bincount(known.items) + item_penalty
-    of_users, of_items = np.zeros(len(user_weight)), np.zeros(len(item_weight))
-    for _ in range(rounds):
-        of_items = np.bincount(known.items, weights=residual - of_users[known.users]) / item_weight
-        moved = np.bincount(known.users, weights=residual - of_items[known.items]) / user_weight
-        step = float(np.abs(moved - of_users).max())
-        of_users = moved
-        if step < tolerance:
-            break
-    return of_users, of_items
-
-
-def _rate(
-    requests: Sequence[Request], scale: tuple[float, float], predict: Callable[[str, str, Request], float]
-) -> list[Answer]:
-    low, high = scale
-    answers: list[Answer] = []
-    for request in requests:
-        if request.item is None:
-            answers.append(Unparsed(request_id=request.id, reason="the request names no item to rate"))
-            continue
-        value = min(high, max(low, predict(request.user_id, request.item, request)))
-        answers.append(Rating(request_id=request.id, value=value))
-    return answers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -49,6 +49,8 @@ class FrequentText:
     """
 
     name = "frequent-text"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self._text: str | None = None
@@ -78,6 +80,8 @@ class NearestText:
     """
 
     name = "nearest-text"
+    stochastic = False
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
         self._library: _Library | None = None

@@ -213,16 +213,7 @@ class Evaluation:
 
     def protocol(self, family: str) -> Protocol:
         """Return the protocol of a family's table."""
-        recipe, data = self._study.recipe, self._study.task_data(family)
-        sets = recipe.eval.candidates
-        return Protocol(
-            split=f"{data.kind}/{recipe.eval.split}",
-            candidates=f"{sets.kind}-{sets.count}",
-            cutoffs=recipe.eval.cutoffs,
-            resamples=recipe.eval.bootstrap,
-            seed=recipe.seed,
-            catalogue=len(data.dataset.items),
-        )
+        return protocol_of(self._study, family)
 
     def _user_mean(self) -> Callable[[Request], float]:
         means = UserMean()
@@ -257,6 +248,20 @@ class Evaluation:
 
     def _progress(self, spec: RowSpec) -> _Bar:
         return _Bar(spec.id, len(self._cases[spec.family]), quiet=self._quiet)
+
+
+def protocol_of(study: Study, family: str) -> Protocol:
+    """Return the protocol of a family's table."""
+    recipe, data = study.recipe, study.task_data(family)
+    sets = recipe.eval.candidates
+    return Protocol(
+        split=f"{data.kind}/{recipe.eval.split}",
+        candidates=f"{sets.kind}-{sets.count}",
+        cutoffs=recipe.eval.cutoffs,
+        resamples=recipe.eval.bootstrap,
+        seed=recipe.seed,
+        catalogue=len(data.dataset.items),
+    )
 
 
 class _Bar:

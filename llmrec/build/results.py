@@ -12,15 +12,23 @@ from typing import Any
 import polars as pl
 
 from llmrec import __version__
+from llmrec.build.breakdowns import breakdowns
 from llmrec.build.evaluation import Row
 from llmrec.build.facts import machine, versions
 from llmrec.build.stages import Budget
 from llmrec.build.study import RANKING, Study
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
-from llmrec.evaluate import HEADLINE, LOWER_IS_BETTER, compare
+from llmrec.evaluate import HEADLINE, compare, statistic_of
+from llmrec.metrics.signature import better
+from llmrec.metrics.significance import detectable, detectable_line
 from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe_file import recipe_hash
+
+# A drawn p is never below 1 / resamples: with so many a comparison, the smallest one stays .01 after Holm.
+_FOR_EACH_PAIR = 100
+# Figures whose differences have no standard error in closed form, so that none can be said to be detectable.
+_NO_REACH = frozenset({"AUC", "GAUC"})
 
 _SCHEMA: Mapping[str, Any] = {
     "row_id": pl.String,
@@ -55,7 +63,8 @@ def write_results(
     """
     recipe = study.recipe
     spent = {**_spent_before(folder / "results.json", recipe_hash(recipe)), **budget.stages}
-    families = [family for family in HEADLINE if family in study.tasks]
+    headlines = {family: headline(family, recipe.eval.cutoffs) for family in HEADLINE if family in study.tasks}
+    compared = comparisons(study, rows)
     results = {
         "llmrec": __version__,
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -72,9 +81,10 @@ def write_results(
         },
         "candidates": {"main": _candidates(study)} if study.candidates else {},
         "training": {k: v for k, v in training.items() if k != "key"} if training else None,
-        "rows": [row.figures for row in rows],
-        "headline": {family: headline(family, recipe.eval.cutoffs) for family in families},
-        "comparisons": comparisons(study, rows),
+        "rows": [{**row.figures, **more} for row, more in zip(rows, breakdowns(study, rows, headlines), strict=True)],
+        "headline": headlines,
+        "comparisons": compared,
+        "detectable": reach(headlines, rows, compared),
         "budget": [{"stage": stage, "seconds": seconds} for stage, seconds in spent.items()],
         "seconds": sum(spent.values()),
         "examples": [example for row in rows for example in row.examples],
@@ -101,33 +111,49 @@ def headline(family: str, cutoffs: Sequence[int]) -> str:
     return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"
 
 
-def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Pair tuned and few-shot with zero-shot, and the tuned headline strategy with every baseline.
+def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]]:
+    """Return what is compared with what, as (family, headline metric, a, b).
 
-    The headline strategy is the first that the recipe names for a family; p-values are Holm-adjusted over all pairs.
+    Every tuned and few-shot row is paired with its zero-shot row; the tuned rows of the first strategy that the recipe
+    names with every baseline; and every other row of a language model with the best baseline. Which one is best is
+    seen on the same requests, which is to the baseline's advantage.
     """
-    recipe = study.recipe
-    planned: list[tuple[str, str, Row, Row]] = []
+    found: list[tuple[str, str, Row, Row]] = []
     for family in study.tasks:
-        metric = headline(family, recipe.eval.cutoffs)
+        metric = headline(family, study.recipe.eval.cutoffs)
         own = [row for row in rows if row.figures["task"] == family and metric in row.values]
+        controls = [row for row in own if row.figures["arm"] == "baseline"]
+        best = best_of(controls, metric)
         arms = {(r.figures["arm"], r.figures["predictor"], r.figures["template"]): r for r in own}
         for (arm, predictor, template), row in arms.items():
             zero = arms.get(("zero-shot", predictor, template))
             if arm in ("tuned", "few-shot") and zero is not None:
-                planned.append((family, metric, row, zero))
+                found.append((family, metric, row, zero))
             if arm == "tuned" and predictor == study.section(family).strategies[0]:
-                planned.extend((family, metric, row, b) for b in own if b.figures["arm"] == "baseline")
+                found.extend((family, metric, row, control) for control in controls)
+            elif arm != "baseline" and best is not None:
+                found.append((family, metric, row, best))
+    return found
+
+
+def best_of(rows: Sequence[Row], metric: str) -> Row | None:
+    """Return the row with the best figure; None where no row has one."""
+    scored = [row for row in rows if row.figures["metrics"][metric]["value"] is not None]
+    sign = 1 if better(metric) == "lower" else -1
+    return min(scored, key=lambda row: sign * row.figures["metrics"][metric]["value"], default=None)
+
+
+def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Compare what is `planned`; p-values are Holm-adjusted over all pairs of the run.
+
+    ``detectable`` is the smallest true difference that a comparison would show in 80 of 100 repetitions.
+    """
+    recipe = study.recipe
+    pairs = planned(study, rows)
+    resamples = max(recipe.eval.bootstrap, _FOR_EACH_PAIR * len(pairs))
     found: list[Difference] = [
-        compare(
-            metric,
-            a.values[metric],
-            b.values[metric],
-            [record["user_id"] for record in a.records],
-            resamples=recipe.eval.bootstrap,
-            seed=recipe.seed,
-        )
-        for _, metric, a, b in planned
+        compare(metric, a.values[metric], b.values[metric], _users(a), resamples=resamples, seed=recipe.seed)
+        for _, metric, a, b in pairs
     ]
     adjusted = holm([difference.p for difference in found]) if found else []
     return [
@@ -140,10 +166,34 @@ def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
             "low": difference.low,
             "high": difference.high,
             "p": p,
-            "verdict": verdict(difference, "lower" if metric in LOWER_IS_BETTER else "higher", p=p),
+            "verdict": verdict(difference, better(metric), p=p),
+            "detectable": _detectable(metric, a, b, len(pairs)),
         }
-        for (family, metric, a, b), difference, p in zip(planned, found, adjusted, strict=True)
+        for (family, metric, a, b), difference, p in zip(pairs, found, adjusted, strict=True)
     ]
+
+
+def _detectable(metric: str, a: Row, b: Row, pairs: int) -> float | None:
+    if metric in _NO_REACH:
+        return None
+    return detectable(
+        a.values[metric], b.values[metric], comparisons=pairs, statistic=statistic_of(metric), users=_users(a)
+    )
+
+
+def reach(headlines: Mapping[str, str], rows: Sequence[Row], compared: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Say for each task in one line what its comparisons could have shown."""
+    found = {}
+    for family, metric in headlines.items():
+        own = [entry["detectable"] for entry in compared if entry["task"] == family]
+        users = next((len(set(_users(row))) for row in rows if row.figures["task"] == family), 0)
+        if own and metric not in _NO_REACH:
+            found[family] = detectable_line(metric, own, users=users, comparisons=len(compared))
+    return found
+
+
+def _users(row: Row) -> list[str]:
+    return [record["user_id"] for record in row.records]
 
 
 def write_predictions(rows: Sequence[Row], path: Path) -> None:

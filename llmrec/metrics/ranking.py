@@ -124,6 +124,44 @@ def reciprocal_rank(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -
     return _mean_over_block(total, block)
 
 
+def precision(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
+    """Precision@k with one relevant item: HR@k over k, so at most 1 / k.
+
+    Returns:
+        Values in [0, 1 / k], shape (n,).
+    """
+    return hit_rate(greater, tied, k) / k
+
+
+def average_precision(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
+    """Average precision with one relevant item, whose mean is MAP: the reciprocal rank, by definition.
+
+    Precision at the target's rank is 1 / rank, and there is nothing else to average over.
+    """
+    return reciprocal_rank(greater, tied, k)
+
+
+def auc(greater: ArrayLike, tied: ArrayLike, pool: ArrayLike) -> NDArray[np.float64]:
+    """AUC of each request: the share of other items below the target, tied ones counting half.
+
+    ``1 - (greater + (tied - 1) / 2) / (pool - 1)``; a target that was left out has every item above it.
+
+    Args:
+        greater: See the module.
+        tied: See the module.
+        pool: Number of items that could be ranked, the target included, shape (n,) or one number.
+
+    Returns:
+        Values in [0, 1], shape (n,); 0.5 where the target is the whole pool, since nothing tells.
+    """
+    above, block = _checked(greater, tied, 1)
+    others = np.broadcast_to(np.asarray(pool, dtype=np.int64), above.shape) - 1
+    if (above + np.maximum(block - 1, 0) > np.maximum(others, 0) + (block == 0)).any():
+        raise ValueError("a pool holds fewer items than stand above or beside its target")
+    share = 1 - (above + (block - 1) / 2) / np.maximum(others, 1)
+    return np.where(block == 0, 0.0, np.where(others > 0, share, 0.5))
+
+
 def expected_rank(greater: ArrayLike, tied: ArrayLike) -> NDArray[np.float64]:
     """Mean rank of the target over its tied block, counted from 1; NaN where the target is missing."""
     above, block = _checked(greater, tied, 1)

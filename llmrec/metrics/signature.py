@@ -1,8 +1,9 @@
 """The string that says how a metric was taken, so that figures of different protocols never share a table.
 
-Example: ``NDCG@10|gain:binary|ties:expected|cand:uniform-20|seen:excluded|split:leave_one_out|llmrec:0.1.0``.
+Example: ``NDCG@10|gain:binary|ties:expected|cand:full|seen:excluded|split:loo/test|llmrec:0.1.0``.
 The order of the parts is fixed; parts that do not bear on a metric are left out, so ratings have neither ties nor
-candidates, and text metrics say how words were cut.
+candidates, and text metrics say how words were cut. ``users`` and ``slice`` stand where a figure is over some cases
+only, or says over how many; ``how`` holds what else a metric has to say, such as the bins of a calibration error.
 """
 
 from __future__ import annotations
@@ -10,14 +11,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
-_RANKING = re.compile(r"(HR|NDCG)@[1-9]\d*|MRR(@[1-9]\d*)?")
-_RATING = re.compile(r"RMSE|MAE")
+Kind = Literal["ranking", "lists", "rating", "probability", "text"]
+
+_CUT = r"@[1-9]\d*"
+_NAMES: Mapping[Kind, re.Pattern[str]] = {
+    "ranking": re.compile(rf"(HR|Recall|Precision|NDCG){_CUT}|(MRR|MAP)({_CUT})?"),
+    "lists": re.compile(rf"(Coverage|Novelty|Gini|PopularityLift|ILD|Serendipity){_CUT}"),
+    "rating": re.compile(r"RMSE|MAE"),
+    "probability": re.compile(r"AUC|GAUC|LogLoss|ECE"),
+    "text": re.compile(r"(BLEU|ROUGE|Distinct)-(\d+|L)"),
+}
 _TEXT: Mapping[str, str] = {
     "BLEU": "sacrebleu-13a-exp",
     "ROUGE": "rouge-score-nostem",
     "Distinct": "words-lower",
 }
+_LOWER = re.compile(rf"RMSE|MAE|LogLoss|ECE|(Gini|PopularityLift){_CUT}")
+_KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split", "llmrec")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +41,10 @@ class Signature:
     ties: str | None = None
     candidates: str | None = None
     seen: str | None = None
+    users: str | None = None
+    slice: str | None = None
     text: str | None = None
+    how: str | None = None
     split: str
     version: str
 
@@ -38,18 +53,21 @@ class Signature:
         return "|".join(parts)
 
     def _parts(self) -> dict[str, str | None]:
-        return {
-            "gain": self.gain,
-            "ties": self.ties,
-            "cand": self.candidates,
-            "seen": self.seen,
-            "text": self.text,
-            "split": self.split,
-            "llmrec": self.version,
-        }
+        values = (
+            *(self.gain, self.ties, self.candidates, self.seen, self.users, self.slice),
+            *(self.text, self.how, self.split, self.version),
+        )
+        return dict(zip(_KEYS, values, strict=True))
 
 
-_KEYS = ("gain", "ties", "cand", "seen", "text", "split", "llmrec")
+def kind_of(metric: str) -> Kind | None:
+    """Return what kind of metric a name stands for; None for an unknown one."""
+    return next((kind for kind, names in _NAMES.items() if names.fullmatch(metric)), None)
+
+
+def better(metric: str) -> Literal["higher", "lower"]:
+    """Say whether higher or lower figures of a metric are better."""
+    return "lower" if _LOWER.fullmatch(metric) else "higher"
 
 
 def signature(
@@ -59,37 +77,52 @@ def signature(
     ties: str = "expected",
     candidates: str | None = None,
     seen: str | None = None,
+    users: str | None = None,
+    slice: str | None = None,
+    how: str | None = None,
     split: str,
     version: str,
 ) -> str:
     """Write the signature of a metric.
 
     Args:
-        metric: ``HR@k``, ``NDCG@k``, ``MRR`` (or ``MRR@k``), ``RMSE``, ``MAE``, ``BLEU-4``, ``ROUGE-1``, ``ROUGE-L``
-            or ``Distinct-2``.
-        gain: Gain of the relevant item.
-        ties: How tied scores are treated.
-        candidates: ``full``, or kind and number such as ``uniform-20``; needed by ranking metrics.
-        seen: ``excluded`` or ``included``: whether items of the history can be ranked; needed by ranking metrics.
+        metric: ``HR@k``, ``Recall@k``, ``Precision@k``, ``NDCG@k``, ``MRR``, ``MAP`` (or cut, ``MRR@k``); of lists
+            ``Coverage@k``, ``Novelty@k``, ``Gini@k``, ``PopularityLift@k``, ``ILD@k``, ``Serendipity@k``; ``RMSE``,
+            ``MAE``; ``AUC``, ``GAUC``, ``LogLoss``, ``ECE``; ``BLEU-4``, ``ROUGE-1``, ``ROUGE-L``, ``Distinct-2``.
+        gain: Gain of the relevant item; only ranking metrics have one.
+        ties: How tied scores are treated by ranking metrics. Lists show one draw of the tied items: ``seeded``.
+        candidates: ``full``, or kind and number such as ``uniform-20``; needed by metrics of rankings and lists.
+        seen: ``excluded`` or ``included``: whether items of the history can be ranked; needed by the same metrics.
+        users: Which or how many users were evaluated; None leaves it unsaid.
+        slice: Which cases the figure is over; None for all.
+        how: What else sets figures of this metric apart, such as ``jaccard-genres``.
         split: Kind of the split.
         version: Version of llmrec.
 
     Raises:
-        ValueError: If the metric is unknown, a ranking metric lacks candidates or seen, or a part holds ``|`` or
-            white space.
+        ValueError: If the metric is unknown, one of rankings or lists lacks candidates or seen, or a part holds ``|``
+            or white space.
     """
-    common = Signature(metric=metric, split=_part(split), version=_part(version))
-    if _RANKING.fullmatch(metric):
-        if candidates is None or seen is None:
-            raise ValueError(f"{metric} needs candidates and seen in its signature")
-        parts = replace(common, gain=_part(gain), ties=_part(ties), candidates=_part(candidates), seen=_part(seen))
-        return str(parts)
-    if _RATING.fullmatch(metric):
+    kind = kind_of(metric)
+    if kind is None:
+        raise ValueError(f"unknown metric {metric!r}")
+    common = Signature(
+        metric=metric,
+        users=_part_or_none(users),
+        slice=_part_or_none(slice),
+        text=_TEXT[metric.split("-")[0]] if kind == "text" else None,
+        how=_part_or_none(how),
+        split=_part(split),
+        version=_part(version),
+    )
+    if kind not in ("ranking", "lists"):
         return str(common)
-    family = metric.split("-")[0]
-    if family in _TEXT and re.fullmatch(r"[A-Za-z]+-(\d+|L)", metric):
-        return str(replace(common, text=_TEXT[family]))
-    raise ValueError(f"unknown metric {metric!r}")
+    if candidates is None or seen is None:
+        raise ValueError(f"{metric} needs candidates and seen in its signature")
+    common = replace(common, candidates=_part(candidates), seen=_part(seen))
+    if kind == "lists":
+        return str(replace(common, ties="seeded"))
+    return str(replace(common, gain=_part(gain), ties=_part(ties)))
 
 
 def parse_signature(text: str) -> Signature:
@@ -110,7 +143,10 @@ def parse_signature(text: str) -> Signature:
         ties=parts.get("ties"),
         candidates=parts.get("cand"),
         seen=parts.get("seen"),
+        users=parts.get("users"),
+        slice=parts.get("slice"),
         text=parts.get("text"),
+        how=parts.get("how"),
         split=parts["split"],
         version=parts["llmrec"],
     )
@@ -119,8 +155,9 @@ def parse_signature(text: str) -> Signature:
 def same_protocol(a: str, b: str) -> bool:
     """Say whether two figures may stand in one table.
 
-    Figures of one metric must agree in every part. Figures of different metrics must agree in all but how words
-    are cut, which differs between BLEU and ROUGE by nature.
+    Figures of one metric must agree in every part. Figures of different metrics must agree in every part that bears on
+    both: how words are cut and what ``how`` says differ by nature; accuracy and list metrics of one ranking may stand
+    together, whose gain and ties differ by nature.
 
     Raises:
         ValueError: If one of them is not a signature.
@@ -128,9 +165,17 @@ def same_protocol(a: str, b: str) -> bool:
     left, right = parse_signature(a), parse_signature(b)
     if left.metric == right.metric:
         return left == right
-    return replace(left, metric="", text=None) == replace(right, metric="", text=None) and (
-        (left.text is None) == (right.text is None)
-    )
+    kinds = {kind_of(left.metric), kind_of(right.metric)}
+    if len(kinds) > 1 and kinds != {"ranking", "lists"}:
+        return False
+    shared = [replace(each, metric="", text=None, how=None) for each in (left, right)]
+    if kinds == {"ranking", "lists"}:
+        shared = [replace(each, gain=None, ties=None) for each in shared]
+    return shared[0] == shared[1]
+
+
+def _part_or_none(value: str | None) -> str | None:
+    return None if value is None else _part(value)
 
 
 def _part(value: str) -> str:

@@ -1,4 +1,4 @@
-"""Text metrics: BLEU-4, ROUGE-1, ROUGE-L and Distinct-n, all as fractions in [0, 1].
+"""Text metrics: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and Distinct-n, all as fractions in [0, 1].
 
 sacrebleu and rouge-score do the counting, so that figures agree with other people's; multiply by 100 to compare
 with papers that print percentages.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import require
+from llmrec.metrics.stats import times_drawn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _ORDER = 4
 _WORD = re.compile(r"\w+")
+_ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 
 
 def bleu4(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -67,10 +69,7 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], users: Sequ
         counts = _sum_by(counts, users)
 
     def statistic(indices: NDArray[np.intp]) -> NDArray[np.float64]:
-        draws, n = indices.shape[0], len(counts)
-        flat = (indices + n * np.arange(draws)[:, None]).ravel()
-        times = np.bincount(flat, minlength=draws * n).reshape(draws, n).astype(np.float64)
-        return _bleu(times @ counts)
+        return _bleu(times_drawn(indices, len(counts)) @ counts)
 
     return statistic
 
@@ -99,23 +98,22 @@ def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """ROUGE-1 and ROUGE-L F-measures (Lin, 2004) of each request by rouge-score, without stemming.
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures (Lin, 2004) of each request by rouge-score, without stemming.
 
     rouge-score keeps the ASCII letters and digits of lower-cased text only: text in other scripts scores 0.
 
     Returns:
-        ``{"ROUGE-1": (n,), "ROUGE-L": (n,)}``, values in [0, 1].
+        ``{"ROUGE-1": (n,), "ROUGE-2": (n,), "ROUGE-L": (n,)}``, values in [0, 1].
 
     Raises:
         MissingExtra: If rouge-score is not installed.
         ValueError: If the two differ in length or are empty.
     """
     _alike(texts, references)
-    scorer = require("rouge_score.rouge_scorer", "text").RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    scorer = require("rouge_score.rouge_scorer", "text").RougeScorer(list(_ROUGE.values()), use_stemmer=False)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return {
-        "ROUGE-1": np.array([score["rouge1"].fmeasure for score in scores], dtype=np.float64),
-        "ROUGE-L": np.array([score["rougeL"].fmeasure for score in scores], dtype=np.float64),
+        name: np.array([score[kind].fmeasure for score in scores], dtype=np.float64) for name, kind in _ROUGE.items()
     }
 
 

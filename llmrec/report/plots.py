@@ -5,41 +5,29 @@ Colours, fonts and layout are chosen by report.js, which knows the width and the
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from llmrec.report.results import LOWER_IS_BETTER, Results
-from llmrec.report.wording import duration, interval, label, number, title, visible
+from llmrec.report.costs import cost_by_row
+from llmrec.report.escape import plain
+from llmrec.report.marks import best_baseline
+from llmrec.report.positions import bands, shown_rows
+from llmrec.report.records import Results, Row, lower
+from llmrec.report.templates import singles
+from llmrec.report.wording import duration, interval, label, number, rough, title, with_interval
 
 _LONGEST_LABEL = 48  # characters beside or above a mark; hovering shows the rest
-
-# Plotly reads a little HTML in labels, and JSON in a page must not spell a closing tag or a comment.
-_LABEL = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
-_SCRIPT = str.maketrans(
-    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "'": "\\u0027", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-)
-
-
-def plain(text: str, longest: int | None = None) -> str:
-    """Return untrusted text as a plot label that shows as it is written, cut to ``longest`` characters."""
-    flat = visible(" ".join(text.split()))
-    if longest is not None and len(flat) > longest:
-        flat = f"{flat[: longest - 1]}…"
-    return flat.translate(_LABEL)
-
-
-def page_json(content: object) -> str:
-    """Return JSON that ends no script element, whatever its strings hold.
-
-    Raises:
-        ValueError: If a number is NaN or infinite.
-    """
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_SCRIPT)
 
 
 def plots(results: Results) -> dict[str, Any]:
     """Return every plot's data by the id of the element that holds it."""
-    found: dict[str, Any] = {f"forest-{place}": forest(results, task) for place, task in enumerate(results.tasks, 1)}
+    found: dict[str, Any] = {}
+    for place, task in enumerate(results.tasks, 1):
+        found[f"forest-{place}"] = forest(results, task)
+        positions, cost = by_position(results, task), quality_by_tokens(results, task)
+        if positions["panels"]:
+            found[f"positions-{place}"] = positions
+        if cost:
+            found[f"cost-{place}"] = cost
     if results.training and results.training.log:
         found["training-loss"] = losses(results)
         if any(line.tokens_per_second is not None for line in results.training.log):
@@ -73,7 +61,7 @@ def forest(results: Results, task: str) -> dict[str, Any]:
     return {
         "kind": "forest",
         "metric": plain(metric),
-        "better": "lower" if metric in LOWER_IS_BETTER else "higher",
+        "better": "lower" if lower(metric) else "higher",
         "rows": rows,
         "reference": control and control["value"],
     }
@@ -114,3 +102,63 @@ def budget(results: Results) -> dict[str, Any]:
         for entry in results.budget
     ]
     return {"kind": "budget", "stages": stages}
+
+
+def by_position(results: Results, task: str) -> dict[str, Any]:
+    """Return HR@1 and mean rank by position of every language-model row, and those of the best baseline beside each."""
+    rows, alone = shown_rows(results, task), singles(results, task)
+    panels = [_panel(row, short=row.id in alone) for row in rows if row.arm != "baseline"]
+    return {
+        "kind": "positions",
+        "panels": panels,
+        "control": next((_panel(row, short=False) for row in rows if row.arm == "baseline"), None),
+        "measures": [{"key": "hit", "title": "HR@1"}, {"key": "rank", "title": "mean rank"}],
+    }
+
+
+def _panel(row: Row, *, short: bool) -> dict[str, Any]:
+    """Return one row's curve; a short title leaves out the template."""
+    own = bands(row)
+    return {
+        "label": plain(label(row)),
+        "short": plain(f"{row.arm} · {row.predictor}" if short else label(row), _LONGEST_LABEL // 2),
+        "arm": row.arm,
+        "x": [(band.first + band.last) / 2 for band in own],
+        "names": [band.name for band in own],
+        "n": [band.n for band in own],
+        "hit": {"y": [b.hit for b in own], "low": [b.hit_low for b in own], "high": [b.hit_high for b in own]},
+        "rank": {"y": [b.rank for b in own], "low": [b.rank_low for b in own], "high": [b.rank_high for b in own]},
+    }
+
+
+def quality_by_tokens(results: Results, task: str) -> dict[str, Any] | None:
+    """Return the headline values of language-model rows against tokens a user; None where no row used a token."""
+    metric = results.headline[task]
+    points = []
+    for cost in cost_by_row(results, task):
+        score = cost.row.metrics.get(metric)
+        if cost.row.arm == "baseline" or score is None or score.value is None or not cost.tokens_per_user:
+            continue
+        points.append(
+            {
+                "label": plain(label(cost.row)),
+                "short": plain(cost.row.predictor, _LONGEST_LABEL // 3),
+                "arm": cost.row.arm,
+                "tokens": cost.tokens_per_user,
+                "value": score.value,
+                "low": score.low,
+                "high": score.high,
+                "text": f"{with_interval(score.value, score.low, score.high)}, {rough(cost.tokens_per_user)} tokens",
+            }
+        )
+    if not points:
+        return None
+    control = best_baseline(results, task)
+    return {
+        "kind": "cost",
+        "metric": plain(metric),
+        "better": "lower" if lower(metric) else "higher",
+        "points": points,
+        "reference": control and control.metrics[metric].value,
+        "control": control and plain(label(control), _LONGEST_LABEL // 2),
+    }

@@ -142,7 +142,99 @@
     return [traces, layout];
   }
 
-  const KINDS = { forest: forest, lines: lines, budget: budget };
+  function bounds(values, lows, highs, hue) {
+    const reach = function (ends) {
+      return values.map(function (value, place) { return ends[place] === null ? 0 : Math.abs(ends[place] - value); });
+    };
+    return { type: "data", symmetric: false, array: reach(highs), arrayminus: reach(lows), color: hue, thickness: 1.5, width: 3 };
+  }
+
+  // One panel a row and measure; all panels of a measure share their range, so that they can be compared.
+  function positions(plot, width) {
+    const left = 52, right = 12, gap = 18, head = 24, body = 112, foot = 30;
+    const most = Math.max(1, Math.floor((width - left - right + gap) / (width < NARROW ? 140 : 210)));
+    const lines = Math.ceil(plot.panels.length / most);
+    const columns = Math.ceil(plot.panels.length / lines);
+    const across = width - left - right, one = (across - gap * (columns - 1)) / columns;
+    const down = plot.measures.length * lines * (head + body + foot);
+    const layout = base(down + 38, { l: left, r: right, t: 6, b: 32 });
+    const traces = [];
+    layout.annotations = [];
+    plot.measures.forEach(function (measure, block) {
+      const every = plot.panels.concat(plot.control ? [plot.control] : []);
+      const ends = every.reduce(function (found, panel) {
+        const own = panel[measure.key];
+        return found.concat(own.y, own.low, own.high).filter(function (value) { return value !== null; });
+      }, []);
+      const low = Math.min.apply(null, ends), high = Math.max.apply(null, ends), room = 0.06 * (high - low || 1);
+      plot.panels.forEach(function (panel, place) {
+        const column = place % columns, line = block * lines + Math.floor(place / columns);
+        const id = String(traces.length ? block * plot.panels.length + place + 1 : "");
+        const start = column * (one + gap), top = line * (head + body + foot);
+        const last = panel.x[panel.x.length - 1];
+        layout["xaxis" + id] = axis("", {
+          domain: [start / across, (start + one) / across], anchor: "y" + id, nticks: 5, range: [0, last + 1],
+        });
+        layout["yaxis" + id] = axis(column ? "" : measure.title, {
+          domain: [1 - (top + head + body) / down, 1 - (top + head) / down], anchor: "x" + id, nticks: 4,
+          range: [low - room, high + room], showticklabels: column === 0, automargin: false,
+        });
+        layout.annotations.push({
+          text: panel.short, x: start / across, xref: "paper", xanchor: "left", y: 1 - (top + head) / down, yref: "paper",
+          yanchor: "bottom", showarrow: false, font: { size: 12 }, borderpad: 2,
+        });
+        const own = panel[measure.key], hue = colour(panel.arm);
+        if (plot.control) {
+          traces.push({
+            type: "scatter", mode: "lines", x: plot.control.x, y: plot.control[measure.key].y, xaxis: "x" + id, yaxis: "y" + id,
+            line: { color: colour("baseline"), width: 1.5, dash: "dash" }, hoverinfo: "skip",
+          });
+        }
+        traces.push({
+          type: "scatter", mode: "lines+markers", x: panel.x, y: own.y, xaxis: "x" + id, yaxis: "y" + id,
+          line: { color: hue, width: 1.75 }, marker: { color: hue, size: 7, symbol: SYMBOLS[panel.arm] },
+          error_y: bounds(own.y, own.low, own.high, hue),
+          customdata: panel.names.map(function (name, at) { return [panel.label, name, panel.n[at]]; }),
+          hovertemplate: "%{customdata[0]}<br>target at %{customdata[1]}: " + measure.title + " %{y:.3~f}, n = %{customdata[2]}<extra></extra>",
+        });
+      });
+    });
+    layout.annotations.push({
+      text: "position of the target", x: 0.5, xref: "paper", xanchor: "center", y: 0, yref: "paper", yanchor: "top", yshift: -4,
+      showarrow: false, font: { size: 13, color: colour("muted") },
+    });
+    return [traces, layout];
+  }
+
+  function cost(plot, width) {
+    const traces = Object.keys(SYMBOLS).map(function (arm) {
+      const mine = plot.points.filter(function (point) { return point.arm === arm; });
+      const of = function (key) { return mine.map(function (point) { return point[key]; }); };
+      return {
+        type: "scatter", mode: "markers+text", name: arm, x: of("tokens"), y: of("value"),
+        text: of("short"), textposition: "middle right", textfont: { size: 11, color: colour("muted") }, cliponaxis: false,
+        customdata: mine.map(function (point) { return [point.label, point.text]; }),
+        hovertemplate: "%{customdata[0]}<br>%{customdata[1]} a user<extra></extra>",
+        marker: { symbol: SYMBOLS[arm], size: arm === "tuned" ? 12 : 10, color: colour(arm) },
+        error_y: bounds(of("value"), of("low"), of("high"), colour(arm)),
+      };
+    }).filter(function (trace) { return trace.x.length > 0; });
+    const layout = base(320, { l: 56, r: 28, t: 40, b: 48 });
+    const most = Math.max.apply(null, plot.points.map(function (point) { return point.tokens; }));
+    layout.xaxis = axis("tokens a user", { range: [0, most * 1.22], nticks: 6 });
+    layout.yaxis = axis(plot.metric + " (" + plot.better + " is better)", { nticks: 6 });
+    layout.showlegend = true;
+    layout.legend = { orientation: "h", x: 0, xref: "container", y: 1, yref: "container", yanchor: "top", itemclick: false, itemdoubleclick: false, font: { size: 12, color: colour("muted") } };
+    if (plot.reference !== null) {
+      layout.shapes = [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: plot.reference, y1: plot.reference, layer: "below", line: { color: colour("muted"), width: 1.5, dash: "dash" } }];
+      layout.annotations = [{ text: plot.control, x: 0, xref: "paper", xanchor: "left", y: plot.reference, yanchor: "bottom", showarrow: false, font: { size: 11, color: colour("muted") } }];
+      // An invisible mark keeps the line of the best baseline inside the range.
+      traces.push({ type: "scatter", mode: "markers", x: [0], y: [plot.reference], marker: { opacity: 0 }, hoverinfo: "skip", showlegend: false });
+    }
+    return [traces, layout];
+  }
+
+  const KINDS = { forest: forest, lines: lines, budget: budget, positions: positions, cost: cost };
 
   function draw() {
     Object.keys(data).forEach(function (id) {

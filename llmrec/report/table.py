@@ -1,50 +1,46 @@
-"""Results as Markdown, as CSV and as tables for the console."""
+"""Results as Markdown tables, as CSV and as tables for the console."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from llmrec.report.results import LOWER_IS_BETTER, Comparison, Results, Row, results_of
+from llmrec.report.costs import cost_of
+from llmrec.report.escape import cell as cell
+from llmrec.report.escape import csv_cell as csv_cell
+from llmrec.report.escape import flat
+from llmrec.report.marks import OVER_BASELINE, OVER_ZERO_SHOT, Mark, best_baseline, has_marks, legend, marks, word
+from llmrec.report.records import Comparison, Results, Row, lower
+from llmrec.report.results import results_of
+from llmrec.report.templates import SINGLE, singles
 from llmrec.report.wording import (
+    DASH,
     count,
     duration,
+    favours,
     interval,
     label,
     number,
     p_value,
     share,
     title,
-    visible,
     with_interval,
 )
 
 CSV_COLUMNS = (
     "task", "row", "arm", "predictor", "template", "template_use", "shots", "engine", "inputs", "n", "metric", "value",
     "low", "high", "signature", "parse_rate", "tie_rate", "seconds", "prompt_tokens", "completion_tokens",
+    "beats_zero_shot", "beats_zero_shot_p", "best_baseline", "beats_best_baseline", "beats_best_baseline_p",
+    "single_template", "users", "candidates", "tokens_per_request", "seconds_per_request",
 )  # fmt: skip
-
-# A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-# What opens code, emphasis, strike-through, maths or a cell; a bracket only where it would close a link.
-_MARKDOWN = re.compile(r"[\\`*|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])")
-_MARKED_UP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 # --------------------------------------------------------------------------- Markdown
-
-
-def cell(text: str) -> str:
-    """Return untrusted text as one Markdown table cell: no markup, no HTML, no line breaks."""
-    flat = " ".join(visible(text).split())
-    flat = "".join(_MARKED_UP.get(character, character) for character in flat)
-    return _MARKDOWN.sub(lambda match: f"\\{match[0]}", flat)
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int = 1) -> str:
@@ -53,36 +49,24 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
 
 
-def markdown(results: Results | Mapping[str, Any]) -> str:
-    """Return one Markdown table a task and one of all comparisons.
-
-    Args:
-        results: The content of results.json.
-
-    Raises:
-        LlmrecError: If the content is incomplete or its rows must not share a table.
-    """
-    found = results_of(results)
-    parts = [f"### {cell(title(task))}\n\n{task_markdown(found, task)}" for task in found.tasks]
-    if found.comparisons:
-        parts.append(f"### Comparisons\n\n{comparisons_markdown(found)}")
-    return "\n\n".join(parts) + "\n"
-
-
 def task_markdown(results: Results, task: str) -> str:
-    """Return a task's table, best row first, and the line that says how to read it."""
+    """Return a task's table, best row first, and the lines that say how to read it."""
     names = results.metrics(task)
-    header = ["Row", *names, "Template", "Shots", "Engine", "n", "Parsed", "Ties", "Tokens/s", "Time"]
+    marked = marks(results, task) if has_marks(results, task) else {}
+    claims = [OVER_ZERO_SHOT, OVER_BASELINE] if marked else []
+    header = ["Row", names[0], *claims, *names[1:], "Template", "Shots", "Engine", "n", "Parsed", "Ties", "Tokens/s"]
     best = {name: results.best(task, name) for name in names}
+    alone = singles(results, task)
     rows = []
     for row in results.standings(task):
-        mark = f"{cell(label(row))} (baseline)" if row.arm == "baseline" else cell(label(row))
-        use = f" ({row.template_use})" if row.template_use else ""
+        first, *others = (_metric_cell(row, name, best[name], full=name == names[0]) for name in names)
         rows.append(
             [
-                mark,
-                *(_metric_cell(row, name, best[name], full=name == names[0]) for name in names),
-                cell(f"{row.template}{use}") if row.template else "–",
+                f"{cell(label(row))} (baseline)" if row.arm == "baseline" else cell(label(row)),
+                first,
+                *(_mark_words(marked.get(row.id)) if marked else []),
+                *others,
+                _template(row, single=row.id in alone),
                 str(row.shots),
                 cell(row.engine),
                 count(row.n),
@@ -92,15 +76,28 @@ def task_markdown(results: Results, task: str) -> str:
                 duration(row.cost.seconds),
             ]
         )
-    direction = "lower" if names[0] in LOWER_IS_BETTER else "higher"
+    direction = "lower" if lower(names[0]) else "higher"
     note = f"Ordered by {cell(names[0])} ({direction} is better), 95 % intervals in brackets, best of a column bold."
-    return f"{grid([cell(head) for head in header], rows)}\n\n{note}"
+    lines = [grid([cell(head) for head in (*header, "Time")], rows), note]
+    lines += [cell(line) for line in (results.detectable.get(task, ""), legend(results, task)) if line]
+    return "\n\n".join(lines)
+
+
+def _mark_words(mark: Mark | None) -> list[str]:
+    return [DASH, DASH] if mark is None else [word(mark.zero_shot), word(mark.baseline)]
+
+
+def _template(row: Row, *, single: bool) -> str:
+    if not row.template:
+        return DASH
+    said = [part for part in (row.template_use, SINGLE if single else "") if part]
+    return cell(f"{row.template} ({', '.join(said)})" if said else row.template)
 
 
 def _metric_cell(row: Row, name: str, best: float | None, *, full: bool) -> str:
     metric = row.metrics.get(name)
     if metric is None or metric.value is None:
-        return "–"
+        return DASH
     value = f"**{number(metric.value)}**" if metric.value == best else number(metric.value)
     bounds = interval(metric.low, metric.high) if full else ""
     return f"{value} {bounds}".rstrip()
@@ -113,9 +110,8 @@ def comparisons_markdown(results: Results) -> str:
         for entry in results.comparisons
     ]
     header = ["Task", "Metric", "a", "b", "a − b", "p", "Verdict"]
-    lower = " and ".join(sorted(LOWER_IS_BETTER))
-    note = f"A positive difference favours a, except for {lower}, where lower is better."
-    return f"{grid(header, rows, numeric_from=4)}\n\n{note}"
+    note = favours([entry.metric for entry in results.comparisons])
+    return f"{grid(header, rows, numeric_from=4)}\n\n{cell(note)}"
 
 
 def _sides(results: Results, entry: Comparison) -> list[str]:
@@ -127,16 +123,6 @@ def _finding(entry: Comparison) -> list[str]:
 
 
 # --------------------------------------------------------------------------- CSV
-
-
-def csv_cell(value: object) -> str:
-    """Return one CSV cell: numbers to full precision, text that a spreadsheet would run with a leading apostrophe."""
-    if value is None:
-        return ""
-    if isinstance(value, int | float):
-        return repr(value)
-    text = str(value).replace("\x00", "")
-    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def csv_text(results: Results | Mapping[str, Any]) -> str:
@@ -151,18 +137,36 @@ def csv_text(results: Results | Mapping[str, Any]) -> str:
     writer = csv.writer(buffer, lineterminator="\r\n")
     writer.writerow(CSV_COLUMNS)
     for task in found.tasks:
+        marked, alone, control = marks(found, task), singles(found, task), best_baseline(found, task)
         for row in found.standings(task):
             for name in found.metrics(task):
                 if name not in row.metrics:
                     continue
-                metric, cost = row.metrics[name], row.cost
-                line = (
-                    row.task, row.id, row.arm, row.predictor, row.template, row.template_use, row.shots, row.engine,
-                    row.inputs, row.n, name, metric.value, metric.low, metric.high, metric.signature, row.parse_rate,
-                    row.tie_rate, cost.seconds, cost.prompt_tokens, cost.completion_tokens,
-                )  # fmt: skip
+                mark = marked.get(row.id) if name == found.headline[task] else None
+                single = None if row.template is None else "yes" if row.id in alone else "no"
+                line = (*_csv_figures(row, name), *_csv_marks(mark, control), single, *_csv_costs(row))
                 writer.writerow([csv_cell(value) for value in line])
     return buffer.getvalue()
+
+
+def _csv_figures(row: Row, name: str) -> tuple[object, ...]:
+    metric, cost = row.metrics[name], row.cost
+    return (
+        row.task, row.id, row.arm, row.predictor, row.template, row.template_use, row.shots, row.engine, row.inputs,
+        row.n, name, metric.value, metric.low, metric.high, metric.signature, row.parse_rate, row.tie_rate,
+        cost.seconds, cost.prompt_tokens, cost.completion_tokens,
+    )  # fmt: skip
+
+
+def _csv_marks(mark: Mark | None, control: Row | None) -> tuple[object, ...]:
+    zero, base = (mark.zero_shot, mark.baseline) if mark else (None, None)
+    name = control.id if base and control else None
+    return (zero and zero.verdict, zero and zero.p, name, base and base.verdict, base and base.p)
+
+
+def _csv_costs(row: Row) -> tuple[object, ...]:
+    cost = cost_of(row)
+    return (row.users, row.candidates, cost.tokens_per_request, cost.seconds_per_request)
 
 
 # --------------------------------------------------------------------------- console
@@ -181,7 +185,7 @@ def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
 
 def _plain(text: str, style: str = "") -> Text:
     """Return text that rich takes as it is: no markup, no escape sequences."""
-    return Text(visible(text.replace("\n", " ")), style=style)
+    return Text(flat(text), style=style)
 
 
 def _task_table(results: Results, task: str) -> Table:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.report.results import LOWER_IS_BETTER, Comparison, Results, Row, Verdict
+from llmrec.report.escape import visible as visible
+from llmrec.report.records import Comparison, Results, Row, Verdict, lower
 
 TASK_TITLES = {
     "rating": "Rating prediction",
     "sequential": "Next item from history",
     "direct": "Pick from candidates",
     "explanation": "Explanations",
+    "ctr": "Yes or no to an item",
 }
 TRIVIAL = frozenset({"random", "popularity", "markov", "global-mean", "user-mean", "item-mean", "frequent-text"})
 DASH = "–"
-
-# C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """Return text with control and text-direction characters written out, as in ``[U+001B]``."""
-    return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 def title(task: str) -> str:
@@ -69,6 +62,21 @@ def p_value(value: float | None) -> str:
 def count(value: float | None) -> str:
     """Return a whole number with thin spaces between thousands."""
     return DASH if value is None else f"{value:,.0f}".replace(",", "\u2009")
+
+
+def rough(value: float | None) -> str:
+    """Return a mean of counts: one decimal below 100, a whole number from there on."""
+    if value is None:
+        return DASH
+    return count(value) if value >= 99.95 else f"{value:.1f}".removesuffix(".0")
+
+
+def favours(metrics: Sequence[str]) -> str:
+    """Say which sign of a difference a - b is in favour of a."""
+    turned = sorted({metric for metric in metrics if lower(metric)})
+    if not turned:
+        return "A positive difference favours a."
+    return f"A positive difference favours a, except for {listed(turned)}, where lower is better."
 
 
 def duration(seconds: float | None) -> str:
@@ -207,7 +215,7 @@ def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
 
 def _difference(comparison: Comparison) -> str:
     text = f"{comparison.metric} {with_interval(comparison.value, comparison.low, comparison.high, sign=True)}"
-    return f"{text} (lower is better)" if comparison.metric in LOWER_IS_BETTER else text
+    return f"{text} (lower is better)" if lower(comparison.metric) else text
 
 
 def _as_word(outcome: str) -> str:
@@ -242,13 +250,13 @@ def _tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
         name: [title(found.task) for found in tested if found.tuned and found.tuned.verdict == name]
         for name in ("shown", "not shown", "contradicted")
     }
-    parts = [f"tuning beat zero-shot in {len(groups['shown'])} of {len(tested)} tasks ({_listed(groups['shown'])})"]
+    parts = [f"tuning beat zero-shot in {len(groups['shown'])} of {len(tested)} tasks ({listed(groups['shown'])})"]
     if not groups["shown"]:
         parts = [f"tuning is not shown to beat zero-shot in any of {len(tested)} tasks"]
     elif groups["not shown"]:
-        parts.append(f"this is not shown in {_listed(groups['not shown'])}")
+        parts.append(f"this is not shown in {listed(groups['not shown'])}")
     if groups["contradicted"]:
-        parts.append(f"it made {_listed(groups['contradicted'])} worse")
+        parts.append(f"it made {listed(groups['contradicted'])} worse")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -259,8 +267,9 @@ def _control_tally(verdicts: Sequence[TaskVerdict]) -> str:
         return "No trivial control or classic baseline is ahead of the best language-model row in any task."
     named = [f"{title(found.task)} ({label(found.best)}, a {found.control})" for found in ahead if found.best]
     several = "the only task" if len(verdicts) == 1 else f"{len(ahead)} of {len(verdicts)} tasks"
-    return f"A baseline is ahead of every language-model row in {several}: {_listed(named)}."
+    return f"A baseline is ahead of every language-model row in {several}: {listed(named)}."
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """Return words as ``a, b and c``."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "none"

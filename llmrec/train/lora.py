@@ -52,6 +52,25 @@ def save_full(trained: Path, model: ModelSection, target: Path) -> None:
     load_model(str(trained), model, dtype=torch.float32).to(dtype(model)).save_pretrained(target)
 
 
+def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter: Path) -> Any:
+    """Load what training left: a saved adapter live on the base that it was trained on, or fully tuned weights.
+
+    It is what merged weights are measured against. The base is quantised as ``train.method`` says, or in float32.
+
+    Raises:
+        RecipeError: If the method needs CUDA and there is none.
+        MissingExtra: If the method needs a package that is not installed.
+    """
+    torch, peft = require("torch", "train"), require("peft", "train")
+    if train.method == "full":
+        return load_model(str(adapter), model, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if train.method in ("qlora", "lora8"):
+        options = {"quantization_config": _quantization(model, train)}
+    base = load_model(folder, model, **options)
+    return peft.PeftModel.from_pretrained(base, adapter).eval()
+
+
 def _with_adapter(base: Any, lora: LoraSection) -> Any:
     peft = require("peft", "train")
     layers = None

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -9,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrec.baselines.ease import EASE
 from llmrec.baselines.knn import ItemKNN
-from llmrec.baselines.markov import Markov
-from llmrec.baselines.popular import Popularity, Random
+from llmrec.baselines.markov import FirstOrder, Markov, MarkovCooccurrence
+from llmrec.baselines.popular import Popularity, Random, RecentPopularity
 from llmrec.baselines.ranked import TOP
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
-from llmrec.types import Event, Item, Ranking, Request
+from llmrec.types import Event, Item, Predictor, Ranking, Request
 
 
 def _trained(sequences: dict[str, list[str]], catalogue: list[str]) -> SplitDataset:
@@ -38,7 +42,7 @@ def _trained(sequences: dict[str, list[str]], catalogue: list[str]) -> SplitData
     )
 
 
-def _ask(predictor: Random | Popularity | ItemKNN | Markov, history: str, candidates: str | None) -> Ranking:
+def _ask(predictor: Predictor, history: str, candidates: str | None) -> Ranking:
     request = Request(
         id="r",
         user_id="asker",
@@ -93,6 +97,35 @@ def test_chance_is_uniform_and_moves_with_the_seed_and_the_request() -> None:
     other = Random(seed=2)
     other.fit(_trained(LETTERS, list("abcd")))
     assert other.answer(requests[:20]) != answers[:20]
+
+
+@pytest.mark.parametrize("half_life", [0.1, 0.5])
+def test_recent_popularity_halves_with_age(half_life: float) -> None:
+    rows = [("u1", "a", 1.0), ("u2", "a", 1.0), ("u1", "b", 2.0), ("u2", "c", 3.0), ("u3", "d", 3.0)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    base = _trained({}, list("abcdz"))
+    data = replace(base, train=Dataset("toy", "things", frame, base.dataset.items).interactions.sort("user_id"))
+    model = RecentPopularity(half_life=half_life)
+    model.fit(data)
+    # Later than a are 3 of 5 interactions, later than b 2, later than c and d none.
+    expected = {"a": 2 * 0.5 ** (0.6 / half_life), "b": 0.5 ** (0.4 / half_life), "c": 1.0, "d": 1.0, "z": 0.0}
+    assert _scores(_ask(model, "", "abcdz")) == pytest.approx(expected, abs=1e-8)
+
+
+def test_without_timestamps_recent_popularity_goes_by_the_place_from_the_end() -> None:
+    data = _trained({"u1": list("abc"), "u2": list("c"), "u3": list("bd")}, list("abcd"))
+    data = replace(data, train=data.train.with_columns(pl.lit(None, dtype=pl.Float64).alias("timestamp")))
+    model = RecentPopularity(half_life=0.5)
+    model.fit(data)
+    # The three last ones are of age 0; one before the last has three later ones of six, a has five.
+    scores = _scores(_ask(model, "", "abcd"))
+    expected = {"a": 0.5 ** (5 / 6 / 0.5), "b": 2 * 0.5 ** (3 / 6 / 0.5), "c": 2.0, "d": 1.0}
+    assert scores == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_half_life_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        RecentPopularity(half_life=0.0)
 
 
 # ------------------------------------------------------------------ item-knn
@@ -204,6 +237,91 @@ def test_markov_settings_out_of_range_are_errors(settings_: dict[str, float]) ->
 def test_knn_settings_out_of_range_are_errors(settings_: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         ItemKNN(**settings_)  # type: ignore[arg-type]
+
+
+def test_the_first_order_chain_is_markov_with_one_vote() -> None:
+    data = _trained(LETTERS, list("abcdz"))
+    one, other = FirstOrder(), Markov(order=1)
+    one.fit(data)
+    other.fit(data)
+    requests = [
+        Request(id="r", user_id="u", history=tuple(Event(item_id=item) for item in "cza"[:n])) for n in range(4)
+    ]
+    assert np.array_equal(one.scores(requests), other.scores(requests))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sequences=_SEQUENCES,
+    history=st.text("abcdefz", max_size=10),
+    window=st.integers(1, 6),
+    decay=st.floats(0.1, 1),
+    transition=st.floats(0, 3),
+)
+def test_cooccurrence_equals_counting_one_by_one(
+    sequences: dict[str, list[str]], history: str, window: int, decay: float, transition: float
+) -> None:
+    model = MarkovCooccurrence(history=window, decay=decay, transition=transition)
+    model.fit(_trained(sequences, list("abcdef")))
+    steps = Counter((a, b) for items in sequences.values() for a, b in itertools.pairwise(items))
+    both = Counter(
+        (a, b) for items in sequences.values() for i, a in enumerate(items) for j, b in enumerate(items) if i != j
+    )
+    popular = Counter(item for items in sequences.values() for item in items)
+    for item, score in _scores(_ask(model, history, "abcdefz")).items():
+        expected = transition * steps[history[-1], item] if history else 0.0
+        for age, past in enumerate(reversed(history[-window:])):
+            expected += decay**age * both[past, item] / math.sqrt(popular[past] * popular[item] + 1)
+        assert score == pytest.approx(expected + 1e-3 * popular[item] / max(popular.values()), abs=1e-9)
+
+
+@pytest.mark.parametrize("settings_", [{"history": 0}, {"decay": 0.0}, {"transition": -1.0}])
+def test_cooccurrence_settings_out_of_range_are_errors(settings_: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        MarkovCooccurrence(**settings_)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ ease
+
+
+def test_ease_by_hand() -> None:
+    """Three items, readers {a, b} and {b, c}: X'X = [[1, 1, 0], [1, 2, 1], [0, 1, 1]]; with the penalty 1 its inverse
+    is [[5, -2, 1], [-2, 4, -2], [1, -2, 5]] / 8, so B[a, b] = 2/4, B[a, c] = -1/5, B[b, a] = B[b, c] = 2/5."""
+    model = EASE(penalty=1.0)
+    model.fit(_trained({"u1": list("ab"), "u2": list("bc")}, list("abc")))
+    assert _scores(_ask(model, "a", "abc")) == pytest.approx({"a": 0.0, "b": 1 / 2, "c": -1 / 5})
+    assert _scores(_ask(model, "b", "abc")) == pytest.approx({"a": 2 / 5, "b": 0.0, "c": 2 / 5})
+    # Both together, and an event that occurs again counts once.
+    assert _scores(_ask(model, "aba", "abc")) == pytest.approx({"a": 2 / 5, "b": 1 / 2, "c": 1 / 5})
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float64", 1e-10), ("float32", 1e-4)])
+def test_ease_equals_the_closed_form_by_a_plain_inverse(dtype: Literal["float32", "float64"], close: float) -> None:
+    # More items than one tile of the inverse has.
+    rng = np.random.default_rng(0)
+    names = [f"i{n:04d}" for n in range(1100)]
+    sequences = {f"u{n}": [names[k] for k in rng.choice(1100, 20, replace=False)] for n in range(400)}
+    sequences["u0"] = names
+    data = _trained(sequences, [*names, "cold"])
+    model = EASE(penalty=50.0, dtype=dtype)
+    model.fit(data)
+    binary = np.array([[item in set(items) for item in names] for _, items in sorted(sequences.items())], dtype=float)
+    inverse = np.linalg.inv(binary.T @ binary + 50.0 * np.eye(1100))
+    weights = np.eye(1100) - inverse / np.diag(inverse)[None, :]
+    history = [3, 77, 1099]
+    request = Request(id="r", user_id="u", history=tuple(Event(item_id=names[place]) for place in history))
+    (found,) = model.scores([request])
+    assert found.dtype == dtype
+    scores = dict(zip(model.items, found.tolist(), strict=True))
+    assert [scores[name] for name in names] == pytest.approx(weights[history].sum(axis=0), abs=close)
+    assert scores["cold"] < min(scores[name] for name in names)
+
+
+def test_ease_settings_out_of_range_are_errors() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        EASE(penalty=0.0)
+    with pytest.raises(ValueError, match="float32"):
+        EASE(dtype="int8")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ they find what is there

@@ -6,10 +6,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from llmrec.baselines.mf import MF, SVD
 from llmrec.baselines.rating import GlobalMean, ItemMean, UserItemBias, UserMean
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
-from llmrec.types import Event, Item, Rating, Request
+from llmrec.types import Event, Item, Predictor, Rating, Request
 
 Rows = list[tuple[str, str, float | None]]
 ROWS: Rows = [("u1", "a", 5.0), ("u1", "b", 3.0), ("u2", "a", 4.0), ("u2", "c", 1.0), ("u3", "c", None)]
@@ -31,7 +32,7 @@ def _trained(rows: Rows, scale: tuple[float, float] | None = (1.0, 5.0)) -> Spli
     )
 
 
-def _value(model: GlobalMean | UserMean | ItemMean | UserItemBias, user: str, item: str, *history: Event) -> float:
+def _value(model: Predictor, user: str, item: str, *history: Event) -> float:
     (answer,) = model.answer([Request(id="r", user_id=user, item=item, history=history)])
     assert isinstance(answer, Rating)
     return answer.value
@@ -124,3 +125,107 @@ def test_bias_beats_the_means_where_there_are_biases() -> None:
 def test_penalties_must_be_positive() -> None:
     with pytest.raises(ValueError, match="above 0"):
         UserItemBias(user_penalty=0.0)
+
+
+# ------------------------------------------------------------------ factors
+
+
+def _low_rank(seed: int = 0) -> tuple[Rows, Rows]:
+    """Ratings of 70 users for 50 items from levels and two tastes; half of them for training."""
+    rng = np.random.default_rng(seed)
+    user_level, item_level = rng.normal(0, 0.4, 70), rng.normal(0, 0.4, 50)
+    tastes, kinds = rng.normal(0, 1, (70, 2)), rng.normal(0, 0.7, (50, 2))
+    rows: Rows = []
+    for user in range(70):
+        for item in range(50):
+            if rng.random() < 0.8:
+                exact = 3 + user_level[user] + item_level[item] + tastes[user] @ kinds[item]
+                rows.append((f"u{user:02d}", f"i{item:02d}", float(np.clip(exact + rng.normal(0, 0.1), 1, 5))))
+    order = rng.permutation(len(rows)).tolist()
+    half = len(rows) // 2
+    return [rows[place] for place in order[:half]], [rows[place] for place in order[half:]]
+
+
+def _error(model: Predictor, rows: Rows) -> float:
+    guesses = [_value(model, user, item) for user, item, _ in rows]
+    return math.sqrt(float(np.mean([(guess - (row[2] or 0)) ** 2 for guess, row in zip(guesses, rows, strict=True)])))
+
+
+@pytest.mark.parametrize("model", [MF(factors=3, penalty=0.02), SVD(factors=3, penalty=0.01, epochs=150, batch=50)])
+def test_factors_beat_biases_where_there_are_tastes(model: MF | SVD) -> None:
+    known, asked = _low_rank()
+    bias = UserItemBias()
+    bias.fit(_trained(known))
+    model.fit(_trained(known))
+    assert _error(model, asked) < 0.5 * _error(bias, asked)
+
+
+def test_each_side_of_mf_solves_its_ridge_problem() -> None:
+    known, _ = _low_rank()
+    model = MF(factors=3, penalty=0.05, user_penalty=2.0, item_penalty=4.0, rounds=3)
+    model.fit(_trained(known))
+    found = model._model
+    assert found is not None
+    # Items were solved last: each is the least squares solution for the users as they stand.
+    for name in ("i00", "i17"):
+        mine = [(found.known.user_index[user], rating or 0.0) for user, item, rating in known if item == name]
+        users = np.array([user for user, _ in mine])
+        left = np.array([rating for _, rating in mine]) - found.known.mean - found.user_bias[users]
+        design = np.column_stack([np.ones(len(users)), found.users[users]])
+        penalty = np.diag([4.0, *[0.05 * len(users)] * 3])
+        exact = np.linalg.solve(design.T @ design + penalty, design.T @ left)
+        place = found.known.item_index[name]
+        assert [found.item_bias[place], *found.items[place]] == pytest.approx(exact.tolist(), abs=1e-9)
+
+
+def test_blocks_of_outer_products_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, asked = _low_rank()
+    whole, blocks = MF(rounds=2), MF(rounds=2)
+    whole.fit(_trained(known))
+    monkeypatch.setattr("llmrec.baselines.mf._CELLS", 121 * 40)
+    blocks.fit(_trained(known))
+    guesses = [[_value(model, user, item) for user, item, _ in asked[:50]] for model in (whole, blocks)]
+    assert guesses[0] == pytest.approx(guesses[1], abs=1e-9)
+
+
+def test_a_batch_of_one_rating_is_the_step_of_the_paper() -> None:
+    rows: Rows = [("u1", "a", 5.0), ("u2", "b", 1.0)]
+    model = SVD(factors=2, penalty=0.1, learning_rate=0.05, epochs=1, batch=1, seed=3)
+    model.fit(_trained(rows))
+    rng = np.random.default_rng(3)
+    users, items = (rng.normal(0, 0.1, (2, 4))[:, 2:] for _ in range(2))
+    biases = np.zeros((2, 2))
+    for place in rng.permutation(2).tolist():
+        p, q = users[place].copy(), items[place].copy()
+        error = rows[place][2] - 3.0 - p @ q  # type: ignore[operator]
+        users[place] += 0.05 * (error * q - 0.1 * p)
+        items[place] += 0.05 * (error * p - 0.1 * q)
+        biases[place] = 0.05 * error
+    assert model._model is not None
+    np.testing.assert_allclose(model._model.users, users, atol=1e-12)
+    np.testing.assert_allclose(model._model.items, items, atol=1e-12)
+    np.testing.assert_allclose(model._model.user_bias, biases[:, 0], atol=1e-12)
+    np.testing.assert_allclose(model._model.item_bias, biases[:, 1], atol=1e-12)
+
+
+@pytest.mark.parametrize("made", [MF, SVD])
+def test_factors_fall_back_to_biases(made: type[MF] | type[SVD]) -> None:
+    known, _ = _low_rank()
+    model = made()
+    model.fit(_trained(known))
+    assert model._model is not None
+    found = model._model
+    mean, item = found.known.mean, float(found.item_bias[found.known.item_index["i03"]])
+    assert _value(model, "nobody", "i03") == pytest.approx(np.clip(mean + item, 1, 5))
+    own = float(found.user_bias[found.known.user_index["u05"]])
+    assert _value(model, "u05", "nothing") == pytest.approx(np.clip(mean + own, 1, 5))
+    assert _value(model, "nobody", "nothing") == pytest.approx(mean)
+    past = (Event(item_id="i03", rating=1.0), Event(item_id="i04"))
+    expected = mean + item + (1.0 - mean - item) / (1 + 5.0)
+    assert _value(model, "nobody", "i03", *past) == pytest.approx(np.clip(expected, 1, 5))
+
+
+@pytest.mark.parametrize("made", [MF, SVD])
+def test_penalties_of_factors_must_be_positive(made: type[MF] | type[SVD]) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        made(penalty=0.0)

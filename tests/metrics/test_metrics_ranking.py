@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.metrics.ranking import Standing, expected_rank, hit_rate, ndcg, reciprocal_rank, standing, tie_rate
+from llmrec.metrics.ranking import (
+    Standing,
+    auc,
+    average_precision,
+    expected_rank,
+    hit_rate,
+    ndcg,
+    precision,
+    reciprocal_rank,
+    standing,
+    tie_rate,
+)
 from llmrec.types import Ranking
 
 
@@ -65,6 +76,19 @@ def test_a_missing_target_counts_zero_at_every_cutoff() -> None:
 
 def test_infinite_scores_are_ranked() -> None:
     assert standing(_ranking({"a": -math.inf, "t": -math.inf, "b": 0.0}), "t", pool=3) == Standing(1, 2, False)
+
+
+def test_precision_average_precision_and_auc() -> None:
+    place = standing(_ranking({"a": 9.0, "b": 2.0, "target": 2.0, "c": 2.0, "d": 0.0}), "target", pool=5)
+    assert _one(precision, place, 3) == pytest.approx(2 / 3 / 3)
+    assert _one(average_precision, place) == _one(reciprocal_rank, place)
+    # One item above, two beside and one below it.
+    assert _one(auc, place, 5) == pytest.approx((0 + 0.5 + 0.5 + 1) / 4)
+    missing = standing(_ranking({"a": 1.0}), "target", pool=5)
+    assert _one(auc, missing, 5) == 0.0
+    assert _one(auc, Standing(0, 1, False), 1) == 0.5
+    with pytest.raises(ValueError, match="fewer items"):
+        _one(auc, place, 3)
 
 
 def test_tie_rate_counts_targets_that_share_a_score() -> None:
@@ -159,6 +183,10 @@ def test_the_expectation_equals_all_orders_of_the_tied_blocks(scores: list[int],
     assert abs(_one(ndcg, place, k) - np.mean([(rank <= k) / math.log2(rank + 1) for rank in ranks])) < 1e-12
     assert abs(_one(reciprocal_rank, place) - np.mean([1 / rank for rank in ranks])) < 1e-12
     assert abs(_one(expected_rank, place) - np.mean(ranks)) < 1e-12
+    assert abs(_one(precision, place, k) - np.mean([rank <= k for rank in ranks]) / k) < 1e-12
+    if len(scores) > 1:
+        below = [(len(scores) - rank) / (len(scores) - 1) for rank in ranks]
+        assert abs(_one(auc, place, len(scores)) - np.mean(below)) < 1e-12
 
 
 @given(scores=st.permutations([3.0, 3.0, 3.0, 1.0, 2.0]))

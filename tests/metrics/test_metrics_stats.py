@@ -151,6 +151,22 @@ def test_swapping_the_arms_mirrors_the_difference(pairs: list[tuple[float, float
     assert 0 < forth.p <= 1
 
 
+def test_bca_of_a_difference_is_that_of_its_values() -> None:
+    a, b = np.random.default_rng(0).gamma(1, 1, size=(2, 60))
+    pair = paired(a, b, resamples=2000, seed=0, method="bca")
+    alone = interval(a - b, resamples=2000, seed=0, method="bca")
+    assert [pair.value, pair.low, pair.high] == pytest.approx([alone.value, alone.low, alone.high])
+    roots = paired(a, b, resamples=2000, seed=0, statistic="root_mean", method="bca")
+
+    def figure(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.sqrt(np.mean(x, axis=axis)) - np.sqrt(np.mean(y, axis=axis))
+
+    theirs = scipy.stats.bootstrap(
+        (a, b), figure, paired=True, vectorized=True, n_resamples=5000, method="BCa", rng=1
+    ).confidence_interval
+    assert [roots.low, roots.high] == pytest.approx([theirs.low, theirs.high], abs=0.02)
+
+
 def test_a_paired_callable_sees_both_arms_on_the_same_draw() -> None:
     values = np.random.default_rng(0).random(60)
     found = paired_of(lambda rows: values[rows].mean(1) - values[rows].mean(1), 60, resamples=100, seed=0)

@@ -95,6 +95,8 @@ def test_rouge_by_hand(rouge_score: object) -> None:
     # Reference of 3 words, text of 2: both words match, so precision 1 and recall 2/3.
     scores = rouge(["the cat", "sat cat the", ""], ["the cat sat"] * 3)
     assert scores["ROUGE-1"].tolist() == pytest.approx([0.8, 1.0, 0.0])
+    # Bigrams: 1 of 1 against 1 of 2; none shared; none at all.
+    assert scores["ROUGE-2"].tolist() == pytest.approx([2 / 3, 0.0, 0.0])
     # The longest common subsequence of "sat cat the" and "the cat sat" has one word.
     assert scores["ROUGE-L"].tolist() == pytest.approx([0.8, 1 / 3, 0.0])
 

@@ -1,0 +1,90 @@
+"""Ends the processes of a vLLM engine whose owner died without ending them; standard library only.
+
+vLLM's engine core runs in a process of its own and does not notice that the process that started it was killed: it
+stays, with its memory and its worker, for good. So the owner starts this file as a small program of its own, writes
+one line for each process of its engine to the program's input, and ``quit`` once the engine has been closed. When
+the owner dies instead, by whatever signal, everything that was named is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+from pathlib import Path
+
+# Seconds between two looks at whether the owner is still there.
+_LOOK = 0.5
+
+
+def start_time(pid: int) -> str | None:
+    """Return when a process started, in clock ticks since boot, or None if there is none; proc(5), field 22.
+
+    A process id can be given to another process later; together with this it cannot.
+    """
+    fields = _stat(pid)
+    return fields[19] if fields else None
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether a process is Python's resource tracker, which unlinks shared memory once all others are gone."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of ``/proc/<pid>/stat`` from the state (field 3) on; empty without such a process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    # The name in brackets may hold spaces and brackets of its own.
+    return text.rpartition(")")[2].split()
+
+
+def _with_children(known: dict[int, str]) -> dict[int, str]:
+    """Add what the known processes started and the owner had no time to name."""
+    live = {pid: start for pid, start in known.items() if start_time(pid) == start}
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    parents = {pid: int(fields[1]) for pid in pids if (fields := _stat(pid))}
+    found = set(live)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return live | {pid: start for pid in found - set(live) if not is_tracker(pid) and (start := start_time(pid))}
+
+
+def watch(owner: int, source: int) -> dict[int, str]:
+    """Read lines ``<pid> <start time>`` until the owner ends or says ``quit``; return what has to be killed."""
+    known: dict[int, str] = {}
+    rest = b""
+    # The input alone does not tell: a forked engine holds the writing end too, and keeps it open.
+    while os.getppid() == owner:
+        ready, _, _ = select.select([source], [], [], _LOOK)
+        if not ready:
+            continue
+        data = os.read(source, 65536)
+        if not data:
+            break
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line == b"quit":
+                return {}
+            pid, _, start = line.decode("ascii").partition(" ")
+            known[int(pid)] = start
+    return _with_children(known)
+
+
+def main() -> None:
+    """Watch the process whose id is the first argument."""
+    for pid, start in watch(int(sys.argv[1]), sys.stdin.fileno()).items():
+        if start_time(pid) == start:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

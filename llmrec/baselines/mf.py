@@ -1,0 +1,237 @@
+"""Matrix factorisation of ratings: biases and a product of vectors, by least squares or by gradient descent.
+
+Unknown users and items fall back to the biases: an unknown item's is 0, an unknown user's comes from the ratings in the
+request's history. Every prediction is clipped to the rating scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from scipy import sparse
+
+from llmrec.baselines.fitted import fitted
+from llmrec.baselines.rated import Ratings, bias_of_history, rate, ratings, ridge_biases
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+    from llmrec.types import Answer, Request
+
+# Numbers of a block of outer products: 32 MB.
+_CELLS = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Biases and vectors of users and items: shapes (users,), (items,), (users, k) and (items, k)."""
+
+    known: Ratings
+    user_bias: NDArray[np.float64]
+    item_bias: NDArray[np.float64]
+    users: NDArray[np.float64]
+    items: NDArray[np.float64]
+
+    def answer(self, requests: Sequence[Request], user_penalty: float) -> list[Answer]:
+        known = self.known
+
+        def of_item(item: str) -> float:
+            place = known.item_index.get(item)
+            return 0.0 if place is None else float(self.item_bias[place])
+
+        def predict(user: str, item: str, request: Request) -> float:
+            row, column = known.user_index.get(user), known.item_index.get(item)
+            if row is None:
+                return known.mean + bias_of_history(request, known.mean, of_item, user_penalty) + of_item(item)
+            own = known.mean + float(self.user_bias[row])
+            if column is None:
+                return own
+            return own + of_item(item) + float(self.users[row] @ self.items[column])
+
+        return rate(requests, known.scale, predict)
+
+
+class MF:
+    """Predicts ``mean + b_user + b_item + p_user . q_item`` (Koren et al., IEEE Computer 2009, equation 4).
+
+    Alternating least squares: with the items fixed, each user's bias and vector solve a ridge problem together, and
+    the other way round (Zhou et al., AAIM 2008; the penalty of a vector grows with the number of its ratings).
+    """
+
+    name = "mf"
+    stochastic = True
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"factors": (5, 10), "penalty": (0.05, 0.1, 0.15)}
+
+    def __init__(
+        self,
+        *,
+        factors: int = 10,
+        penalty: float = 0.1,
+        user_penalty: float = 5.0,
+        item_penalty: float = 3.0,
+        rounds: int = 20,
+        seed: int = 0,
+    ) -> None:
+        """Set up.
+
+        Args:
+            factors: Length k of a vector.
+            penalty: Ridge penalty of a vector, for each of its ratings; above 0.
+            user_penalty: Ridge penalty of user biases; above 0.
+            item_penalty: Ridge penalty of item biases; above 0.
+            rounds: Times that users and items are solved for.
+            seed: Seeds the first item vectors.
+        """
+        if min(penalty, user_penalty, item_penalty) <= 0:
+            raise ValueError(f"penalties must be above 0, not {penalty}, {user_penalty} and {item_penalty}")
+        self._factors, self._penalty, self._rounds, self._seed = factors, penalty, rounds, seed
+        self._user_penalty, self._item_penalty = user_penalty, item_penalty
+        self._model: _Factors | None = None
+
+    def fit(self, data: SplitDataset) -> None:
+        """Alternate between users and items.
+
+        Raises:
+            DataError: If the training interactions carry no ratings.
+        """
+        known = ratings(data, self.name)
+        user_bias, item_bias = ridge_biases(known, self._user_penalty, self._item_penalty)
+        items = np.random.default_rng(self._seed).normal(0, 0.1, (len(known.item_index), self._factors))
+        users = np.zeros((len(known.user_index), self._factors))
+        by_user, by_item = np.argsort(known.users, kind="stable"), np.argsort(known.items, kind="stable")
+        residual = known.values - known.mean
+        for _ in range(self._rounds):
+            left = residual - item_bias[known.items]
+            user_bias, users = _solve(known.users, items[known.items], left, by_user, self._user_penalty, self._penalty)
+            left = residual - user_bias[known.users]
+            item_bias, items = _solve(known.items, users[known.users], left, by_item, self._item_penalty, self._penalty)
+        self._model = _Factors(known, user_bias, item_bias, users, items)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Predict the rating of each request's item."""
+        return fitted(self._model, self.name).answer(requests, self._user_penalty)
+
+
+class SVD:
+    """The same model by stochastic gradient descent over small batches of ratings (Funk, 2006).
+
+    The gradient of a batch is summed for each user and item, so a batch is a step of all that occur in it.
+    """
+
+    name = "svd"
+    stochastic = True
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"factors": (10, 50), "penalty": (0.03, 0.06, 0.1)}
+
+    def __init__(
+        self,
+        *,
+        factors: int = 50,
+        penalty: float = 0.1,
+        learning_rate: float = 0.01,
+        epochs: int = 40,
+        batch: int = 500,
+        user_penalty: float = 5.0,
+        seed: int = 0,
+    ) -> None:
+        """Set up.
+
+        Args:
+            factors: Length k of a vector.
+            penalty: Penalty of biases and vectors in the loss of one rating; above 0.
+            learning_rate: Step of one rating.
+            epochs: Passes over the ratings.
+            batch: Ratings of one step.
+            user_penalty: Ridge penalty of an unknown user's bias; above 0.
+            seed: Seeds the first vectors and the order.
+        """
+        if min(penalty, user_penalty) <= 0:
+            raise ValueError(f"penalties must be above 0, not {penalty} and {user_penalty}")
+        self._factors, self._penalty, self._learning_rate = factors, penalty, learning_rate
+        self._epochs, self._batch, self._user_penalty, self._seed = epochs, batch, user_penalty, seed
+        self._model: _Factors | None = None
+
+    def fit(self, data: SplitDataset) -> None:
+        """Descend.
+
+        Raises:
+            DataError: If the training interactions carry no ratings.
+        """
+        known = ratings(data, self.name)
+        rng = np.random.default_rng(self._seed)
+        # A column of ones stands beside each bias, so that one product holds biases and vectors.
+        size, sides = self._factors, []
+        for count, bias, one in ((len(known.user_index), 0, 1), (len(known.item_index), 1, 0)):
+            side = rng.normal(0, 0.1, (count, size + 2))
+            side[:, bias], side[:, one] = 0.0, 1.0
+            sides.append(side)
+        users, items = sides
+        residual = known.values - known.mean
+        for _ in range(self._epochs):
+            order = rng.permutation(len(residual))
+            for start in range(0, len(order), self._batch):
+                rows = order[start : start + self._batch]
+                of, to = known.users[rows], known.items[rows]
+                own, other = users[of], items[to]
+                error = (residual[rows] - np.einsum("nk,nk->n", own, other))[:, None]
+                _step(users, of, error * other - self._penalty * own, 1, self._learning_rate)
+                _step(items, to, error * own - self._penalty * other, 0, self._learning_rate)
+        self._model = _Factors(known, users[:, 0], items[:, 1], users[:, 2:], items[:, 2:])
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Predict the rating of each request's item."""
+        return fitted(self._model, self.name).answer(requests, self._user_penalty)
+
+
+def _step(
+    table: NDArray[np.float64], places: NDArray[np.int64], slope: NDArray[np.float64], ones: int, rate_of: float
+) -> None:
+    """Add the slopes of a batch to the rows they belong to; the column of ones stays."""
+    slope[:, ones] = 0.0
+    present, where = np.unique(places, return_inverse=True)
+    sums = sparse.csr_array((np.ones(len(places)), (where, np.arange(len(places)))), shape=(len(present), len(places)))
+    table[present] += rate_of * (sums @ slope)
+
+
+def _solve(
+    owners: NDArray[np.int64],
+    others: NDArray[np.float64],
+    wanted: NDArray[np.float64],
+    order: NDArray[np.int64],
+    bias_penalty: float,
+    penalty: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Solve every owner's ridge problem for its bias and vector.
+
+    Args:
+        owners: Owner of each rating, shape (n,); every owner has at least one.
+        others: Vector of the other side of each rating, shape (n, k).
+        wanted: What bias and product should add up to, shape (n,).
+        order: Sorts ratings by owner.
+        bias_penalty: Ridge penalty of the bias.
+        penalty: Ridge penalty of the vector, for each rating.
+
+    Returns:
+        Biases, shape (owners,), and vectors, shape (owners, k).
+    """
+    features = np.column_stack([np.ones(len(wanted)), others])[order]
+    number = np.bincount(owners)
+    starts = np.cumsum(number) - number
+    width = features.shape[1]
+    normal, right = np.empty((len(number), width, width)), np.empty((len(number), width))
+    right = np.add.reduceat(features * wanted[order][:, None], starts, axis=0)
+    # Outer products of all ratings at once would take k times k their memory.
+    first = 0
+    while first < len(number):
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _CELLS // width**2)))
+        rows = features[starts[first] : starts[last] if last < len(number) else None]
+        normal[first:last] = np.add.reduceat(rows[:, :, None] * rows[:, None, :], starts[first:last] - starts[first])
+        first = last
+    diagonal = np.repeat(penalty * number[:, None], width, axis=1)
+    diagonal[:, 0] = bias_penalty
+    normal[:, np.arange(width), np.arange(width)] += diagonal
+    found = np.asarray(np.linalg.solve(normal, right[:, :, None])[:, :, 0], dtype=np.float64)
+    return found[:, 0], found[:, 1:]

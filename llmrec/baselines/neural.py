@@ -1,0 +1,294 @@
+"""What the neural sequence models share: batches of sequences, the loss over all items, and training until it stops.
+
+Networks are plain ``torch.nn`` containers with an item table under ``table`` and a function that turns numbered items
+into one vector a position. The table serves as input and as output, so a score is a dot product with it. It holds the
+items with training interactions only: nothing could be learned about others.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmrec.baselines.ranked import Catalogue, Log, Warm
+from llmrec.baselines.validation import mean_ndcg, ranking_cases
+from llmrec.errors import require
+from llmrec.types import Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+    #: Numbered items (b, t) -> one vector a position (b, t, d), each from its own and earlier positions only.
+    Encode = Callable[[Any, Any], Any]
+
+log = logging.getLogger(__name__)
+
+# Cells of a block of logits: 8 MB, which a core's cache nearly holds.
+_CELLS = 1 << 21
+# Sequences that are scored together.
+_ROWS = 512
+# Validation cases that decide when to stop; a sample of more moves the third digit of NDCG@10 only.
+_STOP_CASES = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How a network is trained.
+
+    Attributes:
+        epochs: Passes over the training sequences, at most.
+        patience: Epochs without a better validation NDCG@10 after which training ends; None trains all epochs
+            without a look at the validation split.
+        batch: Targets of one optimiser step, about.
+        learning_rate: Of Adam.
+        weight_decay: Decoupled, as in AdamW.
+        negatives: Items drawn as negatives for each step; None takes the softmax over all items.
+        max_len: Items of a sequence that the network sees.
+        seed: Seeds weights, dropout, order and negatives.
+        quiet: No progress line on the standard error.
+    """
+
+    epochs: int
+    patience: int | None
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    negatives: int | None
+    max_len: int
+    seed: int
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with what it needs to score."""
+
+    warm: Warm
+    network: Any
+    encode: Encode
+    max_len: int
+    epochs: int
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return self.warm.catalogue.ids
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Score every item after each history, shape (n, items); sequences of one length go through together."""
+        torch = require("torch", "baselines")
+        histories = [history[-self.max_len :] for history in self.warm.histories(requests)]
+        table = self.network["table"].weight
+        found = np.zeros((len(requests), len(table)), dtype=np.float32)
+        self.network.eval()
+        with torch.no_grad():
+            for rows in _of_one_length(histories, _ROWS):
+                items = torch.from_numpy(np.stack([histories[row] for row in rows]))
+                found[rows] = (self.encode(self.network, items)[:, -1] @ table.T).numpy()
+        return self.warm.spread(found, histories)
+
+
+def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, schedule: Schedule) -> Trained:
+    """Train a network on the training sequences, and keep the weights of its best epoch.
+
+    Args:
+        data: The split. Where ``schedule.patience`` is given, its validation interactions decide which epoch is kept,
+            and nothing else.
+        build: Makes the network for a number of items.
+        encode: What the network does.
+        schedule: How to train.
+    """
+    torch = require("torch", "baselines")
+    catalogue = Catalogue.of(data)
+    events = Log.of(data, catalogue)
+    warm = Warm.of(events, catalogue)
+    sequences = _sequences(warm.log(events), schedule.max_len)
+    cases = [] if schedule.patience is None else ranking_cases(data, _STOP_CASES)
+    # Seeds torch for this fit alone, and leaves the caller's stream as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(schedule.seed)
+        network = build(len(warm.places))
+        model = Trained(warm, network, encode, schedule.max_len, 0)
+        loss = _full if schedule.negatives is None else _Sampled(warm, schedule.negatives, schedule.seed)
+        optimiser = torch.optim.AdamW(
+            network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+        )
+        best, kept, since = -math.inf, None, 0
+        rng = np.random.default_rng(schedule.seed)
+        with _bar(schedule) as progress:
+            task = progress.add_task("training", total=schedule.epochs, loss="", best="")
+            for epoch in range(1, schedule.epochs + 1):
+                mean = _epoch(network, encode, _batches(sequences, schedule.batch, rng), optimiser, loss)
+                progress.update(task, advance=1, loss=f"loss {mean:.3f}")
+                if not cases:
+                    continue
+                value = mean_ndcg(model.items, model.scores, cases)
+                log.info("epoch %d: loss %.4f, validation NDCG@10 %.4f", epoch, mean, value)
+                since += 1
+                if value > best:
+                    best, kept, since = value, (epoch, copy.deepcopy(network.state_dict())), 0
+                progress.update(task, best=f"NDCG@10 {value:.4f}, best {best:.4f}")
+                if schedule.patience is not None and since >= schedule.patience:
+                    break
+        if kept is not None:
+            network.load_state_dict(kept[1])
+    network.eval()
+    return Trained(warm, network, encode, schedule.max_len, kept[0] if kept else schedule.epochs)
+
+
+def _epoch(network: Any, encode: Encode, batches: Iterator[_Batch], optimiser: Any, loss: Any) -> float:
+    torch = require("torch", "baselines")
+    network.train()
+    total, count = 0.0, 0
+    table = network["table"].weight
+    for batch in batches:
+        optimiser.zero_grad(set_to_none=True)
+        wanted = torch.from_numpy(batch.targets)
+        rows = wanted >= 0
+        vectors = encode(network, torch.from_numpy(batch.items))[rows]
+        with torch.no_grad():
+            value, of_vectors, of_table = loss(vectors.detach(), table.detach(), wanted[rows])
+        vectors.backward(of_vectors)
+        table.grad += of_table
+        optimiser.step()
+        total, count = total + value * len(vectors), count + len(vectors)
+    return total / max(1, count)
+
+
+# --------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Items and what follows each, padded on the right, shape (b, t); a target of -1 is none."""
+
+    items: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+
+def _sequences(events: Log, max_len: int) -> list[NDArray[np.int64]]:
+    """Cut every user's items into pieces of at most ``max_len + 1``, from the end; pieces share the item at the cut."""
+    ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
+    pieces = []
+    for items in np.split(events.items, ends[:-1]):
+        for end in range(len(items), 1, -max_len):
+            pieces.append(items[max(0, end - max_len - 1) : end])
+    return pieces
+
+
+def _batches(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[_Batch]:
+    """Yield batches of about ``size`` targets, of sequences about as long, in a random order."""
+    mixed = rng.permutation(len(sequences))
+    lengths = np.array([len(sequences[place]) - 1 for place in mixed])
+    order = mixed[np.argsort(lengths, kind="stable")]
+    groups: list[list[int]] = [[]]
+    for place in order.tolist():
+        if groups[-1] and (len(groups[-1]) + 1) * (len(sequences[place]) - 1) > size:
+            groups.append([])
+        groups[-1].append(place)
+    for number in rng.permutation(len(groups)).tolist():
+        rows = [sequences[place] for place in groups[number]]
+        if rows:
+            yield _padded(rows)
+
+
+def _padded(rows: Sequence[NDArray[np.int64]]) -> _Batch:
+    longest = max(len(row) for row in rows) - 1
+    items = np.zeros((len(rows), longest), dtype=np.int64)
+    targets = np.full((len(rows), longest), -1, dtype=np.int64)
+    for place, row in enumerate(rows):
+        items[place, : len(row) - 1], targets[place, : len(row) - 1] = row[:-1], row[1:]
+    return _Batch(items, targets)
+
+
+def _of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the places of histories of the same length, at most ``most`` together; empty ones are left out."""
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    for length in np.unique(lengths[lengths > 0]).tolist():
+        places = np.flatnonzero(lengths == length)
+        yield from (places[start : start + most] for start in range(0, len(places), most))
+
+
+# --------------------------------------------------------------------------- losses
+
+
+def _full(vectors: Any, table: Any, targets: Any) -> tuple[float, Any, Any]:
+    """Return the mean cross-entropy over all items and its gradients.
+
+    Each block of logits becomes its gradient while it is in the cache: (softmax - one-hot) / n. No logits outlive
+    their block, so memory does not grow with the batch.
+
+    Args:
+        vectors: One a target, shape (n, d).
+        table: Item vectors, shape (items, d).
+        targets: Item numbers, shape (n,).
+    """
+    torch = require("torch", "baselines")
+    of_vectors, of_table, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
+    block = max(1, _CELLS // len(table))
+    for start in range(0, len(vectors), block):
+        rows, wanted = vectors[start : start + block], targets[start : start + block, None]
+        share = torch.softmax(rows @ table.T, dim=-1)
+        picked = share.gather(-1, wanted)
+        total -= float(picked.clamp_min(1e-38).log().sum())
+        share.scatter_(-1, wanted, picked - 1)
+        of_vectors[start : start + block] = share @ table
+        of_table.addmm_(share.T, rows)
+    return total / len(vectors), of_vectors / len(vectors), of_table / len(vectors)
+
+
+class _Sampled:
+    """The same loss with the sum over all items estimated from drawn ones (Bengio and Senecal, 2008).
+
+    ``negatives`` items are drawn for each step, with replacement, in proportion to their training interactions. A
+    drawn item j stands for ``1 / (negatives * q(j))`` items, that is, ``log(negatives * q(j))`` is taken off its
+    logit. The target counts as itself, uncorrected, and a draw of the target is dropped: so the expectation of the
+    estimated sum is the full sum.
+    """
+
+    def __init__(self, warm: Warm, negatives: int, seed: int) -> None:
+        self._chance = warm.popular / warm.popular.sum()
+        self._negatives = negatives
+        self._rng = np.random.default_rng([seed, 1])
+
+    def __call__(self, vectors: Any, table: Any, targets: Any) -> tuple[float, Any, Any]:
+        torch = require("torch", "baselines")
+        drawn = self._rng.choice(len(self._chance), size=self._negatives, p=self._chance)
+        offset = torch.from_numpy(np.log(self._negatives * self._chance[drawn])).to(vectors.dtype)
+        items = torch.from_numpy(drawn)
+        others = vectors @ table[items].T - offset
+        others.masked_fill_(items[None, :] == targets[:, None], -math.inf)
+        own = (vectors * table[targets]).sum(-1, keepdim=True)
+        share = torch.softmax(torch.cat([own, others], dim=1), dim=-1)
+        loss = -float(share[:, 0].clamp_min(1e-38).log().mean())
+        share[:, 0] -= 1
+        share /= len(vectors)
+        of_table = torch.zeros_like(table)
+        of_table.index_add_(0, targets, share[:, :1] * vectors)
+        of_table.index_add_(0, items, share[:, 1:].T @ vectors)
+        return loss, share[:, :1] * table[targets] + share[:, 1:] @ table[items], of_table
+
+
+def _bar(schedule: Schedule) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs  {task.fields[loss]}  {task.fields[best]}"),
+        TimeElapsedColumn(),
+        TextColumn("left at most"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=schedule.quiet,
+        transient=True,
+    )

@@ -1,0 +1,99 @@
+"""How tuning and early stopping measure: on the validation split, without a look at the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.data.hashing import hash64
+from llmrec.data.split import request_id
+from llmrec.metrics.ranking import ndcg
+from llmrec.metrics.rating import rmse
+from llmrec.types import Case, Predictor, Rating, Request
+
+if TYPE_CHECKING:
+    from llmrec.baselines.ranked import Scorer
+    from llmrec.data.split import SplitDataset
+
+# Cells of a block of dense scores: 32 MB of float64.
+_CELLS = 1 << 22
+
+
+def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
+    """Return the validation interactions as requests for the whole catalogue, in a seeded order.
+
+    Histories are what was known before the validation events, so no target is in its own history unless the user had
+    the item before.
+
+    Args:
+        data: The split; its test interactions are not looked at.
+        limit: Keep the first ones only, an unbiased sample.
+    """
+    users, items = data.valid["user_id"].to_list(), data.valid["item_id"].to_list()
+    order = np.argsort(hash64("validation", data.seed, users, items), kind="stable")[:limit]
+    return [
+        Case(
+            request=Request(
+                id=request_id(users[place], items[place]),
+                user_id=users[place],
+                history=data.history(users[place], "valid"),
+            ),
+            truth=items[place],
+        )
+        for place in order.tolist()
+    ]
+
+
+def rating_cases(data: SplitDataset) -> list[Case]:
+    """Return the validation ratings as requests, in the order of the split; its test interactions are not looked at."""
+    rated = data.valid.drop_nulls("rating").select("user_id", "item_id", "rating")
+    return [
+        Case(
+            request=Request(id=request_id(user, item), user_id=user, item=item, history=data.history(user, "valid")),
+            truth=rating,
+        )
+        for user, item, rating in rated.iter_rows()
+    ]
+
+
+def mean_ndcg(items: Sequence[str], scorer: Scorer, cases: Sequence[Case], k: int = 10) -> float:
+    """Return NDCG@k over the whole catalogue, items of the history excluded, ties in expectation.
+
+    The target itself can always be ranked, also where the history holds it.
+
+    Args:
+        items: The catalogue in column order.
+        scorer: Requests -> one score per request and item, shape (n, items).
+        cases: Requests with the item that was held out.
+        k: The cut-off.
+    """
+    index = {item: place for place, item in enumerate(items)}
+    block = max(1, _CELLS // max(1, len(index)))
+    greater, tied = [], []
+    for start in range(0, len(cases), block):
+        part = cases[start : start + block]
+        # A copy: what a scorer returns may be its own.
+        scores = np.array(scorer([case.request for case in part]))
+        targets = np.array([index[str(case.truth)] for case in part])
+        own = scores[np.arange(len(part)), targets]
+        seen = [
+            (row, index[event.item_id])
+            for row, case in enumerate(part)
+            for event in case.request.history
+            if event.item_id in index
+        ]
+        rows, columns = np.array(seen, dtype=np.int64).reshape(-1, 2).T
+        scores[rows, columns] = -np.inf
+        scores[np.arange(len(part)), targets] = own
+        greater.append((scores > own[:, None]).sum(axis=1))
+        tied.append((scores == own[:, None]).sum(axis=1))
+    return float(ndcg(np.concatenate(greater), np.concatenate(tied), k).mean())
+
+
+def root_mean_squared_error(predictor: Predictor, cases: Sequence[Case]) -> float:
+    """Return the RMSE of a rating baseline, which answers every request with a rating."""
+    answers = predictor.answer([case.request for case in cases])
+    guesses = [answer.value for answer in answers if isinstance(answer, Rating)]
+    return rmse(guesses, [float(case.truth) for case in cases])

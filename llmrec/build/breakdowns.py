@@ -1,0 +1,184 @@
+"""A finished row taken apart: by slice, and by where the target stands among its candidates.
+
+Both are worked out from the values and answers that a row keeps, so that rows of an earlier run have them too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from llmrec.build.evaluation import Row, protocol_of
+from llmrec.build.study import Study
+from llmrec.metrics import ranking
+from llmrec.metrics.stats import holm
+from llmrec.slices import slice_figures
+from llmrec.types import Case, Ranking
+
+_ALPHA = 0.05
+# No mean over requests, so that a slice of them has no figure of its own kind; log loss is sliced instead.
+_INSTEAD = {"AUC": "LogLoss", "GAUC": "LogLoss"}
+_FOR_EACH_ROW = 100
+# Permuted positions drawn at a time: 4 MB of them.
+_CHUNK = 1 << 19
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Where the targets of a row stand, and what became of them.
+
+    Attributes:
+        position: Place of the target in the stored order of its candidates, from 1, shape (n,).
+        hit: HR@1, shape (n,).
+        rank: Expected rank, shape (n,); a target that an answer leaves out counts as last.
+    """
+
+    position: NDArray[np.int64]
+    hit: NDArray[np.float64]
+    rank: NDArray[np.float64]
+
+
+def breakdowns(study: Study, rows: Sequence[Row], headline: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return what each row of results.json holds beside its figures.
+
+    Args:
+        study: Its cases are those of the rows, in order.
+        rows: Finished rows.
+        headline: The metric by which slices of a family are compared.
+
+    Returns:
+        One mapping a row: ``users``; ``slices`` as `llmrec.slices.SliceFigures`; ``by_position``, one entry a position
+        with ``n``, mean ``hit`` and ``rank`` and the standard deviation ``rank_sd``; ``position_trend``. The last two
+        stand on rows with candidates, the trend on those of language models only.
+    """
+    cases = {family: study.cases(family) for family in study.tasks}
+    placed = [place(row, cases[row.figures["task"]]) for row in rows]
+    trends = _trends(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
+    return [
+        {
+            "users": len({record["user_id"] for record in row.records}),
+            "slices": _slices(study, row, cases[row.figures["task"]], headline[row.figures["task"]]),
+            **({"by_position": by_position(found)} if found is not None else {}),
+            **({"position_trend": trend} if trend is not None else {}),
+        }
+        for row, found, trend in zip(rows, placed, trends, strict=True)
+    ]
+
+
+def _slices(study: Study, row: Row, cases: Sequence[Case], headline: str) -> list[dict[str, Any]]:
+    metric = _INSTEAD.get(headline, headline)
+    if metric not in row.values:
+        return []
+    family = row.figures["task"]
+    found = slice_figures(
+        {metric: row.values[metric]},
+        cases,
+        study.task_data(family),
+        metrics=row.figures["metrics"],
+        protocol=protocol_of(study, family),
+    )
+    return [asdict(each) for each in found]
+
+
+# --------------------------------------------------------------------------- positions
+
+
+def place(row: Row, cases: Sequence[Case]) -> Placed | None:
+    """Return where each target stands; None where a request has no candidates."""
+    if not cases or any(case.request.candidates is None for case in cases):
+        return None
+    sets = [case.request.candidates or () for case in cases]
+    ranks = [record["rank"] for record in row.records]
+    return Placed(
+        position=np.array([own.index(str(case.truth)) + 1 for own, case in zip(sets, cases, strict=True)]),
+        hit=row.values["HR@1"] if "HR@1" in row.values else _hits(row, sets),
+        rank=np.array(
+            [len(own) if rank is None else rank for own, rank in zip(sets, ranks, strict=True)], dtype=np.float64
+        ),
+    )
+
+
+def _hits(row: Row, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """Return HR@1 from the stored answers, for a recipe whose cut-offs leave out 1."""
+    standings = []
+    for record, own in zip(row.records, sets, strict=True):
+        found = json.loads(record["parsed"]) or {"items": (), "scores": ()}
+        answer = Ranking(
+            request_id=record["request_id"], items=tuple(found["items"]), scores=tuple(map(float, found["scores"]))
+        )
+        standings.append(ranking.standing(answer, record["truth"], len(own)))
+    greater = np.array([standing.greater for standing in standings], dtype=np.int64)
+    return ranking.hit_rate(greater, np.array([standing.tied for standing in standings], dtype=np.int64), 1)
+
+
+def by_position(placed: Placed) -> list[dict[str, Any]]:
+    """Return HR@1 and the mean rank of each position, those without requests left out."""
+    found = []
+    for position in np.unique(placed.position):
+        here = placed.position == position
+        rank = placed.rank[here]
+        found.append(
+            {
+                "position": int(position),
+                "n": int(here.sum()),
+                "hit": float(placed.hit[here].mean()),
+                "rank": float(rank.mean()),
+                "rank_sd": float(rank.std(ddof=1)) if len(rank) > 1 else None,
+            }
+        )
+    return found
+
+
+def _trends(
+    rows: Sequence[Row], placed: Sequence[Placed | None], *, resamples: int, seed: int
+) -> list[dict[str, Any] | None]:
+    """Test the rows of language models for a trend over positions; p-values are Holm-adjusted over these rows."""
+    tested = [row.figures["arm"] != "baseline" and own is not None for row, own in zip(rows, placed, strict=True)]
+    # As for comparisons: enough draws that the smallest p stays small after Holm.
+    resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
+    found: list[tuple[float, float] | None] = [
+        trend(own.position, own.rank, resamples=resamples, seed=seed) if own is not None and chosen else None
+        for own, chosen in zip(placed, tested, strict=True)
+    ]
+    adjusted = iter(holm([each[1] for each in found if each is not None]))
+    return [None if each is None else _trend_of(each[0], next(adjusted)) for each in found]
+
+
+def _trend_of(rho: float, p: float) -> dict[str, Any]:
+    """Say which end of the list a row prefers: a rank that grows with the position favours early targets."""
+    prefers = ("early" if rho > 0 else "late") if p <= _ALPHA else None
+    return {"rho": rho, "p": p, "prefers": prefers}
+
+
+def trend(
+    position: NDArray[np.int64], rank: NDArray[np.float64], *, resamples: int, seed: int
+) -> tuple[float, float] | None:
+    """Return the rank correlation (Spearman) of a target's position with its rank, and the two-sided p.
+
+    Positions are drawn at random when candidate sets are made, so that without a preference for either end every
+    assignment of the positions to the requests is equally likely, whatever users and items are like: p is the share of
+    drawn assignments with a correlation at least as large, ``(1 + as large) / (1 + resamples)``.
+
+    Returns:
+        None where all positions or all ranks are equal.
+    """
+    x = rankdata(position) - (len(position) + 1) / 2
+    y = rankdata(rank) - (len(rank) + 1) / 2
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    if scale == 0:
+        return None
+    observed = float(x @ y)
+    rng = np.random.default_rng(seed)
+    beyond, drawn = 0, 0
+    while drawn < resamples:
+        rows = min(max(1, _CHUNK // len(x)), resamples - drawn)
+        sums = rng.permuted(np.tile(x, (rows, 1)), axis=1) @ y
+        beyond += int(np.count_nonzero(np.abs(sums) >= abs(observed) - 1e-9 * scale))
+        drawn += rows
+    return observed / scale, (1 + beyond) / (1 + resamples)

@@ -1,0 +1,120 @@
+"""What a ranking of many requests shows while it goes on, and counts for its summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmrec.data.ranked import Ranked
+
+_SHOWN = 5
+
+
+@dataclass
+class Tally:
+    """Counts over all records, and what was ranked in this invocation."""
+
+    lines: int = 0
+    failed: int = 0
+    noted: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    fresh: int = 0
+    fresh_ranked: int = 0
+    fresh_tokens: int = 0
+
+    def add(self, records: Sequence[Ranked], *, fresh: bool) -> None:
+        """Count records; ``fresh`` ones were made by this invocation."""
+        for record in records:
+            self.lines += 1
+            self.prompt_tokens += record.prompt_tokens
+            self.completion_tokens += record.completion_tokens
+            if record.error is not None:
+                self.failed += 1
+                if len(self.failures) < _SHOWN:
+                    self.failures.append({"line": record.line, "request_id": record.request_id, "error": record.error})
+            if record.notes:
+                self.noted += 1
+                if len(self.notes) < _SHOWN:
+                    self.notes.append(
+                        {"line": record.line, "request_id": record.request_id, "notes": list(record.notes)}
+                    )
+            if fresh:
+                self.fresh += 1
+                self.fresh_ranked += record.error is None
+                self.fresh_tokens += record.prompt_tokens + record.completion_tokens
+
+
+class RankBar:
+    """One progress line on the error stream, with the rate of this invocation."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._progress = Progress(
+            TextColumn("ranking"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self._line = self._progress.add_task("ranking", total=total, rate="")
+        self._done = 0
+        self._begin: float | None = None
+
+    def __enter__(self) -> RankBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def skip(self, count: int) -> None:
+        """Show requests that an earlier run ranked."""
+        self._progress.update(self._line, advance=count)
+
+    def advance(self, count: int) -> None:
+        """Show requests that were just ranked."""
+        rate = ""
+        if self._begin is None:
+            # The first answers took the start of the engine with them.
+            self._begin = time.monotonic()
+        else:
+            self._done += count
+            rate = f"{self._done / max(time.monotonic() - self._begin, 0.001):.1f} requests/s"
+        self._progress.update(self._line, advance=count, rate=rate)
+
+
+def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return a summary as the console shows it: counts first, then the first failures and notes, costs last."""
+    rows = {
+        "ranked": f"{summary['ranked']:,} of {summary['lines']:,} lines",
+        "failed": f"{summary['failed']:,}",
+    }
+    for each in summary["failures"]:
+        rows[f"  line {each['line']}"] = each["error"]
+    if summary["failed"] > len(summary["failures"]):
+        rows["  and more"] = f"see the column 'error' of {summary['out']}"
+    rows["with notes"] = f"{summary['with_notes']:,}"
+    for each in summary["notes"]:
+        rows[f"  note on line {each['line']}"] = "; ".join(each["notes"])
+    if summary["requests_per_second"] is not None:
+        rows["speed"] = (
+            f"{summary['requests_per_second']:,.2f} requests/s, {summary['tokens_per_second']:,.0f} tokens/s"
+        )
+    rows["tokens"] = f"{summary['prompt_tokens']:,} in prompts, {summary['completion_tokens']:,} in answers"
+    rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
+    rows["seconds"] = ", ".join(f"{name} {spent:.1f}" for name, spent in summary["seconds"].items())
+    if summary["from_earlier_run"]:
+        rows["from an earlier run"] = f"{summary['from_earlier_run']:,} lines"
+    rows["output"] = str(summary["out"])
+    return rows

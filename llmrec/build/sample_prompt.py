@@ -1,0 +1,128 @@
+"""A prompt as the model was tuned on, about invented items: a model card must show one and may show no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import polars as pl
+
+from llmrec.backends.encode import Encoder
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.prompts import Template
+from llmrec.recipe import ExplanationSection, Split, TaskSection
+from llmrec.registry import TASKS, lookup
+from llmrec.report.snippets import Example
+from llmrec.types import Event, Item, Prompt, Request, Task
+
+_TITLES = ("The First Example", "A Second Example", "Third Time Lucky", "Four of a Kind", "Five Fables", "Sixth Sense")
+_USER = "example"
+_LABEL_TOKENS = 8
+_TITLE_TOKENS = 32
+# Chat servers take chat templates as they are, so these come first among equals.
+_ORDER = ("direct", "sequential", "rating", "explanation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A prompt about invented items: its family, the longest answer in tokens, and the titles in it."""
+
+    family: str
+    prompt: Prompt
+    max_tokens: int
+    history: tuple[str, ...]
+    candidates: tuple[str, ...]
+
+
+def sample_prompt(
+    sections: Mapping[str, TaskSection],
+    templates: Mapping[str, Mapping[str, Template]],
+    *,
+    noun: str,
+    scale: tuple[float, float] | None,
+    seed: int,
+) -> Sample:
+    """Render the first family that a chat server can be asked, else the first family.
+
+    Args:
+        sections: The tuned families.
+        templates: Their templates, by family and name.
+        noun: What items are called.
+        scale: Lowest and highest rating, where there are ratings.
+        seed: Of the recipe.
+    """
+    data = _data(noun, scale or (1.0, 5.0))
+    tasks: dict[str, Task] = {
+        family: lookup(TASKS, family, "task")(data, sections[family], templates[family], seed=seed)
+        for family in _ORDER
+        if family in sections
+    }
+
+    def shape(family: str) -> str:
+        return templates[family][tasks[family].eval_templates[0]].shape
+
+    family = next((family for family in tasks if shape(family) == "chat"), next(iter(tasks)))
+    task, section = tasks[family], sections[family]
+    items = list(data.dataset.items)
+    request = Request(
+        id=_USER,
+        user_id=_USER,
+        history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
+        candidates=tuple(items[3:]) if family in ("direct", "sequential") else None,
+        item=items[3] if family in ("rating", "explanation") else None,
+    )
+    longest = {"sequential": _TITLE_TOKENS}.get(family, _LABEL_TOKENS)
+    ranks = "sequential" in tasks or "direct" in tasks
+    return Sample(
+        family=family,
+        prompt=task.prompt(request, template=task.eval_templates[0]),
+        max_tokens=section.max_tokens if isinstance(section, ExplanationSection) else longest,
+        history=_TITLES[:3],
+        candidates=_TITLES[3:] if ranks else (),
+    )
+
+
+def example_of(sample: Sample, encoder: Encoder) -> Example:
+    """Return a sample as the snippets show it: as chat turns where the chat template takes them as they are."""
+    prompt = sample.prompt
+    messages = [{"role": message.role, "content": message.text} for message in prompt.messages]
+    template = encoder.tokenizer.chat_template or ""
+    thinking = "enable_thinking" in str(template)
+    try:
+        switch = {"enable_thinking": False} if thinking else {}
+        shown = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
+    except Exception:  # templates raise what they like, for instance at a system turn
+        shown = None
+    fits = bool(template) and shown == encoder.turns_text(prompt.messages)
+    return Example(
+        family=sample.family,
+        messages=tuple((turn["role"], turn["content"]) for turn in messages) if fits else (),
+        given="".join(segment.text for segment in prompt.answer_prefix),
+        text=encoder.text(prompt),
+        stop=prompt.stop,
+        max_tokens=sample.max_tokens,
+        thinking=thinking,
+        history=sample.history,
+        candidates=sample.candidates,
+    )
+
+
+def _rows(scale: tuple[float, float]) -> list[tuple[str, float, float, str]]:
+    """Return (item, rating, time, text), oldest first."""
+    low, high = scale
+    return [(f"i{n}", high if n % 2 else low, float(n), "It does what it says.") for n in range(1, len(_TITLES) + 1)]
+
+
+def _data(noun: str, scale: tuple[float, float]) -> SplitDataset:
+    rows = [(_USER, *row) for row in _rows(scale)]
+    columns = ["user_id", "item_id", "rating", "timestamp", "text"]
+    items = {f"i{n}": Item(item_id=f"i{n}", title=title) for n, title in enumerate(_TITLES, 1)}
+    dataset = Dataset(
+        name="example",
+        noun=noun,
+        interactions=pl.DataFrame(rows, schema=columns, orient="row"),
+        items=items,
+        rating_scale=scale,
+    )
+    return split(dataset, Split(), seed=0)

@@ -1,0 +1,319 @@
+"""One ranking request as people write it: a history and candidates, each item by its catalogue id or by its text.
+
+`read_request` is the only reader of a request's content: files hand it their rows, and a server can hand it its bodies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from functools import lru_cache
+from itertools import pairwise
+
+from llmrec.errors import DataError, did_you_mean
+from llmrec.guard import TITLE_LIMIT, clean
+from llmrec.types import Item
+
+KEYS = ("id", "user_id", "history", "candidates", "profile")
+ID_LIMIT = 1000
+"""Longest id in characters; ids are copied into the output as they are."""
+
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_OWN_KEYS = frozenset({"item_id", "title", "rating", "timestamp", "text"})
+_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """One past event: its item with the text that this request gives it, and what was said about it."""
+
+    item: Item
+    rating: float | None = None
+    timestamp: float | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRequest:
+    """A request whose items all have a text.
+
+    Attributes:
+        id: Unique within a file.
+        candidates: Items to rank, each once; their order carries no meaning.
+        history: Oldest first; empty for a cold user.
+        user_id: As given, or None.
+        profile: What the request says about the user; may be empty.
+        notes: What was left out or changed on the way.
+    """
+
+    id: str
+    candidates: tuple[Item, ...]
+    history: tuple[Past, ...] = ()
+    user_id: str | None = None
+    profile: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Remarks:
+    """What is worth a note: items by name, in the order in which they were met."""
+
+    skipped: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    retold: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        said = (
+            ("history: left out, unknown and without a title", self.skipped),
+            ("candidates: named more than once, ranked once", self.repeated),
+            ("candidates: named again with another text, the first was ranked", self.retold),
+            (f"cut to {TITLE_LIMIT} characters, the title of", self.cut),
+        )
+        return [f"{what}: {_some(names)}" for what, names in said if names]
+
+
+class _Unknown(Exception):
+    """An item that has no text anywhere."""
+
+    def __init__(self, item_id: str) -> None:
+        super().__init__(item_id)
+        self.item_id = item_id
+
+
+def read_request(record: Mapping[str, object], row: int, catalogue: Mapping[str, Item] | None) -> RankRequest:
+    """Check a request and give every item its text.
+
+    Args:
+        record: Its keys are `KEYS`; entries of ``history`` and ``candidates`` are texts, whole numbers or objects.
+        row: Counted from 1; stands in for a missing id.
+        catalogue: Items by id. Without one, an entry that is a text is the title itself.
+
+    Raises:
+        DataError: If it cannot be ranked; the message says what is wrong with the request, not where it stands.
+    """
+    request_id = _optional_id("id", record.get("id")) or str(row)
+    user_id = _optional_id("user_id", record.get("user_id"))
+    remarks = _Remarks()
+    candidates = _candidates(record, catalogue, remarks)
+    history = _history(record, catalogue, remarks)
+    profile = "" if record.get("profile") is None else _text("profile", record["profile"])
+    notes = [f"{key!r} was ignored{hint}" for key in record if (hint := _near_miss(key))] + remarks.notes()
+    times = [past.timestamp for past in history if past.timestamp is not None]
+    if any(later < earlier for earlier, later in pairwise(times)):
+        notes.append("history: the timestamps are not oldest first; the order was kept as given")
+    if not history:
+        notes.append("no history")
+    if _too_long(profile):
+        notes.append(f"profile: cut to {TITLE_LIMIT} characters")
+    return RankRequest(
+        id=request_id,
+        candidates=candidates,
+        history=history,
+        user_id=user_id,
+        profile=clean(profile),
+        notes=tuple(notes),
+    )
+
+
+def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None, str | None]:
+    """Return a request's id and user as far as they can be read, so that a failed line can be found again."""
+    if record is None:
+        return None, None
+    found: list[str | None] = []
+    for key, default in (("id", str(row)), ("user_id", None)):
+        try:
+            found.append(_optional_id(key, record.get(key)) or default)
+        except DataError:
+            found.append(None)
+    return found[0], found[1]
+
+
+# --------------------------------------------------------------------------- lists of items
+
+
+def _candidates(
+    record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _Remarks
+) -> tuple[Item, ...]:
+    if record.get("candidates") is None:
+        others = [key for key in record if key not in KEYS]
+        raise DataError(f"there are no 'candidates'{did_you_mean('candidates', others)}; give a list of items to rank")
+    entries = _list("candidates", record["candidates"])
+    if not entries:
+        raise DataError("'candidates' is empty; give at least one item to rank")
+    items: dict[str, Item] = {}
+    unknown: dict[str, None] = {}
+    for place, entry in enumerate(entries, start=1):
+        try:
+            item = _item(f"candidates, entry {place}", entry, catalogue, remarks)
+        except _Unknown as gap:
+            unknown.setdefault(gap.item_id)
+            continue
+        first = items.setdefault(item.item_id, item)
+        if first is not item:
+            (remarks.repeated if first == item else remarks.retold).append(item.item_id)
+    if unknown:
+        where = "there is no catalogue that says what they are" if catalogue is None else "the catalogue lacks them"
+        example = f'{{"item_id": {json.dumps(next(iter(unknown))[:60], ensure_ascii=False)}, "title": ...}}'
+        raise DataError(
+            f"candidates without a title: {_some(list(unknown))}; {where}: write each as {example}, or name a table "
+            "of items with --items"
+        )
+    return tuple(items.values())
+
+
+def _history(record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _Remarks) -> tuple[Past, ...]:
+    if record.get("history") is None:
+        return ()
+    events: list[Past] = []
+    for place, entry in enumerate(_list("history", record["history"]), start=1):
+        where = f"history, entry {place}"
+        try:
+            item = _item(where, entry, catalogue, remarks)
+        except _Unknown as gap:
+            remarks.skipped.append(gap.item_id)
+            continue
+        said = entry if isinstance(entry, Mapping) else {}
+        text = said.get("text")
+        events.append(
+            Past(
+                item=item,
+                rating=_number(f"{where}: rating", said.get("rating")),
+                timestamp=_moment(f"{where}: timestamp", said.get("timestamp")),
+                text=None if text is None else _text(f"{where}: text", text),
+            )
+        )
+    return tuple(events)
+
+
+def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remarks: _Remarks) -> Item:
+    """Give one entry its text: its own words first, then those of the catalogue."""
+    if isinstance(entry, Mapping):
+        item_id = _optional_id(f"{where}: item_id", entry.get("item_id"))
+        given = entry.get("title")
+        title = "" if given is None else _text(f"{where}: title", given)
+        fields = _fields(where, entry)
+    elif catalogue is None:
+        item_id, fields = None, {}
+        title = str(entry) if _whole(entry) else _text(where, entry)
+    else:
+        item_id, title, fields = _optional_id(where, entry), "", {}
+    known = None if catalogue is None or item_id is None else catalogue.get(item_id)
+    if not clean(title) and known is not None:
+        title = known.title
+    if not clean(title):
+        if item_id is None:
+            raise DataError(f"{where} has neither an item_id nor a title")
+        raise _Unknown(item_id)
+    name = item_id or clean(title)
+    if _too_long(title):
+        remarks.cut.append(name)
+    return Item(item_id=name, title=clean(title), fields=fields if known is None else {**known.fields, **fields})
+
+
+def _fields(where: str, entry: Mapping[object, object]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for key, value in entry.items():
+        name = _text(f"{where}: a key", key)
+        if name in _OWN_KEYS or value is None:
+            continue
+        if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+            value = ", ".join(value)
+        elif isinstance(value, int | float | Decimal | date):
+            value = str(value)
+        fields[name] = _text(f"{where}: {name}", value)
+    return fields
+
+
+# --------------------------------------------------------------------------- single values
+
+
+def _list(key: str, value: object) -> Sequence[object]:
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{key!r} is {_kind(value)}; give a list of items")
+    return value
+
+
+def _text(what: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {_kind(value)}; give a text")
+    if _NO_TEXT.search(value):
+        raise DataError(f"{what} holds a character that is no text (NUL, or half of a surrogate pair); remove it")
+    return value
+
+
+def _optional_id(what: str, value: object) -> str | None:
+    """Return an id as text; whole numbers are ids too, also where a library made floats of them."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if _whole(value):
+        return str(int(value))  # type: ignore[call-overload]
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {_kind(value)}; give a text or a whole number")
+    if _NO_TEXT.search(value) or _CONTROL.search(value):
+        raise DataError(f"{what} holds a control character; remove it")
+    if len(value) > ID_LIMIT:
+        raise DataError(f"{what} is {len(value)} characters long; an id has at most {ID_LIMIT}")
+    return value if value.strip() else None
+
+
+def _whole(value: object) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+
+
+def _number(what: str, value: object) -> float | None:
+    if value is None:
+        return None
+    try:
+        found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(f"{what} is {_kind(value)} that is no finite number; give a number or leave it out")
+    return found
+
+
+def _moment(what: str, value: object) -> float | None:
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value.strip())
+        except ValueError:
+            return _number(what, value)
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return _number(what, value)
+
+
+def _kind(value: object) -> str:
+    names = {
+        str: "a text",
+        bool: "true or false",
+        dict: "an object",
+        list: "a list",
+        int: "a number",
+        float: "a number",
+    }
+    return "missing" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _too_long(text: str) -> bool:
+    return len(text) > TITLE_LIMIT and clean(text) != clean(text, len(text))
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name the first few."""
+    shown = ", ".join(repr(name if len(name) <= 60 else name[:59] + "…") for name in names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+
+
+@lru_cache(maxsize=1024)
+def _near_miss(key: str) -> str:
+    return "" if key in KEYS else did_you_mean(key, KEYS)

@@ -1,0 +1,244 @@
+"""Metrics of recommended lists beyond accuracy: coverage, novelty, concentration, popularity, diversity, serendipity.
+
+Lists are integer arrays of shape (n, k): item numbers from 0, best first, -1 where a list is shorter. Which of equally
+scored items a list shows is drawn by whoever makes the lists; these figures take lists as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from llmrec.metrics.stats import Statistic
+
+    Lists = NDArray[np.integer[Any]]
+
+# Cells of a block of item vectors: 32 MB of float64.
+_CELLS = 1 << 22
+
+
+def coverage(lists: ArrayLike, k: int, items: int) -> float:
+    """Coverage@k: the share of the catalogue that stands in some list (Ge et al., RecSys 2010, "catalog coverage").
+
+    It grows with the number of lists, so compare only over the same requests.
+
+    Args:
+        lists: See the module.
+        k: Length at which lists are cut.
+        items: Size of the catalogue.
+
+    Returns:
+        A value in [0, 1].
+    """
+    return float(np.count_nonzero(exposure(lists, k, items)) / items)
+
+
+def exposure(lists: ArrayLike, k: int, items: int) -> NDArray[np.int64]:
+    """Count in how many lists each item stands, shape (items,)."""
+    cut = _cut(lists, k, items)
+    return np.bincount(cut[cut >= 0], minlength=items)
+
+
+def gini(lists: ArrayLike, k: int, items: int) -> float:
+    """Gini@k: how unequally items are shown, 0 for all alike and 1 for one item alone.
+
+    ``sum over j of (2 j - m - 1) x_j / ((m - 1) sum x)`` over the m items by rising exposure x, those that are never
+    shown included (Castells, Hurley and Vargas, "Novelty and Diversity in
+    Recommender Systems", Recommender Systems Handbook, 2nd edition, 2015).
+
+    Args:
+        lists: See the module.
+        k: Length at which lists are cut.
+        items: Size of the catalogue.
+
+    Returns:
+        A value in [0, 1]; 0 for a catalogue of one item.
+
+    Raises:
+        ValueError: If no list shows anything.
+    """
+    shown = np.sort(exposure(lists, k, items)).astype(np.float64)
+    if shown.sum() == 0:
+        raise ValueError("the concentration of empty lists is not defined")
+    if items == 1:
+        return 0.0
+    place = np.arange(1, items + 1)
+    return float(np.sum((2 * place - items - 1) * shown) / ((items - 1) * shown.sum()))
+
+
+def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
+    """Novelty@k: mean self-information of a list's items, in bits, shape (n,); an empty list has 0.
+
+    ``log2(users / count)``, where count is the number of training users of the item (Zhou et al., PNAS 2010). An item
+    without any counts as one with a single user, since it would be infinitely novel otherwise.
+
+    Args:
+        lists: See the module.
+        k: Length at which lists are cut.
+        counts: Training users of each item, shape (items,).
+        users: Number of training users.
+    """
+    held = np.maximum(np.asarray(counts, dtype=np.float64), 1.0)
+    return _mean_over_list(_cut(lists, k, len(held)), np.log2(max(users, 1) / np.minimum(held, max(users, 1))))
+
+
+def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
+    """Mean popularity of a list's items, the share of training users who have each, shape (n,)."""
+    held = np.asarray(counts, dtype=np.float64)
+    return _mean_over_list(_cut(lists, k, len(held)), held / max(users, 1))
+
+
+def popularity_lift(of_lists: ArrayLike, of_histories: ArrayLike) -> float:
+    """PopularityLift@k: how much more popular the lists are than what their users had.
+
+    ``(mean of lists - mean of histories) / mean of histories`` over users, both as mean popularity of the items
+    (Abdollahpouri et al., RecSys 2020, "The Connection Between Popularity Bias, Calibration, and Fairness").
+
+    Args:
+        of_lists: Mean popularity of each user's list, shape (n,), see `popularity`.
+        of_histories: Mean popularity of each user's history, shape (n,).
+
+    Returns:
+        0 for lists as popular as the histories, 1 for twice as popular.
+
+    Raises:
+        ValueError: If the two differ in length, are empty, or histories have no popularity.
+    """
+    statistic = popularity_lift_statistic(of_lists, of_histories)
+    return float(statistic(np.arange(len(np.asarray(of_lists)))[None, :])[0])
+
+
+def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> Statistic:
+    """The lift as a function of resampled users, for `llmrec.metrics.stats.interval_of`; see `popularity_lift`."""
+    after, before = np.asarray(of_lists, dtype=np.float64), np.asarray(of_histories, dtype=np.float64)
+    if after.shape != before.shape or after.ndim != 1 or not after.size:
+        raise ValueError(f"lists and histories must be flat and alike, not of shapes {after.shape} and {before.shape}")
+    if before.sum() <= 0:
+        raise ValueError("the histories hold no item that training users have, so there is nothing to compare with")
+
+    def statistic(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        base = before[rows].sum(axis=1)
+        lift: NDArray[np.float64] = np.divide(after[rows].sum(axis=1), base, out=np.ones(len(rows)), where=base > 0)
+        return lift - 1.0
+
+    return statistic
+
+
+def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArray[np.float64]:
+    """ILD@k by vectors: mean of ``1 - cosine`` over the pairs of a list, shape (n,).
+
+    Intra-list distance of Ziegler et al. (WWW 2005). An item whose vector is zero is like no other (distance 1); a list
+    with fewer than two items has diversity 0.
+
+    Args:
+        lists: See the module.
+        k: Length at which lists are cut.
+        vectors: One vector an item, shape (items, d).
+    """
+    table = np.asarray(vectors, dtype=np.float64)
+    cut = _cut(lists, k, len(table))
+    lengths = np.linalg.norm(table, axis=1, keepdims=True)
+    unit = np.divide(table, lengths, out=np.zeros_like(table), where=lengths > 0)
+    known = (lengths[:, 0] > 0).astype(np.float64)
+    alike = np.empty(len(cut))
+    step = max(1, _CELLS // max(1, cut.shape[1] * table.shape[1]))
+    for start in range(0, len(cut), step):
+        part = cut[start : start + step]
+        mine = part >= 0
+        # The squared length of a sum of unit vectors is their number and twice the cosines of all pairs.
+        total = np.einsum("nkd,nk->nd", unit[np.maximum(part, 0)], mine)
+        alone = np.sum(known[np.maximum(part, 0)] * mine, axis=1)
+        alike[start : start + step] = (np.einsum("nd,nd->n", total, total) - alone) / 2
+    return _one_minus_mean(alike, cut)
+
+
+def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str]]) -> NDArray[np.float64]:
+    """ILD@k by fields: mean of ``1 - Jaccard`` over the pairs of a list, shape (n,).
+
+    The Jaccard index of two items is the share of their words, such as genres, that they have in common. Items without
+    any are like no other (distance 1); a list with fewer than two items has diversity 0.
+
+    Args:
+        lists: See the module.
+        k: Length at which lists are cut.
+        fields: The words of each item, in item order.
+    """
+    cut = _cut(lists, k, len(fields))
+    bits = _bits(fields)
+    sizes = np.bitwise_count(bits).sum(axis=1, dtype=np.int64)
+    alike = np.zeros(len(cut))
+    step = max(1, _CELLS // max(1, bits.shape[1]))
+    for one in range(cut.shape[1]):
+        for other in range(one + 1, cut.shape[1]):
+            for start in range(0, len(cut), step):
+                part = cut[start : start + step]
+                a, b = np.maximum(part[:, one], 0), np.maximum(part[:, other], 0)
+                both = np.bitwise_count(bits[a] & bits[b]).sum(axis=1, dtype=np.int64)
+                share = both / np.maximum(sizes[a] + sizes[b] - both, 1)
+                alike[start : start + step] += np.where((part[:, one] >= 0) & (part[:, other] >= 0), share, 0.0)
+    return _one_minus_mean(alike, cut)
+
+
+def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
+    """Serendipity@k: the share of a list that is relevant and not expected, shape (n,).
+
+    ``|(list without the expected list) and relevant| / k``: what a primitive recommender, such as popularity, shows the
+    same user in its first k is expected (Murakami et al., 2008; Ge et al., RecSys 2010). With one target a
+    request it is at most 1 / k.
+
+    Args:
+        lists: See the module.
+        k: Length at which both lists are cut.
+        expected: Lists of the primitive recommender, shape (n, at least k).
+        targets: The held-out items, shape (n,) or, with -1 for none, (n, t).
+    """
+    own, usual = np.asarray(lists)[:, :k], np.asarray(expected)[:, :k]
+    goal = np.asarray(targets).reshape(len(own), -1)
+    if k < 1 or len(usual) != len(own):
+        raise ValueError(f"serendipity@{k} needs as many lists as expected ones: {len(own)} against {len(usual)}")
+    hit = ((own[:, :, None] == goal[:, None, :]) & (goal[:, None, :] >= 0)).any(axis=2)
+    known = (own[:, :, None] == usual[:, None, :]).any(axis=2)
+    return np.asarray(np.sum(hit & ~known & (own >= 0), axis=1) / k, dtype=np.float64)
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _cut(lists: ArrayLike, k: int, items: int) -> Lists:
+    table: Lists = np.asarray(lists)
+    if table.ndim != 2 or (table.size and table.dtype.kind not in "iu"):
+        raise ValueError(f"lists must be integers of shape (n, k), not {table.dtype} of shape {table.shape}")
+    if not 1 <= k <= table.shape[1]:
+        raise ValueError(f"lists of {table.shape[1]} items cannot be cut at {k}")
+    if table.size and (int(table.min()) < -1 or int(table.max()) >= items):
+        raise ValueError(f"item numbers must lie between -1 and {items - 1}")
+    return table[:, :k]
+
+
+def _mean_over_list(cut: Lists, of_item: NDArray[np.float64]) -> NDArray[np.float64]:
+    mine = cut >= 0
+    total = np.where(mine, of_item[np.maximum(cut, 0)], 0.0).sum(axis=1)
+    return np.asarray(total / np.maximum(mine.sum(axis=1), 1), dtype=np.float64)
+
+
+def _one_minus_mean(alike: NDArray[np.float64], cut: Lists) -> NDArray[np.float64]:
+    """Turn sums of likeness over pairs into mean distances."""
+    size = np.sum(cut >= 0, axis=1)
+    pairs = size * (size - 1) / 2
+    return np.where(pairs > 0, np.clip(1.0 - alike / np.maximum(pairs, 1), 0.0, 2.0), 0.0)
+
+
+def _bits(fields: Sequence[frozenset[str]]) -> NDArray[np.uint64]:
+    """Pack the words of each item into bits, shape (items, words / 64)."""
+    words = {word: place for place, word in enumerate(sorted(set().union(*fields)))}
+    bits = np.zeros((len(fields), max(1, -(-len(words) // 64))), dtype=np.uint64)
+    for row, own in enumerate(fields):
+        for word in own:
+            place = words[word]
+            bits[row, place // 64] |= np.uint64(1) << np.uint64(place % 64)
+    return bits

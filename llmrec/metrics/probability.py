@@ -1,0 +1,213 @@
+"""Metrics of yes/no answers given as probabilities: AUC, AUC within users, log loss, calibration error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from llmrec.metrics.stats import times_drawn
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from llmrec.metrics.stats import Statistic
+
+CLIP = 1e-15
+"""Probabilities count as at least this before a logarithm is taken."""
+
+BINS = 10
+"""Bins of the calibration error."""
+
+Weights = Literal["users", "requests"]
+Binning = Literal["width", "mass"]
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """AUC inside each user, and its mean over the users who have both classes.
+
+    Attributes:
+        value: The mean; NaN if no user has both classes.
+        users: Names of all users, sorted, shape (u,).
+        values: AUC of each user, NaN where a class is missing, shape (u,).
+        weights: Weight of each user, 0 where a class is missing, shape (u,).
+        left_out: Number of users left out because all their answers are of one class.
+    """
+
+    value: float
+    users: tuple[str, ...]
+    values: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    left_out: int
+
+
+def auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that a yes outscores a no, ties counting half (Mann and Whitney 1947).
+
+    Args:
+        scores: Anything that is higher for a likelier yes, shape (n,).
+        labels: 1 for yes and 0 for no, shape (n,).
+
+    Returns:
+        A value in [0, 1]; NaN where a class is missing.
+
+    Raises:
+        ValueError: If the two differ in length, are empty, or hold anything but numbers and 0 or 1.
+    """
+    guess, truth = _checked(scores, labels)
+    return float(_auc_by(np.zeros(len(guess), dtype=np.int64), guess, truth, 1)[0])
+
+
+def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: Weights = "users") -> Within:
+    """AUC within users, averaged over the users who have both classes.
+
+    It cannot be raised by telling users apart, which pooled AUC can: a rule that knows only how often a user says yes
+    gets 0.5 here. Zhu et al. (KDD 2017) weigh users by impressions (``requests``); the default weighs them alike.
+
+    Args:
+        scores: See `auc`.
+        labels: See `auc`.
+        users: Whose request each one is.
+        weights: ``users`` or ``requests``.
+
+    Raises:
+        ValueError: See `auc`.
+    """
+    guess, truth = _checked(scores, labels)
+    if len(users) != len(guess):
+        raise ValueError(f"every answer needs its user: {len(guess)} answers against {len(users)} users")
+    names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
+    values = _auc_by(owner, guess, truth, len(names))
+    sizes = np.bincount(owner) if weights == "requests" else np.ones(len(names))
+    both = np.isfinite(values)
+    heavy = np.where(both, sizes, 0.0).astype(np.float64)
+    value = float(np.sum(heavy[both] * values[both]) / heavy.sum()) if both.any() else float("nan")
+    return Within(value, tuple(names), values, heavy, int(np.sum(~both)))
+
+
+def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """Negative log-likelihood of each answer, in nats, shape (n,); LogLoss is its mean.
+
+    ``-log p``, where p is the probability that what was true was given, at least 1e-15: a sure answer that is wrong
+    costs 34.5.
+
+    Raises:
+        ValueError: See `auc`; also if a probability lies outside [0, 1].
+    """
+    guess, truth = _probabilities(probabilities, labels)
+    lost: NDArray[np.float64] = -np.log(np.maximum(np.where(truth == 1, guess, 1 - guess), CLIP))
+    return lost
+
+
+def calibration_error(
+    probabilities: ArrayLike, labels: ArrayLike, *, bins: int = BINS, binning: Binning = "mass"
+) -> float:
+    """Expected calibration error of P(yes): the mean distance between what was said and what was so, over bins.
+
+    ``sum over bins of (size / n) |mean probability - share of yes|`` (Naeini et al., AAAI 2015). It is biased upwards
+    where bins are small, so compare only over the same number of answers.
+
+    Args:
+        probabilities: P(yes), shape (n,).
+        labels: 1 for yes and 0 for no, shape (n,).
+        bins: Number of bins.
+        binning: ``width`` cuts [0, 1] into equal parts, ``mass`` cuts the answers into equally many (Nguyen and
+            O'Connor, EMNLP 2015); equal probabilities are never parted, so bins may then differ in size.
+
+    Returns:
+        A value in [0, 1].
+
+    Raises:
+        ValueError: See `log_loss`; also if there is no bin.
+    """
+    guess, truth = _probabilities(probabilities, labels)
+    if bins < 1:
+        raise ValueError(f"a calibration error needs at least 1 bin, not {bins}")
+    if binning == "width":
+        own = np.minimum((guess * bins).astype(np.int64), bins - 1)
+    else:
+        borders = np.sort(guess)[(np.arange(1, bins) * len(guess)) // bins]
+        own = np.searchsorted(borders, guess, side="right")
+    said = np.bincount(own, guess, minlength=bins)
+    so = np.bincount(own, truth, minlength=bins)
+    return float(np.abs(said - so).sum() / len(guess))
+
+
+def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | None = None) -> Statistic:
+    """AUC as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+
+    A resample without one of the classes counts 0.5.
+
+    Args:
+        scores: See `auc`.
+        labels: See `auc`.
+        users: Whose request each one is; None means that each has a user of its own.
+
+    Returns:
+        A function from index arrays of shape (b, m), entries into the sorted users, to b values.
+
+    Raises:
+        ValueError: See `auc`.
+    """
+    guess, truth = _checked(scores, labels)
+    owner = np.arange(len(guess)) if users is None else np.unique(np.array(users, dtype=object), return_inverse=True)[1]
+    order = np.argsort(guess, kind="stable")
+    guess, truth, owner = guess[order], truth[order], owner[order]
+    starts = np.flatnonzero(np.r_[True, guess[1:] != guess[:-1]])
+    count = int(owner.max()) + 1
+
+    def statistic(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        weight = times_drawn(rows, count)[:, owner]
+        yes = np.add.reduceat(weight * truth, starts, axis=1)
+        no = np.add.reduceat(weight * (1 - truth), starts, axis=1)
+        won = np.sum(yes * (np.cumsum(no, axis=1) - no / 2), axis=1)
+        pairs = yes.sum(axis=1) * no.sum(axis=1)
+        values: NDArray[np.float64] = np.divide(won, pairs, out=np.full(len(rows), 0.5), where=pairs > 0)
+        return values
+
+    return statistic
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _auc_by(
+    group: NDArray[np.int64], scores: NDArray[np.float64], labels: NDArray[np.float64], groups: int
+) -> NDArray[np.float64]:
+    """Return the AUC inside each group by midranks; NaN where a class is missing."""
+    order = np.lexsort((scores, group))
+    group, scores, labels = group[order], scores[order], labels[order]
+    new = np.r_[True, (group[1:] != group[:-1]) | (scores[1:] != scores[:-1])]
+    starts = np.flatnonzero(new)
+    sizes = np.diff(np.r_[starts, len(scores)])
+    begins = np.searchsorted(group, np.arange(groups))
+    middle = starts - begins[group[starts]] + (sizes + 1) / 2
+    rank = np.repeat(middle, sizes)
+    yes = np.bincount(group, labels, minlength=groups)
+    no = np.bincount(group, 1 - labels, minlength=groups)
+    won = np.bincount(group, rank * labels, minlength=groups) - yes * (yes + 1) / 2
+    values: NDArray[np.float64] = np.divide(won, yes * no, out=np.full(groups, np.nan), where=yes * no > 0)
+    return values
+
+
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    guess, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if guess.shape != truth.shape or guess.ndim != 1:
+        raise ValueError(f"scores and labels must be flat and alike, not of shapes {guess.shape} and {truth.shape}")
+    if guess.size == 0:
+        raise ValueError("a metric over no answers is not defined")
+    if np.isnan(guess).any():
+        raise ValueError("a score is not a number; an answer that could not be read needs a stand-in")
+    if not np.isin(truth, (0.0, 1.0)).all():
+        raise ValueError("labels must be 0 or 1")
+    return guess, truth
+
+
+def _probabilities(values: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    guess, truth = _checked(values, labels)
+    if guess.min() < 0 or guess.max() > 1:
+        raise ValueError("a probability must lie in [0, 1]")
+    return guess, truth

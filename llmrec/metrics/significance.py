@@ -1,0 +1,309 @@
+"""Paired tests by flipping signs, averages over seeds, and how small a difference a comparison could have shown.
+
+If two arms do equally well, swapping a user's two results changes nothing, so that every pattern of swaps is equally
+likely. The test counts how many patterns give a difference at least as large as the observed one (Fisher 1935; for
+retrieval, Smucker, Allan and Carterette, CIKM 2007). The interval holds the differences that the test would not
+reject: it is read off the means over random halves of the users, each user in or out with chance 1/2 (Hartigan,
+"Using Subsample Values as Typical Values", JASA 1969). Neither needs a normal distribution; false positives stay at
+their level for few users and for the many zeros of hit rates, where bootstrap intervals of differences do not keep it
+(``tests/benchmarks/calibration.py`` measures all of them).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import gammaln, stdtrit
+
+from llmrec.metrics.stats import Difference, StatisticName, by_user, finite, root_or_not
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+EXACT = 1 << 16
+"""Up to so many different patterns are counted one by one; beyond, patterns are drawn."""
+
+# Signs drawn at a time: 4 MB of them as numbers.
+_CHUNK = 1 << 19
+
+
+def signflip(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    resamples: int,
+    seed: int,
+    statistic: StatisticName = "mean",
+    users: Sequence[str] | None = None,
+    level: float = 0.95,
+) -> Difference:
+    """Compare two arms over the same requests, a less b: the difference, its interval and the two-sided p.
+
+    Args:
+        a: Values of the first arm, shape (n,).
+        b: Values of the second arm in the same order of requests, shape (n,).
+        resamples: Number of patterns drawn, for the interval and, where there are too many to count, for p.
+        seed: Seeds them.
+        statistic: ``root_mean`` for squared errors, whose comparison is one of RMSE.
+        users: Whose request each value is; all requests of a user are swapped together. None means one each.
+        level: Coverage aimed at.
+
+    Raises:
+        ValueError: If the arms differ in length, are empty or hold values that are not finite.
+    """
+    left, right, sizes = _arms(a, b, statistic, users)
+    value = float(root_or_not(left.sum() / sizes.sum(), statistic) - root_or_not(right.sum() / sizes.sum(), statistic))
+    if statistic == "mean":
+        value = float((left - right).sum() / sizes.sum())
+    draws = _halves(left, right, sizes, statistic, resamples, seed)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Difference(value, float(low), float(high), flip_p(left - right, resamples=resamples, seed=seed))
+
+
+def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
+    """Return the two-sided p of a sum of differences under random signs.
+
+    Users with equal absolute differences are exchangeable, so only their number with each sign matters: hits of
+    thousands of users have few different patterns, and p is then exact (for hits it is McNemar's exact test). Other
+    differences get ``(1 + as large) / (1 + resamples)`` from drawn patterns (Phipson and Smyth 2010), which is never 0.
+    Root means are served too: for a swap, RMSE of a less RMSE of b rises and falls with the difference of their sums.
+
+    Args:
+        differences: One value a user, shape (n,); the order does not matter.
+        resamples: Number of patterns drawn, where there are more than `EXACT`.
+        seed: Seeds them.
+    """
+    each = np.asarray(differences, dtype=np.float64)
+    size = np.abs(each)
+    if not size.any():
+        return 1.0
+    # Scaled, so that neither tiny nor huge values leave the range of floats.
+    unit = float(size.max())
+    observed = abs(float(np.sum(each / unit)))
+    values, counts = _groups(size[size > 0] / unit)
+    slack = 1e-9 * float(values @ counts)
+    if np.sum(np.log(counts + 1.0)) <= math.log(EXACT):
+        sums, weights = _all_patterns(values, counts)
+        return min(1.0, float(weights[np.abs(sums) >= observed - slack].sum()))
+    beyond = sum(
+        int(np.count_nonzero(np.abs(sums) >= observed - slack)) for sums in _drawn(values, counts, resamples, seed)
+    )
+    return (1 + beyond) / (1 + resamples)
+
+
+def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
+    """Return the largest p up to alpha that `flip_p` could have given for these absolute differences.
+
+    The test calls equal arms different with just this chance. Where few users differ it is far below alpha, and 0 if no
+    outcome at all could have been shown: of 5 users who differ alike, even 5 of one sign have a p of 0.06.
+
+    Args:
+        differences: One value a user, shape (n,).
+        alpha: Largest p that counts as shown.
+
+    Returns:
+        A level in [0, alpha]; alpha where there are more patterns than `EXACT`, which leave no gaps.
+    """
+    size = np.abs(np.asarray(differences, dtype=np.float64))
+    if not size.any():
+        return 0.0
+    values, counts = _groups(size[size > 0] / float(size.max()))
+    if np.sum(np.log(counts + 1.0)) > math.log(EXACT):
+        return alpha
+    sums, weights = _all_patterns(values, counts)
+    order = np.argsort(-np.abs(sums), kind="stable")
+    far, mass = np.abs(sums)[order], np.cumsum(weights[order])
+    # A p counts all patterns as far out as its own.
+    last = np.append(far[1:] < far[:-1] - 1e-9 * float(values @ counts), True)
+    levels = mass[last & (mass <= alpha)]
+    return float(levels[-1]) if len(levels) else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class OverSeeds:
+    """Several training seeds as one arm.
+
+    Attributes:
+        values: Mean over seeds of each request's value, shape (n,): what is paired with another arm.
+        figures: The figure of each seed.
+        value: The figure of ``values``.
+        sd: Standard deviation of ``figures``, with n - 1; None for a single seed.
+    """
+
+    values: NDArray[np.float64]
+    figures: tuple[float, ...]
+    value: float
+    sd: float | None
+
+
+def over_seeds(values_by_seed: Sequence[ArrayLike], *, statistic: StatisticName = "mean") -> OverSeeds:
+    """Average seeds per request before arms are paired, so that users stay the unit of chance.
+
+    Pooling seeds as if they were further users would count every user several times. The interval over users does not
+    cover the choice of seeds; ``sd`` says how large that is.
+
+    Args:
+        values_by_seed: One array a seed, shape (n,) each, over the same requests in the same order.
+        statistic: ``root_mean`` for squared errors: the figure is then the root of the mean over requests and seeds.
+
+    Raises:
+        ValueError: If there is no seed, or seeds differ in their number of requests.
+    """
+    arrays = [finite(values, statistic) for values in values_by_seed]
+    if not arrays or len({array.size for array in arrays}) != 1:
+        raise ValueError(f"seeds must have the same requests: {[array.size for array in arrays]}")
+    values: NDArray[np.float64] = np.stack(arrays).mean(axis=0)
+    figures = tuple(float(root_or_not(array.mean(), statistic)) for array in arrays)
+    sd = float(np.std(figures, ddof=1)) if len(figures) > 1 else None
+    return OverSeeds(values, figures, float(root_or_not(values.mean(), statistic)), sd)
+
+
+def detectable(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    comparisons: int = 1,
+    statistic: StatisticName = "mean",
+    users: Sequence[str] | None = None,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> float | None:
+    """Return the smallest true difference that a comparison with these users would show with the given power.
+
+    ``(t(1 - alpha / (2 m)) + t(power)) sd / sqrt(n)`` with the standard deviation of the n users' differences,
+    quantiles of Student's t with n - 1 degrees of freedom, and m comparisons: alpha / m is the level that Holm asks of
+    the smallest p, so the figure is on the safe side. Where the true difference is smaller, "not shown" says little.
+
+    Args:
+        a: Values of the first arm, shape (n,).
+        b: Values of the second arm, in the same order of requests.
+        comparisons: How many comparisons are corrected together.
+        statistic: See `signflip`; for root means, users' differences are those of the linearised RMSE.
+        users: See `signflip`.
+        alpha: Level after correction.
+        power: Chance to show it.
+
+    Returns:
+        A difference above 0, in units of the figure; None if all users differ alike, which gives nothing to go by.
+    """
+    left, right, sizes = _arms(a, b, statistic, users)
+    influence = _influence(left, sizes, statistic) - _influence(right, sizes, statistic)
+    n = influence.size
+    sd = float(np.std(influence, ddof=1)) if n > 1 else 0.0
+    if sd <= 1e-12 * (float(np.abs(influence).max(initial=0.0)) + 1e-300):
+        return None
+    reach = stdtrit(n - 1, 1 - alpha / (2 * comparisons)) + stdtrit(n - 1, power)
+    return float(reach * sd / math.sqrt(n))
+
+
+def detectable_line(metric: str, found: Sequence[float | None], *, users: int, comparisons: int) -> str:
+    """Say in one line what the comparisons of a table could have shown.
+
+    Args:
+        metric: Name of the metric.
+        found: `detectable` of each comparison.
+        users: Number of users.
+        comparisons: How many comparisons were corrected together.
+    """
+    known = sorted(value for value in found if value is not None)
+    if not known:
+        return f"What difference in {metric} {users:,} users could show cannot be said: all of them differ alike."
+    reach = f"{known[0]:.2g}" if f"{known[0]:.2g}" == f"{known[-1]:.2g}" else f"{known[0]:.2g} to {known[-1]:.2g}"
+    pairs = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
+    return (
+        f"With {users:,} users and {pairs}, a true difference in {metric} of {reach} would be shown in 80 of 100 "
+        "repetitions; smaller ones mostly would not."
+    )
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _arms(
+    a: ArrayLike, b: ArrayLike, statistic: StatisticName, users: Sequence[str] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    first, second = finite(a, statistic), finite(b, statistic)
+    if first.shape != second.shape:
+        raise ValueError(f"paired arms must have the same requests: {first.size} values against {second.size}")
+    (left, sizes), (right, _) = by_user(first, users), by_user(second, users)
+    return left, right, sizes
+
+
+def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
+    """Return each user's part in the figure: its standard error is their standard deviation over sqrt(n)."""
+    mean = sums.sum() / sizes.sum()
+    moved: NDArray[np.float64] = (sums - mean * sizes) / sizes.mean()
+    if statistic == "mean":
+        return moved
+    return moved / (2 * math.sqrt(mean)) if mean > 0 else np.zeros_like(moved)
+
+
+def _bits(rows: int, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    packed = rng.integers(0, 256, size=(rows, -(-n // 8)), dtype=np.uint8)
+    bits: NDArray[np.float64] = np.unpackbits(packed, axis=1, count=n).astype(np.float64)
+    return bits
+
+
+def _chunks(n: int, resamples: int) -> Iterator[int]:
+    if resamples < 1:
+        raise ValueError(f"a test needs resamples, not {resamples}")
+    rows = max(1, _CHUNK // max(1, n))
+    for start in range(0, resamples, rows):
+        yield min(rows, resamples - start)
+
+
+def _halves(
+    left: NDArray[np.float64],
+    right: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    statistic: StatisticName,
+    resamples: int,
+    seed: int,
+) -> NDArray[np.float64]:
+    """Return the difference over random halves; a half without users has none."""
+    rng = np.random.default_rng(seed)
+    columns = np.stack([left - right, sizes] if statistic == "mean" else [left, right, sizes], axis=1)
+    drawn = []
+    for rows in _chunks(len(sizes), resamples):
+        sums = _bits(rows, len(sizes), rng) @ columns
+        means = sums[:, :-1] / np.maximum(sums[:, -1:], 1)
+        drawn.append(means[:, 0] if statistic == "mean" else np.sqrt(means[:, 0]) - np.sqrt(means[:, 1]))
+    return np.concatenate(drawn)
+
+
+def _groups(sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the different absolute differences and how often each occurs; rounding does not part equal ones."""
+    ordered = np.sort(sizes)
+    starts = np.flatnonzero(np.r_[True, np.diff(ordered) > 1e-12])
+    return ordered[starts], np.diff(np.r_[starts, len(ordered)])
+
+
+def _all_patterns(
+    values: NDArray[np.float64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return every possible sum with its chance."""
+    sums, weights = np.zeros(1), np.ones(1)
+    for value, count in zip(values, counts, strict=True):
+        up = np.arange(count + 1)
+        chance = np.exp(gammaln(count + 1) - gammaln(up + 1) - gammaln(count - up + 1) - count * math.log(2))
+        sums = (sums[:, None] + value * (2 * up - count)).ravel()
+        weights = (weights[:, None] * chance).ravel()
+    return sums, weights
+
+
+def _drawn(
+    values: NDArray[np.float64], counts: NDArray[np.int64], resamples: int, seed: int
+) -> Iterator[NDArray[np.float64]]:
+    rng = np.random.default_rng(seed)
+    once, more = values[counts == 1], values[counts > 1]
+    repeats = counts[counts > 1]
+    for rows in _chunks(len(values), resamples):
+        sums = 2 * (_bits(rows, len(once), rng) @ once) - once.sum() if len(once) else np.zeros(rows)
+        if len(more):
+            up = rng.binomial(repeats, 0.5, size=(rows, len(repeats)))
+            sums = sums + (2 * up - repeats) @ more
+        yield sums

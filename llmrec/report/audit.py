@@ -1,0 +1,76 @@
+"""The audit of a run as the report shows it; a run that leaks gets no table."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from llmrec.errors import DataError, LlmrecError
+from llmrec.report.escape import flat
+from llmrec.report.records import Record, mended
+
+AUDIT = "audit.json"
+
+
+# What a reader must look at comes first.
+_ORDER = ("leak", "notice", "clean")
+
+
+class AuditLine(Record):
+    """One check of ``audit.json``: what was looked at and what came out."""
+
+    name: str
+    found: str
+    verdict: Literal["clean", "leak", "notice"]
+    examples: tuple[str, ...] = ()
+
+
+def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
+    """Return the lines of a run's audit, leaks first, then notices, else as written; None where it was not audited.
+
+    Raises:
+        DataError: If ``audit.json`` is there and cannot be read.
+    """
+    path = run_dir / AUDIT
+    if not path.is_file():
+        return None
+    try:
+        lines = [AuditLine(**line) for line in mended(json.loads(path.read_bytes())["checks"])]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
+        raise DataError(f"{path}: cannot be read ({flat(str(error))}); {how_to_audit(run_dir)}") from error
+    return tuple(sorted(lines, key=lambda line: _ORDER.index(line.verdict)))
+
+
+def how_to_audit(run_dir: Path) -> str:
+    """Return the words that say how an audit is made."""
+    return f"make it with: llmrec audit {shlex.quote(str(run_dir))}"
+
+
+def audit_sentence(lines: Sequence[AuditLine]) -> str:
+    """Say how many checks there were and what came out."""
+    notices = sum(line.verdict == "notice" for line in lines)
+    checks = "1 check" if len(lines) == 1 else f"{len(lines)} checks"
+    said = "no notice" if not notices else "1 notice" if notices == 1 else f"{notices} notices"
+    return f"{checks}, no leak, {said}. Held-out data was looked for wherever it could enter training or prompts."
+
+
+def refuse_leaks(run_dir: Path) -> None:
+    """Refuse a run whose audit found a leak.
+
+    Raises:
+        LlmrecError: If there is a leak.
+    """
+    leaks = [line for line in audit_lines(run_dir) or () if line.verdict == "leak"]
+    if leaks:
+        first = f"{leaks[0].name}: {leaks[0].found}"
+        where = f" (such as {leaks[0].examples[0]})" if leaks[0].examples else ""
+        more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
+        raise LlmrecError(
+            f"{run_dir / AUDIT}: this run leaks, so it gets no table. {flat(first + where + more)}; mend the data or "
+            "the recipe and run it again"
+        )

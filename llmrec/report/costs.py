@@ -1,0 +1,86 @@
+"""What answering cost: by row and by arm, in tokens and seconds a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmrec.report.records import Results, Row
+
+ARMS = ("zero-shot", "few-shot", "tuned", "baseline")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCost:
+    """The cost of one row.
+
+    Attributes:
+        read: Prompt tokens.
+        written: Completion tokens.
+        seconds: Wall-clock time.
+        tokens_per_request: Tokens read and written; None for a row without requests.
+        tokens_per_user: The same over users, or over requests where users are not known.
+        seconds_per_request: Wall-clock time over requests: batches share an engine, so it is no latency.
+    """
+
+    row: Row
+    read: int
+    written: int
+    seconds: float
+    tokens_per_request: float | None
+    tokens_per_user: float | None
+    seconds_per_request: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmCost:
+    """The cost of all rows of one arm, added up."""
+
+    arm: str
+    rows: int
+    requests: int
+    read: int
+    written: int
+    seconds: float
+    rate: float | None
+
+
+def cost_of(row: Row) -> RowCost:
+    """Return the cost of one row."""
+    tokens, seconds = row.cost.prompt_tokens + row.cost.completion_tokens, row.cost.seconds or 0.0
+    users = row.users or row.n
+    return RowCost(
+        row=row,
+        read=row.cost.prompt_tokens,
+        written=row.cost.completion_tokens,
+        seconds=seconds,
+        tokens_per_request=tokens / row.n if row.n > 0 else None,
+        tokens_per_user=tokens / users if users > 0 else None,
+        seconds_per_request=seconds / row.n if row.n > 0 else None,
+    )
+
+
+def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
+    """Return the cost of a task's rows, best row first."""
+    return tuple(cost_of(row) for row in results.standings(task))
+
+
+def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
+    """Add up rows, requests, tokens and seconds of each arm."""
+    found = []
+    for arm in ARMS:
+        costs = [cost_of(row) for row in results.rows if row.arm == arm]
+        if costs:
+            read, written = sum(cost.read for cost in costs), sum(cost.written for cost in costs)
+            seconds = sum(cost.seconds for cost in costs)
+            found.append(
+                ArmCost(
+                    arm=arm,
+                    rows=len(costs),
+                    requests=sum(cost.row.n for cost in costs),
+                    read=read,
+                    written=written,
+                    seconds=seconds,
+                    rate=(read + written) / seconds if seconds and read + written else None,
+                )
+            )
+    return tuple(found)

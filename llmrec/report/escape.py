@@ -1,0 +1,98 @@
+"""Untrusted text on its way into a page, a table, a plot, a spreadsheet or a LaTeX file.
+
+Titles, reviews, model output, names in recipes and what an audit found were written by others. HTML is escaped by the
+template engine; every other form has its function here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+# C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# What opens code, emphasis, strike-through, maths or a cell; a bracket only where it would close a link.
+_MARKDOWN = re.compile(r"[\\`*|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])")
+_MARKED_UP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+# A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+# Plotly reads a little HTML in labels, and JSON in a page must not spell a closing tag or a comment.
+_LABEL = str.maketrans(_MARKED_UP)
+_SCRIPT = str.maketrans(
+    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "'": "\\u0027", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+)
+
+_TEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\symbol{34}", "`": r"\symbol{96}", "·": r"\textperiodcentered{}", "–": "--",
+    "\u2009": r"\,", "…": r"\dots{}",
+    # A bracket or a star right after the end of a row would be taken for an argument of it.
+    "[": "{[}", "]": "{]}", "*": "{*}",
+}  # fmt: skip
+# Latin-1 letters that every TeX engine sets in its first font encoding; the four others need another one.
+_TEX_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("ÐðÞþ×÷")
+
+
+def visible(text: str) -> str:
+    """Return text with control and text-direction characters written out, as in ``[U+001B]``."""
+    return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+
+
+def flat(text: str) -> str:
+    """Return text on one line, with every hidden character written out."""
+    return " ".join(visible(text).split())
+
+
+def cell(text: str) -> str:
+    """Return untrusted text as one Markdown table cell: no markup, no HTML, no line breaks."""
+    line = "".join(_MARKED_UP.get(character, character) for character in flat(text))
+    return _MARKDOWN.sub(lambda match: f"\\{match[0]}", line)
+
+
+def csv_cell(value: object) -> str:
+    """Return one CSV cell: numbers to full precision, text that a spreadsheet would run with a leading apostrophe."""
+    if value is None:
+        return ""
+    if isinstance(value, int | float):
+        return repr(value)
+    text = str(value).replace("\x00", "")
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def plain(text: str, longest: int | None = None) -> str:
+    """Return untrusted text as a plot label that shows as it is written, cut to ``longest`` characters."""
+    line = visible(" ".join(text.split()))
+    if longest is not None and len(line) > longest:
+        line = f"{line[: longest - 1]}…"
+    return line.translate(_LABEL)
+
+
+def page_json(content: object) -> str:
+    """Return JSON that ends no script element, whatever its strings hold.
+
+    Raises:
+        ValueError: If a number is NaN or infinite.
+    """
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_SCRIPT)
+
+
+def tex(text: str) -> str:
+    """Return untrusted text as LaTeX that prints it: no command, no comment, no maths, no column, one line.
+
+    Letters beyond ASCII and Latin-1, which not every engine and font can set, are written out as ``[U+1F3AC]``.
+    """
+    # Two hyphens or quotation marks would be drawn as one other mark.
+    line = re.sub(r"(?<=-)(?=-)|(?<=')(?=')", "\x00", flat(text))
+    return "".join("{}" if character == "\x00" else _tex_of(character) for character in line)
+
+
+def _tex_of(character: str) -> str:
+    if character in _TEX:
+        return _TEX[character]
+    if character.isascii() or character in _TEX_LETTERS:
+        return character
+    return f"{{[}}U+{ord(character):04X}{{]}}"

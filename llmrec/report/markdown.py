@@ -1,0 +1,170 @@
+"""The whole report as one Markdown page: what the HTML page says, without its plots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from llmrec.report import wording
+from llmrec.report.audit import AuditLine, audit_sentence
+from llmrec.report.costs import cost_by_arm, cost_by_row
+from llmrec.report.escape import cell, visible
+from llmrec.report.facts import dump, made_data, signatures
+from llmrec.report.positions import bands, sentences, shown_rows
+from llmrec.report.records import Results
+from llmrec.report.slices import slice_table
+from llmrec.report.table import comparisons_markdown, grid, task_markdown
+from llmrec.report.templates import SINGLE, Over, spreads
+from llmrec.report.wording import DASH, count, duration, label, number, rough, title, with_interval
+
+
+def markdown_page(results: Results, audit: Sequence[AuditLine] | None, *, mend: str) -> str:
+    """Return the report as Markdown.
+
+    Args:
+        results: Checked results.
+        audit: Lines of the audit; None where there was none.
+        mend: How to make the audit.
+    """
+    parts = [f"# {cell(str(results.recipe.get('name', 'Report')))}", cell(wording.summary(results))]
+    for task in results.tasks:
+        found = wording.verdict(results, task)
+        said = f"{wording.winner_sentence(found)} {wording.tuning_sentence(found, results.rows)}"
+        parts.append(f"- **{cell(title(task))}.** {cell(said)}")
+    parts += [f"Made data: {cell(', '.join(made))}." for made in [made_data(results)] if made]
+    parts.append("## Results")
+    for task in results.tasks:
+        parts += [f"### {cell(title(task))}", task_markdown(results, task)]
+        parts += _templates(results, task) + _positions(results, task) + _slices(results, task)
+    if results.comparisons:
+        parts += ["## Comparisons", comparisons_markdown(results)]
+    parts += ["## Cost", *_costs(results)]
+    parts += ["## Audit", *_audit(audit, mend)]
+    parts += ["## Protocol", *_protocol(results)]
+    if results.notes:
+        parts += ["## Notes", "\n".join(f"- {cell(note)}" for note in results.notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _templates(results: Results, task: str) -> list[str]:
+    found = spreads(results, task)
+    if not found:
+        return []
+    rows = [
+        [cell(spread.label), *_over(spread.seen), *_over(spread.unseen), SINGLE if spread.single else ""]
+        for spread in found
+    ]
+    header = ["Arm and strategy", "Seen", "mean", "min", "max", "Unseen", "mean", "min", "max", ""]
+    note = f"{results.headline[task]} over the templates that a result was measured with; seen: also used in training."
+    return ["#### Templates", grid(header, rows), cell(note)]
+
+
+def _over(over: Over | None) -> list[str]:
+    if over is None:
+        return [DASH] * 4
+    return [str(len(over.templates)), *(number(value) for value in (over.mean, over.low, over.high))]
+
+
+def _positions(results: Results, task: str) -> list[str]:
+    rows = shown_rows(results, task)
+    if not rows:
+        return []
+    lines = [
+        [
+            cell(label(row)),
+            band.name,
+            count(band.n),
+            with_interval(band.hit, band.hit_low, band.hit_high),
+            with_interval(band.rank, band.rank_low, band.rank_high),
+        ]
+        for row in rows
+        for band in bands(row)
+    ]
+    header = ["Row", "Target stands at", "n", "HR@1", "Mean rank"]
+    return ["#### Position of the target", *(cell(said) for said in sentences(results, task)), grid(header, lines)]
+
+
+def _slices(results: Results, task: str) -> list[str]:
+    table = slice_table(results, task)
+    if table is None:
+        return []
+    lines = [
+        [
+            cell(line.title) + (" (few)" if line.small else ""),
+            count(line.n),
+            *(with_interval(f.value, f.low, f.high) if f else DASH for f in line.figures),
+        ]
+        for line in table.lines
+    ]
+    header = ["Slice", "n", *(cell(label(row)) for row in table.rows)]
+    notes = [
+        f"{table.metric} with 95 % intervals of the best row of each arm and of the best baseline. Few: too few cases "
+        "to say much."
+    ]
+    notes += [f"No case falls into: {'; '.join(table.empty)}."] if table.empty else []
+    return ["#### Slices", grid(header, lines), *(cell(note) for note in notes)]
+
+
+def _costs(results: Results) -> list[str]:
+    arms = [
+        [
+            *(arm.arm, str(arm.rows), count(arm.requests), count(arm.read), count(arm.written)),
+            *(duration(arm.seconds), count(arm.rate)),
+        ]
+        for arm in cost_by_arm(results)
+    ]
+    rows = [
+        [
+            *(cell(title(task)), cell(label(cost.row)), count(cost.read), count(cost.written)),
+            *(rough(cost.tokens_per_request), duration(cost.seconds), duration(cost.seconds_per_request)),
+        ]
+        for task in results.tasks
+        for cost in cost_by_row(results, task)
+    ]
+    parts = [grid(["Arm", "Rows", "Requests", "Tokens read", "Written", "Time", "Tokens/s"], arms)]
+    header = ["Task", "Row", "Tokens read", "Written", "Tokens a request", "Time", "Time a request"]
+    parts.append(grid(header, rows, numeric_from=2))
+    if results.budget:
+        stages = [[cell(stage.stage), duration(stage.seconds)] for stage in results.budget]
+        parts.append(grid(["Stage", "Time"], [*stages, ["In all", duration(results.seconds)]]))
+    return parts
+
+
+def _audit(audit: Sequence[AuditLine] | None, mend: str) -> list[str]:
+    if audit is None:
+        return [cell(f"This run was not audited; {mend}")]
+    rows = [
+        [line.verdict, cell(line.name), cell(line.found), "; ".join(cell(example) for example in line.examples)]
+        for line in audit
+    ]
+    return [cell(audit_sentence(audit)), grid(["Verdict", "Check", "Found", "Examples"], rows, numeric_from=4)]
+
+
+def _protocol(results: Results) -> list[str]:
+    facts = {
+        "Made by": f"llmrec {results.llmrec}, {results.created}",
+        "Command": results.command,
+        "Recipe hash": results.recipe_hash,
+        "Seed": str(results.seed),
+    }
+    for kind, data in results.data.items():
+        if data:
+            facts[f"Data ({kind})"] = (
+                f"{data.name}: {data.users} users, {data.items} items, {data.interactions} interactions; "
+                f"split {data.split}, {data.train}/{data.valid}/{data.test}; "
+                f"fingerprint {data.fingerprint}, split {data.split_fingerprint}"
+            )
+    for kind, drawn in results.candidates.items():
+        if drawn:
+            facts[f"Candidates ({kind})"] = f"{drawn.count} a request, {drawn.kind}, digest {drawn.digest}"
+    facts["Machine"] = ", ".join(f"{key} {value}" for key, value in results.machine.items())
+    facts["Versions"] = ", ".join(f"{key} {value}" for key, value in results.versions.items())
+    lines = [f"- {cell(key)}: {cell(value)}" for key, value in facts.items()]
+    lines += [
+        f"- Signature, {cell(title(task))}, {cell(', '.join(names))}: {cell(protocol)}"
+        for task, entries in signatures(results).items()
+        for protocol, names in entries.items()
+    ]
+    text = dump(results.recipe).rstrip()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return ["\n".join(lines), f"{fence}yaml\n{visible(text)}\n{fence}"]

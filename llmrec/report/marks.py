@@ -1,0 +1,79 @@
+"""What each language-model row's headline figure shows against its zero-shot row and against the best baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmrec.report.records import Comparison, Results, Row, Verdict
+from llmrec.report.wording import DASH, facing, label
+
+SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted": "✗"}
+"""Signs beside the words, for the eye only."""
+OVER_ZERO_SHOT, OVER_BASELINE = "Beats zero-shot", "Beats best baseline"
+"""What the two marks claim of the row that carries them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """The two marks of one row; None where the pair was not compared, or makes no sense.
+
+    Attributes:
+        zero_shot: ``row - zero-shot`` with the same strategy and template.
+        baseline: ``row - best baseline``.
+    """
+
+    zero_shot: Comparison | None
+    baseline: Comparison | None
+
+
+def best_baseline(results: Results, task: str) -> Row | None:
+    """Return the baseline with the best headline figure."""
+    metric = results.headline[task]
+    rows = (row for row in results.standings(task) if row.arm == "baseline" and metric in row.metrics)
+    return next((row for row in rows if row.metrics[metric].value is not None), None)
+
+
+def marks(results: Results, task: str) -> dict[str, Mark]:
+    """Return the marks of a task's language-model rows by row id."""
+    control = best_baseline(results, task)
+    rows = [row for row in results.rows if row.task == task]
+    zero = {(row.predictor, row.template): row.id for row in rows if row.arm == "zero-shot"}
+    found: dict[tuple[str, str], Comparison] = {}
+    for entry in results.comparisons:
+        if entry.task == task and entry.metric == results.headline[task]:
+            found[entry.a, entry.b] = entry
+            found[entry.b, entry.a] = facing(entry, entry.b)
+    return {
+        row.id: Mark(
+            zero_shot=found.get((row.id, zero.get((row.predictor, row.template), ""))),
+            baseline=found.get((row.id, control.id)) if control else None,
+        )
+        for row in rows
+        if row.arm != "baseline"
+    }
+
+
+def word(comparison: Comparison | None) -> str:
+    """Return a mark as a word; a dash where there is none."""
+    return DASH if comparison is None else comparison.verdict
+
+
+def has_marks(results: Results, task: str) -> bool:
+    """Say whether any row of a task carries a mark."""
+    return any(mark.zero_shot or mark.baseline for mark in marks(results, task).values())
+
+
+def legend(results: Results, task: str) -> str:
+    """Say in words what the marks of a task's table mean; empty where it has none."""
+    if not has_marks(results, task):
+        return ""
+    control = best_baseline(results, task)
+    against = f", and with the best baseline, {label(control)}" if control else ""
+    number = len(results.comparisons)
+    pairs = "the only comparison" if number == 1 else f"all {number} comparisons of this run"
+    return (
+        f"Marks compare the {results.headline[task]} of a language-model row with that of the zero-shot row of the "
+        f"same strategy and template{against}. Shown: it is better, the paired 95 % interval of the difference leaves "
+        f"out 0 and p, corrected by Holm's method over {pairs}, is at most .05. Contradicted: it is worse, by the same "
+        "rule. Not shown: this run cannot tell."
+    )

@@ -1,0 +1,297 @@
+"""The frozen records of results.json: everything in them is untrusted text or a number.
+
+Keys that the report does not show are ignored, and what later versions added is optional, so that results of any
+version can be read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from llmrec.metrics.signature import better
+
+Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
+Verdict = Literal["shown", "not shown", "contradicted"]
+
+LOWER_IS_BETTER = frozenset({"RMSE", "MAE", "LogLoss", "ECE"})
+"""The metrics that tell rows apart and fall as they get better; `lower` also knows those of lists."""
+
+
+def lower(metric: str) -> bool:
+    """Say whether lower figures of a metric are better."""
+    return better(metric) == "lower"
+
+
+def _finite(value: object) -> object:
+    """Turn NaN and the infinities, which JSON cannot hold, into None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class Record(BaseModel):
+    """Frozen base; keys that the report does not show are ignored, so that results may grow."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Metric(Record):
+    """One number with its 95 % interval and the protocol it was measured under."""
+
+    value: Number
+    low: Number = None
+    high: Number = None
+    signature: str
+
+
+class Cost(Record):
+    """Work of one row: wall-clock seconds and tokens."""
+
+    seconds: Number = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens read and written a second; None for a predictor that uses no tokens."""
+        tokens = self.prompt_tokens + self.completion_tokens
+        return tokens / self.seconds if tokens and self.seconds else None
+
+
+class Failure(Record):
+    """One answer that could not be read."""
+
+    request_id: str
+    reason: str
+    raw: str | None = None
+
+
+class SliceOfRow(Record):
+    """A row's figures over some of its cases."""
+
+    name: str
+    n: int
+    users: int | None = None
+    small: bool = False
+    metrics: dict[str, Metric] = {}
+
+
+class AtPosition(Record):
+    """The requests whose target stands at one place of the candidate list, from 1.
+
+    Attributes:
+        hit: HR@1 over them.
+        rank: Mean rank of the target; one that an answer leaves out counts as last.
+        rank_sd: Standard deviation of these ranks; None for a single request.
+    """
+
+    position: int
+    n: int
+    hit: Number
+    rank: Number
+    rank_sd: Number = None
+
+
+class Trend(Record):
+    """Rank correlation of the target's position with its rank; p is corrected for all rows that were tested."""
+
+    rho: Number
+    p: Number
+    prefers: Literal["early", "late"] | None = None
+
+
+class Row(Record):
+    """One predictor on one task.
+
+    Attributes:
+        candidates: Hash of the candidate sets that it ranked, if it ranked any.
+        users: Number of users whose requests it answered; None in results that do not say.
+    """
+
+    id: str
+    task: str
+    arm: Arm
+    predictor: str
+    template: str | None = None
+    template_use: str | None = None
+    shots: int = 0
+    engine: str
+    n: int
+    parse_rate: Number = None
+    tie_rate: Number = None
+    metrics: dict[str, Metric]
+    cost: Cost = Cost()
+    inputs: str = ""
+    failures: tuple[Failure, ...] = ()
+    candidates: str | None = None
+    users: int | None = None
+    slices: tuple[SliceOfRow, ...] = ()
+    by_position: tuple[AtPosition, ...] = ()
+    position_trend: Trend | None = None
+
+
+class Comparison(Record):
+    """A paired difference a - b on one metric."""
+
+    task: str
+    metric: str
+    a: str
+    b: str
+    value: Number
+    low: Number
+    high: Number
+    p: Number
+    verdict: Verdict
+    detectable: Number = None
+
+
+class LogLine(Record):
+    """One logged optimiser step; losses are nats a target token."""
+
+    step: int
+    loss: Number = None
+    learning_rate: Number = None
+    tokens_per_second: Number = None
+    valid_loss: dict[str, Number] | None = None
+
+
+class Training(Record):
+    """What was tuned, and how it went."""
+
+    method: str
+    steps: int
+    tokens: int
+    target_tokens: int
+    seconds: Number
+    tokens_per_second: Number
+    rows: dict[str, int] = {}
+    log: tuple[LogLine, ...] = ()
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    adapter_sha256: str | None = None
+
+
+class DataInfo(Record):
+    """One data set as it was used."""
+
+    name: str
+    users: int
+    items: int
+    interactions: int
+    density: Number = None
+    train: int
+    valid: int
+    test: int
+    fingerprint: str
+    split_fingerprint: str
+    split: str
+    noun: str = "items"
+    made: bool = False
+
+
+class Candidates(Record):
+    """Stored candidate sets, told apart by their digest."""
+
+    digest: str
+    count: int
+    kind: str
+
+
+class Stage(Record):
+    """Wall-clock seconds of one stage."""
+
+    stage: str
+    seconds: float
+
+
+class Shown(Record):
+    """One prompt with its answer, kept for reading."""
+
+    task: str
+    arm: str
+    predictor: str
+    template: str | None = None
+    prompt: str
+    raw: str | None = None
+    parsed: Any = None
+    truth: Any = None
+
+
+class Results(Record):
+    """The whole of results.json."""
+
+    llmrec: str
+    created: str
+    recipe: dict[str, Any]
+    recipe_hash: str
+    command: str = ""
+    versions: dict[str, str] = {}
+    machine: dict[str, Any] = {}
+    seed: int = 0
+    data: dict[str, DataInfo | None]
+    candidates: dict[str, Candidates | None] = {}
+    training: Training | None = None
+    rows: tuple[Row, ...]
+    headline: dict[str, str]
+    comparisons: tuple[Comparison, ...] = ()
+    detectable: dict[str, str] = {}
+    budget: tuple[Stage, ...] = ()
+    seconds: Number = None
+    examples: tuple[Shown, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names in the order in which they first appear."""
+        return tuple(dict.fromkeys(row.task for row in self.rows))
+
+    def row(self, row_id: str) -> Row:
+        """Return one row; `check` has made sure that every comparison names existing ones."""
+        return next(row for row in self.rows if row.id == row_id)
+
+    def standings(self, task: str) -> tuple[Row, ...]:
+        """Return a task's rows, best headline value first and rows without one last."""
+        metric = self.headline[task]
+
+        def key(row: Row) -> tuple[bool, float, str]:
+            value = row.metrics[metric].value if metric in row.metrics else None
+            if value is None:
+                return (True, 0.0, row.id)
+            return (False, value if lower(metric) else -value, row.id)
+
+        return tuple(sorted((row for row in self.rows if row.task == task), key=key))
+
+    def metrics(self, task: str) -> tuple[str, ...]:
+        """Return a task's metric names, the headline one first."""
+        names = dict.fromkeys(name for row in self.rows if row.task == task for name in row.metrics)
+        return (self.headline[task], *(name for name in names if name != self.headline[task]))
+
+    def best(self, task: str, metric: str) -> float | None:
+        """Return the best value of a metric among a task's rows."""
+        found = [row.metrics[metric].value for row in self.rows if row.task == task and metric in row.metrics]
+        values = [value for value in found if value is not None]
+        if not values:
+            return None
+        return min(values) if lower(metric) else max(values)
+
+    def data_of(self, task: str) -> DataInfo | None:
+        """Return the data that a task was measured on: reviews, where given, for explanations."""
+        reviews = self.data.get("reviews") if task == "explanation" else None
+        return reviews or self.data.get("main")
+
+
+def mended(value: Any) -> Any:
+    """Replace lone surrogates, which no file can hold, in every string of a JSON value."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+    if isinstance(value, dict):
+        return {mended(key): mended(entry) for key, entry in value.items()}
+    return [mended(entry) for entry in value] if isinstance(value, list) else value

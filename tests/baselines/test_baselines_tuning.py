@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from llmrec.baselines import tuning
+from llmrec.baselines.markov import Markov
+from llmrec.baselines.mf import MF
+from llmrec.baselines.popular import Popularity, RecentPopularity
+from llmrec.baselines.tuning import points, tune
+from llmrec.baselines.validation import mean_ndcg, ranking_cases, rating_cases
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.errors import DataError, RecipeError
+from llmrec.full_ranking import rank_catalogue
+from llmrec.metrics.ranking import ndcg
+from llmrec.recipe import Split
+from llmrec.types import Case, CatalogueScorer, Event, Item, Request
+
+
+def _data(kind: str = "leave_one_out", seed: int = 0) -> SplitDataset:
+    """80 users, 25 items, rating levels of users and items; what is popular changes with time."""
+    rng = np.random.default_rng(seed)
+    likes, level = rng.normal(0, 0.7, (80, 2)), rng.normal(0, 0.7, (25, 2))
+    rows = []
+    for user in range(80):
+        for step in range(9):
+            item = int(rng.integers(0, 25)) if rng.random() < 0.4 else (step * 2 + int(rng.integers(0, 4))) % 25
+            rating = float(np.clip(round(3 + 2 * likes[user] @ level[item] + rng.normal(0, 0.3)), 1, 5))
+            rows.append((f"u{user:02d}", f"i{item:02d}", rating, float(step * 100 + user)))
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row")
+    frame = frame.unique(["user_id", "item_id"], keep="first", maintain_order=True)
+    items = {f"i{n:02d}": Item(item_id=f"i{n:02d}", title="t") for n in range(25)}
+    whole = Dataset(name="toy", noun="things", interactions=frame, items=items, rating_scale=(1.0, 5.0))
+    return split(whole, Split(kind=kind, valid=0.2, test=0.2), seed=1)  # type: ignore[arg-type]
+
+
+class _Blind:
+    """A split that fails the test when the test split, or the whole table, is looked at."""
+
+    def __init__(self, data: SplitDataset) -> None:
+        self._data = data
+        whole = data.dataset
+        self.dataset = _Table(name=whole.name, items=whole.items, rating_scale=whole.rating_scale)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("test", "held_out", "holdouts", "fingerprint"):
+            raise AssertionError(f"tuning looked at {name!r}")
+        return getattr(self._data, name)
+
+    def history(self, user_id: str, split: str) -> tuple[Event, ...]:
+        assert split == "valid"
+        return self._data.history(user_id, "valid")
+
+
+class _Table:
+    def __init__(self, **allowed: Any) -> None:
+        self.__dict__.update(allowed)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"tuning looked at {name!r} of the whole table")
+
+
+TUNED = ("recent-popularity", "item-knn", "markov", "markov-cooccurrence", "ease", "user-item-bias", "mf", "popularity")
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuning_does_not_look_at_the_test_split(name: str) -> None:
+    data = _data()
+    blind: Any = _Blind(data)
+    garbage = data.test.with_columns(
+        pl.lit("nobody").alias("user_id"), pl.lit("i00").alias("item_id"), pl.lit(-99.0).alias("rating")
+    )
+    expected = tune(name, data, seed=0)
+    assert tune(name, blind, seed=0) == expected
+    assert tune(name, replace(data, test=garbage), seed=0) == expected
+
+
+def test_stopping_and_tuning_together_do_not_look_at_the_test_split() -> None:
+    pytest.importorskip("torch")
+    data = _data()
+    blind: Any = _Blind(data)
+    grid: dict[str, tuple[Any, ...]] = {
+        "dim": (8,),
+        "dropout": (0.0, 0.5),
+        "epochs": (3,),
+        "patience": (1,),
+        "quiet": (True,),
+    }
+    assert tune("sasrec", blind, seed=0, grid=grid) == tune("sasrec", data, seed=0, grid=grid)
+
+
+@pytest.mark.parametrize("kind", ["leave_one_out", "global_time", "user_disjoint"])
+def test_the_best_point_of_the_grid_is_chosen(kind: str) -> None:
+    data = _data(kind)
+    found = tune("recent-popularity", data, seed=0)
+    assert [dict(trial.parameters) for trial in found.trials] == points(RecentPopularity.GRID)
+    assert found.metric == "NDCG@10"
+    assert max(trial.value for trial in found.trials) > min(trial.value for trial in found.trials)
+    (best,) = {trial.value for trial in found.trials if trial.parameters == found.parameters}
+    assert best == max(trial.value for trial in found.trials)
+    model = RecentPopularity(**found.parameters)
+    model.fit(data)
+    assert mean_ndcg(model.items, model.scores, ranking_cases(data)) == best
+
+
+def test_ratings_are_tuned_to_the_lowest_error() -> None:
+    found = tune("mf", _data(), seed=0)
+    assert found.metric == "RMSE" and [dict(trial.parameters) for trial in found.trials] == points(MF.GRID)
+    assert {t.value for t in found.trials if t.parameters == found.parameters} == {min(t.value for t in found.trials)}
+
+
+def test_of_equal_points_the_first_is_kept_and_a_grid_can_be_given() -> None:
+    found = tune("markov", _data(), seed=0, grid={"popularity": (1e-3, 1e-3), "order": (2,)})
+    assert len(found.trials) == 2 and found.trials[0].value == found.trials[1].value
+    assert found.parameters is found.trials[0].parameters
+    assert points({}) == [{}] and tune("popularity", _data(), seed=0).parameters == {}
+
+
+def test_what_cannot_be_tuned_is_said() -> None:
+    data = _data()
+    with pytest.raises(RecipeError, match="did you mean 'markov'"):
+        tune("marcov", data, seed=0)
+    with pytest.raises(RecipeError, match="writes texts"):
+        tune("frequent-text", data, seed=0)
+    with pytest.raises(DataError, match=r"toy.*no interactions.*data\.split\.valid"):
+        tune("markov", replace(data, valid=data.valid.clear()), seed=0)
+    with pytest.raises(DataError, match=r"toy.*no ratings"):
+        tune("mf", replace(data, valid=data.valid.with_columns(pl.lit(None, pl.Float64).alias("rating"))), seed=0)
+
+
+# ------------------------------------------------------------------ the measure itself
+
+
+@pytest.mark.parametrize("kind", ["leave_one_out", "global_time", "user_disjoint"])
+@pytest.mark.parametrize("made", [Popularity, Markov])
+def test_the_measure_is_that_of_full_ranking(made: Any, kind: str) -> None:
+    data = _data(kind)
+    model: CatalogueScorer = made()
+    model.fit(data)  # type: ignore[attr-defined]
+    cases = ranking_cases(data)
+    assert {(c.request.user_id, c.truth) for c in cases} == set(data.valid.select("user_id", "item_id").iter_rows())
+    found = rank_catalogue(model, cases, cutoffs=(), seen=("excluded",))["excluded"]
+    expected = ndcg(found.greater, found.tied, 10).mean()
+    assert mean_ndcg(model.items, model.scores, cases) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_target_that_stands_in_the_history_can_still_be_ranked() -> None:
+    scores = np.array([[3.0, 2.0, 1.0]])
+    history = tuple(Event(item_id=item) for item in "ab")
+
+    def value(truth: str) -> float:
+        case = Case(request=Request(id="r", user_id="u", history=history), truth=truth)
+        return mean_ndcg("abc", lambda requests: scores, [case], k=2)
+
+    # Of a and b only the target remains, so each is first; c stands alone as well.
+    assert value("a") == 1.0 and value("c") == 1.0
+    assert value("b") == 1.0
+    assert scores.tolist() == [[3.0, 2.0, 1.0]]
+
+
+def test_validation_cases_show_what_was_known_before_and_no_more() -> None:
+    data = _data()
+    for case in ranking_cases(data):
+        shown = [event.item_id for event in case.request.history]
+        assert shown == [event.item_id for event in data.train_events(case.request.user_id)]
+        assert case.truth not in shown
+    assert {case.request.item for case in rating_cases(data)} == set(data.valid["item_id"])
+    few, many = ranking_cases(data, 10), ranking_cases(data)
+    assert few == many[:10] and [c.request.id for c in many] != sorted(c.request.id for c in many)
+
+
+def test_the_grid_of_the_shipped_settings_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Markov, "GRID", {"order": (1,)})
+    assert [dict(trial.parameters) for trial in tuning.tune("markov", _data(), seed=0).trials] == [{"order": 1}]

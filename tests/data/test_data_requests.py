@@ -1,0 +1,423 @@
+"""Requests as people write them, files of them, and ranked lists as files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.data import request_files
+from llmrec.data.items import digest_items, read_items
+from llmrec.data.ranked import Ranked, read_part, write_part, write_ranked
+from llmrec.data.request_files import Raw, open_requests
+from llmrec.data.requests import RankRequest, identity, read_request
+from llmrec.errors import DataError
+from llmrec.types import Item
+
+ITEMS = {
+    "1": Item(item_id="1", title="Toy Story (1995)", fields={"genres": "Animation"}),
+    "2": Item(item_id="2", title="Heat (1995)", fields={"genres": "Crime"}),
+    "3": Item(item_id="3", title=" "),
+}
+
+
+def read(record: dict[str, Any], items: Any = ITEMS) -> RankRequest:
+    return read_request(record, 7, items)
+
+
+def refusal(record: Any, items: Any = ITEMS) -> str:
+    with pytest.raises(DataError) as caught:
+        read_request(record, 7, items)
+    return str(caught.value)
+
+
+# --------------------------------------------------------------------------- one request
+
+
+def test_ids_are_looked_up_and_words_are_taken() -> None:
+    found = read({"id": "r", "user_id": 5, "history": ["1"], "candidates": [2, {"title": "Alien", "year": 1979}]})
+    assert (found.id, found.user_id, found.notes) == ("r", "5", ())
+    assert found.history[0].item == ITEMS["1"]
+    assert found.candidates == (ITEMS["2"], Item(item_id="Alien", title="Alien", fields={"year": "1979"}))
+
+
+def test_a_given_title_wins_and_the_catalogue_adds_its_fields() -> None:
+    (item,) = read({"candidates": [{"item_id": "1", "title": "Une histoire de jouets", "country": "US"}]}).candidates
+    assert item == Item(item_id="1", title="Une histoire de jouets", fields={"genres": "Animation", "country": "US"})
+    assert read({"candidates": ["1"]}).candidates[0].title == "Toy Story (1995)"
+
+
+def test_without_a_catalogue_a_text_is_its_own_title() -> None:
+    found = read({"candidates": ["Heat", "  Heat\n", 1984, "Jaws"], "history": ["Alien"]}, None)
+    assert [(item.item_id, item.title) for item in found.candidates] == [
+        ("Heat", "Heat"),
+        ("1984", "1984"),
+        ("Jaws", "Jaws"),
+    ]
+    assert found.notes == ("candidates: named more than once, ranked once: 'Heat'",)
+
+
+def test_unknown_items() -> None:
+    message = refusal({"candidates": ["1", "99", {"item_id": "3"}]})
+    assert "'99', '3'" in message and '{"item_id": "99", "title": ...}' in message and "--items" in message
+    assert "no catalogue" in refusal({"candidates": [{"item_id": "1"}]}, None)
+    found = read({"history": ["99", "1", "3"], "candidates": ["1"]})
+    assert [past.item.item_id for past in found.history] == ["1"]
+    assert found.notes == ("history: left out, unknown and without a title: '99', '3'",)
+
+
+@pytest.mark.parametrize(
+    ("record", "part"),
+    [
+        ({}, "no 'candidates'"),
+        ({"candidate": ["1"]}, "did you mean 'candidate'"),
+        ({"candidates": []}, "empty"),
+        ({"candidates": "1"}, "a text"),
+        ({"candidates": {"a": 1}}, "an object"),
+        ({"candidates": [None]}, "neither an item_id nor a title"),
+        ({"candidates": [True]}, "true or false"),
+        ({"candidates": [["1"]]}, "a list"),
+        ({"candidates": [{"title": 3}]}, "title is a number"),
+        ({"candidates": [{"title": " \u200b"}]}, "neither"),
+        ({"candidates": [{"title": "x", "deep": {"a": 1}}]}, "deep is an object"),
+        ({"candidates": ["1\x07"]}, "control character"),
+        ({"candidates": [{"title": "a\0b"}]}, "NUL"),
+        ({"candidates": [{"title": "a\ud800"}]}, "NUL"),
+        ({"candidates": ["x" * 1001]}, "1001 characters"),
+        ({"candidates": ["1"], "id": "a\nb"}, "control character"),
+        ({"candidates": ["1"], "id": ["a"]}, "id is a list"),
+        ({"candidates": ["1"], "user_id": {}}, "user_id is an object"),
+        ({"candidates": ["1"], "profile": 5}, "profile is a number"),
+        ({"candidates": ["1"], "history": "1"}, "'history' is a text"),
+        ({"candidates": ["1"], "history": [{"item_id": "1", "rating": "much"}]}, "rating"),
+        ({"candidates": ["1"], "history": [{"item_id": "1", "rating": float("nan")}]}, "rating"),
+        ({"candidates": ["1"], "history": [{"item_id": "1", "rating": True}]}, "rating"),
+        ({"candidates": ["1"], "history": [{"item_id": "1", "timestamp": "soon"}]}, "timestamp"),
+        ({"candidates": ["1"], "history": [{"item_id": "1", "text": 4}]}, "text is a number"),
+    ],
+)
+def test_what_cannot_be_ranked_says_why(record: dict[str, Any], part: str) -> None:
+    assert part in refusal(record)
+
+
+def test_notes_name_what_was_left_out_or_changed() -> None:
+    long = "very " * 100 + "long"
+    found = read(
+        {
+            "histroy": ["1"],
+            "session": 4,
+            "candidates": ["1", "1", {"item_id": "2", "title": "Other"}, "2", {"title": long}],
+            "profile": "word " * 100,
+        }
+    )
+    assert found.notes == (
+        "'histroy' was ignored (did you mean 'history'?)",
+        "candidates: named more than once, ranked once: '1'",
+        "candidates: named again with another text, the first was ranked: '2'",
+        f"cut to 300 characters, the title of: '{found.candidates[2].item_id[:59]}…'",
+        "no history",
+        "profile: cut to 300 characters",
+    )
+    assert len(found.candidates[2].title) <= 300 and len(found.profile) <= 300
+
+
+def test_times_are_numbers_or_dates_and_their_order_is_only_noted() -> None:
+    past = [{"item_id": "1", "timestamp": "2024-05-31"}, {"item_id": "2", "timestamp": 1.0, "rating": "4"}]
+    found = read({"history": past, "candidates": ["1"]})
+    assert [event.timestamp for event in found.history] == [1717113600.0, 1.0]
+    assert found.history[1].rating == 4.0
+    assert found.notes == ("history: the timestamps are not oldest first; the order was kept as given",)
+    assert read({"history": past[::-1], "candidates": ["1"]}).notes == ()
+
+
+def test_the_row_stands_in_for_a_missing_id() -> None:
+    for blank in ({}, {"id": None}, {"id": " "}, {"id": float("nan")}):
+        assert read({"candidates": ["1"], **blank}).id == "7"
+        assert identity(blank, 7) == ("7", None)
+    assert identity({"id": 3.0, "user_id": "u"}, 7) == ("3", "u")
+    assert identity({"id": "\x01", "user_id": "u"}, 7) == (None, "u")
+    assert identity(None, 7) == (None, None)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1", "2", "3"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["item_id", "title", "rating", "timestamp", "text", "x"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("id", "user_id", "history", "candidates", "profile"), values)))
+@settings(max_examples=300, deadline=None)
+def test_any_json_object_is_a_request_or_a_refusal(record: dict[str, Any]) -> None:
+    for items in (ITEMS, None):
+        try:
+            found = read_request(record, 1, items)
+        except DataError as error:
+            assert "\n" not in str(error)
+            continue
+        ids = [item.item_id for item in found.candidates]
+        assert ids and len(set(ids)) == len(ids)
+        assert all(item.title for item in found.candidates)
+        json.dumps([found.id, found.user_id, ids, found.notes], ensure_ascii=False).encode()
+
+
+# --------------------------------------------------------------------------- tables of items
+
+
+def test_items_are_read_with_their_fields(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title,genres\n1,Heat,Crime\n2,,\n", encoding="utf-8")
+    items = read_items(path)
+    assert items["1"] == Item(item_id="1", title="Heat", fields={"genres": "Crime"})
+    assert items["2"].title == ""
+    assert digest_items(items) == digest_items(dict(reversed(items.items())))
+    assert digest_items(items) != digest_items({**items, "2": Item(item_id="2", title="x")})
+    with pytest.raises(DataError, match="--items"):
+        read_items(tmp_path / "gone.csv")
+    for table, part in (("movie,title\n1,a\n", "'item_id'"), ("item_id,title\n1,a\n1,b\n", "row 2")):
+        path.write_text(table, encoding="utf-8")
+        with pytest.raises(DataError, match=part):
+            read_items(path)
+
+
+# --------------------------------------------------------------------------- files
+
+
+def rows_of(path: Path) -> list[Raw]:
+    found = open_requests(path)
+    rows = list(found)
+    assert len(rows) == found.rows
+    return rows
+
+
+def test_json_lines_fail_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_files, "LONGEST", 200)
+    lines = [
+        b'\xef\xbb\xbf{"candidates": ["1"]}',
+        b"",
+        b"{",
+        b"[1]",
+        b'{"candidates": ["\xff"]}',
+        b'{"x": "' + b"y" * 900 + b'"}',
+        b"[" * 150,
+        b'{"candidates": ["2"]}\r',
+        b"  ",
+        b'{"candidates": ["3"]}',
+    ]
+    for path in (tmp_path / "r.jsonl", tmp_path / "r.ndjson.gz"):
+        data = b"\n".join(lines)
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        rows = rows_of(path)
+        assert open_requests(path).blank == 2
+        assert [row.line for row in rows] == [1, 3, 4, 5, 6, 7, 8, 10]
+        assert [row.record is None for row in rows] == [False, True, True, True, True, True, False, False]
+        reasons = ["JSON", "object", "0xff", "longer", "JSON"]
+        assert all(part in row.error for part, row in zip(reasons, rows[1:6], strict=True))
+        assert rows[0].record == {"candidates": ["1"]}
+
+
+def test_cells_hold_json_lists_or_ids_between_bars(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    table = [
+        ["id", "history", "candidates"],
+        ["a", "", "1|2| 3"],
+        ["b", '["x|y"]', '[1, {"title": "A, \\"B\\""}]'],
+        ["c", "[]", "[REC] (2007)|[500] Days"],
+        ["d", "1", '["1"'],
+        ["e", "1", "[1, 2"],
+        ["f", "1", " "],
+    ]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(table)
+    rows = rows_of(path)
+    records = [row.record for row in rows]
+    assert records[0] == {"id": "a", "candidates": ["1", "2", "3"]}
+    assert records[1] == {"id": "b", "history": ["x|y"], "candidates": [1, {"title": 'A, "B"'}]}
+    assert records[2] == {"id": "c", "history": [], "candidates": ["[REC] (2007)", "[500] Days"]}
+    assert "JSON list" in rows[3].error and records[3] == {"id": "d"}
+    assert records[4] == {"id": "e", "history": ["1"], "candidates": ["[1, 2"]}
+    assert records[5] == {"id": "f", "history": ["1"]}
+
+
+def test_a_stray_quote_spoils_its_own_row_only(tmp_path: Path) -> None:
+    path = tmp_path / "r.tsv"
+    text = 'id\tcandidates\nb1\t1|2\nb2\t"1|2\nb3\t1|2\nb4\t"1\n|2"\n\nb5\t"1"x\nb6\t3\t4\nb7\t9"\nb8\t"open\nb9\t7\n'
+    path.write_text(text, encoding="utf-8")
+    rows = rows_of(path)
+    read_rows = {row.line: row.record for row in rows if row.record is not None}
+    assert {line: record["id"] for line, record in read_rows.items()} == {2: "b1", 4: "b3", 5: "b4", 10: "b7", 12: "b9"}
+    assert read_rows[5]["candidates"] == ["1", "2"]
+    assert [row.line for row in rows if row.error] == [3, 8, 9, 11]
+    assert open_requests(path).blank == 1
+
+
+@given(st.lists(st.lists(st.text(st.sampled_from('ab|"\n,\r[]{} ü'), max_size=6), min_size=2, max_size=2), max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_what_a_csv_writer_writes_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[list[str]]
+) -> None:
+    path = tmp_path_factory.mktemp("csv") / "r.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["id", "candidates"], ["first", "1"], *cells])
+    rows = list(open_requests(path))
+    assert len(rows) == 1 + len(cells)
+    for row, (name, _) in zip(rows[1:], cells, strict=True):
+        assert row.record is not None and row.record.get("id", "") == (name if name.strip() else "")
+
+
+def test_a_cell_may_be_larger_than_the_library_expects(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    pool = [{"title": f"Title {n} " + "x" * 290} for n in range(1000)]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["candidates"], [json.dumps(pool)]])
+    (row,) = rows_of(path)
+    assert row.record == {"candidates": pool}
+
+
+def test_parquet_holds_lists_structs_or_texts(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    kinds: list[Any] = [
+        [["1", "2"], ["3"]],
+        [[{"item_id": "1", "title": None}], [{"item_id": "2", "title": "B"}]],
+        ['["1", "2"]', "3"],
+    ]
+    for candidates in kinds:
+        pq.write_table(pa.table({"id": [1, 2], "candidates": candidates, "other": [0.5, None]}), path, row_group_size=1)
+        rows = rows_of(path)
+        assert [row.line for row in rows] == [1, 2]
+        assert rows[0].record is not None and rows[0].record["id"] == 1
+        requests = [read_request(row.record or {}, row.line, ITEMS | {"3": ITEMS["2"]}) for row in rows]
+        assert requests[0].candidates[0] == ITEMS["1"]
+    pq.write_table(pa.table({"candidates": pa.array([b"ok", b"\xff"]).cast(pa.string(), safe=False)}), path)
+    rows = rows_of(path)
+    assert [row.error for row in rows] == ["", "not UTF-8"]
+    pq.write_table(pa.table({"candidate": [["1"]]}), path)
+    with pytest.raises(DataError, match="did you mean 'candidate'"):
+        open_requests(path)
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet"])
+def test_no_more_than_a_batch_is_in_memory(tmp_path: Path, name: str) -> None:
+    path, count, pool = tmp_path / name, 10_000, [f"item {n}" for n in range(50)]
+    if name == "r.jsonl":
+        path.write_text((json.dumps({"candidates": pool}) + "\n") * count, encoding="utf-8")
+    elif name == "r.csv":
+        path.write_text("candidates\n" + ("|".join(pool) + "\n") * count, encoding="utf-8")
+    else:
+        pq.write_table(pa.table({"candidates": [pool] * count}), path, row_group_size=500)
+    tracemalloc.start()
+    try:
+        found = sum(len(list((row.record or {})["candidates"])) for row in open_requests(path))  # type: ignore[call-overload]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == 50 * count
+    assert peak < 3 * 2**20
+
+
+def test_only_files_that_cannot_be_read_at_all_are_errors(tmp_path: Path) -> None:
+    for name, content, part in (
+        ("a.jsonl", b"", "no request"),
+        ("b.jsonl", b"\n \n", "no request"),
+        ("c.csv", b"id,candidates\n", "no request"),
+        ("d.csv", b"id;candidate\n1;2\n", "did you mean 'candidate'"),
+        ("e.csv", b"candidates,candidates\n1,2\n", "twice"),
+        ("f.jsonl.gz", b"no gzip", "damaged gzip"),
+        ("g.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "damaged gzip"),
+        ("h.parquet", b"no parquet", "not a Parquet file"),
+        ("i.json", b"[]", r"\.jsonl"),
+        ("j.parquet.gz", b"", "inside .gz"),
+        ("k.csv", "id,candidates\n".encode("utf-16"), "UTF-16"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=part):
+            open_requests(tmp_path / name)
+    for path in (tmp_path / "gone.jsonl", tmp_path):
+        with pytest.raises(DataError):
+            open_requests(path)
+
+
+# --------------------------------------------------------------------------- rankings
+
+
+RANKED = [
+    Ranked(
+        request_id="=cmd()",
+        user_id="-1",
+        line=1,
+        items=("1", "a,b"),
+        scores=(-0.1, -1e-17),
+        titles=("+A", 'B "quoted"'),
+        notes=("no history",),
+        prompt_tokens=9,
+        completion_tokens=4,
+    ),
+    Ranked(request_id=None, user_id=None, line=3, error="not JSON"),
+    Ranked(request_id="\u2028ü", user_id="u", line=4, items=("x",), scores=(0.0,), titles=("y\u2029",)),
+]
+
+
+def test_parts_are_what_was_written_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "part.jsonl"
+    assert read_part(path) is None
+    write_part(path, RANKED)
+    assert read_part(path) == read_part(path, [1, 3, 4]) == RANKED
+    assert read_part(path, [1, 3]) is None
+    for damage in (path.read_text()[:-30], "", "{}\n", "[]\n", '{"x": 1}\n'):
+        path.write_text(damage, encoding="utf-8")
+        assert read_part(path) is None
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.tsv", "r.parquet", "r.jsonl.gz", "r.csv.gz"])
+def test_rankings_are_written_alike_every_time(tmp_path: Path, name: str) -> None:
+    first, second = tmp_path / "1" / name, tmp_path / "2" / name
+    for path in (first, second):
+        write_ranked(path, iter(RANKED))
+    assert first.read_bytes() == second.read_bytes()
+    assert list(first.parent.iterdir()) == [first]
+    columns = list(Ranked.__dataclass_fields__)
+    if "parquet" in name:
+        frame = pl.read_parquet(first)
+        assert frame.columns == columns
+        assert frame.rows() == [
+            tuple(list(v) if isinstance(v, tuple) else v for v in (getattr(r, c) for c in columns)) for r in RANKED
+        ]
+        return
+    raw = first.read_bytes()
+    text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode()
+    if "jsonl" in name:
+        found = [json.loads(line) for line in text.rstrip("\n").split("\n")]
+        assert [list(each) for each in found] == [columns] * 3
+        assert found[0]["scores"] == [-0.1, -1e-17] and found[1]["error"] == "not JSON"
+    else:
+        table = list(csv.reader(text.split("\n"), delimiter="\t" if "tsv" in name else ","))[:-1]
+        assert table[0] == columns and len(table) == 4
+        assert table[1][:4] == ["'=cmd()", "'-1", "1", '["1", "a,b"]']
+        assert json.loads(table[1][4]) == [-0.1, -1e-17]
+        assert table[2][:2] == ["", ""] and table[2][6] == "not JSON"
+
+
+def test_many_records_make_several_row_groups(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    count = 9000
+    lines = [
+        Ranked(request_id=str(n), user_id=None, line=n, items=("a",), scores=(rng.random(),)) for n in range(count)
+    ]
+    write_ranked(tmp_path / "r.parquet", iter(lines))
+    file = pq.ParquetFile(tmp_path / "r.parquet")
+    assert file.num_row_groups > 1 and file.metadata.num_rows == count
+    assert file.read().column("line").to_pylist() == list(range(count))

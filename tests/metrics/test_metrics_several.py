@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from llmrec.errors import LlmrecError
+from llmrec.metrics import ranking, several
+from llmrec.metrics.judged import Judged, Pairs, judge, numbered, place
+
+
+def _pairs(rows: Sequence[tuple[int, int, float]]) -> Pairs:
+    request, item, value = zip(*rows, strict=True) if rows else ((), (), ())
+    return Pairs(np.array(request, dtype=np.int64), np.array(item, dtype=np.int64), np.array(value, dtype=np.float64))
+
+
+def _one(scores: dict[int, float], gains: dict[int, float]) -> Judged:
+    """Judge one request."""
+    ranked = _pairs([(0, item, score) for item, score in scores.items()])
+    return judge(ranked, _pairs([(0, item, gain) for item, gain in gains.items()]), 1)
+
+
+# ------------------------------------------------------------------ worked by hand
+
+
+def test_two_relevant_items_without_ties() -> None:
+    judged = _one({10: 5.0, 11: 4.0, 12: 3.0, 13: 2.0}, {11: 1.0, 13: 1.0})  # ranks 2 and 4
+    assert several.hit_rate(judged, 1)[0] == 0.0
+    assert several.hit_rate(judged, 2)[0] == 1.0
+    assert several.recall(judged, 3)[0] == 0.5
+    assert several.precision(judged, 4)[0] == 0.5
+    assert several.precision(judged, 10)[0] == pytest.approx(0.2)
+    assert several.reciprocal_rank(judged)[0] == 0.5
+    assert several.average_precision(judged)[0] == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert several.average_precision(judged, 3)[0] == pytest.approx(1 / 2 / 2)
+    ideal = 1 + 1 / math.log2(3)
+    assert several.ndcg(judged, 10)[0] == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / ideal)
+    # Of the four pairs of a relevant and another item, 13 loses both and 11 loses one.
+    assert several.auc(judged, 4)[0] == pytest.approx(1 / 4)
+
+
+def test_a_tied_block_with_two_relevant_items() -> None:
+    # One item above, then a block of three with two relevant ones: the other is at rank 2, 3 or 4.
+    judged = _one({0: 9.0, 1: 5.0, 2: 5.0, 3: 5.0}, {1: 1.0, 3: 1.0})
+    assert several.hit_rate(judged, 2)[0] == pytest.approx(2 / 3)
+    assert several.hit_rate(judged, 3)[0] == pytest.approx(1.0)
+    assert several.recall(judged, 2)[0] == pytest.approx((2 / 3) / 2)
+    assert several.reciprocal_rank(judged)[0] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    orders = [(1 / 3 + 2 / 4) / 2, (1 / 2 + 2 / 4) / 2, (1 / 2 + 2 / 3) / 2]
+    assert several.average_precision(judged)[0] == pytest.approx(np.mean(orders))
+    # 2 and 3 tie with each other: half; 0 is above both.
+    assert several.auc(judged, 4)[0] == pytest.approx((0 + 0 + 0.5 + 0.5) / 4)
+
+
+def test_graded_gains() -> None:
+    judged = _one({0: 3.0, 1: 2.0, 2: 1.0}, {0: 1.0, 2: 3.0, 9: 2.0})  # 9 is not ranked
+    ideal = 3 + 2 / math.log2(3) + 1 / 2
+    assert several.ndcg(judged, 3)[0] == pytest.approx((1 + 3 / 2) / ideal)
+    assert several.ndcg(judged, 1)[0] == pytest.approx(1 / 3)
+    assert several.recall(judged, 3)[0] == pytest.approx(2 / 3)
+    assert several.average_precision(judged)[0] == pytest.approx((1 + 2 / 3) / 3)
+
+
+def test_requests_do_not_touch_each_other() -> None:
+    ranked = _pairs([(2, 0, 1.0), (0, 1, 3.0), (0, 0, 1.0), (2, 1, 2.0)])
+    judged = judge(ranked, _pairs([(0, 0, 1.0), (2, 1, 1.0), (3, 0, 1.0)]), 4)
+    assert several.reciprocal_rank(judged).tolist() == [0.5, 0.0, 1.0, 0.0]
+    assert judged.total.tolist() == [1, 0, 1, 1]
+    assert judged.ranked.tolist() == [2, 0, 2, 0]
+    for metric in (several.hit_rate, several.recall, several.precision, several.ndcg, several.average_precision):
+        assert metric(judged, 3)[[1, 3]].tolist() == [0.0, 0.0]
+    assert several.auc(judged, 2)[[0, 2]].tolist() == [0.0, 1.0]
+    assert np.isnan(several.auc(judged, [2, 2, 2, 1])[[1, 3]]).all()  # no relevant item; no other item
+
+
+def test_nothing_ranked_and_nothing_relevant() -> None:
+    for ranked, relevant in (([], [(0, 1, 1.0)]), ([(0, 1, 1.0)], []), ([], [])):
+        judged = judge(_pairs(ranked), _pairs(relevant), 2)
+        for metric in (several.hit_rate, several.recall, several.precision, several.ndcg, several.average_precision):
+            assert metric(judged, 5).tolist() == [0.0, 0.0]
+        assert several.reciprocal_rank(judged).tolist() == [0.0, 0.0]
+
+
+def test_what_is_not_ranked_ties_below_what_is() -> None:
+    judged = _one({0: 1.0}, {1: 1.0})  # pool of 4: 1, 2 and 3 are left out
+    assert several.auc(judged, 4)[0] == pytest.approx((0 + 0.5 + 0.5) / 3)
+    with pytest.raises(ValueError, match="fewer items"):
+        several.auc(judged, 1)
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_malformed_tables_are_errors() -> None:
+    good = _pairs([(0, 1, 1.0)])
+    with pytest.raises(LlmrecError, match="request number 0: a score is not a number"):
+        judge(_pairs([(0, 1, math.nan), (0, 2, 1.0)]), good, 1)
+    with pytest.raises(ValueError, match="twice in the ranking"):
+        judge(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), good, 1)
+    with pytest.raises(ValueError, match="twice among the relevant"):
+        judge(good, _pairs([(0, 1, 1.0), (0, 1, 1.0)]), 1)
+    with pytest.raises(ValueError, match="above 0"):
+        judge(good, _pairs([(0, 1, 0.0)]), 1)
+    with pytest.raises(ValueError, match="numbered"):
+        judge(_pairs([(1, 1, 1.0)]), good, 1)
+    with pytest.raises(ValueError, match="numbered"):
+        judge(_pairs([(0, -1, 1.0)]), good, 1)
+    with pytest.raises(ValueError, match="alike"):
+        judge(Pairs(np.array([0]), np.array([1, 2]), np.array([1.0])), good, 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        several.ndcg(judge(good, good, 1), 0)
+    with pytest.raises(ValueError, match="twice"):
+        place(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), np.array([1]))
+
+
+def test_infinite_scores_are_ranked() -> None:
+    judged = _one({0: math.inf, 1: -math.inf, 2: 0.0}, {2: 1.0})
+    assert several.reciprocal_rank(judged)[0] == 0.5
+
+
+def test_ids_become_places() -> None:
+    assert numbered(np.array([7, 7, 3, 9, 7]), np.array([3, 7, 9])).tolist() == [1, 1, 0, 2, 1]
+    assert numbered(np.array([]), np.array([])).tolist() == []
+    for ids in ([4], [99]):
+        with pytest.raises(ValueError, match="known"):
+            numbered(np.array(ids), np.array([3, 7, 9]))
+
+
+# ------------------------------------------------------------------ properties
+
+Metric = Callable[[Judged, int], NDArray[np.float64]]
+_METRICS: dict[str, Metric] = {
+    "hit": several.hit_rate,
+    "recall": several.recall,
+    "precision": several.precision,
+    "ndcg": several.ndcg,
+    "map": several.average_precision,
+    "mrr": several.reciprocal_rank,
+}
+_GAINS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0]), min_size=1, max_size=6)
+
+
+def _by_hand(order: Sequence[int], gains: dict[int, float], k: int) -> dict[str, float]:
+    """Take every metric of one order without ties, as the definitions say."""
+    relevant = [item in gains for item in order]
+    ranks = [rank for rank, hit in enumerate(relevant, start=1) if hit and rank <= k]
+    ideal = sorted(gains.values(), reverse=True)[:k]
+    dcg = sum(gains[order[rank - 1]] / math.log2(rank + 1) for rank in ranks)
+    return {
+        "hit": float(bool(ranks)),
+        "recall": len(ranks) / len(gains),
+        "precision": len(ranks) / k,
+        "ndcg": dcg / sum(gain / math.log2(rank + 1) for rank, gain in enumerate(ideal, start=1)),
+        "map": sum(sum(relevant[:rank]) / rank for rank in ranks) / len(gains),
+        "mrr": 1 / ranks[0] if ranks else 0.0,
+    }
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), gains=_GAINS, k=st.integers(1, 7), missing=st.booleans())
+def test_the_expectation_equals_all_orders_of_the_tied_blocks(
+    data: st.DataObject, gains: list[float], k: int, missing: bool
+) -> None:
+    scores = data.draw(st.lists(st.integers(0, 2), min_size=len(gains), max_size=len(gains)))
+    wanted = {item: gain for item, gain in enumerate(gains) if gain} | ({77: 1.0} if missing else {})
+    if not wanted:
+        return
+    orders = [
+        order
+        for order in itertools.permutations(range(len(scores)))
+        if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order))
+    ]
+    each = [_by_hand(order, wanted, k) for order in orders]
+    judged = _one(dict(enumerate(map(float, scores))), wanted)
+    for name, metric in _METRICS.items():
+        assert metric(judged, k)[0] == pytest.approx(np.mean([one[name] for one in each]), abs=1e-12), name
+    whole = [_by_hand(order, wanted, 99) for order in orders]
+    assert several.average_precision(judged)[0] == pytest.approx(np.mean([one["map"] for one in whole]), abs=1e-12)
+    assert several.reciprocal_rank(judged)[0] == pytest.approx(np.mean([one["mrr"] for one in whole]), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(gains=_GAINS, data=st.data())
+def test_auc_equals_counting_pairs(gains: list[float], data: st.DataObject) -> None:
+    scores = data.draw(st.lists(st.integers(0, 2), min_size=len(gains), max_size=len(gains)))
+    yes = [score for score, gain in zip(scores, gains, strict=True) if gain]
+    no = [score for score, gain in zip(scores, gains, strict=True) if not gain]
+    judged = _one(dict(enumerate(map(float, scores))), {item: gain for item, gain in enumerate(gains) if gain})
+    found = several.auc(judged, len(gains))[0]
+    if yes and no:
+        assert found == pytest.approx(np.mean([(a > b) + (a == b) / 2 for a in yes for b in no]), abs=1e-12)
+    else:
+        assert math.isnan(found)
+
+
+def _random(rng: np.random.Generator, n: int, *, levels: int) -> tuple[Pairs, Pairs]:
+    """Make n requests with rankings of up to 40 items and up to 8 relevant ones, of which some are not ranked."""
+    ranked, relevant = [], []
+    for request in range(n):
+        items = rng.permutation(50)[: rng.integers(1, 41)]
+        scores = rng.permutation(len(items)) if not levels else rng.integers(0, levels, len(items))
+        ranked += [(request, int(item), float(score)) for item, score in zip(items, scores, strict=True)]
+        wanted = rng.permutation(50)[: rng.integers(1, 9)]
+        relevant += [(request, int(item), float(rng.integers(1, 4))) for item in wanted]
+    return _pairs(ranked), _pairs(relevant)
+
+
+@given(seed=st.integers(0, 999), levels=st.sampled_from([0, 3]))
+@settings(deadline=None, max_examples=40)
+def test_users_items_and_rows_may_be_renamed_and_reordered(seed: int, levels: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranked, relevant = _random(rng, 6, levels=levels)
+    before = judge(ranked, relevant, 6)
+    users, items = rng.permutation(6), rng.permutation(60)
+    moved = []
+    for table in (ranked, relevant):
+        rows = rng.permutation(len(table.item))
+        moved.append(Pairs(users[table.request[rows]], items[table.item[rows]], table.value[rows]))
+    after = judge(moved[0], moved[1], 6)
+    for metric in _METRICS.values():
+        for k in (1, 5, 20):
+            values = metric(before, k)
+            assert ((values >= 0) & (values <= 1)).all()
+            assert metric(after, k)[users] == pytest.approx(values, abs=1e-12)
+    assert several.auc(after, 50)[users] == pytest.approx(several.auc(before, 50), abs=1e-12)
+
+
+@given(scores=st.lists(st.integers(0, 4), min_size=3, max_size=10), k=st.integers(1, 10), data=st.data())
+@settings(deadline=None)
+def test_swapping_a_relevant_item_upwards_never_lowers_a_metric(scores: list[int], k: int, data: st.DataObject) -> None:
+    wanted = {0: 1.0, 1: 1.0}
+    other = data.draw(st.integers(2, len(scores) - 1))
+    before = dict(enumerate(map(float, scores)))
+    if before[other] < before[0]:
+        return
+    after = before | {0: before[other], other: before[0]}
+    low, high = _one(before, wanted), _one(after, wanted)
+    for name, metric in _METRICS.items():
+        assert metric(high, k)[0] >= metric(low, k)[0] - 1e-12, name
+    assert several.auc(high, len(scores))[0] >= several.auc(low, len(scores))[0] - 1e-12
+
+
+def test_one_target_is_the_same_in_both_forms() -> None:
+    rng = np.random.default_rng(0)
+    for levels in (0, 3):
+        ranked, _ = _random(rng, 200, levels=levels)
+        targets = rng.integers(0, 50, 200)
+        judged = judge(ranked, Pairs(np.arange(200), targets, np.ones(200)), 200)
+        greater, tied = place(ranked, targets)
+        for k in (1, 3, 10):
+            for name in ("hit_rate", "precision", "ndcg", "average_precision", "reciprocal_rank"):
+                one = getattr(ranking, name)(greater, tied, k)
+                assert getattr(several, name)(judged, k) == pytest.approx(one, abs=1e-12), name
+        full = np.where(tied > 0, ranking.auc(greater, np.maximum(tied, 1), 50), 0)
+        ranked_all = (tied > 0) & (judged.ranked == 50)
+        assert several.auc(judged, 50)[ranked_all] == pytest.approx(full[ranked_all])
+
+
+def test_blocks_of_thousands_keep_their_precision() -> None:
+    n = 5000
+    judged = _one(dict.fromkeys(range(n), 0.0), dict.fromkeys(range(0, n, 50), 1.0))
+    relevant = n // 50
+    exact, chance = 0.0, relevant / n
+    for rank in range(1, n - relevant + 2):
+        exact += chance / rank
+        chance *= (n - rank - relevant + 1) / (n - rank)
+    assert several.reciprocal_rank(judged)[0] == pytest.approx(exact, abs=1e-12)
+    misses = math.prod((n - relevant - shown) / (n - shown) for shown in range(10))
+    assert several.hit_rate(judged, 10)[0] == pytest.approx(1 - misses, abs=1e-9)
+    assert several.recall(judged, 10)[0] == pytest.approx(10 / n)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_tie_free_runs_equal_trec_eval(graded: bool) -> None:
+    measures = pytest.importorskip("ir_measures", reason="ir-measures is not installed: pip install 'llmrec[dev]'")
+    pytest.importorskip("pytrec_eval", reason="pytrec-eval is not installed: pip install 'llmrec[dev]'")
+    ranked, relevant = _random(np.random.default_rng(5), 1000, levels=0)
+    if not graded:
+        relevant = Pairs(relevant.request, relevant.item, np.ones(len(relevant.item)))
+    judged = judge(ranked, relevant, 1000)
+    run: dict[str, dict[str, float]] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for request, item, score in zip(ranked.request, ranked.item, ranked.value, strict=True):
+        run.setdefault(f"q{request}", {})[f"d{item}"] = float(score)
+    for request, item, gain in zip(relevant.request, relevant.item, relevant.value, strict=True):
+        qrels.setdefault(f"q{request}", {})[f"d{item}"] = int(gain)
+    wanted = {
+        measures.Success @ 5: several.hit_rate(judged, 5),
+        measures.R @ 10: several.recall(judged, 10),
+        measures.P @ 10: several.precision(judged, 10),
+        measures.P @ 100: several.precision(judged, 100),
+        measures.nDCG @ 5: several.ndcg(judged, 5),
+        measures.nDCG @ 20: several.ndcg(judged, 20),
+        measures.AP @ 10: several.average_precision(judged, 10),
+        measures.AP: several.average_precision(judged),
+        measures.RR: several.reciprocal_rank(judged),
+    }
+    found = {(row.measure, row.query_id): row.value for row in measures.iter_calc(list(wanted), qrels, run)}
+    assert len(found) == 9000
+    for measure, mine in wanted.items():
+        theirs = np.array([found[(measure, f"q{query}")] for query in range(1000)])
+        assert np.abs(theirs - mine).max() < 1e-9, str(measure)

