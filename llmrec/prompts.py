@@ -27,6 +27,8 @@ from llmrec.types import Message, Role, Segment
 __all__ = ["Template", "clean", "load_templates", "neutralise"]
 
 OUTPUT_LIMIT = 256 * 1024
+LOOKUP_LIMIT = 256 * 1024
+"""Most values that one rendering may look up or compare; a loop can keep busy without writing anything."""
 SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
@@ -196,6 +198,7 @@ class _Ledger:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.size = 0
+        self.lookups = 0
 
     def wrap(self, value: object) -> object:
         """Replace strings by data, mappings by records; numbers and None pass."""
@@ -213,6 +216,11 @@ class _Ledger:
             raise RecipeError(
                 f"the rendered text is longer than {OUTPUT_LIMIT} characters; show fewer or shorter values"
             )
+
+    def look(self) -> None:
+        self.lookups += 1
+        if self.lookups > LOOKUP_LIMIT:
+            raise RecipeError(f"it looks up more than {LOOKUP_LIMIT} values; loop over fewer or compare less")
 
     def mark(self, text: str) -> str:
         self.spend(len(text))
@@ -244,27 +252,34 @@ class _Datum:
         return bool(self._text)
 
     def __eq__(self, other: object) -> bool:
+        self._ledger.look()
         return self._text == (other._text if isinstance(other, _Datum) else other)
 
     def __hash__(self) -> int:
         return hash(self._text)
 
     def __contains__(self, other: object) -> bool:
+        self._ledger.look()
         return str(other._text if isinstance(other, _Datum) else other) in self._text
 
 
 class _Record:
     """Named data values such as an item's title; a name that the mapping lacks is an error."""
 
-    __slots__ = ("_ledger", "_source")
+    __slots__ = ("_known", "_ledger", "_source")
 
     def __init__(self, ledger: _Ledger, source: Mapping[str, object]) -> None:
         self._ledger = ledger
         self._source = source
+        self._known: dict[str, object] = {}
 
     def __getattr__(self, name: str) -> object:
+        self._ledger.look()
         try:
-            return self._ledger.wrap(self._source[name])
+            # A long text is cleaned once, however often a template asks for it.
+            if name not in self._known:
+                self._known[name] = self._ledger.wrap(self._source[name])
+            return self._known[name]
         except KeyError:
             known = ", ".join(sorted(self._source))
             raise RecipeError(f"unknown field {name!r}{did_you_mean(name, self._source)}; known: {known}") from None

@@ -267,9 +267,9 @@ class SuiteRow(Section):
 
 
 class Suite(Section):
-    """A protocol with its data and rows: full ranking of the whole catalogue, or the rating of held-out items."""
+    """A protocol with its data and rows: full ranking of the catalogue, or held-out items rated or judged yes or no."""
 
-    task: Literal["ranking", "rating"] = "ranking"
+    task: Literal["ranking", "rating", "ctr"] = Field("ranking", description="ctr: will the user like the item")
     suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     data: DataSection
@@ -280,6 +280,7 @@ class Suite(Section):
         description="whether items of the history can be ranked; first: headline",
     )
     cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1)
+    liked: float | None = Field(None, description="ctr: lowest rating that is a yes; None: three quarters up the scale")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the chosen point, where it has any chance")
     split_seeds: tuple[int, ...] = Field((0,), min_length=1, description="tie rules of the split; several: a range")
     bootstrap: Positive = 2000

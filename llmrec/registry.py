@@ -76,6 +76,8 @@ BASELINES: Mapping[str, str] = {
     "user-item-bias": "llmrec.baselines.rating:UserItemBias",
     "mf": "llmrec.baselines.mf:MF",
     "svd": "llmrec.baselines.mf:SVD",
+    "like-ratio": "llmrec.baselines.liked:LikeRatio",
+    "logistic": "llmrec.baselines.liked:Logistic",
     "frequent-text": "llmrec.baselines.text:FrequentText",
     "nearest-text": "llmrec.baselines.text:NearestText",
 }
@@ -96,6 +98,7 @@ FAMILY_BASELINES: Mapping[str, tuple[str, ...]] = {
     "sequential": _RANKERS,
     "direct": _RANKERS,
     "explanation": ("frequent-text", "nearest-text"),
+    "ctr": ("like-ratio", "logistic"),
 }
 
 

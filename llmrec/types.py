@@ -20,7 +20,7 @@ Role = Literal["system", "user", "assistant"]
 SegmentKind = Literal["text", "item", "target"]
 SplitName = Literal["train", "valid", "test"]
 Capability = Literal["generate", "score", "embed"]
-Family = Literal["rating", "sequential", "direct", "explanation"]
+Family = Literal["rating", "sequential", "direct", "explanation", "ctr"]
 
 # --------------------------------------------------------------------------- data
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from llmrec.errors import BackendError
-from llmrec.prompts import neutralise
+from llmrec.guard import control_tokens, neutralise
 from llmrec.types import Completion, Example, Message, Prompt, Segment
 
 IGNORED = -100
@@ -47,11 +47,10 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control = tuple(sorted({*tokenizer.all_special_tokens, *added}))
-        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control)))
+        self.control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
+        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control))) - self._unknown()
         self._pieces: dict[str, tuple[int, ...]] = {}
-        self._scaffold: dict[tuple[str, ...], int] = {}
+        self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
         self.end_id = self._find_end()
         self.stop_ids = frozenset(i for i in (self.end_id, tokenizer.eos_token_id) if i is not None)
 
@@ -161,16 +160,27 @@ class Encoder:
         roles = tuple(message.role for message in messages)
         if roles not in self._scaffold:
             plain = [Message(role, (Segment("text", "x"),)) for role in roles]
-            self._scaffold[roles] = self._count(self.tokenizer.encode(self.turns_text(plain), add_special_tokens=False))
-        if self._count(ids) != self._scaffold[roles]:
+            self._scaffold[roles] = self._marks(self.tokenizer.encode(self.turns_text(plain), add_special_tokens=False))
+        if self._marks(ids) != self._scaffold[roles]:
             raise BackendError(
-                "a prompt holds more control tokens than its chat template writes, so some title, review or user "
+                "a prompt holds other control tokens than its chat template writes, so some title, review or user "
                 f"text forges one; the turns begin {messages[-1].text[:120]!r}"
             )
         return ids
 
-    def _count(self, ids: Iterable[int]) -> int:
-        return sum(i in self._control_ids for i in ids)
+    def _marks(self, ids: Iterable[int]) -> tuple[int, ...]:
+        return tuple(i for i in ids if i in self._control_ids)
+
+    def _unknown(self) -> frozenset[int]:
+        """Return the id that stands for letters outside the vocabulary, unless it has a second meaning.
+
+        Any foreign title has it, so it shows no forgery. Its spelling is broken like that of every control token.
+        """
+        tokenizer = self.tokenizer
+        unknown: str | None = tokenizer.unk_token
+        if unknown is None or unknown in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+            return frozenset()
+        return frozenset((int(tokenizer.convert_tokens_to_ids(unknown)),))
 
     def turns_text(self, messages: Sequence[Message]) -> str:
         """Return chat turns as the model reads them, up to the start of the answer."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmrec.baselines.fitted import fitted
-from llmrec.baselines.neural import Schedule, Trained, train
+from llmrec.baselines.neural import Precision, Schedule, Trained, train
 from llmrec.baselines.ranked import rank_all
 from llmrec.errors import require
 
@@ -29,7 +29,7 @@ class GRU4Rec:
 
     name = "gru4rec"
     stochastic = True
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"dim": (64, 128), "dropout": (0.2, 0.35, 0.5)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"dim": (64, 128), "dropout": (0.35, 0.5)}
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class GRU4Rec:
         dropout: float = 0.5,
         max_len: int = 50,
         negatives: int | None = None,
+        precision: Precision = "auto",
         batch: int = 512,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -55,6 +56,7 @@ class GRU4Rec:
             dropout: Share of values left out in training: of inputs and outputs.
             max_len: The network sees the last ``max_len`` items; longer training sequences are cut into pieces.
             negatives: Items drawn as negatives for each step; None takes the softmax over all items.
+            precision: Of products with the item table in the loss: float32, bfloat16 or auto, see `Schedule`.
             batch: Targets of one optimiser step, about.
             learning_rate: Of Adam.
             weight_decay: Decoupled, as in AdamW.
@@ -73,6 +75,7 @@ class GRU4Rec:
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             negatives=negatives,
+            precision=precision,
             max_len=max_len,
             seed=seed,
             quiet=quiet,

@@ -47,7 +47,6 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
     user_names, users = np.unique(np.array(rated["user_id"].to_list(), dtype=object), return_inverse=True)
     item_names, items = np.unique(np.array(rated["item_id"].to_list(), dtype=object), return_inverse=True)
     values = rated["rating"].to_numpy().astype(np.float64)
-    low, high = data.dataset.rating_scale or (float(values.min()), float(values.max()))
     return Ratings(
         users=users.astype(np.int64),
         items=items.astype(np.int64),
@@ -55,8 +54,16 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
         user_index={user: place for place, user in enumerate(user_names.tolist())},
         item_index={item: place for place, item in enumerate(item_names.tolist())},
         mean=float(values.mean()),
-        scale=(low, high),
+        scale=scale_of(data),
     )
+
+
+def scale_of(data: SplitDataset) -> tuple[float, float]:
+    """Return the lowest and the highest rating that the data says there are, or else those of training."""
+    if data.dataset.rating_scale is not None:
+        return data.dataset.rating_scale
+    values = data.train["rating"].drop_nulls().to_numpy()
+    return float(values.min()), float(values.max())
 
 
 def ridge_biases(

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from llmrec.baselines.validation import mean_ndcg, ranking_cases, rating_cases, root_mean_squared_error
+from llmrec.baselines.liked import threshold
+from llmrec.baselines.rated import scale_of
+from llmrec.baselines.validation import (
+    mean_log_loss,
+    mean_ndcg,
+    ranking_cases,
+    rating_cases,
+    root_mean_squared_error,
+)
 from llmrec.errors import DataError, RecipeError
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
 
 if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
+
+log = logging.getLogger(__name__)
+
+RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
 
 Parameters = Mapping[str, Any]
 
@@ -33,12 +46,14 @@ class Tuned:
         parameters: The best point, as keyword arguments of the baseline.
         trials: Every point, in the order of the grid.
         metric: ``NDCG@10`` over the whole catalogue with the history excluded, higher is better; for ratings
-            ``RMSE``, lower is better.
+            ``RMSE`` and for yes/no answers ``LogLoss``, lower is better.
+        model: The best point as it was fitted, so that nobody need fit it again with this seed; None where nothing was.
     """
 
     parameters: Parameters
     trials: tuple[Trial, ...]
     metric: str
+    model: Any = field(default=None, compare=False, repr=False)
 
 
 def tune(name: str, data: SplitDataset, *, seed: int, grid: Mapping[str, tuple[Any, ...]] | None = None) -> Tuned:
@@ -59,23 +74,39 @@ def tune(name: str, data: SplitDataset, *, seed: int, grid: Mapping[str, tuple[A
         DataError: If the split holds nothing out for validation.
     """
     made = lookup(BASELINES, name, "baseline")
-    rates = name in FAMILY_BASELINES["rating"]
     if name in FAMILY_BASELINES["explanation"]:
         raise RecipeError(f"the baseline {name!r} writes texts and has nothing to tune; leave it out of the tuning")
-    cases = rating_cases(data) if rates else ranking_cases(data)
-    if not cases:
-        raise DataError(
-            f"{data.dataset.name}: the split {data.kind} holds no {'ratings' if rates else 'interactions'} out for "
-            f"validation, which tuning {name!r} needs; set data.split.valid above 0, or use leave_one_out"
-        )
-    trials = []
+    metric, measure = _measured(name, data)
+    trials: list[Trial] = []
+    best: tuple[Trial, Any] | None = None
     for parameters in points(made.GRID if grid is None else grid):
         model = made(**parameters, seed=seed)
         model.fit(data)
-        value = root_mean_squared_error(model, cases) if rates else mean_ndcg(model.items, model.scores, cases)
+        value = measure(model, parameters)
         trials.append(Trial(parameters, value))
-    best = min(trials, key=lambda trial: trial.value if rates else -trial.value)
-    return Tuned(parameters=best.parameters, trials=tuple(trials), metric="RMSE" if rates else "NDCG@10")
+        log.info("%s %s: validation %s %.4f", name, parameters, metric, value)
+        if best is None or (value > best[0].value if metric == RANKED else value < best[0].value):
+            best = trials[-1], model
+    assert best is not None  # an empty grid has one point
+    kept, model = best
+    return Tuned(parameters=kept.parameters, trials=tuple(trials), metric=metric, model=model)
+
+
+def _measured(name: str, data: SplitDataset) -> tuple[str, Callable[[Any, Parameters], float]]:
+    """Return the metric that a baseline is chosen by, and how a fitted point is measured."""
+    rates, judges = (name in FAMILY_BASELINES[family] for family in ("rating", "ctr"))
+    cases = rating_cases(data) if rates or judges else ranking_cases(data)
+    if not cases:
+        raise DataError(
+            f"{data.dataset.name}: the split {data.kind} holds no {'ratings' if rates or judges else 'interactions'} "
+            f"out for validation, which tuning {name!r} needs; set data.split.valid above 0, or use leave_one_out"
+        )
+    if rates:
+        return RATED, lambda model, parameters: root_mean_squared_error(model, cases)
+    if judges:
+        scale = scale_of(data)
+        return JUDGED, lambda model, parameters: mean_log_loss(model, cases, threshold(scale, parameters.get("liked")))
+    return RANKED, lambda model, parameters: mean_ndcg(model.items, model.scores, cases)
 
 
 def points(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:

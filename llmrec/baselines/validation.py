@@ -9,9 +9,10 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.data.split import request_id
+from llmrec.metrics.probability import log_loss
 from llmrec.metrics.ranking import ndcg
 from llmrec.metrics.rating import rmse
-from llmrec.types import Case, Predictor, Rating, Request
+from llmrec.types import Case, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:
     from llmrec.baselines.ranked import Scorer
@@ -97,3 +98,16 @@ def root_mean_squared_error(predictor: Predictor, cases: Sequence[Case]) -> floa
     answers = predictor.answer([case.request for case in cases])
     guesses = [answer.value for answer in answers if isinstance(answer, Rating)]
     return rmse(guesses, [float(case.truth) for case in cases])
+
+
+def mean_log_loss(predictor: Predictor, cases: Sequence[Case], liked: float) -> float:
+    """Return the log-loss in nats of a yes/no baseline, which answers every request with a probability.
+
+    Args:
+        predictor: A fitted baseline.
+        cases: As `rating_cases` makes them.
+        liked: Lowest rating that is a yes.
+    """
+    answers = predictor.answer([case.request for case in cases])
+    guesses = [answer.value for answer in answers if isinstance(answer, Probability)]
+    return float(log_loss(guesses, [float(float(case.truth) >= liked) for case in cases]).mean())

@@ -11,36 +11,39 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import polars as pl
-
+from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import dtype as torch_dtype
-from llmrec.backends.models import load_tokenizer, quiet_libraries, release_memory, resolve
-from llmrec.build import agreement, bundle, cards, hub, vetting
+from llmrec.backends.models import load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
+from llmrec.build import agreement, bundle, cards, export_files, hub, vetting
+from llmrec.build.export_files import (
+    SUMS,
+    TOKENIZER,
+    allowed,
+    copy_files,
+    drop_places,
+    listed,
+    ours,
+    put_adapter,
+    put_bundle,
+    put_items,
+    seal,
+    settle_generation,
+)
 from llmrec.build.finished import Source, open_run
 from llmrec.build.placing import placing, refuse
-from llmrec.build.stages import locked
+from llmrec.build.stages import key_of, locked
 from llmrec.build.study import Study
 from llmrec.build.training import training_key
-from llmrec.durable import sha256_of, write_json, write_text
+from llmrec.durable import sha256_of, write_text
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
-from llmrec.recipe import Recipe
+from llmrec.recipe_file import recipe_hash
 from llmrec.report import card
 from llmrec.report.card import Agreement
 
-SUMS = "SHA256SUMS"
-
-_TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "additional_chat_templates/*.jinja"),
-)
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_MODEL = (*_WEIGHTS, "config.json", "generation_config.json", *_TOKENIZER)
-# Where libraries note which folder of which machine something was loaded from.
-_PLACES = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SLACK = 64 * 2**20
 
@@ -112,7 +115,8 @@ def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda t
     _consistent(options)
     if options.push:
         hub.check(options.push)
-    refuse(options.out, force=options.force, ours=_ours)
+    if options.force or not ours(options.out):
+        refuse(options.out, force=options.force, ours=ours)
     with locked(run) if os.access(run, os.W_OK) and (run / "train.json").is_file() else nullcontext():
         source = open_run(run)
         done = _write(source, options, say)
@@ -133,28 +137,6 @@ def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
     if done.notes:
         shown.append(("notes", {str(n): note for n, note in enumerate(done.notes, 1)}))
     return shown
-
-
-def verify(folder: Path) -> bool:
-    """Whether a folder is an export, and holds what its ``SHA256SUMS`` says and nothing else."""
-    listed = _listed(folder)
-    return listed is not None and all(sha256_of(folder / name) == digest for name, digest in listed.items())
-
-
-def _ours(folder: Path) -> bool:
-    """Whether a folder holds the files of an export and no others; their content may have been edited."""
-    return _listed(folder) is not None
-
-
-def _listed(folder: Path) -> dict[str, str] | None:
-    """Return the digests in ``SHA256SUMS`` by file; None if the folder holds other files than those."""
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError):
-        return None
-    held = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
-    return listed if held == {*listed, SUMS} else None
 
 
 def _consistent(options: Options) -> None:
@@ -179,24 +161,30 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
     dtype = options.dtype
     if dtype == "auto":
         dtype = source.merged or str(torch_dtype(recipe.model)).removeprefix("torch.")
-    _check_room(source, base, dtype, options)
     notes = _notes(source, base, study)
-    with placing(options.out, force=options.force, ours=_ours) as draft:
+    made_from = _made_from(source, base, study, dtype, options)
+    if not options.force and export_files.made_from(options.out) == made_from:
+        say(f"{options.out} is complete already; --force writes it again")
+        files = {name: (options.out / name).stat().st_size for name in (*(listed(options.out) or ()), SUMS)}
+        return Exported(folder=options.out, dtype=dtype, files=files, agreement=None, notes=notes)
+    refuse(options.out, force=options.force, ours=ours)
+    _check_room(source, base, dtype, options)
+    with placing(options.out, force=options.force, ours=ours) as draft:
         if options.adapter_only:
-            _copy_adapter(source, base, draft)
+            put_adapter(source, base, draft)
         else:
             _put_weights(source, base, study, dtype, draft, say)
-        _put_bundle(source, study, draft)
+        put_bundle(source, study, draft, made_from)
         tokenizer = load_tokenizer(base if options.adapter_only else str(draft), recipe.model)
         encoder = Encoder(tokenizer, max_length=recipe.model.max_length)
         found = None
         if not options.adapter_only:
-            _settle_generation(draft, encoder)
+            settle_generation(draft, encoder)
             if options.users and study is not None:
                 adapter = source.folder / "adapter"
                 found = agreement.measure(study, encoder, base, adapter, draft, dtype, users=options.users, say=say)
         if options.with_items and study is not None:
-            _put_items(study, draft)
+            put_items(study, draft)
         facts = cards.Facts(
             run=source.folder,
             recipe=recipe,
@@ -213,7 +201,7 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
         write_text(draft / "README.md", card.render(written))
         cards.put_licence(written, base, draft)
         vetting.inspect(draft, (source.folder, Path(base), options.out.parent), own_code=written.own_code)
-        files = _seal(draft)
+        files = seal(draft)
     return Exported(folder=options.out, dtype=dtype, files=files, agreement=found, notes=notes)
 
 
@@ -261,6 +249,22 @@ def _notes(source: Source, base: str, study: Study | None) -> tuple[str, ...]:
     return ()
 
 
+def _made_from(source: Source, base: str, study: Study | None, dtype: str, options: Options) -> str:
+    """Return a hash over all that the folder's content depends on."""
+    results = source.folder / "results.json"
+    return key_of(
+        llmrec=__version__,
+        adapter=source.record["adapter_sha256"],
+        recipe=recipe_hash(source.recipe),
+        results=sha256_of(results) if results.is_file() else None,
+        base=weights_stamp(base),
+        data=[each.dataset.fingerprint for each in (study.data, study.reviews) if each] if study else None,
+        dtype=dtype,
+        users=options.users,
+        wishes=asdict(_wishes(options)),
+    )
+
+
 def _check_room(source: Source, base: str, dtype: str, options: Options) -> None:
     folder = source.folder / "adapter" if options.adapter_only else Path(base)
     if options.adapter_only:
@@ -278,17 +282,6 @@ def _check_room(source: Source, base: str, dtype: str, options: Options) -> None
         )
 
 
-def _copy_adapter(source: Source, base: str, draft: Path) -> None:
-    if source.record["method"] == "full":
-        raise LlmrecError(f"{source.folder} tuned every weight, so it has no adapter; leave out --adapter-only")
-    adapter = source.folder / "adapter"
-    shutil.copyfile(adapter / "adapter_model.safetensors", draft / "adapter_model.safetensors")
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    origin = cards.origin(source.recipe.model, base)
-    config |= {"base_model_name_or_path": origin.hub or origin.name, "revision": origin.revision}
-    write_json(draft / "adapter_config.json", config)
-
-
 def _put_weights(
     source: Source, base: str, study: Study | None, dtype: str, draft: Path, say: Callable[[str], None]
 ) -> None:
@@ -296,7 +289,7 @@ def _put_weights(
     merged = source.folder / "merged"
     if source.merged == dtype:
         say(f"copying the merged weights, {dtype}")
-        _copy(merged, draft, _allowed(source.recipe))
+        copy_files(merged, draft, allowed(source.recipe))
     else:
         from llmrec.train import lora
 
@@ -309,12 +302,12 @@ def _put_weights(
         release_memory()
         _same_base(source, study, base, dtype, draft)
         if source.merged is not None:
-            _copy(merged, draft, _TOKENIZER)
+            copy_files(merged, draft, TOKENIZER)
         else:
             load_tokenizer(base, source.recipe.model).save_pretrained(draft)
-        vetting.keep_only(draft, _allowed(source.recipe))
+        vetting.keep_only(draft, allowed(source.recipe))
     for name in ("config.json", "tokenizer_config.json"):
-        _drop_places(draft / name)
+        drop_places(draft / name)
 
 
 def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft: Path) -> None:
@@ -334,67 +327,3 @@ def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft
         f"the adapter in {source.folder} was not trained on the model that is now in {base}, or nothing is left to "
         "tell by; put the base model back (model.name, model.revision), or train again with `llmrec train`"
     )
-
-
-def _allowed(recipe: Recipe) -> tuple[str, ...]:
-    return (*_MODEL, "*.py") if recipe.model.trust_remote_code else _MODEL
-
-
-def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        for file in sorted(source.glob(pattern)):
-            place = target / file.relative_to(source)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, place)
-
-
-def _drop_places(path: Path) -> None:
-    if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
-
-
-def _settle_generation(draft: Path, encoder: Encoder) -> None:
-    """Ask for what evaluation did: greedy decoding up to the end of turn, whatever the base model sampled with."""
-    path = draft / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    ends = found.get("eos_token_id") or []
-    tokenizer = encoder.tokenizer
-    settled = {
-        "bos_token_id": found.get("bos_token_id", tokenizer.bos_token_id),
-        "eos_token_id": sorted({*(ends if isinstance(ends, list) else [ends]), *encoder.stop_ids}),
-        "pad_token_id": found.get("pad_token_id", tokenizer.pad_token_id),
-        "do_sample": False,
-    }
-    write_json(path, {key: value for key, value in settled.items() if value is not None})
-
-
-def _put_bundle(source: Source, study: Study | None, draft: Path) -> None:
-    """Write how the model is to be asked: as training wrote it, or anew where that is gone."""
-    stored = source.folder / "merged" / bundle.FILE
-    if stored.is_file():
-        shutil.copyfile(stored, draft / bundle.FILE)
-    elif study is not None:
-        bundle.write(study, draft)
-    else:
-        raise LlmrecError(f"{stored} is gone and the data cannot be read; train again with `llmrec train`")
-
-
-def _put_items(study: Study, draft: Path) -> None:
-    """Write the catalogue: item_id, title, and one column a field."""
-    items = study.data.dataset.items
-    names = sorted({name for item in items.values() for name in item.fields} - {"item_id", "title"})
-    columns: dict[str, list[str | None]] = {
-        "item_id": list(items),
-        "title": [item.title for item in items.values()],
-        **{name: [item.fields.get(name) for item in items.values()] for name in names},
-    }
-    pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)).write_parquet(draft / "items.parquet")
-
-
-def _seal(draft: Path) -> dict[str, int]:
-    """Write ``SHA256SUMS`` and return the size of every file."""
-    files = sorted(file for file in draft.rglob("*") if file.is_file())
-    lines = [f"{sha256_of(file)}  {file.relative_to(draft).as_posix()}\n" for file in files]
-    write_text(draft / SUMS, "".join(lines))
-    return {file.relative_to(draft).as_posix(): file.stat().st_size for file in (*files, draft / SUMS)}

@@ -18,6 +18,8 @@ import numpy as np
 import psutil
 
 from llmrec import __version__
+from llmrec.baselines.liked import threshold
+from llmrec.baselines.rated import scale_of
 from llmrec.baselines.tuning import Tuned, tune
 from llmrec.build.facts import machine, versions
 from llmrec.build.results import describe
@@ -26,21 +28,25 @@ from llmrec.data.sources import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
-from llmrec.evaluate import LOWER_IS_BETTER, Protocol, evaluate
+from llmrec.evaluate import LOWER_IS_BETTER, Evaluated, Protocol, compare, evaluate, statistic_of
 from llmrec.full_ranking import evaluate_catalogue
 from llmrec.list_metrics import Background
-from llmrec.metrics.significance import detectable, detectable_line, over_seeds, signflip
-from llmrec.metrics.stats import StatisticName, holm, verdict
+from llmrec.metrics.significance import detectable, detectable_line, over_seeds
+from llmrec.metrics.stats import holm, verdict
 from llmrec.recipe import DataSection, Suite, SuiteRow
 from llmrec.recipe_file import recipe_hash
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
 from llmrec.report.leaderboard import leaderboard, load_reference, read_results
 from llmrec.resources import resource
-from llmrec.types import Case, Request
+from llmrec.types import Case, Interaction, Request
 
 log = logging.getLogger(__name__)
 
-RATED = "rating"
+# What the one table of these tasks is called; rankings have one for each treatment of the history.
+TABLES: Mapping[str, tuple[str, ...]] = {"rating": ("rating",), "ctr": ("yes-no",)}
+METRICS: Mapping[str, tuple[str, ...]] = {"rating": ("MAE", "RMSE"), "ctr": ("LogLoss", "GAUC", "AUC")}
+# What has no say in a row's figures.
+_SILENT = {"suite", "description", "data", "rows", "references"}
 _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 
 
@@ -67,7 +73,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         DataError: If the data cannot be used.
     """
     for row in suite.rows:
-        able = FAMILY_BASELINES["rating" if suite.task == "rating" else "sequential"]
+        able = FAMILY_BASELINES["sequential" if suite.task == "ranking" else suite.task]
         if row.baseline not in able:
             raise RecipeError(
                 f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}; choose from "
@@ -123,7 +129,7 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         packages={name: version for name, version in versions().items() if name in _MATTERS},
         row=row.model_dump(),
         data={seed: data.fingerprint for seed, data in splits.items()},
-        protocol=suite.model_dump(exclude={"suite", "description", "data", "rows", "references"}),
+        protocol=suite.model_dump(exclude=_SILENT if suite.task == "ctr" else _SILENT | {"liked"}),
     )
     stored = read_stage(path, key)
     if stored is None:
@@ -140,14 +146,15 @@ def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset]) -> di
     seconds: dict[str, float] = {}
     with _peak() as memory:
         begin = time.monotonic()
-        tuned = _tuned(row, splits[first], suite.seeds[0])
+        tuned = _tuned(suite, row, splits[first])
         seconds["tune"] = time.monotonic() - begin
         seeds = suite.seeds if kind.stochastic else suite.seeds[:1]
-        runs = [_measure(suite, row, tuned.parameters, splits[first], seed, seconds) for seed in seeds]
-        others = [
-            _measure(suite, row, tuned.parameters, splits[seed], suite.seeds[0], seconds)
-            for seed in suite.split_seeds[1:]
+        runs = [
+            # Tuning has fitted the chosen point with the first seed.
+            _measure(suite, row, tuned, splits[first], seed, seconds, fitted=tuned.model if seed == seeds[0] else None)
+            for seed in seeds
         ]
+        others = [_measure(suite, row, tuned, splits[seed], suite.seeds[0], seconds) for seed in suite.split_seeds[1:]]
     tables = {
         seen: _table([run[seen] for run in runs], [run[seen] for run in (runs[0], *others)])
         for seen in tables_of(suite)
@@ -166,28 +173,33 @@ def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset]) -> di
     }
 
 
-def _tuned(row: SuiteRow, data: SplitDataset, seed: int) -> Tuned:
+def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset) -> Tuned:
     """Choose among the declared grid, with the row's own parameters fixed."""
     declared = lookup(BASELINES, row.baseline, "baseline").GRID if row.tune else {}
     grid = {name: values for name, values in declared.items() if name not in row.parameters}
-    fixed = {name: (value,) for name, value in row.parameters.items()}
+    fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in row.parameters.items()}
+    if suite.task == "ctr":
+        fixed["liked"] = (suite.liked,)
     if all(len(values) == 1 for values in grid.values()):
         only = {name: values[0] for name, values in (grid | fixed).items()}
         return Tuned(parameters=only, trials=(), metric="nothing to choose")
-    return tune(row.baseline, data, seed=seed, grid=grid | fixed)
+    return tune(row.baseline, data, seed=suite.seeds[0], grid=grid | fixed)
 
 
 def _measure(
     suite: Suite,
     row: SuiteRow,
-    parameters: Mapping[str, Any],
+    tuned: Tuned,
     data: SplitDataset,
     seed: int,
     seconds: dict[str, float],
+    *,
+    fitted: Any = None,
 ) -> dict[str, Any]:
-    predictor = lookup(BASELINES, row.baseline, "baseline")(**parameters, seed=seed)
+    predictor = fitted or lookup(BASELINES, row.baseline, "baseline")(**tuned.parameters, seed=seed)
     begin = time.monotonic()
-    predictor.fit(data)
+    if fitted is None:
+        predictor.fit(data)
     seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin
     protocol = Protocol(
         split=f"{data.kind}/{suite.split}",
@@ -198,29 +210,40 @@ def _measure(
         catalogue=len(data.dataset.items),
     )
     begin = time.monotonic()
-    cases, found = _cases(suite, data), {}
-    if suite.task == "rating":
-        found[RATED] = evaluate(predictor, cases, family="rating", protocol=protocol)
-    else:
+    cases = _cases(suite, data)
+    found: dict[str, Evaluated] = {}
+    if suite.task == "ranking":
         background = Background.of(data)
         found |= evaluate_catalogue(predictor, cases, protocol, seen=suite.seen, background=background)
+    else:
+        (table,) = tables_of(suite)
+        found[table] = evaluate(predictor, cases, family=suite.task, protocol=protocol)
     seconds["answer"] = seconds.get("answer", 0.0) + time.monotonic() - begin
     return found
 
 
 def _cases(suite: Suite, data: SplitDataset) -> list[Case]:
-    rating, cases = suite.task == "rating", []
+    cases = []
     for held in data.holdouts(suite.split)[: suite.users]:
-        if rating and held.rating is None:
-            continue  # it has no truth
+        truth = _truth(suite, data, held)
+        if truth is None:
+            continue  # there is nothing to compare an answer with
         request = Request(
             id=request_id(held.user_id, held.item_id),
             user_id=held.user_id,
             history=data.history(held.user_id, suite.split),
-            item=held.item_id if rating else None,
+            item=None if suite.task == "ranking" else held.item_id,
         )
-        cases.append(Case(request=request, truth=held.rating if rating and held.rating is not None else held.item_id))
+        cases.append(Case(request=request, truth=truth))
     return cases
+
+
+def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float | None:
+    if suite.task == "ranking":
+        return held.item_id
+    if suite.task == "rating" or held.rating is None:
+        return held.rating
+    return float(held.rating >= threshold(scale_of(data), suite.liked))
 
 
 def _table(runs: Sequence[Any], splits: Sequence[Any]) -> dict[str, Any]:
@@ -310,19 +333,11 @@ def _compared(
     users = [case.request.user_id for case in _cases(suite, data)]
     sign = -1 if metric in LOWER_IS_BETTER else 1
     best = max(rows, key=lambda row: sign * row["tables"][seen]["metrics"][metric]["value"])
-    how: StatisticName = "root_mean" if metric == "RMSE" else "mean"
     others = [row for row in rows if row is not best]
     if not others:
         return [], ""
-    own = best["values"][seen][metric]
-    found = [
-        signflip(own, row["values"][seen][metric], resamples=suite.bootstrap, seed=0, users=users, statistic=how)
-        for row in others
-    ]
-    small = [
-        detectable(own, row["values"][seen][metric], comparisons=len(others), users=users, statistic=how)
-        for row in others
-    ]
+    own, *theirs = (np.array(row["values"][seen][metric]) for row in (best, *others))
+    found = [compare(metric, own, values, users=users, resamples=suite.bootstrap, seed=0) for values in theirs]
     lines = [
         {
             "seen": seen,
@@ -337,6 +352,12 @@ def _compared(
         }
         for row, difference, p in zip(others, found, holm([d.p for d in found]), strict=True)
     ]
+    if metric == "AUC":
+        return lines, ""  # no mean over users, so it has no such line
+    small = [
+        detectable(own, values, comparisons=len(others), users=users, statistic=statistic_of(metric))
+        for values in theirs
+    ]
     return lines, detectable_line(metric, small, users=len(set(users)), comparisons=len(others))
 
 
@@ -347,17 +368,16 @@ def _line(suite: Suite, row: Mapping[str, Any]) -> str:
 
 
 def tables_of(suite: Suite) -> tuple[str, ...]:
-    """Return the names of a suite's tables: the conventions about the history, or the one of ratings."""
-    return suite.seen if suite.task == "ranking" else (RATED,)
+    """Return the names of a suite's tables: the conventions about the history, or the one of ratings or yes/no."""
+    return TABLES.get(suite.task, suite.seen)
 
 
 def metrics_of(suite: Suite) -> list[str]:
     """Return the metrics of a suite's tables, the one that it is sorted by last."""
-    if suite.task == "rating":
-        return ["MAE", "RMSE"]
-    return [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
+    ranked = [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
+    return list(METRICS.get(suite.task, ranked))
 
 
 def headline_of(suite: Suite) -> str:
     """Return the metric that rows are compared by."""
-    return "RMSE" if suite.task == "rating" else f"NDCG@{max(suite.cutoffs)}"
+    return f"NDCG@{max(suite.cutoffs)}" if suite.task == "ranking" else metrics_of(suite)[-1]

@@ -15,10 +15,12 @@ from llmrec.report.escape import flat
 from llmrec.report.records import Record, mended
 
 AUDIT = "audit.json"
-
-
 # What a reader must look at comes first.
 _ORDER = ("leak", "notice", "clean")
+
+
+class LeakError(LlmrecError):
+    """A run whose audit found held-out data where it must not be."""
 
 
 class AuditLine(Record):
@@ -42,17 +44,19 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
     try:
         lines = [AuditLine(**line) for line in mended(json.loads(path.read_bytes())["checks"])]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
-        raise DataError(f"{path}: cannot be read ({flat(str(error))}); {how_to_audit(run_dir)}") from error
+        raise DataError(
+            f"{path}: cannot be read ({flat(str(error))}); write it again with: {how_to_audit(run_dir)}"
+        ) from error
     return tuple(sorted(lines, key=lambda line: _ORDER.index(line.verdict)))
 
 
 def how_to_audit(run_dir: Path) -> str:
-    """Return the words that say how an audit is made."""
-    return f"make it with: llmrec audit {shlex.quote(str(run_dir))}"
+    """Return the command that audits a run."""
+    return f"llmrec audit {shlex.quote(str(run_dir))}"
 
 
 def audit_sentence(lines: Sequence[AuditLine]) -> str:
-    """Say how many checks there were and what came out."""
+    """Say how many checks there were and what came out, where none is a leak."""
     notices = sum(line.verdict == "notice" for line in lines)
     checks = "1 check" if len(lines) == 1 else f"{len(lines)} checks"
     said = "no notice" if not notices else "1 notice" if notices == 1 else f"{notices} notices"
@@ -63,14 +67,14 @@ def refuse_leaks(run_dir: Path) -> None:
     """Refuse a run whose audit found a leak.
 
     Raises:
-        LlmrecError: If there is a leak.
+        LeakError: If there is a leak.
     """
     leaks = [line for line in audit_lines(run_dir) or () if line.verdict == "leak"]
     if leaks:
         first = f"{leaks[0].name}: {leaks[0].found}"
         where = f" (such as {leaks[0].examples[0]})" if leaks[0].examples else ""
         more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
-        raise LlmrecError(
+        raise LeakError(
             f"{run_dir / AUDIT}: this run leaks, so it gets no table. {flat(first + where + more)}; mend the data or "
             "the recipe and run it again"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmrec.report import snippets
+from llmrec.report import escape, snippets
 from llmrec.report.escape import cell, flat
 from llmrec.report.records import Results, Row, lower
 from llmrec.report.table import grid
@@ -38,7 +38,6 @@ UNKNOWN = "unknown: fill in"
 _HERE = Path(__file__).resolve().parent
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_CODE = re.compile(r"[A-Za-z0-9 ._:/@+=,|%-]+")
 _LONGEST_LINE = 4000
 
 
@@ -234,8 +233,7 @@ def metadata(card: Card) -> dict[str, Any]:
 
 def code(text: object) -> Raw:
     """Return text as a code span, or escaped as prose if it holds what a span cannot."""
-    line = flat(str(text))
-    return Raw(f"`{line}`") if _CODE.fullmatch(line) else Raw(cell(line))
+    return Raw(escape.code(str(text)))
 
 
 def _escaped(value: object) -> str:

@@ -17,8 +17,9 @@ def check(results: Results, *, source: str = "results.json") -> None:
     """Refuse results that no honest table can hold.
 
     Raises:
-        LlmrecError: If rows of a task were measured under different protocols, if a task has no baseline row, or
-            if rows, headline metrics and comparisons do not fit together.
+        LlmrecError: If rows of a task were measured under different protocols or on different candidates, if a task has
+            no baseline measured by its headline metric, or if rows, headline metrics and comparisons do not fit
+            together.
     """
     if not results.rows:
         raise LlmrecError(f"{source}: 'rows' is empty, so there is nothing to report; evaluate at least one task")
@@ -38,7 +39,13 @@ def check(results: Results, *, source: str = "results.json") -> None:
                 f"{source}: task {task!r} has no row with arm 'baseline', and a result without its controls means "
                 f"nothing; list some under tasks.{task}.baselines in the recipe and evaluate again"
             )
+        if not any(row.arm == "baseline" and metric in row.metrics for row in rows):
+            raise LlmrecError(
+                f"{source}: no baseline of task {task!r} carries its headline metric {metric!r}, so there is nothing "
+                f"to hold the other rows against; evaluate the baselines of tasks.{task} again"
+            )
         _check_protocol(task, rows, source)
+    _check_candidates(results, source)
     _check_comparisons(results, source)
 
 
@@ -65,17 +72,31 @@ def _signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
-    """Refuse rows that ranked different candidate sets; rows that do not say which are let pass."""
-    digests: dict[str, str] = {}
+    """Refuse rows that ranked different candidate sets, or of which only some say which they ranked."""
+    digests: dict[str | None, str] = {}
     for row in rows:
-        if row.candidates is not None:
-            digests.setdefault(row.candidates, row.id)
+        digests.setdefault(row.candidates, row.id)
     if len(digests) > 1:
-        (one, first), (two, second) = list(digests.items())[:2]
+        one, two = (f"{row_id!r} ({_digest(digest)})" for digest, row_id in list(digests.items())[:2])
         raise LlmrecError(
-            f"{source}: rows of task {task!r} ranked different candidate sets, {first!r} (digest {one[:12]}) and "
-            f"{second!r} (digest {two[:12]}), so they cannot share a table; evaluate both again in one run"
+            f"{source}: rows of task {task!r} ranked different candidate sets, {one} and {two}, so they cannot share a "
+            "table; evaluate both again in one run"
         )
+
+
+def _check_candidates(results: Results, source: str) -> None:
+    """Refuse rows that ranked other candidate sets than those that the run describes."""
+    known = {drawn.digest for drawn in results.candidates.values() if drawn is not None}
+    for row in results.rows:
+        if known and row.candidates is not None and row.candidates not in known:
+            raise LlmrecError(
+                f"{source}: row {row.id!r} ranked candidate sets ({_digest(row.candidates)}) that key 'candidates' "
+                "does not list; evaluate it again in this run"
+            )
+
+
+def _digest(digest: str | None) -> str:
+    return "no digest" if digest is None else f"digest {digest[:12]}"
 
 
 def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:

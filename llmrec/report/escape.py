@@ -14,10 +14,14 @@ _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 # What opens code, emphasis, strike-through, maths or a cell; a bracket only where it would close a link.
 _MARKDOWN = re.compile(r"[\\`*|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])")
+# What opens a list, a rule, an underlined heading or a definition at the start of a line.
+_BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=:]))")
+_CODE = re.compile(r"[A-Za-z0-9 ._:/@+=,|%-]+")
 _MARKED_UP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
-# A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+# A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms. What may be trimmed
+# before it looks (space, controls, characters without a width) counts as not there.
+_FORMULA = re.compile("[\t\r\n]|[\\s\x00-\x1f\x7f-\x9f\u200b-\u200f\u2060\ufeff]*[=+\\-@＝＋－＠]")
 
 # Plotly reads a little HTML in labels, and JSON in a page must not spell a closing tag or a comment.
 _LABEL = str.maketrans(_MARKED_UP)
@@ -28,7 +32,8 @@ _SCRIPT = str.maketrans(
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\symbol{34}", "`": r"\symbol{96}", "·": r"\textperiodcentered{}", "–": "--",
+    # Between braces, for ? and ! would form another mark with the second.
+    "|": r"\textbar{}", '"': r"{}\symbol{34}{}", "`": r"{}\symbol{96}{}", "·": r"\textperiodcentered{}", "–": "--",
     "\u2009": r"\,", "…": r"\dots{}",
     # A bracket or a star right after the end of a row would be taken for an argument of it.
     "[": "{[}", "]": "{]}", "*": "{*}",
@@ -50,7 +55,14 @@ def flat(text: str) -> str:
 def cell(text: str) -> str:
     """Return untrusted text as one Markdown table cell: no markup, no HTML, no line breaks."""
     line = "".join(_MARKED_UP.get(character, character) for character in flat(text))
-    return _MARKDOWN.sub(lambda match: f"\\{match[0]}", line)
+    line = _MARKDOWN.sub(lambda match: f"\\{match[0]}", line)
+    return _BLOCK.sub(r"\1\\", line)
+
+
+def code(text: str) -> str:
+    """Return untrusted text as a Markdown code span, or as a cell if it holds what a span cannot."""
+    line = flat(text)
+    return f"`{line}`" if _CODE.fullmatch(line) else cell(line)
 
 
 def csv_cell(value: object) -> str:
@@ -60,7 +72,7 @@ def csv_cell(value: object) -> str:
     if isinstance(value, int | float):
         return repr(value)
     text = str(value).replace("\x00", "")
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def plain(text: str, longest: int | None = None) -> str:
@@ -85,8 +97,8 @@ def tex(text: str) -> str:
 
     Letters beyond ASCII and Latin-1, which not every engine and font can set, are written out as ``[U+1F3AC]``.
     """
-    # Two hyphens or quotation marks would be drawn as one other mark.
-    line = re.sub(r"(?<=-)(?=-)|(?<=')(?=')", "\x00", flat(text))
+    # Two hyphens, quotation marks or commas would be drawn as one other mark.
+    line = re.sub(r"(?<=-)(?=-)|(?<=')(?=')|(?<=,)(?=,)", "\x00", flat(text))
     return "".join("{}" if character == "\x00" else _tex_of(character) for character in line)
 
 

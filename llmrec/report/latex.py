@@ -6,11 +6,11 @@ package but booktabs, and no engine with Unicode fonts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llmrec.report.escape import tex
 from llmrec.report.facts import signatures
-from llmrec.report.marks import best_baseline, has_marks, legend, marks, word
+from llmrec.report.marks import Mark, best_baseline, has_marks, legend, marks, rule, word
 from llmrec.report.records import Comparison, Metric, Results, Row, lower
 from llmrec.report.wording import DASH, label, number, title
 
@@ -27,14 +27,14 @@ def latex(results: Results) -> str:
 
 def _table(results: Results, task: str, place: int) -> str:
     names = results.metrics(task)
-    marked = has_marks(results, task)
+    marked = marks(results, task) if has_marks(results, task) else None
     claims = [r"\shortstack[l]{Beats\\zero-shot}", r"\shortstack[l]{Beats best\\baseline}"] if marked else []
     header = ["Row", tex(names[0]), *claims, *map(tex, names[1:]), "$n$"]
     columns = "l" + "r" + "l" * len(claims) + "r" * len(names)
     best = {name: results.best(task, name) for name in names}
     rows = results.standings(task)
-    models = [_row(results, row, names, best, marked=marked) for row in rows if row.arm != "baseline"]
-    controls = [_row(results, row, names, best, marked=marked) for row in rows if row.arm == "baseline"]
+    models = [_row(row, names, best, marked) for row in rows if row.arm != "baseline"]
+    controls = [_row(row, names, best, marked) for row in rows if row.arm == "baseline"]
     groups = [group for group in (models, controls) if group]
     return "\n".join(
         [
@@ -46,8 +46,8 @@ def _table(results: Results, task: str, place: int) -> str:
             rf"\label{{tab:llmrec-{place}}}",
             rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
             r"\toprule",
-            _line(header),
-            *(line for group in groups for line in (r"\midrule", *group)),
+            f"{' & '.join(header)} \\\\",
+            *(line for group in groups for line in (r"\midrule\addlinespace[3pt]", *group)),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
@@ -57,14 +57,15 @@ def _table(results: Results, task: str, place: int) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"{' & '.join(cells)} \\\\"
+    # Room below, for figures stand on their intervals.
+    return f"{' & '.join(cells)} \\\\[3pt]"
 
 
-def _row(results: Results, row: Row, names: Sequence[str], best: dict[str, float | None], *, marked: bool) -> str:
+def _row(row: Row, names: Sequence[str], best: Mapping[str, float | None], marked: Mapping[str, Mark] | None) -> str:
     first, *others = (_figure(row.metrics.get(name), best[name]) for name in names)
     claims = []
-    if marked:
-        mark = marks(results, row.task).get(row.id)
+    if marked is not None:
+        mark = marked.get(row.id)
         claims = [_claim(mark.zero_shot if mark else None), _claim(mark.baseline if mark else None)]
     return _line([tex(label(row)), first, *claims, *others, str(row.n)])
 
@@ -101,7 +102,8 @@ def _caption(results: Results, task: str) -> str:
         f"{title(task)}{where}{made}; {requests} requests, seed {results.seed}.",
         f"Ordered by {metric} ({'lower' if lower(metric) else 'higher'} is better); language models first, then "
         "baselines; 95 % intervals under the figures; best of a column in bold.",
-        legend(results, task) or (f"Best baseline: {label(control)}." if control else ""),
+        f"{legend(results, task)} {rule(results)}" if has_marks(results, task) else "",
+        f"Best baseline: {label(control)}." if control and not has_marks(results, task) else "",
         results.detectable.get(task, ""),
         f"Candidates: {_digest(results, task)}." if _digest(results, task) else "",
     ]

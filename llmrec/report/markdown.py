@@ -1,32 +1,39 @@
-"""The whole report as one Markdown page: what the HTML page says, without its plots."""
+"""The whole report as one Markdown page: what the HTML page says, without plots, example prompts and raw answers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llmrec.report import wording
 from llmrec.report.audit import AuditLine, audit_sentence
 from llmrec.report.costs import cost_by_arm, cost_by_row
-from llmrec.report.escape import cell, visible
+from llmrec.report.escape import cell, code, visible
 from llmrec.report.facts import dump, made_data, signatures
 from llmrec.report.positions import bands, sentences, shown_rows
-from llmrec.report.records import Results
+from llmrec.report.records import Results, Training
 from llmrec.report.slices import slice_table
 from llmrec.report.table import comparisons_markdown, grid, task_markdown
 from llmrec.report.templates import SINGLE, Over, spreads
 from llmrec.report.wording import DASH, count, duration, label, number, rough, title, with_interval
 
 
-def markdown_page(results: Results, audit: Sequence[AuditLine] | None, *, mend: str) -> str:
+def markdown_page(
+    results: Results,
+    reasons: Mapping[str, Mapping[str, int]],
+    audit: Sequence[AuditLine] | None,
+    *,
+    mend: str,
+) -> str:
     """Return the report as Markdown.
 
     Args:
         results: Checked results.
+        reasons: Row id to failure reason to count.
         audit: Lines of the audit; None where there was none.
-        mend: How to make the audit.
+        mend: The command that makes the audit.
     """
-    parts = [f"# {cell(str(results.recipe.get('name', 'Report')))}", cell(wording.summary(results))]
+    parts = [f"# {cell(results.name)}", cell(wording.summary(results))]
     for task in results.tasks:
         found = wording.verdict(results, task)
         said = f"{wording.winner_sentence(found)} {wording.tuning_sentence(found, results.rows)}"
@@ -38,7 +45,9 @@ def markdown_page(results: Results, audit: Sequence[AuditLine] | None, *, mend: 
         parts += _templates(results, task) + _positions(results, task) + _slices(results, task)
     if results.comparisons:
         parts += ["## Comparisons", comparisons_markdown(results)]
+    parts += ["## Training", *_training(results)]
     parts += ["## Cost", *_costs(results)]
+    parts += ["## Parse failures", *_failures(results, reasons)]
     parts += ["## Audit", *_audit(audit, mend)]
     parts += ["## Protocol", *_protocol(results)]
     if results.notes:
@@ -75,7 +84,7 @@ def _positions(results: Results, task: str) -> list[str]:
             band.name,
             count(band.n),
             with_interval(band.hit, band.hit_low, band.hit_high),
-            with_interval(band.rank, band.rank_low, band.rank_high),
+            f"{band.mean_rank} {band.rank_bounds}".rstrip(),
         ]
         for row in rows
         for band in bands(row)
@@ -91,7 +100,7 @@ def _slices(results: Results, task: str) -> list[str]:
     lines = [
         [
             cell(line.title) + (" (few)" if line.small else ""),
-            count(line.n),
+            count(line.n) if line.users in (None, line.n) else f"{count(line.n)}, {count(line.users)} users",
             *(with_interval(f.value, f.low, f.high) if f else DASH for f in line.figures),
         ]
         for line in table.lines
@@ -103,6 +112,54 @@ def _slices(results: Results, task: str) -> list[str]:
     ]
     notes += [f"No case falls into: {'; '.join(table.empty)}."] if table.empty else []
     return ["#### Slices", grid(header, lines), *(cell(note) for note in notes)]
+
+
+def _training(results: Results) -> list[str]:
+    training = results.training
+    if training is None:
+        return ["Nothing was trained in this run."]
+    facts = {
+        "Method": cell(training.method),
+        "Steps": count(training.steps),
+        "Tokens": f"{count(training.tokens)}, {count(training.target_tokens)} of them with loss",
+        "Time": f"{duration(training.seconds)}, {count(training.tokens_per_second)} tokens a second",
+        "Trained parameters": f"{count(training.trainable_parameters)} of {count(training.total_parameters)}",
+        "Rows": cell(", ".join(f"{task} {count(rows)}" for task, rows in training.rows.items()) or DASH),
+        "Adapter": code(training.adapter_sha256 or DASH),
+    }
+    lines = [
+        [
+            str(line.step),
+            number(line.loss),
+            *(number((line.valid_loss or {}).get(task)) for task in _validated(training)),
+        ]
+        for line in training.log
+        if line.valid_loss
+    ]
+    header = ["Step", "Loss", *(f"Validation: {cell(title(task))}" for task in _validated(training))]
+    found = ["\n".join(f"- {key}: {said}" for key, said in facts.items())]
+    return [*found, grid(header, lines, numeric_from=0), "Losses are nats a target token."] if lines else found
+
+
+def _validated(training: Training) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(task for line in training.log for task in line.valid_loss or {}))
+
+
+def _failures(results: Results, reasons: Mapping[str, Mapping[str, int]]) -> list[str]:
+    rows = [
+        [
+            cell(title(row.task)),
+            cell(label(row)),
+            f"{count(sum(reasons[row.id].values()))} of {count(row.n)}",
+            "; ".join(f"{cell(reason)} × {count(times)}" for reason, times in reasons[row.id].items()),
+        ]
+        for row in results.rows
+        if row.id in reasons
+    ]
+    if not rows:
+        return ["Every answer of every row could be read."]
+    note = "An answer that cannot be read counts as a miss; none is dropped."
+    return [grid(["Task", "Row", "Failed", "Reasons"], rows, numeric_from=4), note]
 
 
 def _costs(results: Results) -> list[str]:
@@ -132,7 +189,7 @@ def _costs(results: Results) -> list[str]:
 
 def _audit(audit: Sequence[AuditLine] | None, mend: str) -> list[str]:
     if audit is None:
-        return [cell(f"This run was not audited; {mend}")]
+        return [f"This run was not audited. To audit it: {code(mend)}"]
     rows = [
         [line.verdict, cell(line.name), cell(line.found), "; ".join(cell(example) for example in line.examples)]
         for line in audit

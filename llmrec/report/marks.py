@@ -15,7 +15,7 @@ OVER_ZERO_SHOT, OVER_BASELINE = "Beats zero-shot", "Beats best baseline"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """The two marks of one row; None where the pair was not compared, or makes no sense.
+    """The two marks of one row; None where the pair was not compared, or would be the row itself.
 
     Attributes:
         zero_shot: ``row - zero-shot`` with the same strategy and template.
@@ -64,16 +64,23 @@ def has_marks(results: Results, task: str) -> bool:
 
 
 def legend(results: Results, task: str) -> str:
-    """Say in words what the marks of a task's table mean; empty where it has none."""
+    """Say in words what the marks of a task's table set against what; empty where it has none."""
     if not has_marks(results, task):
         return ""
     control = best_baseline(results, task)
-    against = f", and with the best baseline, {label(control)}" if control else ""
+    against = f", and with that of the best baseline, {label(control)}" if control else ""
+    return (
+        f"Marks compare the {results.headline[task]} of a language-model row with that of the zero-shot row of the "
+        f"same strategy and template{against}. A pair without a mark was not compared."
+    )
+
+
+def rule(results: Results) -> str:
+    """Say in words when a difference is shown, contradicted or not shown."""
     number = len(results.comparisons)
     pairs = "the only comparison" if number == 1 else f"all {number} comparisons of this run"
     return (
-        f"Marks compare the {results.headline[task]} of a language-model row with that of the zero-shot row of the "
-        f"same strategy and template{against}. Shown: it is better, the paired 95 % interval of the difference leaves "
-        f"out 0 and p, corrected by Holm's method over {pairs}, is at most .05. Contradicted: it is worse, by the same "
-        "rule. Not shown: this run cannot tell."
+        "Shown: the first is better, the paired 95 % interval of the difference leaves out 0 and p, corrected by "
+        f"Holm's method over {pairs}, is at most .05. Contradicted: it is worse, by the same rule. Not shown: this run "
+        "cannot tell."
     )

@@ -6,6 +6,7 @@ nonce, and the nonce is a hash over the data, so that no title or model output c
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.durable import replacing
 from llmrec.report import costs, facts, marks, positions, slices, templates, wording
-from llmrec.report.audit import AuditLine, audit_lines, audit_sentence, how_to_audit
+from llmrec.report.audit import AuditLine, LeakError, audit_lines, audit_sentence, how_to_audit
 from llmrec.report.escape import page_json, visible
 from llmrec.report.latex import latex
 from llmrec.report.markdown import markdown_page
@@ -27,6 +28,8 @@ from llmrec.report.results import failure_reasons, read
 from llmrec.report.table import csv_text
 
 _HERE = Path(__file__).resolve().parent
+PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "latex": "table.tex"}
+"""The files of a report that hold figures."""
 
 
 def write(run_dir: Path) -> dict[str, Path]:
@@ -39,25 +42,34 @@ def write(run_dir: Path) -> dict[str, Path]:
 
     Raises:
         DataError: If one of the first two files is missing, or one of the three cannot be read.
-        LlmrecError: If the run leaks, or if rows of different protocols, or a task without a baseline, would stand in
-            one table.
+        LeakError: If the run leaks; tables that an earlier call wrote are removed.
+        LlmrecError: If rows of different protocols, or a task without a baseline, would stand in one table.
     """
     run_dir = Path(run_dir)
-    results = read(run_dir)
+    try:
+        results = read(run_dir)
+    except LeakError:
+        withdraw(run_dir)
+        raise
     reasons, audit, mend = failure_reasons(run_dir, results), audit_lines(run_dir), how_to_audit(run_dir)
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     plotly = files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
-    names = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "latex": "table.tex"}
-    pages = {kind: folder / name for kind, name in names.items()}
+    pages = {kind: folder / name for kind, name in PAGES.items()}
     _put(folder / "plotly.min.js", plotly)
     _put(folder / "report.js", (_HERE / "report.js").read_bytes())
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
-    _put(pages["markdown"], markdown_page(results, audit, mend=mend).encode())
+    _put(pages["markdown"], markdown_page(results, reasons, audit, mend=mend).encode())
     page = html_page(results, reasons, audit, mend=mend, inline_styles=_inline_styles(plotly))
     _put(pages["html"], page.encode())
     return pages
+
+
+def withdraw(run_dir: Path) -> None:
+    """Remove the pages of a run that hold figures."""
+    for name in PAGES.values():
+        (run_dir / "report" / name).unlink(missing_ok=True)
 
 
 def _put(path: Path, content: bytes) -> None:
@@ -91,14 +103,14 @@ def html_page(
         results: Checked results.
         reasons: Row id to failure reason to count.
         audit: Lines of the audit; None where there was none.
-        mend: How to make the audit.
+        mend: The command that makes the audit.
         inline_styles: Ids of empty style elements to put in the head.
     """
     drawn = plots(results)
-    content = results.model_dump_json() + "".join(line.model_dump_json() for line in audit or ())
+    parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), mend]
     verdicts = {task: wording.verdict(results, task) for task in results.tasks}
     return _environment().get_template("page.html.j2").render(
-        results=results, reasons=reasons, nonce=hashlib.sha256(content.encode()).hexdigest()[:32],
+        results=results, reasons=reasons, nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
         data=page_json(drawn), plotted=frozenset(drawn), style=(_HERE / "style.css").read_text("utf-8"),
         inline_styles=inline_styles, verdicts=verdicts, summary=wording.summary(results),
         winner={task: wording.winner_sentence(found) for task, found in verdicts.items()},
@@ -108,6 +120,7 @@ def html_page(
     )  # fmt: skip
 
 
+@functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
     """Return the template engine with everything that the templates call."""
     environment = ImmutableSandboxedEnvironment(
@@ -119,11 +132,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
         finalize=_shown,
     )
     environment.globals.update(
-        interval=wording.interval, favours=wording.favours, signs=marks.SIGNS, marks_of=marks.marks,
-        legend_of=marks.legend, spreads=templates.spreads, singles=templates.singles, single=templates.SINGLE,
+        interval=wording.interval, favours=wording.favours, detectable=wording.DETECTABLE, dash=wording.DASH,
+        signs=marks.SIGNS, marks_of=marks.marks, legend_of=marks.legend, rule_of=marks.rule,
+        spreads=templates.spreads, singles=templates.singles, single=templates.SINGLE,
         position_rows=positions.shown_rows, bands=positions.bands, position_says=positions.sentences,
-        slice_table=slices.slice_table, cost_by_row=costs.cost_by_row, cost_of=costs.cost_of,
-        dash=wording.DASH,
+        trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
     )  # fmt: skip
     environment.filters.update(
         number=wording.number, share=wording.share, count=wording.count, rough=wording.rough, p=wording.p_value,

@@ -12,10 +12,20 @@ from llmrec.report.escape import plain
 from llmrec.report.marks import best_baseline
 from llmrec.report.positions import bands, shown_rows
 from llmrec.report.records import Results, Row, lower
-from llmrec.report.templates import singles
-from llmrec.report.wording import duration, interval, label, number, rough, title, with_interval
+from llmrec.report.wording import (
+    arm_label,
+    duration,
+    interval,
+    label,
+    number,
+    rough,
+    short_template,
+    title,
+    with_interval,
+)
 
 _LONGEST_LABEL = 48  # characters beside or above a mark; hovering shows the rest
+_LONGEST_LINE = 26  # of the two lines above a panel
 
 
 def plots(results: Results) -> dict[str, Any]:
@@ -106,22 +116,22 @@ def budget(results: Results) -> dict[str, Any]:
 
 def by_position(results: Results, task: str) -> dict[str, Any]:
     """Return HR@1 and mean rank by position of every language-model row, and those of the best baseline beside each."""
-    rows, alone = shown_rows(results, task), singles(results, task)
-    panels = [_panel(row, short=row.id in alone) for row in rows if row.arm != "baseline"]
+    rows = shown_rows(results, task)
     return {
         "kind": "positions",
-        "panels": panels,
-        "control": next((_panel(row, short=False) for row in rows if row.arm == "baseline"), None),
+        "panels": [_panel(row) for row in rows if row.arm != "baseline"],
+        "control": next((_panel(row) for row in rows if row.arm == "baseline"), None),
         "measures": [{"key": "hit", "title": "HR@1"}, {"key": "rank", "title": "mean rank"}],
     }
 
 
-def _panel(row: Row, *, short: bool) -> dict[str, Any]:
-    """Return one row's curve; a short title leaves out the template."""
+def _panel(row: Row) -> dict[str, Any]:
+    """Return one row's curve, with arm and strategy in one line of its title and the template in the other."""
     own = bands(row)
+    lines = (arm_label(row.arm, row.predictor), short_template(row))
     return {
         "label": plain(label(row)),
-        "short": plain(f"{row.arm} · {row.predictor}" if short else label(row), _LONGEST_LABEL // 2),
+        "title": [plain(line, _LONGEST_LINE) for line in lines if line],
         "arm": row.arm,
         "x": [(band.first + band.last) / 2 for band in own],
         "names": [band.name for band in own],
@@ -134,6 +144,7 @@ def _panel(row: Row, *, short: bool) -> dict[str, Any]:
 def quality_by_tokens(results: Results, task: str) -> dict[str, Any] | None:
     """Return the headline values of language-model rows against tokens a user; None where no row used a token."""
     metric = results.headline[task]
+    several = len({row.predictor for row in results.rows if row.task == task and row.arm != "baseline"}) > 1
     points = []
     for cost in cost_by_row(results, task):
         score = cost.row.metrics.get(metric)
@@ -142,7 +153,8 @@ def quality_by_tokens(results: Results, task: str) -> dict[str, Any] | None:
         points.append(
             {
                 "label": plain(label(cost.row)),
-                "short": plain(cost.row.predictor, _LONGEST_LABEL // 3),
+                # The arm is told by the mark; the strategy needs saying where there are several.
+                "short": plain(cost.row.predictor, _LONGEST_LABEL // 3) if several else "",
                 "arm": cost.row.arm,
                 "tokens": cost.tokens_per_user,
                 "value": score.value,

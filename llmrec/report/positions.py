@@ -16,7 +16,7 @@ from scipy.special import ndtri, stdtrit
 
 from llmrec.report.marks import best_baseline
 from llmrec.report.records import AtPosition, Results, Row, Trend
-from llmrec.report.wording import DASH, label, listed, p_value
+from llmrec.report.wording import DASH, arm_label, label, listed, p_value
 
 _A_BAND = 20  # requests
 _Z = float(ndtri(0.975))
@@ -41,10 +41,16 @@ class Band:
         """The places as text, such as ``5–8``."""
         return str(self.first) if self.first == self.last else f"{self.first}–{self.last}"
 
+    @property
+    def mean_rank(self) -> str:
+        """The mean rank with one decimal; few requests bear no more."""
+        return f"{self.rank:.1f}"
 
-def has_positions(results: Results, task: str) -> bool:
-    """Say whether any row of a task can be shown by position."""
-    return any(bands(row) for row in results.rows if row.task == task)
+    @property
+    def rank_bounds(self) -> str:
+        """Its interval; empty for a single request."""
+        low, high = self.rank_low, self.rank_high
+        return "" if low is None or high is None else f"[{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
 def shown_rows(results: Results, task: str) -> tuple[Row, ...]:
@@ -105,25 +111,50 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def sentences(results: Results, task: str) -> tuple[str, ...]:
-    """Say which rows of language models prefer early or late positions, and of which it is not shown."""
-    groups: dict[str, list[str]] = {"early": [], "late": [], "": []}
-    for row in results.rows:
-        trend = row.position_trend
-        if row.task == task and trend is not None:
-            groups[trend.prefers or ""].append(
-                label(row) if trend.prefers is None else f"{label(row)} ({_said(trend)})"
-            )
+    """Say which rows of language models prefer early or late positions, and of which it is not shown.
+
+    Rows of one arm and strategy, which differ in their template, are named together.
+    """
+    tested = [row for row in results.rows if row.task == task and row.position_trend is not None]
+    named = {end: _named([row for row in tested if _end(row) == end], tested) for end in ("early", "late", "")}
     found = [
-        f"The {way} the target stands among its candidates, the better it is ranked by {listed(groups[end])}."
+        f"The {way} the target stands among its candidates, the better it is ranked by {listed(named[end])}."
         for end, way in (("early", "earlier"), ("late", "later"))
-        if groups[end]
+        if named[end]
     ]
-    if groups[""] and not found:
+    if named[""] and not found:
         return ("No language-model row is shown to prefer either end of the list.",)
-    return (*found, *([f"No such preference is shown for {listed(groups[''])}."] if groups[""] else []))
+    return (*found, *([f"No such preference is shown for {listed(named[''])}."] if named[""] else []))
 
 
-def _said(trend: Trend) -> str:
-    rho = DASH if trend.rho is None else f"{trend.rho:+.2f}".replace("-", "−")
-    p = p_value(trend.p)
-    return f"rank correlation {rho}, corrected p {p if p.startswith('<') else f'= {p}'}"
+def trend_words(trend: Trend) -> str:
+    """Return a row's rank correlation and its corrected p in words."""
+    return _correlation([trend])
+
+
+def _end(row: Row) -> str:
+    return (row.position_trend.prefers if row.position_trend else None) or ""
+
+
+def _named(rows: Sequence[Row], tested: Sequence[Row]) -> list[str]:
+    """Return one name for the rows of an arm and strategy, with what was found where they prefer an end."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.arm, row.predictor), []).append(row)
+    found = []
+    for (arm, predictor), own in groups.items():
+        of = sum((row.arm, row.predictor) == (arm, predictor) for row in tested)
+        share = ("both" if of == 2 else f"all {of}") if len(own) == of else f"{len(own)} of {of}"
+        name = label(own[0]) if of == 1 else f"{arm_label(arm, predictor)} with {share} templates"
+        said = f" ({_correlation([row.position_trend for row in own if row.position_trend])})" if _end(own[0]) else ""
+        found.append(f"{name}{said}")
+    return found
+
+
+def _correlation(trends: Sequence[Trend]) -> str:
+    values = [f"{value:+.2f}".replace("-", "−") for value in sorted(t.rho for t in trends if t.rho is not None)]
+    ends = list(dict.fromkeys((values[0], values[-1]))) if values else [DASH]
+    known = [trend.p for trend in trends if trend.p is not None]
+    p = p_value(max(known, default=None))
+    is_p = p if p[0] in f"<{DASH}" else f"= {p}" if len(known) == 1 else f"at most {p}"
+    return f"rank correlation {' to '.join(ends)}, corrected p {is_p}"

@@ -16,9 +16,6 @@ from llmrec.metrics.signature import better
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
 
-LOWER_IS_BETTER = frozenset({"RMSE", "MAE", "LogLoss", "ECE"})
-"""The metrics that tell rows apart and fall as they get better; `lower` also knows those of lists."""
-
 
 def lower(metric: str) -> bool:
     """Say whether lower figures of a metric are better."""
@@ -243,6 +240,18 @@ class Results(Record):
     seconds: Number = None
     examples: tuple[Shown, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the recipe calls itself."""
+        return str(self.recipe.get("name") or "Report")
+
+    @property
+    def model_name(self) -> str | None:
+        """The model that the recipe names, if it names one."""
+        section = self.recipe.get("model")
+        found = section.get("name") if isinstance(section, dict) else None
+        return str(found) if found else None
 
     @property
     def tasks(self) -> tuple[str, ...]:

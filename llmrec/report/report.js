@@ -109,7 +109,7 @@
         y: series.y,
         line: { color: hue, width: held ? 1.75 : 2.25, dash: held ? "dot" : "solid" },
         marker: { color: hue, size: 8, symbol: marks[place] },
-        hovertemplate: "step %{x}: %{y:.4~g}<extra>" + series.name + "</extra>",
+        hovertemplate: "step %{x}: %{y:.4~g}<extra>%{fullData.name}</extra>",
       };
     });
     const layout = base(many ? 340 + (width < NARROW ? 24 * plot.series.length : 0) : 340, { l: 48, r: 16, t: 12, b: 48 });
@@ -151,7 +151,7 @@
 
   // One panel a row and measure; all panels of a measure share their range, so that they can be compared.
   function positions(plot, width) {
-    const left = 52, right = 12, gap = 18, head = 24, body = 112, foot = 30;
+    const left = 52, right = 12, gap = 18, head = 40, body = 112, foot = 30;
     const most = Math.max(1, Math.floor((width - left - right + gap) / (width < NARROW ? 140 : 210)));
     const lines = Math.ceil(plot.panels.length / most);
     const columns = Math.ceil(plot.panels.length / lines);
@@ -180,7 +180,7 @@
           range: [low - room, high + room], showticklabels: column === 0, automargin: false,
         });
         layout.annotations.push({
-          text: panel.short, x: start / across, xref: "paper", xanchor: "left", y: 1 - (top + head) / down, yref: "paper",
+          text: panel.title.join("<br>"), align: "left", x: start / across, xref: "paper", xanchor: "left", y: 1 - (top + head) / down, yref: "paper",
           yanchor: "bottom", showarrow: false, font: { size: 12 }, borderpad: 2,
         });
         const own = panel[measure.key], hue = colour(panel.arm);

@@ -15,10 +15,7 @@ from pydantic import ValidationError
 from llmrec.errors import DataError
 from llmrec.report.audit import refuse_leaks
 from llmrec.report.checks import check
-from llmrec.report.records import LOWER_IS_BETTER as LOWER_IS_BETTER
-from llmrec.report.records import Results as Results
-from llmrec.report.records import Row as Row
-from llmrec.report.records import mended
+from llmrec.report.records import Results, mended
 
 
 def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", mend: str = "") -> Results:
@@ -66,6 +63,7 @@ def read(run_dir: Path) -> Results:
 
     Raises:
         DataError: If the file is missing, is not JSON or lacks a key.
+        LeakError: If the run's audit found a leak.
         LlmrecError: If its rows must not be reported together.
     """
     path, mend = run_dir / "results.json", mend_for(run_dir)

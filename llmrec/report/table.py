@@ -11,15 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from llmrec.report.costs import cost_of
-from llmrec.report.escape import cell as cell
-from llmrec.report.escape import csv_cell as csv_cell
-from llmrec.report.escape import flat
-from llmrec.report.marks import OVER_BASELINE, OVER_ZERO_SHOT, Mark, best_baseline, has_marks, legend, marks, word
+from llmrec.report.escape import cell, csv_cell, flat
+from llmrec.report.marks import OVER_BASELINE, OVER_ZERO_SHOT, Mark, best_baseline, has_marks, legend, marks, rule, word
 from llmrec.report.records import Comparison, Results, Row, lower
 from llmrec.report.results import results_of
 from llmrec.report.templates import SINGLE, singles
 from llmrec.report.wording import (
     DASH,
+    DETECTABLE,
     count,
     duration,
     favours,
@@ -80,6 +79,7 @@ def task_markdown(results: Results, task: str) -> str:
     note = f"Ordered by {cell(names[0])} ({direction} is better), 95 % intervals in brackets, best of a column bold."
     lines = [grid([cell(head) for head in (*header, "Time")], rows), note]
     lines += [cell(line) for line in (results.detectable.get(task, ""), legend(results, task)) if line]
+    lines += [cell(rule(results))] if marked else []
     return "\n\n".join(lines)
 
 
@@ -109,9 +109,9 @@ def comparisons_markdown(results: Results) -> str:
         [cell(title(entry.task)), cell(entry.metric), *_sides(results, entry), *_finding(entry)]
         for entry in results.comparisons
     ]
-    header = ["Task", "Metric", "a", "b", "a − b", "p", "Verdict"]
-    note = favours([entry.metric for entry in results.comparisons])
-    return f"{grid(header, rows, numeric_from=4)}\n\n{cell(note)}"
+    header = ["Task", "Metric", "a", "b", "a − b", "p", "Verdict", "Detectable"]
+    notes = [favours([entry.metric for entry in results.comparisons]), rule(results), DETECTABLE]
+    return "\n\n".join([grid(header, rows, numeric_from=4), *map(cell, notes)])
 
 
 def _sides(results: Results, entry: Comparison) -> list[str]:
@@ -119,7 +119,8 @@ def _sides(results: Results, entry: Comparison) -> list[str]:
 
 
 def _finding(entry: Comparison) -> list[str]:
-    return [with_interval(entry.value, entry.low, entry.high, sign=True), p_value(entry.p), entry.verdict]
+    difference = with_interval(entry.value, entry.low, entry.high, sign=True)
+    return [difference, p_value(entry.p), entry.verdict, number(entry.detectable)]
 
 
 # --------------------------------------------------------------------------- CSV

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.report.escape import visible
 from llmrec.report.records import Results, Row
+from llmrec.report.wording import arm_label
 
 SINGLE = "single template"
 
@@ -38,7 +38,7 @@ class Spread:
     @property
     def label(self) -> str:
         """The row's name without its template."""
-        return visible(f"{self.arm} · {self.predictor}".replace("\n", " "))
+        return arm_label(self.arm, self.predictor)
 
 
 def spreads(results: Results, task: str) -> tuple[Spread, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.report.escape import visible as visible
+from llmrec.report.escape import flat, visible
 from llmrec.report.records import Comparison, Results, Row, Verdict, lower
 
 TASK_TITLES = {
@@ -15,8 +15,15 @@ TASK_TITLES = {
     "explanation": "Explanations",
     "ctr": "Yes or no to an item",
 }
-TRIVIAL = frozenset({"random", "popularity", "markov", "global-mean", "user-mean", "item-mean", "frequent-text"})
+TRIVIAL = frozenset(
+    {
+        *("random", "popularity", "recent-popularity", "markov-1", "markov", "markov-cooccurrence"),
+        *("global-mean", "user-mean", "item-mean", "frequent-text", "like-ratio"),
+    }
+)
+"""Controls that only count: no neighbours, no factors, no weights."""
 DASH = "–"
+DETECTABLE = "Detectable: the smallest true difference that the comparison would show in 80 of 100 repetitions."
 
 
 def title(task: str) -> str:
@@ -98,10 +105,15 @@ def short_template(row: Row) -> str:
 
 def label(row: Row) -> str:
     """Return what tells a row from its neighbours, such as ``tuned · likelihood · continue-list``."""
-    parts = [row.predictor if row.arm == "baseline" else f"{row.arm} · {row.predictor}"]
+    parts = [row.predictor if row.arm == "baseline" else arm_label(row.arm, row.predictor)]
     if row.template:
         parts.append(short_template(row))
-    return visible(" · ".join(parts).replace("\n", " "))
+    return flat(" · ".join(parts))
+
+
+def arm_label(arm: str, predictor: str) -> str:
+    """Return what rows that differ only in their template share, such as ``tuned · likelihood``."""
+    return flat(f"{arm} · {predictor}")
 
 
 # --------------------------------------------------------------------------- verdicts
@@ -230,7 +242,7 @@ def summary(results: Results) -> str:
 
 
 def _what_ran(results: Results) -> str:
-    model = visible(str((results.recipe.get("model") or {}).get("name", "the model")))
+    model = visible(results.model_name or "The model")
     main, training = results.data.get("main"), results.training
     where, how = "", "was not tuned"
     if main:

@@ -83,6 +83,8 @@ def main() -> None:
         **{key: summary[key] for key in ("task", "template", "strategy", "engine", "dtype", "window")},
         "runs": runs,
         "machine": machine(),
+        # How threads wait for each other decides the speed on a machine that is also used otherwise.
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(("OMP_", "GOMP_"))},
         "versions": versions(),
     }
     chosen.target.parent.mkdir(parents=True, exist_ok=True)

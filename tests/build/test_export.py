@@ -19,7 +19,8 @@ import pytest
 
 from llmrec.backends.models import load_model, load_tokenizer
 from llmrec.build import bundle, cards, export, finished, placing
-from llmrec.build.export import Exported, Options, verify
+from llmrec.build.export import Exported, Options
+from llmrec.build.export_files import verify
 from llmrec.errors import LlmrecError
 from llmrec.recipe import ModelSection, Recipe
 from llmrec.recipe_file import dump, load_recipe
@@ -370,11 +371,36 @@ def test_a_changed_recipe_is_noted(run: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- the place
 
 
+def test_the_same_command_finds_its_finished_work(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = write(run, out)
+    written = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    said: list[str] = []
+    again = export.export(run, Options(out=out, users=0), say=said.append)
+    assert said == [f"{out} is complete already; --force writes it again"]
+    assert again.files == done.files and again.notes == done.notes
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == written
+    changes: list[dict[str, Any]] = [
+        *({"licence": "mit"}, {"base_licence": "mit"}, {"users": 1}, {"with_items": True}),
+        *({"dtype": "bfloat16"}, {"adapter_only": True}),
+    ]
+    for change in changes:
+        with pytest.raises(LlmrecError, match="--force"):
+            write(run, out, **change)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    (run / "results.json").write_text(json.dumps({**results, "notes": ["measured again"]}), encoding="utf-8")
+    with pytest.raises(LlmrecError, match="--force"):
+        write(run, out)
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == written
+
+
 def test_an_existing_folder_is_replaced_by_force_alone(run: Path, tmp_path: Path) -> None:
     write(run, tmp_path / "out")
     with pytest.raises(LlmrecError, match="--force"):
-        write(run, tmp_path / "out")
+        write(run, tmp_path / "out", licence="mit")
     (tmp_path / "out" / "README.md").write_text("edited", encoding="utf-8")
+    with pytest.raises(LlmrecError, match="--force"):
+        write(run, tmp_path / "out")
     write(run, tmp_path / "out", force=True, licence="mit")
     assert verify(tmp_path / "out") and (tmp_path / "out" / "LICENSE").is_file()
     (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")

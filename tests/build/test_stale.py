@@ -1,16 +1,29 @@
-"""A run into the folder of another recipe gets nothing stale: it ends like the same run into an empty folder."""
+"""Nothing stale: a run into the folder of another recipe ends like the same run into an empty folder.
+
+The end of this module goes through the fields of which an answer depends, one by one, with the engines as they are.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmrec.backends.cache import AnswerStore, CachedBackend
+from llmrec.backends.encode import Encoder
+from llmrec.backends.models import load_tokenizer, weights_stamp
 from llmrec.build import pipeline
+from llmrec.build.engines import Engines
+from llmrec.build.stages import Budget
+from llmrec.build.study import build_study
+from llmrec.rank.asking import Asker
+from llmrec.recipe import EvalSection, ModelSection
 from llmrec.recipe_file import load_recipe
+from llmrec.registry import STRATEGIES, lookup
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -20,8 +33,9 @@ BASE = (
     "model.dtype=float32",
     "tasks={sequential: {templates: [continue-list], baselines: [popularity]}, "
     "direct: {templates: [after-history], strategies: [label], baselines: [popularity]}, "
-    "rating: {templates: [list-ratings], strategies: [parsed], baselines: [user-mean]}}",
-    "train.valid_rows=0",
+    "rating: {templates: [list-ratings], strategies: [parsed], baselines: [user-mean]}, "
+    "explanation: {templates: [plain], max_tokens: 4, baselines: [frequent-text]}}",
+    "train={steps: 1, batch_tokens: 512, valid_rows: 0, learning_rate: 0.03, warmup: 0, lora: {top_layers: 1}}",
     "eval.arms=[zero-shot, few-shot]",
     "eval.users=6",
     "eval.batch=4",
@@ -61,6 +75,8 @@ CHANGES = {
     "dtype": "model.dtype=bfloat16",
     "seed": "seed=1",
     "template": "tasks.sequential.eval_templates=[name-next]",
+    "stop": "tasks.rating.eval_templates=[rate-next]",
+    "max tokens": "tasks.explanation.max_tokens=3",
     "history": "tasks.sequential.history=2",
     "candidates": "eval.candidates.kind=popularity",
     "candidate count": "eval.candidates.count=4",
@@ -83,6 +99,22 @@ def test_no_change_gets_a_stale_answer(
     again = run(model, tmp_path / "used", change)
     assert again == run(model, tmp_path / "fresh", change)
     assert again != base[1]
+
+
+def test_another_model_gets_no_stale_answer(
+    model: Path, qwen_folder: Path, base: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    shutil.copytree(base[0], tmp_path / "used")
+    again = run(qwen_folder, tmp_path / "used")
+    assert again == run(qwen_folder, tmp_path / "fresh")
+    assert again != base[1]
+
+
+def test_another_adapter_gets_no_stale_answer(model: Path, tmp_path: Path) -> None:
+    first = run(model, tmp_path / "used", "eval.arms=[tuned]")
+    again = run(model, tmp_path / "used", "eval.arms=[tuned]", "train.learning_rate=0.02")
+    assert again == run(model, tmp_path / "fresh", "eval.arms=[tuned]", "train.learning_rate=0.02")
+    assert again != first
 
 
 @pytest.mark.parametrize("part", ["weights", "chat template", "tokenizer"])
@@ -120,3 +152,103 @@ def test_a_changed_model_folder_gets_no_stale_answer(
     finally:
         shutil.rmtree(model)
         model.with_name("aside").rename(model)
+
+
+# --------------------------------------------------------------------------- the fields, one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A few questions, with all that their answers depend on."""
+
+    folder: Path
+    revision: str | None = None
+    dtype: str = "float32"
+    backend: str = "hf"
+    chat_template: str | None = None
+    sampling: str = "greedy"
+    seed: int = 0
+    template: str = "after-history"
+    strategy: str = "label"
+    candidates: int = 5
+    k: int = 1
+    stop: str | None = None
+    max_tokens: int = 4
+
+
+class Sampling(Engines):
+    """Engines that decode in another way than greedily, as none does today."""
+
+    decoding = "greedy"
+
+    def identity(self, engine: str, weights: str) -> dict[str, Any]:
+        found = super().identity(engine, weights)
+        assert found["decoding"] == "greedy"
+        return {**found, "decoding": self.decoding}
+
+
+def ask(store: AnswerStore, asked: Asked) -> tuple[int, int]:
+    """Ask through a strategy and in free text; return how many of the answers of each were remembered ones."""
+    section = ModelSection(name=str(asked.folder), revision=asked.revision, dtype=asked.dtype)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(str(asked.folder), section)
+    tokenizer.chat_template = asked.chat_template or tokenizer.chat_template
+    encoder = Encoder(tokenizer, max_length=1024)
+    study = build_study(load_recipe("recipes/quickstart.yaml", [*BASE, f"eval.candidates.count={asked.candidates}"]))
+    task, requests = study.tasks["direct"], [case.request for case in study.cases("direct")[:3]]
+    engines = Sampling(section, EvalSection(backend="hf"), encoder, asked.seed, Budget(), store)
+    engines.decoding = asked.sampling
+    backend: CachedBackend = engines.get(asked.backend, str(asked.folder), weights_stamp(str(asked.folder)))
+    try:
+        lookup(STRATEGIES, asked.strategy, "strategy")(
+            Asker(backend=backend, task=task, template=asked.template, shots=asked.k)
+        ).answer(requests)
+        ranked = backend.recalled
+        prompts = [task.prompt(request, template=asked.template, shots=asked.k) for request in requests]
+        backend.generate([replace(prompt, stop=asked.stop) for prompt in prompts], max_tokens=asked.max_tokens)
+        return ranked, backend.recalled - ranked
+    finally:
+        engines.close()
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "model": {"folder": "another model"},
+    "revision": {"revision": "main"},
+    "adapter": {"folder": "the same model with an adapter merged in"},
+    "template": {"template": "shortlist"},
+    "sampling": {"sampling": "temperature 0.7"},
+    "seed": {"seed": 1},
+    "strategy": {"strategy": "list"},
+    "candidates": {"candidates": 4},
+    "k": {"k": 2},
+    "backend": {"backend": "fake"},
+    "chat template": {"chat_template": "another chat template"},
+    "stop": {"stop": "\n"},
+    "max tokens": {"max_tokens": 5},
+    "dtype": {"dtype": "bfloat16"},
+}
+# Of these the other question of `ask` knows nothing: a stop is no part of a score, nor a strategy of a text.
+OF_ONE_QUESTION = {"strategy": (0, 3), "stop": (3, 0), "max tokens": (3, 0)}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_field_gives_a_stale_hit(field: str, model: Path, qwen_folder: Path, tmp_path: Path) -> None:
+    base, store = Asked(folder=model), AnswerStore(tmp_path / "answers.sqlite")
+    assert ask(store, base) == (0, 0)
+    assert ask(store, base) == (3, 3), "the same questions are remembered"
+    change = dict(FIELDS[field])
+    if field == "model":
+        change["folder"] = qwen_folder
+    elif field == "adapter":
+        change["folder"] = merged(model, tmp_path)
+    elif field == "chat template":
+        text = load_tokenizer(str(model), ModelSection(name=str(model))).chat_template
+        change["chat_template"] = text.replace("assistant", "adviser")
+    assert ask(store, replace(base, **change)) == OF_ONE_QUESTION.get(field, (0, 0))
+    assert ask(store, base) == (3, 3), "and stay so"
+
+
+def merged(model: Path, place: Path) -> Path:
+    """Train an adapter for a step and return the folder in which it is merged."""
+    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={model}", *BASE])
+    pipeline.train(recipe, place / "run", quiet=True)
+    return place / "run" / "merged"

@@ -28,6 +28,7 @@ from llmrec.types import (
     Event,
     Item,
     Predictor,
+    Probability,
     Ranking,
     Rating,
     Request,
@@ -42,6 +43,7 @@ ALL = tuple(name for name in BASELINES if find_spec(NEEDS.get(name, "numpy")) is
 RANKING = tuple(name for name in FAMILY_BASELINES["sequential"] if name in ALL)
 RATING = FAMILY_BASELINES["rating"]
 TEXT = FAMILY_BASELINES["explanation"]
+JUDGING = FAMILY_BASELINES["ctr"]
 # Their validation split chooses when to stop.
 STOPPING = {"sasrec", "gru4rec"}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.
@@ -153,6 +155,9 @@ def _check(name: str, answer: Answer, request: Request) -> None:
     elif name in RATING:
         assert isinstance(answer, Rating)
         assert 1.0 <= answer.value <= 5.0
+    elif name in JUDGING:
+        assert isinstance(answer, Probability)
+        assert 0.0 < answer.value < 1.0
     else:
         assert isinstance(answer, Text)
         assert answer.text.strip() == answer.text != ""
@@ -162,7 +167,7 @@ def _check(name: str, answer: Answer, request: Request) -> None:
 
 
 def test_the_suite_covers_every_baseline() -> None:
-    assert {*RANKING, *RATING, *TEXT} == set(ALL)
+    assert {*RANKING, *RATING, *TEXT, *JUDGING} == set(ALL)
     assert set(BASELINES) - set(ALL) <= set(NEEDS)
 
 
@@ -304,7 +309,7 @@ def test_other_names_of_users_change_no_score(name: str, data: SplitDataset) -> 
     np.testing.assert_allclose(found, _fitted(name, data).scores(requests), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in RATING if name != "svd"])
+@pytest.mark.parametrize("name", [name for name in (*RATING, *JUDGING) if name != "svd"])
 def test_other_names_of_users_change_no_rating(name: str, data: SplitDataset) -> None:
     names = {user: f"person {999 - place}" for place, user in enumerate(data.users())}
     requests = _requests(name, data)
@@ -519,7 +524,8 @@ def _without(column: str) -> SplitDataset:
 
 
 @pytest.mark.parametrize(
-    ("name", "column"), [*((name, "rating") for name in RATING), *((name, "text") for name in TEXT)]
+    ("name", "column"),
+    [*((name, "rating") for name in (*RATING, *JUDGING)), *((name, "text") for name in TEXT)],
 )
 def test_missing_columns_are_named_with_the_mend(name: str, column: str) -> None:
     with pytest.raises(DataError, match=rf"{name}.*toy.*data\.columns\.{column}"):

@@ -293,17 +293,17 @@ def task(family: str, fill_name: str) -> Any:
 
 
 @cache
-def prompts(family: str, template: str, fill_name: str, shots: int) -> list[tuple[Prompt, tuple[str, ...]]]:
-    """Return every user's prompt with its continuations."""
-    asked = task(family, fill_name)
-    cases: list[Case] = asked.cases("test")
-    return [
-        (
-            asked.prompt(case.request, template=template, shots=shots),
-            asked.continuations(case.request, template=template)[:8] or ("x",),
-        )
-        for case in cases
-    ]
+def cases(family: str, fill_name: str) -> list[Case]:
+    found: list[Case] = task(family, fill_name).cases("test")
+    return found
+
+
+@cache
+def prompt(family: str, template: str, fill_name: str, shots: int, user: int) -> tuple[Prompt, tuple[str, ...]]:
+    """Return one user's prompt with its first continuations."""
+    asked, request = task(family, fill_name), cases(family, fill_name)[user].request
+    texts = asked.continuations(request, template=template)[:4] or ("x",)
+    return asked.prompt(request, template=template, shots=shots), texts
 
 
 @cache
@@ -317,12 +317,12 @@ def shown(family: str, template: str, fill_name: str) -> set[int]:
     """Return which items' titles the prompts of a template hold."""
     held = dataset(fill_name).dataset.items
     titles = {int(item[1:]): clean(entry.title) for item, entry in held.items()}
-    text = "\n".join(_flat(prompt) for prompt, _ in prompts(family, template, fill_name, 0))
+    text = "\n".join(_flat(prompt(family, template, fill_name, 0, user)[0]) for user in range(USERS))
     return {number for number, title in titles.items() if title and title in text}
 
 
-def _flat(prompt: Prompt) -> str:
-    return "".join(message.text for message in prompt.messages) + "".join(s.text for s in prompt.answer_prefix)
+def _flat(asked: Prompt) -> str:
+    return "".join(message.text for message in asked.messages) + "".join(s.text for s in asked.answer_prefix)
 
 
 # --------------------------------------------------------------------------- ordinary titles

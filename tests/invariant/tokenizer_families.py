@@ -273,6 +273,15 @@ FAMILIES: tuple[Family, ...] = (
         template=turns("USER: X ", "ASSISTANT: X</s>", "ASSISTANT:", start="<s>", system="X "),
         core="pieces",
     ),
+    # One token in every role, and no chat format.
+    Family(
+        "gpt-2",
+        special("<|endoftext|>"),
+        eos="<|endoftext|>",
+        bos="<|endoftext|>",
+        unk="<|endoftext|>",
+        template=None,
+    ),
     Family(
         "t5",
         special("<pad>", "</s>", "<unk>", *(f"<extra_id_{n}>" for n in range(100))),

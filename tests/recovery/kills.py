@@ -1,7 +1,8 @@
-"""Runs of a small recipe that are killed with SIGKILL at a named point or after some seconds, and run again.
+"""Chains of `llmrec run`, `export` and `rank` that are killed with SIGKILL at a named point or after some seconds.
 
-A zygote process imports the heavy libraries once and forks a child for each run: a child costs seconds, not the
-half minute of a cold start. The zygote computes nothing itself, so that no thread pool is forked.
+The command that was killed is given again, the others follow, and all that they left is compared with a chain that
+nothing disturbed. A zygote process imports the heavy libraries once and forks a child for each command: a child costs
+seconds, not the half minute of a cold start. The zygote computes nothing itself, so that no thread pool is forked.
 
     python -m tests.recovery.kills eval/results/recovery.json
 
@@ -11,6 +12,7 @@ runs every named point and 20 random ones and writes what came out.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -20,12 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+
+from tests.recovery import points
+from tests.recovery.points import POINTS, REQUESTS
 
 SMALL = (
     "data={source: made-reviews, noun: products}",
@@ -52,70 +57,80 @@ SMALL = (
 )
 
 RANDOM = 20
+STEPS = ("run", "export", "rank")
+# Exit codes of commands that did their work: two lines of the ranked file are faulty on purpose.
+DONE = {"run": 0, "export": 0, "rank": 1}
+FAULTY = (40, 100)
 
-# Named point -> (module, attribute, which call of it is the last one, before or after its work).
-POINTS: dict[str, tuple[str, str, int, str]] = {
-    "mid-step": ("llmrec.train.sft", "LabelRowTrainer.compute_loss", 4, "after"),
-    "mid-save, before the adapter": ("peft.peft_model", "PeftModel.save_pretrained", 2, "before"),
-    "mid-save, before the optimiser": ("transformers.trainer", "Trainer._save_optimizer_and_scheduler", 2, "before"),
-    "mid-save, before the random state": ("transformers.trainer", "Trainer._save_rng_state", 2, "before"),
-    "mid-save, before the manifest": ("llmrec.train.checkpoint", "seal", 2, "before"),
-    "between stages, before the merge": ("llmrec.build.training", "_merge", 1, "before"),
-    "between stages, before the record of training": ("llmrec.build.training", "write_json", 1, "before"),
-    "between stages, before evaluation": ("llmrec.build.pipeline", "Session.evaluate", 1, "before"),
-    "mid-evaluation, before a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 2, "before"),
-    "mid-evaluation, after a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 5, "after"),
-    "mid-evaluation, while a row is written": ("llmrec.build.evaluation", "write_json", 14, "before"),
-    "mid-report, before the results": ("llmrec.build.results", "write_json", 1, "before"),
-    "mid-report, between two files": ("llmrec.report.page", "_put", 3, "before"),
-}
+
+@dataclass(frozen=True)
+class Chain:
+    """One folder in which a run, its export and a ranking with that export are made."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.folder / "run"
+
+    @property
+    def exported(self) -> Path:
+        """The exported folder."""
+        return self.folder / "films"
+
+    @property
+    def ranked(self) -> Path:
+        """The ranked file."""
+        return self.folder / "ranked.jsonl"
+
+    def command(self, step: str, model: Path) -> list[str]:
+        """Return the words after ``llmrec``."""
+        if step == "run":
+            recipe = ["recipes/quickstart.yaml", f"model.name={model}", *SMALL]
+            return ["run", *recipe, "--quiet", "--out", str(self.run)]
+        if step == "export":
+            return ["export", str(self.run), "--out", str(self.exported), "--with-items", "--check-users", "1"]
+        requests = self.folder / "requests.jsonl"
+        if not requests.exists():
+            requests.write_text(request_lines(), encoding="utf-8")
+        options = ["--backend", "hf", "--dtype", "float32", "--batch", "8", "--quiet"]
+        return ["rank", "--model", str(self.exported), "--in", str(requests), "--out", str(self.ranked), *options]
+
+    def copy(self, target: Path) -> Chain:
+        """Return a chain that goes on from where this one stands."""
+        shutil.copytree(self.folder, target, dirs_exist_ok=True)
+        return Chain(target)
+
+
+def request_lines() -> str:
+    """Return a file of requests over the catalogue of the made table."""
+    from llmrec.data.sources import load
+    from llmrec.recipe import DataSection
+
+    ids = list(load(DataSection(source="made-reviews"), seed=0).items)
+    rows = []
+    for n in range(REQUESTS):
+        chosen = [ids[(n * 7 + k * (3 + n // len(ids))) % len(ids)] for k in range(8)]
+        rows.append(json.dumps({"id": f"r{n}", "history": chosen[:3], "candidates": chosen[3:]}))
+    for line in FAULTY:
+        rows[line - 1] = rows[line - 1][:-20]
+    return "\n".join(rows) + "\n"
 
 
 # --------------------------------------------------------------------------- the child
 
 
-def _arm(point: str) -> None:
-    """Let this process kill itself at a named point."""
-    from importlib import import_module
-
-    module, path, last, side = POINTS[point]
-    owner: Any = import_module(module)
-    *outer, name = path.split(".")
-    for part in outer:
-        owner = getattr(owner, part)
-    genuine: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def fatal(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == last and side == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = genuine(*args, **options)
-        if calls == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-
-    setattr(owner, name, fatal)
-
-
-def _child(model: str, folder: str, point: str | None, command: str | None) -> None:
+def _child(command: list[str], point: str | None) -> None:
     import torch
 
-    from llmrec.build import pipeline
-    from llmrec.recipe_file import load_recipe
+    from llmrec import cli
 
     torch.set_num_threads(1)
     if point:
-        _arm(point)
-    if command:
-        from llmrec import cli
-
-        sys.argv = ["llmrec", *json.loads(command)]
-        cli.main()
-        return
-    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={model}", *SMALL])
-    pipeline.run(recipe, Path(folder), quiet=True)
+        points.arm(point)
+    sys.argv = ["llmrec", *command]
+    cli.main()
 
 
 def _serve() -> None:
@@ -124,9 +139,13 @@ def _serve() -> None:
     import transformers.trainer  # noqa: F401
     import trl  # noqa: F401
 
+    import llmrec.build.export
     import llmrec.build.pipeline
+    import llmrec.build.rank_files
     import llmrec.train.sft  # noqa: F401
 
+    # What is here stays: without this each collection in a child walks over the libraries' objects, and copies them.
+    gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
         begin = time.monotonic()
@@ -137,7 +156,7 @@ def _serve() -> None:
                 log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
-                _child(order["model"], order["folder"], order["point"], order["command"])
+                _child(order["command"], order["point"])
                 code = 0
             except SystemExit as error:
                 code = int(error.code or 0)
@@ -149,17 +168,25 @@ def _serve() -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        if order["after"] is not None:
-            while time.monotonic() - begin < order["after"] and os.waitpid(child, os.WNOHANG) == (0, 0):
-                time.sleep(0.01)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        try:
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        except ChildProcessError:
-            status = 0  # it had ended before its time came
-        sys.stdout.write(json.dumps({"status": status, "seconds": time.monotonic() - begin}) + "\n")
+        sys.stdout.write(json.dumps(_wait(child, begin, order["after"])) + "\n")
         sys.stdout.flush()
+
+
+def _wait(child: int, begin: float, after: float | None) -> dict[str, float]:
+    """Wait for a child, and kill it when its time has come."""
+    status: int | None = None
+    if after is not None:
+        while time.monotonic() - begin < after:
+            ended, code = os.waitpid(child, os.WNOHANG)
+            if ended:
+                status = code
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(child, signal.SIGKILL)
+    if status is None:
+        status = os.waitpid(child, 0)[1]
+    return {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begin}
 
 
 # --------------------------------------------------------------------------- the parent
@@ -167,17 +194,17 @@ def _serve() -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit status (-9 for a kill) and how long it took."""
+    """How a command ended: its exit status (-9 for a kill) and how long it took."""
 
     status: int
     seconds: float
 
 
 class Zygote:
-    """Starts runs of the small recipe."""
+    """Starts the commands of chains, each in a process of its own."""
 
     def __init__(self, model: Path, log: Path) -> None:
-        self._model, self._log = model, log
+        self.model, self.log = model, log
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.recovery.kills", "--serve"],
             stdin=subprocess.PIPE,
@@ -186,19 +213,12 @@ class Zygote:
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
 
-    def run(
-        self, folder: Path, point: str | None = None, after: float | None = None, command: list[str] | None = None
-    ) -> Ended:
-        """Run into ``folder``, with a kill at a point or after some seconds; or any command of the command line."""
+    def do(self, chain: Chain, step: str, point: str | None = None, after: float | None = None) -> Ended:
+        """Take one step of a chain, with a kill at a point or after some seconds."""
         assert self._process.stdin and self._process.stdout
-        order = {
-            "model": str(self._model),
-            "folder": str(folder),
-            "log": str(self._log),
-            "point": point,
-            "after": after,
-            "command": json.dumps(command) if command else None,
-        }
+        chain.folder.mkdir(parents=True, exist_ok=True)
+        command = chain.command(step, self.model)
+        order = {"command": command, "log": str(self.log), "point": point, "after": after}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
@@ -219,9 +239,12 @@ def zygote(model: Path, log: Path) -> Iterator[Zygote]:
         started.close()
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+# --------------------------------------------------------------------------- what is compared
+
+
+def outcome(run: Path) -> dict[str, Any]:
     """Return everything that must be equal after a kill: all of a run but its dates, its seconds and its load."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     for key in ("created", "command", "budget", "seconds"):
         del results[key]
     del results["machine"]["load"]
@@ -232,58 +255,128 @@ def outcome(folder: Path) -> dict[str, Any]:
         del line["seconds"], line["tokens_per_second"]
     for row in results["rows"]:
         del row["cost"]["seconds"]
-    predictions = pl.read_parquet(folder / "predictions.parquet")
-    steps = [json.loads(line)["step"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    report = sorted(file.name for file in (folder / "report").iterdir())
+    predictions = pl.read_parquet(run / "predictions.parquet")
+    steps = [json.loads(line)["step"] for line in (run / "train_log.jsonl").read_text().splitlines()]
+    report = sorted(file.name for file in (run / "report").iterdir())
     return {
         "results": results,
         "predictions": predictions.to_dicts(),
         "steps": steps,
         "report": report,
-        "drafts": sorted(str(f.relative_to(folder)) for f in folder.rglob("*.draft")),
+        "drafts": sorted(str(f.relative_to(run)) for f in run.rglob("*.draft")),
     }
+
+
+def export_outcome(chain: Chain) -> dict[str, Any]:
+    """Return the content of an export, and what lies beside it under its name."""
+    from llmrec.durable import sha256_of
+
+    told = json.loads((chain.exported / "llmrec.json").read_text(encoding="utf-8"))
+    files = {file.name: sha256_of(file) for file in chain.exported.iterdir()}
+    # These hold a hash over results.json, in which seconds stand: equal only for exports of one and the same run.
+    del told["made_from"]
+    apart = {name: files.pop(name) for name in ("llmrec.json", "SHA256SUMS")}
+    return {"files": files, "told": told, "apart": apart, "beside": sorted(p.name for p in chain.folder.glob("films*"))}
+
+
+def rank_outcome(chain: Chain) -> dict[str, Any]:
+    """Return the content of a ranked file, its summary without times and paths, and what lies beside it."""
+    summary = json.loads(chain.ranked.with_name("ranked.jsonl.summary.json").read_text(encoding="utf-8"))
+    kept = ("sha256", "lines", "ranked", "failed", "failures", "notes", "prompt_tokens", "completion_tokens")
+    return {
+        "rows": chain.ranked.read_text(encoding="utf-8").splitlines(),
+        "summary": {key: summary[key] for key in kept},
+        "beside": sorted(p.name for p in [*chain.folder.glob("ranked*"), *chain.folder.glob(".ranked*")]),
+    }
+
+
+def whole_outcome(chain: Chain) -> dict[str, Any]:
+    """Return everything that must be equal after a kill anywhere in a chain."""
+    exported = export_outcome(chain)
+    del exported["apart"]
+    return {"run": outcome(chain.run), "export": exported, "rank": rank_outcome(chain)}
+
+
+# --------------------------------------------------------------------------- all of it
+
+
+def _chain(runs: Zygote, chain: Chain, steps: tuple[str, ...] = STEPS) -> list[float]:
+    """Take steps that nothing disturbs; return their seconds."""
+    seconds = []
+    for step in steps:
+        ended = runs.do(chain, step)
+        assert ended.status == DONE[step], runs.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        seconds.append(ended.seconds)
+    return seconds
 
 
 def _kill(
-    runs: Zygote, folder: Path, expected: dict[str, Any], label: str, point: str | None, after: float | None
+    runs: Zygote, chain: Chain, expected: dict[str, Any], step: str, point: str | None, after: float | None
 ) -> dict[str, Any]:
-    shutil.rmtree(folder, ignore_errors=True)
-    first = runs.run(folder, point, after)
-    again = runs.run(folder)
+    """Kill one step, give its command again, take the steps after it, and compare."""
+    before, later = STEPS[: STEPS.index(step)], STEPS[STEPS.index(step) + 1 :]
+    _chain(runs, chain, tuple(each for each in before if not _has(chain, each)))
+    first = runs.do(chain, step, point, after)
+    again = runs.do(chain, step)
+    sound = again.status == DONE[step]
+    if sound:
+        _chain(runs, chain, later)
     row = {
-        "kill": label,
+        "kill": point or f"random, in llmrec {step}",
         "killed": first.status == -signal.SIGKILL,
         "after_s": round(first.seconds, 2),
-        "equal": again.status == 0 and outcome(folder) == expected,
+        "equal": sound and whole_outcome(chain) == expected,
     }
     sys.stdout.write(f"{json.dumps(row)}\n")
+    sys.stdout.flush()
     return row
+
+
+def _has(chain: Chain, step: str) -> bool:
+    return {"run": chain.run, "export": chain.exported, "rank": chain.ranked}[step].exists()
+
+
+def _at(seconds: list[float], moment: float) -> tuple[str, float]:
+    """Return the step in which a moment of a chain falls, and how long after its start."""
+    for step, length in zip(STEPS[:-1], seconds, strict=False):
+        if moment < length:
+            return step, moment
+        moment -= length
+    return STEPS[-1], moment
 
 
 def main(target: Path) -> None:
     """Kill at every named point and at 20 random moments; write what came out."""
     from tests.conftest import make_model
 
+    steps = {**dict.fromkeys(points.RUN, "run"), **dict.fromkeys(points.EXPORT, "export")}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         with zygote(make_model(place / "model"), place / "log") as runs:
-            runs.run(place / "whole")
-            expected = outcome(place / "whole")
-            whole = runs.run(place / "again")
-            rows = [_kill(runs, place / "killed", expected, label, label, None) for label in POINTS]
+            whole = Chain(place / "whole")
+            _chain(runs, whole)
+            expected = whole_outcome(whole)
+            seconds = _chain(runs, Chain(place / "again"))
+            rows = []
+            for label in POINTS:
+                rows.append(_kill(runs, Chain(place / "killed"), expected, steps.get(label, "rank"), label, None))
+                shutil.rmtree(place / "killed")
             draw, moments = random.Random(0), 0
             while moments < RANDOM:
-                row = _kill(runs, place / "killed", expected, "random", None, draw.uniform(0.05, 1) * whole.seconds)
-                if row["killed"]:  # the run may end before its moment comes
+                step, after = _at(seconds, draw.uniform(0, sum(seconds)))
+                row = _kill(runs, Chain(place / "killed"), expected, step, None, after)
+                shutil.rmtree(place / "killed")
+                if row["killed"]:  # the step may end before its moment comes
                     moments += 1
                     rows.append(row)
     record = {
-        "command": "python -m tests.recovery.kills",
-        "what": "SIGKILL, then the same command: adapter sha256, results.json without times, predictions, log, report",
-        "adapter_sha256": expected["results"]["training"]["adapter_sha256"],
-        "run_seconds": round(whole.seconds, 1),
+        "command": "make bench-recovery",
+        "what": "SIGKILL, then the same command and those after it. Compared: adapter sha256, results.json without "
+        "times, predictions, log and report of the run; every file of the export; every line of the ranking; leftovers",
+        "adapter_sha256": expected["run"]["results"]["training"]["adapter_sha256"],
+        "seconds": dict(zip(STEPS, (round(each, 1) for each in seconds), strict=True)),
         "kills": rows,
-        "equal": sum(row["equal"] for row in rows),
+        "equal": sum(row["equal"] and row["killed"] for row in rows),
         "of": len(rows),
     }
     target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

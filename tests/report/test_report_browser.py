@@ -1,4 +1,7 @@
-"""The page in a real browser: it draws its plots and runs nothing else. Skipped where no Chromium is installed."""
+"""The pages in a real browser: ours draws its plots, and no text of any page runs. Skipped where there is no Chromium.
+
+A payload that runs sets ``window.__pwned``. That the probe would see it is a test of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,19 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmrec.report.leaderboard import leaderboard
 from llmrec.report.page import write
+from tests.report.made import hostile_audit, hostile_results, made_results, save_run
+from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
+from tests.report.reading import parser
+from tests.report.suites import hostile_suite, made_reference
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -23,75 +32,153 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND", "--allow-file-access-from-files", "--enable-logging=stderr",
     "--virtual-time-budget=8000", "--dump-dom",
 )  # fmt: skip
-# The page runs in a frame, so that this one can look into it without changing it.
-PROBE = """<!doctype html><pre id=found></pre><iframe id=frame src=index.html width=1200 height=900></iframe><script>
-frame.onload = () => setTimeout(() => {
-  const page = frame.contentWindow, seen = page.document;
-  seen.querySelectorAll("details").forEach((entry) => { entry.open = true; });
-  found.textContent = JSON.stringify({
-    pwned: page.__pwned === undefined && window.__pwned === undefined ? null : true,
-    plots: seen.querySelectorAll(".js-plotly-plot").length,
-    marks: seen.querySelectorAll(".js-plotly-plot .point").length,
-    fallbacks: seen.querySelectorAll(".fallback").length,
-    overflow: seen.documentElement.scrollWidth - seen.documentElement.clientWidth,
-  });
-}, 1500);
+# Pages run in frames, so that this one can look into them without changing them.
+PROBE = """<!doctype html><pre id=found></pre><script>
+const frames = SOURCES.map(([src, width]) => {
+  const frame = document.createElement("iframe");
+  Object.assign(frame, { src, width, height: 900 });
+  document.body.append(frame);
+  return frame;
+});
+const loaded = frames.map((frame) => new Promise((done) => { frame.onload = done; }));
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+Promise.all(loaded).then(() => wait(1200)).then(() => {
+  for (const frame of frames) {
+    const seen = frame.contentWindow.document;
+    seen.querySelectorAll("details").forEach((entry) => { entry.open = true; });
+    for (const name of ["mouseover", "mouseenter", "focus", "toggle"])
+      seen.querySelectorAll("body *").forEach((entry) => entry.dispatchEvent(new Event(name)));
+  }
+}).then(() => wait(600)).then(() => {
+  found.textContent = JSON.stringify(frames.map((frame) => {
+    const page = frame.contentWindow, seen = page.document;
+    return {
+      pwned: page.__pwned === undefined && window.__pwned === undefined ? null : true,
+      plots: seen.querySelectorAll(".js-plotly-plot").length,
+      marks: seen.querySelectorAll(".js-plotly-plot .point").length,
+      fallbacks: seen.querySelectorAll(".fallback").length,
+      overflow: seen.documentElement.scrollWidth - seen.documentElement.clientWidth,
+      links: [...seen.links].filter((link) => link.protocol !== "file:").length,
+      text: seen.body.innerText.length,
+    };
+  }));
+});
 </script>"""
+ATTACK = '<script>window.__pwned=1</script><img src=x onerror="window.__pwned=1">'
+LIVELY = {
+    "script": "<script>window.__pwned=1</script>",
+    "handler": '<svg onload="window.__pwned=1"></svg>',
+    "hover": '<p onmouseover="window.__pwned=1">x</p>',
+    "folded": "<details ontoggle=window.__pwned=1>x</details>",
+    "link": "[x](javascript:window.__pwned=1)",
+}
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+# Forests, positions, training, costs and the budget of the made run.
+PLOTS = 4 + 2 + 2 + 4 + 1
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-Save = Callable[[dict[str, Any]], Path]
-Hostile = Callable[[dict[str, Any], list[str]], dict[str, Any]]
 
 
-def _browse(folder: Path, profile: Path, width: int = 1200) -> tuple[dict[str, Any], str]:
-    """Open the report of a folder; return what the probe saw, and the browser's console."""
+@dataclass(frozen=True)
+class Seen:
+    """What the probe saw in each page, by a name for it, and the browser's console."""
+
+    pages: Mapping[str, Mapping[str, Any]]
+    console: str
+
+    def page(self, name: str) -> Mapping[str, Any]:
+        return self.pages[name]
+
+
+def _browse(folder: Path, sources: Mapping[str, tuple[str, int]], profile: Path) -> Seen:
+    """Open pages of a folder, each in a frame of some width."""
     probe = folder / "probe.html"
-    probe.write_text(PROBE.replace("width=1200", f"width={width}"))
+    probe.write_text(PROBE.replace("SOURCES", json.dumps(list(sources.values()))))
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", probe.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
     assert found is not None and found[1], done.stderr[-2000:]
-    return json.loads(found[1]), "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    pages = dict(zip(sources, json.loads(found[1]), strict=True))
+    return Seen(pages, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line))
 
 
-@pytest.mark.parametrize("width", [1200, 390])
-def test_plots_are_drawn_without_a_complaint(run_dir: Path, tmp_path: Path, width: int) -> None:
-    write(run_dir)
-    found, console = _browse(run_dir / "report", tmp_path / "profile", width)
-    assert found["plots"] == 7 and found["marks"] > 30
-    assert found["fallbacks"] == 0 and found["overflow"] <= 0 and found["pwned"] is None
-    assert console == ""
-
-
-def test_hostile_texts_run_nothing(
-    results: dict[str, Any], save: Save, hostile: Hostile, payloads: list[str], tmp_path: Path
-) -> None:
-    folder = save(hostile(results, payloads))
-    write(folder)
-    found, console = _browse(folder / "report", tmp_path / "profile", width=390)
-    assert found["pwned"] is None and found["plots"] == 7 and console == ""
-    assert found["overflow"] <= 0
-
-
-def test_escaping_alone_is_enough(
-    results: dict[str, Any], save: Save, hostile: Hostile, payloads: list[str], tmp_path: Path
-) -> None:
-    folder = save(hostile(results, payloads))
-    page = write(folder)["html"]
-    text, removed = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text("utf-8"))
+def _without_policy(page: Path, name: str) -> Path:
+    text, removed = POLICY.subn("", page.read_text("utf-8"))
     assert removed == 1
-    page.write_text(text, "utf-8")
-    found, _ = _browse(folder / "report", tmp_path / "profile")
-    assert found["pwned"] is None and found["plots"] == 7
+    page.with_name(name).write_text(text, "utf-8")
+    return page.with_name(name)
 
 
-def test_policy_alone_is_enough_and_the_probe_would_see_a_script(run_dir: Path, tmp_path: Path) -> None:
-    page = write(run_dir)["html"]
-    attack = '<script>window.__pwned=1</script><img src=x onerror="window.__pwned=1">'
-    text = page.read_text("utf-8").replace("<main>", f"<main>{attack}")
-    page.write_text(text, "utf-8")
-    found, console = _browse(run_dir / "report", tmp_path / "one")
-    assert found["pwned"] is None and "Content Security Policy" in console
-    page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text), "utf-8")
-    found, _ = _browse(run_dir / "report", tmp_path / "two")
-    assert found["pwned"] is True
+def _rendered(text: str, page: Path) -> None:
+    """Write Markdown as a page without any policy."""
+    page.write_text(f"<!doctype html><meta charset=utf-8><body>{parser().render(text)}", "utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a harmless run, that of one full of scripts and formulas, and pages whose script should run."""
+    folder, texts = tmp_path_factory.mktemp("runs"), [*SCRIPTS, *FORMULAS, *MARKDOWN]
+    clean = write(save_run(folder / "clean", made_results()))["html"]
+    attacked = clean.with_name("attacked.html")
+    attacked.write_text(clean.read_text("utf-8").replace("<main>", f"<main>{ATTACK}"), "utf-8")
+    _without_policy(attacked, "attacked-open.html")
+    pages = write(save_run(folder / "wild", hostile_results(made_results(), texts), hostile_audit(texts), texts))
+    _without_policy(pages["html"], "open.html")
+    _rendered(pages["markdown"].read_text("utf-8"), folder / "markdown.html")
+    suites = [hostile_suite([*texts[start:], *texts[:start]]) for start in range(0, len(texts), 12)]
+    _rendered(leaderboard(suites, {"papers": made_reference(texts)}), folder / "leaderboard.html")
+    for name, text in LIVELY.items():
+        _rendered(text, folder / f"{name}.html")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """Our pages as they are: the harmless one wide and narrow, the hostile one."""
+    clean, wild = "clean/report/index.html", "wild/report/index.html"
+    sources = {"wide": (clean, 1200), "narrow": (clean, 390), "hostile": (wild, 390)}
+    return _browse(folder, sources, tmp_path_factory.mktemp("guarded"))
+
+
+@pytest.fixture(scope="module")
+def unguarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """Hostile pages without any policy, pages whose script must run, and one whose script the policy must stop."""
+    sources = {name: (f"{name}.html", 1200) for name in ("markdown", "leaderboard", *LIVELY)}
+    sources["page"] = ("wild/report/open.html", 1200)
+    sources |= {name: (f"clean/report/{name}.html", 1200) for name in ("attacked", "attacked-open")}
+    return _browse(folder, sources, tmp_path_factory.mktemp("unguarded"))
+
+
+@pytest.mark.parametrize("name", ["wide", "narrow"])
+def test_plots_are_drawn_without_a_complaint(guarded: Seen, name: str) -> None:
+    found = guarded.page(name)
+    assert found["plots"] == PLOTS and found["marks"] > 30
+    assert found["fallbacks"] == 0 and found["overflow"] <= 0 and found["pwned"] is None
+    assert guarded.console == ""
+
+
+def test_hostile_texts_run_nothing(guarded: Seen) -> None:
+    found = guarded.page("hostile")
+    assert found["pwned"] is None and found["plots"] == PLOTS and guarded.console == ""
+    assert found["overflow"] <= 0 and found["links"] == 0
+
+
+def test_escaping_alone_is_enough(unguarded: Seen) -> None:
+    found = unguarded.page("page")
+    assert found["pwned"] is None and found["plots"] == PLOTS and found["links"] == 0
+
+
+@pytest.mark.parametrize("name", ["markdown", "leaderboard"])
+def test_rendered_markdown_runs_nothing(unguarded: Seen, name: str) -> None:
+    found = unguarded.page(name)
+    assert found["pwned"] is None and found["links"] == 0 and found["text"] > 10_000
+
+
+def test_the_probe_would_see_a_script(unguarded: Seen) -> None:
+    assert [unguarded.page(name)["pwned"] for name in ("script", "handler", "hover", "folded")] == [True] * 4
+    assert unguarded.page("link")["links"] == 1
+
+
+def test_policy_alone_is_enough_and_the_probe_would_see_a_script(unguarded: Seen) -> None:
+    assert unguarded.page("attacked")["pwned"] is None and "Content Security Policy" in unguarded.console
+    assert unguarded.page("attacked-open")["pwned"] is True

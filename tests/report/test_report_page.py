@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.report import page
+from llmrec.report.escape import cell, page_json, plain
 from llmrec.report.page import write
-from llmrec.report.plots import page_json, plain
-from llmrec.report.table import cell
+from tests.report.made import hostile_audit, hostile_results, made_results, save_run
+from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
+from tests.report.reading import blocks
 
 Save = Callable[[dict[str, Any]], Path]
-Hostile = Callable[[dict[str, Any], list[str]], dict[str, Any]]
 
 
 class Tree(HTMLParser):
@@ -71,15 +72,23 @@ def test_every_section_is_there_in_order(run_dir: Path) -> None:
         *tasks,
         "comparisons",
         "training",
+        "cost",
         "failures",
         "examples",
-        "budget-section",
+        "audit",
         "protocol",
         "notes",
     ]
     assert [tag for tag, _ in tree.tags].count("h1") == 1
     plots = [value for tag, name, value in tree.values if name == "id" and tag == "div"]
-    assert plots == ["forest-1", "forest-2", "forest-3", "forest-4", "training-loss", "training-speed", "budget"]
+    assert plots == [
+        *("forest-1", "forest-2", "positions-2", "forest-3", "positions-3", "forest-4"),
+        *("training-loss", "training-speed", "cost-1", "cost-2", "cost-3", "cost-4", "budget"),
+    ]
+    headings = re.findall("<h3>(Templates|Position of the target among its candidates|Slices)</h3>", text)
+    assert [heading.split()[0] for heading in headings] == [
+        *("Templates", "Slices"), *("Templates", "Position", "Slices") * 2, *("Templates", "Slices"),
+    ]  # fmt: skip
     for said in (
         "A trivial control wins: markov",
         "made data",
@@ -91,7 +100,7 @@ def test_every_section_is_there_in_order(run_dir: Path) -> None:
     ):
         assert said in text
     assert {path.name for path in (run_dir / "report").iterdir()} == {
-        "index.html", "plotly.min.js", "report.js", "report.md", "table.csv",
+        "index.html", "plotly.min.js", "report.js", "report.md", "table.csv", "table.tex",
     }  # fmt: skip
 
 
@@ -150,25 +159,45 @@ def test_a_run_without_training_comparisons_or_examples(results: dict[str, Any],
         training=None, comparisons=[], examples=[], budget=[], notes=[], candidates={}, seconds=None, machine={}
     )
     results["data"] = {"main": {**results["data"]["main"]}, "reviews": None}
+    results["detectable"] = {}
     for row in results["rows"]:
-        row.update(parse_rate=1.0, tie_rate=None, failures=[], inputs="")
-    text = write(save(results))["html"].read_text("utf-8")
+        row.update(
+            parse_rate=1.0, tie_rate=None, failures=[], inputs="", slices=[], by_position=[], position_trend=None
+        )
+    pages = write(save(results))
+    text = pages["html"].read_text("utf-8")
+    assert not re.search("<h3>(Position|Slices)", text) and "Marks compare" not in text
+    assert not re.search("#### (Position|Slices)|## Comparisons|Beats", pages["markdown"].read_text("utf-8"))
     for said in ("Nothing was trained", "No rows were compared", "No examples were kept", "could be read", "None."):
         assert said in text
-    assert len(re.findall("<section ", text)) == 12
+    assert len(re.findall("<section ", text)) == 13
 
 
 # --------------------------------------------------------------------------- safety
 
 
-def test_hostile_texts_change_no_element(
-    results: dict[str, Any], save: Save, hostile: Hostile, payloads: list[str]
-) -> None:
-    assert len(payloads) >= 100
-    tame = write(save(hostile(results, ["x"] * len(payloads))))["html"].read_text("utf-8")
-    wild = write(save(hostile(results, payloads)))["html"].read_text("utf-8")
-    assert _structure(wild) == _structure(tame)
-    tree = Tree(wild)
+@pytest.fixture(scope="module")
+def wild(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages of a run full of scripts and formulas."""
+    return _written(tmp_path_factory.mktemp("wild"), [*SCRIPTS, *FORMULAS])
+
+
+@pytest.fixture(scope="module")
+def tame(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages of the same run with as many texts that are nothing but text."""
+    return _written(tmp_path_factory.mktemp("tame"), [f"x{place}" for place, _ in enumerate((*SCRIPTS, *FORMULAS))])
+
+
+def _written(folder: Path, texts: list[str]) -> dict[str, Path]:
+    results = hostile_results(made_results(), texts)
+    return write(save_run(folder, results, hostile_audit(texts), reasons=texts))
+
+
+def test_hostile_texts_change_no_element(wild: dict[str, Path], tame: dict[str, Path]) -> None:
+    assert len(SCRIPTS) >= 100 and len(FORMULAS) == 20
+    text = wild["html"].read_text("utf-8")
+    assert _structure(text) == _structure(tame["html"].read_text("utf-8"))
+    tree = Tree(text)
     assert not tree.comments
     assert {tag for tag, _ in tree.tags} <= {
         *("html", "head", "meta", "title", "style", "script", "body", "header", "nav", "main", "footer", "section"),
@@ -192,24 +221,23 @@ def test_hostile_texts_change_no_element(
             "strong",
         ),
         *("code", "pre", "table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "figure", "figcaption"),
-        *("details", "summary"),
+        *("details", "summary", "br"),
     }
     attributes = {name for _, names in tree.tags for name in names}
     assert attributes <= {
         *("aria-hidden", "aria-label", "aria-labelledby", "charset", "class", "colspan", "content", "dir", "href"),
-        *("http-equiv", "id", "lang", "name", "nonce", "role", "scope", "src", "tabindex", "type"),
+        *("http-equiv", "id", "lang", "name", "nonce", "open", "role", "rowspan", "scope", "src", "tabindex", "type"),
     }
     links = [value for _, name, value in tree.values if name in {"href", "src"}]
     assert all(
-        re.fullmatch(r"#[\w-]+|table\.csv|report\.md|\.\./results\.json|plotly\.min\.js|report\.js", link)
+        re.fullmatch(r"#[\w-]+|table\.csv|table\.tex|report\.md|\.\./results\.json|plotly\.min\.js|report\.js", link)
         for link in links
     )
 
 
-def test_payloads_are_shown_as_text(results: dict[str, Any], save: Save, hostile: Hostile, payloads: list[str]) -> None:
-    wild = write(save(hostile(results, payloads)))["html"].read_text("utf-8")
-    texts = {text.removeprefix("\n") for text in Tree(wild).texts}
-    harmless = [payload for payload in payloads if not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e]", payload)]
+def test_payloads_are_shown_as_text(wild: dict[str, Path]) -> None:
+    texts = {text.removeprefix("\n") for text in Tree(wild["html"].read_text("utf-8")).texts}
+    harmless = [payload for payload in SCRIPTS if not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e]", payload)]
     assert len(harmless) > 80
     assert set(harmless) <= texts
 
@@ -271,13 +299,20 @@ def test_plot_labels_hold_no_markup(text: str) -> None:
     assert re.sub("&(amp|lt|gt);", "", shown).count("&") == 0
 
 
-def test_markdown_page_is_inert(results: dict[str, Any], save: Save, hostile: Hostile, payloads: list[str]) -> None:
-    text = write(save(hostile(results, payloads)))["markdown"].read_text("utf-8")
+def test_markdown_page_is_inert(wild: dict[str, Path], tame: dict[str, Path]) -> None:
+    text = wild["markdown"].read_text("utf-8")
     body, fence, recipe = text.partition("```")[0], "```", text.partition("```")[2]
     assert not re.search(r"<[A-Za-z!/?]", body)
     assert not re.search(r"(?<!\\)\]\(", body)
     assert fence in recipe and recipe.index("## Notes") > recipe.index("\n```")
     assert all(line.startswith(("#", "|", "-")) or line == "" or cell(line) for line in body.splitlines())
+    assert blocks(text) == blocks(tame["markdown"].read_text("utf-8"))
+
+
+def test_what_only_markdown_would_run_is_inert_there(tmp_path: Path) -> None:
+    wild = _written(tmp_path / "wild", list(MARKDOWN))["markdown"].read_text("utf-8")
+    tame = _written(tmp_path / "tame", [f"x{place}" for place, _ in enumerate(MARKDOWN)])["markdown"].read_text("utf-8")
+    assert blocks(wild) == blocks(tame)
 
 
 # --------------------------------------------------------------------------- writing

@@ -127,6 +127,40 @@ def test_a_task_without_its_baselines_is_refused(results: dict[str, Any], save: 
     assert not (folder / "report" / "index.html").exists()
 
 
+def test_rows_on_different_candidates_are_refused(results: dict[str, Any], save: Save) -> None:
+    row = next(row for row in results["rows"] if row["task"] == "direct" and row["arm"] == "tuned")
+    row["candidates"] = "0123456789abcdef" * 4
+    folder = save(results)
+    with pytest.raises(LlmrecError, match="ranked different candidate sets") as caught:
+        write(folder)
+    for said in (row["id"], "0123456789ab", "direct/zero-shot/label/pick-one", "5f3c1a9b5f3c"):
+        assert said in str(caught.value)
+    assert not (folder / "report").exists()
+
+
+def test_a_row_that_does_not_say_its_candidates_cannot_hide_among_those_that_do(results: dict[str, Any]) -> None:
+    row = next(row for row in results["rows"] if row["task"] == "direct" and row["arm"] == "baseline")
+    row["candidates"] = None
+    with pytest.raises(LlmrecError, match=rf"{row['id']}' \(no digest\), so they cannot share a table"):
+        results_of(results)
+
+
+def test_candidates_that_the_run_does_not_describe_are_refused(results: dict[str, Any]) -> None:
+    results["candidates"]["main"]["digest"] = "77" * 32
+    with pytest.raises(LlmrecError, match=r"'sequential/zero-shot/.*\(digest 5f3c1a9b5f3c\) that key 'candidates'"):
+        results_of(results)
+    results["candidates"] = {}
+    assert results_of(results).rows[9].candidates == "5f3c1a9b" * 8
+
+
+def test_a_baseline_without_the_headline_metric_is_no_control(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        if row["task"] == "direct" and row["arm"] == "baseline":
+            del row["metrics"]["NDCG@10"]
+    with pytest.raises(LlmrecError, match=r"no baseline of task 'direct' carries its headline metric 'NDCG@10'"):
+        results_of(results)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

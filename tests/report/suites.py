@@ -1,0 +1,92 @@
+"""A made suite result and a page of published figures, for the leaderboard."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from llmrec.report.leaderboard import Reference
+
+METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+LEVELS = {"random": 0.01, "popularity": 0.05, "item-knn": 0.09, "sasrec": 0.12}
+
+
+def _figures(level: float, seen: str) -> dict[str, Any]:
+    found = {}
+    for place, name in enumerate(METRICS):
+        value = level * (1 + 0.1 * place) * (0.9 if seen == "included" else 1.0)
+        found[name] = {
+            "value": value, "low": 0.9 * value, "high": 1.1 * value, "range": [0.95 * value, 1.05 * value],
+            "signature": f"{name}|gain:binary|ties:expected|cand:full|seen:{seen}|split:leave_one_out/test|llmrec:0.1",
+        }  # fmt: skip
+    found["NDCG@10"]["sd"] = 0.001
+    return found
+
+
+def made_suite() -> dict[str, Any]:
+    """Return the content of a suite's results file: four baselines, both treatments of the history."""
+    seen = ("excluded", "included")
+    return {
+        "kind": "suite", "suite": "films", "description": "Films, five tie rules.", "command": "llmrec eval films",
+        "machine": {"cpu": "Xeon", "cores": 2}, "data": {"users": 943, "items": 1349, "interactions": 99_287},
+        "protocol": {
+            "split": "leave_one_out/test", "task": "ranking", "candidates": "full", "seen": list(seen),
+            "metrics": list(METRICS), "seeds": [0, 1, 2], "users": 943,
+        },
+        "rows": [
+            {
+                "name": name, "parameters": {"neighbours": 20}, "seconds": {"fit": 1.0, "answer": 2.0},
+                "memory_gb": 0.5,
+                "tables": {s: {"metrics": _figures(level, s), "tie_rate": 0.25, "n": 943} for s in seen},
+            }
+            for name, level in LEVELS.items()
+        ],
+        "comparisons": [
+            {
+                "seen": s, "metric": "NDCG@10", "a": "sasrec", "b": name,
+                "verdict": "not shown" if name == "item-knn" else "shown",
+            }
+            for s in seen for name in LEVELS if name != "sasrec"
+        ],
+        "detectable": {s: "With 943 users a true difference of 0.01 would be shown." for s in seen},
+        "references": ["papers"], "seconds": 130.0,
+    }  # fmt: skip
+
+
+def made_reference(texts: Sequence[str] = ("P5", "a paper", "as printed")) -> Reference:
+    """Return published figures, one row for each treatment of the history and one whose treatment is not known."""
+    stream = itertools.cycle(texts)
+    rows = [
+        {"system": next(stream), "source": next(stream), "note": next(stream), "seen": seen, "values": values}
+        for seen in ("excluded", "included", "unknown")
+        for values in ({"HR@5": 0.05, "NDCG@10": 0.04}, {"NDCG@10": 0.06}, {"HR@5": 0.9})
+    ]
+    return Reference.model_validate(
+        {
+            "reference": "papers", "data": next(stream), "counts": {"users": 943},
+            "protocol": {"split": "leave_one_out", "candidates": "full"}, "rows": rows,
+        }
+    )  # fmt: skip
+
+
+def hostile_suite(texts: Sequence[str]) -> dict[str, Any]:
+    """Put texts wherever a suite's result can carry text that others wrote."""
+    found, stream = made_suite(), itertools.cycle(texts)
+    names = {name: f"{place} {next(stream)}" for place, name in enumerate(LEVELS)}
+    metrics = {name: f"{next(stream)} {place}" for place, name in enumerate(METRICS)}
+    seen = {name: f"{next(stream)} {name}" for name in ("excluded", "included")}
+    for row in found["rows"]:
+        row.update(name=names[row["name"]], parameters={next(stream): next(stream)})
+        row["tables"] = {seen[name]: table for name, table in row["tables"].items()}
+        for table in row["tables"].values():
+            table["metrics"] = {metrics[name]: figure for name, figure in table["metrics"].items()}
+    for entry in found["comparisons"]:
+        entry.update(b=names[entry["b"]], seen=seen[entry["seen"]])
+    found["protocol"].update(
+        split=f"leave_one_out {next(stream)}", metrics=list(metrics.values()), seen=list(seen.values())
+    )
+    found["detectable"] = {seen[name]: next(stream) for name in seen}
+    found.update({key: next(stream) for key in ("suite", "description", "command")})
+    found["machine"]["cpu"] = next(stream)
+    return found

@@ -1,0 +1,93 @@
+"""The audit in the report: what was found is shown, and a run that leaks gets no table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.errors import DataError
+from llmrec.report.audit import AuditLine, LeakError, audit_lines, audit_sentence
+from llmrec.report.page import PAGES, write
+from llmrec.report.results import read
+from tests.report.made import NASTY, made_audit, save_run
+
+Save = Callable[[dict[str, Any]], Path]
+LEAK = {
+    "name": "training rows of direct",
+    "found": f"2 held-out pairs {NASTY[0]}",
+    "verdict": "leak",
+    "examples": ["u1, i7\n\x1b[31m"],
+}
+
+
+def _section(html: str) -> str:
+    return html.split('<section id="audit"')[1].split("</section>")[0]
+
+
+def test_checks_stand_in_the_page_and_in_markdown_notices_first(results: dict[str, Any], tmp_path: Path) -> None:
+    pages = write(save_run(tmp_path, results, made_audit()))
+    section = _section(pages["html"].read_text("utf-8"))
+    assert "3 checks, no leak, 1 notice." in section
+    rows = section.split("<tbody>")[1].split("<tr>")[1:]
+    assert [re.findall(r"</span> (notice|clean|leak)", row)[0] for row in rows] == ["notice", "clean", "clean"]
+    assert "3 titles stand more than once" in rows[0] and "Alien (i7, i90)" in rows[0]
+    assert "&lt;img src=x" in rows[0] and "<img" not in rows[0]
+    text = pages["markdown"].read_text("utf-8").split("## Audit")[1].split("\n## ")[0]
+    assert "| notice | duplicate items | 3 titles stand more than once | Alien (i7, i90); " in text
+    assert text.index("| notice |") < text.index("| clean |") and text.count("| clean |") == 2
+
+
+def test_a_run_that_was_not_audited_says_so_and_how(results: dict[str, Any], save: Save) -> None:
+    folder = save(results)
+    pages = write(folder)
+    assert f"not audited. To audit it: <code>llmrec audit {folder}</code>" in _section(pages["html"].read_text("utf-8"))
+    assert "not audited. To audit it: " in pages["markdown"].read_text("utf-8")
+    assert audit_lines(folder) is None
+
+
+def test_a_run_that_leaks_gets_no_table(results: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "run", results, made_audit(LEAK))
+    with pytest.raises(
+        LeakError, match=r"this run leaks, so it gets no table\. training rows of direct: 2 held-out"
+    ) as e:
+        write(folder)
+    assert "u1, i7" in str(e.value) and "\x1b" not in str(e.value) and "\n" not in str(e.value)
+    assert not (folder / "report").exists()
+    with pytest.raises(LeakError):
+        read(folder)
+
+
+def test_a_leak_that_is_found_later_takes_the_tables_away(results: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "run", results, made_audit())
+    pages = write(folder)
+    assert all(page.is_file() for page in pages.values()) and set(pages) == set(PAGES)
+    (folder / "audit.json").write_text(json.dumps(made_audit(LEAK, LEAK | {"name": "another"})), "utf-8")
+    with pytest.raises(LeakError, match="and 1 more"):
+        write(folder)
+    assert not any(page.exists() for page in pages.values())
+    assert (folder / "results.json").is_file() and (folder / "audit.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"checks": 3}', b'{"checks": [{"name": "a"}]}', b'{"checks": [{"name": "a", "found": "b", '
+     b'"verdict": "fine"}]}', b"[" * 100_000],
+)  # fmt: skip
+def test_an_audit_that_cannot_be_read_is_no_clean_audit(results: dict[str, Any], save: Save, content: bytes) -> None:
+    folder = save(results)
+    (folder / "audit.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"audit\.json: cannot be read .*llmrec audit"):
+        write(folder)
+    assert not (folder / "report").exists()
+
+
+def test_counts_in_words() -> None:
+    clean, notice = (AuditLine(name="a", found="b", verdict=verdict) for verdict in ("clean", "notice"))
+    assert audit_sentence([clean]).startswith("1 check, no leak, no notice.")
+    assert audit_sentence([notice]).startswith("1 check, no leak, 1 notice.")
+    assert audit_sentence([notice, notice]).startswith("2 checks, no leak, 2 notices.")

@@ -1,0 +1,89 @@
+"""Cost: tokens and seconds by row and by arm, and the score against them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.report.costs import cost_by_arm, cost_by_row, cost_of
+from llmrec.report.page import write
+from llmrec.report.plots import quality_by_tokens
+from llmrec.report.results import results_of
+from llmrec.report.table import csv_text
+
+Save = Callable[[dict[str, Any]], Path]
+
+
+def test_a_row_by_hand(results: dict[str, Any]) -> None:
+    results["rows"][0].update(n=200, users=50)
+    results["rows"][0]["cost"] = {"seconds": 30.0, "prompt_tokens": 9000, "completion_tokens": 1000}
+    row = results_of(results).rows[0]
+    found = cost_of(row)
+    assert (found.read, found.written, found.seconds) == (9000, 1000, 30.0)
+    assert (found.tokens_per_request, found.tokens_per_user, found.seconds_per_request) == (50.0, 200.0, 0.15)
+    assert cost_of(row.model_copy(update={"users": None})).tokens_per_user == 50.0
+    nothing = cost_of(row.model_copy(update={"n": 0, "users": None}))
+    assert nothing.tokens_per_request is nothing.tokens_per_user is nothing.seconds_per_request is None
+
+
+def test_arms_add_up(results: dict[str, Any]) -> None:
+    found = {arm.arm: arm for arm in cost_by_arm(results_of(results))}
+    assert list(found) == ["zero-shot", "few-shot", "tuned", "baseline"]
+    for name, arm in found.items():
+        rows = [row for row in results["rows"] if row["arm"] == name]
+        assert (arm.rows, arm.requests) == (len(rows), 200 * len(rows))
+        assert arm.read == sum(row["cost"]["prompt_tokens"] for row in rows)
+        assert arm.written == sum(row["cost"]["completion_tokens"] for row in rows)
+        assert arm.seconds == pytest.approx(sum(row["cost"]["seconds"] for row in rows))
+    assert found["baseline"].rate is None and found["tuned"].rate is not None
+    assert found["tuned"].rate == pytest.approx((found["tuned"].read + found["tuned"].written) / found["tuned"].seconds)
+
+
+def test_the_plot_sets_scores_against_tokens(results: dict[str, Any]) -> None:
+    found = results_of(results)
+    plot = quality_by_tokens(found, "direct")
+    assert plot is not None and plot["reference"] == 0.47 and plot["control"] == "item-knn"
+    costs = {cost.row.id: cost for cost in cost_by_row(found, "direct")}
+    tokens = {cost.tokens_per_user for cost in costs.values() if cost.row.arm != "baseline"}
+    assert {point["tokens"] for point in plot["points"]} == tokens and len(plot["points"]) == 4
+    # One strategy needs no name beside its marks; two do.
+    assert {point["short"] for point in plot["points"]} == {""}
+    results["rows"][0]["predictor"] = "parsed"
+    plot = quality_by_tokens(results_of(results), "rating")
+    assert plot is not None and {point["short"] for point in plot["points"]} == {"parsed", "expected"}
+    for row in results["rows"]:
+        row["cost"] = {}
+    assert quality_by_tokens(results_of(results), "direct") is None
+
+
+def test_cost_stands_in_the_page_in_markdown_and_in_the_csv(results: dict[str, Any], save: Save) -> None:
+    row = next(row for row in results["rows"] if row["id"] == "direct/tuned/label/pick-one")
+    row["cost"] = {"seconds": 30.0, "prompt_tokens": 41_234, "completion_tokens": 766}
+    pages = write(save(results))
+    html = pages["html"].read_text("utf-8").split('id="cost"')[1].split("</section>")[0]
+    assert html.count('class="plot" id="cost-') == 4 and 'id="budget"' in html
+    cells = "".join(f'<td class="num">{said}</td>' for said in ("41\u2009234", "766", "210", "210", "30 s", "0.15 s"))
+    assert cells in html
+    text = pages["markdown"].read_text("utf-8").split("## Cost")[1].split("\n## ")[0]
+    assert (
+        "| Pick from candidates | tuned · label · pick-one | 41\u2009234 | 766 | 210 | 30 s | 0.15 s |" in text
+        and "| train | 6 min 1 s |" in text
+        and "| In all | 17 min 23 s |" in text
+    )
+    line = next(line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["row"] == row["id"])
+    assert (line["tokens_per_request"], line["seconds_per_request"], line["users"]) == ("210.0", "0.15", "200")
+    assert line["candidates"] == "5f3c1a9b" * 8
+
+
+def test_a_run_without_tokens_or_budget_draws_neither(results: dict[str, Any], save: Save) -> None:
+    results["budget"] = []
+    for row in results["rows"]:
+        row["cost"] = {}
+    html = write(save(results))["html"].read_text("utf-8").split('id="cost"')[1].split("</section>")[0]
+    assert 'class="plot"' not in html and "Time by stage" not in html and "dashed line" not in html
+    assert "Cost of evaluation by arm" in html

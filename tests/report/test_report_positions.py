@@ -1,0 +1,158 @@
+"""Position bias: bands of places, their intervals, what is said of them, and the curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import t
+
+from llmrec.report.page import write
+from llmrec.report.plots import by_position
+from llmrec.report.positions import bands, sentences, shown_rows, trend_words, wilson
+from llmrec.report.records import AtPosition, Row, Trend
+from llmrec.report.results import results_of
+
+Save = Callable[[dict[str, Any]], Path]
+
+
+def _row(*entries: AtPosition) -> Row:
+    return Row(id="r", task="direct", arm="tuned", predictor="label", engine="hf", n=1, metrics={}, by_position=entries)
+
+
+def _at(position: int, n: int, hit: float | None = 0.5, rank: float | None = 3.0, sd: float | None = 1.0) -> AtPosition:
+    return AtPosition(position=position, n=n, hit=hit, rank=rank, rank_sd=sd)
+
+
+# --------------------------------------------------------------------------- bands
+
+
+def test_a_band_equals_the_requests_that_it_pools() -> None:
+    rng = np.random.default_rng(0)
+    ranks = {1: rng.integers(1, 9, 7).astype(float), 2: rng.integers(1, 9, 4).astype(float)}
+    hits = {place: (values == 1).astype(float) for place, values in ranks.items()}
+    entries = [
+        _at(place, len(own), float(hits[place].mean()), float(own.mean()), float(own.std(ddof=1)))
+        for place, own in ranks.items()
+    ]
+    found = bands(_row(*entries, _at(3, 11), _at(4, 11)))
+    assert [band.name for band in found] == ["1–2", "3–4"]
+    first, pooled = found[0], np.concatenate(list(ranks.values()))
+    assert first.n == 11 and first.hit == pytest.approx(np.concatenate(list(hits.values())).mean())
+    assert first.rank == pytest.approx(pooled.mean())
+    half = t.ppf(0.975, 10) * pooled.std(ddof=1) / math.sqrt(11)
+    assert first.rank_low == pytest.approx(pooled.mean() - half) and first.rank_high == pytest.approx(
+        pooled.mean() + half
+    )
+    assert first.mean_rank == f"{pooled.mean():.1f}"
+    assert first.rank_bounds == f"[{first.rank_low:.1f}, {first.rank_high:.1f}]"
+
+
+def test_wilson_by_hand() -> None:
+    # Wilson 1927 for 2 of 10, as in every table of it.
+    assert wilson(0.2, 10) == (pytest.approx(0.0567, abs=1e-4), pytest.approx(0.5098, abs=1e-4))
+    assert wilson(0.0, 20) == (0.0, pytest.approx(0.1611, abs=1e-4))
+    low, high = wilson(1.0, 20)
+    assert low == pytest.approx(0.8389, abs=1e-4) and high == pytest.approx(1.0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), max_size=40, unique_by=lambda each: each[0]))
+def test_bands_hold_every_request_once(entries: list[tuple[int, int]]) -> None:
+    found = bands(_row(*(_at(place, n) for place, n in entries)))
+    kept = {place: n for place, n in entries if n}
+    assert sum(band.n for band in found) == sum(kept.values())
+    assert all(after.first > before.last for before, after in pairwise(found))
+    for band in found:
+        assert band.n == sum(n for place, n in kept.items() if band.first <= place <= band.last) > 0
+        assert 0 <= band.hit_low <= band.hit <= band.hit_high <= 1
+
+
+def test_places_without_figures_and_single_requests_are_no_obstacle() -> None:
+    assert bands(_row()) == ()
+    assert bands(_row(_at(1, 0), _at(2, 3, hit=None), _at(3, 3, rank=None))) == ()
+    (only,) = bands(_row(_at(5, 1, sd=None)))
+    assert (only.name, only.rank_low, only.rank_high, only.rank_bounds) == ("1–5", None, None, "")
+
+
+# --------------------------------------------------------------------------- words
+
+
+def test_it_is_said_who_prefers_which_end(results: dict[str, Any]) -> None:
+    found = results_of(results)
+    assert sentences(found, "direct") == (
+        "The earlier the target stands among its candidates, the better it is ranked by zero-shot · label · pick-one "
+        "(rank correlation +0.41, corrected p < 0.001).",
+        "No such preference is shown for few-shot · label · pick-one and tuned · label with both templates.",
+    )
+    assert sentences(found, "rating") == ()
+
+
+def test_rows_that_differ_in_their_template_are_named_together(several: dict[str, Any]) -> None:
+    tuned = [row for row in several["rows"] if row["task"] == "direct" and row["arm"] == "tuned"]
+    for row, rho, p in zip(tuned[:3], (-0.5, -0.304, -0.4), (0.004, 0.0402, 0.001), strict=True):
+        row["position_trend"] = {"rho": rho, "p": p, "prefers": "late"}
+    assert sentences(results_of(several), "direct") == (
+        "The earlier the target stands among its candidates, the better it is ranked by zero-shot · label with all 5 "
+        "templates (rank correlation +0.41, corrected p < 0.001).",
+        "The later the target stands among its candidates, the better it is ranked by tuned · label with 3 of 5 "
+        "templates (rank correlation −0.50 to −0.30, corrected p at most 0.040).",
+        "No such preference is shown for few-shot · label with all 5 templates and tuned · label with 2 of 5 "
+        "templates.",
+    )
+
+
+def test_nothing_shown_is_said_once(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        if row.get("position_trend"):
+            row["position_trend"] = {"rho": None, "p": None, "prefers": None}
+    assert sentences(results_of(results), "direct") == (
+        "No language-model row is shown to prefer either end of the list.",
+    )
+    assert trend_words(Trend(rho=None, p=None)) == "rank correlation –, corrected p –"
+
+
+# --------------------------------------------------------------------------- the curve
+
+
+def test_the_curve_holds_every_language_model_row_and_the_best_baseline(results: dict[str, Any]) -> None:
+    found = results_of(results)
+    plot = by_position(found, "direct")
+    rows = {row.id: row for row in shown_rows(found, "direct")}
+    assert [panel["title"] for panel in plot["panels"]] == [
+        ["zero-shot · label", "pick-one"],
+        ["few-shot · label", "pick-one"],
+        ["tuned · label", "pick-one"],
+        ["tuned · label", "unseen-pick-one"],
+    ]
+    assert plot["control"]["label"] == "item-knn"
+    panel, own = plot["panels"][0], bands(rows["direct/zero-shot/label/pick-one"])
+    assert panel["names"] == [f"{place}–{place + 1}" for place in range(1, 20, 2)]
+    assert panel["x"] == [place + 0.5 for place in range(1, 20, 2)]
+    for key in ("hit", "rank"):
+        assert panel[key]["y"] == [getattr(band, key) for band in own]
+        assert panel[key]["low"] == [getattr(band, f"{key}_low") for band in own]
+        assert panel[key]["high"] == [getattr(band, f"{key}_high") for band in own]
+    assert by_position(found, "rating")["panels"] == []
+
+
+def test_it_stands_in_the_page_and_in_markdown(results: dict[str, Any], save: Save) -> None:
+    pages = write(save(results))
+    html = pages["html"].read_text("utf-8")
+    data = json.loads(html.split('id="plot-data">')[1].split("</script>")[0])
+    assert {name for name in data if name.startswith("positions")} == {"positions-2", "positions-3"}
+    assert html.count('id="positions-2"') == html.count('id="positions-3"') == 1 and 'id="positions-1"' not in html
+    part = html.split('id="positions-3-caption"')[1].split("</table>")[0]
+    assert part.count("<tr>") == 1 + 5 * 10 and part.count("rank correlation") == 4
+    text = pages["markdown"].read_text("utf-8").split("### Pick from candidates")[1].split("\n### ")[0]
+    lines = text.split("#### Position of the target")[1].split("####")[0].splitlines()
+    assert sum(line.startswith("| ") for line in lines) == 2 + 5 * 10
+    assert re.search(r"\| item-knn \| 19–20 \| 20 \| 0\.\d{3} \[[^|]*\] \| \d+\.\d \[[^|]*\] \|", text)
