@@ -12,7 +12,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test lint docs bench bench-rank record
+.PHONY: help setup quickstart test lint docs bench bench-rank bench-recovery bench-metrics bench-models suites record
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,10 @@ help:
 	@echo "make lint         ruff, mypy, import-linter; hadolint and a schema for docker/"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
 	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
+	@echo "make bench-recovery   kill a run, an export and a ranking at named and random points, eval/results/recovery.json"
+	@echo "make bench-metrics    metrics beside other libraries' and calibration of the tests, eval/results/"
+	@echo "make bench-models     EASE and SASRec beside RecTools', eval/results/models_speed.json"
+	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make docs         write the command-line reference, docs/cli.md"
 	@echo "make setup        only make .venv"
@@ -51,6 +55,20 @@ bench: setup
 
 bench-rank: setup
 	$(BIN)/python -m tests.benchmarks.rank_requests eval/results/rank.json $(ARGS)
+
+bench-recovery: setup
+	$(BIN)/python -m tests.recovery.kills eval/results/recovery.json
+
+# RANX_PYTHON and RECTOOLS_PYTHON name interpreters of environments that have these libraries.
+bench-metrics: setup
+	$(BIN)/python -m tests.benchmarks.metrics eval/results/metrics_speed.json
+	$(BIN)/python -m tests.benchmarks.calibration eval/results/calibration.json
+
+bench-models: setup
+	$(BIN)/python -m tests.benchmarks.models eval/results/models_speed.json
+
+suites: setup
+	for suite in movielens-100k movielens-100k-rating movielens-100k-liked; do $(BIN)/llmrec eval eval/suites/$$suite.yaml || exit; done
 
 record: setup
 	$(BIN)/python -m tests.benchmarks.record runs/quickstart eval/results/quickstart.json README.md

@@ -7,11 +7,12 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmrec import __version__
+from llmrec.build.console import finish, readable, say, short, show, show_dry_run
 from llmrec.errors import LlmrecError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet:
     """
     from llmrec.build import pipeline
 
-    _finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet))
+    finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet))
 
 
 @app.command()
@@ -63,10 +64,10 @@ def check(
     study = studies.build_study(loaded)
     for family in study.tasks:
         templates = ", ".join(template.id for template in study.eval_templates(family))
-        _say(f"{family}: {len(study.cases(family))} {loaded.eval.split} cases, evaluated with {templates}")
+        say(f"{family}: {len(study.cases(family))} {loaded.eval.split} cases, evaluated with {templates}")
     if dry_run:
-        _dry_run(study)
-    _say(f"recipe {loaded.name} is valid")
+        show_dry_run(study)
+    say(f"recipe {loaded.name} is valid")
 
 
 @app.command()
@@ -77,10 +78,10 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     study = studies.build_study(_recipe(recipe, overrides))
     for used in filter(None, (study.data, study.reviews)):
-        _table(used.dataset.name, {name: str(value) for name, value in statistics(used).items()})
+        show(used.dataset.name, {name: readable(value) for name, value in statistics(used).items()})
     if study.candidates is not None:
         sets = study.candidates
-        _table("candidates", {"count": str(sets.count), "kind": sets.kind, "digest": sets.digest})
+        show("candidates", {"count": str(sets.count), "kind": sets.kind, "digest": sets.digest})
 
 
 @app.command()
@@ -99,10 +100,10 @@ def prompts(
     study = studies.build_study(loaded)
     encoder = Encoder(load_tokenizer(resolve(loaded.model), loaded.model), max_length=loaded.model.max_length)
     for family, known in study.templates.items():
-        _table(f"{family} templates", {t.id: f"version {t.version}, {t.use}, {t.shape}" for t in known.values()})
+        show(f"{family} templates", {t.id: f"version {t.version}, {t.use}, {t.shape}" for t in known.values()})
     for texts in dryrun.rendered(study, encoder, count).values():
         for text in texts:
-            _say(text + "\n")
+            say(text + "\n")
 
 
 @app.command()
@@ -112,7 +113,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quie
 
     record = pipeline.train(_recipe(recipe, overrides), out, quiet=quiet)
     shown = ("method", "steps", "tokens", "target_tokens", "seconds", "tokens_per_second", "adapter_sha256")
-    _table("training", {name: _short(record[name]) for name in shown})
+    show("training", {name: short(record[name]) for name in shown})
 
 
 @app.command("eval")
@@ -133,10 +134,10 @@ def evaluate(
         from llmrec.build.suite import run_suite
 
         suite = load_suite(recipe, overrides or ())
-        ran = run_suite(suite, out=out or Path("runs") / "suites" / suite.suite, results=results, say=_say)
-        _say(f"results: {ran.file}" + (f"\nleaderboard: {ran.leaderboard}" if ran.leaderboard else ""))
+        ran = run_suite(suite, out=out or Path("runs") / "suites" / suite.suite, results=results, say=say)
+        say(f"results: {ran.file}" + (f"\nleaderboard: {ran.leaderboard}" if ran.leaderboard else ""))
         return
-    _finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet, may_train=False))
+    finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet, may_train=False))
 
 
 @app.command()
@@ -146,7 +147,7 @@ def report(
     """Write a run's report again from its results."""
     from llmrec.build import pipeline
 
-    _say(f"report: {pipeline.report(folder)}")
+    say(f"report: {pipeline.report(folder)}")
 
 
 @app.command()
@@ -189,8 +190,8 @@ def export(
         private=private,
         force=force,
     )
-    for title, rows in exports.summary(exports.export(run, options, say=_say)):
-        _table(title, rows)
+    for title, rows in exports.summary(exports.export(run, options, say=say)):
+        show(title, rows)
 
 
 @app.command()
@@ -249,7 +250,7 @@ def rank(
         quiet=quiet,
     )
     summary = rank_files.rank_file(options)
-    _table("ranking", rank_progress.console_rows(summary))
+    show("ranking", rank_progress.console_rows(summary))
     if summary["failed"]:
         raise typer.Exit(1)
 
@@ -280,7 +281,7 @@ def init(
     from llmrec.data.roles import asked
 
     said = asked(user=user, item=item, rating=rating, time=time, title=title, text=text, fields=fields, dates=dates)
-    _say(starting.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force).told)
+    say(starting.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force).told)
 
 
 @app.command()
@@ -293,10 +294,10 @@ def doctor(
     found = list(examine())
     if as_json:
         rows = [{"name": f.name, "level": f.level, "found": f.found, "mend": f.mend, "note": f.note} for f in found]
-        _say(json.dumps({"llmrec": __version__, "findings": rows}, indent=1, ensure_ascii=False))
+        say(json.dumps({"llmrec": __version__, "findings": rows}, indent=1, ensure_ascii=False))
     for finding in () if as_json else found:
         advice = f". Mend: {finding.mend}" if finding.mend else f". Note: {finding.note}" if finding.note else ""
-        _say(f"{'✗' if finding.mend else '✓'} {finding.name}: {finding.found}{advice}")
+        say(f"{'✗' if finding.mend else '✓'} {finding.name}: {finding.found}{advice}")
     if any(finding.mend for finding in found):
         raise typer.Exit(1)
 
@@ -314,16 +315,16 @@ def audit(
     marks = {"clean": "✓", "notice": "·", "leak": "✗"}
     checks = audits.audit(folder, memory=memory)
     for check in checks:
-        _say(f"{marks[check.verdict]} {check.name}: {check.found}")
+        say(f"{marks[check.verdict]} {check.name}: {check.found}")
         for example in check.examples:
-            _say(f"    {example}")
+            say(f"    {example}")
     if any(check.verdict == "leak" for check in checks):
         raise typer.Exit(1)
 
 
 def _version(value: bool) -> None:
     if value:
-        _say(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -359,66 +360,6 @@ def _recipe(path: str, overrides: list[str] | None) -> Recipe:
     from llmrec.recipe_file import load_recipe
 
     return load_recipe(path, overrides or ())
-
-
-def _finish(done: Any) -> None:
-    """Print the tables, the budget and where the report lies."""
-    from rich.console import Console
-
-    from llmrec.report.table import console_tables
-
-    # Piped output has no width of its own; 80 columns would fold every cell.
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    for table in console_tables(done.results):
-        console.print(table)
-    budget = {entry["stage"]: f"{entry['seconds']:.0f} s" for entry in done.results["budget"]}
-    _table("budget", {**budget, "total": f"{done.results['seconds']:.0f} s"})
-    _say(f"results: {done.folder / 'results.json'}\nreport: {done.report}")
-
-
-def _dry_run(study: Any) -> None:
-    from llmrec.backends.encode import Encoder
-    from llmrec.backends.models import load_tokenizer, resolve
-    from llmrec.build import dryrun
-
-    model = study.recipe.model
-    base = resolve(model)
-    encoder = Encoder(load_tokenizer(base, model), max_length=model.max_length)
-    for texts in dryrun.rendered(study, encoder).values():
-        for text in texts:
-            _say(text + "\n")
-    rows = dryrun.train_rows(study, encoder) if "tuned" in study.recipe.eval.arms else {}
-    if rows:
-        _table("training rows", {name: json.dumps(value) for name, value in rows.items()})
-    found = dryrun.estimate(study, encoder, base, rows)
-    arms = {
-        f"{arm}: about": f"{count:,} tokens, {found.eval_seconds[arm]:.0f} s"
-        for arm, count in found.eval_tokens.items()
-    }
-    _table(
-        "estimate",
-        {
-            "parameters": f"{found.parameters:,}",
-            "training: about": f"{found.train_tokens:,} tokens, {found.train_seconds:.0f} s",
-            **arms,
-            "memory: about": f"{found.memory_gb} GiB",
-        },
-    )
-
-
-def _table(title: str, rows: dict[str, str]) -> None:
-    width = max((len(name) for name in rows), default=0)
-    _say(title)
-    for name, value in rows.items():
-        _say(f"  {name:<{width}}  {value}")
-
-
-def _short(value: Any) -> str:
-    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _say(text: str) -> None:
-    typer.echo(text)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,15 @@ FAMILY_BASELINES: Mapping[str, tuple[str, ...]] = {
     "explanation": ("frequent-text", "nearest-text"),
     "ctr": ("like-ratio", "logistic"),
 }
+# What every table of a family must hold beside a language model: each takes seconds, and without them a figure means
+# nothing. Stronger ones (EASE, SASRec) are in the suites and can be named in any recipe.
+CONTROLS: Mapping[str, tuple[str, ...]] = {
+    "rating": ("global-mean", "user-mean", "item-mean", "user-item-bias"),
+    "sequential": ("random", "popularity", "item-knn", "markov-1"),
+    "direct": ("random", "popularity", "item-knn", "markov-1"),
+    "explanation": ("frequent-text",),
+    "ctr": ("like-ratio",),
+}
 
 
 def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
@@ -115,10 +124,10 @@ def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
 
 
 def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
-    """Check that a family's strategies and baselines exist and answer that family.
+    """Check that a family's strategies and baselines exist and answer that family, and that no control is missing.
 
     Raises:
-        RecipeError: If one does not; the message lists those that do.
+        RecipeError: If one does not, or a control is missing; the message lists those that do, or are.
     """
     for kind, names, known, table in (
         ("strategies", strategies, FAMILY_STRATEGIES[family], STRATEGIES),
@@ -129,3 +138,14 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
                 continue
             why = "does not answer this family" if name in table else f"is unknown{did_you_mean(name, known)}"
             raise RecipeError(f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}")
+    lacking = missing_controls(family, baselines)
+    if lacking:
+        raise RecipeError(
+            f"tasks.{family}.baselines: the controls {', '.join(lacking)} must stand in the same table, or its figures "
+            "mean nothing; add them, or leave the key out for the default"
+        )
+
+
+def missing_controls(family: str, baselines: Sequence[str]) -> list[str]:
+    """Return the compulsory controls of a family that are not among its baselines."""
+    return [name for name in CONTROLS[family] if name not in baselines]

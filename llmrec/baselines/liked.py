@@ -27,7 +27,7 @@ _PRIOR = 1.0
 
 
 def threshold(scale: tuple[float, float], liked: float | None) -> float:
-    """Return the lowest rating that is a like; by default what is left of the scale after three quarters, 4 of 1 to 5."""
+    """Return the lowest rating that is a like; by default three quarters up the scale, 4 of 1 to 5."""
     low, high = scale
     return low + 0.75 * (high - low) if liked is None else liked
 

@@ -16,9 +16,10 @@ from llmrec.build import leaks, probes
 from llmrec.build.leaks import Check
 from llmrec.build.stages import locked
 from llmrec.build.study import RANKING, Study, build_study
-from llmrec.durable import write_json
+from llmrec.durable import sha256_of, write_json
 from llmrec.errors import LlmrecError
 from llmrec.recipe_file import load_recipe
+from llmrec.report import page
 
 FILE = "audit.json"
 # Rows of a family that are looked at where nothing was trained.
@@ -26,7 +27,9 @@ _UNTRAINED = 500
 
 
 def audit(folder: Path, *, memory: bool = False) -> list[Check]:
-    """Audit a finished run from its folder and write ``audit.json``.
+    """Audit a finished run from its folder, write ``audit.json``, and bring its report up to it.
+
+    A run that leaks loses the pages of its report; any other gets them with what was found.
 
     Args:
         folder: The run folder.
@@ -45,6 +48,10 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
         if memory:
             checks.append(_memory(study))
         write(folder, checks)
+        if any(check.verdict == "leak" for check in checks):
+            page.withdraw(folder)
+        else:
+            page.write(folder)
     return checks
 
 
@@ -73,7 +80,10 @@ def examine(study: Study, results: Mapping[str, Any], predictions: pl.DataFrame)
 def write(folder: Path, checks: Sequence[Check]) -> None:
     """Write ``audit.json``: the checks, and how many of them are leaks."""
     found = [asdict(check) for check in checks]
-    write_json(folder / FILE, {"leaks": sum(check.verdict == "leak" for check in checks), "checks": found})
+    leaks = sum(check.verdict == "leak" for check in checks)
+    # Which results it is of, so that the report never shows the audit of others.
+    of = sha256_of(folder / "results.json")
+    write_json(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": found})
 
 
 def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:

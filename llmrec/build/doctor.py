@@ -139,7 +139,11 @@ def check_cores(chip: Processor) -> Iterator[Finding]:
     yield Finding(
         "load",
         f"{chip.load:.1f} processes want {chip.usable} cores" if busy else f"{chip.load:.1f}",
-        note="something else runs here; a run beside it can take many times as long" if busy else "",
+        # Threads of OpenMP spin while they wait for each other, and so take the core from the one that is waited for.
+        note="something else runs here, and a run beside it can take many times as long; OMP_WAIT_POLICY=PASSIVE before "
+        "the command makes it less"
+        if busy
+        else "",
     )
 
 

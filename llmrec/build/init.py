@@ -20,7 +20,7 @@ from llmrec.data.peek import Peek, peek
 from llmrec.data.roles import NONE, ROLES, Asked, Roles
 from llmrec.data.sniff import profile, shown
 from llmrec.durable import write_text
-from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.recipe import Columns, Recipe
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -131,7 +131,11 @@ def _file(text: str) -> Path:
         raise DataError(
             f"{text}: init looks at files; save the data set as Parquet and give that file, or write the recipe by hand"
         )
-    return user_path(text)
+    path = user_path(text)
+    if not path.exists():
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{text}: there is no such file{did_you_mean(path.name, beside)}; give the path of a table")
+    return path
 
 
 def _written(path: Path, target: Path) -> str:

@@ -161,6 +161,9 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
     secret = clean(data.dataset.items[str(case.truth)].title) if family in RANKING else clean(str(case.truth))[:_TEXT]
     if family == "rating" or (family not in RANKING and len(secret) < _TELLING):
         return
+    # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
+    if family not in RANKING and any(secret in clean(event.text or "") for event in request.history):
+        return
     titles = {clean(item.title) for item in data.dataset.items.values()} if family in RANKING else set()
     others = {clean(data.dataset.items[event.item_id].title) for event in request.history}
     for template in study.eval_templates(family):

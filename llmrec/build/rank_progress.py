@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llmrec.data.ranked import Ranked
 
 _SHOWN = 5
+# Texts that a request brought can make a note long; the output has it whole.
+_LONGEST = 160
 
 
 @dataclass
@@ -106,12 +108,15 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
         rows["  and more"] = f"see the column 'error' of {summary['out']}"
     rows["with notes"] = f"{summary['with_notes']:,}"
     for each in summary["notes"]:
-        rows[f"  note on line {each['line']}"] = "; ".join(each["notes"])
+        note = "; ".join(each["notes"])
+        rows[f"  note on line {each['line']}"] = note if len(note) <= _LONGEST else f"{note[: _LONGEST - 1]}…"
     if summary["requests_per_second"] is not None:
         rows["speed"] = (
             f"{summary['requests_per_second']:,.2f} requests/s, {summary['tokens_per_second']:,.0f} tokens/s"
         )
-    rows["tokens"] = f"{summary['prompt_tokens']:,} in prompts, {summary['completion_tokens']:,} in answers"
+    prompts, answers = summary["prompt_tokens"], summary["completion_tokens"]
+    each = f", {(prompts + answers) / summary['ranked']:,.0f} a ranked line" if summary["ranked"] else ""
+    rows["cost"] = f"{prompts:,} tokens in prompts, {answers:,} in answers{each}"
     rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
     rows["seconds"] = ", ".join(f"{name} {spent:.1f}" for name, spent in summary["seconds"].items())
     if summary["from_earlier_run"]:

@@ -112,10 +112,16 @@ def _all_references() -> dict[str, Any]:
 
 
 def _split(section: DataSection, seed: int) -> SplitDataset:
+    section = _found(section)
+    return split(load(section, seed=seed), section.split, seed=seed)
+
+
+def _found(section: DataSection) -> DataSection:
+    """Return where the data lies: its own path, or one under the folder that LLMREC_DATA names."""
     path = section.path
     if path is not None and not Path(path).exists() and (folder := os.environ.get("LLMREC_DATA")):
-        section = section.model_copy(update={"path": str(Path(folder) / path)})
-    return split(load(section, seed=seed), section.split, seed=seed)
+        return section.model_copy(update={"path": str(Path(folder) / path)})
+    return section
 
 
 # --------------------------------------------------------------------------- one row
@@ -315,7 +321,8 @@ def _results(suite: Suite, rows: Sequence[Mapping[str, Any]], data: SplitDataset
             "metrics": metrics_of(suite),
             "seeds": list(suite.seeds),
             "split_seeds": list(suite.split_seeds),
-            "users": rows[0]["tables"][tables_of(suite)[0]]["n"],
+            "users": len({case.request.user_id for case in _cases(suite, data)}),
+            "requests": rows[0]["tables"][tables_of(suite)[0]]["n"],
         },
         "rows": [{k: v for k, v in row.items() if k not in ("key", "values")} for row in rows],
         "comparisons": [line for lines, _ in compared.values() for line in lines],

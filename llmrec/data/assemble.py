@@ -8,6 +8,7 @@ import polars as pl
 
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.files import Table
+from llmrec.data.opening import ID_LIMIT, shown
 from llmrec.errors import DataError
 from llmrec.recipe import DataSection
 from llmrec.types import Item
@@ -44,12 +45,14 @@ def assemble(
     Raises:
         DataError: If a pair is repeated, a rating is off the scale, an item has no entry, or there is one item only.
     """
-    frame = _without_repeats(section, table, conform(interactions).with_row_index(_ROW))
+    frame = conform(interactions).with_row_index(_ROW)
+    _short_ids(table, frame)
+    frame = _without_repeats(section, table, frame)
     _all_known(table, frame, items)
     scale = _scale(section, table, frame, scale)
     kept = frame["item_id"].unique()
     if kept.len() < 2:
-        raise DataError(f"{table.name}: there is only one item, {kept[0]!r}; a recommender needs at least 2")
+        raise DataError(f"{table.name}: there is only one item, {shown(kept[0])}; a recommender needs at least 2")
     default = DataSection.model_fields["noun"].default
     present = set(frame["user_id"].unique())
     return Dataset(
@@ -63,6 +66,17 @@ def assemble(
     )
 
 
+def _short_ids(table: Table, frame: pl.DataFrame) -> None:
+    for column in _PAIR:
+        long = frame.filter(pl.col(column).str.len_chars() > ID_LIMIT)
+        if not long.is_empty():
+            row, text = long.select(_ROW, column).row(0)
+            raise DataError(
+                f"{table.where(row)}: the {column.removesuffix('_id')} is {shown(text)}, {len(text)} characters long; "
+                f"an id has at most {ID_LIMIT}, so correct the row"
+            )
+
+
 def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) -> pl.DataFrame:
     again = frame.filter(~pl.struct(_PAIR).is_first_distinct())
     if again.is_empty():
@@ -71,7 +85,7 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
         row, user, item = again.select(_ROW, *_PAIR).row(0)
         first = frame.filter((pl.col("user_id") == user) & (pl.col("item_id") == item))[_ROW][0]
         raise DataError(
-            f"{table.where(row)} repeats user {user!r} with item {item!r} of row {first + 1} "
+            f"{table.where(row)} repeats user {shown(user)} with item {shown(item)} of row {first + 1} "
             f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep the latest of each"
         )
     # The latest in time; within one moment, and without timestamps, the last in the file.
@@ -84,7 +98,7 @@ def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> 
     if absent:
         row = frame.filter(pl.col("item_id") == absent[0])[_ROW][0]
         raise DataError(
-            f"{table.where(row)}: item {absent[0]!r} is not in the table of items ({len(absent)} such items); "
+            f"{table.where(row)}: item {shown(absent[0])} is not in the table of items ({len(absent)} such items); "
             "add it there, or drop its rows here"
         )
 

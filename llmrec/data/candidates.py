@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from llmrec.data.files import reason
 from llmrec.data.hashing import digest_strings, hash_one
+from llmrec.data.opening import reason
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError
 from llmrec.recipe import CandidateSection

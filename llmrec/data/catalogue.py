@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from llmrec.data.columns import find, ids, one_per_item, texts
+from llmrec.data.columns import check_usable, find, ids, one_per_item, texts
 from llmrec.data.files import Table
+from llmrec.data.opening import enumerated, shown
 from llmrec.errors import DataError, did_you_mean
 from llmrec.recipe import DataSection
 from llmrec.types import Item
@@ -71,7 +72,7 @@ def _listing(section: DataSection, items: Table) -> _Listing:
     again = (~item_ids.is_first_distinct()).arg_true()
     if again.len() and section.duplicates == "error":
         raise DataError(
-            f"{items.where(again[0])} repeats item {item_ids[again[0]]!r} ({again.len()} such rows); "
+            f"{items.where(again[0])} repeats item {shown(item_ids[again[0]])} ({again.len()} such rows); "
             "drop the repeats, or set data.duplicates=keep_last to keep the last of each"
         )
     return _Listing(items, item_ids, True)
@@ -81,10 +82,12 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
     for listing in listings:
         if column in listing.table.frame.columns:
             return listing
+    for listing in listings:
+        check_usable(listing.table, column, setting.partition("=")[0])
     columns = [name for listing in listings for name in listing.table.frame.columns]
     raise DataError(
         f"{' and '.join(listing.table.name for listing in listings)}: there is no column {column!r}"
-        f"{did_you_mean(column, columns)}; the columns are: {', '.join(columns)}. "
+        f"{did_you_mean(column, columns)}; the columns are: {enumerated(columns)}. "
         f"Name the right one in the recipe as {setting}"
     )
 
@@ -92,6 +95,8 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
 def _titles(section: DataSection, listings: list[_Listing], known: list[str]) -> Mapping[str, str]:
     """Return titles by item; empty where the source has no titles, so that ids stand in for them."""
     column = section.columns.title or "title"
+    for listing in listings:
+        check_usable(listing.table, column, "data.columns.title")
     if section.columns.title is None and not any(column in listing.table.frame.columns for listing in listings):
         return {}
     listing = _source(listings, column, "data.columns.title=NAME")
@@ -101,7 +106,7 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
             rows = (listing.item_ids == item).arg_true()
             row = rows[-1] if listing.unique else rows[0]
             raise DataError(
-                f"{listing.table.where(row)}: item {item!r} has no title in column {column!r}; "
+                f"{listing.table.where(row)}: item {shown(item)} has no title in column {column!r}; "
                 "give it one, or drop the item"
             )
     return titles

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import polars as pl
 
 from llmrec.data.files import Table
+from llmrec.data.opening import enumerated, shown
 from llmrec.errors import DataError, did_you_mean
 
 
@@ -24,14 +25,28 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
         DataError: If the recipe names a column that is not there.
     """
     columns = table.frame.columns
+    check_usable(table, name or default, key)
     if name is None:
         return default if default in columns else None
     if name not in columns:
         raise DataError(
             f"{table.name} has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
-            f"{', '.join(columns)}. Name the right one in the recipe as {key}=..."
+            f"{enumerated(columns)}. Name the right one in the recipe as {key}=..."
         )
     return name
+
+
+def check_usable(table: Table, column: str, key: str) -> None:
+    """Refuse a column that is there and was left out, since nobody would notice.
+
+    Raises:
+        DataError: Naming what it holds.
+    """
+    if column in table.unusable:
+        raise DataError(
+            f"{table.name}: column {column!r} holds {table.unusable[column]}, which cannot be used; write it as texts, "
+            f"numbers or dates, or name another column as {key}=..."
+        )
 
 
 def texts(table: Table, column: str) -> pl.Series:
@@ -79,7 +94,7 @@ def numbers(table: Table, column: str, what: str) -> pl.Series:
     row = _first(~found.is_finite().fill_null(False))
     if row is not None:
         raise DataError(
-            f"{table.where(row)}: the {what} in column {column!r} is {table.frame[column][row]!r}, which is not a "
+            f"{table.where(row)}: the {what} in column {column!r} is {shown(table.frame[column][row])}, which is not a "
             "finite number; correct or drop the row"
         )
     return found
@@ -113,14 +128,16 @@ def _seconds(table: Table, column: str, row: int, text: str) -> float:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError) as error:
         raise DataError(
-            f"{table.where(row)}: the time in column {column!r} is {text!r}, which is neither a number nor an ISO date "
-            "such as 2024-05-31 or 2024-05-31T08:15:00Z (all rows must be of one sort)"
+            f"{table.where(row)}: the time in column {column!r} is {shown(text)}, which is neither a number nor an ISO "
+            "date such as 2024-05-31 or 2024-05-31T08:15:00Z; all rows must be of one sort, so correct the row"
         ) from error
 
 
 def _floats(series: pl.Series) -> pl.Series:
     if series.dtype == pl.String:
         series = series.str.strip_chars()
+    if series.dtype.is_temporal():
+        return pl.Series(series.name, [None] * series.len(), pl.Float64)
     try:
         return series.cast(pl.Float64, strict=False)
     except pl.exceptions.PolarsError:

@@ -10,12 +10,11 @@ import os
 import tempfile
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
-from llmrec.data.files import reason
+from llmrec.data.opening import BROKEN, Capped, archived, reason
 from llmrec.errors import DataError
 
 _TIMEOUT = 30
@@ -78,15 +77,13 @@ def members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(archive) as pack:
-            held = set(pack.namelist())
+            held = {entry.filename: entry for entry in archived(archive, pack)}
             for name in names:
                 if name in held:
                     with pack.open(name) as stream:
-                        raw = stream.read(_MAX_MEMBER + 1)
-                    if len(raw) > _MAX_MEMBER:
-                        raise DataError(f"{archive}: {name} is larger than {_MAX_MEMBER} bytes; delete the archive")
-                    found[name.rsplit("/", 1)[-1]] = raw
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+                        capped = Capped(f"{archive}: {name}", stream, held[name].compress_size, _MAX_MEMBER)  # type: ignore[arg-type]
+                        found[name.rsplit("/", 1)[-1]] = capped.read()
+    except (*BROKEN, ValueError) as error:
         raise DataError(
             f"{archive} is not a readable zip archive ({reason(error)}); delete it and try again"
         ) from error

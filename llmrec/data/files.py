@@ -7,30 +7,35 @@ line number differs it is named too.
 
 from __future__ import annotations
 
+import codecs
 import csv
-import gzip
 import hashlib
 import io
 import json
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
+from llmrec.data import opening
+from llmrec.data.opening import no_file, reason, require_file, shown, stranger, unpack
 from llmrec.errors import DataError, did_you_mean
 
-MAX_BYTES = 8 * 2**30
-"""Largest unpacked file; a gzip bomb ends here and not when the memory does."""
+MAX_COLUMNS = 2000
+"""Most columns of a table; more of them are rows that a wrong line end or separator has put side by side."""
+LONGEST = 64 * 2**20
+"""Longest field and longest line."""
+_LONGEST_HEADER = 2**20
+_LONGEST_NAME = 1000
+_HEAD = 2**16
+_MEND = "check data.path and data.items"
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
-_JSON_LINES = (".jsonl", ".ndjson")
-_PARQUET = (".parquet", ".pq")
+# The library's own limit is 128 KiB a field, which a long text or a set of a thousand candidates can pass.
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Table:
         sha256: Of the file as it is stored; empty if it is not a file.
         lines: The line of each row, or None if row n is in line n + ``header``.
         header: Lines before the first row.
+        unusable: Columns that are left out, with what they hold.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Table:
     sha256: str = ""
     lines: Sequence[int] | None = None
     header: int = 0
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
     def where(self, index: int) -> str:
         """Name a row by its 0-based index: ``ratings.csv, row 3 (line 4)``."""
@@ -61,58 +68,74 @@ def _row(row: int, line: int) -> str:
     return f"row {row}" if row == line else f"row {row} (line {line})"
 
 
-def reason(error: BaseException) -> str:
-    """Return another library's message in one short line, to be quoted in ours."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
-def read_table(path: Path) -> Table:
-    """Read a CSV, TSV, JSON Lines or Parquet file, the text ones optionally gzipped.
-
-    Raises:
-        DataError: If it is missing, empty or malformed.
-    """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
-    raw, sha256 = read_bytes(path)
-    name = str(path)
-    if suffix[0] in _PARQUET:
-        return parquet(name, raw, sha256)
-    if suffix[0] in _JSON_LINES:
-        return json_lines(name, raw, sha256)
-    if suffix[0] in _SEPARATORS:
-        return delimited(name, raw, separator=_SEPARATORS[suffix[0]], sha256=sha256)
-    known = sorted([*_SEPARATORS, *_JSON_LINES, *_PARQUET])
-    ending = repr(suffix[0]) if suffix[0] else "nothing"
-    raise DataError(f"{name}: a file that ends in {ending} is no table; known: {', '.join(known)}")
-
-
-def read_bytes(path: Path) -> tuple[bytes, str]:
+def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
     """Return a file's bytes, unpacked if it is gzipped, and the SHA-256 of the file as it is stored.
 
+    Args:
+        path: The file.
+        text: Whether it must be text; one that is none is then refused before it is read.
+
     Raises:
-        DataError: If it is missing, unreadable, empty, damaged or too large.
+        DataError: If it is missing, no file, unreadable, empty, damaged or too large.
     """
+    check_path(path)
+    packed = path.suffix.lower() == ".gz"
     try:
-        stored = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file{_near(path)}; check data.path and data.items") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({reason(error)}); check data.path and data.items") from error
-    raw = unpack(str(path), stored) if path.suffix.lower() == ".gz" else stored
+        size = path.stat().st_size
+        if size > opening.MAX_BYTES:
+            raise DataError(f"{path} has {size} bytes, more than {opening.MAX_BYTES}; split it")
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD)
+            if text and not packed:
+                recognised(str(path), head)
+            stored = head + stream.read(opening.MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({reason(error)}); {_MEND}") from error
+    if packed and not stored:
+        raise DataError(f"{path} is empty; write the table again")
+    raw = unpack(str(path), stored) if packed else stored
     if not raw:
         raise DataError(f"{path} is empty; write the table again")
     return raw, hashlib.sha256(stored).hexdigest()
 
 
+def check_path(path: Path) -> None:
+    """Check that a table is a file.
+
+    Raises:
+        DataError: If it is missing, or no file.
+    """
+    if no_file(path) == "does not exist":
+        raise DataError(f"{path}: there is no such file{_near(path)}; {_MEND}")
+    require_file(path, _MEND)
+
+
+def recognised(name: str, head: bytes) -> None:
+    """Refuse a text file that begins like something else.
+
+    Raises:
+        DataError: Naming what it is.
+    """
+    problem = stranger(head)
+    if problem:
+        raise DataError(f"{name}, row 1: {problem}")
+
+
 def user_path(text: str) -> Path:
-    """Return a path from a recipe, with ``~`` for the home folder."""
+    """Return a path from a recipe, with ``~`` for the home folder.
+
+    Raises:
+        DataError: If it can be the path of no file.
+    """
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:  # no such user: the file of that name will be reported as missing
-        return Path(text)
+        path = Path(text)
+    try:
+        path.exists()
+    except OSError as error:
+        raise DataError(f"{shown(text)} cannot be a path ({reason(error)}); check data.path and data.items") from error
+    return path
 
 
 def _near(path: Path) -> str:
@@ -120,22 +143,6 @@ def _near(path: Path) -> str:
         return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
     except OSError:
         return f" (nor a folder {str(path.parent)!r} that can be read)"
-
-
-def unpack(name: str, stored: bytes) -> bytes:
-    """Unpack gzip, with a cap on the size.
-
-    Raises:
-        DataError: If it is damaged or larger than `MAX_BYTES`.
-    """
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:
-            raw = stream.read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name} is damaged gzip ({reason(error)}); pack it again") from error
-    if len(raw) > MAX_BYTES:
-        raise DataError(f"{name} unpacks to more than {MAX_BYTES} bytes; split it")
-    return raw
 
 
 def decode(name: str, raw: bytes, *, encoding: str = "utf-8", header: int = 1) -> str:
@@ -151,9 +158,15 @@ def decode(name: str, raw: bytes, *, encoding: str = "utf-8", header: int = 1) -
 
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{name}, row 1: this looks like UTF-16; save the file as UTF-8")
+    recognised(name, raw[:_HEAD])
     nul = raw.find(b"\0")
     if nul >= 0:
-        raise DataError(f"{name}, {place(nul)}: there is a NUL byte, so this is not a text table or it is damaged")
+        raise DataError(
+            f"{name}, {place(nul)}: there is a NUL byte, so this is not a text table or it is damaged; write it again, "
+            "as UTF-8"
+        )
+    if raw.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8"  # whatever its set was published in, somebody saved it anew
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -196,6 +209,11 @@ def delimited(
         raise DataError(f"{name} is empty; write the table again")
     if columns is None:
         first = text[: text.find("\n")] if "\n" in text else text
+        if len(first) > _LONGEST_HEADER:
+            raise DataError(
+                f"{name}, header: the first line has {len(first)} characters, so this is no table or its lines have "
+                "no ends; write it again"
+            )
         separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
     frame = _fast(text, separator, columns, quoted)
     lines = None
@@ -203,14 +221,39 @@ def delimited(
         frame, lines = _careful(name, text, separator, columns, quoted)
     if frame.is_empty():
         raise DataError(f"{name} has a header and no rows; write the table again")
-    return Table(name, frame, sha256, lines, 0 if columns else 1)
+    table = Table(name, frame, sha256, lines, 0 if columns else 1)
+    again = second_header(frame) if columns is None else None
+    if again is not None:
+        raise DataError(f"{table.where(again)} repeats the header; remove it")
+    return table
 
 
-def _names(name: str, found: Sequence[str]) -> list[str]:
+def second_header(frame: pl.DataFrame) -> int | None:
+    """Return the first row in which every column holds its own name, as where two files were put together."""
+    if not frame.width:
+        return None
+    rows = frame.with_row_index("\0").filter(pl.all_horizontal(pl.col(name) == name for name in frame.columns))
+    return None if rows.is_empty() else int(rows["\0"][0])
+
+
+def column_names(name: str, found: Iterable[str], mend: str = "rename one") -> list[str]:
+    """Return the names of columns, without blanks around them.
+
+    Raises:
+        DataError: If one stands there twice, or there are too many.
+    """
     names = [column.strip() for column in found]
-    twice = [column for column in names if names.count(column) > 1]
-    if twice:
-        raise DataError(f"{name}, header: the column {twice[0]!r} stands there twice; rename one")
+    if len(names) > MAX_COLUMNS:
+        raise DataError(
+            f"{name}, header: {len(names)} columns are more than {MAX_COLUMNS}; check the separator and the line ends, "
+            "or keep the columns that are needed"
+        )
+    long = next((column for column in names if len(column) > _LONGEST_NAME), None)
+    if long is not None:
+        raise DataError(f"{name}, header: a column's name has {len(long)} characters; check the line ends of the file")
+    twice = next((column for column, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{name}, header: the column {shown(twice)} stands there twice; {mend}")
     return names
 
 
@@ -220,7 +263,7 @@ def _fast(text: str, separator: str, columns: Sequence[str] | None, quoted: bool
         return None
     first = text[: text.find("\n")].rstrip("\r") if "\n" in text else text
     names = list(columns) if columns else [column.strip() for column in first.split(separator)]
-    if len(names) < 2 or len(set(names)) < len(names):
+    if len(names) < 2 or len(set(names)) < len(names) or len(names) > MAX_COLUMNS:
         return None
     try:
         table = pa_csv.read_csv(
@@ -246,14 +289,14 @@ def _careful(
         if quoted
         else csv.reader(lines_of, delimiter=separator, strict=True, quoting=csv.QUOTE_NONE)
     )
-    names = _names(name, columns) if columns else None
+    names = column_names(name, columns) if columns else None
     rows: list[list[str]] = []
     lines: list[int] = []
     start = 1
     try:
         for row in reader:
             if row and names is None:
-                names = _names(name, row)
+                names = column_names(name, row)
             elif row:
                 if len(row) != len(names or ()):
                     raise DataError(
@@ -266,41 +309,78 @@ def _careful(
             start = reader.line_num + 1
     except csv.Error as error:
         place = "header" if names is None else _row(len(rows) + 1, start)
-        raise DataError(f"{name}, {place}: {error}; check the double quotes in this row") from error
+        raise DataError(f"{name}, {place}: {csv_problem(error)}") from error
     if not rows:
         return pl.DataFrame(schema=dict.fromkeys(names or (), pl.String)), lines
     values = zip(*rows, strict=True)
     return pl.DataFrame([pl.Series(n, v, pl.String) for n, v in zip(names or (), values, strict=True)]), lines
 
 
-# --------------------------------------------------------------------------- JSON Lines and Parquet
+def csv_problem(error: csv.Error) -> str:
+    """Say what is wrong with a row of CSV, and the mend."""
+    if "new-line character" in str(error):
+        return "there is a lone carriage return; end every line with a line feed, or put double quotes around the field"
+    return f"{reason(error)}; check the double quotes in this row"
+
+
+# --------------------------------------------------------------------------- JSON Lines
 
 
 def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
     """Read one JSON object a line. Numbers become text again; lists of texts are joined by commas.
 
     Raises:
-        DataError: If a line is no JSON object, or a value is nested.
+        DataError: If a line is no JSON object, a key stands twice in it, or a value is nested.
     """
     rows: list[dict[str, str]] = []
     lines: list[int] = []
+    names: dict[str, None] = {}
     for number, line in enumerate(decode(name, raw, header=0).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{name}, {_row(len(rows) + 1, number)}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place} is not JSON ({reason(error)}); write one object a line") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{place} is not a JSON object; write one object a line")
-        rows.append({key: _text(f"{place}, column {key!r}", value) for key, value in record.items()})
+        record = json_object(place, line)
+        known = len(names)
+        names.update(dict.fromkeys(record))
+        if len(names) > known:
+            for key in record:
+                _text(f"{place}: the key {shown(key)}", key)
+        if len(names) > MAX_COLUMNS:
+            raise DataError(f"{place}: more than {MAX_COLUMNS} different keys; keep those that are needed")
+        rows.append({key: _text(f"{place}, column {shown(key)}", value) for key, value in record.items()})
         lines.append(number)
     if not rows:
         raise DataError(f"{name} is empty; write the table again")
-    names = list(dict.fromkeys(key for row in rows for key in row))
     frame = pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in names])
     return Table(name, frame, sha256, lines)
+
+
+def json_object(place: str, line: str) -> dict[str, object]:
+    """Read one object.
+
+    Raises:
+        DataError: If the line holds none, or a key stands twice in it.
+    """
+    try:
+        record = json.loads(line, object_pairs_hook=_once)
+    except _Twice as twice:
+        raise DataError(f"{place}: the key {shown(twice.args[0])} stands there twice; keep one") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON ({reason(error)}); write one object a line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{place} is not a JSON object; write one object a line")
+    return record
+
+
+class _Twice(Exception):
+    """A key that stands twice in one object."""
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return found
 
 
 def _text(place: str, value: object) -> str:
@@ -312,49 +392,3 @@ def _text(place: str, value: object) -> str:
             raise DataError(f"{place} holds a character that is no text (NUL or half of a surrogate pair); remove it")
         return text
     raise DataError(f"{place} is a nested value; flatten it or leave it out")
-
-
-def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
-    """Read a Parquet file.
-
-    Raises:
-        DataError: If it is not Parquet, is damaged, or holds no rows.
-    """
-    try:
-        table = pq.read_table(io.BytesIO(raw))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{name} is not a Parquet file or is damaged ({reason(error)}); write it again") from error
-    return from_arrow(name, table, sha256)
-
-
-def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
-    """Take the flat columns of an Arrow table.
-
-    Raises:
-        DataError: If there are no rows, or two columns have one name.
-    """
-    try:
-        flat = [column.name for column in table.schema if _plain(column.type)]
-        _names(name, table.column_names)
-        if not table.num_rows or not flat:
-            raise DataError(f"{name} has no rows or no plain columns; write the table again")
-        chosen = table.select(flat)
-        chosen.validate(full=True)  # Arrow itself does not look whether texts are UTF-8
-        frame = pl.from_arrow(chosen)
-    except (pl.exceptions.PolarsError, pa.ArrowException, ValueError, TypeError) as error:
-        raise DataError(f"{name} has a column that cannot be used ({reason(error)}); write plain columns") from error
-    if not isinstance(frame, pl.DataFrame):
-        raise DataError(f"{name} is not a table; write it again")
-    return Table(name, frame, sha256)
-
-
-def _plain(kind: Any) -> bool:
-    """Whether a column can hold ids, numbers, times or texts."""
-    types = pa.types
-    if types.is_dictionary(kind):
-        return bool(types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
-    if types.is_list(kind) or types.is_large_list(kind):
-        return bool(types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
-    tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
-    more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
-    return any(test(kind) for test in (*tests, *more))

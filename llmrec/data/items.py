@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmrec.data.columns import ids, texts
-from llmrec.data.files import read_table
 from llmrec.data.hashing import digest_strings
+from llmrec.data.opening import enumerated, no_file, shown
+from llmrec.data.tables import read_table
 from llmrec.errors import DataError, did_you_mean
 from llmrec.types import Item
 
@@ -20,21 +21,25 @@ def read_items(path: Path) -> dict[str, Item]:
     Raises:
         DataError: If the file cannot be read, a column is missing, or an id stands twice.
     """
-    if not path.is_file():
-        raise DataError(f"the table of items {path} does not exist; check --items")
+    problem = no_file(path)
+    if problem:
+        raise DataError(f"the table of items {path} {problem}; check --items")
     table = read_table(path)
     columns = table.frame.columns
     for name in ("item_id", "title"):
+        if name in table.unusable:
+            raise DataError(f"{table.name}: column {name!r} holds {table.unusable[name]}; write it as texts")
         if name not in columns:
             raise DataError(
                 f"{table.name} has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
-                f"{', '.join(columns)}. Rename the one that holds it"
+                f"{enumerated(columns)}. Rename the one that holds it"
             )
     item_ids = ids(table, "item_id")
     again = (~item_ids.is_first_distinct()).arg_true()
     if again.len():
         raise DataError(
-            f"{table.where(again[0])} repeats item {item_ids[again[0]]!r} ({again.len()} such rows); keep one of each"
+            f"{table.where(again[0])} repeats item {shown(item_ids[again[0]])} ({again.len()} such rows); keep one of "
+            "each"
         )
     fields = {name: texts(table, name).to_list() for name in columns if name not in ("item_id", "title")}
     return {

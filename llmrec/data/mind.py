@@ -12,6 +12,7 @@ from llmrec.data.assemble import assemble
 from llmrec.data.dataset import Dataset
 from llmrec.data.known import MIND
 from llmrec.data.official import catalogue_of, check_known_keys
+from llmrec.data.opening import shown
 from llmrec.data.pieces import Block, numbered
 from llmrec.data.places import locate
 from llmrec.data.sequences import refuse_repeats
@@ -79,16 +80,16 @@ def _longest(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _clicks(block: Block, rows: pl.DataFrame) -> pl.DataFrame:
     """Return the clicked items of a block of impressions."""
-    shown = rows.with_columns(block.frame["impressions"].str.split(" ").alias("item_id")).explode("item_id")
-    shown = shown.with_columns(pl.col("item_id").str.strip_chars()).filter(pl.col("item_id") != "")
-    unlabelled = shown.filter(~pl.col("item_id").str.contains(f"({_CLICKED}|{_SHOWN})$"))
+    listed = rows.with_columns(block.frame["impressions"].str.split(" ").alias("item_id")).explode("item_id")
+    listed = listed.with_columns(pl.col("item_id").str.strip_chars()).filter(pl.col("item_id") != "")
+    unlabelled = listed.filter(~pl.col("item_id").str.contains(f"({_CLICKED}|{_SHOWN})$"))
     if unlabelled.height:
         item, line = unlabelled.select("item_id", _LINE).row(0)
         raise DataError(
-            f"{block.name}, line {line}: {item!r} does not say whether it was clicked ({_CLICKED} or {_SHOWN} at the "
-            "end); the test part is published without this, so use the train or the dev part"
+            f"{block.name}, line {line}: {shown(item)} does not say whether it was clicked ({_CLICKED} or {_SHOWN} at "
+            "the end); the test part is published without this, so use the train or the dev part"
         )
-    clicked = shown.filter(pl.col("item_id").str.ends_with(_CLICKED))
+    clicked = listed.filter(pl.col("item_id").str.ends_with(_CLICKED))
     return clicked.with_columns(pl.col("item_id").str.head(-len(_CLICKED)))
 
 

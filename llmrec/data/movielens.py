@@ -19,7 +19,8 @@ from llmrec.data.assemble import assemble
 from llmrec.data.columns import ids, numbers, texts
 from llmrec.data.dataset import Dataset
 from llmrec.data.download import fetch, members
-from llmrec.data.files import Table, delimited, read_bytes, unpack, user_path
+from llmrec.data.files import Table, delimited, read_bytes, user_path
+from llmrec.data.opening import enumerated, stands, unpack
 from llmrec.errors import DataError
 from llmrec.recipe import Columns, DataSection
 from llmrec.resources import cache_dir
@@ -173,7 +174,7 @@ def _given(what: _Published, text: str) -> _Found:
     if path.suffix == ".zip" and path.is_file():
         found = _in_archive(what, path)
     else:
-        folder = path.parent if path.is_file() else path
+        folder = path.parent if stands(path) and not path.is_dir() else path
         found = _in_folder(what, folder) or _in_folder(what, folder / what.folder)
     if found is None:
         wanted = " or ".join(" + ".join(layout[:2]) for layout in what.layouts)
@@ -210,7 +211,7 @@ def _in_folder(what: _Published, folder: Path) -> _Found | None:
 
 def _plain_or_packed(path: Path) -> Path | None:
     packed = path.with_name(path.name + ".gz")
-    return path if path.is_file() else packed if packed.is_file() else None
+    return path if stands(path) else packed if stands(packed) else None
 
 
 def _in_archive(what: _Published, archive: Path) -> _Found | None:
@@ -299,7 +300,7 @@ def _column(table: Table, name: str) -> str:
     if name not in table.frame.columns:
         raise DataError(
             f"{table.name} has no column {name!r}, so it is not this data set; its columns are: "
-            f"{', '.join(table.frame.columns)}"
+            f"{enumerated(table.frame.columns)}. Fetch the file again"
         )
     return name
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.data.files import Table, delimited, from_arrow, json_lines, read_table, reason
+from llmrec.data.arrow import FAULTS, check_size, from_arrow
+from llmrec.data.files import Table, delimited, json_lines
+from llmrec.data.opening import BROKEN, Capped, no_file, reason
+from llmrec.data.tables import read_table
 from llmrec.errors import DataError
 
 WHOLE_BYTES = 32 * 2**20
@@ -63,10 +65,7 @@ def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
-    try:
-        size = path.stat().st_size
-    except OSError:
-        size = 0  # `read_table` says what is wrong
+    size = 0 if no_file(path) else path.stat().st_size  # `read_table` says what is wrong
     if not whole and size:
         try:
             if packed and kind[0] not in _PARQUET:
@@ -75,7 +74,7 @@ def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int
                 return _row_groups(path) or _all(path)
             if size > limit:
                 return _blocks(path, kind[0], size, part)
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        except (*BROKEN, *FAULTS) as error:
             raise DataError(f"{path} cannot be read ({reason(error)}); write the table again") from error
     return _all(path)
 
@@ -88,7 +87,7 @@ def _all(path: Path) -> Peek:
 def _packed(path: Path, kind: str, limit: int, part: int) -> Peek | None:
     """Read the beginning of a gzipped file; None if that is all of it."""
     with gzip.open(path) as stream:
-        raw = stream.read(limit + 1)
+        raw = Capped(str(path), stream, path.stat().st_size).read(limit + 1)  # type: ignore[arg-type]
     return None if len(raw) <= limit else _part(path, kind, _complete(raw[:part]), b"")
 
 
@@ -147,6 +146,7 @@ def _is_object(line: bytes) -> bool:
 def _row_groups(path: Path) -> Peek | None:
     """Read the first rows of row groups from all over a Parquet file; None if it is small enough to be read whole."""
     file = pq.ParquetFile(path)
+    check_size(str(path), file, path.stat().st_size)
     rows, groups = file.metadata.num_rows, file.metadata.num_row_groups
     if rows <= WHOLE_ROWS:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import BinaryIO, Literal
 import polars as pl
 
 from llmrec.data.files import Table
+from llmrec.data.opening import enumerated, stranger
 from llmrec.data.places import Member
 from llmrec.errors import DataError, did_you_mean
 
@@ -23,6 +25,7 @@ Kind = Literal["text", "number", "maybe"]
 """``maybe`` is a text that an object may lack."""
 
 _BOM = codecs.BOM_UTF8
+_LINE = re.compile(r"[^\n]+")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ def pieces(member: Member, *, quoted: bool) -> Iterator[Piece]:
             if not line:
                 raw = raw.removeprefix(_BOM)
                 if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                    raise DataError(f"{member.name} looks like UTF-16; save it as UTF-8")
+                    raise DataError(f"{member.name}, line 1: this looks like UTF-16; save it as UTF-8")
+                problem = stranger(raw[:100])
+                if problem:
+                    raise DataError(f"{member.name}, line 1: {problem}")
             if raw:
                 piece = Piece(member.name, raw, line, line)
                 yield piece
@@ -154,6 +160,15 @@ def decoded(piece: Piece, encoding: str) -> str:
         ) from error
 
 
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines that hold something with their 0-based numbers; millions of empty ones cost little."""
+    line = last = 0
+    for found in _LINE.finditer(text):
+        line += text.count("\n", last, found.start())
+        last = found.start()
+        yield line, found.group()
+
+
 def check_columns(name: str, names: Sequence[str], wanted: Mapping[str, Kind]) -> None:
     """Check that a file has the columns that are asked for.
 
@@ -164,5 +179,5 @@ def check_columns(name: str, names: Sequence[str], wanted: Mapping[str, Kind]) -
         if column not in names:
             raise DataError(
                 f"{name} has no column {column!r}{did_you_mean(column, names)}, so it is not this data set; its "
-                f"columns are: {', '.join(names)[:500]}"
+                f"columns are: {enumerated(names)}. Correct it, or fetch the file again"
             )

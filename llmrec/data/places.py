@@ -9,21 +9,18 @@ import gzip
 import hashlib
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
-from llmrec.data.files import reason, user_path
+from llmrec.data.files import user_path
 from llmrec.data.maps import Known, Layout
+from llmrec.data.opening import BROKEN, Capped, archived, no_file, reason, require_file, stands
 from llmrec.errors import DataError, did_you_mean
 from llmrec.resources import cache_dir
-
-BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)
-"""What a damaged or unreadable file raises while it is read."""
 
 _JSON = (".json", ".jsonl", ".ndjson")
 
@@ -60,19 +57,29 @@ class Member:
             DataError: If it is missing, unreadable or damaged, here or while it is read.
         """
         packed = (self.inner or self.path.name).lower().endswith(".gz")
+        if no_file(self.path) == "does not exist":
+            raise DataError(f"{self.name}: there is no such file; check data.path and data.items")
+        require_file(self.path, "check data.path and data.items")
+        size = self.path.stat().st_size
         try:
             if self.inner is None:
                 with self.path.open("rb") as stored:
-                    yield cast(BinaryIO, gzip.GzipFile(fileobj=stored)) if packed else stored
+                    yield self._unpacked(stored, size) if packed else stored
             else:
                 with zipfile.ZipFile(self.path) as archive, archive.open(self.inner) as stream:
-                    yield cast(BinaryIO, gzip.GzipFile(fileobj=stream) if packed else stream)
-        except FileNotFoundError as error:
-            raise DataError(f"{self.name}: there is no such file; check data.path and data.items") from error
+                    entry = archive.getinfo(self.inner)
+                    small = min(size, entry.compress_size)
+                    yield self._unpacked(stream, small) if packed else self._capped(stream, small)
         except BROKEN as error:
             raise DataError(
                 f"{self.name} cannot be read to its end ({reason(error)}); it is damaged or cut off, so fetch it again"
             ) from error
+
+    def _unpacked(self, stream: Any, stored: int) -> BinaryIO:
+        return self._capped(gzip.GzipFile(fileobj=stream), stored)
+
+    def _capped(self, stream: Any, stored: int) -> BinaryIO:
+        return cast(BinaryIO, Capped(self.name, stream, stored))
 
     @property
     def sha256(self) -> str:
@@ -128,6 +135,8 @@ def locate(known: Known, path: str | None, items: str | None) -> Found:
         DataError: If a file is missing, or several could be meant.
     """
     chosen = user_path(path) if path is not None else _cached(known)
+    if stands(chosen) and not chosen.is_dir():
+        require_file(chosen, _ways(known))
     named = chosen.is_file() and chosen.suffix.lower() != ".zip"
     if named:
         events = Member(str(chosen), chosen)
@@ -178,10 +187,11 @@ def listing(place: Path) -> list[Member]:
     """
     try:
         if place.is_dir():
-            return [Member(str(path), path) for path in sorted(place.iterdir()) if path.is_file()]
+            return [Member(str(path), path) for path in sorted(place.iterdir())]
+        require_file(place, "check data.path")
         with zipfile.ZipFile(place) as archive:
-            names = [info.filename for info in archive.infolist() if not info.is_dir()]
-    except BROKEN as error:
+            names = [entry.filename for entry in archived(place, archive)]
+    except (*BROKEN, ValueError) as error:
         raise DataError(f"{place} is not a readable folder or zip archive ({reason(error)}); fetch it again") from error
     shown = [name for name in sorted(names) if not name.startswith("__MACOSX/")]
     return [Member(f"{place}/{name}", place, name) for name in shown]

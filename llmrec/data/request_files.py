@@ -9,28 +9,26 @@ import csv
 import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.data.files import reason
+from llmrec.data.arrow import FAULTS, check_size
+from llmrec.data.files import LONGEST, column_names, csv_problem, json_object
+from llmrec.data.opening import BROKEN, Capped, enumerated, no_file, reason, stranger
 from llmrec.data.requests import KEYS
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, did_you_mean
-
-LONGEST = 64 * 2**20
-"""Longest line in bytes, and longest row of a CSV file in characters."""
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
 SEPARATORS: Mapping[str, str] = {".csv": ",", ".tsv": "\t"}
 _BATCH = 256
+_CHUNK = 2**16
 _LISTS = ("history", "candidates")
 _NO_UTF8 = re.compile("[\ud800-\udfff]")
 # A bracket alone may open a title, such as "[REC]".
@@ -77,7 +75,7 @@ class RequestFile:
         Raises:
             DataError: If the file changed or is damaged.
         """
-        with _readable(self.path):
+        with _readable(self.path, self.suffix):
             if self.suffix in PARQUET:
                 yield from _parquet(self.path)
             elif self.suffix in JSON_LINES:
@@ -93,14 +91,15 @@ def open_requests(path: Path) -> RequestFile:
         DataError: If it is missing, empty, damaged or of no known kind, or has no column of candidates.
     """
     suffix = kind_of(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"the file of requests {path} {what}; check --in")
-    with _readable(path):
+    problem = no_file(path)
+    if problem:
+        raise DataError(f"the file of requests {path} {problem}; check --in")
+    with _readable(path, suffix):
         if suffix in PARQUET:
-            columns = pq.ParquetFile(path).schema_arrow.names
-            _has_candidates(path, columns)
-            rows, blank = pq.ParquetFile(path).metadata.num_rows, 0
+            file = pq.ParquetFile(path)
+            check_size(str(path), file, path.stat().st_size)
+            _has_candidates(path, file.schema_arrow.names)
+            rows, blank = file.metadata.num_rows, 0
         elif suffix in JSON_LINES:
             filled = [0, 0]
             for _, raw in _lines(path):
@@ -134,54 +133,72 @@ def kind_of(path: Path) -> str:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path, suffix: str) -> Iterator[None]:
+    faults = FAULTS if suffix in PARQUET else BROKEN
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged gzip ({reason(error)}); pack it again") from error
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file or is damaged ({reason(error)}); write it again") from error
-    except OSError as error:
+    except faults as error:
+        if suffix in PARQUET:
+            raise DataError(f"{path} is not a Parquet file or is damaged ({reason(error)}); write it again") from error
+        if path.suffix.lower() == ".gz":
+            raise DataError(f"{path} is damaged gzip ({reason(error)}); pack it again") from error
         raise DataError(f"{path} cannot be read ({reason(error)}); check --in") from error
 
 
 # --------------------------------------------------------------------------- lines
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    with path.open("rb") as stored:
+        if path.suffix.lower() == ".gz":
+            yield Capped(str(path), gzip.GzipFile(fileobj=stored), path.stat().st_size)  # type: ignore[arg-type]
+        else:
+            yield stored
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Yield numbered lines without a byte order mark; None stands for one that is too long."""
+    """Yield numbered lines without their ends and a byte order mark; None stands for one that is too long."""
     with _open(path) as stream:
-        number = 0
-        while raw := stream.readline(LONGEST + 1):
-            number += 1
-            if number == 1:
+        for number, raw in enumerate(_cut(stream), start=1):
+            if number == 1 and raw is not None:
                 if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise DataError(f"{path}: this looks like UTF-16; save the file as UTF-8")
+                    raise DataError(f"{path}, line 1: this looks like UTF-16; save the file as UTF-8")
+                problem = stranger(raw[:100])
+                if problem:
+                    raise DataError(f"{path}, line 1: {problem}")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if len(raw) > LONGEST:
-                while raw and not raw.endswith(b"\n"):
-                    raw = stream.readline(LONGEST)
-                yield number, None
-            else:
-                yield number, raw
+            yield number, raw
+
+
+def _cut(stream: Any) -> Iterator[bytes | None]:
+    """Yield lines; reading by blocks, since a file may have millions of empty ones."""
+    rest: bytes | None = b""
+    while chunk := stream.read(_CHUNK):
+        first, *others = chunk.split(b"\n")
+        if rest is not None:
+            rest += first
+        if rest is not None and len(rest) > LONGEST:
+            rest = None
+        if others:
+            yield rest
+            yield from (None if len(line) > LONGEST else line for line in others[:-1])
+            rest = others[-1]
+    if rest is None or rest:
+        yield rest
 
 
 def _json(line: int, raw: bytes | None) -> Raw:
     if raw is None:
         return Raw(line, None, f"the line is longer than {LONGEST} bytes")
+    if b"\0" in raw:
+        return Raw(line, None, "there are NUL bytes, so this is no text or UTF-16; save the file as UTF-8")
     try:
-        record = json.loads(raw.decode("utf-8"))
+        return Raw(line, json_object("this line", raw.decode("utf-8")))
     except UnicodeDecodeError as error:
-        return Raw(line, None, f"byte 0x{raw[error.start]:02x} is not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return Raw(line, None, f"not JSON ({reason(error)})")
-    if not isinstance(record, dict):
-        return Raw(line, None, "not a JSON object")
-    return Raw(line, record)
+        return Raw(line, None, f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
+    except DataError as error:
+        return Raw(line, None, str(error))
 
 
 # --------------------------------------------------------------------------- delimited text
@@ -212,7 +229,7 @@ class _Feed:
             if raw is None:
                 raise DataError(f"{self._path}, line {line} is longer than {LONGEST} bytes; is this a table?")
             # What is not UTF-8 becomes halves of surrogate pairs, which the cells are searched for.
-            text = raw.decode("utf-8", "surrogateescape")
+            text = raw.decode("utf-8", "surrogateescape") + "\n"
         self.taken.append((line, text))
         self._size += len(text)
         return text
@@ -227,8 +244,6 @@ class _Feed:
 
 def _delimited(path: Path, suffix: str) -> Iterator[Raw | None]:
     """Yield rows after the header; None stands for a blank line."""
-    # The library's own limit is 128 KiB a cell, which a set of a thousand candidates can pass.
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
     columns, separator = _header(path, SEPARATORS[suffix])
     feed = _Feed(path)
     next(feed)
@@ -242,7 +257,7 @@ def _delimited(path: Path, suffix: str) -> Iterator[Raw | None]:
         except csv.Error as error:
             line = feed.taken[0][0]
             feed.give_back()
-            yield Raw(line, None, f"not a row of this table ({error}); check its double quotes")
+            yield Raw(line, None, f"not a row of this table: {csv_problem(error)}")
             continue
         yield _row(feed.taken[0][0], columns, cells, separator) if cells else None
 
@@ -252,12 +267,9 @@ def _header(path: Path, separator: str) -> tuple[list[str], str]:
     first = next(feed, "").rstrip("\r\n")
     separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
     try:
-        columns = [name.strip() for name in next(csv.reader([first], delimiter=separator, strict=True), [])]
+        columns = column_names(str(path), next(csv.reader([first], delimiter=separator, strict=True), []))
     except csv.Error as error:
-        raise DataError(f"{path}, header: {error}; check its double quotes") from error
-    twice = [name for name in columns if columns.count(name) > 1]
-    if twice:
-        raise DataError(f"{path}, header: the column {twice[0]!r} stands there twice; rename one")
+        raise DataError(f"{path}, header: {csv_problem(error)}") from error
     _has_candidates(path, columns)
     return columns, separator
 
@@ -266,7 +278,7 @@ def _has_candidates(path: Path, columns: list[str]) -> None:
     if "candidates" not in columns:
         raise DataError(
             f"{path} has no column 'candidates'{did_you_mean('candidates', columns)}; its columns are: "
-            f"{', '.join(columns) or 'none'}. A request needs candidates, and may have: {', '.join(KEYS)}"
+            f"{enumerated(columns) or 'none'}. A request needs candidates, and may have: {', '.join(KEYS)}"
         )
 
 
@@ -278,8 +290,10 @@ def _row(line: int, columns: list[str], cells: list[str], separator: str) -> Raw
             f"{len(cells)} fields where the header has {len(columns)}; a field that holds {separator!r} or a double "
             "quote needs double quotes around it",
         )
+    if cells == columns:
+        return Raw(line, None, "the header stands here again; remove the line")
     if any(_NO_UTF8.search(cell) for cell in cells):
-        return Raw(line, None, "not UTF-8")
+        return Raw(line, None, "not UTF-8; save the file as UTF-8")
     return _unpacked(line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()})
 
 
@@ -329,10 +343,14 @@ def _values(batch: Any) -> Iterator[dict[str, object] | str]:
     try:
         yield from batch.to_pylist()
         return
-    except UnicodeDecodeError:
-        pass  # some row is no text: find out which
+    except FAULTS:
+        pass  # some row is no text, or holds a time that Python cannot: find out which
     for place in range(batch.num_rows):
         try:
-            yield batch.slice(place, 1).to_pylist()[0]
+            found = batch.slice(place, 1).to_pylist()[0]
         except UnicodeDecodeError:
-            yield "not UTF-8"
+            yield "not UTF-8; write it again"
+        except FAULTS as error:
+            yield f"a value that cannot be used ({reason(error)}); write texts, numbers and lists of them"
+        else:
+            yield found

@@ -15,13 +15,12 @@ from decimal import Decimal
 from functools import lru_cache
 from itertools import pairwise
 
+from llmrec.data.opening import ID_LIMIT
 from llmrec.errors import DataError, did_you_mean
 from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Item
 
 KEYS = ("id", "user_id", "history", "candidates", "profile")
-ID_LIMIT = 1000
-"""Longest id in characters; ids are copied into the output as they are."""
 
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -209,7 +208,7 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
         title = known.title
     if not clean(title):
         if item_id is None:
-            raise DataError(f"{where} has neither an item_id nor a title")
+            raise DataError(f"{where} has neither an item_id nor a title; give it one of them")
         raise _Unknown(item_id)
     name = item_id or clean(title)
     if _too_long(title):
@@ -256,10 +255,10 @@ def _optional_id(what: str, value: object) -> str | None:
         return str(int(value))  # type: ignore[call-overload]
     if not isinstance(value, str):
         raise DataError(f"{what} is {_kind(value)}; give a text or a whole number")
+    if len(value) > ID_LIMIT:
+        raise DataError(f"{what} is {len(value)} characters long, more than the {ID_LIMIT} of an id; shorten it")
     if _NO_TEXT.search(value) or _CONTROL.search(value):
         raise DataError(f"{what} holds a control character; remove it")
-    if len(value) > ID_LIMIT:
-        raise DataError(f"{what} is {len(value)} characters long; an id has at most {ID_LIMIT}")
     return value if value.strip() else None
 
 
@@ -295,6 +294,7 @@ def _moment(what: str, value: object) -> float | None:
 def _kind(value: object) -> str:
     names = {
         str: "a text",
+        bytes: "bytes and no text",
         bool: "true or false",
         dict: "an object",
         list: "a list",

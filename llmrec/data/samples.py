@@ -18,6 +18,7 @@ import polars as pl
 
 from llmrec.data.assemble import assemble
 from llmrec.data.dataset import Dataset, GivenSplit
+from llmrec.data.opening import shown
 from llmrec.data.pieces import Kind, numbered
 from llmrec.data.places import Member
 from llmrec.data.sequences import (
@@ -63,9 +64,9 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
             "otherwise; set data.split.kind=given"
         )
     members = members_of("samples", section.path)
-    # A file says as much as its folder: all three are needed.
+    # Where the path names one file, it stands for its folder: all three are needed.
     found = {
-        part: member_of(members, names, None, f"with the columns {_HISTORY} and {_TARGET}")
+        part: member_of(members, names, section.path, f"with the columns {_HISTORY} and {_TARGET}")
         for part, names in _PARTS.items()
     }
     rows = {part: list(_read(member)) for part, member in found.items()}
@@ -116,7 +117,7 @@ def _read(member: Member) -> Iterator[_Row]:
         for index, (line, user, history, target) in enumerate(zip(*columns, strict=True)):
             row = _Row(line, user, tuple(history.split()), target.strip())
             if len(row.target.split()) != 1:
-                raise DataError(f"{block.where(index)}: column {_TARGET!r} is {target!r}; it must be one item id")
+                raise DataError(f"{block.where(index)}: column {_TARGET!r} is {shown(target)}; it must be one item id")
             yield row
 
 

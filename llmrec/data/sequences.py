@@ -16,6 +16,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.files import user_path
 from llmrec.data.maps import Attribute, Form, Items
 from llmrec.data.official import read_items, untitled
+from llmrec.data.opening import shown
 from llmrec.data.pieces import Piece, decoded, numbered, pieces
 from llmrec.data.places import Member, listing
 from llmrec.data.streams import header
@@ -36,7 +37,8 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
     """
     check_keys("sequences", section)
     members = members_of("sequences", section.path)
-    main = member_of(members, ("sequences.txt",), section.path, "with one line a user: the user, then its items")
+    named = is_file_named(section.path)
+    main = members[0] if named else member_of(members, ("sequences.txt",), section.path, "with one line a user")
     entries = items_member(members, section)
     frame, lines = _read(main)
 
@@ -69,7 +71,7 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
 
 def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
     """Return one row an interaction, and the line of each."""
-    frames = [_sequences_of(piece) for piece in pieces(main, quoted=False)]
+    frames = [_sequences_of(piece) for piece in pieces(main, quoted=False) if piece.raw.strip()]
     if not frames or all(frame.is_empty() for frame in frames):
         raise DataError(f"{main.name} holds no lines; write it again")
     users = pl.concat(frames)
@@ -78,26 +80,24 @@ def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
         user, line = users.select("user_id", "line").row(again[0])
         first = users.filter(pl.col("user_id") == user)["line"][0]
         raise DataError(
-            f"{main.name}, line {line}: user {user!r} has a line already, line {first}; write one line a user, oldest "
-            "item first"
+            f"{main.name}, line {line}: user {shown(user)} has a line already, line {first}; write one line a user, "
+            "oldest item first"
         )
     rows = users.explode("item_id")
     return rows.select(_PAIR), rows["line"].to_list()
 
 
 def _sequences_of(piece: Piece) -> pl.DataFrame:
-    texts = pl.Series("text", decoded(piece, "utf-8").split("\n"), pl.String).str.strip_chars()
+    texts = pl.Series("text", [decoded(piece, "utf-8")]).str.split("\n").explode().str.strip_chars()
     frame = pl.DataFrame({"text": texts}).with_row_index("line", offset=piece.line + 1).filter(pl.col("text") != "")
     words = pl.col("text").str.replace_all(r"\s+", " ").str.split(" ")
-    frame = frame.select(
-        words.list.first().alias("user_id"), words.list.slice(1).alias("item_id"), pl.col("line").cast(pl.Int64)
-    )
+    frame = frame.select(words.list.first().alias("user_id"), words.list.slice(1).alias("item_id"), pl.col("line"))
     empty = (frame["item_id"].list.len() == 0).arg_true()
     if empty.len():
         user, line = frame.select("user_id", "line").row(empty[0])
         raise DataError(
-            f"{piece.name}, line {line}: user {user!r} has no items; a line is the user and then its items, separated "
-            "by spaces"
+            f"{piece.name}, line {line}: user {shown(user)} has no items; write the user and then its items, "
+            "separated by spaces"
         )
     return frame
 
@@ -132,14 +132,17 @@ def members_of(source: str, path: str | None) -> list[Member]:
     return listing(place)
 
 
+def is_file_named(path: str | None) -> bool:
+    """Whether ``data.path`` names a file that is read itself, whatever its name."""
+    return path is not None and user_path(path).is_file() and not path.lower().endswith(".zip")
+
+
 def member_of(members: Sequence[Member], names: Sequence[str], path: str | None, what: str) -> Member:
-    """Return the file of one of these names; a file that ``data.path`` itself names goes first, whatever its name.
+    """Return the file of one of these names.
 
     Raises:
         DataError: If there is none.
     """
-    if path is not None and user_path(path).is_file() and not path.lower().endswith(".zip"):
-        return members[0]
     found = _first(members, names)
     if found is None:
         raise DataError(f"data.path={path} holds no {' or '.join(names)} (or {names[0]}.gz), {what}; correct data.path")
@@ -206,8 +209,8 @@ def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, plac
     if absent.len():
         item = item_ids[absent[0]]
         raise DataError(
-            f"{place(absent[0])}: item {item!r} is not in {entries.name} ({item_ids.gather(absent).n_unique()} such "
-            "items); add it there, or drop it here"
+            f"{place(absent[0])}: item {shown(item)} is not in {entries.name} "
+            f"({item_ids.gather(absent).n_unique()} such items); add it there, or drop it here"
         )
 
 
@@ -223,8 +226,8 @@ def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[i
     if again.len():
         user, item = frame.select(_PAIR).row(again[0])
         raise DataError(
-            f"{place(again[0])}: user {user!r} has item {item!r} again ({again.len()} such repeats); drop the repeats, "
-            "or set data.duplicates=keep_last to keep the latest of each"
+            f"{place(again[0])}: user {shown(user)} has item {shown(item)} again ({again.len()} such repeats); drop "
+            "the repeats, or set data.duplicates=keep_last to keep the latest of each"
         )
 
 

@@ -114,12 +114,16 @@ def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
             f"{table.name} has one column, {shown(columns[0], 80)!r}; a table needs a user and an item, and commas, "
             "semicolons or tabs between its columns"
         )
-    if all(not name.strip() or _is_value(name) for name in columns):
+    found = {name: _profile(table, name, dates) for name in columns}
+    values = [not name.strip() or _is_value(name) for name in columns]
+    # A name that stands among the values of its own column is one of them.
+    alike = [value or bool((found[name].cells == name).any()) for value, name in zip(values, columns, strict=True)]
+    if all(values) or (sum(alike) > 1 and 2 * sum(alike) >= len(alike)):
         raise DataError(
             f"{table.name} seems to have no header: its first line is {shown(', '.join(columns), 80)!r}; write the "
             "names of the columns above it"
         )
-    return {name: _profile(table, name, dates) for name in columns}
+    return found
 
 
 def _is_value(name: str) -> bool:

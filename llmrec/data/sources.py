@@ -7,12 +7,15 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.data import filter as filters
+from llmrec.data.arrow import from_arrow
 from llmrec.data.assemble import assemble
 from llmrec.data.catalogue import catalogue
 from llmrec.data.columns import find, ids, numbers, texts, times
 from llmrec.data.dataset import Dataset
-from llmrec.data.files import Table, from_arrow, read_table, reason, user_path
+from llmrec.data.files import Table, user_path
 from llmrec.data.movielens import movielens_100k, movielens_small
+from llmrec.data.opening import reason
+from llmrec.data.tables import read_table
 from llmrec.errors import DataError, require
 from llmrec.recipe import DataSection
 from llmrec.registry import SOURCES, lookup

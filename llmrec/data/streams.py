@@ -19,12 +19,15 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 
-from llmrec.data.files import reason
+from llmrec.data.files import column_names, csv_problem, second_header
 from llmrec.data.maps import Form
-from llmrec.data.pieces import BLOCK, Block, Kind, Piece, check_columns, decoded, pieces
+from llmrec.data.opening import enumerated, reason, shortened
+from llmrec.data.pieces import BLOCK, Block, Kind, Piece, check_columns, decoded, numbered_lines, pieces
 from llmrec.data.places import Member
 from llmrec.errors import DataError
 
+# Reading a literal takes some 500 times its memory and seconds a megabyte; real ones have a few thousand characters.
+_LONGEST_LITERAL = 2**20
 _FIELD = "\x1f"  # a separator of one byte, which stands in for a longer one
 
 
@@ -43,7 +46,8 @@ def blocks(member: Member, form: Form, wanted: Mapping[str, Kind]) -> Iterator[B
     pieces = _delimited if form.kind == "delimited" else _objects
     for block in pieces(member, form, wanted):
         rows += block.frame.height
-        yield block
+        if block.frame.height:
+            yield block
     if not rows:
         raise DataError(f"{member.name} holds no rows; fetch it again")
 
@@ -59,9 +63,13 @@ def records(member: Member, form: Form, columns: Sequence[str]) -> Iterator[tupl
             for index, row in enumerate(block.frame.iter_rows(named=True)):
                 yield block.where(index), row
         return
+    found = False
     for piece in pieces(member, quoted=False):
         for _, line, values in _lines(piece, form):
+            found = True
             yield piece.where(line, line), values
+    if not found:
+        raise DataError(f"{member.name} holds no rows; fetch it again")
 
 
 def header(member: Member, form: Form) -> tuple[str, ...]:
@@ -98,6 +106,9 @@ def _delimited(member: Member, form: Form, wanted: Mapping[str, Kind]) -> Iterat
             block = Block(member.name, frame, row, range(body.line + 1, body.line + 1 + frame.height))
         else:
             block = _careful_fields(body, form, encoding, names, wanted)
+        again = None if form.columns else second_header(block.frame)
+        if again is not None:
+            raise DataError(f"{block.where(again)} repeats the header; fetch the file again")
         row += block.frame.height
         yield block
 
@@ -120,11 +131,7 @@ def _encoding(member: Member, encodings: Sequence[str]) -> str:
 def _header(piece: Piece, form: Form, encoding: str) -> tuple[tuple[str, ...], int]:
     end = piece.raw.find(b"\n") + 1 or len(piece.raw)
     text = decoded(Piece(piece.name, piece.raw[:end], 0, -1), encoding).rstrip("\r\n")
-    names = [name.strip() for name in _split(text, form)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{piece.name}, header: the column {twice!r} stands there twice; fetch the file again")
-    return tuple(names), end
+    return tuple(column_names(piece.name, _split(text, form), "fetch the file again")), end
 
 
 def _split(text: str, form: Form) -> list[str]:
@@ -177,7 +184,7 @@ def _careful_fields(piece: Piece, form: Form, encoding: str, names: Sequence[str
         if len(row) != len(names):
             raise DataError(
                 f"{piece.where(len(lines), line)} has {len(row)} fields where it should have {len(names)} "
-                f"({', '.join(names)[:200]}); the file is damaged or not of this data set, so fetch it again"
+                f"({shortened(enumerated(names), 200)}); the file is damaged or not of this data set, so fetch it again"
             )
         for values, place in zip(kept, places, strict=True):
             values.append(row[place])
@@ -189,7 +196,7 @@ def _careful_fields(piece: Piece, form: Form, encoding: str, names: Sequence[str
 def _fields(piece: Piece, text: str, form: Form) -> Iterator[tuple[int, list[str]]]:
     """Yield each row with its 0-based line; blank lines are no rows."""
     if not form.quoted:
-        for line, plain in enumerate(text.split("\n")):
+        for line, plain in numbered_lines(text):
             if plain.rstrip("\r"):
                 yield line, plain.removesuffix("\r").split(form.separator)
         return
@@ -202,7 +209,7 @@ def _fields(piece: Piece, text: str, form: Form) -> Iterator[tuple[int, list[str
                 done += 1
             start = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{piece.where(done, start)}: {error}; check the double quotes in this row") from error
+        raise DataError(f"{piece.where(done, start)}: {csv_problem(error)}") from error
 
 
 # --------------------------------------------------------------------------- one object a line
@@ -281,7 +288,7 @@ def checked(place: str, name: str, text: str) -> str:
 def _lines(piece: Piece, form: Form) -> Iterator[tuple[int, int, Mapping[str, object]]]:
     """Yield each object with its 0-based row and line; blank lines are no rows."""
     row = 0
-    for line, text in enumerate(decoded(piece, "utf-8").split("\n")):
+    for line, text in numbered_lines(decoded(piece, "utf-8")):
         if text.strip():
             yield row, line, _object(piece.where(row, line), text, form)
             row += 1
@@ -301,6 +308,11 @@ def _object(place: str, text: str, form: Form) -> Mapping[str, object]:
 
 def _literal(place: str, text: str) -> object:
     """Read a Python literal; `ast.literal_eval` builds values and runs nothing."""
+    if len(text) > _LONGEST_LITERAL:
+        raise DataError(
+            f"{place} is not JSON and has {len(text)} characters, more than {_LONGEST_LITERAL} of a Python literal; "
+            "write it as JSON, or fetch the file again"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unknown escapes in old files

@@ -10,6 +10,7 @@ from typing import Literal
 
 import polars as pl
 
+from llmrec.data.opening import shown
 from llmrec.data.pieces import Block
 from llmrec.errors import DataError
 
@@ -60,7 +61,7 @@ def numbers(block: Block, column: str, what: str, *, absent: float | None = None
     row = _first(~found.is_finite().fill_null(False))
     if row is not None:
         raise DataError(
-            f"{block.where(row)}: the {what} in column {column!r} is {_shown(series[row])}, which is not a finite "
+            f"{block.where(row)}: the {what} in column {column!r} is {shown(series[row])}, which is not a finite "
             "number; correct or drop the row"
         )
     return found if absent is None else found.set(found == absent, None)
@@ -84,7 +85,7 @@ def times(block: Block, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
     # Zero and less is before 1970 in either unit, which no data set here holds in milliseconds.
     if row is not None:
         raise DataError(
-            f"{block.where(row)}: the time in column {column!r} is {found[row]:.0f}, while the file begins with "
+            f"{block.where(row)}: the time in column {column!r} is {found[row]:g}, while the file begins with "
             f"{unit} since 1970; one file has one unit, so correct the row"
         )
     return (found / 1000 if unit == "milliseconds" else found), unit
@@ -106,7 +107,7 @@ def dates(block: Block, column: str, formats: Sequence[str]) -> pl.Series:
     row = _first(found.is_null())
     if row is not None:
         raise DataError(
-            f"{block.where(row)}: the time in column {column!r} is {_shown(series[row])}, which is not of the form "
+            f"{block.where(row)}: the time in column {column!r} is {shown(series[row])}, which is not of the form "
             f"{' or '.join(formats)}; correct or drop the row"
         )
     return found
@@ -139,8 +140,3 @@ def _no_nul(block: Block, series: pl.Series, column: str) -> None:
 def _first(bad: pl.Series) -> int | None:
     """Return the first True row."""
     return int(bad.arg_max() or 0) if bad.any() else None
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from llmrec.durable import sha256_of
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import flat
 from llmrec.report.records import Record, mended
@@ -35,6 +36,8 @@ class AuditLine(Record):
 def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
     """Return the lines of a run's audit, leaks first, then notices, else as written; None where it was not audited.
 
+    An audit of other results, as a run leaves that was killed between its results and its audit, is none of these.
+
     Raises:
         DataError: If ``audit.json`` is there and cannot be read.
     """
@@ -42,11 +45,15 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
     if not path.is_file():
         return None
     try:
-        lines = [AuditLine(**line) for line in mended(json.loads(path.read_bytes())["checks"])]
+        content = json.loads(path.read_bytes())
+        lines = [AuditLine(**line) for line in mended(content["checks"])]
+        of = str(content["results_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise DataError(
             f"{path}: cannot be read ({flat(str(error))}); write it again with: {how_to_audit(run_dir)}"
         ) from error
+    if of != sha256_of(run_dir / "results.json"):
+        return None
     return tuple(sorted(lines, key=lambda line: _ORDER.index(line.verdict)))
 
 

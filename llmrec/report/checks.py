@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from llmrec.errors import LlmrecError
+from llmrec.registry import CONTROLS, missing_controls
 from llmrec.report.records import Results, Row
 
 # Signature fields that may differ between the metrics of one row.
@@ -39,14 +40,22 @@ def check(results: Results, *, source: str = "results.json") -> None:
                 f"{source}: task {task!r} has no row with arm 'baseline', and a result without its controls means "
                 f"nothing; list some under tasks.{task}.baselines in the recipe and evaluate again"
             )
-        if not any(row.arm == "baseline" and metric in row.metrics for row in rows):
-            raise LlmrecError(
-                f"{source}: no baseline of task {task!r} carries its headline metric {metric!r}, so there is nothing "
-                f"to hold the other rows against; evaluate the baselines of tasks.{task} again"
-            )
+        _check_controls(task, metric, rows, source)
         _check_protocol(task, rows, source)
     _check_candidates(results, source)
     _check_comparisons(results, source)
+
+
+def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) -> None:
+    """Refuse a table without the family's compulsory controls, measured by its headline metric."""
+    there = [row.predictor for row in rows if row.arm == "baseline" and metric in row.metrics]
+    lacking = missing_controls(task, there) if task in CONTROLS else []
+    if lacking or not there:
+        raise LlmrecError(
+            f"{source}: task {task!r} lacks the controls {', '.join(lacking) or 'of any kind'}, measured by its "
+            f"headline metric {metric!r}, so there is nothing to hold the other rows against; name them under "
+            f"tasks.{task}.baselines in the recipe and evaluate again"
+        )
 
 
 def _check_protocol(task: str, rows: Sequence[Row], source: str) -> None:

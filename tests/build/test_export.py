@@ -37,9 +37,9 @@ SMALL = (
     "model.dtype=float32",
     # Enough for the adapter to matter after two steps.
     "train={steps: 2, batch_tokens: 512, valid_rows: 0, learning_rate: 0.03, warmup: 0, lora: {rank: 4, alpha: 8}}",
-    "tasks.sequential={templates: [continue-list], baselines: [popularity, item-knn]}",
-    "tasks.rating={templates: [list-ratings], baselines: [user-mean]}",
-    "tasks.direct={templates: [after-history], baselines: [popularity], strategies: [label]}",
+    "tasks.sequential={templates: [continue-list]}",
+    "tasks.rating={templates: [list-ratings]}",
+    "tasks.direct={templates: [after-history], strategies: [label]}",
     "tasks.explanation=null",
     "eval={users: 6, backend: hf, bootstrap: 50, candidates: {count: 5}, arms: [tuned, zero-shot]}",
 )

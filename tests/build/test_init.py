@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from llmrec.build.init import init
 from llmrec.build.init_page import Page, render, scalar
 from llmrec.build.init_plan import BUDGET_SECONDS, Plan, decide
+from llmrec.build.leaks import questions
 from llmrec.build.study import build_study
 from llmrec.cli import app
 from llmrec.data.files import Table
@@ -408,3 +409,23 @@ def test_the_shop_is_seeded(tmp_path: Path) -> None:
     assert shop.write_orders(tmp_path / "c.csv", seed=1).read_bytes() != (tmp_path / "a" / "orders.csv").read_bytes()
     assert len({product.name for product in shop.products()}) == 60
     assert len({order.customer_id for order in shop.orders()}) == shop.CUSTOMERS
+
+
+def test_a_table_that_is_not_there_is_named(folder: Path) -> None:
+    assert llmrec("init", "order.csv") == (
+        "error: order.csv: there is no such file (did you mean 'orders.csv'?); give the path of a table"
+    )
+    assert "nowhere/x.csv: there is no such file; give" in llmrec("init", "nowhere/x.csv")
+
+
+def test_words_that_a_customer_used_before_are_no_leak(folder: Path) -> None:
+    """The shop's customers repeat themselves, as people do: the audit must not stop the walk's run for that."""
+    llmrec("init", "orders.csv", "--name", "shop")
+    study = build_study(load_recipe("shop.yaml"))
+    assert questions(study, "explanation").verdict == "clean"
+    repeated = [
+        case
+        for case in study.cases("explanation")
+        if any(str(case.truth) == event.text for event in case.request.history)
+    ]
+    assert repeated, "nobody repeats a text, so this test shows nothing"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llmrec.backends.models import load_tokenizer, weights_stamp
 from llmrec.build import pipeline
 from llmrec.build.engines import Engines
 from llmrec.build.stages import Budget
-from llmrec.build.study import build_study
+from llmrec.build.study import Study, build_study
 from llmrec.rank.asking import Asker
 from llmrec.recipe import EvalSection, ModelSection
 from llmrec.recipe_file import load_recipe
@@ -31,11 +32,11 @@ BASE = (
     "data={source: made-reviews, noun: products}",
     "reviews=null",
     "model.dtype=float32",
-    "tasks={sequential: {templates: [continue-list], baselines: [popularity]}, "
-    "direct: {templates: [after-history], strategies: [label], baselines: [popularity]}, "
-    "rating: {templates: [list-ratings], strategies: [parsed], baselines: [user-mean]}, "
-    "explanation: {templates: [plain], max_tokens: 4, baselines: [frequent-text]}}",
-    "train={steps: 1, batch_tokens: 512, valid_rows: 0, learning_rate: 0.03, warmup: 0, lora: {top_layers: 1}}",
+    "tasks={sequential: {templates: [continue-list]}, "
+    "direct: {templates: [after-history], strategies: [label]}, "
+    "rating: {templates: [list-ratings], strategies: [parsed]}, "
+    "explanation: {templates: [plain], max_tokens: 4}}",
+    "train={steps: 2, batch_tokens: 512, valid_rows: 0, learning_rate: 0.03, warmup: 0, lora: {rank: 4, alpha: 8}}",
     "eval.arms=[zero-shot, few-shot]",
     "eval.users=6",
     "eval.batch=4",
@@ -112,8 +113,8 @@ def test_another_model_gets_no_stale_answer(
 
 def test_another_adapter_gets_no_stale_answer(model: Path, tmp_path: Path) -> None:
     first = run(model, tmp_path / "used", "eval.arms=[tuned]")
-    again = run(model, tmp_path / "used", "eval.arms=[tuned]", "train.learning_rate=0.02")
-    assert again == run(model, tmp_path / "fresh", "eval.arms=[tuned]", "train.learning_rate=0.02")
+    again = run(model, tmp_path / "used", "eval.arms=[tuned]", "train.learning_rate=0.1")
+    assert again == run(model, tmp_path / "fresh", "eval.arms=[tuned]", "train.learning_rate=0.1")
     assert again != first
 
 
@@ -187,13 +188,18 @@ class Sampling(Engines):
         return {**found, "decoding": self.decoding}
 
 
+@cache
+def study_of(candidates: int) -> Study:
+    return build_study(load_recipe("recipes/quickstart.yaml", [*BASE, f"eval.candidates.count={candidates}"]))
+
+
 def ask(store: AnswerStore, asked: Asked) -> tuple[int, int]:
     """Ask through a strategy and in free text; return how many of the answers of each were remembered ones."""
     section = ModelSection(name=str(asked.folder), revision=asked.revision, dtype=asked.dtype)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(str(asked.folder), section)
     tokenizer.chat_template = asked.chat_template or tokenizer.chat_template
     encoder = Encoder(tokenizer, max_length=1024)
-    study = build_study(load_recipe("recipes/quickstart.yaml", [*BASE, f"eval.candidates.count={asked.candidates}"]))
+    study = study_of(asked.candidates)
     task, requests = study.tasks["direct"], [case.request for case in study.cases("direct")[:3]]
     engines = Sampling(section, EvalSection(backend="hf"), encoder, asked.seed, Budget(), store)
     engines.decoding = asked.sampling

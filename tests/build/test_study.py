@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -53,10 +55,14 @@ def test_two_tables_share_what_is_held_out() -> None:
         ("eval.shots.k=2", True),
     ],
 )
-def test_training_key_sees_what_changes_the_adapter_and_nothing_else(override: str, same: bool) -> None:
-    first = training_key(build_study(recipe()), "base")
-    assert (training_key(build_study(recipe(override)), "base") == first) is same
-    assert training_key(build_study(recipe()), "other") != first
+def test_training_key_sees_what_changes_the_adapter_and_nothing_else(override: str, same: bool, tmp_path: Path) -> None:
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder in (base, other):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"name": folder.name}), encoding="utf-8")
+    first = training_key(build_study(recipe()), str(base))
+    assert (training_key(build_study(recipe(override)), str(base)) == first) is same
+    assert training_key(build_study(recipe()), str(other)) != first
 
 
 def test_rows_that_never_fit_are_an_error_not_a_loop(llama_folder: object) -> None:
@@ -81,6 +87,10 @@ def test_a_split_without_cases_is_found_at_once() -> None:
     [
         ("tasks.sequential.strategies=[expected]", "'expected' does not answer this family; choose from likelihood"),
         ("tasks.rating.baselines=[popularity]", "'popularity' does not answer this family"),
+        (
+            "tasks.rating.baselines=[user-mean, user-item-bias]",
+            r"tasks\.rating\.baselines: the controls global-mean, item-mean must stand in the same table",
+        ),
         ("tasks.direct.strategies=[label, label]", "stands twice"),
         ("eval.cutoffs=[]", "cutoffs"),
         ("eval.arms=[tuned, tuned]", "stands twice"),

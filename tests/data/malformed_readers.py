@@ -1,17 +1,17 @@
-"""Every reader of data files, each with small good files of its own: what the malformed ones are made from."""
+"""Readers of data files, each with small good files of its own: what the malformed ones are made from."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from llmrec.build.init import init
 from llmrec.data.items import read_items
@@ -19,12 +19,17 @@ from llmrec.data.request_files import open_requests
 from llmrec.data.requests import read_request
 from llmrec.data.sources import load
 from llmrec.errors import DataError
-from llmrec.recipe import DataSection, Split
+from llmrec.recipe import Columns, DataSection, Split
 from llmrec.types import Item
 
 Files = dict[str, bytes]
-Refused = Mapping[int, str]
-"""Lines of a file of requests that were refused, each with the reason."""
+
+
+class Refused(dict[int, str]):
+    """Lines of a file of requests that were refused, each with the reason, beside what was read from the others."""
+
+    found: tuple[object, ...] = ()
+
 
 USERS, ITEMS = 6, 6
 EVENTS = [
@@ -65,7 +70,7 @@ Form = Grid | Records | str
 """Delimited text, one object a line, or (as the name of its kind) a file that is written by other means."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reader:
     """A reader with the files that it reads.
 
@@ -74,29 +79,36 @@ class Reader:
         file: The file that is spoiled.
         form: What stands in it.
         roles: What its columns are called: user, item, rating, time, title.
-        read: Reads the folder.
+        read: Reads the file, or the folder around it, and returns something to compare; of requests `Refused`.
         others: The files beside it.
         python: Whether Python dictionaries are read in place of JSON.
         old: Whether bytes that are no UTF-8 are read as Latin-1.
-        strict: Whether ratings must lie on a scale.
         requests: Whether bad rows are refused one by one.
-        single: Whether an item that appears once is looked up; files of items only look at those.
     """
 
     name: str
     file: str
     form: Form
     roles: Mapping[str, str]
-    read: Callable[[Path], Refused]
+    read: Callable[[Path], object]
     others: Files = field(default_factory=dict)
     python: bool = False
     old: bool = False
-    strict: bool = False
     requests: bool = False
 
     @property
     def kind(self) -> str:
         return "delimited" if isinstance(self.form, Grid) else self.form if isinstance(self.form, str) else "objects"
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it reads a published set, of which only the columns that are needed are looked at."""
+        return not self.requests and not self.name.startswith(("table", "init", "rank-items"))
+
+    @property
+    def zipped(self) -> bool:
+        """Whether it also reads the files in an archive."""
+        return self.streamed
 
     def good(self) -> bytes:
         if isinstance(self.form, Grid):
@@ -152,7 +164,7 @@ REQUESTS: Records = tuple(
 )
 
 
-def _cells(*order: str, separator: str, header: bool = True, quoted: bool = True, more: str = "") -> Grid:
+def cells(*order: str, separator: str, header: bool = True, quoted: bool = True, more: str = "") -> Grid:
     """Return the interactions with their columns in some order: letters of user, item, rating, time and title."""
     places = "uirt"
     rows = []
@@ -163,13 +175,13 @@ def _cells(*order: str, separator: str, header: bool = True, quoted: bool = True
     return Grid(names, tuple(rows), separator, header, quoted)
 
 
-def _items(*names: str, separator: str, header: bool = True, quoted: bool = True) -> Grid:
+def items_of(*names: str, separator: str, header: bool = True, quoted: bool = True) -> Grid:
     """Return items: id, title, and a word in every further column."""
     rows = tuple((item, title, *("Drama" for _ in names[2:])) for item, title in TITLES.items())
     return Grid(names, rows, separator, header, quoted)
 
 
-def _reviews(user: str, item: str, rating: str | None, time: str, clock: str | None, **more: Any) -> Records:
+def reviews(user: str, item: str, rating: str | None, time: str, clock: str | None, **more: Any) -> Records:
     rows = []
     for who, what, stars, when in EVENTS:
         row: dict[str, Any] = {user: who, item: what, time: int(when) if clock is None else clock.format(int(when[-1]))}
@@ -179,58 +191,53 @@ def _reviews(user: str, item: str, rating: str | None, time: str, clock: str | N
     return tuple(rows)
 
 
-def _named(item: str, title: str, **more: Any) -> Records:
+def named(item: str, title: str, **more: Any) -> Records:
     return tuple({item: name, title: words, **more} for name, words in TITLES.items())
 
 
-def _load(source: str, path: str = "", items: str | None = None, **keys: Any) -> Callable[[Path], Refused]:
-    """Return a call of a source on a folder, or on a file in it."""
+def loads(source: str, **keys: Any) -> Callable[[Path], object]:
+    """Return a call of a source on the folder around a file."""
 
-    def read(folder: Path) -> Refused:
-        named = str(folder / items) if items is not None else None
-        load(DataSection(source=source, path=str(folder / path), items=named, **keys), seed=0)
-        return {}
-
-    return read
-
-
-def _table(file: str) -> Callable[[Path], Refused]:
-    return _load("table", file)
-
-
-def _init(file: str) -> Callable[[Path], Refused]:
-    def read(folder: Path) -> Refused:
-        init(str(folder / file), out=folder / "recipe.yaml", name="mine", force=True, backend="hf")
-        return {}
+    def read(file: Path) -> object:
+        where = file if file.suffix == ".zip" else file.parent
+        return load(DataSection(source=source, path=str(where), **keys), seed=0).fingerprint
 
     return read
 
 
-def _rank_items(file: str) -> Callable[[Path], Refused]:
-    def read(folder: Path) -> Refused:
-        read_items(folder / file)
-        return {}
-
-    return read
+def _table(file: Path) -> object:
+    return load(DataSection(source="table", path=str(file)), seed=0).fingerprint
 
 
-def _requests(file: str) -> Callable[[Path], Refused]:
-    """Return what `llmrec rank` does with a file of requests before it asks a model."""
+def _table_of_items(file: Path) -> object:
+    columns = Columns(fields=("genres",))
+    section = DataSection(source="table", path=str(file.with_name("e.csv")), items=str(file), columns=columns)
+    return load(section, seed=0).fingerprint
+
+
+def _init(file: Path) -> object:
+    made = init(str(file), out=file.with_name("recipe.yaml"), name="mine", force=True, backend="hf")
+    return yaml.safe_load(made.recipe.read_text(encoding="utf-8"))["data"] | {"path": ""}
+
+
+def _rank_items(file: Path) -> object:
+    return read_items(file)
+
+
+def _requests(file: Path) -> Refused:
+    """Do what `llmrec rank` does with a file of requests before it asks a model."""
     known = {name: Item(item_id=name, title=title) for name, title in TITLES.items()}
-
-    def read(folder: Path) -> Refused:
-        refused = {}
-        for number, raw in enumerate(open_requests(folder / file), start=1):
-            if raw.error or raw.record is None:
-                refused[raw.line] = raw.error
-                continue
-            try:
-                read_request(raw.record, number, known)
-            except DataError as error:
-                refused[raw.line] = str(error)
-        return refused
-
-    return read
+    refused, found = Refused(), []
+    for number, raw in enumerate(open_requests(file), start=1):
+        if raw.error or raw.record is None:
+            refused[raw.line] = raw.error
+            continue
+        try:
+            found.append(read_request(raw.record, number, known))
+        except DataError as error:
+            refused[raw.line] = str(error)
+    refused.found = tuple(found)
+    return refused
 
 
 # --------------------------------------------------------------------------- the readers
@@ -239,191 +246,30 @@ _ROLES = {"user": "user_id", "item": "item_id", "rating": "rating", "time": "tim
 _FOUR = ("u=user_id", "i=item_id", "r=rating", "t=timestamp", "x=title")
 
 
-def _tables() -> list[Reader]:
-    comma, tab = _cells(*_FOUR, separator=","), _cells(*_FOUR, separator="\t")
+def tables() -> list[Reader]:
+    comma, tab = cells(*_FOUR, separator=","), cells(*_FOUR, separator="\t")
     records = tuple(dict(zip(comma.names, row, strict=True)) for row in comma.rows)
-    things = _items("item_id", "title", "genres", separator=",")
+    things = items_of("item_id", "title", "genres", separator=",")
     rows = tuple(dict(zip(things.names, row, strict=True)) for row in things.rows)
     names = {"item": "item_id", "title": "title"}
-    plain = _cells(*_FOUR[:4], separator=",").bytes()
-    listed = {"items": "items.csv", "columns": {"fields": ("genres",)}}
+    plain = cells(*_FOUR[:4], separator=",").bytes()
     return [
-        Reader("table-csv", "events.csv", comma, _ROLES, _table("events.csv")),
-        Reader("table-tsv", "events.tsv", tab, _ROLES, _table("events.tsv")),
-        Reader("table-jsonl", "events.jsonl", records, _ROLES, _table("events.jsonl")),
-        Reader("table-parquet", "events.parquet", "parquet", _ROLES, _table("events.parquet")),
-        Reader("table-items", "items.csv", things, names, _load("table", "e.csv", **listed), {"e.csv": plain}),
-        Reader("init-csv", "events.csv", comma, _ROLES, _init("events.csv")),
-        Reader("init-jsonl", "events.jsonl", records, _ROLES, _init("events.jsonl")),
-        Reader("init-parquet", "events.parquet", "parquet", _ROLES, _init("events.parquet")),
-        Reader("rank-items-csv", "items.csv", things, names, _rank_items("items.csv")),
-        Reader("rank-items-jsonl", "items.jsonl", rows, names, _rank_items("items.jsonl")),
-        Reader("rank-items-parquet", "items.parquet", "parquet", names, _rank_items("items.parquet")),
+        Reader("table-csv", "events.csv", comma, _ROLES, _table),
+        Reader("table-tsv", "events.tsv", tab, _ROLES, _table),
+        Reader("table-jsonl", "events.jsonl", records, _ROLES, _table),
+        Reader("table-parquet", "events.parquet", "parquet", _ROLES, _table),
+        Reader("table-items", "items.csv", things, names, _table_of_items, {"e.csv": plain}),
+        Reader("init-csv", "events.csv", comma, _ROLES, _init),
+        Reader("init-jsonl", "events.jsonl", records, _ROLES, _init),
+        Reader("init-parquet", "events.parquet", "parquet", _ROLES, _init),
+        Reader("rank-items-csv", "items.csv", things, names, _rank_items),
+        Reader("rank-items-jsonl", "items.jsonl", rows, names, _rank_items),
+        Reader("rank-items-parquet", "items.parquet", "parquet", names, _rank_items),
     ]
 
 
-def _movielens() -> list[Reader]:
-    events = ("u=user", "i=movie", "r=rating", "t=timestamp")
-    roles = {"user": "user", "item": "movie", "rating": "rating", "time": "timestamp"}
-    films = {"item": "movie", "title": "title"}
-    dat = _cells(*events, separator="::", header=False, quoted=False)
-    movies = _items("movie", "title", "genres", separator="::", header=False, quoted=False)
-    people = Grid(
-        ("user", "gender", "age", "occupation", "zip"),
-        tuple((f"u{user}", "F", "25", "3", "12345") for user in range(USERS)),
-        "::",
-        False,
-        False,
-    )
-    old = {"ratings.dat": dat.bytes(), "movies.dat": movies.bytes(), "users.dat": people.bytes()}
-    csv = _cells("u=userId", "i=movieId", "r=rating", "t=timestamp", separator=",")
-    listed = _items("movieId", "title", "genres", separator=",")
-    names = {"user": "userId", "item": "movieId", "rating": "rating", "time": "timestamp"}
-    new = {"ratings.csv": csv.bytes(), "movies.csv": listed.bytes()}
-    data = _cells("u=user", "i=item", "r=rating", "t=timestamp", separator="\t", header=False, quoted=False)
-    wide = ("id", "title", "released", "video", "link", *(f"g{n}" for n in range(19)))
-    flags = Grid(
-        wide, tuple((i, t, "1", "", "x", *("1" for _ in range(19))) for i, t in TITLES.items()), "|", False, False
-    )
-    first = {"u.data": data.bytes(), "u.item": flags.bytes()}
-    own = {"user": "user", "item": "item", "rating": "rating", "time": "timestamp"}
-    load_1m, load_20m = _load("movielens-1m"), _load("movielens-20m")
-    load_small, load_100k = _load("movielens-small"), _load("movielens-100k")
-    title, strict = {"item": "movieId", "title": "title"}, {"strict": True}
-    return [
-        Reader("ml-100k", "u.data", data, own, load_100k, first, old=True, strict=True),
-        Reader("ml-100k-films", "u.item", flags, {"item": "id", "title": "title"}, load_100k, first, old=True),
-        Reader("ml-small", "ratings.csv", csv, names, load_small, new, **strict),
-        Reader("ml-small-films", "movies.csv", listed, title, load_small, new),
-        Reader("ml-1m", "ratings.dat", dat, roles, load_1m, old, old=True, strict=True),
-        Reader("ml-1m-films", "movies.dat", movies, films, load_1m, old, old=True),
-        Reader("ml-1m-people", "users.dat", people, {"user": "user"}, load_1m, old, old=True),
-        Reader("ml-20m", "ratings.csv", csv, names, load_20m, new, **strict),
-        Reader("ml-20m-films", "movies.csv", listed, title, load_20m, new),
-    ]
-
-
-def _published() -> list[Reader]:
-    amazon = {"user": "reviewerID", "item": "asin", "rating": "overall", "time": "unixReviewTime"}
-    reviews = _reviews("reviewerID", "asin", "overall", "unixReviewTime", None, reviewText="Good.", summary="ok")
-    meta = _named("asin", "title", brand="Acme", categories=[["A", "B"]])
-    beauty = {"reviews_Beauty_5.json": object_lines(reviews), "meta_Beauty.json": object_lines(meta)}
-    new = _reviews("user_id", "parent_asin", "rating", "timestamp", None, text="Good.")
-    ratings = _cells("u=user", "i=item", "r=rating", "t=timestamp", separator=",", header=False, quoted=False)
-    names = {"user": "user", "item": "item", "rating": "rating", "time": "timestamp"}
-    steam = _reviews("username", "product_id", None, "date", "2017-12-1{}", text="Good.")
-    yelp = _reviews("user_id", "business_id", "stars", "date", "2018-07-07 10:00:0{}", text="Good.")
-    day = "Fri Apr 19 08:15:1{} -0700 2013"
-    books = _reviews("user_id", "book_id", "rating", "date_added", day, review_text="Good.")
-    shelf = Grid(
-        ("user_id", "book_id", "is_read", "rating", "is_reviewed"),
-        tuple((u, i, "1", r, "0") for u, i, r, _ in EVENTS),
-        ",",
-    )
-    ids = Grid(("book_id_csv", "book_id"), tuple((i, i) for i in TITLES), ",")
-    listed = {"book_id_map.csv": ids.bytes(), "goodreads_books.json": object_lines(_named("book_id", "title"))}
-    rated = {"user": "user_id", "item": "book_id", "rating": "rating"}
-    strict = {"strict": True}
-    return [
-        Reader(
-            "amazon-2014", "reviews_Beauty_5.json", reviews, amazon, _load("amazon-2014"), beauty, python=True, **strict
-        ),
-        Reader("amazon-2014-meta", "meta_Beauty.json", meta, {"item": "asin"}, _load("amazon-2014"), beauty, True),
-        Reader("amazon-2014-csv", "ratings_Beauty.csv", ratings, names, _load("amazon-2014"), **strict),
-        Reader("amazon-2018", "Beauty_5.json", reviews, amazon, _load("amazon-2018"), python=True, **strict),
-        Reader(
-            "amazon-2023",
-            "Beauty.jsonl",
-            new,
-            {"user": "user_id", "item": "parent_asin", "rating": "rating", "time": "timestamp"},
-            _load("amazon-2023"),
-            **strict,
-        ),
-        Reader(
-            "steam",
-            "steam_reviews.json",
-            steam,
-            {"user": "username", "item": "product_id", "time": "date"},
-            _load("steam"),
-            python=True,
-        ),
-        Reader(
-            "yelp",
-            "yelp_academic_dataset_review.json",
-            yelp,
-            {"user": "user_id", "item": "business_id", "rating": "stars", "time": "date"},
-            _load("yelp"),
-            **strict,
-        ),
-        Reader(
-            "goodreads", "goodreads_reviews_poetry.json", books, rated | {"time": "date_added"}, _load("goodreads")
-        ),
-        Reader("goodreads-csv", "goodreads_interactions.csv", shelf, rated, _load("goodreads"), listed, **strict),
-        Reader(
-            "goodreads-map",
-            "book_id_map.csv",
-            ids,
-            {},
-            _load("goodreads"),
-            {**listed, "goodreads_interactions.csv": shelf.bytes()},
-        ),
-    ]
-
-
-def _music_and_news() -> list[Reader]:
-    listens = _cells("u=userID", "i=artistID", "r=weight", separator="\t", quoted=False)
-    artists = _items("id", "name", "url", separator="\t", quoted=False)
-    two = {"user_artists.dat": listens.bytes(), "artists.dat": artists.bytes()}
-    stamp = "2009-05-04T23:08:{:02d}Z"
-    plays = Grid(
-        ("userid", "timestamp", "artid", "artname", "traid", "traname"),
-        tuple((u, stamp.format(n), i, TITLES[i], "t", "Track") for n, (u, i, _, _) in enumerate(EVENTS)),
-        "\t",
-        False,
-        False,
-    )
-    logs = Grid(
-        ("impression", "user", "time", "history", "impressions"),
-        tuple(
-            (str(n), f"u{n}", f"11/1{n}/2019 8:15:0{n} AM", f"i{n % 6} i{(n + 1) % 6}", f"i{(n + 2) % 6}-1 i5-0")
-            for n in range(USERS)
-        ),
-        "\t",
-        False,
-        False,
-    )
-    news = Grid(
-        ("id", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities"),
-        tuple((i, "news", "world", t, "", "", "[]", "[]") for i, t in TITLES.items()),
-        "\t",
-        False,
-        False,
-    )
-    mind = {"behaviors.tsv": logs.bytes(), "news.tsv": news.bytes()}
-    return [
-        Reader(
-            "lastfm-2k",
-            "user_artists.dat",
-            listens,
-            {"user": "userID", "item": "artistID"},
-            _load("lastfm-2k"),
-            two,
-        ),
-        Reader("lastfm-2k-artists", "artists.dat", artists, {"item": "id"}, _load("lastfm-2k"), two),
-        Reader(
-            "lastfm-1k",
-            "userid-timestamp-artid-artname-traid-traname.tsv",
-            plays,
-            {"user": "userid", "time": "timestamp"},
-            _load("lastfm-1k", duplicates="keep_last"),
-        ),
-        Reader("mind", "behaviors.tsv", logs, {"user": "user", "time": "time"}, _load("mind"), mind),
-        Reader("mind-news", "news.tsv", news, {"item": "id"}, _load("mind"), mind),
-    ]
-
-
-def _ready_made() -> list[Reader]:
-    things = _items("item_id", "title", "genres", separator="\t")
+def ready_made() -> list[Reader]:
+    things = items_of("item_id", "title", "genres", separator="\t")
     train = Grid(
         ("user_id", "history", "target"),
         tuple((f"u{n}", f"i{n % 6} i{(n + 1) % 6}", f"i{(n + 2) % 6}") for n in range(USERS)),
@@ -435,7 +281,7 @@ def _ready_made() -> list[Reader]:
     files = {
         "train.tsv": train.bytes(), "valid.tsv": held.bytes(), "test.tsv": last.bytes(), "items.tsv": things.bytes(),
     }  # fmt: skip
-    given = _load("samples", split=Split(kind="given"))
+    given = loads("samples", split=Split(kind="given"))
     csv = Grid(
         ("id", "history", "candidates"),
         tuple((str(r["id"]), "|".join(r["history"]), "|".join(r["candidates"])) for r in REQUESTS),
@@ -443,16 +289,45 @@ def _ready_made() -> list[Reader]:
     )
     asked = {"requests": True}
     return [
-        Reader("sequences", "sequences.txt", "lines", {}, _load("sequences"), {"items.tsv": things.bytes()}),
-        Reader("sequences-items", "items.tsv", things, names, _load("sequences"), {"sequences.txt": sequence_lines()}),
+        Reader("sequences", "sequences.txt", "lines", {}, loads("sequences"), {"items.tsv": things.bytes()}),
+        Reader("sequences-items", "items.tsv", things, names, loads("sequences"), {"sequences.txt": sequence_lines()}),
         Reader("samples-train", "train.tsv", train, {}, given, files),
         Reader("samples-valid", "valid.tsv", held, {}, given, files),
-        Reader("requests-jsonl", "asked.jsonl", REQUESTS, {}, _requests("asked.jsonl"), **asked),
-        Reader("requests-csv", "asked.csv", csv, {}, _requests("asked.csv"), **asked),
-        Reader("requests-parquet", "asked.parquet", "parquet", {}, _requests("asked.parquet"), **asked),
+        Reader("requests-jsonl", "asked.jsonl", REQUESTS, {}, _requests, **asked),
+        Reader("requests-csv", "asked.csv", csv, {}, _requests, **asked),
+        Reader("requests-parquet", "asked.parquet", "parquet", {}, _requests, **asked),
     ]
 
 
-@cache
-def readers() -> tuple[Reader, ...]:
-    return tuple([*_tables(), *_movielens(), *_published(), *_music_and_news(), *_ready_made()])
+# --------------------------------------------------------------------------- what is wrong
+
+
+@dataclass(frozen=True)
+class Case:
+    """One malformed file.
+
+    Attributes:
+        reader: Who is given it.
+        fault: What is wrong with it.
+        files: The faulty file, by name, and the others.
+        make: Makes what bytes cannot say, such as a link; called with the faulty file's path.
+        places: Numbers of which the error must name one as a row or line; empty: there is none.
+        column: Which column or key the error must name.
+        line: Of a file of requests, the line that is refused while the others are read.
+    """
+
+    reader: Reader
+    fault: str
+    files: Mapping[str, bytes]
+    make: Callable[[Path], None] | None = None
+    places: tuple[int, ...] = ()
+    column: str = ""
+    line: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.reader.name}: {self.fault}"
+
+
+def case_of(reader: Reader, fault: str, raw: bytes, **more: Any) -> Case:
+    return Case(reader, fault, {**reader.others, reader.file: raw}, **more)

@@ -304,7 +304,7 @@ def test_parquet_holds_lists_structs_or_texts(tmp_path: Path) -> None:
         assert requests[0].candidates[0] == ITEMS["1"]
     pq.write_table(pa.table({"candidates": pa.array([b"ok", b"\xff"]).cast(pa.string(), safe=False)}), path)
     rows = rows_of(path)
-    assert [row.error for row in rows] == ["", "not UTF-8"]
+    assert [row.error for row in rows] == ["", "not UTF-8; write it again"]
     pq.write_table(pa.table({"candidate": [["1"]]}), path)
     with pytest.raises(DataError, match="did you mean 'candidate'"):
         open_requests(path)

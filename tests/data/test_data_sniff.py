@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from llmrec.data.columns import numbers as read_numbers
 from llmrec.data.columns import times as read_times
-from llmrec.data.files import Table, read_table
+from llmrec.data.files import Table
 from llmrec.data.forms import numbers, times
 from llmrec.data.guess import guess
 from llmrec.data.mend import faults, mended
 from llmrec.data.peek import peek
 from llmrec.data.roles import NONE, Asked, Roles, asked
 from llmrec.data.sniff import profile, shown
+from llmrec.data.tables import read_table
 from llmrec.data.words import named, noun_of
 from llmrec.errors import DataError
 

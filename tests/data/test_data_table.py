@@ -17,9 +17,10 @@ from data_cases import section
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data.files import delimited, read_table
+from llmrec.data.files import delimited
 from llmrec.data.sources import load
 from llmrec.data.split import split
+from llmrec.data.tables import read_table
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe import Columns, DataSection, Filter
 
@@ -294,11 +295,11 @@ def test_missing_files(tmp_path: Path) -> None:
     write(tmp_path, GOOD, "ratings.csv")
     fails(tmp_path / "rating.csv", "no such file", "did you mean 'ratings.csv'", "data.path")
     fails(tmp_path / "nowhere" / "x.csv", "no such file", "nowhere")
-    fails(tmp_path, "cannot be read")
+    fails(tmp_path, "is a folder")
     fails(write(tmp_path, GOOD, "data"), "ends in nothing")
     fails(write(tmp_path, GOOD, "data.xlsx"), "'.xlsx'", ".csv", ".parquet")
     (tmp_path / "folder.csv").mkdir()
-    fails(tmp_path / "folder.csv", "cannot be read")
+    fails(tmp_path / "folder.csv", "is a folder")
     with pytest.raises(DataError, match=r"gone\.csv: there is no such file"):
         load(section(write(tmp_path, GOOD), items=str(tmp_path / "gone.csv")), seed=0)
     with pytest.raises(DataError, match=r"data\.path=FILE"):
@@ -315,7 +316,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_ends_at_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.files.MAX_BYTES", 1000)
+    monkeypatch.setattr("llmrec.data.opening.MAX_BYTES", 1000)
     fails(write(tmp_path, b"a" * 100_000, "data.csv.gz"), "more than 1000 bytes")
 
 
@@ -349,7 +350,7 @@ def test_bad_json_lines(tmp_path: Path, line: str, words: list[str]) -> None:
         ("rating", ["1", "x"], ["row 2", "'rating'", "'x'"]),
         ("timestamp", [datetime(2024, 1, 1), None], ["row 2", "'timestamp'", "missing"]),
         ("item_id", ["x", "y\0"], ["row 2", "'item_id'", "NUL"]),
-        ("rating", [[1], [2]], ["no column 'rating'"]),
+        ("rating", [[1], [2]], ["'rating'", "list", "cannot be used"]),
     ],
 )
 def test_bad_parquet_rows(tmp_path: Path, column: str, values: list[object], words: list[str]) -> None:
@@ -364,7 +365,7 @@ def test_parquet_whose_texts_or_names_are_no_utf8(tmp_path: Path) -> None:
     fails(tmp_path / "data.parquet", "UTF8")
     pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "naaaame": ["y"]}).write_parquet(tmp_path / "name.parquet")
     raw = (tmp_path / "name.parquet").read_bytes().replace(b"naaaame", b"na\xbe\xffame")
-    fails(write(tmp_path, raw, "name.parquet"), "cannot be used")
+    fails(write(tmp_path, raw, "name.parquet"), "is damaged")
 
 
 def test_unknown_columns(tmp_path: Path) -> None:

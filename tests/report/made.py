@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from llmrec.durable import sha256_of
+from llmrec.registry import CONTROLS
+
 NASTY = (
     "<script>window.__pwned=1</script>",
     "Alien </script><img src=x onerror=window.__pwned=1> (1979)",
@@ -38,8 +41,8 @@ METRICS = {
 HEADLINE = {"rating": "RMSE", "sequential": "NDCG@10", "direct": "NDCG@10", "explanation": "ROUGE-L"}
 BASELINES = {
     "rating": {"global-mean": 1.12, "user-mean": 1.03, "item-mean": 0.99, "user-item-bias": 0.93},
-    "sequential": {"random": 0.22, "popularity": 0.44, "item-knn": 0.53, "markov": 0.56},
-    "direct": {"random": 0.23, "popularity": 0.43, "item-knn": 0.47, "markov": 0.46},
+    "sequential": {"random": 0.22, "popularity": 0.44, "item-knn": 0.53, "markov-1": 0.56},
+    "direct": {"random": 0.23, "popularity": 0.43, "item-knn": 0.47, "markov-1": 0.46},
     "explanation": {"frequent-text": 0.21, "nearest-text": 0.24},
 }
 MODELS = {
@@ -302,7 +305,8 @@ def save_run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results), "utf-8")
     if audit is not None:
-        (folder / "audit.json").write_text(json.dumps(audit), "utf-8")
+        of = {"results_sha256": sha256_of(folder / "results.json")}
+        (folder / "audit.json").write_text(json.dumps(of | dict(audit)), "utf-8")
     stream = itertools.cycle(reasons)
     columns: dict[str, list[Any]] = {"row_id": [], "error": [], "raw": []}
     for row in results["rows"]:
@@ -321,11 +325,16 @@ def hostile_results(results: Mapping[str, Any], texts: Sequence[str]) -> dict[st
     found = copy.deepcopy(dict(results))
     stream = itertools.cycle(texts)
     names: dict[str, str] = {}
+    # The controls keep their names, without which there is no report; a copy of one of each task does not.
+    controls = {row["task"]: row for row in found["rows"] if row["arm"] == "baseline"}
+    found["rows"] += [copy.deepcopy(row) | {"id": f"{task} copy"} for task, row in controls.items()]
     slices = {name: f"{place} {next(stream)}" for place, name in enumerate(SLICES)}
     for place, row in enumerate(found["rows"]):
+        kept = row["predictor"] in CONTROLS[row["task"]] and not row["id"].endswith(" copy")
         names[row["id"]] = f"{place} {next(stream)}"
         row.update(
-            id=names[row["id"]], predictor=next(stream),
+            id=names[row["id"]],
+            predictor=row["predictor"] if kept else next(stream),
             template=row["template"] and f"family/{place}{next(stream)}", engine=next(stream), inputs=next(stream),
         )  # fmt: skip
         for failure in row["failures"]:

@@ -50,6 +50,14 @@ def test_a_run_that_was_not_audited_says_so_and_how(results: dict[str, Any], sav
     assert audit_lines(folder) is None
 
 
+def test_the_audit_of_other_results_is_not_shown(results: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_run(tmp_path, results, made_audit())
+    assert audit_lines(folder) is not None
+    (folder / "results.json").write_text(json.dumps(results | {"seconds": 1.0}), "utf-8")
+    assert audit_lines(folder) is None
+    assert "not audited. To audit it: " in write(folder)["markdown"].read_text("utf-8")
+
+
 def test_a_run_that_leaks_gets_no_table(results: dict[str, Any], tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", results, made_audit(LEAK))
     with pytest.raises(
@@ -66,7 +74,7 @@ def test_a_leak_that_is_found_later_takes_the_tables_away(results: dict[str, Any
     folder = save_run(tmp_path / "run", results, made_audit())
     pages = write(folder)
     assert all(page.is_file() for page in pages.values()) and set(pages) == set(PAGES)
-    (folder / "audit.json").write_text(json.dumps(made_audit(LEAK, LEAK | {"name": "another"})), "utf-8")
+    save_run(folder, results, made_audit(LEAK, LEAK | {"name": "another"}))
     with pytest.raises(LeakError, match="and 1 more"):
         write(folder)
     assert not any(page.exists() for page in pages.values())

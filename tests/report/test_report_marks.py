@@ -42,7 +42,7 @@ def test_a_row_is_marked_against_its_zero_shot_row_and_the_best_baseline(results
     assert tuned.zero_shot is not None and tuned.zero_shot.verdict == "shown"
     assert tuned.baseline is not None and (tuned.baseline.verdict, tuned.baseline.b) == (
         "contradicted",
-        "sequential/baseline/markov",
+        "sequential/baseline/markov-1",
     )
     # The few-shot row was not compared with a baseline, and a zero-shot row is nobody's rival but the baseline's.
     assert found[FEW].zero_shot is not None and found[FEW].zero_shot.verdict == "not shown"
@@ -78,28 +78,29 @@ def test_marks_stand_in_words_in_every_form(results: dict[str, Any], save: Save)
     row = _row_of(html, 2, "likelihood", "tuned", "<bdi>continue-list")
     assert re.search(r'class="sig shown"><span aria-hidden="true">✓</span> over zero-shot<span class="vh">: shown', row)
     assert re.search(r'class="sig contradicted"><span aria-hidden="true">✗</span> over baseline.*?: contradicted', row)
-    assert "sig" not in _row_of(html, 2, "markov", "baseline")
+    assert "sig" not in _row_of(html, 2, "markov-1", "baseline")
     assert html.count('href="#verdicts"') == 4 and html.count('id="verdicts"') == 1
     text = pages["markdown"].read_text("utf-8").split("### Next item")[1]
     assert "| NDCG@10 | Beats zero-shot | Beats best baseline | HR@1 |" in text
     assert re.search(r"\| tuned · likelihood · continue-list \| 0\.500 \[[^|]*\| shown \| contradicted \|", text)
     assert re.search(r"\| few-shot · likelihood · continue-list \| 0\.320 \[[^|]*\| not shown \| – \|", text)
-    assert re.search(r"\| markov \(baseline\) \| [^|]*\| – \| – \|", text)
+    assert re.search(r"\| markov-1 \(baseline\) \| [^|]*\| – \| – \|", text)
     tex = pages["latex"].read_text("utf-8").split(r"\label{tab:llmrec-2}")[1].split(r"\end{table}")[0]
     assert re.search(r"tuned \S+ likelihood \S+ continue-list &[^&]*& shown & contradicted &", tex)
     lines = {
         line["row"]: line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["metric"] == "NDCG@10"
     }
     assert [lines[TUNED][key] for key in ("beats_zero_shot", "beats_best_baseline", "best_baseline")] == [
-        *("shown", "contradicted"), "sequential/baseline/markov",
+        *("shown", "contradicted"), "sequential/baseline/markov-1",
     ]  # fmt: skip
     assert float(lines[TUNED]["beats_zero_shot_p"]) == 0.0004
-    assert lines["sequential/baseline/markov"]["beats_zero_shot"] == ""
+    assert lines["sequential/baseline/markov-1"]["beats_zero_shot"] == ""
 
 
 def test_the_legend_says_what_is_compared_and_the_rule_by_what(results: dict[str, Any]) -> None:
     found = results_of(results)
-    assert "NDCG@10 of a language-model row" in legend(found, "sequential") and "markov" in legend(found, "sequential")
+    said = legend(found, "sequential")
+    assert "NDCG@10 of a language-model row" in said and "markov-1" in said
     assert "Holm's method over all 12 comparisons of this run, is at most .05" in rule(found)
     results["comparisons"] = results["comparisons"][:1]
     found = results_of(results)

@@ -90,7 +90,7 @@ def test_every_section_is_there_in_order(run_dir: Path) -> None:
         *("Templates", "Slices"), *("Templates", "Position", "Slices") * 2, *("Templates", "Slices"),
     ]  # fmt: skip
     for said in (
-        "A trivial control wins: markov",
+        "A trivial control wins: markov-1",
         "made data",
         "5f3c1a9b" * 8,
         "a3" * 32,

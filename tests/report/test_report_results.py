@@ -12,8 +12,10 @@ import polars as pl
 import pytest
 
 from llmrec.errors import DataError, LlmrecError
+from llmrec.registry import CONTROLS
 from llmrec.report.page import write
 from llmrec.report.results import failure_reasons, read, results_of
+from tests.report.made import HEADLINE
 
 Save = Callable[[dict[str, Any]], Path]
 
@@ -127,6 +129,14 @@ def test_a_task_without_its_baselines_is_refused(results: dict[str, Any], save: 
     assert not (folder / "report" / "index.html").exists()
 
 
+@pytest.mark.parametrize(("family", "name"), [(f, name) for f in HEADLINE for name in CONTROLS[f]])
+def test_a_task_that_lacks_one_control_is_refused(results: dict[str, Any], family: str, name: str) -> None:
+    results["rows"] = [row for row in results["rows"] if row["task"] != family or row["predictor"] != name]
+    results["comparisons"] = []
+    with pytest.raises(LlmrecError, match=rf"task '{family}' lacks the controls {name}, measured"):
+        results_of(results)
+
+
 def test_rows_on_different_candidates_are_refused(results: dict[str, Any], save: Save) -> None:
     row = next(row for row in results["rows"] if row["task"] == "direct" and row["arm"] == "tuned")
     row["candidates"] = "0123456789abcdef" * 4
@@ -157,7 +167,9 @@ def test_a_baseline_without_the_headline_metric_is_no_control(results: dict[str,
     for row in results["rows"]:
         if row["task"] == "direct" and row["arm"] == "baseline":
             del row["metrics"]["NDCG@10"]
-    with pytest.raises(LlmrecError, match=r"no baseline of task 'direct' carries its headline metric 'NDCG@10'"):
+    with pytest.raises(
+        LlmrecError, match=r"task 'direct' lacks the controls random, .*by its headline metric 'NDCG@10'"
+    ):
         results_of(results)
 
 

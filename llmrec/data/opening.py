@@ -1,0 +1,206 @@
+"""What may be opened, and how much may come out of it.
+
+A path may name a pipe that nobody writes to, a device without end or a link that leads in a circle; a small packed
+file may unpack to more than the memory; a file may be something quite different from what its ending says. All of
+these end in an error before they do harm.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import stat
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from llmrec.errors import DataError
+
+MAX_BYTES = 8 * 2**30
+"""Largest table, unpacked; tables are held in memory whole."""
+FREE_BYTES = 16 * 2**20
+"""A file may unpack to so many bytes however small it is."""
+MAX_RATIO = 100
+"""Beyond that, to so many times its size: data seldom packs better than 20 to 1, a bomb packs 1,000 to 1."""
+ID_LIMIT = 1000
+"""Longest id in characters; ids are copied into rows, results and reports as they are."""
+MAX_MEMBERS = 100_000
+"""Most files in an archive."""
+
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+"""What a damaged or unreadable file raises while it is read."""
+
+_GZIP = b"\x1f\x8b"
+# How files begin, what they are, and what to do about it.
+_STRANGERS: tuple[tuple[bytes, str, str], ...] = (
+    (_GZIP, "a gzip file", "give it a name that ends in .gz"),
+    (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save its sheet as CSV"),
+    (b"PK\x05\x06", "an empty zip archive", "write the file again"),
+    (b"PAR1", "a Parquet file", "give it a name that ends in .parquet"),
+    (b"BZh", "packed with bzip2", "unpack it, or pack it with gzip"),
+    (b"\xfd7zXZ", "packed with xz", "unpack it, or pack it with gzip"),
+    (b"\x28\xb5\x2f\xfd", "packed with zstd", "unpack it, or pack it with gzip"),
+    (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it"),
+    (b"Rar!", "a RAR archive", "unpack it"),
+    (b"\xd0\xcf\x11\xe0", "an old spreadsheet or document", "save its sheet as CSV"),
+    (b"%PDF", "a PDF file", "fetch or export the data as text"),
+    (b"\x89PNG", "a picture", "check the path"),
+    (b"\x7fELF", "a program", "check the path"),
+    (b"SQLite format 3", "a database", "export its table as CSV"),
+    (b"\x93NUMPY", "a NumPy array, which is never read", "write it as CSV or Parquet"),
+    (b"version https://git-lfs", "a Git LFS pointer and not the file itself", "fetch the file with `git lfs pull`"),
+    *((bytes((0x80, n)), "a Python pickle, which is never read", "write it as CSV or Parquet") for n in range(2, 6)),
+)
+_PAGES = (b"<!doctype html", b"<html")
+
+
+# --------------------------------------------------------------------------- words in errors
+
+
+def reason(error: BaseException) -> str:
+    """Return another library's message in one short line, to be quoted in ours."""
+    text = " ".join(str(error).split())
+    return shortened("".join(mark if mark.isprintable() else "\ufffd" for mark in text), 200)
+
+
+def shown(value: object) -> str:
+    """Return a value from a file in quotes, on one line, cut where it is long."""
+    if isinstance(value, str) and len(value) > 80:
+        value = value[:80] + "…"
+    return shortened(repr(value), 100)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Cut a text."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Return the names of columns, as many as fit one line."""
+    found = ", ".join(name if name.isprintable() else repr(name) for name in (shortened(n, 60) for n in names[:40]))
+    return shortened(found, 500) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+
+
+# --------------------------------------------------------------------------- paths
+
+
+def no_file(path: Path) -> str:
+    """Return why a path is no file that can be read; an empty text if it is one."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "is a link to nothing" if path.is_symlink() else "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({reason(error)})"
+    if stat.S_ISREG(mode):
+        return ""
+    return "is a folder and not a file" if stat.S_ISDIR(mode) else "is a pipe or a device and not a file"
+
+
+def stands(path: Path) -> bool:
+    """Whether something is there that is no folder, be it a file or not; reading it says what it is."""
+    return path.is_symlink() or (path.exists() and not path.is_dir())
+
+
+def require_file(path: Path, mend: str) -> None:
+    """Check that a path is a file; a pipe would block for ever, and a device may have no end.
+
+    Raises:
+        DataError: If it is none.
+    """
+    problem = no_file(path)
+    if problem:
+        raise DataError(f"{path} {problem}; {mend}")
+
+
+def stranger(head: bytes) -> str:
+    """Say what a file is that should be text, as its first bytes show, and the mend; empty if they show nothing."""
+    for start, what, mend in _STRANGERS:
+        if head.startswith(start):
+            return f"this is {what}; {mend}"
+    if head[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
+        return "this is a web page; fetch the file again, perhaps after logging in"
+    return ""
+
+
+# --------------------------------------------------------------------------- sizes
+
+
+class Capped:
+    """A stream that ends in an error where it gives more than its file can be expected to hold."""
+
+    def __init__(self, name: str, stream: BinaryIO, stored: int, limit: int | None = None) -> None:
+        self._name, self._stream, self._stored = name, stream, stored
+        roomy = max(FREE_BYTES, MAX_RATIO * stored)
+        self._limit = roomy if limit is None else min(limit, roomy)
+        self._seen = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Read bytes; all of them if ``size`` is negative.
+
+        Raises:
+            DataError: If there are too many.
+        """
+        return self._counted(self._stream.read(self._limit - self._seen + 1 if size < 0 else size))
+
+    def readline(self, size: int = -1) -> bytes:
+        """Read up to the end of a line; see `read`."""
+        return self._counted(self._stream.readline(size))
+
+    def _counted(self, raw: bytes) -> bytes:
+        self._seen += len(raw)
+        if self._seen > self._limit:
+            raise DataError(
+                f"{self._name} unpacks to more than {self._limit} bytes from {self._stored}, so it is not what it "
+                "seems or too large; check where it comes from, or unpack or split it"
+            )
+        return raw
+
+
+def unpack(name: str, stored: bytes, limit: int | None = None) -> bytes:
+    """Unpack gzip, with a cap on the size.
+
+    Args:
+        name: What errors call it.
+        stored: The packed bytes.
+        limit: Most bytes that may come out; `MAX_BYTES` by default.
+
+    Raises:
+        DataError: If it is damaged or larger than it can be expected to be.
+    """
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:
+            return Capped(name, stream, len(stored), limit or MAX_BYTES).read()  # type: ignore[arg-type]
+    except BROKEN as error:
+        raise DataError(f"{name} is damaged gzip ({reason(error)}); pack it again") from error
+
+
+# --------------------------------------------------------------------------- archives
+
+
+def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the files of an archive, once none of its entries tries a trick.
+
+    Nothing is ever unpacked to disk; still, an archive with such an entry is not the published one.
+
+    Raises:
+        DataError: If an entry is a link or leaves the archive, a name stands twice, or there are too many.
+    """
+    entries = archive.infolist()
+    if len(entries) > MAX_MEMBERS:
+        raise DataError(f"{place} holds {len(entries)} files, too many for a data set; check where it comes from")
+    for entry in entries:
+        parts = entry.filename.replace("\\", "/").split("/")
+        if ".." in parts or not parts[0] or parts[0].endswith(":"):
+            raise DataError(f"{place} holds {shown(entry.filename)}, a name that leads out of it; fetch it again")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            raise DataError(f"{place} holds {shown(entry.filename)}, which is a link and no file; fetch it again")
+    names = Counter(entry.filename for entry in entries)
+    twice = next((name for name, count in names.items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{place} holds two files called {shown(twice)}; pack it again with one of them")
+    return [entry for entry in entries if not entry.is_dir()]
