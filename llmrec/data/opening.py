@@ -63,8 +63,12 @@ _PAGES = (b"<!doctype html", b"<html")
 
 def reason(error: BaseException) -> str:
     """Return another library's message in one short line, to be quoted in ours."""
-    text = " ".join(str(error).split())
-    return shortened("".join(mark if mark.isprintable() else "\ufffd" for mark in text), 200)
+    return shortened(printable(" ".join(str(error).split())), 200)
+
+
+def printable(text: str) -> str:
+    """Return a text with a sign in place of each character that cannot be printed."""
+    return text if text.isprintable() else "".join(mark if mark.isprintable() else "\ufffd" for mark in text)
 
 
 def shown(value: object) -> str:

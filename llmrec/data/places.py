@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from llmrec.data.files import user_path
 from llmrec.data.maps import Known, Layout
-from llmrec.data.opening import BROKEN, Capped, archived, no_file, reason, require_file, stands
+from llmrec.data.opening import BROKEN, Capped, archived, no_file, printable, reason, require_file, stands
 from llmrec.errors import DataError, did_you_mean
 from llmrec.resources import cache_dir
 
@@ -194,7 +194,7 @@ def listing(place: Path) -> list[Member]:
     except (*BROKEN, ValueError) as error:
         raise DataError(f"{place} is not a readable folder or zip archive ({reason(error)}); fetch it again") from error
     shown = [name for name in sorted(names) if not name.startswith("__MACOSX/")]
-    return [Member(f"{place}/{name}", place, name) for name in shown]
+    return [Member(f"{place}/{printable(name)}", place, name) for name in shown]
 
 
 def captured(pattern: str, name: str) -> str | None:

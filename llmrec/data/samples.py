@@ -117,7 +117,7 @@ def _read(member: Member) -> Iterator[_Row]:
         for index, (line, user, history, target) in enumerate(zip(*columns, strict=True)):
             row = _Row(line, user, tuple(history.split()), target.strip())
             if len(row.target.split()) != 1:
-                raise DataError(f"{block.where(index)}: column {_TARGET!r} is {shown(target)}; it must be one item id")
+                raise DataError(f"{block.where(index)}: column {_TARGET!r} is {shown(target)}; write one item id there")
             yield row
 
 

@@ -21,9 +21,9 @@ from llmrec.report.wording import DASH
 
 _HEAD = """# Leaderboard
 
-Written by `llmrec eval SUITE` from `eval/results/` and `eval/references/`; do not edit. Full ranking of the whole
-catalogue, exact expectation over ties, parameters chosen on validation only. A table holds one protocol. Published
-figures are as printed by their source; nobody but the source vouches for them.
+Written by `llmrec eval SUITE` from `eval/results/` and `eval/references/`; do not edit. Rankings are of the whole
+catalogue, with the exact expectation over ties; parameters are chosen on validation only. A table holds one protocol.
+Published figures are as printed by their source; nobody but the source vouches for them.
 """
 _HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
 _RULE = (

@@ -78,7 +78,6 @@ def folder(path: Path, files: Mapping[str, str], *, packed: bool = False) -> Pat
 def archive(top: str, files: Mapping[str, str]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as pack:
-        pack.writestr("../../escape.txt", "never unpacked")
         for name, text in files.items():
             pack.writestr(f"{top}/{name}", encoded(name, text))
     return out.getvalue()
@@ -292,7 +291,7 @@ def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: py
 def test_a_member_that_is_too_large(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.data.download._MAX_MEMBER", 10)
     serve(archive("ml-latest-small", SMALL))
-    with pytest.raises(DataError, match=r"ratings\.csv is larger than 10 bytes"):
+    with pytest.raises(DataError, match=r"ratings\.csv unpacks to more than 10 bytes"):
         small()
 
 
@@ -305,6 +304,9 @@ def test_archives_that_are_none(alone: Path) -> None:
     raw[200:260] = bytes(60)
     (alone / "ml-100k.zip").write_bytes(raw)
     with pytest.raises(DataError, match=r"ml-100k\.zip"):
+        hundred()
+    (alone / "ml-100k.zip").write_bytes(archive("ml-100k", {"../../escape.txt": "", **OFFICIAL}))
+    with pytest.raises(DataError, match=r"escape\.txt', a name that leads out of it"):
         hundred()
     (alone / "ml-100k.zip").write_bytes(archive("another", OFFICIAL))
     with pytest.raises(DataError, match="does not hold movielens-100k"):

@@ -252,7 +252,7 @@ def test_samples_repeat_an_item(tmp_path: Path) -> None:
             "valid.tsv",
             "u2\td\ta",
             "u2\td\ta b",
-            r"valid\.tsv, row 2 \(line 3\): column 'target' is 'a b'; it must be one",
+            r"valid\.tsv, row 2 \(line 3\): column 'target' is 'a b'; write one item id",
         ),
         ("test.tsv", "c d f\tc", "c d f\tz", r"test\.tsv, line 3: item 'z' is not in .*items\.tsv"),
         ("train.tsv", "history", "past", r"train\.tsv has no column 'history'"),
