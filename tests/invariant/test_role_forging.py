@@ -156,20 +156,28 @@ def test_a_token_in_two_halves_side_by_side(encoder: Encoder, name: str) -> None
 # --------------------------------------------------------------------------- through the templates
 
 
-def _users(tokenizer_name: str, family: str, template: str) -> range:
-    """Return the users whose prompts a tokenizer sees; over the tokenizers, every family shows every user."""
+def _users(tokenizer_name: str, family: str, template: str, fill: str) -> range:
+    """Return the users whose prompts a tokenizer sees in a template: those of every second one in each fill.
+
+    Over the tokenizers, every family shows every user with both fills.
+    """
     names = [family.name for family in TOKENIZERS] + ["tiny", "smollm2", "minilm"]
-    place = 7 * names.index(tokenizer_name) + 11 * list(templates(family)).index(template)
-    return range(place % SHARE, USERS, SHARE)
+    known = list(templates(family))
+    one, other = names.index(tokenizer_name), known.index(template)
+    if not EXHAUSTIVE and (one + other) % 2 == (fill == "whole"):
+        return range(0)
+    return range((one * len(known) + other) // 2 % SHARE, USERS, SHARE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_shows_every_payload(family: str) -> None:
     """Else the tests below would prove little."""
     built = [each.name for each in TOKENIZERS]
-    assert {user for name in built for template in templates(family) for user in _users(name, family, template)} == set(
-        range(USERS)
-    )
+    for fill in ("whole", "split"):
+        seen = {
+            user for name in built for template in templates(family) for user in _users(name, family, template, fill)
+        }
+        assert seen == set(range(USERS))
     titled = {number for name in templates(family) for number in shown(family, name, "whole")}
     assert titled == {number for number in range(COUNT) if clean(payloads()[number])}
     held = dataset("whole").dataset
@@ -199,7 +207,7 @@ def test_every_template_writes_the_same_control_tokens_in_the_same_places(
 ) -> None:
     for number, (family, template) in enumerate(every_template):
         for shots in (0, 2) if EXHAUSTIVE else (2 * (number % 2),):
-            for user in _users(name, family, template):
+            for user in _users(name, family, template, fill):
                 hostile = prompt(family, template, fill, shots, user)
                 _compare(encoder, hostile, prompt(family, template, "harmless", shots, user))
 
@@ -207,7 +215,7 @@ def test_every_template_writes_the_same_control_tokens_in_the_same_places(
 @every_tokenizer
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_rows_hold_the_control_tokens_of_harmless_rows(encoder: Encoder, name: str, family: str) -> None:
-    count = 400 if EXHAUSTIVE else 25
+    count = 400 if EXHAUSTIVE else 16
     for fill in ("whole", "split"):
         for hostile, plain in zip(rows(family, fill, count), rows(family, "harmless", count), strict=True):
             assert hostile.template == plain.template
@@ -285,7 +293,7 @@ def test_what_becomes_of_joined_letters_and_emoji() -> None:
 )  # fmt: skip
 def test_long_text_is_read_a_few_times_only(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round looks at every character once for each pattern, however many tokens there are and however they stand."""
-    text = part * (400_000 // len(part))
+    text = part * (200_000 // len(part))
     rounds: list[int] = []
     looking = guard._breaks
 
