@@ -1,6 +1,6 @@
 """Times RecTools' EASE and SASRec, on the word of `models.py`: one line of JSON for each line on stdin.
 
-It runs in that library's own environment, so it imports nothing of llmrec: ``PYTHON models_peer.py TRAIN.parquet``.
+It runs in that library's own environment, so it imports nothing of llmrec: ``PYTHON models_peer.py TRAIN.csv``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     """Answer until there is no more to ask."""
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    frame = pd.read_parquet(sys.argv[1])
+    frame = pd.read_csv(sys.argv[1])
     start = pd.Timestamp("2020-01-01")
     frame["datetime"] = start + pd.to_timedelta(frame.pop("timestamp"), unit="D")
     frame["weight"] = 1.0
