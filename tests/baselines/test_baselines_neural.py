@@ -56,7 +56,7 @@ def test_a_planted_sequence_is_learned(made: Any, negatives: int | None) -> None
     data = _ring()
     # No early stop: among items that the user has not seen, a network of one epoch is right already.
     model = made(
-        dim=32, dropout=0.1, learning_rate=0.01, batch=64, epochs=15, patience=None, negatives=negatives, quiet=True
+        dim=32, dropout=0.1, learning_rate=0.01, batch=64, epochs=30, patience=None, negatives=negatives, quiet=True
     )
     model.fit(data)
     requests, targets = _tests(data)
