@@ -281,7 +281,8 @@ def _table(runs: Sequence[Any], splits: Sequence[Any]) -> dict[str, Any]:
 @contextmanager
 def _peak() -> Iterator[list[float]]:
     """Watch this process's memory; the list's one entry is the highest resident size in bytes seen."""
-    process, found, over = psutil.Process(), [0.0], threading.Event()
+    process, over = psutil.Process(), threading.Event()
+    found = [float(process.memory_info().rss)]
 
     def watch() -> None:
         while not over.wait(0.05):
