@@ -232,7 +232,13 @@ def top_of(
         border = np.partition(scores, len(scores) - TOP)[len(scores) - TOP]
         kept = scores >= border
         places, scores = places[kept], scores[kept]
-    return ranking(request, [catalogue.ids[place] for place in places], scores)
+    # Numbers follow ids, so a stable sort by score leaves ties in the order of ids.
+    order = np.argsort(-scores, kind="stable")
+    return Ranking(
+        request_id=request.id,
+        items=tuple(catalogue.ids[place] for place in places[order].tolist()),
+        scores=tuple(scores[order].tolist()),
+    )
 
 
 def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[Any]]) -> Answer:

@@ -118,6 +118,9 @@ def answers(folder: Path) -> dict[str, str]:
         return {}
     connection = sqlite3.connect(path)
     try:
+        # A run that goes on makes the file first and the table in it a moment later.
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone() is None:
+            return {}
         return dict(connection.execute("SELECT key, value FROM answers"))
     finally:
         connection.close()
