@@ -49,6 +49,12 @@ _KNOWN_PATTERNS = (
 )
 
 
+# Tokens that an item index adds to a vocabulary: `<a_12>` at a level of a code, `<item_12>` for one item.
+_ITEM_TOKEN = re.compile(r"<(?:[a-z]|item)_[0-9]+>")
+# One that a text spells out, or begins at its end, where the next text could complete it.
+_SPELT_ITEM = re.compile(r"<(?=(?:[a-z]|item)_[0-9]+>|\Z|(?:[a-z]|it|ite|item)(?:_[0-9]*)?\s*\Z)")
+
+
 class Added(Protocol):
     """A token that a tokenizer adds to its model's vocabulary."""
 
@@ -100,7 +106,25 @@ def control_tokens(special: Iterable[str], added: Iterable[Added]) -> tuple[str,
         added: All tokens that it adds to its model's vocabulary.
     """
     names = {*special, *(token.content for token in added if token.special or _enclosed(token.content.strip()))}
-    return tuple(sorted(name for name in names if len(name.strip()) > 1))
+    return tuple(sorted(name for name in names if len(name.strip()) > 1 and not is_item_token(name)))
+
+
+def is_item_token(text: str) -> bool:
+    """Whether a text is a token of an item index, such as ``<a_12>`` or ``<item_12>``."""
+    return _ITEM_TOKEN.fullmatch(text) is not None
+
+
+def without_item_tokens(text: str) -> str:
+    """Break every item token that a data text spells out, or begins at its end, by a space after its bracket.
+
+    Tokens are found in any case, in compatibility letters, and with accents or invisible characters among their
+    letters. Doing it twice changes nothing.
+    """
+    if not _ANY_BRACKET.search(text):
+        return text
+    origins = _origins(text, _folded)
+    places = sorted({origins[match.start()] + 1 for match in _SPELT_ITEM.finditer(_folded(text))})
+    return " ".join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
 
 
 def _enclosed(token: str) -> bool:

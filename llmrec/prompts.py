@@ -20,9 +20,9 @@ from jinja2 import TemplateError
 
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.grammar import FORBIDDEN, Refused, compiled
-from llmrec.guard import TEXT_LIMIT, clean, neutralise
+from llmrec.guard import TEXT_LIMIT, clean, neutralise, without_item_tokens
 from llmrec.resources import resource
-from llmrec.types import Message, Role, Segment
+from llmrec.types import Code, Message, Role, Segment
 
 __all__ = ["Template", "clean", "load_templates", "neutralise"]
 
@@ -35,6 +35,7 @@ _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", 
 _NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _MARK = re.compile("\ue000([0-9]+)\ue001")
+_CODE = re.compile(r"\.code\b")
 
 
 class _Fault(RecipeError):
@@ -91,6 +92,11 @@ class Template:
     def id(self) -> str:
         """``family/name``."""
         return f"{self.family}/{self.name}"
+
+    @property
+    def writes_codes(self) -> bool:
+        """Whether a part shows an item by its code, which takes an item index."""
+        return any(_CODE.search(getattr(self, part)) for part in _PARTS)
 
     def names(self, *parts: str) -> frozenset[str]:
         """Return the variables that some parts mention, of ``system``, ``user``, ``lead`` and ``target``."""
@@ -201,9 +207,11 @@ class _Ledger:
         self.lookups = 0
 
     def wrap(self, value: object) -> object:
-        """Replace strings by data, mappings by records; numbers and None pass."""
+        """Replace strings by data, mappings by records; numbers and None pass. Only a code may hold item tokens."""
+        if isinstance(value, Code):
+            return _Datum(self, str(value))
         if isinstance(value, str):
-            return _Datum(self, clean(value, TEXT_LIMIT))
+            return _Datum(self, without_item_tokens(clean(value, TEXT_LIMIT)))
         if isinstance(value, Mapping):
             return _Record(self, value)
         if isinstance(value, Sequence):

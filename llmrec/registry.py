@@ -35,6 +35,17 @@ SOURCES: Mapping[str, str] = {
     "table": "llmrec.data.sources:table",
 }
 
+INDEXES: Mapping[str, str] = {
+    "title": "llmrec.index.titles:Titles",
+    "random": "llmrec.index.numbers:RandomNumbers",
+    "sequential": "llmrec.index.numbers:SequentialNumbers",
+    "token": "llmrec.index.numbers:OwnTokens",
+    "collaborative": "llmrec.index.collaborative:Collaborative",
+    "semantic": "llmrec.index.semantic:Semantic",
+    "category": "llmrec.index.category:Category",
+    "external": "llmrec.index.external:External",
+}
+
 TASKS: Mapping[str, str] = {
     "rating": "llmrec.tasks.rating:RatingTask",
     "sequential": "llmrec.tasks.sequential:SequentialTask",

@@ -58,6 +58,12 @@ class Interaction:
 # --------------------------------------------------------------------------- text
 
 
+class Code(str):
+    """An item's code. It may hold item tokens, which no other text from data can: see `llmrec.guard`."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A stretch of unrendered text: template words, data (``item``) or what is learned (``target``)."""

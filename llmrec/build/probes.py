@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from llmrec.build.leaks import Check
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
+from llmrec.index.titles import title_key
 from llmrec.prompts import Template, load_templates
 from llmrec.tasks.common import keyed
-from llmrec.tasks.reading import title_key
 from llmrec.types import Backend, Prompt
 
 _HASHES, _BANDS = 64, 16

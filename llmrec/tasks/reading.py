@@ -6,7 +6,8 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+
+from llmrec.index.titles import title_key
 
 _LONGEST = 20_000
 _ALNUM = r"[^\W_]"
@@ -15,14 +16,6 @@ _OUT_OF = re.compile(r"\s*(?:/|out of)\s*(\d+)", re.IGNORECASE)
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ENTRY = re.compile(r"\s*(?:[-•*+]\s+|#?\d{1,3}[.):]\s*|\(\d{1,3}\)\s*)")
 _CONNECTED = ("and", "or", "then", "is", "over", "before", "followed", "first")
-
-
-@lru_cache(maxsize=65536)
-def title_key(title: str) -> str:
-    """Return what makes two titles the same: letters, marks and digits, case folded, with single spaces."""
-    folded = unicodedata.normalize("NFKC", title).casefold()
-    kept = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in folded)
-    return " ".join(kept.split()) or " ".join(folded.split())
 
 
 def read_line(text: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import RecipeError
+from llmrec.index.titles import title_key
 from llmrec.prompts import Template
 from llmrec.recipe import SequentialSection
 from llmrec.tasks.common import (
@@ -29,7 +30,7 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.reading import read_line, title_key
+from llmrec.tasks.reading import read_line
 from llmrec.types import Answer, Case, Event, Example, Family, Message, Prompt, Ranking, Request, SplitName
 
 

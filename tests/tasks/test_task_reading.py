@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from task_data import HOSTILE, make_dataset, make_split, make_task
 
 from llmrec.data.dataset import Dataset
+from llmrec.index.titles import title_key
 from llmrec.tasks.direct import candidate_labels
 from llmrec.tasks.rating import expected, find_scale
-from llmrec.tasks.reading import read_line, read_number, read_ranking, title_key
+from llmrec.tasks.reading import read_line, read_number, read_ranking
 from llmrec.types import Ranking, Rating, Request
 
 TITLES = [

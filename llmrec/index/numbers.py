@@ -1,0 +1,106 @@
+"""Codes that say nothing: numbers dealt at random or in training order, and one token an item.
+
+Numbers are ordinary text, which the tokenizer cuts as it likes; a token is one piece of the vocabulary. (Hua et al.,
+"How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023: RID, SID and IID.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.data.hashing import hash64
+from llmrec.index.index import Embed, ItemIndex, own_token
+from llmrec.recipe import IndexSection
+from llmrec.types import Item
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
+
+
+class RandomNumbers:
+    """Numbers dealt by a seeded hash of the item's id."""
+
+    @staticmethod
+    def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
+        """Return the codes; see `Scheme`."""
+        return _numbered("random", shuffled(data.dataset.items, seed), section.first, seed)
+
+    @staticmethod
+    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
+        """Deal the next numbers to further items; see `Scheme`."""
+        return _more(index, items)
+
+
+class SequentialNumbers:
+    """Numbers in the order in which items first appear when the users' training histories are read one by one.
+
+    Items that one user chose one after another get neighbouring numbers. Held-out interactions are not read: items
+    without training interactions are numbered last, by hash. In P5's published files they were read, and the next
+    number alone finds the answer (`docs/index-sequential.md`).
+    """
+
+    @staticmethod
+    def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
+        """Return the codes; see `Scheme`."""
+        histories = {user: [event.item_id for event in data.train_events(user)] for user in data.users()}
+        first = dict.fromkeys(item for user in user_order(histories, section.order, seed) for item in histories[user])
+        rest = [item for item in shuffled(data.dataset.items, seed) if item not in first]
+        return _numbered("sequential", [*first, *rest], section.first, seed)
+
+    @staticmethod
+    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
+        """Number further items after the known ones; see `Scheme`."""
+        return _more(index, items)
+
+
+class OwnTokens:
+    """One new token an item: nothing is shared between items, and everything is to be learned."""
+
+    @staticmethod
+    def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
+        """Return the codes; see `Scheme`."""
+        codes = {item: (own_token(n),) for n, item in enumerate(shuffled(data.dataset.items, seed))}
+        return ItemIndex("token", codes, tokens=tuple(piece for (piece,) in codes.values()), settings={"seed": seed})
+
+    @staticmethod
+    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
+        """Give further items further tokens, which a trained model does not know; see `Scheme`."""
+        start = len(index.tokens)
+        order = shuffled(items, int(index.settings["seed"]))
+        codes = {item: (own_token(n),) for n, item in enumerate(order, start)}
+        return index.adding(codes, [piece for (piece,) in codes.values()])
+
+
+def shuffled(items: Mapping[str, Item] | Sequence[str], seed: int) -> list[str]:
+    """Return items by a seeded hash of their ids."""
+    names = sorted(items)
+    return [names[place] for place in np.argsort(hash64("item codes", seed, names), kind="stable")]
+
+
+def user_order(histories: Mapping[str, Sequence[str]], order: str, seed: int) -> list[str]:
+    """Return users by id (numbers in ids by value), by length of training history, or by hash; ties by id."""
+    users = sorted(histories, key=_natural)
+    if order == "random":
+        return [users[place] for place in np.argsort(hash64("user order", seed, users), kind="stable")]
+    if order == "user":
+        return users
+    return sorted(users, key=lambda user: len(histories[user]), reverse=order == "longest")
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _numbered(scheme: str, order: Sequence[str], first: int, seed: int) -> ItemIndex:
+    codes = {item: (str(number),) for number, item in enumerate(order, first)}
+    return ItemIndex(scheme, codes, settings={"seed": seed, "next": first + len(codes)})
+
+
+def _more(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+    start = int(index.settings["next"])
+    order = shuffled(items, int(index.settings["seed"]))
+    return index.adding({item: (str(n),) for n, item in enumerate(order, start)}, next=start + len(order))
