@@ -91,14 +91,13 @@ def prompts(
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Prompts per task.")] = 3,
 ) -> None:
     """Show a recipe's templates and rendered training prompts; what is learned stands in «these marks»."""
-    from llmrec.backends.encode import Encoder
-    from llmrec.backends.models import load_tokenizer, resolve
+    from llmrec.backends.models import resolve
     from llmrec.build import dryrun
     from llmrec.build import study as studies
 
     loaded = _recipe(recipe, overrides)
     study = studies.build_study(loaded)
-    encoder = Encoder(load_tokenizer(resolve(loaded.model), loaded.model), max_length=loaded.model.max_length)
+    encoder = studies.encoder_of(study, resolve(loaded.model))
     for family, known in study.templates.items():
         show(f"{family} templates", {t.id: f"version {t.version}, {t.use}, {t.shape}" for t in known.values()})
     for texts in dryrun.rendered(study, encoder, count).values():

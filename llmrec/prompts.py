@@ -98,6 +98,11 @@ class Template:
         """Whether a part shows an item by its code, which takes an item index."""
         return any(_CODE.search(getattr(self, part)) for part in _PARTS)
 
+    @property
+    def answers_with_code(self) -> bool:
+        """Whether the answer is an item's code."""
+        return _CODE.search(self.target) is not None
+
     def names(self, *parts: str) -> frozenset[str]:
         """Return the variables that some parts mention, of ``system``, ``user``, ``lead`` and ``target``."""
         return frozenset().union(*(compiled(getattr(self, part)).names for part in parts))

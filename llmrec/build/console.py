@@ -26,13 +26,12 @@ def finish(done: Any) -> None:
 
 def show_dry_run(study: Any) -> None:
     """Print rendered prompts, training rows, and an estimate of time and memory."""
-    from llmrec.backends.encode import Encoder
-    from llmrec.backends.models import load_tokenizer, resolve
+    from llmrec.backends.models import resolve
     from llmrec.build import dryrun
+    from llmrec.build.study import encoder_of
 
-    model = study.recipe.model
-    base = resolve(model)
-    encoder = Encoder(load_tokenizer(base, model), max_length=model.max_length)
+    base = resolve(study.recipe.model)
+    encoder = encoder_of(study, base)
     for texts in dryrun.rendered(study, encoder).values():
         for text in texts:
             say(text + "\n")

@@ -168,6 +168,7 @@ class Evaluation:
             data=study.task_data(spec.family).fingerprint,
             candidates=self._digest(spec.family),
             section=study.section(spec.family).model_dump(exclude={"weight", "strategies", "baselines", "templates"}),
+            index=study.index.digest if study.index and spec.template else None,
             noun=study.task_data(spec.family).dataset.noun,
             split=recipe.eval.split,
             cutoffs=recipe.eval.cutoffs,

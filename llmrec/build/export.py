@@ -29,6 +29,7 @@ from llmrec.build.export_files import (
     ours,
     put_adapter,
     put_bundle,
+    put_index,
     put_items,
     seal,
     settle_generation,
@@ -157,7 +158,8 @@ def _consistent(options: Options) -> None:
 
 def _write(source: Source, options: Options, say: Callable[[str], None]) -> Exported:
     recipe = source.recipe
-    base, study = _base(source), _study(source, options)
+    origin, study = _origin(source), _study(source, options)
+    base = _base(source, origin)
     dtype = options.dtype
     if dtype == "auto":
         dtype = source.merged or str(torch_dtype(recipe.model)).removeprefix("torch.")
@@ -171,10 +173,16 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
     _check_room(source, base, dtype, options)
     with placing(options.out, force=options.force, ours=ours) as draft:
         if options.adapter_only:
+            if base != origin:
+                raise LlmrecError(
+                    "--adapter-only: this adapter holds rows of item tokens, for which the published base model has "
+                    "no place; leave the option out to write the whole model"
+                )
             put_adapter(source, base, draft)
         else:
             _put_weights(source, base, study, dtype, draft, say)
         put_bundle(source, study, draft, made_from)
+        put_index(source, draft, titles=options.with_items)
         tokenizer = load_tokenizer(base if options.adapter_only else str(draft), recipe.model)
         encoder = Encoder(tokenizer, max_length=recipe.model.max_length)
         found = None
@@ -189,7 +197,7 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
             run=source.folder,
             recipe=recipe,
             record=source.record,
-            base=base,
+            base=origin,
             study=study,
             told=json.loads((draft / bundle.FILE).read_text(encoding="utf-8")),
             encoder=encoder,
@@ -199,8 +207,8 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
         )
         written = cards.build(facts, _wishes(options))
         write_text(draft / "README.md", card.render(written))
-        cards.put_licence(written, base, draft)
-        vetting.inspect(draft, (source.folder, Path(base), options.out.parent), own_code=written.own_code)
+        cards.put_licence(written, origin, draft)
+        vetting.inspect(draft, (source.folder, Path(base), Path(origin), options.out.parent), own_code=written.own_code)
         files = seal(draft)
     return Exported(folder=options.out, dtype=dtype, files=files, agreement=found, notes=notes)
 
@@ -217,8 +225,19 @@ def _wishes(options: Options) -> cards.Wishes:
     )
 
 
-def _base(source: Source) -> str:
-    """Return the folder of the base model."""
+def _base(source: Source, origin: str) -> str:
+    """Return the folder of what the adapter was trained on: the base model, or its copy that knows item tokens."""
+    if not (source.folder / "base.json").is_file():
+        return origin
+    if source.recipe.index is None or not (source.folder / "base" / "config.json").is_file():
+        raise LlmrecError(
+            f"{source.folder / 'base'} is gone, which the adapter was trained on; run `llmrec train` again"
+        )
+    return str(source.folder / "base")
+
+
+def _origin(source: Source) -> str:
+    """Return the folder of the base model as it was published."""
     try:
         return resolve(source.recipe.model)
     except ModelError as error:

@@ -11,6 +11,7 @@ import polars as pl
 from llmrec.backends.encode import Encoder
 from llmrec.build import bundle, cards
 from llmrec.build.finished import Source
+from llmrec.build.indexing import FOLDER
 from llmrec.build.study import Study
 from llmrec.durable import sha256_of, write_json, write_text
 from llmrec.errors import LlmrecError
@@ -93,6 +94,20 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
     else:
         raise LlmrecError(f"{stored} is gone and the data cannot be read; train again with `llmrec train`")
     write_json(draft / bundle.FILE, {**told, "made_from": made_from})
+
+
+def put_index(source: Source, draft: Path, *, titles: bool) -> None:
+    """Copy the codes of items, if the model was tuned on codes; codes that are titles are the catalogue itself.
+
+    Raises:
+        LlmrecError: If the merged model has lost them.
+    """
+    index, told = source.folder / "merged" / FOLDER, json.loads((draft / bundle.FILE).read_text(encoding="utf-8"))
+    if told.get("index") is None or (told["index"] == "title" and not titles):
+        return
+    if not index.is_dir():
+        raise LlmrecError(f"{index} is gone, which says what the model's codes mean; train again with `llmrec train`")
+    shutil.copytree(index, draft / FOLDER)
 
 
 def made_from(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from llmrec.backends.vllm import prepare_environment
 from llmrec.build import audit
 from llmrec.build.engines import Engines, dtype_name
 from llmrec.build.evaluation import Evaluation, Row
+from llmrec.build.indexing import with_tokens
 from llmrec.build.results import write_results
 from llmrec.build.stages import Budget, locked
 from llmrec.build.study import Study, build_study, folder_of
@@ -152,6 +153,8 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Sessio
                 study.candidates.save(draft)
     with budget.stage("model"):
         base = resolve(recipe.model)
+        if study.index is not None and recipe.index is not None:
+            base = with_tokens(base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed)
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
     return Session(study, encoder, base, folder, budget, quiet)
 

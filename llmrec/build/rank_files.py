@@ -164,6 +164,7 @@ def _open(options: RankOptions, source: RequestFile, budget: Budget) -> _Job:
         section=bundle.tasks.present()[way.family].model_dump(),
         template=bundle.templates[way.family][way.template].sha,
         way=asdict(way),
+        index=bundle.index.digest if bundle.index else None,
         noun=bundle.noun,
         seed=bundle.seed,
         items=None if items is None else digest_items(items),

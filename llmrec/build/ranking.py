@@ -17,6 +17,7 @@ import polars as pl
 
 from llmrec.backends.encode import Encoder, pieces
 from llmrec.build.bundle import Bundle
+from llmrec.build.indexing import embed_of
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.hashing import hash64
 from llmrec.data.items import read_items
@@ -24,10 +25,11 @@ from llmrec.data.requests import RankRequest
 from llmrec.data.sources import load
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
+from llmrec.index.index import ItemIndex
 from llmrec.rank.asking import Asker
 from llmrec.recipe_file import load_recipe
 from llmrec.registry import FAMILY_STRATEGIES, STRATEGIES, TASKS, lookup
-from llmrec.types import Backend, Cost, Event, Item, Ranking, Request, Unparsed
+from llmrec.types import Backend, Cost, Event, Item, ItemCodes, Ranking, Request, Unparsed
 
 RANKING = ("sequential", "direct")
 ITEMS = "items.parquet"
@@ -74,7 +76,9 @@ def choose_way(bundle: Bundle, *, task: str = "auto", template: str | None = Non
     for family in here:
         fits = task in ("auto", family) and strategy in ("auto", *FAMILY_STRATEGIES[family])
         if fits and (template is None or _named(template, family, templates[family])):
-            name = template.rpartition("/")[2] if template else _task(bundle, family, {}).eval_templates[0]
+            name = (
+                template.rpartition("/")[2] if template else _task(bundle, family, {}, bundle.index).eval_templates[0]
+            )
             return Way(family, name, FAMILY_STRATEGIES[family][0] if strategy == "auto" else strategy)
     asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
@@ -206,7 +210,43 @@ def _pose(bundle: Bundle, requests: Sequence[RankRequest], way: Way) -> _Posed:
                 context={"profile": request.profile} if request.profile else {},
             )
         )
-    return _Posed(way, _task(bundle, way.family, texts), requests, posed, items, places)
+    codes = _Codes(bundle.index, items, requests) if bundle.index else None
+    return _Posed(way, _task(bundle, way.family, texts, codes), requests, posed, items, places)
+
+
+class _Codes:
+    """Codes by mention: those of the index, and for items that it does not hold those that their request gets.
+
+    Each request's new items are placed by themselves, so that no request moves another's codes, or fails with it.
+    """
+
+    def __init__(self, index: ItemIndex, items: Mapping[str, Item], requests: Sequence[RankRequest]) -> None:
+        self._index, self._items, self._requests = index, items, requests
+        self._extended: dict[int, ItemIndex] = {}
+
+    def encode(self, item: str) -> str:
+        """Return the code of a mention; see `ItemCodes`.
+
+        Raises:
+            DataError: If the model knows no token for an item.
+        """
+        known = self._items[item].item_id
+        if known in self._index.codes:
+            return self._index.encode(known)
+        n = int(item.partition("/")[0])
+        if n not in self._extended:
+            self._extended[n] = self._placed(self._requests[n])
+        return self._extended[n].encode(known)
+
+    def _placed(self, request: RankRequest) -> ItemIndex:
+        mentioned = (*(event.item for event in request.history), *request.candidates)
+        extended = self._index.extend({item.item_id: item for item in mentioned}, embed=embed_of(self._index))
+        if extended.tokens != self._index.tokens:
+            raise DataError(
+                f"the model was tuned on one token an item (index scheme {self._index.scheme!r}), and an item that it "
+                "was not tuned on has none; leave new items out, or tune on codes that items share"
+            )
+        return extended
 
 
 def _seeded_order(request: RankRequest, seed: int) -> list[int]:
@@ -215,7 +255,7 @@ def _seeded_order(request: RankRequest, seed: int) -> list[int]:
     return sorted(range(len(ids)), key=lambda place: (int(keys[place]), ids[place]))
 
 
-def _task(bundle: Bundle, family: str, items: Mapping[str, Item]) -> Any:
+def _task(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Any:
     """Build a family's task over these items alone: no interactions, so it can only ask."""
     nothing = pl.DataFrame(schema=dict(SCHEMA))
     dataset = Dataset(
@@ -231,7 +271,7 @@ def _task(bundle: Bundle, family: str, items: Mapping[str, Item]) -> Any:
         held_out=frozenset(),
     )
     section = bundle.tasks.present()[family]
-    return lookup(TASKS, family, "task")(data, section, bundle.templates[family], seed=bundle.seed)
+    return lookup(TASKS, family, "task")(data, section, bundle.templates[family], seed=bundle.seed, index=codes)
 
 
 # --------------------------------------------------------------------------- from answers to rankings

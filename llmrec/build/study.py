@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmrec.backends.encode import Encoder
+from llmrec.backends.models import load_tokenizer
+from llmrec.backends.vocabulary import add_item_tokens
+from llmrec.build.indexing import build_index
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources import load
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError
+from llmrec.index.index import ItemIndex
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DataSection, Recipe, TaskSection
 from llmrec.registry import TASKS, check_names, lookup
@@ -27,6 +32,7 @@ class Study:
         data: Main data; its held-out pairs are held out by every task.
         reviews: The second table, where the recipe names one.
         candidates: Stored candidate sets of the evaluated split, for ranking tasks.
+        index: Codes of the items, where the recipe has an index.
         tasks: Chosen families by name.
         templates: All templates of the chosen families, ``family -> name -> template``.
     """
@@ -35,6 +41,7 @@ class Study:
     data: SplitDataset
     reviews: SplitDataset | None
     candidates: CandidateSets | None
+    index: ItemIndex | None
     tasks: Mapping[str, Task]
     templates: Mapping[str, Mapping[str, Template]]
 
@@ -75,6 +82,7 @@ def build_study(recipe: Recipe) -> Study:
     candidates = None
     if any(family in RANKING for family in families):
         candidates = draw(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
+    index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     tasks: dict[str, Task] = {}
     for family, section in families.items():
         used = reviews if family == "explanation" and reviews is not None else data
@@ -86,8 +94,10 @@ def build_study(recipe: Recipe) -> Study:
             seed=recipe.seed,
             candidates=candidates if family in RANKING else None,
             shot_choice=recipe.eval.shots.choice,
+            # The second table has items of its own, which the index does not hold.
+            index=index if used is data else None,
         )
-    study = Study(recipe, data, reviews, candidates, tasks, templates)
+    study = Study(recipe, data, reviews, candidates, index, tasks, templates)
     for family in families:
         if not study.cases(family):
             name = study.task_data(family).dataset.name
@@ -119,6 +129,15 @@ def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
             f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
             f"{recipe.eval.candidates.count}; lower it"
         )
+
+
+def encoder_of(study: Study, base: str) -> Encoder:
+    """Return the tokenizer of a base model with the tokens of the study's index, without loading weights."""
+    section = study.recipe.model
+    tokenizer = load_tokenizer(base, section)
+    if study.index is not None and study.index.tokens:
+        add_item_tokens(tokenizer, study.index.tokens)
+    return Encoder(tokenizer, max_length=section.max_length)
 
 
 def folder_of(recipe: Recipe, out: Path | None) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmrec import __version__
 from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.models import release_memory, weights_stamp
-from llmrec.build import bundle
+from llmrec.build import bundle, indexing
 from llmrec.build.stages import Budget, key_of, read_stage
 from llmrec.build.study import Study
 from llmrec.durable import replacing, write_json, write_text
@@ -109,6 +109,7 @@ def training_key(study: Study, folder: str) -> str:
         weights=weights_stamp(folder),
         data=study.data.fingerprint,
         reviews=study.reviews.fingerprint if study.reviews else None,
+        index=study.index.digest if study.index else None,
         noun=[data.dataset.noun for data in (study.data, study.reviews) if data is not None],
         tasks=recipe.tasks.model_dump(exclude=dict.fromkeys(study.tasks, _EVALUATION_ONLY)),
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
@@ -166,7 +167,9 @@ def _train(
 
     section = study.recipe.train
     _clear_foreign(folder, key)
-    model = lora.load_trainable(base, study.recipe.model, section)
+    names = study.index.tokens if study.index is not None else ()
+    tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
+    model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
     training = sft.train(
         model, encoder, planned.steps, planned.valid, section, folder=folder, seed=study.recipe.seed, quiet=quiet
     )
@@ -185,6 +188,8 @@ def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
             lora.merge(base, study.recipe.model, folder / "adapter", draft)
         encoder.tokenizer.save_pretrained(draft)
         bundle.write(study, draft)
+        if study.index is not None:
+            study.index.save(draft / indexing.FOLDER)
 
 
 def _clear_foreign(folder: Path, key: str) -> None:

@@ -20,6 +20,7 @@ from llmrec.types import (
     Example,
     Family,
     Interaction,
+    ItemCodes,
     Message,
     Ranking,
     Request,
@@ -46,12 +47,13 @@ class Fields(dict[str, object]):
 class View:
     """What templates see of the data, every text cleaned."""
 
-    def __init__(self, data: SplitDataset) -> None:
+    def __init__(self, data: SplitDataset, index: ItemCodes | None = None) -> None:
         self.data = data
+        self.index = index
         self._items: dict[str, Fields] = {}
 
     def item(self, item_id: str) -> Fields:
-        """Return an item's title and fields.
+        """Return an item's title and fields, and its code where there is an index.
 
         Raises:
             DataError: If the catalogue has no such item.
@@ -65,6 +67,8 @@ class View:
                 )
             title = clean(entry.title) or clean(item_id) or "untitled"
             known = Fields({name: clean(text) for name, text in sorted(entry.fields.items())}, title=title)
+            if self.index is not None:
+                known["code"] = self.index.encode(item_id)
             self._items[item_id] = known
         return known
 
@@ -78,7 +82,7 @@ class View:
         fields = [
             {"name": name, "value": value}
             for name, value in item.items()
-            if name != "title" and value and str(value) not in str(item["title"])
+            if name not in ("title", "code") and value and str(value) not in str(item["title"])
         ]
         return {"item": item, "fields": fields}
 
@@ -91,10 +95,11 @@ class View:
         return {"noun": self.data.dataset.noun, "user_id": user_id, "profile": profile}
 
     def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
-        """Return events as templates loop over them: title, rating, text and n, counted from 1."""
+        """Return events as templates loop over them: title, code, rating, text and n, counted from 1."""
         return [
             {
                 "title": self.title(event.item_id),
+                "code": self.item(event.item_id)["code"],
                 "rating": None if event.rating is None or rating_label is None else rating_label(event.rating),
                 "text": clean(event.text or "", _PAST_TEXT),
                 "n": n,
@@ -133,21 +138,33 @@ class Chosen:
         return self.every[bare]
 
 
-def choose(family: Family, section: TaskSection, templates: Mapping[str, Template]) -> Chosen:
-    """Pick the section's templates.
+def choose(
+    family: Family, section: TaskSection, templates: Mapping[str, Template], index: ItemCodes | None = None
+) -> Chosen:
+    """Pick the section's templates; where it names none, with an index those that write codes, if there are any.
 
     Raises:
-        RecipeError: If a name is unknown, an unseen template is to be trained on, or none is left.
+        RecipeError: If a name is unknown, an unseen template is to be trained on, one writes codes and there is no
+            index, or none is left.
     """
     everything = Chosen(templates, (), ())
     named = [everything.get(name) for name in section.templates]
+    for template in (*named, *map(everything.get, section.eval_templates)):
+        if template.writes_codes and index is None:
+            raise RecipeError(
+                f"tasks.{family}: {template.id} writes items as codes, and the recipe has no index; add one, such as "
+                "index: {scheme: semantic}, or choose another template"
+            )
     for template in named:
         if template.use == "unseen":
             raise RecipeError(
                 f"tasks.{family}.templates: {template.id} is an unseen template, kept to measure new wordings; "
                 "name it in eval_templates instead"
             )
-    train = tuple(named or [template for template in templates.values() if template.use == "seen"])
+    seen = [template for template in templates.values() if template.use == "seen"]
+    coded = [template for template in seen if template.writes_codes]
+    plain = [template for template in seen if not template.writes_codes]
+    train = tuple(named or (coded if index is not None and coded else plain))
     if not train:
         raise RecipeError(f"tasks.{family}: there is no seen template; add one under prompts/{family}")
     evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)

@@ -29,7 +29,7 @@ from llmrec.tasks.common import (
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.reading import read_ranking
-from llmrec.types import Answer, Case, Event, Example, Family, Message, Prompt, Ranking, Request, SplitName
+from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
 
 # Candidates of a training row where no stored sets say how many evaluation shows.
 _COUNT = 20
@@ -49,10 +49,11 @@ class DirectTask:
         seed: int,
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
+        index: ItemCodes | None = None,
     ) -> None:
         self._data, self._section, self._seed, self._candidates = data, section, seed, candidates
-        self._chosen = choose(self.family, section, templates)
-        self._view = View(data)
+        self._chosen = choose(self.family, section, templates, index)
+        self._view = View(data, index)
         for template in templates.values():
             if template.shape == "list":
                 raise RecipeError(f"template {template.id}: direct templates ask for one answer; use shape: chat")

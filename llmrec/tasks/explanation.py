@@ -27,7 +27,7 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.types import Answer, Case, Event, Example, Family, Message, Prompt, Request, SplitName, Text
+from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Request, SplitName, Text
 
 
 class ExplanationTask:
@@ -44,10 +44,11 @@ class ExplanationTask:
         seed: int,
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
+        index: ItemCodes | None = None,
     ) -> None:
         self._data, self._section, self._seed = data, section, seed
-        self._chosen = choose(self.family, section, templates)
-        self._view = View(data)
+        self._chosen = choose(self.family, section, templates, index)
+        self._view = View(data, index)
         for template in templates.values():
             if template.shape == "list":
                 raise RecipeError(f"template {template.id}: explanation templates ask for one text; use shape: chat")

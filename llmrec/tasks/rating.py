@@ -31,7 +31,7 @@ from llmrec.tasks.common import (
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.reading import read_number
-from llmrec.types import Answer, Case, Event, Example, Family, Message, Prompt, Rating, Request, SplitName
+from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Rating, Request, SplitName
 
 _MOST_LABELS = 101
 
@@ -54,11 +54,12 @@ class RatingTask:
         seed: int,
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
+        index: ItemCodes | None = None,
     ) -> None:
         self._data, self._section, self._seed = data, section, seed
         self.scale = find_scale(data)
-        self._chosen = choose(self.family, section, templates)
-        self._view = View(data)
+        self._chosen = choose(self.family, section, templates, index)
+        self._view = View(data, index)
         turns = ABOUT_USER | {"scale_low", "scale_high"}
         for template in templates.values():
             if template.shape == "list":

@@ -31,7 +31,7 @@ from llmrec.tasks.common import (
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.reading import read_line
-from llmrec.types import Answer, Case, Event, Example, Family, Message, Prompt, Ranking, Request, SplitName
+from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
 
 
 class SequentialTask:
@@ -52,10 +52,11 @@ class SequentialTask:
         seed: int,
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
+        index: ItemCodes | None = None,
     ) -> None:
         self._data, self._section, self._seed, self._candidates = data, section, seed, candidates
-        self._chosen = choose(self.family, section, templates)
-        self._view = View(data)
+        self._chosen = choose(self.family, section, templates, index)
+        self._view = View(data, index)
         for template in templates.values():
             if template.shape == "list":
                 template.check(turns=ABOUT_USER, lead=ABOUT_USER | {"n"}, target=ABOUT_USER | {"item", "n"})
@@ -70,6 +71,7 @@ class SequentialTask:
             )
         events = {user: data.train_events(user) for user in data.users()}
         self._events = {user: past for user, past in events.items() if len(past) >= least}
+        self._keys: dict[str, Mapping[str, tuple[str, ...]]] = {}
         self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=2)
 
     @property
@@ -142,7 +144,7 @@ class SequentialTask:
         return self._shots.draw(request, request.history, shots, self._section.history)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the candidates' titles in stored order, or those of the whole `catalogue`."""
+        """Return the candidates' titles or codes in stored order, or those of the whole `catalogue`."""
         chosen = self._chosen.get(template)
         values = self._view.user(request.user_id, request.context)
         if chosen.shape == "chat":
@@ -152,11 +154,12 @@ class SequentialTask:
         return tuple(chosen.answer(values | {"item": self._view.item(item), "n": n}) for item in items)
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Match the first line against titles: letters and digits count, case and punctuation do not.
+        """Match the first line against titles or codes: letters and digits count, case and punctuation do not.
 
         Items that share the title share the first place.
         """
-        known = self._titles if request.candidates is None else self._by_title(request.candidates)
+        name = "code" if self._chosen.get(template).answers_with_code else "title"
+        known = self._catalogue(name) if request.candidates is None else self._by(name, request.candidates)
         for key in read_line(completion):
             if key in known:
                 items = known[key]
@@ -169,14 +172,15 @@ class SequentialTask:
 
     # ----------------------------------------------------------------------- building blocks
 
-    @cached_property
-    def _titles(self) -> Mapping[str, tuple[str, ...]]:
-        return self._by_title(self.catalogue)
+    def _catalogue(self, name: str) -> Mapping[str, tuple[str, ...]]:
+        if name not in self._keys:
+            self._keys[name] = self._by(name, self.catalogue)
+        return self._keys[name]
 
-    def _by_title(self, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+    def _by(self, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
         for item in items:
-            key = title_key(self._view.title(item))
+            key = title_key(str(self._view.item(item)[name]))
             found[key] = (*found.get(key, ()), item)
         return found
 

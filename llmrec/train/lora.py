@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ from llmrec.errors import RecipeError, require
 from llmrec.recipe import LoraSection, ModelSection, TrainSection
 
 
-def load_trainable(folder: str, model: ModelSection, train: TrainSection) -> Any:
+def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tokens: Sequence[int] = ()) -> Any:
     """Load the base as ``train.method`` asks and make the right weights trainable.
+
+    Args:
+        folder: The base model.
+        model: How to load it.
+        train: What is trained.
+        tokens: Ids of item tokens, whose rows in the embeddings, and in a head of its own, are trained whole.
 
     Raises:
         RecipeError: If 8-bit training is asked for without CUDA, or no module matches ``train.lora.targets``.
@@ -30,7 +37,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection) -> Any
         base.enable_input_require_grads()
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    adapted = _with_adapter(base, train.lora)
+    adapted = _with_adapter(base, train.lora, tokens)
     adapted.llmrec_float32 = dtype(model) == torch.float32
     return adapted
 
@@ -71,7 +78,7 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
     return peft.PeftModel.from_pretrained(base, adapter).eval()
 
 
-def _with_adapter(base: Any, lora: LoraSection) -> Any:
+def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
     peft = require("peft", "train")
     layers = None
     if lora.top_layers is not None:
@@ -86,6 +93,7 @@ def _with_adapter(base: Any, lora: LoraSection) -> Any:
         layers_to_transform=layers,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
+        trainable_token_indices=_trained_rows(base, tokens),
         task_type="CAUSAL_LM",
     )
     try:
@@ -94,6 +102,17 @@ def _with_adapter(base: Any, lora: LoraSection) -> Any:
         raise RecipeError(
             f"train.lora.targets {targets}: {error}; known linear layers: {_block_linears(base)}"
         ) from error
+
+
+def _trained_rows(base: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """Return the rows to train by the name of their module; a head that is tied to the embeddings follows them."""
+    if not tokens:
+        return None
+    modules = [base.get_input_embeddings()]
+    if not base.config.get_text_config().tie_word_embeddings:
+        modules.append(base.get_output_embeddings())
+    names = [name for name, module in base.named_modules() if any(module is each for each in modules)]
+    return {name: list(tokens) for name in names}
 
 
 def _block_linears(base: Any) -> list[str]:

@@ -1,0 +1,141 @@
+"""Gives a model the tokens of an item index: a resized copy whose new rows start from words.
+
+The copy is a model folder like any other, so that training, merging, export and every engine read it as they read the
+base model. vLLM takes no new tokens from an adapter; from a resized base it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.backends.models import dtype, load_model, load_tokenizer
+from llmrec.durable import replacing
+from llmrec.errors import ModelError, require
+from llmrec.index.index import ItemIndex
+from llmrec.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Words of so many items are a fair sample of what a token stands for.
+_ITEMS = 256
+
+
+def add_item_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Add tokens to a tokenizer, and return their ids in order.
+
+    Raises:
+        ModelError: If the tokenizer cannot write one of them as a single id.
+    """
+    transformers = require("transformers", "train")
+    # Not special, since answers are decoded without special tokens; not normalised, since they are found as spelt.
+    new = [transformers.AddedToken(name, special=False, normalized=False) for name in tokens]
+    tokenizer.add_tokens(new)
+    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(tokens))]
+    written = tokenizer.encode("".join(tokens), add_special_tokens=False)
+    if written != ids:
+        raise ModelError(
+            f"the tokenizer {type(tokenizer).__name__} does not write item tokens such as {tokens[0]} as one id each; "
+            "choose another model, or an index of numbers or titles"
+        )
+    return ids
+
+
+def extended(
+    base: str,
+    section: ModelSection,
+    index: ItemIndex,
+    titles: Mapping[str, str],
+    target: Path,
+    *,
+    words: bool,
+    seed: int,
+) -> None:
+    """Write a copy of a model that knows the tokens of an index, with its tokenizer, in one step.
+
+    Args:
+        base: The model's folder.
+        section: How to load it.
+        index: Its ``tokens`` are added.
+        titles: The words of each item, by id.
+        target: The folder to write.
+        words: Start each new row from the words of its items; otherwise from chance.
+        seed: Of the chance.
+    """
+    torch = require("torch", "train")
+    model = load_model(base, section, dtype=torch.float32)
+    tokenizer = load_tokenizer(base, section)
+    known = {name for name in index.tokens if name in tokenizer.get_vocab()}
+    ids = add_item_tokens(tokenizer, index.tokens)
+    texts = _texts(index, titles) if words else {}
+    pieces = [
+        [tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in index.tokens
+    ]
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(max(len(tokenizer), old), mean_resizing=False)
+    heads = [model.get_input_embeddings()]
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        heads.append(model.get_output_embeddings())
+    fresh = [n for n, name in enumerate(index.tokens) if name not in known]
+    for module in heads:
+        table = module.weight.detach()
+        rows = _rows(table[:old].numpy(), pieces, _levels(index.tokens), seed)
+        with torch.no_grad():
+            table[[ids[n] for n in fresh]] = torch.from_numpy(rows[fresh])
+    with replacing(target) as draft:
+        model.to(dtype(section)).save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+
+def _texts(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the words of the items whose codes hold a token, by token; of many items, some chosen by hash."""
+    holders: dict[str, list[str]] = defaultdict(list)
+    for item in sorted(index.codes, key=lambda item: hashlib.blake2b(item.encode(), digest_size=8).digest()):
+        for name in index.codes[item]:
+            if len(holders[name]) < _ITEMS:
+                holders[name].append(titles[item])
+    return dict(holders)
+
+
+def _levels(tokens: Sequence[str]) -> list[str]:
+    return [name.partition("_")[0] for name in tokens]
+
+
+def _rows(
+    table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]], levels: Sequence[str], seed: int
+) -> NDArray[np.float32]:
+    """Return a starting row for every new token, shape (tokens, d).
+
+    A token's words are the mean over its items of the mean row of their titles. Such means lie close together, so what
+    one differs by from the others of its level is stretched to the spread that the rows of ordinary words have. A token
+    without items starts from chance, with the same mean and spread.
+
+    Args:
+        table: Rows of the known vocabulary, shape (v, d).
+        pieces: Token ids of each text, by new token.
+        levels: Which tokens are alternatives of each other.
+        seed: Of the chance.
+    """
+    centre = table.mean(axis=0)
+    spread = float(np.sqrt(np.square(table - centre).sum(axis=1).mean()))
+    rng = np.random.default_rng(seed)
+    chance = rng.standard_normal((len(pieces), table.shape[1])).astype(np.float32)
+    away = chance * np.float32(spread / np.sqrt(table.shape[1]))
+    for level in dict.fromkeys(levels):
+        members = [n for n, name in enumerate(levels) if name == level and any(map(len, pieces[n]))]
+        if len(members) < 2:
+            continue
+        means = np.stack([np.mean([table[ids].mean(axis=0) for ids in pieces[n] if ids], axis=0) for n in members])
+        means -= means.mean(axis=0)
+        size = float(np.sqrt(np.square(means).sum(axis=1).mean()))
+        if size > 0:
+            # A trace of chance keeps two tokens with the same words apart.
+            away[members] = means * (spread / size) + 0.05 * away[members]
+    rows: NDArray[np.float32] = (centre + away).astype(np.float32)
+    return rows

@@ -1,0 +1,161 @@
+"""Recipe -> item index, and the base model that knows its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec import __version__
+from llmrec.build.stages import key_of, read_stage
+from llmrec.data.split import SplitDataset
+from llmrec.durable import replacing, write_json
+from llmrec.errors import DataError, require
+from llmrec.index import index as indexes
+from llmrec.index.index import Embed, ItemIndex
+from llmrec.recipe import IndexSection, ModelSection
+from llmrec.resources import cache_dir
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+FOLDER = "index"
+"""Where a model folder keeps its index."""
+# Schemes whose codes take long to find.
+_SLOW = ("collaborative", "semantic")
+
+
+def build_index(section: IndexSection, data: SplitDataset, *, seed: int) -> ItemIndex:
+    """Build an index, or read back the one that the same section, data and seed gave.
+
+    The key is over all of the data, held-out interactions included, so that the audit's rebuild from other held-out
+    interactions is never answered from here.
+    """
+    embed = text_embedder(section.semantic.encoder) if section.scheme == "semantic" else None
+    if section.scheme not in _SLOW:
+        return indexes.build(section, data, seed=seed)
+    key = key_of(
+        llmrec=__version__,
+        index=section.model_dump(exclude={"tokens"}),
+        encoder=embed.stamp if embed else None,
+        data=data.fingerprint,
+        seed=seed,
+    )
+    folder = cache_dir() / "indexes" / key
+    if folder.is_dir():
+        try:
+            return ItemIndex.load(folder)
+        except DataError as error:
+            log.warning("%s; it is built again", error)
+    built = indexes.build(section, data, seed=seed, embed=embed)
+    built.save(folder)
+    return built
+
+
+def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
+    """Return the index that a model folder carries; titles need none, since items bring their own.
+
+    Raises:
+        DataError: If the model was tuned with an index that its folder lacks.
+    """
+    if scheme is None:
+        return None
+    if (folder / FOLDER).is_dir():
+        return ItemIndex.load(folder / FOLDER)
+    if scheme == "title":
+        return ItemIndex("title", {})
+    raise DataError(
+        f"{folder} was tuned on codes of the scheme {scheme!r}, and its folder {FOLDER}/ is gone; export again"
+    )
+
+
+# --------------------------------------------------------------------------- vectors of texts
+
+
+@lru_cache(maxsize=4)
+def text_embedder(name: str) -> Embedder:
+    """Return what turns texts into vectors by a text encoder of this name."""
+    from llmrec.backends.texts import find_encoder
+
+    return Embedder(*find_encoder(name))
+
+
+def embed_of(index: ItemIndex) -> Embed | None:
+    """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None where it needed none."""
+    return text_embedder(index.settings["encoder"]) if "encoder" in index.settings else None
+
+
+class Embedder:
+    """An `Embed` that remembers on disk the vectors of texts that it was given together."""
+
+    def __init__(self, folder: str, stamp: str) -> None:
+        """Set up.
+
+        Args:
+            folder: The text encoder.
+            stamp: A hash over its weights and tokenizer.
+        """
+        self.stamp = stamp
+        self._folder = folder
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector of length 1 for each text, shape (n, d)."""
+        tensors = require("safetensors.numpy", "train")
+        digest = hashlib.sha256("\0".join([self.stamp, *texts]).encode()).hexdigest()[:32]
+        file = cache_dir() / "vectors" / f"{digest}.safetensors"
+        if file.is_file():
+            found: NDArray[np.float32] = tensors.load_file(file)["vectors"]
+            return found
+        from llmrec.backends.texts import encode_texts
+
+        vectors = encode_texts(self._folder, texts)
+        with replacing(file) as draft:
+            tensors.save_file({"vectors": vectors}, draft)
+        return vectors
+
+
+# --------------------------------------------------------------------------- the base model
+
+
+def with_tokens(
+    base: str,
+    model: ModelSection,
+    section: IndexSection,
+    index: ItemIndex,
+    data: SplitDataset,
+    folder: Path,
+    *,
+    seed: int,
+) -> str:
+    """Return the folder of a base model that knows an index's tokens: ``folder/base``, made once.
+
+    A model needs none where codes are ordinary text: its own folder is returned.
+    """
+    if not index.tokens:
+        return base
+    from llmrec.backends.models import weights_stamp
+    from llmrec.backends.vocabulary import extended
+
+    target, record = folder / "base", folder / "base.json"
+    key = key_of(
+        llmrec=__version__,
+        base=weights_stamp(base),
+        model=model.model_dump(),
+        index=index.digest,
+        tokens=section.tokens,
+        titles=data.dataset.fingerprint if section.tokens == "words" else None,
+        seed=seed,
+    )
+    stored = read_stage(record, key)
+    if stored is None or not target.is_dir() or weights_stamp(str(target)) != stored["stamp"]:
+        titles = {item: entry.title for item, entry in data.dataset.items.items()}
+        extended(base, model, index, titles, target, words=section.tokens == "words", seed=seed)
+        write_json(record, {"key": key, "stamp": weights_stamp(str(target))})
+    return str(target)
