@@ -71,7 +71,11 @@ def examine(study: Study, results: Mapping[str, Any], predictions: pl.DataFrame)
     yield from leaks.candidate_sets(study)
     yield from leaks.stored_rows(results["rows"], predictions, study)
     yield leaks.baselines(study)
+    if (built := leaks.item_index(study)) is not None:
+        yield built
     yield probes.id_arithmetic(study.data, split)
+    if study.index is not None:
+        yield probes.code_arithmetic(study.index, study.data, split)
     yield probes.duplicate_items(study.data)
     if any(family in RANKING for family in study.tasks):
         yield probes.duplicate_users(study.data, split)

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import chi2
 
+from llmrec.build.indexing import build_index
 from llmrec.build.study import RANKING, Study
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.prompts import clean
@@ -351,3 +352,25 @@ def baselines(study: Study) -> Check:
             if answers[0] != answers[1]:
                 places.append(f"{family}/{name}")
     return verdict("baselines that learned from held-out interactions", f"{fitted} fitted baselines", places)
+
+
+def item_index(study: Study) -> Check | None:
+    """Whether the codes of items move when only held-out interactions change: the invariance gate.
+
+    The index is built again after the items of all held-out interactions were drawn anew, and must be the same bytes.
+    """
+    section, index = study.recipe.index, study.index
+    if section is None or index is None:
+        return None
+    name = "item index that learned from held-out interactions"
+    if section.scheme == "external":
+        return Check(name, "not tested: its codes come from a file, and how they were made is not known", "notice")
+    other = study.data
+    for split in ("valid", "test"):
+        other = redrawn(other, split)
+    again = build_index(section, other, seed=study.recipe.seed)
+    if again.digest == index.digest:
+        return Check(name, f"none: {len(index.codes):,} codes are the same bytes without them")
+    moved = [f"item {item}" for item, pieces in index.codes.items() if again.codes.get(item) != pieces]
+    found = f"{len(moved):,} of {len(index.codes):,} codes move with them" if moved else "its codebooks move with them"
+    return Check(name, found, "leak", tuple(moved[:_SHOWN]))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from llmrec.build.leaks import Check
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
+from llmrec.index.index import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.prompts import Template, load_templates
 from llmrec.tasks.common import keyed
@@ -35,10 +36,29 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
     next: honest where it follows training order, a leak where held-out interactions took part in it (P5's published
     ids reach .0524 on Beauty).
     """
-    name = "id arithmetic"
     numbers = {item: int(found[0]) for item in data.dataset.items if len(found := re.findall(r"\d+", item)) == 1}
     if len(numbers) < 0.9 * len(data.dataset.items):
-        return Check(name, "not probed: item ids hold no single number")
+        return Check("id arithmetic", "not probed: item ids hold no single number")
+    return _arithmetic("id arithmetic", "ids", numbers, data, split)
+
+
+def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
+    """The same rule over an index: its numbers, or the places of its codes when they are sorted piece by piece.
+
+    What it reaches above chance, a model can reach by counting on from the codes of the history. Numbers in training
+    order tell something honestly, as do codes of a tree in which neighbours were chosen together.
+    """
+    name = "code arithmetic"
+    if index.scheme == "title":
+        return Check(name, "not probed: titles have no order that means anything")
+    pieces = {item: [int(n) for n in re.findall(r"\d+", "".join(code))] for item, code in index.codes.items()}
+    order = sorted(pieces, key=lambda item: (pieces[item], item))
+    single = all(len(found) == 1 for found in pieces.values()) and not index.tokens
+    numbers = {item: pieces[item][0] for item in order} if single else {item: n for n, item in enumerate(order)}
+    return _arithmetic(name, "codes", numbers, data, split)
+
+
+def _arithmetic(name: str, what: str, numbers: dict[str, int], data: SplitDataset, split: str) -> Check:
     held = [(h, data.history(h.user_id, split)) for h in data.holdouts(split)]  # type: ignore[arg-type]
     pairs = [([e.item_id for e in past if e.item_id in numbers], h.item_id) for h, past in held if h.item_id in numbers]
     pairs = [(past, target) for past, target in pairs if past]
@@ -50,7 +70,7 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
     dealt = [_rule(pairs, dict(zip(items, rng.permutation(values).tolist(), strict=True))) for _ in range(_ROUNDS)]
     chance = float(np.mean(dealt))
     figures = {"HR@5": rate, "chance": chance}
-    return Check(name, f"the rule reaches HR@5 {rate:.4f}, over random ids {chance:.4f}", "notice", (), figures)
+    return Check(name, f"the rule reaches HR@5 {rate:.4f}, over random {what} {chance:.4f}", "notice", (), figures)
 
 
 def _rule(pairs: Sequence[tuple[list[str], str]], numbers: dict[str, int]) -> float:

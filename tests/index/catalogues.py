@@ -1,0 +1,69 @@
+"""Made catalogues with interactions, small enough to build any index in moments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.recipe import Split
+from llmrec.types import Item
+
+KINDS = ("Tools > Hand > Saws", "Tools > Power", "Toys > Blocks", "Toys > Dolls > Houses", "Books")
+
+
+def made(users: int = 60, items: int = 40, seed: int = 0, *, shuffle: int | None = None) -> SplitDataset:
+    """Users who mostly stay within one of five kinds of items; some titles stand twice, two items are never trained."""
+    dice = random.Random(seed)
+    names = [f"i{n:03d}" for n in range(items)]
+    rows = []
+    for user in range(users):
+        kind = user % len(KINDS)
+        own = [name for n, name in enumerate(names[:-2]) if n % len(KINDS) == kind]
+        chosen = dice.sample(own, min(6, len(own))) + dice.sample(names[:-2], 1)
+        dice.shuffle(chosen)
+        rows += [(f"u{user:03d}", item, float(t)) for t, item in enumerate(dict.fromkeys(chosen))]
+    # Two users end with the items that nobody else has: held out, so that training never sees them.
+    rows += [("u000", names[-2], 99.0), ("u001", names[-1], 99.0)]
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(rows)
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    catalogue = {
+        name: Item(
+            item_id=name,
+            title=f"Thing {n // 2 if n < 8 else n}",
+            fields={"categories": KINDS[n % len(KINDS)] if n % 7 else ""},
+        )
+        for n, name in enumerate(names)
+    }
+    if shuffle is not None:
+        keys = list(catalogue)
+        random.Random(shuffle).shuffle(keys)
+        catalogue = {key: catalogue[key] for key in keys}
+    return split(Dataset("made", "things", frame, catalogue), Split(), seed=0)
+
+
+def other_held_out(data: SplitDataset) -> SplitDataset:
+    """The same training data with every held-out item replaced by another."""
+    order = sorted(data.dataset.items)
+    turned = dict(zip(order, order[7:] + order[:7], strict=True))
+    parts = [frame.with_columns(pl.col("item_id").replace_strict(turned)) for frame in (data.valid, data.test)]
+    whole = pl.concat([frame.select(data.train.columns) for frame in (data.train, *parts)])
+    held = frozenset(pair for frame in parts for pair in frame.select("user_id", "item_id").iter_rows())
+    dataset = replace(data.dataset, interactions=whole)
+    return replace(data, dataset=dataset, valid=parts[0], test=parts[1], held_out=held)
+
+
+def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+    """Vectors of the letters of texts: similar texts are near each other."""
+    vectors = np.zeros((len(texts), 64), dtype=np.float32)
+    for row, text in enumerate(texts):
+        for first, second in zip(text, text[1:], strict=False):
+            vectors[row, (ord(first) * 31 + ord(second)) % 64] += 1
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
