@@ -123,7 +123,7 @@ def test_setup_uses_the_standard_library_alone() -> None:
 
 def test_wheels_file_pins_versions_and_hashes_and_names_no_host() -> None:
     lines = [line for line in (ROOT / setup_env.WHEELS).read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", line), line
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT
+from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
 from llmrec.prompts import OUTPUT_LIMIT, Template, clean, load_templates, neutralise
 from llmrec.types import Segment
 
@@ -185,10 +185,11 @@ def test_data_stays_data(title: str, other: str) -> None:
     template = chat("Pick:\n{% for c in candidates %}{{ c.label }}. {{ c.title }}\n{% endfor %}{{ noun }}?")
     candidates = [{"label": "A", "title": title}, {"label": "B", "title": other}]
     (message,) = template.turns({"candidates": candidates, "noun": title})
-    assert message.text == f"Pick:\nA. {clean(title)}\nB. {clean(other)}\n{clean(title)}?"
+    shown, second = (without_item_tokens(clean(text)) for text in (title, other))
+    assert message.text == f"Pick:\nA. {shown}\nB. {second}\n{shown}?"
     assert message.text.count("\n") == 3
     assert [s.text for s in message.segments if s.kind == "item"] == [
-        text for text in ("A", clean(title), "B", clean(other), clean(title)) if text
+        text for text in ("A", shown, "B", second, shown) if text
     ]
 
 

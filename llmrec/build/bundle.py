@@ -41,9 +41,9 @@ class Bundle:
         templates: By family and name.
         noun: What items are called in prompts, in the plural.
         rating_scale: Lowest and highest rating, where it rates.
-        index: Codes of items, where it was tuned on codes.
         seed: Of the recipe that tuned it.
         tuned: Whether the folder says how it was tuned; a plain pretrained model does not.
+        index: Codes of items, where it was tuned on codes.
     """
 
     folder: str
@@ -53,9 +53,9 @@ class Bundle:
     templates: Mapping[str, Mapping[str, Template]]
     noun: str
     rating_scale: tuple[float, float] | None
-    index: ItemIndex | None
     seed: int
     tuned: bool
+    index: ItemIndex | None = None
 
 
 def describe(study: Study) -> dict[str, Any]:
@@ -142,7 +142,6 @@ def _plain(folder: str, model: ModelSection) -> Bundle:
         templates={family: load_templates(family) for family in families},
         noun="items",
         rating_scale=None,
-        index=None,
         seed=0,
         tuned=False,
     )

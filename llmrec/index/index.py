@@ -194,7 +194,7 @@ class ItemIndex:
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["format"] != _FORMAT:
                 raise DataError(
-                    f"{file} is of format {found['format']}, and this llmrec reads {_FORMAT}; build it again"
+                    f"{file} is of format {found['format']}, and this llmrec reads {_FORMAT}; build the index again"
                 )
             return ItemIndex(
                 scheme=str(found["scheme"]),

@@ -119,23 +119,31 @@ class Chosen:
         every: All of the family, by name.
         train: Those that training rows are drawn from; never an unseen one.
         evaluate: Names of those that evaluation asks with.
+        coded: Whether there is an index, so that templates may write codes.
     """
 
     every: Mapping[str, Template]
     train: tuple[Template, ...]
     evaluate: tuple[str, ...]
+    coded: bool
 
     def get(self, name: str) -> Template:
         """Return a template by its name or ``family/name``.
 
         Raises:
-            RecipeError: If there is none; the message suggests the closest one.
+            RecipeError: If there is none, with the closest one; or if it writes codes and there is no index.
         """
         bare = name.rpartition("/")[2]
         if bare not in self.every:
             known = ", ".join(self.every)
             raise RecipeError(f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}")
-        return self.every[bare]
+        found = self.every[bare]
+        if found.writes_codes and not self.coded:
+            raise RecipeError(
+                f"template {found.id} writes items as codes, and there is no index; add one to the recipe, such as "
+                "index: {scheme: semantic}, or choose another template"
+            )
+        return found
 
 
 def choose(
@@ -147,14 +155,8 @@ def choose(
         RecipeError: If a name is unknown, an unseen template is to be trained on, one writes codes and there is no
             index, or none is left.
     """
-    everything = Chosen(templates, (), ())
+    everything = Chosen(templates, (), (), index is not None)
     named = [everything.get(name) for name in section.templates]
-    for template in (*named, *map(everything.get, section.eval_templates)):
-        if template.writes_codes and index is None:
-            raise RecipeError(
-                f"tasks.{family}: {template.id} writes items as codes, and the recipe has no index; add one, such as "
-                "index: {scheme: semantic}, or choose another template"
-            )
     for template in named:
         if template.use == "unseen":
             raise RecipeError(
@@ -168,7 +170,7 @@ def choose(
     if not train:
         raise RecipeError(f"tasks.{family}: there is no seen template; add one under prompts/{family}")
     evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)
-    return Chosen(templates, train, evaluate)
+    return Chosen(templates, train, evaluate, index is not None)
 
 
 # --------------------------------------------------------------------------- rows

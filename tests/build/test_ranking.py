@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from llmrec.build.ranking import Way, catalogue, choose_way, rank_requests
 from llmrec.build.study import build_study
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import LlmrecError, RecipeError
+from llmrec.index.index import ItemIndex
 from llmrec.recipe import ModelSection, RatingSection, TasksSection
 from llmrec.recipe_file import dump, load_recipe
 from llmrec.types import Ranking, Unparsed
@@ -213,6 +215,7 @@ def test_forged_turns_never_become_control_tokens(tools: tuple[bundle.Bundle, HF
                 assert not any(i in control for tail in tails for i in tail)
             return super().score(prompts, candidates, closed=closed)
 
+    found = replace(found, index=ItemIndex("title", {}))
     for family, known in found.templates.items():
         for name in known:
             strategy = "likelihood" if family == "sequential" else "label"
@@ -318,6 +321,7 @@ def test_a_score_that_is_no_number_fails(tools: tuple[bundle.Bundle, HFBackend, 
 
 def test_every_template_serves_a_cold_user_and_a_profile(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
     found, _, encoder = tools
+    found = replace(found, index=ItemIndex("title", {}))
     texts: list[str] = []
     backend = FakeBackend(prefer=lambda text, candidate: texts.append(text) or -1.0)  # type: ignore[func-returns-value]
     cold = asked({"candidates": ["Alien", "Jaws"], "profile": "a cook from Oslo", "user_id": "u9"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -64,6 +65,6 @@ def embed(texts: Sequence[str]) -> NDArray[np.float32]:
     """Vectors of the letters of texts: similar texts are near each other."""
     vectors = np.zeros((len(texts), 64), dtype=np.float32)
     for row, text in enumerate(texts):
-        for first, second in zip(text, text[1:], strict=False):
+        for first, second in pairwise(text):
             vectors[row, (ord(first) * 31 + ord(second)) % 64] += 1
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)

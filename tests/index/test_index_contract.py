@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def test_no_code_begins_another_once_it_is_ended(name: str) -> None:
     index = index_of(name)
     if index.tokens:
         paths = sorted(index.codes.values())
-        assert all(b[: len(a)] != a for a, b in zip(paths, paths[1:], strict=False))
+        assert all(b[: len(a)] != a for a, b in pairwise(paths))
     ended = sorted("".join(pieces) + "\n" for pieces in index.codes.values())
-    assert not any(b.startswith(a) for a, b in zip(ended, ended[1:], strict=False))
+    assert not any(b.startswith(a) for a, b in pairwise(ended))
 
 
 def test_pieces_are_listed_tokens_or_plain_text(name: str) -> None:

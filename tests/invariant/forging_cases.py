@@ -18,11 +18,13 @@ from llmrec.data.candidates import draw
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.guard import clean
+from llmrec.index.index import build
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import (
     CandidateSection,
     DirectSection,
     ExplanationSection,
+    IndexSection,
     RatingSection,
     SequentialSection,
     Split,
@@ -289,7 +291,11 @@ def task(family: str, fill_name: str) -> Any:
     kind, section = FAMILIES[family]
     data = dataset(fill_name)
     stored = draw(data, "test", CandidateSection(count=20), seed=0) if family in ("direct", "sequential") else None
-    return kind(data, section, templates(family), seed=0, candidates=stored)
+    # Codes that are titles are data too, and stand where codes of tokens would.
+    index = build(IndexSection(), data, seed=0)
+    named = tuple(name for name, template in templates(family).items() if template.use == "seen")
+    asked = section.model_copy(update={"templates": named})
+    return kind(data, asked, templates(family), seed=0, candidates=stored, index=index)
 
 
 @cache

@@ -21,6 +21,7 @@ from llmrec.data.request_files import open_requests
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError
 from llmrec.guard import clean
+from llmrec.index.index import ItemIndex
 from llmrec.prompts import load_templates
 from llmrec.recipe import DirectSection, ModelSection, SequentialSection, TasksSection
 from llmrec.types import Item, Prompt, Ranking, Scores
@@ -67,6 +68,7 @@ def _bundle() -> Bundle:
         rating_scale=(1.0, 5.0),
         seed=0,
         tuned=True,
+        index=ItemIndex("title", {}),
     )
 
 

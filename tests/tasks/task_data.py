@@ -47,7 +47,8 @@ HOSTILE = {
 
 @cache
 def load_templates(family: str) -> dict[str, Template]:
-    return read_templates(family)
+    """The templates that need no item index; those that write codes are in the golden files and tests/index."""
+    return {name: template for name, template in read_templates(family).items() if not template.writes_codes}
 
 
 def make_dataset(*, shuffled: int | None = None, users: int = 40, items: int = 60, hostile: bool = True) -> Dataset:

@@ -15,12 +15,18 @@ from task_data import CLASSES, FAMILIES
 from llmrec.data.candidates import draw
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
+from llmrec.index.index import ItemIndex, token
 from llmrec.prompts import load_templates
 from llmrec.recipe import CandidateSection, Split
 from llmrec.types import Event, Item, Message, Prompt, Request, Segment
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = [(family, name) for family in FAMILIES for name in load_templates(family)]
+CODES = ItemIndex(
+    "made",
+    {str(n): (token(0, n % 3), token(1, n // 3)) for n in range(10)},
+    tokens=tuple(token(level, n) for level in range(2) for n in range(4)),
+)
 FILMS = ("Heat", "Alien", "Brazil", "Jaws", "Fargo", "Rocky", "Casino", "Big", "Manhattan", "Ed Wood")
 
 
@@ -60,9 +66,10 @@ def rendering(family: str, name: str) -> str:
     template = load_templates(family)[name]
     sets = draw(data, "test", CandidateSection(count=3), seed=0)
     trained = {"templates": (name,)} if template.use == "seen" else {}
+    index = {"index": CODES} if template.writes_codes else {}
     task = task_class(
         data, section(history=3, **trained), load_templates(family), seed=0,
-        candidates=sets if family in ("direct", "sequential") else None,
+        candidates=sets if family in ("direct", "sequential") else None, **index,
     )  # fmt: skip
     case = next(case for case in task.cases("test") if case.request.user_id == "0")
     known = () if family != "sequential" else (Event(item_id="5"),)

@@ -152,7 +152,7 @@ def test_no_text_breaks_a_reader(text: str) -> None:
     assert value is None or 1.0 <= value <= 5.0
     assert all(isinstance(key, str) for key in read_line(text))
     for task in PARSERS:
-        answer = task.parse(text, REQUEST, template="x")
+        answer = task.parse(text, REQUEST, template="continue-list")
         assert answer is None or answer.request_id == "r"
         if isinstance(answer, Ranking):
             assert answer.items and set(answer.items) <= set(REQUEST.candidates or ())
@@ -271,7 +271,7 @@ def test_half_points_are_shown_and_read() -> None:
     for case in task.cases("test"):
         shown = [task.scale.label(event.rating) for event in case.request.history]
         assert all(label.endswith(".5") for label in shown)
-        assert task.parse(task.scale.label(case.truth), case.request, template="x") == Rating(
+        assert task.parse(task.scale.label(case.truth), case.request, template="continue-list") == Rating(
             request_id=case.request.id, value=case.truth
         )
 
@@ -317,5 +317,7 @@ def test_items_of_one_title_share_the_first_place() -> None:
     base = make_dataset(hostile=False)
     items = {**base.items, "i02": Item(item_id="i02", title="Twice"), "i03": Item(item_id="i03", title="twice!")}
     data = Dataset(name="x", noun="films", interactions=base.interactions, items=items, rating_scale=(1, 5))
-    answer = make_task("sequential", make_split(data)).parse("Twice", Request(id="q", user_id="u00"), template="x")
+    answer = make_task("sequential", make_split(data)).parse(
+        "Twice", Request(id="q", user_id="u00"), template="continue-list"
+    )
     assert answer.items == ("i02", "i03") and answer.scores == (1.0, 1.0)
