@@ -65,7 +65,7 @@ def main(target: Path) -> None:
         rows[name] = _row(index, build_index(section, moved, seed=0), data, time.perf_counter() - begin)
     result = {
         "command": "LLMREC_DATA=FOLDER python -m tests.benchmarks.index_leak eval/results/index_leak.json",
-        "what": "HR@5 of counting on from the codes of the history, Amazon 2014 Beauty, leave-one-out, test, full ranking",
+        "what": "HR@5 of counting on from the codes of the history; Amazon 2014 Beauty, leave-one-out, full ranking",
         "items": len(data.dataset.items),
         "users": len(data.holdouts("test")),
         "published": PUBLISHED,
@@ -75,7 +75,9 @@ def main(target: Path) -> None:
     }
     write_json(target, result)
     for name, row in rows.items():
-        sys.stdout.write(f"{name:<40} HR@5 {row['HR@5']:.4f}  chance {row['chance']:.4f}  invariant {row['invariant']}\n")
+        sys.stdout.write(
+            f"{name:<40} HR@5 {row['HR@5']:.4f}  chance {row['chance']:.4f}  invariant {row['invariant']}\n"
+        )
 
 
 def _row(index: ItemIndex, again: ItemIndex, data: SplitDataset, seconds: float) -> dict[str, object]:

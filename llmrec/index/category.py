@@ -1,0 +1,172 @@
+"""Codes of what an item is filed under: the path of its categories, and a token that tells the items of a path apart.
+
+(Hua et al., "How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023, section 4.4: SemID, and its
+hybrid with item tokens.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.index.index import Embed, ItemIndex, own_token, token
+from llmrec.index.numbers import shuffled
+from llmrec.recipe import CategoryIndex, IndexSection
+from llmrec.types import Item
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
+
+_SEPARATORS = (">", "|", ",")
+
+Path = tuple[str, ...]
+
+
+class Category:
+    """A token for each category of an item, most general first, and one that all paths share for their n-th item.
+
+    The number of a category's token is its rank by items among the categories of its level. Items of a path are
+    counted by training interactions, then by hash. An item of no category is filed under one more token of the first
+    level.
+    """
+
+    @staticmethod
+    def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
+        """Return the codes; see `Scheme`.
+
+        Raises:
+            DataError: If the items have no fields.
+            RecipeError: If they have none of a name that the recipe gives.
+        """
+        items = data.dataset.items
+        filing = _Filing.of(section.category, items, data.dataset.name)
+        paths = {item: filing.names(entry) for item, entry in items.items()}
+        ranked = [
+            _ranked(path[level] for path in paths.values() if len(path) > level) for level in range(filing.levels)
+        ]
+        ranked = [names for names in ranked if names] or [[]]
+        numbers = [{name: number for number, name in enumerate(names)} for names in ranked]
+        chosen = Counter(data.train["item_id"].to_list())
+        order = shuffled(items, seed)
+        codes, groups = {}, defaultdict(list)
+        for item in sorted(order, key=lambda item: -chosen[item]):
+            groups[_tokens(paths[item], numbers)].append(item)
+        rank = {item: number for number, item in enumerate(order)}
+        for path, group in groups.items():
+            for number, item in enumerate(group):
+                codes[item] = (*path, own_token(rank[item] if section.item_token else number))
+        largest = max(map(len, groups.values()), default=0)
+        ends = len(codes) if section.item_token else largest
+        return ItemIndex(
+            "category",
+            {item: codes[item] for item in sorted(codes)},
+            # One more at the first level: no category.
+            tokens=(
+                *(token(level, n) for level, names in enumerate(ranked) for n in range(len(names) + (level == 0))),
+                *map(own_token, range(ends)),
+            ),
+            settings={
+                **filing.settings(),
+                "names": ranked,
+                "ends": ends,
+                "item_token": section.item_token,
+                "seed": seed,
+            },
+            figures={
+                "paths": float(len(groups)),
+                "largest_path": float(largest),
+                "depth": float(max(map(len, paths.values()), default=0)),
+                "unfiled": float(sum(not path for path in paths.values())),
+            },
+        )
+
+    @staticmethod
+    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
+        """File further items under the longest beginning of their paths that is known; see `Scheme`.
+
+        Where the known last tokens of a path are used up, items move to the next shorter beginning, at last to none.
+        Only if that is full too, or if ``item_token`` is set, they get further tokens, which a trained model does not
+        know.
+        """
+        filing = _Filing.read(index.settings)
+        numbers = [{name: number for number, name in enumerate(names)} for names in index.settings["names"]]
+        hybrid, ends = bool(index.settings["item_token"]), int(index.settings["ends"])
+        used = Counter(pieces[:-1] for pieces in index.codes.values())
+        codes: dict[str, tuple[str, ...]] = {}
+        for number, item in enumerate(shuffled(items, int(index.settings["seed"])), len(index.codes)):
+            wanted = _tokens(filing.names(items[item]), numbers)
+            places = [wanted[:length] for length in range(len(wanted), -1, -1)]
+            path = wanted if hybrid else next((place for place in places if used[place] < ends), wanted)
+            codes[item] = (*path, own_token(number if hybrid else used[path]))
+            used[path] += 1
+        return index.adding(codes, [pieces[-1] for pieces in codes.values()])
+
+
+@dataclass(frozen=True)
+class _Filing:
+    """Where categories stand.
+
+    Attributes:
+        fields: Item fields, most general first.
+        separators: What cuts the value of each field; nothing cuts it where the separator is empty.
+        levels: Longest path.
+    """
+
+    fields: tuple[str, ...]
+    separators: tuple[str, ...]
+    levels: int
+
+    @staticmethod
+    def of(section: CategoryIndex, items: Mapping[str, Item], name: str) -> _Filing:
+        known = list(dict.fromkeys(field for item in sorted(items) for field in items[item].fields))
+        if not known:
+            raise DataError(
+                f"{name}: the items have no fields, so none can be their category; name columns in data.columns.fields "
+                "or use another index.scheme"
+            )
+        for field in section.fields:
+            if field not in known:
+                raise RecipeError(
+                    f"index.category.fields: the items have no field {field!r}{did_you_mean(field, known)}; "
+                    f"there are {', '.join(known)}"
+                )
+        fields = section.fields or (known[0],)
+        found = [
+            next((s for s in _SEPARATORS if any(s in item.fields.get(field, "") for item in items.values())), "")
+            for field in fields
+        ]
+        return _Filing(fields, tuple(section.separator or s for s in found), section.levels)
+
+    @staticmethod
+    def read(settings: Mapping[str, Any]) -> _Filing:
+        return _Filing(tuple(settings["fields"]), tuple(settings["separators"]), int(settings["levels"]))
+
+    def settings(self) -> dict[str, Any]:
+        return {"fields": list(self.fields), "separators": list(self.separators), "levels": self.levels}
+
+    def names(self, item: Item) -> Path:
+        """Return an item's categories."""
+        parts: list[str] = []
+        for field, separator in zip(self.fields, self.separators, strict=True):
+            value = item.fields.get(field, "")
+            parts += value.split(separator) if separator else [value]
+        return tuple([name for part in parts if (name := clean(part, TEXT_LIMIT))][: self.levels])
+
+
+def _ranked(names: Iterable[str]) -> list[str]:
+    """Return different names, the most frequent first, ties by name."""
+    return [name for name, _ in sorted(Counter(names).items(), key=lambda entry: (-entry[1], entry[0]))]
+
+
+def _tokens(path: Path, numbers: Sequence[Mapping[str, int]]) -> Path:
+    """Return the tokens of a path as far as it is known; one that stands for no category if nothing is."""
+    found = []
+    for level, (name, known) in enumerate(zip(path, numbers, strict=False)):
+        if name not in known:
+            break
+        found.append(token(level, known[name]))
+    return tuple(found) or (token(0, len(numbers[0])),)

@@ -1,0 +1,336 @@
+"""Codes of what the same users chose: paths in a tree that spectral clustering of the co-occurrence graph grows.
+
+An edge joins two items of one user's training history and weighs as much as there are such users. The graph itself is
+never held: its product with a vector is two products with the users' histories, which a long history makes no dearer.
+(Hua et al., "How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023, section 4.3: CID and CID+IID.)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy import linalg, sparse
+from scipy.sparse import csgraph
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+from llmrec.errors import DataError, RecipeError
+from llmrec.index.index import Embed, ItemIndex, own_token, token
+from llmrec.index.numbers import shuffled
+from llmrec.recipe import CollaborativeIndex, IndexSection
+from llmrec.types import Item
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Path = tuple[int, ...]
+
+# Up to so many items a whole decomposition is quicker than an iteration, and exact.
+_DENSE = 400
+# Steps of the iteration that stands in where Lanczos' does not converge.
+_STEPS = 300
+
+
+class Collaborative:
+    """The path of an item's clusters, and a token that stands for its place in the last of them.
+
+    Items without training interactions have a branch of their own, below one more token of the first level. No
+    training row shows that token, so a model gives it little chance; new items come there too.
+    """
+
+    @staticmethod
+    def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
+        """Return the codes; see `Scheme`.
+
+        Raises:
+            RecipeError: If the tree cannot hold the catalogue.
+        """
+        shape, names = section.collaborative, sorted(data.dataset.items)
+        users = _histories(data, names)
+        order = shuffled(names, seed)
+        warm = np.flatnonzero(users.sum(axis=0))
+        trained = {names[place] for place in warm}
+        cold = [name for name in order if name not in trained]
+        _need_room(shape, len(warm), len(cold))
+        leaves = list(_leaves(_within(users, warm), warm, shape)) if len(warm) else []
+        depth = max((len(path) for path, _ in leaves), default=0)
+        levels = max(1, depth)
+        while len(cold) > _cold_room(shape.clusters, shape.leaf, levels):
+            levels += 1
+        rank = {name: place for place, name in enumerate(order)}
+        codes: dict[str, tuple[str, ...]] = {}
+        for path, members in leaves:
+            inside = sorted((names[place] for place in members), key=rank.__getitem__)
+            for number, name in enumerate(inside):
+                last = own_token(rank[name] if section.item_token else number)
+                codes[name] = (*(token(level, child) for level, child in enumerate(path)), last)
+        settings = {
+            "seed": seed,
+            "clusters": shape.clusters,
+            "leaf": shape.leaf,
+            "levels": levels,
+            "item_token": section.item_token,
+            "cold": len(cold),
+        }
+        for slot, name in enumerate(cold):
+            codes[name] = (*_cold_path(settings, slot), own_token(_number(settings, slot, rank[name])))
+        ends = len(names) if section.item_token else shape.leaf
+        return ItemIndex(
+            "collaborative",
+            {name: codes[name] for name in names},
+            # One more at the first level: the branch of items that nobody chose in training.
+            tokens=(
+                *(token(level, n) for level in range(levels) for n in range(shape.clusters + (level == 0))),
+                *map(own_token, range(ends)),
+            ),
+            settings=settings,
+            figures=_figures(users, leaves, depth, len(cold)),
+        )
+
+    @staticmethod
+    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
+        """Give further items the next places of the branch for items without interactions; see `Scheme`.
+
+        With ``item_token`` each gets a further token of its own, which a trained model does not know.
+
+        Raises:
+            DataError: If the branch is full.
+        """
+        known, start = index.settings, int(index.settings["cold"])
+        room = _cold_room(int(known["clusters"]), int(known["leaf"]), int(known["levels"]))
+        if not known["item_token"] and start + len(items) > room:
+            raise DataError(
+                f"index collaborative: of {len(items)} new items {room - start} find a place among known tokens; "
+                "build the index again with these items, or with a higher index.collaborative.leaf"
+            )
+        codes, first = {}, len(index.codes)
+        for place, name in enumerate(shuffled(items, int(known["seed"]))):
+            last = own_token(_number(known, start + place, first + place))
+            codes[name] = (*_cold_path(known, start + place), last)
+        # Known tokens are not added a second time.
+        return index.adding(codes, [pieces[-1] for pieces in codes.values()], cold=start + len(items))
+
+
+def _histories(data: SplitDataset, names: Sequence[str]) -> Any:
+    """Return 1 where a user chose an item in training, sparse, shape (users, items)."""
+    pairs = data.train.select("user_id", "item_id").unique()
+    users = pairs["user_id"].unique().sort()
+    rows = pairs["user_id"].cast(pl.Enum(users)).to_physical().to_numpy().astype(np.int64)
+    columns = pairs["item_id"].cast(pl.Enum(names)).to_physical().to_numpy().astype(np.int64)
+    return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(users), len(names)))
+
+
+def _figures(users: Any, leaves: Sequence[tuple[Path, Ints]], depth: int, cold: int) -> dict[str, float]:
+    sizes = [len(members) for _, members in leaves]
+    leaf_of = sparse.csr_array(
+        (
+            np.ones(sum(sizes)),
+            (
+                np.concatenate([members for _, members in leaves] or [np.empty(0, np.int64)]),
+                np.repeat(np.arange(len(sizes)), sizes),
+            ),
+        ),
+        shape=(users.shape[1], max(1, len(sizes))),
+    )
+    total, inside = (_pairs(counts) for counts in (users.sum(axis=1), (users @ leaf_of).data))
+    return {
+        "leaves": float(len(sizes)),
+        "largest_leaf": float(max(sizes, default=0)),
+        "depth": float(depth),
+        "isolated": float(((users.sum(axis=0) > 0) & (_degrees(users) == 0)).sum()),
+        "untrained": float(cold),
+        "inside": inside / total if total else 0.0,
+    }
+
+
+def _pairs(counts: Floats) -> float:
+    return float((counts * (counts - 1)).sum() / 2)
+
+
+# --------------------------------------------------------------------------- the branch of items that nobody chose
+
+
+def _need_room(shape: CollaborativeIndex, warm: int, cold: int) -> None:
+    room, aside = shape.clusters**shape.depth * shape.leaf, _cold_room(shape.clusters, shape.leaf, shape.depth)
+    for count, most, what in ((warm, room, "items"), (cold, aside, "items without training interactions")):
+        if count > most:
+            raise RecipeError(
+                f"index.collaborative: {count} {what} do not fit a tree of clusters={shape.clusters}, "
+                f"depth={shape.depth} and leaf={shape.leaf}, which holds {most}; raise one of them"
+            )
+
+
+def _cold_room(clusters: int, leaf: int, levels: int) -> int:
+    return sum(leaf * int(clusters**level) for level in range(levels))
+
+
+def _cold_path(settings: Mapping[str, Any], slot: int) -> tuple[str, ...]:
+    """Return the path of a place in the branch; the shortest paths are filled first."""
+    clusters, leaf, levels = (int(settings[name]) for name in ("clusters", "leaf", "levels"))
+    # Items with tokens of their own may share a path beyond all bounds.
+    number, digits = slot // leaf % (_cold_room(clusters, leaf, levels) // leaf), []
+    while number:
+        number, digit = divmod(number - 1, clusters)
+        digits.append(digit)
+    return (token(0, clusters), *(token(level, digit) for level, digit in enumerate(reversed(digits), 1)))
+
+
+def _number(settings: Mapping[str, Any], slot: int, own: int) -> int:
+    return own if settings["item_token"] else slot % int(settings["leaf"])
+
+
+# --------------------------------------------------------------------------- the tree
+
+
+def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = ()) -> Iterator[tuple[Path, Ints]]:
+    """Cluster items again and again, and yield the path and the members of every leaf.
+
+    No part is larger than what its remaining levels can hold: a leaf is never too large, whatever clustering gives.
+
+    Args:
+        users: Histories, shape (users, n).
+        members: Numbers of the columns, shape (n,).
+        shape: Bounds of the tree; it can hold the members.
+        path: Of these items.
+    """
+    if len(members) <= shape.leaf:
+        yield path, members
+        return
+    room = shape.clusters ** (shape.depth - len(path) - 1) * shape.leaf
+    parts = _clustered(users, min(shape.clusters, len(members)))
+    if len(parts) == 1 or max(map(len, parts)) > room:
+        parts = np.array_split(_in_order(users), min(shape.clusters, -(-len(members) // shape.leaf)))
+    parts = sorted((np.sort(part) for part in parts), key=lambda part: (-len(part), int(part[0])))
+    for child, part in enumerate(parts):
+        yield from _leaves(_within(users, part), members[part], shape, (*path, child))
+
+
+def _clustered(users: Any, k: int) -> list[Ints]:
+    """Cut items into at most k clusters; 1 <= k <= items.
+
+    Components that could fill a cluster get clusters in proportion to their size, and small ones are put together
+    whole: what no edge joins has no place in the spectrum that would tell it from others.
+    """
+    components = _components(users)
+    large = [c for c in components if len(components) <= k or len(c) * k >= users.shape[1]]
+    small = components[len(large) :]
+    shares = _shares([*map(len, large), *([sum(map(len, small))] if small else [])], k)
+    parts = [part for c, share in zip(large, shares, strict=False) for part in _spectral(users, c, share)]
+    return parts + (_packed(small, shares[-1]) if small else [])
+
+
+def _components(users: Any) -> list[Ints]:
+    """Return the connected components of the items, the largest first, ties by first member."""
+    graph = sparse.block_array([[None, users], [users.T, None]], format="csr")
+    labels = csgraph.connected_components(graph, directed=False)[1][users.shape[0] :]
+    order = np.argsort(labels, kind="stable")
+    found = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return sorted(found, key=lambda members: (-len(members), int(members[0])))
+
+
+def _shares(sizes: Sequence[int], k: int) -> list[int]:
+    """Deal k clusters to groups, at least one each, by the method of D'Hondt."""
+    shares = [1] * len(sizes)
+    for _ in range(k - len(sizes)):
+        shares[int(np.argmax([size / (share + 1) for size, share in zip(sizes, shares, strict=True)]))] += 1
+    return shares
+
+
+def _packed(components: Sequence[Ints], k: int) -> list[Ints]:
+    """Put components together in at most k clusters of like size: each joins the smallest, the largest come first."""
+    bins: list[list[Ints]] = [[] for _ in range(k)]
+    smallest = [(0, number) for number in range(k)]
+    for members in components:
+        size, number = heapq.heappop(smallest)
+        bins[number].append(members)
+        heapq.heappush(smallest, (size + len(members), number))
+    return [np.concatenate(group) for group in bins if group]
+
+
+def _spectral(users: Any, component: Ints, k: int) -> list[Ints]:
+    if k == 1:
+        return [component]
+    labels = cluster_qr(_spectrum(_within(users, component), k))
+    return [component[labels == label] for label in range(k) if (labels == label).any()]
+
+
+def cluster_qr(vectors: Floats) -> Ints:
+    """Return clusters of the rows of an orthonormal basis, shape (n, k), whatever its rotation and signs.
+
+    Damle, Minden and Ying, "Simple, direct and efficient multi-way spectral clustering", Information and Inference
+    8(1), 2019, Algorithm 1: pivots name one row a cluster, and the nearest rotation turns the basis towards them.
+    """
+    pivots = linalg.qr(vectors.T, mode="r", pivoting=True)[1][: vectors.shape[1]]
+    left, _, right = linalg.svd(vectors[pivots].T)
+    labels: Ints = np.abs(vectors @ (left @ right)).argmax(axis=1)
+    return labels
+
+
+def _in_order(users: Any) -> Ints:
+    """Return items component by component, each in the order of its second eigenvector: neighbours share users."""
+    found = []
+    for component in _components(users):
+        if len(component) > 2:
+            inside = _within(users, component)
+            place = np.round(_spectrum(inside, 2)[:, 1] / np.sqrt(_degrees(inside)), 12)
+            far = int(np.argmax(np.abs(place)))
+            component = component[np.argsort(place * np.copysign(1.0, place[far]), kind="stable")]
+        found.append(component)
+    return np.concatenate(found)
+
+
+# --------------------------------------------------------------------------- the spectrum
+
+
+def _within(users: Any, members: Ints) -> Any:
+    """Return the histories of some items alone; users with fewer than two of them join nothing and are left out."""
+    inside = users[:, members]
+    inside = inside[np.diff(inside.indptr) > 1]
+    inside.sort_indices()
+    return inside
+
+
+def _degrees(users: Any) -> Floats:
+    """Return the weight of each item's edges, shape (n,)."""
+    found: Floats = users.T @ users.sum(axis=1) - users.sum(axis=0)
+    return found
+
+
+def _spectrum(users: Any, k: int) -> Floats:
+    """Return the first k eigenvectors of the normalised adjacency matrix of a connected graph, shape (n, k)."""
+    size, scale = users.shape[1], 1 / np.sqrt(_degrees(users))
+    if size <= max(_DENSE, 2 * k):
+        together = (users.T @ users).toarray()
+        np.fill_diagonal(together, 0.0)
+        found: Floats = linalg.eigh(scale[:, None] * together * scale, subset_by_index=[size - k, size - 1])[1]
+        return found[:, ::-1]
+    items, alone = users.T.tocsr(), users.sum(axis=0) * scale**2
+
+    def times(block: Floats) -> Floats:
+        turned = block.T
+        product: Floats = ((items @ (users @ (turned * scale).T)).T * scale - turned * alone).T
+        return product
+
+    start = np.random.default_rng(0).uniform(-1, 1, (size, k))
+    operator = LinearOperator((size, size), matvec=times, matmat=times, dtype=np.float64)
+    try:
+        # Values in ascending order.
+        found = eigsh(operator, k=k, which="LA", v0=start[:, 0])[1]
+        return found[:, ::-1]
+    except ArpackError:
+        return _iterated(times, start)
+
+
+def _iterated(times: Any, block: Floats) -> Floats:
+    """Return about the first eigenvectors by orthogonal iteration, which always ends; eigenvalues lie in [-1, 1]."""
+    for _ in range(_STEPS):
+        block = linalg.qr(block + times(block), mode="economic")[0]
+    turn = linalg.eigh(block.T @ times(block))[1]
+    found: Floats = block @ turn[:, ::-1]
+    return found

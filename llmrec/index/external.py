@@ -1,0 +1,277 @@
+"""Codes that were found elsewhere, read from a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from llmrec.data.files import decode, read_bytes, user_path
+from llmrec.data.opening import enumerated, reason, require_file, shown
+from llmrec.data.tables import read_table
+from llmrec.errors import DataError
+from llmrec.guard import clean, is_item_token, without_item_tokens
+from llmrec.index.index import LETTERS, Embed, ItemIndex, token
+from llmrec.recipe import IndexSection
+from llmrec.types import Item
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
+
+Kind = Literal["tokens", "numbers", "text"]
+Pieces = tuple[str, ...]
+
+# The reader of JSON Lines joins a list of texts by commas.
+_TOKENS = re.compile(r"\s*(?:<[^<>\s]+>[\s,]*)+")
+_NUMBERS = re.compile(r"[0-9]+(?:[-\s]+[0-9]+)*")
+_MOST = 9  # digits of a number
+_ITEM, _CODE = "item_id", "code"
+_FORMS = "a list of numbers, a list of item tokens such as <a_3>, or text"
+
+
+class External:
+    """The codes of a file.
+
+    It is a JSON object of item ids, or a table with the columns ``item_id`` and ``code``. A code is a list of numbers,
+    one a level (in a table with blanks or hyphens between them), item tokens side by side, or text. Codes of items
+    that the data does not hold wait in the settings, so that `extend` can place them.
+    """
+
+    @staticmethod
+    def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
+        """Return the codes; see `Scheme`.
+
+        Raises:
+            DataError: If the file cannot be read, a code is malformed, two items share one, a code begins another, or
+                an item of the data has none.
+        """
+        path = user_path(section.path or "")
+        require_file(path, "check index.path")
+        rows, sha256 = _object(path) if path.suffix.lower() == ".json" else _table(path)
+        kind = _kind(rows)
+        codes = {row.item: _pieces(row, kind) for row in rows}
+        _told_apart(rows, codes, kind)
+        items = sorted(data.dataset.items)
+        missing = [item for item in items if item not in codes]
+        if missing:
+            raise DataError(
+                f"{path}: {len(missing)} of {len(items)} items have no code, such as {enumerated(missing[:3])}; "
+                "add them, or drop them from the data"
+            )
+        known = {item: codes[item] for item in items}
+        spare = {item: list(codes[item]) for item in sorted(codes.keys() - known.keys())}
+        tokens = {piece for pieces in known.values() for piece in pieces} if kind != "text" else set()
+        return ItemIndex(
+            "external",
+            known,
+            tokens=tuple(sorted(tokens, key=_place)),
+            settings={"kind": kind, "sha256": sha256, "spare": spare},
+            figures={"spare": float(len(spare)), "longest": float(max(map(len, known.values()), default=0))},
+        )
+
+    @staticmethod
+    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
+        """Give further items their codes in the file; see `Scheme`.
+
+        Tokens that no earlier item had are added; a trained model does not know them.
+
+        Raises:
+            DataError: If the file had no code for an item.
+        """
+        spare: Mapping[str, Sequence[str]] = index.settings["spare"]
+        missing = [item for item in sorted(items) if item not in spare]
+        if missing:
+            raise DataError(
+                f"index external: its file had no code for {len(missing)} new items, such as "
+                f"{enumerated(missing[:3])}; add them to the file and build the index again"
+            )
+        codes = {item: tuple(spare[item]) for item in sorted(items)}
+        tokens = {piece for pieces in codes.values() for piece in pieces} if index.tokens else set()
+        left = {item: list(pieces) for item, pieces in spare.items() if item not in codes}
+        return index.adding(codes, sorted(tokens, key=_place), spare=left)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One code as it stands in a file.
+
+    Attributes:
+        where: The place, as errors name it.
+        item: Its item.
+        code: A text as a table holds it, or a list.
+    """
+
+    where: str
+    item: str
+    code: str | list[object]
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _object(path: Path) -> tuple[list[_Row], str]:
+    raw, sha256 = read_bytes(path)
+    rows: list[_Row] = []
+
+    def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise DataError(f"{path}: the item {shown(twice[0])} stands there twice; keep one")
+        return dict(pairs)
+
+    try:
+        found = json.loads(decode(str(path), raw, header=0), object_pairs_hook=collect)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({reason(error)}); write one object of lists by item id") from error
+    if not isinstance(found, dict) or not found:
+        raise DataError(f"{path} holds no JSON object of codes; write one object of lists by item id")
+    for item, code in found.items():
+        where = f"{path}, item {shown(item)}"
+        if not isinstance(code, str | list):
+            raise DataError(f"{where}: {shown(code)} is no code; write {_FORMS}")
+        rows.append(_Row(where, item, code))
+    return rows, sha256
+
+
+def _table(path: Path) -> tuple[list[_Row], str]:
+    table = read_table(path)
+    for column in (_ITEM, _CODE):
+        if column in table.unusable:
+            raise DataError(
+                f"{path}: the column {column} is of type {table.unusable[column]}; write numbers with blanks between "
+                "them, lists of item tokens, or a JSON object of lists"
+            )
+        if column not in table.frame.columns:
+            raise DataError(
+                f"{path}: a table of codes needs the columns {_ITEM} and {_CODE}, and there is no {column} among "
+                f"{enumerated(table.frame.columns)}; rename one"
+            )
+    first: dict[str, int] = {}
+    rows: list[_Row] = []
+    for number, (item, code) in enumerate(table.frame.select(_ITEM, _CODE).iter_rows()):
+        where = f"{table.where(number)}, item {shown(item)}"
+        if item is None or not str(item).strip():
+            raise DataError(f"{table.where(number)}: there is no {_ITEM}; add it, or remove the row")
+        item = str(item)
+        if item in first:
+            raise DataError(f"{where} stands in row {first[item] + 1} too; keep one")
+        first[item] = number
+        rows.append(_Row(where, item, list(code) if isinstance(code, list) else "" if code is None else str(code)))
+    return rows, table.sha256
+
+
+# --------------------------------------------------------------------------- codes
+
+
+def _kind(rows: Sequence[_Row]) -> Kind:
+    """Return what the codes of a file are. A single number counts as text where other codes are text.
+
+    Raises:
+        DataError: If a code is empty or malformed, or codes are of several kinds.
+    """
+    kinds = [_kind_of(row) for row in rows]
+    found = dict.fromkeys(kinds)
+    lone = all(
+        isinstance(row.code, str) and row.code.strip().isdecimal()
+        for row, k in zip(rows, kinds, strict=True)
+        if k == "numbers"
+    )
+    if lone and found.keys() == {"numbers", "text"}:
+        return "text"
+    if len(found) > 1:
+        other = next(place for place, kind in enumerate(kinds) if kind != kinds[0])
+        raise DataError(
+            f"{rows[other].where}: the code {shown(rows[other].code)} is made of {kinds[other]}, and that of item "
+            f"{shown(rows[0].item)} of {kinds[0]}; write all codes of a file in one way"
+        )
+    return kinds[0]
+
+
+def _kind_of(row: _Row) -> Kind:
+    code = row.code
+    if isinstance(code, str):
+        if not code.strip():
+            raise DataError(f"{row.where}: the code is empty; add it, or remove the row")
+        if _TOKENS.fullmatch(code):
+            return "tokens"
+        return "numbers" if _NUMBERS.fullmatch(code.strip()) else "text"
+    if not code:
+        raise DataError(f"{row.where}: the code is empty; add it, or remove the item")
+    if all(isinstance(piece, int) and not isinstance(piece, bool) for piece in code):
+        return "numbers"
+    if not all(isinstance(piece, str) for piece in code):
+        raise DataError(f"{row.where}: {shown(code)} is no code; write {_FORMS}")
+    return "tokens" if all(_TOKENS.fullmatch(str(piece)) for piece in code) else "text"
+
+
+def _pieces(row: _Row, kind: Kind) -> Pieces:
+    """Return the pieces of a code.
+
+    Raises:
+        DataError: If the code is no single line of text, or no tokens can be made of it.
+    """
+    code = row.code
+    if kind == "text":
+        return (_line(row, code if isinstance(code, str) else "".join(map(str, code))),)
+    if kind == "tokens":
+        pieces = re.findall(r"<[^<>\s]+>", code if isinstance(code, str) else "".join(map(str, code)))
+        wrong = next((piece for piece in pieces if not is_item_token(piece)), None)
+        if wrong is not None:
+            raise DataError(f"{row.where}: {shown(wrong)} is no item token; write it as {token(0, 12)} or <item_12>")
+        return tuple(pieces)
+    numbers = re.findall("[0-9]+", code) if isinstance(code, str) else [str(number) for number in code]
+    wrong = next((n for n in numbers if not n.isdecimal() or len(n) > _MOST), None)
+    if wrong is not None:
+        raise DataError(f"{row.where}: {shown(wrong)} is no number of a token; use 0 to {10**_MOST - 1}")
+    if len(numbers) > len(LETTERS):
+        raise DataError(f"{row.where}: the code has {len(numbers)} levels, more than {len(LETTERS)}; shorten it")
+    return tuple(token(level, int(number)) for level, number in enumerate(numbers))
+
+
+def _line(row: _Row, text: str) -> str:
+    line = clean(text, len(text))
+    if not line or len(text.strip().splitlines()) != 1:
+        raise DataError(f"{row.where}: the code {shown(text)} is no single line of text; write it anew")
+    if without_item_tokens(line) != line:
+        raise DataError(
+            f"{row.where}: the code {shown(text)} spells out an item token among text; write one or the other"
+        )
+    return line
+
+
+def _told_apart(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -> None:
+    """Check that no two items share a code, and that no code of tokens begins another.
+
+    Raises:
+        DataError: Naming both items.
+    """
+    first: dict[Pieces, str] = {}
+    for row in rows:
+        # White space in text does not count when a code is read back.
+        pieces = tuple(" ".join(piece.split()) for piece in codes[row.item])
+        other = first.setdefault(pieces, row.item)
+        if other != row.item:
+            raise DataError(
+                f"{row.where}: the code {shown(''.join(codes[row.item]))} is that of item {shown(other)} too; give "
+                "each item one of its own, for instance by a further number"
+            )
+    if kind == "text":
+        return
+    for row in rows:
+        pieces = codes[row.item]
+        shorter = next((pieces[:n] for n in range(1, len(pieces)) if pieces[:n] in first), None)
+        if shorter is not None:
+            raise DataError(
+                f"{row.where}: its code {''.join(pieces)} begins with that of item {shown(first[shorter])}, "
+                f"{''.join(shorter)}, which could then never be told to have ended; lengthen the shorter one"
+            )
+
+
+def _place(piece: str) -> tuple[int, str, int, str]:
+    """Order tokens by level and number; those of single items come last."""
+    name, _, number = piece[1:-1].rpartition("_")
+    return len(name), name, int(number), number

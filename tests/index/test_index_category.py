@@ -1,0 +1,190 @@
+"""Paths of categories: tokens by rank, items of a path told apart, new items filed as far as their path is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import polars as pl
+import pytest
+
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError, RecipeError
+from llmrec.index.index import ItemIndex, build, own_token
+from llmrec.recipe import IndexSection
+from llmrec.types import Item
+
+FILED = {
+    "lamp": "Home > Light > Lamps",
+    "torch": "Home > Light",
+    "bulb": "Home > Light",
+    "sofa": "Home > Seats",
+    "ball": "Sport",
+    "odd": "",
+    "odder": " > ",
+}
+
+
+def item(name: str, **fields: str) -> Item:
+    return Item(item_id=name, title=name, fields=fields)
+
+
+def catalogue(items: Mapping[str, Item], train: list[tuple[str, str]] | None = None) -> SplitDataset:
+    rows = train if train is not None else [("u", name) for name in items]
+    schema = {"user_id": pl.String, "item_id": pl.String}
+    dataset = Dataset("shop", "things", pl.DataFrame(rows, schema=schema, orient="row"), items)
+    empty = dataset.interactions.clear()
+    return SplitDataset(dataset, "leave_one_out", 0, dataset.interactions, empty, empty, frozenset())
+
+
+def filed(values: Mapping[str, str] = FILED, train: list[tuple[str, str]] | None = None) -> SplitDataset:
+    return catalogue({name: item(name, categories=value, brand="none") for name, value in values.items()}, train)
+
+
+def coded(data: SplitDataset, *, seed: int = 0, item_token: bool = False, **options: Any) -> ItemIndex:
+    section = {"scheme": "category", "item_token": item_token, "category": options}
+    index = build(IndexSection.model_validate(section), data, seed=seed)
+    proper(index)
+    return index
+
+
+def proper(index: ItemIndex) -> None:
+    assert all(index.decode(index.encode(item)) == item for item in index.codes)
+    paths = sorted(index.codes.values())
+    assert all(b[: len(a)] != a for a, b in pairwise(paths))
+
+
+def paths(index: ItemIndex) -> dict[str, str]:
+    return {name: "".join(pieces[:-1]) for name, pieces in index.codes.items()}
+
+
+# --------------------------------------------------------------------------- paths
+
+
+def test_a_token_is_the_rank_of_a_category_at_its_level() -> None:
+    index = coded(filed())
+    # Home holds four items and Sport one; Light three and Seats one. No category is the last token of the first level.
+    assert paths(index) == {
+        "lamp": "<a_0><b_0><c_0>",
+        "torch": "<a_0><b_0>",
+        "bulb": "<a_0><b_0>",
+        "sofa": "<a_0><b_1>",
+        "ball": "<a_1>",
+        "odd": "<a_2>",
+        "odder": "<a_2>",
+    }
+    assert index.settings["names"] == [["Home", "Sport"], ["Light", "Seats"], ["Lamps"]]
+    assert index.tokens == ("<a_0>", "<a_1>", "<a_2>", "<b_0>", "<b_1>", "<c_0>", "<item_0>", "<item_1>")
+    assert index.figures == {"paths": 5, "largest_path": 2, "depth": 3, "unfiled": 2}
+
+
+def test_equally_frequent_categories_are_ranked_by_name() -> None:
+    index = coded(filed({"x": "b", "y": "a", "z": "c", "w": "c"}))
+    assert index.settings["names"] == [["c", "a", "b"]]
+
+
+def test_a_path_is_cut_at_the_longest() -> None:
+    assert {len(pieces) for pieces in coded(filed(), levels=1).codes.values()} == {2}
+    assert coded(filed(), levels=1).settings["names"] == [["Home", "Sport"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"x": "A, b > C | d", "y": "A, b"}, [["A, b"], ["C | d"]]),
+        ({"x": "A, b|C", "y": "A, b"}, [["A, b"], ["C"]]),
+        ({"x": "Animation, Children's, Comedy", "y": "Comedy"}, [["Animation", "Comedy"], ["Children's"], ["Comedy"]]),
+        ({"x": "Comedy / Drama", "y": "War"}, [["Comedy / Drama", "War"]]),
+    ],
+)
+def test_a_separator_is_found(values: dict[str, str], names: list[list[str]]) -> None:
+    assert coded(filed(values)).settings["names"] == names
+
+
+def test_a_separator_and_fields_can_be_named() -> None:
+    data = catalogue({"x": item("x", shelf="3/4", brand="Acme"), "y": item("y", shelf="3/5", brand="Bolt")})
+    assert coded(data, separator="/").settings["names"] == [["3"], ["4", "5"]]
+    both = coded(data, separator="/", fields=("brand", "shelf"))
+    assert both.settings["names"] == [["Acme", "Bolt"], ["3"], ["4", "5"]]
+    assert coded(data, fields=("brand",)).settings["names"] == [["Acme", "Bolt"]]
+
+
+def test_items_without_the_fields_are_refused() -> None:
+    with pytest.raises(DataError, match=r"shop: the items have no fields.*data\.columns\.fields"):
+        coded(catalogue({"x": item("x")}))
+    with pytest.raises(RecipeError, match=r"no field 'catgories' \(did you mean 'categories'\?\); there are categ"):
+        coded(filed(), fields=("catgories",))
+
+
+# --------------------------------------------------------------------------- the last token
+
+
+def test_items_of_a_path_are_counted_by_training_interactions() -> None:
+    values = dict.fromkeys("abcdef", "Same > Path")
+    train = [("u0", "c"), ("u1", "c"), ("u2", "c"), ("u0", "e"), ("u1", "e"), ("u0", "a")]
+    index = coded(filed(values, train))
+    assert [index.codes[name][-1] for name in "cea"] == [own_token(n) for n in range(3)]
+    assert {index.codes[name][-1] for name in "bdf"} == {own_token(n) for n in range(3, 6)}
+    orders = {tuple(coded(filed(values, train), seed=seed).codes[name][-1] for name in "bdf") for seed in range(8)}
+    assert len(orders) > 1
+
+
+def test_with_item_tokens_each_item_has_its_own() -> None:
+    plain, own = coded(filed()), coded(filed(), item_token=True)
+    assert paths(plain) == paths(own)
+    assert sorted(pieces[-1] for pieces in own.codes.values()) == [own_token(n) for n in range(len(FILED))]
+    assert own.tokens[-len(FILED) :] == tuple(own_token(n) for n in range(len(FILED)))
+
+
+# --------------------------------------------------------------------------- extension
+
+
+def test_new_items_are_filed_as_far_as_their_path_is_known() -> None:
+    index = coded(filed())
+    new = {
+        "sun": item("sun", categories="Home > Light > Lamps > Desk"),
+        "bench": item("bench", categories="Home > Seats > Wood"),
+        "disc": item("disc", categories="Sport > Frisbee > Lamps"),
+        "beam": item("beam", categories="Home > Seats > Lamps"),
+    }
+    more = index.extend(new)
+    proper(more)
+    assert more.tokens == index.tokens
+    assert {name: more.encode(name) for name in new} == {
+        "sun": "<a_0><b_0><c_0><item_1>",
+        "bench": "<a_0><b_1><item_1>",
+        "disc": "<a_1><item_1>",
+        "beam": "<a_0><b_1><c_0><item_0>",
+    }
+
+
+def test_where_a_path_is_full_a_shorter_one_is_taken() -> None:
+    index = coded(filed())
+    # "Home > Light" has both of its places taken, "Home" and the empty path none.
+    new = {f"n{n}": item(f"n{n}", categories="Home > Light") for n in range(6)}
+    more = index.extend(new)
+    proper(more)
+    lengths = sorted(len(more.codes[name]) for name in new)
+    assert lengths == [1, 1, 2, 2, 3, 3]
+    assert more.tokens[: len(index.tokens)] == index.tokens
+    assert more.tokens[len(index.tokens) :] == ("<item_2>", "<item_3>")
+    assert all(more.codes[name] == pieces for name, pieces in index.codes.items())
+
+
+def test_an_item_of_an_unknown_category_joins_those_without() -> None:
+    index = coded(filed({"x": "A", "y": "A", "z": "A", "w": ""}))
+    more = index.extend({"n": item("n", categories="Z > A"), "m": item("m")})
+    assert {more.encode("n"), more.encode("m")} == {"<a_1><item_1>", "<a_1><item_2>"}
+    assert more.tokens == index.tokens
+
+
+def test_new_items_with_tokens_of_their_own_stay_on_their_path() -> None:
+    index = coded(filed(), item_token=True)
+    new = {f"n{n}": item(f"n{n}", categories="Home > Light") for n in range(3)}
+    one = index.extend({"n0": new["n0"]})
+    two = one.extend(new)
+    proper(two)
+    assert {"".join(two.codes[name][:-1]) for name in new} == {"<a_0><b_0>"}
+    assert len({*two.tokens}) == len(two.tokens) == len(index.tokens) + 3

@@ -1,0 +1,205 @@
+"""Codes from a file: each way to write them, and errors that name the file, the item and the mend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset
+from llmrec.durable import sha256_of
+from llmrec.errors import DataError
+from llmrec.index.index import ItemIndex, build
+from llmrec.recipe import IndexSection
+from llmrec.types import Code, Item
+
+
+def catalogue(names: Sequence[str]) -> SplitDataset:
+    schema = {"user_id": pl.String, "item_id": pl.String}
+    frame = pl.DataFrame([("u", name) for name in names], schema=schema, orient="row")
+    dataset = Dataset("made", "things", frame, {name: Item(item_id=name, title=name) for name in names})
+    empty = dataset.interactions.clear()
+    return SplitDataset(dataset, "leave_one_out", 0, dataset.interactions, empty, empty, frozenset())
+
+
+def read(path: Path, names: Sequence[str] = "xyz") -> ItemIndex:
+    index = build(IndexSection(scheme="external", path=str(path)), catalogue(names), seed=0)
+    assert index.codes.keys() == {*names}
+    assert all(index.decode(index.encode(item)) == item for item in index.codes)
+    assert index.settings["sha256"] == sha256_of(path) and str(path) not in json.dumps(dict(index.settings))
+    return index
+
+
+def as_json(folder: Path, codes: object) -> Path:
+    path = folder / "codes.json"
+    path.write_text(codes if isinstance(codes, str) else json.dumps(codes), encoding="utf-8")
+    return path
+
+
+def as_table(folder: Path, codes: Sequence[str], names: Sequence[str] = "xyz", ending: str = "tsv") -> Path:
+    path = folder / f"codes.{ending}"
+    mark = {"tsv": "\t", "csv": ","}[ending]
+    lines = [f"item_id{mark}code", *(f"{name}{mark}{code}" for name, code in zip(names, codes, strict=True))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+# --------------------------------------------------------------------------- forms
+
+TOKENS = {"x": ("<a_3>", "<b_17>"), "y": ("<a_3>", "<b_2>"), "z": ("<a_10>", "<b_2>")}
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        {"x": [3, 17], "y": [3, 2], "z": [10, 2]},
+        {"x": ["<a_3>", "<b_17>"], "y": ["<a_3>", "<b_2>"], "z": ["<a_10>", "<b_2>"]},
+        {"x": "<a_3><b_17>", "y": "<a_3> <b_2>", "z": ["<a_10><b_2>"]},
+        {"x": "3 17", "y": "3-2", "z": "10 - 2"},
+    ],
+)
+def test_json_codes_become_tokens(tmp_path: Path, codes: Any) -> None:
+    index = read(as_json(tmp_path, codes))
+    assert index.codes == TOKENS and isinstance(index.encode("x"), Code)
+    assert index.tokens == ("<a_3>", "<a_10>", "<b_2>", "<b_17>")
+
+
+@pytest.mark.parametrize(
+    "codes", [("3 17", "3 2", "10 2"), ("3-17", "3-2", "10-2"), ("<a_3><b_17>", "<a_3><b_2>", "<a_10><b_2>")]
+)
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_table_codes_become_tokens(tmp_path: Path, codes: Sequence[str], ending: str) -> None:
+    assert read(as_table(tmp_path, codes, ending=ending)).codes == TOKENS
+
+
+def test_json_lines_and_parquet_may_hold_lists_of_tokens(tmp_path: Path) -> None:
+    rows = [{"item_id": name, "code": list(pieces)} for name, pieces in TOKENS.items()]
+    lines = tmp_path / "codes.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert read(lines).codes == TOKENS
+    table = tmp_path / "codes.parquet"
+    pl.DataFrame(rows).write_parquet(table)
+    assert read(table).codes == TOKENS
+    pl.DataFrame({"item_id": [1, 2], "code": [7, 9]}).write_parquet(table)
+    assert read(table, ("1", "2")).codes == {"1": ("<a_7>",), "2": ("<a_9>",)}
+
+
+def test_item_tokens_are_kept_and_listed_last(tmp_path: Path) -> None:
+    codes = {"x": "<a_1><item_2>", "y": "<a_1><item_10>", "z": "<b_0><a_2><item_2>"}
+    assert read(as_json(tmp_path, codes)).tokens == ("<a_1>", "<a_2>", "<b_0>", "<item_2>", "<item_10>")
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        ("Heat (1995)", "Alien", "1984"),
+        ("Toy  Story", "toy story", "Toy\u00a0Story 2"),
+        ("item 3-17", "B00A", "3:17"),
+    ],
+)
+def test_other_codes_are_text(tmp_path: Path, codes: Sequence[str]) -> None:
+    index = read(as_table(tmp_path, codes))
+    assert index.tokens == () and not isinstance(index.encode("x"), Code)
+    assert index.encode("y") == codes[1]
+    assert read(as_json(tmp_path, dict(zip("xyz", codes, strict=True)))).codes == index.codes
+
+
+def test_a_json_list_of_texts_is_text_even_if_it_looks_like_numbers(tmp_path: Path) -> None:
+    assert read(as_json(tmp_path, {"x": ["3 17"], "y": ["3", "2"], "z": ["Heat"]})).codes == {
+        "x": ("3 17",),
+        "y": ("32",),
+        "z": ("Heat",),
+    }
+
+
+def test_the_order_of_the_file_does_not_matter(tmp_path: Path) -> None:
+    one, two = (read(as_json(tmp_path, dict(order))) for order in (TOKENS.items(), reversed(TOKENS.items())))
+    assert list(one.codes) == list(two.codes) and one.tokens == two.tokens
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("codes", "what"),
+    [
+        ({"x": [1], "y": [2]}, r"codes\.json: 1 of 3 items have no code, such as z; add them"),
+        ({"x": [1], "y": [2], "z": [1]}, r"item 'z': the code '<a_1>' is that of item 'x' too"),
+        ({"x": ["A b"], "y": "A  b", "z": "C"}, r"item 'y': the code 'A b' is that of item 'x' too"),
+        ({"x": [1], "y": [2], "z": [1, 3]}, r"item 'z': its code <a_1><b_3> begins with that of item 'x', <a_1>"),
+        ({"x": [1, 3], "y": [2], "z": [1]}, r"item 'x': its code .* begins with that of item 'z'.* lengthen"),
+        ({"x": [1], "y": [2], "z": "<a_3>"}, r"item 'z': the code '<a_3>' is made of tokens, and .*'x' of numbers"),
+        ({"x": "3 17", "y": "3 1", "z": "3 x"}, r"item 'z': the code '3 x' is made of text, and .* of numbers"),
+        ({"x": [1], "y": [], "z": [2]}, r"item 'y': the code is empty"),
+        ({"x": "a", "y": " ", "z": "b"}, r"item 'y': the code is empty"),
+        ({"x": [1], "y": 2, "z": [3]}, r"item 'y': 2 is no code; write a list of numbers"),
+        ({"x": [1], "y": [1, "b"], "z": [3]}, r"item 'y': \[1, 'b'\] is no code"),
+        ({"x": [1], "y": [True], "z": [3]}, r"item 'y': \[True\] is no code"),
+        ({"x": [1], "y": [1.5], "z": [3]}, r"item 'y': \[1\.5\] is no code"),
+        ({"x": [1], "y": [-1], "z": [3]}, r"item 'y': '-1' is no number of a token; use 0 to"),
+        ({"x": [1], "y": [10**12], "z": [3]}, r"item 'y': '1000000000000' is no number of a token"),
+        ({"x": [1], "y": [1] * 27, "z": [3]}, r"item 'y': the code has 27 levels, more than 26"),
+        ({"x": "<a_1>", "y": "<c1_2>", "z": "<a_2>"}, r"item 'y': '<c1_2>' is no item token; write it as <a_12>"),
+        ({"x": "Heat <a_1>", "y": "b", "z": "c"}, r"item 'x': the code 'Heat <a_1>' spells out an item token"),
+        ({"x": ["two\nlines"], "y": "b", "z": "c"}, r"item 'x': .* is no single line of text"),
+        ({}, r"codes\.json holds no JSON object"),
+        ([["x", 1]], r"codes\.json holds no JSON object"),
+        ('{"x": [1], "x": [2]}', r"codes\.json: the item 'x' stands there twice"),
+        ("{", r"codes\.json is not JSON"),
+    ],
+)
+def test_mistakes_in_json_are_named(tmp_path: Path, codes: object, what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        read(as_json(tmp_path, codes))
+
+
+def test_mistakes_in_tables_are_named_with_their_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"codes\.tsv, row 3 \(line 4\), item 'x' stands in row 1 too; keep one"):
+        read(as_table(tmp_path, ("1", "2", "3"), "xyx"))
+    with pytest.raises(DataError, match=r"row 2 \(line 3\), item 'y': the code '<a_1>' is that of item 'x' too"):
+        read(as_table(tmp_path, ("1", "1", "3")))
+    with pytest.raises(DataError, match=r"row 2 \(line 3\), item 'y': the code is empty"):
+        read(as_table(tmp_path, ("1", "", "3")))
+    with pytest.raises(DataError, match=r"row 2 \(line 3\): there is no item_id"):
+        read(as_table(tmp_path, ("1", "2", "3"), ("x", "", "z")))
+    with pytest.raises(DataError, match=r"there is no code among item_id, codes; rename one"):
+        path = as_table(tmp_path, ("1", "2", "3"))
+        path.write_text(path.read_text().replace("code", "codes"))
+        read(path)
+    table = tmp_path / "codes.parquet"
+    pl.DataFrame({"item_id": ["x", "y", "z"], "code": [[1], [2], [3]]}).write_parquet(table)
+    with pytest.raises(DataError, match=r"the column code is of type .*list.*; write numbers with blanks"):
+        read(table)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for name in ("none.json", "none.csv"):
+        with pytest.raises(DataError, match=rf"{name} does not exist; check index\.path"):
+            read(tmp_path / name)
+
+
+# --------------------------------------------------------------------------- extension
+
+
+def test_further_items_of_the_file_wait_for_an_extension(tmp_path: Path) -> None:
+    codes = {"x": [3, 17], "y": [3, 2], "z": [10, 2], "v": [10, 17], "w": [4, 4]}
+    index = read(as_json(tmp_path, codes))
+    assert index.codes == TOKENS and index.figures["spare"] == 2
+    one = index.extend({"v": Item(item_id="v", title="v")})
+    assert one.encode("v") == "<a_10><b_17>" and one.tokens == index.tokens
+    two = one.extend({name: Item(item_id=name, title=name) for name in "vw"})
+    assert two.encode("w") == "<a_4><b_4>" and two.tokens == (*index.tokens, "<a_4>", "<b_4>")
+    assert all(two.codes[item] == pieces for item, pieces in TOKENS.items()) and two.settings["spare"] == {}
+    with pytest.raises(DataError, match=r"no code for 1 new items, such as q; add them to the file"):
+        two.extend({"q": Item(item_id="q", title="q")})
+
+
+def test_text_codes_are_extended_as_text(tmp_path: Path) -> None:
+    index = read(as_json(tmp_path, {"x": "Heat", "y": "Alien", "z": "1984", "v": "Jaws"}))
+    more = index.extend({"v": Item(item_id="v", title="v")})
+    assert more.encode("v") == "Jaws" and more.tokens == ()

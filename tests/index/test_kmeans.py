@@ -1,0 +1,211 @@
+"""Residual k-means against what was planted, brute force and bounds."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from llmrec.index.kmeans import Floats, bounded, kmeans, nearest, perplexity, reconstructed, residual_kmeans
+
+
+def mixture(
+    groups: int, size: int, parts: int = 1, dim: int = 16, seed: int = 0
+) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
+    """Vectors of far groups with nearer parts inside each, with their group and part; the same parts in all groups."""
+    rng = np.random.default_rng(seed)
+    axes = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    far, near = 10 * axes[:groups], 1.25 * axes[groups : groups + parts] * (parts > 1)
+    group, part = np.divmod(np.repeat(np.arange(groups * parts), size), parts)
+    x = far[group] + near[part] + rng.normal(scale=0.05, size=(len(group), dim))
+    order = rng.permutation(len(x))
+    return x[order].astype(np.float32), group[order], part[order]
+
+
+def same_partition(a: NDArray[np.int64], b: NDArray[np.int64]) -> bool:
+    return len({*zip(a.tolist(), b.tolist(), strict=True)}) == len({*a.tolist()}) == len({*b.tolist()})
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("balance", [0.0, 1.0, 1.5])
+def test_planted_groups_are_the_first_level(seed: int, balance: float) -> None:
+    x, group, _ = mixture(8, 40, seed=seed)
+    assert same_partition(residual_kmeans(x, 1, 8, balance=balance, seed=seed).codes[:, 0], group)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_parts_of_groups_are_the_second_level(seed: int) -> None:
+    x, group, part = mixture(6, 20, parts=6, seed=seed)
+    codes = residual_kmeans(x, 2, 6, seed=seed).codes
+    assert same_partition(codes[:, 0], group) and same_partition(codes[:, 1], part)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_of_very_different_sizes_are_found(seed: int) -> None:
+    x, group, _ = mixture(8, 200, seed=seed)
+    kept = np.concatenate([np.flatnonzero(group == g)[: 200 if g == 0 else 8] for g in range(8)])
+    assert same_partition(kmeans(x[kept], 8, seed=seed).codes, group[kept])
+
+
+def test_the_residual_falls_and_the_sum_of_codewords_reconstructs() -> None:
+    x = np.random.default_rng(1).normal(size=(500, 12)).astype(np.float32)
+    found = residual_kmeans(x, 4, 16)
+    assert found.codes.shape == (500, 4) and found.codebooks.shape == (4, 16, 12)
+    assert found.codebooks.dtype == np.float32
+    total, errors = np.zeros_like(x), [np.square(x).sum()]
+    for level in range(4):
+        total += found.codebooks[level][found.codes[:, level]]
+        errors.append(np.square(x - total).sum())
+    assert all(after < before for before, after in pairwise(errors))
+    np.testing.assert_allclose(reconstructed(found.codes, found.codebooks), total, atol=1e-5)
+    np.testing.assert_array_equal(nearest(x, found.codebooks), found.codes)
+
+
+def test_codes_are_the_nearest_centroids() -> None:
+    rng = np.random.default_rng(2)
+    x, codebooks = rng.normal(size=(50, 5)).astype(np.float32), rng.normal(size=(2, 7, 5)).astype(np.float32)
+    first = np.square(x[:, None] - codebooks[0]).sum(2).argmin(1)
+    second = np.square((x - codebooks[0][first])[:, None] - codebooks[1]).sum(2).argmin(1)
+    np.testing.assert_array_equal(nearest(x, codebooks), np.stack([first, second], 1))
+
+
+@pytest.mark.parametrize("balance", [1.0, 1.2, 2.0, 7.5])
+def test_no_code_has_more_items_than_the_bound(balance: float) -> None:
+    # One heap in the middle, which a code left free would take.
+    rng = np.random.default_rng(3)
+    x = np.concatenate([rng.normal(scale=s, size=(300, 6)) for s in (0.01, 1.0)]).astype(np.float32)
+    codes = residual_kmeans(x, 3, 20, balance=balance).codes
+    most = int(np.ceil(balance * 600 / 20))
+    assert max(np.bincount(codes[:, level]).max() for level in range(3)) <= most
+    free = residual_kmeans(x, 1, 20).codes[:, 0]
+    assert balance > 2 or np.bincount(free).max() > most
+
+
+def test_most_codes_are_used_on_every_level() -> None:
+    x, _, _ = mixture(5, 300, parts=5, dim=32)
+    x += np.random.default_rng(0).normal(scale=0.3, size=x.shape).astype(np.float32)
+    codes = residual_kmeans(x, 3, 64).codes
+    for level in range(3):
+        assert len(np.unique(codes[:, level])) >= 0.95 * 64
+        assert perplexity(codes[:, level], 64) > 0.6 * 64
+
+
+def test_a_tight_first_step_is_kept_where_it_ends_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Most vectors lie near the middle, in few directions; one in ten is far from all others and gets a first centroid.
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(2000, 4)) @ rng.normal(size=(4, 128))
+    x *= 0.5 * rng.random((2000, 1)) / np.linalg.norm(x, axis=1, keepdims=True)
+    x[:200] = rng.normal(size=(200, 128)) * 0.7 / 128**0.5
+    x = x.astype(np.float32)
+
+    def cost() -> float:
+        found = residual_kmeans(x, 1, 64)
+        return float(np.square(x - reconstructed(found.codes, found.codebooks)).sum())
+
+    opened = cost()
+    monkeypatch.setattr("llmrec.index.kmeans._OPENING", 64)
+    assert opened < 0.98 * cost()
+
+
+def test_the_same_seed_gives_the_same_codes_and_another_seed_others() -> None:
+    x = np.random.default_rng(5).normal(size=(400, 8)).astype(np.float32)
+    once, twice, other = (residual_kmeans(x, 2, 16, balance=2, seed=seed) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(once.codes, twice.codes)
+    np.testing.assert_array_equal(once.codebooks, twice.codebooks)
+    assert not np.array_equal(once.codes, other.codes)
+
+
+@pytest.mark.parametrize("balance", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 5), (3, 8), (50, 8), (50, 1)])
+def test_equal_vectors_and_few_vectors(n: int, k: int, balance: float) -> None:
+    x = np.ones((n, 4), np.float32)
+    found = residual_kmeans(x, 3, k, balance=balance)
+    np.testing.assert_allclose(reconstructed(found.codes, found.codebooks), x, atol=1e-6)
+    if not balance:
+        assert len(np.unique(found.codes, axis=0)) == 1
+    else:
+        assert np.bincount(found.codes[:, 0]).max() <= int(np.ceil(balance * n / k))
+    zero = residual_kmeans(np.zeros_like(x), 2, k, balance=balance)
+    assert np.isfinite(zero.codebooks).all() and not zero.codebooks.any()
+
+
+def test_vectors_fewer_than_codes_are_kept_as_they_are() -> None:
+    x = np.random.default_rng(6).normal(size=(20, 4)).astype(np.float32)
+    found = residual_kmeans(x, 1, 64)
+    np.testing.assert_allclose(reconstructed(found.codes, found.codebooks), x, atol=1e-6)
+    assert len(np.unique(found.codes)) == 20
+
+
+def test_perplexity_by_hand() -> None:
+    assert perplexity(np.array([0, 1, 2, 3]), 8) == pytest.approx(4)
+    assert perplexity(np.array([5, 5, 5]), 8) == pytest.approx(1)
+    assert perplexity(np.array([0, 0, 1]), 2) == pytest.approx(3 / 4 ** (1 / 3))
+
+
+# --------------------------------------------------------------------------- the bounded assignment
+
+
+def least(costs: Floats, most: int) -> float:
+    """The least total cost, by repeating each column."""
+    repeated = np.repeat(costs, most, axis=1).astype(np.float64)
+    rows, columns = linear_sum_assignment(repeated)
+    return float(repeated[rows, columns].sum())
+
+
+@pytest.mark.parametrize("most", [20, 22, 30, 60])
+def test_a_bounded_assignment_costs_hardly_more_than_the_best_one(most: int) -> None:
+    rng = np.random.default_rng(most)
+    # Some columns are wanted by nearly all.
+    costs = (rng.random((200, 10)) + np.linspace(0, 1, 10)).astype(np.float32)
+    codes = bounded(costs, most)
+    assert np.bincount(codes).max() <= most
+    assert costs[np.arange(200), codes].sum() <= least(costs, most) + 200 * 1e-3 * np.ptp(costs)
+
+
+def test_nothing_moves_where_nothing_is_too_full() -> None:
+    costs = np.random.default_rng(7).random((60, 5)).astype(np.float32)
+    np.testing.assert_array_equal(bounded(costs, 60), costs.argmin(1))
+
+
+def test_rows_with_the_least_to_lose_move_and_ties_fall_by_row() -> None:
+    costs = np.array([[0, 5], [0, 1], [0, 3], [0, 1]], np.float32)
+    assert bounded(costs, 2).tolist() == [0, 1, 0, 1]
+    assert bounded(np.zeros((4, 2), np.float32), 2).tolist() == [0, 0, 1, 1]
+
+
+@settings(max_examples=100)
+@given(data=st.data(), n=st.integers(1, 12), k=st.integers(1, 5), values=st.integers(0, 4))
+def test_any_costs_are_assigned_within_the_bound(data: st.DataObject, n: int, k: int, values: int) -> None:
+    cells = data.draw(st.lists(st.integers(0, values), min_size=n * k, max_size=n * k))
+    costs = np.array(cells, np.float32).reshape(n, k)
+    most = data.draw(st.integers(-(-n // k), n))
+    codes = bounded(costs, most)
+    assert np.bincount(codes, minlength=k).max() <= most and codes.min() >= 0
+    # Many equal costs are the hardest case of an auction: bids grow before it ends.
+    assert costs[np.arange(n), codes].sum() <= least(costs, most) + n * 0.3 * max(1, values)
+
+
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    n=st.integers(1, 25),
+    k=st.integers(1, 9),
+    levels=st.integers(1, 3),
+    balance=st.sampled_from([0.0, 1.0, 1.3, 4.0]),
+)
+def test_any_vectors_are_quantised(data: st.DataObject, n: int, k: int, levels: int, balance: float) -> None:
+    cells = data.draw(st.lists(st.integers(-2, 2), min_size=n * 3, max_size=n * 3))
+    x = np.array(cells, np.float32).reshape(n, 3)
+    found = residual_kmeans(x, levels, k, balance=balance, iterations=6)
+    assert found.codes.shape == (n, levels) and found.codes.min() >= 0 and found.codes.max() < k
+    assert np.isfinite(found.codebooks).all()
+    if balance:
+        most = int(np.ceil(balance * n / k))
+        assert all(np.bincount(found.codes[:, level]).max() <= most for level in range(levels))
+    again = residual_kmeans(x, levels, k, balance=balance, iterations=6)
+    np.testing.assert_array_equal(found.codes, again.codes)
