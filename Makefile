@@ -12,7 +12,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test lint docs bench bench-rank bench-recovery bench-metrics bench-models suites record
+.PHONY: help setup quickstart test lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak suites record
 .DEFAULT_GOAL := help
 
 help:
@@ -24,9 +24,12 @@ help:
 	@echo "make bench-recovery   kill a run, an export and a ranking at named and random points, eval/results/recovery.json"
 	@echo "make bench-metrics    metrics beside other libraries' and calibration of the tests, eval/results/"
 	@echo "make bench-models     EASE and SASRec beside RecTools', eval/results/models_speed.json"
+	@echo "make bench-index      item codes: fit beside RQ-VAE and faiss, eval/results/index_speed.json"
+	@echo "make bench-index-leak     what counting on from item codes reaches on Amazon Beauty, eval/results/index_leak.json"
 	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make docs         write the command-line reference, docs/cli.md"
+	@echo "make pictures     draw the pictures of docs/indexes/"
 	@echo "make setup        only make .venv"
 
 setup:
@@ -50,6 +53,9 @@ lint: setup
 docs: setup
 	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
 
+pictures: setup
+	$(BIN)/python -m tests.benchmarks.index_pictures docs/indexes
+
 bench: setup
 	$(BIN)/python -m tests.benchmarks.scoring eval/results/scoring.json
 
@@ -66,6 +72,13 @@ bench-metrics: setup
 
 bench-models: setup
 	$(BIN)/python -m tests.benchmarks.models eval/results/models_speed.json
+
+# FAISS_PYTHON names an interpreter of an environment that has faiss; LLMREC_DATA the folder that holds amazon14_beauty.
+bench-index: setup
+	$(BIN)/python -m tests.benchmarks.index_speed eval/results/index_speed.json
+
+bench-index-leak: setup
+	$(BIN)/python -m tests.benchmarks.index_leak eval/results/index_leak.json
 
 suites: setup
 	for suite in movielens-100k movielens-100k-rating movielens-100k-liked; do $(BIN)/llmrec eval eval/suites/$$suite.yaml || exit; done

@@ -106,6 +106,23 @@ def prompts(
 
 
 @app.command()
+def index(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; runs/<name>/index by default.")] = None,
+    items: Annotated[
+        str | None, typer.Option("--items", metavar="ID,ID", help="Items to show, with those nearest to them.")
+    ] = None,
+) -> None:
+    """Build a recipe's item index, and show what its codes are like: a page, figures, examples."""
+    from llmrec.build import index_report
+
+    asked = [name for part in (items or "").split(",") if (name := part.strip())]
+    for title, rows in index_report.summary(index_report.index(_recipe(recipe, overrides), out, items=asked)).items():
+        show(title, rows)
+
+
+@app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet: Quiet = False) -> None:
     """Train and merge only; `run` and `eval` reuse the result."""
     from llmrec.build import pipeline

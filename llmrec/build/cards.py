@@ -15,6 +15,7 @@ import yaml
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import WHEELS, weights_stamp
+from llmrec.build.indexing import stored_index
 from llmrec.build.sample_prompt import example_of, sample_prompt
 from llmrec.build.study import Study
 from llmrec.durable import write_text
@@ -262,7 +263,8 @@ def _templates(facts: Facts) -> dict[str, dict[str, Template]]:
 
 def _asked(facts: Facts) -> tuple[Asked, ...]:
     known = _templates(facts)
-    chosen = {family: _template(section, known[family]) for family, section in _tuned(facts).items()}
+    coded = facts.told.get("index") is not None
+    chosen = {family: _template(section, known[family], coded=coded) for family, section in _tuned(facts).items()}
     return tuple(
         Asked(
             family=family,
@@ -283,11 +285,14 @@ def _example(facts: Facts) -> Example:
         noun=str(facts.told["noun"]),
         scale=(float(scale[0]), float(scale[1])) if scale else None,
         seed=facts.recipe.seed,
+        index=stored_index(facts.run / "merged", facts.told.get("index")),
     )
     return example_of(sample, facts.encoder)
 
 
-def _template(section: TaskSection, known: Mapping[str, Template]) -> Template:
+def _template(section: TaskSection, known: Mapping[str, Template], *, coded: bool) -> Template:
     """Return the template that evaluation asks with first."""
     name = next(iter((*section.eval_templates, *section.templates)), None)
-    return known[name] if name else next(template for template in known.values() if template.use == "seen")
+    seen = [template for template in known.values() if template.use == "seen"]
+    usual = [template for template in seen if template.writes_codes == coded]
+    return known[name] if name else (usual or seen)[0]

@@ -89,7 +89,8 @@ def text_embedder(name: str) -> Embedder:
 
 def embed_of(index: ItemIndex) -> Embed | None:
     """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None where it needed none."""
-    return text_embedder(index.settings["encoder"]) if "encoder" in index.settings else None
+    told = index.settings.get("semantic")
+    return text_embedder(str(told["encoder"])) if told else None
 
 
 class Embedder:

@@ -15,7 +15,7 @@ from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.backends.vllm import prepare_environment
-from llmrec.build import audit
+from llmrec.build import audit, index_report
 from llmrec.build.engines import Engines, dtype_name
 from llmrec.build.evaluation import Evaluation, Row
 from llmrec.build.indexing import with_tokens
@@ -139,7 +139,7 @@ class Session:
 
 
 def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Session:
-    """Build the study, find the model, and write the resolved recipe and candidate sets to the run folder."""
+    """Build the study, find the model, and write the resolved recipe, candidates and index to the run folder."""
     _preflight(recipe)
     prepare_environment()
     quiet_libraries()
@@ -151,6 +151,7 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Sessio
         if study.candidates is not None:
             with replacing(folder / "candidates" / f"{recipe.eval.split}.parquet") as draft:
                 study.candidates.save(draft)
+        index_report.write_run(study, folder)
     with budget.stage("model"):
         base = resolve(recipe.model)
         if study.index is not None and recipe.index is not None:

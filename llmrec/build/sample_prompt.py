@@ -10,6 +10,7 @@ import polars as pl
 from llmrec.backends.encode import Encoder
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
+from llmrec.index.index import ItemIndex
 from llmrec.prompts import Template
 from llmrec.recipe import ExplanationSection, Split, TaskSection
 from llmrec.registry import TASKS, lookup
@@ -42,6 +43,7 @@ def sample_prompt(
     noun: str,
     scale: tuple[float, float] | None,
     seed: int,
+    index: ItemIndex | None = None,
 ) -> Sample:
     """Render the first family that a chat server can be asked, else the first family.
 
@@ -51,10 +53,12 @@ def sample_prompt(
         noun: What items are called.
         scale: Lowest and highest rating, where there are ratings.
         seed: Of the recipe.
+        index: Whose codes stand for the invented items, where it was tuned on codes.
     """
     data = _data(noun, scale or (1.0, 5.0))
+    codes = _lent(index, data.dataset.items) if index is not None else None
     tasks: dict[str, Task] = {
-        family: lookup(TASKS, family, "task")(data, sections[family], templates[family], seed=seed)
+        family: lookup(TASKS, family, "task")(data, sections[family], templates[family], seed=seed, index=codes)
         for family in _ORDER
         if family in sections
     }
@@ -81,6 +85,16 @@ def sample_prompt(
         history=_TITLES[:3],
         candidates=_TITLES[3:] if ranks else (),
     )
+
+
+def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+    """Return an index of the invented items: their own titles, or codes of the real index, which say nothing alone."""
+    if index.scheme == "title":
+        return ItemIndex("title", {}).extend(items)
+    codes = sorted(index.codes.values())[: len(items)]
+    if len(codes) < len(items):
+        return index.extend(items)
+    return ItemIndex(index.scheme, dict(zip(items, codes, strict=True)), tokens=index.tokens)
 
 
 def example_of(sample: Sample, encoder: Encoder) -> Example:

@@ -17,7 +17,7 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.durable import replacing
-from llmrec.report import costs, facts, marks, positions, slices, templates, wording
+from llmrec.report import costs, facts, index_words, marks, positions, slices, templates, wording
 from llmrec.report.audit import AuditLine, LeakError, audit_lines, audit_sentence, how_to_audit
 from llmrec.report.escape import page_json, visible
 from llmrec.report.latex import latex
@@ -54,14 +54,14 @@ def write(run_dir: Path) -> dict[str, Path]:
     reasons, audit, mend = failure_reasons(run_dir, results), audit_lines(run_dir), how_to_audit(run_dir)
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    plotly = files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
     pages = {kind: folder / name for kind, name in PAGES.items()}
-    _put(folder / "plotly.min.js", plotly)
-    _put(folder / "report.js", (_HERE / "report.js").read_bytes())
+    inline_styles = put_scripts(folder)
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
     _put(pages["markdown"], markdown_page(results, reasons, audit, mend=mend).encode())
-    page = html_page(results, reasons, audit, mend=mend, inline_styles=_inline_styles(plotly))
+    page = html_page(
+        results, reasons, audit, mend=mend, inline_styles=inline_styles, item_index=index_words.line(run_dir)
+    )
     _put(pages["html"], page.encode())
     return pages
 
@@ -70,6 +70,14 @@ def withdraw(run_dir: Path) -> None:
     """Remove the pages of a run that hold figures."""
     for name in PAGES.values():
         (run_dir / "report" / name).unlink(missing_ok=True)
+
+
+def put_scripts(folder: Path) -> list[str]:
+    """Write the scripts of a page beside it; return the ids of the empty style elements that its head must hold."""
+    plotly = files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
+    _put(folder / "plotly.min.js", plotly)
+    _put(folder / "report.js", (_HERE / "report.js").read_bytes())
+    return _inline_styles(plotly)
 
 
 def _put(path: Path, content: bytes) -> None:
@@ -96,6 +104,7 @@ def html_page(
     *,
     mend: str,
     inline_styles: Sequence[str],
+    item_index: str = "",
 ) -> str:
     """Render the page.
 
@@ -105,11 +114,13 @@ def html_page(
         audit: Lines of the audit; None where there was none.
         mend: The command that makes the audit.
         inline_styles: Ids of empty style elements to put in the head.
+        item_index: A line on the run's index, whose page stands beside this one; empty where there is none.
     """
     drawn = plots(results)
     parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), mend]
+    parts.append(item_index)
     verdicts = {task: wording.verdict(results, task) for task in results.tasks}
-    return _environment().get_template("page.html.j2").render(
+    return environment().get_template("page.html.j2").render(
         results=results, reasons=reasons, nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
         data=page_json(drawn), plotted=frozenset(drawn), style=(_HERE / "style.css").read_text("utf-8"),
         inline_styles=inline_styles, verdicts=verdicts, summary=wording.summary(results),
@@ -117,11 +128,12 @@ def html_page(
         tuning={task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
         signatures=facts.signatures(results), arms=costs.cost_by_arm(results), made=facts.made_data(results),
         audit=audit, audited=audit_sentence(audit) if audit is not None else "", mend=mend,
+        item_index=item_index, index_page=index_words.PAGE,
     )  # fmt: skip
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def environment() -> ImmutableSandboxedEnvironment:
     """Return the template engine with everything that the templates call."""
     environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(_HERE),

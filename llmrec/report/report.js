@@ -234,7 +234,88 @@
     return [traces, layout];
   }
 
-  const KINDS = { forest: forest, lines: lines, budget: budget, positions: positions, cost: cost };
+  // One small panel a level: items of each token, most used first.
+  function usage(plot, width) {
+    const left = 44, right = 12, gap = 44, head = 34, body = 132, foot = 34;
+    const most = Math.max(1, Math.floor((width - left - right + gap) / (width < NARROW ? 280 : 240)));
+    const lines = Math.ceil(plot.panels.length / most);
+    const columns = Math.ceil(plot.panels.length / lines);
+    const across = width - left - right, one = (across - gap * (columns - 1)) / columns;
+    const down = lines * (head + body + foot);
+    const layout = base(down + 32, { l: left, r: right, t: 4, b: 28 });
+    const traces = [];
+    layout.annotations = [];
+    layout.shapes = [];
+    plot.panels.forEach(function (panel, place) {
+      const id = place ? String(place + 1) : "";
+      const start = (place % columns) * (one + gap), top = Math.floor(place / columns) * (head + body + foot);
+      // Each token is as wide as one rank; unused ones leave room at the right.
+      const ranks = panel.counts.map(function (_, rank) { return rank + 1; });
+      layout["xaxis" + id] = axis("", {
+        domain: [start / across, (start + one) / across], anchor: "y" + id, nticks: 4, range: [0.5, panel.available + 0.5], showgrid: false, automargin: false,
+      });
+      layout["yaxis" + id] = axis("", {
+        domain: [1 - (top + head + body) / down, 1 - (top + head) / down], anchor: "x" + id, nticks: 4, rangemode: "tozero", automargin: false,
+      });
+      layout.annotations.push({
+        text: panel.title, align: "left", x: start / across, xref: "paper", xanchor: "left", y: 1 - (top + head) / down, yref: "paper",
+        yanchor: "bottom", showarrow: false, font: { size: 12 }, borderpad: 4,
+      });
+      layout.shapes.push({
+        type: "line", xref: "x" + id + " domain", yref: "y" + id, x0: 0, x1: 1, y0: panel.even, y1: panel.even, line: { color: colour("muted"), width: 1.5, dash: "dash" },
+      });
+      traces.push({
+        type: "scatter", mode: "lines", x: [0.5].concat(ranks.map(function (rank) { return rank + 0.5; })), y: [panel.counts[0]].concat(panel.counts),
+        line: { color: colour("zero-shot"), width: 1.5, shape: "vh" }, fill: "tozeroy", fillcolor: colour("zero-shot-fill"), hoverinfo: "skip", xaxis: "x" + id, yaxis: "y" + id,
+      });
+      traces.push({
+        type: "scatter", mode: "markers", x: ranks, y: panel.counts, marker: { opacity: 0, size: 6 }, xaxis: "x" + id, yaxis: "y" + id,
+        customdata: panel.counts.map(function (count) { return (100 * count / panel.items).toPrecision(2); }),
+        hovertemplate: "rank %{x}: %{y} items, %{customdata} %<extra></extra>",
+      });
+    });
+    layout.annotations.push({
+      text: "token, by rank", x: 0.5, xref: "paper", xanchor: "center", y: 0, yref: "paper", yanchor: "top", yshift: -6, showarrow: false, font: { size: 13, color: colour("muted") },
+    });
+    return [traces, layout];
+  }
+
+  // Two panels over the length of a prefix, side by side where there is room.
+  function branching(plot, width) {
+    const left = 52, right = 12, gap = 64, head = 34, body = 180, foot = 46;
+    const columns = width < NARROW ? 1 : 2, lines = plot.panels.length / columns;
+    const across = width - left - right, one = (across - gap * (columns - 1)) / columns;
+    const down = lines * (head + body + foot);
+    const layout = base(down + 8, { l: left, r: right, t: 4, b: 4 });
+    const kinds = [["mean", "circle", "zero-shot"], ["most", "square", "tuned"]];
+    const traces = [];
+    layout.annotations = [];
+    plot.panels.forEach(function (panel, place) {
+      const id = place ? String(place + 1) : "";
+      const start = (place % columns) * (one + gap), top = Math.floor(place / columns) * (head + body + foot);
+      const last = panel.x[panel.x.length - 1];
+      layout["xaxis" + id] = axis("length of the prefix", {
+        domain: [start / across, (start + one) / across], anchor: "y" + id, dtick: 1, range: [-0.25, last + 0.25], automargin: false,
+      });
+      layout["yaxis" + id] = axis("", {
+        domain: [1 - (top + head + body) / down, 1 - (top + head) / down], anchor: "x" + id, type: "log", dtick: 1, rangemode: "normal", automargin: false,
+      });
+      layout.annotations.push({
+        text: panel.title, align: "left", x: start / across, xref: "paper", xanchor: "left", y: 1 - (top + head) / down, yref: "paper",
+        yanchor: "bottom", showarrow: false, font: { size: 12 }, borderpad: 4,
+      });
+      kinds.forEach(function (kind) {
+        const hue = colour(kind[2]);
+        traces.push({
+          type: "scatter", mode: "lines+markers", x: panel.x, y: panel[kind[0]], xaxis: "x" + id, yaxis: "y" + id, line: { color: hue, width: 1.75 },
+          marker: { color: hue, size: 8, symbol: kind[1] }, hovertemplate: kind[0] + ": %{y:.4~g} " + panel.title + " of %{x}<extra></extra>",
+        });
+      });
+    });
+    return [traces, layout];
+  }
+
+  const KINDS = { forest: forest, lines: lines, budget: budget, positions: positions, cost: cost, usage: usage, branching: branching };
 
   function draw() {
     Object.keys(data).forEach(function (id) {

@@ -123,6 +123,17 @@ def test_neighbours_of_numbers_are_stretches_and_titles_have_none() -> None:
     assert neighbours(ItemIndex("title", {"i0": ("Heat",), "i1": ("12",)}), {}) == ()
 
 
+def test_categories_of_a_prefix_are_named() -> None:
+    codes = {f"i{n}": (token(0, n // 4), token(1, n // 2 % 2), own_token(n % 2)) for n in range(8)}
+    tokens = tuple(sorted({piece for code in codes.values() for piece in code}))
+    index = ItemIndex("category", codes, tokens, {"names": [["Tools"], ["Saws", "Drills"]]})
+    assert [group.said for group in neighbours(index, {})] == [
+        *("Tools", "no category"),
+        *("Tools > Saws", "Tools > Drills", "no category > Saws", "no category > Drills"),
+    ]
+    assert {group.said for group in neighbours(FOUR, TITLES)} == {""}
+
+
 def test_nearest_items_share_the_longest_prefix() -> None:
     index = made((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 2))
     assert [entry.item for entry in nearest(index, "i0", {})] == ["i1", "i4"]

@@ -1,0 +1,219 @@
+"""The page of an item index: its parts, its safety, and the line in a run's report that leads to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.errors import DataError
+from llmrec.index.diagnostics import diagnose, examples, neighbours
+from llmrec.index.index import ItemIndex, own_token, token
+from llmrec.registry import INDEXES
+from llmrec.report import index_page, index_words, page
+from tests.report.payloads import FORMULAS, SCRIPTS
+from tests.report.test_report_browser import CHROMIUM, _browse, _without_policy
+from tests.report.test_report_page import Tree
+
+TEXTS = [*SCRIPTS, *FORMULAS]
+LINKS = r"#[\w-]+|plotly\.min\.js|report\.js|index\.html"
+
+
+def content(index: ItemIndex, titles: dict[str, str], **more: Any) -> index_page.IndexPage:
+    counts = {item: place for place, item in enumerate(index.codes)}
+    shown = {"name": "films", "data": "made", "noun": "things"} | more
+    return index_page.IndexPage(
+        made=True,
+        seed=0,
+        digest=index.digest,
+        seconds=1.5,
+        found=diagnose(index, counts),
+        groups=neighbours(index, titles, counts=counts),
+        examples=examples(index, titles, 20),
+        version="1.2.3",
+        **shown,
+    )
+
+
+def tree_index(items: int, *, hybrid: bool = False) -> ItemIndex:
+    """Codes of three tokens, or of two and one of the item's own."""
+    codes = {
+        f"i{n}": (token(0, n % 5), token(1, n // 5 % 4), own_token(n) if hybrid else token(2, n // 20))
+        for n in range(items)
+    }
+    tokens = sorted({piece for code in codes.values() for piece in code})
+    figures = {"collisions": 0.125, "perplexity_1": 4.5, "something_else": 3.0}
+    return ItemIndex("semantic", codes, tuple(tokens), {"item_token": hybrid}, figures=figures)
+
+
+def numbered(items: int) -> ItemIndex:
+    return ItemIndex("sequential", {f"i{n}": (str(1001 + n),) for n in range(items)})
+
+
+def titled(texts: Sequence[str]) -> ItemIndex:
+    """Titles as codes, with what no index would take left out."""
+    lines = (" ".join(text.split()) for text in texts)
+    return ItemIndex("title", {f"i{n}": (f"{n} {line}",) for n, line in enumerate(lines) if line})
+
+
+def written(folder: Path, texts: Sequence[str]) -> dict[str, Path]:
+    """Pages of three indexes of items with these titles, and the names of data from there too."""
+    titles = {f"i{n}": text for n, text in enumerate(texts)}
+    names = {"name": texts[0], "data": texts[1], "noun": texts[2]}
+    indexes = {"tokens": tree_index(len(texts)), "titles": titled(texts), "numbers": numbered(len(texts))}
+    return {
+        kind: index_page.write(content(index, titles, **names), folder / kind / "index.html")
+        for kind, index in indexes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def wild(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return written(tmp_path_factory.mktemp("wild"), TEXTS)
+
+
+@pytest.fixture(scope="module")
+def tame(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return written(tmp_path_factory.mktemp("tame"), [f"x{n}" for n in range(len(TEXTS))])
+
+
+def sections(text: str) -> list[str]:
+    return [value for tag, name, value in Tree(text).values if tag == "section" and name == "id"]
+
+
+def test_codes_of_tokens_show_levels_prefixes_neighbours_and_examples(tame: dict[str, Path]) -> None:
+    text = tame["tokens"].read_text("utf-8")
+    assert sections(text) == ["summary", "levels", "prefixes", "neighbours", "examples"]
+    data = json.loads(re.search(r'id="plot-data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
+    assert set(data) == {"usage", "branching"}
+    assert [panel["available"] for panel in data["usage"]["panels"]] == [5, 4, 7]
+    assert sum(data["usage"]["panels"][0]["counts"]) == len(TEXTS)
+    assert data["branching"]["panels"][0]["most"][0] == len(TEXTS)
+    for said in ("&lt;a_…&gt;", "12.5 %", "Something else", "made data", "1.5 s", "&lt;a_0&gt;&lt;b_0&gt;", "1.2.3"):
+        assert said in text, said
+    assert "Perplexity 1" not in text
+    assert {path.name for path in tame["tokens"].parent.iterdir()} == {"index.html", "plotly.min.js", "report.js"}
+
+
+def test_codes_of_text_have_no_plots(tame: dict[str, Path]) -> None:
+    assert sections(tame["titles"].read_text("utf-8")) == ["summary", "examples"]
+    text = tame["numbers"].read_text("utf-8")
+    assert sections(text) == ["summary", "neighbours", "examples"]
+    assert "1001–1008" in text and 'class="plot"' not in text
+
+
+def test_tokens_of_single_items_are_not_plotted() -> None:
+    found = diagnose(tree_index(40, hybrid=True))
+    assert [panel["title"] for panel in index_page.plots(found)["usage"]["panels"]] == [
+        "items of each &lt;a_…&gt;",
+        "items of each &lt;b_…&gt;",
+    ]
+    assert index_words.HYBRID in index_words.sentence(found)
+    tokens = tuple(own_token(n) for n in range(9))
+    alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
+    assert index_page.plots(alone) == {}
+
+
+def test_every_scheme_has_its_sentence() -> None:
+    assert set(index_words.SCHEMES) == set(INDEXES)
+
+
+def test_faults_are_said() -> None:
+    found = diagnose(tree_index(40))
+    assert index_words.key_figures(found)["Codes that are the start of another"] == "0"
+    broken = replace(found, begun=3, duplicates=2)
+    rows = index_words.key_figures(broken)
+    assert "not prefix-free" in rows["Codes that are the start of another"] and rows["Duplicate codes"] == "2"
+
+
+@pytest.mark.parametrize("kind", ["tokens", "titles", "numbers"])
+def test_hostile_texts_change_no_element(wild: dict[str, Path], tame: dict[str, Path], kind: str) -> None:
+    text = wild[kind].read_text("utf-8")
+    tree = Tree(text)
+    assert tree.tags == Tree(tame[kind].read_text("utf-8")).tags and not tree.comments and not tree.open
+    attributes = {name for _, names in tree.tags for name in names}
+    assert not any(name.startswith("on") for name in attributes) and "style" not in attributes
+    assert all(re.fullmatch(LINKS, value) for _, name, value in tree.values if name in {"href", "src"})
+    policy = next(value for _, _, value in tree.values if value.startswith("default-src"))
+    nonce = re.search("script-src 'nonce-([0-9a-f]{32})'", policy)
+    assert nonce is not None and policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    assert {value for _, name, value in tree.values if name == "nonce"} == {nonce[1]}
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+
+
+def test_payloads_are_shown_as_text(wild: dict[str, Path]) -> None:
+    texts = set(Tree(wild["numbers"].read_text("utf-8")).texts)
+    assert len(texts & set(SCRIPTS)) > 20
+
+
+@pytest.mark.parametrize("kind", ["tokens", "titles", "numbers"])
+def test_page_is_accessible(tame: dict[str, Path], kind: str) -> None:
+    tree = Tree(tame[kind].read_text("utf-8"))
+    names = [tag for tag, _ in tree.tags]
+    assert names.count("h1") == 1 and names.count("table") == names.count("caption") > 1
+    assert all("scope" in attributes for tag, attributes in tree.tags if tag == "th")
+    ids = [value for _, name, value in tree.values if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value for _, name, value in tree.values if name == "aria-labelledby"} <= set(ids)
+    assert {value[1:] for _, name, value in tree.values if name == "href"} <= set(ids)
+    levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_pages_in_a_browser(tmp_path: Path) -> None:
+    pages = written(tmp_path, TEXTS)
+    for path in pages.values():
+        _without_policy(path, "open.html")
+    sources = {f"{kind}-{width}": (f"{kind}/index.html", width) for kind in pages for width in (1200, 390)}
+    sources |= {f"{kind}-open": (f"{kind}/open.html", 1200) for kind in pages}
+    seen = _browse(tmp_path, sources, tmp_path / "profile")
+    assert seen.console == ""
+    for name in sources:
+        found = seen.page(name)
+        assert found["pwned"] is None and found["links"] == 0 and found["overflow"] <= 0, name
+        assert found["plots"] == (2 if name.startswith("tokens") else 0) and found["fallbacks"] == 0, name
+
+
+# --------------------------------------------------------------------------- in a run's report
+
+
+def with_index(run_dir: Path, index: ItemIndex) -> None:
+    (run_dir / "index").mkdir()
+    figures = diagnose(index).as_json()
+    (run_dir / "index" / "diagnostics.json").write_text(json.dumps(figures), "utf-8")
+    index_page.write(content(index, {}, run=True), run_dir / "report" / index_words.PAGE)
+
+
+def test_a_run_with_an_index_links_to_its_page(run_dir: Path) -> None:
+    with_index(run_dir, tree_index(40))
+    text = page.write(run_dir)["html"].read_text("utf-8")
+    assert '<a href="item-index.html">' in text
+    assert "scheme semantic; 40 items; tokens of a code: 3; 11 new tokens; perplexity by level: 5 of 5, 4 of 4" in text
+    assert "before repair: 12.5 %" in text
+    assert 'href="index.html"' in (run_dir / "report" / "item-index.html").read_text("utf-8")
+
+
+def test_codes_of_text_have_a_line_too(run_dir: Path) -> None:
+    with_index(run_dir, numbered(12))
+    assert index_words.line(run_dir) == "scheme sequential; 12 items; characters of a code: 4"
+
+
+def test_a_run_without_the_page_has_no_link(run_dir: Path) -> None:
+    with_index(run_dir, tree_index(40))
+    (run_dir / "report" / index_words.PAGE).unlink()
+    assert "item-index" not in page.write(run_dir)["html"].read_text("utf-8")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"pieces": 3, "items": 1}'])
+def test_figures_that_cannot_be_read_are_an_error(run_dir: Path, content: str) -> None:
+    with_index(run_dir, tree_index(40))
+    (run_dir / "index" / "diagnostics.json").write_text(content, "utf-8")
+    with pytest.raises(DataError, match=r"diagnostics\.json: cannot be read .* run the recipe again"):
+        page.write(run_dir)
