@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from llmrec.backends.encode import IGNORED
+from llmrec.backends.heads import plain_head
 
 _CHUNK = 256
-# Configuration keys of models whose logits are more than one matrix product.
-_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]
@@ -67,7 +66,7 @@ def label_loss(model: Any, input_ids: Any, labels: Any) -> tuple[Any, int]:
     targets = labels[:, 1:][wanted]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, rows, places = _head(base)
-    if not _plain_head(base.config, head):
+    if not plain_head(base.config, head):
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1][wanted]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
     hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][wanted]
@@ -94,10 +93,3 @@ def _head(base: Any) -> tuple[Any, Any, Any]:
     (name,) = adapter.active_adapters
     places = torch.tensor(adapter.token_indices[name], device=adapter.base_layer.weight.device)
     return adapter.base_layer, adapter.trainable_tokens_delta[name], places
-
-
-def _plain_head(config: Any, head: Any) -> bool:
-    """Whether logits are exactly ``hidden @ weight.T``: no soft cap, scale or bias, and a plain matrix."""
-    text = config.get_text_config()
-    shaped = any(getattr(text, name, None) for name in _SCALES)
-    return not shaped and type(head) is torch.nn.Linear and head.bias is None

@@ -1,0 +1,339 @@
+"""Exact constrained beam search over a catalogue: only real items, the best of them, and a proof where there is one.
+
+The search is numpy over the catalogue's arrays; log-probabilities come from a `TreeEngine`, under the full softmax.
+The unit of pruning is a branch: of all branches that the kept prefixes open, and of the items that are complete, the
+best ``width`` are kept for each request. The forced tokens behind a branch are scored together in one forward, so a
+search takes as many forwards as its paths have branches, not as they have tokens.
+
+A prefix's log-probability bounds that of everything it begins. So if nothing that was pruned was better than the k-th
+item, no search could have found a better list: the result is *certified*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.decode.catalogue import ROOT, Catalogue
+
+Floats = NDArray[np.float64]
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Tokens to be read, each after another one.
+
+    Attributes:
+        users: Whose, shape (n,).
+        parents: What each follows: the number of a token fed before, or of a user's prompt; shape (n,). Prompts are
+            numbered 0 to users - 1, and fed tokens onwards in the order in which they are fed.
+        tokens: Token ids, shape (n,).
+    """
+
+    users: Index
+    parents: Index
+    tokens: Index
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Log-probabilities that are asked for.
+
+    Attributes:
+        after: The number of the prompt or token after which a token would stand, ascending, shape (m,).
+        tokens: That token, shape (m,).
+    """
+
+    after: Index
+    tokens: Index
+
+
+class TreeEngine(Protocol):
+    """Reads trees of tokens behind prompts, and says how likely tokens are after them, under the full softmax."""
+
+    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+        """Read prompts, and return the log-probabilities that are wanted after them, shape (m,)."""
+        ...
+
+    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+        """Read tokens, and return the log-probabilities that are wanted after them, shape (m,)."""
+        ...
+
+    def close(self) -> None:
+        """Forget the prompts and all that followed them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best items of one request.
+
+    Attributes:
+        items: As the catalogue numbers them, best first, all different.
+        scores: Log-probability of each one's path, in nats.
+        certified: Whether no other item can have a higher score than the last of them.
+        width: Prefixes that were kept.
+        short: Why there are fewer items than asked; empty if there are not.
+    """
+
+    items: tuple[int, ...]
+    scores: tuple[float, ...]
+    certified: bool
+    width: int
+    short: str = ""
+
+
+@dataclass
+class _Beams:
+    """What is kept of all requests: prefixes at a node with several children, and whole items.
+
+    Attributes:
+        users: Whose, shape (n,).
+        nodes: Where in the catalogue.
+        lows: Where the node's items begin among the sorted paths.
+        highs: Where they end.
+        scores: Log-probability so far.
+        handles: Number of the last token fed; of a whole item it has no meaning.
+        whole: Whether it is an item.
+    """
+
+    users: Index
+    nodes: Index
+    lows: Index
+    highs: Index
+    scores: Floats
+    handles: Index
+    whole: NDArray[np.bool_]
+
+    def take(self, rows: NDArray[Any]) -> _Beams:
+        return _Beams(**{name: array[rows] for name, array in vars(self).items()})
+
+    @staticmethod
+    def join(*parts: _Beams) -> _Beams:
+        return _Beams(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+@dataclass
+class _Search:
+    """One search: the catalogue, what each request may not be given, and what was pruned."""
+
+    catalogue: Catalogue
+    width: int
+    barred: Index
+    bounds: Floats
+    engine: TreeEngine
+    next_handle: int
+
+
+def beam(
+    engine: TreeEngine,
+    catalogue: Catalogue,
+    prompts: Sequence[Sequence[int]],
+    *,
+    k: int,
+    width: int,
+    excluded: Sequence[Sequence[int]] = (),
+    exact: bool = False,
+) -> list[Found]:
+    """Search the catalogue behind each prompt.
+
+    Args:
+        engine: Where log-probabilities come from.
+        catalogue: The legal outputs.
+        prompts: Token ids of each request.
+        k: Items to return.
+        width: Prefixes to keep for each request; at least ``k`` are kept.
+        excluded: For each request the items that it must not be given, as the catalogue numbers them.
+        exact: Widen the search of a request, twice as wide each time, until its result is certified.
+
+    Returns:
+        One result a request, in order: ``k`` items, or all that are left if those are fewer.
+    """
+    if k < 1 or width < 1:
+        raise ValueError(f"k and width are at least 1, not {k} and {width}")
+    barred = [_none()] * len(prompts)
+    if excluded:
+        barred = [np.unique(catalogue.places[list(items)]).astype(np.int64) for items in excluded]
+    found: list[Found | None] = [None] * len(prompts)
+    todo, wide = list(range(len(prompts))), max(k, width)
+    while todo:
+        results = _run(engine, catalogue, [prompts[n] for n in todo], [barred[n] for n in todo], k, wide)
+        for n, result in zip(todo, results, strict=True):
+            found[n] = result
+        todo = [n for n, result in zip(todo, results, strict=True) if exact and not result.certified]
+        wide *= 2
+    return [each for each in found if each is not None]
+
+
+def _none() -> Index:
+    return np.empty(0, dtype=np.int64)
+
+
+def _run(
+    engine: TreeEngine,
+    catalogue: Catalogue,
+    prompts: Sequence[Sequence[int]],
+    barred: Sequence[Index],
+    k: int,
+    width: int,
+) -> list[Found]:
+    """Search once, with one width for all."""
+    users, size = len(prompts), len(catalogue)
+    # One sorted sequence tells how many barred items lie in any range of any request.
+    offset = np.concatenate([_none(), *(places + n * size for n, places in enumerate(barred))])
+    search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, next_handle=users)
+    left = np.array([size - len(places) for places in barred])
+    rows = np.flatnonzero(left)
+    beams = _Beams(
+        users=rows,
+        nodes=np.full(len(rows), ROOT, dtype=np.int64),
+        lows=np.zeros(len(rows), dtype=np.int64),
+        highs=np.full(len(rows), size, dtype=np.int64),
+        scores=np.zeros(len(rows)),
+        handles=rows.copy(),
+        whole=np.zeros(len(rows), dtype=bool),
+    )
+    try:
+        # The first tokens are wanted before anything is fed; a catalogue may begin with one that all paths share.
+        branches = _branches(search, beams)
+        logprobs = engine.open(prompts, Wanted(beams.handles[branches.parents], branches.tokens))
+        while True:
+            beams = _kept(search, beams, branches, logprobs)
+            beams, branches, logprobs = _onward(search, beams)
+            if beams.whole.all():
+                break
+    finally:
+        engine.close()
+    return [_found(search, beams, user, k, int(left[user])) for user in range(users)]
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """Children of kept prefixes: ``parents`` are rows of the prefixes, in ascending order."""
+
+    parents: Index
+    nodes: Index
+    lows: Index
+    highs: Index
+    tokens: Index
+
+
+def _branches(search: _Search, beams: _Beams) -> _Branches:
+    """Return all children of all kept prefixes that hold an item which may be given."""
+    catalogue = search.catalogue
+    live = np.flatnonzero(~beams.whole)
+    first, end = catalogue.firsts[beams.nodes[live]], catalogue.firsts[beams.nodes[live] + 1]
+    counts = (end - first).astype(np.int64)
+    parents = np.repeat(live, counts)
+    within = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    nodes = np.repeat(first.astype(np.int64), counts) + within
+    last = within == np.repeat(counts - 1, counts)
+    lows = catalogue.lows[nodes].astype(np.int64)
+    # The last sibling's items end where its parent's do.
+    following = catalogue.lows[np.minimum(nodes + 1, len(catalogue.lows) - 1)].astype(np.int64)
+    highs = np.where(last, beams.highs[parents], following)
+    if len(search.barred):
+        base = beams.users[parents] * len(catalogue)
+        gone = np.searchsorted(search.barred, base + highs) - np.searchsorted(search.barred, base + lows)
+        stay = highs - lows > gone
+        parents, nodes, lows, highs = parents[stay], nodes[stay], lows[stay], highs[stay]
+    return _Branches(parents, nodes, lows, highs, catalogue.tokens[nodes].astype(np.int64))
+
+
+def _kept(search: _Search, beams: _Beams, branches: _Branches, logprobs: Floats) -> _Beams:
+    """Return the best branches and whole items of each request, and note the best of what is pruned."""
+    opened = _Beams(
+        users=beams.users[branches.parents],
+        nodes=branches.nodes,
+        lows=branches.lows,
+        highs=branches.highs,
+        scores=beams.scores[branches.parents] + logprobs,
+        handles=beams.handles[branches.parents],
+        whole=np.zeros(len(logprobs), dtype=bool),
+    )
+    pool = _Beams.join(beams.take(np.flatnonzero(beams.whole)), opened)
+    # Equal scores fall by the order of paths, which no batch or width changes.
+    order = np.lexsort((pool.lows, -pool.scores, pool.users))
+    counts = np.bincount(pool.users, minlength=len(search.bounds))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    pruned = order[rank >= search.width]
+    np.maximum.at(search.bounds, pool.users[pruned], pool.scores[pruned])
+    return pool.take(order[rank < search.width])
+
+
+def _onward(search: _Search, beams: _Beams) -> tuple[_Beams, _Branches, Floats]:
+    """Follow every kept branch to the next node with several children or to its item, and score what lies behind.
+
+    One call of the engine: the branch's own token, the forced ones after it, and the children of where they lead. The
+    last token of an item is scored but never read.
+    """
+    catalogue = search.catalogue
+    rows = np.flatnonzero(~beams.whole)
+    fed: list[Fed] = []
+    wanted_rows: list[Index] = []
+    wanted: list[tuple[Index, Index]] = []
+    nodes, handles = beams.nodes.copy(), beams.handles.copy()
+    whole = beams.whole.copy()
+    handle = search.next_handle
+    going = rows
+    while len(going):
+        first = catalogue.firsts[nodes[going]]
+        count = catalogue.firsts[nodes[going] + 1] - first
+        leaf = count == 0
+        whole[going[leaf]] = True
+        going, first, count = going[~leaf], first[~leaf], count[~leaf]
+        numbers = handle + np.arange(len(going))
+        fed.append(Fed(beams.users[going], handles[going], catalogue.tokens[nodes[going]].astype(np.int64)))
+        handles[going] = numbers
+        handle += len(going)
+        forced = count == 1
+        going, first, numbers = going[forced], first[forced].astype(np.int64), numbers[forced]
+        wanted.append((numbers, catalogue.tokens[first].astype(np.int64)))
+        wanted_rows.append(going)
+        nodes[going] = first
+    reached = _Beams(beams.users, nodes, beams.lows, beams.highs, beams.scores.copy(), handles, whole)
+    branches = _branches(search, reached)
+    if not fed or not sum(len(each.tokens) for each in fed):
+        return reached, branches, np.empty(0)
+    search.next_handle = handle
+    return _scored(search, reached, branches, fed, wanted, wanted_rows)
+
+
+def _scored(
+    search: _Search,
+    beams: _Beams,
+    branches: _Branches,
+    fed: Sequence[Fed],
+    wanted: Sequence[tuple[Index, Index]],
+    wanted_rows: Sequence[Index],
+) -> tuple[_Beams, _Branches, Floats]:
+    """Ask the engine once, add what forced tokens cost, and return the log-probabilities of the branches."""
+    after = np.concatenate([*(pair[0] for pair in wanted), beams.handles[branches.parents]])
+    tokens = np.concatenate([*(pair[1] for pair in wanted), branches.tokens])
+    order = np.argsort(after, kind="stable")
+    everything = Fed(
+        *(np.concatenate([getattr(each, name) for each in fed]) for name in ("users", "parents", "tokens"))
+    )
+    answered = search.engine.feed(everything, Wanted(after[order], tokens[order]))
+    logprobs = np.empty(len(after))
+    logprobs[order] = answered
+    forced = np.concatenate([_none(), *wanted_rows])
+    np.add.at(beams.scores, forced, logprobs[: len(forced)])
+    return beams, branches, logprobs[len(forced) :]
+
+
+def _found(search: _Search, beams: _Beams, user: int, k: int, left: int) -> Found:
+    own = np.flatnonzero(beams.users == user)
+    own = own[np.lexsort((beams.lows[own], -beams.scores[own]))][:k]
+    places = beams.lows[own]
+    scores = tuple(float(score) for score in beams.scores[own])
+    short = "" if len(own) == k else f"only {left} of {len(search.catalogue)} items may be given"
+    # What was pruned counts even where fewer than k are left: then nothing was.
+    certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
+    items = tuple(int(item) for item in search.catalogue.order[places])
+    return Found(items=items, scores=scores, certified=certified, width=search.width, short=short)

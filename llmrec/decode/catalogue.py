@@ -1,0 +1,195 @@
+"""The one index of legal outputs: the token paths of a catalogue, as a tree of three integers a node.
+
+Every item is a path of token ids that ends where no other goes on. Sorted, the paths below a node are a range, and the
+children of a node stand side by side among the nodes of the next depth. So a node is its token, where its children
+begin, and where its range begins. Nothing here grows with the vocabulary, and no step of a search grows with the
+catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.durable import replacing
+from llmrec.errors import DataError, require
+
+Ints = NDArray[np.int32]
+_LONGEST_KEY = 63
+ROOT = 0
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Token paths of a set of items; nodes by depth and, within one, in the order of their paths.
+
+    Attributes:
+        tokens: The last token of each node's path, shape (nodes,); node 0 is the root, which has none (-1).
+        firsts: The first child of each node, shape (nodes + 1,); those of node v end where those of v + 1 begin.
+        lows: Where each node's items begin among the sorted paths, shape (nodes,). They end where those of the next
+            sibling begin, or of the last sibling where the parent's end.
+        starts: The first node of each depth, and one past the last node; depth 0 is the root.
+        order: Which item each sorted path is, as its place in the sequence that was given, shape (items,).
+    """
+
+    tokens: Ints
+    firsts: Ints
+    lows: Ints
+    starts: tuple[int, ...]
+    order: Ints
+
+    @staticmethod
+    def of(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> Catalogue:
+        """Build the tree.
+
+        Args:
+            paths: One path an item; or equally long ones as an array, shape (items, length).
+
+        Raises:
+            DataError: If a path is empty, two are equal, or one begins another.
+        """
+        table, lengths = _table(paths)
+        order = _sorted(table)
+        return _tree(table[order], lengths[order], order)
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.order)
+
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest path."""
+        return len(self.starts) - 2
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the arrays in bytes."""
+        return int(self.tokens.nbytes + self.firsts.nbytes + self.lows.nbytes + self.order.nbytes)
+
+    @cached_property
+    def places(self) -> Ints:
+        """Where each item stands among the sorted paths, shape (items,)."""
+        found = np.empty(len(self.order), dtype=np.int32)
+        found[self.order] = np.arange(len(self.order), dtype=np.int32)
+        return found
+
+    @cached_property
+    def branching(self) -> int:
+        """Most nodes on one path that have several children, the root included."""
+        several = np.diff(self.firsts) > 1
+        met = np.zeros(len(self.tokens), dtype=np.int32)
+        met[ROOT] = several[ROOT]
+        for start, end in zip(self.starts[:-2], self.starts[1:-1], strict=True):
+            sizes = np.diff(self.firsts[start : end + 1])
+            below = slice(self.firsts[start], self.firsts[end])
+            met[below] = np.repeat(met[start:end], sizes) + several[below]
+        return int(met.max())
+
+    def path(self, place: int) -> tuple[int, ...]:
+        """Return the tokens of the path at a place of the sorted order."""
+        found: list[int] = []
+        node = ROOT
+        while (low := int(self.firsts[node])) < (high := int(self.firsts[node + 1])):
+            node = low + int(np.searchsorted(self.lows[low:high], place, side="right")) - 1
+            found.append(int(self.tokens[node]))
+        return tuple(found)
+
+    def save(self, file: Path) -> None:
+        """Write the arrays as safetensors, in one step."""
+        arrays = {name: getattr(self, name) for name in ("tokens", "firsts", "lows", "order")}
+        with replacing(file) as draft:
+            starts = np.array(self.starts, dtype=np.int64)
+            require("safetensors.numpy", "train").save_file({**arrays, "starts": starts}, draft)
+
+    @staticmethod
+    def load(file: Path) -> Catalogue:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: If the file cannot be read.
+        """
+        tensors = require("safetensors.numpy", "train")
+        try:
+            found = tensors.load_file(file)
+            return Catalogue(starts=tuple(int(each) for each in found.pop("starts")), **found)
+        except Exception as error:
+            raise DataError(f"the catalogue {file} cannot be read ({error}); make it again") from error
+
+
+def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[Ints, Ints]:
+    """Return paths as rows, -1 behind their ends, and their lengths."""
+    if isinstance(paths, np.ndarray):
+        table = paths.astype(np.int32, copy=False)
+        lengths = np.full(len(table), table.shape[1], dtype=np.int32)
+    else:
+        lengths = np.array([len(path) for path in paths], dtype=np.int32)
+        table = np.full((len(paths), int(lengths.max(initial=0))), -1, dtype=np.int32)
+        flat = np.fromiter((token for path in paths for token in path), dtype=np.int32, count=int(lengths.sum()))
+        table[np.arange(table.shape[1]) < lengths[:, None]] = flat
+    if len(table) == 0:
+        raise DataError("the catalogue holds no item; give it some")
+    if lengths.min() == 0:
+        raise DataError(f"item {int(lengths.argmin())} of the catalogue has no tokens; give it a code")
+    if int(table[:, 0].min()) < 0 or table.min() < -1:
+        raise DataError("the catalogue holds a negative token id")
+    return table, lengths
+
+
+def _sorted(table: Ints) -> NDArray[np.int64]:
+    """Return the order of rows by their tokens."""
+    lowest = table.min(axis=0).astype(np.int64)
+    bits = [int(high - low).bit_length() for high, low in zip(table.max(axis=0).tolist(), lowest.tolist(), strict=True)]
+    if sum(bits) <= _LONGEST_KEY:
+        # One integer a path sorts several times faster than its columns one by one.
+        key = np.zeros(len(table), dtype=np.int64)
+        for column, width, low in zip(table.T, bits, lowest, strict=True):
+            key <<= width
+            key |= column - low
+        return np.argsort(key, kind="stable")
+    order: NDArray[np.int64] = np.lexsort(table.T[::-1])
+    return order
+
+
+def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> Catalogue:
+    """Cut sorted rows into nodes."""
+    # A node begins where a path differs from the one before it in its own token or an earlier one.
+    fresh = np.zeros(len(table), dtype=bool)
+    fresh[0] = True
+    lows = [np.zeros(1, dtype=np.int64)]
+    tokens = [np.array([-1], dtype=np.int32)]
+    for column in range(table.shape[1]):
+        fresh[1:] |= table[1:, column] != table[:-1, column]
+        lows.append(np.flatnonzero(fresh & (lengths > column)))
+        tokens.append(table[lows[-1], column])
+    _refuse_ambiguous(table, lengths, order, fresh)
+    starts = np.cumsum([0, *(len(each) for each in lows)])
+    below = [*lows[1:], np.empty(0, dtype=np.int64)]
+    firsts = [starts[at + 1] + np.searchsorted(below[at], lows[at]) for at in range(len(lows))]
+    return Catalogue(
+        tokens=np.concatenate(tokens).astype(np.int32),
+        firsts=np.concatenate([*firsts, starts[-1:]]).astype(np.int32),
+        lows=np.concatenate(lows).astype(np.int32),
+        starts=tuple(starts.tolist()),
+        order=order.astype(np.int32),
+    )
+
+
+def _refuse_ambiguous(table: Ints, lengths: Ints, order: NDArray[np.int64], fresh: NDArray[np.bool_]) -> None:
+    equal = np.flatnonzero(~fresh)
+    if len(equal):
+        one, two = sorted((int(order[equal[0] - 1]), int(order[equal[0]])))
+        raise DataError(f"items {one} and {two} of the catalogue have the same tokens; give each its own code")
+    for place in np.flatnonzero(lengths[:-1] < lengths[1:]):
+        size = int(lengths[place])
+        if np.array_equal(table[place, :size], table[place + 1, :size]):
+            one, two = int(order[place]), int(order[place + 1])
+            raise DataError(
+                f"the tokens of item {one} of the catalogue begin those of item {two}; end codes by a line break or "
+                "the end of the turn"
+            )
