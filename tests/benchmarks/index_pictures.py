@@ -98,7 +98,9 @@ def _about(
 def _beside(index: ItemIndex, item: str, titles: Mapping[str, str]) -> list[tuple[str, str]]:
     if index.scheme == "title":
         same = [other for other in index.codes if titles[other] == titles[item] and other != item]
-        return [("another film has this title; it is written", _SOFT)] + [(index.codes[other][0], _INK) for other in same]
+        return [("another film has this title; it is written", _SOFT)] + [
+            (index.codes[other][0], _INK) for other in same
+        ]
     number = int(index.codes[item][0])
     by_number = {int(pieces[0]): other for other, pieces in index.codes.items()}
     near = [n for n in (number - 2, number - 1, number + 1, number + 2) if n in by_number]

@@ -179,6 +179,13 @@ def test_rows_with_the_least_to_lose_move_and_ties_fall_by_row() -> None:
     assert bounded(np.zeros((4, 2), np.float32), 2).tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("bid", [-1e-3, 1e-30])
+def test_bids_that_rounding_made_negative_or_lost_still_end(bid: float) -> None:
+    # Errors near zero are such: each is a difference of products.
+    codes = bounded(np.array([[0, 0, 1]] * 6, np.float32), 2, bid=bid)
+    assert np.bincount(codes).tolist() == [2, 2, 2]
+
+
 @settings(max_examples=100)
 @given(data=st.data(), n=st.integers(1, 12), k=st.integers(1, 5), values=st.integers(0, 4))
 def test_any_costs_are_assigned_within_the_bound(data: st.DataObject, n: int, k: int, values: int) -> None:
