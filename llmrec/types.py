@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant"]
 SegmentKind = Literal["text", "item", "target"]
 SplitName = Literal["train", "valid", "test"]
-Capability = Literal["generate", "score", "embed"]
+Capability = Literal["generate", "score", "embed", "search"]
 Family = Literal["rating", "sequential", "direct", "explanation", "ctr"]
 
 # --------------------------------------------------------------------------- data
@@ -253,9 +253,34 @@ class Scores:
     engine: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The best of a catalogue of texts after one prompt.
+
+    Attributes:
+        items: Places in the catalogue, best first, all different.
+        scores: Full-softmax log-probability of each one, in nats.
+        certified: Whether no other text of the catalogue can have a higher score than the last of these.
+        width: Prefixes that the search kept.
+        short: Why there are fewer items than asked; empty if there are not.
+        engine: The route that computed them, such as ``"hf:tree"``.
+        prompt_tokens: Length of the prompt.
+        tokens: Tokens that were read behind it.
+    """
+
+    items: tuple[int, ...]
+    scores: tuple[float, ...]
+    certified: bool
+    width: int
+    short: str = ""
+    engine: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
 @runtime_checkable
 class Backend(Protocol):
-    """Three verbs over prompts; ``capabilities`` says which of them this backend offers."""
+    """Four verbs over prompts; ``capabilities`` says which of them this backend offers."""
 
     name: str
     capabilities: frozenset[Capability]
@@ -271,6 +296,24 @@ class Backend(Protocol):
 
         With ``closed`` the end of the answer (stop text or end of turn) is part of every continuation, so that
         a title is not favoured for being a prefix of another; labels are scored open.
+        """
+        ...
+
+    def search(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        *,
+        k: int,
+        width: int,
+        excluded: Sequence[Sequence[int]] = (),
+        exact: bool = False,
+    ) -> list[Found]:
+        """Return the ``k`` texts of a catalogue that are the most likely answers to each prompt.
+
+        Texts are closed, as in `score`, and all different. The search keeps ``width`` prefixes of each request, and
+        with ``exact`` as many as it takes to certify the result; ``excluded`` are places in ``texts`` that a request
+        must not be given.
         """
         ...
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import BackendError
-from llmrec.types import Backend, Capability, Completion, Prompt, Scores
+from llmrec.types import Backend, Capability, Completion, Found, Prompt, Scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,6 +143,37 @@ class CachedBackend:
 
         return [
             Scores(**answer | {"logprobs": tuple(answer["logprobs"]), "tokens": tuple(answer["tokens"])})
+            for answer in self._answers(keys, compute)
+        ]
+
+    def search(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        *,
+        k: int,
+        width: int,
+        excluded: Sequence[Sequence[int]] = (),
+        exact: bool = False,
+    ) -> list[Found]:
+        """Search a catalogue; see `Backend.search`."""
+        catalogue = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+        question = {"texts": catalogue, "k": k, "width": width, "exact": exact}
+        out = [sorted(set(excluded[n])) if excluded else [] for n in range(len(prompts))]
+        keys = [
+            self._key("search", prompt, **question, excluded=barred)
+            for prompt, barred in zip(prompts, out, strict=True)
+        ]
+
+        def compute(missing: list[int]) -> list[dict[str, Any]]:
+            asked = [prompts[i] for i in missing]
+            found = self._engine().search(
+                asked, texts, k=k, width=width, excluded=[out[i] for i in missing], exact=exact
+            )
+            return [asdict(each) for each in found]
+
+        return [
+            Found(**answer | {"items": tuple(answer["items"]), "scores": tuple(answer["scores"])})
             for answer in self._answers(keys, compute)
         ]
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llmrec.errors import BackendError
+from llmrec.decode.catalogue import Catalogue
+from llmrec.errors import BackendError, DataError
 from llmrec.guard import control_tokens, neutralise
 from llmrec.types import Completion, Example, Message, Prompt, Segment
 
 IGNORED = -100
 _CACHE_LIMIT = 500_000
+_CATALOGUES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Encoder:
         self.control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
         self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control))) - self._unknown()
         self._pieces: dict[str, tuple[int, ...]] = {}
+        self._catalogues: dict[tuple[str | None, str], Catalogue] = {}
         self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
         self.end_id = self._find_end()
         self.stop_ids = frozenset(i for i in (self.end_id, tokenizer.eos_token_id) if i is not None)
@@ -108,6 +111,28 @@ class Encoder:
         if prompt.stop is not None:
             return self.piece(text + prompt.stop)
         return (*self.piece(text), self.end_id)
+
+    def catalogue(self, texts: Sequence[str], stop: str | None) -> Catalogue:
+        """Return the tree of all closed answers to prompts that end with ``stop``; the last few are remembered.
+
+        Raises:
+            DataError: If two texts have the same tokens.
+        """
+        key = (stop, hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest())
+        known = self._catalogues.pop(key, None)
+        if known is None:
+            prompt = Prompt(messages=(), stop=stop)
+            try:
+                known = Catalogue.of([self.continuation(prompt, text, closed=True) for text in texts])
+            except DataError as error:
+                raise DataError(
+                    f"{error} (items are counted from 0 as their texts were given; an index such as index: "
+                    "{scheme: title} gives every item a text of its own)"
+                ) from None
+        self._catalogues[key] = known
+        while len(self._catalogues) > _CATALOGUES:
+            self._catalogues.pop(next(iter(self._catalogues)))
+        return known
 
     def row(self, example: Example) -> Row:
         """Return a training row: loss on target pieces, and on the end of turn where the row closes it."""

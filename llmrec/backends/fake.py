@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.types import Capability, Completion, Prompt, Scores
+from llmrec.types import Capability, Completion, Found, Prompt, Scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ class FakeBackend:
     """
 
     name = "fake"
-    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed"})
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed", "search"})
 
     def __init__(
         self,
@@ -61,6 +61,31 @@ class FakeBackend:
             )
             for prompt, texts in zip(prompts, candidates, strict=True)
         ]
+
+    def search(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        *,
+        k: int,
+        width: int,
+        excluded: Sequence[Sequence[int]] = (),
+        exact: bool = False,
+    ) -> list[Found]:
+        """Return the texts with the best seeded scores."""
+        results = []
+        for n, prompt in enumerate(prompts):
+            out = set(excluded[n]) if excluded else set()
+            scores = {
+                place: self._prefer(text_of(prompt), text) for place, text in enumerate(texts) if place not in out
+            }
+            best = sorted(scores, key=lambda place: -scores[place])[:k]
+            short = "" if len(best) == k else f"only {len(scores)} of {len(texts)} items may be given"
+            found = tuple(scores[place] for place in best)
+            results.append(
+                Found(items=tuple(best), scores=found, certified=True, width=max(k, width), short=short, engine="fake")
+            )
+        return results
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return 16 seeded numbers a text."""

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.backends.encode import Encoder
+from llmrec.backends.hf_rows import PlainTree
+from llmrec.backends.hf_tree import MaskedTree, takes_trees
 from llmrec.backends.labels import single_token_labels
+from llmrec.backends.searching import search
 from llmrec.errors import require
-from llmrec.types import Capability, Completion, Prompt, Scores
+from llmrec.types import Capability, Completion, Found, Prompt, Scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +34,7 @@ class HFBackend:
     """
 
     name = "hf"
-    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed"})
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed", "search"})
 
     def __init__(self, model: Any, encoder: Encoder, *, batch_tokens: int = 4096, packed: bool | None = None) -> None:
         self._torch = require("torch", "train")
@@ -40,6 +43,7 @@ class HFBackend:
         self.batch_tokens = batch_tokens
         self.packed = _takes_block_mask(model.config) if packed is None else packed
         self._proven = packed is not None
+        self._tree: Any = None
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
@@ -72,6 +76,34 @@ class HFBackend:
             scores.append(Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine))
         return scores
 
+    def search(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        *,
+        k: int,
+        width: int,
+        excluded: Sequence[Sequence[int]] = (),
+        exact: bool = False,
+    ) -> list[Found]:
+        """Search a catalogue, in batches of similar length; see `Backend.search`."""
+        tree = self._reads_trees()
+        if self._tree is None:
+            kind = MaskedTree if tree else PlainTree
+            self._tree = kind(self.model, self.encoder.tokenizer.pad_token_id)
+        return search(
+            lambda: self._tree,
+            self.encoder,
+            prompts,
+            texts,
+            k=k,
+            width=width,
+            excluded=excluded,
+            exact=exact,
+            engine="hf:tree" if tree else "hf:rows",
+            batch_tokens=self.batch_tokens,
+        )
+
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the mean of the last hidden states over each text's tokens, shape (n, hidden size)."""
         torch = self._torch
@@ -85,7 +117,14 @@ class HFBackend:
 
     def close(self) -> None:
         """Drop the model."""
-        self.model = None
+        self.model = self._tree = None
+
+    def _reads_trees(self) -> bool:
+        """Whether trees of tokens may be read in one row; proven as in `_may_pack`, with two short texts."""
+        if self.packed and not self._proven:
+            some = [self.encoder.piece(text) for text in ("one two", "three")]
+            self._may_pack(list(self.encoder.piece("a b c")), some)
+        return self.packed and takes_trees(self.model)
 
     def _may_pack(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> bool:
         """Whether packed scores may be used; proven once a model against plain rows, since a mask may be ignored."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.decode.catalogue import ROOT, Catalogue
+from llmrec.types import Found
 
 Floats = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -67,25 +68,6 @@ class TreeEngine(Protocol):
     def close(self) -> None:
         """Forget the prompts and all that followed them."""
         ...
-
-
-@dataclass(frozen=True)
-class Found:
-    """The best items of one request.
-
-    Attributes:
-        items: As the catalogue numbers them, best first, all different.
-        scores: Log-probability of each one's path, in nats.
-        certified: Whether no other item can have a higher score than the last of them.
-        width: Prefixes that were kept.
-        short: Why there are fewer items than asked; empty if there are not.
-    """
-
-    items: tuple[int, ...]
-    scores: tuple[float, ...]
-    certified: bool
-    width: int
-    short: str = ""
 
 
 @dataclass

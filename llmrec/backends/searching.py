@@ -1,0 +1,87 @@
+"""The verb ``search``, the same for every engine: prompts and texts to token paths, batches, and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from llmrec.backends.encode import Encoder
+from llmrec.decode.beam import TreeEngine, beam
+from llmrec.decode.catalogue import Catalogue
+from llmrec.errors import BackendError
+from llmrec.types import Found, Prompt
+
+
+class CountingEngine(TreeEngine, Protocol):
+    """A tree engine that counts the tokens it computes."""
+
+    tokens: int
+
+
+def search(
+    make: Callable[[], CountingEngine],
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    *,
+    k: int,
+    width: int,
+    excluded: Sequence[Sequence[int]],
+    exact: bool,
+    engine: str,
+    batch_tokens: int,
+) -> list[Found]:
+    """Answer `Backend.search` with a tree engine.
+
+    Args:
+        make: Gives an engine; asked once.
+        encoder: Prompts and texts to token ids.
+        prompts: See `Backend.search`.
+        texts: The same.
+        k: The same.
+        width: The same.
+        excluded: The same.
+        exact: The same.
+        engine: Name of the route.
+        batch_tokens: Prompts that are searched together hold at most so many tokens, padding and beams included.
+
+    Raises:
+        BackendError: If a prompt leaves no room for the longest text.
+        DataError: If two texts have the same tokens.
+    """
+    encoded = [encoder.prompt(prompt) for prompt in prompts]
+    catalogues = {prompt.stop: encoder.catalogue(texts, prompt.stop) for prompt in prompts}
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) + (deep := catalogues[prompt.stop].depth) > encoder.max_length:
+            raise BackendError(
+                f"a prompt of {len(ids)} tokens and an answer of {deep} do not fit model.max_length="
+                f"{encoder.max_length}; show less history (tasks.<family>.history), or raise model.max_length"
+            )
+    reader, found = make(), [Found(items=(), scores=(), certified=False, width=0)] * len(prompts)
+    for stop, catalogue in catalogues.items():
+        chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
+        for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):
+            before = reader.tokens
+            out = [excluded[n] for n in rows] if excluded else ()
+            asked = [encoded[n] for n in rows]
+            results = beam(reader, catalogue, asked, k=k, width=width, excluded=out, exact=exact)
+            # Trees of one batch are read together: what is behind the prompts is told in equal shares.
+            behind = max(0, reader.tokens - before - sum(map(len, asked))) // len(rows)
+            for n, result in zip(rows, results, strict=True):
+                found[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]), tokens=behind)
+    return found
+
+
+def _batches(
+    chosen: Sequence[int], encoded: Sequence[Sequence[int]], catalogue: Catalogue, width: int, limit: int
+) -> list[list[int]]:
+    """Group requests of similar length, longest first, within a number of tokens."""
+    behind = min(width, len(catalogue)) * catalogue.depth
+    batches: list[list[int]] = []
+    for n in sorted(chosen, key=lambda n: (-len(encoded[n]), n)):
+        if batches and (len(batches[-1]) + 1) * (len(encoded[batches[-1][0]]) + behind) <= limit:
+            batches[-1].append(n)
+        else:
+            batches.append([n])
+    return batches
