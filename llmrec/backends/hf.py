@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
+
+# Rows of logits that are turned into float32 at a time.
+_ROWS = 256
 
 
 class HFBackend:
@@ -69,7 +73,7 @@ class HFBackend:
             if labels is not None:
                 logprobs, engine = self._score_labels(ids + list(labels.shared), labels.distinct), "hf:one-token"
             elif self._may_pack(ids, tails):
-                logprobs, engine = self._score_packed(ids, tails), "hf:packed"
+                logprobs, engine = self._score_packed(ids, tails), "hf:tree"
             else:
                 logprobs, engine = self._score_rows(ids, tails), "hf:rows"
             lengths = tuple(1 if labels else len(tail) for tail in tails)
@@ -183,31 +187,32 @@ class HFBackend:
         return [float(logprobs[label]) for label in labels]
 
     def _score_packed(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
-        """One forward over prompt + all candidates; each candidate sees the prompt and itself only."""
-        torch = self._torch
-        device, start = self.model.device, len(ids)
-        owner = np.concatenate([np.zeros(start, np.int64), *(np.full(len(t), k + 1) for k, t in enumerate(tails))])
-        place = np.concatenate([np.arange(start), *(start + np.arange(len(t)) for t in tails)])
-        index = np.arange(len(owner))
-        seen = (index[None] <= index[:, None]) & ((owner[None] == owner[:, None]) | (owner[None] == 0))
+        """One forward over the prompt and the tree of candidates: each token sees the prompt and its ancestors.
+
+        Common beginnings are read once, and no candidate's last token is read at all. Logits are computed for the
+        prompt's last token and for the tokens of the tree.
+        """
+        torch, device, start = self._torch, self.model.device, len(ids)
+        tree = _Tree.of(tails)
+        size = start + len(tree.tokens)
+        seen = np.tri(size, start, dtype=bool)
+        seen = np.hstack([seen, np.vstack([np.zeros((start, len(tree.tokens)), dtype=bool), tree.sees])])
         dtype = self.model.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=device)
         mask.masked_fill_(torch.from_numpy(~seen).to(device), torch.finfo(dtype).min)
-        flat = torch.tensor([ids + [i for tail in tails for i in tail]], device=device)
-        # The token before each scored token: the prompt's last one, then the candidate's own.
-        firsts = np.cumsum([0, *(len(t) for t in tails[:-1])]) + start
-        before = np.concatenate([np.r_[start - 1, f : f + len(t) - 1] for f, t in zip(firsts, tails, strict=True)])
+        places = np.concatenate([np.arange(start), start + tree.depths])
         with torch.inference_mode():
             logits = self.model(
-                input_ids=flat,
+                input_ids=torch.tensor([[*ids, *tree.tokens]], device=device),
                 attention_mask=mask[None, None],
-                position_ids=torch.from_numpy(place)[None].to(device),
-                logits_to_keep=torch.from_numpy(before).to(device),
+                position_ids=torch.from_numpy(places)[None].to(device),
+                logits_to_keep=torch.arange(start - 1, size, device=device),
                 use_cache=False,
             ).logits[0]
-            logprobs = _picked(logits, flat[0, start:])
-        cuts = np.cumsum([len(t) for t in tails[:-1]])
-        return [float(part.sum()) for part in np.split(logprobs.double().cpu().numpy(), cuts)]
+            totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
+            after, wanted = (torch.from_numpy(each).to(device) for each in (tree.after, tree.wanted))
+            found = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
+        return [float(total) for total in np.bincount(tree.owners, weights=found, minlength=len(tails))]
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
         """The plain reference: one full row per candidate."""
@@ -219,6 +224,55 @@ class HFBackend:
                 logits = self.model(input_ids=row, logits_to_keep=len(tail) + 1, use_cache=False).logits[0, :-1]
                 results.append(float(_picked(logits, row[0, len(ids) :]).double().sum()))
         return results
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Candidates with common beginnings merged.
+
+    Attributes:
+        tokens: Every token that another follows, once, parents before their children.
+        depths: How many tokens come before each.
+        sees: Which tokens each sees: its ancestors and itself, shape (tokens, tokens).
+        owners: Of every token of every candidate, the candidate's number.
+        after: The token that it follows, counted from 1; 0 is the prompt.
+        wanted: The token itself.
+    """
+
+    tokens: list[int]
+    depths: NDArray[np.int64]
+    sees: NDArray[np.bool_]
+    owners: NDArray[np.int64]
+    after: NDArray[np.int64]
+    wanted: NDArray[np.int64]
+
+    @staticmethod
+    def of(tails: Sequence[tuple[int, ...]]) -> _Tree:
+        numbers: dict[tuple[int, ...], int] = {(): 0}
+        parents: list[int] = []
+        owners, after, wanted = [], [], []
+        for owner, tail in enumerate(tails):
+            for end, token in enumerate(tail):
+                before = tail[:end]
+                if before not in numbers:
+                    parents.append(numbers[before[:-1]])
+                    numbers[before] = len(numbers)
+                owners.append(owner)
+                after.append(numbers[before])
+                wanted.append(token)
+        prefixes = list(numbers)[1:]
+        sees = np.eye(len(prefixes), dtype=bool)
+        for number, parent in enumerate(parents):
+            if parent:
+                sees[number] |= sees[parent - 1]
+        return _Tree(
+            tokens=[prefix[-1] for prefix in prefixes],
+            depths=np.array([len(prefix) - 1 for prefix in prefixes], dtype=np.int64),
+            sees=sees,
+            owners=np.array(owners, dtype=np.int64),
+            after=np.array(after, dtype=np.int64),
+            wanted=np.array(wanted, dtype=np.int64),
+        )
 
 
 def _picked(logits: Any, ids: Any) -> Any:

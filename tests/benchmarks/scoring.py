@@ -40,7 +40,7 @@ def main(target: Path) -> None:
     prompts = [task.prompt(case.request, template="continue-list") for case in cases]
     titles = [task.continuations(case.request, template="continue-list") for case in cases]
     engines = {
-        "hf:packed": HFBackend(load_model(folder, recipe.model), encoder),
+        "hf:tree": HFBackend(load_model(folder, recipe.model), encoder),
         "vllm:forced": VLLMBackend(folder, encoder, dtype=dtype_name(recipe.model), route="forced"),
     }
     for engine in engines.values():

@@ -11,7 +11,7 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.errors import BackendError
+from llmrec.errors import BackendError, DataError
 from llmrec.types import Backend, Message, Prompt, Segment
 
 TITLES = ("Heat (1995)", "Fargo (1996)", "Casino (1995)", "Heat", "Toy Story 2")
@@ -70,7 +70,7 @@ def backend(request: pytest.FixtureRequest, llama_folder: Path) -> Backend:
 
 def test_satisfies_the_protocol(backend: Backend) -> None:
     assert isinstance(backend, Backend)
-    assert backend.capabilities <= {"generate", "score", "embed"}
+    assert backend.capabilities <= {"generate", "score", "embed", "search"}
 
 
 def test_scores_come_in_order_one_per_candidate(backend: Backend) -> None:
@@ -109,6 +109,30 @@ def test_embeds_or_says_that_it_does_not(backend: Backend) -> None:
 # --------------------------------------------------------------------------- exactness
 
 
+def test_a_search_finds_what_scores_say_is_best(backend: Backend) -> None:
+    """Whatever the engine: with room for everything, a search is a sort of all scores."""
+    if "search" not in backend.capabilities:
+        pytest.skip(f"{backend.name} does not search")
+    texts = [f"{film} {n}" for film in TITLES for n in range(4)]
+    scores = backend.score(PROMPTS, [texts] * len(PROMPTS))
+    excluded: list[list[int]] = [[], [0, 3, 7], list(range(len(texts) - 2))]
+    for exact, width in ((False, len(texts) * 12), (True, 3)):
+        found = backend.search(PROMPTS, texts, k=3, width=width, excluded=excluded[: len(PROMPTS)], exact=exact)
+        for result, known, out in zip(found, scores, excluded, strict=False):
+            left = [place for place in range(len(texts)) if place not in out]
+            best = sorted(left, key=lambda place: -known.logprobs[place])[:3]
+            assert result.certified and list(result.items) == best, (exact, width)
+            assert result.scores == pytest.approx([known.logprobs[place] for place in best], abs=1e-2)
+            assert bool(result.short) == (len(left) < 3)
+
+
+def test_a_search_refuses_texts_that_are_equal(backend: Backend) -> None:
+    if "search" not in backend.capabilities or backend.name == "fake":
+        pytest.skip(f"{backend.name} has no tokens")
+    with pytest.raises(DataError, match=r"items 0 and 2 of the catalogue have the same tokens.*scheme: title"):
+        backend.search(PROMPTS, ["Heat", "Fargo", "Heat"], k=1, width=1)
+
+
 def by_hand(backend: Any, asked: Prompt, text: str, *, closed: bool) -> float:
     """Sum full-softmax log-probabilities over one plain forward of prompt + continuation."""
     import torch
@@ -126,7 +150,7 @@ def test_packed_scores_equal_plain_forwards(kind: str, closed: bool, request: py
     folder = request.getfixturevalue(kind)
     packed, rows = load_hf(folder, packed=True), load_hf(folder, packed=False)
     found = packed.score(PROMPTS, [TITLES] * 3, closed=closed)
-    assert found[0].engine == "hf:packed"
+    assert found[0].engine == "hf:tree"
     assert rows.score(PROMPTS, [TITLES] * 3, closed=closed)[0].engine == "hf:rows"
     for asked, scores, plain in zip(PROMPTS, found, rows.score(PROMPTS, [TITLES] * 3, closed=closed), strict=True):
         expected = [by_hand(packed, asked, title, closed=closed) for title in TITLES]

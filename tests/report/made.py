@@ -116,7 +116,7 @@ def _row(
         "id": name, "task": task, "arm": arm, "predictor": predictor,
         "template": f"{task}/{template}" if template else None, "template_use": use,
         "shots": 2 if arm == "few-shot" else 0,
-        "engine": "numpy" if baseline else "hf:packed" if task == "sequential" else "vllm:one-token",
+        "engine": "numpy" if baseline else "hf:tree" if task == "sequential" else "vllm:one-token",
         "n": USERS, "parse_rate": 1 - failed / USERS, "tie_rate": float(rng.choice([0.0, 0.004, 0.13])),
         "metrics": _metrics(task, level, rng),
         "cost": {
