@@ -79,6 +79,7 @@ bench-index: setup
 
 bench-index-leak: setup
 	$(BIN)/python -m tests.benchmarks.index_leak eval/results/index_leak.json
+	$(BIN)/python -m tests.benchmarks.index_collisions eval/results/index_collisions.json docs/indexes/README.md
 
 suites: setup
 	for suite in movielens-100k movielens-100k-rating movielens-100k-liked; do $(BIN)/llmrec eval eval/suites/$$suite.yaml || exit; done

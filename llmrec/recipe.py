@@ -274,7 +274,9 @@ class CandidateSection(Section):
     """Stored candidate sets: the target among sampled negatives, shuffled once, under one hash."""
 
     count: int = Field(20, ge=2, description="candidates a request, the target included")
-    kind: Literal["uniform", "popularity"] = Field("uniform", description="how negatives are drawn")
+    kind: Literal["uniform", "popularity", "catalogue"] = Field(
+        "uniform", description="how negatives are drawn; catalogue: every item that the history does not hold"
+    )
 
 
 class ShotSection(Section):
@@ -301,6 +303,8 @@ class EvalSection(Section):
     cutoffs: tuple[Positive, ...] = Field((1, 5, 10), min_length=1, description="ranks at which HR and NDCG are cut")
     bootstrap: Positive = Field(2000, description="resamples over users for the 95 % intervals")
     batch: Positive = Field(64, description="requests handed to a backend at a time")
+    beams: Positive = Field(20, description="search: prefixes that are kept of each request, and items in its answer")
+    exact: bool = Field(False, description="search: widen it until no other item can be better")
 
 
 class Recipe(Section):
@@ -332,6 +336,7 @@ class Recipe(Section):
                     raise ValueError(f"tasks.{family}.{key}: a name stands twice in {list(names)}; keep one")
         if len(set(self.eval.arms)) != len(self.eval.arms):
             raise ValueError(f"eval.arms: an arm stands twice in {list(self.eval.arms)}; keep one")
+        self._check_candidates()
         if self.reviews is not None and self.tasks.explanation is None:
             raise ValueError("reviews: only tasks.explanation reads a second table; add that task or drop the section")
         if self.train.method == "full" and self.train.lora != LoraSection():
@@ -339,6 +344,24 @@ class Recipe(Section):
                 "train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'"
             )
         return self
+
+    def _check_candidates(self) -> None:
+        """Keep rankings of the catalogue and of stored candidates out of one table."""
+        whole, sequential = self.eval.candidates.kind == "catalogue", self.tasks.sequential
+        if whole and self.tasks.direct is not None:
+            raise ValueError(
+                "tasks.direct: it shows candidates in the prompt; drop it, or eval.candidates.kind=catalogue"
+            )
+        if whole and sequential is not None and sequential.strategies != ("search",):
+            raise ValueError(
+                "tasks.sequential.strategies: with eval.candidates.kind=catalogue only 'search' ranks the whole "
+                "catalogue; write strategies: [search]"
+            )
+        if not whole and sequential is not None and "search" in sequential.strategies:
+            raise ValueError(
+                "tasks.sequential.strategies: 'search' ranks the whole catalogue, which is another protocol than "
+                "stored candidates; set eval.candidates.kind=catalogue, or drop it"
+            )
 
 
 # --------------------------------------------------------------------------- suites

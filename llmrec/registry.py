@@ -61,6 +61,7 @@ BACKENDS: Mapping[str, str] = {
 
 STRATEGIES: Mapping[str, str] = {
     "likelihood": "llmrec.rank.pointwise:LikelihoodRanker",
+    "search": "llmrec.rank.searching:CatalogueRanker",
     "label": "llmrec.rank.listwise:LabelRanker",
     "list": "llmrec.rank.listwise:ListRanker",
     "expected": "llmrec.rank.rater:ExpectedRater",
@@ -96,7 +97,7 @@ BASELINES: Mapping[str, str] = {
 # What answers which family; a pair outside these tables has no meaning.
 FAMILY_STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "rating": ("expected", "parsed"),
-    "sequential": ("likelihood",),
+    "sequential": ("likelihood", "search"),
     "direct": ("label", "list"),
     "explanation": ("text",),
 }

@@ -6,6 +6,8 @@
 - ``forced``: one request a candidate, whose tokens a logits processor forces while raw log-probabilities are read
   back (the V1 model runner, which vLLM uses on CPU);
 - ``nodes``: one one-token request per distinct prefix of the candidates' tokens (any runner).
+
+A catalogue is searched by the same two routes: see `llmrec.backends.vllm_tree`.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmrec.backends.encode import Encoder
 from llmrec.backends.labels import single_token_labels
 from llmrec.backends.machine import memory
+from llmrec.backends.searching import search
 from llmrec.backends.vigil import Limits
+from llmrec.backends.vllm_tree import Answers, Ask, VLLMTree, answered, parameters
 from llmrec.backends.vllm_watch import ORDERLY_SECONDS, EngineLost, Progress, Watch
 from llmrec.errors import BackendError, require
-from llmrec.types import Capability, Completion, Prompt, Scores
+from llmrec.types import Capability, Completion, Found, Prompt, Scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +49,7 @@ class VLLMBackend:
     """
 
     name = "vllm"
-    capabilities: frozenset[Capability] = frozenset({"generate", "score"})
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "search"})
 
     def __init__(
         self,
@@ -147,6 +151,30 @@ class VLLMBackend:
                 )
         return [result for result in results if result is not None]
 
+    def search(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        *,
+        k: int,
+        width: int,
+        excluded: Sequence[Sequence[int]] = (),
+        exact: bool = False,
+    ) -> list[Found]:
+        """Search a catalogue; see `Backend.search`."""
+        return search(
+            lambda: VLLMTree(self._read, chains=self.route == "forced", limit=_MAX_IDS),
+            self.encoder,
+            prompts,
+            texts,
+            k=k,
+            width=width,
+            excluded=excluded,
+            exact=exact,
+            engine=f"vllm:{self.route}",
+            batch_tokens=self._room(),
+        )
+
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Refused: a vLLM engine generates or embeds, not both.
 
@@ -179,6 +207,17 @@ class VLLMBackend:
         except BaseException:
             self.close()
             raise
+
+    def _read(self, asked: Sequence[Ask]) -> Answers:
+        return answered(self._run([ask.text for ask in asked], [parameters(self._vllm, ask) for ask in asked]), asked)
+
+    def _room(self) -> int:
+        """Tokens that may be searched together, so that what one round cached is still there in the next."""
+        if self._engine is None:
+            raise BackendError("this vLLM engine was closed; build a new one")
+        cache = self._engine.llm_engine.vllm_config.cache_config
+        # A prefix holds a whole block, however few tokens of it are its own.
+        return max(1, int((cache.num_gpu_blocks or 0) * cache.block_size) // 8)
 
     def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]]) -> list[list[float]]:
         """Read next-token log-probabilities of chosen ids, one request for each (prompt ids, ids)."""

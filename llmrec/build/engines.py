@@ -18,8 +18,8 @@ from llmrec.types import Backend
 
 log = logging.getLogger(__name__)
 
-# Strategies whose continuations are long texts; everything else reads one label or generates.
-LIKELIHOOD = frozenset({"likelihood"})
+# Strategies that read trees of tokens behind a prompt; everything else reads one label or generates.
+TREES = frozenset({"likelihood", "search"})
 
 
 class Engines:
@@ -52,11 +52,11 @@ class Engines:
     def engine_for(self, strategy: str) -> str:
         """Return the engine's name for a strategy, as the recipe and this machine decide.
 
-        Title likelihoods under ``scorer: auto`` run on hf on the CPU, where one masked forward a user is faster
-        than vLLM's one request a candidate, and on the evaluation backend on a GPU.
+        Likelihoods and searches under ``scorer: auto`` run on hf on the CPU, where a masked forward shares the prompt
+        among all that follows it and vLLM takes a request for each node, and on the evaluation backend on a GPU.
         """
         section = self._section
-        if strategy not in LIKELIHOOD:
+        if strategy not in TREES:
             return section.backend
         if section.scorer != "auto":
             return section.scorer

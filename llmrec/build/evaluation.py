@@ -171,6 +171,7 @@ class Evaluation:
             index=study.index.digest if study.index and spec.template else None,
             noun=study.task_data(spec.family).dataset.noun,
             split=recipe.eval.split,
+            search=(recipe.eval.beams, recipe.eval.exact) if spec.predictor == "search" else None,
             cutoffs=recipe.eval.cutoffs,
             bootstrap=recipe.eval.bootstrap,
             cases=[case.request.id for case in self._cases[spec.family]],
@@ -197,7 +198,11 @@ class Evaluation:
             batch=self._study.recipe.eval.batch,
             advance=advance,
         )
-        options = {"max_tokens": section.max_tokens} if isinstance(section, ExplanationSection) else {}
+        options: dict[str, Any] = {}
+        if isinstance(section, ExplanationSection):
+            options = {"max_tokens": section.max_tokens}
+        elif spec.predictor == "search":
+            options = {"beams": self._study.recipe.eval.beams, "exact": self._study.recipe.eval.exact}
         predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
         found = self._evaluate(spec, predictor)
         return found, {"engine": predictor.engine, "examples": self._examples(spec, predictor.asker, found)}
@@ -257,7 +262,7 @@ def protocol_of(study: Study, family: str) -> Protocol:
     sets = recipe.eval.candidates
     return Protocol(
         split=f"{data.kind}/{recipe.eval.split}",
-        candidates=f"{sets.kind}-{sets.count}",
+        candidates="full" if sets.kind == "catalogue" else f"{sets.kind}-{sets.count}",
         cutoffs=recipe.eval.cutoffs,
         resamples=recipe.eval.bootstrap,
         seed=recipe.seed,

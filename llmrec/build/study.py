@@ -31,7 +31,7 @@ class Study:
         recipe: The whole recipe.
         data: Main data; its held-out pairs are held out by every task.
         reviews: The second table, where the recipe names one.
-        candidates: Stored candidate sets of the evaluated split, for ranking tasks.
+        candidates: Stored candidate sets of the evaluated split, for ranking tasks; None where the catalogue is ranked.
         index: Codes of the items, where the recipe has an index.
         tasks: Chosen families by name.
         templates: All templates of the chosen families, ``family -> name -> template``.
@@ -80,7 +80,7 @@ def build_study(recipe: Recipe) -> Study:
         data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
     templates = {family: load_templates(family) for family in families}
     candidates = None
-    if any(family in RANKING for family in families):
+    if recipe.eval.candidates.kind != "catalogue" and any(family in RANKING for family in families):
         candidates = draw(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
     index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     tasks: dict[str, Task] = {}
@@ -124,10 +124,11 @@ def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
             f"tasks.explanation needs texts, and {data.dataset.name} has none; name the column with "
             f"{where}.columns.text, or give a second table under `reviews:`"
         )
-    if family in RANKING and len(data.dataset.items) < recipe.eval.candidates.count:
+    sets = recipe.eval.candidates
+    if family in RANKING and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
         raise DataError(
             f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
-            f"{recipe.eval.candidates.count}; lower it"
+            f"{sets.count}; lower it"
         )
 
 
