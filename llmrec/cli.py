@@ -226,9 +226,21 @@ def rank(
     template: Annotated[
         str | None, typer.Option(metavar="NAME", help="Default: the one that the model was evaluated with.")
     ] = None,
+    candidates: Annotated[
+        str,
+        typer.Option(
+            metavar="file|all", help="Which items are ranked: each request's own, or all that its history lacks."
+        ),
+    ] = "file",
     strategy: Annotated[
-        str, typer.Option(metavar="auto|likelihood|label|list", help="How candidates are ordered.")
+        str, typer.Option(metavar="auto|likelihood|label|list|search", help="How candidates are ordered.")
     ] = "auto",
+    beams: Annotated[
+        int, typer.Option(min=1, help="With --candidates all: prefixes kept of each request, and items returned.")
+    ] = 20,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="With --candidates all: search until no other item can be better.")
+    ] = False,
     backend: Annotated[str, typer.Option(metavar="auto|vllm|hf", help="Engine; auto: the faster one here.")] = "auto",
     top: Annotated[int | None, typer.Option(min=1, help="Keep the first so many; default: all.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests handed to the engine at a time.")] = 64,
@@ -264,6 +276,9 @@ def rank(
         limit=limit,
         restart=restart,
         quiet=quiet,
+        candidates=candidates,
+        beams=beams,
+        exact=exact,
     )
     summary = rank_files.rank_file(options)
     show("ranking", rank_progress.console_rows(summary))

@@ -22,6 +22,7 @@ from llmrec.build.engines import Engines, dtype_name
 from llmrec.build.facts import machine, versions
 from llmrec.build.rank_progress import RankBar, Tally
 from llmrec.build.ranking import Way, catalogue, choose_way, notes_of, one_of, rank_requests
+from llmrec.build.ranking_all import Whole
 from llmrec.build.stages import Budget, key_of, locked, read_stage
 from llmrec.data.items import digest_items
 from llmrec.data.ranked import Ranked, read_part, write_part, write_ranked
@@ -61,6 +62,14 @@ class RankOptions:
     limit: int | None
     restart: bool
     quiet: bool
+    candidates: str = "file"
+    beams: int = 20
+    exact: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole catalogue is ranked."""
+        return self.candidates == "all"
 
     @property
     def parts(self) -> Path:
@@ -125,6 +134,7 @@ class _Job:
     weights: str
     store: AnswerStore
     key: str
+    whole: Whole | None = None
 
     def close(self) -> None:
         self.engines.close()
@@ -147,11 +157,15 @@ def _check_out(options: RankOptions) -> None:
 def _open(options: RankOptions, source: RequestFile, budget: Budget) -> _Job:
     one_of("backend", options.backend, ("auto", "vllm", "hf"))
     one_of("dtype", options.dtype, ("auto", "float32", "bfloat16", "float16"))
+    one_of("candidates", options.candidates, ("file", "all"))
     prepare_environment()
     quiet_libraries()
     bundle = _bundle(options)
-    way = choose_way(bundle, task=options.task, template=options.template, strategy=options.strategy)
+    strategy = _strategy(options)
+    way = choose_way(bundle, task=options.task, template=options.template, strategy=strategy)
     items = catalogue(bundle, options.items)
+    if options.whole and not items:
+        raise DataError("--candidates all ranks a catalogue, and none is known; name a table of items with --items")
     encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=_window(options, bundle))
     store = AnswerStore(options.parts / "answers.sqlite")
     engines = Engines(bundle.model, _engine_section(options.backend), encoder, bundle.seed, budget, store)
@@ -171,8 +185,22 @@ def _open(options: RankOptions, source: RequestFile, budget: Budget) -> _Job:
         top=options.top,
         batch=options.batch,
         limit=options.limit,
+        whole=(options.beams, options.exact) if options.whole else None,
     )
-    return _Job(bundle, way, items, encoder, engines, engine, weights, store, key)
+    whole = None
+    if options.whole and items:
+        whole = Whole(bundle, items, way, encoder, beams=max(options.beams, options.top or 1), exact=options.exact)
+    return _Job(bundle, way, items, encoder, engines, engine, weights, store, key, whole)
+
+
+def _strategy(options: RankOptions) -> str:
+    if options.whole and options.strategy not in ("auto", "search"):
+        raise DataError(
+            f"--candidates all is answered by a search; --strategy {options.strategy} ranks given candidates"
+        )
+    if not options.whole and options.strategy == "search":
+        raise DataError("--strategy search ranks the whole catalogue; ask for it with --candidates all")
+    return "search" if options.whole else options.strategy
 
 
 def _bundle(options: RankOptions) -> Bundle:
@@ -294,39 +322,44 @@ class _Row:
     def failed(self, reason: str) -> Ranked:
         return Ranked(request_id=self.request_id, user_id=self.user_id, line=self.raw.line, error=reason)
 
-    def read(self, items: Mapping[str, Item] | None) -> RankRequest | Ranked:
+    def read(self, items: Mapping[str, Item] | None, *, whole: bool) -> RankRequest | Ranked:
         if self.error or self.raw.record is None:
             return self.failed(self.error)
         try:
-            return read_request(self.raw.record, self.number, items)
+            return read_request(self.raw.record, self.number, items, whole=whole)
         except DataError as error:
             return self.failed(str(error))
 
 
 def _rank(options: RankOptions, job: _Job, backend: Backend, rows: Sequence[_Row], bar: RankBar) -> list[Ranked]:
-    read = [row.read(job.items) for row in rows]
+    read = [row.read(job.items, whole=job.whole is not None) for row in rows]
     requests = [request for request in read if isinstance(request, RankRequest)]
     bar.advance(len(read) - len(requests))
     one_by_one = job.engine == "hf" and job.way.strategy != "list"
-    answers = iter(
-        rank_requests(
+    batch = min(_FEW, options.batch) if one_by_one else options.batch
+    if job.whole is not None:
+        ranked = job.whole.rank(requests, backend, batch=batch, advance=bar.advance)
+    else:
+        ranked = rank_requests(
             job.bundle,
             requests,
             way=job.way,
             backend=backend,
             encoder=job.encoder,
-            batch=min(_FEW, options.batch) if one_by_one else options.batch,
+            batch=batch,
             advance=bar.advance,
         )
-    )
+    answers = iter(ranked)
     return [
-        each if isinstance(each, Ranked) else _record(options, job.way, row.raw.line, each, next(answers))
+        each if isinstance(each, Ranked) else _record(options, job, row.raw.line, each, next(answers))
         for row, each in zip(rows, read, strict=True)
     ]
 
 
-def _record(options: RankOptions, way: Way, line: int, request: RankRequest, answer: Ranking | Unparsed) -> Ranked:
+def _record(options: RankOptions, job: _Job, line: int, request: RankRequest, answer: Ranking | Unparsed) -> Ranked:
     titles = {item.item_id: item.title for item in request.candidates}
+    if job.whole is not None and job.items is not None and isinstance(answer, Ranking):
+        titles = {item: job.items[item].title for item in answer.items}
     ranking = answer if isinstance(answer, Ranking) else None
     top = ranking.items[: options.top] if ranking else ()
     return Ranked(
@@ -337,7 +370,7 @@ def _record(options: RankOptions, way: Way, line: int, request: RankRequest, ans
         scores=ranking.scores[: options.top] if ranking else (),
         titles=tuple(titles[item] for item in top),
         error=answer.reason if isinstance(answer, Unparsed) else None,
-        notes=(*request.notes, *notes_of(way, request, answer)),
+        notes=(*request.notes, *notes_of(job.way, request, answer)),
         prompt_tokens=answer.cost.prompt_tokens,
         completion_tokens=answer.cost.completion_tokens,
     )

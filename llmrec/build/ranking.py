@@ -17,7 +17,7 @@ import polars as pl
 
 from llmrec.backends.encode import Encoder, pieces
 from llmrec.build.bundle import Bundle
-from llmrec.build.indexing import embed_of
+from llmrec.build.ranking_codes import CodesByMention
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.hashing import hash64
 from llmrec.data.items import read_items
@@ -77,7 +77,7 @@ def choose_way(bundle: Bundle, *, task: str = "auto", template: str | None = Non
         fits = task in ("auto", family) and strategy in ("auto", *FAMILY_STRATEGIES[family])
         if fits and (template is None or _named(template, family, templates[family])):
             name = (
-                template.rpartition("/")[2] if template else _task(bundle, family, {}, bundle.index).eval_templates[0]
+                template.rpartition("/")[2] if template else task_of(bundle, family, {}, bundle.index).eval_templates[0]
             )
             return Way(family, name, FAMILY_STRATEGIES[family][0] if strategy == "auto" else strategy)
     asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
@@ -135,7 +135,7 @@ def rank_requests(
     Returns:
         Rankings of all candidates, with the ids of the request's items, or the reason why there is none.
     """
-    posed = _pose(bundle, requests, way)
+    posed = pose(bundle, requests, way)
     answers: list[Ranking | Unparsed] = []
     for start in range(0, len(posed.requests), batch):
         part = range(start, min(start + batch, len(posed.requests)))
@@ -158,7 +158,7 @@ def notes_of(way: Way, request: RankRequest, answer: Ranking | Unparsed) -> tupl
 
 
 @dataclass(frozen=True)
-class _Posed:
+class Posed:
     """Requests as a task knows them, beside what was asked.
 
     Every mention of an item has an id of its own, so that two requests can give one item two titles. ``places`` says
@@ -173,7 +173,12 @@ class _Posed:
     places: Mapping[str, int]
 
 
-def _pose(bundle: Bundle, requests: Sequence[RankRequest], way: Way) -> _Posed:
+def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Way, index: ItemIndex | None = None) -> Posed:
+    """Give every mention of an item an id of its own, and requests the form that a task takes.
+
+    ``index`` stands in for the bundle's, where more items were placed in it.
+    """
+    index = index or bundle.index
     items: dict[str, Item] = {}
     texts: dict[str, Item] = {}
     places: dict[str, int] = {}
@@ -206,47 +211,13 @@ def _pose(bundle: Bundle, requests: Sequence[RankRequest], way: Way) -> _Posed:
                 id=str(n),
                 user_id=_NOBODY if request.user_id is None else request.user_id,
                 history=tuple(past),
-                candidates=tuple(pool),
+                # A request without candidates is one about the whole catalogue.
+                candidates=tuple(pool) or None,
                 context={"profile": request.profile} if request.profile else {},
             )
         )
-    codes = _Codes(bundle.index, items, requests) if bundle.index else None
-    return _Posed(way, _task(bundle, way.family, texts, codes), requests, posed, items, places)
-
-
-class _Codes:
-    """Codes by mention: those of the index, and for items that it does not hold those that their request gets.
-
-    Each request's new items are placed by themselves, so that no request moves another's codes, or fails with it.
-    """
-
-    def __init__(self, index: ItemIndex, items: Mapping[str, Item], requests: Sequence[RankRequest]) -> None:
-        self._index, self._items, self._requests = index, items, requests
-        self._extended: dict[int, ItemIndex] = {}
-
-    def encode(self, item: str) -> str:
-        """Return the code of a mention; see `ItemCodes`.
-
-        Raises:
-            DataError: If the model knows no token for an item.
-        """
-        known = self._items[item].item_id
-        if known in self._index.codes:
-            return self._index.encode(known)
-        n = int(item.partition("/")[0])
-        if n not in self._extended:
-            self._extended[n] = self._placed(self._requests[n])
-        return self._extended[n].encode(known)
-
-    def _placed(self, request: RankRequest) -> ItemIndex:
-        mentioned = (*(event.item for event in request.history), *request.candidates)
-        extended = self._index.extend({item.item_id: item for item in mentioned}, embed=embed_of(self._index))
-        if extended.tokens != self._index.tokens:
-            raise DataError(
-                f"the model was tuned on one token an item (index scheme {self._index.scheme!r}), and an item that it "
-                "was not tuned on has none; leave new items out, or tune on codes that items share"
-            )
-        return extended
+    codes = CodesByMention(index, items, requests) if index else None
+    return Posed(way, task_of(bundle, way.family, texts, codes), requests, posed, items, places)
 
 
 def _seeded_order(request: RankRequest, seed: int) -> list[int]:
@@ -255,7 +226,7 @@ def _seeded_order(request: RankRequest, seed: int) -> list[int]:
     return sorted(range(len(ids)), key=lambda place: (int(keys[place]), ids[place]))
 
 
-def _task(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Any:
+def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Any:
     """Build a family's task over these items alone: no interactions, so it can only ask."""
     nothing = pl.DataFrame(schema=dict(SCHEMA))
     dataset = Dataset(
@@ -288,7 +259,7 @@ class _Found:
     failure: str = ""
 
 
-def _answers(posed: _Posed, part: range, backend: Backend, encoder: Encoder) -> Iterator[Ranking | Unparsed]:
+def _answers(posed: Posed, part: range, backend: Backend, encoder: Encoder) -> Iterator[Ranking | Unparsed]:
     found = {n: _Found() for n in part}
     # Lists are asked for by size: how long an answer may be is one number a call.
     calls: dict[int, list[Request]] = defaultdict(list)
@@ -316,7 +287,7 @@ def _answers(posed: _Posed, part: range, backend: Backend, encoder: Encoder) -> 
         yield _result(posed, n, found[n])
 
 
-def _slices(posed: _Posed, request: Request, encoder: Encoder) -> list[Request]:
+def _slices(posed: Posed, request: Request, encoder: Encoder) -> list[Request]:
     """Cut a request so that each part fits one forward; scores do not depend on what else is scored.
 
     Raises:
@@ -372,7 +343,7 @@ def _add(found: _Found, answer: Ranking | Unparsed) -> None:
         found.failure = f"{answer.reason}: {(answer.raw or '')[:_QUOTED]!r}"
 
 
-def _result(posed: _Posed, n: int, found: _Found) -> Ranking | Unparsed:
+def _result(posed: Posed, n: int, found: _Found) -> Ranking | Unparsed:
     request_id = posed.asked[n].id
     if not found.failure and not all(math.isfinite(score) for score in found.scores.values()):
         found.failure = "the model gave a score that is no finite number; try --dtype float32"

@@ -248,8 +248,8 @@ def notes(study: Study) -> list[str]:
     if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
         found.append(
             "Ranking figures are over the whole catalogue less the history. A model's answer holds as many items as it "
-            "kept beams, a baseline's a hundred; what an answer leaves out is a miss. That lowers MRR, and no figure that "
-            "is cut at the beams or earlier."
+            "kept beams, a baseline's a hundred; what an answer leaves out is a miss. That lowers MRR, and no figure "
+            "that is cut at the beams or earlier."
         )
     if len(study.recipe.eval.arms) > 1 or "tuned" in study.recipe.eval.arms:
         found.append("One training seed: intervals cover the choice of users, not the choice of seed.")

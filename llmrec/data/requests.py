@@ -44,7 +44,7 @@ class RankRequest:
 
     Attributes:
         id: Unique within a file.
-        candidates: Items to rank, each once; their order carries no meaning.
+        candidates: Items to rank, each once; their order carries no meaning. None of them: the whole catalogue.
         history: Oldest first; empty for a cold user.
         user_id: As given, or None.
         profile: What the request says about the user; may be empty.
@@ -86,13 +86,16 @@ class _Unknown(Exception):
         self.item_id = item_id
 
 
-def read_request(record: Mapping[str, object], row: int, catalogue: Mapping[str, Item] | None) -> RankRequest:
+def read_request(
+    record: Mapping[str, object], row: int, catalogue: Mapping[str, Item] | None, *, whole: bool = False
+) -> RankRequest:
     """Check a request and give every item its text.
 
     Args:
         record: Its keys are `KEYS`; entries of ``history`` and ``candidates`` are texts, whole numbers or objects.
         row: Counted from 1; stands in for a missing id.
         catalogue: Items by id. Without one, an entry that is a text is the title itself.
+        whole: The whole catalogue is ranked, and a request's own candidates are left aside.
 
     Raises:
         DataError: If it cannot be ranked; the message says what is wrong with the request, not where it stands.
@@ -100,7 +103,7 @@ def read_request(record: Mapping[str, object], row: int, catalogue: Mapping[str,
     request_id = _optional_id("id", record.get("id")) or str(row)
     user_id = _optional_id("user_id", record.get("user_id"))
     remarks = _Remarks()
-    candidates = _candidates(record, catalogue, remarks)
+    candidates = () if whole else _candidates(record, catalogue, remarks)
     history = _history(record, catalogue, remarks)
     profile = "" if record.get("profile") is None else _text("profile", record["profile"])
     notes = [f"{key!r} was ignored{hint}" for key in record if (hint := _near_miss(key))] + remarks.notes()
@@ -109,6 +112,8 @@ def read_request(record: Mapping[str, object], row: int, catalogue: Mapping[str,
         notes.append("history: the timestamps are not oldest first; the order was kept as given")
     if not history:
         notes.append("no history")
+    if whole and record.get("candidates") is not None:
+        notes.append("candidates: left aside, since all items are ranked")
     if _too_long(profile):
         notes.append(f"profile: cut to {TITLE_LIMIT} characters")
     return RankRequest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmrec.errors import LlmrecError
@@ -11,74 +11,103 @@ from llmrec.types import Answer, Cost, Found, Ranking, Request
 
 
 class CatalogueRanker:
-    """Ranks the whole catalogue by log P(code | prompt), end of answer included, as far as ``beams`` items.
+    """Ranks the whole catalogue by log P(code | prompt), end of answer included, as far as ``beams`` texts.
 
     Items of the request's history are left out inside the search, so that as many others are found. Every answer holds
-    real items, each once. The sum is a full-softmax log-probability.
+    real items, each once; items that are written alike share a score. It is a full-softmax log-probability.
     """
 
     name = "search"
 
-    def __init__(self, asker: Asker, *, beams: int = 20, exact: bool = False, seen: bool = False) -> None:
+    def __init__(
+        self,
+        asker: Asker,
+        *,
+        beams: int = 20,
+        exact: bool = False,
+        seen: bool = False,
+        known_as: Callable[[str], str] = str,
+    ) -> None:
         """Set up.
 
         Args:
-            asker: Its task knows the catalogue.
-            beams: Prefixes that are kept, and items that are returned.
-            exact: Widen the search of a request until no other item can be better than those returned.
+            asker: Its task has the catalogue, ``catalogue``, and writes it as the continuations of any request.
+            beams: Prefixes that are kept, and texts that are returned.
+            exact: Widen the search of a request until no other text can be better than those returned.
             seen: Items of the history may be ranked too.
+            known_as: What the catalogue calls an item of a history.
         """
         asker.needs("search")
-        self.asker, self._beams, self._exact, self._seen = asker, beams, exact, seen
+        self.asker, self._beams, self._exact, self._seen, self._known_as = asker, beams, exact, seen, known_as
         self.engine = ""
-        self.certified = 0
+        self.uncertified = 0
+        self._texts: tuple[str, ...] = ()
+        self._groups: list[list[str]] = []
+        self._places: dict[str, int] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the catalogue for every request; see `Predictor.answer`.
 
         Raises:
-            LlmrecError: If a request brings candidates, or the texts of items depend on the request.
+            LlmrecError: If a request brings candidates.
         """
-        task: Any = self.asker.task
-        items: tuple[str, ...] = task.catalogue
-        places = {item: place for place, item in enumerate(items)}
         answers: list[Answer] = []
-        texts: tuple[str, ...] | None = None
         for part, prompts in self.asker.batches(requests):
             for request in part:
-                self._check(request)
-            if texts is None:
-                texts = task.continuations(part[0], template=self.asker.template)
+                _refuse_candidates(request)
+            if not self._texts:
+                self._write(part[0])
             found = self.asker.backend.search(
                 prompts,
-                texts,
+                self._texts,
                 k=self._beams,
                 width=self._beams,
-                excluded=[() if self._seen else _places(request, places) for request in part],
+                excluded=[self._gone(request) for request in part],
                 exact=self._exact,
             )
             for request, prompt, each in zip(part, prompts, found, strict=True):
-                answers.append(self._ranking(request, items, each, prompt_hash(prompt)))
+                answers.append(self._ranking(request, each, prompt_hash(prompt)))
         return answers
 
-    def _check(self, request: Request) -> None:
-        if request.candidates is not None:
-            raise LlmrecError(
-                f"request {request.id}: the strategy 'search' ranks the whole catalogue, and this request has "
-                "candidates of its own; use the strategy 'likelihood'"
-            )
+    def _write(self, request: Request) -> None:
+        """Note how the catalogue is written, once: items that are written alike are one text."""
+        task: Any = self.asker.task
+        groups: dict[str, list[str]] = {}
+        for item, text in zip(task.catalogue, task.continuations(request, template=self.asker.template), strict=True):
+            groups.setdefault(text, []).append(item)
+        self._texts, self._groups = tuple(groups), list(groups.values())
+        self._places = {item: place for place, items in enumerate(self._groups) for item in items}
 
-    def _ranking(self, request: Request, items: Sequence[str], found: Found, prompt: str) -> Ranking:
+    def _gone(self, request: Request) -> list[int]:
+        """Return the texts whose items are all in the history."""
+        if self._seen:
+            return []
+        seen = {self._known_as(event.item_id) for event in request.history}
+        places = {self._places[item] for item in seen if item in self._places}
+        return sorted(place for place in places if seen.issuperset(self._groups[place]))
+
+    def _ranking(self, request: Request, found: Found, prompt: str) -> Ranking:
         self.engine = found.engine
-        self.certified += found.certified
+        self.uncertified += not found.certified
+        seen = set() if self._seen else {self._known_as(event.item_id) for event in request.history}
+        ranked = [
+            (item, score)
+            for place, score in zip(found.items, found.scores, strict=True)
+            for item in self._groups[place]
+            if item not in seen
+        ]
         return Ranking(
             request_id=request.id,
-            items=tuple(items[place] for place in found.items),
-            scores=found.scores,
+            items=tuple(item for item, _ in ranked),
+            scores=tuple(score for _, score in ranked),
             prompt_hash=prompt,
             cost=Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens),
         )
 
 
-def _places(request: Request, places: dict[str, int]) -> list[int]:
-    return sorted({places[event.item_id] for event in request.history if event.item_id in places})
+def _refuse_candidates(request: Request) -> None:
+    if request.candidates is not None:
+        raise LlmrecError(
+            f"request {request.id}: the strategy 'search' ranks the whole catalogue, and this request has candidates "
+            "of its own; use the strategy 'likelihood'"
+        )

@@ -130,15 +130,40 @@ def test_a_template_of_codes_needs_an_index(llama_folder: Path) -> None:
         build_study(recipe(llama_folder, "index=null"))
 
 
+def test_a_run_over_the_whole_catalogue_has_its_own_protocol(llama_folder: Path, tmp_path: Path) -> None:
+    whole = ("eval.candidates={kind: catalogue}", "tasks.sequential.strategies=[search]", "eval.beams=5")
+    run = pipeline.run(recipe(llama_folder, TREE, *whole, "eval.arms=[zero-shot]"), tmp_path / "r", quiet=True)
+    (row,) = [row for row in run.results["rows"] if row["arm"] != "baseline"]
+    assert row["engine"] == "hf:tree" and row["candidates"] is None
+    assert {figure["signature"].split("|cand:")[1].split("|")[0] for figure in row["metrics"].values()} == {"full"}
+    assert not (tmp_path / "r" / "candidates").exists()
+    for _, parsed in answers_of(tmp_path / "r", "zero-shot"):
+        assert len(parsed["items"]) == 5 == len(set(parsed["items"]))
+    assert all(check.verdict != "leak" for check in audit.audit(tmp_path / "r"))
+    for wrong, what in (
+        ("tasks.sequential.strategies=[likelihood]", r"strategies: \[search\]"),
+        ("eval.candidates={kind: uniform, count: 5}", "another protocol"),
+    ):
+        with pytest.raises(RecipeError, match=what):
+            recipe(llama_folder, TREE, *whole, wrong)
+
+
+def answers_of(folder: Path, arm: str) -> list[tuple[str, Any]]:
+    rows = pl.read_parquet(folder / "predictions.parquet").filter(pl.col("row_id").str.contains(arm))
+    return [(request, json.loads(parsed)) for request, parsed in rows.select("request_id", "parsed").iter_rows()]
+
+
 # --------------------------------------------------------------------------- out of the run
 
 
-def ranked(model: Path, tmp_path: Path, items: Path | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def ranked(
+    model: Path, tmp_path: Path, items: Path | None, rows: list[dict[str, Any]], **more: Any
+) -> list[dict[str, Any]]:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = rank_files.RankOptions(
         model=str(model), requests=tmp_path / "in.jsonl", out=tmp_path / "out.jsonl", items=items, task="auto",
-        template=None, strategy="auto", backend="hf", top=None, batch=8, noun=None, max_length=None, dtype="auto",
-        limit=None, restart=True, quiet=True,
+        template=None, strategy="auto", backend="hf", top=None, batch=8, noun=None, max_length=None, dtype="float32",
+        limit=None, restart=True, quiet=True, **more,
     )  # fmt: skip
     rank_files.rank_file(options)
     return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -163,6 +188,33 @@ def test_new_items_are_ranked_where_the_scheme_can_place_them(
     else:
         assert sorted(found["new"]["items"]) == sorted([*known[2:], "new-1"])
         assert sorted(found["again"]["items"]) == known[2:]
+
+
+def test_the_whole_catalogue_is_ranked_for_a_history(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:
+    chosen, run = done
+    study = build_study(chosen)
+    known = sorted(study.data.dataset.items)
+    rows = [
+        {"id": "warm", "history": known[:3]},
+        {"id": "cold", "history": [], "candidates": ["ignored"]},
+        {"id": "all but two", "history": known[2:]},
+        {"id": "broken", "history": 7},
+    ]
+    whole = ranked(run.folder, tmp_path, None, rows, candidates="all", beams=6, exact=True)
+    found = {row["request_id"]: row for row in whole}
+    for name, history in (("warm", known[:3]), ("cold", []), ("all but two", known[2:])):
+        items = found[name]["items"]
+        assert len(items) == len(set(items)) == min(6, len(known) - len(history))
+        assert not set(items) & set(history) and set(items) <= set(known)
+        assert found[name]["scores"] == sorted(found[name]["scores"], reverse=True)
+    assert any("left aside" in note for note in found["cold"]["notes"])
+    assert "'history' is" in found["broken"]["error"]
+    # A certified list is what scoring every item gives.
+    (tmp_path / "one").mkdir()
+    pool = [item for item in known if item not in known[:3]]
+    one = ranked(run.folder, tmp_path / "one", None, [{"id": "w", "history": known[:3], "candidates": pool}])
+    assert one[0]["items"][:6] == found["warm"]["items"]
+    assert one[0]["scores"][:6] == pytest.approx(found["warm"]["scores"], abs=1e-3)
 
 
 def test_an_export_carries_the_codes_and_answers_alike(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:

@@ -192,7 +192,9 @@ def test_ten_thousand_lists_hold_real_items_once() -> None:
     lists = 0
     for seed in range(20):
         prompts = [(int(n),) for n in dice.integers(0, 10**6, 500)]
-        out = [dice.choice(len(paths), int(size), replace=False).tolist() for size in dice.integers(0, len(paths) - 2, 500)]
+        out = [
+            dice.choice(len(paths), int(size), replace=False).tolist() for size in dice.integers(0, len(paths) - 2, 500)
+        ]
         for found, barred in zip(beam(FastEngine(seed), tree, prompts, k=10, width=12, excluded=out), out, strict=True):
             assert len(set(found.items)) == len(found.items) == min(10, len(paths) - len(barred))
             assert not set(found.items) & set(barred) and all(0 <= item < len(paths) for item in found.items)
