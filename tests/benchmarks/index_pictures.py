@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -24,6 +25,8 @@ NAMES = (
     *("title", "random", "sequential", "token", "collaborative", "collaborative-token"),
     *("semantic", "semantic-token", "category"),
 )
+# Codes of a file are drawn from those of this scheme, as if they had been made elsewhere.
+IMPORTED = "semantic"
 _WIDTH, _ROW, _PAD = 960, 74, 26
 _INK, _SOFT, _LINE, _BACK = "#1f2430", "#5b6375", "#d5dae3", "#ffffff"
 _FILL, _QUIET = "#2f6f9f", "#e8edf3"
@@ -38,9 +41,8 @@ class Canvas:
 
     def text(self, x: float, y: float, text: str, *, size: int = 15, ink: str = _INK, mono: bool = False) -> None:
         family = "ui-monospace, Menlo, Consolas, monospace" if mono else "system-ui, Segoe UI, Helvetica, sans-serif"
-        self.parts.append(
-            f'<text x="{x:.0f}" y="{y:.0f}" font-family="{family}" font-size="{size}" fill="{ink}">{escape(text)}</text>'
-        )
+        look = f'font-family="{family}" font-size="{size}" fill="{ink}"'
+        self.parts.append(f'<text x="{x:.0f}" y="{y:.0f}" {look}>{escape(text)}</text>')
 
     def box(self, x: float, y: float, text: str, *, strong: bool) -> float:
         """Draw a piece and return where it ends."""
@@ -51,7 +53,10 @@ class Canvas:
         return x + width
 
     def svg(self, height: float, title: str) -> str:
-        frame = f'<rect x="1" y="1" width="{_WIDTH - 2}" height="{height - 2:.0f}" rx="10" fill="{_BACK}" stroke="{_LINE}"/>'
+        frame = (
+            f'<rect x="1" y="1" width="{_WIDTH - 2}" height="{height - 2:.0f}" rx="10" fill="{_BACK}" '
+            f'stroke="{_LINE}"/>'
+        )
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" width="{_WIDTH}" '
             f'height="{height:.0f}" role="img" aria-label="{escape(title)}">'
@@ -124,6 +129,9 @@ def main(folder: Path) -> None:
         item = max(found, key=lambda each: (len("".join(index.codes[each])), each))
         popular = Counter(data.train["item_id"].to_list())
         (folder / f"{name}.svg").write_text(draw(index, item, titles, popular), encoding="utf-8")
+        if name == IMPORTED:
+            imported = replace(index, scheme="external")
+            (folder / "external.svg").write_text(draw(imported, item, titles, popular), encoding="utf-8")
         sys.stdout.write(f"{name}: {index.encode(item)}\n")
 
 
