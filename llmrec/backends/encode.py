@@ -18,11 +18,14 @@ from typing import Any
 from llmrec.decode.catalogue import Catalogue
 from llmrec.errors import BackendError, DataError
 from llmrec.guard import control_tokens, neutralise
+from llmrec.resources import cache_dir
 from llmrec.types import Completion, Example, Message, Prompt, Segment
 
 IGNORED = -100
 _CACHE_LIMIT = 500_000
 _CATALOGUES = 4
+# Texts of a catalogue that is worth a file.
+_LARGE = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,10 @@ class Encoder:
         return (*self.piece(text), self.end_id)
 
     def catalogue(self, texts: Sequence[str], stop: str | None) -> Catalogue:
-        """Return the tree of all closed answers to prompts that end with ``stop``; the last few are remembered.
+        """Return the tree of all closed answers to prompts that end with ``stop``.
+
+        The last few are remembered, and those of large catalogues lie in the cache folder: tokenising a million titles
+        takes longer than building their tree.
 
         Raises:
             DataError: If two texts have the same tokens.
@@ -121,18 +127,25 @@ class Encoder:
         key = (stop, hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest())
         known = self._catalogues.pop(key, None)
         if known is None:
-            prompt = Prompt(messages=(), stop=stop)
-            try:
-                known = Catalogue.of([self.continuation(prompt, text, closed=True) for text in texts])
-            except DataError as error:
-                raise DataError(
-                    f"{error} (items are counted from 0 as their texts were given; an index such as index: "
-                    "{scheme: title} gives every item a text of its own)"
-                ) from None
+            name = hashlib.sha256(f"{self.digest}\0{stop!r}\0{key[1]}".encode()).hexdigest()[:32]
+            file = cache_dir() / "catalogues" / f"{name}.safetensors"
+            known = Catalogue.load(file) if len(texts) >= _LARGE and file.is_file() else self._tree(texts, stop)
+            if len(texts) >= _LARGE and not file.is_file():
+                known.save(file)
         self._catalogues[key] = known
         while len(self._catalogues) > _CATALOGUES:
             self._catalogues.pop(next(iter(self._catalogues)))
         return known
+
+    def _tree(self, texts: Sequence[str], stop: str | None) -> Catalogue:
+        prompt = Prompt(messages=(), stop=stop)
+        try:
+            return Catalogue.of([self.continuation(prompt, text, closed=True) for text in texts])
+        except DataError as error:
+            raise DataError(
+                f"{error} (items are counted from 0 as their texts were given; an index such as index: "
+                "{scheme: title} gives every item a text of its own)"
+            ) from None
 
     def row(self, example: Example) -> Row:
         """Return a training row: loss on target pieces, and on the end of turn where the row closes it."""

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "index"
 """Where a model folder keeps its index."""
+# Raised whenever a scheme finds other codes than before.
+_REVISION = 1
 # Schemes whose codes take long to find.
 _SLOW = ("collaborative", "semantic")
 
@@ -43,6 +45,7 @@ def build_index(section: IndexSection, data: SplitDataset, *, seed: int) -> Item
         return indexes.build(section, data, seed=seed)
     key = key_of(
         llmrec=__version__,
+        revision=_REVISION,
         index=section.model_dump(exclude={"tokens"}),
         encoder=embed.stamp if embed else None,
         data=data.fingerprint,

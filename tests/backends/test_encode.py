@@ -109,3 +109,27 @@ def test_labels_that_differ_in_one_token() -> None:
     assert single_token_labels([(1, 2), (3, 2)]) is None
     assert single_token_labels([(1,), (1,)]) is None
     assert single_token_labels([(1,)]) is None
+
+
+def test_a_catalogue_holds_closed_answers_and_a_large_one_is_kept(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llmrec.backends import encode
+
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    texts = ("Heat", "Heat 2", "Fargo")
+    tree = encoder.catalogue(texts, "\n")
+    for item, text in enumerate(texts):
+        assert tree.path(int(tree.places[item])) == encoder.continuation(
+            Prompt(messages=(), stop="\n"), text, closed=True
+        )
+    assert encoder.catalogue(texts, "\n") is tree and encoder.catalogue(texts, None) is not tree
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(encode, "_LARGE", 3)
+    many = (*texts, "Casino")
+    first = encoder.catalogue(many, "\n")
+    (file,) = tmp_path.rglob("*.safetensors")
+    encoder._catalogues.clear()
+    monkeypatch.setattr(encoder, "_tree", lambda *_: pytest.fail("it was built again"))
+    again = encoder.catalogue(many, "\n")
+    assert (again.tokens == first.tokens).all() and (again.order == first.order).all() and file.is_file()
