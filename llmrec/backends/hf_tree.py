@@ -53,11 +53,8 @@ class MaskedTree:
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         self._lengths, self._width = lengths, longest
-        # Of every prompt and fed token: its place in the text, its column behind the prompts, and whom it sees there.
+        # Of every prompt and fed token: its place in the text, and which columns behind the prompts it sees.
         self._positions = lengths - 1
-        self._columns = np.full(len(prompts), -1)
-        self._slots = np.zeros(len(prompts), dtype=np.int64)
-        self._owners = np.arange(len(prompts))
         self._sees = np.zeros((len(prompts), 0), dtype=bool)
         known = self._resume(prompts)
         ids = np.full((len(prompts), longest - known), self._pad)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[I
     else:
         lengths = np.array([len(path) for path in paths], dtype=np.int32)
         table = np.full((len(paths), int(lengths.max(initial=0))), -1, dtype=np.int32)
-        flat = np.fromiter((token for path in paths for token in path), dtype=np.int32, count=int(lengths.sum()))
+        flat = np.fromiter(chain.from_iterable(paths), dtype=np.int32, count=int(lengths.sum()))
         table[np.arange(table.shape[1]) < lengths[:, None]] = flat
     if len(table) == 0:
         raise DataError("the catalogue holds no item; give it some")

@@ -142,6 +142,14 @@ def test_a_chain_is_one_request_where_tokens_can_be_forced(chains: bool) -> None
     assert tree.requests == 1 + len(asked) and tree.forwards == 2
 
 
+def test_a_prompt_that_goes_on_from_another_hides_no_choice() -> None:
+    made = MadeEngine(4, forces=True)
+    tree = VLLMTree(made.read, chains=True, limit=4)
+    values = tree.open([(5,), (5, 1)], Wanted(np.array([0, 0, 1, 1]), np.array([1, 2, 1, 2])))
+    assert values.tolist() == [logprob(text, t) for text in [(5,), (5, 1)] for t in (1, 2)]
+    assert made.rounds == [[Ask((5,), (), (1, 2)), Ask((5, 1), (), (1, 2))]]
+
+
 def test_nothing_wanted_asks_nothing() -> None:
     made = MadeEngine(4, forces=False)
     (found,) = beam(

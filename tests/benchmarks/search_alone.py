@@ -61,7 +61,7 @@ def measure_catalogue() -> dict[str, Any]:
             "trie": faster(seconds, "dict trie", "llmrec, of lists", 8.0)
             | {"what": "times faster to make from lists than a dict trie"},
             "step": within(steps, "1,000,000 items", "10,000 items", 1.2)
-            | {"what": "a step of the search at a million items, by one at ten thousand"},
+            | {"what": "times as long for a step at a million items as at ten thousand"},
         },
     }
 
