@@ -138,18 +138,37 @@ class VLLMBackend:
                     prompt_tokens=len(encoded[i]),
                     engine="vllm:one-token",
                 )
-        if hard:
-            sums = (self._forced if self.route == "forced" else self._nodes)(
-                [encoded[i] for i in hard], [tails[i] for i in hard]
-            )
-            for i, values in zip(hard, sums, strict=True):
+        routes = {i: self._cheaper(encoded[i], tails[i]) for i in hard}
+        for route, read in (("forced", self._forced), ("nodes", self._nodes)):
+            these = [i for i in hard if routes[i] == route]
+            sums = read([encoded[i] for i in these], [tails[i] for i in these]) if these else []
+            for i, values in zip(these, sums, strict=True):
                 results[i] = Scores(
                     logprobs=tuple(values),
                     tokens=tuple(len(tail) for tail in tails[i]),
                     prompt_tokens=len(encoded[i]),
-                    engine=f"vllm:{self.route}",
+                    engine=f"vllm:{route}",
                 )
         return [result for result in results if result is not None]
+
+    def _cheaper(self, ids: Sequence[int], tails: Sequence[tuple[int, ...]]) -> str:
+        """Choose the route that computes fewer tokens: behind the prompt's last full block every request starts anew.
+
+        Forced, that is each candidate whole; by nodes it is every distinct beginning. Few candidates part early and are
+        forced, many that share their beginnings are not.
+        """
+        if self.route == "nodes":
+            return "nodes"
+        tail = len(ids) % self._block()
+        beginnings = {candidate[:end] for candidate in tails for end in range(len(candidate))}
+        nodes = sum(tail + len(beginning) for beginning in beginnings)
+        return "nodes" if nodes < sum(tail + len(candidate) for candidate in tails) else "forced"
+
+    def _block(self) -> int:
+        """Tokens of a block of the prefix cache."""
+        if self._engine is None:
+            raise BackendError("this vLLM engine was closed; build a new one")
+        return int(self._engine.llm_engine.vllm_config.cache_config.block_size)
 
     def search(
         self,
@@ -213,11 +232,10 @@ class VLLMBackend:
 
     def _room(self) -> int:
         """Tokens that may be searched together, so that what one round cached is still there in the next."""
-        if self._engine is None:
-            raise BackendError("this vLLM engine was closed; build a new one")
-        cache = self._engine.llm_engine.vllm_config.cache_config
+        block = self._block()
+        blocks = self._engine.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0
         # A prefix holds a whole block, however few tokens of it are its own.
-        return max(1, int((cache.num_gpu_blocks or 0) * cache.block_size) // 8)
+        return max(1, int(blocks) * block // 8)
 
     def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]]) -> list[list[float]]:
         """Read next-token log-probabilities of chosen ids, one request for each (prompt ids, ids)."""

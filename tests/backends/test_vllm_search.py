@@ -335,3 +335,26 @@ def test_an_engine_that_died_is_told(engine: VLLMBackend) -> None:
         engine.search(ASKED, CODES, k=3, width=3)
     with pytest.raises(BackendError, match=r"was closed"):
         engine.search(ASKED, CODES, k=3, width=3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tails", "route"),
+    [
+        # Few candidates that part at once: forcing each whole reads less than asking at every node.
+        (223, [(a, 1, 2, 3) for a in range(20)], "forced"),
+        # Many that share all but the last token: a few nodes tell all of them.
+        (223, [(a, 1, 2, b) for a in range(2) for b in range(50)], "nodes"),
+        (224, [(a, b) for a in range(3) for b in range(30)], "nodes"),
+    ],
+)
+def test_candidates_take_the_route_that_computes_less(
+    prompt: int, tails: list[tuple[int, ...]], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmrec.backends.vllm import VLLMBackend
+
+    backend = object.__new__(VLLMBackend)
+    monkeypatch.setattr(VLLMBackend, "_block", lambda self: 32)
+    backend.route = "forced"
+    assert backend._cheaper([0] * prompt, tails) == route
+    backend.route = "nodes"
+    assert backend._cheaper([0] * prompt, tails) == "nodes"
