@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from llmrec import __version__
 from llmrec.decode.catalogue import Catalogue
 from llmrec.errors import BackendError, DataError
 from llmrec.guard import control_tokens, neutralise
 from llmrec.resources import cache_dir
 from llmrec.types import Completion, Example, Message, Prompt, Segment
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 _CACHE_LIMIT = 500_000
@@ -127,15 +131,24 @@ class Encoder:
         key = (stop, hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest())
         known = self._catalogues.pop(key, None)
         if known is None:
-            name = hashlib.sha256(f"{self.digest}\0{stop!r}\0{key[1]}".encode()).hexdigest()[:32]
-            file = cache_dir() / "catalogues" / f"{name}.safetensors"
-            known = Catalogue.load(file) if len(texts) >= _LARGE and file.is_file() else self._tree(texts, stop)
-            if len(texts) >= _LARGE and not file.is_file():
-                known.save(file)
+            known = self._tree(texts, stop) if len(texts) < _LARGE else self._kept_tree(texts, stop, key[1])
         self._catalogues[key] = known
         while len(self._catalogues) > _CATALOGUES:
             self._catalogues.pop(next(iter(self._catalogues)))
         return known
+
+    def _kept_tree(self, texts: Sequence[str], stop: str | None, digest: str) -> Catalogue:
+        """Return the tree that lies in the cache folder, or make it and put it there."""
+        name = hashlib.sha256(f"{__version__}\0{self.digest}\0{stop!r}\0{digest}".encode()).hexdigest()[:32]
+        file = cache_dir() / "catalogues" / f"{name}.safetensors"
+        if file.is_file():
+            try:
+                return Catalogue.load(file)
+            except DataError as error:
+                log.warning("%s", error)
+        made = self._tree(texts, stop)
+        made.save(file)
+        return made
 
     def _tree(self, texts: Sequence[str], stop: str | None) -> Catalogue:
         prompt = Prompt(messages=(), stop=stop)

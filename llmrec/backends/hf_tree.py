@@ -29,15 +29,17 @@ class MaskedTree:
         head_rows: Rows of logits that were computed.
     """
 
-    def __init__(self, model: Any, pad: int) -> None:
+    def __init__(self, model: Any, pad: int, *, warm: bool = False) -> None:
         """Set up.
 
         Args:
             model: In evaluation mode.
             pad: Any token id.
+            warm: Keep the cache of a prompt that was read alone for the next one. Sums then differ in their last bits
+                from those of a prompt that is read whole.
         """
         self._torch = require("torch", "train")
-        self._model, self._pad = model, pad
+        self._model, self._pad, self._keep = model, pad, warm
         self._cache: Any = None
         self._warm: tuple[tuple[int, ...], Any] | None = None
         self._prompts: list[tuple[int, ...]] = []
@@ -46,7 +48,8 @@ class MaskedTree:
     def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
         """Read prompts, padded on their left; see `TreeEngine`.
 
-        A prompt that is read alone goes on from the one that was read alone before it, as far as both begin alike.
+        With ``warm`` a prompt that is read alone goes on from the one that was read alone before it, as far as both
+        begin alike.
         """
         torch = self._torch
         self._prompts = [tuple(prompt) for prompt in prompts]
@@ -88,8 +91,8 @@ class MaskedTree:
         return self._logprobs(hidden.flatten(0, 1)[rows], wanted, wanted.after - base)
 
     def close(self) -> None:
-        """Forget the tree; the cache of a prompt that was read alone is kept for one that begins like it."""
-        if len(self._prompts) == 1 and self._cache is not None:
+        """Forget the tree; with ``warm``, keep the cache of a prompt that was read alone."""
+        if self._keep and len(self._prompts) == 1 and self._cache is not None:
             _shorten(self._cache, len(self._prompts[0]))
             self._warm = (self._prompts[0], self._cache)
         self._cache = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from llmrec.backends.encode import Encoder
 from llmrec.decode.beam import TreeEngine, beam
@@ -13,14 +12,8 @@ from llmrec.errors import BackendError
 from llmrec.types import Found, Prompt
 
 
-class CountingEngine(TreeEngine, Protocol):
-    """A tree engine that counts the tokens it computes."""
-
-    tokens: int
-
-
 def search(
-    make: Callable[[], CountingEngine],
+    make: Callable[[], TreeEngine],
     encoder: Encoder,
     prompts: Sequence[Prompt],
     texts: Sequence[str],
@@ -51,7 +44,7 @@ def search(
         DataError: If two texts have the same tokens.
     """
     encoded = [encoder.prompt(prompt) for prompt in prompts]
-    catalogues = {prompt.stop: encoder.catalogue(texts, prompt.stop) for prompt in prompts}
+    catalogues = {stop: encoder.catalogue(texts, stop) for stop in dict.fromkeys(prompt.stop for prompt in prompts)}
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) + (deep := catalogues[prompt.stop].depth) > encoder.max_length:
             raise BackendError(
@@ -62,14 +55,11 @@ def search(
     for stop, catalogue in catalogues.items():
         chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
         for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):
-            before = reader.tokens
             out = [excluded[n] for n in rows] if excluded else ()
             asked = [encoded[n] for n in rows]
             results = beam(reader, catalogue, asked, k=k, width=width, excluded=out, exact=exact)
-            # Trees of one batch are read together: what is behind the prompts is told in equal shares.
-            behind = max(0, reader.tokens - before - sum(map(len, asked))) // len(rows)
             for n, result in zip(rows, results, strict=True):
-                found[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]), tokens=behind)
+                found[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]))
     return found
 
 

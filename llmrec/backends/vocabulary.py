@@ -72,11 +72,12 @@ def extended(
     model = load_model(base, section, dtype=torch.float32)
     tokenizer = load_tokenizer(base, section)
     known = {name for name in index.tokens if name in tokenizer.get_vocab()}
-    ids = add_item_tokens(tokenizer, index.tokens)
     texts = _texts(index, titles) if words else {}
+    # Before the tokens are known: no title can be read as one of them.
     pieces = [
         [tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in index.tokens
     ]
+    ids = add_item_tokens(tokenizer, index.tokens)
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(max(len(tokenizer), old), mean_resizing=False)
     heads = [model.get_input_embeddings()]

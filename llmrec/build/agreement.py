@@ -161,7 +161,8 @@ def _figures(
     protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
     for family in scored:
         asker = Asker(backend=backend, task=study.tasks[family], template=study.eval_templates(family)[0].name)
-        predictor = lookup(STRATEGIES, _SCORED[family], "strategy")(asker)
+        whole = family == "sequential" and study.candidates is None
+        predictor = lookup(STRATEGIES, "search" if whole else _SCORED[family], "strategy")(asker)
         protocol = protocols.protocol(family)
         found = evaluate(predictor, study.cases(family), family=study.tasks[family].family, protocol=protocol)
         metric = headline(family, study.recipe.eval.cutoffs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ from llmrec.index import index as indexes
 from llmrec.index.index import Embed, ItemIndex
 from llmrec.recipe import IndexSection, ModelSection
 from llmrec.resources import cache_dir
+from llmrec.types import Item
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,13 +32,15 @@ log = logging.getLogger(__name__)
 FOLDER = "index"
 """Where a model folder keeps its index."""
 # Raised whenever a scheme finds other codes than before.
-_REVISION = 1
+_REVISION = 2
+# Which weights the text encoder had.
+_STAMP = "encoder_stamp"
 # Schemes whose codes take long to find.
 _SLOW = ("collaborative", "semantic")
 
 
-def build_index(section: IndexSection, data: SplitDataset, *, seed: int) -> ItemIndex:
-    """Build an index, or read back the one that the same section, data and seed gave.
+def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool = False) -> ItemIndex:
+    """Build an index, or read back the one that the same section, data and seed gave, unless a ``fresh`` one is wanted.
 
     The key is over all of the data, held-out interactions included, so that the audit's rebuild from other held-out
     interactions is never answered from here.
@@ -52,12 +57,14 @@ def build_index(section: IndexSection, data: SplitDataset, *, seed: int) -> Item
         seed=seed,
     )
     folder = cache_dir() / "indexes" / key
-    if folder.is_dir():
+    if folder.is_dir() and not fresh:
         try:
             return ItemIndex.load(folder)
         except DataError as error:
             log.warning("%s; it is built again", error)
     built = indexes.build(section, data, seed=seed, embed=embed)
+    if embed is not None:
+        built = replace(built, settings={**built.settings, _STAMP: embed.stamp})
     built.save(folder)
     return built
 
@@ -93,7 +100,22 @@ def text_embedder(name: str) -> Embedder:
 def embed_of(index: ItemIndex) -> Embed | None:
     """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None where it needed none."""
     told = index.settings.get("semantic")
-    return text_embedder(str(told["encoder"])) if told else None
+    if told is None:
+        return None
+    embed, stamp = text_embedder(str(told["encoder"])), index.settings.get(_STAMP)
+    if stamp not in (None, embed.stamp):
+        raise DataError(
+            f"the text encoder {told['encoder']!r} is not the one that the index was built with, so new items cannot "
+            "be placed in it; put that encoder back, or build the index and tune again"
+        )
+    return embed
+
+
+def placed(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+    """Return an index that holds these items too; the text encoder is looked for only if one of them is new."""
+    if all(item in index.codes for item in items):
+        return index
+    return index.extend(items, embed=embed_of(index))
 
 
 class Embedder:
@@ -115,8 +137,11 @@ class Embedder:
         digest = hashlib.sha256("\0".join([self.stamp, *texts]).encode()).hexdigest()[:32]
         file = cache_dir() / "vectors" / f"{digest}.safetensors"
         if file.is_file():
-            found: NDArray[np.float32] = tensors.load_file(file)["vectors"]
-            return found
+            try:
+                found: NDArray[np.float32] = tensors.load_file(file)["vectors"]
+                return found
+            except Exception as error:
+                log.warning("%s cannot be read (%s); the texts are embedded again", file, error)
         from llmrec.backends.texts import encode_texts
 
         vectors = encode_texts(self._folder, texts)
@@ -131,8 +156,8 @@ class Embedder:
 def with_tokens(
     base: str,
     model: ModelSection,
-    section: IndexSection,
-    index: ItemIndex,
+    section: IndexSection | None,
+    index: ItemIndex | None,
     data: SplitDataset,
     folder: Path,
     *,
@@ -140,26 +165,30 @@ def with_tokens(
 ) -> str:
     """Return the folder of a base model that knows an index's tokens: ``folder/base``, made once.
 
-    A model needs none where codes are ordinary text: its own folder is returned.
+    A model needs none where codes are ordinary text: its own folder is returned, and the copy that an earlier recipe
+    left is removed.
     """
-    if not index.tokens:
+    if index is None or not index.tokens:
+        (folder / "base.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "base", ignore_errors=True)
         return base
     from llmrec.backends.models import weights_stamp
     from llmrec.backends.vocabulary import extended
 
+    words = section is None or section.tokens == "words"
     target, record = folder / "base", folder / "base.json"
     key = key_of(
         llmrec=__version__,
         base=weights_stamp(base),
         model=model.model_dump(),
         index=index.digest,
-        tokens=section.tokens,
-        titles=data.dataset.fingerprint if section.tokens == "words" else None,
+        tokens="words" if words else "random",
+        titles=data.dataset.fingerprint if words else None,
         seed=seed,
     )
     stored = read_stage(record, key)
     if stored is None or not target.is_dir() or weights_stamp(str(target)) != stored["stamp"]:
         titles = {item: entry.title for item, entry in data.dataset.items.items()}
-        extended(base, model, index, titles, target, words=section.tokens == "words", seed=seed)
+        extended(base, model, index, titles, target, words=words, seed=seed)
         write_json(record, {"key": key, "stamp": weights_stamp(str(target))})
     return str(target)

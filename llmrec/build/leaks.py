@@ -20,6 +20,7 @@ from scipy.stats import chi2
 from llmrec.build.indexing import build_index
 from llmrec.build.study import RANKING, Study
 from llmrec.data.split import SplitDataset, request_id
+from llmrec.index.index import ItemIndex
 from llmrec.prompts import clean
 from llmrec.registry import BASELINES, lookup
 from llmrec.types import Case, Example, Message, Segment
@@ -86,19 +87,24 @@ def training_interactions(data: SplitDataset) -> Check:
 
 
 class _Secrets:
-    """What must not be shown about a user: titles and texts of what is held out, less what training tells anyway."""
+    """What must not be shown about a user: titles and texts of what is held out, less what training tells anyway.
 
-    def __init__(self, data: SplitDataset) -> None:
-        items = data.dataset.items
+    With an index, for templates that write codes, it is codes and not titles.
+    """
+
+    def __init__(self, data: SplitDataset, index: ItemIndex | None = None) -> None:
+        def written(item: str) -> str:
+            return clean(data.dataset.items[item].title if index is None else index.encode(item))
+
         known: dict[str, set[str]] = defaultdict(set)
         for frame in (data.train, data.known):
             for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
-                known[user] |= {clean(items[item].title), clean(text or "")[:_TEXT]}
+                known[user] |= {written(item), clean(text or "")[:_TEXT]}
         self.titles: dict[str, dict[str, str]] = defaultdict(dict)
         self.texts: dict[str, dict[str, str]] = defaultdict(dict)
         for frame in (data.valid, data.test):
             for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
-                title = clean(items[item].title)
+                title = written(item)
                 if title not in known[user]:
                     self.titles[user][title] = item
                 said = clean(text or "")[:_TEXT]
@@ -131,9 +137,11 @@ def training_rows(study: Study, family: str, count: int) -> Check:
     data = study.task_data(family)
     both = [study.data, *([study.reviews] if study.reviews else [])]
     held = frozenset().union(*(each.held_out for each in both))
-    secrets = _Secrets(data)
+    titles, codes = _Secrets(data), _Secrets(data, study.index) if study.index is not None else None
     places = []
     for example in islice(study.tasks[family].examples("train"), count):
+        coded = study.templates[family][example.template.rpartition("/")[2]].writes_codes
+        secrets = codes if coded and codes is not None else titles
         places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
         places += [f"row {example.id}: {what}" for what in _told(example, secrets)]
     return verdict(f"training rows of {family}", f"{count:,} rows", places)
@@ -169,6 +177,13 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
     others = {clean(data.dataset.items[event.item_id].title) for event in request.history}
     for template in study.eval_templates(family):
         prompt = study.tasks[family].prompt(request, template=template.name)
+        if template.writes_codes and study.index is not None:
+            code = clean(study.index.encode(str(case.truth)))
+            if any(
+                s.kind != "text" and clean(s.text) == code for s in _segments(prompt.messages, prompt.answer_prefix)
+            ):
+                yield f"the prompt of {template.id} shows the answer"
+            continue
         for segment in _segments(prompt.messages, prompt.answer_prefix):
             if segment.kind == "text":
                 continue
@@ -369,6 +384,9 @@ def item_index(study: Study) -> Check | None:
     for split in ("valid", "test"):
         other = redrawn(other, split)
     again = build_index(section, other, seed=study.recipe.seed)
+    if again.digest != index.digest:
+        # The index may have been read back from where another number of threads rounded otherwise.
+        index = build_index(section, study.data, seed=study.recipe.seed, fresh=True)
     if again.digest == index.digest:
         return Check(name, f"none: {len(index.codes):,} codes are the same bytes without them")
     moved = [f"item {item}" for item, pieces in index.codes.items() if again.codes.get(item) != pieces]

@@ -154,8 +154,7 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Sessio
         index_report.write_run(study, folder)
     with budget.stage("model"):
         base = resolve(recipe.model)
-        if study.index is not None and recipe.index is not None:
-            base = with_tokens(base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed)
+        base = with_tokens(base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed)
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
     return Session(study, encoder, base, folder, budget, quiet)
 

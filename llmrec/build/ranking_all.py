@@ -9,12 +9,13 @@ from typing import Any
 
 from llmrec.backends.encode import Encoder
 from llmrec.build.bundle import Bundle
-from llmrec.build.indexing import embed_of
+from llmrec.build.indexing import placed
 from llmrec.build.ranking import Posed, Way, pose, task_of
 from llmrec.build.ranking_codes import refuse_new_tokens
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
 from llmrec.index.index import ItemIndex
+from llmrec.index.titles import title_key
 from llmrec.rank.asking import Asker
 from llmrec.rank.searching import CatalogueRanker
 from llmrec.types import Backend, Item, Prompt, Ranking, Request, Unparsed
@@ -75,7 +76,7 @@ class Whole:
             ),
             beams=self._beams,
             exact=self._exact,
-            known_as=lambda key: posed.items[key].item_id,
+            known_as=lambda key: self._known_as(posed.items[key], requests[int(key.partition("/")[0])]),
         )
         found = iter(ranker.answer(able))
         advance(len(failures))
@@ -83,6 +84,20 @@ class Whole:
             Unparsed(request_id=request.id, reason=failures[n]) if n in failures else _named(request, next(found))
             for n, request in enumerate(requests)
         ]
+
+    def _known_as(self, item: Item, request: RankRequest) -> str:
+        """Return what the catalogue calls an item of a history: one that was given by its title, if only one has it."""
+        if item.item_id not in request.titled:
+            return item.item_id
+        named = self._by_title.get(title_key(item.title), [])
+        return named[0] if len(named) == 1 else item.title
+
+    @cached_property
+    def _by_title(self) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for item_id, item in self._items.items():
+            found.setdefault(title_key(item.title), []).append(item_id)
+        return found
 
     def _fault(self, posed: Posed, request: Request) -> str:
         """Return why a request cannot be asked; empty if it can."""
@@ -110,6 +125,9 @@ class _Asked:
         found: Prompt = self._posed.task.prompt(request, template=template, shots=shots)
         return found
 
+    def writes_alike(self, template: str) -> bool:
+        return bool(self._outputs.writes_alike(template))
+
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         ask = Request(id=request.id, user_id=request.user_id)
         found: tuple[str, ...] = self._outputs.continuations(ask, template=template)
@@ -122,7 +140,7 @@ def _placed(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     Raises:
         DataError: If the model knows no token for an item.
     """
-    extended = index.extend(items, embed=embed_of(index))
+    extended = placed(index, items)
     refuse_new_tokens(index, extended)
     return extended
 

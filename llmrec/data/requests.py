@@ -49,6 +49,7 @@ class RankRequest:
         user_id: As given, or None.
         profile: What the request says about the user; may be empty.
         notes: What was left out or changed on the way.
+        titled: Ids that stand in for items which were given by their title alone.
     """
 
     id: str
@@ -57,6 +58,7 @@ class RankRequest:
     user_id: str | None = None
     profile: str = ""
     notes: tuple[str, ...] = ()
+    titled: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -67,6 +69,7 @@ class _Remarks:
     repeated: list[str] = field(default_factory=list)
     retold: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    titled: set[str] = field(default_factory=set)
 
     def notes(self) -> list[str]:
         said = (
@@ -123,6 +126,7 @@ def read_request(
         user_id=user_id,
         profile=clean(profile),
         notes=tuple(notes),
+        titled=frozenset(remarks.titled),
     )
 
 
@@ -216,6 +220,8 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
             raise DataError(f"{where} has neither an item_id nor a title; give it one of them")
         raise _Unknown(item_id)
     name = item_id or clean(title)
+    if item_id is None:
+        remarks.titled.add(name)
     if _too_long(title):
         remarks.cut.append(name)
     return Item(item_id=name, title=clean(title), fields=fields if known is None else {**known.fields, **fields})

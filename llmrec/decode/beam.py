@@ -12,7 +12,7 @@ item, no search could have found a better list: the result is *certified*.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 from llmrec.decode.catalogue import ROOT, Catalogue
 from llmrec.types import Found
+
+WIDEST = 4096
+"""Most prefixes that an exact search keeps: what it holds grows with the square of them."""
 
 Floats = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -102,7 +105,7 @@ class _Beams:
 
 @dataclass
 class _Search:
-    """One search: the catalogue, what each request may not be given, and what was pruned."""
+    """One search: the catalogue, what each request may not be given, what was pruned, and tokens that were fed."""
 
     catalogue: Catalogue
     width: int
@@ -110,6 +113,7 @@ class _Search:
     bounds: Floats
     engine: TreeEngine
     next_handle: int
+    fed: Index
 
 
 def beam(
@@ -131,7 +135,8 @@ def beam(
         k: Items to return.
         width: Prefixes to keep for each request; at least ``k`` are kept.
         excluded: For each request the items that it must not be given, as the catalogue numbers them.
-        exact: Widen the search of a request, twice as wide each time, until its result is certified.
+        exact: Widen the search of a request, twice as wide each time, until its result is certified, or `WIDEST`
+            prefixes were kept.
 
     Returns:
         One result a request, in order: ``k`` items, or all that are left if those are fewer.
@@ -141,15 +146,15 @@ def beam(
     barred = [_none()] * len(prompts)
     if excluded:
         barred = [np.unique(catalogue.places[list(items)]).astype(np.int64) for items in excluded]
-    found: list[Found | None] = [None] * len(prompts)
-    todo, wide = list(range(len(prompts))), max(k, width)
-    while todo:
-        results = _run(engine, catalogue, [prompts[n] for n in todo], [barred[n] for n in todo], k, wide)
-        for n, result in zip(todo, results, strict=True):
-            found[n] = result
-        todo = [n for n, result in zip(todo, results, strict=True) if exact and not result.certified]
-        wide *= 2
-    return [each for each in found if each is not None]
+    found = _run(engine, catalogue, prompts, barred, k, max(k, width))
+    for n, result in enumerate(found if exact else ()):
+        wide = result.width
+        # One by one, so that what a wide search holds is that of one request. A score that is no number proves nothing.
+        while not found[n].certified and np.isfinite(found[n].scores).all() and wide < min(len(catalogue), WIDEST):
+            wide = min(2 * wide, WIDEST)
+            (wider,) = _run(engine, catalogue, [prompts[n]], [barred[n]], k, wide)
+            found[n] = replace(wider, tokens=found[n].tokens + wider.tokens)
+    return found
 
 
 def _none() -> Index:
@@ -168,7 +173,7 @@ def _run(
     users, size = len(prompts), len(catalogue)
     # One sorted sequence tells how many barred items lie in any range of any request.
     offset = np.concatenate([_none(), *(places + n * size for n, places in enumerate(barred))])
-    search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, next_handle=users)
+    search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, users, np.zeros(users, np.int64))
     left = np.array([size - len(places) for places in barred])
     rows = np.flatnonzero(left)
     beams = _Beams(
@@ -301,6 +306,7 @@ def _scored(
     everything = Fed(
         *(np.concatenate([getattr(each, name) for each in fed]) for name in ("users", "parents", "tokens"))
     )
+    search.fed += np.bincount(everything.users, minlength=len(search.fed))
     answered = search.engine.feed(everything, Wanted(after[order], tokens[order]))
     logprobs = np.empty(len(after))
     logprobs[order] = answered
@@ -318,4 +324,11 @@ def _found(search: _Search, beams: _Beams, user: int, k: int, left: int) -> Foun
     # What was pruned counts even where fewer than k are left: then nothing was.
     certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
     items = tuple(int(item) for item in search.catalogue.order[places])
-    return Found(items=items, scores=scores, certified=certified, width=search.width, short=short)
+    return Found(
+        items=items,
+        scores=scores,
+        certified=certified,
+        width=search.width,
+        short=short,
+        tokens=int(search.fed[user]),
+    )

@@ -143,10 +143,11 @@ class ItemIndex:
 
     def adding(self, codes: Mapping[str, tuple[str, ...]], tokens: Sequence[str] = (), **settings: Any) -> ItemIndex:
         """Return a copy with further codes, further tokens after the known ones, and changed settings."""
+        known = set(self.tokens)
         return replace(
             self,
             codes={**self.codes, **codes},
-            tokens=(*self.tokens, *(new for new in tokens if new not in set(self.tokens))),
+            tokens=(*self.tokens, *(new for new in tokens if new not in known)),
             settings={**self.settings, **settings},
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmrec.errors import LlmrecError
+from llmrec.errors import LlmrecError, RecipeError
 from llmrec.rank.asking import Asker, prompt_hash
 from llmrec.types import Answer, Cost, Found, Ranking, Request
 
@@ -40,7 +40,6 @@ class CatalogueRanker:
         asker.needs("search")
         self.asker, self._beams, self._exact, self._seen, self._known_as = asker, beams, exact, seen, known_as
         self.engine = ""
-        self.uncertified = 0
         self._texts: tuple[str, ...] = ()
         self._groups: list[list[str]] = []
         self._places: dict[str, int] = {}
@@ -70,8 +69,17 @@ class CatalogueRanker:
         return answers
 
     def _write(self, request: Request) -> None:
-        """Note how the catalogue is written, once: items that are written alike are one text."""
+        """Note how the catalogue is written, once: items that are written alike are one text.
+
+        Raises:
+            RecipeError: If the template writes it differently for other requests.
+        """
         task: Any = self.asker.task
+        if not task.writes_alike(self.asker.template):
+            raise RecipeError(
+                f"template {self.asker.template}: its answer depends on the request, and a search writes the catalogue "
+                "once for all; let the answer show the item alone"
+            )
         groups: dict[str, list[str]] = {}
         for item, text in zip(task.catalogue, task.continuations(request, template=self.asker.template), strict=True):
             groups.setdefault(text, []).append(item)
@@ -88,7 +96,6 @@ class CatalogueRanker:
 
     def _ranking(self, request: Request, found: Found, prompt: str) -> Ranking:
         self.engine = found.engine
-        self.uncertified += not found.certified
         seen = set() if self._seen else {self._known_as(event.item_id) for event in request.history}
         ranked = [
             (item, score)

@@ -79,10 +79,11 @@ class View:
     def about(self, item_id: str) -> Values:
         """Return the variables about an item: the item, and as a list to loop over what the title does not say."""
         item = self.item(item_id)
+        shown = ("title",) if self.index is None else ("title", "code")
         fields = [
             {"name": name, "value": value}
             for name, value in item.items()
-            if name not in ("title", "code") and value and str(value) not in str(item["title"])
+            if name not in shown and value and str(value) not in str(item["title"])
         ]
         return {"item": item, "fields": fields}
 

@@ -153,6 +153,10 @@ class SequentialTask:
         items = self.catalogue if request.candidates is None else request.candidates
         return tuple(chosen.answer(values | {"item": self._view.item(item), "n": n}) for item in items)
 
+    def writes_alike(self, template: str) -> bool:
+        """Whether a template writes an item in the same way for every request."""
+        return self._chosen.get(template).names("target") <= {"item", "noun"}
+
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Match the first line against titles or codes: letters and digits count, case and punctuation do not.
 

@@ -194,7 +194,7 @@ def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
 
 def warm_and_cold(model: Any, length: int) -> list[tuple[Found, float]]:
     """Search behind a prompt with and without having read its beginning; each list with its seconds."""
-    tree, kept = Catalogue.of(made_codes()), MaskedTree(model, 0)
+    tree, kept = Catalogue.of(made_codes()), MaskedTree(model, 0, warm=True)
     (grown,) = prompts(1, length + EVENT, seed=length)
     beam(kept, tree, [grown[:length]], k=FEW, width=FEW)
     found = []

@@ -125,6 +125,34 @@ def test_codes_from_a_file_cannot_be_proven(llama_folder: Path, tmp_path: Path) 
     assert leaks.item_index(replace(study, index=None)) is None
 
 
+def test_the_audit_reads_codes(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row or a question that shows a held-out item by its code leaks as one that shows its title."""
+    study = build_study(recipe(llama_folder, TREE))
+    assert study.index is not None
+    assert leaks.training_rows(study, "sequential", 200).verdict == "clean"
+    assert leaks.questions(study, "sequential").verdict == "clean"
+    task: Any = study.tasks["sequential"]
+    held = {user: item for user, item in study.data.test.select("user_id", "item_id").iter_rows()}
+    real_steps = task._steps
+
+    def telling(values: Any, events: Any) -> Any:
+        secret = task._view.item(held[values["user_id"]]) if values["user_id"] in held else None
+        return [*([values | {"item": secret, "n": 0}] if secret else []), *real_steps(values, events)]
+
+    monkeypatch.setattr(task, "_steps", telling)
+    found = leaks.training_rows(study, "sequential", 50)
+    assert found.verdict == "leak" and any("held-out item" in example for example in found.examples)
+    assert leaks.questions(study, "sequential").verdict == "leak"
+
+
+def test_a_run_folder_forgets_the_tokens_of_another_index(llama_folder: Path, tmp_path: Path) -> None:
+    arms = "eval.arms=[zero-shot]"
+    pipeline.run(recipe(llama_folder, "index={scheme: token}", arms), tmp_path / "r", quiet=True)
+    assert (tmp_path / "r" / "base.json").is_file() and (tmp_path / "r" / "base").is_dir()
+    pipeline.run(recipe(llama_folder, "index={scheme: random}", arms), tmp_path / "r", quiet=True)
+    assert not (tmp_path / "r" / "base.json").exists() and not (tmp_path / "r" / "base").exists()
+
+
 def test_a_template_of_codes_needs_an_index(llama_folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"continue-codes writes items as codes.*add one to the recipe"):
         build_study(recipe(llama_folder, "index=null"))
@@ -188,6 +216,34 @@ def test_new_items_are_ranked_where_the_scheme_can_place_them(
     else:
         assert sorted(found["new"]["items"]) == sorted([*known[2:], "new-1"])
         assert sorted(found["again"]["items"]) == known[2:]
+
+
+def test_an_item_given_by_its_title_is_not_taken_for_an_id(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:
+    chosen, run = done
+    assert chosen.index is not None
+    if chosen.index.scheme == "token":
+        pytest.skip("new items have no token")
+    known = sorted(build_study(chosen).data.dataset.items)
+    # A title that is another item's id.
+    rows = [{"id": "t", "history": known[:2], "candidates": [known[2], {"title": known[3]}]}]
+    (found,) = ranked(run.folder, tmp_path, None, rows)
+    plain = [{"id": "t", "history": known[:2], "candidates": [known[2], known[3]]}]
+    (tmp_path / "b").mkdir()
+    (other,) = ranked(run.folder, tmp_path / "b", None, plain)
+    scores = [dict(zip(each["items"], each["scores"], strict=True))[known[3]] for each in (found, other)]
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_known_items_need_no_text_encoder(
+    done: tuple[Recipe, pipeline.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmrec.build import indexing
+
+    chosen, run = done
+    monkeypatch.setattr(indexing, "text_embedder", lambda name: pytest.fail("the text encoder was looked for"))
+    known = sorted(build_study(recipe(Path(chosen.model.name), "index={scheme: random}")).data.dataset.items)
+    (found,) = ranked(run.folder, tmp_path, None, [{"id": "k", "history": known[:3]}], candidates="all", beams=4)
+    assert len(found["items"]) == 4
 
 
 def test_the_whole_catalogue_is_ranked_for_a_history(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:

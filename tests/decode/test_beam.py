@@ -245,3 +245,36 @@ def test_scores_are_sums_of_full_log_probabilities() -> None:
     total = sum(math.exp(value) for value in found.scores)
     assert total < 1
     assert found.scores == pytest.approx(sorted((score(5, (2,), path) for path in paths), reverse=True))
+
+
+@pytest.mark.parametrize("broken", [math.nan, -math.inf])
+def test_scores_that_are_no_numbers_end_an_exact_search(broken: float) -> None:
+    class Broken(FastEngine):
+        def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+            return np.full(len(wanted.tokens), broken)
+
+    paths = [(a, b, END) for a in range(5) for b in range(6)]
+    (found,) = beam(Broken(0), Catalogue.of(paths), [(4,)], k=3, width=3, exact=True)
+    assert not all(map(math.isfinite, found.scores))
+
+
+def test_an_exact_search_ends_at_the_widest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmrec.decode import beam as module
+
+    monkeypatch.setattr(module, "WIDEST", 4)
+    paths = [(a, b, END) for a in range(8) for b in range(8)]
+    results = [beam(MadeEngine(seed), Catalogue.of(paths), [(1,)], k=3, width=3, exact=True)[0] for seed in range(8)]
+    assert {found.width for found in results if not found.certified} == {4}
+
+
+@settings(max_examples=50)
+@given(paths=PATHS, seed=SEEDS, exact=st.booleans())
+def test_tokens_are_told_by_request_whoever_else_is_searched(
+    paths: list[tuple[int, ...]], seed: int, exact: bool
+) -> None:
+    tree = Catalogue.of(paths)
+    together = beam(MadeEngine(seed), tree, PROMPTS, k=2, width=2, exact=exact)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        engine = MadeEngine(seed)
+        (alone,) = beam(engine, tree, [prompt], k=2, width=2, exact=exact)
+        assert found.tokens == alone.tokens == engine.fed

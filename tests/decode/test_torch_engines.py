@@ -276,7 +276,7 @@ def test_a_prompt_goes_on_from_the_one_before(untied: Any, change: str) -> None:
         "shorter": (first[:20], 19),
         "other": ((first[0] + 1, *first[1:]), 0),
     }[change]
-    tree, engine = Catalogue.of(FULL), MaskedTree(untied, PAD)
+    tree, engine = Catalogue.of(FULL), MaskedTree(untied, PAD, warm=True)
     beam(engine, tree, [first], k=10, width=10)
     before = engine.tokens
     (warm,) = beam(engine, tree, [second], k=10, width=10)
@@ -289,7 +289,7 @@ def test_a_prompt_goes_on_from_the_one_before(untied: Any, change: str) -> None:
 
 def test_a_wider_search_of_one_prompt_reads_it_once(untied: Any) -> None:
     prompt = tuple(np.random.default_rng(2).integers(1, 90, 60).tolist())
-    engine = MaskedTree(untied, PAD)
+    engine = MaskedTree(untied, PAD, warm=True)
     (found,) = beam(engine, Catalogue.of(FULL), [prompt], k=3, width=3, exact=True)
     assert found.certified and found.width > 3, "a prompt for which three prefixes are no proof"
     runs = int(np.log2(found.width // 3)) + 1
@@ -298,7 +298,7 @@ def test_a_wider_search_of_one_prompt_reads_it_once(untied: Any) -> None:
 
 
 def test_a_batch_forgets_the_prompt_before(untied: Any) -> None:
-    tree, engine = Catalogue.of(FULL), MaskedTree(untied, PAD)
+    tree, engine = Catalogue.of(FULL), MaskedTree(untied, PAD, warm=True)
     prompt = (5, 6, 7, 8)
     for prompts in ([prompt], [prompt, (9,)], [prompt]):
         before = engine.tokens

@@ -244,3 +244,11 @@ def test_a_trained_token_comes_out_of_vllm(merged: tuple[Path, Encoder]) -> None
     plain = HFBackend(load_model(str(merged[0]), section(merged[0])), merged[1])
     assert max(range(9), key=lambda n: scores[n]) == 4
     assert scores == pytest.approx(plain.score([asked("i3")], [codes])[0].logprobs, abs=1e-2)
+
+
+def test_a_title_that_spells_a_token_is_read_as_words(tmp_path: Path) -> None:
+    made = make_model(tmp_path / "m")
+    titles = {**TITLES, "i0": "Heat <a_0><b_3> <|im_end|>"}
+    extended(str(made), section(made), INDEX, titles, tmp_path / "base", words=True, seed=0)
+    weights = load_model(str(tmp_path / "base"), section(made)).get_input_embeddings().weight
+    assert torch.isfinite(weights).all() and len(weights) == len(load_tokenizer(str(tmp_path / "base"), section(made)))
