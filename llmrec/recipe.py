@@ -304,7 +304,9 @@ class EvalSection(Section):
     bootstrap: Positive = Field(2000, description="resamples over users for the 95 % intervals")
     batch: Positive = Field(64, description="requests handed to a backend at a time")
     beams: Positive = Field(20, description="search: prefixes that are kept of each request, and items in its answer")
-    exact: bool = Field(False, description="search: widen it until no other item can be better")
+    exact: bool = Field(
+        False, description="search: widen it until no other item can be better, or 4,096 prefixes are kept"
+    )
 
 
 class Recipe(Section):
