@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from llmrec.errors import BackendError
 from llmrec.index.index import ItemIndex, token
 from llmrec.recipe import ModelSection
 from llmrec.types import Found, Message, Prompt, Segment
+from tests.conftest import make_model
 
 END, VOCABULARY = 7, 12
 PATHS = st.lists(

@@ -6,7 +6,6 @@ from typing import Any
 
 import polars as pl
 import pytest
-from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from llmrec.prompts import Template, load_templates
 from llmrec.recipe import SequentialSection, Split
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Code, Item, Request
+from tests.conftest import make_tokenizer
 
 TOKENS = tuple(token(level, n) for level in range(3) for n in range(4)) + tuple(own_token(n) for n in range(4))
 SPELT = (

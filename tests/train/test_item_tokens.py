@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
 from llmrec.backends.encode import Encoder
@@ -23,6 +22,7 @@ from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss
 from llmrec.types import Code, Example, Message, Prompt, Segment
+from tests.conftest import make_model, make_tokenizer
 
 FILMS = ("Toy Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Rocky", "Heat Story")
 TITLES = {f"i{n}": title for n, title in enumerate(FILMS)}
