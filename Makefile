@@ -6,13 +6,15 @@
 ENGINE ?= auto
 ARGS ?=
 BIN := .venv/bin
+# Result files that docs/performance.md shows.
+TIMED := eval/results/search.json eval/results/search_vllm.json eval/results/training.json
 
 ifndef PYTHON
 PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-search bench-search-vllm suites record
+.PHONY: help setup quickstart test lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-search bench-search-vllm bench-training bench-scaling bench-alignment suites record
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +30,9 @@ help:
 	@echo "make bench-index-leak     what counting on from item codes reaches on Amazon Beauty, eval/results/index_leak.json"
 	@echo "make bench-search     search of a catalogue and scoring with transformers, eval/results/search.json, docs/performance.md"
 	@echo "make bench-search-vllm    the same with vLLM on a CPU, eval/results/search_vllm.json, docs/performance.md"
+	@echo "make bench-training   training rows beside TRL's SFTTrainer, eval/results/training.json, docs/performance.md"
+	@echo "make bench-scaling    loss by tokens and size of the model on Amazon Beauty, eval/results/scaling.json"
+	@echo "make bench-alignment  what codes are taught to mean on MovieLens-100K, eval/results/alignment.json"
 	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make docs         write the command-line reference, docs/cli.md"
@@ -79,17 +84,27 @@ bench-models: setup
 bench-index: setup
 	$(BIN)/python -m tests.benchmarks.index_speed eval/results/index_speed.json
 
+bench-scaling: setup
+	$(BIN)/python -m tests.benchmarks.scaling eval/results/scaling.json docs/performance/scaling.svg
+
+bench-alignment: setup
+	$(BIN)/python -m tests.benchmarks.alignment eval/results/alignment.json
+
 bench-index-leak: setup
 	$(BIN)/python -m tests.benchmarks.index_leak eval/results/index_leak.json
 	$(BIN)/python -m tests.benchmarks.index_collisions eval/results/index_collisions.json docs/indexes/README.md
 
 bench-search: setup
 	$(BIN)/python -m tests.benchmarks.search eval/results/search.json
-	$(BIN)/python -m tests.benchmarks.search_plots eval/results/search.json eval/results/search_vllm.json docs/performance
+	$(BIN)/python -m tests.benchmarks.search_plots $(TIMED) docs/performance
 
 bench-search-vllm: setup
 	$(BIN)/python -m tests.benchmarks.search_vllm eval/results/search_vllm.json
-	$(BIN)/python -m tests.benchmarks.search_plots eval/results/search.json eval/results/search_vllm.json docs/performance
+	$(BIN)/python -m tests.benchmarks.search_plots $(TIMED) docs/performance
+
+bench-training: setup
+	$(BIN)/python -m tests.benchmarks.training eval/results/training.json $(ARGS)
+	$(BIN)/python -m tests.benchmarks.search_plots $(TIMED) docs/performance
 
 suites: setup
 	for suite in movielens-100k movielens-100k-rating movielens-100k-liked; do $(BIN)/llmrec eval eval/suites/$$suite.yaml || exit; done

@@ -97,7 +97,7 @@ def prompts(
 
     loaded = _recipe(recipe, overrides)
     study = studies.build_study(loaded)
-    encoder = studies.encoder_of(study, resolve(loaded.model))
+    encoder = studies.encoder_of(study, resolve(loaded.model, seed=loaded.seed))
     for family, known in study.templates.items():
         show(f"{family} templates", {t.id: f"version {t.version}, {t.use}, {t.shape}" for t in known.values()})
     for texts in dryrun.rendered(study, encoder, count).values():

@@ -31,6 +31,7 @@ HEADLINE: Mapping[str, str] = {
     "sequential": "NDCG@10",
     "direct": "NDCG@10",
     "explanation": "ROUGE-L",
+    "alignment": "NDCG@10",
     "ctr": "AUC",
 }
 LOWER_IS_BETTER = frozenset({"RMSE", "MAE", "LogLoss", "ECE"})

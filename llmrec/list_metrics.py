@@ -125,6 +125,23 @@ def list_figures(
     return figures, values
 
 
+def cold_figures(
+    cases: Sequence[Case], background: Background, values: Mapping[str, NDArray[np.float64]], names: Sequence[str]
+) -> dict[str, float]:
+    """Return the means over requests whose target has no training interaction, and their number as ``n``.
+
+    Args:
+        cases: Requests with an item as truth.
+        background: Counts of the same catalogue.
+        values: Per-request values by metric.
+        names: Metrics to average; without such requests there is nothing but ``n``.
+    """
+    counts = dict(zip(background.items, background.counts.tolist(), strict=True))
+    cold = np.array([counts.get(str(case.truth), 0.0) == 0 for case in cases], dtype=bool)
+    means = {name: float(values[name][cold].mean()) for name in names} if cold.any() else {}
+    return {"n": float(cold.sum()), **means}
+
+
 # --------------------------------------------------------------------------- parts
 
 

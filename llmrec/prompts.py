@@ -36,6 +36,9 @@ _NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 _CODE = re.compile(r"\.code\b")
+_TITLE = re.compile(r"\.title\b")
+_TAG = re.compile(r"{[{%].*?[%}]}")
+_WORDS = re.compile(r"[\w\s]")
 
 
 class _Fault(RecipeError):
@@ -61,7 +64,8 @@ class Template:
         user: Text of the user turn.
         lead: Words before a list's target, such as the title whose rating follows.
         target: What is learned.
-        tail: Literal text that ends a step of a list; it starts with a newline and is learned too.
+        tail: Literal text that ends a step of a list; it starts with a newline and is learned too. A list of nothing
+            but codes of item tokens needs none, since no code begins another.
     """
 
     family: str
@@ -99,6 +103,16 @@ class Template:
         return any(_CODE.search(getattr(self, part)) for part in _PARTS)
 
     @property
+    def writes_titles(self) -> bool:
+        """Whether a part shows an item by its title."""
+        return any(_TITLE.search(getattr(self, part)) for part in _PARTS)
+
+    @property
+    def asks_with_code(self) -> bool:
+        """Whether an item's code stands before the answer."""
+        return any(_CODE.search(getattr(self, part)) for part in _PARTS if part != "target")
+
+    @property
     def answers_with_code(self) -> bool:
         """Whether the answer is an item's code."""
         return _CODE.search(self.target) is not None
@@ -126,6 +140,13 @@ class Template:
         roles: tuple[tuple[Role, str], ...] = (("system", "system"), ("user", "user"))
         rendered = ((role, self._render(part, values)) for role, part in roles)
         return tuple(Message(role, segments) for role, segments in rendered if segments)
+
+    @property
+    def bare(self) -> bool:
+        """Whether codes stand one behind the other: a list of nothing else, or a chat whose question has no words."""
+        if self.lead or self.tail or self.target.strip() != "{{ item.code }}":
+            return False
+        return self.shape == "list" or not _WORDS.search(_TAG.sub("", self.user))
 
     def opening(self, values: Mapping[str, object]) -> tuple[Segment, ...]:
         """Render the lead alone, which stands before an answer that is still asked for."""
@@ -339,9 +360,11 @@ def _check_fields(template: Template) -> None:
     for key in ("user", "target"):
         if not getattr(template, key).strip():
             raise _Fault(key, f"{key} is empty; write it")
-    if template.shape == "list" and not template.tail.startswith("\n"):
+    if template.shape == "list" and not template.tail.startswith("\n") and not template.bare:
         raise _Fault(
-            "tail", f"tail is {template.tail!r}; a list ends each step with a newline, which no title can hold"
+            "tail",
+            f"tail is {template.tail!r}; a list ends each step with a newline, which no title can hold. Only a list of "
+            'nothing but codes, target "{{ item.code }}" without a lead, may do without',
         )
     for key in ("lead", "tail"):
         if template.shape == "chat" and getattr(template, key):

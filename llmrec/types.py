@@ -20,7 +20,7 @@ Role = Literal["system", "user", "assistant"]
 SegmentKind = Literal["text", "item", "target"]
 SplitName = Literal["train", "valid", "test"]
 Capability = Literal["generate", "score", "embed", "search"]
-Family = Literal["rating", "sequential", "direct", "explanation", "ctr"]
+Family = Literal["rating", "sequential", "direct", "explanation", "alignment", "ctr"]
 
 # --------------------------------------------------------------------------- data
 
@@ -136,7 +136,7 @@ class Request:
 
     Attributes:
         candidates: Item ids to rank, in stored order; None means the whole catalogue.
-        item: The item to rate or to explain.
+        item: The item to rate or to explain. Where the item is the answer (alignment), cases leave it out.
         context: Further text by name (profile, feature, ...).
     """
 

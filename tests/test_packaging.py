@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 import llmrec
 from llmrec import registry, setup_env
-from llmrec.recipe import Recipe
+from llmrec.recipe import Recipe, Suite
 from llmrec.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -312,6 +312,11 @@ def _snippet(block: str, file: Path) -> Recipe:
 def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for block in blocks:
+        parts = yaml.safe_load(block)
+        if "rows" in parts:
+            suite = Suite(**{"suite": "part", "data": {"source": "movielens-100k"}, **parts})
+            assert all(load_recipe(row.recipe, row.overrides) for row in suite.rows if row.recipe)
+            continue
         recipe = _snippet(block, tmp_path / "snippet.yaml")
         assert recipe.tasks.present()
         for family, section in recipe.tasks.present().items():

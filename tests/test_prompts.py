@@ -13,7 +13,7 @@ from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
 from llmrec.prompts import OUTPUT_LIMIT, Template, clean, load_templates, neutralise
 from llmrec.types import Segment
 
-FAMILIES = ("rating", "sequential", "direct", "explanation")
+FAMILIES = ("rating", "sequential", "direct", "explanation", "alignment")
 CONTROL = (
     "<|im_start|>",
     "<|im_end|>",

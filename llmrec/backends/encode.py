@@ -34,10 +34,17 @@ _LARGE = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Token ids and labels of one training row, equal in length; ``labels`` is -100 where there is no loss."""
+    """Token ids and labels of one training row, equal in length.
+
+    Attributes:
+        ids: Token ids.
+        labels: The same where there is loss, -100 elsewhere.
+        lines: Where the lines of a list begin, if that was asked for.
+    """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+    lines: tuple[int, ...] = ()
 
     @property
     def targets(self) -> int:

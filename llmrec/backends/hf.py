@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmrec.backends.bodies import takes_trees
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf_rows import PlainTree
-from llmrec.backends.hf_tree import MaskedTree, takes_trees
+from llmrec.backends.hf_tree import MaskedTree
+from llmrec.backends.kinds import is_paired
 from llmrec.backends.labels import single_token_labels
+from llmrec.backends.masks import takes_block_mask
 from llmrec.backends.searching import search
+from llmrec.decode.beam import Fed, TreeEngine, Wanted
 from llmrec.errors import require
 from llmrec.types import Capability, Completion, Found, Prompt, Scores
 
@@ -27,14 +31,15 @@ _ROWS = 256
 
 
 class HFBackend:
-    """A causal language model in transformers.
+    """A causal language model or an encoder-decoder in transformers.
 
     Args:
         model: The loaded model, in any dtype, on any device.
         encoder: Its tokenizer and chat template.
         batch_tokens: Upper bound on the padded tokens of one forward.
         packed: Score all candidates of a prompt in one forward under a block mask. Models with sliding windows or
-            recurrent layers cannot take such a mask and are scored one row per candidate instead.
+            recurrent layers, and encoder-decoders other than T5, cannot take such a mask and are scored one row per
+            candidate instead.
         warm: A search for one prompt goes on from the search before it, as far as both prompts begin alike: for servers
             that ask about the same user again. Sums then differ in their last bits from those of a search by itself.
     """
@@ -55,7 +60,9 @@ class HFBackend:
         self.model = model.eval()
         self.encoder = encoder
         self.batch_tokens = batch_tokens
-        self.packed = _takes_block_mask(model.config) if packed is None else packed
+        self._paired = is_paired(model.config)
+        reads = takes_trees(model) if self._paired else takes_block_mask(model.config)
+        self.packed = reads if packed is None else packed
         self._proven = packed is not None
         self._tree: Any = None
         self._warm = warm
@@ -80,7 +87,7 @@ class HFBackend:
         for prompt, texts in zip(prompts, candidates, strict=True):
             ids = self.encoder.prompt(prompt)
             tails = self.encoder.continuations(prompt, ids, texts, closed=closed)
-            labels = single_token_labels(tails)
+            labels = None if self._paired else single_token_labels(tails)
             if labels is not None:
                 logprobs, engine = self._score_labels(ids + list(labels.shared), labels.distinct), "hf:one-token"
             elif self._may_pack(ids, tails):
@@ -104,8 +111,8 @@ class HFBackend:
         """Search a catalogue, in batches of similar length; see `Backend.search`."""
         tree = self._reads_trees()
         if self._tree is None:
-            pad = self.encoder.tokenizer.pad_token_id
-            self._tree = MaskedTree(self.model, pad, warm=self._warm) if tree else PlainTree(self.model, pad)
+            pad, warm = self.encoder.tokenizer.pad_token_id, self._warm and not self._paired
+            self._tree = MaskedTree(self.model, pad, warm=warm) if tree else PlainTree(self.model, pad)
         return search(
             lambda: self._tree,
             self.encoder,
@@ -126,7 +133,10 @@ class HFBackend:
         for i, text in enumerate(texts):
             ids = torch.tensor([self.encoder.piece(text)], device=self.model.device)
             with torch.inference_mode():
-                hidden = self.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+                if self._paired:
+                    hidden = self.model.get_encoder()(input_ids=ids).last_hidden_state
+                else:
+                    hidden = self.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
             vectors[i] = hidden[0].float().mean(dim=0).cpu().numpy()
         return vectors
 
@@ -167,8 +177,13 @@ class HFBackend:
         torch, tokenizer = self._torch, self.encoder.tokenizer
         longest = max(len(ids) for ids in prompts)
         pad = tokenizer.pad_token_id
-        rows = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=self.model.device)
+        rows = torch.full((len(prompts), longest), pad, device=self.model.device)
+        mask = torch.zeros_like(rows)
+        for row, ids in enumerate(prompts):
+            # A decoder goes on at the prompt's end; an encoder counts places from the prompt's beginning.
+            place = slice(0, len(ids)) if self._paired else slice(longest - len(ids), longest)
+            rows[row, place] = torch.tensor(ids, device=rows.device)
+            mask[row, place] = 1
         ends = sorted(self.encoder.stop_ids)
         options: dict[str, Any] = {"stop_strings": [stop], "tokenizer": tokenizer} if stop is not None else {}
         with torch.inference_mode():
@@ -185,8 +200,10 @@ class HFBackend:
                 pad_token_id=pad,
                 **options,
             )
+        # What an encoder-decoder writes holds no prompt, and begins with the decoder's start token.
+        begin = 1 if self._paired else longest
         return [
-            self.encoder.completion(row[longest:].tolist(), stop, len(ids))
+            self.encoder.completion(row[begin:].tolist(), stop, len(ids))
             for row, ids in zip(output, prompts, strict=True)
         ]
 
@@ -204,6 +221,8 @@ class HFBackend:
         prompt's last token and for the tokens of the tree.
         """
         torch, device, start = self._torch, self.model.device, len(ids)
+        if self._paired:
+            return _read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), ids, tails)
         tree = _Tree.of(tails)
         size = start + len(tree.tokens)
         seen = np.tri(size, start, dtype=bool)
@@ -228,6 +247,8 @@ class HFBackend:
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
         """The plain reference: one full row per candidate."""
         torch = self._torch
+        if self._paired:
+            return _read_through(PlainTree(self.model, self.encoder.tokenizer.pad_token_id), ids, tails)
         results = []
         for tail in tails:
             row = torch.tensor([ids + list(tail)], device=self.model.device)
@@ -243,6 +264,7 @@ class _Tree:
 
     Attributes:
         tokens: Every token that another follows, once, parents before their children.
+        parents: The token that each follows, counted from 1; 0 is the prompt.
         depths: How many tokens come before each.
         sees: Which tokens each sees: its ancestors and itself, shape (tokens, tokens).
         owners: Of every token of every candidate, the candidate's number.
@@ -251,6 +273,7 @@ class _Tree:
     """
 
     tokens: list[int]
+    parents: list[int]
     depths: NDArray[np.int64]
     sees: NDArray[np.bool_]
     owners: NDArray[np.int64]
@@ -278,6 +301,7 @@ class _Tree:
                 sees[number] |= sees[parent - 1]
         return _Tree(
             tokens=[prefix[-1] for prefix in prefixes],
+            parents=parents,
             depths=np.array([len(prefix) - 1 for prefix in prefixes], dtype=np.int64),
             sees=sees,
             owners=np.array(owners, dtype=np.int64),
@@ -286,17 +310,23 @@ class _Tree:
         )
 
 
+def _read_through(engine: TreeEngine, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
+    """Score candidates through an engine of searches: the whole tree is fed at once."""
+    tree = _Tree.of(tails)
+    order = np.argsort(tree.after, kind="stable")
+    first, later = order[tree.after[order] == 0], order[tree.after[order] > 0]
+    found = np.empty(len(order))
+    try:
+        found[first] = engine.open([ids], Wanted(tree.after[first], tree.wanted[first]))
+        if len(later):
+            users, parents, tokens = (np.array(each) for each in ([0] * len(tree.tokens), tree.parents, tree.tokens))
+            found[later] = engine.feed(Fed(users, parents, tokens), Wanted(tree.after[later], tree.wanted[later]))
+    finally:
+        engine.close()
+    return [float(total) for total in np.bincount(tree.owners, weights=found, minlength=len(tails))]
+
+
 def _picked(logits: Any, ids: Any) -> Any:
     """Full-softmax log-probability of each chosen id, in float32; shape (n,)."""
     logits = logits.float()
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _takes_block_mask(config: Any) -> bool:
-    """Whether every layer is full attention in an implementation that reads a four-dimensional mask."""
-    text = config.get_text_config()
-    layers = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    full = all(kind == "full_attention" for kind in layers) if layers else window is None
-    recurrent = any(word in text.model_type for word in ("mamba", "rwkv", "jamba", "zamba", "recurrent"))
-    return full and not recurrent and getattr(config, "_attn_implementation", "sdpa") in ("sdpa", "eager")

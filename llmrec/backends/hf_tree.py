@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.backends.heads import plain_head
+from llmrec.backends.bodies import body_of
 from llmrec.decode.beam import Fed, Floats, Wanted
 from llmrec.errors import require
 
@@ -21,7 +21,7 @@ _ROWS = 256
 
 
 class MaskedTree:
-    """A `TreeEngine` over a causal language model that takes block masks.
+    """A `TreeEngine` over a causal language model that takes block masks, or a T5.
 
     Attributes:
         tokens: Tokens that were computed, padding left out; prompts included.
@@ -36,10 +36,11 @@ class MaskedTree:
             model: In evaluation mode.
             pad: Any token id.
             warm: Keep the cache of a prompt that was read alone for the next one. Sums then differ in their last bits
-                from those of a prompt that is read whole.
+                from those of a prompt that is read whole. Not for an encoder-decoder, whose rows hold no prompt.
         """
         self._torch = require("torch", "train")
         self._model, self._pad, self._keep = model, pad, warm
+        self._body = body_of(model)
         self._cache: Any = None
         self._warm: tuple[tuple[int, ...], Any] | None = None
         self._prompts: list[tuple[int, ...]] = []
@@ -52,6 +53,11 @@ class MaskedTree:
         begin alike.
         """
         torch = self._torch
+        with torch.inference_mode():
+            begun = self._body.begin(prompts)
+        if begun is not prompts:
+            self.tokens += sum(map(len, prompts))
+            prompts = begun
         self._prompts = [tuple(prompt) for prompt in prompts]
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
@@ -126,16 +132,11 @@ class MaskedTree:
         """Run the body over new columns, and return the last hidden states, shape (users, columns, d)."""
         torch, device = self._torch, self._model.device
         with torch.inference_mode():
-            out = self._model.get_decoder()(
-                input_ids=torch.from_numpy(ids).to(device),
-                attention_mask=mask.to(device),
-                position_ids=torch.from_numpy(places).to(device),
-                past_key_values=self._cache,
-                use_cache=True,
+            hidden, self._cache = self._body.run(
+                torch.from_numpy(ids).to(device), mask.to(device), torch.from_numpy(places).to(device), self._cache
             )
-        self._cache = out.past_key_values
         self.forwards += 1
-        return out.last_hidden_state
+        return hidden
 
     def _logprobs(self, hidden: Any, wanted: Wanted, rows: NDArray[np.int64]) -> Floats:
         """Return full-softmax log-probabilities of wanted tokens; ``rows`` are the hidden states they stand after."""
@@ -153,11 +154,6 @@ class MaskedTree:
                 found[here] = (logits[at, ids] - totals[at]).double().cpu().numpy()
             self.head_rows += len(part)
         return found
-
-
-def takes_trees(model: Any) -> bool:
-    """Whether a model's logits can be had row by row from its body's hidden states."""
-    return plain_head(model.config, model.get_output_embeddings())
 
 
 def _shorten(cache: Any, length: int) -> None:

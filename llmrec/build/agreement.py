@@ -34,7 +34,12 @@ QUANTISED = ("qlora", "lora8")
 """Methods whose merged model is not what was trained, so that task figures are measured too."""
 
 # The strategy whose figures compare weights without the noise of generated text; explanation has none.
-_SCORED: Mapping[str, str] = {"rating": "expected", "sequential": "likelihood", "direct": "label"}
+_SCORED: Mapping[str, str] = {
+    "rating": "expected",
+    "sequential": "likelihood",
+    "direct": "label",
+    "alignment": "likelihood",
+}
 # An exact merge needs few rows to be proven.
 _FEW = 8
 _BATCH = 8

@@ -12,7 +12,7 @@ import polars as pl
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_model, load_tokenizer, quiet_libraries, resolve
-from llmrec.build import leaks, probes
+from llmrec.build import leaks, leaks_alignment, probes
 from llmrec.build.leaks import Check
 from llmrec.build.stages import locked
 from llmrec.build.study import RANKING, Study, build_study
@@ -69,6 +69,7 @@ def examine(study: Study, results: Mapping[str, Any], predictions: pl.DataFrame)
         if "few-shot" in study.recipe.eval.arms:
             yield leaks.shots(study, family)
     yield from leaks.candidate_sets(study)
+    yield from leaks_alignment.checks(study, _rows_of(training, "alignment"))
     yield from leaks.stored_rows(results["rows"], predictions, study)
     yield leaks.baselines(study)
     if (built := leaks.item_index(study)) is not None:
@@ -102,7 +103,7 @@ def _memory(study: Study) -> Check:
 
     quiet_libraries()
     section = study.recipe.model
-    base = resolve(section)
+    base = resolve(section, seed=study.recipe.seed)
     backend = HFBackend(
         load_model(base, section), Encoder(load_tokenizer(base, section), max_length=section.max_length)
     )

@@ -293,6 +293,6 @@ def _example(facts: Facts) -> Example:
 def _template(section: TaskSection, known: Mapping[str, Template], *, coded: bool) -> Template:
     """Return the template that evaluation asks with first."""
     name = next(iter((*section.eval_templates, *section.templates)), None)
-    seen = [template for template in known.values() if template.use == "seen"]
+    seen = [template for template in known.values() if template.use == "seen" and not template.bare]
     usual = [template for template in seen if template.writes_codes == coded]
     return known[name] if name else (usual or seen)[0]

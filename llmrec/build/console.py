@@ -30,12 +30,12 @@ def show_dry_run(study: Any) -> None:
     from llmrec.build import dryrun
     from llmrec.build.study import encoder_of
 
-    base = resolve(study.recipe.model)
+    base = resolve(study.recipe.model, seed=study.recipe.seed)
     encoder = encoder_of(study, base)
     for texts in dryrun.rendered(study, encoder).values():
         for text in texts:
             say(text + "\n")
-    rows = dryrun.train_rows(study, encoder) if "tuned" in study.recipe.eval.arms else {}
+    rows = dryrun.train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
     if rows:
         show("training rows", {name: json.dumps(value) for name, value in rows.items()})
     found = dryrun.estimate(study, encoder, base, rows)

@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 
 from llmrec.backends.encode import Encoder
+from llmrec.backends.kinds import auto_class, is_paired
 from llmrec.backends.models import dtype, load_config
 from llmrec.build.study import Study
 from llmrec.build.training import plan_training
 from llmrec.errors import require
-from llmrec.types import Request, Task
+from llmrec.types import Request
 
 _SHOWN = 3
 _SAMPLE = 24
 # Share of a plain matrix product's speed that a training step or a prefill reaches; measured on two cores.
 _EFFICIENCY = 0.45
 # Seconds to start one vLLM engine, and to load one hf model.
-_ANSWER_TOKENS = {"likelihood": 0, "expected": 1, "label": 1, "parsed": 3, "list": 60, "text": 30}
+_ANSWER_TOKENS = {"likelihood": 0, "search": 0, "expected": 1, "label": 1, "parsed": 3, "list": 60, "text": 30}
 _START = {"vllm": 45.0, "hf": 3.0, "fake": 0.0}
 
 
@@ -64,9 +65,9 @@ def rendered(study: Study, encoder: Encoder, count: int = _SHOWN) -> dict[str, l
     return shown
 
 
-def train_rows(study: Study, encoder: Encoder) -> dict[str, Any]:
-    """Return planned steps, rows by task and tokens."""
-    planned = plan_training(study, encoder)
+def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, Any]:
+    """Return planned steps, rows by task and tokens; ``folder`` holds the base model's configuration."""
+    planned = plan_training(study, encoder, paired=is_paired(_config(folder, study)))
     return {
         "steps": len(planned.steps),
         "rows": dict(planned.rows),
@@ -89,18 +90,23 @@ def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
             for template in study.eval_templates(family):
                 for strategy in study.section(family).strategies:
                     used = [
-                        _tokens(study.tasks[family], encoder, c.request, template.name, shots, strategy)
+                        _tokens(study, family, encoder, c.request, template.name, shots, strategy)
                         for c in cases[:_SAMPLE]
                     ]
                     totals[arm] += round(sum(used) / max(len(used), 1) * len(cases))
     return totals
 
 
-def _tokens(task: Task, encoder: Encoder, request: Request, template: str, shots: int, strategy: str) -> int:
+def _tokens(
+    study: Study, family: str, encoder: Encoder, request: Request, template: str, shots: int, strategy: str
+) -> int:
+    task = study.tasks[family]
     prompt = task.prompt(request, template=template, shots=shots)
     length = len(encoder.prompt(prompt)) + _ANSWER_TOKENS[strategy]
     if strategy == "likelihood":
         length += sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
+    if strategy == "search":
+        length += study.recipe.eval.beams * len(encoder.piece(task.continuations(request, template=template)[0]))
     return length
 
 
@@ -137,10 +143,10 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
 
 def _size(folder: str, study: Study) -> tuple[int, int]:
     """Count weights, and those of the head, on the meta device: nothing is loaded."""
-    torch, transformers = require("torch", "train"), require("transformers", "train")
+    torch = require("torch", "train")
     config = _config(folder, study)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     total = sum(p.numel() for p in model.parameters())
     return total, model.get_output_embeddings().weight.numel()
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import dtype, load_model, release_memory
+from llmrec.backends.kinds import is_paired
+from llmrec.backends.models import dtype, load_config, load_model, release_memory
 from llmrec.build.facts import ENGINE_PACKAGES, versions
 from llmrec.build.stages import Budget
-from llmrec.errors import MissingExtra, require
+from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.recipe import EvalSection, ModelSection
 from llmrec.registry import BACKENDS, lookup
 from llmrec.types import Backend
@@ -125,6 +126,19 @@ class Engines:
             model = model.to("cuda")
         loaded: Backend = lookup(BACKENDS, "hf", "backend")(model, self._encoder)
         return loaded
+
+
+def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> None:
+    """Refuse engines that do not serve encoder-decoders.
+
+    Raises:
+        RecipeError: If the model is one, and answers are to come from vLLM.
+    """
+    if "vllm" in (section.backend, section.scorer) and is_paired(load_config(folder, model)):
+        raise RecipeError(
+            f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and "
+            "leave eval.scorer as it is (`llmrec rank`: --backend hf)"
+        )
 
 
 def _device() -> str:

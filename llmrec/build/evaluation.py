@@ -12,21 +12,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.rating import UserMean
+from llmrec.build.bar import Bar
 from llmrec.build.engines import Engines
 from llmrec.build.facts import ENGINE_PACKAGES, versions
 from llmrec.build.stages import Budget, key_of, read_stage
-from llmrec.build.study import RANKING, Study
+from llmrec.build.study import ITEM_ANSWERS, Study
 from llmrec.durable import write_json
 from llmrec.evaluate import Evaluated, Protocol, evaluate
 from llmrec.prompts import Template
 from llmrec.rank.asking import Asker
-from llmrec.recipe import ExplanationSection
+from llmrec.recipe import CandidateSection, ExplanationSection
 from llmrec.registry import BASELINES, STRATEGIES, lookup
+from llmrec.tasks.held_items import KIND as HELD_ITEMS
 from llmrec.types import Case, Family, Predictor, Rating, Request
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,8 @@ class Evaluation:
 
     def _digest(self, family: str) -> str | None:
         """Return the hash of the candidate sets that a family ranks."""
-        return self._study.candidates.digest if self._study.candidates and family in RANKING else None
+        sets = self._study.sets(family)
+        return sets.digest if sets is not None else None
 
     def _baseline(self, spec: RowSpec) -> _Made:
         predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=self._study.recipe.seed)
@@ -252,8 +254,8 @@ class Evaluation:
             )
         return shown
 
-    def _progress(self, spec: RowSpec) -> _Bar:
-        return _Bar(spec.id, len(self._cases[spec.family]), quiet=self._quiet)
+    def _progress(self, spec: RowSpec) -> Bar:
+        return Bar(spec.id, len(self._cases[spec.family]), quiet=self._quiet)
 
 
 def protocol_of(study: Study, family: str) -> Protocol:
@@ -262,7 +264,7 @@ def protocol_of(study: Study, family: str) -> Protocol:
     sets = recipe.eval.candidates
     return Protocol(
         split=f"{data.kind}/{recipe.eval.split}",
-        candidates="full" if sets.kind == "catalogue" else f"{sets.kind}-{sets.count}",
+        candidates=_candidates(sets, family),
         cutoffs=recipe.eval.cutoffs,
         resamples=recipe.eval.bootstrap,
         seed=recipe.seed,
@@ -270,33 +272,18 @@ def protocol_of(study: Study, family: str) -> Protocol:
     )
 
 
-class _Bar:
-    """One progress line a row."""
-
-    def __init__(self, name: str, total: int, *, quiet: bool) -> None:
-        self._progress = Progress(
-            TextColumn(name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            disable=quiet,
-        )
-        self._bar = self._progress.add_task(name, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._progress.start()
-        return lambda done: self._progress.advance(self._bar, done)
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+def _candidates(sets: CandidateSection, family: str) -> str:
+    if family == "alignment":
+        return f"{HELD_ITEMS}-{sets.count}"
+    return "full" if sets.kind == "catalogue" else f"{sets.kind}-{sets.count}"
 
 
 def _inputs(spec: RowSpec, study: Study) -> str:
     if spec.template is None:
-        return "training interactions and the request's history"
+        return "the candidates" if spec.family == "alignment" else "training interactions and the request's history"
     shots = f", {spec.shots} solved examples" if spec.shots else ""
+    if spec.family == "alignment":
+        return f"{'text' if spec.template.answers_with_code else 'code'} of the item{shots}"
     shows = spec.template.shape == "list" or "history" in spec.template.names("system", "user")
     events = f"text of the last {study.section(spec.family).history} events" if shows else "no history"
     return f"{events}{shots}"
@@ -304,7 +291,7 @@ def _inputs(spec: RowSpec, study: Study) -> str:
 
 def _title(item: str, family: str, study: Study) -> str:
     items = study.task_data(family).dataset.items
-    return items[item].title if family in RANKING and item in items else item
+    return items[item].title if family in ITEM_ANSWERS and item in items else item
 
 
 def _readable(record: Mapping[str, Any], case: Case, study: Study) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
+from llmrec.backends.kinds import is_paired
 from llmrec.backends.models import dtype as torch_dtype
-from llmrec.backends.models import load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
+from llmrec.backends.models import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
 from llmrec.build import agreement, bundle, cards, export_files, hub, vetting
 from llmrec.build.export_files import (
     SUMS,
@@ -160,6 +161,11 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
     recipe = source.recipe
     origin, study = _origin(source), _study(source, options)
     base = _base(source, origin)
+    if is_paired(load_config(base, recipe.model)):
+        raise LlmrecError(
+            f"{source.folder} holds an encoder-decoder, and an export's card and measurement ask causal language "
+            f"models; use the folder {source.folder / 'merged'}, which transformers and `llmrec rank` load"
+        )
     dtype = options.dtype
     if dtype == "auto":
         dtype = source.merged or str(torch_dtype(recipe.model)).removeprefix("torch.")
@@ -239,7 +245,7 @@ def _base(source: Source, origin: str) -> str:
 def _origin(source: Source) -> str:
     """Return the folder of the base model as it was published."""
     try:
-        return resolve(source.recipe.model)
+        return resolve(source.recipe.model, seed=source.recipe.seed)
     except ModelError as error:
         raise ModelError(f"the base model of {source.folder} is needed for the export: {error}") from error
 

@@ -15,13 +15,16 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.build.stages import key_of, read_stage
+from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
 from llmrec.errors import DataError, require
 from llmrec.index import index as indexes
 from llmrec.index.index import Embed, ItemIndex
-from llmrec.recipe import IndexSection, ModelSection
+from llmrec.index.semantic import item_fields, item_vectors
+from llmrec.recipe import IndexSection, ModelSection, SemanticIndex
 from llmrec.resources import cache_dir
+from llmrec.tasks.held_items import HeldItems
 from llmrec.types import Item
 
 if TYPE_CHECKING:
@@ -89,9 +92,15 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
 # --------------------------------------------------------------------------- vectors of texts
 
 
+CHANCE = "chance"
+"""An encoder that says nothing: the control of what text adds to codes."""
+
+
 @lru_cache(maxsize=4)
 def text_embedder(name: str) -> Embedder:
     """Return what turns texts into vectors by a text encoder of this name."""
+    if name == CHANCE:
+        return Embedder(CHANCE, CHANCE)
     from llmrec.backends.texts import find_encoder
 
     return Embedder(*find_encoder(name))
@@ -133,6 +142,8 @@ class Embedder:
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one vector of length 1 for each text, shape (n, d)."""
+        if self._folder == CHANCE:
+            return _by_chance(texts)
         tensors = require("safetensors.numpy", "train")
         digest = hashlib.sha256("\0".join([self.stamp, *texts]).encode()).hexdigest()[:32]
         file = cache_dir() / "vectors" / f"{digest}.safetensors"
@@ -150,6 +161,14 @@ class Embedder:
         return vectors
 
 
+def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:
+    """Return a direction for each text that depends on nothing but its hash, shape (n, width)."""
+    hashed = hash64("chance", 0, texts)
+    rows = np.stack([np.random.default_rng(int(seed)).standard_normal(width) for seed in hashed])
+    found: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return found
+
+
 # --------------------------------------------------------------------------- the base model
 
 
@@ -162,8 +181,12 @@ def with_tokens(
     folder: Path,
     *,
     seed: int,
+    held: HeldItems | None = None,
 ) -> str:
     """Return the folder of a base model that knows an index's tokens: ``folder/base``, made once.
+
+    Where the alignment task holds items out, their words give nothing to their tokens: a token of one item's own would
+    say its title before any training.
 
     A model needs none where codes are ordinary text: its own folder is returned, and the copy that an earlier recipe
     left is removed.
@@ -175,20 +198,34 @@ def with_tokens(
     from llmrec.backends.models import weights_stamp
     from llmrec.backends.vocabulary import extended
 
-    words = section is None or section.tokens == "words"
+    start = section.tokens if section is not None else "words"
+    words = start == "words"
     target, record = folder / "base", folder / "base.json"
+    hidden = held.items if held is not None else frozenset()
     key = key_of(
         llmrec=__version__,
         base=weights_stamp(base),
         model=model.model_dump(),
         index=index.digest,
-        tokens="words" if words else "random",
-        titles=data.dataset.fingerprint if words else None,
+        tokens=start,
+        encoder=text_embedder(section.semantic.encoder).stamp if section and start == "vectors" else None,
+        titles=data.dataset.fingerprint if start != "random" else None,
+        hidden=sorted(hidden) if start != "random" else None,
         seed=seed,
     )
     stored = read_stage(record, key)
     if stored is None or not target.is_dir() or weights_stamp(str(target)) != stored["stamp"]:
-        titles = {item: entry.title for item, entry in data.dataset.items.items()}
-        extended(base, model, index, titles, target, words=words, seed=seed)
+        items = {item: entry for item, entry in data.dataset.items.items() if item not in hidden}
+        titles = {item: entry.title for item, entry in items.items()}
+        vectors = _vectors(section.semantic, items) if section and start == "vectors" else None
+        extended(base, model, index, titles, target, words=words, seed=seed, vectors=vectors)
         write_json(record, {"key": key, "stamp": weights_stamp(str(target))})
     return str(target)
+
+
+def _vectors(section: SemanticIndex, items: Mapping[str, Item]) -> dict[str, NDArray[np.float32]]:
+    """Return a vector of what is said of each item."""
+    names = sorted(items)
+    entries = [items[name] for name in names]
+    found = item_vectors(entries, item_fields(entries, section), text_embedder(section.encoder))
+    return dict(zip(names, found, strict=True))

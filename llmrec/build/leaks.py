@@ -18,10 +18,10 @@ import polars as pl
 from scipy.stats import chi2
 
 from llmrec.build.indexing import build_index
-from llmrec.build.study import RANKING, Study
+from llmrec.build.study import ITEM_ANSWERS, RANKING, Study
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.index.index import ItemIndex
-from llmrec.prompts import clean
+from llmrec.prompts import Template, clean
 from llmrec.registry import BASELINES, lookup
 from llmrec.types import Case, Example, Message, Segment
 
@@ -140,10 +140,12 @@ def training_rows(study: Study, family: str, count: int) -> Check:
     titles, codes = _Secrets(data), _Secrets(data, study.index) if study.index is not None else None
     places = []
     for example in islice(study.tasks[family].examples("train"), count):
-        coded = study.templates[family][example.template.rpartition("/")[2]].writes_codes
-        secrets = codes if coded and codes is not None else titles
+        template = study.templates[family][example.template.rpartition("/")[2]]
         places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
-        places += [f"row {example.id}: {what}" for what in _told(example, secrets)]
+        if codes is not None and template.writes_codes:
+            places += [f"row {example.id}: {what}" for what in _told(example, codes)]
+        if codes is None or template.writes_titles or not template.writes_codes:
+            places += [f"row {example.id}: {what}" for what in _told(example, titles)]
     return verdict(f"training rows of {family}", f"{count:,} rows", places)
 
 
@@ -167,22 +169,25 @@ def questions(study: Study, family: str) -> Check:
 
 def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
     data, request = study.task_data(family), case.request
-    secret = clean(data.dataset.items[str(case.truth)].title) if family in RANKING else clean(str(case.truth))[:_TEXT]
-    if family == "rating" or (family not in RANKING and len(secret) < _TELLING):
+    ranked = family in ITEM_ANSWERS
+    secret = clean(data.dataset.items[str(case.truth)].title) if ranked else clean(str(case.truth))[:_TEXT]
+    if family == "rating" or (not ranked and len(secret) < _TELLING):
         return
     # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
-    if family not in RANKING and any(secret in clean(event.text or "") for event in request.history):
+    if not ranked and any(secret in clean(event.text or "") for event in request.history):
         return
-    titles = {clean(item.title) for item in data.dataset.items.values()} if family in RANKING else set()
+    titles = {clean(item.title) for item in data.dataset.items.values()} if ranked else set()
     others = {clean(data.dataset.items[event.item_id].title) for event in request.history}
     for template in study.eval_templates(family):
         prompt = study.tasks[family].prompt(request, template=template.name)
-        if template.writes_codes and study.index is not None:
+        codes, shows_titles = _secret_forms(family, template)
+        if codes and study.index is not None:
             code = clean(study.index.encode(str(case.truth)))
             if any(
                 s.kind != "text" and clean(s.text) == code for s in _segments(prompt.messages, prompt.answer_prefix)
             ):
                 yield f"the prompt of {template.id} shows the answer"
+        if not shows_titles:
             continue
         for segment in _segments(prompt.messages, prompt.answer_prefix):
             if segment.kind == "text":
@@ -194,6 +199,14 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
             if said == secret or (said not in titles and len(secret) >= _NAMED and secret in said):
                 yield f"the prompt of {template.id} shows the answer"
                 break
+
+
+def _secret_forms(family: str, template: Template) -> tuple[bool, bool]:
+    """Say whether the answer's code and whether its title must not stand in a prompt of a template."""
+    if family == "alignment":
+        # The question shows the one form, and the other one is the answer.
+        return template.answers_with_code, not template.answers_with_code
+    return template.writes_codes, template.writes_titles or not template.writes_codes
 
 
 def shots(study: Study, family: str) -> Check:
@@ -303,12 +316,12 @@ def _correlation(values: np.ndarray[Any, Any]) -> float:
 def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
     """Rows of one table that were given different candidates, and answers that rank what was not asked."""
     unequal, foreign = [], []
-    for family in RANKING:
+    for family in ITEM_ANSWERS:
         digests = {row["id"]: row.get("candidates") for row in rows if row["task"] == family}
         if len(set(digests.values())) > 1:
             unequal += [f"{row}: {digest}" for row, digest in digests.items()]
-    sets = study.candidates.sets if study.candidates else {}
-    ranked = predictions.filter(pl.col("task").is_in(list(RANKING)) & pl.col("error").is_null())
+    sets = {**(study.candidates.sets if study.candidates else {}), **(study.aligned.sets if study.aligned else {})}
+    ranked = predictions.filter(pl.col("task").is_in(list(ITEM_ANSWERS)) & pl.col("error").is_null())
     for row, request, parsed in ranked.select("row_id", "request_id", "parsed").iter_rows():
         items = json.loads(parsed)["items"] if parsed and parsed != "null" else []
         if request in sets and not set(items) <= set(sets[request]):

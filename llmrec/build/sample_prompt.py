@@ -22,7 +22,7 @@ _USER = "example"
 _LABEL_TOKENS = 8
 _TITLE_TOKENS = 32
 # Chat servers take chat templates as they are, so these come first among equals.
-_ORDER = ("direct", "sequential", "rating", "explanation")
+_ORDER = ("direct", "sequential", "rating", "explanation", "alignment")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +74,9 @@ def sample_prompt(
         user_id=_USER,
         history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
         candidates=tuple(items[3:]) if family in ("direct", "sequential") else None,
-        item=items[3] if family in ("rating", "explanation") else None,
+        item=items[3] if family in ("rating", "explanation", "alignment") else None,
     )
-    longest = {"sequential": _TITLE_TOKENS}.get(family, _LABEL_TOKENS)
+    longest = _TITLE_TOKENS if family in ("sequential", "alignment") else _LABEL_TOKENS
     ranks = "sequential" in tasks or "direct" in tasks
     return Sample(
         family=family,

@@ -18,9 +18,12 @@ from llmrec.index.index import ItemIndex
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DataSection, Recipe, TaskSection
 from llmrec.registry import TASKS, check_names, lookup
+from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
 from llmrec.types import Case, Task
 
 RANKING = ("sequential", "direct")
+ITEM_ANSWERS = (*RANKING, "alignment")
+"""Families whose answer is an item; `RANKING` ranks items for users."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Study:
         index: Codes of the items, where the recipe has an index.
         tasks: Chosen families by name.
         templates: All templates of the chosen families, ``family -> name -> template``.
+        held: Items whose code and text no training row may show together; None without the alignment task.
+        aligned: Stored candidate sets of the questions about them.
     """
 
     recipe: Recipe
@@ -44,6 +49,8 @@ class Study:
     index: ItemIndex | None
     tasks: Mapping[str, Task]
     templates: Mapping[str, Mapping[str, Template]]
+    held: HeldItems | None = None
+    aligned: CandidateSets | None = None
 
     def section(self, family: str) -> TaskSection:
         """Return a family's recipe section."""
@@ -52,6 +59,10 @@ class Study:
     def task_data(self, family: str) -> SplitDataset:
         """Return the data that a family reads."""
         return self.reviews if family == "explanation" and self.reviews is not None else self.data
+
+    def sets(self, family: str) -> CandidateSets | None:
+        """Return the stored candidate sets that a family ranks."""
+        return self.aligned if family == "alignment" else self.candidates if family in RANKING else None
 
     def cases(self, family: str) -> list[Case]:
         """Return the evaluated cases: the first ``users`` ones in seeded order."""
@@ -63,8 +74,12 @@ class Study:
         return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
 
 
-def build_study(recipe: Recipe) -> Study:
+def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     """Load, split and check everything that a recipe names.
+
+    Args:
+        recipe: The recipe.
+        data: The main data where it is at hand already, in place of what the recipe's section names.
 
     Raises:
         DataError: If the data does not carry what a task needs.
@@ -73,7 +88,7 @@ def build_study(recipe: Recipe) -> Study:
     families = recipe.tasks.present()
     for family, section in families.items():
         check_names(family, section.strategies, section.baselines)
-    data = _data(recipe.data, recipe.seed)
+    data = data or _data(recipe.data, recipe.seed)
     reviews = _data(recipe.reviews, recipe.seed) if recipe.reviews else None
     if reviews is not None:
         # One held-out set for all tasks: where the two tables share pairs, each keeps out what the other holds out.
@@ -82,6 +97,7 @@ def build_study(recipe: Recipe) -> Study:
     candidates = None
     if recipe.eval.candidates.kind != "catalogue" and any(family in RANKING for family in families):
         candidates = draw(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
+    held, aligned = _aligned(recipe, data)
     index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     tasks: dict[str, Task] = {}
     for family, section in families.items():
@@ -92,12 +108,12 @@ def build_study(recipe: Recipe) -> Study:
             section,
             templates[family],
             seed=recipe.seed,
-            candidates=candidates if family in RANKING else None,
+            candidates=aligned if family == "alignment" else candidates if family in RANKING else None,
             shot_choice=recipe.eval.shots.choice,
             # The second table has items of its own, which the index does not hold.
             index=index if used is data else None,
         )
-    study = Study(recipe, data, reviews, candidates, index, tasks, templates)
+    study = Study(recipe, data, reviews, candidates, index, tasks, templates, held, aligned)
     for family in families:
         if not study.cases(family):
             name = study.task_data(family).dataset.name
@@ -110,6 +126,14 @@ def build_study(recipe: Recipe) -> Study:
 
 def _data(section: DataSection, seed: int) -> SplitDataset:
     return split(load(section, seed=seed), section.split, seed=seed)
+
+
+def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, CandidateSets | None]:
+    section = recipe.tasks.alignment
+    if section is None:
+        return None, None
+    held = hold_out(data.dataset.items, section.held_out, seed=recipe.seed)
+    return held, draw_held(held, recipe.eval.split, count=recipe.eval.candidates.count, seed=recipe.seed)
 
 
 def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from llmrec import __version__
 from llmrec.baselines.liked import threshold
 from llmrec.baselines.rated import scale_of
 from llmrec.baselines.tuning import Tuned, tune
+from llmrec.build.bar import Bar
+from llmrec.build.comparing import Comparing
+from llmrec.build.contenders import Contenders
 from llmrec.build.facts import machine, versions
 from llmrec.build.results import describe
 from llmrec.build.stages import key_of, locked, read_stage
@@ -28,11 +32,10 @@ from llmrec.data.sources import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
-from llmrec.evaluate import LOWER_IS_BETTER, Evaluated, Protocol, compare, evaluate, statistic_of
+from llmrec.evaluate import Evaluated, Protocol, evaluate
 from llmrec.full_ranking import evaluate_catalogue
-from llmrec.list_metrics import Background
-from llmrec.metrics.significance import detectable, detectable_line, over_seeds
-from llmrec.metrics.stats import holm, verdict
+from llmrec.list_metrics import Background, cold_figures
+from llmrec.metrics.significance import over_seeds
 from llmrec.recipe import DataSection, Suite, SuiteRow
 from llmrec.recipe_file import recipe_hash
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
@@ -46,7 +49,7 @@ log = logging.getLogger(__name__)
 TABLES: Mapping[str, tuple[str, ...]] = {"rating": ("rating",), "ctr": ("yes-no",)}
 METRICS: Mapping[str, tuple[str, ...]] = {"rating": ("MAE", "RMSE"), "ctr": ("LogLoss", "GAUC", "AUC")}
 # What has no say in a row's figures.
-_SILENT = {"suite", "description", "data", "rows", "references"}
+_SILENT = {"suite", "description", "data", "rows", "references", "pairs"}
 _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 
 
@@ -73,6 +76,8 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         DataError: If the data cannot be used.
     """
     for row in suite.rows:
+        if row.baseline is None:
+            continue
         able = FAMILY_BASELINES["sequential" if suite.task == "ranking" else suite.task]
         if row.baseline not in able:
             raise RecipeError(
@@ -83,9 +88,11 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
     with locked(out):
         begin = time.monotonic()
         splits = {seed: _split(suite.data, seed) for seed in suite.split_seeds}
-        rows = []
+        rows: list[dict[str, Any]] = []
+        contenders = Contenders(suite, out)
         for place, row in enumerate(suite.rows):
-            found = _row(suite, row, place, splits, out)
+            found = _row(suite, row, place, splits, contenders)
+            contenders.chosen[row.label] = found["parameters"]
             rows.append(found)
             say(_line(suite, found))
         written = _results(suite, rows, splits[suite.split_seeds[0]], time.monotonic() - begin)
@@ -127,46 +134,52 @@ def _found(section: DataSection) -> DataSection:
 # --------------------------------------------------------------------------- one row
 
 
-def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], out: Path) -> dict[str, Any]:
+def _row(
+    suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], contenders: Contenders
+) -> dict[str, Any]:
     """Return a stored row with the same key, or make it and store it."""
-    path = out / "rows" / f"{place:02d}-{row.baseline}.json"
+    path = contenders.folder / "rows" / f"{place:02d}-{row.label}.json"
     key = key_of(
         llmrec=__version__,
         packages={name: version for name, version in versions().items() if name in _MATTERS},
         row=row.model_dump(),
+        inputs=contenders.inputs(row) if row.baseline is None else None,
         data={seed: data.fingerprint for seed, data in splits.items()},
         protocol=suite.model_dump(exclude=_SILENT if suite.task == "ctr" else _SILENT | {"liked"}),
     )
     stored = read_stage(path, key)
     if stored is None:
-        stored = {"key": key, **_make(suite, row, splits)}
+        stored = {"key": key, **_make(suite, row, splits, contenders)}
         write_json(path, stored)
     else:
         log.info("suite: reusing %s", path)
     return stored
 
 
-def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset]) -> dict[str, Any]:
+def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], contenders: Contenders) -> dict[str, Any]:
     first = suite.split_seeds[0]
-    kind = lookup(BASELINES, row.baseline, "baseline")
+    fit = partial(_fit, contenders, row)
     seconds: dict[str, float] = {}
     with _peak() as memory:
         begin = time.monotonic()
-        tuned = _tuned(suite, row, splits[first])
+        tuned = _tuned(suite, row, splits[first]) if row.baseline else contenders.choose(row, splits[first])
         seconds["tune"] = time.monotonic() - begin
-        seeds = suite.seeds if kind.stochastic else suite.seeds[:1]
+        seeds = suite.seeds if contenders.stochastic(row) else suite.seeds[:1]
         runs = [
             # Tuning has fitted the chosen point with the first seed.
-            _measure(suite, row, tuned, splits[first], seed, seconds, fitted=tuned.model if seed == seeds[0] else None)
+            _measure(suite, row, splits[first], seconds, partial(fit, tuned, splits[first], seed, seed == seeds[0]))
             for seed in seeds
         ]
-        others = [_measure(suite, row, tuned, splits[seed], suite.seeds[0], seconds) for seed in suite.split_seeds[1:]]
+        others = [
+            _measure(suite, row, splits[seed], seconds, partial(fit, tuned, splits[seed], suite.seeds[0], False))
+            for seed in suite.split_seeds[1:]
+        ]
     tables = {
         seen: _table([run[seen] for run in runs], [run[seen] for run in (runs[0], *others)])
         for seen in tables_of(suite)
     }
     return {
-        "name": row.baseline,
+        "name": row.label,
         "baseline": row.baseline,
         "parameters": dict(tuned.parameters),
         "trials": [{"parameters": dict(trial.parameters), "value": trial.value} for trial in tuned.trials],
@@ -181,7 +194,8 @@ def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset]) -> di
 
 def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset) -> Tuned:
     """Choose among the declared grid, with the row's own parameters fixed."""
-    declared = lookup(BASELINES, row.baseline, "baseline").GRID if row.tune else {}
+    name = str(row.baseline)
+    declared = lookup(BASELINES, name, "baseline").GRID if row.tune else {}
     grid = {name: values for name, values in declared.items() if name not in row.parameters}
     fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in row.parameters.items()}
     if suite.task == "ctr":
@@ -189,23 +203,25 @@ def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset) -> Tuned:
     if all(len(values) == 1 for values in grid.values()):
         only = {name: values[0] for name, values in (grid | fixed).items()}
         return Tuned(parameters=only, trials=(), metric="nothing to choose")
-    return tune(row.baseline, data, seed=suite.seeds[0], grid=grid | fixed)
+    return tune(name, data, seed=suite.seeds[0], grid=grid | fixed)
+
+
+def _fit(contenders: Contenders, row: SuiteRow, tuned: Tuned, data: SplitDataset, seed: int, first: bool) -> Any:
+    """Return a fitted row; tuning a baseline has fitted its chosen point with the first seed."""
+    if row.baseline is None:
+        return contenders.fit(row, data, seed, tuned.parameters.get("weights"))
+    if first and tuned.model is not None:
+        return tuned.model
+    model = lookup(BASELINES, row.baseline, "baseline")(**tuned.parameters, seed=seed)
+    model.fit(data)
+    return model
 
 
 def _measure(
-    suite: Suite,
-    row: SuiteRow,
-    tuned: Tuned,
-    data: SplitDataset,
-    seed: int,
-    seconds: dict[str, float],
-    *,
-    fitted: Any = None,
+    suite: Suite, row: SuiteRow, data: SplitDataset, seconds: dict[str, float], fit: Callable[[], Any]
 ) -> dict[str, Any]:
-    predictor = fitted or lookup(BASELINES, row.baseline, "baseline")(**tuned.parameters, seed=seed)
     begin = time.monotonic()
-    if fitted is None:
-        predictor.fit(data)
+    predictor = fit()
     seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin
     protocol = Protocol(
         split=f"{data.kind}/{suite.split}",
@@ -220,7 +236,12 @@ def _measure(
     found: dict[str, Evaluated] = {}
     if suite.task == "ranking":
         background = Background.of(data)
-        found |= evaluate_catalogue(predictor, cases, protocol, seen=suite.seen, background=background)
+        with Bar(row.label, len(cases), quiet=row.recipe is None) as advance:
+            found |= evaluate_catalogue(
+                predictor, cases, protocol, seen=suite.seen, background=background, progress=advance
+            )
+        for each in found.values():
+            each.figures["cold"] = cold_figures(cases, background, each.values, metrics_of(suite))
     else:
         (table,) = tables_of(suite)
         found[table] = evaluate(predictor, cases, family=suite.task, protocol=protocol)
@@ -274,8 +295,13 @@ def _table(runs: Sequence[Any], splits: Sequence[Any]) -> dict[str, Any]:
         "metrics": metrics,
         "tie_rate": float(np.mean([run.figures["tie_rate"] for run in runs])),
         "n": runs[0].figures["n"],
+        **({"cold": _mean_of([run.figures["cold"] for run in runs])} if "cold" in runs[0].figures else {}),
         "values": values,
     }
+
+
+def _mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
 
 
 @contextmanager
@@ -302,7 +328,9 @@ def _peak() -> Iterator[list[float]]:
 
 def _results(suite: Suite, rows: Sequence[Mapping[str, Any]], data: SplitDataset, seconds: float) -> dict[str, Any]:
     spent = sum(sum(row["seconds"].values()) for row in rows)
-    compared = {seen: _compared(suite, rows, data, seen) for seen in tables_of(suite)}
+    users = [case.request.user_id for case in _cases(suite, data)]
+    asked = Comparing(suite, rows, users, headline_of(suite))
+    compared = {seen: asked.best_with_others(seen) for seen in tables_of(suite)}
     return {
         "kind": "suite",
         "suite": suite.suite,
@@ -322,51 +350,16 @@ def _results(suite: Suite, rows: Sequence[Mapping[str, Any]], data: SplitDataset
             "metrics": metrics_of(suite),
             "seeds": list(suite.seeds),
             "split_seeds": list(suite.split_seeds),
-            "users": len({case.request.user_id for case in _cases(suite, data)}),
+            "users": len(set(users)),
             "requests": rows[0]["tables"][tables_of(suite)[0]]["n"],
         },
         "rows": [{k: v for k, v in row.items() if k not in ("key", "values")} for row in rows],
         "comparisons": [line for lines, _ in compared.values() for line in lines],
+        "pairs": [line for seen in tables_of(suite) for line in asked.pairs(seen)],
         "detectable": {seen: line for seen, (_, line) in compared.items()},
         "references": list(suite.references),
         "seconds": max(seconds, spent),
     }
-
-
-def _compared(
-    suite: Suite, rows: Sequence[Mapping[str, Any]], data: SplitDataset, seen: str
-) -> tuple[list[dict[str, Any]], str]:
-    """Pair the best row with every other, p-values Holm-adjusted; say what the comparisons could have shown."""
-    metric = headline_of(suite)
-    users = [case.request.user_id for case in _cases(suite, data)]
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    best = max(rows, key=lambda row: sign * row["tables"][seen]["metrics"][metric]["value"])
-    others = [row for row in rows if row is not best]
-    if not others:
-        return [], ""
-    own, *theirs = (np.array(row["values"][seen][metric]) for row in (best, *others))
-    found = [compare(metric, own, values, users=users, resamples=suite.bootstrap, seed=0) for values in theirs]
-    lines = [
-        {
-            "seen": seen,
-            "metric": metric,
-            "a": best["name"],
-            "b": row["name"],
-            "value": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-            "p": p,
-            "verdict": verdict(difference, "higher" if sign > 0 else "lower", p=p),
-        }
-        for row, difference, p in zip(others, found, holm([d.p for d in found]), strict=True)
-    ]
-    if metric == "AUC":
-        return lines, ""  # no mean over users, so it has no such line
-    small = [
-        detectable(own, values, comparisons=len(others), users=users, statistic=statistic_of(metric))
-        for values in theirs
-    ]
-    return lines, detectable_line(metric, small, users=len(set(users)), comparisons=len(others))
 
 
 def _line(suite: Suite, row: Mapping[str, Any]) -> str:

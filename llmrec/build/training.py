@@ -6,20 +6,24 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder, Row
-from llmrec.backends.models import release_memory, weights_stamp
+from llmrec.backends.kinds import is_paired
+from llmrec.backends.models import load_config, release_memory, weights_stamp
 from llmrec.build import bundle, indexing
 from llmrec.build.stages import Budget, key_of, read_stage
 from llmrec.build.study import Study
 from llmrec.durable import replacing, write_json, write_text
 from llmrec.errors import RecipeError
-from llmrec.tasks.mixture import mixture
+from llmrec.tasks.mixture import interleave
 from llmrec.train.batches import Step, fit_row, plan
-from llmrec.types import Example
+from llmrec.train.branches import Branching, branching_rows
+from llmrec.train.pieces import Drawing, RowStream
+from llmrec.train.seq2seq import target_rows
 
 if TYPE_CHECKING:
     from llmrec.train.sft import Training
@@ -45,43 +49,42 @@ class Plan:
     valid: Mapping[str, list[Row]]
 
 
-def plan_training(study: Study, encoder: Encoder) -> Plan:
-    """Draw rows by weight until the recipe's steps are filled."""
+def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
+    """Draw rows by weight until the recipe's steps are filled; for an encoder-decoder (``paired``) one a target."""
     section, recipe = study.recipe.train, study.recipe
-    weighted = {
-        family: (task, study.section(family).weight)
-        for family, task in study.tasks.items()
-        if study.section(family).weight > 0
-    }
-    encoded: dict[str, Row | None] = {}
+    weighted = {family: weight for family in study.tasks if (weight := study.section(family).weight) > 0}
     dropped = dict.fromkeys(weighted, 0)
     # Rows stay referenced, so that an id names one row for as long as it is looked up.
     kept: list[Row] = []
     family_of: dict[int, str] = {}
 
-    def size(example: Example) -> int:
-        row = encoded[example.id] = fit_row(example, encoder, section.max_row_tokens)
-        return len(row.ids) if row else 0
-
     def rows() -> Iterator[Row]:
         since = 0
-        for example in mixture(weighted, seed=recipe.seed, size=size):
-            row = encoded.pop(example.id)
+        streams, weights = _streams(study, weighted, encoder, paired=paired)
+        for _, (family, row) in interleave(streams, weights, recipe.seed, size=lambda drawn: _size(drawn[1])):
             if row is None:
-                dropped[example.task] += 1
+                dropped[family] += 1
                 since += 1
                 if since > _PATIENCE:
                     raise RecipeError(
                         f"no training row fits train.max_row_tokens={section.max_row_tokens}: {_PATIENCE} rows of "
-                        f"tasks.{example.task} in a row were longer; raise it, or show less history"
+                        f"tasks.{family} in a row were longer; raise it, or show less history"
                     )
                 continue
             since = 0
-            family_of[id(row)] = example.task
+            family_of[id(row)] = family
             kept.append(row)
             yield row
 
-    steps = plan(rows(), steps=section.steps, batch_tokens=section.batch_tokens, seed=recipe.seed)
+    width = section.max_row_tokens if section.packing == "tree" else None
+    steps = plan(
+        rows(),
+        steps=section.steps,
+        batch_tokens=section.batch_tokens,
+        seed=recipe.seed,
+        width=width,
+        band=section.band,
+    )
     for family, lost in dropped.items():
         if lost:
             log.warning("tasks.%s: %d rows were longer than train.max_row_tokens and were dropped", family, lost)
@@ -89,14 +92,62 @@ def plan_training(study: Study, encoder: Encoder) -> Plan:
     for step in steps:
         for row in step.rows:
             counts[family_of[id(row)]] += 1
-    valid = {family: _valid_rows(study, family, encoder) for family in weighted}
+    valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in weighted}
     return Plan(steps, counts, dropped, valid)
 
 
-def _valid_rows(study: Study, family: str, encoder: Encoder) -> list[Row]:
-    section = study.recipe.train
-    share = section.valid_rows // max(len(study.tasks), 1)
-    found = (fit_row(e, encoder, study.recipe.model.max_length) for e in study.tasks[family].examples("valid", share))
+def _size(row: Row | None) -> int:
+    return 0 if row is None else len(row.ids)
+
+
+def _streams(
+    study: Study, weighted: Mapping[str, float], encoder: Encoder, *, paired: bool
+) -> tuple[dict[str, Iterator[tuple[str, Row | None]]], dict[str, float]]:
+    """Return streams of families and their rows, with weights; where rows are packed, families branch off together.
+
+    Raises:
+        RecipeError: If rows of an encoder-decoder are to be packed.
+    """
+    section, seed = study.recipe.train, study.recipe.seed
+    packing = section.packing == "tree"
+    if packing and paired:
+        raise RecipeError("train.packing: an encoder-decoder reads no packed rows; set train.packing=none")
+    tasks = {family: task for family in weighted if isinstance(task := study.tasks[family], Branching)}
+    tasks = {family: task for family, task in tasks.items() if packing and task.branches}
+    alone = [family for family in weighted if len(tasks) < 2 or family not in tasks]
+    streams: dict[str, Iterator[tuple[str, Row | None]]]
+    streams = {family: zip(repeat(family), _rows(study, family, encoder, paired=paired)) for family in alone}
+    weights = {family: weighted[family] for family in alone}
+    if len(tasks) > 1:
+        name = " and ".join(sorted(tasks))
+        users, limit = study.data.users(), section.max_row_tokens
+        lines = section.band is not None
+        streams[name] = branching_rows(tasks, weighted, users, encoder, limit=limit, seed=seed, lines=lines)
+        weights[name] = sum(weighted[family] for family in tasks)
+    return streams, weights
+
+
+def _rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> Iterator[Row | None]:
+    """Return a family's training rows, without end; put together from lines where its task draws rows first."""
+    task, section = study.tasks[family], study.recipe.train
+    if paired:
+        found = (target_rows(example, encoder, section.max_row_tokens) for example in task.examples("train"))
+        return (row for rows in found for row in (*rows, *([] if rows else [None])))
+    if section.band is not None:
+        # Only words tell where lines begin.
+        limit = section.max_row_tokens
+        return (fit_row(example, encoder, limit, lines=True) for example in task.examples("train"))
+    if isinstance(task, Drawing):
+        return iter(RowStream(task, encoder, limit=section.max_row_tokens, seed=study.recipe.seed))
+    return (fit_row(example, encoder, section.max_row_tokens) for example in task.examples("train"))
+
+
+def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[Row]:
+    section, limit = study.recipe.train, study.recipe.model.max_length
+    examples = study.tasks[family].examples("valid", section.valid_rows // max(len(study.tasks), 1))
+    if paired:
+        return [row for example in examples for row in target_rows(example, encoder, limit)]
+    found = (fit_row(example, encoder, limit) for example in examples)
     return [row for row in found if row is not None]
 
 
@@ -143,7 +194,8 @@ def train_stage(
     # A record must never vouch for weights of another run that was killed half-way.
     (folder / "train.json").unlink(missing_ok=True)
     with budget.stage("plan"):
-        planned = plan_training(study, encoder)
+        paired = is_paired(load_config(base, study.recipe.model))
+        planned = plan_training(study, encoder, paired=paired)
     with budget.stage("train"):
         training = _train(study, encoder, base, folder, planned, key, quiet=quiet)
     budget.add("train", training.seconds_before)

@@ -128,6 +128,40 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
     return _sets(section.kind, section.count, seed, sets)
 
 
+def draw_among(
+    targets: Mapping[str, str], groups: Mapping[str, str], *, count: int, seed: int, kind: str
+) -> CandidateSets:
+    """Draw candidates from a few items alone, uniformly.
+
+    Args:
+        targets: The target of every request, by the request's id.
+        groups: The items to draw from, targets included, and a group each: items of the target's own group are not
+            drawn, since nobody could tell them from it.
+        count: Candidates of a request, the target included.
+        seed: The run's seed.
+        kind: Name of these candidates.
+
+    Raises:
+        DataError: If there are too few items.
+    """
+    pool = sorted(groups)
+    place = {item: index for index, item in enumerate(pool)}
+    members: dict[str, set[int]] = {}
+    for item in pool:
+        members.setdefault(groups[item], set()).add(place[item])
+    weights = np.ones(len(pool), dtype=np.uint64)
+    total = np.cumsum(weights)
+    sets: dict[str, tuple[str, ...]] = {}
+    for name, target in targets.items():
+        banned = members[groups[target]]
+        if len(pool) - len(banned) < count - 1:
+            raise DataError(f"{kind} candidates: only {len(pool)} items to draw {count} from")
+        numbers = _Numbers(hash_one(f"candidates {kind}", seed, name))
+        chosen = [place[target], *_negatives(numbers, weights, total, banned, count - 1)]
+        sets[name] = tuple(pool[index] for index in numbers.shuffled(chosen))
+    return _sets(kind, count, seed, sets)
+
+
 def _weights(data: SplitDataset, place: Mapping[str, int], kind: str) -> NDArray[np.uint64]:
     weights = np.ones(len(place), dtype=np.uint64)
     if kind == "popularity":

@@ -48,8 +48,8 @@ class Semantic:
         semantic = section.semantic
         names = sorted(data.dataset.items)
         items = [data.dataset.items[name] for name in names]
-        fields = _fields(items, semantic)
-        x = _vectors([_text(item, fields) for item in items], embed)
+        fields = item_fields(items, semantic)
+        x = item_vectors(items, fields, embed)
         vectors, found, arrays, figures = _quantised(x, semantic, seed)
         grid = [token(level, number) for level in range(semantic.levels) for number in range(semantic.codes)]
         rows, added = [tuple(map(int, row)) for row in found.codes], []
@@ -114,7 +114,26 @@ def _pieces(numbers: Sequence[int]) -> tuple[str, ...]:
 # --------------------------------------------------------------------------- texts and vectors
 
 
-def _fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...]:
+def item_vectors(items: Sequence[Item], fields: Sequence[str], embed: Embed | None) -> Floats:
+    """Return vectors of length 1 of what is said of items, shape (n, d).
+
+    Args:
+        items: The items.
+        fields: Which of their fields are read, after the title.
+        embed: The text encoder.
+
+    Raises:
+        DataError: If there is no encoder, or its vectors cannot be used.
+    """
+    return _vectors([_text(item, fields) for item in items], embed)
+
+
+def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...]:
+    """Return the fields that a recipe names, by default all that items have.
+
+    Raises:
+        RecipeError: If no item has a field of that name.
+    """
     known = tuple(dict.fromkeys(name for item in items for name in item.fields))
     for name in section.fields:
         if name not in known:

@@ -145,6 +145,20 @@ class SuiteComparison(Record):
     verdict: Verdict
 
 
+class SuitePair(Record):
+    """Two rows that a suite compares by name."""
+
+    seen: str
+    metric: str
+    a: str
+    b: str
+    value: Number = None
+    low: Number = None
+    high: Number = None
+    p: Number = None
+    verdict: Verdict
+
+
 class SuiteResult(Record):
     """What `llmrec.build.suite` writes."""
 
@@ -156,6 +170,7 @@ class SuiteResult(Record):
     protocol: SuiteProtocol
     rows: tuple[SuiteRow, ...]
     comparisons: tuple[SuiteComparison, ...] = ()
+    pairs: tuple[SuitePair, ...] = ()
     detectable: dict[str, str] = Field(default_factory=dict)
     references: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -253,6 +268,7 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         verdicts = _verdicts(found, seen)
         lines += ["", _RULE] if verdicts else []
         lines += ["", cell(found.detectable[seen])] if found.detectable.get(seen) else []
+        lines += _pairs(found, seen)
         same = [row for page in references for row in page.rows if row.seen == seen and _fits(page, protocol)]
         if same:
             lines += ["", "Published under the same protocol:", "", _published(same, protocol.metrics)]
@@ -261,6 +277,21 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         heading = "### Published, treatment of the history not stated"
         lines += ["", heading, "", _published(unknown, protocol.metrics)]
     return "\n".join([*lines, ""])
+
+
+def _pairs(found: SuiteResult, seen: str) -> list[str]:
+    """Return one line for each pair of rows that the suite compares by name."""
+    asked = [
+        pair for pair in found.pairs if pair.seen == seen and None not in (pair.value, pair.low, pair.high, pair.p)
+    ]
+    if not asked:
+        return []
+    lines = [
+        f"- {cell(pair.a)} over {cell(pair.b)}: {cell(pair.metric)} {pair.value:+.4f} [{pair.low:+.4f}, "
+        f"{pair.high:+.4f}], p {pair.p:.3f}, {pair.verdict}"
+        for pair in asked
+    ]
+    return ["", "Pairs named beforehand, Holm-adjusted among themselves:", "", *lines]
 
 
 def _fits(page: Reference, protocol: SuiteProtocol) -> bool:

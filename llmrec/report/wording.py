@@ -13,6 +13,7 @@ TASK_TITLES = {
     "sequential": "Next item from history",
     "direct": "Pick from candidates",
     "explanation": "Explanations",
+    "alignment": "What codes stand for",
     "ctr": "Yes or no to an item",
 }
 TRIVIAL = frozenset(

@@ -1,4 +1,4 @@
-"""What the four families share: the data as templates see it, the choice of templates, and rows in seeded order."""
+"""What the families share: the data as templates see it, the choice of templates, and rows in seeded order."""
 
 from __future__ import annotations
 
@@ -152,6 +152,9 @@ def choose(
 ) -> Chosen:
     """Pick the section's templates; where it names none, with an index those that write codes, if there are any.
 
+    Of these, templates that write titles too are only used where they are named, or where there are no others. A list
+    of bare codes is only used where it is named: it reads codes of item tokens alone.
+
     Raises:
         RecipeError: If a name is unknown, an unseen template is to be trained on, one writes codes and there is no
             index, or none is left.
@@ -164,8 +167,9 @@ def choose(
                 f"tasks.{family}.templates: {template.id} is an unseen template, kept to measure new wordings; "
                 "name it in eval_templates instead"
             )
-    seen = [template for template in templates.values() if template.use == "seen"]
+    seen = [template for template in templates.values() if template.use == "seen" and not template.bare]
     coded = [template for template in seen if template.writes_codes]
+    coded = [template for template in coded if not template.writes_titles] or coded
     plain = [template for template in seen if not template.writes_codes]
     train = tuple(named or (coded if index is not None and coded else plain))
     if not train:
@@ -175,6 +179,25 @@ def choose(
 
 
 # --------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A training row before it is put into words.
+
+    Attributes:
+        id: The row's id.
+        user_id: Whose events they are.
+        template: The words that it will take.
+        events: What it shows, oldest first.
+        first_target: List templates: the first event that is learned; those before it are context.
+    """
+
+    id: str
+    user_id: str
+    template: Template
+    events: tuple[Event, ...]
+    first_target: int
 
 
 def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
@@ -201,6 +224,11 @@ def passes(
             yield f"{family}/train/{number}/{user}", user, keyed(f"{family} row", seed, str(number), user)
         done += len(order)
         number += 1
+
+
+def branch_point(seed: int, number: int, user: str, events: int) -> int:
+    """Return how many of a user's events are history in a pass: the same for every family that knows as many."""
+    return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
 
 
 def held_out(data: SplitDataset, split: SplitName) -> tuple[Interaction, ...]:

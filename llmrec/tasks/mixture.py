@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 from llmrec.errors import RecipeError
 from llmrec.types import Example, Task
+
+T = TypeVar("T")
 
 
 def mixture(
@@ -25,23 +28,39 @@ def mixture(
     Raises:
         RecipeError: If no weight is above 0.
     """
-    weights = {name: weight for name, (_, weight) in sorted(tasks.items()) if weight > 0}
-    if not weights:
+    weights = {name: weight for name, (_, weight) in tasks.items()}
+    streams = {name: task.examples("train") for name, (task, weight) in tasks.items() if weight > 0}
+    return (example for _, example in interleave(streams, weights, seed, size))
+
+
+def interleave(
+    streams: Mapping[str, Iterator[T]],
+    weights: Mapping[str, float],
+    seed: int,
+    size: Callable[[T], int] | None = None,
+) -> Iterator[tuple[str, T]]:
+    """Interleave streams of anything as `mixture` does; yields each row with the name of its stream.
+
+    Raises:
+        RecipeError: If no weight is above 0.
+    """
+    order = sorted(name for name, weight in weights.items() if weight > 0)
+    if not order:
         raise RecipeError("every task has weight 0, so there is nothing to train on; set tasks.<family>.weight")
-    order = list(weights)
     random.Random(seed).shuffle(order)
-    return _interleave({name: tasks[name][0].examples("train") for name in order}, weights, size)
+    return _interleave({name: streams[name] for name in order}, weights, size)
 
 
 def _interleave(
-    streams: Mapping[str, Iterator[Example]], weights: Mapping[str, float], size: Callable[[Example], int] | None
-) -> Iterator[Example]:
+    streams: Mapping[str, Iterator[T]], weights: Mapping[str, float], size: Callable[[T], int] | None
+) -> Iterator[tuple[str, T]]:
     served = dict.fromkeys(streams, 0.0)
     while True:
         name = min(streams, key=lambda each: served[each] / weights[each])
-        example = next(streams[name], None)
-        if example is None:
+        try:
+            row = next(streams[name])
+        except StopIteration:
             return
         # A row that counts nothing would be chosen for ever.
-        served[name] += max(1, size(example)) if size else 1
-        yield example
+        served[name] += max(1, size(row)) if size else 1
+        yield name, row

@@ -18,9 +18,11 @@ from llmrec.tasks.common import (
     Values,
     View,
     asked_item,
+    branch_point,
     chat_example,
     choose,
     held_out,
+    keyed,
     list_answer,
     list_example,
     passes,
@@ -89,6 +91,28 @@ class RatingTask:
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             yield self._example(template, row, user, self._train_events(template, user, rng), last_only=False)
+
+    @property
+    def branches(self) -> bool:
+        """Whether some template asks its question after the history, so that another family can share what precedes."""
+        return any(template.shape == "chat" for template in self._chosen.train)
+
+    def branch(self, number: int, user: str) -> Example | None:
+        """Return a user's training row of a pass, which begins with the history that all families show in this pass.
+
+        None if the user rated nothing.
+        """
+        events = self._events.get(user)
+        if events is None:
+            return None
+        rng = keyed("rating branch", self._seed, str(number), user)
+        template = rng.choice(self._chosen.train)
+        if template.shape == "list":
+            events = window(events, self._section.window, rng)
+        else:
+            at = branch_point(self._seed, number, user, len(events))
+            events = events[max(0, at - self._section.history) : at + 1]
+        return self._example(template, f"rating/branch/{number}/{user}", user, events, last_only=False)
 
     def cases(self, split: SplitName) -> list[Case]:
         """Return the held-out ratings; an interaction without one is no case."""

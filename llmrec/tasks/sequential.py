@@ -14,12 +14,15 @@ from llmrec.prompts import Template
 from llmrec.recipe import SequentialSection
 from llmrec.tasks.common import (
     ABOUT_USER,
+    Draw,
     Values,
     View,
+    branch_point,
     candidates_of,
     chat_example,
     choose,
     held_out,
+    keyed,
     list_answer,
     list_example,
     passes,
@@ -30,8 +33,22 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.rating import find_scale
 from llmrec.tasks.reading import read_line
-from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
+from llmrec.types import (
+    Answer,
+    Case,
+    Code,
+    Event,
+    Example,
+    Family,
+    ItemCodes,
+    Message,
+    Prompt,
+    Ranking,
+    Request,
+    SplitName,
+)
 
 
 class SequentialTask:
@@ -57,12 +74,14 @@ class SequentialTask:
         self._data, self._section, self._seed, self._candidates = data, section, seed, candidates
         self._chosen = choose(self.family, section, templates, index)
         self._view = View(data, index)
+        self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
         for template in templates.values():
             if template.shape == "list":
                 template.check(turns=ABOUT_USER, lead=ABOUT_USER | {"n"}, target=ABOUT_USER | {"item", "n"})
             else:
                 asked = ABOUT_USER | {"history"}
                 template.check(turns=asked, lead=(), target=asked | {"item"})
+        self._check_bare()
         least = max(2, section.warm_up + 1)
         if section.window < least:
             raise RecipeError(
@@ -94,10 +113,42 @@ class SequentialTask:
                 events = (*past, Event(item_id=held.item_id))
                 yield self._example(self._chosen.train[0], row, held.user_id, events, first_target=len(past))
             return
+        for draw in self.draws(limit):
+            yield self.example(draw)
+
+    def draws(self, limit: int | None = None) -> Iterator[Draw]:
+        """Yield training rows before they are put into words: ``examples("train")`` is `example` of each, in order."""
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._train_events(template, user, rng)
-            yield self._example(template, row, user, events, first_target=self._section.warm_up)
+            yield Draw(row, user, template, events, self._section.warm_up)
+
+    def example(self, draw: Draw) -> Example:
+        """Put a drawn row into words."""
+        return self._example(draw.template, draw.id, draw.user_id, draw.events, first_target=draw.first_target)
+
+    @property
+    def branches(self) -> bool:
+        """Whether some template asks its question after the history, so that another family can share what precedes."""
+        return any(template.shape == "chat" for template in self._chosen.train)
+
+    def branch(self, number: int, user: str) -> Example | None:
+        """Return a user's training row of a pass, which begins with the history that all families show in this pass.
+
+        None if the user has too few events.
+        """
+        events = self._events.get(user)
+        if events is None:
+            return None
+        rng = keyed("sequential branch", self._seed, str(number), user)
+        template = rng.choice(self._chosen.train)
+        if template.shape == "list":
+            events = window(events, self._section.window, rng)
+        else:
+            at = branch_point(self._seed, number, user, len(events))
+            events = events[max(0, at - self._section.history) : at + 1]
+        row = f"sequential/branch/{number}/{user}"
+        return self._example(template, row, user, events, first_target=self._section.warm_up)
 
     def cases(self, split: SplitName) -> list[Case]:
         """Return every held-out interaction with its candidates, or with none where the whole catalogue is ranked."""
@@ -129,7 +180,7 @@ class SequentialTask:
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
         values = self._view.user(request.user_id, request.context)
         if chosen.shape == "chat":
-            question = chosen.turns(values | {"history": self._view.events(drawn.history)})
+            question = chosen.turns(values | {"history": self._view.events(drawn.history, self._rating)})
             return Prompt(messages=with_shots(question, turns))
         steps = self._steps(values, drawn.history)
         opening = chosen.opening(values | {"n": len(steps) + 1})
@@ -148,7 +199,7 @@ class SequentialTask:
         chosen = self._chosen.get(template)
         values = self._view.user(request.user_id, request.context)
         if chosen.shape == "chat":
-            values["history"] = self._view.events(request.history[-self._section.history :])
+            values["history"] = self._view.events(request.history[-self._section.history :], self._rating)
         n = min(len(request.history), self._section.history) + 1
         items = self.catalogue if request.candidates is None else request.candidates
         return tuple(chosen.answer(values | {"item": self._view.item(item), "n": n}) for item in items)
@@ -175,6 +226,22 @@ class SequentialTask:
         return ranking_reward(answer, case)
 
     # ----------------------------------------------------------------------- building blocks
+
+    def _check_bare(self) -> None:
+        """Codes may only stand one behind the other if each is made of item tokens: then none begins another.
+
+        Raises:
+            RecipeError: If they are ordinary text.
+        """
+        names = dict.fromkeys((*(t.name for t in self._chosen.train), *self._chosen.evaluate))
+        bare = [name for name in names if self._chosen.get(name).bare]
+        # A model that is asked about items of a request has none of its own.
+        some = next(iter(self._data.dataset.items), None)
+        if bare and some is not None and not isinstance(self._view.item(some)["code"], Code):
+            raise RecipeError(
+                f"tasks.sequential.templates: {bare[0]} writes codes one behind the other, and those of this index are "
+                "ordinary text; use index: {scheme: token}, collaborative or semantic, or the template continue-codes"
+            )
 
     def _catalogue(self, name: str) -> Mapping[str, tuple[str, ...]]:
         if name not in self._keys:
@@ -214,7 +281,7 @@ class SequentialTask:
         return solved(template, values, list_answer(template, self._steps(values, events), lambda _: True))
 
     def _question(self, user: str, events: tuple[Event, ...]) -> Values:
-        return self._view.user(user) | {"history": self._view.events(events[:-1])}
+        return self._view.user(user) | {"history": self._view.events(events[:-1], self._rating)}
 
     def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
         return [values | {"item": self._view.item(event.item_id), "n": n} for n, event in enumerate(events, start=1)]

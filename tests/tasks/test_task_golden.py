@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from task_data import CLASSES, FAMILIES
+from task_data import CLASSES, EVERY
 
 from llmrec.data.candidates import draw
 from llmrec.data.dataset import Dataset
@@ -18,10 +18,11 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.index.index import ItemIndex, token
 from llmrec.prompts import load_templates
 from llmrec.recipe import CandidateSection, Split
+from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.types import Event, Item, Message, Prompt, Request, Segment
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-NAMES = [(family, name) for family in FAMILIES for name in load_templates(family)]
+NAMES = [(family, name) for family in EVERY for name in load_templates(family)]
 CODES = ItemIndex(
     "made",
     {str(n): (token(0, n % 3), token(1, n // 3)) for n in range(10)},
@@ -64,14 +65,18 @@ def rendering(family: str, name: str) -> str:
     data = small()
     task_class, section = CLASSES[family]
     template = load_templates(family)[name]
-    sets = draw(data, "test", CandidateSection(count=3), seed=0)
+    asks_of_items = family == "alignment"
+    settings = {"held_out": 0.5} if asks_of_items else {}
+    held = hold_out(data.dataset.items, 0.5, seed=0)
+    drawn = draw(data, "test", CandidateSection(count=3), seed=0)
+    sets = draw_held(held, "test", count=2, seed=0) if asks_of_items else drawn
     trained = {"templates": (name,)} if template.use == "seen" else {}
     index = {"index": CODES} if template.writes_codes else {}
     task = task_class(
-        data, section(history=3, **trained), load_templates(family), seed=0,
-        candidates=sets if family in ("direct", "sequential") else None, **index,
+        data, section(history=3, **trained, **settings), load_templates(family), seed=0,
+        candidates=sets if family in ("direct", "sequential", "alignment") else None, **index,
     )  # fmt: skip
-    case = next(case for case in task.cases("test") if case.request.user_id == "0")
+    case = next(case for case in task.cases("test") if case.request.user_id == "0" or asks_of_items)
     known = () if family != "sequential" else (Event(item_id="5"),)
     bare = Request(id="bare", user_id="nobody", item="3", candidates=("3", "1", "2"), history=known)
     asked: list[tuple[str, Prompt]] = [
@@ -83,7 +88,7 @@ def rendering(family: str, name: str) -> str:
         asked.append(("request for a ranking", task.prompt(case.request, template=name, shots=1, want="ranking")))
     parts = [f"{template.id} version {template.version}, {template.use}, {template.shape}\n"]
     if template.use == "seen":
-        row = next(row for row in task.examples("train") if row.user_id == "0")
+        row = next(row for row in task.examples("train") if row.user_id == "0" or asks_of_items)
         parts.append(f"===== training row, {'closed' if row.ends_turn else 'open'}\n" + show(row.messages, row.answer))
     parts += [f"===== {title}, stops at {p.stop!r}\n" + show(p.messages, p.answer_prefix) for title, p in asked]
     parts.append(f"===== continuations\n{task.continuations(case.request, template=name)!r}\n")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from task_data import (
+    EVERY,
     FAMILIES,
     example_text,
     load_templates,
@@ -121,7 +122,7 @@ def test_rating_user_row_has_every_rating_as_target() -> None:
         assert len(row.pairs) == len(events)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_chat_rows_have_one_target_and_close_the_turn(family: str) -> None:
     for row in islice(make_task(family).examples("train"), 200):
         template = load_templates(family)[row.template.rpartition("/")[2]]
@@ -131,7 +132,7 @@ def test_chat_rows_have_one_target_and_close_the_turn(family: str) -> None:
         assert all(segment.kind != "target" for message in row.messages for segment in message.segments)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_every_seen_template_trains_and_ids_are_unique(family: str) -> None:
     rows = list(islice(make_task(family).examples("train"), 400))
     seen = {t.id for t in load_templates(family).values() if t.use == "seen"}
@@ -160,7 +161,7 @@ def test_direct_negatives_are_untouched_by_the_user() -> None:
         assert listed & touched[row.user_id] == {row.pairs[-1][1]}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_rows_prompts_and_cases_do_not_depend_on_row_order(family: str) -> None:
     once, again = (make_task(family, make_split(make_dataset(shuffled=s)), shot_choice="similar") for s in (1, 2))
     assert list(islice(once.examples("train"), 60)) == list(islice(again.examples("train"), 60))
@@ -172,7 +173,7 @@ def test_rows_prompts_and_cases_do_not_depend_on_row_order(family: str) -> None:
     assert reordered[::-1] == [once.prompt(c.request, template=name, shots=2) for c in once.cases("test")[:10]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_seed_changes_rows(family: str) -> None:
     one, two = (list(islice(make_task(family, seed=s).examples("train"), 20)) for s in (0, 1))
     assert one != two
@@ -265,7 +266,7 @@ def test_continuations() -> None:
 
 
 def test_hostile_titles_stay_one_line_in_every_prompt() -> None:
-    for family in FAMILIES:
+    for family in EVERY:
         task = make_task(family)
         for case in task.cases("test")[:20]:
             for name in load_templates(family):

@@ -1,0 +1,221 @@
+"""Alignment: which title does a code stand for, and which code a title (LC-Rec, ICDE 2024, section 3.3)?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from llmrec.data.candidates import CandidateSets
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError, RecipeError
+from llmrec.index.titles import title_key
+from llmrec.prompts import Template
+from llmrec.recipe import AlignmentSection
+from llmrec.tasks.common import (
+    Fields,
+    Values,
+    View,
+    chat_example,
+    choose,
+    keyed,
+    passes,
+    ranking_reward,
+    refuse_test,
+    solved,
+    with_shots,
+)
+from llmrec.tasks.fewshot import Drawn, Window
+from llmrec.tasks.held_items import hold_out, request_name
+from llmrec.tasks.reading import read_line
+from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
+
+NOBODY = ""
+"""Whose rows these are: no data has this user id."""
+
+
+class AlignmentTask:
+    """The alignment family: an item's code is shown and its title asked for, or its text is shown and its code.
+
+    There is no user and no history. What is held out is items: their pairs of code and text are in no training row, and
+    evaluation asks about them alone, so that a right answer is read off the code and not recited.
+
+    A case does not name its item, since the item is the answer; its id is a hash that this task alone can look up. So
+    no predictor can return what it was given, whichever of the two the prompt shows. A request made elsewhere names
+    its item instead.
+    """
+
+    family: Family = "alignment"
+
+    def __init__(
+        self,
+        data: SplitDataset,
+        section: AlignmentSection,
+        templates: Mapping[str, Template],
+        *,
+        seed: int,
+        candidates: CandidateSets | None = None,
+        shot_choice: str = "random",
+        index: ItemCodes | None = None,
+    ) -> None:
+        """Set up; see the other tasks. Examples are always drawn at random, as no user has a past here.
+
+        Raises:
+            RecipeError: If there is no index, no item is left to train on, or a template does not ask for a code by a
+                text, or for a text by a code.
+        """
+        if index is None:
+            raise RecipeError(
+                "tasks.alignment: it teaches what codes mean, and there is no index; add one to the recipe, such as "
+                "index: {scheme: semantic}, or drop the task"
+            )
+        self._data, self._seed, self._candidates = data, seed, candidates
+        self._chosen = choose(self.family, section, templates, index)
+        self._view = View(data, index)
+        self.held = hold_out(data.dataset.items, section.held_out, seed=seed)
+        self._trained = tuple(item for item in sorted(data.dataset.items) if item not in self.held.items)
+        if not self._trained:
+            raise RecipeError(f"tasks.alignment.held_out: {section.held_out:g} leaves no item to train on; lower it")
+        self._named = {request_name(item, seed): item for item in sorted(self.held.items)}
+        for template in templates.values():
+            self._check(template)
+
+    @property
+    def eval_templates(self) -> tuple[str, ...]:
+        """Names of the templates that evaluation asks with."""
+        return self._chosen.evaluate
+
+    def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
+        """Yield rows with targets; see `Task`. Rows of ``valid`` take the training templates in turn."""
+        refuse_test(split)
+        if split == "valid":
+            for place, item in enumerate(self.held.valid[:limit]):
+                template = self._chosen.train[place % len(self._chosen.train)]
+                yield self._example(template, f"alignment/valid/{item}", item)
+            return
+        for row, item, rng in passes(self.family, self._trained, self._seed, limit):
+            yield self._example(rng.choice(self._chosen.train), row, item)
+
+    def cases(self, split: SplitName) -> list[Case]:
+        """Return one question about every held-out item of a split.
+
+        Each is a user of its own, since users are what intervals and tests resample.
+
+        Raises:
+            RecipeError: If the task was built without candidate sets.
+        """
+        part = self.held.part(split)
+        if self._candidates is None:
+            raise RecipeError("tasks.alignment ranks stored candidates; draw them first (llmrec.tasks.held_items)")
+        found = []
+        for item in part:
+            name = request_name(item, self._seed)
+            if name not in self._candidates.sets:
+                raise DataError(
+                    "tasks.alignment: the stored candidates have no set for a held-out item; they were drawn for "
+                    "another split, seed or data set, so draw them again"
+                )
+            request = Request(id=name, user_id=name, candidates=self._candidates.sets[name])
+            found.append(Case(request=request, truth=item))
+        return found
+
+    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+        """Render a request; see `Task`."""
+        chosen = self._chosen.get(template)
+        shown = [window.events[-1].item_id for window in self.draw_shots(request, shots).windows]
+        turns = [self._solved(chosen, item) for item in shown]
+        return Prompt(messages=with_shots(chosen.turns(self._question(chosen, self._item(request))), turns))
+
+    def draw_shots(self, request: Request, shots: int) -> Drawn:
+        """Return the trained items whose pairs few-shot examples show, as events of nobody.
+
+        Raises:
+            DataError: If there are fewer of them than asked for.
+        """
+        if shots == 0:
+            return Drawn((), ())
+        # One more than asked for, since the item of a request made elsewhere may be among them.
+        rng = keyed("alignment shots", self._seed, request.id)
+        sample = rng.sample(self._trained, min(shots + 1, len(self._trained)))
+        drawn = [item for item in sample if item != self._item(request)][:shots]
+        if len(drawn) < shots:
+            raise DataError(
+                f"tasks.alignment: {shots} few-shot examples are asked for, but only {len(self._trained)} items are "
+                "trained on, the one in question included; lower eval.shots.k"
+            )
+        return Drawn(tuple(Window(NOBODY, (Event(item_id=item),)) for item in drawn), ())
+
+    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
+        """Return the candidates' titles or codes, in stored order."""
+        chosen = self._chosen.get(template)
+        return tuple(chosen.answer(self._answer(chosen, item)) for item in _asked(request))
+
+    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
+        """Match the first line against the candidates' titles or codes; those that are written alike share a place."""
+        chosen = self._chosen.get(template)
+        name = "code" if chosen.answers_with_code else "title"
+        for key in read_line(completion):
+            items = tuple(i for i in _asked(request) if title_key(str(self._view.item(i)[name])) == key)
+            if items:
+                return Ranking(request_id=request.id, items=items, scores=(1.0,) * len(items))
+        return None
+
+    def reward(self, answer: Answer, case: Case) -> float:
+        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is left out."""
+        return ranking_reward(answer, case)
+
+    # ----------------------------------------------------------------------- building blocks
+
+    def _check(self, template: Template) -> None:
+        """Refuse templates that do not ask for the one by the other.
+
+        Raises:
+            RecipeError: Naming the template and what is wrong.
+        """
+        if template.shape == "list":
+            raise RecipeError(f"template {template.id}: alignment templates ask for one answer; use shape: chat")
+        if template.asks_with_code == template.answers_with_code:
+            raise RecipeError(
+                f"template {template.id}: an alignment template shows item.code and asks for item.title, or shows "
+                "item.title and asks for item.code; write item.code in one of user and target"
+            )
+        asked = {"noun", "item"} | ({"fields"} if template.answers_with_code else set())
+        template.check(turns=asked, lead=(), target={"noun", "item"})
+        template.turns(self._question(template, self._trained[0]))
+        template.answer(self._answer(template, self._trained[0]))
+
+    def _question(self, template: Template, item: str) -> Values:
+        values: Values = {"noun": self._data.dataset.noun}
+        if template.answers_with_code:
+            return values | {"item": self._text(item), "fields": self._view.about(item)["fields"]}
+        return values | {"item": self._code(item)}
+
+    def _answer(self, template: Template, item: str) -> Values:
+        shown = self._code(item) if template.answers_with_code else self._text(item)
+        return {"noun": self._data.dataset.noun, "item": shown}
+
+    def _code(self, item: str) -> dict[str, object]:
+        return {"code": self._view.item(item)["code"]}
+
+    def _text(self, item: str) -> Fields:
+        return Fields({name: value for name, value in self._view.item(item).items() if name != "code"})
+
+    def _example(self, template: Template, row: str, item: str) -> Example:
+        question, answer = self._question(template, item), self._answer(template, item)
+        return chat_example(template, row, NOBODY, question, answer, past=(), event=Event(item_id=item))
+
+    def _solved(self, template: Template, item: str) -> tuple[Message, ...]:
+        return solved(template, self._question(template, item), template.step(self._answer(template, item))[1])
+
+    def _item(self, request: Request) -> str:
+        item = request.item if request.item is not None else self._named.get(request.id)
+        if item is None:
+            raise DataError(
+                f"request {request.id!r}: the alignment task asks about one item, and this is none of its cases; set "
+                "Request.item"
+            )
+        return item
+
+
+def _asked(request: Request) -> Sequence[str]:
+    if not request.candidates:
+        raise DataError(f"request {request.id!r}: the alignment task ranks candidates; set Request.candidates")
+    return request.candidates

@@ -1,0 +1,95 @@
+"""Items whose code and text are never trained together, and the candidates of the questions about them.
+
+An item's text is no interaction, so no split of the data holds it out. What the alignment task is asked about must be
+held out all the same: a model that has read an item's code beside its title could recite the pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmrec.data.candidates import CandidateSets, draw_among
+from llmrec.data.hashing import hash64, hash_one
+from llmrec.errors import DataError
+from llmrec.index.titles import shown, title_key
+from llmrec.types import Item, SplitName
+
+KIND = "held-out-items"
+
+
+@dataclass(frozen=True)
+class HeldItems:
+    """Held-out items, each part in a seeded order, so that the first n are an unbiased sample.
+
+    Attributes:
+        valid: What choices are made on.
+        test: What is reported.
+        groups: Every item's title as it is compared; items of one group are all held out together, or none is.
+    """
+
+    valid: tuple[str, ...]
+    test: tuple[str, ...]
+    groups: Mapping[str, str]
+
+    def part(self, split: SplitName) -> tuple[str, ...]:
+        """Return the items of a split.
+
+        Raises:
+            ValueError: If asked for the training split, which holds nothing out.
+        """
+        if split == "train":
+            raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
+        return self.valid if split == "valid" else self.test
+
+    @property
+    def items(self) -> frozenset[str]:
+        """Every item that is held out."""
+        return frozenset((*self.valid, *self.test))
+
+
+def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems:
+    """Hold items out by a seeded hash of their titles, so that adding one moves no other.
+
+    Items of one title go the same way. Where a scheme reads titles, their codes differ in what tells namesakes apart
+    alone, so that one of them in training would tell the others.
+
+    Args:
+        items: The catalogue.
+        share: About this share of it is held out, half for each part.
+        seed: The run's seed.
+    """
+    names = sorted(items)
+    groups = {name: title_key(shown(name, items[name])) for name in names}
+    drawn = hash64("alignment held out", seed, [groups[name] for name in names]) / 2.0**64
+    order = hash64("alignment order", seed, names)
+    found = sorted(zip(order.tolist(), drawn.tolist(), names, strict=True))
+    return HeldItems(
+        valid=tuple(name for _, place, name in found if share / 2 <= place < share),
+        test=tuple(name for _, place, name in found if place < share / 2),
+        groups=groups,
+    )
+
+
+def request_name(item: str, seed: int) -> str:
+    """Return the id of the request about an item, which does not say which item it is."""
+    return f"alignment/{hash_one('alignment request', seed, item):016x}"
+
+
+def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> CandidateSets:
+    """Draw the candidates of every question of a split among the items of the same split alone.
+
+    Each of these is as likely to be the answer as any other, so that a set by itself says nothing.
+
+    Raises:
+        DataError: If too few items are held out.
+    """
+    part = held.part(split)
+    alone = len({held.groups[item] for item in part})
+    if alone < count:
+        raise DataError(
+            f"tasks.alignment.held_out: it holds {len(part)} of {len(held.groups)} items out for the {split} split, of "
+            f"{alone} titles, fewer than the {count} candidates of a question; raise it, or lower eval.candidates.count"
+        )
+    targets = {request_name(item, seed): item for item in part}
+    return draw_among(targets, {item: held.groups[item] for item in part}, count=count, seed=seed, kind=KIND)

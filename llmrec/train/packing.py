@@ -1,0 +1,238 @@
+"""Packs rows side by side into masked rows, with common beginnings read once.
+
+Rows of one masked row form a trie, laid out depth first: a token's descendants stand right behind it. So one number
+a column, where its subtree ends, says what every token sees: column k is an ancestor of column q, or q itself, where
+k <= q < end of k. Nothing else is stored of the mask; it is built from these numbers when a step is computed, and
+rows that begin differently see nothing of each other. The token after a column is not the next column where rows
+part, so targets are pairs of a column and the token that is wanted after it, one for each label of each row: a
+shared token that bears loss in two rows counts twice, as it does in plain rows. Such masks are known from decoding
+(tree attention in SpecInfer, arXiv 2305.09781).
+
+With a *band* a token of a list sees its question and a few lines before its own, as many as evaluation shows, however
+long the row is (the windowed attention of Dynamic Target Isolation, arXiv 2503.01001). A line is then seen up to some
+later token of its row, so the end of its columns moves forward, and the mask keeps its form; such rows share their
+question alone. A band bounds what a layer reads, not what reaches it: in deeper layers the states of the lines that
+are seen have read lines before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.backends.encode import IGNORED, Row
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Rows of one masked row, how many columns it has, and how many lines before its own a token of a list sees."""
+
+    rows: tuple[Row, ...]
+    columns: int
+    band: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One masked row.
+
+    Attributes:
+        ids: Token of each column, shape (columns,).
+        places: How many ancestors each column has: its position id, shape (columns,).
+        ends: Where the subtree of each column ends, or the part of it that sees the column; shape (columns,).
+        after: The column that each target follows, shape (targets,).
+        wanted: The target token, shape (targets,).
+    """
+
+    ids: Ints
+    places: Ints
+    ends: Ints
+    after: Ints
+    wanted: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Masked rows of one step, padded on their right.
+
+    Attributes:
+        ids: Shape (rows, columns).
+        places: Position ids, shape (rows, columns).
+        ends: Where subtrees end, counted in the own row; padding sees itself alone. Shape (rows, columns).
+        after: Columns that targets follow, counted over all rows one behind the other, shape (targets,).
+        wanted: Target tokens, shape (targets,).
+    """
+
+    ids: Ints
+    places: Ints
+    ends: Ints
+    after: Ints
+    wanted: Ints
+
+
+def tree(rows: Sequence[Row], band: int | None = None) -> Packed:
+    """Lay rows out as one masked row.
+
+    What stands behind a row's last target but one token is not read: nothing is asked after it.
+
+    Args:
+        rows: Rows with targets.
+        band: How many lines before its own a token of a list sees; None: all. It takes rows that know their lines.
+    """
+    bodies = _sorted_bodies(rows, band)
+    size = sum(len(body.ids) for body in bodies)
+    ids, places, ends = (np.zeros(size, dtype=np.int64) for _ in range(3))
+    after, wanted = [], []
+    path, columns = np.zeros(0, dtype=np.int64), 0
+    for n, body in enumerate(bodies):
+        shared = _shared(bodies[n - 1], body) if n else 0
+        grown = columns + len(body.ids) - shared
+        ids[columns:grown] = body.ids[shared:]
+        places[columns:grown] = np.arange(shared, len(body.ids))
+        path = np.concatenate([path[:shared], np.arange(columns, grown)])
+        ends[path] = grown
+        if len(body.until):
+            # Nobody else's columns stand behind the question, so a place in the row is a column.
+            ends[path[body.alone :]] = np.append(path, grown)[body.until]
+        after.append(path[body.targets - 1])
+        wanted.append(body.labels[body.targets])
+        columns = grown
+    joined = np.concatenate(after), np.concatenate(wanted)
+    return Packed(ids[:columns], places[:columns], ends[:columns], *joined)
+
+
+def stack(packed: Sequence[Packed], pad: int) -> Stacked:
+    """Put masked rows under one another."""
+    longest = max(len(each.ids) for each in packed)
+    shape = (len(packed), longest)
+    ids, places = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    ends = np.tile(np.arange(1, longest + 1), (len(packed), 1))
+    for row, each in enumerate(packed):
+        filled = len(each.ids)
+        ids[row, :filled], places[row, :filled], ends[row, :filled] = each.ids, each.places, each.ends
+    after = np.concatenate([each.after + row * longest for row, each in enumerate(packed)])
+    return Stacked(ids, places, ends, after, np.concatenate([each.wanted for each in packed]))
+
+
+def bins(rows: Sequence[Row], width: int, band: int | None = None) -> list[Bin]:
+    """Distribute rows over masked rows of at most ``width`` columns: first-fit decreasing, over trees of rows.
+
+    Rows that share half of the shorter one or more stay together as far as ``width`` allows. A row that is longer
+    than ``width`` has a masked row of its own. ``band`` is that of `tree`.
+    """
+    groups = sorted(_groups(rows, width, band), key=lambda group: -group.columns)
+    filled: list[list[_Group]] = []
+    room: list[int] = []
+    for group in groups:
+        first = group.bodies[0]
+        for n, others in enumerate(filled):
+            # A beginning that the masked row holds already, such as a system turn, takes no room again.
+            shared = max(_shared(first, other.bodies[0]) for other in others)
+            if group.columns - shared <= room[n]:
+                others.append(group)
+                room[n] -= group.columns - shared
+                break
+        else:
+            filled.append([group])
+            room.append(width - group.columns)
+    return [_bin([body for group in groups for body in group.bodies], band) for groups in filled]
+
+
+def alike(one: Ints, two: Ints) -> int:
+    """Return how many tokens two rows share at their beginning."""
+    both = min(len(one), len(two))
+    parts = one[:both] != two[:both]
+    at = int(parts.argmax()) if both else 0
+    return at if both and parts[at] else both
+
+
+class _Body(NamedTuple):
+    """A row as arrays.
+
+    Attributes:
+        row: The row.
+        ids: The tokens that are read.
+        labels: All labels.
+        targets: Where targets are; the first token is never one.
+        alone: How much of its beginning it may share: up to its first line, if a band cuts what its lines see.
+        until: Of every token from there on, the first place in the row that does not see it; empty without a cut.
+    """
+
+    row: Row
+    ids: Ints
+    labels: Ints
+    targets: Ints
+    alone: int
+    until: Ints
+
+
+class _Group(NamedTuple):
+    """Rows that stay together, in the order of their tokens."""
+
+    bodies: list[_Body]
+    columns: int
+
+
+def _sorted_bodies(rows: Sequence[Row], band: int | None) -> list[_Body]:
+    """Return rows in the order of their tokens, so that each shares the most with its neighbours."""
+    bodies = []
+    for row in rows:
+        labels = np.array(row.labels, dtype=np.int64)
+        targets = np.flatnonzero(labels[1:] != IGNORED) + 1
+        read = int(targets[-1]) if len(targets) else 0
+        until = _until(row, read, band)
+        alone = row.lines[0] if len(until) else read
+        bodies.append(_Body(row, np.array(row.ids[:read], dtype=np.int64), labels, targets, alone, until))
+    return sorted(bodies, key=_order)
+
+
+def _until(row: Row, read: int, band: int | None) -> Ints:
+    """Return for every token of the lines the first place that does not see it; empty where all see all.
+
+    The last token of a line stands before the first of the next one, so its window is that of the next line.
+    """
+    if band is None or len(row.lines) <= band + 1:
+        return np.zeros(0, dtype=np.int64)
+    starts = np.array(row.lines, dtype=np.int64)
+    hidden = np.full(len(starts), read)
+    hidden[: len(starts) - band - 1] = starts[band + 1 :] - 1
+    lengths = np.diff(np.minimum(np.append(starts, read), read))
+    return np.repeat(np.minimum(hidden, read), lengths)
+
+
+def _shared(one: _Body, two: _Body) -> int:
+    """Return how many columns two rows share; those with a cut window stand apart from those without."""
+    if bool(len(one.until)) != bool(len(two.until)):
+        return 0
+    return min(alike(one.ids, two.ids), one.alone, two.alone)
+
+
+def _order(body: _Body) -> tuple[bool, list[int]]:
+    return len(body.until) > 0, body.ids.tolist()
+
+
+def _groups(rows: Sequence[Row], width: int, band: int | None) -> list[_Group]:
+    groups: list[_Group] = []
+    for body in _sorted_bodies(rows, band):
+        if groups:
+            bodies, columns = groups[-1]
+            shared = _shared(bodies[-1], body)
+            grown = columns + len(body.ids) - shared
+            if 2 * shared >= min(len(bodies[-1].ids), len(body.ids)) and grown <= width:
+                groups[-1] = _Group([*bodies, body], grown)
+                continue
+        groups.append(_Group([body], len(body.ids)))
+    return groups
+
+
+def _bin(bodies: Sequence[_Body], band: int | None) -> Bin:
+    ordered = sorted(bodies, key=_order)
+    shared = sum(_shared(one, two) for one, two in pairwise(ordered))
+    return Bin(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared, band)

@@ -1,0 +1,84 @@
+"""How much a target of a long row gains from lines that evaluation does not show, and what a band takes away of it.
+
+Dynamic Target Isolation (arXiv 2503.01001) names two ways in which rows with many targets differ from rows with one:
+late targets read more than the window of evaluation, in their own layer or through states that have (hidden-state
+leakage), and a target's place tells how much stands before it (positional overfitting). Here the loss of every target
+is computed four ways with the same pretrained weights, in float32:
+
+- evaluation: a row a target, with the last lines of the window alone;
+- same places: the same tokens, but at the places that they have in the user's row, so that only states differ;
+- user row: all lines before a target are seen;
+- band: one layer reads no more than the window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmrec.backends.encode import IGNORED, Row
+from llmrec.train.loss import block_mask
+from llmrec.train.packing import stack, tree
+
+Losses = NDArray[np.float64]
+
+
+def packed_losses(model: Any, row: Row, band: int | None) -> Losses:
+    """Return the loss of every target token of a user row, in nats."""
+    packed = stack([tree([row], band)], 0)
+    ids, places, ends = (torch.from_numpy(each) for each in (packed.ids, packed.places, packed.ends))
+    return _losses(model, ids, places, block_mask(model, ends), packed.after, packed.wanted)
+
+
+def window_losses(model: Any, row: Row, window: int, *, moved: bool) -> Losses:
+    """Return the same from a row a line: the question, so many lines before it, and the line.
+
+    Args:
+        model: A causal language model.
+        row: A user row that knows its lines.
+        window: Lines before the target.
+        moved: Whether tokens close the gap behind the question, as in evaluation, or stay where the row has them.
+    """
+    ends, found = [*row.lines[1:], len(row.ids)], []
+    for line, end in enumerate(ends):
+        if row.labels[row.lines[line]] == IGNORED:
+            continue
+        kept = np.r_[: row.lines[0], row.lines[max(0, line - window)] : end]
+        ids, places = torch.from_numpy(np.array(row.ids)[kept])[None], np.arange(len(kept)) if moved else kept
+        mask = torch.ones(1, 1, len(kept), len(kept)).tril().bool()
+        own = np.arange(len(kept) - (end - row.lines[line]), len(kept))
+        found.append(_losses(model, ids, torch.from_numpy(places)[None], mask, own - 1, ids[0].numpy()[own]))
+    return np.concatenate(found)
+
+
+def _losses(model: Any, ids: Any, places: Any, mask: Any, after: Any, wanted: Any) -> Losses:
+    with torch.no_grad():
+        states = model.get_decoder()(input_ids=ids, position_ids=places, attention_mask=mask, use_cache=False)
+        picked = states.last_hidden_state.flatten(0, 1)[torch.from_numpy(after)]
+        logits = model.get_output_embeddings()(picked).float()
+        losses: Losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(wanted), reduction="none").numpy()
+    return losses.astype(np.float64)
+
+
+def compare(model: Any, rows: list[Row], window: int) -> dict[str, dict[str, float]]:
+    """Return mean losses of targets with more lines before them than the window, and how far the ways are apart."""
+    parts: dict[str, list[Losses]] = {"evaluation": [], "same places": [], "user row": [], "band": []}
+    for row in rows:
+        late = np.array([n for n, label in enumerate(row.labels) if label != IGNORED]) >= row.lines[window + 1]
+        parts["evaluation"].append(window_losses(model, row, window, moved=True)[late])
+        parts["same places"].append(window_losses(model, row, window, moved=False)[late])
+        parts["user row"].append(packed_losses(model, row, None)[late])
+        parts["band"].append(packed_losses(model, row, window)[late])
+    joined = {name: np.concatenate(each) for name, each in parts.items()}
+    return {
+        name: {
+            "mean_loss": float(each.mean()),
+            "from_evaluation": float((each - joined["evaluation"]).mean()),
+            "apart_from_evaluation": float(np.abs(each - joined["evaluation"]).mean()),
+            "apart_from_same_places": float(np.abs(each - joined["same places"]).mean()),
+        }
+        for name, each in joined.items()
+    } | {"targets": {"late": float(len(joined["band"]))}}

@@ -1,0 +1,342 @@
+"""Item text and item code: what is held out, what rows and questions show, and what a request gives away."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import pytest
+from task_data import (
+    example_text,
+    load_templates,
+    make_dataset,
+    make_index,
+    make_split,
+    make_task,
+    prompt_text,
+    targets,
+)
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.vocabulary import add_item_tokens
+from llmrec.errors import DataError, RecipeError
+from llmrec.prompts import Template
+from llmrec.prompts import load_templates as read_templates
+from llmrec.recipe import AlignmentSection, SequentialSection
+from llmrec.tasks.alignment import AlignmentTask
+from llmrec.tasks.held_items import draw_held, hold_out, request_name
+from llmrec.tasks.mixture import mixture
+from llmrec.tasks.sequential import SequentialTask
+from llmrec.types import Case, Code, Event, Item, Ranking, Request, Unparsed
+from tests.conftest import make_tokenizer
+
+DATA = make_split(make_dataset(hostile=False))
+INDEX = make_index(DATA)
+TITLE = {item: entry.title for item, entry in DATA.dataset.items.items()}
+
+
+def told(text: str) -> set[str]:
+    """Items whose title and code stand in one text."""
+    return {item for item, title in TITLE.items() if title in text and INDEX.encode(item) in text}
+
+
+def named(text: str) -> set[str]:
+    """Items whose title or code stands in a text."""
+    return {item for item, title in TITLE.items() if title in text or INDEX.encode(item) in text}
+
+
+# --------------------------------------------------------------------------- what is held out
+
+
+def catalogue(count: int) -> dict[str, Item]:
+    return {f"i{n}": Item(item_id=f"i{n}", title=f"Title {n}") for n in range(count)}
+
+
+def test_about_the_share_is_held_out_in_two_halves() -> None:
+    held = hold_out(catalogue(4000), 0.1, seed=0)
+    # 5 standard deviations of a binomial with n = 4000 and p = .05 are 69.
+    assert abs(len(held.valid) - 200) < 69 and abs(len(held.test) - 200) < 69
+    assert not set(held.valid) & set(held.test)
+    assert held.items == {*held.valid, *held.test}
+    assert hold_out(catalogue(4000), 0.1, seed=1).items != held.items
+    assert hold_out(catalogue(50), 0.0, seed=0).items == frozenset()
+    assert len(hold_out(catalogue(50), 1.0, seed=0).items) == 50
+
+
+def test_a_new_item_moves_no_other() -> None:
+    few, many = hold_out(catalogue(300), 0.2, seed=0), hold_out(catalogue(600), 0.2, seed=0)
+    known = set(catalogue(300))
+    assert [item for item in many.valid if item in known] == list(few.valid)
+    assert [item for item in many.test if item in known] == list(few.test)
+    assert hold_out(dict(reversed(catalogue(300).items())), 0.2, seed=0) == few
+
+
+def test_namesakes_are_held_out_together_and_never_candidates_of_each_other() -> None:
+    twins = {f"{copy}{n}": Item(item_id=f"{copy}{n}", title=f"Title {n}{end}") for n in range(60) for copy, end in
+             (("a", ""), ("b", "!"))}  # fmt: skip
+    held = hold_out(twins, 0.5, seed=0)
+    for part in (held.valid, held.test):
+        assert part and {item[1:] for item in part if item[0] == "a"} == {item[1:] for item in part if item[0] == "b"}
+    sets = draw_held(held, "test", count=6, seed=0).sets
+    assert len(sets) == len(held.test)
+    answers = {request_name(item, 0): item for item in held.test}
+    for name, drawn in sets.items():
+        other = {"a": "b", "b": "a"}[answers[name][0]] + answers[name][1:]
+        assert answers[name] in drawn and other not in drawn
+
+
+def test_too_few_held_out_items_are_an_error_that_names_the_key() -> None:
+    with pytest.raises(DataError, match=r"tasks\.alignment\.held_out: it holds .* raise it, or lower eval\.candidates"):
+        draw_held(hold_out(catalogue(100), 0.1, seed=0), "test", count=20, seed=0)
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def test_no_training_row_shows_a_held_out_pair() -> None:
+    task = make_task("alignment", DATA)
+    shown: set[str] = set()
+    for row in islice(task.examples("train"), 2000):
+        text = example_text(row)
+        assert told(text) == named(text) == {row.pairs[0][1]} and len(row.pairs) == 1
+        assert not named(text) & task.held.items
+        assert row.user_id == "" and row.pairs[0][0] == ""
+        shown |= named(text)
+    assert shown == set(TITLE) - task.held.items and len(task.held.items) > 10
+
+
+def test_rows_ask_both_ways_and_learn_the_answer_alone() -> None:
+    task = make_task("alignment", DATA)
+    ways: collections.Counter[str] = collections.Counter()
+    for row in islice(task.examples("train"), 300):
+        (target,) = targets(row)
+        item = row.pairs[0][1]
+        asked = "\n".join(message.text for message in row.messages)
+        way = "code" if target == INDEX.encode(item) else "title"
+        assert target in (INDEX.encode(item), TITLE[item])
+        assert (TITLE[item] in asked) == (way == "code") and (INDEX.encode(item) in asked) == (way == "title")
+        ways[way] += 1
+    assert min(ways.values()) > 60 and set(ways) == {"code", "title"}
+
+
+def test_the_text_shows_fields_too() -> None:
+    task = make_task("alignment", DATA, templates=("text-to-code",))
+    row = next(iter(task.examples("train")))
+    assert "genres: Drama\nyear: 19" in row.messages[-1].text
+    assert "code:" not in row.messages[-1].text
+
+
+def test_loss_is_on_the_answer_and_the_end_of_turn_alone() -> None:
+    tokenizer = make_tokenizer()
+    add_item_tokens(tokenizer, INDEX.tokens)
+    encoder = Encoder(tokenizer, max_length=512)
+    seen = 0
+    for row in islice(make_task("alignment", DATA, templates=("text-to-code",)).examples("train"), 20):
+        encoded = encoder.row(row)
+        learned = [label for label in encoded.labels if label != -100]
+        pieces = INDEX.codes[row.pairs[0][1]]
+        assert learned == [*tokenizer.convert_tokens_to_ids(list(pieces)), encoder.end_id]
+        assert encoded.labels[-3:] == tuple(learned) and encoded.ids[-3:] == tuple(learned)
+        seen += 1
+    assert seen == 20
+
+
+def test_valid_rows_are_of_the_held_out_items_and_take_templates_in_turn() -> None:
+    task = make_task("alignment", DATA)
+    rows = list(task.examples("valid"))
+    assert [row.pairs for row in rows] == [(("", item),) for item in task.held.valid]
+    assert [row.template for row in rows[:4]] == [f"alignment/{name}" for name in (
+        "code-to-title", "text-to-code", "title-to-code", "code-to-title")]  # fmt: skip
+    assert len(list(task.examples("valid", limit=3))) == 3
+    with pytest.raises(ValueError, match="test split"):
+        next(iter(task.examples("test")))
+
+
+def test_a_mixture_with_next_items_follows_the_weights() -> None:
+    tasks: Any = {"sequential": (make_task("sequential", DATA), 1.0), "alignment": (make_task("alignment", DATA), 3.0)}
+    counts = collections.Counter(row.task for row in islice(mixture(tasks, 0), 400))
+    assert counts == {"sequential": 100, "alignment": 300}
+
+
+# --------------------------------------------------------------------------- questions
+
+
+@pytest.fixture(scope="module")
+def task() -> AlignmentTask:
+    return make_task("alignment", DATA)  # type: ignore[no-any-return]
+
+
+def test_a_request_does_not_give_its_item_away(task: AlignmentTask) -> None:
+    cases = task.cases("test")
+    assert [str(case.truth) for case in cases] == list(task.held.test) and len(cases) > 8
+    for case in cases:
+        request = case.request
+        assert request.item is None and request.history == () and not request.context
+        assert str(case.truth) not in request.id and str(case.truth) not in request.user_id
+        assert request.candidates is not None and request.candidates.count(str(case.truth)) == 1
+        assert len(set(request.candidates)) == 4
+        assert set(request.candidates) <= set(task.held.test)
+    # Users are what intervals resample: each question must be one of its own.
+    assert len({case.request.user_id for case in cases}) == len(cases)
+    with pytest.raises(ValueError, match="training split"):
+        task.cases("train")
+
+
+def test_candidates_say_nothing_by_themselves() -> None:
+    """Every held-out item is a target once and a negative about as often as any other; targets stand everywhere."""
+    held = hold_out(catalogue(4000), 0.2, seed=0)
+    sets = draw_held(held, "test", count=20, seed=0)
+    times = collections.Counter(item for drawn in sets.sets.values() for item in drawn)
+    assert set(times) == set(held.test)
+    mean = 20.0
+    chi2 = sum((times[item] - mean) ** 2 / mean for item in held.test)
+    assert chi2 < len(held.test) + 5 * (2 * len(held.test)) ** 0.5
+    answers = {request_name(item, 0): item for item in held.test}
+    places = collections.Counter(drawn.index(answers[name]) for name, drawn in sets.sets.items())
+    expected = len(sets.sets) / 20
+    # The 99.9 % point at 19 degrees of freedom.
+    assert sum((places[place] - expected) ** 2 / expected for place in range(20)) < 43.8
+
+
+@pytest.mark.parametrize("name", list(read_templates("alignment")))
+def test_a_question_shows_one_form_and_asks_for_the_other(task: AlignmentTask, name: str) -> None:
+    template = read_templates("alignment")[name]
+    for case in task.cases("test"):
+        item, text = str(case.truth), prompt_text(task.prompt(case.request, template=name))
+        assert (INDEX.encode(item) in text) != template.answers_with_code
+        assert (TITLE[item] in text) == template.answers_with_code
+        assert named(text) == {item}
+        asked = task.continuations(case.request, template=name)
+        assert asked == tuple(
+            INDEX.encode(each) if template.answers_with_code else TITLE[each] for each in case.request.candidates or ()
+        )
+        again = task.prompt(replace(case.request, id="mine", item=item), template=template.id)
+        assert again == task.prompt(case.request, template=name)
+
+
+def test_shots_show_trained_pairs_alone(task: AlignmentTask) -> None:
+    for case in task.cases("test"):
+        drawn = task.draw_shots(case.request, 3)
+        shown = [event.item_id for window in drawn.windows for event in window.events]
+        assert len(set(shown)) == 3 and not set(shown) & task.held.items
+        prompt = task.prompt(case.request, template="text-to-code", shots=3)
+        assert [message.role for message in prompt.messages] == ["user", "assistant"] * 3 + ["user"]
+        assert told(prompt_text(prompt)) == set(shown)
+    # A question about an item that was trained on must not be answered by its own example.
+    own = Request(id="own", user_id="", item=shown[0])
+    everything = len(TITLE) - len(task.held.items) - 1
+    assert shown[0] not in [w.events[0].item_id for w in task.draw_shots(own, everything).windows]
+    with pytest.raises(DataError, match=r"lower eval\.shots\.k"):
+        task.draw_shots(own, everything + 1)
+
+
+def test_reading_an_answer(task: AlignmentTask) -> None:
+    case = task.cases("test")[0]
+    item = str(case.truth)
+    titled = task.parse(f"1. {TITLE[item].lower()}\nmore", case.request, template="code-to-title")
+    coded = task.parse(INDEX.encode(item), case.request, template="text-to-code")
+    assert titled == coded == Ranking(request_id=case.request.id, items=(item,), scores=(1.0,))
+    assert task.reward(titled, case) == 1.0
+    assert task.parse("no such title", case.request, template="code-to-title") is None
+    assert task.parse(TITLE[item], case.request, template="text-to-code") is None
+    other = next(each for each in case.request.candidates or () if each != item)
+    both = Ranking(request_id="r", items=(other, item), scores=(2.0, 1.0))
+    assert task.reward(both, case) == pytest.approx(0.63093)
+    assert task.reward(Unparsed(request_id="r", reason="x"), Case(request=case.request, truth=item)) == 0.0
+
+
+def test_titles_that_spell_codes_stay_titles() -> None:
+    data = make_dataset(hostile=False)
+    items = {**data.items, "i01": Item(item_id="i01", title="<a_1><b_0>")}
+    split = make_split(replace(data, items=items))
+    task = make_task("alignment", split, held_out=0.0, stored=False)
+    request = Request(id="r", user_id="", item="i01", candidates=("i01", "i02"))
+    assert "<a_1>" not in prompt_text(task.prompt(request, template="title-to-code"))
+    assert "<a_1>" not in task.continuations(request, template="code-to-title")[0]
+    assert isinstance(make_index(split).encode("i01"), Code)
+
+
+# --------------------------------------------------------------------------- errors
+
+
+def built(words: dict[str, Template] | None = None, **section: Any) -> AlignmentTask:
+    return AlignmentTask(DATA, AlignmentSection(**section), words or load_templates("alignment"), seed=0, index=INDEX)
+
+
+def test_errors_name_the_mend(task: AlignmentTask) -> None:
+    with pytest.raises(RecipeError, match=r"there is no index; add one to the recipe, such as index: \{scheme"):
+        AlignmentTask(DATA, AlignmentSection(), load_templates("alignment"), seed=0)
+    with pytest.raises(RecipeError, match=r"held_out: 1 leaves no item to train on; lower it"):
+        built(held_out=1.0)
+    with pytest.raises(RecipeError, match="draw them first"):
+        built().cases("test")
+    with pytest.raises(DataError, match="for another split, seed or data set"):
+        task.cases("valid")
+    with pytest.raises(DataError, match=r"none of its cases; set Request\.item"):
+        task.prompt(Request(id="q", user_id=""), template="code-to-title")
+    with pytest.raises(DataError, match=r"set Request\.candidates"):
+        task.continuations(Request(id="q", user_id=""), template="code-to-title")
+    with pytest.raises(RecipeError, match="alignment/decode is an unseen template"):
+        built(templates=("decode",))
+
+
+def one(user: str, target: str, **more: Any) -> dict[str, Template]:
+    words: dict[str, Any] = {"use": "seen", "shape": "chat", "user": user, "target": target, **more}
+    return {"x": Template(family="alignment", name="x", version=1, **words)}
+
+
+@pytest.mark.parametrize(
+    ("user", "target", "problem"),
+    [
+        ("{{ item.title }}", "{{ item.title }}", "write item.code in one of user and target"),
+        ("{{ item.code }}", "{{ item.code }}", "write item.code in one of user and target"),
+        ("{{ item.code }} {{ item.title }}", "{{ item.title }}", "key user: unknown field 'title'; known: code"),
+        ("{{ item.code }} {{ item.genres }}", "{{ item.title }}", "key user: unknown field 'genres'; known: code"),
+        ("{{ item.code }}{% for f in fields %}{{ f.value }}{% endfor %}", "{{ item.title }}", "variable 'fields'"),
+        ("{{ history }} {{ item.title }}", "{{ item.code }}", "unknown variable 'history'"),
+        ("{{ item.title }}", "{{ item.code }} {{ item.title }}", "key target: unknown field 'title'; known: code"),
+    ],
+)
+def test_a_question_cannot_show_its_answer(user: str, target: str, problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        built(one(f"Answer this: {user}", target), eval_templates=())
+
+
+def test_a_list_is_refused() -> None:
+    with pytest.raises(RecipeError, match="use shape: chat"):
+        built(one("{{ item.title }}", "{{ item.code }}", shape="list", tail="\n"), eval_templates=())
+
+
+# --------------------------------------------------------------------------- next items in the other form
+
+
+def fused(*names: str) -> SequentialTask:
+    section = SequentialSection(templates=names, history=4)
+    return SequentialTask(DATA, section, read_templates("sequential"), seed=0, index=INDEX)
+
+
+def test_fused_templates_are_used_where_they_are_named() -> None:
+    plain = {row.template for row in islice(fused().examples("train"), 200)}
+    assert plain == {"sequential/continue-codes", "sequential/next-code"}
+    both = {row.template for row in islice(fused("codes-to-title", "titles-to-code").examples("train"), 50)}
+    assert both == {"sequential/codes-to-title", "sequential/titles-to-code"}
+
+
+@pytest.mark.parametrize("name", ["codes-to-title", "titles-to-code"])
+def test_fused_rows_show_the_past_in_one_form_and_ask_for_the_next_in_the_other(name: str) -> None:
+    task = fused(name)
+    codes = name == "codes-to-title"
+    for row in islice(task.examples("train"), 100):
+        *past, last = [item for _, item in row.pairs]
+        lines = row.messages[-1].text.splitlines()[1:-1]
+        assert lines == [INDEX.encode(item) if codes else TITLE[item] for item in past]
+        assert targets(row) == [TITLE[last] if codes else INDEX.encode(last)]
+        assert told(example_text(row)) == set()
+    history = tuple(Event(item_id=item) for item in ("i01", "i02"))
+    request = Request(id="r", user_id="u", history=history, candidates=("i03", "i04"))
+    asked = task.continuations(request, template=name)
+    assert asked == tuple(TITLE[i] if codes else INDEX.encode(i) for i in ("i03", "i04"))
+    found = task.parse(asked[1], request, template=name)
+    assert isinstance(found, Ranking) and found.items == ("i04",)
