@@ -47,7 +47,7 @@ quickstart: setup
 	@$(BIN)/llmrec run recipes/quickstart.yaml $(ARGS)
 
 test: setup
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

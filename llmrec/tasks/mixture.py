@@ -7,30 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from llmrec.errors import RecipeError
-from llmrec.types import Example, Task
 
 T = TypeVar("T")
-
-
-def mixture(
-    tasks: Mapping[str, tuple[Task, float]], seed: int, size: Callable[[Example], int] | None = None
-) -> Iterator[Example]:
-    """Interleave the tasks' training rows so that their shares follow the weights.
-
-    The next row comes from the task that is furthest behind its share of what was given out so far. That is
-    deterministic, and after any number of rows each task is within one row of its share.
-
-    Args:
-        tasks: A task and its weight, by name; tasks of weight 0 give no rows.
-        seed: Decides who goes first where several are equally far behind.
-        size: What a row counts, such as its number of tokens; None: one, so that shares are shares of rows.
-
-    Raises:
-        RecipeError: If no weight is above 0.
-    """
-    weights = {name: weight for name, (_, weight) in tasks.items()}
-    streams = {name: task.examples("train") for name, (task, weight) in tasks.items() if weight > 0}
-    return (example for _, example in interleave(streams, weights, seed, size))
 
 
 def interleave(
@@ -39,7 +17,16 @@ def interleave(
     seed: int,
     size: Callable[[T], int] | None = None,
 ) -> Iterator[tuple[str, T]]:
-    """Interleave streams of anything as `mixture` does; yields each row with the name of its stream.
+    """Interleave streams of rows so that their shares follow the weights; yields each row with its stream's name.
+
+    The next row comes from the stream that is furthest behind its share of what was given out so far. That is
+    deterministic, and after any number of rows each stream is within one row of its share.
+
+    Args:
+        streams: Rows by name.
+        weights: By name; streams of weight 0 give no rows.
+        seed: Decides who goes first where several are equally far behind.
+        size: What a row counts, such as its number of tokens; None: one, so that shares are shares of rows.
 
     Raises:
         RecipeError: If no weight is above 0.

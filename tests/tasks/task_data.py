@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,7 @@ from llmrec.tasks.alignment import AlignmentTask
 from llmrec.tasks.direct import DirectTask
 from llmrec.tasks.explanation import ExplanationTask
 from llmrec.tasks.held_items import draw_held, hold_out
+from llmrec.tasks.mixture import interleave
 from llmrec.tasks.rating import RatingTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Example, Item, Message, Prompt
@@ -142,3 +143,10 @@ def targets(example: Example) -> list[str]:
 
 def turns_of(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
     return ((message.role, message.text) for message in messages)
+
+
+def mixture(tasks: Mapping[str, tuple[Any, float]], seed: int, size: Any = None) -> Iterator[Example]:
+    """The training rows of tasks as a plan draws them: by name, each with its weight."""
+    streams = {name: task.examples("train") for name, (task, weight) in tasks.items() if weight > 0}
+    weights = {name: weight for name, (_, weight) in tasks.items()}
+    return (row for _, row in interleave(streams, weights, seed, size))

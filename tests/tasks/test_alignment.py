@@ -15,6 +15,7 @@ from task_data import (
     make_index,
     make_split,
     make_task,
+    mixture,
     prompt_text,
     targets,
 )
@@ -27,7 +28,6 @@ from llmrec.prompts import load_templates as read_templates
 from llmrec.recipe import AlignmentSection, SequentialSection
 from llmrec.tasks.alignment import AlignmentTask
 from llmrec.tasks.held_items import draw_held, hold_out, request_name
-from llmrec.tasks.mixture import mixture
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Code, Event, Item, Ranking, Request, Unparsed
 from tests.conftest import make_tokenizer

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from task_data import make_task
+from task_data import make_task, mixture
 
 from llmrec.errors import RecipeError
-from llmrec.tasks.mixture import mixture
 from llmrec.types import Example
 
 
