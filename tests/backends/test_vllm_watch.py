@@ -453,7 +453,8 @@ def test_real_engine_killed_in_mid_generate(run: Run) -> None:
     time.sleep(1)
     run.called("EngineCore").kill()
     line = run.ended()
-    assert "the vLLM engine died: VLLM::EngineCore" in line
+    # The kernel keeps 15 letters of a name, and once a process is dead nothing tells the rest.
+    assert "the vLLM engine died: VLLM::EngineCor" in line
     assert "run the same command again to continue" in line
 
 
