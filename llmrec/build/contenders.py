@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Validation users by whom the weights of a mixture are chosen, an unbiased sample: each costs every part a search.
+_CHOOSING = 5000
 # How the scores of a baseline become probabilities of the next item.
 _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("popularity", "recent-popularity", "item-knn", "markov-1", "markov"), from_counts),
@@ -74,7 +76,7 @@ class Contenders:
         """Choose the weights of a mixture on the validation split; a tuned model has nothing left to choose."""
         if not row.mix:
             return Tuned(parameters=dict(self._recipe(row)[1]), trials=(), metric="nothing to choose")
-        cases, trials = ranking_cases(data), []
+        cases, trials = ranking_cases(data, _CHOOSING), []
         for weights in row.weights:
             model = self.fit(row, data, self.suite.seeds[0], weights)
             trials.append(Trial({"weights": list(weights)}, mean_ndcg(model.items, model.scores, cases)))

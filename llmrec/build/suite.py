@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-import os
 import sys
 import threading
 import time
@@ -119,16 +118,7 @@ def _all_references() -> dict[str, Any]:
 
 
 def _split(section: DataSection, seed: int) -> SplitDataset:
-    section = _found(section)
     return split(load(section, seed=seed), section.split, seed=seed)
-
-
-def _found(section: DataSection) -> DataSection:
-    """Return where the data lies: its own path, or one under the folder that LLMREC_DATA names."""
-    path = section.path
-    if path is not None and not Path(path).exists() and (folder := os.environ.get("LLMREC_DATA")):
-        return section.model_copy(update={"path": str(Path(folder) / path)})
-    return section
 
 
 # --------------------------------------------------------------------------- one row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import polars as pl
@@ -36,13 +37,22 @@ def load(section: DataSection, *, seed: int) -> Dataset:
         RecipeError: If there is no such source.
         DataError: If the data is missing or malformed, or the filters leave less than 2 items.
     """
-    source = lookup(SOURCES, section.source, "data source")
+    source, section = lookup(SOURCES, section.source, "data source"), located(section)
     dataset: Dataset = filters.apply(source(section, seed=seed), section.filter)
     if len(dataset.items) < 2:
         raise DataError(
             f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter"
         )
     return dataset
+
+
+def located(section: DataSection) -> DataSection:
+    """Return a section whose path is where the data lies: its own, or one under the folder that LLMREC_DATA names."""
+    folder, path = os.environ.get("LLMREC_DATA"), section.path
+    if not folder or path is None or Path(path).exists():
+        return section
+    under = Path(folder) / path
+    return section.model_copy(update={"path": str(under)}) if under.exists() else section
 
 
 def table(section: DataSection, *, seed: int) -> Dataset:

@@ -171,7 +171,7 @@ def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
 @pytest.mark.parametrize("name", ["amazon14-beauty", "amazon14-toys"])
 def test_the_sequences_are_those_of_the_published_figures(name: str) -> None:
     suite = load_suite(str(resource("eval", "suites") / f"{name}.yaml"))
-    data = split(load(suites._found(suite.data), seed=0), suite.data.split, seed=0)
+    data = split(load(suite.data, seed=0), suite.data.split, seed=0)
     counts = suites._reference(name).counts
     assert len(data.dataset.items) == counts["items"]
     assert data.dataset.interactions["user_id"].n_unique() == counts["users"]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from llmrec.data import pieces
 from llmrec.data.dataset import Dataset, GivenSplit
-from llmrec.data.sources import load
+from llmrec.data.sources import load, located
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError
 from llmrec.recipe import Columns, DataSection, Split
@@ -311,3 +311,17 @@ def test_a_filter_takes_held_out_pairs_along(tmp_path: Path) -> None:
 def test_sources_without_a_split_of_their_own() -> None:
     with pytest.raises(DataError, match="case has no split of its own"):
         cut(dataset(random_rows(0)))
+
+
+def test_a_path_that_is_not_here_is_looked_for_under_the_folder_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = DataSection(source="sequences", path="some_sequences")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LLMREC_DATA", raising=False)
+    assert located(section) == section
+    (tmp_path / "kept" / "some_sequences").mkdir(parents=True)
+    monkeypatch.setenv("LLMREC_DATA", str(tmp_path / "kept"))
+    assert located(section).path == str(tmp_path / "kept" / "some_sequences")
+    (tmp_path / "some_sequences").mkdir()
+    assert located(section) == section
