@@ -65,7 +65,7 @@ class Setting:
 
     def __init__(self, *, quick: bool) -> None:
         self.quick = quick
-        self.rounds, self.users, self.window = (1, 1, 8) if quick else (3, 4, 20)
+        self.rounds, self.users, self.window = (1, 1, 8) if quick else (2, 2, 20)
         self.draws = 400 if quick else 4096
         self.vocabulary = 8_000 if quick else VOCABULARY
 
@@ -317,7 +317,19 @@ def main(target: Path, *, quick: bool) -> None:
         "packing": measure_packing,
         "windows": measure_windows,
     }
-    sections = {}
+    dtype = "bfloat16" if cpu_has_bf16() else "float32"
+    sections: dict[str, Any] = {}
+    result = {
+        "command": "python -m tests.benchmarks.training eval/results/training.json",
+        "what": "training rows: how they are made, how many tokens they take, and what their loss costs",
+        "rounds": setting.rounds,
+        "quick": quick,
+        "model": f"SmolLM2-135M-Instruct, LoRA, {dtype}",
+        "threads": torch.get_num_threads(),
+        "sections": sections,
+        "machine": machine(),
+        "versions": versions(),
+    }
     for name, measure in parts.items():
         before = os.getloadavg()[0]
         sections[name] = measure(setting) | {
@@ -327,20 +339,8 @@ def main(target: Path, *, quick: bool) -> None:
             figures = ", ".join(f"{value:.2f}" for value in each["found"].values())
             sys.stdout.write(f"{name}: {figures} {each['what']}, {'met' if each['met'] else 'NOT met'}\n")
             sys.stdout.flush()
-    dtype = "bfloat16" if cpu_has_bf16() else "float32"
-    result = {
-        "command": "python -m tests.benchmarks.training eval/results/training.json",
-        "what": "training rows: how they are made, how many tokens they take, and what their loss costs",
-        "rounds": setting.rounds,
-        "quick": quick,
-        "model": f"SmolLM2-135M-Instruct, LoRA, {dtype}",
-        "threads": torch.get_num_threads(),
-        "seconds": time.perf_counter() - begin,
-        "sections": sections,
-        "machine": machine(),
-        "versions": versions(),
-    }
-    write_json(target, result)
+        # After each part: what a killed call measured is not lost.
+        write_json(target, result | {"seconds": time.perf_counter() - begin})
 
 
 if __name__ == "__main__":
