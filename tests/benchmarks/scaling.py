@@ -21,7 +21,7 @@ from tests.benchmarks.index_pictures import Canvas
 
 RECIPE = "recipes/sequences/generative-items.yaml"
 # Width of the hidden states; blocks and heads grow with it.
-SIZES = ((16, 1, 1), (32, 1, 2), (64, 2, 2), (128, 2, 4))
+SIZES = ((16, 1, 1), (32, 1, 2), (64, 2, 2))
 _LEFT, _RIGHT, _TOP, _BOTTOM = 90, 760, 100, 420
 _INKS = ("#b9c4d2", "#7fa6c4", "#2f6f9f", "#123a5a")
 _SOFT = "#5b6375"
@@ -117,5 +117,5 @@ if __name__ == "__main__":
         Path(sys.argv[1]),
         Path(sys.argv[2]),
         Path(sys.argv[3]) if len(sys.argv) > 3 else Path("runs/scaling"),
-        int(sys.argv[4]) if len(sys.argv) > 4 else 1600,
+        int(sys.argv[4]) if len(sys.argv) > 4 else 640,
     )
