@@ -178,7 +178,7 @@ def test_a_row_that_makes_no_sense_is_refused(page: dict[str, Any], row: dict[st
 def test_scores_that_are_no_probabilities_are_not_mixed(page: dict[str, Any], tmp_path: Path) -> None:
     rows = [{"baseline": "ease", "tune": False}, {"mix": ["ease"], "weights": [[1]], "name": "m"}]
     with pytest.raises(RecipeError, match="cannot be mixed"):
-        run_suite(Suite(**page | {"rows": rows}), out=tmp_path / "out", results=tmp_path / "results")
+        run_suite(Suite(**page | {"rows": rows, "pairs": []}), out=tmp_path / "out", results=tmp_path / "results")
 
 
 def test_results_name_no_folder_of_this_machine(ran: tuple[Path, dict[str, Any]]) -> None:
