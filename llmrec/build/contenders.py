@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
 
 @dataclass
 class Contenders:
-    """Fits suite rows by name, each once for a split and a seed.
+    """Fits suite rows; what a mixture mixes is fitted once for a split and a seed, and kept until the suite is done.
 
     Attributes:
         suite: The suite.
@@ -53,24 +52,33 @@ class Contenders:
     suite: Suite
     folder: Path
     chosen: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    _fitted: dict[tuple[str, str, int], CatalogueScorer] = field(default_factory=dict)
+    _fitted: dict[tuple[str, str, int], Any] = field(default_factory=dict)
 
-    def fit(self, row: SuiteRow, data: SplitDataset, seed: int, weights: Sequence[float] | None = None) -> Any:
+    def fit(self, row: SuiteRow, data: SplitDataset, seed: int, parameters: Mapping[str, Any] | None = None) -> Any:
         """Return a fitted row.
 
         Args:
             row: The row.
             data: The split to fit it on.
             seed: Of everything in it that has chance; the parts of a mixture have the same.
-            weights: Of a mixture; by default the first declared ones.
+            parameters: What was chosen for it; by default what its finished row says, or its own. Of a mixture, its
+                ``weights``.
         """
         if row.mix:
             parts = [self._probabilities(self._row(label), data, seed) for label in row.mix]
-            return Mixture(row.label, sorted(data.dataset.items), parts, weights or row.weights[0])
+            weights = parameters["weights"] if parameters else row.weights[0]
+            return Mixture(row.label, sorted(data.dataset.items), parts, weights)
         key = (row.label, data.fingerprint, seed)
-        if key not in self._fitted:
-            self._fitted[key] = self._tuned(row, data, seed) if row.recipe else self._baseline(row, data, seed)
-        return self._fitted[key]
+        if key in self._fitted:
+            return self._fitted[key]
+        model = self._tuned(row, data, seed) if row.recipe else self._baseline(row, data, seed, parameters)
+        self.keep(row, data, seed, model)
+        return model
+
+    def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
+        """Remember a fitted row that a mixture will ask for; others would only take memory."""
+        if any(row.label in other.mix for other in self.suite.rows):
+            self._fitted[(row.label, data.fingerprint, seed)] = model
 
     def choose(self, row: SuiteRow, data: SplitDataset) -> Tuned:
         """Choose the weights of a mixture on the validation split; a tuned model has nothing left to choose."""
@@ -78,8 +86,9 @@ class Contenders:
             return Tuned(parameters=dict(self._recipe(row)[1]), trials=(), metric="nothing to choose")
         cases, trials = ranking_cases(data, _CHOOSING), []
         for weights in row.weights:
-            model = self.fit(row, data, self.suite.seeds[0], weights)
-            trials.append(Trial({"weights": list(weights)}, mean_ndcg(model.items, model.scores, cases)))
+            parameters = {"weights": list(weights)}
+            model = self.fit(row, data, self.suite.seeds[0], parameters)
+            trials.append(Trial(parameters, mean_ndcg(model.items, model.scores, cases)))
             log.info("%s %s: validation %s %.4f", row.label, weights, RANKED, trials[-1].value)
         best = max(trials, key=lambda trial: trial.value)
         return Tuned(parameters=best.parameters, trials=tuple(trials), metric=RANKED)
@@ -111,7 +120,8 @@ class Contenders:
         """
         model = self.fit(row, data, seed)
         if row.baseline is None:
-            return partial(_scores, model)
+            found: Callable[[Sequence[Request]], NDArray[np.float64]] = model.scores
+            return found
         if row.baseline not in _PROBABILITIES:
             raise RecipeError(
                 f"suite {self.suite.suite}: the scores of {row.baseline} are no probabilities, so it cannot be mixed; "
@@ -119,12 +129,12 @@ class Contenders:
             )
         return lambda requests: _PROBABILITIES[str(row.baseline)](model.scores(requests))
 
-    def _baseline(self, row: SuiteRow, data: SplitDataset, seed: int) -> CatalogueScorer:
-        kind = lookup(BASELINES, str(row.baseline), "baseline")
-        model: Any = kind(**self.chosen.get(row.label, row.parameters), seed=seed)
+    def _baseline(self, row: SuiteRow, data: SplitDataset, seed: int, parameters: Mapping[str, Any] | None) -> Any:
+        if parameters is None:
+            parameters = self.chosen.get(row.label, row.parameters)
+        model = lookup(BASELINES, str(row.baseline), "baseline")(**parameters, seed=seed)
         model.fit(data)
-        fitted: CatalogueScorer = model
-        return fitted
+        return model
 
     def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, Any]]:
         """Return a row's recipe, and what of it tables show."""
@@ -152,7 +162,3 @@ class Contenders:
         task: Any = session.study.tasks["sequential"]
         asker = Asker(backend=backend, task=task, template=task.eval_templates[0], batch=recipe.eval.batch)
         return SearchedCatalogue(row.label, CatalogueRanker(asker, beams=row.depth, seen=True), task.catalogue)
-
-
-def _scores(model: CatalogueScorer, requests: Sequence[Request]) -> Any:
-    return model.scores(requests)

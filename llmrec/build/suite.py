@@ -198,13 +198,10 @@ def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset) -> Tuned:
 
 def _fit(contenders: Contenders, row: SuiteRow, tuned: Tuned, data: SplitDataset, seed: int, first: bool) -> Any:
     """Return a fitted row; tuning a baseline has fitted its chosen point with the first seed."""
-    if row.baseline is None:
-        return contenders.fit(row, data, seed, tuned.parameters.get("weights"))
     if first and tuned.model is not None:
+        contenders.keep(row, data, seed, tuned.model)
         return tuned.model
-    model = lookup(BASELINES, row.baseline, "baseline")(**tuned.parameters, seed=seed)
-    model.fit(data)
-    return model
+    return contenders.fit(row, data, seed, tuned.parameters)
 
 
 def _measure(

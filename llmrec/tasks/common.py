@@ -12,7 +12,7 @@ from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.prompts import Template, clean
-from llmrec.recipe import TaskSection
+from llmrec.recipe import RatingSection, SequentialSection, TaskSection
 from llmrec.types import (
     Answer,
     Case,
@@ -128,6 +128,11 @@ class Chosen:
     evaluate: tuple[str, ...]
     coded: bool
 
+    @property
+    def branches(self) -> bool:
+        """Whether some template asks its question after the history, so that another family can share what precedes."""
+        return any(template.shape == "chat" for template in self.train)
+
     def get(self, name: str) -> Template:
         """Return a template by its name or ``family/name``.
 
@@ -224,6 +229,28 @@ def passes(
             yield f"{family}/train/{number}/{user}", user, keyed(f"{family} row", seed, str(number), user)
         done += len(order)
         number += 1
+
+
+def branch_events(
+    family: Family,
+    chosen: Chosen,
+    section: RatingSection | SequentialSection,
+    events: tuple[Event, ...],
+    number: int,
+    user: str,
+    *,
+    seed: int,
+) -> tuple[Template, tuple[Event, ...]]:
+    """Draw a template for a user's row of a pass, and what the row shows of the user's events.
+
+    A chat template shows the history that all families show in this pass, and the event after it.
+    """
+    rng = keyed(f"{family} branch", seed, str(number), user)
+    template = rng.choice(chosen.train)
+    if template.shape == "list":
+        return template, window(events, section.window, rng)
+    at = branch_point(seed, number, user, len(events))
+    return template, events[max(0, at - section.history) : at + 1]
 
 
 def branch_point(seed: int, number: int, user: str, events: int) -> int:

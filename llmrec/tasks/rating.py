@@ -18,11 +18,10 @@ from llmrec.tasks.common import (
     Values,
     View,
     asked_item,
-    branch_point,
+    branch_events,
     chat_example,
     choose,
     held_out,
-    keyed,
     list_answer,
     list_example,
     passes,
@@ -95,7 +94,7 @@ class RatingTask:
     @property
     def branches(self) -> bool:
         """Whether some template asks its question after the history, so that another family can share what precedes."""
-        return any(template.shape == "chat" for template in self._chosen.train)
+        return self._chosen.branches
 
     def branch(self, number: int, user: str) -> Example | None:
         """Return a user's training row of a pass, which begins with the history that all families show in this pass.
@@ -105,13 +104,9 @@ class RatingTask:
         events = self._events.get(user)
         if events is None:
             return None
-        rng = keyed("rating branch", self._seed, str(number), user)
-        template = rng.choice(self._chosen.train)
-        if template.shape == "list":
-            events = window(events, self._section.window, rng)
-        else:
-            at = branch_point(self._seed, number, user, len(events))
-            events = events[max(0, at - self._section.history) : at + 1]
+        template, events = branch_events(
+            self.family, self._chosen, self._section, events, number, user, seed=self._seed
+        )
         return self._example(template, f"rating/branch/{number}/{user}", user, events, last_only=False)
 
     def cases(self, split: SplitName) -> list[Case]:

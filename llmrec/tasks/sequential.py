@@ -17,12 +17,11 @@ from llmrec.tasks.common import (
     Draw,
     Values,
     View,
-    branch_point,
+    branch_events,
     candidates_of,
     chat_example,
     choose,
     held_out,
-    keyed,
     list_answer,
     list_example,
     passes,
@@ -130,7 +129,7 @@ class SequentialTask:
     @property
     def branches(self) -> bool:
         """Whether some template asks its question after the history, so that another family can share what precedes."""
-        return any(template.shape == "chat" for template in self._chosen.train)
+        return self._chosen.branches
 
     def branch(self, number: int, user: str) -> Example | None:
         """Return a user's training row of a pass, which begins with the history that all families show in this pass.
@@ -140,13 +139,9 @@ class SequentialTask:
         events = self._events.get(user)
         if events is None:
             return None
-        rng = keyed("sequential branch", self._seed, str(number), user)
-        template = rng.choice(self._chosen.train)
-        if template.shape == "list":
-            events = window(events, self._section.window, rng)
-        else:
-            at = branch_point(self._seed, number, user, len(events))
-            events = events[max(0, at - self._section.history) : at + 1]
+        template, events = branch_events(
+            self.family, self._chosen, self._section, events, number, user, seed=self._seed
+        )
         row = f"sequential/branch/{number}/{user}"
         return self._example(template, row, user, events, first_target=self._section.warm_up)
 
