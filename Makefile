@@ -85,7 +85,7 @@ bench-index: setup
 	$(BIN)/python -m tests.benchmarks.index_speed eval/results/index_speed.json
 
 bench-scaling: setup
-	$(BIN)/python -m tests.benchmarks.scaling eval/results/scaling.json docs/performance/scaling.svg
+	$(BIN)/python -m tests.benchmarks.scaling eval/results/scaling.json docs/generative/scaling.svg
 
 bench-alignment: setup
 	$(BIN)/python -m tests.benchmarks.alignment eval/results/alignment.json

@@ -1,6 +1,6 @@
 """How validation loss falls with tokens read and with parameters: recipes/sequences/generative-items.yaml in sizes.
 
-``LLMREC_DATA=folder python -m tests.benchmarks.scaling eval/results/scaling.json docs/performance/scaling.svg``. Every
+``LLMREC_DATA=folder python -m tests.benchmarks.scaling eval/results/scaling.json docs/generative/scaling.svg``. Every
 size sees the same rows in the same order; the learning rate falls to nothing over the whole run, so the last point of a
 curve is the only one of a finished training. A run that is there already is not trained again.
 """
