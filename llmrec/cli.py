@@ -134,19 +134,34 @@ def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quie
 
 @app.command("eval")
 def evaluate(
-    recipe: Annotated[str, typer.Argument(metavar="PAGE", help="A recipe, or a suite such as eval/suites/NAME.yaml.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="PAGE", help="A recipe, or a suite or benchmark such as eval/suites/NAME.yaml.")
+    ],
     overrides: Overrides = None,
     out: Out = None,
     results: Annotated[
-        Path, typer.Option("--results", help="Of a suite: folder for its results; LEADERBOARD.md goes beside it.")
+        Path, typer.Option("--results", help="Of a suite: folder for its results; its page goes beside the folder.")
     ] = Path("eval/results"),
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a recipe with the adapter that `train` left, never training; or run a suite of classic recommenders."""
-    from llmrec.build import pipeline
-    from llmrec.recipe_file import is_suite, load_suite
+    """Evaluate a recipe with the adapter that `train` left, never training; or run a suite or a benchmark.
 
-    if is_suite(recipe):
+    A suite puts predictors under one protocol, a benchmark recipes beside each other; both train what they name, and go
+    on where they were killed.
+    """
+    from llmrec.build import pipeline
+    from llmrec.recipe_file import kind_of_page, load_benchmark, load_suite
+
+    kind = kind_of_page(recipe)
+    if kind == "benchmark":
+        from llmrec.build.benchmark import run_benchmark
+
+        page = load_benchmark(recipe, overrides or ())
+        folder = out or Path("runs") / "benchmarks" / page.benchmark
+        made = run_benchmark(page, out=folder, results=results, say=say, quiet=quiet)
+        say("\n".join(f"{name}: {path}" for name, path in made.items()))
+        return
+    if kind == "suite":
         from llmrec.build.suite import run_suite
 
         suite = load_suite(recipe, overrides or ())
@@ -233,7 +248,7 @@ def rank(
         ),
     ] = "file",
     strategy: Annotated[
-        str, typer.Option(metavar="auto|likelihood|label|list|search", help="How candidates are ordered.")
+        str, typer.Option(metavar="auto|NAME", help="How candidates are ordered; docs/strategies.md has the names.")
     ] = "auto",
     beams: Annotated[
         int, typer.Option(min=1, help="With --candidates all: prefixes kept of each request, and items returned.")
@@ -241,7 +256,29 @@ def rank(
     exact: Annotated[
         bool, typer.Option("--exact", help="With --candidates all: search until no other item can be better.")
     ] = False,
-    backend: Annotated[str, typer.Option(metavar="auto|vllm|hf", help="Engine; auto: the faster one here.")] = "auto",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="What the strategy takes, such as eval.permutations=3."),
+    ] = None,
+    retrieve: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A recommender that finds candidates for requests without.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="With --retrieve: candidates a request.")] = 20,
+    rationale: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Also write a sentence on why, for the first N items.")
+    ] = 0,
+    backend: Annotated[
+        str, typer.Option(metavar="auto|vllm|hf|openai", help="Engine; auto: the faster one here.")
+    ] = "auto",
+    server_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="With --backend openai: the address as far as /v1.")
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The name that the server knows its model by.")
+    ] = None,
+    server_key_env: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="The environment variable that holds the server's key.")
+    ] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Keep the first so many; default: all.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests handed to the engine at a time.")] = 64,
     noun: Annotated[str | None, typer.Option(metavar="PLURAL", help="What prompts call the items.")] = None,
@@ -279,6 +316,13 @@ def rank(
         candidates=candidates,
         beams=beams,
         exact=exact,
+        settings=tuple(settings or ()),
+        retrieve=retrieve,
+        k=k,
+        rationale=rationale,
+        server_url=server_url,
+        server_model=server_model,
+        server_key_env=server_key_env,
     )
     summary = rank_files.rank_file(options)
     show("ranking", rank_progress.console_rows(summary))

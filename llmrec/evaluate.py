@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmrec import __version__
 from llmrec.errors import LlmrecError
-from llmrec.metrics import probability
+from llmrec.metrics import explained, probability
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.metrics import rating as rating_metrics
 from llmrec.metrics import text as text_metrics
@@ -33,8 +34,18 @@ HEADLINE: Mapping[str, str] = {
     "explanation": "ROUGE-L",
     "alignment": "NDCG@10",
     "ctr": "AUC",
+    "review": "ROUGE-L",
+    "stars": "RMSE",
 }
-LOWER_IS_BETTER = frozenset({"RMSE", "MAE", "LogLoss", "ECE"})
+LOWER_IS_BETTER = frozenset({"RMSE", "MAE", "LogLoss", "ECE", "DIV", "Hallucination", "CopyRate"})
+# Families whose answer is no ranking.
+_ANSWERS: Mapping[str, type[Answer]] = {
+    "rating": Rating,
+    "stars": Rating,
+    "explanation": Text,
+    "review": Text,
+    "ctr": Probability,
+}
 UNKNOWN = 0.5
 """What a yes/no answer that cannot be read counts as, where there is no better fallback."""
 _SHOWN_FAILURES = 5
@@ -52,6 +63,7 @@ class Protocol:
         seed: Seeds the bootstrap.
         catalogue: Number of items, the pool where a request has no candidates.
         users: Which or how many users were evaluated, for the signatures; None leaves it unsaid.
+        liked: Lowest rating that counts as liked, for the AUC of ratings; None: that figure is not taken.
     """
 
     split: str
@@ -61,6 +73,7 @@ class Protocol:
     seed: int
     catalogue: int
     users: str | None = None
+    liked: float | None = None
 
     def sign(self, metric: str, *, seen: str = "excluded", slice: str | None = None, how: str | None = None) -> str:
         """Return a metric's signature.
@@ -105,6 +118,7 @@ def evaluate(
     family: Family,
     protocol: Protocol,
     fallback: Callable[[Request], float] | None = None,
+    background: explained.Background | None = None,
 ) -> Evaluated:
     """Ask a predictor and measure its answers.
 
@@ -115,6 +129,8 @@ def evaluate(
         protocol: See `Protocol`.
         fallback: For ratings and yes/no answers, what stands in for one that cannot be read, such as the user's mean;
             yes/no answers may do without, and then count 0.5.
+        background: For explanations, the training texts and features that they are held against; None: the figures that
+            need them are left out.
 
     Raises:
         LlmrecError: If there are no cases, or the predictor leaves a request out.
@@ -127,9 +143,11 @@ def evaluate(
     asked = [case.request.id for case in cases]
     if [answer.request_id for answer in answers] != asked:
         raise LlmrecError(f"predictor {predictor.name!r} did not answer every request in order; this is a defect in it")
-    wanted: type[Answer] = {"rating": Rating, "explanation": Text, "ctr": Probability}.get(family, Ranking)
+    wanted = _ANSWERS.get(family, Ranking)
     answers = [answer if isinstance(answer, wanted | Unparsed) else _foreign(answer) for answer in answers]
-    measure = {"rating": _ratings, "explanation": _texts, "ctr": _probabilities}.get(family, _rankings)
+    texts: _Measure = partial(_texts, background=background)
+    kinds: Mapping[type[Answer], _Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
+    measure = kinds.get(wanted, _rankings)
     metrics, values, extra = measure(cases, answers, protocol, fallback)
     failures = [answer for answer in answers if isinstance(answer, Unparsed)]
     figures = {
@@ -141,6 +159,7 @@ def evaluate(
             "seconds": seconds,
             "prompt_tokens": sum(answer.cost.prompt_tokens for answer in answers),
             "completion_tokens": sum(answer.cost.completion_tokens for answer in answers),
+            "forwards": sum(answer.cost.forwards for answer in answers),
         },
         "failures": [
             {"request_id": f.request_id, "reason": f.reason, "raw": f.raw or ""} for f in failures[:_SHOWN_FAILURES]
@@ -200,6 +219,7 @@ def _compare_auc(
 
 
 _Measured = tuple[dict[str, Any], dict[str, NDArray[np.float64]], dict[str, Any]]
+_Measure = Callable[[Sequence[Case], Sequence[Answer], Protocol, Callable[[Request], float] | None], _Measured]
 
 
 def statistic_of(metric: str) -> StatisticName:
@@ -287,10 +307,22 @@ def _ratings(
         "RMSE": rating_metrics.squared_error(predicted, truth),
         "MAE": rating_metrics.absolute_error(predicted, truth),
     }
-    return _figures(values, cases, protocol), values, {}
+    figures = _figures(values, cases, protocol)
+    if (liked := protocol.liked) is not None:
+        users = [case.request.user_id for case in cases]
+        likes, sign = (truth >= liked).astype(np.float64), protocol.sign("LikedAUC", how=f"from-{liked:g}")
+        figures["LikedAUC"] = _auc_figure(predicted, likes, users, protocol, sign)
+    fallbacks = sum(not isinstance(answer, Rating) for answer in answers)
+    return figures, values, {"rates": {"fallbacks": fallbacks}}
 
 
-def _texts(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protocol, fallback: object) -> _Measured:
+def _texts(
+    cases: Sequence[Case],
+    answers: Sequence[Answer],
+    protocol: Protocol,
+    fallback: object,
+    background: explained.Background | None = None,
+) -> _Measured:
     written = [answer.text if isinstance(answer, Text) else "" for answer in answers]
     truth = [str(case.truth) for case in cases]
     values = dict(text_metrics.rouge(written, truth))
@@ -303,7 +335,28 @@ def _texts(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protocol,
     for n in (1, 2):
         name = f"Distinct-{n}"
         figures[name] = figure(text_metrics.distinct_n(written, n), None, None, protocol.sign(name))
-    return figures, values, {}
+    figures["USR"] = figure(explained.unique_sentences(written), None, None, protocol.sign("USR"))
+    if background is None:
+        return figures, values, {}
+    sign = protocol.sign("CopyRate", how=f"rouge-l-{background.texts.threshold:g}")
+    figures["CopyRate"] = mean_figure("CopyRate", explained.copies(written, background), users, protocol, sign)
+    # Short texts recur by themselves: how often people's own do is what a copy rate is held against.
+    rates: dict[str, Any] = {"truth_copy_rate": float(explained.copies(truth, background).mean())}
+    if (features := background.features) is None:
+        return figures, values, {"rates": rates}
+    named = explained.named(written, users, [case.request.item or "" for case in cases], features)
+    how = f"features-{len(features.vocabulary)}"
+    signs = {name: protocol.sign(name, how=how) for name in ("FMR", "FCR", "DIV", "Hallucination")}
+    asked, held = [users[place] for place in named.known], int(named.counts[:, 0].sum())
+    taken = {"FCR": named.coverage, "DIV": named.diversity}
+    figures |= {name: figure(taken.get(name), None, None, sign) for name, sign in signs.items()}
+    if asked:
+        figures["FMR"] = mean_figure("FMR", named.match, asked, protocol, signs["FMR"])
+    if held:
+        rate = explained.hallucination_statistic(named.counts, users)
+        found = interval_of(rate, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
+        figures["Hallucination"] = figure(found.value, found.low, found.high, signs["Hallucination"])
+    return figures, values, {"rates": rates | {"features_asked": len(asked), "features_named": held}}
 
 
 def _probabilities(
@@ -322,20 +375,22 @@ def _probabilities(
     users = [case.request.user_id for case in cases]
     signed = np.copysign(said, np.where(truth == 1, 1.0, -1.0))
     loss = probability.log_loss(said, truth)
-    figures = {"AUC": _auc_figure(said, truth, users, protocol)}
+    figures = {"AUC": _auc_figure(said, truth, users, protocol, protocol.sign("AUC"))}
     figures["GAUC"], left_out = _gauc_figure(said, truth, users, protocol)
     figures["LogLoss"] = mean_figure("LogLoss", loss, users, protocol, protocol.sign("LogLoss", how="clip-1e-15"))
     # A resample of few answers a bin is further from its own mean than the answers are: no interval.
     error = probability.calibration_error(said, truth)
     figures["ECE"] = figure(error, None, None, protocol.sign("ECE", how=f"mass-{probability.BINS}"))
     values = {"AUC": signed, "GAUC": signed, "LogLoss": loss}
-    return figures, values, {"rates": {"users_left_out": left_out}}
+    bins = [asdict(each) for each in probability.reliability(said, truth)]
+    _, own, sizes = np.unique(said, return_inverse=True, return_counts=True)
+    rates = {"users_left_out": left_out, "reliability": bins}
+    return figures, values, {"rates": rates, "tie_rate": float((sizes[own] > 1).mean())}
 
 
 def _auc_figure(
-    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol
+    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol, sign: str
 ) -> dict[str, Any]:
-    sign = protocol.sign("AUC")
     if truth.min() == truth.max():
         return figure(None, None, None, sign)
     statistic = probability.auc_statistic(said, truth, users)

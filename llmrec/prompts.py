@@ -32,6 +32,9 @@ LOOKUP_LIMIT = 256 * 1024
 SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
+# What is said about a template; it changes no prompt, and so not the hash.
+_NOTES = ("leak", "needs")
+_ALL_KEYS = (*_KEYS, *_NOTES)
 _NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _MARK = re.compile("\ue000([0-9]+)\ue001")
@@ -66,6 +69,9 @@ class Template:
         target: What is learned.
         tail: Literal text that ends a step of a list; it starts with a newline and is learned too. A list of nothing
             but codes of item tokens needs none, since no code begins another.
+        leak: What its question could give away of the answer, in a few words; empty: nothing.
+        needs: ``reviews`` where it shows what only data with reviews have: a headline, a feature, the review itself.
+            Without them it is used only where it is named, and then refused.
     """
 
     family: str
@@ -78,6 +84,8 @@ class Template:
     system: str = ""
     lead: str = ""
     tail: str = ""
+    leak: str = ""
+    needs: Literal["", "reviews"] = ""
     sha: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -342,7 +350,7 @@ def _check_source(part: str, source: str) -> None:
 
 
 def _check_fields(template: Template) -> None:
-    for key in _KEYS:
+    for key in _ALL_KEYS:
         value = getattr(template, key)
         if key == "version":
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -353,10 +361,11 @@ def _check_fields(template: Template) -> None:
     for key in ("family", "name"):
         if not _NAME.fullmatch(getattr(template, key)):
             raise _Fault(key, f"{key} is {getattr(template, key)!r}; use small letters, digits and hyphens")
-    for key, known in (("use", ("seen", "unseen")), ("shape", ("list", "chat"))):
+    for key, known in (("use", ("seen", "unseen")), ("shape", ("list", "chat")), ("needs", ("reviews", ""))):
         value = getattr(template, key)
         if value not in known:
-            raise _Fault(key, f"{key} is {value!r}{did_you_mean(value, known)}; choose {' or '.join(known)}")
+            choices = " or ".join(name or "leave it out" for name in known)
+            raise _Fault(key, f"{key} is {value!r}{did_you_mean(value, known)}; choose {choices}")
     for key in ("user", "target"):
         if not getattr(template, key).strip():
             raise _Fault(key, f"{key} is empty; write it")
@@ -369,6 +378,8 @@ def _check_fields(template: Template) -> None:
     for key in ("lead", "tail"):
         if template.shape == "chat" and getattr(template, key):
             raise _Fault(key, f"a chat has one answer and no {key}; remove the key or use shape: list")
+    if FORBIDDEN.search(template.leak):
+        raise _Fault("leak", "leak holds a control or private-use character; remove it")
     if "{" in template.tail or FORBIDDEN.search(template.tail):
         raise _Fault("tail", "tail is literal text without variables or control characters")
 
@@ -376,9 +387,9 @@ def _check_fields(template: Template) -> None:
 def _read(file: Path) -> Template:
     values, lines = _read_yaml(file)
     for key in values:
-        if key not in _KEYS:
-            where = f"{file}, line {lines.get(key, 1)}"
-            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(str(key), _KEYS)}; known: {', '.join(_KEYS)}")
+        if key not in _ALL_KEYS:
+            where, known = f"{file}, line {lines.get(key, 1)}", ", ".join(_ALL_KEYS)
+            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(str(key), _ALL_KEYS)}; known: {known}")
     for key in _NEEDED:
         if key not in values:
             raise RecipeError(f"{file}: key {key!r} is missing; add it")

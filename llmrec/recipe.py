@@ -6,12 +6,16 @@ the line and the closest known key. Each component is handed its own section, ne
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+ShotChoice = Literal["random", "own", "similar", "nearest", "diverse", "recent", "balanced"]
 
 
 class Section(BaseModel):
@@ -46,9 +50,9 @@ class Filter(Section):
 class Split(Section):
     """How validation and test interactions are held out. Ties in time fall by a seeded hash of (user, item)."""
 
-    kind: Literal["leave_one_out", "global_time", "user_disjoint", "given"] = "leave_one_out"
-    valid: Fraction = Field(0.1, description="share of interactions or users; for global_time and user_disjoint")
-    test: Fraction = Field(0.1, description="share of interactions or users; for global_time and user_disjoint")
+    kind: Literal["leave_one_out", "last_share", "global_time", "user_disjoint", "given"] = "leave_one_out"
+    valid: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
+    test: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
 
 
 class DataSection(Section):
@@ -167,8 +171,24 @@ class TaskSection(Section):
     eval_templates: tuple[str, ...] = Field((), description="empty: the first of `templates`")
     strategies: tuple[str, ...] = Field(description="how requests are answered at evaluation")
     baselines: tuple[str, ...] = Field(description="classic predictors in the same table")
-    history: Positive = Field(10, description="events shown in a prompt, the latest ones")
+    history: Positive = Field(10, description="events shown in a prompt")
+    past: Literal["latest", "relevant", "summary"] = Field(
+        "latest",
+        description="which events of a longer history: the latest; those that read most like the items asked about, "
+        "and the latest one (`encoder`); or the latest, with a summary of the others as the user's profile",
+    )
     users: Positive | None = Field(None, description="evaluated users; None: eval.users")
+
+
+class HeadSection(Section):
+    """A head on the last token of the prompt that is trained in place of label tokens (arXiv 2305.06474, section 4)."""
+
+    alpha: Fraction = Field(
+        0.0,
+        description="weight of the cross-entropy over the scale, beside the squared error of the rating; 0: one unit "
+        "and no classes",
+    )
+    frozen: bool = Field(False, description="train the head alone, on the states of the model as it is")
 
 
 class RatingSection(TaskSection):
@@ -177,6 +197,19 @@ class RatingSection(TaskSection):
     strategies: tuple[str, ...] = ("expected", "parsed")
     baselines: tuple[str, ...] = ("global-mean", "user-mean", "item-mean", "user-item-bias")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
+    head: HeadSection | None = Field(None, description="for the strategy head: what the tuned arm is trained to")
+    liked: float | None = Field(
+        None, description="lowest rating that counts as liked, for AUC; None: three quarters up the scale"
+    )
+
+    @model_validator(mode="after")
+    def _a_head_is_trained_and_asked(self) -> RatingSection:
+        if (self.head is not None) != ("head" in self.strategies):
+            raise ValueError(
+                "tasks.rating.head: the section says how a head is trained, the strategy 'head' asks it; write both, "
+                "such as strategies: [head, expected] and head: {alpha: 0.5}, or neither"
+            )
+        return self
 
 
 class SequentialSection(TaskSection):
@@ -189,12 +222,21 @@ class SequentialSection(TaskSection):
     warm_up: int = Field(1, ge=0, description="items at the start of a row that are context only")
 
 
+class ProfileSection(Section):
+    """The first of two steps: what the user likes, in one generated line (PALR, 2305.07622)."""
+
+    template: str = Field("likes", description="name under prompts/profile")
+    history: Positive = Field(50, description="events that it shows, the latest ones")
+    max_tokens: Positive = 32
+
+
 class DirectSection(TaskSection):
     """Pick from a candidate set."""
 
     strategies: tuple[str, ...] = ("label", "list")
     baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 5
+    profile: ProfileSection = ProfileSection()
 
 
 class ExplanationSection(TaskSection):
@@ -217,6 +259,42 @@ class AlignmentSection(TaskSection):
     )
 
 
+class CtrSection(TaskSection):
+    """Judge whether the user will like an item (TALLRec, RecSys 2023)."""
+
+    strategies: tuple[str, ...] = ("yes-no",)
+    baselines: tuple[str, ...] = ("like-ratio", "logistic")
+    liked: float | None = Field(None, description="lowest rating that is a yes; None: three quarters up the scale")
+    balance: Literal["none", "user"] = Field(
+        "none",
+        description="user: as many questions with a yes as with a no of each user, so that the share of likes says "
+        "nothing; takes a split that holds out several events a user, such as last_share",
+    )
+    calibrate: Literal["none", "valid"] = Field(
+        "none", description="valid: scale and shift the log-odds of every row so that they fit the validation split"
+    )
+    per_user: int | None = Field(
+        None, ge=2, description="most questions of one user, of each answer half of them where balanced; None: all"
+    )
+
+
+class ReviewSection(TaskSection):
+    """Write the headline of a review."""
+
+    strategies: tuple[str, ...] = ("text",)
+    baselines: tuple[str, ...] = ("frequent-text", "nearest-text")
+    shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
+    max_tokens: Positive = 16
+
+
+class StarsSection(TaskSection):
+    """Read a rating off a review."""
+
+    strategies: tuple[str, ...] = ("expected", "parsed")
+    baselines: tuple[str, ...] = ("global-mean", "user-mean", "item-mean", "user-item-bias")
+    shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
+
+
 class TasksSection(Section):
     """The mixture. A family that is left out is neither trained nor evaluated."""
 
@@ -225,6 +303,9 @@ class TasksSection(Section):
     direct: DirectSection | None = None
     explanation: ExplanationSection | None = None
     alignment: AlignmentSection | None = None
+    ctr: CtrSection | None = None
+    review: ReviewSection | None = None
+    stars: StarsSection | None = None
 
     def present(self) -> dict[str, TaskSection]:
         """Return the chosen families by name."""
@@ -267,6 +348,20 @@ class ModelSection(Section):
     )
     trust_remote_code: bool = False
     max_length: Positive = Field(1024, description="longest prompt plus answer, in tokens")
+    whole_words: bool = Field(
+        False,
+        description="encoder-decoders: the encoder adds an embedding of each token's word, counted through the prompt, "
+        "that is trained with the model (P5, RecSys 2022)",
+    )
+
+    @model_validator(mode="after")
+    def _whole_words_take_an_encoder(self) -> ModelSection:
+        if self.whole_words and self.shape is not None and self.shape.kind != "encoder-decoder":
+            raise ValueError(
+                "model.whole_words: a decoder has no encoder to add them in; set model.shape.kind=encoder-decoder, or "
+                "drop the key"
+            )
+        return self
 
     @model_validator(mode="after")
     def _new_has_a_shape(self) -> ModelSection:
@@ -299,6 +394,9 @@ class TrainSection(Section):
         "lora", description="qlora: NF4 base; lora8: 8-bit base, CUDA only"
     )
     lora: LoraSection = LoraSection()
+    seed: int | None = Field(
+        None, ge=0, description="of training rows, their order, dropout and adapters; None: the recipe's seed"
+    )
     steps: Positive = Field(200, description="optimiser steps")
     batch_tokens: Positive = Field(1536, description="tokens in one optimiser step, padding included")
     max_row_tokens: Positive = Field(384, description="longest training row; longer user rows lose their last targets")
@@ -319,6 +417,11 @@ class TrainSection(Section):
     valid_every: Positive = Field(50, description="optimiser steps between validation losses")
     save_every: Positive = Field(50, description="optimiser steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=2, description="the newest may be torn by a kill, so at least two")
+    examples: Positive | None = Field(
+        None,
+        description="rows of each task that training repeats, chosen once by seed, of ctr as many with a yes as with "
+        "a no; None: fresh ones without end",
+    )
     gradient_checkpointing: bool = False
     report_to: tuple[str, ...] = Field((), description="passed through to the trainer: tensorboard, wandb, mlflow, ...")
 
@@ -335,19 +438,95 @@ class TrainSection(Section):
 class CandidateSection(Section):
     """Stored candidate sets: the target among sampled negatives, shuffled once, under one hash."""
 
-    count: int = Field(20, ge=2, description="candidates a request, the target included")
-    kind: Literal["uniform", "popularity", "catalogue"] = Field(
-        "uniform", description="how negatives are drawn; catalogue: every item that the history does not hold"
+    count: int = Field(20, ge=2, description="candidates a request, the target included where they are drawn")
+    kind: Literal["uniform", "popularity", "retrieved", "catalogue"] = Field(
+        "uniform",
+        description="how negatives are drawn; retrieved: the best of `retriever`, with the target or without it; "
+        "catalogue: every item that the history does not hold",
     )
+    retriever: str | None = Field(None, description="retrieved: a baseline that ranks, such as item-knn")
+
+    @model_validator(mode="after")
+    def _retrieved_by_something(self) -> CandidateSection:
+        if (self.kind == "retrieved") != (self.retriever is not None):
+            raise ValueError(
+                "eval.candidates.retriever: it goes with eval.candidates.kind=retrieved, and with no other kind; set "
+                "both, or neither"
+            )
+        return self
 
 
 class ShotSection(Section):
     """Solved examples in few-shot prompts; training data only."""
 
     k: Positive = 2
-    choice: Literal["random", "own", "similar"] = Field(
-        "random", description="own: the user's own past; similar: nearest users"
+    choice: ShotChoice = Field(
+        "random",
+        description="own: the user's own past; similar: users with the same items; nearest: users whose items read "
+        "alike (`encoder`); diverse: of these, unlike each other; recent: the latest of all; balanced: every answer "
+        "equally often",
     )
+
+
+class ServerSection(Section):
+    """A server that speaks OpenAI's protocol, for ``eval.backend: openai``."""
+
+    url: str = Field("http://127.0.0.1:8000/v1", description="as far as /v1; without credentials")
+    model: str = Field(min_length=1, description="the name that the server knows it by")
+    key_env: str | None = Field(None, description="environment variable that holds the key; None: no key is sent")
+    chat: Literal["auto", "chat", "completions"] = Field(
+        "auto", description="auto: completions of token ids where the tokenizer of model.name is the server's"
+    )
+    thinking_tokens: int = Field(0, ge=0, description="room for thinking before an answer, beside the answer's own")
+    extra: dict[str, Any] = Field(default={}, description="further keys of every request; null takes one out")
+    concurrency: Positive = Field(16, description="requests under way at a time")
+    timeout: float = Field(120.0, gt=0, description="seconds that one attempt may take, its answer included")
+    attempts: Positive = Field(8, description="at each request, the first one included")
+    backoff: float = Field(0.5, gt=0, description="seconds: longest wait before the second attempt, doubled each time")
+    longest_wait: float = Field(60.0, gt=0, description="seconds before any attempt, also where the server asks")
+    max_tokens_budget: Positive | None = Field(None, description="tokens of a run folder, read and written")
+    price_in: float = Field(0.0, ge=0, description="of a million tokens that are read")
+    price_out: float = Field(0.0, ge=0, description="of a million tokens that are written")
+    max_cost: float | None = Field(None, gt=0, description="of a run folder, in the currency of the prices")
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> ServerSection:
+        # No message repeats a value: it may be a key.
+        if not re.fullmatch(r"https?://[A-Za-z0-9._\[\]:-]+(/[A-Za-z0-9._~%/-]*)?", self.url):
+            raise ValueError(
+                "eval.server.url: write http://host:port/v1 or https://host/v1, with no user, password or parameters; "
+                "a key belongs into the environment variable that eval.server.key_env names"
+            )
+        if self.key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.key_env):
+            raise ValueError(
+                "eval.server.key_env: it is the name of an environment variable in capitals, such as OPENAI_API_KEY, "
+                "never the key itself"
+            )
+        secret = re.compile(r"key|secret|password|authorization", re.IGNORECASE)
+        refused = [name for name in _names(self.extra) if secret.search(name)] + sorted(_SET_HERE & self.extra.keys())
+        if refused:
+            raise ValueError(f"eval.server.extra: {refused[0]!r} is not for a recipe to set; drop it")
+        if self.max_cost is not None and not (self.price_in or self.price_out):
+            raise ValueError("eval.server.max_cost: it takes prices; set eval.server.price_in and price_out")
+        return self
+
+    def answering(self) -> dict[str, Any]:
+        """Return what can change an answer; nothing in it is secret."""
+        kept = self.model_dump(mode="json", include={"url", "model", "chat", "thinking_tokens", "extra"})
+        return kept | {"url": self.url.rstrip("/")}
+
+
+# Keys of a request that decide what is asked, and so are never further ones.
+_SET_HERE = frozenset(
+    ("model", "messages", "prompt", "stream", "n", "best_of", "echo", "stop", "logprobs", "top_logprobs", "suffix")
+)
+
+
+def _names(value: Any) -> list[str]:
+    """Return the keys of a value and of all that is in it."""
+    if isinstance(value, list):
+        return [name for each in value for name in _names(each)]
+    return [name for key, each in value.items() for name in (key, *_names(each))] if isinstance(value, dict) else []
 
 
 class EvalSection(Section):
@@ -356,7 +535,8 @@ class EvalSection(Section):
     arms: tuple[Literal["zero-shot", "few-shot", "tuned"], ...] = ("zero-shot", "few-shot", "tuned")
     split: Literal["valid", "test"] = "test"
     users: Positive = 200
-    backend: Literal["vllm", "hf", "fake"] = "vllm"
+    backend: Literal["vllm", "hf", "openai", "fake"] = "vllm"
+    server: ServerSection | None = Field(None, description="openai: which server, and how it is asked")
     scorer: Literal["auto", "vllm", "hf", "fake"] = Field(
         "auto", description="engine for title likelihoods; auto: the faster one here"
     )
@@ -369,6 +549,50 @@ class EvalSection(Section):
     exact: bool = Field(
         False, description="search: widen it until no other item can be better, or 4,096 prefixes are kept"
     )
+    prior_weight: float = Field(
+        1.0, ge=0, description="likelihood-prior: what is subtracted of a title's likelihood without a history"
+    )
+    permutations: Positive = Field(
+        1, description="label, permutation, window, setwise: seeded orders of the candidates that are averaged"
+    )
+    debias: Literal["none", "measured"] = Field(
+        "none", description="the same strategies: subtract what training questions say a position is worth by itself"
+    )
+    debias_questions: Positive = Field(64, description="how many training questions say so")
+    depth: Positive = Field(
+        10, description="permutation, setwise, and pairwise beyond all_pairs: places that are decided one by one"
+    )
+    window: int = Field(8, ge=2, description="window: candidates in a window")
+    window_step: Positive = Field(4, description="window: places that it moves towards the front, fewer than it holds")
+    set_size: int = Field(4, ge=2, description="setwise: candidates in a set")
+    all_pairs: int = Field(20, ge=0, description="pairwise: most candidates of which every pair is asked")
+
+    @model_validator(mode="after")
+    def _windows_overlap(self) -> EvalSection:
+        if self.window_step >= self.window:
+            raise ValueError(
+                f"eval.window_step: windows of {self.window} that move by {self.window_step} do not overlap, so that "
+                "nothing is carried from one to the next; set it below eval.window"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _server_agrees(self) -> EvalSection:
+        if (self.backend == "openai") != (self.server is not None):
+            raise ValueError(
+                "eval.server: it says which server eval.backend=openai asks, and no other backend reads it; set both, "
+                "such as server: {url: 'http://127.0.0.1:8000/v1', model: films}, or neither"
+            )
+        if self.server is not None and "tuned" in self.arms:
+            raise ValueError(
+                "eval.arms: a server answers with the model that it serves, not with the one that is tuned here; write "
+                "arms: [zero-shot], and to measure a tuned model, export it, serve it and name it in eval.server.model"
+            )
+        if self.server is not None and self.scorer != "auto":
+            raise ValueError(
+                "eval.scorer: another engine would score with another model than the server's; leave the key out"
+            )
+        return self
 
 
 class Recipe(Section):
@@ -381,6 +605,10 @@ class Recipe(Section):
     data: DataSection
     reviews: DataSection | None = Field(None, description="a second table for explanation, where `data` has no text")
     index: IndexSection | None = Field(None, description="codes of items, for templates that say item.code")
+    encoder: str = Field(
+        "all-MiniLM-L6-v2",
+        description="text encoder that says which items read alike, for past=relevant and eval.shots.choice",
+    )
     tasks: TasksSection
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
@@ -388,7 +616,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         if not self.tasks.present():
-            raise ValueError("tasks: name at least one of rating, sequential, direct, explanation, alignment")
+            raise ValueError(f"tasks: name at least one of {', '.join(TasksSection.model_fields)}")
         if "tuned" in self.eval.arms and all(task.weight == 0 for task in self.tasks.present().values()):
             raise ValueError(
                 "tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight"
@@ -402,6 +630,12 @@ class Recipe(Section):
             raise ValueError(f"eval.arms: an arm stands twice in {list(self.eval.arms)}; keep one")
         self._check_candidates()
         self._check_alignment()
+        if self.tasks.ctr is not None and self.tasks.ctr.calibrate == "valid" and self.eval.split == "valid":
+            raise ValueError(
+                "tasks.ctr.calibrate: it fits the validation split, which eval.split=valid evaluates; set one of them "
+                "otherwise"
+            )
+        self._check_head()
         if self.model.shape is not None and self.train.method != "full":
             raise ValueError(
                 "train.method: a model from chance has nothing that an adapter could start from; set train.method=full"
@@ -413,6 +647,21 @@ class Recipe(Section):
                 "train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'"
             )
         return self
+
+    def _check_head(self) -> None:
+        """Refuse a rating head beside tasks that are trained on tokens, and engines that do not read it."""
+        if self.tasks.rating is None or self.tasks.rating.head is None:
+            return
+        others = [name for name, task in self.tasks.present().items() if name != "rating" and task.weight > 0]
+        if others or self.tasks.rating.weight == 0:
+            raise ValueError(
+                "tasks.rating.head: a head is trained on ratings alone, other tasks on tokens; give rating a weight, "
+                f"and set the weight of {', '.join(others) or 'the others'} to 0"
+            )
+        if self.eval.backend != "hf":
+            raise ValueError(
+                f"tasks.rating.head: the backend {self.eval.backend!r} reads no rating head; set eval.backend=hf"
+            )
 
     def _check_alignment(self) -> None:
         """Refuse to teach codes where there are none, or none that need teaching."""
@@ -446,80 +695,3 @@ class Recipe(Section):
                 "tasks.sequential.strategies: 'search' ranks the whole catalogue, which is another protocol than "
                 "stored candidates; set eval.candidates.kind=catalogue, or drop it"
             )
-
-
-# --------------------------------------------------------------------------- suites
-
-
-class SuiteRow(Section):
-    """One row of a suite: a baseline, a language model tuned by a recipe, or a mixture of other rows."""
-
-    baseline: str | None = None
-    parameters: dict[str, float | int | str | bool] = Field(default={}, description="keyword arguments; they stay")
-    tune: bool = Field(True, description="choose among the baseline's declared grid on validation")
-    recipe: str | None = Field(None, description="a recipe page; its model is tuned on the suite's data and searched")
-    overrides: tuple[str, ...] = Field((), description="recipe: changed keys, such as index.scheme=random")
-    depth: Positive = Field(100, description="recipe: items that the search finds; the others tie behind them")
-    mix: tuple[str, ...] = Field((), description="names of rows above, whose probabilities are mixed")
-    weights: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] = Field(
-        (), max_length=6, description="mix: declared weights of its rows, one of which is chosen on validation"
-    )
-    name: str = Field("", description="empty: the baseline's or the recipe's name, or that of the mixed rows")
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> SuiteRow:
-        kinds = [name for name in ("baseline", "recipe", "mix") if getattr(self, name)]
-        if len(kinds) != 1:
-            raise ValueError(f"rows: each row has one of baseline, recipe and mix; this one has {kinds or 'none'}")
-        if bool(self.mix) != bool(self.weights) or any(len(each) != len(self.mix) for each in self.weights):
-            raise ValueError("rows.weights: a mix needs lists of weights, each with one number for each of its rows")
-        return self
-
-    @property
-    def label(self) -> str:
-        """The row's name in tables and files."""
-        stem = (self.recipe or "").rpartition("/")[2].removesuffix(".yaml")
-        return self.name or self.baseline or stem or "+".join(self.mix)
-
-
-class Suite(Section):
-    """A protocol with its data and rows: full ranking of the catalogue, or held-out items rated or judged yes or no."""
-
-    task: Literal["ranking", "rating", "ctr"] = Field("ranking", description="ctr: will the user like the item")
-    suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
-    data: DataSection
-    split: Literal["valid", "test"] = "test"
-    seen: tuple[Literal["excluded", "included"], ...] = Field(
-        ("excluded", "included"),
-        min_length=1,
-        description="whether items of the history can be ranked; first: headline",
-    )
-    cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1)
-    liked: float | None = Field(None, description="ctr: lowest rating that is a yes; None: three quarters up the scale")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the chosen point, where it has any chance")
-    split_seeds: tuple[int, ...] = Field((0,), min_length=1, description="tie rules of the split; several: a range")
-    bootstrap: Positive = 2000
-    users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
-    rows: tuple[SuiteRow, ...] = Field(min_length=1)
-    pairs: tuple[tuple[str, str], ...] = Field(
-        (), description="rows to compare beside the best with all others: is the first better than the second"
-    )
-    references: tuple[str, ...] = Field((), description="names of eval/references files to print beside")
-
-    @model_validator(mode="after")
-    def _rows_agree(self) -> Suite:
-        known: set[str] = set()
-        for row in self.rows:
-            if self.task != "ranking" and row.baseline is None:
-                raise ValueError(f"rows: {row.label} ranks the catalogue, which is the task ranking, not {self.task}")
-            for part in row.mix:
-                if part not in known:
-                    raise ValueError(f"rows: {row.label} mixes {part!r}, which is no row above it; write it before")
-            if row.label in known and (row.mix or row.recipe):
-                raise ValueError(f"rows: two rows are called {row.label!r}; give one another name")
-            known.add(row.label)
-        for pair in self.pairs:
-            if (missing := next((name for name in pair if name not in known), None)) is not None:
-                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
-        return self

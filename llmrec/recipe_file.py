@@ -6,17 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.recipe import Recipe, Suite
+from llmrec.recipe import Recipe
 from llmrec.resources import resource
+from llmrec.suites import Benchmark, Suite
 
 KeyPath = tuple[str | int, ...]
-Page = TypeVar("Page", Recipe, Suite)
+Page = TypeVar("Page", Recipe, Suite, Benchmark)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -50,12 +51,24 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     return _validated(Suite, values, lines, file, overrides)
 
 
-def is_suite(path: str | Path) -> bool:
-    """Whether a page is a suite and not a recipe: it has the key ``suite``."""
+def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark:
+    """Read a benchmark, such as ``eval/suites/zero_few_tuned.yaml``, and apply overrides such as ``bootstrap=500``.
+
+    Raises:
+        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
+    """
+    file = _find(Path(path), "eval")
+    values, lines = _read(file)
+    return _validated(Benchmark, values, lines, file, overrides)
+
+
+def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark"]:
+    """Tell what a page is: a suite has the key ``suite``, a benchmark ``benchmark``, all others are recipes."""
     try:
-        return "suite" in _read(_find(Path(path), "eval"))[0]
+        keys = _read(_find(Path(path), "eval"))[0]
     except RecipeError:
-        return False
+        return "recipe"
+    return "suite" if "suite" in keys else "benchmark" if "benchmark" in keys else "recipe"
 
 
 def _validated(
@@ -69,7 +82,7 @@ def _validated(
         raise RecipeError(_explain(error, model, file, lines, overrides)) from None
 
 
-def recipe_hash(recipe: Recipe | Suite) -> str:
+def recipe_hash(recipe: Recipe | Suite | Benchmark) -> str:
     """Return 16 hex digits over every resolved value."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -179,7 +192,7 @@ def _where(path: KeyPath, file: Path, lines: Mapping[KeyPath, int], overrides: S
     for override in overrides:
         key = override.partition("=")[0].strip()
         if dotted == key or dotted.startswith(key + "."):
-            return f"override {override!r}"
+            return f"override of {key}" if _may_be_secret(path) else f"override {override!r}"
     for length in range(len(path), 0, -1):
         if path[:length] in lines:
             return f"{file}, line {lines[path[:length]]}"
@@ -195,9 +208,16 @@ def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
     if kind == "missing":
         return f"key {dotted!r} is missing; add it"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    if kind == "value_error" and not path:
+    if kind == "value_error" and (not path or message.startswith(f"{dotted}.")):
         return message
+    if _may_be_secret(path):
+        return f"{dotted}: {message[:1].lower()}{message[1:]}"
     return f"{dotted}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _may_be_secret(path: KeyPath) -> bool:
+    """Whether somebody may have written a key there, which no message repeats."""
+    return path == ("eval",) or path[:2] == ("eval", "server")
 
 
 def _known_keys(path: KeyPath, page: type[BaseModel]) -> list[str]:

@@ -32,6 +32,7 @@ SOURCES: Mapping[str, str] = {
     "sequences": "llmrec.data.sequences:sequences",
     "samples": "llmrec.data.samples:samples",
     "made-reviews": "llmrec.data.made:made_reviews",
+    "amazon-reviews": "llmrec.data.reviews:amazon_reviews",
     "table": "llmrec.data.sources:table",
 }
 
@@ -52,22 +53,36 @@ TASKS: Mapping[str, str] = {
     "direct": "llmrec.tasks.direct:DirectTask",
     "explanation": "llmrec.tasks.explanation:ExplanationTask",
     "alignment": "llmrec.tasks.alignment:AlignmentTask",
+    "ctr": "llmrec.tasks.ctr:CtrTask",
+    "review": "llmrec.tasks.review:ReviewTask",
+    "stars": "llmrec.tasks.review:ReviewTask",
 }
 
 BACKENDS: Mapping[str, str] = {
     "vllm": "llmrec.backends.vllm:VLLMBackend",
     "hf": "llmrec.backends.hf:HFBackend",
+    "openai": "llmrec.backends.openai:OpenAIBackend",
     "fake": "llmrec.backends.fake:FakeBackend",
 }
 
 STRATEGIES: Mapping[str, str] = {
     "likelihood": "llmrec.rank.pointwise:LikelihoodRanker",
+    "likelihood-prior": "llmrec.rank.pointwise:PriorRanker",
     "search": "llmrec.rank.searching:CatalogueRanker",
-    "label": "llmrec.rank.listwise:LabelRanker",
+    "label": "llmrec.rank.listwise:label_ranker",
     "list": "llmrec.rank.listwise:ListRanker",
+    "permutation": "llmrec.rank.listwise:permutation_ranker",
+    "window": "llmrec.rank.windows:window_ranker",
+    "pairwise": "llmrec.rank.pairs:pairwise_ranker",
+    "setwise": "llmrec.rank.sets:setwise_ranker",
+    "pointwise-yes": "llmrec.rank.pointwise:YesRanker",
+    "two-step": "llmrec.rank.profiled:TwoStepRanker",
     "expected": "llmrec.rank.rater:ExpectedRater",
     "parsed": "llmrec.rank.rater:ParsedRater",
+    "head": "llmrec.rank.head:HeadRater",
     "text": "llmrec.rank.writer:Writer",
+    "yes-no": "llmrec.rank.judge:YesNoJudge",
+    "parsed-yes-no": "llmrec.rank.judge:ParsedYesNoJudge",
 }
 
 BASELINES: Mapping[str, str] = {
@@ -97,12 +112,28 @@ BASELINES: Mapping[str, str] = {
 
 # What answers which family; a pair outside these tables has no meaning.
 FAMILY_STRATEGIES: Mapping[str, tuple[str, ...]] = {
-    "rating": ("expected", "parsed"),
-    "sequential": ("likelihood", "search"),
-    "direct": ("label", "list"),
+    "rating": ("expected", "parsed", "head"),
+    "sequential": ("likelihood", "likelihood-prior", "search"),
+    "direct": ("label", "list", "permutation", "window", "pairwise", "setwise", "pointwise-yes", "two-step"),
     "explanation": ("text",),
     "alignment": ("likelihood",),
+    "ctr": ("yes-no", "parsed-yes-no"),
+    "review": ("text",),
+    "stars": ("expected", "parsed"),
 }
+# The keys of the recipe's eval section that a strategy is handed, as keyword arguments of the same names.
+STRATEGY_KEYS: Mapping[str, tuple[str, ...]] = {
+    "search": ("beams", "exact"),
+    "likelihood-prior": ("prior_weight",),
+    "label": ("permutations",),
+    "permutation": ("permutations", "depth"),
+    "window": ("permutations", "window", "window_step"),
+    "pairwise": ("depth", "all_pairs"),
+    "setwise": ("permutations", "depth", "set_size"),
+    "two-step": ("permutations",),
+}
+# Those whose answer depends on where a candidate stands; `eval.debias` is for them.
+POSITIONAL = ("label", "permutation", "window", "setwise")
 _RANKERS = (
     *("random", "popularity", "recent-popularity", "item-knn", "markov-1", "markov", "markov-cooccurrence"),
     *("ease", "als", "bpr", "gru4rec", "sasrec"),
@@ -114,6 +145,8 @@ FAMILY_BASELINES: Mapping[str, tuple[str, ...]] = {
     "explanation": ("frequent-text", "nearest-text"),
     "alignment": ("random",),
     "ctr": ("like-ratio", "logistic"),
+    "review": ("frequent-text", "nearest-text"),
+    "stars": ("global-mean", "user-mean", "item-mean", "user-item-bias", "mf", "svd"),
 }
 # What every table of a family must hold beside a language model: each takes seconds, and without them a figure means
 # nothing. Stronger ones (EASE, SASRec) are in the suites and can be named in any recipe.
@@ -124,6 +157,8 @@ CONTROLS: Mapping[str, tuple[str, ...]] = {
     "explanation": ("frequent-text",),
     "alignment": ("random",),
     "ctr": ("like-ratio",),
+    "review": ("frequent-text",),
+    "stars": ("global-mean", "user-mean", "item-mean", "user-item-bias"),
 }
 
 

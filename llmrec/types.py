@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant"]
 SegmentKind = Literal["text", "item", "target"]
 SplitName = Literal["train", "valid", "test"]
-Capability = Literal["generate", "score", "embed", "search"]
-Family = Literal["rating", "sequential", "direct", "explanation", "alignment", "ctr"]
+Capability = Literal["generate", "score", "embed", "search", "rate"]
+Family = Literal["rating", "sequential", "direct", "explanation", "alignment", "ctr", "review", "stars"]
 
 # --------------------------------------------------------------------------- data
 
@@ -158,10 +158,17 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Work done for one answer, in tokens."""
+    """Work done for one answer, summed over everything that was asked for it.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompts.
+        completion_tokens: Tokens scored or generated after them.
+        forwards: Model calls: a scored or searched prompt counts one, a generated answer one a token.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    forwards: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +283,28 @@ class Found:
     engine: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """What a rating head reads off one prompt: a rating within its scale."""
+
+    value: float
+    prompt_tokens: int
+    engine: str
+
+
+@runtime_checkable
+class HeadBackend(Protocol):
+    """What a backend of the capability ``rate`` offers beside the verbs of `Backend`."""
+
+    def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
+        """Read each prompt's rating with the model's rating head.
+
+        Raises:
+            BackendError: If the model has none.
+        """
+        ...
 
 
 @runtime_checkable

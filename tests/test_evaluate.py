@@ -124,6 +124,9 @@ def test_yes_no_answers() -> None:
     losses = -np.log([0.9, 0.8, 0.4, 0.6, 0.5])
     assert metrics["LogLoss"]["value"] == pytest.approx(losses.mean())
     assert metrics["ECE"]["low"] is None
+    assert found.figures["tie_rate"] == 2 / 5
+    bins = found.figures["reliability"]
+    assert sum(each["n"] for each in bins) == 5 and {"n": 2, "said": 0.4, "so": 0.5} in bins
     assert json.loads(found.records[0]["parsed"]) == 0.9
     better = evaluate(
         Canned(answers),

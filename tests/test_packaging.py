@@ -18,8 +18,9 @@ from pydantic import BaseModel
 
 import llmrec
 from llmrec import registry, setup_env
-from llmrec.recipe import Recipe, Suite
+from llmrec.recipe import Recipe
 from llmrec.recipe_file import load_recipe
+from llmrec.suites import Benchmark, Suite
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -316,6 +317,11 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
             parts = yaml.safe_load(block)
             suite = Suite(**{"suite": "part", "data": {"source": "movielens-100k"}, **parts})
             assert all(load_recipe(row.recipe, row.overrides) for row in suite.rows if row.recipe)
+            continue
+        if block.startswith("benchmark:"):
+            bench = Benchmark(**yaml.safe_load(block))
+            for run in bench.runs:
+                load_recipe(run.recipe or bench.recipe, (*bench.overrides, *run.overrides))
             continue
         recipe = _snippet(block, tmp_path / "snippet.yaml")
         assert recipe.tasks.present()

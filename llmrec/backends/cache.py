@@ -2,7 +2,8 @@
 
 The calls that reach it are the fixed chunks that evaluation cuts its requests into. Each call's new answers are
 committed in one transaction, so a kill loses the chunk at hand and nothing else, and that chunk is computed again as
-a whole. The engine is started by the first question that the table cannot answer.
+a whole. A backend that hands answers out one by one has each committed as it comes. The engine is started by the first
+question that the table cannot answer.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llmrec.errors import BackendError
-from llmrec.types import Backend, Capability, Completion, Found, Prompt, Scores
+from llmrec.types import Backend, Capability, Completion, Cost, Found, HeadBackend, Prompt, Read, Scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +63,10 @@ class AnswerStore:
         if run("PRAGMA user_version").fetchone()[0] not in (0, _VERSION):
             run("DROP TABLE IF EXISTS answers")
         run("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+        run(
+            "CREATE TABLE IF NOT EXISTS spent (name TEXT PRIMARY KEY, prompt_tokens INTEGER NOT NULL, "
+            "completion_tokens INTEGER NOT NULL) WITHOUT ROWID"
+        )
         run(f"PRAGMA user_version={_VERSION}")
 
     def get(self, keys: Sequence[str]) -> dict[str, Any]:
@@ -85,6 +90,20 @@ class AnswerStore:
             self._connection.execute("ROLLBACK")
             raise
 
+    def spent(self, name: str) -> Cost:
+        """Return the tokens that were booked under a name."""
+        query = "SELECT prompt_tokens, completion_tokens FROM spent WHERE name = ?"
+        found = self._connection.execute(query, (name,)).fetchone()
+        return Cost(prompt_tokens=found[0], completion_tokens=found[1]) if found else Cost()
+
+    def spend(self, name: str, cost: Cost) -> None:
+        """Book tokens under a name."""
+        self._connection.execute(
+            "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET prompt_tokens = prompt_tokens + "
+            "excluded.prompt_tokens, completion_tokens = completion_tokens + excluded.completion_tokens",
+            (name, cost.prompt_tokens, cost.completion_tokens),
+        )
+
     def __len__(self) -> int:
         """Number of stored answers."""
         return int(self._connection.execute("SELECT count(*) FROM answers").fetchone()[0])
@@ -92,6 +111,41 @@ class AnswerStore:
     def close(self) -> None:
         """Close the database."""
         self._connection.close()
+
+
+@dataclass(frozen=True)
+class StoredLedger:
+    """The tokens that were spent under one name, in a store."""
+
+    store: AnswerStore
+    name: str
+
+    def spent(self) -> Cost:
+        """Return all that was ever booked."""
+        return self.store.spent(self.name)
+
+    def spend(self, cost: Cost) -> None:
+        """Book some more."""
+        self.store.spend(self.name, cost)
+
+
+@runtime_checkable
+class OneByOne(Protocol):
+    """What a backend has besides its verbs if it hands answers out as they come, with the places of their questions."""
+
+    def generate_each(self, prompts: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Completion]]:
+        """Yield places and completions."""
+        ...
+
+    def score_each(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> Iterator[tuple[int, Scores]]:
+        """Yield places and scores."""
+        ...
+
+
+# Answers that are stored together, with the places of their questions.
+_Lot = list[tuple[int, dict[str, Any]]]
 
 
 class CachedBackend:
@@ -122,9 +176,11 @@ class CachedBackend:
         """Continue each prompt; see `Backend.generate`."""
         keys = [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
 
-        def compute(missing: list[int]) -> list[dict[str, Any]]:
-            found = self._engine().generate([prompts[i] for i in missing], max_tokens=max_tokens)
-            return [asdict(completion) for completion in found]
+        def compute(missing: list[int]) -> Iterator[_Lot]:
+            engine, asked = self._engine(), [prompts[i] for i in missing]
+            if isinstance(engine, OneByOne):
+                return _singly(missing, engine.generate_each(asked, max_tokens=max_tokens))
+            return _together(missing, engine.generate(asked, max_tokens=max_tokens))
 
         return [Completion(**answer) for answer in self._answers(keys, compute)]
 
@@ -137,9 +193,11 @@ class CachedBackend:
             for prompt, texts in zip(prompts, candidates, strict=True)
         ]
 
-        def compute(missing: list[int]) -> list[dict[str, Any]]:
-            found = self._engine().score([prompts[i] for i in missing], [candidates[i] for i in missing], closed=closed)
-            return [asdict(scores) for scores in found]
+        def compute(missing: list[int]) -> Iterator[_Lot]:
+            engine, asked, texts = self._engine(), [prompts[i] for i in missing], [candidates[i] for i in missing]
+            if isinstance(engine, OneByOne):
+                return _singly(missing, engine.score_each(asked, texts, closed=closed))
+            return _together(missing, engine.score(asked, texts, closed=closed))
 
         return [
             Scores(**answer | {"logprobs": tuple(answer["logprobs"]), "tokens": tuple(answer["tokens"])})
@@ -165,17 +223,33 @@ class CachedBackend:
             for prompt, barred in zip(prompts, out, strict=True)
         ]
 
-        def compute(missing: list[int]) -> list[dict[str, Any]]:
+        def compute(missing: list[int]) -> Iterator[_Lot]:
             asked = [prompts[i] for i in missing]
             found = self._engine().search(
                 asked, texts, k=k, width=width, excluded=[out[i] for i in missing], exact=exact
             )
-            return [asdict(each) for each in found]
+            return _together(missing, found)
 
         return [
             Found(**answer | {"items": tuple(answer["items"]), "scores": tuple(answer["scores"])})
             for answer in self._answers(keys, compute)
         ]
+
+    def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
+        """Read ratings with the model's head; see `HeadBackend.rate`.
+
+        Raises:
+            BackendError: If the engine reads none.
+        """
+        keys = [self._key("rate", prompt) for prompt in prompts]
+
+        def compute(missing: list[int]) -> Iterator[_Lot]:
+            engine = self._engine()
+            if not isinstance(engine, HeadBackend):
+                raise BackendError(f"backend {self.name!r} reads no rating head; set eval.backend=hf")
+            return _together(missing, engine.rate([prompts[i] for i in missing]))
+
+        return [Read(**answer) for answer in self._answers(keys, compute)]
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return vectors; these are not remembered."""
@@ -190,6 +264,8 @@ class CachedBackend:
     def _engine(self) -> Backend:
         if self._started is None:
             self._started = self._start()
+            # What a server offers shows when it is asked.
+            self.capabilities = self._started.capabilities
         return self._started
 
     def _key(self, verb: str, prompt: Prompt, **question: Any) -> str:
@@ -204,7 +280,7 @@ class CachedBackend:
         text = json.dumps([self._identity, asked], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _answers(self, keys: list[str], compute: Callable[[list[int]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _answers(self, keys: list[str], compute: Callable[[list[int]], Iterator[_Lot]]) -> list[dict[str, Any]]:
         known = self._store.get(keys)
         self.recalled += sum(key in known for key in keys)
         self.recalled_seconds += sum(known[key]["seconds"] for key in set(keys) & known.keys())
@@ -213,9 +289,22 @@ class CachedBackend:
             order = sorted(missing.values())
             self._engine()  # its start is not part of what an answer costs
             begin = time.monotonic()
-            answers = compute(order)
-            share = (time.monotonic() - begin) / len(order)
-            fresh = {keys[i]: {"seconds": share, "answer": answer} for i, answer in zip(order, answers, strict=True)}
-            self._store.put(fresh.items())
-            known |= fresh
+            for lot in compute(order):
+                now = time.monotonic()
+                share = (now - begin) / len(lot)
+                begin = now
+                fresh = {keys[i]: {"seconds": share, "answer": answer} for i, answer in lot}
+                self._store.put(fresh.items())
+                known |= fresh
         return [known[key]["answer"] for key in keys]
+
+
+def _together(places: Sequence[int], found: Sequence[Any]) -> Iterator[_Lot]:
+    """Yield all answers as one lot."""
+    yield [(place, asdict(answer)) for place, answer in zip(places, found, strict=True)]
+
+
+def _singly(places: Sequence[int], found: Iterator[tuple[int, Any]]) -> Iterator[_Lot]:
+    """Yield each answer as a lot of its own; ``found`` counts places among those that are missing."""
+    for n, answer in found:
+        yield [(places[n], asdict(answer))]

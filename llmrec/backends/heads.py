@@ -6,6 +6,8 @@ from typing import Any
 
 from llmrec.errors import require
 
+# Rows of logits that are held in float32 at a time.
+_ROWS = 256
 # Configuration keys of models whose logits are more than one matrix product.
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -15,3 +17,32 @@ def plain_head(config: Any, head: Any) -> bool:
     text = config.get_text_config()
     shaped = any(getattr(text, name, None) for name in _SCALES)
     return not shaped and type(head) is require("torch", "train").nn.Linear and head.bias is None
+
+
+def chosen_logprobs(head: Any, states: Any, after: Any, wanted: Any) -> Any:
+    """Return full-softmax log-probabilities of chosen tokens under a `plain_head`, in float64; shape (n,).
+
+    Their own logits are computed in float32 also where the head is bfloat16, whose logits of 16 and more lie 1/8 apart:
+    labels would tie by the dozen. The total over the vocabulary averages such errors out and needs no more.
+
+    Args:
+        head: The output layer.
+        states: Last hidden states, shape (rows, d).
+        after: Of each chosen token, the row that it stands after, shape (n,).
+        wanted: The tokens, shape (n,).
+    """
+    torch = require("torch", "train")
+    totals = torch.empty(len(states), dtype=torch.float64, device=states.device)
+    found = torch.empty(len(wanted), dtype=torch.float64, device=states.device)
+    exact = states.dtype == torch.float32
+    for start in range(0, len(states), _ROWS):
+        logits = head(states[start : start + _ROWS]).float()
+        totals[start : start + _ROWS] = logits.logsumexp(-1).double()
+        if exact:
+            here = ((after >= start) & (after < start + _ROWS)).nonzero()[:, 0]
+            found[here] = logits[after[here] - start, wanted[here]].double()
+    if not exact:
+        for part in torch.arange(len(wanted), device=states.device).split(_ROWS):
+            products = states[after[part]].float() * head.weight[wanted[part]].float()
+            found[part] = products.sum(-1).double()
+    return found - totals[after]

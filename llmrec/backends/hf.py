@@ -11,15 +11,18 @@ import numpy as np
 
 from llmrec.backends.bodies import takes_trees
 from llmrec.backends.encode import Encoder
+from llmrec.backends.heads import chosen_logprobs, plain_head
+from llmrec.backends.hf_prefix import BLOCK, PrefixReader
 from llmrec.backends.hf_rows import PlainTree
 from llmrec.backends.hf_tree import MaskedTree
 from llmrec.backends.kinds import is_paired
 from llmrec.backends.labels import single_token_labels
 from llmrec.backends.masks import takes_block_mask
+from llmrec.backends.rating_head import RatingHead, last_states
 from llmrec.backends.searching import search
 from llmrec.decode.beam import Fed, TreeEngine, Wanted
-from llmrec.errors import require
-from llmrec.types import Capability, Completion, Found, Prompt, Scores
+from llmrec.errors import BackendError, require
+from llmrec.types import Capability, Completion, Found, Prompt, Read, Scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,10 +45,11 @@ class HFBackend:
             candidate instead.
         warm: A search for one prompt goes on from the search before it, as far as both prompts begin alike: for servers
             that ask about the same user again. Sums then differ in their last bits from those of a search by itself.
+        head: The rating head that was trained with the model, if one was.
     """
 
     name = "hf"
-    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed", "search"})
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed", "search", "rate"})
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class HFBackend:
         batch_tokens: int = 4096,
         packed: bool | None = None,
         warm: bool = False,
+        head: RatingHead | None = None,
     ) -> None:
         self._torch = require("torch", "train")
         self.model = model.eval()
@@ -65,7 +70,10 @@ class HFBackend:
         self.packed = reads if packed is None else packed
         self._proven = packed is not None
         self._tree: Any = None
+        self._plain = plain_head(model.config, model.get_output_embeddings())
+        self._prefixes: Any = None if self._paired else PrefixReader(self.model)
         self._warm = warm
+        self._head = head.to(model.device) if head is not None else None
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
@@ -83,9 +91,11 @@ class HFBackend:
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
         """Score candidates exactly in the full vocabulary; see `Backend.score`."""
-        scores = []
-        for prompt, texts in zip(prompts, candidates, strict=True):
-            ids = self.encoder.prompt(prompt)
+        encoded = [self.encoder.prompt(prompt) for prompt in prompts]
+        scores: list[Scores | None] = [None] * len(prompts)
+        # Prompts that begin alike stand together, so that what they share is read once.
+        for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
+            prompt, texts, ids = prompts[i], candidates[i], encoded[i]
             tails = self.encoder.continuations(prompt, ids, texts, closed=closed)
             labels = None if self._paired else single_token_labels(tails)
             if labels is not None:
@@ -95,8 +105,8 @@ class HFBackend:
             else:
                 logprobs, engine = self._score_rows(ids, tails), "hf:rows"
             lengths = tuple(1 if labels else len(tail) for tail in tails)
-            scores.append(Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine))
-        return scores
+            scores[i] = Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine)
+        return [each for each in scores if each is not None]
 
     def search(
         self,
@@ -126,6 +136,23 @@ class HFBackend:
             batch_tokens=self.batch_tokens,
         )
 
+    def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
+        """Read ratings in batches of similar length, one forward each; see `HeadBackend.rate`."""
+        if self._head is None:
+            raise BackendError(
+                "this model has no rating head: it was not tuned with tasks.rating.head; drop 'head' from "
+                "tasks.rating.strategies, or tune it so"
+            )
+        torch, encoded = self._torch, [self.encoder.prompt(prompt) for prompt in prompts]
+        found: list[Read | None] = [None] * len(prompts)
+        for batch in self._batches([len(ids) for ids in encoded]):
+            ids, mask = self._left_padded([encoded[i] for i in batch])
+            with torch.inference_mode():
+                values = self._head.ratings(last_states(self.model, ids, mask))
+            for i, value in zip(batch, values, strict=True):
+                found[i] = Read(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
+        return [read for read in found if read is not None]
+
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the mean of the last hidden states over each text's tokens, shape (n, hidden size)."""
         torch = self._torch
@@ -142,7 +169,7 @@ class HFBackend:
 
     def close(self) -> None:
         """Drop the model."""
-        self.model = self._tree = None
+        self.model = self._tree = self._prefixes = None
 
     def _reads_trees(self) -> bool:
         """Whether trees of tokens may be read in one row; proven as in `_may_pack`, with two short texts."""
@@ -175,15 +202,7 @@ class HFBackend:
 
     def _decode(self, prompts: list[list[int]], stop: str | None, max_tokens: int) -> list[Completion]:
         torch, tokenizer = self._torch, self.encoder.tokenizer
-        longest = max(len(ids) for ids in prompts)
-        pad = tokenizer.pad_token_id
-        rows = torch.full((len(prompts), longest), pad, device=self.model.device)
-        mask = torch.zeros_like(rows)
-        for row, ids in enumerate(prompts):
-            # A decoder goes on at the prompt's end; an encoder counts places from the prompt's beginning.
-            place = slice(0, len(ids)) if self._paired else slice(longest - len(ids), longest)
-            rows[row, place] = torch.tensor(ids, device=rows.device)
-            mask[row, place] = 1
+        rows, mask = self._left_padded(prompts)
         ends = sorted(self.encoder.stop_ids)
         options: dict[str, Any] = {"stop_strings": [stop], "tokenizer": tokenizer} if stop is not None else {}
         with torch.inference_mode():
@@ -197,22 +216,38 @@ class HFBackend:
                 top_p=None,
                 top_k=None,
                 eos_token_id=ends,
-                pad_token_id=pad,
+                pad_token_id=tokenizer.pad_token_id,
                 **options,
             )
         # What an encoder-decoder writes holds no prompt, and begins with the decoder's start token.
-        begin = 1 if self._paired else longest
+        begin = 1 if self._paired else rows.shape[1]
         return [
             self.encoder.completion(row[begin:].tolist(), stop, len(ids))
             for row, ids in zip(output, prompts, strict=True)
         ]
 
+    def _left_padded(self, prompts: Sequence[list[int]]) -> tuple[Any, Any]:
+        """Return prompts that end in the same column, those of an encoder that begin in it, and where tokens are."""
+        torch, longest = self._torch, max(map(len, prompts))
+        rows = torch.full((len(prompts), longest), self.encoder.tokenizer.pad_token_id, device=self.model.device)
+        mask = torch.zeros_like(rows)
+        for row, ids in enumerate(prompts):
+            # A decoder goes on at the prompt's end; an encoder counts places from the prompt's beginning.
+            place = slice(0, len(ids)) if self._paired else slice(longest - len(ids), longest)
+            rows[row, place] = torch.tensor(ids, device=rows.device)
+            mask[row, place] = 1
+        return rows, mask
+
     def _score_labels(self, ids: list[int], labels: Sequence[int]) -> list[float]:
-        torch = self._torch
+        torch, device = self._torch, self.model.device
+        wanted = torch.tensor(list(labels), device=device)
         with torch.inference_mode():
-            logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), logits_to_keep=1).logits
-            logprobs = logits[0, -1].float().log_softmax(-1)
-        return [float(logprobs[label]) for label in labels]
+            if self._paired or not self._plain or not self._reads_trees():
+                logits = self.model(input_ids=torch.tensor([ids], device=device), logits_to_keep=1).logits
+                return [float(each) for each in _picked(logits[0, -1].expand(len(labels), -1), wanted)]
+            states = self._prefixes.last(ids)
+            found = chosen_logprobs(self.model.get_output_embeddings(), states, torch.zeros_like(wanted), wanted)
+        return [float(each) for each in found]
 
     def _score_packed(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
         """One forward over the prompt and the tree of candidates: each token sees the prompt and its ancestors.
@@ -224,6 +259,13 @@ class HFBackend:
         if self._paired:
             return _read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), ids, tails)
         tree = _Tree.of(tails)
+        after, wanted = (torch.from_numpy(each).to(device) for each in (tree.after, tree.wanted))
+        if self._plain and len(tree.tokens) <= BLOCK:
+            # Few tokens behind a prompt: answers such as yes and no, whose prompts come in families.
+            states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
+            with torch.inference_mode():
+                found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
+            return _sums(found, tree.owners, len(tails))
         size = start + len(tree.tokens)
         seen = np.tri(size, start, dtype=bool)
         seen = np.hstack([seen, np.vstack([np.zeros((start, len(tree.tokens)), dtype=bool), tree.sees])])
@@ -231,18 +273,22 @@ class HFBackend:
         mask = torch.zeros(seen.shape, dtype=dtype, device=device)
         mask.masked_fill_(torch.from_numpy(~seen).to(device), torch.finfo(dtype).min)
         places = np.concatenate([np.arange(start), start + tree.depths])
+        asked = {
+            "input_ids": torch.tensor([[*ids, *tree.tokens]], device=device),
+            "attention_mask": mask[None, None],
+            "position_ids": torch.from_numpy(places)[None].to(device),
+            "use_cache": False,
+        }
         with torch.inference_mode():
-            logits = self.model(
-                input_ids=torch.tensor([[*ids, *tree.tokens]], device=device),
-                attention_mask=mask[None, None],
-                position_ids=torch.from_numpy(places)[None].to(device),
-                logits_to_keep=torch.arange(start - 1, size, device=device),
-                use_cache=False,
-            ).logits[0]
-            totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
-            after, wanted = (torch.from_numpy(each).to(device) for each in (tree.after, tree.wanted))
-            found = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
-        return [float(total) for total in np.bincount(tree.owners, weights=found, minlength=len(tails))]
+            if self._plain:
+                states = self.model.get_decoder()(**asked).last_hidden_state[0, start - 1 :]
+                found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
+            else:
+                kept = torch.arange(start - 1, size, device=device)
+                logits = self.model(**asked, logits_to_keep=kept).logits[0]
+                totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
+                found = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
+        return _sums(found, tree.owners, len(tails))
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
         """The plain reference: one full row per candidate."""
@@ -323,7 +369,12 @@ def _read_through(engine: TreeEngine, ids: list[int], tails: Sequence[tuple[int,
             found[later] = engine.feed(Fed(users, parents, tokens), Wanted(tree.after[later], tree.wanted[later]))
     finally:
         engine.close()
-    return [float(total) for total in np.bincount(tree.owners, weights=found, minlength=len(tails))]
+    return _sums(found, tree.owners, len(tails))
+
+
+def _sums(found: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
+    """Add up the tokens of each candidate."""
+    return [float(total) for total in np.bincount(owners, weights=found, minlength=count)]
 
 
 def _picked(logits: Any, ids: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.backends.bodies import body_of
+from llmrec.backends.heads import chosen_logprobs
 from llmrec.decode.beam import Fed, Floats, Wanted
 from llmrec.errors import require
 
@@ -99,7 +100,7 @@ class MaskedTree:
     def close(self) -> None:
         """Forget the tree; with ``warm``, keep the cache of a prompt that was read alone."""
         if self._keep and len(self._prompts) == 1 and self._cache is not None:
-            _shorten(self._cache, len(self._prompts[0]))
+            shorten(self._cache, len(self._prompts[0]))
             self._warm = (self._prompts[0], self._cache)
         self._cache = None
 
@@ -112,7 +113,7 @@ class MaskedTree:
         # The last token is read again, since the logits after it are wanted.
         known = min(len(warm[0]) if alike is None else alike, len(prompts[0]) - 1)
         if known:
-            _shorten(warm[1], known)
+            shorten(warm[1], known)
             self._cache = warm[1]
         return known
 
@@ -147,16 +148,15 @@ class MaskedTree:
             part = used[start : start + _ROWS]
             here = np.flatnonzero((group >= start) & (group < start + len(part)))
             with torch.inference_mode():
-                logits = head(hidden[torch.from_numpy(part).to(hidden.device)]).float()
-                totals = logits.logsumexp(-1)
+                states = hidden[torch.from_numpy(part).to(hidden.device)]
                 at = torch.from_numpy(group[here] - start).to(hidden.device)
                 ids = torch.from_numpy(wanted.tokens[here]).to(hidden.device)
-                found[here] = (logits[at, ids] - totals[at]).double().cpu().numpy()
+                found[here] = chosen_logprobs(head, states, at, ids).cpu().numpy()
             self.head_rows += len(part)
         return found
 
 
-def _shorten(cache: Any, length: int) -> None:
+def shorten(cache: Any, length: int) -> None:
     """Drop what a cache holds behind a length."""
     if (over := cache.get_seq_length() - length) > 0:
         cache.crop(-over)

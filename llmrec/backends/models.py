@@ -17,6 +17,7 @@ from typing import Any
 
 from llmrec.backends.fresh import made
 from llmrec.backends.kinds import auto_class
+from llmrec.backends.whole_words import load_words
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ModelError, did_you_mean, require
 from llmrec.recipe import ModelSection
@@ -142,7 +143,7 @@ def load_tokenizer(folder: str, section: ModelSection) -> Any:
 def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     """Load the weights of a causal language model or an encoder-decoder from safetensors.
 
-    They have the recipe's dtype unless told otherwise.
+    They have the recipe's dtype unless told otherwise. Whole-word embeddings that lie beside them are put on.
 
     Raises:
         ModelError: If the folder or hub entry cannot be loaded as one of these.
@@ -150,13 +151,15 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     auto = auto_class(load_config(folder, section))
     options.setdefault("dtype", dtype(section))
     with _as_model_error(section, folder, "weights"):
-        return auto.from_pretrained(
+        model = auto.from_pretrained(
             folder,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
             **options,
         )
+    load_words(model, Path(folder))
+    return model
 
 
 def load_config(folder: str, section: ModelSection) -> Any:

@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 
 from llmrec.baselines.fitted import fitted
 from llmrec.baselines.rated import Ratings, ratings
+from llmrec.data.liked import threshold
 from llmrec.types import Answer, Probability, Request, Unparsed
 
 if TYPE_CHECKING:
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
 
 # A share of likes is drawn towards the share of all ratings as if by this many ratings more.
 _PRIOR = 1.0
-
-
-def threshold(scale: tuple[float, float], liked: float | None) -> float:
-    """Return the lowest rating that is a like; by default three quarters up the scale, 4 of 1 to 5."""
-    low, high = scale
-    return low + 0.75 * (high - low) if liked is None else liked
 
 
 class LikeRatio:

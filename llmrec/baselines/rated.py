@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmrec.data.liked import scale_of
 from llmrec.errors import DataError
 from llmrec.types import Answer, Rating, Request, Unparsed
 
@@ -56,14 +57,6 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
         mean=float(values.mean()),
         scale=scale_of(data),
     )
-
-
-def scale_of(data: SplitDataset) -> tuple[float, float]:
-    """Return the lowest and the highest rating that the data says there are, or else those of training."""
-    if data.dataset.rating_scale is not None:
-        return data.dataset.rating_scale
-    values = data.train["rating"].drop_nulls().to_numpy()
-    return float(values.min()), float(values.max())
 
 
 def ridge_biases(

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from llmrec.baselines.liked import threshold
-from llmrec.baselines.rated import scale_of
 from llmrec.baselines.validation import (
     mean_log_loss,
     mean_ndcg,
@@ -17,6 +15,7 @@ from llmrec.baselines.validation import (
     rating_cases,
     root_mean_squared_error,
 )
+from llmrec.data.liked import scale_of, threshold
 from llmrec.errors import DataError, RecipeError
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
 

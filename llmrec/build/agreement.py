@@ -39,6 +39,8 @@ _SCORED: Mapping[str, str] = {
     "sequential": "likelihood",
     "direct": "label",
     "alignment": "likelihood",
+    "ctr": "yes-no",
+    "stars": "expected",
 }
 # An exact merge needs few rows to be proven.
 _FEW = 8

@@ -90,17 +90,21 @@ def _slices(study: Study, row: Row, cases: Sequence[Case], headline: str) -> lis
 
 
 def place(row: Row, cases: Sequence[Case]) -> Placed | None:
-    """Return where each target stands; None where a request has no candidates."""
+    """Return where each target stands among its candidates, if it is there; None where a request has no candidates."""
     if not cases or any(case.request.candidates is None for case in cases):
         return None
     sets = [case.request.candidates or () for case in cases]
     ranks = [record["rank"] for record in row.records]
+    # Retrieved candidates may lack the target: then it has no position.
+    there = [n for n, (own, case) in enumerate(zip(sets, cases, strict=True)) if case.truth in own]
+    if not there:
+        return None
+    hits = row.values["HR@1"] if "HR@1" in row.values else _hits(row, sets)
+    last = [len(own) if rank is None else rank for own, rank in zip(sets, ranks, strict=True)]
     return Placed(
-        position=np.array([own.index(str(case.truth)) + 1 for own, case in zip(sets, cases, strict=True)]),
-        hit=row.values["HR@1"] if "HR@1" in row.values else _hits(row, sets),
-        rank=np.array(
-            [len(own) if rank is None else rank for own, rank in zip(sets, ranks, strict=True)], dtype=np.float64
-        ),
+        position=np.array([sets[n].index(str(cases[n].truth)) + 1 for n in there]),
+        hit=hits[there],
+        rank=np.array(last, dtype=np.float64)[there],
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from llmrec.evaluate import LOWER_IS_BETTER, compare, statistic_of
 from llmrec.metrics.significance import detectable, detectable_line
 from llmrec.metrics.stats import holm, verdict
-from llmrec.recipe import Suite
+from llmrec.suites import Suite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -40,7 +40,8 @@ def show_dry_run(study: Any) -> None:
         show("training rows", {name: json.dumps(value) for name, value in rows.items()})
     found = dryrun.estimate(study, encoder, base, rows)
     arms = {
-        f"{arm}: about": f"{count:,} tokens, {found.eval_seconds[arm]:.0f} s"
+        f"{arm}: about": f"{count:,} tokens"
+        + (f", {found.eval_seconds[arm]:.0f} s" if arm in found.eval_seconds else "")
         for arm, count in found.eval_tokens.items()
     }
     show(

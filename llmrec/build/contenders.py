@@ -18,9 +18,10 @@ from llmrec.errors import RecipeError
 from llmrec.rank.asking import Asker
 from llmrec.rank.searching import CatalogueRanker
 from llmrec.rank.whole import Mixture, SearchedCatalogue, from_counts, from_logits
-from llmrec.recipe import Recipe, Suite, SuiteRow
+from llmrec.recipe import Recipe
 from llmrec.recipe_file import load_recipe
 from llmrec.registry import BASELINES, lookup
+from llmrec.suites import Suite, SuiteRow
 from llmrec.types import CatalogueScorer, Request
 
 if TYPE_CHECKING:

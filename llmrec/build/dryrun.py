@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 from llmrec.backends.encode import Encoder
 from llmrec.backends.kinds import auto_class, is_paired
 from llmrec.backends.models import dtype, load_config
+from llmrec.build.evaluation import asked
 from llmrec.build.study import Study
 from llmrec.build.training import plan_training
 from llmrec.errors import require
+from llmrec.rank.counting import questions_of
 from llmrec.types import Request
 
 _SHOWN = 3
@@ -23,8 +25,19 @@ _SAMPLE = 24
 # Share of a plain matrix product's speed that a training step or a prefill reaches; measured on two cores.
 _EFFICIENCY = 0.45
 # Seconds to start one vLLM engine, and to load one hf model.
-_ANSWER_TOKENS = {"likelihood": 0, "search": 0, "expected": 1, "label": 1, "parsed": 3, "list": 60, "text": 30}
-_START = {"vllm": 45.0, "hf": 3.0, "fake": 0.0}
+_ANSWER_TOKENS = {
+    "likelihood": 0,
+    "likelihood-prior": 0,
+    "search": 0,
+    "head": 0,
+    "expected": 1,
+    "parsed": 3,
+    "yes-no": 2,
+    "parsed-yes-no": 3,
+    "list": 60,
+    "text": 30,
+}
+_START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class Estimate:
         train_tokens: Tokens of all planned steps.
         eval_tokens: Prompt and answer tokens of every evaluated row, by arm.
         train_seconds: Estimated.
-        eval_seconds: Estimated, engine starts included, by arm.
+        eval_seconds: Estimated, engine starts included, by arm; empty where a server answers.
         memory_gb: Estimated peak of the training process.
     """
 
@@ -51,10 +64,10 @@ class Estimate:
 def rendered(study: Study, encoder: Encoder, count: int = _SHOWN) -> dict[str, list[str]]:
     """Return rendered training prompts with answers per task, one of each template first."""
     shown: dict[str, list[str]] = {}
-    for family, task in study.tasks.items():
+    for family in study.tasks:
         first: dict[str, str] = {}
         more: list[str] = []
-        for example in islice(task.examples("train"), 64):
+        for example in islice(study.training_examples(family), 64):
             answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
             text = f"[{example.template}]\n{encoder.turns_text(example.messages)}{answer}"
             if example.template in first:
@@ -88,7 +101,7 @@ def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
         for family in study.tasks:
             cases = study.cases(family)
             for template in study.eval_templates(family):
-                for strategy in study.section(family).strategies:
+                for strategy in asked(study.section(family), arm):
                     used = [
                         _tokens(study, family, encoder, c.request, template.name, shots, strategy)
                         for c in cases[:_SAMPLE]
@@ -100,10 +113,14 @@ def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
 def _tokens(
     study: Study, family: str, encoder: Encoder, request: Request, template: str, shots: int, strategy: str
 ) -> int:
-    task = study.tasks[family]
+    task: Any = study.tasks[family]
+    asked = questions_of(strategy, len(request.candidates or ()), study.recipe.eval) if request.candidates else None
+    if asked is not None:
+        part = replace(request, candidates=(request.candidates or ())[: asked.size])
+        return asked.prompts * len(encoder.prompt(task.prompt(part, template=template, shots=shots, want=asked.want)))
     prompt = task.prompt(request, template=template, shots=shots)
     length = len(encoder.prompt(prompt)) + _ANSWER_TOKENS[strategy]
-    if strategy == "likelihood":
+    if strategy in ("likelihood", "likelihood-prior"):
         length += sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
     if strategy == "search":
         length += study.recipe.eval.beams * len(encoder.piece(task.continuations(request, template=template)[0]))
@@ -128,6 +145,8 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
     tokens = eval_tokens(study, encoder)
     start = _START[recipe.eval.backend] + _START["hf"]
     seconds = {arm: count * 2 * body / (speed * _EFFICIENCY) + start for arm, count in tokens.items()}
+    if recipe.eval.backend == "openai":
+        seconds = {}  # a server takes its own time
     size = 4 if recipe.train.method == "full" else 2
     states = 12 * parameters if recipe.train.method == "full" else 0
     activations = recipe.train.batch_tokens * _layers(folder, study) * 34 * _width(folder, study) * share

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from llmrec.backends.cache import AnswerStore, CachedBackend
+from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
 from llmrec.backends.encode import Encoder
 from llmrec.backends.kinds import is_paired
 from llmrec.backends.models import dtype, load_config, load_model, release_memory
+from llmrec.backends.rating_head import load_head
 from llmrec.build.facts import ENGINE_PACKAGES, versions
 from llmrec.build.stages import Budget
 from llmrec.errors import MissingExtra, RecipeError, require
-from llmrec.recipe import EvalSection, ModelSection
+from llmrec.recipe import EvalSection, ModelSection, ServerSection
 from llmrec.registry import BACKENDS, lookup
 from llmrec.types import Backend
 
 log = logging.getLogger(__name__)
 
 # Strategies that read trees of tokens behind a prompt; everything else reads one label or generates.
-TREES = frozenset({"likelihood", "search"})
+TREES = frozenset({"likelihood", "likelihood-prior", "search"})
 
 
 class Engines:
@@ -81,6 +83,15 @@ class Engines:
 
     def identity(self, engine: str, weights: str) -> dict[str, Any]:
         """Return everything besides the question that can change an answer."""
+        if engine == "openai":
+            return {
+                "engine": engine,
+                "server": _server(self._section).answering(),
+                "tokenizer": self._encoder.digest,
+                "max_length": self._model.max_length,
+                "decoding": "greedy",
+                "versions": {"llmrec": versions()["llmrec"]},
+            }
         return {
             "engine": engine,
             "weights": weights,
@@ -109,6 +120,11 @@ class Engines:
         if engine == "fake":
             fake: Backend = lookup(BACKENDS, "fake", "backend")()
             return fake
+        if engine == "openai":
+            server = _server(self._section)
+            ledger = StoredLedger(self._store, f"{server.url.rstrip('/')} {server.model}")
+            client: Backend = lookup(BACKENDS, "openai", "backend")(server, self._encoder, ledger=ledger)
+            return client
         if engine == "vllm":
             try:
                 started: Backend = lookup(BACKENDS, "vllm", "backend")(
@@ -124,8 +140,15 @@ class Engines:
         model = load_model(folder, self._model)
         if _has_gpu():
             model = model.to("cuda")
-        loaded: Backend = lookup(BACKENDS, "hf", "backend")(model, self._encoder)
+        head = load_head(Path(folder)) if Path(folder).is_dir() else None
+        loaded: Backend = lookup(BACKENDS, "hf", "backend")(model, self._encoder, head=head)
         return loaded
+
+
+def _server(section: EvalSection) -> ServerSection:
+    """Return the server of a recipe; every recipe that asks one names it."""
+    assert section.server is not None
+    return section.server
 
 
 def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,25 @@ from llmrec.build.engines import Engines
 from llmrec.build.facts import ENGINE_PACKAGES, versions
 from llmrec.build.stages import Budget, key_of, read_stage
 from llmrec.build.study import ITEM_ANSWERS, Study
+from llmrec.data.liked import scale_of, threshold
+from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json
 from llmrec.evaluate import Evaluated, Protocol, evaluate
+from llmrec.metrics.explained import Background, background
 from llmrec.prompts import Template
 from llmrec.rank.asking import Asker
-from llmrec.recipe import CandidateSection, ExplanationSection
-from llmrec.registry import BASELINES, STRATEGIES, lookup
+from llmrec.rank.judge import Calibrated
+from llmrec.recipe import (
+    CandidateSection,
+    CtrSection,
+    EvalSection,
+    ExplanationSection,
+    RatingSection,
+    ReviewSection,
+    TaskSection,
+)
+from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, STRATEGY_KEYS, lookup
+from llmrec.tasks.common import PAST
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
 from llmrec.types import Case, Family, Predictor, Rating, Request
 
@@ -119,7 +132,7 @@ class Evaluation:
             if arm == "tuned" and section.weight == 0:
                 continue
             for template in self._study.eval_templates(family):
-                for strategy in section.strategies:
+                for strategy in asked(section, arm):
                     yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
 
     def _row(self, spec: RowSpec, engine: str, weights: str, make: Callable[[], _Made]) -> Row:
@@ -163,16 +176,19 @@ class Evaluation:
             row=spec.id,
             template=spec.template.sha if spec.template else None,
             shots=recipe.eval.shots.model_dump() if spec.shots else None,
-            engine=engine,
+            engine=engine if engine != "openai" else [engine, recipe.eval.server.answering()],  # type: ignore[union-attr]
             weights=weights,
             model=recipe.model.model_dump() if spec.template else None,
             data=study.task_data(spec.family).fingerprint,
             candidates=self._digest(spec.family),
-            section=study.section(spec.family).model_dump(exclude={"weight", "strategies", "baselines", "templates"}),
+            section=study.section(spec.family).model_dump(
+                exclude={"weight", "strategies", "baselines", "templates", "head"}
+            ),
             index=study.index.digest if study.index and spec.template else None,
             noun=study.task_data(spec.family).dataset.noun,
             split=recipe.eval.split,
-            search=(recipe.eval.beams, recipe.eval.exact) if spec.predictor == "search" else None,
+            asking=asking_of(spec.predictor, recipe.eval) if spec.template else None,
+            profile=_profile(study) if spec.predictor == "two-step" else None,
             cutoffs=recipe.eval.cutoffs,
             bootstrap=recipe.eval.bootstrap,
             cases=[case.request.id for case in self._cases[spec.family]],
@@ -185,39 +201,60 @@ class Evaluation:
         return sets.digest if sets is not None else None
 
     def _baseline(self, spec: RowSpec) -> _Made:
-        predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=self._study.recipe.seed)
+        section, seed = self._study.section(spec.family), self._study.recipe.seed
+        # What is a yes is said once, for the model and for what stands beside it.
+        options = {"liked": section.liked} if isinstance(section, CtrSection) else {}
+        predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=seed, **options)
         predictor.fit(self._study.task_data(spec.family))
         return self._evaluate(spec, predictor), {"engine": "numpy"}
 
     def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> _Made:
         assert spec.template is not None
-        section = self._study.section(spec.family)
+        section, eval_section = self._study.section(spec.family), self._study.recipe.eval
         asker = Asker(
             backend=backend,
             task=self._study.tasks[spec.family],
             template=spec.template.name,
             shots=spec.shots,
-            batch=self._study.recipe.eval.batch,
+            batch=eval_section.batch,
             advance=advance,
         )
         options: dict[str, Any] = {}
-        if isinstance(section, ExplanationSection):
+        if isinstance(section, ExplanationSection | ReviewSection):
             options = {"max_tokens": section.max_tokens}
-        elif spec.predictor == "search":
-            options = {"beams": self._study.recipe.eval.beams, "exact": self._study.recipe.eval.exact}
+        else:
+            options = {key: getattr(eval_section, key) for key in STRATEGY_KEYS.get(spec.predictor, ())}
+        if eval_section.debias == "measured" and spec.predictor in POSITIONAL:
+            task: Any = asker.task
+            options["training"] = task.questions(eval_section.debias_questions)
         predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
         found = self._evaluate(spec, predictor)
-        return found, {"engine": predictor.engine, "examples": self._examples(spec, predictor.asker, found)}
+        return found, {"engine": predictor.engine, "examples": self._examples(spec, predictor, found)}
 
     def _evaluate(self, spec: RowSpec, predictor: Predictor) -> Evaluated:
-        fallback = self._user_mean() if spec.family == "rating" else None
-        return evaluate(
-            predictor,
+        fallback = self._user_mean() if spec.family in ("rating", "stars") else None
+        cases = self._calibrating(spec.family)
+        calibrated = Calibrated(predictor, cases) if cases else None
+        found = evaluate(
+            calibrated or predictor,
             self._cases[spec.family],
             family=spec.family,
             protocol=self.protocol(spec.family),
             fallback=fallback,
+            background=self._background if spec.family == "explanation" else None,
         )
+        if calibrated is not None:
+            found.figures["calibration"] = {"n": len(cases), **asdict(calibrated.curve)}
+        return found
+
+    @cached_property
+    def _background(self) -> Background:
+        """What explanations are held against; features where the interactions have a column of them."""
+        return background_of(self._study.task_data("explanation"))
+
+    def _calibrating(self, family: str) -> list[Case]:
+        """Return the cases of the validation split that a family's probabilities are put right on."""
+        return self._study.cases(family, "valid") if _calibrates(self._study, family) else []
 
     def protocol(self, family: str) -> Protocol:
         """Return the protocol of a family's table."""
@@ -234,12 +271,18 @@ class Evaluation:
 
         return fallback
 
-    def _examples(self, spec: RowSpec, asker: Asker, found: Evaluated) -> list[dict[str, Any]]:
+    def _examples(self, spec: RowSpec, predictor: Any, found: Evaluated) -> list[dict[str, Any]]:
         """Render the first prompts of a row, as they were asked, with their answers, for the report."""
         assert spec.template is not None
+        asker: Asker = predictor.asker
+        # A strategy of several questions shows the first of them.
+        first = getattr(predictor, "first_prompt", None)
         shown = []
         for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
-            prompt = asker.task.prompt(case.request, template=asker.template, shots=asker.shots)
+            if first is not None:
+                prompt = first(case.request)
+            else:
+                prompt = asker.task.prompt(case.request, template=asker.template, shots=asker.shots)
             shown.append(
                 {
                     "task": spec.family,
@@ -255,13 +298,41 @@ class Evaluation:
         return shown
 
     def _progress(self, spec: RowSpec) -> Bar:
-        return Bar(spec.id, len(self._cases[spec.family]), quiet=self._quiet)
+        total = len(self._cases[spec.family]) + len(self._calibrating(spec.family))
+        return Bar(spec.id, total, quiet=self._quiet)
+
+
+def asked(section: TaskSection, arm: str) -> tuple[str, ...]:
+    """Return the strategies that an arm is asked by.
+
+    A rating head is trained with the tuned arm and in place of its label tokens: that arm is asked by its head alone,
+    and the arms of the base model, which has none, by the others.
+    """
+    if not isinstance(section, RatingSection) or section.head is None:
+        return section.strategies
+    return tuple(name for name in section.strategies if (name == "head") == (arm == "tuned"))
+
+
+def _profile(study: Study) -> str:
+    """Return the hash of the words of a two-step ranking's first step."""
+    task: Any = study.tasks["direct"]
+    sha: str = task.profile_template.sha
+    return sha
+
+
+def asking_of(strategy: str, section: EvalSection) -> dict[str, Any]:
+    """Return every key of the eval section that can change a strategy's answers, with its value."""
+    keys = STRATEGY_KEYS.get(strategy, ())
+    if strategy in POSITIONAL and section.debias != "none":
+        keys = (*keys, "debias", "debias_questions")
+    return {key: getattr(section, key) for key in keys}
 
 
 def protocol_of(study: Study, family: str) -> Protocol:
     """Return the protocol of a family's table."""
     recipe, data = study.recipe, study.task_data(family)
-    sets = recipe.eval.candidates
+    sets, section = recipe.eval.candidates, study.section(family)
+    balanced = isinstance(section, CtrSection) and section.balance == "user"
     return Protocol(
         split=f"{data.kind}/{recipe.eval.split}",
         candidates=_candidates(sets, family),
@@ -269,24 +340,52 @@ def protocol_of(study: Study, family: str) -> Protocol:
         resamples=recipe.eval.bootstrap,
         seed=recipe.seed,
         catalogue=len(data.dataset.items),
+        users="balanced" if balanced else None,
+        liked=threshold(scale_of(data), section.liked) if isinstance(section, RatingSection) else None,
     )
+
+
+def background_of(data: SplitDataset) -> Background:
+    """Return the training texts of a split, and the features of its pairs where its interactions have a column."""
+    columns = ["user_id", "item_id", "feature"]
+    features: dict[tuple[str, str], str] | None = None
+    if "feature" in data.train.columns:
+        parts = (data.train, data.valid, data.test)
+        rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
+        features = {(user, item): feature for user, item, feature in rows}
+    told = list(data.train.select("user_id", "item_id", "text").iter_rows())
+    # Where a text is one sentence of a review, the rest of it supports features and can be copied too.
+    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in told)
+    told += [(user, item, review.text) for user, item, review in reviews if review is not None]
+    users, items, texts = zip(*told, strict=True)
+    return background(users, items, texts, features)
 
 
 def _candidates(sets: CandidateSection, family: str) -> str:
     if family == "alignment":
         return f"{HELD_ITEMS}-{sets.count}"
-    return "full" if sets.kind == "catalogue" else f"{sets.kind}-{sets.count}"
+    kind = f"retrieved-{sets.retriever}" if sets.kind == "retrieved" else sets.kind
+    return "full" if kind == "catalogue" else f"{kind}-{sets.count}"
+
+
+def _calibrates(study: Study, family: str) -> bool:
+    section = study.section(family)
+    return isinstance(section, CtrSection) and section.calibrate == "valid"
 
 
 def _inputs(spec: RowSpec, study: Study) -> str:
+    fitted = "; scaled by answers to the validation split" if _calibrates(study, spec.family) else ""
     if spec.template is None:
-        return "the candidates" if spec.family == "alignment" else "training interactions and the request's history"
+        known = "training interactions and the request's history"
+        return "the candidates" if spec.family == "alignment" else known + fitted
     shots = f", {spec.shots} solved examples" if spec.shots else ""
     if spec.family == "alignment":
         return f"{'text' if spec.template.answers_with_code else 'code'} of the item{shots}"
-    shows = spec.template.shape == "list" or "history" in spec.template.names("system", "user")
+    if spec.family in ("review", "stars"):
+        return f"text of the review{shots}"
+    shows = spec.template.shape == "list" or PAST & spec.template.names("system", "user")
     events = f"text of the last {study.section(spec.family).history} events" if shows else "no history"
-    return f"{events}{shots}"
+    return f"{events}{shots}{fitted}"
 
 
 def _title(item: str, family: str, study: Study) -> str:

@@ -19,6 +19,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.kinds import is_paired
 from llmrec.backends.models import dtype as torch_dtype
 from llmrec.backends.models import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
+from llmrec.backends.rating_head import copy_head
 from llmrec.build import agreement, bundle, cards, export_files, hub, vetting
 from llmrec.build.export_files import (
     SUMS,
@@ -324,6 +325,7 @@ def _put_weights(
             lora.save_full(source.folder / "adapter", section, draft)
         else:
             lora.merge(base, section, source.folder / "adapter", draft)
+        copy_head(source.folder / "adapter", draft)
         release_memory()
         _same_base(source, study, base, dtype, draft)
         if source.merged is not None:

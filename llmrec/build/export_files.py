@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.backends.encode import Encoder
+from llmrec.backends.rating_head import CONFIG, WEIGHTS, copy_head
 from llmrec.build import bundle, cards
 from llmrec.build.finished import Source
 from llmrec.build.indexing import FOLDER
@@ -24,7 +25,7 @@ TOKENIZER = (
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "additional_chat_templates/*.jinja"),
 )
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_MODEL = (*_WEIGHTS, "config.json", "generation_config.json", *TOKENIZER)
+_MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, "config.json", "generation_config.json", *TOKENIZER)
 # Where libraries note which folder of which machine something was loaded from.
 _PLACES = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
@@ -75,6 +76,7 @@ def put_adapter(source: Source, base: str, draft: Path) -> None:
     origin = cards.origin(source.recipe.model, base)
     config |= {"base_model_name_or_path": origin.hub or origin.name, "revision": origin.revision}
     write_json(draft / "adapter_config.json", config)
+    copy_head(adapter, draft)
 
 
 def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str) -> None:

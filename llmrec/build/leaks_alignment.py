@@ -33,9 +33,8 @@ def checks(study: Study, count: int) -> Iterator[Check]:
     held = study.held.items
     secrets = _Pairs(study, held)
     if study.section(FAMILY).weight > 0:
-        places = [
-            f"row {row.id}: {what}" for row in islice(task.examples("train"), count) for what in secrets.shown(row)
-        ]
+        rows = islice(study.training_examples(FAMILY), count)
+        places = [f"row {row.id}: {what}" for row in rows for what in secrets.shown(row)]
         yield verdict("held-out items in training rows of alignment", f"{count:,} rows", places)
     cases = study.cases(FAMILY)
     if "few-shot" in study.recipe.eval.arms:

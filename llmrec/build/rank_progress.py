@@ -11,10 +11,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmrec.data.ranked import Ranked
+from llmrec.rank.rounds import added
+from llmrec.types import Cost
 
 _SHOWN = 5
 # Texts that a request brought can make a note long; the output has it whole.
 _LONGEST = 160
+
+
+@dataclass(frozen=True)
+class Part:
+    """What ranking one part took, engine start, retrieval and rationales left out."""
+
+    lines: int
+    seconds: float
 
 
 @dataclass
@@ -24,34 +34,56 @@ class Tally:
     lines: int = 0
     failed: int = 0
     noted: int = 0
+    retrieved: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    forwards: int = 0
+    rationale: Cost = field(default_factory=Cost)
+    written: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
     fresh: int = 0
     fresh_ranked: int = 0
     fresh_tokens: int = 0
+    parts: list[Part] = field(default_factory=list)
 
-    def add(self, records: Sequence[Ranked], *, fresh: bool) -> None:
-        """Count records; ``fresh`` ones were made by this invocation."""
+    def add(self, records: Sequence[Ranked], *, seconds: float | None = None) -> None:
+        """Count the records of a part.
+
+        Args:
+            records: One a line.
+            seconds: What ranking them took; None: an earlier invocation ranked them.
+        """
         for record in records:
-            self.lines += 1
-            self.prompt_tokens += record.prompt_tokens
-            self.completion_tokens += record.completion_tokens
-            if record.error is not None:
-                self.failed += 1
-                if len(self.failures) < _SHOWN:
-                    self.failures.append({"line": record.line, "request_id": record.request_id, "error": record.error})
-            if record.notes:
-                self.noted += 1
-                if len(self.notes) < _SHOWN:
-                    self.notes.append(
-                        {"line": record.line, "request_id": record.request_id, "notes": list(record.notes)}
-                    )
-            if fresh:
+            self._add(record)
+            if seconds is not None:
                 self.fresh += 1
                 self.fresh_ranked += record.error is None
                 self.fresh_tokens += record.prompt_tokens + record.completion_tokens
+        if seconds is not None:
+            self.parts.append(Part(len(records), seconds))
+
+    def _add(self, record: Ranked) -> None:
+        self.lines += 1
+        self.retrieved += record.retrieved > 0
+        self.prompt_tokens += record.prompt_tokens
+        self.completion_tokens += record.completion_tokens
+        self.forwards += record.forwards
+        self.written += sum(bool(text) for text in record.rationale)
+        reasons = Cost(
+            prompt_tokens=record.rationale_prompt_tokens,
+            completion_tokens=record.rationale_completion_tokens,
+            forwards=record.rationale_forwards,
+        )
+        self.rationale = added(self.rationale, reasons)
+        if record.error is not None:
+            self.failed += 1
+            if len(self.failures) < _SHOWN:
+                self.failures.append({"line": record.line, "request_id": record.request_id, "error": record.error})
+        if record.notes:
+            self.noted += 1
+            if len(self.notes) < _SHOWN:
+                self.notes.append({"line": record.line, "request_id": record.request_id, "notes": list(record.notes)})
 
 
 class RankBar:
@@ -114,12 +146,30 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
         rows["speed"] = (
             f"{summary['requests_per_second']:,.2f} requests/s, {summary['tokens_per_second']:,.0f} tokens/s"
         )
-    prompts, answers = summary["prompt_tokens"], summary["completion_tokens"]
-    each = f", {(prompts + answers) / summary['ranked']:,.0f} a ranked line" if summary["ranked"] else ""
-    rows["cost"] = f"{prompts:,} tokens in prompts, {answers:,} in answers{each}"
+    if summary["seconds_per_request"] is not None:
+        each = summary["seconds_per_request"]
+        rows["seconds a request"] = (
+            f"{each['mean']:.3f}, from {each['fastest_part']:.3f} in the fastest part to {each['slowest_part']:.3f}"
+        )
+    rows["cost"] = _cost(summary)
+    if summary["rationale"] is not None:
+        rows["cost of rationales"] = f"{summary['rationale']['written']:,} written: {_cost(summary['rationale'])}"
+    if summary["retriever"] is not None:
+        found = summary["retriever"]
+        rows["retrieved"] = f"{found['k']} by {found['retriever']}, for {summary['with_retrieved']:,} lines"
     rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
     rows["seconds"] = ", ".join(f"{name} {spent:.1f}" for name, spent in summary["seconds"].items())
     if summary["from_earlier_run"]:
         rows["from an earlier run"] = f"{summary['from_earlier_run']:,} lines"
     rows["output"] = str(summary["out"])
     return rows
+
+
+def _cost(spent: Mapping[str, Any]) -> str:
+    """Write a cost in words: its sums, and its tokens and forwards a ranked line."""
+    prompts, answers, each = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
+    text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forwards"
+    if each is None:
+        return text
+    tokens = each["prompt_tokens"] + each["completion_tokens"]
+    return f"{text}; {tokens:,.0f} tokens and {each['forwards']:,.1f} forwards a ranked line"

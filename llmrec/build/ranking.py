@@ -1,7 +1,7 @@
 """Requests with candidates in, ranked lists out, from any model that `llmrec.build.bundle` opens.
 
-`rank_requests` is the whole of it: a pure function from requests to answers. Files, parts and resuming are in
-`llmrec.build.rank_files`.
+`rank_requests` is the whole of it: a pure function from requests to answers. How requests are put is in
+`llmrec.build.ranking_way`; files, parts and resuming are in `llmrec.build.rank_files`.
 """
 
 from __future__ import annotations
@@ -9,29 +9,26 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from llmrec.backends.encode import Encoder, pieces
 from llmrec.build.bundle import Bundle
-from llmrec.build.ranking_codes import CodesByMention
-from llmrec.data.dataset import SCHEMA, Dataset
-from llmrec.data.hashing import hash64
+from llmrec.build.ranking_pose import BY_TITLE, Posed, pose
+from llmrec.build.ranking_way import TWO_STEP, Way, choose_way
 from llmrec.data.items import read_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.sources import load
-from llmrec.data.split import SplitDataset
-from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
-from llmrec.index.index import ItemIndex
+from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.rank.asking import Asker
+from llmrec.rank.counting import questions_of
 from llmrec.recipe_file import load_recipe
-from llmrec.registry import FAMILY_STRATEGIES, STRATEGIES, TASKS, lookup
-from llmrec.types import Backend, Cost, Event, Item, ItemCodes, Ranking, Request, Unparsed
+from llmrec.registry import STRATEGIES, lookup
+from llmrec.types import Answer, Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
 
-RANKING = ("sequential", "direct")
+__all__ = ["ITEMS", "Way", "catalogue", "choose_way", "notes_of", "rank_requests"]
+
 ITEMS = "items.parquet"
 """The catalogue that an exported folder may carry."""
 
@@ -39,53 +36,7 @@ ITEMS = "items.parquet"
 _SLICE = 1024
 # Tokens that a generated list takes for each candidate, as `llmrec.rank.listwise` leaves room for them.
 _LISTED = 4
-_NOBODY = "unknown"
 _QUOTED = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How requests are put: a family of a bundle, one of its templates, and a strategy."""
-
-    family: str
-    template: str
-    strategy: str
-
-
-def choose_way(bundle: Bundle, *, task: str = "auto", template: str | None = None, strategy: str = "auto") -> Way:
-    """Choose a family, template and strategy that fit together and that the bundle has.
-
-    Of several families, sequential goes first; the template is the one that the family was evaluated with.
-
-    Raises:
-        RecipeError: If something asked for is unknown, or nothing fits.
-    """
-    here = [family for family in RANKING if family in bundle.tasks.present()]
-    if not here:
-        tuned = ", ".join(bundle.tasks.present())
-        raise RecipeError(
-            f"{bundle.folder} was tuned on {tuned}, which rank nothing; tune on tasks.sequential or tasks.direct, or "
-            "name a pretrained model with --model"
-        )
-    strategies = [name for family in RANKING for name in FAMILY_STRATEGIES[family]]
-    one_of("task", task, ("auto", *RANKING))
-    one_of("strategy", strategy, ("auto", *strategies))
-    templates = {family: bundle.templates[family] for family in here}
-    if template is not None:
-        one_of("template", template.rpartition("/")[2], [name for known in templates.values() for name in known])
-    for family in here:
-        fits = task in ("auto", family) and strategy in ("auto", *FAMILY_STRATEGIES[family])
-        if fits and (template is None or _named(template, family, templates[family])):
-            name = (
-                template.rpartition("/")[2] if template else task_of(bundle, family, {}, bundle.index).eval_templates[0]
-            )
-            return Way(family, name, FAMILY_STRATEGIES[family][0] if strategy == "auto" else strategy)
-    asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
-    known = "; ".join(
-        f"{family} with {' or '.join(FAMILY_STRATEGIES[family])}, templates {', '.join(templates[family])}"
-        for family in here
-    )
-    raise RecipeError(f"{' '.join(filter(None, asked))} do not go together for {bundle.folder}, which has: {known}")
 
 
 def catalogue(bundle: Bundle, items: Path | None) -> Mapping[str, Item] | None:
@@ -148,101 +99,12 @@ def notes_of(way: Way, request: RankRequest, answer: Ranking | Unparsed) -> tupl
     """Return what there is to say about a ranking besides the request's own notes."""
     if isinstance(answer, Unparsed):
         return ()
-    if way.strategy != "likelihood" and len(request.candidates) == 1:
+    if way.strategy not in BY_TITLE and len(request.candidates) == 1:
         return ("one candidate: ranked without asking the model",)
+    if way.strategy == TWO_STEP and not request.history and answer.raw:
+        return ("two-step: the profile was written without a history to go by",)
     left_out = sum(score == 0.0 for score in answer.scores) if way.strategy == "list" else 0
     return (f"the answer left out {left_out} candidates: they share the last place",) if left_out else ()
-
-
-# --------------------------------------------------------------------------- from requests to a task's own terms
-
-
-@dataclass(frozen=True)
-class Posed:
-    """Requests as a task knows them, beside what was asked.
-
-    Every mention of an item has an id of its own, so that two requests can give one item two titles. ``places`` says
-    where the seeded order of its request puts a candidate.
-    """
-
-    way: Way
-    task: Any
-    asked: Sequence[RankRequest]
-    requests: Sequence[Request]
-    items: Mapping[str, Item]
-    places: Mapping[str, int]
-
-
-def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Way, index: ItemIndex | None = None) -> Posed:
-    """Give every mention of an item an id of its own, and requests the form that a task takes.
-
-    ``index`` stands in for the bundle's, where more items were placed in it.
-    """
-    index = index or bundle.index
-    items: dict[str, Item] = {}
-    texts: dict[str, Item] = {}
-    places: dict[str, int] = {}
-
-    def register(key: str, item: Item) -> str:
-        items[key] = item
-        texts[key] = Item(item_id=key, title=item.title, fields=item.fields)
-        return key
-
-    posed = []
-    for n, request in enumerate(requests):
-        past = [
-            Event(
-                item_id=register(f"{n}/history/{place}", event.item),
-                rating=event.rating,
-                timestamp=event.timestamp,
-                text=event.text,
-            )
-            for place, event in enumerate(request.history)
-        ]
-        pool = []
-        for place, given in enumerate(_seeded_order(request, bundle.seed)):
-            pool.append(register(f"{n}/candidates/{place}", request.candidates[given]))
-            places[pool[-1]] = place
-        if way.strategy == "likelihood":
-            # Rounding depends on where in a forward a title stands: the same set is to give the same scores always.
-            pool.sort(key=lambda key: (items[key].title, items[key].item_id))
-        posed.append(
-            Request(
-                id=str(n),
-                user_id=_NOBODY if request.user_id is None else request.user_id,
-                history=tuple(past),
-                # A request without candidates is one about the whole catalogue.
-                candidates=tuple(pool) or None,
-                context={"profile": request.profile} if request.profile else {},
-            )
-        )
-    codes = CodesByMention(index, items, requests) if index else None
-    return Posed(way, task_of(bundle, way.family, texts, codes), requests, posed, items, places)
-
-
-def _seeded_order(request: RankRequest, seed: int) -> list[int]:
-    ids = [item.item_id for item in request.candidates]
-    keys = hash64("rank candidates", seed, [request.id] * len(ids), ids)
-    return sorted(range(len(ids)), key=lambda place: (int(keys[place]), ids[place]))
-
-
-def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Any:
-    """Build a family's task over these items alone: no interactions, so it can only ask."""
-    nothing = pl.DataFrame(schema=dict(SCHEMA))
-    dataset = Dataset(
-        name="requests", noun=bundle.noun, interactions=nothing, items=items, rating_scale=bundle.rating_scale
-    )
-    data = SplitDataset(
-        dataset=dataset,
-        kind="requests",
-        seed=bundle.seed,
-        train=nothing,
-        valid=nothing,
-        test=nothing,
-        held_out=frozenset(),
-    )
-    section = bundle.tasks.present()[family]
-    return lookup(TASKS, family, "task")(data, section, bundle.templates[family], seed=bundle.seed, index=codes)
 
 
 # --------------------------------------------------------------------------- from answers to rankings
@@ -267,7 +129,7 @@ def _answers(posed: Posed, part: range, backend: Backend, encoder: Encoder) -> I
     for n in part:
         request = posed.requests[n]
         pool = request.candidates or ()
-        if len(pool) == 1 and posed.way.strategy != "likelihood":
+        if len(pool) == 1 and posed.way.strategy not in BY_TITLE:
             found[n].scores[pool[0]] = 0.0
             continue
         try:
@@ -280,11 +142,71 @@ def _answers(posed: Posed, part: range, backend: Backend, encoder: Encoder) -> I
         owners[size] += [n] * len(slices)
     for size, asked in calls.items():
         asker = Asker(backend=backend, task=posed.task, template=posed.way.template, batch=len(asked))
-        strategy = lookup(STRATEGIES, posed.way.strategy, "strategy")(asker)
-        for n, answer in zip(owners[size], strategy.answer(asked), strict=True):
+        strategy = lookup(STRATEGIES, posed.way.strategy, "strategy")(asker, **posed.way.options)
+        answers = _two_steps(strategy, asked, encoder) if posed.way.strategy == TWO_STEP else strategy.answer(asked)
+        for n, answer in zip(owners[size], answers, strict=True):
             _add(found[n], answer)
     for n in part:
         yield _result(posed, n, found[n])
+
+
+def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> list[Answer]:
+    """Ask in two steps; a profile that cannot be put into the second prompt fails its own request alone.
+
+    What a model writes is known only between the steps, so the second prompts are looked at where they are refused.
+    """
+    try:
+        answers: list[Answer] = strategy.answer(asked)
+        return answers
+    except BackendError:
+        faults = {n: fault for n, request in enumerate(asked) if (fault := _fault(strategy, request, encoder))}
+        if not faults:
+            raise
+        rest = iter(strategy.answer([request for n, request in enumerate(asked) if n not in faults]))
+        return [
+            Unparsed(request_id=request.id, reason=f"two-step, second prompt: {faults[n]}")
+            if n in faults
+            else next(rest)
+            for n, request in enumerate(asked)
+        ]
+
+
+def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
+    """Return why the prompt that holds the profile cannot be asked; empty if it can."""
+    try:
+        prompt = strategy.first_prompt(request)
+        texts = strategy.asker.task.continuations(request, template=strategy.asker.template)
+        encoder.continuations(prompt, encoder.prompt(prompt), texts, closed=True)
+    except LlmrecError as error:
+        return str(error)
+    return ""
+
+
+def _longest(posed: Posed, request: Request, encoder: Encoder) -> Iterator[tuple[Prompt, list[int]]]:
+    """Yield the longest prompts of a request, each with the tokens of what can follow it.
+
+    Raises:
+        LlmrecError: If a prompt cannot be rendered.
+    """
+    way, task = posed.way, posed.task
+    pool = request.candidates or ()
+    if way.strategy == "list":
+        yield task.prompt(request, template=way.template, want="ranking"), [_LISTED * len(pool)]
+        return
+    if (count := questions_of(way.strategy, len(pool), way.asking)) is not None:
+        # The longest titles in one question: no other one can be longer.
+        longest = sorted(pool, key=lambda item: -len(posed.items[item].title))[: count.size]
+        prompt = task.prompt(replace(request, candidates=tuple(longest)), template=way.template, want=count.want)
+        yield prompt, [_LISTED * (len(pool) if count.want == "ranking" else 1)]
+        return
+    if way.strategy == TWO_STEP and "profile" not in request.context:
+        # The second prompt holds what the first one wrote.
+        yield task.profile_prompt(request), [task.profile_tokens]
+        yield task.prompt(request, template=way.template), [task.profile_tokens + _LISTED]
+        return
+    prompt = task.prompt(request, template=way.template)
+    texts = task.continuations(request, template=way.template)
+    yield prompt, [len(encoder.continuation(prompt, text, closed=True)) for text in texts]
 
 
 def _slices(posed: Posed, request: Request, encoder: Encoder) -> list[Request]:
@@ -293,42 +215,26 @@ def _slices(posed: Posed, request: Request, encoder: Encoder) -> list[Request]:
     Raises:
         LlmrecError: If the prompt cannot be rendered, forges a control token, or is too long.
     """
-    way, task = posed.way, posed.task
-    pool = request.candidates or ()
-    if way.strategy == "list":
-        prompt = task.prompt(request, template=way.template, want="ranking")
-        tails = [_LISTED * len(pool)]
-    else:
-        prompt = task.prompt(request, template=way.template)
-        closed = way.strategy == "likelihood"
-        texts = task.continuations(request, template=way.template)
-        tails = [len(encoder.continuation(prompt, text, closed=closed)) for text in texts]
-    length = len(encoder.chat(prompt.messages)) + sum(len(encoder.piece(text)) for text in pieces(prompt.answer_prefix))
-    if length + max(tails) > encoder.max_length:
-        raise DataError(
-            f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the "
-            f"{encoder.max_length} that fit; shorten its texts, give fewer candidates, or raise --max-length"
-        )
-    if way.strategy != "likelihood" or sum(tails) <= _SLICE:
+    tails: list[int] = []
+    for prompt, tails in _longest(posed, request, encoder):
+        given = sum(len(encoder.piece(text)) for text in pieces(prompt.answer_prefix))
+        length = len(encoder.chat(prompt.messages)) + given
+        if length + max(tails) > encoder.max_length:
+            raise DataError(
+                f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the "
+                f"{encoder.max_length} that fit; shorten its texts, give fewer candidates, or raise --max-length"
+            )
+    if posed.way.strategy not in BY_TITLE or sum(tails) <= _SLICE:
         return [request]
     slices: list[list[str]] = [[]]
     size = 0
-    for item, tail in zip(pool, tails, strict=True):
+    for item, tail in zip(request.candidates or (), tails, strict=True):
         if slices[-1] and size + tail > _SLICE:
             slices.append([])
             size = 0
         slices[-1].append(item)
         size += tail
-    return [
-        Request(
-            id=request.id,
-            user_id=request.user_id,
-            history=request.history,
-            candidates=tuple(items),
-            context=request.context,
-        )
-        for items in slices
-    ]
+    return [replace(request, candidates=tuple(items)) for items in slices]
 
 
 def _add(found: _Found, answer: Ranking | Unparsed) -> None:
@@ -336,11 +242,12 @@ def _add(found: _Found, answer: Ranking | Unparsed) -> None:
     found.cost = Cost(
         prompt_tokens=answer.cost.prompt_tokens,
         completion_tokens=found.cost.completion_tokens + answer.cost.completion_tokens,
+        forwards=found.cost.forwards + answer.cost.forwards,
     )
     if isinstance(answer, Ranking):
         found.scores.update(zip(answer.items, answer.scores, strict=True))
     else:
-        found.failure = f"{answer.reason}: {(answer.raw or '')[:_QUOTED]!r}"
+        found.failure = answer.reason if answer.raw is None else f"{answer.reason}: {answer.raw[:_QUOTED]!r}"
 
 
 def _result(posed: Posed, n: int, found: _Found) -> Ranking | Unparsed:
@@ -361,22 +268,3 @@ def _result(posed: Posed, n: int, found: _Found) -> Ranking | Unparsed:
         prompt_hash=found.prompt_hash,
         cost=found.cost,
     )
-
-
-# --------------------------------------------------------------------------- names
-
-
-def one_of(what: str, name: str, known: Sequence[str]) -> None:
-    """Check an option's value.
-
-    Raises:
-        RecipeError: If it is not known; the message lists those that are.
-    """
-    if name not in known:
-        names = ", ".join(dict.fromkeys(known))
-        raise RecipeError(f"--{what}: unknown {what} {name!r}{did_you_mean(name, known)}; known: {names}")
-
-
-def _named(template: str, family: str, known: Mapping[str, object]) -> bool:
-    named, _, name = template.rpartition("/")
-    return named in ("", family) and name in known

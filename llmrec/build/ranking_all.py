@@ -10,8 +10,10 @@ from typing import Any
 from llmrec.backends.encode import Encoder
 from llmrec.build.bundle import Bundle
 from llmrec.build.indexing import placed
-from llmrec.build.ranking import Posed, Way, pose, task_of
 from llmrec.build.ranking_codes import refuse_new_tokens
+from llmrec.build.ranking_pose import Posed, pose
+from llmrec.build.ranking_task import task_of
+from llmrec.build.ranking_way import Way
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
 from llmrec.index.index import ItemIndex

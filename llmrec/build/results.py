@@ -15,6 +15,7 @@ from llmrec import __version__
 from llmrec.build.breakdowns import breakdowns
 from llmrec.build.evaluation import Row
 from llmrec.build.facts import machine, versions
+from llmrec.build.retrieving import ceiling
 from llmrec.build.stages import Budget
 from llmrec.build.study import ITEM_ANSWERS, Study
 from llmrec.data.split import SplitDataset
@@ -114,9 +115,10 @@ def headline(family: str, cutoffs: Sequence[int]) -> str:
 def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]]:
     """Return what is compared with what, as (family, headline metric, a, b).
 
-    Every tuned and few-shot row is paired with its zero-shot row; the tuned rows of the first strategy that the recipe
-    names with every baseline; and every other row of a language model with the best baseline. Which one is best is
-    seen on the same requests, which is to the baseline's advantage.
+    Every tuned and few-shot row is paired with its zero-shot row, that of a rating head with those of every strategy,
+    since the base model has no head; the tuned rows of a head, or else of the first strategy that the recipe names,
+    with every baseline; and every other row of a language model with the best baseline. Which one is best is seen on
+    the same requests, which is to the baseline's advantage.
     """
     found: list[tuple[str, str, Row, Row]] = []
     for family in study.tasks:
@@ -126,10 +128,12 @@ def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]
         best = best_of(controls, metric)
         arms = {(r.figures["arm"], r.figures["predictor"], r.figures["template"]): r for r in own}
         for (arm, predictor, template), row in arms.items():
-            zero = arms.get(("zero-shot", predictor, template))
-            if arm in ("tuned", "few-shot") and zero is not None:
-                found.append((family, metric, row, zero))
-            if arm == "tuned" and predictor == study.section(family).strategies[0]:
+            zero = [row for (kind, _, asked), row in arms.items() if (kind, asked) == ("zero-shot", template)]
+            if predictor != "head":
+                zero = [row for row in zero if row.figures["predictor"] == predictor]
+            if arm in ("tuned", "few-shot"):
+                found.extend((family, metric, row, other) for other in zero)
+            if arm == "tuned" and predictor in ("head", study.section(family).strategies[0]):
                 found.extend((family, metric, row, control) for control in controls)
             elif arm != "baseline" and best is not None:
                 found.append((family, metric, row, best))
@@ -229,6 +233,7 @@ def describe(data: SplitDataset) -> dict[str, Any]:
         "split": data.kind,
         "noun": data.dataset.noun,
         "made": data.dataset.made,
+        "derived": data.dataset.provenance.get("derived", ""),
     }
 
 
@@ -240,7 +245,22 @@ def notes(study: Study) -> list[str]:
             found.append(
                 f"{data.dataset.name}: this table is made by the llmrec project; its texts are no real reviews."
             )
-    if study.candidates:
+        if made := data.dataset.provenance.get("derived"):
+            found.append(f"{data.dataset.name}: derived, and not in the source: {made}.")
+    for family in study.tasks:
+        found += [
+            f"The question of {template.id} shows what could give its answer away: {template.leak}."
+            for template in study.eval_templates(family)
+            if template.leak
+        ]
+    if study.candidates and study.recipe.eval.candidates.kind == "retrieved":
+        share = ceiling(study.candidates, study.data, study.recipe.eval.split)
+        name = study.recipe.eval.candidates.retriever
+        found.append(
+            f"Ranking figures are over the {study.candidates.count} items that {name} "
+            f"retrieves; {share:.1%} of the held-out items are among them, which no HR can exceed."
+        )
+    elif study.candidates:
         found.append(
             f"Ranking figures are over {study.candidates.count} stored candidates a request, not over the whole "
             "catalogue; they cannot be compared with full-ranking figures."
@@ -257,15 +277,34 @@ def notes(study: Study) -> list[str]:
             f"text were never trained together; chance is HR@1 {1 / study.aligned.count:.3f}. Each item counts as a "
             "user of its own."
         )
+    rating = study.recipe.tasks.rating
+    if rating is not None and rating.head is not None:
+        found.append(
+            "The tuned model was trained through its rating head and is asked by it alone; the base model has no head "
+            "and is asked by the other strategies."
+        )
+    judged = study.recipe.tasks.ctr
+    if judged is not None and judged.balance == "user":
+        found.append(
+            "Yes/no questions are balanced inside each user, as many with a yes as with a no: what is known of a user "
+            "alone, such as the share of likes, reaches AUC and GAUC 0.5 and no more."
+        )
     if len(study.recipe.eval.arms) > 1 or "tuned" in study.recipe.eval.arms:
         found.append("One training seed: intervals cover the choice of users, not the choice of seed.")
     return found
 
 
+def _ceiling(study: Study, name: str) -> float | None:
+    """Return the share of targets among retrieved candidates; None where every target is among its own."""
+    if study.candidates is None or name != "main" or study.recipe.eval.candidates.kind != "retrieved":
+        return None
+    return ceiling(study.candidates, study.data, study.recipe.eval.split)
+
+
 def _candidates(study: Study) -> dict[str, Any]:
     drawn = {"main": study.candidates, "alignment": study.aligned}
     return {
-        name: {"digest": sets.digest, "count": sets.count, "kind": sets.kind}
+        name: {"digest": sets.digest, "count": sets.count, "kind": sets.kind, "ceiling": _ceiling(study, name)}
         for name, sets in drawn.items()
         if sets is not None
     }

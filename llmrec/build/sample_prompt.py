@@ -8,21 +8,22 @@ from dataclasses import dataclass
 import polars as pl
 
 from llmrec.backends.encode import Encoder
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.index.index import ItemIndex
 from llmrec.prompts import Template
-from llmrec.recipe import ExplanationSection, Split, TaskSection
+from llmrec.recipe import ExplanationSection, ReviewSection, Split, TaskSection
 from llmrec.registry import TASKS, lookup
 from llmrec.report.snippets import Example
 from llmrec.types import Event, Item, Prompt, Request, Task
 
 _TITLES = ("The First Example", "A Second Example", "Third Time Lucky", "Four of a Kind", "Five Fables", "Sixth Sense")
 _USER = "example"
+_SAID = "It does what it says."
 _LABEL_TOKENS = 8
 _TITLE_TOKENS = 32
 # Chat servers take chat templates as they are, so these come first among equals.
-_ORDER = ("direct", "sequential", "rating", "explanation", "alignment")
+_ORDER = ("direct", "sequential", "rating", "explanation", "alignment", "ctr", "review", "stars")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +75,15 @@ def sample_prompt(
         user_id=_USER,
         history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
         candidates=tuple(items[3:]) if family in ("direct", "sequential") else None,
-        item=items[3] if family in ("rating", "explanation", "alignment") else None,
+        item=None if family in ("sequential", "direct") else items[3],
+        context={"review": _SAID} if family in ("review", "stars") else {},
     )
     longest = _TITLE_TOKENS if family in ("sequential", "alignment") else _LABEL_TOKENS
     ranks = "sequential" in tasks or "direct" in tasks
     return Sample(
         family=family,
         prompt=task.prompt(request, template=task.eval_templates[0]),
-        max_tokens=section.max_tokens if isinstance(section, ExplanationSection) else longest,
+        max_tokens=section.max_tokens if isinstance(section, ExplanationSection | ReviewSection) else longest,
         history=_TITLES[:3],
         candidates=_TITLES[3:] if ranks else (),
     )
@@ -125,7 +127,7 @@ def example_of(sample: Sample, encoder: Encoder) -> Example:
 def _rows(scale: tuple[float, float]) -> list[tuple[str, float, float, str]]:
     """Return (item, rating, time, text), oldest first."""
     low, high = scale
-    return [(f"i{n}", high if n % 2 else low, float(n), "It does what it says.") for n in range(1, len(_TITLES) + 1)]
+    return [(f"i{n}", high if n % 2 else low, float(n), _SAID) for n in range(1, len(_TITLES) + 1)]
 
 
 def _data(noun: str, scale: tuple[float, float]) -> SplitDataset:
@@ -138,5 +140,6 @@ def _data(noun: str, scale: tuple[float, float]) -> SplitDataset:
         interactions=pl.DataFrame(rows, schema=columns, orient="row"),
         items=items,
         rating_scale=scale,
+        reviews={(_USER, item): Review(text=_SAID, headline=_SAID) for item in items},
     )
     return split(dataset, Split(), seed=0)

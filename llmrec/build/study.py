@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_tokenizer
 from llmrec.backends.vocabulary import add_item_tokens
-from llmrec.build.indexing import build_index
+from llmrec.build.indexing import build_index, text_embedder
+from llmrec.build.retrieving import retrieve
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources import load
 from llmrec.data.split import SplitDataset, split
+from llmrec.data.written import Part, written
 from llmrec.errors import DataError
 from llmrec.index.index import ItemIndex
+from llmrec.index.semantic import item_vectors
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DataSection, Recipe, TaskSection
 from llmrec.registry import TASKS, check_names, lookup
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
-from llmrec.types import Case, Task
+from llmrec.tasks.past import ItemVectors
+from llmrec.tasks.pool import training_examples
+from llmrec.types import Case, Example, Item, SplitName, Task
 
 RANKING = ("sequential", "direct")
+_WRITTEN: Mapping[str, Part] = {"explanation": "sentence", "review": "headline"}
 ITEM_ANSWERS = (*RANKING, "alignment")
 """Families whose answer is an item; `RANKING` ranks items for users."""
 
@@ -40,6 +50,7 @@ class Study:
         templates: All templates of the chosen families, ``family -> name -> template``.
         held: Items whose code and text no training row may show together; None without the alignment task.
         aligned: Stored candidate sets of the questions about them.
+        trained: The tasks that training rows come from, where ``train.seed`` draws them apart; else those above.
     """
 
     recipe: Recipe
@@ -51,23 +62,58 @@ class Study:
     templates: Mapping[str, Mapping[str, Template]]
     held: HeldItems | None = None
     aligned: CandidateSets | None = None
+    trained: Mapping[str, Task] | None = None
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of training rows, their order, dropout and adapters; splits and candidates have the recipe's."""
+        seed = self.recipe.train.seed
+        return self.recipe.seed if seed is None else seed
+
+    @property
+    def training_tasks(self) -> Mapping[str, Task]:
+        """The tasks that training rows come from."""
+        return self.trained or self.tasks
 
     def section(self, family: str) -> TaskSection:
         """Return a family's recipe section."""
         return self.recipe.tasks.present()[family]
 
     def task_data(self, family: str) -> SplitDataset:
-        """Return the data that a family reads."""
-        return self.reviews if family == "explanation" and self.reviews is not None else self.data
+        """Return the data that a family reads; of reviews, the part that it writes stands in the text column."""
+        return self._read[family]
+
+    @cached_property
+    def _read(self) -> Mapping[str, SplitDataset]:
+        found = {}
+        for family in self.recipe.tasks.present():
+            used = self.reviews if family == "explanation" and self.reviews is not None else self.data
+            found[family] = written(used, _WRITTEN[family]) if family in _WRITTEN else used
+        return found
 
     def sets(self, family: str) -> CandidateSets | None:
         """Return the stored candidate sets that a family ranks."""
         return self.aligned if family == "alignment" else self.candidates if family in RANKING else None
 
-    def cases(self, family: str) -> list[Case]:
-        """Return the evaluated cases: the first ``users`` ones in seeded order."""
-        section = self.section(family)
-        return self.tasks[family].cases(self.recipe.eval.split)[: section.users or self.recipe.eval.users]
+    def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
+        """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
+
+        Alignment asks about items and not about users: there it is the first cases.
+
+        Args:
+            family: A chosen family.
+            split: None for the evaluated one.
+        """
+        cases, count = self.tasks[family].cases(split or self.recipe.eval.split), self.section(family).users
+        count = count or self.recipe.eval.users
+        if family == "alignment":
+            return cases[:count]
+        chosen = set(list(dict.fromkeys(case.request.user_id for case in cases))[:count])
+        return [case for case in cases if case.request.user_id in chosen]
+
+    def training_examples(self, family: str) -> Iterator[Example]:
+        """Yield the rows that a family is trained on, without end: those of the recipe's pool, where it names one."""
+        return training_examples(self.training_tasks[family], self.recipe.train.examples, self.training_seed)
 
     def eval_templates(self, family: str) -> tuple[Template, ...]:
         """Return the templates that evaluation uses; by default the first training template."""
@@ -96,24 +142,16 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     templates = {family: load_templates(family) for family in families}
     candidates = None
     if recipe.eval.candidates.kind != "catalogue" and any(family in RANKING for family in families):
-        candidates = draw(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
+        make = retrieve if recipe.eval.candidates.kind == "retrieved" else draw
+        candidates = make(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
     held, aligned = _aligned(recipe, data)
     index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
-    tasks: dict[str, Task] = {}
-    for family, section in families.items():
-        used = reviews if family == "explanation" and reviews is not None else data
-        _check_data(family, used, recipe)
-        tasks[family] = lookup(TASKS, family, "task")(
-            used,
-            section,
-            templates[family],
-            seed=recipe.seed,
-            candidates=aligned if family == "alignment" else candidates if family in RANKING else None,
-            shot_choice=recipe.eval.shots.choice,
-            # The second table has items of its own, which the index does not hold.
-            index=index if used is data else None,
-        )
-    study = Study(recipe, data, reviews, candidates, index, tasks, templates, held, aligned)
+    study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
+    for family in families:
+        _check_data(family, study.task_data(family), recipe)
+    study = replace(study, tasks=_tasks(study, recipe.seed))
+    if study.training_seed != recipe.seed:
+        study = replace(study, trained=_tasks(study, study.training_seed))
     for family in families:
         if not study.cases(family):
             name = study.task_data(family).dataset.name
@@ -122,6 +160,34 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
                 "hold out more (data.split), or evaluate another split (eval.split)"
             )
     return study
+
+
+def _tasks(study: Study, seed: int) -> dict[str, Task]:
+    tasks: dict[str, Task] = {}
+    for family, section in study.recipe.tasks.present().items():
+        used = study.task_data(family)
+        tasks[family] = lookup(TASKS, family, "task")(
+            used,
+            section,
+            study.templates[family],
+            seed=seed,
+            candidates=study.sets(family),
+            shot_choice=study.recipe.eval.shots.choice,
+            # The second table has items of its own, which the index does not hold.
+            index=study.index if used.dataset.items is study.data.dataset.items else None,
+            vectors=vectors_of(used.dataset.items, study.recipe.encoder),
+        )
+    return tasks
+
+
+def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
+    """Return what says which items read alike; the text encoder is looked for when it is first asked."""
+
+    def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
+        fields = dict.fromkeys(name for item in entries for name in item.fields)
+        return item_vectors(entries, tuple(fields), text_embedder(encoder))
+
+    return ItemVectors(items, embed)
 
 
 def _data(section: DataSection, seed: int) -> SplitDataset:
@@ -139,9 +205,10 @@ def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, Cand
 def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
     rows = data.dataset.interactions
     where = "reviews" if family == "explanation" and recipe.reviews else "data"
-    if family == "rating" and rows["rating"].null_count() == len(rows):
+    if family in ("rating", "stars") and rows["rating"].null_count() == len(rows):
         raise DataError(
-            f"tasks.rating needs ratings, and {data.dataset.name} has none; name the column with {where}.columns.rating"
+            f"tasks.{family} needs ratings, and {data.dataset.name} has none; name the column with "
+            f"{where}.columns.rating"
         )
     if family == "explanation" and rows["text"].null_count() == len(rows):
         raise DataError(

@@ -18,8 +18,6 @@ import numpy as np
 import psutil
 
 from llmrec import __version__
-from llmrec.baselines.liked import threshold
-from llmrec.baselines.rated import scale_of
 from llmrec.baselines.tuning import Tuned, tune
 from llmrec.build.bar import Bar
 from llmrec.build.comparing import Comparing
@@ -27,6 +25,7 @@ from llmrec.build.contenders import Contenders
 from llmrec.build.facts import machine, versions
 from llmrec.build.results import describe
 from llmrec.build.stages import key_of, locked, read_stage
+from llmrec.data.liked import scale_of, threshold
 from llmrec.data.sources import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json, write_text
@@ -35,11 +34,12 @@ from llmrec.evaluate import Evaluated, Protocol, evaluate
 from llmrec.full_ranking import evaluate_catalogue
 from llmrec.list_metrics import Background, cold_figures
 from llmrec.metrics.significance import over_seeds
-from llmrec.recipe import DataSection, Suite, SuiteRow
+from llmrec.recipe import DataSection
 from llmrec.recipe_file import recipe_hash
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
 from llmrec.report.leaderboard import leaderboard, load_reference, read_results
 from llmrec.resources import resource
+from llmrec.suites import Suite, SuiteRow
 from llmrec.types import Case, Interaction, Request
 
 log = logging.getLogger(__name__)

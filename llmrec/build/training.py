@@ -14,15 +14,20 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.kinds import is_paired
 from llmrec.backends.models import load_config, release_memory, weights_stamp
+from llmrec.backends.rating_head import RatingHead, copy_head
+from llmrec.backends.whole_words import WEIGHTS as WORDS
+from llmrec.backends.whole_words import copy_words, refuse_words
 from llmrec.build import bundle, indexing
 from llmrec.build.stages import Budget, key_of, read_stage
 from llmrec.build.study import Study
 from llmrec.durable import replacing, write_json, write_text
-from llmrec.errors import RecipeError
+from llmrec.errors import RecipeError, require
 from llmrec.tasks.mixture import interleave
+from llmrec.tasks.rating import RatingTask
 from llmrec.train.batches import Step, fit_row, plan
 from llmrec.train.branches import Branching, branching_rows
 from llmrec.train.pieces import Drawing, RowStream
+from llmrec.train.rating_rows import Classes
 from llmrec.train.seq2seq import target_rows
 
 if TYPE_CHECKING:
@@ -31,7 +36,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Task settings that no training row depends on.
-_EVALUATION_ONLY = {"strategies", "baselines", "users", "eval_templates", "max_tokens"}
+_EVALUATION_ONLY = {
+    *("strategies", "baselines", "users", "eval_templates", "max_tokens"),
+    *("balance", "per_user", "calibrate"),
+}
 # Rows dropped in a row before training gives up: every one was longer than a training row may be.
 _PATIENCE = 2000
 
@@ -51,9 +59,12 @@ class Plan:
 
 def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
     """Draw rows by weight until the recipe's steps are filled; for an encoder-decoder (``paired``) one a target."""
-    section, recipe = study.recipe.train, study.recipe
+    section = study.recipe.train
+    if study.recipe.model.whole_words and not paired:
+        refuse_words(study.recipe.model.name)
     weighted = {family: weight for family in study.tasks if (weight := study.section(family).weight) > 0}
     dropped = dict.fromkeys(weighted, 0)
+    classes = _classes(study, encoder, paired=paired)
     # Rows stay referenced, so that an id names one row for as long as it is looked up.
     kept: list[Row] = []
     family_of: dict[int, str] = {}
@@ -61,8 +72,14 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     def rows() -> Iterator[Row]:
         since = 0
         streams, weights = _streams(study, weighted, encoder, paired=paired)
-        for _, (family, row) in interleave(streams, weights, recipe.seed, size=lambda drawn: _size(drawn[1])):
+        for _, (family, drawn) in interleave(streams, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
+            row = classes.row(drawn) if classes is not None and drawn is not None else drawn
             if row is None:
+                if section.examples is not None:
+                    raise RecipeError(
+                        f"train.examples: one of the {section.examples} rows of tasks.{family} is longer than "
+                        f"train.max_row_tokens={section.max_row_tokens}; raise it, or show less history"
+                    )
                 dropped[family] += 1
                 since += 1
                 if since > _PATIENCE:
@@ -81,7 +98,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         rows(),
         steps=section.steps,
         batch_tokens=section.batch_tokens,
-        seed=recipe.seed,
+        seed=study.training_seed,
         width=width,
         band=section.band,
     )
@@ -93,7 +110,28 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         for row in step.rows:
             counts[family_of[id(row)]] += 1
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in weighted}
+    if classes is not None:
+        valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
     return Plan(steps, counts, dropped, valid)
+
+
+def _classes(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
+    """Return what puts classes in place of target tokens, where the recipe trains a rating head.
+
+    Raises:
+        RecipeError: If the model is an encoder-decoder.
+    """
+    rating = study.recipe.tasks.rating
+    if rating is None or rating.head is None:
+        return None
+    if paired:
+        raise RecipeError(
+            f"tasks.rating.head: {study.recipe.model.name} is an encoder-decoder, and a head reads the states of a "
+            "decoder alone; drop the section and 'head' from tasks.rating.strategies, or choose another model"
+        )
+    task = study.tasks["rating"]
+    assert isinstance(task, RatingTask)
+    return Classes(encoder, task.scale)
 
 
 def _size(row: Row | None) -> int:
@@ -108,17 +146,19 @@ def _streams(
     Raises:
         RecipeError: If rows of an encoder-decoder are to be packed.
     """
-    section, seed = study.recipe.train, study.recipe.seed
+    section, seed = study.recipe.train, study.training_seed
     packing = section.packing == "tree"
     if packing and paired:
         raise RecipeError("train.packing: an encoder-decoder reads no packed rows; set train.packing=none")
-    tasks = {family: task for family in weighted if isinstance(task := study.tasks[family], Branching)}
+    tasks = {family: task for family in weighted if isinstance(task := study.training_tasks[family], Branching)}
     tasks = {family: task for family, task in tasks.items() if packing and task.branches}
-    alone = [family for family in weighted if len(tasks) < 2 or family not in tasks]
+    # A pool's rows are chosen for each family, before it is known which could share what they show.
+    together = len(tasks) > 1 and section.examples is None
+    alone = [family for family in weighted if not together or family not in tasks]
     streams: dict[str, Iterator[tuple[str, Row | None]]]
     streams = {family: zip(repeat(family), _rows(study, family, encoder, paired=paired)) for family in alone}
     weights = {family: weighted[family] for family in alone}
-    if len(tasks) > 1:
+    if together:
         name = " and ".join(sorted(tasks))
         users, limit = study.data.users(), section.max_row_tokens
         lines = section.band is not None
@@ -129,17 +169,18 @@ def _streams(
 
 def _rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> Iterator[Row | None]:
     """Return a family's training rows, without end; put together from lines where its task draws rows first."""
-    task, section = study.tasks[family], study.recipe.train
+    task, section = study.training_tasks[family], study.recipe.train
+    examples = study.training_examples(family)
     if paired:
-        found = (target_rows(example, encoder, section.max_row_tokens) for example in task.examples("train"))
+        found = (target_rows(example, encoder, section.max_row_tokens) for example in examples)
         return (row for rows in found for row in (*rows, *([] if rows else [None])))
     if section.band is not None:
         # Only words tell where lines begin.
         limit = section.max_row_tokens
-        return (fit_row(example, encoder, limit, lines=True) for example in task.examples("train"))
-    if isinstance(task, Drawing):
-        return iter(RowStream(task, encoder, limit=section.max_row_tokens, seed=study.recipe.seed))
-    return (fit_row(example, encoder, section.max_row_tokens) for example in task.examples("train"))
+        return (fit_row(example, encoder, limit, lines=True) for example in examples)
+    if isinstance(task, Drawing) and section.examples is None:
+        return iter(RowStream(task, encoder, limit=section.max_row_tokens, seed=study.training_seed))
+    return (fit_row(example, encoder, section.max_row_tokens) for example in examples)
 
 
 def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[Row]:
@@ -149,6 +190,11 @@ def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) ->
         return [row for example in examples for row in target_rows(example, encoder, limit)]
     found = (fit_row(example, encoder, limit) for example in examples)
     return [row for row in found if row is not None]
+
+
+def _unread(family: str) -> set[str]:
+    """Return the settings of a family that no training row depends on; what a liked rating is decides rows of ctr."""
+    return _EVALUATION_ONLY | ({"liked"} if family == "rating" else set())
 
 
 def training_key(study: Study, folder: str) -> str:
@@ -162,7 +208,7 @@ def training_key(study: Study, folder: str) -> str:
         reviews=study.reviews.fingerprint if study.reviews else None,
         index=study.index.digest if study.index else None,
         noun=[data.dataset.noun for data in (study.data, study.reviews) if data is not None],
-        tasks=recipe.tasks.model_dump(exclude=dict.fromkeys(study.tasks, _EVALUATION_ONLY)),
+        tasks=recipe.tasks.model_dump(exclude={family: _unread(family) for family in study.tasks}),
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
         candidates=recipe.eval.candidates.model_dump() if "direct" in study.tasks else None,
         train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints"}),
@@ -190,6 +236,7 @@ def train_stage(
     if done is not None:
         log.info("training: reusing %s", folder / "adapter")
         return done
+    _refuse_lost_words(study.recipe.model.name, base)
     key = training_key(study, base)
     # A record must never vouch for weights of another run that was killed half-way.
     (folder / "train.json").unlink(missing_ok=True)
@@ -212,6 +259,19 @@ def train_stage(
     return record
 
 
+def _refuse_lost_words(name: str, base: str) -> None:
+    """Refuse a model whose whole-word embeddings the copy of it that knows the item tokens does not have.
+
+    Raises:
+        RecipeError: If it is one.
+    """
+    if (Path(name).expanduser() / WORDS).is_file() and not (Path(base) / WORDS).is_file():
+        raise RecipeError(
+            f"model.name: {name} was tuned with whole-word embeddings, and the copy of it that item tokens are added to "
+            "loses them; name the model that it was tuned from, or choose an index of numbers or titles"
+        )
+
+
 def _train(
     study: Study, encoder: Encoder, base: str, folder: Path, planned: Plan, key: str, *, quiet: bool
 ) -> Training:
@@ -221,13 +281,40 @@ def _train(
     _clear_foreign(folder, key)
     names = study.index.tokens if study.index is not None else ()
     tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
+    # Adapters and heads start from chance.
+    require("torch", "train").manual_seed(study.training_seed)
     model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
+    if study.recipe.model.whole_words:
+        from llmrec.train.whole_words import put_on
+
+        put_on(model, encoder, size=study.recipe.model.max_length + 1, seed=study.training_seed)
+    head = _head(study, encoder, model, planned)
     training = sft.train(
-        model, encoder, planned.steps, planned.valid, section, folder=folder, seed=study.recipe.seed, quiet=quiet
+        model,
+        encoder,
+        planned.steps,
+        planned.valid,
+        section,
+        folder=folder,
+        seed=study.training_seed,
+        quiet=quiet,
+        head=head,
     )
-    del model
+    del model, head
     release_memory()
     return training
+
+
+def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHead | None:
+    """Put a rating head on the model where the recipe trains one; it starts from what the planned rows say."""
+    classes = _classes(study, encoder)
+    section = study.recipe.tasks.rating
+    if classes is None or section is None or section.head is None:
+        return None
+    from llmrec.train.rating_head import attach
+
+    counts = classes.counts(row for step in planned.steps for row in step.rows)
+    return attach(model, classes.scale, alpha=section.head.alpha, counts=counts, frozen=section.head.frozen)
 
 
 def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
@@ -238,6 +325,8 @@ def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
             lora.save_full(folder / "adapter", study.recipe.model, draft)
         else:
             lora.merge(base, study.recipe.model, folder / "adapter", draft)
+        copy_head(folder / "adapter", draft)
+        copy_words(folder / "adapter", draft)
         encoder.tokenizer.save_pretrained(draft)
         bundle.write(study, draft)
         if study.index is not None:

@@ -33,8 +33,8 @@ class CandidateSets:
     """Candidates of every request of a split.
 
     Attributes:
-        kind: How negatives were drawn, ``uniform`` or ``popularity``.
-        count: Candidates of a request, the target included.
+        kind: How negatives were drawn, ``uniform`` or ``popularity``, or by what all were retrieved.
+        count: Candidates of a request, the target included where they were drawn.
         seed: The seed they were drawn with.
         sets: Item ids by `request_id`, in the order in which predictors see them.
         digest: SHA-256 over all of the above.
@@ -45,6 +45,11 @@ class CandidateSets:
     seed: int
     sets: Mapping[str, tuple[str, ...]]
     digest: str
+
+    @staticmethod
+    def of(kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]]) -> CandidateSets:
+        """Return sets with their digest."""
+        return _sets(kind, count, seed, sets)
 
     def save(self, path: Path) -> None:
         """Write the sets as Parquet: columns request_id and candidates, the rest as metadata."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 
 import polars as pl
@@ -43,6 +43,25 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
         raise DataError(f"an interaction column has a type that cannot be used: {error}") from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Review:
+    """What a source knows of one interaction's review.
+
+    Attributes:
+        text: The whole review.
+        headline: What its writer put above it; empty: nothing.
+        phrases: Keyphrases of its text alone, best first.
+        feature: The keyphrase that it is about, chosen by `llmrec.data.derived`; empty: none.
+        sentence: The sentence of it that holds the feature.
+    """
+
+    text: str
+    headline: str = ""
+    phrases: tuple[str, ...] = ()
+    feature: str = ""
+    sentence: str = ""
+
+
 @dataclass(frozen=True)
 class GivenSplit:
     """What a source itself holds out.
@@ -71,6 +90,8 @@ class Dataset:
         rating_scale: Lowest and highest rating; None without ratings.
         provenance: Where the data came from: source, path, sha256, rows, made ("yes" or "no"), licence.
         given: The source's own split, which ``data.split.kind=given`` takes; None where it has none.
+        reviews: Reviews by (user_id, item_id), held-out ones included; empty where the source has none.
+        derives: What the source lacks and a split makes up from its training reviews: ``titles``, ``names``.
     """
 
     name: str
@@ -81,6 +102,8 @@ class Dataset:
     rating_scale: tuple[float, float] | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
     given: GivenSplit | None = None
+    reviews: Mapping[tuple[str, str], Review] = field(default_factory=dict)
+    derives: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interactions", conform(self.interactions))
@@ -120,7 +143,7 @@ class Dataset:
             for part in (user_id, json.dumps(dict(known), sort_keys=True))
         ]
         parts = (digest_frame(frame.sort(frame.columns)), digest_strings(catalogue), digest_strings(profiles))
-        return digest_strings([self.noun, repr(self.rating_scale), repr(self.has_time), *parts])
+        return digest_strings([self.noun, repr(self.rating_scale), repr(self.has_time), *parts, *self._told()])
 
     def restrict(self, interactions: pl.DataFrame) -> Dataset:
         """Return the dataset with these interactions only; items and users without any are dropped."""
@@ -131,4 +154,18 @@ class Dataset:
             interactions=interactions,
             items={item_id: item for item_id, item in self.items.items() if item_id in kept_items},
             users={user_id: known for user_id, known in self.users.items() if user_id in kept_users},
+            reviews=self._reviews_of(interactions),
         )
+
+    def _reviews_of(self, interactions: pl.DataFrame) -> Mapping[tuple[str, str], Review]:
+        if not self.reviews:
+            return {}
+        kept = set(interactions.select("user_id", "item_id").iter_rows())
+        return {pair: review for pair, review in self.reviews.items() if pair in kept}
+
+    def _told(self) -> list[str]:
+        """Return a hash over the reviews; nothing where there are none, so that other data keep their fingerprint."""
+        if not self.reviews:
+            return []
+        told = ((*pair, json.dumps(astuple(review))) for pair, review in sorted(self.reviews.items()))
+        return [digest_strings([part for parts in told for part in parts]), *sorted(self.derives)]

@@ -37,8 +37,15 @@ class Ranked:
         titles: One an item, as the model read it.
         error: Why there is no ranking; None if there is one.
         notes: What was left out or changed.
-        prompt_tokens: Length of the prompt.
+        prompt_tokens: Of the prompt; where several were asked, of all of them.
         completion_tokens: Tokens scored or generated after it.
+        forwards: Model calls, as `llmrec.types.Cost` counts them.
+        retrieved: How many of the ranked items a recommender retrieved; 0: the request brought them.
+        profile: What two-step wrote of the user; None if it wrote nothing.
+        rationale: One sentence an item, for the first few items; an empty text where none was written.
+        rationale_prompt_tokens: Of the prompts that asked for the sentences.
+        rationale_completion_tokens: Tokens of the sentences.
+        rationale_forwards: Model calls for the sentences.
     """
 
     request_id: str | None
@@ -51,15 +58,23 @@ class Ranked:
     notes: tuple[str, ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    forwards: int = 0
+    retrieved: int = 0
+    profile: str | None = None
+    rationale: tuple[str, ...] = ()
+    rationale_prompt_tokens: int = 0
+    rationale_completion_tokens: int = 0
+    rationale_forwards: int = 0
 
 
 _COLUMNS = tuple(column.name for column in fields(Ranked))
-_LISTS = ("items", "scores", "titles", "notes")
+_LISTS = ("items", "scores", "titles", "notes", "rationale")
 
 
 def _schema() -> Any:
-    text, texts = pa.string(), pa.list_(pa.string())
-    kinds = (text, text, pa.int64(), texts, pa.list_(pa.float64()), texts, text, texts, pa.int64(), pa.int64())
+    text, texts, whole = pa.string(), pa.list_(pa.string()), pa.int64()
+    first = (text, text, whole, texts, pa.list_(pa.float64()), texts, text, texts)
+    kinds = (*first, whole, whole, whole, whole, text, texts, whole, whole, whole)
     return pa.schema(list(zip(_COLUMNS, kinds, strict=True)))
 
 

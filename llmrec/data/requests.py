@@ -44,12 +44,14 @@ class RankRequest:
 
     Attributes:
         id: Unique within a file.
-        candidates: Items to rank, each once; their order carries no meaning. None of them: the whole catalogue.
+        candidates: Items to rank, each once; their order carries no meaning. None of them: the whole catalogue, or
+            those still to be retrieved.
         history: Oldest first; empty for a cold user.
         user_id: As given, or None.
         profile: What the request says about the user; may be empty.
         notes: What was left out or changed on the way.
         titled: Ids that stand in for items which were given by their title alone.
+        retrieved: How many of the candidates a recommender retrieved: all of them or none.
     """
 
     id: str
@@ -59,6 +61,7 @@ class RankRequest:
     profile: str = ""
     notes: tuple[str, ...] = ()
     titled: frozenset[str] = frozenset()
+    retrieved: int = 0
 
 
 @dataclass
@@ -90,7 +93,12 @@ class _Unknown(Exception):
 
 
 def read_request(
-    record: Mapping[str, object], row: int, catalogue: Mapping[str, Item] | None, *, whole: bool = False
+    record: Mapping[str, object],
+    row: int,
+    catalogue: Mapping[str, Item] | None,
+    *,
+    whole: bool = False,
+    retrieves: bool = False,
 ) -> RankRequest:
     """Check a request and give every item its text.
 
@@ -99,6 +107,7 @@ def read_request(
         row: Counted from 1; stands in for a missing id.
         catalogue: Items by id. Without one, an entry that is a text is the title itself.
         whole: The whole catalogue is ranked, and a request's own candidates are left aside.
+        retrieves: A request may bring no candidates, or an empty list of them: they are retrieved for it.
 
     Raises:
         DataError: If it cannot be ranked; the message says what is wrong with the request, not where it stands.
@@ -106,7 +115,8 @@ def read_request(
     request_id = _optional_id("id", record.get("id")) or str(row)
     user_id = _optional_id("user_id", record.get("user_id"))
     remarks = _Remarks()
-    candidates = () if whole else _candidates(record, catalogue, remarks)
+    lacks = retrieves and record.get("candidates") in (None, [], ())
+    candidates = () if whole or lacks else _candidates(record, catalogue, remarks)
     history = _history(record, catalogue, remarks)
     profile = "" if record.get("profile") is None else _text("profile", record["profile"])
     notes = [f"{key!r} was ignored{hint}" for key in record if (hint := _near_miss(key))] + remarks.notes()

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from llmrec.data.dataset import SCHEMA, Dataset
+from llmrec.data.derived import derived
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
 from llmrec.errors import DataError
 from llmrec.recipe import Split
@@ -37,7 +38,7 @@ class SplitDataset:
 
     Attributes:
         dataset: What was split.
-        kind: ``leave_one_out``, ``global_time``, ``user_disjoint`` or ``given``.
+        kind: ``leave_one_out``, ``last_share``, ``global_time``, ``user_disjoint`` or ``given``.
         seed: Decides ties in time, which users are held out, and the order of `holdouts`.
         train: What may be learned from.
         valid: Held-out interactions for choosing.
@@ -60,11 +61,12 @@ class SplitDataset:
         if not pairs:
             return self
         gone = pl.DataFrame(sorted(pairs), schema=_PAIR, orient="row")
-        return replace(
+        less = replace(
             self,
             train=self.train.join(gone, on=_PAIR, how="anti", maintain_order="left"),
             known=self.known.join(gone, on=_PAIR, how="anti", maintain_order="left"),
         )
+        return replace(less, dataset=derived(less.dataset, less.train, seed=self.seed))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,7 +131,7 @@ def _in_hash_order(frame: pl.DataFrame, seed: int) -> tuple[Interaction, ...]:
     return tuple(Interaction(**row) for row in rows.iter_rows(named=True))
 
 
-# --------------------------------------------------------------------------- the four kinds
+# --------------------------------------------------------------------------- the kinds
 
 
 class _Parts(NamedTuple):
@@ -155,11 +157,12 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     """
     kinds: Mapping[str, Callable[[Dataset, pl.DataFrame, Split, int], _Parts]] = {
         "leave_one_out": _leave_one_out,
+        "last_share": _last_share,
         "global_time": _global_time,
         "user_disjoint": _user_disjoint,
         "given": _given,
     }
-    if section.kind in ("global_time", "user_disjoint") and not 0 < section.valid + section.test < 1:
+    if section.kind in ("last_share", "global_time", "user_disjoint") and not 0 < section.valid + section.test < 1:
         raise DataError(
             f"data.split: valid ({section.valid}) and test ({section.test}) are shares; "
             "together they must be more than 0 and less than 1"
@@ -169,7 +172,8 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     if frames[0].is_empty():
         raise DataError(f"{dataset.name}: the split {section.kind} leaves no training interaction; hold out less")
     return SplitDataset(
-        dataset=dataset,
+        # What a source lacks is made up here, where it is known what may be learned from.
+        dataset=derived(dataset, frames[0], seed=seed),
         kind=section.kind,
         seed=seed,
         train=frames[0],
@@ -216,6 +220,34 @@ def _leave_one_out(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: 
         )
     test, valid = latest.filter(_from_last() == 1), latest.filter(_from_last() == 2)
     return _Parts(_without(frame, valid, test), valid, test, frame.clear())
+
+
+def _last_share(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
+    """The last share of each user's different items is for test, the share before for validation; at least 1 each.
+
+    Shares are rounded down, and a user's first item is always training. Short users stay in training.
+    """
+    wanted = [share for share in (section.valid, section.test) if share > 0]
+    latest = _latest(frame).with_columns(pl.len().over("user_id").alias("_items"))
+    latest = latest.filter(pl.col("_items") > len(wanted))
+    if latest.is_empty():
+        raise DataError(
+            f"{dataset.name}: no user has {len(wanted) + 1} interactions with different items, which last_share needs "
+            "here; use another data.split.kind or more data"
+        )
+    tests, valids = _part(section.test), _part(section.valid)
+    tests = pl.min_horizontal(tests, pl.col("_items") - len(wanted))
+    valids = pl.min_horizontal(valids, pl.col("_items") - tests - 1)
+    test = latest.filter(_from_last() <= tests)
+    valid = latest.filter((_from_last() > tests) & (_from_last() <= tests + valids))
+    return _Parts(_without(frame, valid, test), valid, test, frame.clear())
+
+
+def _part(share: float) -> pl.Expr:
+    """Return how many of a user's ``_items`` a share is: rounded down, and at least 1 of a share above 0."""
+    # A tenth of 30 is 3 whichever side of it the product falls in binary.
+    whole = (pl.col("_items") * share + 1e-9).floor().cast(pl.Int64)
+    return pl.max_horizontal(whole, pl.lit(1 if share > 0 else 0, pl.Int64))
 
 
 def _global_time(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:

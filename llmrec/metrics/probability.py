@@ -44,6 +44,21 @@ class Within:
     left_out: int
 
 
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Answers that say about the same.
+
+    Attributes:
+        n: How many they are.
+        said: Their mean P(yes).
+        so: The share of them whose truth is yes.
+    """
+
+    n: int
+    said: float
+    so: float
+
+
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the ROC curve: the chance that a yes outscores a no, ties counting half (Mann and Whitney 1947).
 
@@ -123,17 +138,30 @@ def calibration_error(
     Raises:
         ValueError: See `log_loss`; also if there is no bin.
     """
-    guess, truth = _probabilities(probabilities, labels)
-    if bins < 1:
-        raise ValueError(f"a calibration error needs at least 1 bin, not {bins}")
-    if binning == "width":
-        own = np.minimum((guess * bins).astype(np.int64), bins - 1)
-    else:
-        borders = np.sort(guess)[(np.arange(1, bins) * len(guess)) // bins]
-        own = np.searchsorted(borders, guess, side="right")
-    said = np.bincount(own, guess, minlength=bins)
-    so = np.bincount(own, truth, minlength=bins)
-    return float(np.abs(said - so).sum() / len(guess))
+    _, said, so = _binned(probabilities, labels, bins, binning)
+    return float(np.abs(said - so).sum() / len(np.ravel(probabilities)))
+
+
+def reliability(
+    probabilities: ArrayLike, labels: ArrayLike, *, bins: int = BINS, binning: Binning = "mass"
+) -> tuple[Bin, ...]:
+    """What was said beside what was so: the bins behind `calibration_error`, those without an answer left out.
+
+    Args:
+        probabilities: See `calibration_error`, as all others.
+        labels: See there.
+        bins: See there.
+        binning: See there.
+
+    Raises:
+        ValueError: See `calibration_error`.
+    """
+    sizes, said, so = _binned(probabilities, labels, bins, binning)
+    return tuple(
+        Bin(int(n), float(sum_said / n), float(sum_so / n))
+        for n, sum_said, sum_so in zip(sizes, said, so, strict=True)
+        if n
+    )
 
 
 def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | None = None) -> Statistic:
@@ -172,6 +200,22 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
 
 
 # --------------------------------------------------------------------------- parts
+
+
+def _binned(
+    probabilities: ArrayLike, labels: ArrayLike, bins: int, binning: Binning
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return of each bin its size, its sum of probabilities and its number of yes, shape (bins,) each."""
+    guess, truth = _probabilities(probabilities, labels)
+    if bins < 1:
+        raise ValueError(f"a calibration error needs at least 1 bin, not {bins}")
+    if binning == "width":
+        own = np.minimum((guess * bins).astype(np.int64), bins - 1)
+    else:
+        borders = np.sort(guess)[(np.arange(1, bins) * len(guess)) // bins]
+        own = np.searchsorted(borders, guess, side="right")
+    said, so = (np.bincount(own, weights, minlength=bins).astype(np.float64) for weights in (guess, truth))
+    return np.bincount(own, minlength=bins).astype(np.int64), said, so
 
 
 def _auc_by(

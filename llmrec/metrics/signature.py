@@ -19,16 +19,17 @@ _CUT = r"@[1-9]\d*"
 _NAMES: Mapping[Kind, re.Pattern[str]] = {
     "ranking": re.compile(rf"(HR|Recall|Precision|NDCG){_CUT}|(MRR|MAP)({_CUT})?"),
     "lists": re.compile(rf"(Coverage|Novelty|Gini|PopularityLift|ILD|Serendipity){_CUT}"),
-    "rating": re.compile(r"RMSE|MAE"),
+    "rating": re.compile(r"RMSE|MAE|LikedAUC"),
     "probability": re.compile(r"AUC|GAUC|LogLoss|ECE"),
-    "text": re.compile(r"(BLEU|ROUGE|Distinct)-(\d+|L)"),
+    "text": re.compile(r"(BLEU|ROUGE|Distinct)-(\d+|L)|FMR|FCR|DIV|USR|Hallucination|CopyRate"),
 }
 _TEXT: Mapping[str, str] = {
     "BLEU": "sacrebleu-13a-exp",
     "ROUGE": "rouge-score-nostem",
     "Distinct": "words-lower",
+    **dict.fromkeys(("FMR", "FCR", "DIV", "USR", "Hallucination", "CopyRate"), "words-lower"),
 }
-_LOWER = re.compile(rf"RMSE|MAE|LogLoss|ECE|(Gini|PopularityLift){_CUT}")
+_LOWER = re.compile(rf"RMSE|MAE|LogLoss|ECE|DIV|Hallucination|CopyRate|(Gini|PopularityLift){_CUT}")
 _KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split", "llmrec")
 
 
@@ -88,7 +89,8 @@ def signature(
     Args:
         metric: ``HR@k``, ``Recall@k``, ``Precision@k``, ``NDCG@k``, ``MRR``, ``MAP`` (or cut, ``MRR@k``); of lists
             ``Coverage@k``, ``Novelty@k``, ``Gini@k``, ``PopularityLift@k``, ``ILD@k``, ``Serendipity@k``; ``RMSE``,
-            ``MAE``; ``AUC``, ``GAUC``, ``LogLoss``, ``ECE``; ``BLEU-4``, ``ROUGE-1``, ``ROUGE-L``, ``Distinct-2``.
+            ``MAE``, ``LikedAUC``; ``AUC``, ``GAUC``, ``LogLoss``, ``ECE``; ``BLEU-4``, ``ROUGE-1``, ``ROUGE-L``,
+            ``Distinct-2``, ``FMR``, ``FCR``, ``DIV``, ``USR``, ``Hallucination``, ``CopyRate``.
         gain: Gain of the relevant item; only ranking metrics have one.
         ties: How tied scores are treated by ranking metrics. Lists show one draw of the tied items: ``seeded``.
         candidates: ``full``, or kind and number such as ``uniform-20``; needed by metrics of rankings and lists.

@@ -13,6 +13,7 @@ from llmrec.types import (
     Backend,
     Capability,
     Cost,
+    Probability,
     Prompt,
     Ranking,
     Rating,
@@ -22,6 +23,9 @@ from llmrec.types import (
     Text,
     Unparsed,
 )
+
+# Prompts of one call, where a strategy asks many questions at once.
+_CHUNK = 512
 
 
 def _silent(done: int) -> None:
@@ -83,13 +87,25 @@ def scored(asker: Asker, requests: Sequence[Request], *, closed: bool | None) ->
     """
     for part, prompts in asker.batches(requests):
         texts = [asker.task.continuations(request, template=asker.template) for request in part]
-        closing = any(_nested(labels) for labels in set(texts)) if closed is None else closed
+        closing = any(is_nested(labels) for labels in set(texts)) if closed is None else closed
         found = asker.backend.score(prompts, texts, closed=closing)
         for request, prompt, asked, scores in zip(part, prompts, texts, found, strict=True):
             yield Scored(request, asked, scores, prompt_hash(prompt))
 
 
-def _nested(labels: tuple[str, ...]) -> bool:
+def score_in_chunks(
+    backend: Backend, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], *, closed: bool
+) -> list[Scores]:
+    """Score any number of prompts, `Backend.score`, some hundred at a time: a kill loses no more than these."""
+    found: list[Scores] = []
+    for start in range(0, len(prompts), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        found += backend.score(prompts[part], texts[part], closed=closed)
+    return found
+
+
+def is_nested(labels: tuple[str, ...]) -> bool:
+    """Whether one label starts another, so that labels must be scored to their end."""
     ordered = sorted(labels)
     return any(after.startswith(before) for before, after in pairwise(ordered) if after != before)
 
@@ -99,7 +115,7 @@ def generated(
     requests: Sequence[Request],
     *,
     max_tokens: int,
-    wanted: type[Ranking] | type[Rating] | type[Text],
+    wanted: type[Ranking] | type[Rating] | type[Probability] | type[Text],
     reason: str,
 ) -> list[Answer]:
     """Generate and read an answer for every request; one that cannot be read becomes an `Unparsed`."""
@@ -110,7 +126,9 @@ def generated(
         ):
             parsed = asker.task.parse(done.text, request, template=asker.template)
             answer = parsed if isinstance(parsed, wanted) else Unparsed(request_id=request.id, reason=reason)
-            cost = Cost(prompt_tokens=done.prompt_tokens, completion_tokens=done.completion_tokens)
+            # Each generated token is a forward of its own; an answer of none took one.
+            forwards = max(1, done.completion_tokens)
+            cost = Cost(prompt_tokens=done.prompt_tokens, completion_tokens=done.completion_tokens, forwards=forwards)
             answers.append(replace(answer, raw=done.text, prompt_hash=prompt_hash(prompt), cost=cost))
     return answers
 

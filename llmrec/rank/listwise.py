@@ -1,36 +1,67 @@
-"""Listwise ranking: all candidates in one prompt, ordered by label distribution or by a generated list."""
+"""Listwise ranking: all candidates in one prompt, ordered by label distribution, label by label, or as free text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from llmrec.rank.asking import Asker, generated, scored
-from llmrec.rank.pointwise import ranked
+from llmrec.rank.asking import Asker, generated
+from llmrec.rank.rounds import Order, Question, Rounds, Said, Steps, by_score
 from llmrec.types import Answer, Prompt, Ranking, Request
 
 # A label, its separator and a stray space: what a list spends per candidate when it answers by label.
 _TOKENS_PER_LABEL = 4
 
 
-class LabelRanker:
-    """Ranks candidates by the probability of their label as the next token: one forward a request."""
+def label_ranker(asker: Asker, *, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
+    """Rank candidates by the probability of their label as the next token: one forward an order (arXiv 2406.15657).
 
-    name = "label"
+    Args:
+        asker: How to ask.
+        permutations: Orders in which the candidates are shown; see `Rounds`.
+        training: Questions that measure what positions are worth; see `Rounds`.
+    """
+    return Rounds("label", asker, _at_once, permutations=permutations, training=training)
 
-    def __init__(self, asker: Asker) -> None:
-        asker.needs("score")
-        self.asker = asker
-        self.engine = ""
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank every request's candidates; see `Predictor.answer`."""
-        answers: list[Answer] = []
-        for found in scored(self.asker, requests, closed=None):
-            self.engine = found.scores.engine
-            answers.append(ranked(found))
-        return answers
+def _at_once(request: Request) -> Steps:
+    (said,) = yield [Question(request.candidates or ())]
+    return by_score(said)
+
+
+def permutation_ranker(asker: Asker, *, depth: int, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
+    """Write the order label by label, each step choosing among the labels that are left: always a permutation.
+
+    Each step takes the likeliest label behind the answer so far. After ``depth`` steps the rest follow in the order of
+    the last distribution.
+
+    Args:
+        asker: How to ask.
+        depth: Places that are chosen one by one.
+        permutations: Orders in which the candidates are shown; see `Rounds`.
+        training: Questions that measure what positions are worth, before any label is given; see `Rounds`.
+    """
+    steps = partial(_one_by_one, depth=depth)
+    return Rounds("permutation", asker, steps, want="ranking", permutations=permutations, training=training)
+
+
+def _one_by_one(request: Request, *, depth: int) -> Steps:
+    pool = request.candidates or ()
+    chosen: tuple[str, ...] = ()
+    said: Said = dict.fromkeys(pool, 0.0)
+    for _ in range(min(depth, len(pool) - 1)):
+        (said,) = yield [Question(pool, chosen)]
+        chosen = (*chosen, max(said, key=lambda item: said[item]))
+    return _behind(chosen, by_score({item: value for item, value in said.items() if item not in chosen}))
+
+
+def _behind(chosen: Sequence[str], rest: Order) -> Order:
+    """Put the chosen items before the rest, whose scores are nats below the best of them."""
+    best = rest[0][1] if rest else 0.0
+    places = [(item, float(len(chosen) - place)) for place, item in enumerate(chosen)]
+    return [*places, *((item, value - best) for item, value in rest)]
 
 
 class ListRanker:

@@ -31,7 +31,7 @@ class ExpectedRater:
                     request_id=found.request.id,
                     value=expected([float(text) for text in found.texts], found.scores.logprobs),
                     prompt_hash=found.prompt_hash,
-                    cost=Cost(prompt_tokens=found.scores.prompt_tokens, completion_tokens=1),
+                    cost=Cost(prompt_tokens=found.scores.prompt_tokens, completion_tokens=1, forwards=1),
                 )
             )
         return answers

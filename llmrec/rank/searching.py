@@ -108,7 +108,7 @@ class CatalogueRanker:
             items=tuple(item for item, _ in ranked),
             scores=tuple(score for _, score in ranked),
             prompt_hash=prompt,
-            cost=Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens),
+            cost=Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1),
         )
 
 

@@ -17,6 +17,7 @@ class RowCost:
         read: Prompt tokens.
         written: Completion tokens.
         seconds: Wall-clock time.
+        forwards_per_request: Model calls, where a generated token is one; None where they are not known.
         tokens_per_request: Tokens read and written; None for a row without requests.
         tokens_per_user: The same over users, or over requests where users are not known.
         seconds_per_request: Wall-clock time over requests: batches share an engine, so it is no latency.
@@ -26,6 +27,7 @@ class RowCost:
     read: int
     written: int
     seconds: float
+    forwards_per_request: float | None
     tokens_per_request: float | None
     tokens_per_user: float | None
     seconds_per_request: float | None
@@ -53,6 +55,7 @@ def cost_of(row: Row) -> RowCost:
         read=row.cost.prompt_tokens,
         written=row.cost.completion_tokens,
         seconds=seconds,
+        forwards_per_request=row.cost.forwards / row.n if row.n > 0 and row.cost.forwards else None,
         tokens_per_request=tokens / row.n if row.n > 0 else None,
         tokens_per_user=tokens / users if users > 0 else None,
         seconds_per_request=seconds / row.n if row.n > 0 else None,

@@ -42,7 +42,8 @@ def markdown_page(
     parts.append("## Results")
     for task in results.tasks:
         parts += [f"### {cell(title(task))}", task_markdown(results, task)]
-        parts += _templates(results, task) + _positions(results, task) + _slices(results, task)
+        parts += _templates(results, task) + _positions(results, task)
+        parts += _reliability(results, task) + _slices(results, task)
     if results.comparisons:
         parts += ["## Comparisons", comparisons_markdown(results)]
     parts += ["## Training", *_training(results)]
@@ -91,6 +92,18 @@ def _positions(results: Results, task: str) -> list[str]:
     ]
     header = ["Row", "Target stands at", "n", "HR@1", "Mean rank"]
     return ["#### Position of the target", *(cell(said) for said in sentences(results, task)), grid(header, lines)]
+
+
+def _reliability(results: Results, task: str) -> list[str]:
+    lines = [
+        [cell(label(row)), count(each.n), number(each.said), number(each.so)]
+        for row in results.standings(task)
+        for each in row.reliability
+    ]
+    if not lines:
+        return []
+    note = "Answers in up to ten groups of about equal size, by their probability of a yes."
+    return ["#### Calibration", grid(["Row", "n", "Mean P(yes)", "Share of yes"], lines), note]
 
 
 def _slices(results: Results, task: str) -> list[str]:
@@ -174,12 +187,14 @@ def _costs(results: Results) -> list[str]:
         [
             *(cell(title(task)), cell(label(cost.row)), count(cost.read), count(cost.written)),
             *(rough(cost.tokens_per_request), duration(cost.seconds), duration(cost.seconds_per_request)),
+            rough(cost.forwards_per_request),
         ]
         for task in results.tasks
         for cost in cost_by_row(results, task)
     ]
     parts = [grid(["Arm", "Rows", "Requests", "Tokens read", "Written", "Time", "Tokens/s"], arms)]
     header = ["Task", "Row", "Tokens read", "Written", "Tokens a request", "Time", "Time a request"]
+    header.append("Forwards a request")
     parts.append(grid(header, rows, numeric_from=2))
     if results.budget:
         stages = [[cell(stage.stage), duration(stage.seconds)] for stage in results.budget]
@@ -213,7 +228,8 @@ def _protocol(results: Results) -> list[str]:
             )
     for kind, drawn in results.candidates.items():
         if drawn:
-            facts[f"Candidates ({kind})"] = f"{drawn.count} a request, {drawn.kind}, digest {drawn.digest}"
+            most = f", {drawn.ceiling:.1%} with the target" if drawn.ceiling is not None else ""
+            facts[f"Candidates ({kind})"] = f"{drawn.count} a request, {drawn.kind}{most}, digest {drawn.digest}"
     facts["Machine"] = ", ".join(f"{key} {value}" for key, value in results.machine.items())
     facts["Versions"] = ", ".join(f"{key} {value}" for key, value in results.versions.items())
     lines = [f"- {cell(key)}: {cell(value)}" for key, value in facts.items()]

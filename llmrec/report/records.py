@@ -46,11 +46,12 @@ class Metric(Record):
 
 
 class Cost(Record):
-    """Work of one row: wall-clock seconds and tokens."""
+    """Work of one row: wall-clock seconds, tokens and model calls; 0 calls in results that do not say."""
 
     seconds: Number = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    forwards: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -101,6 +102,14 @@ class Trend(Record):
     prefers: Literal["early", "late"] | None = None
 
 
+class Reliability(Record):
+    """Answers with about the same P(yes): their mean, and the share of them whose truth is yes."""
+
+    n: int
+    said: Number
+    so: Number
+
+
 class Row(Record):
     """One predictor on one task.
 
@@ -129,6 +138,7 @@ class Row(Record):
     slices: tuple[SliceOfRow, ...] = ()
     by_position: tuple[AtPosition, ...] = ()
     position_trend: Trend | None = None
+    reliability: tuple[Reliability, ...] = ()
 
 
 class Comparison(Record):
@@ -188,6 +198,7 @@ class DataInfo(Record):
     split: str
     noun: str = "items"
     made: bool = False
+    derived: str = ""
 
 
 class Candidates(Record):
@@ -196,6 +207,7 @@ class Candidates(Record):
     digest: str
     count: int
     kind: str
+    ceiling: float | None = None
 
 
 class Stage(Record):

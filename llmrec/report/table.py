@@ -36,6 +36,7 @@ CSV_COLUMNS = (
     "low", "high", "signature", "parse_rate", "tie_rate", "seconds", "prompt_tokens", "completion_tokens",
     "beats_zero_shot", "beats_zero_shot_p", "best_baseline", "beats_best_baseline", "beats_best_baseline_p",
     "single_template", "users", "candidates", "tokens_per_request", "seconds_per_request",
+    "forwards_per_request",
 )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def _csv_marks(mark: Mark | None, control: Row | None) -> tuple[object, ...]:
 
 def _csv_costs(row: Row) -> tuple[object, ...]:
     cost = cost_of(row)
-    return (row.users, row.candidates, cost.tokens_per_request, cost.seconds_per_request)
+    return (row.users, row.candidates, cost.tokens_per_request, cost.seconds_per_request, cost.forwards_per_request)
 
 
 # --------------------------------------------------------------------------- console

@@ -15,6 +15,8 @@ TASK_TITLES = {
     "explanation": "Explanations",
     "alignment": "What codes stand for",
     "ctr": "Yes or no to an item",
+    "review": "Headline of a review",
+    "stars": "Rating from a review",
 }
 TRIVIAL = frozenset(
     {

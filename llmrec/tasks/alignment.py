@@ -25,6 +25,7 @@ from llmrec.tasks.common import (
 )
 from llmrec.tasks.fewshot import Drawn, Window
 from llmrec.tasks.held_items import hold_out, request_name
+from llmrec.tasks.past import ItemVectors
 from llmrec.tasks.reading import read_line
 from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
 
@@ -55,6 +56,7 @@ class AlignmentTask:
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
         index: ItemCodes | None = None,
+        vectors: ItemVectors | None = None,
     ) -> None:
         """Set up; see the other tasks. Examples are always drawn at random, as no user has a past here.
 

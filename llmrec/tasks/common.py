@@ -28,8 +28,10 @@ from llmrec.types import (
     SplitName,
 )
 
-ABOUT_USER = frozenset({"noun", "user_id", "profile"})
-ABOUT_ITEM = frozenset({"item", "fields"})
+ABOUT_USER = frozenset({"noun", "user_id", "user_name", "profile"})
+ABOUT_ITEM = frozenset({"item", "item_id", "fields"})
+PAST = frozenset({"history", "liked", "disliked"})
+"""Variables that show what a user did before; a template that mentions none of them shows none of it."""
 # A past review says enough in its first words, and three whole ones would crowd out the question.
 _PAST_TEXT = 160
 
@@ -85,15 +87,19 @@ class View:
             for name, value in item.items()
             if name not in shown and value and str(value) not in str(item["title"])
         ]
-        return {"item": item, "fields": fields}
+        return {"item": item, "item_id": item_id, "fields": fields}
 
     def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
-        """Return the variables about a user; a profile text in ``context`` stands in for the data's own fields."""
+        """Return the variables about a user; a profile text in ``context`` stands in for the data's own fields.
+
+        A user without a name goes by the id.
+        """
         fields = self.data.dataset.users.get(user_id, {})
+        name = fields.get("name") or user_id
         if context and context.get("profile"):
             fields = {"profile": context["profile"]}
         profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]
-        return {"noun": self.data.dataset.noun, "user_id": user_id, "profile": profile}
+        return {"noun": self.data.dataset.noun, "user_id": user_id, "user_name": name, "profile": profile}
 
     def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
         """Return events as templates loop over them: title, code, rating, text and n, counted from 1."""
@@ -121,12 +127,19 @@ class Chosen:
         train: Those that training rows are drawn from; never an unseen one.
         evaluate: Names of those that evaluation asks with.
         coded: Whether there is an index, so that templates may write codes.
+        reviewed: Whether the data have reviews, so that templates may show parts of them.
     """
 
     every: Mapping[str, Template]
     train: tuple[Template, ...]
     evaluate: tuple[str, ...]
     coded: bool
+    reviewed: bool = False
+
+    @property
+    def asking(self) -> tuple[Template, ...]:
+        """Every template that a row or a question of this task can have."""
+        return (*self.train, *(self.every[name] for name in self.evaluate))
 
     @property
     def branches(self) -> bool:
@@ -149,22 +162,33 @@ class Chosen:
                 f"template {found.id} writes items as codes, and there is no index; add one to the recipe, such as "
                 "index: {scheme: semantic}, or choose another template"
             )
+        if found.needs and not self.reviewed:
+            raise RecipeError(
+                f"template {found.id} shows parts of reviews, such as a headline, and this data has none; use a source "
+                "of reviews, such as amazon-reviews, or choose another template"
+            )
         return found
 
 
 def choose(
-    family: Family, section: TaskSection, templates: Mapping[str, Template], index: ItemCodes | None = None
+    family: Family,
+    section: TaskSection,
+    templates: Mapping[str, Template],
+    index: ItemCodes | None = None,
+    *,
+    reviews: bool = False,
 ) -> Chosen:
     """Pick the section's templates; where it names none, with an index those that write codes, if there are any.
 
     Of these, templates that write titles too are only used where they are named, or where there are no others. A list
-    of bare codes is only used where it is named: it reads codes of item tokens alone.
+    of bare codes is only used where it is named: it reads codes of item tokens alone. With ``reviews`` there is what
+    templates show that need them.
 
     Raises:
         RecipeError: If a name is unknown, an unseen template is to be trained on, one writes codes and there is no
-            index, or none is left.
+            index, one needs reviews and there are none, or none is left.
     """
-    everything = Chosen(templates, (), (), index is not None)
+    everything = Chosen(templates, (), (), index is not None, reviews)
     named = [everything.get(name) for name in section.templates]
     for template in named:
         if template.use == "unseen":
@@ -173,6 +197,7 @@ def choose(
                 "name it in eval_templates instead"
             )
     seen = [template for template in templates.values() if template.use == "seen" and not template.bare]
+    seen = [template for template in seen if reviews or not template.needs]
     coded = [template for template in seen if template.writes_codes]
     coded = [template for template in coded if not template.writes_titles] or coded
     plain = [template for template in seen if not template.writes_codes]
@@ -180,7 +205,7 @@ def choose(
     if not train:
         raise RecipeError(f"tasks.{family}: there is no seen template; add one under prompts/{family}")
     evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)
-    return Chosen(templates, train, evaluate, index is not None)
+    return Chosen(templates, train, evaluate, index is not None, reviews)
 
 
 # --------------------------------------------------------------------------- rows
@@ -308,7 +333,7 @@ def chat_example(
     template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
 ) -> Example:
     """Return a row with one answer; ``past`` counts as shown only where the template shows a history."""
-    shown = past if "history" in template.names("system", "user") else ()
+    shown = past if PAST & template.names("system", "user") else ()
     return Example(
         id=row,
         user_id=user_id,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import cycle, islice
 from string import ascii_uppercase
 
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id
-from llmrec.errors import DataError, RecipeError
-from llmrec.prompts import Template
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DirectSection
 from llmrec.tasks.common import (
     ABOUT_USER,
@@ -28,9 +29,12 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.past import ItemVectors, Past
+from llmrec.tasks.rating import find_scale
 from llmrec.tasks.reading import read_ranking
 from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
 
+_WANTS = ("one", "ranking", "yes")
 # Candidates of a training row where no stored sets say how many evaluation shows.
 _COUNT = 20
 
@@ -50,6 +54,7 @@ class DirectTask:
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
         index: ItemCodes | None = None,
+        vectors: ItemVectors | None = None,
     ) -> None:
         self._data, self._section, self._seed, self._candidates = data, section, seed, candidates
         self._chosen = choose(self.family, section, templates, index)
@@ -59,11 +64,14 @@ class DirectTask:
                 raise RecipeError(f"template {template.id}: direct templates ask for one answer; use shape: chat")
             asked = ABOUT_USER | {"history", "candidates", "want"}
             template.check(turns=asked, lead=(), target=asked | {"label"})
+        self._asks_yes: set[str] = set()
+        self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
         events = {user: data.train_events(user) for user in data.users()}
         self._events = {user: past for user, past in events.items() if past}
         self._negatives = Negatives(data, candidates.kind if candidates else "uniform")
         self._count = candidates.count if candidates else _COUNT
-        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=1)
+        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
+        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=1, vectors=vectors)
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -77,21 +85,20 @@ class DirectTask:
             for held in held_out(self._data, "valid")[:limit]:
                 name = request_id(held.user_id, held.item_id)
                 stored = self._candidates.sets.get(name) if self._candidates else None
-                past = self._data.history(held.user_id, "valid")[-self._section.history :]
-                events = (*past, Event(item_id=held.item_id))
-                pool = stored or self._pool(
-                    held.user_id, held.item_id, self._count, keyed("direct valid", self._seed, name)
-                )
-                yield self._example(self._chosen.train[0], f"direct/valid/{name}", held.user_id, events, pool)
+                # Retrieved candidates may lack the item, and then there is nothing to learn from them.
+                if stored is None or held.item_id not in stored:
+                    rng = keyed("direct valid", self._seed, name)
+                    stored = self._pool(held.user_id, held.item_id, self._count, rng)
+                past, event = self._data.history(held.user_id, "valid"), Event(item_id=held.item_id)
+                yield self._example(self._chosen.train[0], f"direct/valid/{name}", held.user_id, past, event, stored)
             return
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._events[user]
             # A question about the first event has no history to show, so it is asked only of users with no other.
             at = rng.randrange(min(1, len(events) - 1), len(events))
-            shown = events[max(0, at - self._section.history) : at + 1]
             pool = self._pool(user, events[at].item_id, self._count, rng)
-            yield self._example(template, row, user, shown, pool)
+            yield self._example(template, row, user, events[:at], events[at], pool)
 
     def cases(self, split: SplitName) -> list[Case]:
         """Return every held-out interaction with its stored candidates.
@@ -121,24 +128,88 @@ class DirectTask:
             request: What to ask; it needs candidates.
             template: Name of the template.
             shots: Solved examples before the question.
-            want: ``one`` label, or a ``ranking`` of all labels.
+            want: ``one`` label, a ``ranking`` of all labels, or a ``yes`` or no to the only candidate.
+
+        Raises:
+            RecipeError: If a yes is wanted, and the template has no words for that.
         """
-        if want not in ("one", "ranking"):
-            raise ValueError(f"want is 'one' or 'ranking', not {want!r}")
+        if want not in _WANTS:
+            raise ValueError(f"want is 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
         pool = _asked(request)
+        if want == "yes":
+            self._check_yes(chosen, request)
         drawn = self.draw_shots(request, shots)
         turns = []
         for place, shot in enumerate(drawn.windows):
             rng = keyed("direct shot candidates", self._seed, request.id, str(place))
+            if want == "yes":
+                turns.append(self._solved_yes(chosen, shot.user_id, shot.events, place, rng))
+                continue
             shown = self._pool(shot.user_id, shot.events[-1].item_id, len(pool), rng)
             turns.append(self._solved(chosen, shot.user_id, shot.events, shown, want))
-        values = self._values(request.user_id, drawn.history, pool, want, request.context)
+        values = self._values(request.user_id, drawn.history, pool, want, drawn.context(request.context))
         return Prompt(messages=with_shots(chosen.turns(values), turns))
+
+    def questions(self, count: int) -> list[Request]:
+        """Return questions about training events, as many as asked for, with candidates as evaluation has them.
+
+        They hold nothing of what is held out: the chosen item is a training event, and the others were touched by the
+        user in no split.
+        """
+        users = sorted(self._events)
+        keyed("direct questions", self._seed, "order").shuffle(users)
+        asked = []
+        for number, user in enumerate(islice(cycle(users), count)):
+            # Drawn apart from training rows: of those, a tuned model may know the answers.
+            rng, events = keyed("direct question", self._seed, user, str(number)), self._events[user]
+            at = rng.randrange(min(1, len(events) - 1), len(events))
+            pool = self._pool(user, events[at].item_id, self._count, rng)
+            asked.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
+        return asked
+
+    # ----------------------------------------------------------------------- the first of two steps
+
+    @cached_property
+    def profile_template(self) -> Template:
+        """The words that ask what a user likes.
+
+        Raises:
+            RecipeError: If there is no template of the section's name.
+        """
+        known, name = load_templates("profile"), self._section.profile.template
+        if name not in known:
+            raise RecipeError(
+                f"tasks.direct.profile.template: there is no prompts/profile/{name}.yaml{did_you_mean(name, known)}; "
+                f"known: {', '.join(known)}"
+            )
+        template = known[name]
+        template.check(turns=ABOUT_USER | {"history"}, lead=(), target={"text"})
+        return template
+
+    @property
+    def profile_tokens(self) -> int:
+        """The longest profile."""
+        return self._section.profile.max_tokens
+
+    def profile_prompt(self, request: Request) -> Prompt:
+        """Ask what a user likes: of the request it shows the history alone."""
+        past = request.history[-self._section.profile.history :]
+        values = self._view.user(request.user_id, request.context) | {"history": self._view.events(past, self._rating)}
+        return Prompt(messages=self.profile_template.turns(values))
+
+    def shows_profile(self, template: str) -> bool:
+        """Whether a template has a place for a profile."""
+        return "profile" in self._chosen.get(template).names("system", "user")
+
+    # ----------------------------------------------------------------------- asking
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
-        return self._shots.draw(request, request.history, shots, self._section.history)
+        about = _asked(request)
+        return self._shots.draw(
+            request, request.history, shots, self._section.history, lambda past: self._past.show(past, about)
+        )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the candidates' labels, in stored order."""
@@ -172,11 +243,12 @@ class DirectTask:
         return self._view.user(user, context) | {"history": self._view.events(past), "candidates": listed, "want": want}
 
     def _example(
-        self, template: Template, row: str, user: str, events: tuple[Event, ...], pool: tuple[str, ...]
+        self, template: Template, row: str, user: str, past: Sequence[Event], event: Event, pool: tuple[str, ...]
     ) -> Example:
-        values = self._values(user, events[:-1], pool, "one")
-        label = candidate_labels(len(pool))[pool.index(events[-1].item_id)]
-        return chat_example(template, row, user, values, values | {"label": label}, past=events[:-1], event=events[-1])
+        shown = self._past.show(past, pool)
+        values = self._values(user, shown.events, pool, "one", shown.context({}))
+        label = candidate_labels(len(pool))[pool.index(event.item_id)]
+        return chat_example(template, row, user, values, values | {"label": label}, past=shown.events, event=event)
 
     def _solved(
         self, template: Template, user: str, events: tuple[Event, ...], pool: tuple[str, ...], want: str
@@ -187,6 +259,28 @@ class DirectTask:
         # Only the first place is known from the data; the rest keep the listed order and show the form of the answer.
         ranked = ", ".join((best, *(label for label in labels if label != best)))
         return solved(template, values, template.step(values | {"label": best if want == "one" else ranked})[1])
+
+    def _solved_yes(
+        self, template: Template, user: str, events: tuple[Event, ...], place: int, rng: random.Random
+    ) -> tuple[Message, ...]:
+        """Return an example of a yes, and at every other place of a no."""
+        chosen, other = events[-1].item_id, self._negatives.draw(user, 1, rng)[0]
+        values = self._values(user, events[:-1], (other if place % 2 else chosen,), "yes")
+        return solved(template, values, template.step(values | {"label": "No" if place % 2 else "Yes"})[1])
+
+    def _check_yes(self, template: Template, request: Request) -> None:
+        """Refuse a template that asks the same whether a label is wanted or a yes."""
+        pool = _asked(request)
+        if len(pool) != 1:
+            raise DataError(f"request {request.id!r}: a yes or no is about one candidate, and it has {len(pool)}")
+        if template.name not in self._asks_yes:
+            one, yes = (template.turns(self._values(request.user_id, (), pool, want)) for want in ("one", "yes"))
+            if one == yes:
+                raise RecipeError(
+                    f"template {template.id} has no words for the strategy 'pointwise-yes'; ask its question under "
+                    '{% if want == "yes" %}, or choose another template'
+                )
+            self._asks_yes.add(template.name)
 
 
 class Negatives:

@@ -1,4 +1,9 @@
-"""Explanation: in this user's words, why does this item suit them?"""
+"""Explanation: in this user's words, why does this item suit them?
+
+Where the data have reviews, a question may also name the feature that the text is about, or the headline above the
+review; P5 (RecSys 2022, appendix D) does both, and asks for a rating and a text in one. What a question takes from the
+very review that it asks for is told by the template's key ``leak``.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,11 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.past import ItemVectors, Past
 from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Request, SplitName, Text
+
+# A rating that stands before the text in an answer of both.
+_RATED = re.compile(r"\W*\d+(?:[.,]\d+)?\s*(?:stars?)?\s*[:.,–—-]\s*(?=\S)", re.IGNORECASE)
 
 
 class ExplanationTask:
@@ -45,22 +54,33 @@ class ExplanationTask:
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
         index: ItemCodes | None = None,
+        vectors: ItemVectors | None = None,
     ) -> None:
         self._data, self._section, self._seed = data, section, seed
-        self._chosen = choose(self.family, section, templates, index)
+        self._chosen = choose(self.family, section, templates, index, reviews=bool(data.dataset.reviews))
         self._view = View(data, index)
         for template in templates.values():
             if template.shape == "list":
                 raise RecipeError(f"template {template.id}: explanation templates ask for one text; use shape: chat")
-            asked = ABOUT_USER | ABOUT_ITEM | {"history", "rating", "feature"}
-            template.check(turns=asked, lead=(), target=asked | {"text"})
+            asked = ABOUT_USER | ABOUT_ITEM | {"history", "rating", "feature", "headline"}
+            # An answer of both is asked for without the rating.
+            shown = asked - {"rating"} if _rates(template) else asked
+            template.check(turns=shown, lead=(), target=asked | {"text"})
         self._events = {user: told for user in data.users() if (told := _told(data.train_events(user)))}
         if not self._events:
             raise DataError(
                 f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; name data.columns.text, "
                 "give a reviews table, or drop the task"
             )
-        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=1)
+        rated = [template.id for template in self._chosen.asking if _rates(template)]
+        unrated = sum(event.rating is None for events in self._events.values() for event in events)
+        if rated and unrated:
+            raise DataError(
+                f"tasks.explanation: the template {rated[0]} writes a rating before the text, and {unrated} training "
+                f"texts of {data.dataset.name} have none; name other templates under tasks.explanation.templates"
+            )
+        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
+        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=1, vectors=vectors)
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -73,24 +93,31 @@ class ExplanationTask:
         if split == "valid":
             for case in self.cases("valid")[:limit]:
                 request = case.request
-                past = _told(request.history)[-self._section.history :]
                 event = Event(item_id=asked_item(request, self.family), text=str(case.truth))
-                values = self._values(request.user_id, past, event.item_id, request.context)
+                shown = self._past.show(_told(request.history), [event.item_id])
+                hints = self._hints(request.user_id, event.item_id)
+                context = shown.context({**request.context, **hints})
+                values = self._values(request.user_id, shown.events, event.item_id, context)
                 row = f"explanation/valid/{request.id}"
-                yield self._example(self._chosen.train[0], row, request.user_id, values, past, event)
+                yield self._example(self._chosen.train[0], row, request.user_id, values, shown.events, event)
             return
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._events[user]
             at = rng.randrange(len(events))
-            past = events[max(0, at - self._section.history) : at]
-            yield self._example(template, row, user, self._solved_values(user, past, events[at]), past, events[at])
+            shown = self._past.show(events[:at], [events[at].item_id])
+            values = self._solved_values(user, shown.events, events[at], shown.context({}))
+            yield self._example(template, row, user, values, shown.events, events[at])
 
     def cases(self, split: SplitName) -> list[Case]:
         """Return the held-out texts; an interaction without one is no case.
 
         The context holds the interaction's rating where there is one: whether it is shown is the template's choice.
+        Of a review it holds the feature and the headline only where a template of the evaluation shows them, since
+        baselines read it too.
         """
+        asking = [self._chosen.every[name] for name in self._chosen.evaluate]
+        named = frozenset({"rating"}).union(*(template.names("system", "user") for template in asking))
         return [
             Case(
                 request=Request(
@@ -98,7 +125,11 @@ class ExplanationTask:
                     user_id=held.user_id,
                     history=self._data.history(held.user_id, split),
                     item=held.item_id,
-                    context={} if held.rating is None else {"rating": rating_text(held.rating)},
+                    context={
+                        name: hint
+                        for name, hint in self._hints(held.user_id, held.item_id, held.rating).items()
+                        if name in named
+                    },
                 ),
                 truth=text,
             )
@@ -114,12 +145,16 @@ class ExplanationTask:
         for shot in drawn.windows:
             values = self._solved_values(shot.user_id, shot.events[:-1], shot.events[-1])
             turns.append(solved(chosen, values, chosen.step(values | {"text": _text(shot.events[-1])})[1]))
-        values = self._values(request.user_id, drawn.history, asked_item(request, self.family), request.context)
+        context = drawn.context(request.context)
+        values = self._values(request.user_id, drawn.history, asked_item(request, self.family), context)
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
-        return self._shots.draw(request, _told(request.history), shots, self._section.history)
+        about = [asked_item(request, self.family)]
+        return self._shots.draw(
+            request, _told(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
+        )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return nothing: a text is generated, not chosen."""
@@ -127,6 +162,10 @@ class ExplanationTask:
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Return the completion as one clean line; None if nothing is left."""
+        asked = self._chosen.every.get(template.rpartition("/")[2])
+        if asked is not None and _rates(asked):
+            rated = _RATED.match(completion)
+            completion = completion[rated.end() :] if rated else ""
         text = clean(completion, TEXT_LIMIT)
         return Text(request_id=request.id, text=text) if text else None
 
@@ -134,20 +173,27 @@ class ExplanationTask:
         """Return the F1 of the words that the text and the true one share."""
         if not isinstance(answer, Text):
             return 0.0
-        written, true = _bag(answer.text), _bag(str(case.truth))
-        shared = (written & true).total()
-        return 2 * shared / (written.total() + true.total()) if shared else 0.0
+        return shared_words(answer.text, str(case.truth))
 
     # ----------------------------------------------------------------------- building blocks
 
     def _values(self, user: str, past: Sequence[Event], item: str, context: Mapping[str, str]) -> Values:
-        hints = {"rating": context.get("rating"), "feature": context.get("feature")}
+        hints = {name: context.get(name) for name in ("rating", "feature", "headline")}
         history = self._view.events(past, rating_text)
         return self._view.user(user, context) | self._view.about(item) | {"history": history} | hints
 
-    def _solved_values(self, user: str, past: Sequence[Event], event: Event) -> Values:
-        context = {} if event.rating is None else {"rating": rating_text(event.rating)}
-        return self._values(user, past, event.item_id, context)
+    def _solved_values(
+        self, user: str, past: Sequence[Event], event: Event, context: Mapping[str, str] | None = None
+    ) -> Values:
+        hints = self._hints(user, event.item_id, event.rating)
+        return self._values(user, past, event.item_id, {**(context or {}), **hints})
+
+    def _hints(self, user: str, item: str, rating: float | None = None) -> dict[str, str]:
+        """Return what is known of an interaction beside its text; what is missing is left out."""
+        review = self._data.dataset.reviews.get((user, item))
+        told = {"feature": review.feature, "headline": review.headline} if review is not None else {}
+        rated = {} if rating is None else {"rating": rating_text(rating)}
+        return rated | {name: hint for name, hint in told.items() if hint}
 
     def _example(
         self, template: Template, row: str, user: str, values: Values, past: Sequence[Event], event: Event
@@ -156,9 +202,21 @@ class ExplanationTask:
         return chat_example(template, row, user, values, answer, past=past, event=event)
 
 
+def shared_words(written: str, true: str) -> float:
+    """Return the F1 of the words that two texts share, in [0, 1]."""
+    first, second = _bag(written), _bag(true)
+    shared = (first & second).total()
+    return 2 * shared / (first.total() + second.total()) if shared else 0.0
+
+
 def rating_text(rating: float) -> str:
     """Return a rating as a hint shows it: ``4`` or ``4.5``."""
     return f"{rating:g}"
+
+
+def _rates(template: Template) -> bool:
+    """Whether a template's answer is a rating and a text."""
+    return "rating" in template.names("target")
 
 
 def _text(event: Event) -> str:

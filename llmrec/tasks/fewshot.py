@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.recipe import ShotChoice
 from llmrec.tasks.common import keyed
+from llmrec.tasks.past import ItemVectors, Shown
 from llmrec.types import Event, Family, Request
 
-ShotChoice = Literal["random", "own", "similar"]
-_CHOICES = ("random", "own", "similar")
+_CHOICES = get_args(ShotChoice)
+# diverse: users to choose among, in multiples of the examples; and what a likeness to the question is worth beside one
+# to an example that is chosen already (Carbonell and Goldstein, SIGIR 1998, equation 1).
+_POOL, _LIKENESS = 10, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,11 @@ class Drawn:
 
     windows: tuple[Window, ...]
     history: tuple[Event, ...]
+    summary: str = ""
+
+    def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
+        """Return a request's further texts, with the summary as the user's profile; a profile given stays."""
+        return Shown(self.history, self.summary).context(given)
 
 
 class ShotPool:
@@ -43,25 +52,56 @@ class ShotPool:
         events: Usable training events by user, oldest first.
         seed: The run's seed.
         choice: ``random``: other users' events; ``own``: the user's own earlier events, cut off the shown history so
-            that nothing stands twice; ``similar``: users whose training items overlap most (Jaccard) with the history.
+            that nothing stands twice; ``similar``: users whose training items overlap most (Jaccard) with the history;
+            ``nearest``: users whose latest items read most like the latest of the history; ``diverse``: of the nearest,
+            those least like each other; ``recent``: the latest events of all; ``balanced``: other users' events, every
+            answer equally often.
         least: Events that an example needs, the solved one included.
+        vectors: Of the items, for ``nearest`` and ``diverse``.
+        label: The answer that an event solves, for ``balanced``; None where a family's answers are no few labels.
     """
 
     def __init__(
-        self, family: Family, events: Mapping[str, tuple[Event, ...]], *, seed: int, choice: str, least: int
+        self,
+        family: Family,
+        events: Mapping[str, tuple[Event, ...]],
+        *,
+        seed: int,
+        choice: str,
+        least: int,
+        vectors: ItemVectors | None = None,
+        label: Callable[[Event], Hashable] | None = None,
     ) -> None:
         if choice not in _CHOICES:
             raise RecipeError(
                 f"unknown shot choice {choice!r}{did_you_mean(choice, _CHOICES)}; known: {', '.join(_CHOICES)}"
             )
+        if choice == "balanced" and label is None:
+            raise RecipeError(
+                f"eval.shots.choice: 'balanced' evens out the answers of examples, and those of tasks.{family} are no "
+                "few labels; choose another, or drop the task"
+            )
+        if choice in ("nearest", "diverse") and vectors is None:
+            raise RecipeError(
+                f"eval.shots.choice: {choice!r} compares texts of items, and there is no text encoder here"
+            )
+        self._vectors, self._label = vectors, label
         self._family = family
         self._events = events
         self._seed = seed
         self._choice = choice
         self._least = least
         self._users = sorted(user for user, past in events.items() if len(past) >= least)
+        self._mean_vectors: dict[int, NDArray[np.float32]] = {}
 
-    def draw(self, request: Request, past: Sequence[Event], shots: int, history: int) -> Drawn:
+    def draw(
+        self,
+        request: Request,
+        past: Sequence[Event],
+        shots: int,
+        history: int,
+        show: Callable[[Sequence[Event]], Shown] | None = None,
+    ) -> Drawn:
         """Draw ``shots`` examples for a request.
 
         An example shows at most half as much history as the question: many short ones teach more than few long ones.
@@ -71,27 +111,35 @@ class ShotPool:
             past: The usable events of its history, oldest first.
             shots: How many examples.
             history: How many events the question may show.
+            show: Chooses them; by default the latest.
 
         Raises:
             DataError: If there are fewer other users than examples are asked for.
         """
-        latest = tuple(past[-history:])
+        shown = show(past) if show else Shown(tuple(past[-history:]))
         if shots == 0:
-            return Drawn((), latest)
+            return Drawn((), shown.events, shown.summary)
         length = max(1, history // 2)
         own: list[Window] = []
+        latest, summary = shown.events, shown.summary
         if self._choice == "own":
             own, latest = self._own(request.user_id, past, shots, length, history)
+            latest, summary = (latest, "") if own else (shown.events, shown.summary)
         missing = shots - len(own)
-        others = self._others(request, past, missing)
         rng = keyed(f"{self._family} shots", self._seed, request.id)
-        drawn = []
-        for user in others:
-            events = self._events[user]
+        if self._choice == "balanced":
+            ends = self._balanced(request, missing)
+        else:
+            users = self._others(request, past, missing, length)
             # A window is short only where the user's past is.
-            end = rng.randrange(max(self._least, min(length + 1, len(events))), len(events) + 1)
-            drawn.append(Window(user, events[max(0, end - length - 1) : end]))
-        return Drawn((*drawn, *own), latest)
+            least = [max(self._least, min(length + 1, len(self._events[user]))) for user in users]
+            late = self._choice == "recent"
+            ends = [
+                (user, len(self._events[user]) if late else rng.randrange(first, len(self._events[user]) + 1))
+                for user, first in zip(users, least, strict=True)
+            ]
+        drawn = [Window(user, self._events[user][max(0, end - length - 1) : end]) for user, end in ends]
+        return Drawn((*drawn, *own), latest, summary)
 
     def _own(
         self, user: str, past: Sequence[Event], shots: int, length: int, history: int
@@ -109,10 +157,16 @@ class ShotPool:
         windows = [Window(user, tuple(past[start : start + size])) for start in starts]
         return windows, tuple(past[len(past) - kept :])
 
-    def _others(self, request: Request, past: Sequence[Event], count: int) -> list[str]:
+    def _others(self, request: Request, past: Sequence[Event], count: int, length: int) -> list[str]:
         if count == 0:
             return []
-        chosen = self._similar(request.user_id, past)[:count] if self._choice == "similar" else []
+        chosen: list[str] = []
+        if self._choice == "similar":
+            chosen = self._similar(request.user_id, past)[:count]
+        elif self._choice == "recent":
+            chosen = [user for user in self._latest[: count + 1] if user != request.user_id][:count]
+        elif self._choice in ("nearest", "diverse") and past:
+            chosen = self._near(request.user_id, past[-length:], count)
         taken = {request.user_id, *chosen}
         rest = count - len(chosen)
         if rest:
@@ -120,12 +174,79 @@ class ShotPool:
             sample = rng.sample(self._users, min(rest + len(taken), len(self._users)))
             free = [user for user in sample if user not in taken][:rest]
             if len(free) < rest:
-                raise DataError(
-                    f"tasks.{self._family}: {count} few-shot examples are asked for, but only {len(self._users)} users "
-                    "have training interactions to draw them from; lower eval.shots.k"
-                )
+                raise self._too_few(count)
             chosen += free
         return chosen
+
+    def _too_few(self, count: int) -> DataError:
+        return DataError(
+            f"tasks.{self._family}: {count} few-shot examples are asked for, but only {len(self._users)} users "
+            "have training interactions to draw them from; lower eval.shots.k"
+        )
+
+    def _balanced(self, request: Request, count: int) -> list[tuple[str, int]]:
+        """Return (user, end) pairs whose solved events have every answer equally often, in seeded order.
+
+        With fewer examples than answers, which answers go without is drawn anew for every request.
+        """
+        rng = keyed(f"{self._family} balanced shots", self._seed, request.id)
+        labels = sorted(self._by_label, key=str)
+        rng.shuffle(labels)
+        found: list[tuple[str, int]] = []
+        taken = {request.user_id}
+        for turn in range(count):
+            pool = self._by_label[labels[turn % len(labels)]] if labels else []
+            user, end = next(
+                (pair for pair in rng.sample(pool, min(len(pool), len(taken) * 8 + 32)) if pair[0] not in taken),
+                ("", 0),
+            )
+            if not user:
+                raise self._too_few(count)
+            found.append((user, end))
+            taken.add(user)
+        rng.shuffle(found)
+        return found
+
+    @cached_property
+    def _by_label(self) -> Mapping[Hashable, list[tuple[str, int]]]:
+        assert self._label is not None
+        found: dict[Hashable, list[tuple[str, int]]] = {}
+        for user in self._users:
+            events = self._events[user]
+            for end in range(self._least, len(events) + 1):
+                found.setdefault(self._label(events[end - 1]), []).append((user, end))
+        return found
+
+    @cached_property
+    def _latest(self) -> list[str]:
+        """Users by the time of their last training event, latest first; ties, and data without times, by hash."""
+        times = np.array([self._events[user][-1].timestamp or 0.0 for user in self._users])
+        return [self._users[place] for place in np.lexsort((self._ties, -times))]
+
+    def _near(self, user: str, past: Sequence[Event], count: int) -> list[str]:
+        """Return users by the cosine between the mean vectors of their latest items and those of the history."""
+        assert self._vectors is not None
+        asked = _mean(self._vectors.of([event.item_id for event in past]))
+        likeness = self._means(len(past)) @ asked
+        order = [place for place in np.lexsort((self._ties, -likeness)).tolist() if self._users[place] != user]
+        if self._choice == "nearest":
+            return [self._users[place] for place in order[:count]]
+        pool, chosen = order[: _POOL * count], [order[0]]
+        vectors = self._means(len(past))
+        while len(chosen) < min(count, len(pool)):
+            left = [place for place in pool if place not in chosen]
+            again = (vectors[left] @ vectors[chosen].T).max(axis=1)
+            worth = _LIKENESS * likeness[left] - (1 - _LIKENESS) * again
+            chosen.append(left[int(np.argmax(worth))])
+        return [self._users[place] for place in chosen]
+
+    def _means(self, length: int) -> NDArray[np.float32]:
+        """Return the mean vector of each user's latest items, of length 1, shape (users, d)."""
+        if length not in self._mean_vectors:
+            assert self._vectors is not None
+            each = [self._vectors.of([e.item_id for e in self._events[user][-length:]]) for user in self._users]
+            self._mean_vectors[length] = np.stack([_mean(vectors) for vectors in each])
+        return self._mean_vectors[length]
 
     def _similar(self, user: str, past: Sequence[Event]) -> list[str]:
         """Return users by the Jaccard overlap of their training items with the history, best first, ties by hash."""
@@ -153,3 +274,10 @@ class ShotPool:
     @cached_property
     def _ties(self) -> NDArray[np.uint64]:
         return hash64("similar users", self._seed, self._users)
+
+
+def _mean(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the mean of vectors (n, d), of length 1."""
+    mean = vectors.mean(axis=0)
+    unit: NDArray[np.float32] = mean / max(float(np.linalg.norm(mean)), 1e-12)
+    return unit

@@ -31,6 +31,7 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.past import ItemVectors, Past
 from llmrec.tasks.reading import read_number
 from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Rating, Request, SplitName
 
@@ -56,6 +57,7 @@ class RatingTask:
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
         index: ItemCodes | None = None,
+        vectors: ItemVectors | None = None,
     ) -> None:
         self._data, self._section, self._seed = data, section, seed
         self.scale = find_scale(data)
@@ -70,7 +72,16 @@ class RatingTask:
                 asked = turns | ABOUT_ITEM | {"history"}
                 template.check(turns=asked, lead=(), target=asked | {"rating"})
         self._events = {user: rated for user in data.users() if (rated := _rated(data.train_events(user)))}
-        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=1)
+        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
+        self._shots = ShotPool(
+            self.family,
+            self._events,
+            seed=seed,
+            choice=shot_choice,
+            least=1,
+            vectors=vectors,
+            label=lambda event: self.scale.label(event.rating or 0.0),
+        )
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -83,13 +94,15 @@ class RatingTask:
         if split == "valid":
             for case in self.cases("valid")[:limit]:
                 event = Event(item_id=asked_item(case.request, self.family), rating=float(case.truth))
-                past = _rated(case.request.history)[-self._section.history :]
-                row = f"rating/valid/{case.request.id}"
-                yield self._example(self._chosen.train[0], row, case.request.user_id, (*past, event), last_only=True)
+                shown = self._past.show(_rated(case.request.history), [event.item_id])
+                row, events = f"rating/valid/{case.request.id}", (*shown.events, event)
+                context, template = shown.context({}), self._chosen.train[0]
+                yield self._example(template, row, case.request.user_id, events, last_only=True, context=context)
             return
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
-            yield self._example(template, row, user, self._train_events(template, user, rng), last_only=False)
+            events, context = self._train_events(template, user, rng)
+            yield self._example(template, row, user, events, last_only=False, context=context)
 
     @property
     def branches(self) -> bool:
@@ -129,12 +142,13 @@ class RatingTask:
         """Render a request; see `Task`."""
         chosen = self._chosen.get(template)
         drawn = self.draw_shots(request, shots)
+        context = drawn.context(request.context)
         item = self._view.about(asked_item(request, self.family))
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
         if chosen.shape == "chat":
-            values = self._question(request.user_id, drawn.history, request.context) | item
+            values = self._question(request.user_id, drawn.history, context) | item
             return Prompt(messages=with_shots(chosen.turns(values), turns))
-        values = self._about(request.user_id, request.context)
+        values = self._about(request.user_id, context)
         steps = self._steps(values, drawn.history)
         opening = chosen.opening(values | item | {"n": len(steps) + 1})
         return Prompt(
@@ -145,7 +159,10 @@ class RatingTask:
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
-        return self._shots.draw(request, _rated(request.history), shots, self._section.history)
+        about = [asked_item(request, self.family)]
+        return self._shots.draw(
+            request, _rated(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
+        )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the scale's labels, lowest first."""
@@ -165,22 +182,33 @@ class RatingTask:
 
     # ----------------------------------------------------------------------- building blocks
 
-    def _train_events(self, template: Template, user: str, rng: random.Random) -> tuple[Event, ...]:
+    def _train_events(
+        self, template: Template, user: str, rng: random.Random
+    ) -> tuple[tuple[Event, ...], Mapping[str, str]]:
+        """Return what a row shows, the target last, and what it says of the events before."""
         events = self._events[user]
         if template.shape == "list":
-            return window(events, self._section.window, rng)
+            return window(events, self._section.window, rng), {}
         at = rng.randrange(len(events))
-        return events[max(0, at - self._section.history) : at + 1]
+        shown = self._past.show(events[:at], [events[at].item_id])
+        return (*shown.events, events[at]), shown.context({})
 
     def _example(
-        self, template: Template, row: str, user: str, events: tuple[Event, ...], *, last_only: bool
+        self,
+        template: Template,
+        row: str,
+        user: str,
+        events: tuple[Event, ...],
+        *,
+        last_only: bool,
+        context: Mapping[str, str] | None = None,
     ) -> Example:
         if template.shape == "chat":
-            values = self._one(user, events)
+            values = self._one(user, events, context)
             return chat_example(
                 template, row, user, values, self._with_rating(values, events[-1]), past=events[:-1], event=events[-1]
             )
-        values = self._about(user)
+        values = self._about(user, context)
         last = len(events) - 1
         answer = list_answer(template, self._steps(values, events), lambda i: i == last or not last_only)
         return list_example(template, row, user, values, answer, events)
@@ -199,8 +227,8 @@ class RatingTask:
     def _question(self, user: str, past: Sequence[Event], context: Mapping[str, str] | None = None) -> Values:
         return self._about(user, context) | {"history": self._view.events(past, self.scale.label)}
 
-    def _one(self, user: str, events: tuple[Event, ...]) -> Values:
-        return self._question(user, events[:-1]) | self._view.about(events[-1].item_id)
+    def _one(self, user: str, events: tuple[Event, ...], context: Mapping[str, str] | None = None) -> Values:
+        return self._question(user, events[:-1], context) | self._view.about(events[-1].item_id)
 
     def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
         return [

@@ -6,6 +6,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from difflib import SequenceMatcher
 
 from llmrec.index.titles import title_key
 
@@ -15,6 +16,9 @@ _NUMBER = re.compile(r"(?<!\w)[-−+]?(?:\d+(?:[.,]\d+)?|\.\d+)")
 _OUT_OF = re.compile(r"\s*(?:/|out of)\s*(\d+)", re.IGNORECASE)
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ENTRY = re.compile(r"\s*(?:[-•*+]\s+|#?\d{1,3}[.):]\s*|\(\d{1,3}\)\s*)")
+# How alike a misspelt title must be, and how long both must be for that to say anything.
+_FUZZY, _FUZZY_LEAST = 0.9, 6
+_NUMERAL = re.compile(r"\b(?:\d+|[ivx]+)\b")
 _CONNECTED = ("and", "or", "then", "is", "over", "before", "followed", "first")
 
 
@@ -130,7 +134,8 @@ class _Reader:
         rest = line[entry:]
         spans = self._title_spans(rest)
         marks = self._label_marks(rest, spans, is_entry=entry > 0)
-        return [place for _, place in sorted([*((start, place) for start, _, place in spans), *marks])]
+        found = [place for _, place in sorted([*((start, place) for start, _, place in spans), *marks])]
+        return found or self._alike(rest)
 
     def _known(self, words: Sequence[str]) -> list[int]:
         keys = [self._label_key(word) for word in words]
@@ -148,6 +153,29 @@ class _Reader:
         if self._numeric and any(c.isdigit() for c in mark.group()) and not self._label.match(line, mark.end()):
             return 0
         return mark.end()
+
+    def _alike(self, line: str) -> list[int]:
+        """Return the one title that a whole line misspells, as LLMRank (Hou et al., ECIR 2024) reads lists.
+
+        Numbers must be the same, in digits or Roman letters: the second part of a series is no misspelling of the
+        first. A line that is as near to two titles is neither.
+        """
+        key = title_key(line)
+        if len(key) < _FUZZY_LEAST:
+            return []
+        likeness = {}
+        matcher = SequenceMatcher(None, autojunk=False)
+        matcher.set_seq2(key)
+        for title, place in self._titles.items():
+            # What the ratio can be at most is told by the lengths alone.
+            if 2 * min(len(key), len(title)) < _FUZZY * (len(key) + len(title)) or len(title) < _FUZZY_LEAST:
+                continue
+            matcher.set_seq1(title)
+            alike = matcher.quick_ratio() >= _FUZZY and matcher.ratio() >= _FUZZY
+            if alike and _NUMERAL.findall(key) == _NUMERAL.findall(title):
+                likeness[place] = matcher.ratio()
+        best = [place for place, ratio in likeness.items() if ratio == max(likeness.values())]
+        return best if len(best) == 1 else []
 
     def _title_spans(self, line: str) -> list[tuple[int, int, int]]:
         """Return (start, end, place) of the titles in a line; a longer title hides a shorter one inside it."""

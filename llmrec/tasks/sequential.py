@@ -32,6 +32,7 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.past import ItemVectors, Past
 from llmrec.tasks.rating import find_scale
 from llmrec.tasks.reading import read_line
 from llmrec.types import (
@@ -69,6 +70,7 @@ class SequentialTask:
         candidates: CandidateSets | None = None,
         shot_choice: str = "random",
         index: ItemCodes | None = None,
+        vectors: ItemVectors | None = None,
     ) -> None:
         self._data, self._section, self._seed, self._candidates = data, section, seed, candidates
         self._chosen = choose(self.family, section, templates, index)
@@ -90,7 +92,8 @@ class SequentialTask:
         events = {user: data.train_events(user) for user in data.users()}
         self._events = {user: past for user, past in events.items() if len(past) >= least}
         self._keys: dict[str, Mapping[str, tuple[str, ...]]] = {}
-        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=2)
+        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
+        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=2, vectors=vectors)
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -107,7 +110,7 @@ class SequentialTask:
         refuse_test(split)
         if split == "valid":
             for held in held_out(self._data, "valid")[:limit]:
-                past = self._data.history(held.user_id, "valid")[-self._section.history :]
+                past = self._past.show(self._data.history(held.user_id, "valid")).events
                 row = f"sequential/valid/{request_id(held.user_id, held.item_id)}"
                 events = (*past, Event(item_id=held.item_id))
                 yield self._example(self._chosen.train[0], row, held.user_id, events, first_target=len(past))
@@ -173,7 +176,7 @@ class SequentialTask:
         chosen = self._chosen.get(template)
         drawn = self.draw_shots(request, shots)
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
-        values = self._view.user(request.user_id, request.context)
+        values = self._view.user(request.user_id, drawn.context(request.context))
         if chosen.shape == "chat":
             question = chosen.turns(values | {"history": self._view.events(drawn.history, self._rating)})
             return Prompt(messages=with_shots(question, turns))
@@ -187,7 +190,7 @@ class SequentialTask:
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
-        return self._shots.draw(request, request.history, shots, self._section.history)
+        return self._shots.draw(request, request.history, shots, self._section.history, self._past.show)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the candidates' titles or codes in stored order, or those of the whole `catalogue`."""
@@ -255,7 +258,7 @@ class SequentialTask:
         if template.shape == "list":
             return window(events, self._section.window, rng)
         at = rng.randrange(1, len(events))
-        return events[max(0, at - self._section.history) : at + 1]
+        return (*self._past.show(events[:at]).events, events[at])
 
     def _example(
         self, template: Template, row: str, user: str, events: tuple[Event, ...], *, first_target: int

@@ -17,6 +17,9 @@ from llmrec.backends.heads import plain_head
 # Rows of logits at a time.
 _CHUNK = 256
 
+StateLoss = Callable[[Any, Any], Any]
+"""Summed loss of hidden states, shape (n, d), and labels, shape (n,): what stands in for the language-model head."""
+
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """Sum of cross-entropies through a head; the gradients are formed in the forward pass.
@@ -58,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None
 
 
-def label_loss(model: Any, input_ids: Any, labels: Any) -> tuple[Any, int]:
+def label_loss(model: Any, input_ids: Any, labels: Any, by: StateLoss | None = None) -> tuple[Any, int]:
     """Return the summed cross-entropy over labelled positions and their number.
 
     Args:
@@ -66,24 +69,26 @@ def label_loss(model: Any, input_ids: Any, labels: Any) -> tuple[Any, int]:
         input_ids: Token ids, right-padded, shape (rows, length). No attention mask is needed: under causal
             attention no position sees the padding that follows it.
         labels: Same shape; -100 where there is no loss.
+        by: Another loss of the states that labels follow; None: the language-model head's.
     """
     wanted = labels[:, 1:] != IGNORED
-    return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][wanted], labels[:, 1:][wanted])
+    return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][wanted], labels[:, 1:][wanted], by)
 
 
-def packed_loss(model: Any, packed: Mapping[str, Any]) -> tuple[Any, int]:
+def packed_loss(model: Any, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, int]:
     """Return the summed cross-entropy over the targets of masked rows and their number, as `label_loss` of plain rows.
 
     Args:
         model: A causal language model that takes block masks, with or without PEFT adapters.
         packed: The parts of a `llmrec.train.packing.Stacked` as tensors, by name.
+        by: See `label_loss`.
     """
     inputs = {
         "input_ids": packed["ids"],
         "position_ids": packed["places"],
         "attention_mask": block_mask(model, packed["ends"]),
     }
-    return _loss_at(model, inputs, lambda states: states.flatten(0, 1)[packed["after"]], packed["wanted"])
+    return _loss_at(model, inputs, lambda states: states.flatten(0, 1)[packed["after"]], packed["wanted"], by)
 
 
 def block_mask(model: Any, ends: Any) -> Any:
@@ -101,9 +106,13 @@ def block_mask(model: Any, ends: Any) -> Any:
     return numbers.masked_fill_(~seen, torch.finfo(model.dtype).min)[:, None]
 
 
-def _loss_at(model: Any, inputs: Mapping[str, Any], pick: Callable[[Any], Any], targets: Any) -> tuple[Any, int]:
-    """Return the summed cross-entropy of targets, and their number; ``pick`` takes the states that they follow."""
+def _loss_at(
+    model: Any, inputs: Mapping[str, Any], pick: Callable[[Any], Any], targets: Any, by: StateLoss | None
+) -> tuple[Any, int]:
+    """Return the summed loss of targets, and their number; ``pick`` takes the states that they follow."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if by is not None:
+        return by(pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets), len(targets)
     head, rows, places = _head(base)
     if not plain_head(base.config, head):
         logits = pick(model(**inputs, use_cache=False).logits)

@@ -9,13 +9,16 @@ other model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.backends.encode import IGNORED, Encoder, Row, pieces
 from llmrec.backends.kinds import is_paired
 from llmrec.errors import require
 from llmrec.train.batches import padded
 from llmrec.types import Example
+
+if TYPE_CHECKING:
+    from llmrec.train.loss import StateLoss
 
 
 def target_rows(example: Example, encoder: Encoder, limit: int) -> list[Row]:
@@ -82,8 +85,11 @@ def laid_out(model: Any, rows: Sequence[Row], pad: int) -> dict[str, list[list[i
     return {"input_ids": ids, "labels": labels}
 
 
-def rows_loss(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, int]:
-    """Return the summed loss over the targets of rows and their number, whichever kind the model is."""
+def rows_loss(model: Any, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, int]:
+    """Return the summed loss over the targets of rows and their number, whichever kind the model is.
+
+    ``by`` is that of `llmrec.train.loss.label_loss`; an encoder-decoder takes none.
+    """
     from llmrec.train.loss import label_loss
 
-    return paired_loss(model, **inputs) if is_paired(model.config) else label_loss(model, **inputs)
+    return paired_loss(model, **inputs) if is_paired(model.config) else label_loss(model, **inputs, by=by)

@@ -21,14 +21,18 @@ from trl import SFTConfig, SFTTrainer
 from llmrec.backends.encode import IGNORED, Encoder, Row
 from llmrec.backends.masks import takes_block_mask
 from llmrec.backends.models import cpu_has_bf16
+from llmrec.backends.rating_head import RatingHead, save_head
+from llmrec.backends.whole_words import save_words
 from llmrec.durable import replacing, write_text
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe import TrainSection
 from llmrec.train.batches import Step, padded
 from llmrec.train.checkpoint import Seal, newest
-from llmrec.train.loss import label_loss, packed_loss
+from llmrec.train.loss import StateLoss, label_loss, packed_loss
 from llmrec.train.packing import stack, tree
+from llmrec.train.rating_head import HeadLoss, KeepHead, detach, measure, restore
 from llmrec.train.seq2seq import laid_out, rows_loss
+from llmrec.train.whole_words import KeepWords, restore_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +58,14 @@ class Training:
 class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose dataset rows are whole planned steps and whose head sees label rows only."""
 
+    by: StateLoss | None = None
+
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean loss over the step's targets."""
         with mixed_precision(model):
-            total, count = packed_loss(model, inputs) if "ends" in inputs else rows_loss(model, inputs)
+            total, count = (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
         loss = total / max(count, 1)
         return (loss, {}) if return_outputs else loss
 
@@ -87,6 +93,7 @@ def train(
     folder: Path,
     seed: int,
     quiet: bool = False,
+    head: RatingHead | None = None,
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
@@ -102,10 +109,12 @@ def train(
         folder: The run folder.
         seed: Seeds the order of steps and dropout.
         quiet: Show no progress bar.
+        head: A rating head on the model, for rows whose labels are classes; saved beside the adapter.
     """
     started = time.monotonic()
     pad = encoder.tokenizer.pad_token_id
-    follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet)
+    by = None if head is None else HeadLoss(head)
+    follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
     try:
         trainer = LabelRowTrainer(
             model=model,
@@ -113,19 +122,33 @@ def train(
             train_dataset=_dataset(model, steps, pad),
             processing_class=encoder.tokenizer,
             data_collator=_tensors,
-            callbacks=[follow, Seal()],
+            callbacks=[follow, *([] if head is None else [KeepHead(head)]), KeepWords(model), Seal()],
         )
     except (RuntimeError, ValueError) as error:
         if not section.report_to:
             raise
         raise RecipeError(f"train.report_to {list(section.report_to)}: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    trainer.by = by
     checkpoint = newest(folder / "checkpoints")
+    if checkpoint is not None:
+        restore_words(model, checkpoint)
+    if head is not None and checkpoint is not None:
+        restore(head, checkpoint)
+    elif head is not None:
+        with mixed_precision(model):
+            measure(head, model, steps, pad)
     follow.open(resumed=checkpoint is not None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     adapter = folder / "adapter"
     with replacing(adapter) as draft:
+        if head is not None:
+            detach(model)
         model.save_pretrained(draft)
+        save_words(model, draft)
+        if head is not None:
+            save_head(head, draft)
     seconds = follow.before + time.monotonic() - started
     tokens = sum(step.tokens for step in steps)
     return Training(
@@ -136,8 +159,8 @@ def train(
         seconds=seconds,
         seconds_before=follow.before,
         tokens_per_second=follow.speed(),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        trainable_parameters=sum(size for size, trained in sizes if trained),
+        total_parameters=sum(size for size, _ in sizes),
         log=follow.records,
         adapter_sha256=weights_sha256(adapter),
     )
@@ -257,9 +280,10 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
         *,
         pad: int,
         quiet: bool,
+        by: StateLoss | None = None,
     ) -> None:
         self._mean_tokens = sum(step.tokens for step in steps) / max(len(steps), 1)
-        self._valid, self._section, self._file, self._pad = valid, section, log_file, pad
+        self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
         self.records: list[dict[str, Any]] = []
         # Seconds that killed invocations spent up to the step that this one goes on from.
         self.before = 0.0
@@ -341,7 +365,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(record) + "\n")
 
     def _losses(self, model: Any) -> dict[str, float] | None:
-        """Mean validation loss in nats a target token, by task."""
+        """Mean validation loss a target, by task: in nats a token, or a head's own loss a rating."""
         if not any(self._valid.values()):
             return None
         was_training = model.training
@@ -354,7 +378,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
                     laid = laid_out(model, rows[start : start + 8], self._pad)
                     inputs = {name: torch.tensor(values, device=model.device) for name, values in laid.items()}
                     with mixed_precision(model):
-                        loss, n = rows_loss(model, inputs)
+                        loss, n = rows_loss(model, inputs, self._by)
                     total, count = total + float(loss), count + n
                 if count:
                     losses[task] = total / count

@@ -8,10 +8,11 @@ import pytest
 from scipy.special import expit
 
 from llmrec.baselines import liked
-from llmrec.baselines.liked import LikeRatio, Logistic, threshold
+from llmrec.baselines.liked import LikeRatio, Logistic
 from llmrec.baselines.rated import ratings
 from llmrec.baselines.tuning import tune
 from llmrec.data.dataset import Dataset
+from llmrec.data.liked import threshold
 from llmrec.data.split import SplitDataset, split
 from llmrec.metrics.probability import auc
 from llmrec.recipe import Split

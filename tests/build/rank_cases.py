@@ -15,9 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.build import rank_files
+from llmrec.build import bundle, rank_files
 from llmrec.build.rank_files import RankOptions
+from llmrec.build.study import build_study
 from llmrec.data.ranked import Ranked, write_part
+from llmrec.recipe_file import dump, load_recipe
 
 WORDS = ("Toy", "Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Rocky", "Kitchen", "Quiet", "Star")
 TITLES = {str(n): f"{WORDS[n % 12]} {WORDS[(n // 12 + n) % 12]} ({1950 + n})" for n in range(60)}
@@ -94,6 +96,22 @@ def parquet(path: Path, requests: list[dict[str, Any]], kind: str) -> Path:
     columns |= {name: [cell(each[name]) for each in requests] for name in ("history", "candidates")}
     pq.write_table(pa.table(columns), path, row_group_size=3)
     return path
+
+
+def make_run(model: Path, folder: Path) -> Path:
+    """Make a run folder as training leaves it, without its adapter."""
+    changes = ["data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5"]
+    recipe = load_recipe("recipes/quickstart.yaml", [*changes, "tasks.direct.templates=[shortlist]"])
+    (folder / "merged").mkdir()
+    for file in model.iterdir():
+        (folder / "merged" / file.name).write_bytes(file.read_bytes())
+    bundle.write(build_study(recipe), folder / "merged")
+    (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 class Killed(BaseException):

@@ -18,8 +18,8 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.list_metrics import Background, cold_figures
 from llmrec.rank.whole import Mixture, from_counts, from_logits
-from llmrec.recipe import Suite
 from llmrec.report.leaderboard import leaderboard
+from llmrec.suites import Suite
 from llmrec.types import Case, Event, Request
 
 RECIPE: dict[str, Any] = {

@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_cases import TITLES, Killed, delimited, dying, items_csv, jsonl, options, parquet, records
+from rank_cases import TITLES, Killed, delimited, dying, items_csv, jsonl, lines, make_run, options, parquet, records
 
 from llmrec import cli
 from llmrec.backends.encode import Encoder
@@ -28,12 +28,10 @@ from llmrec.backends.models import load_model, load_tokenizer, resolve
 from llmrec.build import bundle, engines, rank_files, ranking
 from llmrec.build.rank_files import rank_file
 from llmrec.build.ranking import Way, catalogue, choose_way, rank_requests
-from llmrec.build.study import build_study
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.index.index import ItemIndex
 from llmrec.recipe import ModelSection, RatingSection, TasksSection
-from llmrec.recipe_file import dump, load_recipe
 from llmrec.types import Ranking, Unparsed
 
 CONTINUE = Way("sequential", "continue-list", "likelihood")
@@ -57,10 +55,6 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_files, "PART", 3)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 def asked(*found: dict[str, Any]) -> list[RankRequest]:
@@ -112,7 +106,7 @@ def table_of(path: Path) -> list[dict[str, Any]]:
     if ".jsonl" in path.name:
         return pl.read_ndjson(path, infer_schema_length=None).to_dicts()
     frame = pl.read_csv(path, separator="\t" if ".tsv" in path.name else ",")
-    texts = ("items", "scores", "titles", "notes")
+    texts = ("items", "scores", "titles", "notes", "rationale")
     return [{k: json.loads(v) if k in texts else v for k, v in row.items()} for row in frame.to_dicts()]
 
 
@@ -362,16 +356,7 @@ def test_the_way_follows_what_is_asked(tools: tuple[bundle.Bundle, HFBackend, En
 
 @pytest.fixture(scope="module")
 def tuned(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as training leaves it, without its adapter."""
-    folder = tmp_path_factory.mktemp("run")
-    changes = ["data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5"]
-    recipe = load_recipe("recipes/quickstart.yaml", [*changes, "tasks.direct.templates=[shortlist]"])
-    (folder / "merged").mkdir()
-    for file in llama_folder.iterdir():
-        (folder / "merged" / file.name).write_bytes(file.read_bytes())
-    bundle.write(build_study(recipe), folder / "merged")
-    (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    return folder
+    return make_run(llama_folder, tmp_path_factory.mktemp("run"))
 
 
 def test_a_run_brings_its_items_words_and_templates(tuned: Path, tmp_path: Path) -> None:
@@ -636,6 +621,8 @@ def test_the_examples_of_the_documentation_are_ranked(llama_folder: Path, tmp_pa
     for column in tables[0][0]:
         assert f"`{column}`" in page
     for option in ("--top", "--limit", "--restart", "--batch", "--max-length", "--noun", "--template", "--strategy"):
+        assert option in page
+    for option in ("--set", "--retrieve", "--k", "--rationale", "--server-url", "--server-model", "--server-key-env"):
         assert option in page
 
 

@@ -17,10 +17,10 @@ from llmrec.build.suite import run_suite
 from llmrec.data.sources import load
 from llmrec.data.split import split
 from llmrec.errors import RecipeError
-from llmrec.recipe import Suite
 from llmrec.recipe_file import load_recipe, load_suite
 from llmrec.registry import BASELINES, FAMILY_BASELINES
 from llmrec.resources import resource
+from llmrec.suites import Suite
 
 PAGE: dict[str, Any] = {
     "suite": "made",

@@ -11,8 +11,12 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
+from llmrec.backends.openai import OpenAIBackend
 from llmrec.errors import BackendError, DataError
 from llmrec.types import Backend, Message, Prompt, Segment
+from tests.conftest import make_tokenizer
+from tests.servers.client import section
+from tests.servers.faulty import Behaviour, running
 
 TITLES = ("Heat (1995)", "Fargo (1996)", "Casino (1995)", "Heat", "Toy Story 2")
 LABELS = ("1", "2", "3", "4", "5")
@@ -58,8 +62,21 @@ def vllm_backend(llama_folder: Path) -> Iterator[Backend]:
     backend.close()
 
 
-@pytest.fixture(params=["fake", "hf-packed", "hf-rows", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.fixture(scope="module")
+def openai_backend() -> Iterator[Backend]:
+    """A client of a server that answers from hashes; tests/backends/test_openai_vllm.py asks a real one."""
+    encoder = Encoder(make_tokenizer(), max_length=512)
+    with running(Behaviour(latency=0.01, count=lambda text: len(encoder.tokenizer.encode(text)))) as server:
+        backend = OpenAIBackend(section(server.url), encoder)
+        yield backend
+        backend.close()
+
+
+@pytest.fixture(params=["fake", "hf-packed", "hf-rows", "openai", pytest.param("vllm", marks=pytest.mark.vllm)])
 def backend(request: pytest.FixtureRequest, llama_folder: Path) -> Backend:
+    if request.param == "openai":
+        client: Backend = request.getfixturevalue("openai_backend")
+        return client
     if request.param == "vllm":
         engine: Backend = request.getfixturevalue("vllm_backend")
         return engine
@@ -70,7 +87,7 @@ def backend(request: pytest.FixtureRequest, llama_folder: Path) -> Backend:
 
 def test_satisfies_the_protocol(backend: Backend) -> None:
     assert isinstance(backend, Backend)
-    assert backend.capabilities <= {"generate", "score", "embed", "search"}
+    assert backend.capabilities <= {"generate", "score", "embed", "search", "rate"}
 
 
 def test_scores_come_in_order_one_per_candidate(backend: Backend) -> None:

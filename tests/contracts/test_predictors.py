@@ -58,7 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # Their last step is a dense product in single precision, whose last bits depend on how many rows it has.
 DENSE = {"als", "bpr", "sasrec", "gru4rec"}
 STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
-KINDS = ("leave_one_out", "global_time", "user_disjoint")
+KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 WORDS = ("fine", "dull", "long", "warm", "odd", "quick")
 
 

@@ -14,7 +14,7 @@ from llmrec.data.stats import statistics
 from llmrec.errors import DataError
 from llmrec.recipe import Split
 
-KINDS = ("leave_one_out", "global_time", "user_disjoint")
+KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 kinds = st.sampled_from(KINDS)
 
 
@@ -152,6 +152,53 @@ def test_too_few_interactions_to_leave_one_out() -> None:
         cut([("a", "x", 1.0, 1.0), ("a", "y", 1.0, 2.0), ("b", "x", 1.0, 1.0)])
 
 
+# --------------------------------------------------------------------------- the last share of each user
+
+
+def test_last_share_by_hand() -> None:
+    rows = [("a", f"i{n:02}", 3.0, float(n)) for n in range(30)]
+    rows += [("b", f"i{n:02}", 3.0, float(n)) for n in range(3)] + [("c", "i00", 3.0, 1.0), ("c", "i01", 3.0, 2.0)]
+    data = cut(rows, "last_share", valid=0.1, test=0.2)
+    assert pairs(data.test) == [*[("a", f"i{n}") for n in range(24, 30)], ("b", "i02")]
+    assert pairs(data.valid) == [*[("a", f"i{n}") for n in range(21, 24)], ("b", "i01")]
+    assert [event.item_id for event in data.history("a", "test")] == [f"i{n:02}" for n in range(24)]
+    assert [event.item_id for event in data.history("a", "valid")] == [f"i{n:02}" for n in range(21)]
+    assert [event.item_id for event in data.train_events("c")] == ["i00", "i01"]
+
+
+@pytest.mark.parametrize(
+    ("valid", "test"), [(0.1, 0.1), (0.3, 0.3), (0.0, 0.2), (0.2, 0.0), (0.01, 0.98), (0.98, 0.01)]
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 10, 37])
+def test_last_share_leaves_every_user_something_to_train_on(valid: float, test: float, size: int) -> None:
+    rows = [("u", f"i{n}", 3.0, float(n)) for n in range(size)] + [("v", f"i{n}", 3.0, float(n)) for n in range(50)]
+    data = cut(rows, "last_share", valid=valid, test=test)
+    parts = {name: [item for user, item in pairs(getattr(data, name)) if user == "u"] for name in ("valid", "test")}
+    assert data.train_events("u")
+    asked = {"valid": valid, "test": test}
+    for name, share in asked.items():
+        able = size > sum(other > 0 for other in asked.values())
+        assert bool(parts[name]) == (share > 0 and able)
+        assert len(parts[name]) <= max(1, size * share + 1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.booleans())
+def test_a_history_ends_before_the_first_event_of_its_part(seed: int, repeats: bool) -> None:
+    data = cut(random_rows(seed, repeats=repeats), "last_share", seed, valid=0.3, test=0.3)
+    for name in ("valid", "test"):
+        first: dict[str, float] = {}
+        for held in data.holdouts(name):  # type: ignore[arg-type]
+            first[held.user_id] = min(first.get(held.user_id, held.timestamp), held.timestamp)  # type: ignore[type-var,assignment]
+        for user, time in first.items():
+            assert all(event.timestamp <= time for event in data.history(user, name))  # type: ignore[operator,arg-type]
+
+
+def test_too_few_interactions_for_a_last_share() -> None:
+    with pytest.raises(DataError, match=r"no user has 3 interactions.*last_share"):
+        cut([("a", "x", 1.0, 1.0), ("a", "y", 1.0, 2.0)], "last_share")
+
+
 # --------------------------------------------------------------------------- global time and disjoint users
 
 
@@ -202,6 +249,8 @@ def test_too_few_for_a_share(kind: str) -> None:
 def test_shares_that_make_no_sense(valid: float, test: float) -> None:
     with pytest.raises(DataError, match=r"more than 0 and less than 1"):
         cut(random_rows(0), "global_time", valid=valid, test=test)
+    with pytest.raises(DataError, match=r"more than 0 and less than 1"):
+        cut(random_rows(0), "last_share", valid=valid, test=test)
 
 
 def test_no_training_left() -> None:

@@ -6,7 +6,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -15,23 +15,28 @@ import polars as pl
 from tokenizer_families import all_tokens
 
 from llmrec.data.candidates import draw
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.guard import clean
 from llmrec.index.index import build
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import (
     CandidateSection,
+    CtrSection,
     DirectSection,
     ExplanationSection,
     IndexSection,
     RatingSection,
+    ReviewSection,
     SequentialSection,
     Split,
+    StarsSection,
 )
+from llmrec.tasks.ctr import CtrTask
 from llmrec.tasks.direct import DirectTask
 from llmrec.tasks.explanation import ExplanationTask
 from llmrec.tasks.rating import RatingTask
+from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Example, Item, Prompt
 
@@ -175,6 +180,9 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "sequential": (SequentialTask, SequentialSection()),
     "direct": (DirectTask, DirectSection()),
     "explanation": (ExplanationTask, ExplanationSection()),
+    "ctr": (CtrTask, CtrSection()),
+    "review": (ReviewTask, ReviewSection()),
+    "stars": (ReviewTask, StarsSection()),
 }
 MARK = re.compile(r"qz[0-9]+qz")
 # Data values without a word between them, and template words that begin or end a token.
@@ -186,6 +194,12 @@ ADJACENT = {
     "sequential": ("<|{% for e in history %}{{ e.title }}{{ e.text }}|>{% endfor %}[", "{{ item.title }}"),
     "direct": ("{% for c in candidates %}{{ c.title }}{{ c.title }}{% endfor %}<{{ noun }}>|?", "{{ label }}"),
     "explanation": ("<{% for f in fields %}{{ f.value }}{{ f.name }}{% endfor %}{{ item.title }}>", "{{ text }}"),
+    "ctr": (
+        "<{% for e in liked %}{{ e.title }}{% endfor %}|{% for e in disliked %}{{ e.title }}{% endfor %}>",
+        "{{ answer }}",
+    ),
+    "review": ("<{{ review }}|{{ item.title }}{{ review }}>", "{{ headline }}"),
+    "stars": ("<{{ review }}|{{ item.title }}{{ review }}>", "{{ rating }}"),
 }
 
 
@@ -256,7 +270,7 @@ def dataset(fill_name: str, items: int = COUNT, users: int = USERS) -> SplitData
         f"i{n:03d}": Item(item_id=f"i{n:03d}", title=_shown(fill.title(n)), fields={"genres": fill.field(n)})
         for n in range(items)
     }
-    return split(
+    data = split(
         Dataset(
             name="hostile",
             noun=fill.profile(0) or "items",
@@ -268,6 +282,11 @@ def dataset(fill_name: str, items: int = COUNT, users: int = USERS) -> SplitData
         Split(),
         seed=0,
     )
+    # Features are set and not derived, so that every fill has them in the same places.
+    told = {
+        (user, item): Review(text=text, headline=text, feature=text, sentence=text) for user, item, _, _, text in rows
+    }
+    return replace(data, dataset=replace(data.dataset, reviews=told))
 
 
 @cache

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.metrics.probability import auc, auc_statistic, calibration_error, gauc, log_loss
+from llmrec.metrics.probability import Bin, auc, auc_statistic, calibration_error, gauc, log_loss, reliability
 from llmrec.metrics.stats import interval_of, paired_of
 
 _ANSWERS = st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]), st.integers(0, 1)), min_size=1, max_size=25)
@@ -124,6 +124,20 @@ def test_bins_of_equal_mass_hold_equally_many() -> None:
     so[45:] = 1
     by_hand = np.mean([abs(said[n : n + 10].mean() - so[n : n + 10].mean()) for n in range(0, 100, 10)])
     assert calibration_error(said, so) == pytest.approx(by_hand)
+
+
+def test_reliability_by_hand_and_as_what_the_error_sums() -> None:
+    said, so = [0.05, 0.15, 0.95, 0.95], [0, 1, 1, 0]
+    assert reliability(said, so, binning="width") == (Bin(1, 0.05, 0.0), Bin(1, 0.15, 1.0), Bin(2, 0.95, 0.5))
+    halves = reliability(said, so, bins=2)
+    assert [each.n for each in halves] == [2, 2] and halves[0].said == pytest.approx(0.1)
+    rng = np.random.default_rng(0)
+    guess, truth = rng.random(500), rng.integers(0, 2, 500)
+    for binning in ("width", "mass"):
+        found = reliability(guess, truth, binning=binning)  # type: ignore[arg-type]
+        assert sum(each.n for each in found) == 500
+        total = sum(each.n / 500 * abs(each.said - each.so) for each in found)
+        assert total == pytest.approx(calibration_error(guess, truth, binning=binning))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ resampling and errors

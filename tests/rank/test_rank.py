@@ -11,7 +11,7 @@ import pytest
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError, LlmrecError
 from llmrec.rank.asking import Asker, prompt_hash
-from llmrec.rank.listwise import LabelRanker, ListRanker
+from llmrec.rank.listwise import ListRanker, label_ranker
 from llmrec.rank.pointwise import LikelihoodRanker
 from llmrec.rank.rater import ExpectedRater, ParsedRater
 from llmrec.rank.writer import Writer
@@ -77,7 +77,7 @@ def test_likelihood_sorts_by_score_and_keeps_ties() -> None:
 
 
 def test_a_dummy_that_likes_the_first_label_scores_chance_over_positions() -> None:
-    ranker = LabelRanker(asker(FakeBackend(prefer=lambda text, label: -float(LETTERS.index(label)))))
+    ranker = label_ranker(asker(FakeBackend(prefer=lambda text, label: -float(LETTERS.index(label)))))
     tops = []
     for k in range(4):
         rotated = ("i1", "i2", "i3", "i4")[k:] + ("i1", "i2", "i3", "i4")[:k]

@@ -63,20 +63,22 @@ def test_the_plot_sets_scores_against_tokens(results: dict[str, Any]) -> None:
 
 def test_cost_stands_in_the_page_in_markdown_and_in_the_csv(results: dict[str, Any], save: Save) -> None:
     row = next(row for row in results["rows"] if row["id"] == "direct/tuned/label/pick-one")
-    row["cost"] = {"seconds": 30.0, "prompt_tokens": 41_234, "completion_tokens": 766}
+    row["cost"] = {"seconds": 30.0, "prompt_tokens": 41_234, "completion_tokens": 766, "forwards": 2000}
     pages = write(save(results))
     html = pages["html"].read_text("utf-8").split('id="cost"')[1].split("</section>")[0]
     assert html.count('class="plot" id="cost-') == 4 and 'id="budget"' in html
+    assert "Forwards a request" in html and '<td class="num">10</td><td class="num">41' in html
     cells = "".join(f'<td class="num">{said}</td>' for said in ("41\u2009234", "766", "210", "210", "30 s", "0.15 s"))
     assert cells in html
     text = pages["markdown"].read_text("utf-8").split("## Cost")[1].split("\n## ")[0]
     assert (
-        "| Pick from candidates | tuned · label · pick-one | 41\u2009234 | 766 | 210 | 30 s | 0.15 s |" in text
+        "| Pick from candidates | tuned · label · pick-one | 41\u2009234 | 766 | 210 | 30 s | 0.15 s | 10 |" in text
         and "| train | 6 min 1 s |" in text
         and "| In all | 17 min 23 s |" in text
     )
     line = next(line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["row"] == row["id"])
     assert (line["tokens_per_request"], line["seconds_per_request"], line["users"]) == ("210.0", "0.15", "200")
+    assert line["forwards_per_request"] == "10.0"
     assert line["candidates"] == "5f3c1a9b" * 8
 
 

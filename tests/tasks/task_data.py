@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from llmrec.data.candidates import CandidateSets, draw
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.index.index import ItemIndex, token
 from llmrec.prompts import Template
@@ -18,22 +18,27 @@ from llmrec.prompts import load_templates as read_templates
 from llmrec.recipe import (
     AlignmentSection,
     CandidateSection,
+    CtrSection,
     DirectSection,
     ExplanationSection,
     RatingSection,
+    ReviewSection,
     SequentialSection,
     Split,
+    StarsSection,
 )
 from llmrec.tasks.alignment import AlignmentTask
+from llmrec.tasks.ctr import CtrTask
 from llmrec.tasks.direct import DirectTask
 from llmrec.tasks.explanation import ExplanationTask
 from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.tasks.mixture import interleave
 from llmrec.tasks.rating import RatingTask
+from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Example, Item, Message, Prompt
 
-FAMILIES = ("rating", "sequential", "direct", "explanation")
+FAMILIES = ("rating", "sequential", "direct", "explanation", "ctr", "review", "stars")
 """Those that ask about users; alignment asks about items."""
 EVERY = (*FAMILIES, "alignment")
 CLASSES: dict[str, Any] = {
@@ -42,6 +47,9 @@ CLASSES: dict[str, Any] = {
     "direct": (DirectTask, DirectSection),
     "explanation": (ExplanationTask, ExplanationSection),
     "alignment": (AlignmentTask, AlignmentSection),
+    "ctr": (CtrTask, CtrSection),
+    "review": (ReviewTask, ReviewSection),
+    "stars": (ReviewTask, StarsSection),
 }
 HOSTILE = {
     3: "{{ 7*7 }}",
@@ -86,6 +94,10 @@ def make_dataset(*, shuffled: int | None = None, users: int = 40, items: int = 6
         },
         users={f"u{user:02d}": {"age": str(20 + user)} for user in range(0, users, 2)},
         rating_scale=(1.0, 5.0),
+        reviews={
+            (user, item): Review(text=f"review by {user} of {item}, to the end", headline=f"headline {user} {item}")
+            for user, item, *_ in rows
+        },
     )
 
 

@@ -6,6 +6,7 @@ After a wanted change raise the template's version and run once with LLMREC_UPDA
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -13,7 +14,7 @@ import pytest
 from task_data import CLASSES, EVERY
 
 from llmrec.data.candidates import draw
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.index.index import ItemIndex, token
 from llmrec.prompts import load_templates
@@ -50,6 +51,14 @@ def small() -> SplitDataset:
         items=items,
         users={"0": {"age": "24", "occupation": "technician"}, "1": {"age": "31"}},
         rating_scale=(1.0, 5.0),
+        reviews={
+            (user, item): Review(
+                text=f"I saw it twice. {text} The music stays with me.",
+                headline=f"Seen by {user}",
+                phrases=("music",),
+            )
+            for user, item, _, _, text in rows
+        },
     )
     return split(data, Split(), seed=0)
 
@@ -78,7 +87,8 @@ def rendering(family: str, name: str) -> str:
     )  # fmt: skip
     case = next(case for case in task.cases("test") if case.request.user_id == "0" or asks_of_items)
     known = () if family != "sequential" else (Event(item_id="5"),)
-    bare = Request(id="bare", user_id="nobody", item="3", candidates=("3", "1", "2"), history=known)
+    said = {"review": "Too long, and yet."} if family in ("review", "stars") else {}
+    bare = Request(id="bare", user_id="nobody", item="3", candidates=("3", "1", "2"), history=known, context=said)
     asked: list[tuple[str, Prompt]] = [
         ("request", task.prompt(case.request, template=name)),
         ("request of a stranger", task.prompt(bare, template=name)),
@@ -86,6 +96,8 @@ def rendering(family: str, name: str) -> str:
     ]
     if family == "direct":
         asked.append(("request for a ranking", task.prompt(case.request, template=name, shots=1, want="ranking")))
+        alone = replace(case.request, candidates=case.request.candidates[:1])
+        asked.append(("request for a yes", task.prompt(alone, template=name, shots=2, want="yes")))
     parts = [f"{template.id} version {template.version}, {template.use}, {template.shape}\n"]
     if template.use == "seen":
         row = next(row for row in task.examples("train") if row.user_id == "0" or asks_of_items)

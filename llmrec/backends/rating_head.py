@@ -1,0 +1,191 @@
+"""A head that reads a rating off a hidden state: the last layer's, after the final norm, of a prompt's last token.
+
+Two formulations (Kang et al., arXiv 2305.06474, section 4): one class for each value of the scale, whose expectation is
+the rating, or one unit whose number is the rating. Its weights lie beside a model's as ``rating_head.safetensors``,
+what they mean in ``rating_head.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec.durable import write_json
+from llmrec.errors import ModelError, require
+
+WEIGHTS = "rating_head.safetensors"
+CONFIG = "rating_head.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """What a head's outputs mean.
+
+    Attributes:
+        values: The rating scale, lowest first.
+        alpha: Weight of the cross-entropy in its training; 0 makes it one unit.
+        width: Of the hidden states.
+    """
+
+    values: tuple[float, ...]
+    alpha: float
+    width: int
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs: 1, or a class for each value."""
+        return 1 if self.alpha == 0 else len(self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class RatingHead:
+    """A head: its shape, and a ``torch.nn.Linear`` in float32 with two buffers more, see `standardise`."""
+
+    shape: HeadShape
+    linear: Any
+
+    def to(self, device: Any) -> RatingHead:
+        """Move it to a device, in place."""
+        self.linear.to(device)
+        return self
+
+    def outputs(self, states: Any) -> Any:
+        """Return the outputs for hidden states of shape (n, width): logits of classes, or one number; float32.
+
+        Every dimension of the states is standardised first.
+        """
+        torch = require("torch", "train")
+        # In bfloat16 a rating of 4 is off by up to .016: the head is computed in full, whatever stands around it.
+        with torch.autocast(states.device.type, enabled=False):
+            return self.linear((states.float() - self.linear.center) / self.linear.spread)
+
+    def expectation(self, outputs: Any) -> Any:
+        """Return ratings of shape (n,): the mean of the values under softmax(outputs), or the one unit as it is."""
+        if self.shape.outputs == 1:
+            return outputs[:, 0]
+        return outputs.softmax(-1) @ outputs.new_tensor(self.shape.values)
+
+    def ratings(self, states: Any) -> list[float]:
+        """Return a rating within the scale for each hidden state of shape (n, width)."""
+        found = self.expectation(self.outputs(states).detach())
+        return [float(value) for value in found.clamp(self.shape.values[0], self.shape.values[-1])]
+
+
+def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
+    """Make a head that says of every state what the training rows say on average.
+
+    Its weights are 0 and its biases the log shares of the classes, each as if seen once more, or the mean rating. So
+    the first steps do not wander, and nothing is drawn.
+
+    Args:
+        shape: Of the head.
+        counts: How often each value of the scale is a target in training.
+    """
+    torch = require("torch", "train")
+    linear = _linear(shape)
+    total = sum(counts)
+    if shape.outputs == 1:
+        bias = [sum(n * value for n, value in zip(counts, shape.values, strict=True)) / total]
+    else:
+        bias = [math.log((n + 1) / (total + len(counts))) for n in counts]
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.copy_(torch.tensor(bias))
+    return RatingHead(shape, linear)
+
+
+def standardise(head: RatingHead, states: Any) -> None:
+    """Have a head take off a mean and divide by a deviation in every dimension: those of some states, (n, width).
+
+    A few dimensions of a language model's states are a hundred times the others and hardly vary. With one learning rate
+    for all weights, what the others say would be learned too slowly.
+    """
+    found = states.float()
+    spread = found.std(dim=0, correction=0)
+    head.linear.center.copy_(found.mean(dim=0))
+    # What never varies says nothing, and must not be blown up.
+    head.linear.spread.copy_(spread.clamp(min=max(1e-3 * float(spread.mean()), 1e-6)))
+
+
+def _linear(shape: HeadShape) -> Any:
+    torch = require("torch", "train")
+    linear = torch.nn.Linear(shape.width, shape.outputs)
+    linear.register_buffer("center", torch.zeros(shape.width))
+    linear.register_buffer("spread", torch.ones(shape.width))
+    return linear
+
+
+def save_head(head: RatingHead, folder: Path) -> None:
+    """Write both files into a folder."""
+    safetensors = require("safetensors.torch", "train")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in head.linear.state_dict().items()}
+    safetensors.save_file(tensors, folder / WEIGHTS)
+    write_json(folder / CONFIG, asdict(head.shape))
+
+
+def load_head(folder: Path) -> RatingHead | None:
+    """Read a head from a model folder; None where there is none.
+
+    Raises:
+        ModelError: If its files cannot be read, or do not belong together.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return None
+    errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
+    try:
+        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        shape = HeadShape(
+            values=tuple(float(value) for value in told["values"]), alpha=float(told["alpha"]), width=int(told["width"])
+        )
+        linear = _linear(shape)
+        linear.load_state_dict(safetensors.load_file(folder / WEIGHTS))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, errors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the rating head in {folder} cannot be read ({type(error).__name__}: {reason}); train again with "
+            "`llmrec train`"
+        ) from error
+    return RatingHead(shape, linear)
+
+
+def copy_head(source: Path, target: Path) -> None:
+    """Copy the files of a head, if there is one; a model in the target folder is then found through an index.
+
+    Some engines, vLLM among them, take every safetensors file of a folder for a part of the model, unless an index says
+    which ones are.
+    """
+    if not (source / WEIGHTS).is_file():
+        return
+    for name in (WEIGHTS, CONFIG):
+        shutil.copyfile(source / name, target / name)
+    model = target / "model.safetensors"
+    if model.is_file():
+        safetensors = require("safetensors", "train")
+        with safetensors.safe_open(model, framework="np") as opened:
+            names = list(opened.keys())
+        index = {"metadata": {"total_size": model.stat().st_size}, "weight_map": dict.fromkeys(names, model.name)}
+        write_json(target / f"{model.name}.index.json", index)
+
+
+def last_states(model: Any, ids: Any, mask: Any) -> Any:
+    """Return the hidden state of the last token of each text, shape (rows, width).
+
+    Args:
+        model: A causal language model, with or without PEFT adapters.
+        ids: Token ids, padded on either side, shape (rows, columns).
+        mask: 1 on tokens and 0 on padding, same shape.
+    """
+    torch = require("torch", "train")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Places are counted from a text's own beginning, which padding on the left moves.
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    states = base.get_decoder()(
+        input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False
+    ).last_hidden_state
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    return states[torch.arange(len(ids), device=ids.device), (mask * columns).argmax(-1)]

@@ -1,0 +1,308 @@
+"""Runs a benchmark: recipes beside each other on the same cases, with figures, comparisons and what each row costs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec import __version__
+from llmrec.build import pipeline
+from llmrec.build.facts import machine, versions
+from llmrec.durable import write_json, write_text
+from llmrec.errors import RecipeError
+from llmrec.evaluate import LOWER_IS_BETTER, compare, statistic_of
+from llmrec.metrics.significance import over_seeds
+from llmrec.metrics.stats import holm, verdict
+from llmrec.recipe_file import load_recipe, recipe_hash
+from llmrec.report.benchmark import pages
+from llmrec.suites import Benchmark, BenchmarkRun
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: a recipe with its changes.
+
+    Attributes:
+        run: Where it comes from.
+        changes: The point of the grid, by key.
+        seed: Value of ``train.seed``; None: the recipe's own.
+    """
+
+    run: BenchmarkRun
+    changes: Mapping[str, Any]
+    seed: int | None
+
+    @property
+    def label(self) -> str:
+        """The label in tables, which all seeds share."""
+        short = (f"{key.rpartition('.')[2]}={_written(value)}" for key, value in self.changes.items())
+        return ", ".join([self.run.name, *short])
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        plain = "".join(c if c.isalnum() or c in "-._" else "-" for c in self.label)
+        return plain if self.seed is None else f"{plain}-seed{self.seed}"
+
+
+@dataclass
+class Line:
+    """One row of a table, over all its seeds.
+
+    Attributes:
+        table: Family and protocol: rows of one table may be compared.
+        name: Unique in its table.
+        figures: Rows of results.json, one a seed.
+        values: Per-request values by metric, one mapping a seed.
+        users: The user of each request.
+    """
+
+    table: tuple[str, str, str]
+    name: str
+    label: str
+    figures: list[Mapping[str, Any]] = field(default_factory=list)
+    values: list[Mapping[str, Any]] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
+
+
+def run_benchmark(
+    benchmark: Benchmark, *, out: Path, results: Path, say: Callable[[str], None] = log.info, quiet: bool = False
+) -> dict[str, Path]:
+    """Make every run that is not there yet, then write the figures, a page and a picture for each table.
+
+    A killed benchmark goes on with the row that it was at: each run resumes as any run does.
+
+    Args:
+        benchmark: From `llmrec.recipe_file.load_benchmark`.
+        out: Where the run folders are.
+        results: Folder for ``<benchmark>.json``; the page and the pictures are written beside it.
+        say: Told of each run as it is done.
+        quiet: Show no progress bars.
+
+    Returns:
+        The written files by what they are.
+
+    Raises:
+        RecipeError: If a recipe, a grid or a pair cannot be used.
+    """
+    todo = list(points(benchmark))
+    recipes = [_recipe(benchmark, point) for point in todo]  # every mistake is found before the first hour
+    lines: dict[tuple[tuple[str, str, str], str], Line] = {}
+    spent = 0.0
+    for point, recipe in zip(todo, recipes, strict=True):
+        done = pipeline.run(recipe, out / point.folder, quiet=quiet)
+        spent += float(done.results["seconds"])
+        for line in _lines(point, done):
+            _add(lines, line)
+        say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
+    written = {
+        "kind": "benchmark",
+        "benchmark": benchmark.benchmark,
+        "description": benchmark.description,
+        "llmrec": __version__,
+        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["llmrec", *sys.argv[1:]]),
+        "benchmark_hash": recipe_hash(benchmark),
+        "versions": versions(),
+        "machine": machine(),
+        "seconds": spent,
+        "tables": [_table(benchmark, name, own) for name, own in _by_table(lines).items()],
+    }
+    file = results / f"{benchmark.benchmark}.json"
+    write_json(file, written)
+    made = {"results": file}
+    for name, text in pages(written).items():
+        path = results.parent / name
+        write_text(path, text)
+        made["page" if name.endswith(".md") else f"picture {path.stem}"] = path
+    return made
+
+
+def points(benchmark: Benchmark) -> Iterator[Point]:
+    """Yield the runs of a benchmark in order."""
+    for run in benchmark.runs:
+        for values in itertools.product(*run.grid.values()):
+            for seed in run.seeds or (None,):
+                yield Point(run, dict(zip(run.grid, values, strict=True)), seed)
+
+
+def _recipe(benchmark: Benchmark, point: Point) -> Any:
+    changes = [f"{key}={json.dumps(value)}" for key, value in point.changes.items()]
+    seed = [] if point.seed is None else [f"train.seed={point.seed}"]
+    overrides = [*benchmark.overrides, *point.run.overrides, *changes, *seed, f"name={point.folder}"[:80]]
+    try:
+        return load_recipe(point.run.recipe or benchmark.recipe, overrides)
+    except RecipeError as error:
+        raise RecipeError(f"benchmark {benchmark.benchmark}, run {point.label!r}: {error}") from None
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
+    for row in done.results["rows"]:
+        family = row["task"]
+        headline = done.results["headline"][family]
+        if headline not in row["metrics"]:
+            continue
+        stored = json.loads((done.folder / "rows" / (row["id"].replace("/", ".") + ".json")).read_text("utf-8"))
+        baseline = row["arm"] == "baseline"
+        label = "" if baseline else point.label
+        parts = [row["predictor"], *([] if baseline else [row["template"].partition("/")[2], label])]
+        yield Line(
+            # The metric's signature holds split, candidates and whatever else two figures must share.
+            table=(family, headline, f"{row['metrics'][headline]['signature']}|{row['candidates']}"),
+            name=" · ".join(parts),
+            label=label,
+            figures=[row],
+            values=[stored["values"]],
+            users=[record["user_id"] for record in stored["records"]],
+        )
+
+
+def _add(lines: dict[tuple[tuple[str, str, str], str], Line], line: Line) -> None:
+    """Take a row in: another seed of one that is there, a baseline that every run has, or a new one."""
+    known = lines.get((line.table, line.name))
+    if known is None:
+        lines[(line.table, line.name)] = line
+        return
+    if known.users != line.users:
+        raise RecipeError(
+            f"{line.name}: two runs of one table asked about different users; give them the same data, split, seed and "
+            "eval.users"
+        )
+    if line.label:
+        known.figures += line.figures
+        known.values += line.values
+
+
+def _by_table(lines: Mapping[tuple[tuple[str, str, str], str], Line]) -> dict[tuple[str, str, str], list[Line]]:
+    found: dict[tuple[str, str, str], list[Line]] = {}
+    for (table, _), line in lines.items():
+        found.setdefault(table, []).append(line)
+    return found
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def _table(benchmark: Benchmark, name: tuple[str, str, str], lines: Sequence[Line]) -> dict[str, Any]:
+    family, metric, signature = name
+    users = lines[0].users
+    if any(line.users != users for line in lines):
+        raise RecipeError(
+            f"{family}: the runs of one table asked about different users; give them the same data, split, seed and "
+            "eval.users"
+        )
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    rows = sorted((_row(line, metric) for line in lines), key=lambda row: -sign * row["metrics"][metric]["value"])
+    by_name = {line.name: line for line in lines}
+    baselines = [row["name"] for row in rows if row["arm"] == "baseline"]
+    asked = [(row["name"], baselines[0]) for row in rows if row["arm"] != "baseline"] if baselines else []
+    own = [pair for pair in benchmark.pairs if pair[0] in by_name and pair[1] in by_name]
+    return {
+        "task": family,
+        "metric": metric,
+        "signature": signature.partition("|")[0],
+        "candidates": signature.partition("|")[2],
+        "requests": len(users),
+        "users": len(set(users)),
+        "rows": rows,
+        "best_baseline": baselines[0] if baselines else None,
+        "against_best_baseline": _compared(benchmark, metric, by_name, users, asked),
+        "pairs": _compared(benchmark, metric, by_name, users, own),
+    }
+
+
+def _row(line: Line, headline: str) -> dict[str, Any]:
+    first = line.figures[0]
+    metrics: dict[str, Any] = {}
+    for name, figure in first["metrics"].items():
+        metrics[name] = {key: figure[key] for key in ("value", "low", "high")}
+        if len(line.figures) > 1:
+            for end in ("value", "low", "high"):
+                ends = [row["metrics"][name][end] for row in line.figures]
+                metrics[name][end] = None if None in ends else float(np.mean(ends))
+            each = [row["metrics"][name]["value"] for row in line.figures]
+            metrics[name]["sd"] = None if None in each else float(np.std(each, ddof=1))
+    cost = {key: float(np.mean([row["cost"].get(key) or 0 for row in line.figures])) for key in _COST}
+    requests = max(1, first["n"])
+    return {
+        "name": line.name,
+        "arm": first["arm"],
+        "predictor": first["predictor"],
+        "template": first["template"],
+        "run": line.label,
+        "shots": first["shots"],
+        "engine": first["engine"],
+        "seeds": len(line.figures),
+        "parse_rate": float(np.mean([row["parse_rate"] for row in line.figures])),
+        "metrics": metrics,
+        "tokens_per_user": (cost["prompt_tokens"] + cost["completion_tokens"]) / requests,
+        "forwards_per_user": cost["forwards"] / requests,
+        "seconds_per_user": cost["seconds"] / requests,
+    }
+
+
+_COST = ("prompt_tokens", "completion_tokens", "forwards", "seconds")
+
+
+def _compared(
+    benchmark: Benchmark,
+    metric: str,
+    lines: Mapping[str, Line],
+    users: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+) -> list[dict[str, Any]]:
+    """Pair rows over the same users, seeds averaged first, p-values Holm-adjusted among them."""
+    found = [
+        compare(
+            metric,
+            _values(lines[a], metric),
+            _values(lines[b], metric),
+            users,
+            resamples=benchmark.bootstrap,
+            seed=0,
+        )
+        for a, b in pairs
+    ]
+    better: Literal["lower", "higher"] = "lower" if metric in LOWER_IS_BETTER else "higher"
+    return [
+        {
+            "a": a,
+            "b": b,
+            "value": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p": p,
+            "verdict": verdict(difference, better, p=p),
+        }
+        for (a, b), difference, p in zip(pairs, found, holm([one.p for one in found]), strict=True)
+    ]
+
+
+def _values(line: Line, metric: str) -> NDArray[np.float64]:
+    each = [np.array(values[metric], dtype=np.float64) for values in line.values]
+    if len(each) == 1:
+        return each[0]
+    if metric in ("AUC", "GAUC"):
+        # Probabilities with the sign of the truth: seeds answer together by their mean probability.
+        mean = np.mean([np.abs(values) for values in each], axis=0)
+        return np.copysign(mean, each[0])
+    return over_seeds(each, statistic=statistic_of(metric)).values
+
+
+def _written(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,146 @@
+"""Yes or no: the probability of the one answer beside the other, or the answer in a generated text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import minimize
+
+from llmrec.errors import LlmrecError
+from llmrec.rank.asking import Asker, generated, scored
+from llmrec.rank.rounds import cost_of
+from llmrec.tasks.rating import expected
+from llmrec.types import Answer, Case, Predictor, Probability, Request
+
+_ANSWER_TOKENS = 8
+# Log-odds of a certain answer are infinite.
+_CERTAIN = 1e-6
+
+
+class YesNoJudge:
+    """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of a whole answer.
+
+    TALLRec (Bao et al., RecSys 2023) takes the softmax over the first tokens of the two answers, whose numbers hold for
+    one tokenizer. Sums over all tokens of an answer, as the template writes it, are the same where an answer is one
+    token, and mean the same for every tokenizer.
+    """
+
+    name = "yes-no"
+
+    def __init__(self, asker: Asker) -> None:
+        asker.needs("score")
+        self.asker = asker
+        self.engine = ""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Judge every request's item; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for found in scored(self.asker, requests, closed=None):
+            self.engine = found.scores.engine
+            answers.append(
+                Probability(
+                    request_id=found.request.id,
+                    value=expected((1.0, 0.0), found.scores.logprobs),
+                    prompt_hash=found.prompt_hash,
+                    cost=cost_of(found.scores),
+                )
+            )
+        return answers
+
+
+class ParsedYesNoJudge:
+    """Generates an answer and reads yes as probability 1 and no as 0.
+
+    A text without either is no answer. It stays in every denominator, as one that says neither.
+    """
+
+    name = "parsed-yes-no"
+
+    def __init__(self, asker: Asker) -> None:
+        asker.needs("generate")
+        self.asker = asker
+        self.engine = f"{asker.backend.name}:generate"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Judge every request's item; see `Predictor.answer`."""
+        reason = "neither a yes nor a no at the beginning of the answer"
+        return generated(self.asker, requests, max_tokens=_ANSWER_TOKENS, wanted=Probability, reason=reason)
+
+
+# --------------------------------------------------------------------------- calibration
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """``p -> 1 / (1 + exp(-(scale * log(p / (1 - p)) + bias)))``: a temperature of 1 / scale, and a prior.
+
+    The scale is above 0, so that the order of answers, and with it AUC, stays.
+    """
+
+    scale: float
+    bias: float
+
+    def of(self, value: float) -> float:
+        """Return the probability in place of another one."""
+        score = self.scale * _odds(value) + self.bias
+        return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
+
+
+class Calibrated:
+    """A yes/no predictor whose probabilities are put right on validation cases (Platt 1999).
+
+    Args:
+        predictor: What answers; it is asked the cases once.
+        cases: Cases of the validation split.
+
+    Attributes:
+        curve: What was fitted; the smoothed truths of Platt's section 2.2 keep it finite.
+
+    Raises:
+        LlmrecError: If no answer to the cases could be read.
+    """
+
+    def __init__(self, predictor: Predictor, cases: Sequence[Case]) -> None:
+        self.name, self._predictor = predictor.name, predictor
+        answers = predictor.answer([case.request for case in cases])
+        known = [(a.value, case.truth) for a, case in zip(answers, cases, strict=True) if isinstance(a, Probability)]
+        if not known:
+            raise LlmrecError(
+                f"tasks.ctr.calibrate: {self.name} gave no answer to the {len(cases)} validation cases that could be "
+                "read; set it to none, or hold more out (data.split.valid)"
+            )
+        self.curve = fit_curve([value for value, _ in known], [float(truth) for _, truth in known])
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer with the probabilities that the curve gives; see `Predictor.answer`."""
+        return [
+            replace(answer, value=self.curve.of(answer.value)) if isinstance(answer, Probability) else answer
+            for answer in self._predictor.answer(requests)
+        ]
+
+
+def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
+    """Fit a `Curve` to probabilities and what was so, by log loss.
+
+    Args:
+        said: P(yes), shape (n,).
+        truth: 1 for yes and 0 for no, shape (n,).
+    """
+    odds, so = np.array([_odds(value) for value in said]), np.array(truth)
+    yes, no = so.sum(), (1 - so).sum()
+    wanted = np.where(so == 1, (yes + 1) / (yes + 2), 1 / (no + 2))
+
+    def loss(point: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+        score = math.exp(point[0]) * odds + point[1]
+        return float((np.logaddexp(0, score) - wanted * score).mean())
+
+    found = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])
+    return Curve(scale=math.exp(found.x[0]), bias=float(found.x[1]))
+
+
+def _odds(value: float) -> float:
+    inside = min(max(value, _CERTAIN), 1 - _CERTAIN)
+    return math.log(inside / (1 - inside))

@@ -1,0 +1,273 @@
+"""Yes or no: will this user like this item? After TALLRec (Bao et al., RecSys 2023, section 3)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from llmrec.data.candidates import CandidateSets
+from llmrec.data.liked import scale_of, threshold
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.errors import DataError, RecipeError
+from llmrec.prompts import Template
+from llmrec.recipe import CtrSection
+from llmrec.tasks.common import (
+    ABOUT_ITEM,
+    ABOUT_USER,
+    Values,
+    View,
+    asked_item,
+    chat_example,
+    choose,
+    held_out,
+    passes,
+    refuse_test,
+    solved,
+    with_shots,
+)
+from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.past import ItemVectors, Past
+from llmrec.types import (
+    Answer,
+    Case,
+    Event,
+    Example,
+    Family,
+    Interaction,
+    ItemCodes,
+    Message,
+    Probability,
+    Prompt,
+    Request,
+    SplitName,
+)
+
+YES, NO = "Yes", "No"
+_LONGEST = 20_000
+# "The answer is: Yes" says what "Yes" says.
+_LEAD = re.compile(r"(?:(?:the|my|final)\s+)*answer(?:\s+is)?\b[\s:]*")
+_MARKS = " \t\r\n*_`\"'“”‘’«»([<>#-–—:."
+# A "no" that goes on in the same breath ("No idea", "no way to tell") is no answer.
+_ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
+
+
+class CtrTask:
+    """The yes/no family: the titles that a user liked and did not like, and one more title to judge.
+
+    A rating of ``liked`` or more is a yes. With ``balance: user`` every user has as many questions that a yes answers
+    as those that a no answers, so that nothing about the user alone, such as the share of likes, tells the answer.
+    """
+
+    family: Family = "ctr"
+    kinds = (YES, NO)
+
+    def __init__(
+        self,
+        data: SplitDataset,
+        section: CtrSection,
+        templates: Mapping[str, Template],
+        *,
+        seed: int,
+        candidates: CandidateSets | None = None,
+        shot_choice: str = "random",
+        index: ItemCodes | None = None,
+        vectors: ItemVectors | None = None,
+    ) -> None:
+        self._data, self._section, self._seed = data, section, seed
+        self._events = {user: rated for user in data.users() if (rated := _rated(data.train_events(user)))}
+        if not self._events:
+            raise DataError(
+                f"tasks.ctr: {data.dataset.name} has no ratings to call a yes or a no; drop the task or name "
+                "data.columns.rating"
+            )
+        self.liked = threshold(scale_of(data), section.liked)
+        self._chosen = choose(self.family, section, templates, index)
+        self._view = View(data, index)
+        for template in templates.values():
+            if template.shape == "list":
+                raise RecipeError(f"template {template.id}: yes/no templates ask for one answer; use shape: chat")
+            asked = ABOUT_USER | ABOUT_ITEM | {"history", "liked", "disliked"}
+            template.check(turns=asked, lead=(), target={"answer"})
+        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
+        self._shots = ShotPool(
+            self.family,
+            self._events,
+            seed=seed,
+            choice=shot_choice,
+            least=1,
+            vectors=vectors,
+            label=lambda event: self._yes(event.rating),
+        )
+
+    @property
+    def eval_templates(self) -> tuple[str, ...]:
+        """Names of the templates that evaluation asks with."""
+        return self._chosen.evaluate
+
+    def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
+        """Yield rows with targets; see `Task`. For ``valid`` these are all rated events, balanced or not."""
+        refuse_test(split)
+        if split == "valid":
+            for held in self._rated_holdouts("valid")[:limit]:
+                past = _rated(self._data.history(held.user_id, "valid"))
+                event = Event(item_id=held.item_id, rating=held.rating)
+                row = f"ctr/valid/{request_id(held.user_id, held.item_id)}"
+                yield self._example(self._chosen.train[0], row, held.user_id, past, event)
+            return
+        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+            template = rng.choice(self._chosen.train)
+            events = self._events[user]
+            # A question about the first event has no taste to go by, so it is asked only of users with no other.
+            at = rng.randrange(min(1, len(events) - 1), len(events))
+            yield self._example(template, row, user, events[:at], events[at])
+
+    def kind(self, example: Example) -> str:
+        """Return the class of a training row: its answer."""
+        yes, _ = self._answers(example.template)
+        return YES if "".join(segment.text for segment in example.answer) == yes else NO
+
+    def cases(self, split: SplitName) -> list[Case]:
+        """Return the held-out ratings as questions, truth 1 for a yes and 0 for a no.
+
+        With ``balance: user`` a user's rarer answer says how many of each are asked, the first ones in seeded order.
+
+        Raises:
+            DataError: If a balanced set is asked for and no user has both answers.
+        """
+        found = [self._case(held, split) for held in self._rated_holdouts(split)]
+        balanced, most = self._section.balance == "user", self._section.per_user or len(found)
+        counts = Counter((case.request.user_id, case.truth) for case in found)
+        asked: Counter[tuple[str, str | float]] = Counter()
+        kept = []
+        for case in found:
+            user, truth = case.request.user_id, case.truth if balanced else ""
+            room = min(counts[user, 0.0], counts[user, 1.0], most // 2) if balanced else most
+            asked[user, truth] += 1
+            if asked[user, truth] <= room:
+                kept.append(case)
+        if found and not kept:
+            raise DataError(
+                f"tasks.ctr.balance: no user of the {split} split has both a yes and a no, which a balanced set takes; "
+                "hold out several events a user (data.split.kind=last_share), or set tasks.ctr.balance=none"
+            )
+        return kept
+
+    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+        """Render a request; see `Task`."""
+        chosen = self._chosen.get(template)
+        drawn = self.draw_shots(request, shots)
+        turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
+        item, context = asked_item(request, self.family), drawn.context(request.context)
+        values = self._values(request.user_id, drawn.history, item, context)
+        return Prompt(messages=with_shots(chosen.turns(values), turns))
+
+    def draw_shots(self, request: Request, shots: int) -> Drawn:
+        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        item = asked_item(request, self.family)
+        past = _others(_rated(request.history), item)
+        return self._shots.draw(
+            request, past, shots, self._section.history, lambda events: self._past.show(events, [item])
+        )
+
+    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
+        """Return yes and no, as the template writes them.
+
+        Raises:
+            RecipeError: If the template writes both the same way.
+        """
+        return self._answers(template)
+
+    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
+        """Read a leading yes or no; None where there is none, or both stand in the text."""
+        place = read_choice(completion, self.continuations(request, template=template))
+        return None if place is None else Probability(request_id=request.id, value=1.0 if place == 0 else 0.0)
+
+    def reward(self, answer: Answer, case: Case) -> float:
+        """Return 1 less the squared distance of the probability from the truth (Brier, 1950)."""
+        if not isinstance(answer, Probability):
+            return 0.0
+        return 1.0 - (answer.value - float(case.truth)) ** 2
+
+    # ----------------------------------------------------------------------- building blocks
+
+    def _answers(self, template: str) -> tuple[str, str]:
+        chosen = self._chosen.get(template)
+        yes, no = (chosen.answer({"answer": answer}) for answer in (YES, NO))
+        if yes == no:
+            raise RecipeError(
+                f"template {chosen.id}: its target is {yes!r} for a yes and for a no; write it with {{{{ answer }}}}"
+            )
+        return yes, no
+
+    def _rated_holdouts(self, split: SplitName) -> list[Interaction]:
+        return [held for held in held_out(self._data, split) if held.rating is not None]
+
+    def _case(self, held: Interaction, split: SplitName) -> Case:
+        request = Request(
+            id=request_id(held.user_id, held.item_id),
+            user_id=held.user_id,
+            history=self._data.history(held.user_id, split),
+            item=held.item_id,
+        )
+        return Case(request=request, truth=float(self._yes(held.rating)))
+
+    def _values(self, user: str, past: Sequence[Event], item: str, context: Mapping[str, str] | None = None) -> Values:
+        sides: dict[bool, list[Event]] = {True: [], False: []}
+        for event in past:
+            sides[self._yes(event.rating)].append(event)
+        lists = {"liked": self._view.events(sides[True]), "disliked": self._view.events(sides[False])}
+        shown = {"history": self._view.events(past), **lists}
+        return self._view.user(user, context) | self._view.about(item) | shown
+
+    def _yes(self, rating: float | None) -> bool:
+        return rating is not None and rating >= self.liked
+
+    def _with_answer(self, values: Values, event: Event) -> Values:
+        return values | {"answer": YES if self._yes(event.rating) else NO}
+
+    def _example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
+        shown = self._past.show(_others(past, event.item_id), [event.item_id])
+        values = self._values(user, shown.events, event.item_id, shown.context({}))
+        answer = self._with_answer(values, event)
+        return chat_example(template, row, user, values, answer, past=shown.events, event=event)
+
+    def _solved(self, template: Template, user: str, events: Sequence[Event]) -> tuple[Message, ...]:
+        event = events[-1]
+        values = self._values(user, _others(events[:-1], event.item_id), event.item_id)
+        return solved(template, values, template.step(self._with_answer(values, event))[1])
+
+
+def _others(events: Sequence[Event], item: str) -> tuple[Event, ...]:
+    """Leave out earlier ratings of the item that is judged: they would tell the answer."""
+    return tuple(event for event in events if event.item_id != item)
+
+
+def _rated(events: Sequence[Event]) -> tuple[Event, ...]:
+    return tuple(event for event in events if event.rating is not None)
+
+
+def read_choice(text: str, answers: Sequence[str]) -> int | None:
+    """Read which of two answers a text begins with.
+
+    The answer must be the first word, but for marks around it and a lead such as "The answer is". A refusal, an answer
+    in another language, a text that names both, and a "No" that is the beginning of a phrase ("No idea") are no
+    readings.
+
+    Args:
+        text: A completion.
+        answers: What is written for a yes and for a no.
+
+    Returns:
+        The place of the answer in ``answers``, or None.
+    """
+    said = _LEAD.sub("", text[:_LONGEST].casefold().strip(_MARKS), count=1).strip(_MARKS)
+    words = [answer.casefold().strip(_MARKS) for answer in answers]
+    named = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", said) for word in words]
+    found = [place for place, match in enumerate(named) if match is not None]
+    if len(found) != 1:
+        return None
+    match = named[found[0]]
+    assert match is not None
+    leads = match.start() == 0 and (found[0] == 0 or _ENDS.match(said, match.end()) is not None)
+    return found[0] if leads else None

@@ -1,0 +1,83 @@
+"""A few fixed training rows in place of an endless stream, as few-shot training has them (TALLRec, section 4)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import count as numbers
+from typing import Protocol, runtime_checkable
+
+from llmrec.errors import RecipeError
+from llmrec.tasks.common import keyed
+from llmrec.types import Example, Task
+
+# Rows read in a row without a new one before a stream counts as exhausted.
+_PATIENCE = 2000
+
+
+@runtime_checkable
+class Classed(Protocol):
+    """A task whose rows fall into classes that a pool holds in equal numbers."""
+
+    kinds: tuple[str, ...]
+
+    def kind(self, example: Example) -> str:
+        """Return the class of a training row."""
+        ...
+
+
+def pool(task: Task, count: int) -> tuple[Example, ...]:
+    """Return ``count`` different rows of a task: the first of its training stream, in the stream's order.
+
+    Two rows are alike if they show the same events of the same user and end at the same one, whatever the words. Of a
+    `Classed` task as many rows of each class are taken; one class makes up for another that has too few. The pool of
+    a smaller count is part of that of a larger one, as long as no class runs out.
+
+    Raises:
+        RecipeError: If there are not so many different rows.
+    """
+    kinds = task.kinds if isinstance(task, Classed) else ()
+    room = {kind: count // len(kinds) + (place < count % len(kinds)) for place, kind in enumerate(kinds)}
+    taken: Counter[str] = Counter()
+    chosen: dict[int, Example] = {}
+    spare: dict[int, Example] = {}
+    seen = set()
+    since = 0
+    for place, example in enumerate(task.examples("train")):
+        since += 1
+        if since > _PATIENCE or len(chosen) == count:
+            break
+        key = (example.user_id, example.pairs) if example.pairs else (example.messages, example.answer)
+        if key in seen:
+            continue
+        seen.add(key)
+        kind = task.kind(example) if isinstance(task, Classed) else ""
+        if kinds and taken[kind] >= room[kind]:
+            # A class that is full is no progress, but its rows may have to stand in for another that has too few.
+            spare[place] = example
+            continue
+        taken[kind] += 1
+        chosen[place] = example
+        since = 0
+    for place, example in spare.items():
+        if len(chosen) == count:
+            break
+        chosen[place] = example
+    if len(chosen) < count:
+        raise RecipeError(
+            f"train.examples: tasks.{task.family} has only {len(chosen)} different training rows, and {count} are "
+            "asked for; lower it, or leave it out"
+        )
+    return tuple(chosen[place] for place in sorted(chosen))
+
+
+def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Example]:
+    """Yield a task's training rows without end: its own stream, or a pool of ``count``, pass after pass reshuffled."""
+    if count is None:
+        yield from task.examples("train")
+        return
+    rows = pool(task, count)
+    for number in numbers():
+        order = list(rows)
+        keyed(f"{task.family} pool", seed, str(number)).shuffle(order)
+        yield from order

@@ -1,0 +1,251 @@
+"""Review: what stands in a user's review of an item, as a headline or as a rating (P5, RecSys 2022, appendix D).
+
+The question shows the review, and so nothing before it. One task serves two families, whose templates say what is
+written: ``{{ headline }}`` (family ``review``) or ``{{ rating }}`` (family ``stars``). A headline is read where an
+interaction's text stands: see `llmrec.data.written`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, cast
+
+from llmrec.data.candidates import CandidateSets
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.errors import DataError, RecipeError
+from llmrec.guard import TEXT_LIMIT
+from llmrec.prompts import Template, clean
+from llmrec.recipe import ReviewSection, StarsSection
+from llmrec.tasks.common import (
+    ABOUT_ITEM,
+    ABOUT_USER,
+    Values,
+    View,
+    asked_item,
+    chat_example,
+    choose,
+    held_out,
+    passes,
+    refuse_test,
+    solved,
+    with_shots,
+)
+from llmrec.tasks.explanation import shared_words
+from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.past import ItemVectors
+from llmrec.tasks.rating import Scale, find_scale
+from llmrec.tasks.reading import read_number
+from llmrec.types import (
+    Answer,
+    Case,
+    Event,
+    Example,
+    Family,
+    Interaction,
+    ItemCodes,
+    Message,
+    Prompt,
+    Rating,
+    Request,
+    SplitName,
+    Text,
+)
+
+Target = Literal["headline", "rating"]
+
+
+class ReviewTask:
+    """The families ``review`` and ``stars``: a review, and the headline or the rating that belongs to it."""
+
+    family: Family
+
+    def __init__(
+        self,
+        data: SplitDataset,
+        section: ReviewSection | StarsSection,
+        templates: Mapping[str, Template],
+        *,
+        seed: int,
+        candidates: CandidateSets | None = None,
+        shot_choice: str = "random",
+        index: ItemCodes | None = None,
+        vectors: ItemVectors | None = None,
+    ) -> None:
+        self._data, self._section, self._seed = data, section, seed
+        self.family, self.target = _kind(templates)
+        if not data.dataset.reviews:
+            raise DataError(
+                f"tasks.{self.family}: {data.dataset.name} has no reviews; use a source of reviews, such as "
+                "amazon-reviews, or drop the task"
+            )
+        self._chosen = choose(self.family, section, templates, index, reviews=True)
+        self._view = View(data, index)
+        scale = find_scale(data) if self.target == "rating" else None
+        self._scale = scale
+        asked = ABOUT_USER | ABOUT_ITEM | {"review", "scale_low", "scale_high"}
+        for template in templates.values():
+            template.check(turns=asked, lead=(), target=asked | {self.target})
+        found = {user: self._usable(user, data.train_events(user)) for user in data.users()}
+        self._events = {user: events for user, events in found.items() if events}
+        if not self._events:
+            raise DataError(
+                f"tasks.{self.family}: no training interaction of {data.dataset.name} has a review and a "
+                f"{self.target}; drop the task"
+            )
+        self._shots = ShotPool(
+            self.family,
+            self._events,
+            seed=seed,
+            choice=shot_choice,
+            least=1,
+            vectors=vectors,
+            label=None if scale is None else lambda event: scale.label(event.rating or 0.0),
+        )
+
+    @property
+    def scale(self) -> Scale:
+        """The rating scale.
+
+        Raises:
+            RecipeError: If headlines are asked for.
+        """
+        if self._scale is None:
+            raise RecipeError(f"tasks.{self.family}: its templates write headlines, which have no scale")
+        return self._scale
+
+    @property
+    def eval_templates(self) -> tuple[str, ...]:
+        """Names of the templates that evaluation asks with."""
+        return self._chosen.evaluate
+
+    def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
+        """Yield rows with targets; see `Task`."""
+        refuse_test(split)
+        if split == "valid":
+            for held in self._held("valid")[:limit]:
+                event = Event(item_id=held.item_id, rating=held.rating, text=held.text)
+                row = f"{self.family}/valid/{request_id(held.user_id, held.item_id)}"
+                yield self._example(self._chosen.train[0], row, held.user_id, event)
+            return
+        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+            template = rng.choice(self._chosen.train)
+            yield self._example(template, row, user, rng.choice(self._events[user]))
+
+    def cases(self, split: SplitName) -> list[Case]:
+        """Return the held-out reviews, each as the request's context; one without its target is no case."""
+        return [
+            Case(
+                request=Request(
+                    id=request_id(held.user_id, held.item_id),
+                    user_id=held.user_id,
+                    history=self._data.history(held.user_id, split),
+                    item=held.item_id,
+                    context={"review": self._review(held.user_id, held.item_id)},
+                ),
+                truth=_headline(held) if self.target == "headline" else cast(float, held.rating),
+            )
+            for held in self._held(split)
+        ]
+
+    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+        """Render a request; see `Task`.
+
+        Raises:
+            DataError: If its context holds no review.
+        """
+        chosen, item = self._chosen.get(template), asked_item(request, self.family)
+        if not request.context.get("review"):
+            raise DataError(f"request {request.id!r}: the {self.family} task reads a review; set context['review']")
+        turns: list[tuple[Message, ...]] = []
+        for shot in self.draw_shots(request, shots).windows:
+            event = shot.events[-1]
+            values = self._values(shot.user_id, event.item_id, self._review(shot.user_id, event.item_id))
+            turns.append(solved(chosen, values, chosen.step(self._answered(values, event))[1]))
+        values = self._values(request.user_id, item, request.context["review"], request.context)
+        return Prompt(messages=with_shots(chosen.turns(values), turns))
+
+    def draw_shots(self, request: Request, shots: int) -> Drawn:
+        """Return the training events whose reviews few-shot examples solve."""
+        past = self._usable(request.user_id, request.history)
+        return self._shots.draw(request, past, shots, self._section.history)
+
+    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
+        """Return the scale's labels, lowest first; nothing for headlines, which are generated."""
+        return () if self._scale is None else self._scale.labels
+
+    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
+        """Return the headline as one clean line, or the first number on the scale; None if there is none."""
+        if self._scale is None:
+            text = clean(completion, TEXT_LIMIT)
+            return Text(request_id=request.id, text=text) if text else None
+        value = read_number(completion, self._scale.low, self._scale.high)
+        return None if value is None else Rating(request_id=request.id, value=value)
+
+    def reward(self, answer: Answer, case: Case) -> float:
+        """Return the F1 of shared words, or how near the rating is, as a share of the scale."""
+        if isinstance(answer, Text) and self._scale is None:
+            return shared_words(answer.text, str(case.truth))
+        if isinstance(answer, Rating) and self._scale is not None:
+            width = (self._scale.high - self._scale.low) or 1.0
+            return max(0.0, 1.0 - abs(answer.value - float(case.truth)) / width)
+        return 0.0
+
+    # ----------------------------------------------------------------------- building blocks
+
+    def _held(self, split: SplitName) -> list[Interaction]:
+        return [held for held in held_out(self._data, split) if self._asks(held.user_id, held)]
+
+    def _usable(self, user: str, events: Sequence[Event]) -> tuple[Event, ...]:
+        return tuple(event for event in events if self._asks(user, event))
+
+    def _asks(self, user: str, event: Event | Interaction) -> bool:
+        """Whether an interaction has a review and what is to be written about it."""
+        has = event.rating is not None if self.target == "rating" else bool(_headline(event))
+        return has and bool(self._review(user, event.item_id))
+
+    def _review(self, user: str, item: str) -> str:
+        """Return the beginning of a review, empty where there is none."""
+        review = self._data.dataset.reviews.get((user, item))
+        return "" if review is None else clean(review.text, self._section.shown)
+
+    def _values(self, user: str, item: str, review: str, context: Mapping[str, str] | None = None) -> Values:
+        marks: Values = {"scale_low": None, "scale_high": None}
+        if self._scale is not None:
+            marks = {"scale_low": self._scale.labels[0], "scale_high": self._scale.labels[-1]}
+        return self._view.user(user, context) | self._view.about(item) | marks | {"review": review}
+
+    def _answered(self, values: Values, event: Event) -> Values:
+        if self._scale is None:
+            return values | {"headline": _headline(event)}
+        assert event.rating is not None
+        return values | {"rating": self._scale.label(event.rating)}
+
+    def _example(self, template: Template, row: str, user: str, event: Event) -> Example:
+        values = self._values(user, event.item_id, self._review(user, event.item_id))
+        return chat_example(template, row, user, values, self._answered(values, event), past=(), event=event)
+
+
+def _headline(event: Event | Interaction) -> str:
+    return clean(event.text or "", TEXT_LIMIT)
+
+
+def _kind(templates: Mapping[str, Template]) -> tuple[Family, Target]:
+    """Return the family of templates, and what all of them ask for.
+
+    Raises:
+        RecipeError: If one is a list, or they ask for different things.
+    """
+    targets: dict[Target, str] = {}
+    for template in templates.values():
+        if template.shape == "list":
+            raise RecipeError(f"template {template.id}: a review has one answer; use shape: chat")
+        named = template.names("target")
+        written: Target = "rating" if "rating" in named and "headline" not in named else "headline"
+        targets[written] = template.id
+    family = next(iter(templates.values())).family
+    if len(targets) > 1:
+        raise RecipeError(
+            f"templates {' and '.join(sorted(targets.values()))}: the one writes a headline and the other a rating; "
+            "those of one family write the same, headlines under prompts/review and ratings under prompts/stars"
+        )
+    return cast(Family, family), next(iter(targets))

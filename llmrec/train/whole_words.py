@@ -1,0 +1,51 @@
+"""Trains whole-word embeddings with what else is trainable of an encoder-decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.whole_words import WEIGHTS, attach, kinds_of, new_table, save_words, words_of
+
+
+def put_on(model: Any, encoder: Encoder, *, size: int, seed: int) -> None:
+    """Have a model add whole-word embeddings that are trained: its own, or new ones where it has none.
+
+    Args:
+        model: From `llmrec.train.lora.load_trainable`.
+        encoder: Its tokenizer, whose tokens decide where words begin.
+        size: Rows of a new table: the longest count and 1.
+        seed: Of a new table.
+
+    Raises:
+        RecipeError: If the model is no encoder-decoder.
+    """
+    known = words_of(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    table = new_table(model, size, seed=seed) if known is None else known.weight.detach()
+    attach(model, table, kinds_of(encoder.tokenizer, encoder.control, rows))
+
+
+class KeepWords(TrainerCallback):  # type: ignore[misc]
+    """Saves the table, where there is one, with every checkpoint; it stands before the callback that seals them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the table into the checkpoint that was just saved."""
+        if state.is_world_process_zero:
+            save_words(self._model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def restore_words(model: Any, checkpoint: Path) -> None:
+    """Go on with the table that a checkpoint holds, where the model has one."""
+    words = words_of(model)
+    if words is not None:
+        with torch.no_grad():
+            words.weight.copy_(load_file(checkpoint / WEIGHTS)["table"])

@@ -1,0 +1,207 @@
+"""A recipe that asks a server, from its keys to its results; and a key that stands nowhere but in its header."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.openai import OpenAIBackend
+from llmrec.errors import BackendError, RecipeError
+from llmrec.recipe import EvalSection, Recipe, ServerSection
+from llmrec.recipe_file import load_recipe
+from tests.conftest import make_tokenizer
+from tests.servers.client import question, section
+from tests.servers.faulty import EVERYTHING, Behaviour, FaultyServer, running
+
+SECRET = "sk-proj-Zx81QmW0pT7v"
+SMALL = (
+    "data={source: made-reviews, noun: products}",
+    "reviews=null",
+    "model.dtype=float32",
+    "tasks.rating.users=null",
+    "tasks.rating.strategies=[expected, parsed]",
+    "tasks.sequential.users=null",
+    "tasks.direct=null",
+    "tasks.explanation=null",
+    "eval.users=6",
+    "eval.candidates.count=5",
+    "eval.bootstrap=50",
+    "eval.arms=[zero-shot]",
+    "eval.backend=openai",
+)
+
+
+def recipe(folder: Path, url: str, *more: str) -> Recipe:
+    server = f"eval.server={{url: '{url}', model: films, key_env: FILMS_KEY, timeout: 5, attempts: 3, backoff: 0.01}}"
+    return load_recipe("recipes/quickstart.yaml", [f"model.name={folder}", *SMALL, server, *more])
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    tokenizer = make_tokenizer()
+    with running(Behaviour(key=SECRET, count=lambda text: len(tokenizer.encode(text)))) as made:
+        yield made
+
+
+# --------------------------------------------------------------------------- keys of a recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("{model: m, url: 'https://user:%s@host/v1'}", "no user, password or parameters"),
+        ("{model: m, url: 'https://host/v1?key=%s'}", "no user, password or parameters"),
+        ("{model: m, url: 'ftp://host/%s'}", "http://host:port/v1"),
+        ("{model: m, key_env: %s}", "never the key itself"),
+        ("{model: m, key: %s}", "did you mean 'key_env'"),
+        ("{model: m, extra: {api_key: %s}}", "'api_key' is not for a recipe to set"),
+        ("{model: m, extra: {a: [{b: {auth_Key: %s}}]}}", "'auth_Key' is not for a recipe to set"),
+        ("{model: m, extra: {Authorization: %s}}", "not for a recipe to set"),
+        ("{model: m, timeout: %s}", r"eval\.server\.timeout: input should be a valid number"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(override: str, said: str) -> None:
+    for changes in (f"eval.server={override % SECRET}", f"eval={{backend: openai, server: {override % SECRET}}}"):
+        with pytest.raises(RecipeError, match=said) as caught:
+            load_recipe("recipes/quickstart.yaml", [*SMALL, changes])
+        assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model", "messages", "prompt", "stream", "n", "stop", "logprobs"])
+def test_what_is_asked_is_no_further_key(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' is not for a recipe to set"):
+        ServerSection(model="m", extra={name: 1})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["eval.backend=openai"], r"eval\.server: .*set both"),
+        (["eval.server={model: m}", "eval.backend=hf"], r"no other backend reads it"),
+        (["eval.server={model: m}", "eval.arms=[tuned]"], r"eval\.arms: .*export it, serve it"),
+        (["eval.server={model: m}", "eval.scorer=hf"], r"eval\.scorer: "),
+        (["eval.server={model: m, max_cost: 1}"], r"set eval\.server\.price_in"),
+    ],
+)
+def test_sections_that_disagree(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("recipes/quickstart.yaml", [*SMALL, *overrides])
+
+
+def test_what_can_change_an_answer_and_what_cannot() -> None:
+    one = ServerSection(model="m")
+    assert (
+        one.answering()
+        == ServerSection(model="m", url=one.url + "/", concurrency=2, timeout=1, max_tokens_budget=9).answering()
+    )
+    for changed in (
+        {"url": "http://other/v1"},
+        {"model": "n"},
+        {"chat": "chat"},
+        {"thinking_tokens": 9},
+        {"extra": {"a": 1}},
+    ):
+        assert ServerSection(**({"model": "m"} | changed)).answering() != one.answering()  # type: ignore[arg-type]
+    assert EvalSection().server is None
+
+
+# --------------------------------------------------------------------------- the key
+
+
+def test_the_variable_of_the_key_must_be_set(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, "", "  "):
+        monkeypatch.delenv("FILMS_KEY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("FILMS_KEY", value)
+        with pytest.raises(BackendError, match=r"key_env: the environment variable FILMS_KEY is not set"):
+            OpenAIBackend(section(server.url, key_env="FILMS_KEY"))
+    monkeypatch.setenv("FILMS_KEY", SECRET + "\nX-Other: 1")
+    with pytest.raises(BackendError, match="holds characters that no key has") as caught:
+        OpenAIBackend(section(server.url, key_env="FILMS_KEY"))
+    assert SECRET not in str(caught.value)
+
+
+def test_no_message_and_no_log_holds_the_key(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("FILMS_KEY", SECRET + "-old")
+    with pytest.raises(BackendError, match=r"status 401: Incorrect API key provided: Bearer \*\*\*") as caught:
+        OpenAIBackend(section(server.url, key_env="FILMS_KEY"))
+    told = "".join(traceback.format_exception(caught.value))
+    assert caught.value.__cause__ is None
+    assert SECRET not in told
+    monkeypatch.setenv("FILMS_KEY", SECRET)
+    backend = OpenAIBackend(section(server.url, key_env="FILMS_KEY"))
+    assert backend.generate([question("a")], max_tokens=4)
+    backend.close()
+    assert SECRET not in caplog.text
+    assert SECRET not in repr(backend.wire) + repr(backend.wire._client.headers)
+
+
+# --------------------------------------------------------------------------- runs
+
+
+def test_a_run_through_a_server(
+    server: FaultyServer, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    from llmrec.build import pipeline
+
+    monkeypatch.setenv("FILMS_KEY", SECRET)
+    chosen = recipe(llama_folder, server.url)
+    done = pipeline.run(chosen, tmp_path / "run", quiet=True)
+    rows = {row["predictor"]: row for row in done.results["rows"] if row["arm"] == "zero-shot"}
+    assert rows["expected"]["engine"] == "openai:one-token"
+    assert rows["parsed"]["engine"] == "openai:generate"
+    assert rows["likelihood"]["engine"] == "openai:echo"
+    assert rows["parsed"]["parse_rate"] == 1.0
+    assert done.results["model"] == {"name": "films", "folder": server.url, "dtype": "as served"}
+    # The key stands in no file of the run: answers, recipe, results, report.
+    files = [file for file in done.folder.rglob("*") if file.is_file()]
+    assert len(files) > 8 and all(SECRET.encode() not in file.read_bytes() for file in files)
+    spent = sqlite3.connect(done.folder / "answers.sqlite").execute("SELECT * FROM spent").fetchall()
+    assert spent[0][0] == f"{server.url} films" and spent[0][1] > 1000
+
+    # Again, and nobody is asked: neither for finished rows, nor for remembered answers of rows that are gone.
+    asked = len(server.bodies)
+    for row in (done.folder / "rows").glob("*zero-shot*"):
+        row.unlink()
+    monkeypatch.delenv("FILMS_KEY")
+    again = pipeline.run(chosen, tmp_path / "run", quiet=True)
+    assert len(server.bodies) == asked
+    assert [row["metrics"] for row in again.results["rows"]] == [row["metrics"] for row in done.results["rows"]]
+
+    # Another way to ask is another row.
+    monkeypatch.setenv("FILMS_KEY", SECRET)
+    parsed = ("tasks.rating.strategies=[parsed]", "tasks.sequential=null", "eval.server.chat=chat")
+    pipeline.run(recipe(llama_folder, server.url, *parsed), tmp_path / "run", quiet=True)
+    assert sum("messages" in body for body in server.bodies) > 6
+
+
+def test_a_server_without_probabilities_ends_the_run_with_what_works(llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    from llmrec.build import pipeline
+
+    offers = EVERYTHING - {"logprobs", "named", "echo", "chat logprobs"}
+    with running(Behaviour(offers=offers)) as plain:
+        keyless = (f"eval.server={{url: '{plain.url}', model: films}}",)
+        with pytest.raises(BackendError, match=r"gives no log-probabilities of films.*list, parsed and text"):
+            pipeline.run(recipe(llama_folder, plain.url, *keyless), tmp_path / "run", quiet=True)
+        works = ("tasks.rating.strategies=[parsed]", "tasks.sequential=null", *keyless)
+        done = pipeline.run(recipe(llama_folder, plain.url, *works), tmp_path / "run", quiet=True)
+    assert [row["n"] for row in done.results["rows"] if row["predictor"] == "parsed"] == [6]
+
+
+def test_the_tokenizer_of_another_model_is_noticed() -> None:
+    encoder = Encoder(make_tokenizer(), max_length=512)
+    with running(Behaviour(count=lambda text: 1 + len(encoder.tokenizer.encode(text)))) as beginning:
+        backend = OpenAIBackend(section(beginning.url), encoder)
+        backend.close()
+        assert backend.offers.exact, "a server may put its own first token before a text"

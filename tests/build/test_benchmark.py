@@ -1,0 +1,184 @@
+"""Benchmarks: runs beside each other, averaged over seeds, compared on the same users, with a page and pictures."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.build.benchmark import points, run_benchmark
+from llmrec.errors import RecipeError
+from llmrec.recipe_file import kind_of_page, load_benchmark
+from llmrec.report.benchmark import frontier, pages
+from tests.tasks.task_data import make_split
+
+DATA = make_split()
+
+
+def write(folder: Path, runs: str, more: str = "") -> Path:
+    DATA.dataset.interactions.select("user_id", "item_id", "rating", "timestamp").write_csv(folder / "rows.csv")
+    (folder / "recipe.yaml").write_text(
+        "name: base\n"
+        f"data: {{source: table, path: {folder / 'rows.csv'}, columns: {{rating: rating, time: timestamp}}}}\n"
+        "tasks: {direct: {strategies: [label, pointwise-yes]}, rating: {strategies: [expected]}}\n"
+        "eval: {arms: [zero-shot], backend: fake, scorer: fake, users: 20, bootstrap: 50, candidates: {count: 5}}\n",
+        encoding="utf-8",
+    )
+    page = folder / "bench.yaml"
+    page.write_text(
+        f"benchmark: small\nrecipe: {folder / 'recipe.yaml'}\nbootstrap: 200\n{more}runs:\n{runs}", encoding="utf-8"
+    )
+    return page
+
+
+RUNS = """\
+  - {name: zero-shot}
+  - name: few-shot
+    overrides: ["eval.arms=[few-shot]"]
+    grid: {eval.shots.k: [1, 2], eval.shots.choice: [random, recent]}
+"""
+
+
+def test_a_grid_is_every_combination_and_every_seed(tmp_path: Path) -> None:
+    page = write(tmp_path, RUNS + "  - {name: tuned, seeds: [3, 4]}\n")
+    assert kind_of_page(page) == "benchmark"
+    found = list(points(load_benchmark(page)))
+    assert [point.label for point in found] == [
+        "zero-shot",
+        *(f"few-shot, k={k}, choice={choice}" for k in (1, 2) for choice in ("random", "recent")),
+        *("tuned", "tuned"),
+    ]
+    assert [point.seed for point in found[-2:]] == [3, 4]
+    assert len({point.folder for point in found}) == len(found)
+
+
+def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
+    page = write(
+        tmp_path, RUNS, 'pairs: [["pointwise-yes · after-history · zero-shot", "label · after-history · zero-shot"]]\n'
+    )
+    told: list[str] = []
+    made = run_benchmark(
+        load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", say=told.append, quiet=True
+    )
+    results = json.loads(made["results"].read_text(encoding="utf-8"))
+    assert len(told) == 5 and {table["task"] for table in results["tables"]} == {"direct", "rating"}
+    table = next(table for table in results["tables"] if table["task"] == "direct")
+    names = [row["name"] for row in table["rows"]]
+    assert len(set(names)) == len(names) == 5 + 2 * 5  # each baseline once, each strategy in each run
+    assert sum(name.endswith("k=2, choice=recent") for name in names) == 2
+    values = [row["metrics"]["NDCG@10"]["value"] for row in table["rows"]]
+    assert values == sorted(values, reverse=True)
+    few = {row["name"]: row for row in table["rows"]}
+    one, two = (few[f"label · after-history · few-shot, k={k}, choice=random"] for k in (1, 2))
+    assert two["tokens_per_user"] > one["tokens_per_user"] > few["label · after-history · zero-shot"]["tokens_per_user"]
+    assert few["pointwise-yes · after-history · zero-shot"]["forwards_per_user"] == 5
+    assert table["best_baseline"] in names and len(table["against_best_baseline"]) == 10
+    (pair,) = table["pairs"]
+    assert pair["value"] == pytest.approx(
+        few[pair["a"]]["metrics"]["NDCG@10"]["value"] - few[pair["b"]]["metrics"]["NDCG@10"]["value"]
+    )
+    rating = next(table for table in results["tables"] if table["task"] == "rating")
+    assert [r["metrics"]["RMSE"]["value"] for r in rating["rows"]] == sorted(
+        r["metrics"]["RMSE"]["value"] for r in rating["rows"]
+    )
+    text = made["page"].read_text(encoding="utf-8")
+    assert "label · after-history · zero-shot" in text and "(small-direct.svg)" in text
+    ET.fromstring((tmp_path / "eval" / "small-direct.svg").read_text(encoding="utf-8"))
+
+
+def test_a_second_call_reuses_every_run(tmp_path: Path) -> None:
+    page = load_benchmark(write(tmp_path, "  - {name: zero-shot}\n"))
+    first = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True)
+    before = json.loads(first["results"].read_text(encoding="utf-8"))
+    rows = sorted((tmp_path / "runs" / "zero-shot" / "rows").iterdir())
+    stamps = [row.stat().st_mtime_ns for row in rows]
+    second = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True)
+    assert [row.stat().st_mtime_ns for row in rows] == stamps
+    assert json.loads(second["results"].read_text(encoding="utf-8"))["tables"] == before["tables"]
+
+
+def test_seeds_are_averaged_before_rows_are_compared() -> None:
+    from llmrec.build.benchmark import Line, _row, _values
+
+    def figures(value: float) -> dict[str, Any]:
+        metric = {"value": value, "low": value - 1, "high": value + 1}
+        cost = {"prompt_tokens": 10, "completion_tokens": 0, "forwards": 2, "seconds": 1.0}
+        return {
+            "arm": "tuned", "predictor": "label", "template": "direct/x", "shots": 0, "engine": "fake", "n": 2,
+            "parse_rate": 1.0, "metrics": {"NDCG@10": metric}, "cost": cost,
+        }  # fmt: skip
+
+    line = Line(
+        ("direct", "NDCG@10", ""), "label", "tuned", [figures(0.2), figures(0.4)],
+        [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"],
+    )  # fmt: skip
+    row = _row(line, "NDCG@10")
+    assert row["metrics"]["NDCG@10"]["value"] == pytest.approx(0.3)
+    assert row["metrics"]["NDCG@10"]["sd"] == pytest.approx(0.1 * 2**0.5)
+    assert row["seeds"] == 2 and row["tokens_per_user"] == 5
+    assert _values(line, "NDCG@10") == pytest.approx([0.1, 0.5])
+    signed = Line(("ctr", "GAUC", ""), "p", "t", [], [{"GAUC": [0.2, -0.0]}, {"GAUC": [0.4, -0.6]}], ["a", "b"])
+    assert _values(signed, "GAUC") == pytest.approx([0.3, -0.3])
+
+
+def test_runs_of_different_cases_do_not_share_a_table(tmp_path: Path) -> None:
+    runs = "  - {name: few, overrides: [eval.users=10]}\n  - {name: many}\n"
+    with pytest.raises(RecipeError, match="different users"):
+        run_benchmark(
+            load_benchmark(write(tmp_path, runs)), out=tmp_path / "runs", results=tmp_path / "results", quiet=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ("  - {name: a}\n  - {name: a}\n", "two runs are called 'a'"),
+        ("  - {name: a, grid: {eval.shots.k: []}}\n", "has no values"),
+        ("  - {name: a, overrides: [eval.shot.k=1]}\n", "run 'a'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(runs: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        run_benchmark(load_benchmark(write(tmp_path, runs)), out=tmp_path / "runs", results=tmp_path, quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_front_holds_what_nothing_cheaper_beats() -> None:
+    def row(name: str, tokens: float, value: float) -> dict[str, Any]:
+        return {
+            "name": name,
+            "tokens_per_user": tokens,
+            "metrics": {"HR@1": {"value": value}, "RMSE": {"value": value}},
+        }
+
+    rows = [row("a", 10, 0.3), row("b", 20, 0.2), row("c", 30, 0.5), row("d", 30, 0.4), row("e", 90, 0.5)]
+    assert [each["name"] for each in frontier(rows, "HR@1")] == ["a", "c"]
+    assert [each["name"] for each in frontier(rows, "RMSE")] == ["a", "b"]
+
+
+def test_no_name_becomes_markup(tmp_path: Path) -> None:
+    row = {
+        "name": "<script>x</script> | *a*", "arm": "zero-shot", "predictor": "p", "template": None, "run": "r",
+        "tokens_per_user": 10.0, "forwards_per_user": 1.0, "seconds_per_user": 0.1,
+        "metrics": {"HR@1": {"value": 0.5, "low": 0.4, "high": 0.6}},
+    }  # fmt: skip
+    table = {
+        "task": "direct", "metric": "HR@1", "signature": "s", "requests": 5, "users": 5,
+        "rows": [row, {**row, "name": "b&b", "tokens_per_user": 20.0}], "against_best_baseline": [], "pairs": [],
+    }  # fmt: skip
+    found = pages(
+        {
+            "benchmark": "b",
+            "description": "<b>",
+            "command": "llmrec eval x",
+            "seconds": 1.0,
+            "machine": {},
+            "tables": [table],
+        }
+    )
+    assert "<script>" not in found["b.md"] and "<b>" not in found["b.md"]
+    ET.fromstring(found["b-direct.svg"])
+    assert "<script>" not in found["b-direct.svg"]

@@ -1,0 +1,88 @@
+"""A run with every ranking strategy: rows, costs, and no stale row after a change of a key that matters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.build import pipeline
+from llmrec.build.evaluation import asking_of
+from llmrec.recipe import EvalSection
+from llmrec.recipe_file import load_recipe
+from llmrec.registry import POSITIONAL, STRATEGY_KEYS
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+
+DIRECT = ("label", "list", "permutation", "window", "pairwise", "setwise", "pointwise-yes")
+BASE = (
+    "data={source: made-reviews, noun: products}",
+    "reviews=null",
+    "model.dtype=float32",
+    f"tasks={{sequential: {{templates: [continue-list], strategies: [likelihood, likelihood-prior]}}, "
+    f"direct: {{templates: [after-history], strategies: [{', '.join(DIRECT)}]}}}}",
+    "eval={arms: [few-shot], users: 5, batch: 4, bootstrap: 20, backend: hf, candidates: {count: 6}, depth: 3, "
+    "window: 4, window_step: 2, all_pairs: 4, set_size: 3, debias_questions: 8}",
+)
+
+
+def rows_of(model: Path, folder: Path, *more: str) -> dict[str, Any]:
+    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={model}", *BASE, *more])
+    rows = json.loads(json.dumps(pipeline.run(recipe, folder, quiet=True).results["rows"]))
+    for row in rows:
+        del row["cost"]["seconds"]
+    return {row["predictor"]: row for row in rows if row["arm"] != "baseline"}
+
+
+def test_a_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
+    rows = rows_of(llama_folder, tmp_path / "run")
+    assert set(rows) == {*DIRECT, "likelihood", "likelihood-prior"}
+    forwards = {name: row["cost"]["forwards"] / 5 for name, row in rows.items()}
+    exact = {"likelihood": 1, "label": 1, "permutation": 3, "window": 2, "pairwise": 24, "pointwise-yes": 6}
+    assert {name: forwards[name] for name in exact} == exact
+    assert 3 <= forwards["setwise"] <= 7 and forwards["list"] >= 1 and forwards["likelihood-prior"] > 1
+    assert all(row["cost"]["prompt_tokens"] > 0 for row in rows.values())
+    # What a report shows is what was asked: the first question of each strategy.
+    shown = {example["predictor"]: example["prompt"] for example in _examples(tmp_path / "run")}
+    assert "Answer Yes or No." in shown["pointwise-yes"] and "Order all labels" in shown["permutation"]
+    question = shown["pairwise"].rpartition("Candidates:")[2]
+    assert "\nB. " in question and "\nC. " not in question
+
+    # The same folder again: rows that the change does not touch are kept, the others are asked anew.
+    again = rows_of(llama_folder, tmp_path / "run", "eval.permutations=2", "eval.debias=measured")
+    for name in rows:
+        assert (again[name] == rows[name]) == (name not in POSITIONAL)
+    assert again["label"]["cost"]["forwards"] == 2 * 5 + 8
+
+
+def _examples(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for file in sorted((folder / "rows").glob("*.json")) or sorted(folder.rglob("rows/*.json")):
+        found += json.loads(file.read_text("utf-8"))["examples"][:1]
+    return found
+
+
+CHANGES = {
+    "prior_weight": 0.5,
+    "permutations": 3,
+    "debias_questions": 7,
+    "depth": 4,
+    "window": 9,
+    "window_step": 3,
+    "set_size": 5,
+    "all_pairs": 3,
+    "beams": 9,
+    "exact": True,
+}
+
+
+@pytest.mark.parametrize("name", STRATEGY_KEYS)
+def test_every_key_that_a_strategy_reads_is_in_the_key_of_its_rows(name: str) -> None:
+    plain = EvalSection(debias="measured")
+    for key, value in CHANGES.items():
+        changed = plain.model_copy(update={key: value})
+        reads = key in STRATEGY_KEYS[name] or (name in POSITIONAL and key == "debias_questions")
+        assert (asking_of(name, changed) != asking_of(name, plain)) == reads
+    assert (asking_of(name, EvalSection()) != asking_of(name, plain)) == (name in POSITIONAL)

@@ -1,0 +1,100 @@
+"""Asks a server a fixed set of questions and keeps the answers, until it is done or killed.
+
+``python -m tests.servers.client URL STORE COUNT``; run again, it goes on. `wrong` says what a store lacks or holds in
+the wrong place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
+from llmrec.backends.openai import OpenAIBackend
+from llmrec.recipe import ServerSection
+from llmrec.types import Backend, Completion, Message, Prompt, Segment
+from tests.servers.faulty import answer_to, digest_of
+
+ROOM = 8
+
+
+def question(text: str, *, given: str = "", stop: str | None = None) -> Prompt:
+    answer = (Segment("item", given),) if given else ()
+    return Prompt(messages=(Message("user", (Segment("text", text),)),), answer_prefix=answer, stop=stop)
+
+
+def questions(count: int) -> list[Prompt]:
+    return [question(f"Rate film {n}") for n in range(count)]
+
+
+def section(url: str, **changes: Any) -> ServerSection:
+    """What a test asks with: little patience, many attempts."""
+    settings: dict[str, Any] = {"timeout": 1.0, "attempts": 24, "backoff": 0.02, "longest_wait": 0.5, "concurrency": 32}
+    return ServerSection(url=url, model="films", **{**settings, **changes})
+
+
+def cached(store: AnswerStore, asked: ServerSection, started: list[OpenAIBackend] | None = None) -> CachedBackend:
+    """A backend that keeps its answers, as a run has it; ``started`` takes the client once it is started."""
+
+    def start() -> Backend:
+        client = OpenAIBackend(asked, ledger=StoredLedger(store, "test"))
+        if started is not None:
+            started.append(client)
+        return client
+
+    return CachedBackend(store, asked.answering() | {"url": "the server"}, OpenAIBackend, start)
+
+
+def turns(prompt: Prompt) -> list[dict[str, str]]:
+    """The turns that a server sees, where no part of the answer is given."""
+    return [{"role": turn.role, "content": turn.text} for turn in prompt.messages]
+
+
+def digests(count: int) -> list[str]:
+    """What stands for each of the questions at the server."""
+    return [digest_of(turns(prompt)) for prompt in questions(count)]
+
+
+def wrong(answers: Sequence[Completion], prompts: Sequence[Prompt]) -> list[int]:
+    """Places whose answer is not that of their question."""
+    expected = [answer_to(turns(prompt)) for prompt in prompts]
+    assert len(answers) == len(expected)
+    return [n for n, (answer, text) in enumerate(zip(answers, expected, strict=True)) if answer.text != text]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("url")
+    parser.add_argument("store", type=Path)
+    parser.add_argument("count", type=int)
+    parser.add_argument("--settings", type=json.loads, default={})
+    chosen = parser.parse_args()
+    store, started = AnswerStore(chosen.store), []  # type: ignore[var-annotated]
+    backend = cached(store, section(chosen.url, **chosen.settings), started)
+    prompts = questions(chosen.count)
+    begin = time.monotonic()
+    answers = backend.generate(prompts, max_tokens=ROOM)
+    seconds = time.monotonic() - begin
+    attempts: Mapping[str, int] = started[0].wire.attempts if started else {}
+    backend.close()
+    json.dump(
+        {
+            "different": len({answer.text for answer in answers}),
+            "stored": len(store),
+            "wrong": wrong(answers, prompts),
+            "recalled": backend.recalled,
+            "seconds": seconds,
+            "attempts": attempts,
+        },
+        sys.stdout,
+    )
+    store.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""A server that speaks OpenAI's protocol and breaks it on purpose, by a seed.
+
+What it answers follows from the question alone, so that every answer shows which question it belongs to, and a test
+works out by itself what it must be. Whether an attempt meets a fault follows from the seed, the question and how often
+it was asked. The server counts what it was asked, and which questions it answered soundly and how often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+FAULTS = (
+    *("429", "429 with Retry-After", "500", "stall", "trickle", "cut off", "no JSON"),
+    *("too few choices", "doubled choice"),
+)
+"""Those that cost an attempt."""
+SHUFFLED = "choices in another order"
+"""Not wrong, but easily read wrongly; several choices only."""
+EVERYTHING = frozenset({"chat", "completions", "logprobs", "named", "echo", "chat logprobs", "usage"})
+SYMBOLS = tuple("123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_VOCABULARY = 600
+_TRICKLE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """How a server behaves.
+
+    Attributes:
+        share: Share of attempts that meet a fault.
+        seed: Decides which.
+        stall: Seconds after which a stalled connection is closed.
+        retry_after: What one kind of 429 asks for.
+        latency: Most seconds before a sound answer.
+        offers: What it can do, of `EVERYTHING`.
+        key: What it asks for; None asks for nothing.
+        texts: The text of each token, for log-probabilities by text.
+        count: Text -> tokens; None counts words.
+        think: ``closed``, ``open``, ``tail`` or ``field``: how it shows thoughts in chats; empty: it has none.
+        owner: Who it says owns the models.
+        delivered: Most sound answers; later requests are answered with 503.
+    """
+
+    share: float = 0.0
+    seed: int = 0
+    stall: float = 30.0
+    retry_after: str = "0.05"
+    latency: float = 0.0
+    offers: frozenset[str] = EVERYTHING
+    key: str | None = None
+    texts: Mapping[int, str] = field(default_factory=dict)
+    count: Callable[[str], int] | None = None
+    think: str = ""
+    owner: str = "somebody"
+    delivered: int | None = None
+
+
+def digest_of(question: Any) -> str:
+    """Return what stands for a question: chat messages, token ids or a text."""
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def answer_to(question: Any) -> str:
+    """Return the text of the answer to a question: a digit, which a rating can be read from, and what identifies it."""
+    digest = digest_of(question)
+    return f"{1 + int(digest, 16) % 5} {digest}"
+
+
+def logprob(question: Any, token: Any) -> float:
+    """Return the log-probability of a token behind a question, in nats."""
+    drawn = hashlib.blake2b(json.dumps([question, token]).encode(), digest_size=8).digest()
+    return -0.01 - 20 * int.from_bytes(drawn, "big") / 2**64
+
+
+class FaultyServer:
+    """A server in a thread; `running` starts and ends one."""
+
+    def __init__(self, behaviour: Behaviour) -> None:
+        self.behaviour = behaviour
+        self.asked: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.most_at_once = 0
+        self.url = ""
+        self._now = 0
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._connection, "127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        self._ready.set()
+        self._loop.run_forever()
+        server.close()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0.01))
+        self._loop.close()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            while await self._exchange(reader, writer):
+                pass
+        writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; whether the connection goes on."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        lines = head.split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+        text = await reader.readexactly(int(headers.get("content-length", 0)))
+        method, path, _ = lines[0].split(" ")
+        if method == "GET":
+            data = [{"id": "films", "object": "model", "owned_by": self.behaviour.owner}]
+            return await _send(writer, 200, {"object": "list", "data": data})
+        if self.behaviour.key is not None and headers.get("authorization") != f"Bearer {self.behaviour.key}":
+            said = f"Incorrect API key provided: {headers.get('authorization')}"
+            return await _send(writer, 401, {"error": {"message": said}})
+        body = json.loads(text)
+        self._now += 1
+        self.most_at_once = max(self.most_at_once, self._now)
+        try:
+            return await self._answer(writer, path, body)
+        finally:
+            self._now -= 1
+
+    async def _answer(self, writer: asyncio.StreamWriter, path: str, body: dict[str, Any]) -> bool:
+        chat = path == "/v1/chat/completions"
+        if not chat and (path != "/v1/completions" or "completions" not in self.behaviour.offers):
+            return await _send(writer, 404, {"detail": "Not Found"})
+        if chat and "chat" not in self.behaviour.offers:
+            return await _send(writer, 404, {"detail": "Not Found"})
+        self.bodies.append(body)
+        if body.get("model") != "films":
+            return await _send(writer, 404, {"error": {"message": f"The model {body.get('model')!r} does not exist"}})
+        if body.get("echo") and "echo" not in self.behaviour.offers:
+            return await _send(writer, 400, {"error": "echo is not supported"})
+        digest = digest_of(body["messages"] if chat else body["prompt"])
+        self.asked[digest] += 1
+        drawn = random.Random(f"{self.behaviour.seed} {digest} {self.asked[digest]}")
+        fault = drawn.choice(FAULTS) if drawn.random() < self.behaviour.share else ""
+        answer = self._chat(body) if chat else self._completions(body)
+        if self.behaviour.delivered is not None and sum(self.answered.values()) >= self.behaviour.delivered:
+            return await _send(writer, 503, {"error": "enough"})
+        if fault:
+            self.faults[fault] += 1
+            return await self._break(writer, fault, answer)
+        if len(answer["choices"]) > 1 and drawn.random() < 0.5:
+            self.faults[SHUFFLED] += 1
+            answer["choices"] = drawn.sample(answer["choices"], len(answer["choices"]))
+        if self.behaviour.latency:
+            await asyncio.sleep(drawn.random() * self.behaviour.latency)
+        goes_on = await _send(writer, 200, answer)
+        self.answered[digest] += 1
+        return goes_on
+
+    async def _break(self, writer: asyncio.StreamWriter, fault: str, answer: dict[str, Any]) -> bool:
+        if fault == "429":
+            return await _send(writer, 429, {"error": {"message": "slow down"}})
+        if fault == "429 with Retry-After":
+            return await _send(writer, 429, {"error": "slow down"}, {"Retry-After": self.behaviour.retry_after})
+        if fault == "500":
+            return await _send(writer, 500, "<html>Internal Server Error</html>")
+        if fault == "stall":
+            await asyncio.sleep(self.behaviour.stall)
+            return False
+        whole = json.dumps(answer).encode()
+        if fault == "trickle":
+            writer.write(_head(200, len(whole), {}))
+            # A byte now and then keeps any time-out of a single read from striking.
+            for place in range(int(self.behaviour.stall / _TRICKLE)):
+                writer.write(whole[place : place + 1])
+                await writer.drain()
+                await asyncio.sleep(_TRICKLE)
+            return False
+        if fault == "cut off":
+            writer.write(_head(200, len(whole), {}) + whole[: len(whole) // 2])
+            await writer.drain()
+            return False
+        if fault == "no JSON":
+            return await _send(writer, 200, json.dumps(answer)[:-5])
+        choices = answer["choices"]
+        choices = choices[:-1] if fault == "too few choices" else [*choices[:-1], choices[0], choices[0]]
+        return await _send(writer, 200, answer | {"choices": choices})
+
+    # ----------------------------------------------------------------------- answers
+
+    def _chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        question = body["messages"]
+        text, reason = _cut(answer_to(question), body.get("max_tokens") or 1000)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if self.behaviour.think == "field":
+            message["reasoning_content"] = "Perhaps 1, perhaps 5."
+        elif self.behaviour.think:
+            shown = {
+                "closed": f"<think>Perhaps 1?\n</think>\n\n{text}",
+                "open": "<think>Perhaps 1",
+                "tail": f"1?</think>{text}",
+            }
+            message["content"] = shown[self.behaviour.think]
+        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+        if body.get("logprobs") and "chat logprobs" in self.behaviour.offers:
+            likely = sorted(SYMBOLS, key=lambda symbol: -logprob(question, symbol))[: body["top_logprobs"]]
+            entries = [{"token": symbol, "logprob": logprob(question, symbol)} for symbol in likely]
+            choice["logprobs"] = {"content": [{**entries[0], "top_logprobs": entries}]}
+        return self._whole([choice], len(json.dumps(question)) // 4, len(text.split()))
+
+    def _completions(self, body: dict[str, Any]) -> dict[str, Any]:
+        asked = body["prompt"]
+        rows = asked if isinstance(asked[0], list) else [asked]
+        choices, written, read = [], 0, 0
+        for place, row in enumerate(rows):
+            text, reason = _cut(answer_to(row), body.get("max_tokens") or 16)
+            written += len(text.split())
+            read += self._length(row)
+            choices.append(
+                {"index": place, "text": text, "finish_reason": reason, "logprobs": self._logprobs(body, row)}
+            )
+        return self._whole(choices, read, written)
+
+    def _length(self, row: Sequence[int] | str) -> int:
+        if isinstance(row, str):
+            return self.behaviour.count(row) if self.behaviour.count else len(row.split())
+        return len(row)
+
+    def _logprobs(self, body: dict[str, Any], row: Any) -> dict[str, Any] | None:
+        top = body.get("logprobs")
+        if top is None or "logprobs" not in self.behaviour.offers or isinstance(row, str):
+            return None
+        if body.get("echo"):
+            values = [None, *(logprob(row[:k], row[k]) for k in range(1, len(row)))]
+            return {"token_logprobs": [*values, logprob(row, 0)], "top_logprobs": None}
+        named = body.get("logprob_token_ids") if "named" in self.behaviour.offers else None
+        if named:
+            return {"top_logprobs": [{f"token_id:{i}": logprob(row, i) for i in named}]}
+        likely = sorted(range(_VOCABULARY), key=lambda i: -logprob(row, i))[:top]
+        return {"top_logprobs": [{self.behaviour.texts.get(i, f"<{i}>"): logprob(row, i) for i in likely}]}
+
+    def _whole(self, choices: list[dict[str, Any]], read: int, written: int) -> dict[str, Any]:
+        used = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        return {"model": "films", "choices": choices} | ({"usage": used} if "usage" in self.behaviour.offers else {})
+
+
+@contextmanager
+def running(behaviour: Behaviour) -> Iterator[FaultyServer]:
+    """Run a server for a while."""
+    server = FaultyServer(behaviour)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _cut(text: str, most: int) -> tuple[str, str]:
+    words = text.split()
+    return " ".join(words[:most]), "stop" if len(words) <= most else "length"
+
+
+def _head(status: int, length: int, headers: Mapping[str, str]) -> bytes:
+    lines = [f"HTTP/1.1 {status} Status", "Content-Type: application/json", f"Content-Length: {length}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+async def _send(
+    writer: asyncio.StreamWriter, status: int, value: Any, headers: Mapping[str, str] | None = None
+) -> bool:
+    text = (value if isinstance(value, str) else json.dumps(value)).encode()
+    writer.write(_head(status, len(text), headers or {}) + text)
+    await writer.drain()
+    return True

