@@ -344,7 +344,8 @@ def _texts(
     rates: dict[str, Any] = {"truth_copy_rate": float(explained.copies(truth, background).mean())}
     if (features := background.features) is None:
         return figures, values, {"rates": rates}
-    named = explained.named(written, users, [case.request.item or "" for case in cases], features)
+    items = [case.request.item or "" for case in cases]
+    named = explained.named(written, users, items, features)
     how = f"features-{len(features.vocabulary)}"
     signs = {name: protocol.sign(name, how=how) for name in ("FMR", "FCR", "DIV", "Hallucination")}
     asked, held = [users[place] for place in named.known], int(named.counts[:, 0].sum())
@@ -356,6 +357,8 @@ def _texts(
         rate = explained.hallucination_statistic(named.counts, users)
         found = interval_of(rate, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
         figures["Hallucination"] = figure(found.value, found.low, found.high, signs["Hallucination"])
+    # Few reviews of an item say all that there is to say: people's own texts name what no other does too.
+    rates["truth_hallucination_rate"] = explained.hallucination_rate(truth, items, features)
     return figures, values, {"rates": rates | {"features_asked": len(asked), "features_named": held}}
 
 

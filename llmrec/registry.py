@@ -33,6 +33,7 @@ SOURCES: Mapping[str, str] = {
     "samples": "llmrec.data.samples:samples",
     "made-reviews": "llmrec.data.made:made_reviews",
     "amazon-reviews": "llmrec.data.reviews:amazon_reviews",
+    "explanations": "llmrec.data.explanations:explanations",
     "table": "llmrec.data.sources:table",
 }
 

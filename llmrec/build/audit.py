@@ -10,11 +10,13 @@ from typing import Any
 
 import polars as pl
 
+from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_model, load_tokenizer, quiet_libraries, resolve
 from llmrec.build import leaks, leaks_alignment, probes
+from llmrec.build.facts import versions
 from llmrec.build.leaks import Check
-from llmrec.build.stages import locked
+from llmrec.build.stages import key_of, locked, read_stage
 from llmrec.build.study import RANKING, Study, build_study
 from llmrec.durable import sha256_of, write_json
 from llmrec.errors import LlmrecError
@@ -22,6 +24,8 @@ from llmrec.recipe_file import load_recipe
 from llmrec.report import page
 
 FILE = "audit.json"
+# What fitting a baseline depends on besides this package.
+_FITTING = ("numpy", "scipy", "torch", "implicit", "polars")
 # Rows of a family that are looked at where nothing was trained.
 _UNTRAINED = 500
 
@@ -55,8 +59,17 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
     return checks
 
 
-def examine(study: Study, results: Mapping[str, Any], predictions: pl.DataFrame) -> Iterator[Check]:
-    """Yield every check that needs no model."""
+def examine(
+    study: Study, results: Mapping[str, Any], predictions: pl.DataFrame, *, kept: Path | None = None
+) -> Iterator[Check]:
+    """Yield every check that needs no model.
+
+    Args:
+        study: The run's.
+        results: Its ``results.json``.
+        predictions: Its ``predictions.parquet``.
+        kept: File of what is known of its baselines, which take long to fit; None: they are fitted again.
+    """
     split = study.recipe.eval.split
     for data in filter(None, (study.data, study.reviews)):
         yield leaks.training_interactions(data)
@@ -71,7 +84,7 @@ def examine(study: Study, results: Mapping[str, Any], predictions: pl.DataFrame)
     yield from leaks.candidate_sets(study)
     yield from leaks_alignment.checks(study, _rows_of(training, "alignment"))
     yield from leaks.stored_rows(results["rows"], predictions, study)
-    yield leaks.baselines(study)
+    yield _baselines(study, kept) if kept is not None else leaks.baselines(study)
     if (built := leaks.item_index(study)) is not None:
         yield built
     yield probes.id_arithmetic(study.data, split)
@@ -80,6 +93,27 @@ def examine(study: Study, results: Mapping[str, Any], predictions: pl.DataFrame)
     yield probes.duplicate_items(study.data)
     if any(family in RANKING for family in study.tasks):
         yield probes.duplicate_users(study.data, split)
+
+
+def _baselines(study: Study, kept: Path) -> Check:
+    """Return what is known of the same baselines on the same data, or find it out."""
+    used = {family: study.task_data(family) for family in study.tasks}
+    key = key_of(
+        llmrec=__version__,
+        packages={name: version for name, version in versions().items() if name in _FITTING},
+        baselines={family: study.section(family).baselines for family in used},
+        data={family: data.fingerprint for family, data in used.items()},
+        cases={family: [case.request.id for case in study.cases(family)] for family in used},
+        candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},
+        split=study.recipe.eval.split,
+        seed=study.recipe.seed,
+    )
+    stored = read_stage(kept, key)
+    if stored is None:
+        stored = {"key": key, "check": asdict(leaks.baselines(study))}
+        write_json(kept, stored)
+    found = stored["check"]
+    return Check(**{**found, "examples": tuple(found["examples"])})
 
 
 def write(folder: Path, checks: Sequence[Check]) -> None:

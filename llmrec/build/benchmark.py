@@ -80,9 +80,10 @@ class Line:
 def run_benchmark(
     benchmark: Benchmark, *, out: Path, results: Path, say: Callable[[str], None] = log.info, quiet: bool = False
 ) -> dict[str, Path]:
-    """Make every run that is not there yet, then write the figures, a page and a picture for each table.
+    """Make every run that is not there yet; after each of them write the figures, a page and a picture for each table.
 
-    A killed benchmark goes on with the row that it was at: each run resumes as any run does.
+    A killed benchmark goes on with the row that it was at: each run resumes as any run does. What is written before the
+    end says how many runs are missing.
 
     Args:
         benchmark: From `llmrec.recipe_file.load_benchmark`.
@@ -100,13 +101,26 @@ def run_benchmark(
     todo = list(points(benchmark))
     recipes = [_recipe(benchmark, point) for point in todo]  # every mistake is found before the first hour
     lines: dict[tuple[tuple[str, str, str], str], Line] = {}
-    spent = 0.0
-    for point, recipe in zip(todo, recipes, strict=True):
+    spent, made = 0.0, {}
+    for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
         done = pipeline.run(recipe, out / point.folder, quiet=quiet)
         spent += float(done.results["seconds"])
         for line in _lines(point, done):
             _add(lines, line)
+        made = _write(benchmark, lines, results, spent, missing=len(todo) - number)
         say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
+    return made
+
+
+def _write(
+    benchmark: Benchmark,
+    lines: Mapping[tuple[tuple[str, str, str], str], Line],
+    results: Path,
+    spent: float,
+    *,
+    missing: int,
+) -> dict[str, Path]:
+    """Write what there is so far, and return the files by what they are."""
     written = {
         "kind": "benchmark",
         "benchmark": benchmark.benchmark,
@@ -118,6 +132,7 @@ def run_benchmark(
         "versions": versions(),
         "machine": machine(),
         "seconds": spent,
+        "missing": missing,
         "tables": [_table(benchmark, name, own) for name, own in _by_table(lines).items()],
     }
     file = results / f"{benchmark.benchmark}.json"

@@ -85,6 +85,7 @@ class Evaluation:
         self._study, self._encoder, self._folder, self._budget = study, encoder, folder, budget
         self._cases = {family: study.cases(family) for family in study.tasks}
         self._quiet = quiet
+        self._fitted: dict[tuple[int, str, str], Any] = {}
 
     def baselines(self) -> list[Row]:
         """Fit and evaluate every family's classic predictors."""
@@ -204,9 +205,14 @@ class Evaluation:
         section, seed = self._study.section(spec.family), self._study.recipe.seed
         # What is a yes is said once, for the model and for what stands beside it.
         options = {"liked": section.liked} if isinstance(section, CtrSection) else {}
-        predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=seed, **options)
-        predictor.fit(self._study.task_data(spec.family))
-        return self._evaluate(spec, predictor), {"engine": "numpy"}
+        data = self._study.task_data(spec.family)
+        key = (id(data), spec.predictor, str(options))
+        if key not in self._fitted:
+            # Families that read the same data share it.
+            predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=seed, **options)
+            predictor.fit(data)
+            self._fitted[key] = predictor
+        return self._evaluate(spec, self._fitted[key]), {"engine": "numpy"}
 
     def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> _Made:
         assert spec.template is not None

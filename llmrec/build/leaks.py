@@ -379,21 +379,24 @@ def redrawn(data: SplitDataset, split: str, seed: int = 1) -> SplitDataset:
 
 def baselines(study: Study) -> Check:
     """Whether a baseline's answers move when only the interactions that are evaluated change: it learned from them."""
-    places, fitted = [], 0
+    # A baseline of two families that read the same data is fitted once for both.
+    asked: dict[tuple[int, str], list[str]] = defaultdict(list)
     for family in study.tasks:
-        data = study.task_data(family)
-        other = redrawn(data, study.recipe.eval.split)
-        requests = [case.request for case in study.cases(family)[:_SCORED]]
         for name in study.section(family).baselines:
-            fitted += 1
-            answers = []
-            for used in (data, other):
-                predictor = lookup(BASELINES, name, "baseline")(seed=study.recipe.seed)
-                predictor.fit(used)
-                answers.append(predictor.answer(requests))
-            if answers[0] != answers[1]:
-                places.append(f"{family}/{name}")
-    return verdict("baselines that learned from held-out interactions", f"{fitted} fitted baselines", places)
+            asked[(id(study.task_data(family)), name)].append(family)
+    places: list[str] = []
+    others: dict[int, SplitDataset] = {}
+    for (number, name), families in asked.items():
+        data = study.task_data(families[0])
+        other = others.setdefault(number, redrawn(data, study.recipe.eval.split))
+        answers = []
+        for used in (data, other):
+            predictor = lookup(BASELINES, name, "baseline")(seed=study.recipe.seed)
+            predictor.fit(used)
+            answers.append([predictor.answer([c.request for c in study.cases(f)[:_SCORED]]) for f in families])
+        places += [f"{family}/{name}" for family, one, two in zip(families, *answers, strict=True) if one != two]
+    count = sum(map(len, asked.values()))
+    return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
 
 
 def item_index(study: Study) -> Check | None:

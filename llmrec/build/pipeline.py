@@ -129,7 +129,8 @@ class Session:
 
     def audit(self, results: dict[str, Any]) -> None:
         """Look for held-out data where it must not be; the report refuses a run that leaks."""
-        checks = list(audit.examine(self.study, results, pl.read_parquet(self.folder / "predictions.parquet")))
+        predictions, kept = pl.read_parquet(self.folder / "predictions.parquet"), self.folder / "audit-baselines.json"
+        checks = list(audit.examine(self.study, results, predictions, kept=kept))
         audit.write(self.folder, checks)
         for check in checks:
             if check.verdict == "leak":

@@ -246,7 +246,7 @@ def notes(study: Study) -> list[str]:
                 f"{data.dataset.name}: this table is made by the llmrec project; its texts are no real reviews."
             )
         if made := data.dataset.provenance.get("derived"):
-            found.append(f"{data.dataset.name}: derived, and not in the source: {made}.")
+            found.append(f"{data.dataset.name}: derived: {made}.")
     for family in study.tasks:
         found += [
             f"The question of {template.id} shows what could give its answer away: {template.leak}."

@@ -267,7 +267,7 @@ def _refuse_lost_words(name: str, base: str) -> None:
     """
     if (Path(name).expanduser() / WORDS).is_file() and not (Path(base) / WORDS).is_file():
         raise RecipeError(
-            f"model.name: {name} was tuned with whole-word embeddings, and the copy of it that item tokens are added to "
+            f"model.name: {name} was tuned with whole-word embeddings, and its copy that item tokens are added to "
             "loses them; name the model that it was tuned from, or choose an index of numbers or titles"
         )
 

@@ -16,6 +16,7 @@ from llmrec.data.derived import NAMES, TITLES
 from llmrec.data.files import Table, decode, json_object, read_bytes, user_path
 from llmrec.data.keyphrases import keyphrases
 from llmrec.data.tables import read_table
+from llmrec.data.typed import plain
 from llmrec.errors import DataError
 from llmrec.recipe import Columns, DataSection
 from llmrec.types import Item
@@ -28,9 +29,10 @@ _SCALE = (1.0, 5.0)
 def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
     """Load a file of the 2014 form, one JSON object a line, gzipped or plain.
 
-    Ratings are stars from 1 to 5, times are by the day, texts are whole reviews; headlines and keyphrases stand in
-    `Dataset.reviews`. Names of reviewers are not read: the split makes pseudonyms. Titles come from ``data.items``, a
-    table with item_id and title; without one the split makes them of training reviews.
+    HTML entities are decoded once. Ratings are stars from 1 to 5, times are by the day, texts are whole reviews;
+    headlines and keyphrases stand in `Dataset.reviews`. Names of reviewers are not read: the split makes pseudonyms.
+    Titles come from ``data.items``, a table with item_id and title; without one the split makes them of training
+    reviews.
 
     Raises:
         DataError: If the file is missing or damaged, or holds a row that cannot be used.
@@ -135,7 +137,7 @@ def _text(place: str, key: str, record: Mapping[str, object]) -> str:
     value = record.get(key)
     if value is not None and not isinstance(value, str | int | float):
         raise DataError(f"{place}: {key!r} is a nested value, and must be one text or number; fetch the file again")
-    text = "" if value is None else str(value)
+    text = "" if value is None else plain(str(value))
     if "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text):
         raise DataError(f"{place}: {key!r} holds a character that is no text (NUL or half of a surrogate); remove it")
     return text

@@ -192,6 +192,12 @@ def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -
     return statistic
 
 
+def hallucination_rate(texts: Sequence[str], items: Sequence[str], features: Features) -> float | None:
+    """Return the share of features without support among those that texts hold; None where they hold none."""
+    held, made_up = hallucinated(features_of(texts, features.vocabulary), items, features.of_item).sum(axis=0)
+    return float(made_up / held) if held else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
     """What a row's texts do with features.

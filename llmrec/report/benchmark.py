@@ -46,6 +46,8 @@ def page(results: Mapping[str, Any], names: Sequence[str]) -> str:
         "The last columns compare a row with the best baseline of its table on the same users, p Holm-adjusted over "
         "the table. Cost is per request: tokens read and written, model calls (a generated token is one), seconds.",
     ]
+    if results["missing"]:
+        lines += ["", f"**{results['missing']} runs are missing**: the same command goes on."]
     for table, file in zip(results["tables"], names, strict=True):
         lines += ["", *_section(table, file)]
     return "\n".join([*lines, ""])

@@ -86,7 +86,21 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     )
     text = made["page"].read_text(encoding="utf-8")
     assert "label · after-history · zero-shot" in text and "(small-direct.svg)" in text
+    assert results["missing"] == 0 and "runs are missing" not in text
     ET.fromstring((tmp_path / "eval" / "small-direct.svg").read_text(encoding="utf-8"))
+
+
+def test_what_was_done_before_a_kill_is_there(tmp_path: Path) -> None:
+    def killed(line: str) -> None:
+        if "k-2" in line:
+            raise KeyboardInterrupt
+
+    page = load_benchmark(write(tmp_path, RUNS))
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "eval" / "results", say=killed, quiet=True)
+    results = json.loads((tmp_path / "eval" / "results" / "small.json").read_text(encoding="utf-8"))
+    assert results["missing"] == 1
+    assert "1 runs are missing" in (tmp_path / "eval" / "small.md").read_text(encoding="utf-8")
 
 
 def test_a_second_call_reuses_every_run(tmp_path: Path) -> None:
@@ -175,6 +189,7 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
             "description": "<b>",
             "command": "llmrec eval x",
             "seconds": 1.0,
+            "missing": 0,
             "machine": {},
             "tables": [table],
         }

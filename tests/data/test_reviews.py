@@ -74,6 +74,16 @@ def test_a_plain_file_says_the_same(dataset: Dataset, tmp_path: Path) -> None:
     assert plain.fingerprint == dataset.fingerprint
 
 
+def test_html_entities_are_decoded_once(tmp_path: Path) -> None:
+    first, *rest = records()
+    path = write(
+        tmp_path / "html.json",
+        [{**first, "summary": "R&amp;B &#34;fan&#34; &amp;lt;", "reviewText": "A &lt; B"}, *rest],
+    )
+    review = section_data(path).reviews[first["reviewerID"], first["asin"]]
+    assert (review.headline, review.text) == ('R&B "fan" &lt;', "A < B")
+
+
 def test_reviews_are_part_of_the_fingerprint(dataset: Dataset) -> None:
     pair, review = next(iter(dataset.reviews.items()))
     other = replace(dataset, reviews={**dataset.reviews, pair: replace(review, headline="another")})

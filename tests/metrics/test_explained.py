@@ -233,7 +233,10 @@ def measured(texts: Sequence[str | None], held_against: Background | None) -> di
     found = evaluate(Written(texts), CASES, family="explanation", protocol=PROTOCOL, background=held_against)
     json.dumps(found.figures, allow_nan=False)
     assert set(found.values) == {"ROUGE-1", "ROUGE-2", "ROUGE-L"}
-    rates = {name: found.figures.get(name) for name in ("truth_copy_rate", "features_asked", "features_named")}
+    rates = {
+        name: found.figures.get(name)
+        for name in ("truth_copy_rate", "features_asked", "features_named", "truth_hallucination_rate")
+    }
     return {**found.figures["metrics"], "rates": rates}
 
 
@@ -244,7 +247,11 @@ def test_an_evaluation_holds_texts_against_training() -> None:
     assert values == pytest.approx(
         {"USR": 3 / 4, "CopyRate": 1 / 4, "FMR": 1 / 2, "FCR": 2 / 3, "DIV": 0.0, "Hallucination": 1 / 2}
     )
-    assert found["rates"] == {"truth_copy_rate": 1 / 4, "features_asked": 2, "features_named": 2}
+    assert found["rates"] == {
+        **{"truth_copy_rate": 1 / 4, "features_asked": 2, "features_named": 2},
+        # Of the true texts, one names a feature, of an item without reviews.
+        "truth_hallucination_rate": 1.0,
+    }
     assert str(found["FMR"]["signature"]).startswith("FMR|text:words-lower|how:features-3|")
     assert "|how:rouge-l-0.9|" in str(found["CopyRate"]["signature"])
     assert all(found[name]["low"] is None for name in ("USR", "FCR", "DIV"))
