@@ -72,7 +72,7 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
 
 async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> Offers | str:
     """Return what completions offer, or why token ids cannot be continued."""
-    ids = list(encoder.tokenizer.encode(_TEXT, add_special_tokens=False))
+    ids = list(encoder.piece(_TEXT))
     # Some servers put a token of their own before a text.
     for asked, lengths in ((_TEXT, (len(ids), len(ids) + 1)), (ids, (len(ids),))):
         try:

@@ -40,6 +40,7 @@ def test_two_tables_share_what_is_held_out() -> None:
         ("eval.candidates.count=6", False),
         ("eval.candidates.kind=popularity", False),
         ("seed=1", False),
+        ("train.seed=1", False),
         ("tasks.rating.weight=2", False),
         ("tasks.sequential.window=7", False),
         ("data.noun=things", False),
@@ -64,6 +65,21 @@ def test_training_key_sees_what_changes_the_adapter_and_nothing_else(override: s
     first = training_key(build_study(recipe()), str(base))
     assert (training_key(build_study(recipe(override)), str(base)) == first) is same
     assert training_key(build_study(recipe()), str(other)) != first
+
+
+def test_a_training_seed_moves_rows_and_nothing_that_is_asked() -> None:
+    one, two, same = (build_study(recipe(*more)) for more in ((), ("train.seed=5",), ("train.seed=0",)))
+    for family in one.tasks:
+        assert one.cases(family) == two.cases(family)
+        rows = [[e.id for e in islice(study.training_examples(family), 30)] for study in (one, two, same)]
+        assert rows[0] != rows[1] and rows[0] == rows[2], family
+    assert one.candidates is not None and two.candidates is not None
+    assert one.candidates.digest == two.candidates.digest and one.data.fingerprint == two.data.fingerprint
+    shots = [
+        study.tasks["rating"].prompt(study.cases("rating")[0].request, template="list-ratings", shots=1)
+        for study in (one, two)
+    ]
+    assert shots[0] == shots[1]
 
 
 def test_rows_that_never_fit_are_an_error_not_a_loop(llama_folder: object) -> None:
