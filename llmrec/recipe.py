@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llmrec.errors import did_you_mean
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -397,6 +399,22 @@ class TrainSection(Section):
     seed: int | None = Field(
         None, ge=0, description="of training rows, their order, dropout and adapters; None: the recipe's seed"
     )
+    start: str | None = Field(
+        None, description="run folder whose tuned model training goes on from; other arms ask model.name as it is"
+    )
+    only: tuple[str, ...] = Field(
+        (), description="families that are trained, the others being asked nonetheless; empty: every one with a weight"
+    )
+    without: tuple[str, ...] = Field((), description="families that are left out of training and asked nonetheless")
+    mixture: Literal["weights", "equal", "proportional", "temperature"] = Field(
+        "weights",
+        description="families' shares of training tokens: their weights; the same for each; their numbers of training "
+        "interactions; roots of these (T5, arXiv 1910.10683, section 3.5.2)",
+    )
+    temperature: float = Field(2.0, ge=1, description="mixture: temperature: a size counts as its power of 1 over this")
+    mixture_limit: Positive | None = Field(
+        None, description="mixture: proportional, temperature: a larger family counts as this many interactions"
+    )
     steps: Positive = Field(200, description="optimiser steps")
     batch_tokens: Positive = Field(1536, description="tokens in one optimiser step, padding included")
     max_row_tokens: Positive = Field(384, description="longest training row; longer user rows lose their last targets")
@@ -429,6 +447,19 @@ class TrainSection(Section):
     def _a_band_takes_packing(self) -> TrainSection:
         if self.band is not None and self.packing != "tree":
             raise ValueError("train.band: only packed rows have a mask that it can cut; set train.packing=tree")
+        return self
+
+    @model_validator(mode="after")
+    def _a_mixture_is_said_once(self) -> TrainSection:
+        if self.only and self.without:
+            raise ValueError(
+                "train.without: train.only says already which families are trained; write one of both, or neither"
+            )
+        if self.mixture_limit is not None and self.mixture not in ("proportional", "temperature"):
+            raise ValueError(
+                f"train.mixture_limit: it bounds the sizes of families, which train.mixture={self.mixture} does not "
+                "read; set train.mixture=proportional or temperature, or drop the key"
+            )
         return self
 
 
@@ -621,6 +652,7 @@ class Recipe(Section):
             raise ValueError(
                 "tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight"
             )
+        self._check_trained()
         for family, section in self.tasks.present().items():
             for key in ("templates", "eval_templates", "strategies", "baselines"):
                 names = getattr(section, key)
@@ -648,15 +680,41 @@ class Recipe(Section):
             )
         return self
 
+    def trained(self) -> dict[str, float]:
+        """Return the families that are trained, with their own weights."""
+        chosen = {name: task.weight for name, task in self.tasks.present().items() if task.weight > 0}
+        only, without = self.train.only or tuple(chosen), self.train.without
+        return {name: weight for name, weight in chosen.items() if name in only and name not in without}
+
+    def _check_trained(self) -> None:
+        """Refuse a choice of families that names one which is not there, or leaves none."""
+        present = self.tasks.present()
+        for key, names in (("only", self.train.only), ("without", self.train.without)):
+            for name in names:
+                if name not in present:
+                    raise ValueError(
+                        f"train.{key}: the recipe has no family {name!r}{did_you_mean(name, present)}; it has "
+                        f"{', '.join(present)}"
+                    )
+        if self.train.only and (untaught := [name for name in self.train.only if present[name].weight == 0]):
+            raise ValueError(
+                f"train.only: the weight of {untaught[0]} is 0, so that it is not trained; set "
+                f"tasks.{untaught[0]}.weight, or take it out"
+            )
+        if self.train.without and not self.trained():
+            raise ValueError(
+                "train.without: it leaves no family that has a weight, so there is nothing to train on; take one out"
+            )
+
     def _check_head(self) -> None:
         """Refuse a rating head beside tasks that are trained on tokens, and engines that do not read it."""
         if self.tasks.rating is None or self.tasks.rating.head is None:
             return
-        others = [name for name, task in self.tasks.present().items() if name != "rating" and task.weight > 0]
-        if others or self.tasks.rating.weight == 0:
+        others = [name for name in self.trained() if name != "rating"]
+        if others or not self.trained():
             raise ValueError(
                 "tasks.rating.head: a head is trained on ratings alone, other tasks on tokens; give rating a weight, "
-                f"and set the weight of {', '.join(others) or 'the others'} to 0"
+                f"and set the weight of {', '.join(others) or 'the others'} to 0, or train.only=[rating]"
             )
         if self.eval.backend != "hf":
             raise ValueError(

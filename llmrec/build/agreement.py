@@ -105,7 +105,7 @@ def measure(
 
     recipe = study.recipe
     quantised = recipe.train.method in QUANTISED
-    families = [family for family in study.tasks if study.section(family).weight > 0]
+    families = list(study.shares)
     count = users if quantised else min(users, _FEW)
     rows = {family: _rows(study, family, encoder, count) for family in families}
     scored = [family for family in families if quantised and family in _SCORED]

@@ -76,7 +76,7 @@ def examine(
         yield leaks.profiles(data)
     training = results.get("training")
     for family in study.tasks:
-        if study.section(family).weight > 0:
+        if family in study.shares:
             yield leaks.training_rows(study, family, _rows_of(training, family))
         yield leaks.questions(study, family)
         if "few-shot" in study.recipe.eval.arms:

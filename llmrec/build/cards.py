@@ -251,7 +251,7 @@ def _results(facts: Facts) -> tuple[Results | None, str | None]:
 
 
 def _tuned(facts: Facts) -> dict[str, TaskSection]:
-    return {family: section for family, section in facts.recipe.tasks.present().items() if section.weight > 0}
+    return {family: facts.recipe.tasks.present()[family] for family in facts.recipe.trained()}
 
 
 def _templates(facts: Facts) -> dict[str, dict[str, Template]]:
@@ -271,7 +271,7 @@ def _asked(facts: Facts) -> tuple[Asked, ...]:
             strategies=section.strategies,
             template=chosen[family].id,
             version=chosen[family].version,
-            weight=section.weight,
+            weight=facts.record.get("shares", {}).get(family, section.weight),
         )
         for family, section in _tuned(facts).items()
     )

@@ -152,7 +152,7 @@ class Evaluation:
                 "template_use": spec.template.use if spec.template else None,
                 "shots": spec.shots,
                 "engine": extra["engine"],
-                "inputs": _inputs(spec, self._study),
+                "inputs": _inputs(spec, self._study) + _left_out(spec, self._study),
                 "candidates": self._digest(spec.family),
                 **found.figures,
             }
@@ -377,6 +377,10 @@ def _candidates(sets: CandidateSection, family: str) -> str:
 def _calibrates(study: Study, family: str) -> bool:
     section = study.section(family)
     return isinstance(section, CtrSection) and section.calibrate == "valid"
+
+
+def _left_out(spec: RowSpec, study: Study) -> str:
+    return "; trained on other families alone" if spec.arm == "tuned" and spec.family not in study.shares else ""
 
 
 def _inputs(spec: RowSpec, study: Study) -> str:

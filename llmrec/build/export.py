@@ -39,6 +39,7 @@ from llmrec.build.export_files import (
 from llmrec.build.finished import Source, open_run
 from llmrec.build.placing import placing, refuse
 from llmrec.build.stages import key_of, locked
+from llmrec.build.starting import earlier
 from llmrec.build.study import Study
 from llmrec.build.training import training_key
 from llmrec.durable import sha256_of, write_text
@@ -181,10 +182,10 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
     with placing(options.out, force=options.force, ours=ours) as draft:
         if options.adapter_only:
             if base != origin:
-                raise LlmrecError(
-                    "--adapter-only: this adapter holds rows of item tokens, for which the published base model has "
-                    "no place; leave the option out to write the whole model"
-                )
+                why = "holds rows of item tokens, for which the published base model has no place"
+                if recipe.train.start is not None:
+                    why = "goes on from the tuned model of another run (train.start), not from the published base model"
+                raise LlmrecError(f"--adapter-only: this adapter {why}; leave the option out to write the whole model")
             put_adapter(source, base, draft)
         else:
             _put_weights(source, base, study, dtype, draft, say)
@@ -233,7 +234,11 @@ def _wishes(options: Options) -> cards.Wishes:
 
 
 def _base(source: Source, origin: str) -> str:
-    """Return the folder of what the adapter was trained on: the base model, or its copy that knows item tokens."""
+    """Return the folder of what the adapter was trained on: the base model, its copy with item tokens, a tuned one."""
+    if source.recipe.train.start is not None:
+        run = Path(source.recipe.train.start).expanduser()
+        earlier(run)
+        return str(run / "merged")
     if not (source.folder / "base.json").is_file():
         return origin
     if source.recipe.index is None or not (source.folder / "base" / "config.json").is_file():

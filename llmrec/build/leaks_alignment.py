@@ -32,7 +32,7 @@ def checks(study: Study, count: int) -> Iterator[Check]:
     task: Any = study.tasks[FAMILY]
     held = study.held.items
     secrets = _Pairs(study, held)
-    if study.section(FAMILY).weight > 0:
+    if FAMILY in study.shares:
         rows = islice(study.training_examples(FAMILY), count)
         places = [f"row {row.id}: {what}" for row in rows for what in secrets.shown(row)]
         yield verdict("held-out items in training rows of alignment", f"{count:,} rows", places)

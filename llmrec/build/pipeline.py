@@ -21,6 +21,7 @@ from llmrec.build.evaluation import Evaluation, Row
 from llmrec.build.indexing import with_tokens
 from llmrec.build.results import write_results
 from llmrec.build.stages import Budget, locked
+from llmrec.build.starting import start_of
 from llmrec.build.study import Study, build_study, folder_of
 from llmrec.build.training import train_stage, trained
 from llmrec.data.split import SplitDataset
@@ -92,22 +93,27 @@ def report(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Session:
-    """A study with its tokenizer, model folder, run folder and budget."""
+    """A study with its tokenizer, model folders, run folder and budget.
+
+    ``base`` answers in the arms that are not tuned; training goes on from ``start``, which is another one only where
+    the recipe names a run (``train.start``).
+    """
 
     study: Study
     encoder: Encoder
     base: str
+    start: str
     folder: Path
     budget: Budget
     quiet: bool
 
     def trained(self) -> dict[str, Any] | None:
         """Return the training record that this recipe left in the folder, if any."""
-        return trained(self.study, self.base, self.folder)
+        return trained(self.study, self.start, self.folder)
 
     def train(self) -> dict[str, Any]:
         """Train, or reuse."""
-        return train_stage(self.study, self.encoder, self.base, self.folder, self.budget, quiet=self.quiet)
+        return train_stage(self.study, self.encoder, self.start, self.folder, self.budget, quiet=self.quiet)
 
     def evaluate(self, training: dict[str, Any] | None) -> dict[str, Any]:
         """Evaluate every arm and write the results."""
@@ -174,7 +180,8 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: Spl
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
         )
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
-    return Session(study, encoder, base, folder, budget, quiet)
+        start = start_of(study, encoder, base, folder)
+    return Session(study, encoder, base, start, folder, budget, quiet)
 
 
 def _preflight(recipe: Recipe) -> None:

@@ -289,8 +289,28 @@ def notes(study: Study) -> list[str]:
             "Yes/no questions are balanced inside each user, as many with a yes as with a no: what is known of a user "
             "alone, such as the share of likes, reaches AUC and GAUC 0.5 and no more."
         )
+    if "tuned" in study.recipe.eval.arms:
+        found += _training_notes(study)
     if len(study.recipe.eval.arms) > 1 or "tuned" in study.recipe.eval.arms:
         found.append("One training seed: intervals cover the choice of users, not the choice of seed.")
+    return found
+
+
+def _training_notes(study: Study) -> list[str]:
+    """Say what the tuned model was not trained on, and what it was trained on before."""
+    found = []
+    weighted = [family for family in study.tasks if study.section(family).weight > 0]
+    untaught = [family for family in weighted if family not in study.shares]
+    if untaught:
+        found.append(
+            f"Left out of training, and asked of the tuned model nonetheless: {', '.join(untaught)}. What it answers "
+            f"there comes from the base model and from training on {', '.join(study.shares)}."
+        )
+    if study.recipe.train.start is not None:
+        found.append(
+            f"Training went on from the tuned model of another run, {Path(study.recipe.train.start).name}; arms that "
+            "are not tuned ask the base model, which knows nothing of that run."
+        )
     return found
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder
@@ -26,12 +27,15 @@ from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DataSection, Recipe, TaskSection
 from llmrec.registry import TASKS, check_names, lookup
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
+from llmrec.tasks.mixture import shares
 from llmrec.tasks.past import ItemVectors
 from llmrec.tasks.pool import training_examples
 from llmrec.types import Case, Example, Item, SplitName, Task
 
 RANKING = ("sequential", "direct")
 _WRITTEN: Mapping[str, Part] = {"explanation": "sentence", "review": "headline"}
+# The column that an interaction must have to be asked about; families without an entry need none.
+_ASKED = {"rating": "rating", "ctr": "rating", "stars": "rating", "explanation": "text", "review": "text"}
 ITEM_ANSWERS = (*RANKING, "alignment")
 """Families whose answer is an item; `RANKING` ranks items for users."""
 
@@ -110,6 +114,28 @@ class Study:
             return cases[:count]
         chosen = set(list(dict.fromkeys(case.request.user_id for case in cases))[:count])
         return [case for case in cases if case.request.user_id in chosen]
+
+    @cached_property
+    def shares(self) -> Mapping[str, float]:
+        """Shares of training tokens of the families that are trained, relative to each other."""
+        return shares(self.recipe.trained(), self.training_size, self.recipe.train)
+
+    def training_size(self, family: str) -> int:
+        """Return how many training interactions have what a family asks for; alignment has items.
+
+        Where a pool of rows is repeated (``train.examples``), every family has as many.
+        """
+        if self.recipe.train.examples is not None:
+            return self.recipe.train.examples
+        data = self.task_data(family)
+        if family == "alignment":
+            hidden = self.held.items if self.held is not None else ()
+            return len(data.dataset.items) - len(hidden)
+        column = _ASKED.get(family)
+        rows = data.train if column is None else data.train.filter(pl.col(column).is_not_null())
+        if family != "stars":
+            return len(rows)
+        return sum(pair in data.dataset.reviews for pair in rows.select("user_id", "item_id").iter_rows())
 
     def training_examples(self, family: str) -> Iterator[Example]:
         """Yield the rows that a family is trained on, without end: those of the recipe's pool, where it names one."""

@@ -62,7 +62,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
         refuse_words(study.recipe.model.name)
-    weighted = {family: weight for family in study.tasks if (weight := study.section(family).weight) > 0}
+    weighted = study.shares
     dropped = dict.fromkeys(weighted, 0)
     classes = _classes(study, encoder, paired=paired)
     # Rows stay referenced, so that an id names one row for as long as it is looked up.
@@ -109,10 +109,21 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     for step in steps:
         for row in step.rows:
             counts[family_of[id(row)]] += 1
-    valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in weighted}
+    valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
         valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
     return Plan(steps, counts, dropped, valid)
+
+
+def _followed(study: Study) -> list[str]:
+    """Return the families whose validation loss is followed: those left out of training too, to see what carries over.
+
+    A rating head has a loss of its own, so that beside it no other family has one.
+    """
+    rating = study.recipe.tasks.rating
+    if rating is not None and rating.head is not None:
+        return list(study.shares)
+    return [family for family in study.tasks if study.section(family).weight > 0]
 
 
 def _classes(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
@@ -211,7 +222,8 @@ def training_key(study: Study, folder: str) -> str:
         tasks=recipe.tasks.model_dump(exclude={family: _unread(family) for family in study.tasks}),
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
         candidates=recipe.eval.candidates.model_dump() if "direct" in study.tasks else None,
-        train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints"}),
+        # What training starts from stands in its weights, wherever they lie.
+        train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints", "start"}),
         seed=recipe.seed,
     )
 
@@ -251,6 +263,7 @@ def train_stage(
     record = {
         "key": key,
         "rows": dict(planned.rows),
+        "shares": dict(study.shares),
         "dropped": dict(planned.dropped),
         **asdict(training),
         "merged_sha256": weights_stamp(str(folder / "merged")),

@@ -1,4 +1,4 @@
-"""One stream of training rows from several tasks."""
+"""What share of training each task has, and one stream of training rows from several tasks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,37 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from llmrec.errors import RecipeError
+from llmrec.recipe import TrainSection
 
 T = TypeVar("T")
+
+
+def shares(weights: Mapping[str, float], size: Callable[[str], int], section: TrainSection) -> dict[str, float]:
+    """Return how much of training each family has, relative to the others.
+
+    With sizes n, ``proportional`` gives min(n, limit) and ``temperature`` its power of 1 / T, as T5 mixes its tasks
+    (Raffel et al., arXiv 1910.10683, section 3.5.2). At T = 1 the two are the same, and with growing T the shares
+    become equal. What has a share is tokens, since rows of families differ in length by an order of magnitude; the
+    paper's are shares of rows.
+
+    Args:
+        weights: The families' own, by name; a family of weight 0 takes no part under any mixture.
+        size: How many training interactions a family has; asked only where the mixture depends on it.
+        section: The recipe's ``train`` section.
+
+    Returns:
+        The weights as they are, or shares that sum to 1.
+    """
+    chosen = {name: weight for name, weight in weights.items() if weight > 0}
+    if section.mixture == "weights" or not chosen:
+        return chosen
+    raw = dict.fromkeys(chosen, 1.0)
+    if section.mixture != "equal":
+        power = 1 / section.temperature if section.mixture == "temperature" else 1.0
+        sizes = {name: size(name) for name in chosen}
+        raw = {name: min(n, section.mixture_limit or n) ** power for name, n in sizes.items()}
+    total = sum(raw.values())
+    return {name: share / total for name, share in raw.items()}
 
 
 def interleave(

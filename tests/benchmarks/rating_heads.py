@@ -1,10 +1,10 @@
 """Three ways to answer with a rating, and three losses of a head, on MovieLens-100K: each over several seeds.
 
-``python -m tests.benchmarks.rating_heads eval/results/rating_heads.json`` (``--seeds 0 1 2``, ``--out FOLDER``, and
-further ``key=value`` for every recipe) runs the pages ``recipes/movielens-100k/rating-*.yaml``: a head of one unit
-(alpha 0), of classes (alpha 1) and of both (alpha .5), and the model that is tuned on the rating's own token, which is
-asked for its expectation and for the number that it writes. Seeds are those of training: all runs have the same
-requests, and the base model and the baselines are asked once.
+``python -m tests.benchmarks.rating_heads eval/results/rating_heads.json`` (``--seeds 0 1 2``, ``--ways classes``,
+``--out FOLDER``, and further ``key=value`` for every recipe) runs the pages ``recipes/movielens-100k/rating-*.yaml``: a
+head of one unit (alpha 0), of classes (alpha 1) and of both (alpha .5), and the model that is tuned on the rating's own
+token, which is asked for its expectation and for the number that it writes. Seeds are those of training: all runs have
+the same requests, and the base model and the baselines are asked once.
 
 Every run has a folder of its own, so that a killed call goes on with the run that it was in. Seeds are averaged by
 request before two ways are paired over users.
@@ -139,14 +139,14 @@ def compared(rows: Sequence[Answered], pairs: Sequence[tuple[str, str]]) -> list
     ]
 
 
-def main(target: Path, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> None:
+def main(target: Path, seeds: Sequence[int], ways: Sequence[str], out: Path, overrides: Sequence[str]) -> None:
     """Run what is missing, and write the table after every run, so that it can be read while others go on."""
     rows: list[Answered] = []
     runs: list[dict[str, Any]] = []
     for seed in seeds:
-        for way in WAYS:
+        for way in ways:
             first = seed == seeds[0]
-            arms = "[zero-shot, tuned]" if first and way == WAYS[-1] else "[tuned]"
+            arms = "[zero-shot, tuned]" if first and way == ways[-1] else "[tuned]"
             more = [f"train.seed={seed}", f"eval.arms={arms}", *overrides]
             recipe = load_recipe(PAGES.format(way), more)
             done = run(recipe, out / f"{way}-{seed}", quiet=True)
@@ -180,7 +180,7 @@ def _result(
 ) -> dict[str, Any]:
     names = list(dict.fromkeys(row.name for row in rows))
     return {
-        "command": "make bench-rating",
+        "command": " ".join(["python -m tests.benchmarks.rating_heads", *sys.argv[1:]]),
         "what": "RMSE on the last tenth of each user's ratings, by how the model answers and what it is tuned to",
         "seeds": list(seeds),
         "overrides": list(overrides),
@@ -196,7 +196,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("target", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--out", type=Path, default=Path("runs/rating-heads"))
     parser.add_argument("overrides", nargs="*", help="key=value for every recipe")
     given = parser.parse_intermixed_args()
-    main(given.target, given.seeds, given.out, given.overrides)
+    main(given.target, given.seeds, given.ways, given.out, given.overrides)

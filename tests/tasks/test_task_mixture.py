@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from task_data import make_task, mixture
 
 from llmrec.errors import RecipeError
+from llmrec.recipe import TrainSection
+from llmrec.tasks.mixture import shares
 from llmrec.types import Example
 
 
@@ -67,3 +69,58 @@ def test_order_is_fixed_and_weight_0_gives_no_rows() -> None:
 def test_a_size_of_0_does_not_starve_the_others() -> None:
     tasks: Any = {name: (task, 1.0) for name, task in STUBS.items()}
     assert len({row.task for row in islice(mixture(tasks, 0, size=lambda row: 0), 3)}) == 3
+
+
+SIZES = {"rating": 8000, "sequential": 1000, "direct": 125}
+
+
+def section(**keys: Any) -> TrainSection:
+    return TrainSection(**keys)
+
+
+def asked(name: str) -> int:
+    return SIZES[name]
+
+
+def test_weights_are_handed_on_and_no_size_is_asked_for() -> None:
+    def never(name: str) -> int:
+        raise AssertionError(name)
+
+    weights = {"rating": 3.0, "sequential": 0.0, "direct": 1.0}
+    assert shares(weights, never, section()) == {"rating": 3.0, "direct": 1.0}
+    assert shares(weights, never, section(mixture="equal")) == {"rating": 0.5, "direct": 0.5}
+
+
+def test_shares_of_sizes_by_hand() -> None:
+    ones = dict.fromkeys(SIZES, 1.0)
+    found = shares(ones, asked, section(mixture="proportional"))
+    assert found == {"rating": 8000 / 9125, "sequential": 1000 / 9125, "direct": 125 / 9125}
+    # Cube roots are 20, 10 and 5.
+    found = shares(ones, asked, section(mixture="temperature", temperature=3))
+    assert found == pytest.approx({"rating": 20 / 35, "sequential": 10 / 35, "direct": 5 / 35})
+    # What is above the limit counts as the limit, before the root is taken.
+    found = shares(ones, asked, section(mixture="proportional", mixture_limit=1000))
+    assert found == pytest.approx({"rating": 1000 / 2125, "sequential": 1000 / 2125, "direct": 125 / 2125})
+    found = shares(ones, asked, section(mixture="temperature", temperature=3, mixture_limit=1000))
+    assert found == pytest.approx({"rating": 10 / 25, "sequential": 10 / 25, "direct": 5 / 25})
+
+
+def test_own_weights_only_say_who_takes_part_in_other_mixtures() -> None:
+    weights = {"rating": 9.0, "sequential": 0.0, "direct": 0.1}
+    found = shares(weights, asked, section(mixture="proportional"))
+    assert found == pytest.approx({"rating": 8000 / 8125, "direct": 125 / 8125})
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 10**6), min_size=2), st.floats(1, 50))
+def test_temperature_lies_between_proportional_and_equal(sizes: dict[str, int], temperature: float) -> None:
+    ones = dict.fromkeys(sizes, 1.0)
+    flat, warm, cold = (
+        shares(ones, sizes.__getitem__, section(mixture=kind, temperature=temperature))
+        for kind in ("equal", "temperature", "proportional")
+    )
+    assert sum(warm.values()) == pytest.approx(1)
+    largest, least = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
+    assert flat[largest] - 1e-9 <= warm[largest] <= cold[largest] + 1e-9
+    assert cold[least] - 1e-9 <= warm[least] <= flat[least] + 1e-9
+    if temperature == 1:
+        assert warm == cold
