@@ -185,10 +185,13 @@ def compare(
     Means are compared by flipping signs over users, see `significance`; RMSE as a root mean of squared errors; GAUC
     over the users who have both classes. AUC is no mean over users and gets the paired bootstrap.
 
+    A row may have been made with several seeds. Values are averaged over them first; AUC and GAUC, which are no means
+    of a request's values, are averaged themselves: the AUC of averaged probabilities would be that of an ensemble.
+
     Args:
         metric: Name of the metric.
-        a: Values of the first row as `Evaluated.values` has them. For AUC and GAUC these are the probabilities, with a
-            minus sign (also before 0) where the truth is no.
+        a: Values of the first row as `Evaluated.values` has them, shape (n,), or (seeds, n). For AUC and GAUC these are
+            the probabilities, with a minus sign (also before 0) where the truth is no.
         b: Values of the second row.
         users: Whose request each value is.
         resamples: Number of resamples.
@@ -197,25 +200,34 @@ def compare(
     Raises:
         LlmrecError: If rows of AUC or GAUC have different truths, or no user has both classes.
     """
+    left, right = np.atleast_2d(a), np.atleast_2d(b)
     if metric in ("AUC", "GAUC"):
-        return _compare_auc(metric, a, b, users, resamples=resamples, seed=seed)
-    return signflip(a, b, users=users, resamples=resamples, seed=seed, statistic=statistic_of(metric))
+        return _compare_auc(metric, left, right, users, resamples=resamples, seed=seed)
+    first, second = left.mean(axis=0), right.mean(axis=0)
+    return signflip(first, second, users=users, resamples=resamples, seed=seed, statistic=statistic_of(metric))
 
 
 def _compare_auc(
     metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
 ) -> Difference:
-    truth = ~np.signbit(a)
-    if not np.array_equal(truth, ~np.signbit(b)):
+    truth = ~np.signbit(a[0])
+    if any(not np.array_equal(truth, ~np.signbit(each)) for each in (*a, *b)):
         raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired")
     if metric == "AUC":
-        first, second = (probability.auc_statistic(np.abs(each), truth, users) for each in (a, b))
-        return paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
-    left, right = (probability.gauc(np.abs(each), truth, users) for each in (a, b))
-    both = left.weights > 0
+        first, second = ([probability.auc_statistic(np.abs(each), truth, users) for each in seeds] for seeds in (a, b))
+
+        def difference(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+            one, other = (np.mean([auc(rows) for auc in seeds], axis=0) for seeds in (first, second))
+            return one - other  # type: ignore[no-any-return]
+
+        return paired_of(difference, len(set(users)), resamples=resamples, seed=seed)
+    left, right = (
+        np.mean([probability.gauc(np.abs(each), truth, users).values for each in seeds], axis=0) for seeds in (a, b)
+    )
+    both = np.isfinite(left)
     if not both.any():
         raise LlmrecError("GAUC: no user has both a yes and a no, so there is nothing to compare")
-    return signflip(left.values[both], right.values[both], resamples=resamples, seed=seed)
+    return signflip(left[both], right[both], resamples=resamples, seed=seed)
 
 
 _Measured = tuple[dict[str, Any], dict[str, NDArray[np.float64]], dict[str, Any]]

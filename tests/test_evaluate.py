@@ -177,6 +177,9 @@ def test_areas_of_two_rows_are_compared(metric: str) -> None:
     flipped = np.copysign(stored[1], -stored[1])
     with pytest.raises(LlmrecError, match="different truths"):
         compare(metric, stored[0], flipped, users, resamples=10, seed=0)
+    # Two seeds are not one model that answers by their mean: what is compared is the mean of their figures.
+    both = compare(metric, np.stack(stored), stored[1], users, resamples=300, seed=0)
+    assert both.value == pytest.approx(found.value / 2)
 
 
 def test_a_no_that_was_said_surely_keeps_its_truth() -> None:

@@ -166,7 +166,7 @@ class Wire:
             raise Refused(f"{self._url}{path} refused {what()} with status {status}: {said}; {mend}", status)
         try:
             value = json.loads(response.content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Again("no JSON") from None
         self._count(value, body)
         try:
@@ -235,7 +235,7 @@ def _message(text: str) -> str:
     """Return what an error's body says, in whichever of the usual forms."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     for name in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(name):

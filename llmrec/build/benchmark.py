@@ -19,15 +19,19 @@ from llmrec import __version__
 from llmrec.build import pipeline
 from llmrec.build.facts import machine, versions
 from llmrec.durable import write_json, write_text
-from llmrec.errors import RecipeError
-from llmrec.evaluate import LOWER_IS_BETTER, compare, statistic_of
-from llmrec.metrics.significance import over_seeds
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.evaluate import LOWER_IS_BETTER, compare
 from llmrec.metrics.stats import holm, verdict
 from llmrec.recipe_file import load_recipe, recipe_hash
 from llmrec.report.benchmark import pages
 from llmrec.suites import Benchmark, BenchmarkRun
 
 log = logging.getLogger(__name__)
+
+_UNEQUAL = (
+    "asked different users, or about different items of theirs; give them the same data, split, seed, eval.users and "
+    "questions a user"
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Line:
         figures: Rows of results.json, one a seed.
         values: Per-request values by metric, one mapping a seed.
         users: The user of each request.
+        requests: Their ids: a user may have several.
     """
 
     table: tuple[str, str, str]
@@ -75,6 +80,7 @@ class Line:
     figures: list[Mapping[str, Any]] = field(default_factory=list)
     values: list[Mapping[str, Any]] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
 
 def run_benchmark(
@@ -109,7 +115,28 @@ def run_benchmark(
             _add(lines, line)
         made = _write(benchmark, lines, results, spent, missing=len(todo) - number)
         say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
+    _check_pairs(benchmark, lines)
     return made
+
+
+def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[tuple[str, str, str], str], Line]) -> None:
+    """Refuse pairs that no table holds, once all that was made is written.
+
+    Raises:
+        RecipeError: If there is one; the message names the row that is missing and the closest one.
+    """
+    tables = [{line.name for line in own} for own in _by_table(lines).values()]
+    rows = sorted(set().union(*tables))
+    for pair in benchmark.pairs:
+        if any(set(pair) <= names for names in tables):
+            continue
+        unknown = next((name for name in pair if name not in rows), None)
+        why = "its rows stand in no table together" if unknown is None else f"there is no row {unknown!r}"
+        near = "" if unknown is None else did_you_mean(unknown, rows)
+        raise RecipeError(
+            f"benchmark {benchmark.benchmark}, pairs: {why}{near}; all runs are done and written, so mend the pair and "
+            "run the same command again"
+        )
 
 
 def _write(
@@ -184,6 +211,7 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
             figures=[row],
             values=[stored["values"]],
             users=[record["user_id"] for record in stored["records"]],
+            requests=[record["request_id"] for record in stored["records"]],
         )
 
 
@@ -193,11 +221,8 @@ def _add(lines: dict[tuple[tuple[str, str, str], str], Line], line: Line) -> Non
     if known is None:
         lines[(line.table, line.name)] = line
         return
-    if known.users != line.users:
-        raise RecipeError(
-            f"{line.name}: two runs of one table asked about different users; give them the same data, split, seed and "
-            "eval.users"
-        )
+    if known.requests != line.requests:
+        raise RecipeError(f"{line.name}: two runs of one table {_UNEQUAL}")
     if line.label:
         known.figures += line.figures
         known.values += line.values
@@ -216,13 +241,12 @@ def _by_table(lines: Mapping[tuple[tuple[str, str, str], str], Line]) -> dict[tu
 def _table(benchmark: Benchmark, name: tuple[str, str, str], lines: Sequence[Line]) -> dict[str, Any]:
     family, metric, signature = name
     users = lines[0].users
-    if any(line.users != users for line in lines):
-        raise RecipeError(
-            f"{family}: the runs of one table asked about different users; give them the same data, split, seed and "
-            "eval.users"
-        )
+    if any(line.requests != lines[0].requests for line in lines):
+        raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}")
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    rows = sorted((_row(line, metric) for line in lines), key=lambda row: -sign * row["metrics"][metric]["value"])
+    # A figure that is not defined, such as the AUC of answers that are all alike, stands last.
+    rows = sorted((_row(line) for line in lines), key=lambda row: -sign * (_defined(row, metric) or 0.0))
+    rows.sort(key=lambda row: _defined(row, metric) is None)
     by_name = {line.name: line for line in lines}
     baselines = [row["name"] for row in rows if row["arm"] == "baseline"]
     asked = [(row["name"], baselines[0]) for row in rows if row["arm"] != "baseline"] if baselines else []
@@ -241,7 +265,12 @@ def _table(benchmark: Benchmark, name: tuple[str, str, str], lines: Sequence[Lin
     }
 
 
-def _row(line: Line, headline: str) -> dict[str, Any]:
+def _defined(row: Mapping[str, Any], metric: str) -> float | None:
+    value: float | None = row["metrics"][metric]["value"]
+    return value
+
+
+def _row(line: Line) -> dict[str, Any]:
     first = line.figures[0]
     metrics: dict[str, Any] = {}
     for name, figure in first["metrics"].items():
@@ -309,14 +338,8 @@ def _compared(
 
 
 def _values(line: Line, metric: str) -> NDArray[np.float64]:
-    each = [np.array(values[metric], dtype=np.float64) for values in line.values]
-    if len(each) == 1:
-        return each[0]
-    if metric in ("AUC", "GAUC"):
-        # Probabilities with the sign of the truth: seeds answer together by their mean probability.
-        mean = np.mean([np.abs(values) for values in each], axis=0)
-        return np.copysign(mean, each[0])
-    return over_seeds(each, statistic=statistic_of(metric)).values
+    """Return the values of a row's requests, shape (seeds, n)."""
+    return np.array([values[metric] for values in line.values], dtype=np.float64)
 
 
 def _written(value: Any) -> str:

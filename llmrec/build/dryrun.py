@@ -119,6 +119,11 @@ def _tokens(
         part = replace(request, candidates=(request.candidates or ())[: asked.size])
         return asked.prompts * len(encoder.prompt(task.prompt(part, template=template, shots=shots, want=asked.want)))
     prompt = task.prompt(request, template=template, shots=shots)
+    if strategy == "two-step":
+        # The second prompt holds what the first one wrote, at most as long as it may be.
+        second = len(encoder.prompt(prompt)) + task.profile_tokens
+        first = len(encoder.prompt(task.profile_prompt(request))) + task.profile_tokens
+        return int(first + study.recipe.eval.permutations * second)
     length = len(encoder.prompt(prompt)) + _ANSWER_TOKENS[strategy]
     if strategy in ("likelihood", "likelihood-prior"):
         length += sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))

@@ -40,6 +40,7 @@ from llmrec.recipe import (
 )
 from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, STRATEGY_KEYS, lookup
 from llmrec.tasks.common import PAST
+from llmrec.tasks.fewshot import BY_TEXT
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
 from llmrec.types import Case, Family, Predictor, Rating, Request
 
@@ -118,9 +119,7 @@ class Evaluation:
                 with self._budget.stage(spec.arm), self._progress(spec) as advance:
                     found, extra = self._ask(spec, backend, advance)
                 # What a killed run had answered already costs what it cost then.
-                recalled = backend.recalled_seconds - before
-                found.figures["cost"]["seconds"] += recalled
-                self._budget.add(spec.arm, recalled)
+                self._budget.add(spec.arm, backend.recalled_seconds - before)
                 return found, extra
 
             rows[spec.id] = self._row(spec, engine, digest, make)
@@ -194,6 +193,7 @@ class Evaluation:
             bootstrap=recipe.eval.bootstrap,
             cases=[case.request.id for case in self._cases[spec.family]],
             seed=recipe.seed,
+            **_nearness(spec, study),
         )
 
     def _digest(self, family: str) -> str | None:
@@ -234,13 +234,15 @@ class Evaluation:
             task: Any = asker.task
             options["training"] = task.questions(eval_section.debias_questions)
         predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
-        found = self._evaluate(spec, predictor)
+        found = self._evaluate(spec, predictor, backend)
         return found, {"engine": predictor.engine, "examples": self._examples(spec, predictor, found)}
 
-    def _evaluate(self, spec: RowSpec, predictor: Predictor) -> Evaluated:
+    def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
         fallback = self._user_mean() if spec.family in ("rating", "stars") else None
         cases = self._calibrating(spec.family)
         calibrated = Calibrated(predictor, cases) if cases else None
+        # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
+        before = backend.recalled_seconds if backend is not None else 0.0
         found = evaluate(
             calibrated or predictor,
             self._cases[spec.family],
@@ -249,6 +251,8 @@ class Evaluation:
             fallback=fallback,
             background=self._background if spec.family == "explanation" else None,
         )
+        if backend is not None:
+            found.figures["cost"]["seconds"] += backend.recalled_seconds - before
         if calibrated is not None:
             found.figures["calibration"] = {"n": len(cases), **asdict(calibrated.curve)}
         return found
@@ -324,6 +328,13 @@ def _profile(study: Study) -> str:
     task: Any = study.tasks["direct"]
     sha: str = task.profile_template.sha
     return sha
+
+
+def _nearness(spec: RowSpec, study: Study) -> dict[str, str]:
+    """Return what says which items read alike, where that decides what a prompt shows."""
+    near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
+    relevant = spec.template is not None and study.section(spec.family).past == "relevant"
+    return {"encoder": study.recipe.encoder} if near or relevant else {}
 
 
 def asking_of(strategy: str, section: EvalSection) -> dict[str, Any]:

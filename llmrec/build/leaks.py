@@ -273,7 +273,7 @@ def candidate_sets(study: Study) -> list[Check]:
     if study.recipe.eval.candidates.kind == "retrieved":
         # Without the target, or with what the user takes later, a retriever's set is as it would be in use.
         found = len(sets.sets) - len(lacking)
-        about = [Check("retrieved sets", f"{found:,} of {len(sets.sets):,} hold the target: the ceiling of HR")]
+        about = [Check("retrieved sets", f"{found:,} of {len(sets.sets):,} hold the target, which bounds HR over them")]
     else:
         about = [
             verdict("candidate sets without the target", looked, lacking),

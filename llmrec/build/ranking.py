@@ -23,6 +23,7 @@ from llmrec.data.sources import load
 from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.rank.asking import Asker
 from llmrec.rank.counting import questions_of
+from llmrec.rank.rounds import added
 from llmrec.recipe_file import load_recipe
 from llmrec.registry import STRATEGIES, lookup
 from llmrec.types import Answer, Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
@@ -239,11 +240,7 @@ def _slices(posed: Posed, request: Request, encoder: Encoder) -> list[Request]:
 
 def _add(found: _Found, answer: Ranking | Unparsed) -> None:
     found.raw, found.prompt_hash = answer.raw, answer.prompt_hash
-    found.cost = Cost(
-        prompt_tokens=answer.cost.prompt_tokens,
-        completion_tokens=found.cost.completion_tokens + answer.cost.completion_tokens,
-        forwards=found.cost.forwards + answer.cost.forwards,
-    )
+    found.cost = added(found.cost, answer.cost)
     if isinstance(answer, Ranking):
         found.scores.update(zip(answer.items, answer.scores, strict=True))
     else:

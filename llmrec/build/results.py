@@ -17,7 +17,7 @@ from llmrec.build.evaluation import Row
 from llmrec.build.facts import machine, versions
 from llmrec.build.retrieving import ceiling
 from llmrec.build.stages import Budget
-from llmrec.build.study import ITEM_ANSWERS, Study
+from llmrec.build.study import ITEM_ANSWERS, RANKING, Study
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
 from llmrec.evaluate import HEADLINE, compare, statistic_of
@@ -254,12 +254,12 @@ def notes(study: Study) -> list[str]:
             if template.leak
         ]
     if study.candidates and study.recipe.eval.candidates.kind == "retrieved":
-        share = ceiling(study.candidates, study.data, study.recipe.eval.split)
         name = study.recipe.eval.candidates.retriever
-        found.append(
-            f"Ranking figures are over the {study.candidates.count} items that {name} "
-            f"retrieves; {share:.1%} of the held-out items are among them, which no HR can exceed."
-        )
+        found += [
+            f"Ranking figures of {family} are over the {study.candidates.count} items that {name} retrieves; "
+            f"{share:.1%} of the items that are asked for are among them, which no HR can exceed."
+            for family, share in _ceilings(study).items()
+        ]
     elif study.candidates:
         found.append(
             f"Ranking figures are over {study.candidates.count} stored candidates a request, not over the whole "
@@ -314,17 +314,28 @@ def _training_notes(study: Study) -> list[str]:
     return found
 
 
-def _ceiling(study: Study, name: str) -> float | None:
-    """Return the share of targets among retrieved candidates; None where every target is among its own."""
-    if study.candidates is None or name != "main" or study.recipe.eval.candidates.kind != "retrieved":
-        return None
-    return ceiling(study.candidates, study.data, study.recipe.eval.split)
+def _ceilings(study: Study) -> dict[str, float]:
+    """Return the share of evaluated targets among their retrieved candidates, by family; none where sets are drawn."""
+    if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
+        return {}
+    asked = {family: study.cases(family) for family in RANKING if family in study.tasks}
+    return {
+        family: ceiling(study.candidates, {case.request.id: str(case.truth) for case in cases})
+        for family, cases in asked.items()
+    }
 
 
 def _candidates(study: Study) -> dict[str, Any]:
     drawn = {"main": study.candidates, "alignment": study.aligned}
+    # Families may be asked about different users; what none of them can exceed is the highest of their ceilings.
+    most = max(_ceilings(study).values(), default=None)
     return {
-        name: {"digest": sets.digest, "count": sets.count, "kind": sets.kind, "ceiling": _ceiling(study, name)}
+        name: {
+            "digest": sets.digest,
+            "count": sets.count,
+            "kind": sets.kind,
+            "ceiling": most if name == "main" else None,
+        }
         for name, sets in drawn.items()
         if sets is not None
     }

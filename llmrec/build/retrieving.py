@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def retrieve(data: SplitDataset, split: SplitName, section: CandidateSection, *,
     log.info(
         "%s finds %.1f %% of the held-out items among %d",
         section.retriever,
-        100 * ceiling(found, data, split),
+        100 * ceiling(found, {request_id(one.user_id, one.item_id): one.item_id for one in data.holdouts(split)}),
         section.count,
     )
     return found
@@ -88,7 +88,11 @@ def _best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> li
     return found
 
 
-def ceiling(sets: CandidateSets, data: SplitDataset, split: SplitName) -> float:
-    """Return the share of held-out items that stand among their candidates: no ranking of them can have a higher HR."""
-    held = [(request_id(one.user_id, one.item_id), one.item_id) for one in data.holdouts(split)]
-    return sum(item in sets.sets[name] for name, item in held) / max(1, len(held))
+def ceiling(sets: CandidateSets, targets: Mapping[str, str]) -> float:
+    """Return the share of targets that stand among their candidates: no ranking of these can have a higher HR.
+
+    Args:
+        sets: Retrieved candidates.
+        targets: Target by request: of those that a figure is over, since a part of them has a ceiling of its own.
+    """
+    return sum(item in sets.sets[name] for name, item in targets.items()) / max(1, len(targets))

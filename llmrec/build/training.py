@@ -225,7 +225,14 @@ def training_key(study: Study, folder: str) -> str:
         # What training starts from stands in its weights, wherever they lie.
         train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints", "start"}),
         seed=recipe.seed,
+        **_nearness(study),
     )
+
+
+def _nearness(study: Study) -> dict[str, str]:
+    """Return what says which items read alike, where that decides what a row shows of a history."""
+    rules = {study.section(family).past for family in study.tasks}
+    return {"encoder": study.recipe.encoder} if "relevant" in rules else {}
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:

@@ -16,8 +16,8 @@ from llmrec.tasks.rating import expected
 from llmrec.types import Answer, Case, Predictor, Probability, Request
 
 _ANSWER_TOKENS = 8
-# Log-odds of a certain answer are infinite.
-_CERTAIN = 1e-6
+# Log-odds of a certain answer are infinite. Nothing nearer to 1 can be told from it, so that no two answers become one.
+_CERTAIN = 2.0**-53
 
 
 class YesNoJudge:

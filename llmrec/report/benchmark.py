@@ -127,7 +127,13 @@ def _drawn(table: Mapping[str, Any]) -> bool:
 
 
 def _asked(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for row in table["rows"] if row["arm"] != "baseline" and row["tokens_per_user"] > 0]
+    return [
+        row
+        for row in table["rows"]
+        if row["arm"] != "baseline"
+        and row["tokens_per_user"] > 0
+        and row["metrics"][table["metric"]]["value"] is not None
+    ]
 
 
 def frontier(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
@@ -196,7 +202,8 @@ def _axes(low: float, high: float, bottom: float, top: float, x: Any, y: Any) ->
                 parts.append(_path([(x(count), _TOP), (x(count), _HEIGHT - _BOTTOM)], _LINE))
                 parts.append(_text(x(count), _HEIGHT - _BOTTOM + 20, f"{count:,.0f}", ink=_SOFT, anchor="middle"))
     step = 10 ** math.floor(math.log10(top - bottom))
-    step = next(step * part for part in (0.1, 0.2, 0.5, 1) if (top - bottom) / (step * part) <= 8)
+    # The range is less than ten steps: steps twice as long are few enough in any case.
+    step = next(step * part for part in (0.1, 0.2, 0.5, 1, 2) if (top - bottom) / (step * part) <= 8)
     tick = math.ceil(bottom / step) * step
     while tick <= top:
         parts.append(_path([(_LEFT, y(tick)), (_WIDTH - _RIGHT, y(tick))], _LINE))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
@@ -18,6 +19,8 @@ from llmrec.tasks.past import ItemVectors, Shown
 from llmrec.types import Event, Family, Request
 
 _CHOICES = get_args(ShotChoice)
+BY_TEXT = ("nearest", "diverse")
+"""Choices that compare texts of items."""
 # diverse: users to choose among, in multiples of the examples; and what a likeness to the question is worth beside one
 # to an example that is chosen already (Carbonell and Goldstein, SIGIR 1998, equation 1).
 _POOL, _LIKENESS = 10, 0.3
@@ -81,7 +84,7 @@ class ShotPool:
                 f"eval.shots.choice: 'balanced' evens out the answers of examples, and those of tasks.{family} are no "
                 "few labels; choose another, or drop the task"
             )
-        if choice in ("nearest", "diverse") and vectors is None:
+        if choice in BY_TEXT and vectors is None:
             raise RecipeError(
                 f"eval.shots.choice: {choice!r} compares texts of items, and there is no text encoder here"
             )
@@ -165,7 +168,7 @@ class ShotPool:
             chosen = self._similar(request.user_id, past)[:count]
         elif self._choice == "recent":
             chosen = [user for user in self._latest[: count + 1] if user != request.user_id][:count]
-        elif self._choice in ("nearest", "diverse") and past:
+        elif self._choice in BY_TEXT and past:
             chosen = self._near(request.user_id, past[-length:], count)
         taken = {request.user_id, *chosen}
         rest = count - len(chosen)
@@ -187,25 +190,39 @@ class ShotPool:
     def _balanced(self, request: Request, count: int) -> list[tuple[str, int]]:
         """Return (user, end) pairs whose solved events have every answer equally often, in seeded order.
 
-        With fewer examples than answers, which answers go without is drawn anew for every request.
+        With fewer examples than answers, which answers go without is drawn anew for every request. An answer that no
+        further user gives leaves its turn to the next one.
         """
         rng = keyed(f"{self._family} balanced shots", self._seed, request.id)
         labels = sorted(self._by_label, key=str)
         rng.shuffle(labels)
         found: list[tuple[str, int]] = []
         taken = {request.user_id}
-        for turn in range(count):
-            pool = self._by_label[labels[turn % len(labels)]] if labels else []
-            user, end = next(
-                (pair for pair in rng.sample(pool, min(len(pool), len(taken) * 8 + 32)) if pair[0] not in taken),
-                ("", 0),
-            )
-            if not user:
-                raise self._too_few(count)
-            found.append((user, end))
-            taken.add(user)
+        turn = 0
+        while len(found) < count and labels:
+            label = labels[turn % len(labels)]
+            chosen = self._free(self._by_label[label], taken, rng)
+            if chosen is None:
+                labels.remove(label)
+                continue
+            found.append(chosen)
+            taken.add(chosen[0])
+            turn += 1
+        if len(found) < count:
+            raise self._too_few(count)
         rng.shuffle(found)
         return found
+
+    def _free(
+        self, pool: Sequence[tuple[str, int]], taken: Collection[str], rng: random.Random
+    ) -> tuple[str, int] | None:
+        """Draw a pair of a user who is not taken; None if there is none."""
+        few = rng.sample(pool, min(len(pool), len(taken) * 8 + 32))
+        if (chosen := next((pair for pair in few if pair[0] not in taken), None)) is not None:
+            return chosen
+        # Those who are taken may have nearly all of the pool, so that a sample meets nobody else.
+        free = [pair for pair in pool if pair[0] not in taken]
+        return rng.choice(free) if free else None
 
     @cached_property
     def _by_label(self) -> Mapping[Hashable, list[tuple[str, int]]]:
@@ -229,7 +246,7 @@ class ShotPool:
         asked = _mean(self._vectors.of([event.item_id for event in past]))
         likeness = self._means(len(past)) @ asked
         order = [place for place in np.lexsort((self._ties, -likeness)).tolist() if self._users[place] != user]
-        if self._choice == "nearest":
+        if self._choice == "nearest" or not order:
             return [self._users[place] for place in order[:count]]
         pool, chosen = order[: _POOL * count], [order[0]]
         vectors = self._means(len(past))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.openai import OpenAIBackend
-from llmrec.backends.remote_http import retry_after
+from llmrec.backends.remote_http import Wire, retry_after
+from llmrec.backends.remote_spent import Spending
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.conftest import make_tokenizer
@@ -108,6 +111,32 @@ def test_what_fails_for_good_is_named_and_the_rest_is_kept(tmp_path: Path) -> No
         assert wrong(again.generate(questions(100), max_tokens=ROOM), questions(100)) == []
         assert again.recalled == 30 - probes
         again.close()
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_brackets_without_end_are_no_json(status: int) -> None:
+    httpx = pytest.importorskip("httpx")
+    bodies = iter([(status, b"[" * 200_000), (200, b'{"usage": {}, "said": "A"}')])
+
+    def respond(request: Any) -> Any:
+        code, content = next(bodies)
+        return httpx.Response(code, content=content)
+
+    async def ask() -> str:
+        asked = section("http://127.0.0.1:9/v1")
+        wire = Wire(asked, Spending(asked, None))
+        await wire.close()
+        wire._client = httpx.AsyncClient(transport=httpx.MockTransport(respond))
+        try:
+            return await wire.ask("/completions", {}, lambda value: str(value["said"]), what=lambda: "a question")
+        finally:
+            await wire.close()
+
+    if status == 200:
+        assert asyncio.run(ask()) == "A"
+    else:
+        with pytest.raises(BackendError, match="refused a question with status 400"):
+            asyncio.run(ask())
 
 
 def test_a_refusal_is_not_tried_again() -> None:

@@ -74,7 +74,12 @@ def test_every_arm_is_asked_both_ways_beside_chance(done: tuple[Recipe, pipeline
 def test_files_and_report_say_what_was_ranked(done: tuple[Recipe, pipeline.Run]) -> None:
     run, results = done[1], done[1].results
     stored = CandidateSets.load(run.folder / "candidates" / "alignment-test.parquet")
-    assert results["candidates"]["alignment"] == {"digest": stored.digest, "count": 5, "kind": "held-out-items"}
+    assert results["candidates"]["alignment"] == {
+        "digest": stored.digest,
+        "count": 5,
+        "kind": "held-out-items",
+        "ceiling": None,
+    }
     assert results["candidates"]["main"]["digest"] != stored.digest
     assert {row["candidates"] for row in results["rows"] if row["task"] == "alignment"} == {stored.digest}
     page = (run.folder / "report" / "report.md").read_text(encoding="utf-8")

@@ -7,12 +7,14 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
-from llmrec.build.benchmark import points, run_benchmark
+from llmrec.build.benchmark import Line, _add, _row, _values, points, run_benchmark
 from llmrec.errors import RecipeError
+from llmrec.evaluate import compare
 from llmrec.recipe_file import kind_of_page, load_benchmark
-from llmrec.report.benchmark import frontier, pages
+from llmrec.report.benchmark import frontier, pages, picture
 from tests.tasks.task_data import make_split
 
 DATA = make_split()
@@ -115,8 +117,6 @@ def test_a_second_call_reuses_every_run(tmp_path: Path) -> None:
 
 
 def test_seeds_are_averaged_before_rows_are_compared() -> None:
-    from llmrec.build.benchmark import Line, _row, _values
-
     def figures(value: float) -> dict[str, Any]:
         metric = {"value": value, "low": value - 1, "high": value + 1}
         cost = {"prompt_tokens": 10, "completion_tokens": 0, "forwards": 2, "seconds": 1.0}
@@ -129,13 +129,42 @@ def test_seeds_are_averaged_before_rows_are_compared() -> None:
         ("direct", "NDCG@10", ""), "label", "tuned", [figures(0.2), figures(0.4)],
         [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"],
     )  # fmt: skip
-    row = _row(line, "NDCG@10")
+    row = _row(line)
     assert row["metrics"]["NDCG@10"]["value"] == pytest.approx(0.3)
     assert row["metrics"]["NDCG@10"]["sd"] == pytest.approx(0.1 * 2**0.5)
     assert row["seeds"] == 2 and row["tokens_per_user"] == 5
-    assert _values(line, "NDCG@10") == pytest.approx([0.1, 0.5])
-    signed = Line(("ctr", "GAUC", ""), "p", "t", [], [{"GAUC": [0.2, -0.0]}, {"GAUC": [0.4, -0.6]}], ["a", "b"])
-    assert _values(signed, "GAUC") == pytest.approx([0.3, -0.3])
+    assert compare("NDCG@10", _values(line, "NDCG@10"), [0.0, 0.2], line.users, resamples=9, seed=0).value == (
+        pytest.approx(0.2)
+    )
+
+
+def test_a_pair_that_no_table_holds_is_named(tmp_path: Path) -> None:
+    page = load_benchmark(
+        write(tmp_path, "  - {name: zero-shot}\n", 'pairs: [["label · after-history · zero-sho", "popularity"]]\n')
+    )
+    with pytest.raises(RecipeError, match=r"no row 'label · after-history · zero-sho'.*did you mean 'label"):
+        run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
+    assert json.loads((tmp_path / "eval" / "results" / "small.json").read_text(encoding="utf-8"))["missing"] == 0
+
+
+def test_a_figure_that_is_not_defined_stands_in_the_table_and_in_no_picture(tmp_path: Path) -> None:
+    rated = DATA.dataset.interactions.with_columns(rating=pl.lit(5.0))
+    page = write(tmp_path, "  - {name: a}\n  - {name: b, overrides: [tasks.ctr.history=3]}\n")
+    rated.select("user_id", "item_id", "rating", "timestamp").write_csv(tmp_path / "rows.csv")
+    text = (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    head, tail = text.split("tasks:")[0], text.partition("\neval:")[2]
+    (tmp_path / "recipe.yaml").write_text(f"{head}tasks: {{ctr: {{liked: 4}}}}\neval:{tail}", encoding="utf-8")
+    made = run_benchmark(load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
+    (table,) = json.loads(made["results"].read_text(encoding="utf-8"))["tables"]
+    assert [row["metrics"]["AUC"]["value"] for row in table["rows"]] == [None] * 4
+    assert set(made) == {"results", "page"} and "yes-no" in made["page"].read_text(encoding="utf-8")
+
+
+def test_rows_about_other_items_of_the_same_users_are_no_seeds_of_one() -> None:
+    lines: dict[Any, Line] = {}
+    _add(lines, Line(("rating", "RMSE", ""), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
+    with pytest.raises(RecipeError, match="different items"):
+        _add(lines, Line(("rating", "RMSE", ""), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
 
 
 def test_runs_of_different_cases_do_not_share_a_table(tmp_path: Path) -> None:
@@ -197,3 +226,14 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
     assert "<script>" not in found["b.md"] and "<b>" not in found["b.md"]
     ET.fromstring(found["b-direct.svg"])
     assert "<script>" not in found["b-direct.svg"]
+
+
+@pytest.mark.parametrize("spread", [1e-6, 0.0079, 0.0725, 0.08, 0.5, 6.5, 7.9])
+def test_a_picture_has_a_few_lines_whatever_the_range(spread: float) -> None:
+    rows = [
+        {"name": name, "arm": "zero-shot", "tokens_per_user": tokens, "metrics": {"RMSE": {"value": value}}}
+        for name, tokens, value in (("a", 10.0, 1.0), ("b", 20.0, 1.0 + spread))
+    ]
+    drawn = ET.fromstring(picture({"task": "rating", "metric": "RMSE", "rows": rows}))
+    ticks = [each for each in drawn.iter() if each.get("text-anchor") == "end" and each.get("x") == "76.0"]
+    assert 2 <= len(ticks) <= 9

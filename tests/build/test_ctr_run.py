@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +14,9 @@ import polars as pl
 import pytest
 
 from llmrec.build import pipeline
+from llmrec.build.evaluation import Evaluation, RowSpec
 from llmrec.build.leaks import training_interactions, training_rows
+from llmrec.build.stages import Budget
 from llmrec.build.study import Study, build_study
 from llmrec.build.training import plan_training, training_key
 from llmrec.errors import RecipeError
@@ -152,6 +157,35 @@ def test_keys_see_what_changes_the_rows(llama_folder: Path) -> None:
     # How cases are chosen changes no training row.
     assert key("tasks.ctr.balance=none") == first
     assert key("tasks.ctr.per_user=2") == first
+    # What reads alike decides rows where it is asked.
+    assert key("encoder=chance") == first
+    assert key("tasks.ctr.past=relevant", "encoder=chance") != key("tasks.ctr.past=relevant")
+
+
+def test_rows_see_what_reads_alike(llama_folder: Path) -> None:
+    def key(arm: str, *more: str) -> str:
+        study = build_study(recipe(llama_folder, *more))
+        spec = RowSpec("ctr", arm, "yes-no", study.eval_templates("ctr")[0], 2 if arm == "few-shot" else 0)
+        return Evaluation(study, None, Path("nowhere"), Budget(), quiet=True)._key(spec, "hf", "")
+
+    for more in (["tasks.ctr.past=relevant"], ["eval.shots.choice=nearest"]):
+        assert key("few-shot", *more) != key("few-shot", *more, "encoder=chance")
+    assert key("few-shot") == key("few-shot", "encoder=chance")
+    assert key("zero-shot", "eval.shots.choice=nearest") == key(
+        "zero-shot", "eval.shots.choice=diverse", "encoder=chance"
+    )
+
+
+def test_a_row_costs_its_own_cases_alone_whether_or_not_it_was_killed(tmp_path: Path, llama_folder: Path) -> None:
+    chosen = recipe(llama_folder, "tasks.ctr.calibrate=valid", "eval.arms=[zero-shot]", "tasks.ctr.strategies=[yes-no]")
+    pipeline.run(chosen, tmp_path / "r", quiet=True)
+    with closing(sqlite3.connect(tmp_path / "r" / "answers.sqlite")) as store, store:
+        store.execute("UPDATE answers SET value = json_set(value, '$.seconds', 100.0)")
+    shutil.rmtree(tmp_path / "r" / "rows")
+    rows = {row["id"]: row for row in pipeline.run(chosen, tmp_path / "r", quiet=True).results["rows"]}
+    row = rows["ctr/zero-shot/yes-no/by-taste"]
+    assert row["calibration"]["n"] > 0
+    assert row["cost"]["seconds"] == pytest.approx(100 * row["n"], abs=60)
 
 
 def test_a_pool_is_trained_on_whole_or_not_at_all(llama_folder: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from llmrec.build import pipeline
 from llmrec.build.evaluation import asking_of
+from llmrec.build.study import build_study
 from llmrec.recipe import EvalSection
 from llmrec.recipe_file import load_recipe
-from llmrec.registry import POSITIONAL, STRATEGY_KEYS
+from llmrec.registry import FAMILY_STRATEGIES, POSITIONAL, STRATEGY_KEYS
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -55,6 +56,33 @@ def test_a_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
     for name in rows:
         assert (again[name] == rows[name]) == (name not in POSITIONAL)
     assert again["label"]["cost"]["forwards"] == 2 * 5 + 8
+
+
+def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
+    from llmrec.backends.encode import Encoder
+    from llmrec.backends.models import load_tokenizer
+    from llmrec.build.dryrun import eval_tokens
+    from llmrec.recipe import ModelSection
+
+    encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=99_999)
+    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *BASE, "tasks.sequential=null"])
+
+    def tokens(strategy: str, permutations: int = 1) -> int:
+        direct = recipe.tasks.direct.model_copy(  # type: ignore[union-attr]
+            update={"strategies": (strategy,), "eval_templates": ("with-profile",)}
+        )
+        chosen = recipe.model_copy(
+            update={
+                "tasks": recipe.tasks.model_copy(update={"direct": direct}),
+                "eval": recipe.eval.model_copy(update={"permutations": permutations}),
+            }
+        )
+        return eval_tokens(build_study(chosen), encoder)["few-shot"]
+
+    counted = {strategy: tokens(strategy) for strategy in FAMILY_STRATEGIES["direct"]}
+    assert min(counted.values()) > 0
+    assert counted["two-step"] > counted["label"] and counted["pairwise"] > counted["window"]
+    assert tokens("two-step", 3) - counted["two-step"] > 2 * counted["label"]
 
 
 def _examples(folder: Path) -> list[dict[str, Any]]:

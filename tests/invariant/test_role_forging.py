@@ -361,8 +361,8 @@ def test_only_the_encoder_turns_text_into_tokens() -> None:
 
 def test_prompts_are_made_of_rendered_templates_only() -> None:
     """Segments and turns are made where templates are rendered and where a solved example is closed."""
-    # The audit makes segments of what a prompt may not show; they are compared, never asked. A list that is written label
-    # by label holds labels alone, and a server is probed with words of our own.
+    # The audit makes segments of what a prompt may not show; they are compared, never asked. A list that is written
+    # label by label holds labels alone, and a server is probed with words of our own.
     makers = {"prompts.py", "tasks/common.py", "backends/encode.py", "build/leaks.py"} | {
         *("rank/rounds.py", "backends/remote_probe.py"),
     }

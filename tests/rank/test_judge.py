@@ -196,6 +196,14 @@ def test_few_and_certain_answers_give_finite_curves_that_keep_the_order(said: li
     assert 0 < curve.scale < math.inf and abs(curve.bias) <= 20
 
 
+def test_calibration_keeps_the_order_of_answers_that_are_nearly_certain() -> None:
+    said, truth = drawn(2_000, 0.4, -0.7)
+    curve = fit_curve(said, truth)
+    sure = [1e-12, 1e-9, 1e-7, 1e-3, 1 - 1e-7, 1 - 1e-9, 1 - 1e-12]
+    found = [curve.of(value) for value in sure]
+    assert found == sorted(found) and len(set(found)) == len(found)
+
+
 def test_a_calibrated_judge_keeps_failures_and_order() -> None:
     texts = iter(["Yes", "No", "Yes", "No", "Yes", "No", "hm"])
     judge = ParsedYesNoJudge(asker(FakeBackend(complete=lambda text: next(texts))))

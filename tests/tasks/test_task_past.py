@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.errors import RecipeError
+from llmrec.errors import DataError, RecipeError
 from llmrec.recipe import RatingSection
 from llmrec.tasks.fewshot import ShotPool
 from llmrec.tasks.past import ItemVectors, Past
@@ -179,6 +179,34 @@ def test_balanced_has_every_answer_equally_often_and_in_no_fixed_order() -> None
         assert set(Counter(answers).values()) == {2} and "u3" not in users(drawn)
         firsts.add(answers[0])
     assert len(firsts) > 1
+
+
+def test_an_answer_that_nobody_else_gives_leaves_its_turn_to_the_next() -> None:
+    rated = {f"u{k}": events(1, 2, 3, ratings=[2.0, 4.0, 2.0]) for k in range(6)}
+    rated["me"] = events(1, 2, 3, ratings=[1.0, 1.0, 1.0])
+    made = pool("balanced", rated, label=lambda event: event.rating)
+    _, history = ask()
+    answers = [
+        w.events[-1].rating for w in made.draw(Request(id="r", user_id="me", history=history), history, 4, 4).windows
+    ]
+    assert Counter(answers) == {2.0: 2, 4.0: 2}
+    with pytest.raises(DataError, match=r"lower eval\.shots\.k"):
+        made.draw(Request(id="r", user_id="me", history=history), history, 7, 4)
+
+
+def test_balanced_finds_the_few_others_beside_one_who_has_nearly_all() -> None:
+    rated = {"me": events(*range(50), ratings=[1.0] * 50), "other": events(1, ratings=[1.0])}
+    made = pool("balanced", rated, label=lambda event: event.rating)
+    _, history = ask()
+    for number in range(40):
+        drawn = made.draw(Request(id=str(number), user_id="me", history=history), history, 1, 4)
+        assert users(drawn) == ["other"]
+
+
+@pytest.mark.parametrize("choice", ["nearest", "diverse"])
+def test_texts_of_nobody_else_are_too_few(choice: str) -> None:
+    with pytest.raises(DataError, match=r"lower eval\.shots\.k"):
+        pool(choice, {"me": POOL["me"]}).draw(*ask(), 1, 4)
 
 
 def test_balanced_needs_few_answers_and_texts_need_an_encoder() -> None:
