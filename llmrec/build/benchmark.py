@@ -105,6 +105,7 @@ def run_benchmark(
         RecipeError: If a recipe, a grid or a pair cannot be used.
     """
     todo = list(points(benchmark))
+    _refuse_shared_folders(benchmark, todo)
     recipes = [_recipe(benchmark, point) for point in todo]  # every mistake is found before the first hour
     lines: dict[tuple[tuple[str, str, str], str], Line] = {}
     spent, made = 0.0, {}
@@ -178,6 +179,18 @@ def points(benchmark: Benchmark) -> Iterator[Point]:
         for values in itertools.product(*run.grid.values()):
             for seed in run.seeds or (None,):
                 yield Point(run, dict(zip(run.grid, values, strict=True)), seed)
+
+
+def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
+    """Refuse runs whose names differ in signs alone that a folder's name cannot hold."""
+    known: dict[str, Point] = {}
+    for point in todo:
+        other = known.setdefault(point.folder, point)
+        if other is not point:
+            raise RecipeError(
+                f"benchmark {benchmark.benchmark}: the runs {other.label!r} and {point.label!r} would share the folder "
+                f"{point.folder}; give one another name, and no value twice in a grid or in seeds"
+            )
 
 
 def _recipe(benchmark: Benchmark, point: Point) -> Any:
@@ -294,9 +307,9 @@ def _row(line: Line) -> dict[str, Any]:
         "seeds": len(line.figures),
         "parse_rate": float(np.mean([row["parse_rate"] for row in line.figures])),
         "metrics": metrics,
-        "tokens_per_user": (cost["prompt_tokens"] + cost["completion_tokens"]) / requests,
-        "forwards_per_user": cost["forwards"] / requests,
-        "seconds_per_user": cost["seconds"] / requests,
+        "tokens_per_request": (cost["prompt_tokens"] + cost["completion_tokens"]) / requests,
+        "forwards_per_request": cost["forwards"] / requests,
+        "seconds_per_request": cost["seconds"] / requests,
     }
 
 

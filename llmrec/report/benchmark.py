@@ -115,8 +115,9 @@ def _value(value: float | None) -> str:
 
 def _cost(row: Mapping[str, Any]) -> list[str]:
     if row["arm"] == "baseline":
-        return [DASH, DASH, f"{row['seconds_per_user']:.3f}"]
-    return [f"{row['tokens_per_user']:,.0f}", f"{row['forwards_per_user']:,.1f}", f"{row['seconds_per_user']:.2f}"]
+        return [DASH, DASH, f"{row['seconds_per_request']:.3f}"]
+    tokens, calls = f"{row['tokens_per_request']:,.0f}", f"{row['forwards_per_request']:,.1f}"
+    return [tokens, calls, f"{row['seconds_per_request']:.2f}"]
 
 
 # --------------------------------------------------------------------------- the picture
@@ -131,7 +132,7 @@ def _asked(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         row
         for row in table["rows"]
         if row["arm"] != "baseline"
-        and row["tokens_per_user"] > 0
+        and row["tokens_per_request"] > 0
         and row["metrics"][table["metric"]]["value"] is not None
     ]
 
@@ -140,7 +141,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str
     """Return the rows that no other row beats at the same or a lower cost, cheapest first (the Pareto front)."""
     sign = -1 if lower(metric) else 1
     best, found = -math.inf, []
-    for row in sorted(rows, key=lambda row: (row["tokens_per_user"], -sign * row["metrics"][metric]["value"])):
+    for row in sorted(rows, key=lambda row: (row["tokens_per_request"], -sign * row["metrics"][metric]["value"])):
         value = sign * row["metrics"][metric]["value"]
         if value > best:
             best = value
@@ -153,7 +154,7 @@ def picture(table: Mapping[str, Any]) -> str:
     metric, rows = str(table["metric"]), _asked(table)
     controls = [row for row in table["rows"] if row["arm"] == "baseline"]
     front = frontier(rows, metric)
-    tokens = [float(row["tokens_per_user"]) for row in rows]
+    tokens = [float(row["tokens_per_request"]) for row in rows]
     values = [float(row["metrics"][metric]["value"]) for row in (*rows, *controls[:1])]
     low, high = math.log10(min(tokens)) - 0.1, math.log10(max(tokens)) + 0.1
     pad = (max(values) - min(values)) * 0.12 or 0.01
@@ -173,10 +174,10 @@ def picture(table: Mapping[str, Any]) -> str:
         parts.append(_path([(_LEFT, at), (_WIDTH - _RIGHT, at)], _RULE, dashed=True))
         parts.append(_text(_LEFT + 6, at - 6, f"{row['name']}, no tokens", ink=_RULE))
     if len(front) > 1:
-        parts.append(_path([(x(r["tokens_per_user"]), y(r["metrics"][metric]["value"])) for r in front], _SOFT))
+        parts.append(_path([(x(r["tokens_per_request"]), y(r["metrics"][metric]["value"])) for r in front], _SOFT))
     for row in rows:
-        spot = x(row["tokens_per_user"]), y(row["metrics"][metric]["value"])
-        name = escape(f"{row['name']}: {row['metrics'][metric]['value']:.3f}, {row['tokens_per_user']:,.0f} tokens")
+        spot = x(row["tokens_per_request"]), y(row["metrics"][metric]["value"])
+        name = escape(f"{row['name']}: {row['metrics'][metric]['value']:.3f}, {row['tokens_per_request']:,.0f} tokens")
         parts.append(
             f'<circle cx="{spot[0]:.1f}" cy="{spot[1]:.1f}" r="{6 if row in front else 4}" '
             f'fill="{_ARMS.get(row["arm"], _SOFT)}"><title>{name}</title></circle>'
@@ -217,7 +218,7 @@ def _labels(front: Sequence[Mapping[str, Any]], metric: str, x: Any, y: Any) -> 
     """Name the rows of the front, on the side where the frame leaves room."""
     parts = []
     for row in front:
-        at, name = x(row["tokens_per_user"]), flat(row["name"])
+        at, name = x(row["tokens_per_request"]), flat(row["name"])
         left = at + 10 + len(name) * _CHAR > _WIDTH - _RIGHT
         parts.append(
             _text(

@@ -75,8 +75,12 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     assert values == sorted(values, reverse=True)
     few = {row["name"]: row for row in table["rows"]}
     one, two = (few[f"label · after-history · few-shot, k={k}, choice=random"] for k in (1, 2))
-    assert two["tokens_per_user"] > one["tokens_per_user"] > few["label · after-history · zero-shot"]["tokens_per_user"]
-    assert few["pointwise-yes · after-history · zero-shot"]["forwards_per_user"] == 5
+    assert (
+        two["tokens_per_request"]
+        > one["tokens_per_request"]
+        > few["label · after-history · zero-shot"]["tokens_per_request"]
+    )
+    assert few["pointwise-yes · after-history · zero-shot"]["forwards_per_request"] == 5
     assert table["best_baseline"] in names and len(table["against_best_baseline"]) == 10
     (pair,) = table["pairs"]
     assert pair["value"] == pytest.approx(
@@ -132,7 +136,7 @@ def test_seeds_are_averaged_before_rows_are_compared() -> None:
     row = _row(line)
     assert row["metrics"]["NDCG@10"]["value"] == pytest.approx(0.3)
     assert row["metrics"]["NDCG@10"]["sd"] == pytest.approx(0.1 * 2**0.5)
-    assert row["seeds"] == 2 and row["tokens_per_user"] == 5
+    assert row["seeds"] == 2 and row["tokens_per_request"] == 5
     assert compare("NDCG@10", _values(line, "NDCG@10"), [0.0, 0.2], line.users, resamples=9, seed=0).value == (
         pytest.approx(0.2)
     )
@@ -180,6 +184,8 @@ def test_runs_of_different_cases_do_not_share_a_table(tmp_path: Path) -> None:
     [
         ("  - {name: a}\n  - {name: a}\n", "two runs are called 'a'"),
         ("  - {name: a, grid: {eval.shots.k: []}}\n", "has no values"),
+        ("  - {name: a b}\n  - {name: a-b}\n", "would share the folder a-b"),
+        ("  - {name: a, seeds: [1, 1]}\n", "would share the folder"),
         ("  - {name: a, overrides: [eval.shot.k=1]}\n", "run 'a'"),
     ],
 )
@@ -193,7 +199,7 @@ def test_the_front_holds_what_nothing_cheaper_beats() -> None:
     def row(name: str, tokens: float, value: float) -> dict[str, Any]:
         return {
             "name": name,
-            "tokens_per_user": tokens,
+            "tokens_per_request": tokens,
             "metrics": {"HR@1": {"value": value}, "RMSE": {"value": value}},
         }
 
@@ -205,12 +211,12 @@ def test_the_front_holds_what_nothing_cheaper_beats() -> None:
 def test_no_name_becomes_markup(tmp_path: Path) -> None:
     row = {
         "name": "<script>x</script> | *a*", "arm": "zero-shot", "predictor": "p", "template": None, "run": "r",
-        "tokens_per_user": 10.0, "forwards_per_user": 1.0, "seconds_per_user": 0.1,
+        "tokens_per_request": 10.0, "forwards_per_request": 1.0, "seconds_per_request": 0.1,
         "metrics": {"HR@1": {"value": 0.5, "low": 0.4, "high": 0.6}},
     }  # fmt: skip
     table = {
         "task": "direct", "metric": "HR@1", "signature": "s", "requests": 5, "users": 5,
-        "rows": [row, {**row, "name": "b&b", "tokens_per_user": 20.0}], "against_best_baseline": [], "pairs": [],
+        "rows": [row, {**row, "name": "b&b", "tokens_per_request": 20.0}], "against_best_baseline": [], "pairs": [],
     }  # fmt: skip
     found = pages(
         {
@@ -231,7 +237,7 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spread", [1e-6, 0.0079, 0.0725, 0.08, 0.5, 6.5, 7.9])
 def test_a_picture_has_a_few_lines_whatever_the_range(spread: float) -> None:
     rows = [
-        {"name": name, "arm": "zero-shot", "tokens_per_user": tokens, "metrics": {"RMSE": {"value": value}}}
+        {"name": name, "arm": "zero-shot", "tokens_per_request": tokens, "metrics": {"RMSE": {"value": value}}}
         for name, tokens, value in (("a", 10.0, 1.0), ("b", 20.0, 1.0 + spread))
     ]
     drawn = ET.fromstring(picture({"task": "rating", "metric": "RMSE", "rows": rows}))
