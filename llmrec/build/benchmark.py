@@ -28,6 +28,9 @@ from llmrec.suites import Benchmark, BenchmarkRun
 
 log = logging.getLogger(__name__)
 
+Protocol = tuple[str, str, str, str | None]
+"""What rows of one table share: family, headline metric, its signature, and the hash of the candidates, if any."""
+
 _UNEQUAL = (
     "asked different users, or about different items of theirs; give them the same data, split, seed, eval.users and "
     "questions a user"
@@ -74,7 +77,7 @@ class Line:
         requests: Their ids: a user may have several.
     """
 
-    table: tuple[str, str, str]
+    table: Protocol
     name: str
     label: str
     figures: list[Mapping[str, Any]] = field(default_factory=list)
@@ -107,7 +110,7 @@ def run_benchmark(
     todo = list(points(benchmark))
     _refuse_shared_folders(benchmark, todo)
     recipes = [_recipe(benchmark, point) for point in todo]  # every mistake is found before the first hour
-    lines: dict[tuple[tuple[str, str, str], str], Line] = {}
+    lines: dict[tuple[Protocol, str], Line] = {}
     spent, made = 0.0, {}
     for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
         done = pipeline.run(recipe, out / point.folder, quiet=quiet)
@@ -120,7 +123,7 @@ def run_benchmark(
     return made
 
 
-def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[tuple[str, str, str], str], Line]) -> None:
+def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Protocol, str], Line]) -> None:
     """Refuse pairs that no table holds, once all that was made is written.
 
     Raises:
@@ -142,7 +145,7 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[tuple[str, str, str]
 
 def _write(
     benchmark: Benchmark,
-    lines: Mapping[tuple[tuple[str, str, str], str], Line],
+    lines: Mapping[tuple[Protocol, str], Line],
     results: Path,
     spent: float,
     *,
@@ -218,7 +221,7 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
         parts = [row["predictor"], *([] if baseline else [row["template"].partition("/")[2], label])]
         yield Line(
             # The metric's signature holds split, candidates and whatever else two figures must share.
-            table=(family, headline, f"{row['metrics'][headline]['signature']}|{row['candidates']}"),
+            table=(family, headline, row["metrics"][headline]["signature"], row["candidates"]),
             name=" · ".join(parts),
             label=label,
             figures=[row],
@@ -228,7 +231,7 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
         )
 
 
-def _add(lines: dict[tuple[tuple[str, str, str], str], Line], line: Line) -> None:
+def _add(lines: dict[tuple[Protocol, str], Line], line: Line) -> None:
     """Take a row in: another seed of one that is there, a baseline that every run has, or a new one."""
     known = lines.get((line.table, line.name))
     if known is None:
@@ -241,8 +244,8 @@ def _add(lines: dict[tuple[tuple[str, str, str], str], Line], line: Line) -> Non
         known.values += line.values
 
 
-def _by_table(lines: Mapping[tuple[tuple[str, str, str], str], Line]) -> dict[tuple[str, str, str], list[Line]]:
-    found: dict[tuple[str, str, str], list[Line]] = {}
+def _by_table(lines: Mapping[tuple[Protocol, str], Line]) -> dict[Protocol, list[Line]]:
+    found: dict[Protocol, list[Line]] = {}
     for (table, _), line in lines.items():
         found.setdefault(table, []).append(line)
     return found
@@ -251,8 +254,8 @@ def _by_table(lines: Mapping[tuple[tuple[str, str, str], str], Line]) -> dict[tu
 # --------------------------------------------------------------------------- tables
 
 
-def _table(benchmark: Benchmark, name: tuple[str, str, str], lines: Sequence[Line]) -> dict[str, Any]:
-    family, metric, signature = name
+def _table(benchmark: Benchmark, name: Protocol, lines: Sequence[Line]) -> dict[str, Any]:
+    family, metric, signature, candidates = name
     users = lines[0].users
     if any(line.requests != lines[0].requests for line in lines):
         raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}")
@@ -267,8 +270,8 @@ def _table(benchmark: Benchmark, name: tuple[str, str, str], lines: Sequence[Lin
     return {
         "task": family,
         "metric": metric,
-        "signature": signature.partition("|")[0],
-        "candidates": signature.partition("|")[2],
+        "signature": signature,
+        "candidates": candidates,
         "requests": len(users),
         "users": len(set(users)),
         "rows": rows,

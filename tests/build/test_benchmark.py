@@ -81,6 +81,7 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
         > few["label · after-history · zero-shot"]["tokens_per_request"]
     )
     assert few["pointwise-yes · after-history · zero-shot"]["forwards_per_request"] == 5
+    assert "uniform-5" in table["signature"] and len(table["candidates"]) > 10
     assert table["best_baseline"] in names and len(table["against_best_baseline"]) == 10
     (pair,) = table["pairs"]
     assert pair["value"] == pytest.approx(
