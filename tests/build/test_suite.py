@@ -13,11 +13,12 @@ import yaml
 from llmrec import cli
 from llmrec.baselines.tuning import tune
 from llmrec.build import suite as suites
+from llmrec.build.benchmark import _recipe, points
 from llmrec.build.suite import run_suite
 from llmrec.data.sources import load
 from llmrec.data.split import split
 from llmrec.errors import RecipeError
-from llmrec.recipe_file import load_recipe, load_suite
+from llmrec.recipe_file import kind_of_page, load_benchmark, load_recipe, load_suite
 from llmrec.registry import BASELINES, FAMILY_BASELINES
 from llmrec.resources import resource
 from llmrec.suites import Suite
@@ -153,7 +154,19 @@ def test_the_command_writes_results_and_the_leaderboard_beside_them(
     assert "## made" in board and "Items of the history excluded" in board and "| popularity |" in board
 
 
-@pytest.mark.parametrize("page", sorted(resource("eval", "suites").glob("*.yaml")), ids=lambda page: page.stem)
+PAGES = sorted(resource("eval", "suites").glob("*.yaml"))
+SUITES = [page for page in PAGES if kind_of_page(page) == "suite"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in SUITES], ids=lambda page: page.stem)
+def test_a_shipped_benchmark_can_be_read_and_its_recipes_too(page: Path) -> None:
+    benchmark = load_benchmark(page)
+    assert benchmark.benchmark == page.stem
+    for point in points(benchmark):
+        assert _recipe(benchmark, point).tasks.present()
+
+
+@pytest.mark.parametrize("page", SUITES, ids=lambda page: page.stem)
 def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
     suite = load_suite(str(page))
     assert suite.suite == page.stem
