@@ -125,6 +125,11 @@ class Template:
         """Whether the answer is an item's code."""
         return _CODE.search(self.target) is not None
 
+    @property
+    def shows_profile(self) -> bool:
+        """Whether a question has a place for what is known of the user."""
+        return "profile" in self.names("system", "user")
+
     def names(self, *parts: str) -> frozenset[str]:
         """Return the variables that some parts mention, of ``system``, ``user``, ``lead`` and ``target``."""
         return frozenset().union(*(compiled(getattr(self, part)).names for part in parts))

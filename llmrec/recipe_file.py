@@ -46,9 +46,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     Raises:
         RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
     """
-    file = _find(Path(path), "eval")
-    values, lines = _read(file)
-    return _validated(Suite, values, lines, file, overrides)
+    return _compared(Suite, path, overrides)
 
 
 def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark:
@@ -57,9 +55,7 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark
     Raises:
         RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
     """
-    file = _find(Path(path), "eval")
-    values, lines = _read(file)
-    return _validated(Benchmark, values, lines, file, overrides)
+    return _compared(Benchmark, path, overrides)
 
 
 def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark"]:
@@ -69,6 +65,13 @@ def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark"]:
     except RecipeError:
         return "recipe"
     return "suite" if "suite" in keys else "benchmark" if "benchmark" in keys else "recipe"
+
+
+def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> Page:
+    """Read a page of those under eval/, which have no base."""
+    file = _find(Path(path), "eval")
+    values, lines = _read(file)
+    return _validated(model, values, lines, file, overrides)
 
 
 def _validated(

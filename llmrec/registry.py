@@ -175,6 +175,11 @@ def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def options_of(strategy: str, section: object) -> dict[str, Any]:
+    """Return what a strategy is handed of an eval section, by name."""
+    return {key: getattr(section, key) for key in STRATEGY_KEYS.get(strategy, ())}
+
+
 def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
     """Check that a family's strategies and baselines exist and answer that family, and that no control is missing.
 

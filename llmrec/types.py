@@ -170,6 +170,14 @@ class Cost:
     completion_tokens: int = 0
     forwards: int = 0
 
+    def __add__(self, other: Cost) -> Cost:
+        """Return what both took together."""
+        return Cost(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            forwards=self.forwards + other.forwards,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:

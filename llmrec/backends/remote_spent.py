@@ -80,7 +80,7 @@ class Spending:
     def count(self, cost: Cost) -> None:
         """Count what one answer used, whether or not it could be read; from any thread."""
         with self._lock:
-            self._total, self._unbooked = _sum(self._total, cost), _sum(self._unbooked, cost)
+            self._total, self._unbooked = self._total + cost, self._unbooked + cost
 
     def book(self) -> None:
         """Write down what is not yet in the ledger; only from the thread that the ledger belongs to."""
@@ -88,10 +88,3 @@ class Spending:
             cost, self._unbooked = self._unbooked, Cost()
         if self._ledger is not None and cost != Cost():
             self._ledger.spend(cost)
-
-
-def _sum(one: Cost, two: Cost) -> Cost:
-    return Cost(
-        prompt_tokens=one.prompt_tokens + two.prompt_tokens,
-        completion_tokens=one.completion_tokens + two.completion_tokens,
-    )

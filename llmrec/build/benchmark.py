@@ -10,25 +10,25 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrec import __version__
 from llmrec.build import pipeline
+from llmrec.build.comparing import compared, over_runs
 from llmrec.build.facts import machine, versions
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate import LOWER_IS_BETTER, compare
-from llmrec.metrics.stats import holm, verdict
+from llmrec.evaluate import LOWER_IS_BETTER
 from llmrec.recipe_file import load_recipe, recipe_hash
 from llmrec.report.benchmark import pages
 from llmrec.suites import Benchmark, BenchmarkRun
 
 log = logging.getLogger(__name__)
 
-Protocol = tuple[str, str, str, str | None]
+Shared = tuple[str, str, str, str | None]
 """What rows of one table share: family, headline metric, its signature, and the hash of the candidates, if any."""
 
 _UNEQUAL = (
@@ -77,7 +77,7 @@ class Line:
         requests: Their ids: a user may have several.
     """
 
-    table: Protocol
+    table: Shared
     name: str
     label: str
     figures: list[Mapping[str, Any]] = field(default_factory=list)
@@ -110,7 +110,7 @@ def run_benchmark(
     todo = list(points(benchmark))
     _refuse_shared_folders(benchmark, todo)
     recipes = [_recipe(benchmark, point) for point in todo]  # every mistake is found before the first hour
-    lines: dict[tuple[Protocol, str], Line] = {}
+    lines: dict[tuple[Shared, str], Line] = {}
     spent, made = 0.0, {}
     for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
         done = pipeline.run(recipe, out / point.folder, quiet=quiet)
@@ -123,7 +123,7 @@ def run_benchmark(
     return made
 
 
-def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Protocol, str], Line]) -> None:
+def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line]) -> None:
     """Refuse pairs that no table holds, once all that was made is written.
 
     Raises:
@@ -145,7 +145,7 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Protocol, str], Line
 
 def _write(
     benchmark: Benchmark,
-    lines: Mapping[tuple[Protocol, str], Line],
+    lines: Mapping[tuple[Shared, str], Line],
     results: Path,
     spent: float,
     *,
@@ -231,7 +231,7 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
         )
 
 
-def _add(lines: dict[tuple[Protocol, str], Line], line: Line) -> None:
+def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
     """Take a row in: another seed of one that is there, a baseline that every run has, or a new one."""
     known = lines.get((line.table, line.name))
     if known is None:
@@ -244,8 +244,8 @@ def _add(lines: dict[tuple[Protocol, str], Line], line: Line) -> None:
         known.values += line.values
 
 
-def _by_table(lines: Mapping[tuple[Protocol, str], Line]) -> dict[Protocol, list[Line]]:
-    found: dict[Protocol, list[Line]] = {}
+def _by_table(lines: Mapping[tuple[Shared, str], Line]) -> dict[Shared, list[Line]]:
+    found: dict[Shared, list[Line]] = {}
     for (table, _), line in lines.items():
         found.setdefault(table, []).append(line)
     return found
@@ -254,7 +254,7 @@ def _by_table(lines: Mapping[tuple[Protocol, str], Line]) -> dict[Protocol, list
 # --------------------------------------------------------------------------- tables
 
 
-def _table(benchmark: Benchmark, name: Protocol, lines: Sequence[Line]) -> dict[str, Any]:
+def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> dict[str, Any]:
     family, metric, signature, candidates = name
     users = lines[0].users
     if any(line.requests != lines[0].requests for line in lines):
@@ -289,14 +289,9 @@ def _defined(row: Mapping[str, Any], metric: str) -> float | None:
 def _row(line: Line) -> dict[str, Any]:
     first = line.figures[0]
     metrics: dict[str, Any] = {}
-    for name, figure in first["metrics"].items():
-        metrics[name] = {key: figure[key] for key in ("value", "low", "high")}
-        if len(line.figures) > 1:
-            for end in ("value", "low", "high"):
-                ends = [row["metrics"][name][end] for row in line.figures]
-                metrics[name][end] = None if None in ends else float(np.mean(ends))
-            each = [row["metrics"][name]["value"] for row in line.figures]
-            metrics[name]["sd"] = None if None in each else float(np.std(each, ddof=1))
+    for name in first["metrics"]:
+        figures = [row["metrics"][name] for row in line.figures]
+        metrics[name] = over_runs([{key: figure[key] for key in ("value", "low", "high")} for figure in figures])
     cost = {key: float(np.mean([row["cost"].get(key) or 0 for row in line.figures])) for key in _COST}
     requests = max(1, first["n"])
     return {
@@ -326,31 +321,9 @@ def _compared(
     users: Sequence[str],
     pairs: Sequence[tuple[str, str]],
 ) -> list[dict[str, Any]]:
-    """Pair rows over the same users, seeds averaged first, p-values Holm-adjusted among them."""
-    found = [
-        compare(
-            metric,
-            _values(lines[a], metric),
-            _values(lines[b], metric),
-            users,
-            resamples=benchmark.bootstrap,
-            seed=0,
-        )
-        for a, b in pairs
-    ]
-    better: Literal["lower", "higher"] = "lower" if metric in LOWER_IS_BETTER else "higher"
-    return [
-        {
-            "a": a,
-            "b": b,
-            "value": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-            "p": p,
-            "verdict": verdict(difference, better, p=p),
-        }
-        for (a, b), difference, p in zip(pairs, found, holm([one.p for one in found]), strict=True)
-    ]
+    """Compare pairs of rows by name; seeds are averaged before."""
+    named = [tuple((name, _values(lines[name], metric)) for name in pair) for pair in pairs]
+    return compared(metric, named, users, resamples=benchmark.bootstrap)
 
 
 def _values(line: Line, metric: str) -> NDArray[np.float64]:

@@ -1,10 +1,10 @@
-"""Compares the rows of a suite over the same users: the best with every other, and pairs that were named beforehand."""
+"""Compares rows over the same users: of a suite the best with every other, and pairs that were named beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from llmrec.suites import Suite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    #: A row's name, and its value of each request.
+    Named = tuple[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -62,28 +65,53 @@ class Comparing:
         return np.array(row["values"][seen][self.metric])
 
     def _lines(self, seen: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        found = [
-            compare(
-                self.metric,
-                self._values(a, seen),
-                self._values(b, seen),
-                users=self.users,
-                resamples=self.suite.bootstrap,
-                seed=0,
-            )
-            for a, b in pairs
-        ]
-        return [
-            {
-                "seen": seen,
-                "metric": self.metric,
-                "a": a["name"],
-                "b": b["name"],
-                "value": difference.value,
-                "low": difference.low,
-                "high": difference.high,
-                "p": p,
-                "verdict": verdict(difference, "higher" if self._sign > 0 else "lower", p=p),
-            }
-            for (a, b), difference, p in zip(pairs, found, holm([d.p for d in found]), strict=True)
-        ]
+        named = [tuple((row["name"], self._values(row, seen)) for row in pair) for pair in pairs]
+        found = compared(self.metric, named, self.users, resamples=self.suite.bootstrap)
+        return [{"seen": seen, "metric": self.metric, **line} for line in found]
+
+
+def compared(
+    metric: str, pairs: Sequence[tuple[Named, ...]], users: Sequence[str], *, resamples: int
+) -> list[dict[str, Any]]:
+    """Pair rows over the same requests, each a less b, p-values Holm-adjusted among the pairs.
+
+    Args:
+        metric: What they are compared by.
+        pairs: Two rows each, a and b, with their values as `llmrec.evaluate.compare` takes them.
+        users: The user of each request.
+        resamples: Of the intervals and tests.
+    """
+    better: Literal["lower", "higher"] = "lower" if metric in LOWER_IS_BETTER else "higher"
+    found = [compare(metric, a, b, users, resamples=resamples, seed=0) for (_, a), (_, b) in pairs]
+    return [
+        {
+            "a": one,
+            "b": other,
+            "value": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p": p,
+            "verdict": verdict(difference, better, p=p),
+        }
+        for ((one, _), (other, _)), difference, p in zip(pairs, found, holm([each.p for each in found]), strict=True)
+    ]
+
+
+def over_runs(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Average a figure over training seeds: an interval covers the choice of users, ``sd`` is the seeds' own spread.
+
+    Args:
+        figures: One a seed, with ``value``, ``low`` and ``high``, each None where it is not defined.
+
+    Returns:
+        The first one's other keys as they are.
+    """
+    found = dict(figures[0])
+    if len(figures) == 1:
+        return found
+    for end in ("value", "low", "high"):
+        ends = [figure[end] for figure in figures]
+        found[end] = None if None in ends else float(np.mean(ends))
+    each = [figure["value"] for figure in figures]
+    found["sd"] = None if None in each else float(np.std(each, ddof=1))
+    return found

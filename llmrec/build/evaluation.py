@@ -38,7 +38,7 @@ from llmrec.recipe import (
     ReviewSection,
     TaskSection,
 )
-from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, STRATEGY_KEYS, lookup
+from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, lookup, options_of
 from llmrec.tasks.common import PAST
 from llmrec.tasks.fewshot import BY_TEXT
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
@@ -229,7 +229,7 @@ class Evaluation:
         if isinstance(section, ExplanationSection | ReviewSection):
             options = {"max_tokens": section.max_tokens}
         else:
-            options = {key: getattr(eval_section, key) for key in STRATEGY_KEYS.get(spec.predictor, ())}
+            options = options_of(spec.predictor, eval_section)
         if eval_section.debias == "measured" and spec.predictor in POSITIONAL:
             task: Any = asker.task
             options["training"] = task.questions(eval_section.debias_questions)
@@ -339,10 +339,9 @@ def _nearness(spec: RowSpec, study: Study) -> dict[str, str]:
 
 def asking_of(strategy: str, section: EvalSection) -> dict[str, Any]:
     """Return every key of the eval section that can change a strategy's answers, with its value."""
-    keys = STRATEGY_KEYS.get(strategy, ())
-    if strategy in POSITIONAL and section.debias != "none":
-        keys = (*keys, "debias", "debias_questions")
-    return {key: getattr(section, key) for key in keys}
+    measured = strategy in POSITIONAL and section.debias != "none"
+    more = {"debias": section.debias, "debias_questions": section.debias_questions} if measured else {}
+    return options_of(strategy, section) | more
 
 
 def protocol_of(study: Study, family: str) -> Protocol:

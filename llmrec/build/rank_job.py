@@ -18,8 +18,9 @@ from llmrec.build.rank_options import RankOptions, check_choices, engine_section
 from llmrec.build.ranking import catalogue
 from llmrec.build.ranking_all import Whole
 from llmrec.build.ranking_reasons import TOKENS, Reasoner, rationale_template
-from llmrec.build.ranking_retrieved import Retriever, check_retriever, training_data
+from llmrec.build.ranking_retrieved import Retriever, training_data
 from llmrec.build.ranking_way import Way, choose_way
+from llmrec.build.retrieving import check_retriever
 from llmrec.build.stages import Budget, key_of
 from llmrec.data.items import digest_items, read_items
 from llmrec.data.request_files import RequestFile
@@ -73,7 +74,7 @@ def open_job(options: RankOptions, source: RequestFile, budget: Budget) -> Job:
     """
     check_choices(options)
     if options.retrieve is not None:
-        check_retriever(options.retrieve)
+        check_retriever(options.retrieve, "--retrieve")
     prepare_environment()
     quiet_libraries()
     bundle = _bundle(options)

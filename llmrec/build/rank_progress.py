@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmrec.data.ranked import Ranked
-from llmrec.rank.rounds import added
 from llmrec.types import Cost
 
 _SHOWN = 5
@@ -75,7 +74,7 @@ class Tally:
             completion_tokens=record.rationale_completion_tokens,
             forwards=record.rationale_forwards,
         )
-        self.rationale = added(self.rationale, reasons)
+        self.rationale += reasons
         if record.error is not None:
             self.failed += 1
             if len(self.failures) < _SHOWN:

@@ -23,7 +23,6 @@ from llmrec.data.sources import load
 from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.rank.asking import Asker
 from llmrec.rank.counting import questions_of
-from llmrec.rank.rounds import added
 from llmrec.recipe_file import load_recipe
 from llmrec.registry import STRATEGIES, lookup
 from llmrec.types import Answer, Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
@@ -240,7 +239,7 @@ def _slices(posed: Posed, request: Request, encoder: Encoder) -> list[Request]:
 
 def _add(found: _Found, answer: Ranking | Unparsed) -> None:
     found.raw, found.prompt_hash = answer.raw, answer.prompt_hash
-    found.cost = added(found.cost, answer.cost)
+    found.cost += answer.cost
     if isinstance(answer, Ranking):
         found.scores.update(zip(answer.items, answer.scores, strict=True))
     else:

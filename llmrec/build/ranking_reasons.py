@@ -17,7 +17,7 @@ from llmrec.build.ranking_way import TWO_STEP, Way
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.prompts import Template, clean, load_templates
-from llmrec.rank.rounds import added
+from llmrec.rank.asking import cost_of
 from llmrec.tasks.common import View
 from llmrec.types import Backend, Cost, Event, Item, Prompt, Ranking, Unparsed
 
@@ -109,12 +109,8 @@ class Reasoner:
             part = slice(start, start + self._batch)
             said = backend.generate(prompts[part], max_tokens=TOKENS)
             for (n, place), done in zip(owners[part], said, strict=True):
-                reasons, tokens = found[n], done.completion_tokens
-                reasons.texts[place] = _first_line(done.text)
-                cost = Cost(
-                    prompt_tokens=done.prompt_tokens, completion_tokens=tokens, forwards=max(1, done.completion_tokens)
-                )
-                reasons.cost = added(reasons.cost, cost)
+                found[n].texts[place] = _first_line(done.text)
+                found[n].cost += cost_of(done)
         return found
 
     def _best(self, request: RankRequest, answer: Ranking, items: Mapping[str, Item] | None) -> list[Item]:

@@ -7,19 +7,16 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from llmrec.build.bundle import Bundle
 from llmrec.build.ranking_pose import NOBODY
+from llmrec.build.retrieving import best, shuffled
+from llmrec.build.study import load_tables
 from llmrec.data.requests import Past, RankRequest
-from llmrec.data.sources import load
-from llmrec.data.split import SplitDataset, split
-from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError
 from llmrec.prompts import clean
-from llmrec.recipe import DataSection
 from llmrec.recipe_file import load_recipe
-from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
-from llmrec.tasks.common import keyed
+from llmrec.registry import BASELINES, lookup
 from llmrec.types import CatalogueScorer, Event, Item, Request
 
 # What retrieves where nothing in the history is known: it needs no history.
@@ -40,32 +37,16 @@ def training_data(bundle: Bundle) -> SplitDataset:
         )
     recipe = load_recipe(str(bundle.run / "recipe.yaml"))
     try:
-        data = _split(recipe.data, recipe.seed)
-        # What the second table holds out was trained on nowhere.
-        return data.without(_split(recipe.reviews, recipe.seed).held_out) if recipe.reviews else data
+        return load_tables(recipe)[0]
     except DataError as error:
         raise DataError(f"{error}. This is the data of the run {bundle.run}, which --retrieve learns from") from None
-
-
-def check_retriever(name: str) -> None:
-    """Check that a baseline ranks.
-
-    Raises:
-        RecipeError: If it does not; the message lists those that do.
-    """
-    known = FAMILY_BASELINES["sequential"]
-    if name not in known:
-        raise RecipeError(
-            f"--retrieve: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from "
-            f"{', '.join(known)}"
-        )
 
 
 class Retriever:
     """Retrieves candidates from a request's history; it is fitted when the first request needs it.
 
     Args:
-        name: A baseline that ranks; see `check_retriever`.
+        name: A baseline that ranks; see `llmrec.build.retrieving.check_retriever`.
         data: What it learns from; held-out interactions stay out.
         items: The catalogue that requests name items of, whose texts go before those of the data.
         count: Candidates a request; fewer where the history leaves fewer.
@@ -75,6 +56,7 @@ class Retriever:
     def __init__(self, name: str, data: SplitDataset, items: Mapping[str, Item], *, count: int, seed: int) -> None:
         self.name, self.count = name, count
         self._data, self._items, self._seed = data, items, seed
+        self._models: dict[str, CatalogueScorer] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,20 +76,18 @@ class Retriever:
             if not places:
                 continue
             asked = [Request(id=requests[n].id, user_id=NOBODY, history=known[n][0]) for n in places]
-            best = self._best(self._fitted(name), asked)
-            for n, found in zip(places, best, strict=True):
+            for n, found in zip(places, best(self._fitted(name), asked, self.count), strict=True):
                 filled[n] = self._filled(requests[n], found, known[n][1], cold=cold)
         return filled
 
     def _filled(self, request: RankRequest, found: Sequence[str], strange: Sequence[str], *, cold: bool) -> RankRequest:
-        shuffled = sorted(found)
-        keyed("retrieved candidates", self._seed, request.id).shuffle(shuffled)
+        order = shuffled(found, request.id, self._seed)
         notes = list(request.notes)
         if strange:
             notes.append(f"retrieval: left aside, unknown to the run's data: {_some(strange)}")
         if cold:
             notes.append("retrieval: no known item in the history, so the most popular items are the candidates")
-        items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in shuffled)
+        items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in order)
         return replace(request, candidates=items, retrieved=len(items), notes=tuple(notes))
 
     def _known(self, request: RankRequest) -> tuple[tuple[Event, ...], list[str]]:
@@ -136,31 +116,12 @@ class Retriever:
             found[title] = None if title in found else item_id
         return found
 
-    @cached_property
-    def _models(self) -> dict[str, CatalogueScorer]:
-        return {}
-
     def _fitted(self, name: str) -> CatalogueScorer:
         if name not in self._models:
             model = lookup(BASELINES, name, "baseline")(seed=self._seed)
             model.fit(self._data)
             self._models[name] = model
         return self._models[name]
-
-    def _best(self, model: CatalogueScorer, requests: Sequence[Request]) -> list[list[str]]:
-        scores = np.array(model.scores(requests), dtype=np.float64)
-        column = {item: place for place, item in enumerate(model.items)}
-        found = []
-        for request, row in zip(requests, scores, strict=True):
-            row[[column[event.item_id] for event in request.history]] = -np.inf
-            # Equal scores in the order of item ids, so that a retriever gives the same set everywhere.
-            best = np.argsort(-row, kind="stable")[: min(self.count, int(np.isfinite(row).sum()))]
-            found.append([model.items[place] for place in best])
-        return found
-
-
-def _split(section: DataSection, seed: int) -> SplitDataset:
-    return split(load(section, seed=seed), section.split, seed=seed)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -12,9 +12,8 @@ from pydantic import ValidationError
 from llmrec.build.bundle import Bundle
 from llmrec.build.ranking_task import task_of
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.prompts import Template
 from llmrec.recipe import EvalSection
-from llmrec.registry import FAMILY_STRATEGIES, STRATEGY_KEYS
+from llmrec.registry import FAMILY_STRATEGIES, STRATEGY_KEYS, options_of
 
 RANKING = ("sequential", "direct")
 TWO_STEP = "two-step"
@@ -45,7 +44,7 @@ class Way:
     @property
     def options(self) -> dict[str, Any]:
         """What the strategy is handed, by name."""
-        return {key: getattr(self.asking, key) for key in STRATEGY_KEYS.get(self.strategy, ())}
+        return options_of(self.strategy, self.asking)
 
 
 def choose_way(
@@ -89,7 +88,7 @@ def choose_way(
         if fits and (template is None or _named(template, family, templates[family])):
             chosen = FAMILY_STRATEGIES[family][0] if strategy == "auto" else strategy
             name = _template(bundle, family, chosen, template)
-            return Way(family, name, chosen, asking_of(chosen, settings))
+            return Way(family, name, chosen, settings_of(chosen, settings))
     asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
         f"{family} with {' or '.join(FAMILY_STRATEGIES[family])}, templates {', '.join(templates[family])}"
@@ -98,7 +97,7 @@ def choose_way(
     raise RecipeError(f"{' '.join(filter(None, asked))} do not go together for {bundle.folder}, which has: {known}")
 
 
-def asking_of(strategy: str, settings: Sequence[str]) -> EvalSection:
+def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
     """Read what a strategy takes, under the recipe's names and rules.
 
     Args:
@@ -178,18 +177,14 @@ def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> 
         names += [_SHOWS_PROFILE, *known] if strategy == TWO_STEP else []
     if strategy != TWO_STEP:
         return names[0]
-    shows = [name for name in names if name in known and _shows_profile(known[name])]
+    shows = [name for name in names if name in known and known[name].shows_profile]
     if not shows:
-        could = ", ".join(name for name, each in known.items() if _shows_profile(each)) or "none"
+        could = ", ".join(name for name, each in known.items() if each.shows_profile) or "none"
         raise RecipeError(
             f"--template {asked}: two-step puts what it learned of the user into the profile, which this template does "
             f"not show; those of {bundle.folder} that do: {could}"
         )
     return shows[0]
-
-
-def _shows_profile(template: Template) -> bool:
-    return "profile" in template.names("system", "user")
 
 
 def _named(template: str, family: str, known: Mapping[str, object]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe import CandidateSection
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
@@ -38,54 +38,68 @@ def retrieve(data: SplitDataset, split: SplitName, section: CandidateSection, *,
         RecipeError: If the retriever is no baseline that ranks.
         DataError: If a history leaves fewer items than are asked for.
     """
-    known = FAMILY_BASELINES["sequential"]
-    if section.retriever not in known:
-        raise RecipeError(
-            f"eval.candidates.retriever: {section.retriever!r} is no recommender that ranks"
-            f"{did_you_mean(str(section.retriever), known)}; choose from {', '.join(known)}"
-        )
-    model = lookup(BASELINES, section.retriever, "baseline")(seed=seed)
+    name = str(section.retriever)
+    check_retriever(name, "eval.candidates.retriever")
+    model = lookup(BASELINES, name, "baseline")(seed=seed)
     model.fit(data)
-    requests = [
-        Request(
-            id=request_id(held.user_id, held.item_id),
-            user_id=held.user_id,
-            history=data.history(held.user_id, split),
-        )
-        for held in data.holdouts(split)
-    ]
+    held = data.holdouts(split)
     sets: dict[str, tuple[str, ...]] = {}
-    for start in range(0, len(requests), _BLOCK):
-        for request, items in _best(model, requests[start : start + _BLOCK], section.count):
-            shuffled = sorted(items)
-            keyed("retrieved candidates", seed, request.id).shuffle(shuffled)
-            sets[request.id] = tuple(shuffled)
-    found = CandidateSets.of(f"retrieved-{section.retriever}", section.count, seed, sets)
+    for start in range(0, len(held), _BLOCK):
+        requests = [request_of(data, one, split) for one in held[start : start + _BLOCK]]
+        for request, items in zip(requests, best(model, requests, section.count), strict=True):
+            if len(items) < section.count:
+                raise DataError(
+                    f"user {request.user_id!r} has touched all but {len(items)} of {len(model.items)} items; set "
+                    "eval.candidates.count to at most that"
+                )
+            sets[request.id] = shuffled(items, request.id, seed)
+    found = CandidateSets.of(f"retrieved-{name}", section.count, seed, sets)
     log.info(
         "%s finds %.1f %% of the held-out items among %d",
-        section.retriever,
-        100 * ceiling(found, {request_id(one.user_id, one.item_id): one.item_id for one in data.holdouts(split)}),
+        name,
+        100 * ceiling(found, {request_id(one.user_id, one.item_id): one.item_id for one in held}),
         section.count,
     )
     return found
 
 
-def _best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[tuple[Request, list[str]]]:
+def check_retriever(name: str, where: str) -> None:
+    """Check that a baseline ranks.
+
+    Args:
+        name: Of the baseline.
+        where: The key or option that names it.
+
+    Raises:
+        RecipeError: If it does not; the message lists those that do.
+    """
+    known = FAMILY_BASELINES["sequential"]
+    if name not in known:
+        raise RecipeError(
+            f"{where}: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from {', '.join(known)}"
+        )
+
+
+def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:
+    """Return the best items for each request, those of its history left out; fewer where the history leaves fewer.
+
+    Equal scores stand in the order of item ids, so that a retriever gives the same set everywhere.
+    """
     scores = np.array(model.scores(requests), dtype=np.float64)
     column = {item: place for place, item in enumerate(model.items)}
     found = []
     for request, row in zip(requests, scores, strict=True):
-        seen = [column[event.item_id] for event in request.history if event.item_id in column]
-        row[seen] = -np.inf
-        if np.isfinite(row).sum() < count:
-            raise DataError(
-                f"user {request.user_id!r} has touched all but {int(np.isfinite(row).sum())} of {len(row)} items; set "
-                "eval.candidates.count to at most that"
-            )
-        # Equal scores in the order of item ids, so that a retriever gives the same set everywhere.
-        best = np.argsort(-row, kind="stable")[:count]
-        found.append((request, [model.items[place] for place in best]))
+        row[[column[event.item_id] for event in request.history if event.item_id in column]] = -np.inf
+        places = np.argsort(-row, kind="stable")[: min(count, int(np.isfinite(row).sum()))]
+        found.append([model.items[place] for place in places])
     return found
+
+
+def shuffled(items: Sequence[str], request: str, seed: int) -> tuple[str, ...]:
+    """Return retrieved items in an order by a hash of the request's id, which tells nothing of the retriever's."""
+    found = sorted(items)
+    keyed("retrieved candidates", seed, request).shuffle(found)
+    return tuple(found)
 
 
 def ceiling(sets: CandidateSets, targets: Mapping[str, str]) -> float:

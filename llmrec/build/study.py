@@ -160,11 +160,7 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     families = recipe.tasks.present()
     for family, section in families.items():
         check_names(family, section.strategies, section.baselines)
-    data = data or _data(recipe.data, recipe.seed)
-    reviews = _data(recipe.reviews, recipe.seed) if recipe.reviews else None
-    if reviews is not None:
-        # One held-out set for all tasks: where the two tables share pairs, each keeps out what the other holds out.
-        data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
+    data, reviews = load_tables(recipe, data)
     templates = {family: load_templates(family) for family in families}
     candidates = None
     if recipe.eval.candidates.kind != "catalogue" and any(family in RANKING for family in families):
@@ -216,7 +212,24 @@ def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
     return ItemVectors(items, embed)
 
 
-def _data(section: DataSection, seed: int) -> SplitDataset:
+def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[SplitDataset, SplitDataset | None]:
+    """Return a recipe's tables as its tasks know them: the data, and where it names a second table, the reviews.
+
+    Where the two share pairs, each keeps out what the other holds out: there is one held-out set for all tasks.
+
+    Args:
+        recipe: The recipe.
+        data: The main data where it is at hand already.
+    """
+    data = data or load_split(recipe.data, recipe.seed)
+    if recipe.reviews is None:
+        return data, None
+    reviews = load_split(recipe.reviews, recipe.seed)
+    return data.without(reviews.held_out), reviews.without(data.held_out)
+
+
+def load_split(section: DataSection, seed: int) -> SplitDataset:
+    """Load what a data section names, and split it."""
     return split(load(section, seed=seed), section.split, seed=seed)
 
 

@@ -20,27 +20,26 @@ import psutil
 from llmrec import __version__
 from llmrec.baselines.tuning import Tuned, tune
 from llmrec.build.bar import Bar
-from llmrec.build.comparing import Comparing
+from llmrec.build.comparing import Comparing, over_runs
 from llmrec.build.contenders import Contenders
 from llmrec.build.facts import machine, versions
 from llmrec.build.results import describe
 from llmrec.build.stages import key_of, locked, read_stage
+from llmrec.build.study import load_split
 from llmrec.data.liked import scale_of, threshold
-from llmrec.data.sources import load
-from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.data.split import SplitDataset, request_of
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
 from llmrec.evaluate import Evaluated, Protocol, evaluate
 from llmrec.full_ranking import evaluate_catalogue
 from llmrec.list_metrics import Background, cold_figures
 from llmrec.metrics.significance import over_seeds
-from llmrec.recipe import DataSection
 from llmrec.recipe_file import recipe_hash
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
 from llmrec.report.leaderboard import leaderboard, load_reference, read_results
 from llmrec.resources import resource
 from llmrec.suites import Suite, SuiteRow
-from llmrec.types import Case, Interaction, Request
+from llmrec.types import Case, Interaction
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
     pages = {name: _reference(name) for name in suite.references}
     with locked(out):
         begin = time.monotonic()
-        splits = {seed: _split(suite.data, seed) for seed in suite.split_seeds}
+        splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
         rows: list[dict[str, Any]] = []
         contenders = Contenders(suite, out)
         for place, row in enumerate(suite.rows):
@@ -115,10 +114,6 @@ def _reference(name: str) -> Any:
 
 def _all_references() -> dict[str, Any]:
     return {page.stem: load_reference(page) for page in sorted(resource("eval", "references").glob("*.yaml"))}
-
-
-def _split(section: DataSection, seed: int) -> SplitDataset:
-    return split(load(section, seed=seed), section.split, seed=seed)
 
 
 # --------------------------------------------------------------------------- one row
@@ -242,12 +237,7 @@ def _cases(suite: Suite, data: SplitDataset) -> list[Case]:
         truth = _truth(suite, data, held)
         if truth is None:
             continue  # there is nothing to compare an answer with
-        request = Request(
-            id=request_id(held.user_id, held.item_id),
-            user_id=held.user_id,
-            history=data.history(held.user_id, suite.split),
-            item=None if suite.task == "ranking" else held.item_id,
-        )
+        request = request_of(data, held, suite.split, item=None if suite.task == "ranking" else held.item_id)
         cases.append(Case(request=request, truth=truth))
     return cases
 
@@ -264,15 +254,8 @@ def _table(runs: Sequence[Any], splits: Sequence[Any]) -> dict[str, Any]:
     """Average a convention's figures over seeds; over tie rules of the split give the range."""
     metrics: dict[str, Any] = {}
     values: dict[str, list[float]] = {}
-    for name, figure in runs[0].figures["metrics"].items():
-        metrics[name] = dict(figure)
-        if len(runs) > 1:
-            each = [run.figures["metrics"][name]["value"] for run in runs]
-            # An interval covers the choice of users; averaged over seeds, with the seeds' own spread beside it.
-            for end in ("value", "low", "high"):
-                ends = [run.figures["metrics"][name][end] for run in runs]
-                metrics[name][end] = None if None in ends else float(np.mean(ends))
-            metrics[name]["sd"] = float(np.std(each, ddof=1))
+    for name in runs[0].figures["metrics"]:
+        metrics[name] = over_runs([run.figures["metrics"][name] for run in runs])
         if len(splits) > 1:
             spread = [run.figures["metrics"][name]["value"] for run in splits]
             metrics[name]["range"] = [min(spread), max(spread)]

@@ -19,7 +19,7 @@ from llmrec.data.derived import derived
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
 from llmrec.errors import DataError
 from llmrec.recipe import Split
-from llmrec.types import Event, Interaction, SplitName
+from llmrec.types import Event, Interaction, Request, SplitName
 
 _PAIR = ["user_id", "item_id"]
 _LOO_LEAST = 3
@@ -315,3 +315,32 @@ def _need(dataset: Dataset, section: Split, valid: pl.DataFrame, test: pl.DataFr
 def request_id(user_id: str, item_id: str) -> str:
     """Return the name of a held-out pair: both ids around ``|``, any ``|`` or backslash in them escaped."""
     return "|".join(part.replace("\\", "\\\\").replace("|", "\\|") for part in (user_id, item_id))
+
+
+def request_of(
+    data: SplitDataset,
+    held: Interaction,
+    split: SplitName,
+    *,
+    item: str | None = None,
+    candidates: tuple[str, ...] | None = None,
+    context: Mapping[str, str] | None = None,
+) -> Request:
+    """Return the question about a held-out interaction, with the history that its split shows.
+
+    Args:
+        data: The split data.
+        held: The interaction.
+        split: Which one it is held out in.
+        item: The item to rate or to explain.
+        candidates: Items to rank; None: the whole catalogue.
+        context: Further text by name.
+    """
+    return Request(
+        id=request_id(held.user_id, held.item_id),
+        user_id=held.user_id,
+        history=data.history(held.user_id, split),
+        candidates=candidates,
+        item=item,
+        context=context or {},
+    )

@@ -12,6 +12,7 @@ from llmrec.types import (
     Answer,
     Backend,
     Capability,
+    Completion,
     Cost,
     Probability,
     Prompt,
@@ -126,11 +127,19 @@ def generated(
         ):
             parsed = asker.task.parse(done.text, request, template=asker.template)
             answer = parsed if isinstance(parsed, wanted) else Unparsed(request_id=request.id, reason=reason)
-            # Each generated token is a forward of its own; an answer of none took one.
-            forwards = max(1, done.completion_tokens)
-            cost = Cost(prompt_tokens=done.prompt_tokens, completion_tokens=done.completion_tokens, forwards=forwards)
-            answers.append(replace(answer, raw=done.text, prompt_hash=prompt_hash(prompt), cost=cost))
+            answers.append(replace(answer, raw=done.text, prompt_hash=prompt_hash(prompt), cost=cost_of(done)))
     return answers
+
+
+def cost_of(done: Scores | Completion) -> Cost:
+    """Return the cost of one scored or generated answer.
+
+    A scored prompt is one forward; each generated token is one of its own, and an answer of none took one.
+    """
+    if isinstance(done, Scores):
+        return Cost(prompt_tokens=done.prompt_tokens, completion_tokens=sum(done.tokens), forwards=1)
+    written = done.completion_tokens
+    return Cost(prompt_tokens=done.prompt_tokens, completion_tokens=written, forwards=max(1, written))
 
 
 def prompt_hash(prompt: Prompt) -> str:

@@ -10,8 +10,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from llmrec.errors import LlmrecError
-from llmrec.rank.asking import Asker, generated, scored
-from llmrec.rank.rounds import cost_of
+from llmrec.rank.asking import Asker, cost_of, generated, scored
 from llmrec.tasks.rating import expected
 from llmrec.types import Answer, Case, Predictor, Probability, Request
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.rank.asking import Asker, Scored, prompt_hash, score_in_chunks, scored
-from llmrec.rank.rounds import added, by_score, cost_of, joint_hash
+from llmrec.rank.asking import Asker, Scored, cost_of, prompt_hash, score_in_chunks, scored
+from llmrec.rank.rounds import by_score, joint_hash
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
 # No spelling begins another, so that the probabilities of their texts add up.
@@ -78,7 +77,7 @@ class PriorRanker:
                 )
                 plain = ranked(replace(each, scores=replace(each.scores, logprobs=less)))
                 # Priors belong to no request in particular: they are booked on the first one that needed them.
-                answers.append(replace(plain, cost=added(plain.cost, extra)))
+                answers.append(replace(plain, cost=plain.cost + extra))
                 extra = Cost()
         return answers
 
@@ -94,7 +93,7 @@ class PriorRanker:
         scores = score_in_chunks(self.asker.backend, [prompt] * len(slices), slices, closed=True)
         for part, each in zip(slices, scores, strict=True):
             self._priors.update(zip(part, each.logprobs, strict=True))
-        return reduce(added, map(cost_of, scores), Cost())
+        return sum(map(cost_of, scores), Cost())
 
 
 class YesRanker:
@@ -143,7 +142,7 @@ class YesRanker:
                 self.engine = scores.engine
                 said[item] = yes_over_no(scores.logprobs)
                 hashes.append(digest)
-                cost = added(cost, cost_of(scores))
+                cost += cost_of(scores)
             order = by_score(said)
             answers.append(
                 Ranking(

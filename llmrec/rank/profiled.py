@@ -8,9 +8,8 @@ from typing import Any
 
 from llmrec.errors import RecipeError
 from llmrec.prompts import clean
-from llmrec.rank.asking import Asker
+from llmrec.rank.asking import Asker, cost_of
 from llmrec.rank.listwise import label_ranker
-from llmrec.rank.rounds import added
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
 
@@ -58,7 +57,7 @@ class TwoStepRanker:
             costs = self._profiles([request for request in part if not request.context.get("profile")])
             for request, answer in zip(part, self._second.answer([self._with(r) for r in part]), strict=True):
                 assert isinstance(answer, Ranking)
-                cost = added(answer.cost, costs.get(request.id, Cost()))
+                cost = answer.cost + costs.get(request.id, Cost())
                 answers.append(replace(answer, cost=cost, raw=self._told.get(request.id)))
         return answers
 
@@ -73,11 +72,7 @@ class TwoStepRanker:
         costs = {}
         for request, done in zip(requests, found, strict=True):
             self._told[request.id] = clean(done.text)
-            costs[request.id] = Cost(
-                prompt_tokens=done.prompt_tokens,
-                completion_tokens=done.completion_tokens,
-                forwards=max(1, done.completion_tokens),
-            )
+            costs[request.id] = cost_of(done)
         return costs
 
     def _with(self, request: Request) -> Request:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.rank.asking import Asker, is_nested, prompt_hash, score_in_chunks
+from llmrec.rank.asking import Asker, cost_of, is_nested, prompt_hash, score_in_chunks
 from llmrec.tasks.common import keyed
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
 
@@ -137,7 +137,7 @@ class Rounds:
             for order in orders:
                 scores = next(found)
                 self.engine = scores.engine
-                game.cost = added(game.cost, cost_of(scores))
+                game.cost += cost_of(scores)
                 worth = dict(zip(order.shown, biases[len(order.shown)].tolist(), strict=True))
                 for item, logprob in zip(_left(order), scores.logprobs, strict=True):
                     sums[item] += (logprob - worth[item]) / len(orders)
@@ -199,13 +199,13 @@ class Rounds:
             mean = logs.mean(axis=0)
             self._bias[size] = mean - mean.mean()
             for scores in found:
-                self._unbooked = added(self._unbooked, cost_of(scores))
+                self._unbooked += cost_of(scores)
         return self._bias[size]
 
     def _ranking(self, game: _Game) -> Ranking:
         order = game.order or ()
         # What was spent on no request in particular is booked on the first one, so that a row's sum is complete.
-        cost, self._unbooked = added(game.cost, self._unbooked), Cost()
+        cost, self._unbooked = game.cost + self._unbooked, Cost()
         return Ranking(
             request_id=game.request.id,
             items=tuple(item for item, _ in order),
@@ -241,20 +241,6 @@ def placed(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
 def by_score(said: Said) -> Order:
     """Sort items by what was said of them, best first; equal ones keep their order."""
     return sorted(said.items(), key=lambda pair: -pair[1])
-
-
-def added(one: Cost, other: Cost) -> Cost:
-    """Add up two costs."""
-    return Cost(
-        prompt_tokens=one.prompt_tokens + other.prompt_tokens,
-        completion_tokens=one.completion_tokens + other.completion_tokens,
-        forwards=one.forwards + other.forwards,
-    )
-
-
-def cost_of(scores: Scores) -> Cost:
-    """Return the cost of one scored prompt."""
-    return Cost(prompt_tokens=scores.prompt_tokens, completion_tokens=sum(scores.tokens), forwards=1)
 
 
 def joint_hash(hashes: Sequence[str]) -> str | None:

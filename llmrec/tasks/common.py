@@ -11,6 +11,7 @@ from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts import Template, clean
 from llmrec.recipe import RatingSection, SequentialSection, TaskSection
 from llmrec.types import (
@@ -322,6 +323,16 @@ def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tup
 def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
     """Put solved examples between the system turn and the question."""
     return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
+
+
+def rated(events: Sequence[Event]) -> tuple[Event, ...]:
+    """Return the events that have a rating."""
+    return tuple(event for event in events if event.rating is not None)
+
+
+def text_of(event: Event | Interaction) -> str:
+    """Return an event's text as one clean line; empty where it has none."""
+    return clean(event.text or "", TEXT_LIMIT)
 
 
 def pairs_of(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ...]:

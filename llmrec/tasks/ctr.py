@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.liked import scale_of, threshold
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts import Template
 from llmrec.recipe import CtrSection
@@ -22,6 +22,7 @@ from llmrec.tasks.common import (
     choose,
     held_out,
     passes,
+    rated,
     refuse_test,
     solved,
     with_shots,
@@ -75,7 +76,7 @@ class CtrTask:
         vectors: ItemVectors | None = None,
     ) -> None:
         self._data, self._section, self._seed = data, section, seed
-        self._events = {user: rated for user in data.users() if (rated := _rated(data.train_events(user)))}
+        self._events = {user: known for user in data.users() if (known := rated(data.train_events(user)))}
         if not self._events:
             raise DataError(
                 f"tasks.ctr: {data.dataset.name} has no ratings to call a yes or a no; drop the task or name "
@@ -110,7 +111,7 @@ class CtrTask:
         refuse_test(split)
         if split == "valid":
             for held in self._rated_holdouts("valid")[:limit]:
-                past = _rated(self._data.history(held.user_id, "valid"))
+                past = rated(self._data.history(held.user_id, "valid"))
                 event = Event(item_id=held.item_id, rating=held.rating)
                 row = f"ctr/valid/{request_id(held.user_id, held.item_id)}"
                 yield self._example(self._chosen.train[0], row, held.user_id, past, event)
@@ -165,7 +166,7 @@ class CtrTask:
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
         item = asked_item(request, self.family)
-        past = _others(_rated(request.history), item)
+        past = _others(rated(request.history), item)
         return self._shots.draw(
             request, past, shots, self._section.history, lambda events: self._past.show(events, [item])
         )
@@ -204,12 +205,7 @@ class CtrTask:
         return [held for held in held_out(self._data, split) if held.rating is not None]
 
     def _case(self, held: Interaction, split: SplitName) -> Case:
-        request = Request(
-            id=request_id(held.user_id, held.item_id),
-            user_id=held.user_id,
-            history=self._data.history(held.user_id, split),
-            item=held.item_id,
-        )
+        request = request_of(self._data, held, split, item=held.item_id)
         return Case(request=request, truth=float(self._yes(held.rating)))
 
     def _values(self, user: str, past: Sequence[Event], item: str, context: Mapping[str, str] | None = None) -> Values:
@@ -241,10 +237,6 @@ class CtrTask:
 def _others(events: Sequence[Event], item: str) -> tuple[Event, ...]:
     """Leave out earlier ratings of the item that is judged: they would tell the answer."""
     return tuple(event for event in events if event.item_id != item)
-
-
-def _rated(events: Sequence[Event]) -> tuple[Event, ...]:
-    return tuple(event for event in events if event.rating is not None)
 
 
 def read_choice(text: str, answers: Sequence[str]) -> int | None:

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from string import ascii_uppercase
 
 from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DirectSection
@@ -110,11 +110,8 @@ class DirectTask:
             raise RecipeError("tasks.direct ranks stored candidates; draw them first (llmrec.data.candidates.draw)")
         return [
             Case(
-                request=Request(
-                    id=request_id(held.user_id, held.item_id),
-                    user_id=held.user_id,
-                    history=self._data.history(held.user_id, split),
-                    candidates=candidates_of(self._candidates, held, self.family),
+                request=request_of(
+                    self._data, held, split, candidates=candidates_of(self._candidates, held, self.family)
                 ),
                 truth=held.item_id,
             )
@@ -200,7 +197,7 @@ class DirectTask:
 
     def shows_profile(self, template: str) -> bool:
         """Whether a template has a place for a profile."""
-        return "profile" in self._chosen.get(template).names("system", "user")
+        return self._chosen.get(template).shows_profile
 
     # ----------------------------------------------------------------------- asking
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts import Template, clean
@@ -29,6 +29,7 @@ from llmrec.tasks.common import (
     passes,
     refuse_test,
     solved,
+    text_of,
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
@@ -120,10 +121,10 @@ class ExplanationTask:
         named = frozenset({"rating"}).union(*(template.names("system", "user") for template in asking))
         return [
             Case(
-                request=Request(
-                    id=request_id(held.user_id, held.item_id),
-                    user_id=held.user_id,
-                    history=self._data.history(held.user_id, split),
+                request=request_of(
+                    self._data,
+                    held,
+                    split,
                     item=held.item_id,
                     context={
                         name: hint
@@ -144,7 +145,7 @@ class ExplanationTask:
         turns: list[tuple[Message, ...]] = []
         for shot in drawn.windows:
             values = self._solved_values(shot.user_id, shot.events[:-1], shot.events[-1])
-            turns.append(solved(chosen, values, chosen.step(values | {"text": _text(shot.events[-1])})[1]))
+            turns.append(solved(chosen, values, chosen.step(values | {"text": text_of(shot.events[-1])})[1]))
         context = drawn.context(request.context)
         values = self._values(request.user_id, drawn.history, asked_item(request, self.family), context)
         return Prompt(messages=with_shots(chosen.turns(values), turns))
@@ -198,7 +199,7 @@ class ExplanationTask:
     def _example(
         self, template: Template, row: str, user: str, values: Values, past: Sequence[Event], event: Event
     ) -> Example:
-        answer = values | {"text": _text(event)}
+        answer = values | {"text": text_of(event)}
         return chat_example(template, row, user, values, answer, past=past, event=event)
 
 
@@ -219,12 +220,8 @@ def _rates(template: Template) -> bool:
     return "rating" in template.names("target")
 
 
-def _text(event: Event) -> str:
-    return clean(event.text or "", TEXT_LIMIT)
-
-
 def _told(events: Sequence[Event]) -> tuple[Event, ...]:
-    return tuple(event for event in events if _text(event))
+    return tuple(event for event in events if text_of(event))
 
 
 def _bag(text: str) -> Counter[str]:

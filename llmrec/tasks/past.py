@@ -87,7 +87,7 @@ class Past:
         if self._rule == "relevant" and vectors is None:
             raise RecipeError("tasks: past=relevant compares items by their texts, and there is no text encoder here")
         if self._rule == "summary":
-            blind = [template.id for template in templates if "profile" not in template.names("system", "user")]
+            blind = [template.id for template in templates if not template.shows_profile]
             if blind:
                 raise RecipeError(
                     f"tasks: past=summary writes what earlier events were like into the profile, which the template "

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, request_of
 from llmrec.errors import DataError
 from llmrec.prompts import Template
 from llmrec.recipe import RatingSection
@@ -25,6 +25,7 @@ from llmrec.tasks.common import (
     list_answer,
     list_example,
     passes,
+    rated,
     refuse_test,
     solved,
     window,
@@ -71,7 +72,7 @@ class RatingTask:
             else:
                 asked = turns | ABOUT_ITEM | {"history"}
                 template.check(turns=asked, lead=(), target=asked | {"rating"})
-        self._events = {user: rated for user in data.users() if (rated := _rated(data.train_events(user)))}
+        self._events = {user: known for user in data.users() if (known := rated(data.train_events(user)))}
         self._past = Past(section, data.dataset, vectors, self._chosen.asking)
         self._shots = ShotPool(
             self.family,
@@ -94,7 +95,7 @@ class RatingTask:
         if split == "valid":
             for case in self.cases("valid")[:limit]:
                 event = Event(item_id=asked_item(case.request, self.family), rating=float(case.truth))
-                shown = self._past.show(_rated(case.request.history), [event.item_id])
+                shown = self._past.show(rated(case.request.history), [event.item_id])
                 row, events = f"rating/valid/{case.request.id}", (*shown.events, event)
                 context, template = shown.context({}), self._chosen.train[0]
                 yield self._example(template, row, case.request.user_id, events, last_only=True, context=context)
@@ -126,12 +127,7 @@ class RatingTask:
         """Return the held-out ratings; an interaction without one is no case."""
         return [
             Case(
-                request=Request(
-                    id=request_id(held.user_id, held.item_id),
-                    user_id=held.user_id,
-                    history=self._data.history(held.user_id, split),
-                    item=held.item_id,
-                ),
+                request=request_of(self._data, held, split, item=held.item_id),
                 truth=held.rating,
             )
             for held in held_out(self._data, split)
@@ -161,7 +157,7 @@ class RatingTask:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
-            request, _rated(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
+            request, rated(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -177,8 +173,7 @@ class RatingTask:
         """Return 1 for the true rating, falling linearly to 0 at the width of the scale."""
         if not isinstance(answer, Rating):
             return 0.0
-        width = (self.scale.high - self.scale.low) or 1.0
-        return max(0.0, 1.0 - abs(answer.value - float(case.truth)) / width)
+        return self.scale.nearness(answer.value, float(case.truth))
 
     # ----------------------------------------------------------------------- building blocks
 
@@ -241,10 +236,6 @@ class RatingTask:
         return values | {"rating": self.scale.label(event.rating)}
 
 
-def _rated(events: Sequence[Event]) -> tuple[Event, ...]:
-    return tuple(event for event in events if event.rating is not None)
-
-
 # --------------------------------------------------------------------------- the scale
 
 
@@ -264,6 +255,10 @@ class Scale:
     def high(self) -> float:
         """The best rating."""
         return self.values[-1]
+
+    def nearness(self, rating: float, truth: float) -> float:
+        """Return 1 for the true rating, falling linearly to 0 at the width of the scale."""
+        return max(0.0, 1.0 - abs(rating - truth) / ((self.high - self.low) or 1.0))
 
     def label(self, rating: float) -> str:
         """Return how a rating is written: the nearest label, the lower one of two."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, cast
 
 from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts import Template, clean
@@ -28,6 +28,7 @@ from llmrec.tasks.common import (
     passes,
     refuse_test,
     solved,
+    text_of,
     with_shots,
 )
 from llmrec.tasks.explanation import shared_words
@@ -135,14 +136,14 @@ class ReviewTask:
         """Return the held-out reviews, each as the request's context; one without its target is no case."""
         return [
             Case(
-                request=Request(
-                    id=request_id(held.user_id, held.item_id),
-                    user_id=held.user_id,
-                    history=self._data.history(held.user_id, split),
+                request=request_of(
+                    self._data,
+                    held,
+                    split,
                     item=held.item_id,
                     context={"review": self._review(held.user_id, held.item_id)},
                 ),
-                truth=_headline(held) if self.target == "headline" else cast(float, held.rating),
+                truth=text_of(held) if self.target == "headline" else cast(float, held.rating),
             )
             for held in self._held(split)
         ]
@@ -186,8 +187,7 @@ class ReviewTask:
         if isinstance(answer, Text) and self._scale is None:
             return shared_words(answer.text, str(case.truth))
         if isinstance(answer, Rating) and self._scale is not None:
-            width = (self._scale.high - self._scale.low) or 1.0
-            return max(0.0, 1.0 - abs(answer.value - float(case.truth)) / width)
+            return self._scale.nearness(answer.value, float(case.truth))
         return 0.0
 
     # ----------------------------------------------------------------------- building blocks
@@ -200,7 +200,7 @@ class ReviewTask:
 
     def _asks(self, user: str, event: Event | Interaction) -> bool:
         """Whether an interaction has a review and what is to be written about it."""
-        has = event.rating is not None if self.target == "rating" else bool(_headline(event))
+        has = event.rating is not None if self.target == "rating" else bool(text_of(event))
         return has and bool(self._review(user, event.item_id))
 
     def _review(self, user: str, item: str) -> str:
@@ -216,17 +216,13 @@ class ReviewTask:
 
     def _answered(self, values: Values, event: Event) -> Values:
         if self._scale is None:
-            return values | {"headline": _headline(event)}
+            return values | {"headline": text_of(event)}
         assert event.rating is not None
         return values | {"rating": self._scale.label(event.rating)}
 
     def _example(self, template: Template, row: str, user: str, event: Event) -> Example:
         values = self._values(user, event.item_id, self._review(user, event.item_id))
         return chat_example(template, row, user, values, self._answered(values, event), past=(), event=event)
-
-
-def _headline(event: Event | Interaction) -> str:
-    return clean(event.text or "", TEXT_LIMIT)
 
 
 def _kind(templates: Mapping[str, Template]) -> tuple[Family, Target]:

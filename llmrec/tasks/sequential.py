@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts import Template
@@ -152,11 +152,8 @@ class SequentialTask:
         """Return every held-out interaction with its candidates, or with none where the whole catalogue is ranked."""
         return [
             Case(
-                request=Request(
-                    id=request_id(held.user_id, held.item_id),
-                    user_id=held.user_id,
-                    history=self._data.history(held.user_id, split),
-                    candidates=candidates_of(self._candidates, held, self.family),
+                request=request_of(
+                    self._data, held, split, candidates=candidates_of(self._candidates, held, self.family)
                 ),
                 truth=held.item_id,
             )

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from llmrec.durable import seal, verifies
+from llmrec.durable import verifies
 
 log = logging.getLogger(__name__)
 
 
-class Seal(TrainerCallback):  # type: ignore[misc]
-    """Seals each checkpoint after its last file is written."""
+class OnSave(TrainerCallback):  # type: ignore[misc]
+    """Does something with each checkpoint that was just saved: writes more into it, or seals it after its last file.
+
+    Args:
+        work: Handed the checkpoint's folder. Of several callbacks the first is called first.
+    """
+
+    def __init__(self, work: Callable[[Path], None]) -> None:
+        self._work = work
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Seal the checkpoint that was just saved."""
+        """Do it, in one process of many."""
         if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._work(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def newest(folder: Path) -> Path | None:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
-from llmrec.backends.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, save_head, standardise
+from llmrec.backends.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, standardise
 from llmrec.tasks.rating import Scale
 from llmrec.train.batches import Step, padded
 from llmrec.train.loss import label_loss
@@ -97,18 +96,6 @@ class HeadLoss:
             truth = outputs.new_tensor(self.head.shape.values)[classes]
             total = total + (1 - alpha) * (self.head.expectation(outputs) - truth).square().sum()
         return total
-
-
-class KeepHead(TrainerCallback):  # type: ignore[misc]
-    """Saves the head with every checkpoint; it stands before the callback that seals them."""
-
-    def __init__(self, head: RatingHead) -> None:
-        self._head = head
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the head into the checkpoint that was just saved."""
-        if state.is_world_process_zero:
-            save_head(self._head, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def restore(head: RatingHead, checkpoint: Path) -> None:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,16 @@ from llmrec.backends.masks import takes_block_mask
 from llmrec.backends.models import cpu_has_bf16
 from llmrec.backends.rating_head import RatingHead, save_head
 from llmrec.backends.whole_words import save_words
-from llmrec.durable import replacing, write_text
+from llmrec.durable import replacing, seal, write_text
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe import TrainSection
 from llmrec.train.batches import Step, padded
-from llmrec.train.checkpoint import Seal, newest
+from llmrec.train.checkpoint import OnSave, newest
 from llmrec.train.loss import StateLoss, label_loss, packed_loss
 from llmrec.train.packing import stack, tree
-from llmrec.train.rating_head import HeadLoss, KeepHead, detach, measure, restore
+from llmrec.train.rating_head import HeadLoss, detach, measure, restore
 from llmrec.train.seq2seq import laid_out, rows_loss
-from llmrec.train.whole_words import KeepWords, restore_words
+from llmrec.train.whole_words import restore_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,9 @@ def train(
     started = time.monotonic()
     pad = encoder.tokenizer.pad_token_id
     by = None if head is None else HeadLoss(head)
+    # What a checkpoint holds beside the Trainer's own files.
+    kept: list[Callable[[Path], None]] = [partial(save_words, model)]
+    kept += [] if head is None else [partial(save_head, head)]
     follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
     try:
         trainer = LabelRowTrainer(
@@ -122,7 +126,7 @@ def train(
             train_dataset=_dataset(model, steps, pad),
             processing_class=encoder.tokenizer,
             data_collator=_tensors,
-            callbacks=[follow, *([] if head is None else [KeepHead(head)]), KeepWords(model), Seal()],
+            callbacks=[follow, *(OnSave(work) for work in (*kept, seal))],
         )
     except (RuntimeError, ValueError) as error:
         if not section.report_to:
@@ -146,9 +150,8 @@ def train(
         if head is not None:
             detach(model)
         model.save_pretrained(draft)
-        save_words(model, draft)
-        if head is not None:
-            save_head(head, draft)
+        for save in kept:
+            save(draft)
     seconds = follow.before + time.monotonic() - started
     tokens = sum(step.tokens for step in steps)
     return Training(

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.whole_words import WEIGHTS, attach, kinds_of, new_table, save_words, words_of
+from llmrec.backends.whole_words import WEIGHTS, attach, kinds_of, new_table, words_of
 
 
 def put_on(model: Any, encoder: Encoder, *, size: int, seed: int) -> None:
@@ -29,18 +28,6 @@ def put_on(model: Any, encoder: Encoder, *, size: int, seed: int) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     table = new_table(model, size, seed=seed) if known is None else known.weight.detach()
     attach(model, table, kinds_of(encoder.tokenizer, encoder.control, rows))
-
-
-class KeepWords(TrainerCallback):  # type: ignore[misc]
-    """Saves the table, where there is one, with every checkpoint; it stands before the callback that seals them."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the table into the checkpoint that was just saved."""
-        if state.is_world_process_zero:
-            save_words(self._model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def restore_words(model: Any, checkpoint: Path) -> None:

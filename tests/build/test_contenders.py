@@ -13,6 +13,7 @@ import yaml
 from llmrec.baselines.validation import mean_ndcg, ranking_cases
 from llmrec.build import suite as suites
 from llmrec.build.contenders import Contenders
+from llmrec.build.study import load_split
 from llmrec.build.suite import run_suite
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
@@ -63,7 +64,7 @@ def ran(page: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 def _data(page: dict[str, Any]) -> SplitDataset:
-    return suites._split(Suite(**page).data, 0)
+    return load_split(Suite(**page).data, 0)
 
 
 def test_a_tuned_model_and_a_mixture_stand_in_the_table_of_the_baselines(ran: tuple[Path, dict[str, Any]]) -> None:

@@ -14,13 +14,11 @@ from rank_cases import Killed, dying, items_csv, jsonl, lines, options, records
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.backends.models import load_tokenizer
 from llmrec.build import bundle, engines, rank_files
 from llmrec.build.rank_files import rank_file
 from llmrec.build.ranking import Way
 from llmrec.build.ranking_reasons import TOKENS, Reasoner, Reasons, rationale_template
 from llmrec.data.requests import read_request
-from llmrec.recipe import ModelSection
 from llmrec.types import Ranking, Unparsed
 
 pytest.importorskip("torch", reason="the train extra is not installed")
@@ -43,16 +41,6 @@ assistant: """
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "release_memory", lambda: None)
-
-
-@pytest.fixture(scope="module")
-def plain(llama_folder: Path) -> bundle.Bundle:
-    return bundle.read(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
-
-
-@pytest.fixture(scope="module")
-def encoder(plain: bundle.Bundle) -> Encoder:
-    return Encoder(load_tokenizer(plain.folder, plain.model), max_length=plain.model.max_length)
 
 
 def written(

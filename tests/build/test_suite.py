@@ -14,6 +14,7 @@ from llmrec import cli
 from llmrec.baselines.tuning import tune
 from llmrec.build import suite as suites
 from llmrec.build.benchmark import _recipe, points
+from llmrec.build.study import load_split
 from llmrec.build.suite import run_suite
 from llmrec.data.sources import load
 from llmrec.data.split import split
@@ -65,7 +66,7 @@ def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: t
 
 def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tuple[Path, suites.Ran]) -> None:
     rows = {row["name"]: row for row in ran[1].results["rows"]}
-    data = suites._split(Suite(**PAGE).data, 0)
+    data = load_split(Suite(**PAGE).data, 0)
     expected = tune("item-knn", data, seed=0, grid={"decay": (0.8, 1.0), "history": (10,)})
     assert rows["item-knn"]["parameters"] == expected.parameters
     assert [trial["value"] for trial in rows["item-knn"]["trials"]] == [trial.value for trial in expected.trials]

@@ -17,22 +17,13 @@ from llmrec.build.pipeline import Run, open_session, run
 from llmrec.cli import app
 from llmrec.errors import RecipeError
 from llmrec.recipe import Recipe
+from tests.build.test_paired_run import RECIPE as PAIRED
 from tests.conftest import make_model
 
 RECIPE: dict[str, Any] = {
+    **PAIRED,
     "name": "whole-words",
-    "model": {
-        "name": "new",
-        "shape": {"kind": "encoder-decoder", "layers": 1, "width": 16, "heads": 2, "feedforward": 32, "dropout": 0.1},
-        "dtype": "float32",
-        "max_length": 96,
-        "whole_words": True,
-    },
-    "data": {"source": "made-reviews"},
-    "index": {"scheme": "collaborative", "collaborative": {"clusters": 4, "leaf": 6}},
-    "tasks": {"sequential": {"templates": ["bare-next-code"], "strategies": ["search"]}},
-    "train": {"method": "full", "steps": 12, "batch_tokens": 512, "valid_rows": 8, "schedule": "inverse_sqrt"},
-    "eval": {"arms": ["tuned"], "backend": "hf", "users": 20, "candidates": {"kind": "catalogue"}, "bootstrap": 50},
+    "model": {**PAIRED["model"], "whole_words": True},
 }
 
 

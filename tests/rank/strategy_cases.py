@@ -11,7 +11,7 @@ from typing import Any
 from llmrec.backends.fake import FakeBackend
 from llmrec.rank.asking import Asker
 from llmrec.recipe import EvalSection
-from llmrec.registry import STRATEGIES, STRATEGY_KEYS, lookup
+from llmrec.registry import STRATEGIES, lookup, options_of
 from llmrec.types import Case, Event, Prompt, Request, Scores
 from tests.tasks.task_data import make_dataset, make_split, make_task
 
@@ -53,7 +53,7 @@ def strategy(name: str, backend: Any, *, batch: int = 16, shots: int = 0, **opti
     family = "sequential" if name in TITLED else "direct"
     template = "continue-list" if family == "sequential" else "after-history"
     asker = Asker(backend=backend, task=task(family), template=template, batch=batch, shots=shots)
-    chosen = {key: getattr(EvalSection(), key) for key in STRATEGY_KEYS.get(name, ())}
+    chosen = options_of(name, EvalSection())
     return lookup(STRATEGIES, name, "strategy")(asker, **chosen | options)
 
 

@@ -21,7 +21,7 @@ RUN: dict[str, Point] = {
     "mid-save, before the adapter": ("peft.peft_model", "PeftModel.save_pretrained", 2, "before"),
     "mid-save, before the optimiser": ("transformers.trainer", "Trainer._save_optimizer_and_scheduler", 2, "before"),
     "mid-save, before the random state": ("transformers.trainer", "Trainer._save_rng_state", 2, "before"),
-    "mid-save, before the manifest": ("llmrec.train.checkpoint", "seal", 2, "before"),
+    "mid-save, before the manifest": ("llmrec.train.sft", "seal", 2, "before"),
     "between stages, before the merge": ("llmrec.build.training", "_merge", 1, "before"),
     "between stages, before the record of training": ("llmrec.build.training", "write_json", 1, "before"),
     "between stages, before evaluation": ("llmrec.build.pipeline", "Session.evaluate", 1, "before"),

