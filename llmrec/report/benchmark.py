@@ -18,6 +18,8 @@ _INK, _SOFT, _LINE, _BACK, _RULE = "#1f2430", "#5b6375", "#d5dae3", "#ffffff", "
 _ARMS = {"zero-shot": "#7fa6c4", "few-shot": "#2f6f9f", "tuned": "#123a5a"}
 _TICKS = (1, 2, 5)
 _CHAR = 6.6
+# Between the names of two rows that stand above each other.
+_NAME = 15
 
 
 def pages(results: Mapping[str, Any]) -> dict[str, str]:
@@ -215,19 +217,19 @@ def _axes(low: float, high: float, bottom: float, top: float, x: Any, y: Any) ->
 
 
 def _labels(front: Sequence[Mapping[str, Any]], metric: str, x: Any, y: Any) -> list[str]:
-    """Name the rows of the front, on the side where the frame leaves room."""
+    """Name the rows of the front, on the side where the frame leaves room, each above those that it would cover."""
     parts = []
+    taken: list[tuple[float, float, float]] = []
     for row in front:
         at, name = x(row["tokens_per_request"]), flat(row["name"])
-        left = at + 10 + len(name) * _CHAR > _WIDTH - _RIGHT
-        parts.append(
-            _text(
-                at - 10 if left else at + 10,
-                y(row["metrics"][metric]["value"]) - 9,
-                name,
-                anchor="end" if left else "start",
-            )
-        )
+        width = len(name) * _CHAR
+        left = at + 10 + width > _WIDTH - _RIGHT
+        begin = at - 10 - width if left else at + 10
+        height = y(row["metrics"][metric]["value"]) - 9
+        while any(abs(height - other) < _NAME and begin < to and start < begin + width for start, to, other in taken):
+            height -= _NAME
+        taken.append((begin, begin + width, height))
+        parts.append(_text(at - 10 if left else at + 10, height, name, anchor="end" if left else "start"))
     return parts
 
 

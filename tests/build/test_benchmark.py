@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,18 @@ def test_the_front_holds_what_nothing_cheaper_beats() -> None:
     rows = [row("a", 10, 0.3), row("b", 20, 0.2), row("c", 30, 0.5), row("d", 30, 0.4), row("e", 90, 0.5)]
     assert [each["name"] for each in frontier(rows, "HR@1")] == ["a", "c"]
     assert [each["name"] for each in frontier(rows, "RMSE")] == ["a", "b"]
+
+
+def test_names_of_the_front_do_not_cover_each_other() -> None:
+    def row(name: str, tokens: float, value: float) -> dict[str, Any]:
+        return {
+            "name": name, "arm": "zero-shot", "tokens_per_request": tokens, "metrics": {"HR@1": {"value": value}},
+        }  # fmt: skip
+
+    rows = [row(f"a rather long name of row {n}", 1000 + 20 * n, 0.5 + 0.001 * n) for n in range(5)]
+    drawn = picture({"task": "direct", "metric": "HR@1", "rows": [*rows, row("far", 90000, 0.1)]})
+    heights = sorted(float(y) for y in re.findall(r'<text x="[0-9.]+" y="([0-9.]+)"[^>]*>a rather', drawn))
+    assert len(heights) == 5 and min(b - a for a, b in pairwise(heights)) >= 14.9
 
 
 def test_no_name_becomes_markup(tmp_path: Path) -> None:
