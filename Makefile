@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-remote suites record
+.PHONY: help setup quickstart test lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote suites record
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-rating     heads and tokens as ratings on MovieLens-100K, three seeds, eval/results/rating_heads.json"
 	@echo "make bench-cold       items of Amazon Toys that nobody chose before the test, eval/results/cold.json"
 	@echo "make bench-remote     ask a server that fails on purpose, and kill the client, eval/results/remote.json"
+	@echo "make bench-prefixes   what ranking strategies read where prompts begin alike, eval/results/prefixes.json"
 	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make docs         write the command-line reference, docs/cli.md"
@@ -98,6 +99,9 @@ bench-rating: setup
 
 bench-remote: setup
 	$(BIN)/python -m tests.benchmarks.remote eval/results/remote.json $(ARGS)
+
+bench-prefixes: setup
+	$(BIN)/python -m tests.benchmarks.prefixes eval/results/prefixes.json
 
 # LLMREC_DATA is the folder that holds amazon14_toys.
 bench-cold: setup
