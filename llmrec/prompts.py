@@ -33,8 +33,9 @@ SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
 # What is said about a template; it changes no prompt, and so not the hash.
-_NOTES = ("leak", "needs")
+_NOTES = ("set", "number", "leak", "needs")
 _ALL_KEYS = (*_KEYS, *_NOTES)
+_USES = ("seen", "named", "unseen")
 _NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _MARK = re.compile("\ue000([0-9]+)\ue001")
@@ -60,7 +61,7 @@ class Template:
         family: The task that it belongs to.
         name: Unique inside the family; the file carries the same name.
         version: Raised whenever the words change.
-        use: ``seen`` templates may train, ``unseen`` ones never do.
+        use: ``seen`` templates train, ``named`` ones where a recipe names them or their set, ``unseen`` ones never.
         shape: In a ``list`` the answer is continued step by step, each step being lead, target and tail. A ``chat``
             has one answer, the target, closed by the end of turn.
         system: Text of the system turn; empty: none.
@@ -69,6 +70,8 @@ class Template:
         target: What is learned.
         tail: Literal text that ends a step of a list; it starts with a newline and is learned too. A list of nothing
             but codes of item tokens needs none, since no code begins another.
+        set: The published set that it is an equivalent of, such as ``p5``; a recipe may name the whole set.
+        number: Which template of the set has the same fields, such as ``1-3``.
         leak: What its question could give away of the answer, in a few words; empty: nothing.
         needs: ``reviews`` where it shows what only data with reviews have: a headline, a feature, the review itself.
             Without them it is used only where it is named, and then refused.
@@ -77,13 +80,15 @@ class Template:
     family: str
     name: str
     version: int
-    use: Literal["seen", "unseen"]
+    use: Literal["seen", "named", "unseen"]
     shape: Literal["list", "chat"]
     user: str
     target: str
     system: str = ""
     lead: str = ""
     tail: str = ""
+    set: str = ""
+    number: str = ""
     leak: str = ""
     needs: Literal["", "reviews"] = ""
     sha: str = field(init=False, compare=False)
@@ -205,7 +210,7 @@ def load_templates(family: str, extra: Path | None = None) -> dict[str, Template
         extra: A file or folder of further templates; in a folder, ``extra/<family>/*.yaml`` where that exists.
 
     Returns:
-        Templates by name: seen before unseen, lists before chats, then by name. The first is the default.
+        Templates by name: seen before named before unseen, lists before chats, then by name. The first is the default.
 
     Raises:
         RecipeError: If a file is not a template of this grammar, or a name stands twice.
@@ -230,7 +235,7 @@ def load_templates(family: str, extra: Path | None = None) -> dict[str, Template
                 f"{file}: {template.id} is already read from {found[template.name][1]}; rename one of them"
             )
         found[template.name] = (template, file)
-    order = sorted((t for t, _ in found.values()), key=lambda t: (t.use != "seen", t.shape != "list", t.name))
+    order = sorted((t for t, _ in found.values()), key=lambda t: (_USES.index(t.use), t.shape != "list", t.name))
     return {template.name: template for template in order}
 
 
@@ -366,7 +371,7 @@ def _check_fields(template: Template) -> None:
     for key in ("family", "name"):
         if not _NAME.fullmatch(getattr(template, key)):
             raise _Fault(key, f"{key} is {getattr(template, key)!r}; use small letters, digits and hyphens")
-    for key, known in (("use", ("seen", "unseen")), ("shape", ("list", "chat")), ("needs", ("reviews", ""))):
+    for key, known in (("use", _USES), ("shape", ("list", "chat")), ("needs", ("reviews", ""))):
         value = getattr(template, key)
         if value not in known:
             choices = " or ".join(name or "leave it out" for name in known)
@@ -383,8 +388,11 @@ def _check_fields(template: Template) -> None:
     for key in ("lead", "tail"):
         if template.shape == "chat" and getattr(template, key):
             raise _Fault(key, f"a chat has one answer and no {key}; remove the key or use shape: list")
-    if FORBIDDEN.search(template.leak):
-        raise _Fault("leak", "leak holds a control or private-use character; remove it")
+    if template.set and not _NAME.fullmatch(template.set):
+        raise _Fault("set", f"set is {template.set!r}; use small letters, digits and hyphens")
+    for key in ("number", "leak"):
+        if FORBIDDEN.search(getattr(template, key)):
+            raise _Fault(key, f"{key} holds a control or private-use character; remove it")
     if "{" in template.tail or FORBIDDEN.search(template.tail):
         raise _Fault("tail", "tail is literal text without variables or control characters")
 

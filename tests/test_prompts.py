@@ -315,7 +315,7 @@ def test_extra_templates_join_the_shipped_ones(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (("use: seen", "usse: seen"), r"mine\.yaml, line 4: unknown key 'usse' \(did you mean 'use'\?\)"),
-        (("use: seen", "use: both"), r"line 4: use is 'both'; choose seen or unseen"),
+        (("use: seen", "use: both"), r"line 4: use is 'both'; choose seen or named or unseen"),
         (("use: seen", "use: [seen, unseen]"), r"line 4: use is no text but a list"),
         (("use: seen\n", ""), "key 'use' is missing"),
         (("use: seen", "use: seen\nuse: unseen"), "line 5: key 'use' stands twice"),

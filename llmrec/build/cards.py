@@ -295,4 +295,5 @@ def _template(section: TaskSection, known: Mapping[str, Template], *, coded: boo
     name = next(iter((*section.eval_templates, *section.templates)), None)
     seen = [template for template in known.values() if template.use == "seen" and not template.bare]
     usual = [template for template in seen if template.writes_codes == coded]
-    return known[name] if name else (usual or seen)[0]
+    whole = [template for template in known.values() if template.set == name and template.use != "unseen"]
+    return known[name] if name in known else (whole or usual or seen)[0]

@@ -147,6 +147,34 @@ class Chosen:
         """Whether some template asks its question after the history, so that another family can share what precedes."""
         return any(template.shape == "chat" for template in self.train)
 
+    def training(self, name: str) -> list[Template]:
+        """Return a template by its name, or those of a set that may train and show nothing that this data lacks.
+
+        Raises:
+            RecipeError: As `get`; or if nothing of the set is left.
+        """
+        whole = [template for template in self.every.values() if template.set == name and name not in self.every]
+        if not whole:
+            return [self.get(name)]
+        left = [template for template in whole if template.use != "unseen" and not self.lacks(template)]
+        if not left:
+            lacking = "; ".join(sorted({self.lacks(template) or "it is unseen in training" for template in whole}))
+            raise RecipeError(f"no template of the set {name!r} can train here: {lacking}")
+        return left
+
+    def lacks(self, template: Template) -> str:
+        """Return what a template shows and this data or recipe does not have; empty where it can be used."""
+        if template.writes_codes and not self.coded:
+            return (
+                "writes items as codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
+            )
+        if template.needs and not self.reviewed:
+            return (
+                "shows parts of reviews, such as a headline, and this data has none; use a source of reviews, such as "
+                "amazon-reviews"
+            )
+        return ""
+
     def get(self, name: str) -> Template:
         """Return a template by its name or ``family/name``.
 
@@ -158,16 +186,8 @@ class Chosen:
             known = ", ".join(self.every)
             raise RecipeError(f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}")
         found = self.every[bare]
-        if found.writes_codes and not self.coded:
-            raise RecipeError(
-                f"template {found.id} writes items as codes, and there is no index; add one to the recipe, such as "
-                "index: {scheme: semantic}, or choose another template"
-            )
-        if found.needs and not self.reviewed:
-            raise RecipeError(
-                f"template {found.id} shows parts of reviews, such as a headline, and this data has none; use a source "
-                "of reviews, such as amazon-reviews, or choose another template"
-            )
+        if lacking := self.lacks(found):
+            raise RecipeError(f"template {found.id} {lacking}, or choose another template")
         return found
 
 
@@ -190,7 +210,7 @@ def choose(
             index, one needs reviews and there are none, or none is left.
     """
     everything = Chosen(templates, (), (), index is not None, reviews)
-    named = [everything.get(name) for name in section.templates]
+    named = [template for name in section.templates for template in everything.training(name)]
     for template in named:
         if template.use == "unseen":
             raise RecipeError(
