@@ -199,6 +199,7 @@ class RatingSection(TaskSection):
     strategies: tuple[str, ...] = ("expected", "parsed")
     baselines: tuple[str, ...] = ("global-mean", "user-mean", "item-mean", "user-item-bias")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
+    per_user: Positive | None = Field(None, description="most questions of one user, by seed; None: all")
     head: HeadSection | None = Field(None, description="for the strategy head: what the tuned arm is trained to")
     liked: float | None = Field(
         None, description="lowest rating that counts as liked, for AUC; None: three quarters up the scale"
@@ -266,6 +267,7 @@ class CtrSection(TaskSection):
 
     strategies: tuple[str, ...] = ("yes-no",)
     baselines: tuple[str, ...] = ("like-ratio", "logistic")
+    window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
     liked: float | None = Field(None, description="lowest rating that is a yes; None: three quarters up the scale")
     balance: Literal["none", "user"] = Field(
         "none",

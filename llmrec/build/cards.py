@@ -296,4 +296,4 @@ def _template(section: TaskSection, known: Mapping[str, Template], *, coded: boo
     seen = [template for template in known.values() if template.use == "seen" and not template.bare]
     usual = [template for template in seen if template.writes_codes == coded]
     whole = [template for template in known.values() if template.set == name and template.use != "unseen"]
-    return known[name] if name in known else (whole or usual or seen)[0]
+    return known[name] if name and name in known else (whole or usual or seen)[0]

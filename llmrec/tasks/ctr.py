@@ -15,16 +15,20 @@ from llmrec.recipe import CtrSection
 from llmrec.tasks.common import (
     ABOUT_ITEM,
     ABOUT_USER,
+    USER_STATS,
     Values,
     View,
     asked_item,
     chat_example,
     choose,
     held_out,
+    list_answer,
+    list_example,
     passes,
     rated,
     refuse_test,
     solved,
+    window,
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
@@ -55,6 +59,9 @@ _ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
 
 class CtrTask:
     """The yes/no family: the titles that a user liked and did not like, and one more title to judge.
+
+    A list template has the answers of one user line by line; the history stands in the answer, so that one training
+    row teaches an answer at every position.
 
     A rating of ``liked`` or more is a yes. With ``balance: user`` every user has as many questions that a yes answers
     as those that a no answers, so that nothing about the user alone, such as the share of likes, tells the answer.
@@ -87,9 +94,10 @@ class CtrTask:
         self._view = View(data, index)
         for template in templates.values():
             if template.shape == "list":
-                raise RecipeError(f"template {template.id}: yes/no templates ask for one answer; use shape: chat")
-            asked = ABOUT_USER | ABOUT_ITEM | {"history", "liked", "disliked"}
-            template.check(turns=asked, lead=(), target={"answer"})
+                template.check(turns=ABOUT_USER, lead=ABOUT_USER | ABOUT_ITEM | {"n"}, target={"answer"})
+            else:
+                asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "liked", "disliked"}
+                template.check(turns=asked, lead=(), target={"answer"})
         self._past = Past(section, data.dataset, vectors, self._chosen.asking)
         self._shots = ShotPool(
             self.family,
@@ -114,19 +122,23 @@ class CtrTask:
                 past = rated(self._data.history(held.user_id, "valid"))
                 event = Event(item_id=held.item_id, rating=held.rating)
                 row = f"ctr/valid/{request_id(held.user_id, held.item_id)}"
-                yield self._example(self._chosen.train[0], row, held.user_id, past, event)
+                yield self._asking(self._chosen.train[0], row, held.user_id, past, event)
             return
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._events[user]
+            if template.shape == "list":
+                shown = _last_of_each(window(events, self._section.window, rng))
+                yield self._listed(template, row, user, shown, last_only=False)
+                continue
             # A question about the first event has no taste to go by, so it is asked only of users with no other.
             at = rng.randrange(min(1, len(events) - 1), len(events))
-            yield self._example(template, row, user, events[:at], events[at])
+            yield self._asking(template, row, user, events[:at], events[at])
 
     def kind(self, example: Example) -> str:
-        """Return the class of a training row: its answer."""
+        """Return the class of a training row: its answer, in a list the last one."""
         yes, _ = self._answers(example.template)
-        return YES if "".join(segment.text for segment in example.answer) == yes else NO
+        return YES if example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail) == yes else NO
 
     def cases(self, split: SplitName) -> list[Case]:
         """Return the held-out ratings as questions, truth 1 for a yes and 0 for a no.
@@ -160,8 +172,17 @@ class CtrTask:
         drawn = self.draw_shots(request, shots)
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
         item, context = asked_item(request, self.family), drawn.context(request.context)
-        values = self._values(request.user_id, drawn.history, item, context)
-        return Prompt(messages=with_shots(chosen.turns(values), turns))
+        if chosen.shape == "chat":
+            values = self._values(request.user_id, drawn.history, item, context)
+            return Prompt(messages=with_shots(chosen.turns(values), turns))
+        values = self._view.user(request.user_id, context)
+        steps = self._steps(values, drawn.history)
+        opening = chosen.opening(values | self._view.pair(request.user_id, item) | {"n": len(steps) + 1})
+        return Prompt(
+            messages=with_shots(chosen.turns(values), turns),
+            answer_prefix=(*list_answer(chosen, steps, lambda _: True), *opening),
+            stop=chosen.tail,
+        )
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
@@ -214,7 +235,7 @@ class CtrTask:
             sides[self._yes(event.rating)].append(event)
         lists = {"liked": self._view.events(sides[True]), "disliked": self._view.events(sides[False])}
         shown = {"history": self._view.events(past), **lists}
-        return self._view.user(user, context) | self._view.about(item) | shown
+        return self._view.user(user, context) | self._view.pair(user, item) | shown
 
     def _yes(self, rating: float | None) -> bool:
         return rating is not None and rating >= self.liked
@@ -222,16 +243,50 @@ class CtrTask:
     def _with_answer(self, values: Values, event: Event) -> Values:
         return values | {"answer": YES if self._yes(event.rating) else NO}
 
-    def _example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
+    def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
+        return [
+            self._with_answer(values | self._view.pair(str(values["user_id"]), event.item_id) | {"n": n}, event)
+            for n, event in enumerate(events, start=1)
+        ]
+
+    def _asking(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
+        """Return a row that asks for one answer, about the event."""
         shown = self._past.show(_others(past, event.item_id), [event.item_id])
+        if template.shape == "list":
+            events = (*shown.events, event)
+            return self._listed(template, row, user, events, last_only=True, context=shown.context({}))
         values = self._values(user, shown.events, event.item_id, shown.context({}))
         answer = self._with_answer(values, event)
         return chat_example(template, row, user, values, answer, past=shown.events, event=event)
 
+    def _listed(
+        self,
+        template: Template,
+        row: str,
+        user: str,
+        events: Sequence[Event],
+        *,
+        last_only: bool,
+        context: Mapping[str, str] | None = None,
+    ) -> Example:
+        values, last = self._view.user(user, context), len(events) - 1
+        answer = list_answer(template, self._steps(values, events), lambda i: i == last or not last_only)
+        return list_example(template, row, user, values, answer, events)
+
     def _solved(self, template: Template, user: str, events: Sequence[Event]) -> tuple[Message, ...]:
         event = events[-1]
+        if template.shape == "list":
+            values = self._view.user(user)
+            steps = self._steps(values, (*_others(events[:-1], event.item_id), event))
+            return solved(template, values, list_answer(template, steps, lambda _: True))
         values = self._values(user, _others(events[:-1], event.item_id), event.item_id)
         return solved(template, values, template.step(self._with_answer(values, event))[1])
+
+
+def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:
+    """Keep the last rating of an item that was rated again: the earlier one would tell it."""
+    last = {event.item_id: place for place, event in enumerate(events)}
+    return tuple(event for place, event in enumerate(events) if last[event.item_id] == place)
 
 
 def _others(events: Sequence[Event], item: str) -> tuple[Event, ...]:

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from task_data import HOSTILE, example_text, load_templates, make_dataset, make_task, prompt_text, targets
 
 from llmrec.baselines.liked import LikeRatio
+from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate import Evaluated, Protocol, evaluate
 from llmrec.prompts import Template
 from llmrec.recipe import CtrSection, Split
 from llmrec.tasks.ctr import CtrTask, read_choice
-from llmrec.types import Answer, Case, Event, Probability, Request, Unparsed
+from llmrec.tasks.pool import pool
+from llmrec.types import Answer, Case, Event, Item, Probability, Request, Unparsed
 
 DATA = split(make_dataset(hostile=False), Split(kind="last_share", valid=0.2, test=0.3), seed=0)
 PROTOCOL = Protocol(split="last_share/test", candidates="full", cutoffs=(10,), resamples=50, seed=0, catalogue=60)
@@ -235,9 +237,58 @@ def test_answers_are_what_the_template_writes() -> None:
         CtrTask(DATA, CtrSection(), template("Perhaps"), seed=0).continuations(request, template="own")
     with pytest.raises(RecipeError, match="key target: unknown variable 'item'"):
         CtrTask(DATA, CtrSection(), template("{{ item.title }} {{ answer }}"), seed=0)
-    with pytest.raises(RecipeError, match="use shape: chat"):
-        wrong = Template("ctr", "x", 1, "seen", "list", "u", "{{ answer }}", tail="\n")
-        CtrTask(DATA, CtrSection(), {"x": wrong}, seed=0)
+
+
+# --------------------------------------------------------------------------- lists
+
+
+def test_every_line_of_a_list_teaches_an_answer() -> None:
+    task = make_task("ctr", DATA, templates=["list-likes"], window=5)
+    kinds = Counter()
+    for row in islice(task.examples("train"), 100):
+        said = targets(row)
+        events = {event.item_id: event for event in DATA.train_events(row.user_id)}
+        assert len(said) == len(row.pairs) <= 5
+        assert said == ["Yes\n" if (events[item].rating or 0) >= task.liked else "No\n" for _, item in row.pairs]
+        assert task.kind(row) == said[-1].strip()
+        kinds[task.kind(row)] += 1
+    assert min(kinds["Yes"], kinds["No"]) > 10
+
+
+def test_a_question_continues_the_list_with_the_item() -> None:
+    task = balanced(templates=["list-likes"], eval_templates=["list-likes", "list-verdicts"], history=4)
+    for case in task.cases("test"):
+        for template, mark in (("list-likes", ": "), ("list-verdicts", " - ")):
+            asked = task.prompt(case.request, template=template)
+            lines = "".join(segment.text for segment in asked.answer_prefix).split("\n")
+            assert asked.stop == "\n" and len(lines) == min(4, len(case.request.history)) + 1
+            assert lines[-1].endswith(f"Film #{case.request.item[1:]}!{mark}")
+            assert all(line.endswith((f"{mark}Yes", f"{mark}No")) for line in lines[:-1])
+            assert task.continuations(case.request, template=template) == ("Yes", "No")
+
+
+def test_a_list_that_holds_an_item_twice_keeps_the_last_rating() -> None:
+    rows = [("u", f"i{n % 6}", float(1 + n % 5), float(n)) for n in range(12)]
+    data = split(
+        Dataset(
+            name="again",
+            noun="films",
+            interactions=pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row"),
+            items={f"i{n}": Item(item_id=f"i{n}", title=f"Film {n}") for n in range(6)},
+            rating_scale=(1.0, 5.0),
+        ),
+        Split(kind="last_share", valid=0.1, test=0.1),
+        seed=0,
+    )
+    row = next(make_task("ctr", data, templates=["list-likes"]).examples("train"))
+    last = {event.item_id: event.rating for event in data.train_events("u")}
+    assert len(data.train_events("u")) > len(row.pairs) == len(set(row.pairs)) == len(last) > 2
+    assert targets(row) == ["Yes\n" if (last[item] or 0) >= 4 else "No\n" for _, item in row.pairs]
+
+
+def test_a_pool_of_lists_ends_with_as_many_yes_as_no() -> None:
+    task = make_task("ctr", DATA, templates=["list-likes"], window=5)
+    assert Counter(task.kind(row) for row in pool(task, 20)) == {"Yes": 10, "No": 10}
 
 
 # --------------------------------------------------------------------------- reading
