@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from scipy.stats import chi2
+from scipy.stats import chi2, rankdata
 
 from llmrec.build.indexing import build_index
 from llmrec.build.study import ITEM_ANSWERS, RANKING, Study
@@ -323,8 +323,8 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
 
 
 def _correlation(values: np.ndarray[Any, Any]) -> float:
-    ranks = values.argsort(kind="stable").argsort()
-    return float(np.corrcoef(ranks, np.arange(len(values)))[0, 1])
+    # Equal values share a rank: in the order of their places they would follow it by themselves.
+    return float(np.corrcoef(rankdata(values), np.arange(len(values)))[0, 1])
 
 
 def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:

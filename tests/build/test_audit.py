@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.build import audit, probes
-from llmrec.build.leaks import Check
+from llmrec.build.leaks import Check, _ordered
 from llmrec.build.study import Study, build_study
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
@@ -215,6 +216,17 @@ def tampered_sets(study: Study, change: Any) -> Study:
 
 def without_target(items: Sequence[str], target: Any) -> tuple[str, ...]:
     return tuple(item for item in items if item != target.item_id)
+
+
+def test_shuffled_candidates_of_equal_popularity_show_no_order(study: Study) -> None:
+    items, rng = sorted(study.data.dataset.items), random.Random(0)
+    # Two items are popular and all others alike, as in a sparse catalogue.
+    train = pl.DataFrame({"item_id": [*items, *items[:2] * 9]})
+    data: Any = SimpleNamespace(train=train, dataset=study.data.dataset)
+    sets = {str(n): tuple(rng.sample(items, 20)) for n in range(400)}
+    assert _ordered(replace(study, data=data), sets).verdict == "clean"
+    by_count = {name: tuple(sorted(them, key=items[:2].count)) for name, them in sets.items()}
+    assert _ordered(replace(study, data=data), by_count).verdict == "leak"
 
 
 def test_10_candidate_sets_that_lack_repeat_or_betray_the_target(study: Study) -> None:
