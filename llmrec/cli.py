@@ -88,21 +88,51 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
 def prompts(
     recipe: RecipePath,
     overrides: Overrides = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Prompts per task.")] = 3,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="Prompts per task (3), or per template named here (1).")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template", "-t", metavar="NAME", help="Show this template alone, trained on or not; repeatable."
+        ),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME", help="Show the templates of this set alone, such as m6; repeatable."),
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--diff", metavar="A B", help="Compare two templates, or template A with how run folder B had it."
+        ),
+    ] = None,
 ) -> None:
-    """Show a recipe's templates and rendered training prompts; what is learned stands in «these marks»."""
+    """Show a recipe's templates, what each shows and writes, and rendered training prompts.
+
+    What is learned stands in «these marks». A template that the recipe does not train on is rendered where it is named.
+    """
     from llmrec.backends.models import resolve
-    from llmrec.build import dryrun
+    from llmrec.build import dryrun, prompt_diff, prompt_listing
     from llmrec.build import study as studies
 
     loaded = _recipe(recipe, overrides)
     study = studies.build_study(loaded)
+    chosen = prompt_listing.named(study, template or (), sets or ())
+    if diff is None:
+        for line in prompt_listing.lines(study, chosen):
+            say(line)
     encoder = studies.encoder_of(study, resolve(loaded.model, seed=loaded.seed))
-    for family, known in study.templates.items():
-        show(f"{family} templates", {t.id: f"version {t.version}, {t.use}, {t.shape}" for t in known.values()})
-    for texts in dryrun.rendered(study, encoder, count).values():
-        for text in texts:
+    if diff is not None:
+        for line in prompt_diff.compare(study, encoder, *diff):
+            say(line)
+    elif template or sets:
+        for text in prompt_listing.rendered(study, encoder, chosen, count or 1):
             say(text + "\n")
+    else:
+        for texts in dryrun.rendered(study, encoder, count or dryrun.SHOWN).values():
+            for text in texts:
+                say(text + "\n")
 
 
 @app.command()

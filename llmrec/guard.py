@@ -49,10 +49,10 @@ _KNOWN_PATTERNS = (
 )
 
 
-# Tokens that an item index adds to a vocabulary: `<a_12>` at a level of a code, `<item_12>` for one item.
-_ITEM_TOKEN = re.compile(r"<(?:[a-z]|item)_[0-9]+>")
+# Tokens that an item index adds to a vocabulary: `<a_12>` at a level of a code, `<item_12>` for one item, `<user_12>`.
+_ITEM_TOKEN = re.compile(r"<(?:[a-z]|item|user)_[0-9]+>")
 # One that a text spells out, or begins at its end, where the next text could complete it.
-_SPELT_ITEM = re.compile(r"<(?=(?:[a-z]|item)_[0-9]+>|\Z|(?:[a-z]|it|ite|item)(?:_[0-9]*)?\s*\Z)")
+_SPELT_ITEM = re.compile(r"<(?=(?:[a-z]|item|user)_[0-9]+>|\Z|(?:[a-z]|it|ite|item|us|use|user)(?:_[0-9]*)?\s*\Z)")
 
 
 class Added(Protocol):
@@ -110,7 +110,7 @@ def control_tokens(special: Iterable[str], added: Iterable[Added]) -> tuple[str,
 
 
 def is_item_token(text: str) -> bool:
-    """Whether a text is a token of an item index, such as ``<a_12>`` or ``<item_12>``."""
+    """Whether a text is a token of an item index, such as ``<a_12>``, ``<item_12>`` or ``<user_12>``."""
     return _ITEM_TOKEN.fullmatch(text) is not None
 
 

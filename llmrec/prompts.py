@@ -22,7 +22,7 @@ from llmrec.errors import RecipeError, did_you_mean
 from llmrec.grammar import FORBIDDEN, Refused, compiled
 from llmrec.guard import TEXT_LIMIT, clean, neutralise, without_item_tokens
 from llmrec.resources import resource
-from llmrec.types import Code, Message, Role, Segment
+from llmrec.types import Code, CodedId, Message, Role, Segment
 
 __all__ = ["Template", "clean", "load_templates", "neutralise"]
 
@@ -33,11 +33,12 @@ SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
 # What is said about a template; it changes no prompt, and so not the hash.
-_NOTES = ("set", "number", "leak", "needs")
+_NOTES = ("set", "number", "also", "leak", "needs")
 _ALL_KEYS = (*_KEYS, *_NOTES)
 _USES = ("seen", "named", "unseen")
 _NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_ALSO = re.compile(rf"{_NAME.pattern} \S+")
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 _CODE = re.compile(r"\.code\b")
 _TITLE = re.compile(r"\.title\b")
@@ -72,6 +73,7 @@ class Template:
             but codes of item tokens needs none, since no code begins another.
         set: The published set that it is an equivalent of, such as ``p5``; a recipe may name the whole set.
         number: Which template of the set has the same fields, such as ``1-3``.
+        also: A further set and the number in it, such as ``p5-yelp 3-2``.
         leak: What its question could give away of the answer, in a few words; empty: nothing.
         needs: ``reviews`` where it shows what only data with reviews have: a headline, a feature, the review itself.
             Without them it is used only where it is named, and then refused.
@@ -89,6 +91,7 @@ class Template:
     tail: str = ""
     set: str = ""
     number: str = ""
+    also: str = ""
     leak: str = ""
     needs: Literal["", "reviews"] = ""
     sha: str = field(init=False, compare=False)
@@ -109,6 +112,12 @@ class Template:
     def id(self) -> str:
         """``family/name``."""
         return f"{self.family}/{self.name}"
+
+    @property
+    def sets(self) -> Mapping[str, str]:
+        """The sets that it belongs to, and its number in each."""
+        name, _, number = self.also.partition(" ")
+        return {key: value for key, value in ((self.set, self.number), (name, number)) if key}
 
     @property
     def writes_codes(self) -> bool:
@@ -254,6 +263,8 @@ class _Ledger:
         """Replace strings by data, mappings by records; numbers and None pass. Only a code may hold item tokens."""
         if isinstance(value, Code):
             return _Datum(self, str(value))
+        if isinstance(value, CodedId):
+            return self.wrap(value.code)
         if isinstance(value, str):
             return _Datum(self, without_item_tokens(clean(value, TEXT_LIMIT)))
         if isinstance(value, Mapping):
@@ -390,7 +401,9 @@ def _check_fields(template: Template) -> None:
             raise _Fault(key, f"a chat has one answer and no {key}; remove the key or use shape: list")
     if template.set and not _NAME.fullmatch(template.set):
         raise _Fault("set", f"set is {template.set!r}; use small letters, digits and hyphens")
-    for key in ("number", "leak"):
+    if template.also and not _ALSO.fullmatch(template.also):
+        raise _Fault("also", f"also is {template.also!r}; write a set and the number in it, such as 'p5-yelp 3-2'")
+    for key in ("number", "also", "leak"):
         if FORBIDDEN.search(getattr(template, key)):
             raise _Fault(key, f"{key} holds a control or private-use character; remove it")
     if "{" in template.tail or FORBIDDEN.search(template.tail):

@@ -135,6 +135,12 @@ class IndexSection(Section):
         False, description="collaborative, semantic, category: the last piece is a token of the item's own (hybrid)"
     )
     first: int = Field(1001, ge=0, description="random, sequential: the lowest number")
+    digits: int | None = Field(
+        None,
+        ge=1,
+        le=3,
+        description="random, sequential: so many digits of a number are one new token; None: numbers are text",
+    )
     order: Literal["user", "shortest", "longest", "random"] = Field(
         "user", description="sequential: whose items are numbered first; the length is that of the training history"
     )
@@ -142,6 +148,11 @@ class IndexSection(Section):
     semantic: SemanticIndex = SemanticIndex()
     category: CategoryIndex = CategoryIndex()
     path: str | None = Field(None, description="external: a table with item_id and code, or a JSON object of lists")
+    ids: Literal["text", "codes", "tokens"] = Field(
+        "text",
+        description="item_id and user_id in templates; codes: the item's code (P5, RecSys 2022); tokens: and a "
+        "new token of that training user's own (P5-I)",
+    )
     tokens: Literal["words", "vectors", "random"] = Field(
         "words",
         description="what a new token's row starts from: the words of its items as the model knows them, their vectors "
@@ -159,6 +170,10 @@ class IndexSection(Section):
                 f"index.item_token: the scheme {self.scheme!r} takes none; use collaborative, semantic or category, "
                 "or the scheme 'token' for codes of one token"
             )
+        if self.digits is not None and self.scheme not in ("random", "sequential"):
+            raise ValueError(
+                f"index.digits: the scheme {self.scheme!r} writes no numbers; use random or sequential, or drop the key"
+            )
         return self
 
 
@@ -169,7 +184,7 @@ class TaskSection(Section):
     """What all families share."""
 
     weight: float = Field(1.0, ge=0, description="share of training tokens, relative to the other tasks")
-    templates: tuple[str, ...] = Field((), description="names inside the family; empty: every seen one")
+    templates: tuple[str, ...] = Field((), description="names inside the family, or sets; empty: every seen one")
     eval_templates: tuple[str, ...] = Field((), description="empty: the first of `templates`")
     strategies: tuple[str, ...] = Field(description="how requests are answered at evaluation")
     baselines: tuple[str, ...] = Field(description="classic predictors in the same table")
@@ -736,6 +751,11 @@ class Recipe(Section):
             raise ValueError(
                 "index.scheme: 'title' writes an item as its title, so tasks.alignment has nothing to teach; choose "
                 "another scheme, such as semantic, or drop the task"
+            )
+        if self.index.ids != "text":
+            raise ValueError(
+                "index.ids: templates that say item_id would show the codes that tasks.alignment holds out beside "
+                "their texts; set index.ids=text, or drop the task"
             )
 
     def _check_candidates(self) -> None:

@@ -115,7 +115,10 @@ BASELINES: Mapping[str, str] = {
 FAMILY_STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "rating": ("expected", "parsed", "head"),
     "sequential": ("likelihood", "likelihood-prior", "search"),
-    "direct": ("label", "list", "permutation", "window", "pairwise", "setwise", "pointwise-yes", "two-step"),
+    "direct": (
+        *("label", "list", "permutation", "window", "pairwise", "setwise", "pointwise-yes", "two-step"),
+        "likelihood",
+    ),
     "explanation": ("text",),
     "alignment": ("likelihood",),
     "ctr": ("yes-no", "parsed-yes-no"),

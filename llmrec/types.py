@@ -64,6 +64,18 @@ class Code(str):
     __slots__ = ()
 
 
+class CodedId(str):
+    """The id of a user or an item, which templates write as ``code``; to all else it is the id."""
+
+    code: str
+
+    def __new__(cls, text: str, code: str) -> CodedId:
+        """Give an id a code."""
+        made = super().__new__(cls, text)
+        made.code = code
+        return made
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A stretch of unrendered text: template words, data (``item``) or what is learned (``target``)."""
@@ -365,6 +377,16 @@ class Backend(Protocol):
 
 class ItemCodes(Protocol):
     """How items are written where a template says ``item.code``."""
+
+    @property
+    def users(self) -> Mapping[str, str]:
+        """Tokens of users by id, for templates that say ``user_id``; empty where users are written as text."""
+        ...
+
+    @property
+    def writes_ids(self) -> bool:
+        """Whether templates that say ``item_id`` show the item's code."""
+        ...
 
     def encode(self, item: str) -> str:
         """Return an item's code; a `Code` where it is made of item tokens."""

@@ -18,12 +18,16 @@ from pydantic import BaseModel
 
 import llmrec
 from llmrec import registry, setup_env
-from llmrec.recipe import Recipe
+from llmrec.evaluate import HEADLINE
+from llmrec.recipe import Recipe, TasksSection
 from llmrec.recipe_file import load_recipe
 from llmrec.suites import Benchmark, Suite
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+)
+
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "datasets", "bitsandbytes", "accelerate")
 
 
@@ -282,18 +286,46 @@ def test_recipe_page_names_every_key() -> None:
     assert not undocumented
 
 
-def test_documents_name_every_strategy_baseline_and_source() -> None:
-    for page, names in (("tasks", registry.STRATEGIES), ("baselines", registry.BASELINES), ("data", registry.SOURCES)):
+def test_documents_name_every_baseline_and_source() -> None:
+    for page, names in (("baselines", registry.BASELINES), ("data", registry.SOURCES)):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert [name for name in names if f"`{name}`" not in text] == [], page
 
 
-@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+@pytest.mark.parametrize("family", registry.TASKS)
+def test_every_family_has_a_page_with_its_strategies_figures_and_a_command(family: str) -> None:
+    page = (ROOT / "docs" / "families" / f"{family}.md").read_text(encoding="utf-8")
+    section = {name: field.annotation for name, field in TasksSection.model_fields.items()}[family]
+    (settings,) = (option for option in get_args(section) if option is not type(None))
+    names = [*registry.FAMILY_STRATEGIES[family], *settings().baselines]
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert HEADLINE[family].partition("@")[0] in page
+    assert re.search(r"```sh\n(?:.*\n)*?.*llmrec run ", page)
+    assert {"In", "Out", "Scored by"} <= set(re.findall(r"^## (.+)$", page, flags=re.MULTILINE))
+    overview = (ROOT / "docs" / "families" / "README.md").read_text(encoding="utf-8")
+    assert f"[`{family}`]({family}.md)" in overview
+
+
+def _within(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=_within)
 def test_links_and_paths_of_a_document_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]+)", text)
-    relative = [link for link in links if "://" not in link]
-    assert all((page.parent / link).exists() for link in relative), relative
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in _anchors(target), link
     named = re.findall(
         r"`((?:llmrec|recipes|docs|tests|prompts|eval|docker)/[A-Za-z0-9_./-]+\.(?:py|txt|md|yaml))`", text
     )
@@ -309,7 +341,7 @@ def _snippet(block: str, file: Path) -> Recipe:
     return load_recipe(file)
 
 
-@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=_within)
 def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for block in blocks:

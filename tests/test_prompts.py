@@ -375,7 +375,8 @@ def test_shipped_templates(family: str) -> None:
     seen = [template for template in found.values() if template.use == "seen"]
     unseen = [template for template in found.values() if template.use == "unseen"]
     assert len(seen) >= 3 and len(unseen) >= 1
-    assert list(found.values()) == [*seen, *unseen]
+    named = [template for template in found.values() if template.use == "named"]
+    assert list(found.values()) == [*seen, *named, *unseen]
     assert all(name == template.name and template.family == family for name, template in found.items())
     if family in ("rating", "sequential"):
         assert seen[0].shape == "list" and {template.shape for template in found.values()} == {"list", "chat"}

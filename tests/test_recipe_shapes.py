@@ -11,7 +11,7 @@ from llmrec.index.index import ItemIndex, token
 from llmrec.prompts import load_templates
 from llmrec.recipe import Recipe, SequentialSection
 from llmrec.recipe_file import load_recipe
-from llmrec.tasks.common import choose
+from llmrec.tasks.choice import choose
 from llmrec.tasks.sequential import SequentialTask
 from tests.tasks.task_data import make_split
 

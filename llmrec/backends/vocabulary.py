@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.backends.models import dtype, load_model, load_tokenizer
+from llmrec.backends.whole_words import attach, kinds_of, save_words, words_of
 from llmrec.durable import replacing
 from llmrec.errors import ModelError, require
+from llmrec.guard import control_tokens
 from llmrec.index.index import ItemIndex
 from llmrec.recipe import ModelSection
 
@@ -60,10 +62,12 @@ def extended(
 ) -> None:
     """Write a copy of a model that knows the tokens of an index, with its tokenizer, in one step.
 
+    Whole-word embeddings of the model stay as they are; they come to know that each new code is a word.
+
     Args:
         base: The model's folder.
         section: How to load it.
-        index: Its ``tokens`` are added.
+        index: Its ``vocabulary`` is added.
         titles: The words of each item, by id; one that is left out gives none to its tokens.
         target: The folder to write.
         words: Start each new row from the words of its items; otherwise from chance.
@@ -73,29 +77,41 @@ def extended(
     torch = require("torch", "train")
     model = load_model(base, section, dtype=torch.float32)
     tokenizer = load_tokenizer(base, section)
-    known = {name for name in index.tokens if name in tokenizer.get_vocab()}
+    names = index.vocabulary
+    known = {name for name in names if name in tokenizer.get_vocab()}
     texts = _texts(index, titles) if words else {}
     # Before the tokens are known: no title can be read as one of them.
-    pieces = [
-        [tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in index.tokens
-    ]
-    ids = add_item_tokens(tokenizer, index.tokens)
+    pieces = [[tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in names]
+    ids = add_item_tokens(tokenizer, names)
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(max(len(tokenizer), old), mean_resizing=False)
     heads = [model.get_input_embeddings()]
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         heads.append(model.get_output_embeddings())
-    fresh = [n for n, name in enumerate(index.tokens) if name not in known]
+    fresh = [n for n, name in enumerate(names) if name not in known]
     for module in heads:
         table = module.weight.detach()
         known_rows = table[:old].numpy()
         means = _meanings(index, vectors, table.shape[1]) if vectors is not None else _words(known_rows, pieces)
-        rows = _rows(known_rows, means, _levels(index.tokens), seed)
+        rows = _rows(known_rows, means, _levels(names), seed)
         with torch.no_grad():
             table[[ids[n] for n in fresh]] = torch.from_numpy(rows[fresh])
+    _tell_words(model, tokenizer)
     with replacing(target) as draft:
+        draft.mkdir()
+        # First, since the table stays in float32 whatever the model is saved in.
+        save_words(model, draft)
         model.to(dtype(section)).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+
+
+def _tell_words(model: Any, tokenizer: Any) -> None:
+    """Have the whole-word embeddings of a model, if it has any, count the words of a tokenizer that has grown."""
+    embeddings = words_of(model)
+    if embeddings is not None:
+        control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
+        size = model.get_input_embeddings().weight.shape[0]
+        attach(model, embeddings.weight.detach(), kinds_of(tokenizer, control, size))
 
 
 def _texts(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
@@ -146,7 +162,7 @@ def _meanings(
         for token in code:
             if item in row:
                 holders[token].append(row[item])
-    return [turned[holders[token]].mean(axis=0) if token in holders else None for token in index.tokens]
+    return [turned[holders[token]].mean(axis=0) if token in holders else None for token in index.vocabulary]
 
 
 def _rows(

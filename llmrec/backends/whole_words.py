@@ -26,6 +26,7 @@ WEIGHTS = "whole_words.safetensors"
 # What a token does to the count. An item token has the place of its level in a code, counted from LEVEL.
 CONTROL, INSIDE, START, SPACE, LEVEL = range(5)
 _LETTERS = 26
+USER = LEVEL + _LETTERS + 1
 _NAME = "whole_words"
 # How vocabularies write white space: SentencePiece's mark, and the letters that stand for bytes.
 _PIECES = str.maketrans({"\u2581": " "})
@@ -54,6 +55,8 @@ def kinds_of(tokenizer: Any, control: Iterable[str], size: int) -> list[int]:
 def _kind(name: str, marks: Mapping[int, str]) -> int:
     if is_item_token(name):
         level = name[1 : name.index("_")]
+        if level == "user":
+            return USER
         return LEVEL + (_LETTERS if level == "item" else ord(level) - ord("a"))
     text = name.translate(marks)
     return SPACE if text.isspace() else START if text[:1].isspace() else INSIDE
@@ -63,7 +66,8 @@ def numbers(kinds: Any) -> Any:
     """Number the words of inputs, from 1; control tokens have 0.
 
     White space opens a word, which what follows it belongs to. Codes write their levels in order, and the token of one
-    item alone last: a token whose level does not rise begins the next code. Text beside a code begins a word.
+    item alone last: a token whose level does not rise begins the next code. A user's token is a code by itself. Text
+    beside a code begins a word.
 
     Args:
         kinds: Kinds of the tokens, integers of shape (rows, columns).
@@ -74,7 +78,7 @@ def numbers(kinds: Any) -> Any:
     torch = require("torch", "train")
     before = torch.nn.functional.pad(kinds[:, :-1], (1, 0), value=CONTROL)
     follows_code = before >= LEVEL
-    of_code = (kinds >= LEVEL) & ~(follows_code & (before < kinds))
+    of_code = (kinds >= LEVEL) & ~(follows_code & (before < kinds) & (kinds != USER))
     of_text = (kinds == INSIDE) & ((before == CONTROL) | follows_code)
     begins = (before != SPACE) & ((kinds == START) | (kinds == SPACE) | of_code | of_text)
     return begins.long().cumsum(-1) * (kinds != CONTROL)

@@ -28,6 +28,7 @@ from llmrec.rank.asking import Asker
 from llmrec.recipe import ModelSection, Recipe
 from llmrec.registry import STRATEGIES, lookup
 from llmrec.report.card import Agreement, FamilyAgreement
+from llmrec.tasks.direct_answers import reader_of
 from llmrec.train.batches import fit_row, padded
 
 QUANTISED = ("qlora", "lora8")
@@ -167,9 +168,11 @@ def _figures(
     values, headlines = {}, {}
     protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
     for family in scored:
-        asker = Asker(backend=backend, task=study.tasks[family], template=study.eval_templates(family)[0].name)
+        template = study.eval_templates(family)[0]
+        asker = Asker(backend=backend, task=study.tasks[family], template=template.name)
         whole = family == "sequential" and study.candidates is None
-        predictor = lookup(STRATEGIES, "search" if whole else _SCORED[family], "strategy")(asker)
+        strategy = "search" if whole else reader_of(template) if family == "direct" else _SCORED[family]
+        predictor = lookup(STRATEGIES, strategy, "strategy")(asker)
         protocol = protocols.protocol(family)
         found = evaluate(predictor, study.cases(family), family=study.tasks[family].family, protocol=protocol)
         metric = headline(family, study.recipe.eval.cutoffs)

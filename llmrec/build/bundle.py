@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from llmrec.recipe import DirectSection, ModelSection, SequentialSection, TasksS
 
 FILE = BUNDLE
 _FORMAT = 1
-_TEMPLATE_KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
+_TEMPLATE_KEYS = tuple(key.name for key in fields(Template) if key.init)
 
 
 @dataclass(frozen=True)

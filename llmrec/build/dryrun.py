@@ -18,9 +18,10 @@ from llmrec.build.study import Study
 from llmrec.build.training import plan_training
 from llmrec.errors import require
 from llmrec.rank.counting import questions_of
-from llmrec.types import Request
+from llmrec.types import Example, Request
 
-_SHOWN = 3
+SHOWN = 3
+"""Prompts that are shown of a task."""
 _SAMPLE = 24
 # Share of a plain matrix product's speed that a training step or a prefill reaches; measured on two cores.
 _EFFICIENCY = 0.45
@@ -61,21 +62,26 @@ class Estimate:
     memory_gb: float
 
 
-def rendered(study: Study, encoder: Encoder, count: int = _SHOWN) -> dict[str, list[str]]:
+def rendered(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, list[str]]:
     """Return rendered training prompts with answers per task, one of each template first."""
     shown: dict[str, list[str]] = {}
     for family in study.tasks:
         first: dict[str, str] = {}
         more: list[str] = []
         for example in islice(study.training_examples(family), 64):
-            answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
-            text = f"[{example.template}]\n{encoder.turns_text(example.messages)}{answer}"
+            text = f"[{example.template}]\n{marked(example, encoder)}"
             if example.template in first:
                 more.append(text)
             else:
                 first[example.template] = text
         shown[family] = [*first.values(), *more][:count]
     return shown
+
+
+def marked(example: Example, encoder: Encoder) -> str:
+    """Return a row as the model reads it, with what is learned in «these marks»."""
+    answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
+    return encoder.turns_text(example.messages) + answer
 
 
 def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
         for family in study.tasks:
             cases = study.cases(family)
             for template in study.eval_templates(family):
-                for strategy in asked(study.section(family), arm):
+                for strategy in asked(study.section(family), arm, template):
                     used = [
                         _tokens(study, family, encoder, c.request, template.name, shots, strategy)
                         for c in cases[:_SAMPLE]

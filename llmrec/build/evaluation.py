@@ -32,6 +32,7 @@ from llmrec.rank.judge import Calibrated
 from llmrec.recipe import (
     CandidateSection,
     CtrSection,
+    DirectSection,
     EvalSection,
     ExplanationSection,
     RatingSection,
@@ -40,6 +41,7 @@ from llmrec.recipe import (
 )
 from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, lookup, options_of
 from llmrec.tasks.common import PAST
+from llmrec.tasks.direct_answers import fits
 from llmrec.tasks.fewshot import BY_TEXT
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
 from llmrec.types import Case, Family, Predictor, Rating, Request
@@ -132,7 +134,7 @@ class Evaluation:
             if arm == "tuned" and section.weight == 0:
                 continue
             for template in self._study.eval_templates(family):
-                for strategy in asked(section, arm):
+                for strategy in asked(section, arm, template):
                     yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
 
     def _row(self, spec: RowSpec, engine: str, weights: str, make: Callable[[], _Made]) -> Row:
@@ -312,12 +314,14 @@ class Evaluation:
         return Bar(spec.id, total, quiet=self._quiet)
 
 
-def asked(section: TaskSection, arm: str) -> tuple[str, ...]:
-    """Return the strategies that an arm is asked by.
+def asked(section: TaskSection, arm: str, template: Template) -> tuple[str, ...]:
+    """Return the strategies that an arm is asked by with a template: of the direct family those that read its answers.
 
     A rating head is trained with the tuned arm and in place of its label tokens: that arm is asked by its head alone,
     and the arms of the base model, which has none, by the others.
     """
+    if isinstance(section, DirectSection):
+        return tuple(name for name in section.strategies if fits(template, name))
     if not isinstance(section, RatingSection) or section.head is None:
         return section.strategies
     return tuple(name for name in section.strategies if (name == "head") == (arm == "tuned"))

@@ -269,7 +269,14 @@ def _study(source: Source, options: Options) -> Study | None:
 
 
 def _notes(source: Source, base: str, study: Study | None) -> tuple[str, ...]:
-    """Say what could not be confirmed."""
+    """Say what could not be confirmed, and whom the folder names."""
+    index = source.recipe.index
+    named = index is not None and index.ids == "tokens"
+    users = ("The folder index/ holds the ids of the training users, each with its token.",) if named else ()
+    return (*_unconfirmed(source, base, study), *users)
+
+
+def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, ...]:
     if study is None:
         return ("The data could not be read at export, so the record of the training could not be checked against it.",)
     if training_key(study, base) != source.record["key"]:

@@ -21,6 +21,7 @@ from llmrec.durable import replacing, write_json
 from llmrec.errors import DataError, require
 from llmrec.index import index as indexes
 from llmrec.index.index import Embed, ItemIndex
+from llmrec.index.numbers import user_tokens
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.recipe import IndexSection, ModelSection, SemanticIndex
 from llmrec.resources import cache_dir
@@ -45,8 +46,20 @@ _SLOW = ("collaborative", "semantic")
 def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool = False) -> ItemIndex:
     """Build an index, or read back the one that the same section, data and seed gave, unless a ``fresh`` one is wanted.
 
-    The key is over all of the data, held-out interactions included, so that the audit's rebuild from other held-out
-    interactions is never answered from here.
+    With ``index.ids: tokens`` every user with training interactions has a token of its own.
+    """
+    index = _item_index(section, data, seed=seed, fresh=fresh)
+    if section.ids == "text":
+        return index
+    users = user_tokens(data.train["user_id"].unique().to_list(), seed) if section.ids == "tokens" else {}
+    return replace(index, users=users, writes_ids=True)
+
+
+def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool) -> ItemIndex:
+    """Return the codes of the items.
+
+    What is read back has a key over all of the data, held-out interactions included, so that the audit's rebuild from
+    other held-out interactions is never answered from here.
     """
     embed = text_embedder(section.semantic.encoder) if section.scheme == "semantic" else None
     if section.scheme not in _SLOW:
@@ -54,7 +67,7 @@ def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
     key = key_of(
         llmrec=__version__,
         revision=_REVISION,
-        index=section.model_dump(exclude={"tokens"}),
+        index=section.model_dump(exclude={"tokens", "ids"}),
         encoder=embed.stamp if embed else None,
         data=data.fingerprint,
         seed=seed,
@@ -191,7 +204,7 @@ def with_tokens(
     A model needs none where codes are ordinary text: its own folder is returned, and the copy that an earlier recipe
     left is removed.
     """
-    if index is None or not index.tokens:
+    if index is None or not index.vocabulary:
         (folder / "base.json").unlink(missing_ok=True)
         shutil.rmtree(folder / "base", ignore_errors=True)
         return base

@@ -23,6 +23,7 @@ from llmrec.data.split import SplitDataset, request_id
 from llmrec.index.index import ItemIndex
 from llmrec.prompts import Template, clean
 from llmrec.registry import BASELINES, lookup
+from llmrec.tasks.direct_answers import asks_for
 from llmrec.types import Case, Example, Message, Segment
 
 _SHOWN = 5
@@ -185,9 +186,16 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
     titles = {clean(item.title) for item in data.dataset.items.values()} if ranked else set()
     others = {clean(data.dataset.items[event.item_id].title) for event in request.history}
     for template in study.eval_templates(family):
-        prompt = study.tasks[family].prompt(request, template=template.name)
+        asked = request
+        if family == "direct" and asks_for(template) == "yes":
+            if (other := _other_than(case, data)) is None:
+                continue
+            asked = replace(request, candidates=(other,))
+        prompt = study.tasks[family].prompt(asked, template=template.name)
+        # Among the candidates the answer stands as it must.
+        listed = asked.candidates is not None and str(case.truth) in asked.candidates and family == "direct"
         codes, shows_titles = _secret_forms(family, template)
-        if codes and study.index is not None:
+        if codes and not listed and study.index is not None:
             code = clean(study.index.encode(str(case.truth)))
             if any(
                 s.kind != "text" and clean(s.text) == code for s in _segments(prompt.messages, prompt.answer_prefix)
@@ -199,12 +207,18 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
             if segment.kind == "text":
                 continue
             said = clean(segment.text)
-            if said in others or (family == "direct" and said == secret):
-                continue  # a namesake in the history; among the candidates it stands as it must
+            if said in others or (listed and said == secret):
+                continue  # a namesake in the history
             # A title may be part of another ("Alien", "Aliens"); in any other text it is named.
             if said == secret or (said not in titles and len(secret) >= _NAMED and secret in said):
                 yield f"the prompt of {template.id} shows the answer"
                 break
+
+
+def _other_than(case: Case, data: SplitDataset) -> str | None:
+    """Return a candidate that is not called what the answer is: asked about it, a prompt must not name the answer."""
+    titles = {item: clean(data.dataset.items[item].title) for item in case.request.candidates or ()}
+    return next((item for item, title in titles.items() if title != titles.get(str(case.truth))), None)
 
 
 def _secret_forms(family: str, template: Template) -> tuple[bool, bool]:

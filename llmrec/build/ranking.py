@@ -15,7 +15,7 @@ from typing import Any
 
 from llmrec.backends.encode import Encoder, pieces
 from llmrec.build.bundle import Bundle
-from llmrec.build.ranking_pose import BY_TITLE, Posed, pose
+from llmrec.build.ranking_pose import Posed, pose
 from llmrec.build.ranking_way import TWO_STEP, Way, choose_way
 from llmrec.data.items import read_items
 from llmrec.data.requests import RankRequest
@@ -99,7 +99,7 @@ def notes_of(way: Way, request: RankRequest, answer: Ranking | Unparsed) -> tupl
     """Return what there is to say about a ranking besides the request's own notes."""
     if isinstance(answer, Unparsed):
         return ()
-    if way.strategy not in BY_TITLE and len(request.candidates) == 1:
+    if not way.by_title and len(request.candidates) == 1:
         return ("one candidate: ranked without asking the model",)
     if way.strategy == TWO_STEP and not request.history and answer.raw:
         return ("two-step: the profile was written without a history to go by",)
@@ -129,7 +129,7 @@ def _answers(posed: Posed, part: range, backend: Backend, encoder: Encoder) -> I
     for n in part:
         request = posed.requests[n]
         pool = request.candidates or ()
-        if len(pool) == 1 and posed.way.strategy not in BY_TITLE:
+        if len(pool) == 1 and not posed.way.by_title:
             found[n].scores[pool[0]] = 0.0
             continue
         try:
@@ -224,7 +224,7 @@ def _slices(posed: Posed, request: Request, encoder: Encoder) -> list[Request]:
                 f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the "
                 f"{encoder.max_length} that fit; shorten its texts, give fewer candidates, or raise --max-length"
             )
-    if posed.way.strategy not in BY_TITLE or sum(tails) <= _SLICE:
+    if not posed.way.by_title or sum(tails) <= _SLICE:
         return [request]
     slices: list[list[str]] = [[]]
     size = 0

@@ -28,6 +28,16 @@ class CodesByMention:
         self._index, self._items, self._requests = index, items, requests
         self._extended: dict[int, ItemIndex] = {}
 
+    @property
+    def users(self) -> Mapping[str, str]:
+        """Tokens of the users of training; see `ItemCodes`."""
+        return self._index.users
+
+    @property
+    def writes_ids(self) -> bool:
+        """Whether templates show codes as ids; see `ItemCodes`."""
+        return self._index.writes_ids
+
     def encode(self, item: str) -> str:
         """Return the code of a mention; see `ItemCodes`.
 

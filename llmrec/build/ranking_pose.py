@@ -15,9 +15,6 @@ from llmrec.data.requests import RankRequest
 from llmrec.index.index import ItemIndex
 from llmrec.types import Event, Item, Request
 
-BY_TITLE = ("likelihood", "likelihood-prior")
-"""Strategies that score titles, each by itself, so that a request can be cut."""
-
 NOBODY = "unknown"
 """What a user is called in prompts where a request does not say."""
 
@@ -68,7 +65,7 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Way, index: ItemI
         for place, given in enumerate(_seeded_order(request, bundle.seed)):
             pool.append(register(f"{n}/candidates/{place}", request.candidates[given]))
             places[pool[-1]] = place
-        if way.strategy in BY_TITLE:
+        if way.by_title:
             # Rounding depends on where in a forward a title stands: the same set is to give the same scores always.
             pool.sort(key=lambda key: (items[key].title, items[key].item_id))
         posed.append(

@@ -14,6 +14,7 @@ from llmrec.build.ranking_task import task_of
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.recipe import EvalSection
 from llmrec.registry import FAMILY_STRATEGIES, STRATEGY_KEYS, options_of
+from llmrec.tasks.direct_answers import fits, reader_of, refuse
 
 RANKING = ("sequential", "direct")
 TWO_STEP = "two-step"
@@ -21,6 +22,7 @@ TWO_STEP = "two-step"
 
 # Keys of a search, which the command line has options of its own for.
 _OWN_OPTIONS: Mapping[str, str] = {"beams": "--beams", "exact": "--exact"}
+_BY_TITLE = ("likelihood", "likelihood-prior")
 # Of the templates that show a profile, the one whose words fit any user.
 _SHOWS_PROFILE = "with-profile"
 
@@ -45,6 +47,11 @@ class Way:
     def options(self) -> dict[str, Any]:
         """What the strategy is handed, by name."""
         return options_of(self.strategy, self.asking)
+
+    @property
+    def by_title(self) -> bool:
+        """Whether titles are scored each by itself behind a prompt that shows none, so that a request can be cut."""
+        return self.family == "sequential" and self.strategy in _BY_TITLE
 
 
 def choose_way(
@@ -86,8 +93,8 @@ def choose_way(
     for family in here:
         fits = task in ("auto", family) and strategy in ("auto", *FAMILY_STRATEGIES[family])
         if fits and (template is None or _named(template, family, templates[family])):
-            chosen = FAMILY_STRATEGIES[family][0] if strategy == "auto" else strategy
-            name = _template(bundle, family, chosen, template)
+            name = _template(bundle, family, strategy, template)
+            chosen = _strategy(bundle, family, strategy, name)
             return Way(family, name, chosen, settings_of(chosen, settings))
     asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
@@ -95,6 +102,23 @@ def choose_way(
         for family in here
     )
     raise RecipeError(f"{' '.join(filter(None, asked))} do not go together for {bundle.folder}, which has: {known}")
+
+
+def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
+    """Return the strategy that was asked for, or the first that reads what the template asks for.
+
+    Raises:
+        RecipeError: If the one that was asked for does not.
+    """
+    first = FAMILY_STRATEGIES[family][0]
+    if family != "direct":
+        return first if asked == "auto" else asked
+    words = bundle.templates[family][template]
+    if asked == "auto":
+        return reader_of(words)
+    if not fits(words, asked):
+        refuse(words, asked)
+    return asked
 
 
 def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:

@@ -18,6 +18,7 @@ from llmrec.build.facts import machine, versions
 from llmrec.build.retrieving import ceiling
 from llmrec.build.stages import Budget
 from llmrec.build.study import ITEM_ANSWERS, RANKING, Study
+from llmrec.build.text_samples import text_samples
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
 from llmrec.evaluate import HEADLINE, compare, statistic_of
@@ -89,6 +90,7 @@ def write_results(
         "budget": [{"stage": stage, "seconds": seconds} for stage, seconds in spent.items()],
         "seconds": sum(spent.values()),
         "examples": [example for row in rows for example in row.examples],
+        "texts": text_samples(study, rows),
         "notes": notes(study),
     }
     write_predictions(rows, folder / "predictions.parquet")
@@ -247,6 +249,11 @@ def notes(study: Study) -> list[str]:
             )
         if made := data.dataset.provenance.get("derived"):
             found.append(f"{data.dataset.name}: derived: {made}.")
+    if (shape := study.recipe.model.shape) is not None:
+        found.append(
+            f"The language model is a new {shape.kind} of width {shape.width} that started from chance: nothing was "
+            "pretrained, and all it knows is from the training rows of this run."
+        )
     for family in study.tasks:
         found += [
             f"The question of {template.id} shows what could give its answer away: {template.leak}."

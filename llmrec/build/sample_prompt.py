@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import polars as pl
 
@@ -15,6 +15,7 @@ from llmrec.prompts import Template
 from llmrec.recipe import ExplanationSection, ReviewSection, Split, TaskSection
 from llmrec.registry import TASKS, lookup
 from llmrec.report.snippets import Example
+from llmrec.tasks.direct_answers import asks_for
 from llmrec.types import Event, Item, Prompt, Request, Task
 
 _TITLES = ("The First Example", "A Second Example", "Third Time Lucky", "Four of a Kind", "Five Fables", "Sixth Sense")
@@ -69,20 +70,23 @@ def sample_prompt(
 
     family = next((family for family in tasks if shape(family) == "chat"), next(iter(tasks)))
     task, section = tasks[family], sections[family]
+    template = templates[family][task.eval_templates[0]]
+    asks = asks_for(template) if family == "direct" else None
     items = list(data.dataset.items)
     request = Request(
         id=_USER,
         user_id=_USER,
         history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
-        candidates=tuple(items[3:]) if family in ("direct", "sequential") else None,
+        # A yes or no is asked about one of them.
+        candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if family in ("direct", "sequential") else None,
         item=None if family in ("sequential", "direct") else items[3],
         context={"review": _SAID} if family in ("review", "stars") else {},
     )
-    longest = _TITLE_TOKENS if family in ("sequential", "alignment") else _LABEL_TOKENS
+    longest = _TITLE_TOKENS if family in ("sequential", "alignment") or asks == "item" else _LABEL_TOKENS
     ranks = "sequential" in tasks or "direct" in tasks
     return Sample(
         family=family,
-        prompt=task.prompt(request, template=task.eval_templates[0]),
+        prompt=task.prompt(request, template=template.name),
         max_tokens=section.max_tokens if isinstance(section, ExplanationSection | ReviewSection) else longest,
         history=_TITLES[:3],
         candidates=_TITLES[3:] if ranks else (),
@@ -96,7 +100,7 @@ def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     codes = sorted(index.codes.values())[: len(items)]
     if len(codes) < len(items):
         return index.extend(items)
-    return ItemIndex(index.scheme, dict(zip(items, codes, strict=True)), tokens=index.tokens)
+    return replace(index, codes=dict(zip(items, codes, strict=True)))
 
 
 def example_of(sample: Sample, encoder: Encoder) -> Example:

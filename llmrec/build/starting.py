@@ -84,7 +84,7 @@ def _same_index(source: Source, study: Study, run: Path) -> None:
             f"train.start: {run} was tuned with {f'index.scheme={theirs.scheme}' if theirs else 'no index'}, and this "
             f"recipe has {f'index.scheme={ours.scheme}' if ours else 'none'}; give both the same"
         )
-    if theirs is None or study.index is None or theirs.scheme == "title":
+    if theirs is None or study.index is None or (theirs.scheme == "title" and theirs.ids == "text"):
         return
     known = stored_index(run / "merged", theirs.scheme)
     if known is None or known.digest != study.index.digest:

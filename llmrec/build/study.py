@@ -95,6 +95,10 @@ class Study:
             found[family] = written(used, _WRITTEN[family]) if family in _WRITTEN else used
         return found
 
+    def codes(self, family: str) -> ItemIndex | None:
+        """Return the index of a family's items; a second table has items of its own, which no index holds."""
+        return self.index if self.task_data(family).dataset.items is self.data.dataset.items else None
+
     def sets(self, family: str) -> CandidateSets | None:
         """Return the stored candidate sets that a family ranks."""
         return self.aligned if family == "alignment" else self.candidates if family in RANKING else None
@@ -185,21 +189,31 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
 
 
 def _tasks(study: Study, seed: int) -> dict[str, Task]:
-    tasks: dict[str, Task] = {}
-    for family, section in study.recipe.tasks.present().items():
-        used = study.task_data(family)
-        tasks[family] = lookup(TASKS, family, "task")(
-            used,
-            section,
-            study.templates[family],
-            seed=seed,
-            candidates=study.sets(family),
-            shot_choice=study.recipe.eval.shots.choice,
-            # The second table has items of its own, which the index does not hold.
-            index=study.index if used.dataset.items is study.data.dataset.items else None,
-            vectors=vectors_of(used.dataset.items, study.recipe.encoder),
-        )
-    return tasks
+    return {
+        family: build_task(study, family, section, study.templates[family], seed)
+        for family, section in study.recipe.tasks.present().items()
+    }
+
+
+def build_task(study: Study, family: str, section: TaskSection, templates: Mapping[str, Template], seed: int) -> Task:
+    """Build a family's task over a study's data, with its own or other settings and templates.
+
+    Raises:
+        DataError: If the data does not carry what it needs.
+        RecipeError: If a template does not fit.
+    """
+    used = study.task_data(family)
+    task: Task = lookup(TASKS, family, "task")(
+        used,
+        section,
+        templates,
+        seed=seed,
+        candidates=study.sets(family),
+        shot_choice=study.recipe.eval.shots.choice,
+        index=study.codes(family),
+        vectors=vectors_of(used.dataset.items, study.recipe.encoder),
+    )
+    return task
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
@@ -266,8 +280,8 @@ def encoder_of(study: Study, base: str) -> Encoder:
     """Return the tokenizer of a base model with the tokens of the study's index, without loading weights."""
     section = study.recipe.model
     tokenizer = load_tokenizer(base, section)
-    if study.index is not None and study.index.tokens:
-        add_item_tokens(tokenizer, study.index.tokens)
+    if study.index is not None and study.index.vocabulary:
+        add_item_tokens(tokenizer, study.index.vocabulary)
     return Encoder(tokenizer, max_length=section.max_length)
 
 

@@ -15,7 +15,6 @@ from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.kinds import is_paired
 from llmrec.backends.models import load_config, release_memory, weights_stamp
 from llmrec.backends.rating_head import RatingHead, copy_head
-from llmrec.backends.whole_words import WEIGHTS as WORDS
 from llmrec.backends.whole_words import copy_words, refuse_words
 from llmrec.build import bundle, indexing
 from llmrec.build.stages import Budget, key_of, read_stage
@@ -255,7 +254,6 @@ def train_stage(
     if done is not None:
         log.info("training: reusing %s", folder / "adapter")
         return done
-    _refuse_lost_words(study.recipe.model.name, base)
     key = training_key(study, base)
     # A record must never vouch for weights of another run that was killed half-way.
     (folder / "train.json").unlink(missing_ok=True)
@@ -279,19 +277,6 @@ def train_stage(
     return record
 
 
-def _refuse_lost_words(name: str, base: str) -> None:
-    """Refuse a model whose whole-word embeddings the copy of it that knows the item tokens does not have.
-
-    Raises:
-        RecipeError: If it is one.
-    """
-    if (Path(name).expanduser() / WORDS).is_file() and not (Path(base) / WORDS).is_file():
-        raise RecipeError(
-            f"model.name: {name} was tuned with whole-word embeddings, and its copy that item tokens are added to "
-            "loses them; name the model that it was tuned from, or choose an index of numbers or titles"
-        )
-
-
 def _train(
     study: Study, encoder: Encoder, base: str, folder: Path, planned: Plan, key: str, *, quiet: bool
 ) -> Training:
@@ -299,7 +284,7 @@ def _train(
 
     section = study.recipe.train
     _clear_foreign(folder, key)
-    names = study.index.tokens if study.index is not None else ()
+    names = study.index.vocabulary if study.index is not None else ()
     tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
     # Adapters and heads start from chance.
     require("torch", "train").manual_seed(study.training_seed)

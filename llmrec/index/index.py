@@ -46,6 +46,11 @@ def own_token(number: int) -> str:
     return f"<item_{number}>"
 
 
+def user_token(number: int) -> str:
+    """Return the token that belongs to one user: ``<user_12>``."""
+    return f"<user_{number}>"
+
+
 class Scheme(Protocol):
     """A way to find codes."""
 
@@ -75,6 +80,8 @@ class ItemIndex:
         settings: What the scheme was told and what `extend` must know, as JSON.
         arrays: What `extend` must know, as arrays, such as codebooks of shape (levels, codes, d).
         figures: What building it showed, such as collisions before they were repaired.
+        users: Tokens of users by id, beside ``tokens``; empty where users are written as text.
+        writes_ids: Whether templates that say ``item_id`` show the item's code.
     """
 
     scheme: str
@@ -83,15 +90,18 @@ class ItemIndex:
     settings: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    users: Mapping[str, str] = field(default_factory=dict)
+    writes_ids: bool = False
 
     def __post_init__(self) -> None:
         """Refuse codes that do not tell items apart.
 
         Raises:
-            DataError: If two items share a code, a code is empty or no single line, or holds what is not in ``tokens``.
+            DataError: If two items share a code, a code is empty or no single line, or holds what is not in ``tokens``;
+                or if users share a token, or have one of items.
         """
         known = set(self.tokens)
-        wrong = [name for name in self.tokens if not is_item_token(name)]
+        wrong = [name for name in self.vocabulary if not is_item_token(name)]
         if wrong:
             raise DataError(f"index {self.scheme}: {wrong[0]!r} is no item token; write it as {token(0, 12)}")
         for item, pieces in self.codes.items():
@@ -106,6 +116,13 @@ class ItemIndex:
                 other = seen.setdefault(_key("".join(pieces)), item)
                 if other != item:
                     raise DataError(f"index {self.scheme}: items {other!r} and {item!r} share the code {pieces}")
+        if len(set(self.vocabulary)) != len(self.tokens) + len(self.users):
+            raise DataError(f"index {self.scheme}: two users share a token, or a user and an item do")
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """All new tokens, those of items before those of users."""
+        return (*self.tokens, *self.users.values())
 
     def encode(self, item: str) -> str:
         """Return an item's code as it stands in prompts: a `Code` where it is made of tokens.
@@ -154,7 +171,8 @@ class ItemIndex:
     @cached_property
     def digest(self) -> str:
         """A SHA-256 over everything but the figures."""
-        parts = [self.scheme, sorted(self.codes.items()), self.tokens, self.settings]
+        parts: list[object] = [self.scheme, sorted(self.codes.items()), self.tokens, self.settings]
+        parts += [sorted(self.users.items()), self.writes_ids] if self.users or self.writes_ids else []
         total = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for name, array in sorted(self.arrays.items()):
             total.update(f"{name}{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -175,6 +193,8 @@ class ItemIndex:
                 "figures": dict(self.figures),
                 "tokens": list(self.tokens),
                 "codes": {item: list(pieces) for item, pieces in self.codes.items()},
+                "users": dict(self.users),
+                "writes_ids": self.writes_ids,
             }
             write_json(draft / _CODES, content)
             if self.arrays:
@@ -204,6 +224,9 @@ class ItemIndex:
                 settings=found["settings"],
                 arrays=require("safetensors.numpy", "train").load_file(arrays) if arrays.is_file() else {},
                 figures=found["figures"],
+                # Folders that were written before ids could be codes say nothing of them.
+                users={str(user): str(name) for user, name in found.get("users", {}).items()},
+                writes_ids=bool(found.get("writes_ids", False)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(

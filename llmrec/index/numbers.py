@@ -1,19 +1,21 @@
 """Codes that say nothing: numbers dealt at random or in training order, and one token an item.
 
-Numbers are ordinary text, which the tokenizer cuts as it likes; a token is one piece of the vocabulary. (Hua et al.,
-"How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023: RID, SID and IID.)
+Numbers are ordinary text, which the tokenizer cuts as it likes, or with ``index.digits`` new tokens of so many digits;
+a token is one piece of the vocabulary. (Hua et al., "How to Index Item IDs for Recommendation Foundation Models",
+SIGIR-AP 2023: RID, SID and IID.)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmrec.data.hashing import hash64
-from llmrec.index.index import Embed, ItemIndex, own_token
+from llmrec.errors import DataError
+from llmrec.index.index import Embed, ItemIndex, own_token, token, user_token
 from llmrec.recipe import IndexSection
 from llmrec.types import Item
 
@@ -27,7 +29,7 @@ class RandomNumbers:
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
         """Return the codes; see `Scheme`."""
-        return _numbered("random", shuffled(data.dataset.items, seed), section.first, seed)
+        return _numbered("random", shuffled(data.dataset.items, seed), section, seed)
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
@@ -49,7 +51,7 @@ class SequentialNumbers:
         histories = {user: [event.item_id for event in data.train_events(user)] for user in data.users()}
         first = dict.fromkeys(item for user in user_order(histories, section.order, seed) for item in histories[user])
         rest = [item for item in shuffled(data.dataset.items, seed) if item not in first]
-        return _numbered("sequential", [*first, *rest], section.first, seed)
+        return _numbered("sequential", [*first, *rest], section, seed)
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
@@ -75,6 +77,13 @@ class OwnTokens:
         return index.adding(codes, [piece for (piece,) in codes.values()])
 
 
+def user_tokens(users: Iterable[str], seed: int) -> dict[str, str]:
+    """Return one new token for each user, in the order of a seeded hash (P5-I, RecSys 2022)."""
+    names = sorted(users)
+    order = np.argsort(hash64("user tokens", seed, names), kind="stable")
+    return {names[place]: user_token(number) for number, place in enumerate(order)}
+
+
 def shuffled(items: Mapping[str, Item] | Sequence[str], seed: int) -> list[str]:
     """Return items by a seeded hash of their ids."""
     names = sorted(items)
@@ -95,12 +104,32 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _numbered(scheme: str, order: Sequence[str], first: int, seed: int) -> ItemIndex:
-    codes = {item: (str(number),) for number, item in enumerate(order, first)}
-    return ItemIndex(scheme, codes, settings={"seed": seed, "next": first + len(codes)})
+def _numbered(scheme: str, order: Sequence[str], section: IndexSection, seed: int) -> ItemIndex:
+    settings = {"seed": seed, "next": section.first + len(order)}
+    if section.digits is None:
+        codes = {item: (str(number),) for number, item in enumerate(order, section.first)}
+        return ItemIndex(scheme, codes, settings=settings)
+    levels = -(-len(str(section.first + len(order) - 1)) // section.digits)
+    pieces = {item: _cut(number, section.digits, levels) for number, item in enumerate(order, section.first)}
+    tokens = [token(level, value) for level in range(levels) for value in range(10**section.digits)]
+    settings |= {"digits": section.digits, "levels": levels}
+    return ItemIndex(scheme, pieces, tokens=tuple(tokens), settings=settings)
+
+
+def _cut(number: int, digits: int, levels: int) -> tuple[str, ...]:
+    """Return a number as tokens of so many digits each, the highest first: 1023 in two levels of two is 10 and 23."""
+    written = str(number).zfill(levels * digits)
+    return tuple(token(level, int(written[level * digits : (level + 1) * digits])) for level in range(levels))
 
 
 def _more(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     start = int(index.settings["next"])
-    order = shuffled(items, int(index.settings["seed"]))
-    return index.adding({item: (str(n),) for n, item in enumerate(order, start)}, next=start + len(order))
+    numbers = dict(zip(shuffled(items, int(index.settings["seed"])), range(start, start + len(items)), strict=True))
+    digits, levels = (int(index.settings.get(key, 0)) for key in ("digits", "levels"))
+    if digits and start + len(items) > 10 ** (digits * levels):
+        raise DataError(
+            f"index {index.scheme}: {len(items)} more items from number {start} on do not fit into {levels} tokens of "
+            f"{digits} digits; build the index again with them, and tune again"
+        )
+    codes = {item: _cut(number, digits, levels) if digits else (str(number),) for item, number in numbers.items()}
+    return index.adding(codes, next=start + len(items))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from llmrec.report import wording
+from llmrec.report import texts, wording
 from llmrec.report.audit import AuditLine, audit_sentence
 from llmrec.report.costs import cost_by_arm, cost_by_row
 from llmrec.report.escape import cell, code, visible
 from llmrec.report.facts import dump, made_data, signatures
 from llmrec.report.positions import bands, sentences, shown_rows
-from llmrec.report.records import Results, Training
+from llmrec.report.records import Results, Sample, Training
 from llmrec.report.slices import slice_table
 from llmrec.report.table import comparisons_markdown, grid, task_markdown
 from llmrec.report.templates import SINGLE, Over, spreads
@@ -44,6 +44,8 @@ def markdown_page(
         parts += [f"### {cell(title(task))}", task_markdown(results, task)]
         parts += _templates(results, task) + _positions(results, task)
         parts += _reliability(results, task) + _slices(results, task)
+    if results.texts:
+        parts += ["## Texts", *_texts(results)]
     if results.comparisons:
         parts += ["## Comparisons", comparisons_markdown(results)]
     parts += ["## Training", *_training(results)]
@@ -125,6 +127,30 @@ def _slices(results: Results, task: str) -> list[str]:
     ]
     notes += [f"No case falls into: {'; '.join(table.empty)}."] if table.empty else []
     return ["#### Slices", grid(header, lines), *(cell(note) for note in notes)]
+
+
+def _texts(results: Results) -> list[str]:
+    parts = []
+    for task in texts.text_tasks(results):
+        found = texts.samples(results, task)
+        more = f" The first {texts.OPEN} of them; the page has all." if len(found) > texts.OPEN else ""
+        parts += [f"### {cell(title(task))}", texts.about_choice(results, found) + more]
+        for place, sample in enumerate(found[: texts.OPEN], start=1):
+            parts += [f"#### {place}: {cell(sample.item.title or sample.item.id)}", _sample(results, sample)]
+    return parts
+
+
+def _sample(results: Results, sample: Sample) -> str:
+    lines = [f"For {cell(texts.who(sample))}, item {cell(sample.item.id)}"]
+    lines += [f"{cell(name)}: {cell(value)}" for name, value in sample.item.fields.items()]
+    for told in sample.told:
+        where = texts.asked_by(results, sample, told)
+        lines.append(f"{cell(told.name)}{f' ({cell(where)})' if where else ''}: {cell(told.text)}")
+    lines.append(f"True text: {cell(sample.truth)}")
+    for row, written in texts.answered(results, sample):
+        failed = f"(could not be read) {cell(f'{written.error}: {written.raw}' if written.raw else written.error)}"
+        lines.append(f"{cell(label(row))}: {failed if written.text is None else cell(written.text)}")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _training(results: Results) -> list[str]:

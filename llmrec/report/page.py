@@ -17,7 +17,7 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.durable import replacing
-from llmrec.report import costs, facts, index_words, marks, positions, slices, templates, wording
+from llmrec.report import costs, facts, index_words, marks, positions, slices, templates, texts, wording
 from llmrec.report.audit import AuditLine, LeakError, audit_lines, audit_sentence, how_to_audit
 from llmrec.report.escape import page_json, visible
 from llmrec.report.latex import latex
@@ -149,6 +149,8 @@ def environment() -> ImmutableSandboxedEnvironment:
         spreads=templates.spreads, singles=templates.singles, single=templates.SINGLE,
         position_rows=positions.shown_rows, bands=positions.bands, position_says=positions.sentences,
         trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
+        text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
+        about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN,
     )  # fmt: skip
     environment.filters.update(
         number=wording.number, share=wording.share, count=wording.count, rough=wording.rough, p=wording.p_value,

@@ -230,6 +230,49 @@ class Shown(Record):
     truth: Any = None
 
 
+class User(Record):
+    """Whose request it was; the name is empty where there is none."""
+
+    id: str
+    name: str = ""
+
+
+class Product(Record):
+    """What a text is about: an item with its further fields."""
+
+    id: str
+    title: str
+    fields: dict[str, str] = {}
+
+
+class Told(Record):
+    """Something that a question can tell beside user and item, and the templates that do."""
+
+    name: str
+    text: str
+    by: tuple[str, ...] = ()
+
+
+class Written(Record):
+    """The text that a row wrote; None where its answer could not be read, with the reason and the raw answer."""
+
+    text: str | None
+    error: str = ""
+    raw: str = ""
+
+
+class Sample(Record):
+    """One request whose answer is a text, with the true one and those of the rows, by row id."""
+
+    task: str
+    request_id: str
+    user: User
+    item: Product
+    told: tuple[Told, ...] = ()
+    truth: str
+    answers: dict[str, Written]
+
+
 class Results(Record):
     """The whole of results.json."""
 
@@ -251,6 +294,7 @@ class Results(Record):
     budget: tuple[Stage, ...] = ()
     seconds: Number = None
     examples: tuple[Shown, ...] = ()
+    texts: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -92,7 +92,9 @@ def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]
     if not path.is_file():
         raise DataError(f"{path}: no such file. {mend}")
     try:
-        counts = pl.read_parquet(path, columns=["row_id", "error"]).group_by("row_id", "error").len()
+        found = pl.read_parquet(path, columns=["row_id", "error"])
+        # In order, so that one run has one page: its nonce is a hash over these counts too.
+        counts = found.group_by("row_id", "error", maintain_order=True).len()
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DataError(f"{path}: is not a readable predictions file ({reason}). {mend}") from error

@@ -10,12 +10,12 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts import Template
 from llmrec.recipe import AlignmentSection
+from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     Fields,
     Values,
     View,
     chat_example,
-    choose,
     keyed,
     passes,
     ranking_reward,

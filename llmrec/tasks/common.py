@@ -1,22 +1,27 @@
-"""What the families share: the data as templates see it, the choice of templates, and rows in seeded order."""
+"""What the families share: the data as templates see it, rows in seeded order, and answers."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id
-from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.data.tallies import Tallies
+from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts import Template, clean
-from llmrec.recipe import RatingSection, SequentialSection, TaskSection
+from llmrec.recipe import RatingSection, SequentialSection
+from llmrec.tasks.choice import Chosen
 from llmrec.types import (
     Answer,
     Case,
+    Code,
+    CodedId,
     Event,
     Example,
     Family,
@@ -30,7 +35,9 @@ from llmrec.types import (
 )
 
 ABOUT_USER = frozenset({"noun", "user_id", "user_name", "profile"})
-ABOUT_ITEM = frozenset({"item", "item_id", "fields"})
+ABOUT_ITEM = frozenset({"item", "item_id", "fields", "item_stats"})
+USER_STATS = frozenset({"user_stats"})
+"""In a chat alone: from line to line of a list, statistics of the user would tell one rating after the other."""
 PAST = frozenset({"history", "liked", "disliked"})
 """Variables that show what a user did before; a template that mentions none of them shows none of it."""
 # A past review says enough in its first words, and three whole ones would crowd out the question.
@@ -54,6 +61,7 @@ class View:
         self.data = data
         self.index = index
         self._items: dict[str, Fields] = {}
+        self._tallies = Tallies(data)
 
     def item(self, item_id: str) -> Fields:
         """Return an item's title and fields, and its code where there is an index.
@@ -80,15 +88,37 @@ class View:
         return str(self.item(item_id)["title"])
 
     def about(self, item_id: str) -> Values:
-        """Return the variables about an item: the item, and as a list to loop over what the title does not say."""
+        """Return the variables about an item: the item, and as a list to loop over what the title does not say.
+
+        Without a user it has no statistics, since it is not known whose interactions to leave out of them: see `pair`.
+        """
         item = self.item(item_id)
+        fields = [{"name": name, "value": value} for name, value in self._untold(item)]
+        written = CodedId(item_id, self.index.encode(item_id)) if self.index and self.index.writes_ids else item_id
+        return {"item": item, "item_id": written, "fields": fields, "item_stats": None}
+
+    def pair(self, user_id: str, item_id: str) -> Values:
+        """Return the variables about an item for a user, with statistics of both that count nothing of the two."""
+        counted = {"item_stats": self._tallies.item(item_id, user_id).shown}
+        return self.about(item_id) | counted | self.user_stats(user_id, [item_id])
+
+    def user_stats(self, user_id: str, without: Collection[str]) -> Values:
+        """Return a user's training statistics, without the items that are the answer or may be."""
+        return {"user_stats": self._tallies.user(user_id, without).shown}
+
+    def candidate(self, user_id: str, item_id: str) -> Values:
+        """Return a candidate as templates loop over it: title, details, and count and mean that leave the user out."""
+        told = self._tallies.item(item_id, user_id).shown or {"count": None, "mean": None}
+        return {"title": self.title(item_id), "details": self.details(item_id), **told}
+
+    def details(self, item_id: str) -> str:
+        """Return what an item's title does not say, as one text; empty where that is nothing."""
+        return "; ".join(value for _, value in self._untold(self.item(item_id)))
+
+    def _untold(self, item: Fields) -> list[tuple[str, str]]:
         shown = ("title",) if self.index is None else ("title", "code")
-        fields = [
-            {"name": name, "value": value}
-            for name, value in item.items()
-            if name not in shown and value and str(value) not in str(item["title"])
-        ]
-        return {"item": item, "item_id": item_id, "fields": fields}
+        told = [(name, str(value)) for name, value in item.items() if name not in shown and value]
+        return [(name, value) for name, value in told if value not in str(item["title"])]
 
     def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
         """Return the variables about a user; a profile text in ``context`` stands in for the data's own fields.
@@ -96,17 +126,21 @@ class View:
         A user without a name goes by the id.
         """
         fields = self.data.dataset.users.get(user_id, {})
+        token = self.index.users.get(user_id) if self.index is not None else None
+        user_id = user_id if token is None else CodedId(user_id, Code(token))
         name = fields.get("name") or user_id
         if context and context.get("profile"):
             fields = {"profile": context["profile"]}
         profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]
-        return {"noun": self.data.dataset.noun, "user_id": user_id, "user_name": name, "profile": profile}
+        known: Values = {"noun": self.data.dataset.noun, "user_id": user_id, "user_name": name, "profile": profile}
+        return known | {"user_stats": None}
 
     def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
-        """Return events as templates loop over them: title, code, rating, text and n, counted from 1."""
+        """Return events as templates loop over them: title, details, code, rating, text and n, counted from 1."""
         return [
             {
                 "title": self.title(event.item_id),
+                "details": self.details(event.item_id),
                 "code": self.item(event.item_id)["code"],
                 "rating": None if event.rating is None or rating_label is None else rating_label(event.rating),
                 "text": clean(event.text or "", _PAST_TEXT),
@@ -114,119 +148,6 @@ class View:
             }
             for n, event in enumerate(events, start=1)
         ]
-
-
-# --------------------------------------------------------------------------- templates
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The templates of one task.
-
-    Attributes:
-        every: All of the family, by name.
-        train: Those that training rows are drawn from; never an unseen one.
-        evaluate: Names of those that evaluation asks with.
-        coded: Whether there is an index, so that templates may write codes.
-        reviewed: Whether the data have reviews, so that templates may show parts of them.
-    """
-
-    every: Mapping[str, Template]
-    train: tuple[Template, ...]
-    evaluate: tuple[str, ...]
-    coded: bool
-    reviewed: bool = False
-
-    @property
-    def asking(self) -> tuple[Template, ...]:
-        """Every template that a row or a question of this task can have."""
-        return (*self.train, *(self.every[name] for name in self.evaluate))
-
-    @property
-    def branches(self) -> bool:
-        """Whether some template asks its question after the history, so that another family can share what precedes."""
-        return any(template.shape == "chat" for template in self.train)
-
-    def training(self, name: str) -> list[Template]:
-        """Return a template by its name, or those of a set that may train and show nothing that this data lacks.
-
-        Raises:
-            RecipeError: As `get`; or if nothing of the set is left.
-        """
-        whole = [template for template in self.every.values() if template.set == name and name not in self.every]
-        if not whole:
-            return [self.get(name)]
-        left = [template for template in whole if template.use != "unseen" and not self.lacks(template)]
-        if not left:
-            lacking = "; ".join(sorted({self.lacks(template) or "it is unseen in training" for template in whole}))
-            raise RecipeError(f"no template of the set {name!r} can train here: {lacking}")
-        return left
-
-    def lacks(self, template: Template) -> str:
-        """Return what a template shows and this data or recipe does not have; empty where it can be used."""
-        if template.writes_codes and not self.coded:
-            return (
-                "writes items as codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
-            )
-        if template.needs and not self.reviewed:
-            return (
-                "shows parts of reviews, such as a headline, and this data has none; use a source of reviews, such as "
-                "amazon-reviews"
-            )
-        return ""
-
-    def get(self, name: str) -> Template:
-        """Return a template by its name or ``family/name``.
-
-        Raises:
-            RecipeError: If there is none, with the closest one; or if it writes codes and there is no index.
-        """
-        bare = name.rpartition("/")[2]
-        if bare not in self.every:
-            known = ", ".join(self.every)
-            raise RecipeError(f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}")
-        found = self.every[bare]
-        if lacking := self.lacks(found):
-            raise RecipeError(f"template {found.id} {lacking}, or choose another template")
-        return found
-
-
-def choose(
-    family: Family,
-    section: TaskSection,
-    templates: Mapping[str, Template],
-    index: ItemCodes | None = None,
-    *,
-    reviews: bool = False,
-) -> Chosen:
-    """Pick the section's templates; where it names none, with an index those that write codes, if there are any.
-
-    Of these, templates that write titles too are only used where they are named, or where there are no others. A list
-    of bare codes is only used where it is named: it reads codes of item tokens alone. With ``reviews`` there is what
-    templates show that need them.
-
-    Raises:
-        RecipeError: If a name is unknown, an unseen template is to be trained on, one writes codes and there is no
-            index, one needs reviews and there are none, or none is left.
-    """
-    everything = Chosen(templates, (), (), index is not None, reviews)
-    named = [template for name in section.templates for template in everything.training(name)]
-    for template in named:
-        if template.use == "unseen":
-            raise RecipeError(
-                f"tasks.{family}.templates: {template.id} is an unseen template, kept to measure new wordings; "
-                "name it in eval_templates instead"
-            )
-    seen = [template for template in templates.values() if template.use == "seen" and not template.bare]
-    seen = [template for template in seen if reviews or not template.needs]
-    coded = [template for template in seen if template.writes_codes]
-    coded = [template for template in coded if not template.writes_titles] or coded
-    plain = [template for template in seen if not template.writes_codes]
-    train = tuple(named or (coded if index is not None and coded else plain))
-    if not train:
-        raise RecipeError(f"tasks.{family}: there is no seen template; add one under prompts/{family}")
-    evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)
-    return Chosen(templates, train, evaluate, index is not None, reviews)
 
 
 # --------------------------------------------------------------------------- rows
@@ -309,6 +230,17 @@ def held_out(data: SplitDataset, split: SplitName) -> tuple[Interaction, ...]:
     if split == "train":
         raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
     return data.holdouts(split)
+
+
+def at_most(held: Sequence[Interaction], count: int | None) -> tuple[Interaction, ...]:
+    """Return the first ``count`` held-out interactions of each user, in the order given; None: all."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for each in held:
+        seen[each.user_id] += 1
+        if count is None or seen[each.user_id] <= count:
+            kept.append(each)
+    return tuple(kept)
 
 
 def refuse_test(split: SplitName) -> None:

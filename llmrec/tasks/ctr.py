@@ -12,6 +12,7 @@ from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts import Template
 from llmrec.recipe import CtrSection
+from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_ITEM,
     ABOUT_USER,
@@ -20,7 +21,6 @@ from llmrec.tasks.common import (
     View,
     asked_item,
     chat_example,
-    choose,
     held_out,
     list_answer,
     list_example,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import cycle, islice
 from string import ascii_uppercase
@@ -13,13 +14,13 @@ from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import DirectSection
+from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_USER,
     Values,
     View,
     candidates_of,
     chat_example,
-    choose,
     held_out,
     keyed,
     passes,
@@ -28,11 +29,28 @@ from llmrec.tasks.common import (
     solved,
     with_shots,
 )
+from llmrec.tasks.ctr import read_choice
+from llmrec.tasks.direct_answers import NO, YES, asks_for, check_strategies, check_words, refuse
 from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.negatives import Negatives
 from llmrec.tasks.past import ItemVectors, Past
 from llmrec.tasks.rating import find_scale
 from llmrec.tasks.reading import read_ranking
-from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
+from llmrec.tasks.sequential import items_by_text, read_item
+from llmrec.types import (
+    Answer,
+    Case,
+    Event,
+    Example,
+    Family,
+    ItemCodes,
+    Message,
+    Probability,
+    Prompt,
+    Ranking,
+    Request,
+    SplitName,
+)
 
 _WANTS = ("one", "ranking", "yes")
 # Candidates of a training row where no stored sets say how many evaluation shows.
@@ -40,7 +58,11 @@ _COUNT = 20
 
 
 class DirectTask:
-    """The direct family: labelled candidates in one prompt, one label as the answer, or an ordered list of labels."""
+    """The direct family: candidates in one prompt, and the one to choose or an order of them; or a yes to one item.
+
+    By its target a template answers with a candidate's label, with the item's own code or title, as P5 does (RecSys
+    2022, appendix D), or with yes or no to one item that it names: see `llmrec.tasks.direct_answers`.
+    """
 
     family: Family = "direct"
 
@@ -60,10 +82,8 @@ class DirectTask:
         self._chosen = choose(self.family, section, templates, index)
         self._view = View(data, index)
         for template in templates.values():
-            if template.shape == "list":
-                raise RecipeError(f"template {template.id}: direct templates ask for one answer; use shape: chat")
-            asked = ABOUT_USER | {"history", "candidates", "want"}
-            template.check(turns=asked, lead=(), target=asked | {"label"})
+            check_words(template)
+        check_strategies([templates[name] for name in self._chosen.evaluate], section.strategies)
         self._asks_yes: set[str] = set()
         self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
         events = {user: data.train_events(user) for user in data.users()}
@@ -125,17 +145,18 @@ class DirectTask:
             request: What to ask; it needs candidates.
             template: Name of the template.
             shots: Solved examples before the question.
-            want: ``one`` label, a ``ranking`` of all labels, or a ``yes`` or no to the only candidate.
+            want: ``one`` label, a ``ranking`` of all labels, or a ``yes`` or no to the only candidate. Templates whose
+                answer is no label ask for one thing only.
 
         Raises:
-            RecipeError: If a yes is wanted, and the template has no words for that.
+            DataError: If the question is about one item, and the request has several candidates.
+            RecipeError: If the template has no words for what is wanted.
         """
         if want not in _WANTS:
             raise ValueError(f"want is 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
         pool = _asked(request)
-        if want == "yes":
-            self._check_yes(chosen, request)
+        want = self._wanted(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
         for place, shot in enumerate(drawn.windows):
@@ -145,7 +166,7 @@ class DirectTask:
                 continue
             shown = self._pool(shot.user_id, shot.events[-1].item_id, len(pool), rng)
             turns.append(self._solved(chosen, shot.user_id, shot.events, shown, want))
-        values = self._values(request.user_id, drawn.history, pool, want, drawn.context(request.context))
+        values = self._asking(chosen, request.user_id, drawn.history, pool, want, drawn.context(request.context))
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def questions(self, count: int) -> list[Request]:
@@ -209,12 +230,29 @@ class DirectTask:
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the candidates' labels, in stored order."""
-        return candidate_labels(len(_asked(request)))
+        """Return the candidates' labels, titles or codes in stored order, or a yes and a no, as the template writes."""
+        chosen, pool = self._chosen.get(template), _asked(request)
+        asks = asks_for(chosen)
+        if asks == "yes":
+            return tuple(chosen.answer({"answer": answer}) for answer in (YES, NO))
+        if asks == "label":
+            return candidate_labels(len(pool))
+        noun = self._data.dataset.noun
+        return tuple(chosen.answer({"noun": noun, "item": self._view.item(item)}) for item in pool)
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Read labels and titles in order; candidates that are not mentioned are left out."""
-        pool = _asked(request)
+        """Read labels and titles in order; candidates that are not mentioned are left out.
+
+        Where the answer is an item, its code or title stands on the first line; a yes or no is a probability of 1 or 0.
+        """
+        chosen, pool = self._chosen.get(template), _asked(request)
+        asks = asks_for(chosen)
+        if asks == "yes":
+            place = read_choice(completion, self.continuations(request, template=template))
+            return None if place is None else Probability(request_id=request.id, value=1.0 if place == 0 else 0.0)
+        if asks == "item":
+            name = "code" if chosen.answers_with_code else "title"
+            return read_item(completion, items_by_text(self._view, name, pool), request)
         places = read_ranking(completion, candidate_labels(len(pool)), [self._view.title(item) for item in pool])
         if not places:
             return None
@@ -236,41 +274,89 @@ class DirectTask:
         self, user: str, past: Sequence[Event], pool: Sequence[str], want: str, context: Mapping[str, str] | None = None
     ) -> Values:
         labels = candidate_labels(len(pool))
-        listed = [{"label": label, "title": self._view.title(item)} for label, item in zip(labels, pool, strict=True)]
-        return self._view.user(user, context) | {"history": self._view.events(past), "candidates": listed, "want": want}
+        told = [self._view.candidate(user, item) for item in pool]
+        codes = [self._view.item(item)["code"] for item in pool]
+        listed = [{"label": label, "code": code} | each for label, code, each in zip(labels, codes, told, strict=True)]
+        # The chosen item alone is among the user's training items; to leave all of them out leaves out its event.
+        about = self._view.user(user, context) | self._view.user_stats(user, pool)
+        return about | {"history": self._view.events(past), "candidates": listed, "want": want}
+
+    def _asking(
+        self,
+        template: Template,
+        user: str,
+        past: Sequence[Event],
+        pool: Sequence[str],
+        want: str,
+        context: Mapping[str, str] | None = None,
+    ) -> Values:
+        """Return what a question is about: the candidates, or the one item that a yes-or-no template names."""
+        if asks_for(template) != "yes":
+            return self._values(user, past, pool, want, context)
+        (item,) = pool
+        return self._view.user(user, context) | self._view.about(item) | {"history": self._view.events(past)}
+
+    def _chosen_one(self, template: Template, values: Values, pool: Sequence[str], item: str) -> Values:
+        """Return what a row's target writes: the label of an item, or the item."""
+        if asks_for(template) == "item":
+            return values | {"item": self._view.item(item)}
+        return values | {"label": candidate_labels(len(pool))[pool.index(item)]}
 
     def _example(
         self, template: Template, row: str, user: str, past: Sequence[Event], event: Event, pool: tuple[str, ...]
     ) -> Example:
+        if asks_for(template) == "yes":
+            return self._yes_example(template, row, user, past, event)
         shown = self._past.show(past, pool)
         values = self._values(user, shown.events, pool, "one", shown.context({}))
-        label = candidate_labels(len(pool))[pool.index(event.item_id)]
-        return chat_example(template, row, user, values, values | {"label": label}, past=shown.events, event=event)
+        answer = self._chosen_one(template, values, pool, event.item_id)
+        return chat_example(template, row, user, values, answer, past=shown.events, event=event)
+
+    def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
+        """Return a row about the event's item, answered yes, or one as likely about a negative, answered no."""
+        rng = keyed("direct yes or no", self._seed, row)
+        yes = rng.random() < 0.5
+        item = event.item_id if yes else self._negatives.draw(user, 1, rng)[0]
+        shown = self._past.show(past, [item])
+        values = self._asking(template, user, shown.events, (item,), "yes", shown.context({}))
+        answer = values | {"answer": YES if yes else NO}
+        made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
+        # A negative is no interaction of the user's, and the event is not shown.
+        return made if yes else replace(made, pairs=made.pairs[:-1])
 
     def _solved(
         self, template: Template, user: str, events: tuple[Event, ...], pool: tuple[str, ...], want: str
     ) -> tuple[Message, ...]:
         values = self._values(user, events[:-1], pool, want)
-        labels = candidate_labels(len(pool))
-        best = labels[pool.index(events[-1].item_id)]
-        # Only the first place is known from the data; the rest keep the listed order and show the form of the answer.
-        ranked = ", ".join((best, *(label for label in labels if label != best)))
-        return solved(template, values, template.step(values | {"label": best if want == "one" else ranked})[1])
+        answer = self._chosen_one(template, values, pool, events[-1].item_id)
+        if want == "ranking":
+            # Only the first place is known from the data; the rest keep the listed order and show the answer's form.
+            best = str(answer["label"])
+            answer |= {"label": ", ".join((best, *(each for each in candidate_labels(len(pool)) if each != best)))}
+        return solved(template, values, template.step(answer)[1])
 
     def _solved_yes(
         self, template: Template, user: str, events: tuple[Event, ...], place: int, rng: random.Random
     ) -> tuple[Message, ...]:
         """Return an example of a yes, and at every other place of a no."""
         chosen, other = events[-1].item_id, self._negatives.draw(user, 1, rng)[0]
-        values = self._values(user, events[:-1], (other if place % 2 else chosen,), "yes")
-        return solved(template, values, template.step(values | {"label": "No" if place % 2 else "Yes"})[1])
+        values = self._asking(template, user, events[:-1], (other if place % 2 else chosen,), "yes")
+        # A yes and a no leave the same event out: what is counted of the user must not tell them apart.
+        values |= self._view.user_stats(user, [chosen])
+        name = "answer" if asks_for(template) == "yes" else "label"
+        return solved(template, values, template.step(values | {name: NO if place % 2 else YES})[1])
 
-    def _check_yes(self, template: Template, request: Request) -> None:
-        """Refuse a template that asks the same whether a label is wanted or a yes."""
+    def _wanted(self, template: Template, want: str, request: Request) -> str:
+        """Return what is wanted of a template, or refuse what it has no words for."""
+        asks = asks_for(template)
+        if (asks == "item" and want != "one") or (asks == "yes" and want == "ranking"):
+            refuse(template, "list" if want == "ranking" else "pointwise-yes")
+        if asks != "yes" and want != "yes":
+            return want
         pool = _asked(request)
         if len(pool) != 1:
             raise DataError(f"request {request.id!r}: a yes or no is about one candidate, and it has {len(pool)}")
-        if template.name not in self._asks_yes:
+        if asks == "label" and template.name not in self._asks_yes:
             one, yes = (template.turns(self._values(request.user_id, (), pool, want)) for want in ("one", "yes"))
             if one == yes:
                 raise RecipeError(
@@ -278,57 +364,7 @@ class DirectTask:
                     '{% if want == "yes" %}, or choose another template'
                 )
             self._asks_yes.add(template.name)
-
-
-class Negatives:
-    """Draws items that a user touched in no split, so that no held-out pair stands in a training text.
-
-    Args:
-        data: The split data.
-        kind: ``uniform`` over the catalogue, or ``popularity``: by 1 + number of training interactions.
-    """
-
-    def __init__(self, data: SplitDataset, kind: str) -> None:
-        self._catalogue = sorted(data.dataset.items)
-        self._bag = list(self._catalogue)
-        if kind == "popularity":
-            self._bag = sorted([*self._bag, *data.train["item_id"].to_list()])
-        self._interactions = data.dataset.interactions
-
-    @cached_property
-    def _touched(self) -> Mapping[str, frozenset[str]]:
-        by_user: dict[str, set[str]] = {}
-        for user, item in self._interactions.select("user_id", "item_id").iter_rows():
-            by_user.setdefault(user, set()).add(item)
-        return {user: frozenset(items) for user, items in by_user.items()}
-
-    def draw(self, user: str, count: int, rng: random.Random) -> list[str]:
-        """Return ``count`` different items.
-
-        Raises:
-            DataError: If the user left fewer untouched.
-        """
-        touched = self._touched.get(user, frozenset())
-        free = len(self._catalogue) - len(touched)
-        if free < count:
-            raise DataError(
-                f"user {user!r} leaves only {free} of {len(self._catalogue)} items untouched, fewer than the {count} "
-                f"negatives asked for; set eval.candidates.count to at most {free + 1}"
-            )
-        taken: dict[str, None] = {}
-        for _ in range(8 * count):
-            if len(taken) == count:
-                break
-            item = self._bag[rng.randrange(len(self._bag))]
-            if item not in touched:
-                taken.setdefault(item)
-        if len(taken) < count:
-            rest = [item for item in self._bag if item not in touched and item not in taken]
-            while len(taken) < count:
-                item = rng.choice(rest)
-                taken[item] = None
-                rest = [other for other in rest if other != item]
-        return list(taken)
+        return "yes"
 
 
 def candidate_labels(count: int) -> tuple[str, ...]:

@@ -17,14 +17,15 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts import Template, clean
 from llmrec.recipe import ExplanationSection
+from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_ITEM,
     ABOUT_USER,
+    USER_STATS,
     Values,
     View,
     asked_item,
     chat_example,
-    choose,
     held_out,
     passes,
     refuse_test,
@@ -63,7 +64,7 @@ class ExplanationTask:
         for template in templates.values():
             if template.shape == "list":
                 raise RecipeError(f"template {template.id}: explanation templates ask for one text; use shape: chat")
-            asked = ABOUT_USER | ABOUT_ITEM | {"history", "rating", "feature", "headline"}
+            asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "rating", "feature", "headline"}
             # An answer of both is asked for without the rating.
             shown = asked - {"rating"} if _rates(template) else asked
             template.check(turns=shown, lead=(), target=asked | {"text"})
@@ -181,7 +182,7 @@ class ExplanationTask:
     def _values(self, user: str, past: Sequence[Event], item: str, context: Mapping[str, str]) -> Values:
         hints = {name: context.get(name) for name in ("rating", "feature", "headline")}
         history = self._view.events(past, rating_text)
-        return self._view.user(user, context) | self._view.about(item) | {"history": history} | hints
+        return self._view.user(user, context) | self._view.pair(user, item) | {"history": history} | hints
 
     def _solved_values(
         self, user: str, past: Sequence[Event], event: Event, context: Mapping[str, str] | None = None

@@ -9,19 +9,22 @@ from dataclasses import dataclass
 
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_of
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError
 from llmrec.prompts import Template
 from llmrec.recipe import RatingSection
+from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_ITEM,
     ABOUT_USER,
+    USER_STATS,
     Values,
     View,
     asked_item,
+    at_most,
     branch_events,
     chat_example,
-    choose,
     held_out,
+    keyed,
     list_answer,
     list_example,
     passes,
@@ -70,8 +73,13 @@ class RatingTask:
                 lead = turns | ABOUT_ITEM | {"n"}
                 template.check(turns=turns, lead=lead, target=lead | {"rating"})
             else:
-                asked = turns | ABOUT_ITEM | {"history"}
-                template.check(turns=asked, lead=(), target=asked | {"rating"})
+                asked = turns | ABOUT_ITEM | USER_STATS | {"history"}
+                if learned_only(template):
+                    template.check(turns=asked | {"stars"}, lead=(), target={"answer"})
+                else:
+                    template.check(turns=asked, lead=(), target=asked | {"rating"})
+        for name in self._chosen.evaluate:
+            _refuse_learned(templates[name])
         self._events = {user: known for user in data.users() if (known := rated(data.train_events(user)))}
         self._past = Past(section, data.dataset, vectors, self._chosen.asking)
         self._shots = ShotPool(
@@ -124,22 +132,21 @@ class RatingTask:
         return self._example(template, f"rating/branch/{number}/{user}", user, events, last_only=False)
 
     def cases(self, split: SplitName) -> list[Case]:
-        """Return the held-out ratings; an interaction without one is no case."""
+        """Return the held-out ratings, ``per_user`` of a user at most; an interaction without one is no case."""
+        known = [held for held in held_out(self._data, split) if held.rating is not None]
         return [
-            Case(
-                request=request_of(self._data, held, split, item=held.item_id),
-                truth=held.rating,
-            )
-            for held in held_out(self._data, split)
+            Case(request=request_of(self._data, held, split, item=held.item_id), truth=held.rating)
+            for held in at_most(known, self._section.per_user)
             if held.rating is not None
         ]
 
     def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
         """Render a request; see `Task`."""
         chosen = self._chosen.get(template)
+        _refuse_learned(chosen)
         drawn = self.draw_shots(request, shots)
         context = drawn.context(request.context)
-        item = self._view.about(asked_item(request, self.family))
+        item = self._view.pair(request.user_id, asked_item(request, self.family))
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
         if chosen.shape == "chat":
             values = self._question(request.user_id, drawn.history, context) | item
@@ -200,9 +207,10 @@ class RatingTask:
     ) -> Example:
         if template.shape == "chat":
             values = self._one(user, events, context)
-            return chat_example(
-                template, row, user, values, self._with_rating(values, events[-1]), past=events[:-1], event=events[-1]
-            )
+            target = self._with_rating(values, events[-1])
+            if learned_only(template):
+                values, target = self._with_stars(row, values, events[-1])
+            return chat_example(template, row, user, values, target, past=events[:-1], event=events[-1])
         values = self._about(user, context)
         last = len(events) - 1
         answer = list_answer(template, self._steps(values, events), lambda i: i == last or not last_only)
@@ -223,17 +231,39 @@ class RatingTask:
         return self._about(user, context) | {"history": self._view.events(past, self.scale.label)}
 
     def _one(self, user: str, events: tuple[Event, ...], context: Mapping[str, str] | None = None) -> Values:
-        return self._question(user, events[:-1], context) | self._view.about(events[-1].item_id)
+        return self._question(user, events[:-1], context) | self._view.pair(user, events[-1].item_id)
 
     def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
         return [
-            self._with_rating(values | self._view.about(event.item_id) | {"n": n}, event)
+            self._with_rating(values | self._view.pair(str(values["user_id"]), event.item_id) | {"n": n}, event)
             for n, event in enumerate(events, start=1)
         ]
 
     def _with_rating(self, values: Values, event: Event) -> Values:
         assert event.rating is not None
         return values | {"rating": self.scale.label(event.rating)}
+
+    def _with_stars(self, row: str, values: Values, event: Event) -> tuple[Values, Values]:
+        """Return the question and answer of a row that names a rating: the true one, or as often another one."""
+        assert event.rating is not None
+        rng, true = keyed("rating stars", self._seed, row), self.scale.label(event.rating)
+        others = [label for label in self.scale.labels if label != true]
+        yes = rng.random() < 0.5 or not others
+        stars = true if yes else rng.choice(others)
+        return values | {"stars": stars}, {"answer": "Yes" if yes else "No"}
+
+
+def learned_only(template: Template) -> bool:
+    """Whether a template asks if a rating is so many stars, yes or no: P5 learns that, and does not evaluate it."""
+    return "answer" in template.names("target")
+
+
+def _refuse_learned(template: Template) -> None:
+    if learned_only(template):
+        raise RecipeError(
+            f"tasks.rating.eval_templates: {template.id} asks whether a rating is so many stars, which is learned and "
+            "not evaluated; name templates that ask for the number, such as name-item"
+        )
 
 
 # --------------------------------------------------------------------------- the scale

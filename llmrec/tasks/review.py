@@ -16,14 +16,15 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts import Template, clean
 from llmrec.recipe import ReviewSection, StarsSection
+from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_ITEM,
     ABOUT_USER,
+    USER_STATS,
     Values,
     View,
     asked_item,
     chat_example,
-    choose,
     held_out,
     passes,
     refuse_test,
@@ -83,7 +84,7 @@ class ReviewTask:
         self._view = View(data, index)
         scale = find_scale(data) if self.target == "rating" else None
         self._scale = scale
-        asked = ABOUT_USER | ABOUT_ITEM | {"review", "scale_low", "scale_high"}
+        asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"review", "scale_low", "scale_high"}
         for template in templates.values():
             template.check(turns=asked, lead=(), target=asked | {self.target})
         found = {user: self._usable(user, data.train_events(user)) for user in data.users()}
@@ -212,7 +213,7 @@ class ReviewTask:
         marks: Values = {"scale_low": None, "scale_high": None}
         if self._scale is not None:
             marks = {"scale_low": self._scale.labels[0], "scale_high": self._scale.labels[-1]}
-        return self._view.user(user, context) | self._view.about(item) | marks | {"review": review}
+        return self._view.user(user, context) | self._view.pair(user, item) | marks | {"review": review}
 
     def _answered(self, values: Values, event: Event) -> Values:
         if self._scale is None:

@@ -12,15 +12,16 @@ from llmrec.errors import RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts import Template
 from llmrec.recipe import SequentialSection
+from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_USER,
+    USER_STATS,
     Draw,
     Values,
     View,
     branch_events,
     candidates_of,
     chat_example,
-    choose,
     held_out,
     list_answer,
     list_example,
@@ -81,7 +82,7 @@ class SequentialTask:
                 template.check(turns=ABOUT_USER, lead=ABOUT_USER | {"n"}, target=ABOUT_USER | {"item", "n"})
             else:
                 asked = ABOUT_USER | {"history"}
-                template.check(turns=asked, lead=(), target=asked | {"item"})
+                template.check(turns=asked | USER_STATS, lead=(), target=asked | {"item"})
         self._check_bare()
         least = max(2, section.warm_up + 1)
         if section.window < least:
@@ -175,6 +176,7 @@ class SequentialTask:
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
         values = self._view.user(request.user_id, drawn.context(request.context))
         if chosen.shape == "chat":
+            values |= self._view.user_stats(request.user_id, ())
             question = chosen.turns(values | {"history": self._view.events(drawn.history, self._rating)})
             return Prompt(messages=with_shots(question, turns))
         steps = self._steps(values, drawn.history)
@@ -209,12 +211,9 @@ class SequentialTask:
         Items that share the title share the first place.
         """
         name = "code" if self._chosen.get(template).answers_with_code else "title"
-        known = self._catalogue(name) if request.candidates is None else self._by(name, request.candidates)
-        for key in read_line(completion):
-            if key in known:
-                items = known[key]
-                return Ranking(request_id=request.id, items=items, scores=(1.0,) * len(items))
-        return None
+        own = request.candidates
+        known = self._catalogue(name) if own is None else items_by_text(self._view, name, own)
+        return read_item(completion, known, request)
 
     def reward(self, answer: Answer, case: Case) -> float:
         """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is left out."""
@@ -240,15 +239,8 @@ class SequentialTask:
 
     def _catalogue(self, name: str) -> Mapping[str, tuple[str, ...]]:
         if name not in self._keys:
-            self._keys[name] = self._by(name, self.catalogue)
+            self._keys[name] = items_by_text(self._view, name, self.catalogue)
         return self._keys[name]
-
-    def _by(self, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-        found: dict[str, tuple[str, ...]] = {}
-        for item in items:
-            key = title_key(str(self._view.item(item)[name]))
-            found[key] = (*found.get(key, ()), item)
-        return found
 
     def _train_events(self, template: Template, user: str, rng: random.Random) -> tuple[Event, ...]:
         events = self._events[user]
@@ -276,7 +268,26 @@ class SequentialTask:
         return solved(template, values, list_answer(template, self._steps(values, events), lambda _: True))
 
     def _question(self, user: str, events: tuple[Event, ...]) -> Values:
-        return self._view.user(user) | {"history": self._view.events(events[:-1], self._rating)}
+        stats = self._view.user_stats(user, [events[-1].item_id])
+        return self._view.user(user) | stats | {"history": self._view.events(events[:-1], self._rating)}
 
     def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
         return [values | {"item": self._view.item(event.item_id), "n": n} for n, event in enumerate(events, start=1)]
+
+
+def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+    """Return items by the key of their ``title`` or ``code``, of which letters and digits count."""
+    found: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        key = title_key(str(view.item(item)[name]))
+        found[key] = (*found.get(key, ()), item)
+    return found
+
+
+def read_item(completion: str, known: Mapping[str, tuple[str, ...]], request: Request) -> Ranking | None:
+    """Return the items whose text is the first line of a completion, all in the first place; None if there is none."""
+    for key in read_line(completion):
+        if key in known:
+            items = known[key]
+            return Ranking(request_id=request.id, items=items, scores=(1.0,) * len(items))
+    return None

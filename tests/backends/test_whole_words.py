@@ -15,7 +15,7 @@ from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.fresh import byte_tokenizer, write
 from llmrec.backends.hf import HFBackend
 from llmrec.backends.models import load_model, load_tokenizer, weights_stamp
-from llmrec.backends.vocabulary import add_item_tokens
+from llmrec.backends.vocabulary import add_item_tokens, extended
 from llmrec.backends.whole_words import (
     CONTROL,
     INSIDE,
@@ -28,10 +28,12 @@ from llmrec.backends.whole_words import (
     kinds_of,
     load_words,
     numbers,
+    save_words,
     words_of,
 )
 from llmrec.errors import ModelError, RecipeError
 from llmrec.guard import control_tokens
+from llmrec.index.index import ItemIndex
 from llmrec.recipe import LoraSection, ModelSection, ShapeSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
@@ -147,6 +149,16 @@ def test_codes_are_words_whatever_stands_beside_them() -> None:
     assert [number for _, number in indices(tokenizer, "<a_1><c_7><b_1>")] == [1, 1, 2]
 
 
+def test_a_users_token_is_a_word_between_codes_and_texts() -> None:
+    """P5-I: "<user_7> got <item_1>" has three words, and no code runs on into a user, or the other way round."""
+    tokenizer = byte_tokenizer()
+    add_item_tokens(tokenizer, ["<a_1>", "<b_1>", "<item_1>", "<user_7>", "<user_8>"])
+    found = indices(tokenizer, "<user_7> got <item_1>", end=True)
+    assert [number for _, number in found] == [1, 2, 2, 2, 2, 3, 3, 0]
+    bare = indices(tokenizer, "<user_7><item_1><user_8><a_1><b_1><user_7><user_8>x<user_7>,")
+    assert [number for _, number in bare] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 9]
+
+
 def test_control_tokens_have_0_and_end_words() -> None:
     tokenizer = byte_tokenizer()
     found = indices(tokenizer, "<|start|>ab<|end|>c d<|pad|><|pad|>")
@@ -247,8 +259,6 @@ def test_words_beyond_the_table_share_its_last_row(base: Path) -> None:
 
 
 def test_a_table_survives_saving_and_loading(base: Path, tmp_path: Path) -> None:
-    from llmrec.backends.whole_words import save_words
-
     model, encoder = with_words(base), encoder_of(base)
     model.save_pretrained(tmp_path / "m")
     without = weights_stamp(str(tmp_path / "m"))
@@ -268,6 +278,40 @@ def test_a_table_survives_saving_and_loading(base: Path, tmp_path: Path) -> None
     copy_words(tmp_path / "m", tmp_path / "other")
     copy_words(base, tmp_path)
     assert (tmp_path / "other" / WEIGHTS).is_file() and not (tmp_path / WEIGHTS).exists()
+
+
+def test_tokens_that_a_vocabulary_gains_are_words_to_a_table_that_was_there(base: Path, tmp_path: Path) -> None:
+    """What a grown model hands to its blocks, in training and when it generates, by indices written down by hand."""
+    known = with_words(base)
+    known.save_pretrained(tmp_path / "m")
+    encoder_of(base).tokenizer.save_pretrained(tmp_path / "m")
+    save_words(known, tmp_path / "m")
+    index = ItemIndex(
+        "token", {"i": ("<item_0>",), "j": ("<item_1>",)}, tokens=("<item_0>", "<item_1>"), users={"u": "<user_0>"}
+    )
+    for kind in ("bfloat16", "float32"):
+        asked_for = section(base).model_copy(update={"dtype": kind})
+        extended(str(tmp_path / "m"), asked_for, index, {}, tmp_path / "grown", words=False, seed=0)
+        # Whatever the model is rounded to, the table is not.
+        assert torch.equal(load_file(tmp_path / "grown" / WEIGHTS)["table"], words_of(known).weight)
+    encoder, table = encoder_of(tmp_path / "grown"), words_of(known).weight.detach()
+    model = load_model(str(tmp_path / "grown"), section(base)).eval()
+    put_on(model, encoder, size=97, seed=1)
+    asked = Prompt(messages=(Message("user", (Segment("text", "ab <user_0><item_1><item_0> c"),)),))
+    ids = torch.tensor(encoder.prompt(asked))
+    places = numbers(words_of(model).kinds[ids[None]])[0]
+    # The mark of the chat, a, b, the space with the user, both items, the space with c; what follows are marks again.
+    assert places.tolist()[:9] == [0, 1, 1, 2, 2, 3, 4, 5, 5] and not places[9:].any()
+    wanted, heard = model.get_input_embeddings()(ids).detach() + table[places], Heard(model)
+    (row,) = target_rows(example(asked.messages[0].text, "no"), encoder, 200)
+    for ask in (
+        lambda: paired_loss(model, **tensors([row])),
+        lambda: HFBackend(model, encoder).generate([asked], max_tokens=2),
+    ):
+        heard.seen.clear()
+        with torch.no_grad():
+            ask()
+        assert torch.allclose(heard.seen[0][0][: len(ids)], wanted, atol=1e-6)
 
 
 def test_a_folder_without_a_table_has_none(base: Path) -> None:

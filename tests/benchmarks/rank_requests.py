@@ -23,7 +23,7 @@ from llmrec.data.sources import load
 from llmrec.data.split import split
 from llmrec.recipe import DataSection
 from llmrec.tasks.common import keyed
-from llmrec.tasks.direct import Negatives
+from llmrec.tasks.negatives import Negatives
 
 CANDIDATES = 20
 HISTORY = 20

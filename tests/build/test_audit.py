@@ -93,6 +93,13 @@ def test_a_clean_run_raises_no_alarm(study: Study) -> None:
     assert all(check.found for check in checks.values())
 
 
+def test_statistics_in_words_raise_no_alarm() -> None:
+    named = [f"tasks.{family}.templates=[m6]" for family in ("rating", "sequential", "direct", "explanation")]
+    study = build_study(load_recipe("recipes/quickstart.yaml", [*SETTINGS, *named]))
+    assert {template.set for family in study.tasks for template in study.eval_templates(family)} == {"m6"}
+    assert leaking(examine(study)) == set()
+
+
 # --------------------------------------------------------------------------- twelve planted leaks
 
 

@@ -32,6 +32,9 @@ def test_a_folder_is_read_back_as_it_was_tuned(folder: Path) -> None:
     assert found.tasks == study.recipe.tasks and found.model.max_length == study.recipe.model.max_length
     shas = {f: {n: t.sha for n, t in known.items()} for f, known in study.templates.items()}
     assert {f: {n: t.sha for n, t in known.items()} for f, known in found.templates.items()} == shas
+    # What is said of a template too: a recipe may have named the set that it belongs to.
+    assert {f: dict(known) for f, known in found.templates.items()} == study.templates
+    assert found.templates["direct"]["user-choose"].sets == {"p5": "5-8", "p5-yelp": "5-8"}
 
 
 def test_it_holds_no_data(folder: Path) -> None:

@@ -32,6 +32,7 @@ from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.index.index import ItemIndex
 from llmrec.recipe import ModelSection, RatingSection, TasksSection
+from llmrec.tasks.direct_answers import reader_of
 from llmrec.types import Ranking, Unparsed
 
 CONTINUE = Way("sequential", "continue-list", "likelihood")
@@ -212,13 +213,14 @@ def test_forged_turns_never_become_control_tokens(tools: tuple[bundle.Bundle, HF
     found = replace(found, index=ItemIndex("title", {}))
     for family, known in found.templates.items():
         for name in known:
-            strategy = "likelihood" if family == "sequential" else "label"
+            strategy = "likelihood" if family == "sequential" else reader_of(known[name])
             seen.clear()
             way = Way(family, name, strategy)
             (answer,) = rank_requests(found, request, way=way, backend=Watching(), encoder=encoder, batch=8)
             assert isinstance(answer, Ranking), answer
             turns = 2 if known[name].system else 1
-            assert seen == [2 * turns + 1]
+            prompts = len(request[0].candidates) if strategy == "pointwise-yes" else 1
+            assert seen == [2 * turns + 1] * prompts
 
 
 # --------------------------------------------------------------------------- what may not matter
@@ -323,7 +325,7 @@ def test_every_template_serves_a_cold_user_and_a_profile(tools: tuple[bundle.Bun
     cold = asked({"candidates": ["Alien", "Jaws"], "profile": "a cook from Oslo", "user_id": "u9"})
     for family, known in found.templates.items():
         for name in known:
-            strategy = "likelihood" if family == "sequential" else "label"
+            strategy = "likelihood" if family == "sequential" else reader_of(known[name])
             way = Way(family, name, strategy)
             (answer,) = rank_requests(found, cold, way=way, backend=backend, encoder=encoder, batch=1)
             assert isinstance(answer, Ranking)

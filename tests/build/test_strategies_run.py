@@ -11,9 +11,11 @@ import pytest
 from llmrec.build import pipeline
 from llmrec.build.evaluation import asking_of
 from llmrec.build.study import build_study
+from llmrec.prompts import load_templates
 from llmrec.recipe import EvalSection
 from llmrec.recipe_file import load_recipe
 from llmrec.registry import FAMILY_STRATEGIES, POSITIONAL, STRATEGY_KEYS
+from llmrec.tasks.direct_answers import fits
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -79,7 +81,9 @@ def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
         )
         return eval_tokens(build_study(chosen), encoder)["few-shot"]
 
-    counted = {strategy: tokens(strategy) for strategy in FAMILY_STRATEGIES["direct"]}
+    words = load_templates("direct")["with-profile"]
+    counted = {strategy: tokens(strategy) for strategy in FAMILY_STRATEGIES["direct"] if fits(words, strategy)}
+    assert set(counted) == {*DIRECT, "two-step"}
     assert min(counted.values()) > 0
     assert counted["two-step"] > counted["label"] and counted["pairwise"] > counted["window"]
     assert tokens("two-step", 3) - counted["two-step"] > 2 * counted["label"]

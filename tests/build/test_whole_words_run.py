@@ -76,10 +76,25 @@ def test_rank_asks_the_model_with_them(ran: Run, tmp_path: Path) -> None:
     assert with_them != pytest.approx(without, abs=1e-4)
 
 
-def test_a_table_that_new_tokens_would_lose_is_named(ran: Run, tmp_path: Path) -> None:
+def test_training_goes_on_from_a_table_beside_new_tokens(ran: Run, tmp_path: Path) -> None:
+    """A tuned model whose vocabulary grows by another index keeps its table, which counts the new codes as words."""
     model = {**RECIPE["model"], "name": str(ran.folder / "merged"), "shape": None}
-    with pytest.raises(RecipeError, match=r"model\.name: .* was tuned with whole-word embeddings"):
-        run(Recipe(**{**RECIPE, "model": model}), tmp_path / "out", quiet=True)
+    train = {**RECIPE["train"], "steps": 1, "learning_rate": 1e-9}
+    recipe = Recipe(**{**RECIPE, "model": model, "index": {"scheme": "token"}, "train": train})
+    grown = run(recipe, tmp_path / "out", quiet=True)
+    before, base, after = (
+        load_file(folder / WEIGHTS)
+        for folder in (ran.folder / "merged", grown.folder / "base", grown.folder / "merged")
+    )
+    assert torch.equal(base["table"], before["table"])
+    assert torch.allclose(after["table"], before["table"], atol=1e-6)
+    session = open_session(recipe, grown.folder, quiet=True)
+    assert session.study.index is not None
+    new = session.encoder.tokenizer.convert_tokens_to_ids(list(session.study.index.tokens))
+    assert {after["kinds"][i].item() for i in new} == {base["kinds"][i].item() for i in new} == {LEVEL + 26}
+    assert torch.equal(after["kinds"][: min(new)], before["kinds"][: min(new)])
+    tuned = next(row for row in grown.results["rows"] if row["arm"] == "tuned")
+    assert tuned["parse_rate"] == 1.0
 
 
 def test_a_decoder_is_refused_before_it_trains(tmp_path: Path) -> None:

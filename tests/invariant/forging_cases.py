@@ -34,8 +34,9 @@ from llmrec.recipe import (
 )
 from llmrec.tasks.ctr import CtrTask
 from llmrec.tasks.direct import DirectTask
+from llmrec.tasks.direct_answers import asks_for
 from llmrec.tasks.explanation import ExplanationTask
-from llmrec.tasks.rating import RatingTask
+from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Example, Item, Prompt
@@ -307,6 +308,11 @@ def templates(family: str) -> dict[str, Template]:
     return {**known, "adjacent": extra}
 
 
+def asking(family: str) -> dict[str, Template]:
+    """Return the templates that ask; some of ratings are only learned from."""
+    return {name: t for name, t in templates(family).items() if family != "rating" or not learned_only(t)}
+
+
 @cache
 def task(family: str, fill_name: str) -> Any:
     kind, section = FAMILIES[family]
@@ -314,7 +320,7 @@ def task(family: str, fill_name: str) -> Any:
     stored = draw(data, "test", CandidateSection(count=20), seed=0) if family in ("direct", "sequential") else None
     # Codes that are titles are data too, and stand where codes of tokens would.
     index = build(IndexSection(), data, seed=0)
-    named = tuple(name for name, template in templates(family).items() if template.use == "seen")
+    named = tuple(name for name, template in templates(family).items() if template.use != "unseen")
     asked = section.model_copy(update={"templates": named})
     return kind(data, asked, templates(family), seed=0, candidates=stored, index=index)
 
@@ -329,13 +335,15 @@ def cases(family: str, fill_name: str) -> list[Case]:
 def prompt(family: str, template: str, fill_name: str, shots: int, user: int) -> tuple[Prompt, tuple[str, ...]]:
     """Return one user's prompt with its first continuations."""
     asked, request = task(family, fill_name), cases(family, fill_name)[user].request
+    if family == "direct" and asks_for(templates(family)[template]) == "yes":
+        request = replace(request, candidates=request.candidates[:1])
     texts = asked.continuations(request, template=template)[:4] or ("x",)
     return asked.prompt(request, template=template, shots=shots), texts
 
 
 @cache
 def rows(family: str, fill_name: str, count: int) -> list[Example]:
-    """Return training rows of all seen templates."""
+    """Return training rows of templates that may train."""
     found: Iterator[Example] = task(family, fill_name).examples("train", count)
     return list(found)
 

@@ -14,17 +14,21 @@ from llmrec.backends.vocabulary import add_item_tokens
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import split
 from llmrec.guard import is_item_token, without_item_tokens
-from llmrec.index.index import ItemIndex, own_token, token
+from llmrec.index.index import ItemIndex, own_token, token, user_token
 from llmrec.prompts import Template, load_templates
 from llmrec.recipe import SequentialSection, Split
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Code, Item, Request
 from tests.conftest import make_tokenizer
 
-TOKENS = tuple(token(level, n) for level in range(3) for n in range(4)) + tuple(own_token(n) for n in range(4))
+TOKENS = (
+    *(token(level, n) for level in range(3) for n in range(4)),
+    *(name(n) for name in (own_token, user_token) for n in range(4)),
+)
 SPELT = (
     "<a_1>", "x<a_1>y", "<a_1><b_2>", "< <a_1>", "<item_3>", "<A_1>", "＜a_1＞", "<\u200ba_1>", "<a\u0301_1>", "<a_1",
     "<", "<a", "<a_", "<item", "<item_", "<it", "a_1>", "_1>", "1>", "<<a_1>>", "<a_1 >", "≮a_1>",
+    "<user_3>", "<USER_3>", "<us", "<use", "<user", "<user_", "ser_3>", "er_3>", "_3>",
 )  # fmt: skip
 
 
@@ -56,7 +60,11 @@ def test_data_never_becomes_an_item_token(text: str, encoder: Encoder) -> None:
 
 
 @settings(max_examples=200)
-@given(st.lists(st.sampled_from([*SPELT, "<", ">", "_", "a", "1", "item", " ", "\u0301", "\u200b", "｜"]), max_size=8))
+@given(
+    st.lists(
+        st.sampled_from([*SPELT, "<", ">", "_", "a", "1", "item", "user", " ", "\u0301", "\u200b", "｜"]), max_size=8
+    )
+)
 def test_no_pieces_of_data_side_by_side_make_one(parts: list[str]) -> None:
     """Whatever two values are set side by side, no token stands in the text."""
     for cut in range(len(parts) + 1):

@@ -19,6 +19,7 @@ from forging_cases import (
     COUNT,
     FAMILIES,
     USERS,
+    asking,
     cases,
     dataset,
     halves,
@@ -29,7 +30,6 @@ from forging_cases import (
     same_places,
     scaffold,
     shown,
-    templates,
 )
 from tokenizer_families import FAMILIES as TOKENIZERS
 from tokenizer_families import all_tokens, tokenizer_of
@@ -112,7 +112,7 @@ def control_ids_of(tokenizer: Any) -> frozenset[int]:
 
 
 every_tokenizer = pytest.mark.parametrize(("encoder", "name"), NAMES, indirect=["encoder"])
-every_template = [(family, name) for family in FAMILIES for name in templates(family)]
+every_template = [(family, name) for family in FAMILIES for name in asking(family)]
 
 
 def _said(roles: tuple[Role, ...], text: str) -> tuple[Message, ...]:
@@ -125,7 +125,7 @@ def _said(roles: tuple[Role, ...], text: str) -> tuple[Message, ...]:
 def test_there_are_500_payloads_of_every_sort() -> None:
     assert len(payloads()) == len(set(payloads())) == COUNT == 500
     assert set(all_tokens()) <= set(payloads())
-    assert len(every_template) == 57 + len(FAMILIES)
+    assert len(every_template) == 111 + len(FAMILIES)
 
 
 @every_tokenizer
@@ -162,7 +162,7 @@ def _users(tokenizer_name: str, family: str, template: str, fill: str) -> range:
     Over the tokenizers, every family shows every user with both fills.
     """
     names = [family.name for family in TOKENIZERS] + ["tiny", "smollm2", "minilm"]
-    known = list(templates(family))
+    known = list(asking(family))
     one, other = names.index(tokenizer_name), known.index(template)
     if not EXHAUSTIVE and (one + other) % 2 == (fill == "whole"):
         return range(0)
@@ -174,11 +174,9 @@ def test_every_family_shows_every_payload(family: str) -> None:
     """Else the tests below would prove little."""
     built = [each.name for each in TOKENIZERS]
     for fill in ("whole", "split"):
-        seen = {
-            user for name in built for template in templates(family) for user in _users(name, family, template, fill)
-        }
+        seen = {user for name in built for template in asking(family) for user in _users(name, family, template, fill)}
         assert seen == set(range(USERS))
-    titled = {number for name in templates(family) for number in shown(family, name, "whole")}
+    titled = {number for name in asking(family) for number in shown(family, name, "whole")}
     everything = {number for number in range(COUNT) if clean(payloads()[number])}
     # A question about a review shows one item and one text, and no history with others.
     assert titled == everything if family not in ("review", "stars") else len(titled & everything) > USERS
@@ -217,7 +215,7 @@ def test_every_template_writes_the_same_control_tokens_in_the_same_places(
 @every_tokenizer
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_rows_hold_the_control_tokens_of_harmless_rows(encoder: Encoder, name: str, family: str) -> None:
-    count = 400 if EXHAUSTIVE else 16
+    count = 400 if EXHAUSTIVE else 32
     for fill in ("whole", "split"):
         for hostile, plain in zip(rows(family, fill, count), rows(family, "harmless", count), strict=True):
             assert hostile.template == plain.template

@@ -30,10 +30,11 @@ from llmrec.recipe import (
 from llmrec.tasks.alignment import AlignmentTask
 from llmrec.tasks.ctr import CtrTask
 from llmrec.tasks.direct import DirectTask
+from llmrec.tasks.direct_answers import asks_for
 from llmrec.tasks.explanation import ExplanationTask
 from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.tasks.mixture import interleave
-from llmrec.tasks.rating import RatingTask
+from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Example, Item, Message, Prompt
@@ -66,6 +67,18 @@ def load_templates(family: str) -> dict[str, Template]:
     """The templates that need no item index, or all of alignment; other codes are in golden files and tests/index."""
     found = read_templates(family)
     return {name: t for name, t in found.items() if not t.writes_codes or family == "alignment"}
+
+
+def asking(family: str) -> dict[str, Template]:
+    """Of `load_templates` those that any request can be asked with.
+
+    Some of ratings are only learned from, and a yes or no of the direct family takes a request of one candidate:
+    tests of P5's templates have both.
+    """
+    found = load_templates(family)
+    if family == "rating":
+        return {name: template for name, template in found.items() if not learned_only(template)}
+    return {name: t for name, t in found.items() if family != "direct" or asks_for(t) != "yes"}
 
 
 def make_dataset(*, shuffled: int | None = None, users: int = 40, items: int = 60, hostile: bool = True) -> Dataset:

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from task_data import CLASSES, example_text, prompt_text, targets
+from task_data import CLASSES, asking, example_text, prompt_text, targets
 
 from llmrec.data.dataset import Review
 from llmrec.data.sources import load
@@ -82,7 +82,7 @@ def test_no_solved_example_shows_one_either(family: str, choice: str, data: Spli
     task = kind(used, section(), plain_templates(family), seed=0, shot_choice=choice)
     for case in task.cases("test"):
         asked = (case.request.user_id, str(case.request.item))
-        for name in plain_templates(family):
+        for name in asking(family):
             shown = prompt_text(task.prompt(case.request, template=name, shots=2)).casefold()
             held = data.held_out - {asked} - {(asked[0], event.item_id) for event in case.request.history}
             assert not [mark for pair in held for mark in marks(*pair) if mark in shown]

@@ -19,7 +19,9 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.index.index import ItemIndex, token
 from llmrec.prompts import load_templates
 from llmrec.recipe import CandidateSection, Split
+from llmrec.tasks.direct_answers import asks_for, reader_of
 from llmrec.tasks.held_items import draw_held, hold_out
+from llmrec.tasks.rating import learned_only
 from llmrec.types import Event, Item, Message, Prompt, Request, Segment
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -75,35 +77,49 @@ def rendering(family: str, name: str) -> str:
     task_class, section = CLASSES[family]
     template = load_templates(family)[name]
     asks_of_items = family == "alignment"
+    asks = asks_for(template) if family == "direct" else ""
     settings = {"held_out": 0.5} if asks_of_items else {}
+    if family == "direct":
+        settings = {"eval_templates": (name,), "strategies": (reader_of(template),)}
+    only_learned = family == "rating" and learned_only(template)
+    if only_learned:
+        settings = {"eval_templates": ("name-item",)}
     held = hold_out(data.dataset.items, 0.5, seed=0)
     drawn = draw(data, "test", CandidateSection(count=3), seed=0)
     sets = draw_held(held, "test", count=2, seed=0) if asks_of_items else drawn
-    trained = {"templates": (name,)} if template.use == "seen" else {}
+    trained = {"templates": (name,)} if template.use != "unseen" else {}
     index = {"index": CODES} if template.writes_codes else {}
     task = task_class(
         data, section(history=3, **trained, **settings), load_templates(family), seed=0,
         candidates=sets if family in ("direct", "sequential", "alignment") else None, **index,
     )  # fmt: skip
     case = next(case for case in task.cases("test") if case.request.user_id == "0" or asks_of_items)
+    pool = ("3", "1", "2")
+    if asks == "yes":
+        case, pool = replace(case, request=replace(case.request, candidates=case.request.candidates[:1])), pool[:1]
     known = () if family != "sequential" else (Event(item_id="5"),)
     said = {"review": "Too long, and yet."} if family in ("review", "stars") else {}
-    bare = Request(id="bare", user_id="nobody", item="3", candidates=("3", "1", "2"), history=known, context=said)
-    asked: list[tuple[str, Prompt]] = [
-        ("request", task.prompt(case.request, template=name)),
-        ("request of a stranger", task.prompt(bare, template=name)),
-        ("request with one shot", task.prompt(case.request, template=name, shots=1)),
-    ]
-    if family == "direct":
+    bare = Request(id="bare", user_id="nobody", item="3", candidates=pool, history=known, context=said)
+    asked: list[tuple[str, Prompt]] = []
+    if not only_learned:
+        asked = [
+            ("request", task.prompt(case.request, template=name)),
+            ("request of a stranger", task.prompt(bare, template=name)),
+            ("request with one shot", task.prompt(case.request, template=name, shots=1)),
+        ]
+    if asks == "yes":
+        asked.append(("request with two shots", task.prompt(case.request, template=name, shots=2, want="yes")))
+    if asks == "label":
         asked.append(("request for a ranking", task.prompt(case.request, template=name, shots=1, want="ranking")))
         alone = replace(case.request, candidates=case.request.candidates[:1])
         asked.append(("request for a yes", task.prompt(alone, template=name, shots=2, want="yes")))
     parts = [f"{template.id} version {template.version}, {template.use}, {template.shape}\n"]
-    if template.use == "seen":
+    if template.use != "unseen":
         row = next(row for row in task.examples("train") if row.user_id == "0" or asks_of_items)
         parts.append(f"===== training row, {'closed' if row.ends_turn else 'open'}\n" + show(row.messages, row.answer))
     parts += [f"===== {title}, stops at {p.stop!r}\n" + show(p.messages, p.answer_prefix) for title, p in asked]
-    parts.append(f"===== continuations\n{task.continuations(case.request, template=name)!r}\n")
+    if asked:
+        parts.append(f"===== continuations\n{task.continuations(case.request, template=name)!r}\n")
     return "".join(parts)
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from task_data import HOSTILE, make_dataset, make_split, make_task
+from task_data import HOSTILE, load_templates, make_dataset, make_split, make_task
 
 from llmrec.data.dataset import Dataset
 from llmrec.index.titles import title_key
@@ -151,15 +151,18 @@ def test_no_text_breaks_a_reader(text: str) -> None:
     value = read_number(text, 1.0, 5.0)
     assert value is None or 1.0 <= value <= 5.0
     assert all(isinstance(key, str) for key in read_line(text))
-    for task in PARSERS:
-        answer = task.parse(text, REQUEST, template="continue-list")
+    for task, template in PARSERS:
+        answer = task.parse(text, REQUEST, template=template)
         assert answer is None or answer.request_id == "r"
         if isinstance(answer, Ranking):
             assert answer.items and set(answer.items) <= set(REQUEST.candidates or ())
             assert list(answer.scores) == sorted(answer.scores, reverse=True)
 
 
-PARSERS = [make_task(family) for family in ("rating", "sequential", "direct", "explanation")]
+PARSERS = [
+    (make_task(family), next(iter(load_templates(family))))
+    for family in ("rating", "sequential", "direct", "explanation")
+]
 REQUEST = Request(id="r", user_id="u00", candidates=tuple(f"i{i:02d}" for i in range(20)), item="i01")
 
 

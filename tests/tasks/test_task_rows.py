@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from task_data import (
     EVERY,
     FAMILIES,
+    asking,
     example_text,
     load_templates,
     make_candidates,
@@ -58,7 +59,7 @@ def test_no_shot_shows_a_held_out_pair(family: str, choice: str) -> None:
         held[user].add(item)
     asked = 0
     for case in task.cases("test"):
-        for name in load_templates(family):
+        for name in asking(family):
             drawn = task.draw_shots(case.request, 2)
             plain, shot = (task.prompt(case.request, template=name, shots=k) for k in (0, 2))
             assert len(drawn.windows) == 2
@@ -216,7 +217,7 @@ def test_cases_hold_the_whole_known_history_and_prompts_the_latest(family: str) 
             assert request.candidates == sets.sets[request.id] and case.truth in request.candidates
         else:
             assert request.candidates is None and request.item is not None
-        for name, template in load_templates(family).items():
+        for name, template in asking(family).items():
             prompt = task.prompt(request, template=name)
             assert prompt.messages[-1].role == "user"
             assert (prompt.stop is None) == (template.shape == "chat") == (not prompt.answer_prefix)
@@ -269,7 +270,7 @@ def test_hostile_titles_stay_one_line_in_every_prompt() -> None:
     for family in EVERY:
         task = make_task(family)
         for case in task.cases("test")[:20]:
-            for name in load_templates(family):
+            for name in asking(family):
                 text = prompt_text(task.prompt(case.request, template=name, shots=1))
                 assert "\ue000" not in text and "\nuser: forged" not in text and " 49" not in text
 

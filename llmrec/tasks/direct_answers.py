@@ -1,0 +1,93 @@
+"""What a direct template asks for: a candidate's label, the item itself, or a yes or no; and what reads that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from llmrec.errors import RecipeError
+from llmrec.prompts import Template
+from llmrec.tasks.common import ABOUT_USER, USER_STATS
+
+Asks = Literal["label", "item", "yes"]
+YES, NO = "Yes", "No"
+
+_WORDS: Mapping[Asks, str] = {
+    "label": "answers with a candidate's label",
+    "item": "answers with the item itself",
+    "yes": "answers yes or no to one item",
+}
+# The one strategy for what is no label, and of those that read labels the first.
+_READER: Mapping[Asks, str] = {"label": "label", "item": "likelihood", "yes": "pointwise-yes"}
+
+
+def asks_for(template: Template) -> Asks:
+    """Return what a template's target writes: ``{{ answer }}``, something of ``item``, or a label."""
+    written = template.names("target")
+    return "yes" if "answer" in written else "item" if "item" in written else "label"
+
+
+def reader_of(template: Template) -> str:
+    """Return the strategy that reads a template's answers; of several the cheapest."""
+    return _READER[asks_for(template)]
+
+
+def fits(template: Template, strategy: str) -> bool:
+    """Whether a strategy of the direct family reads what a template asks for.
+
+    ``pointwise-yes`` also takes templates of labels, where these have words for it.
+    """
+    asks = asks_for(template)
+    return strategy != _READER["item"] if asks == "label" else strategy == _READER[asks]
+
+
+def check_words(template: Template) -> None:
+    """Refuse variables that give the answer away or that nothing fills.
+
+    Raises:
+        RecipeError: If there are any, if the template is a list, or if it writes other words than yes and no.
+    """
+    if template.shape == "list":
+        raise RecipeError(f"template {template.id}: direct templates ask for one answer; use shape: chat")
+    asks, asked = asks_for(template), ABOUT_USER | {"history"}
+    if asks == "yes":
+        template.check(turns=asked | {"item", "item_id", "fields"}, lead=(), target={"answer"})
+        if [template.answer({"answer": answer}).strip().casefold() for answer in (YES, NO)] != ["yes", "no"]:
+            raise RecipeError(
+                f"template {template.id}: its target is another word than yes or no; write it with {{{{ answer }}}}"
+            )
+    elif asks == "item":
+        template.check(turns=asked | USER_STATS | {"candidates"}, lead=(), target={"noun", "item"})
+    else:
+        asked |= USER_STATS | {"candidates", "want"}
+        template.check(turns=asked, lead=(), target=asked | {"label"})
+
+
+def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -> None:
+    """Check that every template of the evaluation has a strategy that reads it, and every strategy a template.
+
+    Raises:
+        RecipeError: Naming the first of either that has none.
+    """
+    for template in templates if strategies else ():
+        if not any(fits(template, strategy) for strategy in strategies):
+            raise RecipeError(
+                f"tasks.direct.strategies: {template.id} {_WORDS[asks_for(template)]}, and none of "
+                f"{', '.join(strategies)} reads that; add {reader_of(template)}, or name another template in "
+                "tasks.direct.eval_templates"
+            )
+    for strategy in strategies:
+        if not any(fits(template, strategy) for template in templates):
+            refuse(templates[0], strategy)
+
+
+def refuse(template: Template, strategy: str) -> None:
+    """Raise what there is to say of a strategy that does not read what a template asks for.
+
+    Raises:
+        RecipeError: Always.
+    """
+    raise RecipeError(
+        f"the strategy {strategy!r} does not read the answers of template {template.id}, which "
+        f"{_WORDS[asks_for(template)]}; use {reader_of(template)!r}, or another template"
+    )

@@ -1,0 +1,95 @@
+"""Numbers as tokens of so many digits, and tokens of users: what P5's and OpenP5's ids need beside an item's own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from llmrec.build.indexing import build_index
+from llmrec.errors import DataError
+from llmrec.guard import is_item_token
+from llmrec.index.index import ItemIndex, build, own_token, user_token
+from llmrec.index.numbers import user_tokens
+from llmrec.recipe import IndexSection
+from llmrec.types import Code, Item
+from tests.index.test_index_plain import histories
+
+
+def test_a_number_is_cut_into_tokens_of_so_many_digits() -> None:
+    data = histories("abcxy", "bcdxz", "aedxy")
+    text = build(IndexSection(scheme="sequential"), data, seed=0)
+    cut = build(IndexSection(scheme="sequential", digits=2), data, seed=0)
+    assert text.codes["a"] == ("1001",) and cut.codes["a"] == ("<a_10>", "<b_1>")
+    for item, (number,) in text.codes.items():
+        assert cut.codes[item] == (f"<a_{int(number[:2])}>", f"<b_{int(number[2:])}>")
+        assert isinstance(cut.encode(item), Code) and not isinstance(text.encode(item), Code)
+        assert cut.decode(cut.encode(item)) == item
+    assert len(cut.tokens) == 200
+    thirds = build(IndexSection(scheme="random", digits=3, first=998), data, seed=0)
+    # Numbers from 998 to 1005: the longest has four digits, so each has two tokens, the first with zeros in front.
+    assert {pieces[0] for pieces in thirds.codes.values()} == {"<a_0>", "<a_1>"}
+    assert {len(pieces) for pieces in thirds.codes.values()} == {2}
+
+
+def test_more_items_take_the_next_numbers_until_there_are_none() -> None:
+    data = histories("abcxy", "bcdxz", "aedxy")
+    index = build(IndexSection(scheme="random", digits=1, first=1), data, seed=0)
+    assert len(index.codes) == 8 and index.tokens == tuple(f"<a_{n}>" for n in range(10))
+    one = index.extend({"new": Item(item_id="new", title="new")})
+    assert one.codes["new"] == ("<a_9>",) and one.tokens == index.tokens
+    with pytest.raises(DataError, match="1 more items from number 10 on do not fit into 1 tokens of 1 digits"):
+        one.extend({"newer": Item(item_id="newer", title="newer")})
+
+
+def test_digits_are_of_numbers_alone() -> None:
+    with pytest.raises(ValidationError, match=r"index\.digits: the scheme 'token' writes no numbers"):
+        IndexSection(scheme="token", digits=2)
+
+
+def test_every_training_user_has_a_token_and_they_stay_in_the_folder(tmp_path: Path) -> None:
+    data = histories("abcxy", "bcdxz", "aedxy")
+    plain = build_index(IndexSection(scheme="token"), data, seed=0)
+    index = build_index(IndexSection(scheme="token", ids="tokens"), data, seed=0)
+    users = set(data.train["user_id"].to_list())
+    assert set(index.users) == users and plain.users == {}
+    assert sorted(index.users.values()) == sorted(user_token(n) for n in range(len(users)))
+    assert index.vocabulary == (*index.tokens, *index.users.values()) and index.codes == plain.codes
+    assert index.digest != plain.digest
+    index.save(tmp_path / "index")
+    again = ItemIndex.load(tmp_path / "index")
+    assert again.users == index.users and again.digest == index.digest
+    more = again.extend({"new": Item(item_id="new", title="new")})
+    assert more.users == index.users and more.writes_ids and not plain.writes_ids
+    numbered = build_index(IndexSection(scheme="random", ids="codes"), data, seed=0)
+    assert numbered.writes_ids and not numbered.users and not numbered.vocabulary
+
+
+def test_a_user_tells_nothing_of_order_and_names_stay_apart() -> None:
+    assert user_tokens(["u2", "u1", "u3"], 0) == user_tokens(["u3", "u2", "u1"], 0)
+    many = [f"u{n}" for n in range(50)]
+    assert user_tokens(many, 0) != user_tokens(many, 1)
+    assert all(map(is_item_token, user_tokens(many, 0).values()))
+
+
+def test_an_index_without_users_reads_as_before(tmp_path: Path) -> None:
+    """A folder that was written before users could have tokens."""
+    index = ItemIndex("token", {"a": (own_token(0),)}, tokens=(own_token(0),))
+    index.save(tmp_path / "index")
+    file = tmp_path / "index" / "index.json"
+    told = json.loads(file.read_text())
+    assert told.pop("users") == {} and told.pop("writes_ids") is False
+    file.write_text(json.dumps(told))
+    assert ItemIndex.load(tmp_path / "index").digest == index.digest
+
+
+def test_two_users_or_a_user_and_an_item_cannot_share_a_token() -> None:
+    index = ItemIndex("token", {"a": (own_token(0),)}, tokens=(own_token(0),))
+    for users in ({"u": user_token(0), "v": user_token(0)}, {"u": own_token(0)}):
+        with pytest.raises(DataError, match="two users share a token, or a user and an item do"):
+            replace(index, users=users)
+    with pytest.raises(DataError, match="'u' is no item token"):
+        replace(index, users={"u": "u"})
