@@ -144,11 +144,13 @@ def training_rows(study: Study, family: str, count: int) -> Check:
     both = [study.data, *([study.reviews] if study.reviews else [])]
     held = frozenset().union(*(each.held_out for each in both))
     titles, codes = _Secrets(data), _Secrets(data, study.index) if study.index is not None else None
+    coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
     places = []
     for example in islice(study.training_examples(family), count):
         template = study.templates[family][example.template.rpartition("/")[2]]
         places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
-        if codes is not None and template.writes_codes:
+        shows_ids = "item_id" in template.names("system", "user", "lead", "target")
+        if codes is not None and (template.writes_codes or (coded_ids and shows_ids)):
             places += [f"row {example.id}: {what}" for what in _told(example, codes)]
         if codes is None or template.writes_titles or not template.writes_codes:
             places += [f"row {example.id}: {what}" for what in _told(example, titles)]

@@ -24,7 +24,7 @@ from llmrec.recipe import Split
 from llmrec.recipe_file import load_recipe
 from llmrec.report.results import read
 from llmrec.tasks.fewshot import Drawn, Window
-from llmrec.types import Case, Event, Example, Item, Prompt, Request, Segment
+from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
 
 SETTINGS = (
     "data={source: made-reviews, noun: products}",
@@ -163,6 +163,20 @@ def test_4_a_training_row_that_shows_a_held_out_title_without_saying_so(study: S
         return replace(example, user_id=user, answer=(*example.answer, Segment("item", title(study, item))))
 
     assert "training rows of direct" in leaking(examine(rows_with(study, "direct", change)))
+
+
+def test_4_a_training_row_that_shows_a_held_out_code_where_ids_are_codes() -> None:
+    named = ("tasks.rating={templates: [user-item]}", "tasks.sequential=null", "tasks.direct=null", "index.ids=codes")
+    study = build_study(load_recipe("recipes/quickstart.yaml", [*SETTINGS[:4], *named, "index.scheme=random"]))
+    assert study.index is not None
+    user, item = held(study)
+    shown = Segment("item", study.index.encode(item))
+
+    def show(example: Example) -> Example:
+        return replace(example, user_id=user, messages=(*example.messages, Message("user", (shown,))))
+
+    assert "training rows of rating" not in leaking(examine(study))
+    assert "training rows of rating" in leaking(examine(rows_with(study, "rating", show)))
 
 
 def test_5_a_training_row_that_quotes_a_held_out_review(study: Study) -> None:
