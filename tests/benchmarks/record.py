@@ -1,7 +1,7 @@
 """Keeps a run's results in the repository: ``make record`` after ``make quickstart``.
 
-Writes ``eval/results/quickstart.json``, without the example prompts and raw answers, which hold other people's data,
-and the README's table.
+``python -m tests.benchmarks.record RUN TARGET`` writes them without prompts, texts and raw answers, which hold other
+people's data; with a README as third argument its table of the quickstart too.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
 LOWER = ("RMSE", "MAE")
 
 
-def main(run: Path, target: Path, readme: Path) -> None:
-    """Write both files."""
+def main(run: Path, target: Path, readme: Path | None = None) -> None:
+    """Write the results, and the table where there is a README."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     results["examples"] = []
+    results.pop("texts", None)
     for row in results["rows"]:
         row["failures"] = []
     target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if readme is None:
+        return
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     after = rest.partition(END)[2]

@@ -15,7 +15,7 @@ import pytest
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.build import audit, probes
-from llmrec.build.leaks import Check, _ordered
+from llmrec.build.leaks import Check, _ordered, _Secrets
 from llmrec.build.study import Study, build_study
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
@@ -187,6 +187,17 @@ def test_5_a_training_row_that_quotes_a_held_out_review(study: Study) -> None:
         return replace(example, user_id=row.user_id, answer=(said, *example.answer))
 
     assert "training rows of explanation" in leaking(examine(rows_with(study, "explanation", change)))
+
+
+@pytest.mark.parametrize(("last", "secret"), [("It does what it says, and it came quickly.", False), ("x" * 40, True)])
+def test_what_a_user_writes_about_everything_is_no_secret(last: str, secret: bool) -> None:
+    same = "It does what it says, and it came quickly."
+    rows = [("u", f"i{n}", float(n), f"On item {n}: {same} Thanks!" if n < 5 else last) for n in range(6)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "text"], orient="row")
+    frame = frame.with_columns(rating=pl.lit(None, pl.Float64))
+    items = {f"i{n}": Item(item_id=f"i{n}", title=f"Thing {n}") for n in range(6)}
+    data = split(Dataset(name="same", noun="things", interactions=frame, items=items), Split(), seed=0)
+    assert (last in _Secrets(data).texts["u"]) == secret
 
 
 def test_6_a_few_shot_example_with_a_held_out_pair(study: Study) -> None:
