@@ -260,7 +260,12 @@ class _Ledger:
         self.lookups = 0
 
     def wrap(self, value: object) -> object:
-        """Replace strings by data, mappings by records; numbers and None pass. Only a code may hold item tokens."""
+        """Replace strings by data, mappings by records; numbers and None pass. Only a code may hold item tokens.
+
+        A function gives its value: what takes time to find is found where a template mentions it.
+        """
+        if callable(value):
+            return self.wrap(value())
         if isinstance(value, Code):
             return _Datum(self, str(value))
         if isinstance(value, CodedId):

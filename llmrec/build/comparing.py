@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmrec.evaluate import LOWER_IS_BETTER, compare, statistic_of
 from llmrec.metrics.significance import detectable, detectable_line
-from llmrec.metrics.stats import holm, verdict
+from llmrec.metrics.stats import Better, Difference, holm, verdict
 from llmrec.suites import Suite
 
 if TYPE_CHECKING:
@@ -81,8 +81,13 @@ def compared(
         users: The user of each request.
         resamples: Of the intervals and tests.
     """
-    better: Literal["lower", "higher"] = "lower" if metric in LOWER_IS_BETTER else "higher"
+    better: Better = "lower" if metric in LOWER_IS_BETTER else "higher"
     found = [compare(metric, a, b, users, resamples=resamples, seed=0) for (_, a), (_, b) in pairs]
+    return judged([(one, other) for (one, _), (other, _) in pairs], found, better)
+
+
+def judged(pairs: Sequence[tuple[str, str]], found: Sequence[Difference], better: Better) -> list[dict[str, Any]]:
+    """Return differences of named rows as lines of a table, p-values Holm-adjusted among them."""
     return [
         {
             "a": one,
@@ -93,7 +98,7 @@ def compared(
             "p": p,
             "verdict": verdict(difference, better, p=p),
         }
-        for ((one, _), (other, _)), difference, p in zip(pairs, found, holm([each.p for each in found]), strict=True)
+        for (one, other), difference, p in zip(pairs, found, holm([each.p for each in found]), strict=True)
     ]
 
 

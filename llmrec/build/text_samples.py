@@ -6,7 +6,7 @@ They are drawn by a seeded hash of the request, never by how good an answer is, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -94,8 +94,9 @@ def _told(study: Study, family: str, request: Request, view: View) -> Iterator[d
         yield {"name": "earlier items", "text": _cut(text), "by": by}
     known = view.pair(request.user_id, str(request.item))
     for variable, name in _STATISTICS.items():
-        if known[variable] and (by := _showing(templates, {variable})):
-            yield {"name": name, "text": _counted(cast(Mapping[str, Any], known[variable])), "by": by}
+        by = _showing(templates, {variable})
+        if by and (statistics := cast(Callable[[], Mapping[str, Any] | None], known[variable])()):
+            yield {"name": name, "text": _counted(statistics), "by": by}
 
 
 def _showing(templates: Sequence[Template], names: frozenset[str] | set[str]) -> list[str]:

@@ -45,7 +45,7 @@ class Chosen:
         Raises:
             RecipeError: As `get`; or if nothing of the set is left.
         """
-        whole = [template for template in self.every.values() if name in template.sets and name not in self.every]
+        whole = [] if name in self.every else of_set(self.every, name)
         if not whole:
             return [self.get(name)]
         left = [template for template in whole if template.use != "unseen" and not self.lacks(template)]
@@ -81,6 +81,11 @@ class Chosen:
         if lacking := self.lacks(found):
             raise RecipeError(f"template {found.id} {lacking}, or choose another template")
         return found
+
+
+def of_set(templates: Mapping[str, Template], name: str) -> list[Template]:
+    """Return the templates of a set, those that are unseen in training last."""
+    return [template for template in templates.values() if name in template.sets]
 
 
 def choose(

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
@@ -28,11 +29,14 @@ from llmrec.types import (
     Interaction,
     ItemCodes,
     Message,
+    Prompt,
     Ranking,
     Request,
     Segment,
     SplitName,
 )
+
+YES, NO = "Yes", "No"
 
 ABOUT_USER = frozenset({"noun", "user_id", "user_name", "profile"})
 ABOUT_ITEM = frozenset({"item", "item_id", "fields", "item_stats"})
@@ -98,22 +102,32 @@ class View:
         return {"item": item, "item_id": written, "fields": fields, "item_stats": None}
 
     def pair(self, user_id: str, item_id: str) -> Values:
-        """Return the variables about an item for a user, with statistics of both that count nothing of the two."""
-        counted = {"item_stats": self._tallies.item(item_id, user_id).shown}
+        """Return the variables about an item for a user, with statistics of both that count nothing of the two.
+
+        Statistics are functions: they are counted where a template shows them.
+        """
+        counted = {"item_stats": partial(self._item_stats, item_id, user_id)}
         return self.about(item_id) | counted | self.user_stats(user_id, [item_id])
 
     def user_stats(self, user_id: str, without: Collection[str]) -> Values:
         """Return a user's training statistics, without the items that are the answer or may be."""
-        return {"user_stats": self._tallies.user(user_id, without).shown}
+        return {"user_stats": lambda: self._tallies.user(user_id, without).shown}
 
     def candidate(self, user_id: str, item_id: str) -> Values:
         """Return a candidate as templates loop over it: title, details, and count and mean that leave the user out."""
-        told = self._tallies.item(item_id, user_id).shown or {"count": None, "mean": None}
-        return {"title": self.title(item_id), "details": self.details(item_id), **told}
+
+        def told(name: str) -> object:
+            return (self._item_stats(item_id, user_id) or {}).get(name)
+
+        counted = {name: partial(told, name) for name in ("count", "mean")}
+        return {"title": self.title(item_id), "details": partial(self.details, item_id), **counted}
 
     def details(self, item_id: str) -> str:
         """Return what an item's title does not say, as one text; empty where that is nothing."""
         return "; ".join(value for _, value in self._untold(self.item(item_id)))
+
+    def _item_stats(self, item_id: str, user_id: str) -> Mapping[str, object] | None:
+        return self._tallies.item(item_id, user_id).shown
 
     def _untold(self, item: Fields) -> list[tuple[str, str]]:
         shown = ("title",) if self.index is None else ("title", "code")
@@ -140,7 +154,7 @@ class View:
         return [
             {
                 "title": self.title(event.item_id),
-                "details": self.details(event.item_id),
+                "details": partial(self.details, event.item_id),
                 "code": self.item(event.item_id)["code"],
                 "rating": None if event.rating is None or rating_label is None else rating_label(event.rating),
                 "text": clean(event.text or "", _PAST_TEXT),
@@ -275,6 +289,23 @@ def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tup
 def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
     """Put solved examples between the system turn and the question."""
     return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
+
+
+def list_prompt(
+    template: Template,
+    values: Values,
+    steps: Sequence[Values],
+    asked: Values,
+    shots: Sequence[tuple[Message, ...]],
+    learned: Callable[[int], bool] = lambda _: True,
+) -> Prompt:
+    """Ask for the step that follows a list's ``steps``, which stand in the answer; ``asked`` is what its lead shows."""
+    opening = template.opening(values | asked | {"n": len(steps) + 1})
+    return Prompt(
+        messages=with_shots(template.turns(values), shots),
+        answer_prefix=(*list_answer(template, steps, learned), *opening),
+        stop=template.tail,
+    )
 
 
 def rated(events: Sequence[Event]) -> tuple[Event, ...]:

@@ -16,7 +16,9 @@ from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_ITEM,
     ABOUT_USER,
+    NO,
     USER_STATS,
+    YES,
     Values,
     View,
     asked_item,
@@ -24,6 +26,7 @@ from llmrec.tasks.common import (
     held_out,
     list_answer,
     list_example,
+    list_prompt,
     passes,
     rated,
     refuse_test,
@@ -48,7 +51,6 @@ from llmrec.types import (
     SplitName,
 )
 
-YES, NO = "Yes", "No"
 _LONGEST = 20_000
 # "The answer is: Yes" says what "Yes" says.
 _LEAD = re.compile(r"(?:(?:the|my|final)\s+)*answer(?:\s+is)?\b[\s:]*")
@@ -177,12 +179,7 @@ class CtrTask:
             return Prompt(messages=with_shots(chosen.turns(values), turns))
         values = self._view.user(request.user_id, context)
         steps = self._steps(values, drawn.history)
-        opening = chosen.opening(values | self._view.pair(request.user_id, item) | {"n": len(steps) + 1})
-        return Prompt(
-            messages=with_shots(chosen.turns(values), turns),
-            answer_prefix=(*list_answer(chosen, steps, lambda _: True), *opening),
-            stop=chosen.tail,
-        )
+        return list_prompt(chosen, values, steps, self._view.pair(request.user_id, item), turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""

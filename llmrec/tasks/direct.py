@@ -17,6 +17,8 @@ from llmrec.recipe import DirectSection
 from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_USER,
+    NO,
+    YES,
     Values,
     View,
     candidates_of,
@@ -30,7 +32,7 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.ctr import read_choice
-from llmrec.tasks.direct_answers import NO, YES, asks_for, check_strategies, check_words, refuse
+from llmrec.tasks.direct_answers import asks_for, check_strategies, check_words, refuse
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.negatives import Negatives
 from llmrec.tasks.past import ItemVectors, Past

@@ -7,10 +7,9 @@ from typing import Literal
 
 from llmrec.errors import RecipeError
 from llmrec.prompts import Template
-from llmrec.tasks.common import ABOUT_USER, USER_STATS
+from llmrec.tasks.common import ABOUT_USER, NO, USER_STATS, YES
 
 Asks = Literal["label", "item", "yes"]
-YES, NO = "Yes", "No"
 
 _WORDS: Mapping[Asks, str] = {
     "label": "answers with a candidate's label",

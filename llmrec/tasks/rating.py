@@ -16,7 +16,9 @@ from llmrec.tasks.choice import choose
 from llmrec.tasks.common import (
     ABOUT_ITEM,
     ABOUT_USER,
+    NO,
     USER_STATS,
+    YES,
     Values,
     View,
     asked_item,
@@ -27,6 +29,7 @@ from llmrec.tasks.common import (
     keyed,
     list_answer,
     list_example,
+    list_prompt,
     passes,
     rated,
     refuse_test,
@@ -153,12 +156,7 @@ class RatingTask:
             return Prompt(messages=with_shots(chosen.turns(values), turns))
         values = self._about(request.user_id, context)
         steps = self._steps(values, drawn.history)
-        opening = chosen.opening(values | item | {"n": len(steps) + 1})
-        return Prompt(
-            messages=with_shots(chosen.turns(values), turns),
-            answer_prefix=(*list_answer(chosen, steps, lambda _: True), *opening),
-            stop=chosen.tail,
-        )
+        return list_prompt(chosen, values, steps, item, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
@@ -250,7 +248,7 @@ class RatingTask:
         others = [label for label in self.scale.labels if label != true]
         yes = rng.random() < 0.5 or not others
         stars = true if yes else rng.choice(others)
-        return values | {"stars": stars}, {"answer": "Yes" if yes else "No"}
+        return values | {"stars": stars}, {"answer": YES if yes else NO}
 
 
 def learned_only(template: Template) -> bool:

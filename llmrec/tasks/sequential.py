@@ -25,6 +25,7 @@ from llmrec.tasks.common import (
     held_out,
     list_answer,
     list_example,
+    list_prompt,
     passes,
     ranking_reward,
     refuse_test,
@@ -180,12 +181,7 @@ class SequentialTask:
             question = chosen.turns(values | {"history": self._view.events(drawn.history, self._rating)})
             return Prompt(messages=with_shots(question, turns))
         steps = self._steps(values, drawn.history)
-        opening = chosen.opening(values | {"n": len(steps) + 1})
-        return Prompt(
-            messages=with_shots(chosen.turns(values), turns),
-            answer_prefix=(*list_answer(chosen, steps, lambda i: i >= self._section.warm_up), *opening),
-            stop=chosen.tail,
-        )
+        return list_prompt(chosen, values, steps, {}, turns, lambda i: i >= self._section.warm_up)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""

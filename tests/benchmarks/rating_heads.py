@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.build.comparing import judged
 from llmrec.build.facts import machine, versions
 from llmrec.build.pipeline import run
 from llmrec.durable import write_json
 from llmrec.metrics.significance import over_seeds, signflip
-from llmrec.metrics.stats import holm, interval, verdict
+from llmrec.metrics.stats import interval
 from llmrec.recipe_file import load_recipe, recipe_hash
 
 PAGES = "recipes/movielens-100k/rating-{}.yaml"
@@ -124,19 +125,7 @@ def compared(rows: Sequence[Answered], pairs: Sequence[tuple[str, str]]) -> list
         signflip(errors(rows, a), errors(rows, b), users=users, resamples=RESAMPLES, seed=0, statistic="root_mean")
         for a, b in pairs
     ]
-    adjusted = holm([difference.p for difference in found]) if found else []
-    return [
-        {
-            "a": one,
-            "b": other,
-            "value": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-            "p": p,
-            "verdict": verdict(difference, "lower", p=p),
-        }
-        for (one, other), difference, p in zip(pairs, found, adjusted, strict=True)
-    ]
+    return judged(pairs, found, "lower")
 
 
 def main(target: Path, seeds: Sequence[int], ways: Sequence[str], out: Path, overrides: Sequence[str]) -> None:

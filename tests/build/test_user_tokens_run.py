@@ -90,7 +90,7 @@ def test_statistics_leave_out_the_user_whose_token_is_shown(study: Study) -> Non
     user, item = data.train.select("user_id", "item_id").row(0)
     with_tokens, without = View(data, study.index), View(data, None)
     known = with_tokens.user(user)["user_id"]
-    assert with_tokens.pair(str(known), item)["item_stats"] == without.pair(user, item)["item_stats"]
+    assert with_tokens.pair(str(known), item)["item_stats"]() == without.pair(user, item)["item_stats"]()
 
 
 def test_training_rows_and_questions_name_the_same_tokens(study: Study) -> None:
