@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 Role = Literal["system", "user", "assistant"]
-SegmentKind = Literal["text", "item", "target"]
+SegmentKind = Literal["text", "item", "target", "given"]
 SplitName = Literal["train", "valid", "test"]
 Capability = Literal["generate", "score", "embed", "search", "rate"]
 Family = Literal["rating", "sequential", "direct", "explanation", "alignment", "ctr", "review", "stars"]
@@ -78,7 +78,11 @@ class CodedId(str):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of unrendered text: template words, data (``item``) or what is learned (``target``)."""
+    """A stretch of unrendered text: template words, data (``item``), or what is learned (``target``).
+
+    A target of an earlier step that is shown and not learned is ``given``: it is cut into tokens as it was when it was
+    learned.
+    """
 
     kind: SegmentKind
     text: str

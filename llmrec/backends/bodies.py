@@ -48,6 +48,41 @@ def takes_trees(model: Any) -> bool:
     return plain and (not is_paired(model.config) or model.config.model_type in ("t5", "mt5"))
 
 
+def output_scale(config: Any) -> float:
+    """Return what an encoder-decoder's hidden states are multiplied by before the head; mT5 has no such key."""
+    return float(config.d_model**-0.5) if getattr(config, "scale_decoder_outputs", False) else 1.0
+
+
+def states_of(model: Any, ids: Any, **inputs: Any) -> Any:
+    """Return what the head of a model that `takes_trees` is applied to, shape (rows, columns, d).
+
+    Args:
+        model: The model.
+        ids: Token ids, of an encoder-decoder those of its decoder, shape (rows, columns).
+        inputs: What else its decoder is told, such as masks, or the encoder's states.
+    """
+    scale = output_scale(model.config) if is_paired(model.config) else 1.0
+    states = model.get_decoder()(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+    return states if scale == 1.0 else states * scale
+
+
+def reads_states(model: Any) -> bool:
+    """Whether a model `takes_trees`, proven on a few tokens: its own logits are those that its head makes of states."""
+    if not takes_trees(model):
+        return False
+    torch = require("torch", "train")
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    with torch.inference_mode():
+        if is_paired(model.config):
+            encoded = model.get_encoder()(input_ids=ids).last_hidden_state
+            logits = model(encoder_outputs=(encoded,), decoder_input_ids=ids, use_cache=False).logits
+            states = states_of(model, ids, encoder_hidden_states=encoded)
+        else:
+            logits, states = model(input_ids=ids, use_cache=False).logits, states_of(model, ids)
+        made = model.get_output_embeddings()(states)
+    return bool(torch.allclose(made.float(), logits.float(), atol=1e-4, rtol=0.02))
+
+
 class CausalBody:
     """The decoder of a causal language model."""
 
@@ -73,7 +108,7 @@ class PairedBody:
         self._torch = require("torch", "train")
         self._model, config = model, model.config
         self._start = int(config.decoder_start_token_id)
-        self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        self._scale = output_scale(config)
         self._bias = model.get_decoder().block[0].layer[0].SelfAttention
         self._states: Any = None
         self._seen: Any = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,11 +41,13 @@ class Row:
         ids: Token ids.
         labels: The same where there is loss, -100 elsewhere.
         lines: Where the lines of a list begin, if that was asked for.
+        weight: What each of its targets counts in a step's loss.
     """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     lines: tuple[int, ...] = ()
+    weight: float = 1.0
 
     @property
     def targets(self) -> int:
@@ -69,6 +72,9 @@ class Encoder:
         self._catalogues: dict[tuple[str | None, str], Catalogue] = {}
         self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
         self.end_id = self._find_end()
+        # T5's own tokenizer drops line breaks: an answer that ends with its line would have no end, and lines would run
+        # into one another.
+        self._ends_lines = not tokenizer.encode("\n", add_special_tokens=False)
         self.stop_ids = frozenset(i for i in (self.end_id, tokenizer.eos_token_id) if i is not None)
 
     @cached_property
@@ -189,16 +195,23 @@ class Encoder:
     def completion(self, ids: Sequence[int], stop: str | None, prompt_tokens: int) -> Completion:
         """Read generated ids up to the end of turn or the stop text; every engine's output is read here."""
         ended = next((k for k, i in enumerate(ids) if i in self.stop_ids), None)
-        text: str = self.tokenizer.decode(list(ids if ended is None else ids[:ended]), skip_special_tokens=True)
-        finished = ended is not None
+        written = list(ids if ended is None else ids[:ended])
+        text = self._text(written)
+        finished, tokens = ended is not None, len(ids) if ended is None else ended + 1
         if stop is not None and stop in text:
+            # What follows is padding: other answers of the batch were longer.
+            tokens = bisect_left(range(len(written)), True, key=lambda k: stop in self._text(written[: k + 1])) + 1
             text, finished = text[: text.index(stop)], True
         return Completion(
             text=text,
             prompt_tokens=prompt_tokens,
-            completion_tokens=len(ids) if ended is None else ended + 1,
+            completion_tokens=tokens,
             finish_reason="stop" if finished else "length",
         )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def piece(self, text: str) -> tuple[int, ...]:
         """Tokenise one piece of an answer, remembered by its text."""
@@ -209,6 +222,8 @@ class Encoder:
             known = tuple(self.tokenizer.encode(neutralise(text, self.control), add_special_tokens=False))
             if any(i in self._control_ids for i in known):
                 raise BackendError(f"the text {text!r} would become a control token; remove it from the data")
+            if self._ends_lines and text.endswith("\n"):
+                known = (*known, self.end_id)
             self._pieces[text] = known
         return known
 
@@ -278,15 +293,15 @@ class Encoder:
 
 
 def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
-    """Cut an answer into pieces at target boundaries and after each line, each with whether it is a target."""
-    runs: list[tuple[str, bool]] = []
+    """Cut an answer into pieces around targets, learned or given, and after each line, with whether each is learned."""
+    runs: list[tuple[str, str]] = []
     for segment in segments:
-        is_target = segment.kind == "target"
-        if runs and runs[-1][1] == is_target:
-            runs[-1] = (runs[-1][0] + segment.text, is_target)
+        kind = segment.kind if segment.kind in ("target", "given") else "text"
+        if runs and runs[-1][1] == kind:
+            runs[-1] = (runs[-1][0] + segment.text, kind)
         else:
-            runs.append((segment.text, is_target))
-    return [(line, is_target) for text, is_target in runs for line in text.splitlines(keepends=True) if line]
+            runs.append((segment.text, kind))
+    return [(line, kind == "target") for text, kind in runs for line in text.splitlines(keepends=True) if line]
 
 
 def pieces(segments: Sequence[Segment]) -> list[str]:

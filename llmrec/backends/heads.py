@@ -8,6 +8,8 @@ from llmrec.errors import require
 
 # Rows of logits that are held in float32 at a time.
 _ROWS = 256
+# Logits of a row that are computed in float32 for its total.
+_LARGEST = 16
 # Configuration keys of models whose logits are more than one matrix product.
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -22,8 +24,9 @@ def plain_head(config: Any, head: Any) -> bool:
 def chosen_logprobs(head: Any, states: Any, after: Any, wanted: Any) -> Any:
     """Return full-softmax log-probabilities of chosen tokens under a `plain_head`, in float64; shape (n,).
 
-    Their own logits are computed in float32 also where the head is bfloat16, whose logits of 16 and more lie 1/8 apart:
-    labels would tie by the dozen. The total over the vocabulary averages such errors out and needs no more.
+    Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen, and a token that is almost
+    certain would have a log-probability above 0, which no search may meet. So the chosen logits are computed in
+    float32, and in each row the largest ones too, which make up its total; the errors of others average out in it.
 
     Args:
         head: The output layer.
@@ -36,13 +39,17 @@ def chosen_logprobs(head: Any, states: Any, after: Any, wanted: Any) -> Any:
     found = torch.empty(len(wanted), dtype=torch.float64, device=states.device)
     exact = states.dtype == torch.float32
     for start in range(0, len(states), _ROWS):
-        logits = head(states[start : start + _ROWS]).float()
-        totals[start : start + _ROWS] = logits.logsumexp(-1).double()
+        part = states[start : start + _ROWS]
+        logits = head(part).float()
         if exact:
             here = ((after >= start) & (after < start + _ROWS)).nonzero()[:, 0]
             found[here] = logits[after[here] - start, wanted[here]].double()
+        else:
+            largest = logits.topk(min(_LARGEST, logits.shape[-1])).indices
+            logits.scatter_(-1, largest, (part[:, None].float() * head.weight[largest].float()).sum(-1))
+        totals[start : start + _ROWS] = logits.logsumexp(-1).double()
     if not exact:
         for part in torch.arange(len(wanted), device=states.device).split(_ROWS):
             products = states[after[part]].float() * head.weight[wanted[part]].float()
             found[part] = products.sum(-1).double()
-    return found - totals[after]
+    return (found - totals[after]).clamp(max=0.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.backends.bodies import takes_trees
+from llmrec.backends.bodies import reads_states, states_of, takes_trees
 from llmrec.backends.encode import Encoder
-from llmrec.backends.heads import chosen_logprobs, plain_head
+from llmrec.backends.heads import chosen_logprobs
 from llmrec.backends.hf_prefix import BLOCK, PrefixReader
 from llmrec.backends.hf_rows import PlainTree
 from llmrec.backends.hf_tree import MaskedTree
@@ -63,6 +64,7 @@ class HFBackend:
     ) -> None:
         self._torch = require("torch", "train")
         self.model = model.eval()
+        self.model.generation_config = self._greedy(model.generation_config, encoder)
         self.encoder = encoder
         self.batch_tokens = batch_tokens
         self._paired = is_paired(model.config)
@@ -70,7 +72,6 @@ class HFBackend:
         self.packed = reads if packed is None else packed
         self._proven = packed is not None
         self._tree: Any = None
-        self._plain = plain_head(model.config, model.get_output_embeddings())
         self._prefixes: Any = None if self._paired else PrefixReader(self.model)
         self._warm = warm
         self._head = head.to(model.device) if head is not None else None
@@ -122,7 +123,7 @@ class HFBackend:
         tree = self._reads_trees()
         if self._tree is None:
             pad, warm = self.encoder.tokenizer.pad_token_id, self._warm and not self._paired
-            self._tree = MaskedTree(self.model, pad, warm=warm) if tree else PlainTree(self.model, pad)
+            self._tree = MaskedTree(self.model, pad, warm=warm) if tree else self._rows_tree()
         return search(
             lambda: self._tree,
             self.encoder,
@@ -171,6 +172,21 @@ class HFBackend:
         """Drop the model."""
         self.model = self._tree = self._prefixes = None
 
+    def _greedy(self, stored: Any, encoder: Encoder) -> Any:
+        """Return settings of plain greedy decoding, which keep of those stored with a model only where answers begin.
+
+        What else a folder's generation_config.json asks for, such as beams, penalties or suppressed tokens, would
+        change answers here and not in other engines.
+        """
+        transformers = require("transformers", "train")
+        begins = ("bos_token_id", "decoder_start_token_id")
+        return transformers.GenerationConfig(
+            **{name: getattr(stored, name, None) for name in begins},
+            do_sample=False,
+            eos_token_id=sorted(encoder.stop_ids),
+            pad_token_id=encoder.tokenizer.pad_token_id,
+        )
+
     def _reads_trees(self) -> bool:
         """Whether trees of tokens may be read in one row; proven as in `_may_pack`, with two short texts."""
         if self.packed and not self._proven:
@@ -203,20 +219,12 @@ class HFBackend:
     def _decode(self, prompts: list[list[int]], stop: str | None, max_tokens: int) -> list[Completion]:
         torch, tokenizer = self._torch, self.encoder.tokenizer
         rows, mask = self._left_padded(prompts)
-        ends = sorted(self.encoder.stop_ids)
         options: dict[str, Any] = {"stop_strings": [stop], "tokenizer": tokenizer} if stop is not None else {}
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=rows,
                 attention_mask=mask,
                 max_new_tokens=max_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
                 **options,
             )
         # What an encoder-decoder writes holds no prompt, and begins with the decoder's start token.
@@ -241,11 +249,12 @@ class HFBackend:
     def _score_labels(self, ids: list[int], labels: Sequence[int]) -> list[float]:
         torch, device = self._torch, self.model.device
         wanted = torch.tensor(list(labels), device=device)
+        row = torch.tensor([ids], device=device)
         with torch.inference_mode():
-            if self._paired or not self._plain or not self._reads_trees():
-                logits = self.model(input_ids=torch.tensor([ids], device=device), logits_to_keep=1).logits
+            if not self._states:
+                logits = self.model(input_ids=row, logits_to_keep=1).logits
                 return [float(each) for each in _picked(logits[0, -1].expand(len(labels), -1), wanted)]
-            states = self._prefixes.last(ids)
+            states = self._prefixes.last(ids) if self._reads_trees() else states_of(self.model, row)[0, -1:]
             found = chosen_logprobs(self.model.get_output_embeddings(), states, torch.zeros_like(wanted), wanted)
         return [float(each) for each in found]
 
@@ -260,7 +269,7 @@ class HFBackend:
             return _read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), ids, tails)
         tree = _Tree.of(tails)
         after, wanted = (torch.from_numpy(each).to(device) for each in (tree.after, tree.wanted))
-        if self._plain and len(tree.tokens) <= BLOCK:
+        if self._states and len(tree.tokens) <= BLOCK:
             # Few tokens behind a prompt: answers such as yes and no, whose prompts come in families.
             states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
             with torch.inference_mode():
@@ -280,7 +289,7 @@ class HFBackend:
             "use_cache": False,
         }
         with torch.inference_mode():
-            if self._plain:
+            if self._states:
                 states = self.model.get_decoder()(**asked).last_hidden_state[0, start - 1 :]
                 found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
             else:
@@ -294,14 +303,28 @@ class HFBackend:
         """The plain reference: one full row per candidate."""
         torch = self._torch
         if self._paired:
-            return _read_through(PlainTree(self.model, self.encoder.tokenizer.pad_token_id), ids, tails)
+            return _read_through(self._rows_tree(), ids, tails)
         results = []
         for tail in tails:
             row = torch.tensor([ids + list(tail)], device=self.model.device)
+            wanted = row[0, len(ids) :]
             with torch.inference_mode():
-                logits = self.model(input_ids=row, logits_to_keep=len(tail) + 1, use_cache=False).logits[0, :-1]
-                results.append(float(_picked(logits, row[0, len(ids) :]).double().sum()))
+                if self._states:
+                    states, after = states_of(self.model, row)[0, len(ids) - 1 : -1], torch.arange(len(tail))
+                    head = self.model.get_output_embeddings()
+                    found = chosen_logprobs(head, states, after.to(row.device), wanted)
+                else:
+                    logits = self.model(input_ids=row, logits_to_keep=len(tail) + 1, use_cache=False).logits[0, :-1]
+                    found = _picked(logits, wanted).double()
+                results.append(float(found.sum()))
         return results
+
+    @cached_property
+    def _states(self) -> bool:
+        return reads_states(self.model)
+
+    def _rows_tree(self) -> PlainTree:
+        return PlainTree(self.model, self.encoder.tokenizer.pad_token_id, states=self._states)
 
 
 @dataclass(frozen=True)
@@ -331,7 +354,8 @@ class _Tree:
         numbers: dict[tuple[int, ...], int] = {(): 0}
         parents: list[int] = []
         owners, after, wanted = [], [], []
-        for owner, tail in enumerate(tails):
+        # In the order of their tokens: half precision rounds by columns, and a score must not depend on the order.
+        for owner, tail in sorted(enumerate(tails), key=lambda pair: pair[1]):
             for end, token in enumerate(tail):
                 before = tail[:end]
                 if before not in numbers:

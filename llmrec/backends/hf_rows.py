@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from llmrec.backends.bodies import states_of
+from llmrec.backends.heads import chosen_logprobs
 from llmrec.decode.beam import Fed, Floats, Wanted
 from llmrec.errors import require
 
@@ -26,13 +28,15 @@ class PlainTree:
         head_rows: Rows of logits that were wanted.
     """
 
-    def __init__(self, model: Any, pad: int) -> None:
+    def __init__(self, model: Any, pad: int, *, states: bool = False) -> None:
         """Set up.
 
         Args:
             model: A causal language model, or an encoder-decoder, in evaluation mode.
             pad: Any token id.
+            states: The model `reads_states`: chosen logits are then computed in float32 whatever its dtype.
         """
+        self._states = states
         self._torch = require("torch", "train")
         self._model, self._pad = model, pad
         self._paired = bool(model.config.is_encoder_decoder)
@@ -72,16 +76,21 @@ class PlainTree:
         for start in range(0, len(used), _ROWS):
             part = used[start : start + _ROWS].tolist()
             here = np.flatnonzero((group >= start) & (group < start + len(part)))
-            logits = self._last_logits(part)
-            totals = logits.logsumexp(-1)
-            at = torch.from_numpy(group[here] - start).to(logits.device)
-            ids = torch.from_numpy(wanted.tokens[here]).to(logits.device)
-            found[here] = (logits[at, ids] - totals[at]).double().cpu().numpy()
+            last = self._last(part)
+            at = torch.from_numpy(group[here] - start).to(last.device)
+            ids = torch.from_numpy(wanted.tokens[here]).to(last.device)
+            if self._states:
+                with torch.inference_mode():
+                    values = chosen_logprobs(self._model.get_output_embeddings(), last, at, ids)
+            else:
+                logits = last.float()
+                values = (logits[at, ids] - logits.logsumexp(-1)[at]).double()
+            found[here] = values.cpu().numpy()
             self.head_rows += len(part)
         return found
 
-    def _last_logits(self, numbers: Sequence[int]) -> Any:
-        """Return logits after the texts with these numbers, shape (n, vocabulary)."""
+    def _last(self, numbers: Sequence[int]) -> Any:
+        """Return the states after the texts with these numbers, shape (n, d), or the logits, shape (n, vocabulary)."""
         torch, texts = self._torch, [self._texts[n] for n in numbers]
         ids, mask = self._padded(texts)
         ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
@@ -91,16 +100,19 @@ class PlainTree:
         with torch.inference_mode():
             if self._paired:
                 owners = torch.tensor([self._users[n] for n in numbers], device=ids.device)
-                out = self._model(
-                    encoder_outputs=(self._encoded[owners],),
-                    attention_mask=self._mask[owners],
-                    decoder_input_ids=ids,
-                    use_cache=False,
-                )
+                out = self._paired_last(ids, self._encoded[owners], self._mask[owners])
+            # Padded on the right: under causal attention no text sees what follows it.
+            elif self._states:
+                out = states_of(self._model, ids, attention_mask=mask)
             else:
-                # Padded on the right: under causal attention no text sees what follows it.
-                out = self._model(input_ids=ids, attention_mask=mask, use_cache=False)
-            return out.logits[rows, ends].float()
+                out = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return out[rows, ends]
+
+    def _paired_last(self, ids: Any, encoded: Any, seen: Any) -> Any:
+        if self._states:
+            return states_of(self._model, ids, encoder_hidden_states=encoded, encoder_attention_mask=seen)
+        out = self._model(encoder_outputs=(encoded,), attention_mask=seen, decoder_input_ids=ids, use_cache=False)
+        return out.logits
 
     def _padded(self, texts: Sequence[tuple[int, ...]]) -> tuple[Any, Any]:
         torch, longest = self._torch, max(map(len, texts))

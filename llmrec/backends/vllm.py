@@ -86,6 +86,10 @@ class VLLMBackend:
                     trust_remote_code=trust_remote_code,
                     disable_log_stats=True,
                     use_tqdm_on_load=False,
+                    # Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen.
+                    hf_overrides={"head_dtype": "float32"},
+                    # What generation_config.json asks for would change answers here and not in other engines.
+                    generation_config="vllm",
                     **options,
                 )
             )

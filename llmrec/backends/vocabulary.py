@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.backends.models import dtype, load_model, load_tokenizer
+from llmrec.backends.tables import named_tables
 from llmrec.backends.whole_words import attach, kinds_of, save_words, words_of
 from llmrec.durable import replacing
 from llmrec.errors import ModelError, require
@@ -84,12 +85,9 @@ def extended(
     pieces = [[tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in names]
     ids = add_item_tokens(tokenizer, names)
     old = model.get_input_embeddings().weight.shape[0]
-    model.resize_token_embeddings(max(len(tokenizer), old), mean_resizing=False)
-    heads = [model.get_input_embeddings()]
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        heads.append(model.get_output_embeddings())
+    _grow(model, max(len(tokenizer), old))
     fresh = [n for n, name in enumerate(names) if name not in known]
-    for module in heads:
+    for _, module in named_tables(model):
         table = module.weight.detach()
         known_rows = table[:old].numpy()
         means = _meanings(index, vectors, table.shape[1]) if vectors is not None else _words(known_rows, pieces)
@@ -103,6 +101,27 @@ def extended(
         save_words(model, draft)
         model.to(dtype(section)).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+
+
+def _grow(model: Any, size: int) -> None:
+    """Give every table of a model's vocabulary more rows.
+
+    Resizing alone ties the head of a model whose class can tie it and whose configuration says so. T5-v1.1, mT5 and
+    umT5 say so and have a head of their own nonetheless, which would be lost; as would those of BART's halves.
+    """
+    torch = require("torch", "train")
+    others = named_tables(model)[1:]
+    if others:
+        model.tie_weights = lambda *_, **__: None
+    model.resize_token_embeddings(size, mean_resizing=False)
+    if others:
+        del model.tie_weights
+    for name, module in others:
+        if module.weight.shape[0] < size and not hasattr(module, "out_features"):
+            more = module.weight.new_zeros(size - len(module.weight), module.weight.shape[1])
+            module.weight = torch.nn.Parameter(torch.cat([module.weight.detach(), more]))
+            module.num_embeddings = size
+            model.set_submodule(name, module)
 
 
 def _tell_words(model: Any, tokenizer: Any) -> None:

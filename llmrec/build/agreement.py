@@ -30,9 +30,7 @@ from llmrec.registry import STRATEGIES, lookup
 from llmrec.report.card import Agreement, FamilyAgreement
 from llmrec.tasks.direct_answers import reader_of
 from llmrec.train.batches import fit_row, padded
-
-QUANTISED = ("qlora", "lora8")
-"""Methods whose merged model is not what was trained, so that task figures are measured too."""
+from llmrec.train.lora import QUANTISED
 
 # The strategy whose figures compare weights without the noise of generated text; explanation has none.
 _SCORED: Mapping[str, str] = {
@@ -105,6 +103,7 @@ def measure(
     from llmrec.train import lora
 
     recipe = study.recipe
+    # The merged model is not what was trained then, so that task figures are measured too.
     quantised = recipe.train.method in QUANTISED
     families = list(study.shares)
     count = users if quantised else min(users, _FEW)
@@ -190,7 +189,7 @@ def _loss(model: Any, rows: list[Row], pad: int) -> float:
     from llmrec.train.loss import label_loss
 
     torch = require("torch", "train")
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     ordered = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), _BATCH):
         ids, labels = padded(ordered[start : start + _BATCH], pad)

@@ -18,7 +18,6 @@ from llmrec.backends.encode import Encoder
 from llmrec.baselines.rating import UserMean
 from llmrec.build.bar import Bar
 from llmrec.build.engines import Engines
-from llmrec.build.facts import ENGINE_PACKAGES, versions
 from llmrec.build.stages import Budget, key_of, read_stage
 from llmrec.build.study import ITEM_ANSWERS, Study
 from llmrec.data.liked import scale_of, threshold
@@ -97,7 +96,7 @@ class Evaluation:
             for family in self._study.tasks:
                 for name in self._study.section(family).baselines:
                     spec = RowSpec(self._study.tasks[family].family, "baseline", name)
-                    rows.append(self._row(spec, "numpy", "", partial(self._baseline, spec)))
+                    rows.append(self._row(spec, "numpy", None, partial(self._baseline, spec)))
         return rows
 
     def arms(self, weights: Mapping[str, tuple[str, str]], engines: Engines) -> list[Row]:
@@ -124,7 +123,7 @@ class Evaluation:
                 self._budget.add(spec.arm, backend.recalled_seconds - before)
                 return found, extra
 
-            rows[spec.id] = self._row(spec, engine, digest, make)
+            rows[spec.id] = self._row(spec, engine, engines.identity(engine, digest), make)
         return [rows[spec.id] for spec, *_ in planned]
 
     def _specs(self, arm: str) -> Iterator[RowSpec]:
@@ -137,10 +136,17 @@ class Evaluation:
                 for strategy in asked(section, arm, template):
                     yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
 
-    def _row(self, spec: RowSpec, engine: str, weights: str, make: Callable[[], _Made]) -> Row:
-        """Return a stored row with the same key, or make it and store it."""
+    def _row(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], _Made]) -> Row:
+        """Return a stored row with the same key, or make it and store it.
+
+        Args:
+            spec: Of the row.
+            engine: What answers.
+            identity: See `Engines.identity`; None for a baseline.
+            make: Makes it.
+        """
         path = self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
-        key = self._key(spec, engine, weights)
+        key = self._key(spec, engine, identity)
         stored = read_stage(path, key)
         if stored is None:
             found, extra = make()
@@ -170,17 +176,16 @@ class Evaluation:
         values = {metric: np.array(numbers) for metric, numbers in stored["values"].items()}
         return Row(stored["figures"], values, stored["records"], stored["examples"])
 
-    def _key(self, spec: RowSpec, engine: str, weights: str) -> str:
+    def _key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
         study, recipe = self._study, self._study.recipe
         return key_of(
             llmrec=__version__,
-            packages={n: v for n, v in versions().items() if n in ENGINE_PACKAGES} if spec.template else None,
             row=spec.id,
             template=spec.template.sha if spec.template else None,
             shots=recipe.eval.shots.model_dump() if spec.shots else None,
-            engine=engine if engine != "openai" else [engine, recipe.eval.server.answering()],  # type: ignore[union-attr]
-            weights=weights,
-            model=recipe.model.model_dump() if spec.template else None,
+            engine=engine,
+            # Weights, versions, device and dtype: what was answered on a processor is not what a GPU says.
+            identity=identity,
             data=study.task_data(spec.family).fingerprint,
             candidates=self._digest(spec.family),
             section=study.section(spec.family).model_dump(

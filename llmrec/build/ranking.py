@@ -23,6 +23,7 @@ from llmrec.data.sources import load
 from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.rank.asking import Asker
 from llmrec.rank.counting import questions_of
+from llmrec.rank.listwise import list_room
 from llmrec.recipe_file import load_recipe
 from llmrec.registry import STRATEGIES, lookup
 from llmrec.types import Answer, Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
@@ -34,8 +35,8 @@ ITEMS = "items.parquet"
 
 # Candidate tokens of one forward: its mask and its logits grow with them, so a large set is scored in slices.
 _SLICE = 1024
-# Tokens that a generated list takes for each candidate, as `llmrec.rank.listwise` leaves room for them.
-_LISTED = 4
+# Tokens of one label that is written, with what stands around it.
+_LABEL = 4
 _QUOTED = 200
 
 
@@ -191,18 +192,18 @@ def _longest(posed: Posed, request: Request, encoder: Encoder) -> Iterator[tuple
     way, task = posed.way, posed.task
     pool = request.candidates or ()
     if way.strategy == "list":
-        yield task.prompt(request, template=way.template, want="ranking"), [_LISTED * len(pool)]
+        yield task.prompt(request, template=way.template, want="ranking"), [list_room(len(pool))]
         return
     if (count := questions_of(way.strategy, len(pool), way.asking)) is not None:
         # The longest titles in one question: no other one can be longer.
         longest = sorted(pool, key=lambda item: -len(posed.items[item].title))[: count.size]
         prompt = task.prompt(replace(request, candidates=tuple(longest)), template=way.template, want=count.want)
-        yield prompt, [_LISTED * (len(pool) if count.want == "ranking" else 1)]
+        yield prompt, [list_room(len(pool)) if count.want == "ranking" else _LABEL]
         return
     if way.strategy == TWO_STEP and "profile" not in request.context:
         # The second prompt holds what the first one wrote.
         yield task.profile_prompt(request), [task.profile_tokens]
-        yield task.prompt(request, template=way.template), [task.profile_tokens + _LISTED]
+        yield task.prompt(request, template=way.template), [task.profile_tokens + _LABEL]
         return
     prompt = task.prompt(request, template=way.template)
     texts = task.continuations(request, template=way.template)

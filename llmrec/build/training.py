@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from llmrec.train.branches import Branching, branching_rows
 from llmrec.train.pieces import Drawing, RowStream
 from llmrec.train.rating_rows import Classes
 from llmrec.train.seq2seq import target_rows
+from llmrec.train.shares import weighted
 
 if TYPE_CHECKING:
     from llmrec.train.sft import Training
@@ -47,13 +48,15 @@ _PATIENCE = 2000
 class Plan:
     """Planned steps, how many rows of each task they hold, and validation rows by task.
 
-    ``dropped`` counts rows whose only target lay beyond ``train.max_row_tokens``.
+    ``dropped`` counts rows whose only target lay beyond ``train.max_row_tokens``; ``loss_shares`` is what part of the
+    loss each task has.
     """
 
     steps: list[Step]
     rows: Mapping[str, int]
     dropped: Mapping[str, int]
     valid: Mapping[str, list[Row]]
+    loss_shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
@@ -61,8 +64,8 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
         refuse_words(study.recipe.model.name)
-    weighted = study.shares
-    dropped = dict.fromkeys(weighted, 0)
+    shares = study.shares
+    dropped = dict.fromkeys(shares, 0)
     classes = _classes(study, encoder, paired=paired)
     # Rows stay referenced, so that an id names one row for as long as it is looked up.
     kept: list[Row] = []
@@ -70,7 +73,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
 
     def rows() -> Iterator[Row]:
         since = 0
-        streams, weights = _streams(study, weighted, encoder, paired=paired)
+        streams, weights = _streams(study, shares, encoder, paired=paired)
         for _, (family, drawn) in interleave(streams, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
             row = classes.row(drawn) if classes is not None and drawn is not None else drawn
             if row is None:
@@ -104,14 +107,15 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     for family, lost in dropped.items():
         if lost:
             log.warning("tasks.%s: %d rows were longer than train.max_row_tokens and were dropped", family, lost)
-    counts = dict.fromkeys(weighted, 0)
+    counts = dict.fromkeys(shares, 0)
     for step in steps:
         for row in step.rows:
             counts[family_of[id(row)]] += 1
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
         valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
-    return Plan(steps, counts, dropped, valid)
+    balanced = weighted(steps, lambda row: family_of[id(row)], {f: shares[f] for f in shares if counts[f]})
+    return Plan(balanced.steps, counts, dropped, valid, balanced.shares)
 
 
 def _followed(study: Study) -> list[str]:
@@ -149,7 +153,7 @@ def _size(row: Row | None) -> int:
 
 
 def _streams(
-    study: Study, weighted: Mapping[str, float], encoder: Encoder, *, paired: bool
+    study: Study, shares: Mapping[str, float], encoder: Encoder, *, paired: bool
 ) -> tuple[dict[str, Iterator[tuple[str, Row | None]]], dict[str, float]]:
     """Return streams of families and their rows, with weights; where rows are packed, families branch off together.
 
@@ -160,20 +164,20 @@ def _streams(
     packing = section.packing == "tree"
     if packing and paired:
         raise RecipeError("train.packing: an encoder-decoder reads no packed rows; set train.packing=none")
-    tasks = {family: task for family in weighted if isinstance(task := study.training_tasks[family], Branching)}
+    tasks = {family: task for family in shares if isinstance(task := study.training_tasks[family], Branching)}
     tasks = {family: task for family, task in tasks.items() if packing and task.branches}
     # A pool's rows are chosen for each family, before it is known which could share what they show.
     together = len(tasks) > 1 and section.examples is None
-    alone = [family for family in weighted if not together or family not in tasks]
+    alone = [family for family in shares if not together or family not in tasks]
     streams: dict[str, Iterator[tuple[str, Row | None]]]
     streams = {family: zip(repeat(family), _rows(study, family, encoder, paired=paired)) for family in alone}
-    weights = {family: weighted[family] for family in alone}
+    weights = {family: shares[family] for family in alone}
     if together:
         name = " and ".join(sorted(tasks))
         users, limit = study.data.users(), section.max_row_tokens
         lines = section.band is not None
-        streams[name] = branching_rows(tasks, weighted, users, encoder, limit=limit, seed=seed, lines=lines)
-        weights[name] = sum(weighted[family] for family in tasks)
+        streams[name] = branching_rows(tasks, shares, users, encoder, limit=limit, seed=seed, lines=lines)
+        weights[name] = sum(shares[family] for family in tasks)
     return streams, weights
 
 
@@ -269,6 +273,7 @@ def train_stage(
         "key": key,
         "rows": dict(planned.rows),
         "shares": dict(study.shares),
+        "loss_shares": dict(planned.loss_shares),
         "dropped": dict(planned.dropped),
         **asdict(training),
         "merged_sha256": weights_stamp(str(folder / "merged")),

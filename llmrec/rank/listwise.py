@@ -9,10 +9,16 @@ from typing import Any
 
 from llmrec.rank.asking import Asker, generated
 from llmrec.rank.rounds import Order, Question, Rounds, Said, Steps, by_score
+from llmrec.tasks.direct import candidate_labels
 from llmrec.types import Answer, Prompt, Ranking, Request
 
-# A label, its separator and a stray space: what a list spends per candidate when it answers by label.
-_TOKENS_PER_LABEL = 4
+
+def list_room(candidates: int) -> int:
+    """Return tokens enough for a list of all labels: as many as letters, with a comma and a space behind each label.
+
+    Some tokenizers write every digit by itself, so that labels of three digits take five tokens each.
+    """
+    return sum(len(label) + 2 for label in candidate_labels(candidates)) + 1
 
 
 def label_ranker(asker: Asker, *, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
@@ -76,7 +82,7 @@ class ListRanker:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank every request's candidates; see `Predictor.answer`."""
-        room = _TOKENS_PER_LABEL * max((len(r.candidates or ()) for r in requests), default=1)
+        room = list_room(max((len(r.candidates or ()) for r in requests), default=1))
         reason = "no candidate label or title in the answer"
         return generated(self.asker, requests, max_tokens=room, wanted=Ranking, reason=reason)
 

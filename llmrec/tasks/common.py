@@ -275,7 +275,7 @@ def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[
 
 def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """Return segments with nothing left to learn."""
-    return tuple(replace(segment, kind="item") if segment.kind == "target" else segment for segment in segments)
+    return tuple(replace(segment, kind="given") if segment.kind == "target" else segment for segment in segments)
 
 
 def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
@@ -297,13 +297,12 @@ def list_prompt(
     steps: Sequence[Values],
     asked: Values,
     shots: Sequence[tuple[Message, ...]],
-    learned: Callable[[int], bool] = lambda _: True,
 ) -> Prompt:
     """Ask for the step that follows a list's ``steps``, which stand in the answer; ``asked`` is what its lead shows."""
     opening = template.opening(values | asked | {"n": len(steps) + 1})
     return Prompt(
         messages=with_shots(template.turns(values), shots),
-        answer_prefix=(*list_answer(template, steps, learned), *opening),
+        answer_prefix=(*list_answer(template, steps, lambda _: False), *opening),
         stop=template.tail,
     )
 

@@ -181,7 +181,7 @@ class SequentialTask:
             question = chosen.turns(values | {"history": self._view.events(drawn.history, self._rating)})
             return Prompt(messages=with_shots(question, turns))
         steps = self._steps(values, drawn.history)
-        return list_prompt(chosen, values, steps, {}, turns, lambda i: i >= self._section.warm_up)
+        return list_prompt(chosen, values, steps, {}, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""

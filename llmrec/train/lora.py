@@ -8,8 +8,12 @@ from typing import Any
 
 from llmrec.backends.kinds import is_paired
 from llmrec.backends.models import dtype, load_model
+from llmrec.backends.tables import named_tables, told_as_tied
 from llmrec.errors import RecipeError, require
 from llmrec.recipe import LoraSection, ModelSection, TrainSection
+
+QUANTISED = ("qlora", "lora8")
+"""Methods whose base is quantised."""
 
 
 def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tokens: Sequence[int] = ()) -> Any:
@@ -30,10 +34,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
         full = load_model(folder, model, dtype=torch.float32)
         full.llmrec_float32 = dtype(model) == torch.float32
         return full
-    options: dict[str, Any] = {}
-    if train.method in ("qlora", "lora8"):
-        options["quantization_config"] = _quantization(model, train)
-    base = load_model(folder, model, **options)
+    base = _quantised(folder, model, train) if train.method in QUANTISED else load_model(folder, model)
     if train.gradient_checkpointing:
         base.enable_input_require_grads()
     for parameter in base.parameters():
@@ -50,7 +51,9 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     """
     torch, peft = require("torch", "train"), require("peft", "train")
     base = load_model(folder, model, dtype=torch.float32)
-    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    with told_as_tied(base):
+        adapted = peft.PeftModel.from_pretrained(base, adapter)
+    merged = adapted.merge_and_unload()
     merged.to(dtype(model)).save_pretrained(target)
 
 
@@ -72,11 +75,12 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
     torch, peft = require("torch", "train"), require("peft", "train")
     if train.method == "full":
         return load_model(str(adapter), model, dtype=torch.float32).eval()
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if train.method in ("qlora", "lora8"):
-        options = {"quantization_config": _quantization(model, train)}
-    base = load_model(folder, model, **options)
-    return peft.PeftModel.from_pretrained(base, adapter).eval()
+    if train.method in QUANTISED:
+        base = _quantised(folder, model, train)
+    else:
+        base = load_model(folder, model, dtype=torch.float32)
+    with told_as_tied(base):
+        return peft.PeftModel.from_pretrained(base, adapter).eval()
 
 
 def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
@@ -98,7 +102,8 @@ def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
         task_type="SEQ_2_SEQ_LM" if is_paired(base.config) else "CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(base, config)
+        with told_as_tied(base):
+            return peft.get_peft_model(base, config)
     except ValueError as error:
         raise RecipeError(
             f"train.lora.targets {targets}: {error}; known linear layers: {_block_linears(base)}"
@@ -106,14 +111,8 @@ def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
 
 
 def _trained_rows(base: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """Return the rows to train by the name of their module; a head that is tied to the embeddings follows them."""
-    if not tokens:
-        return None
-    modules = [base.get_input_embeddings()]
-    if not base.config.get_text_config().tie_word_embeddings:
-        modules.append(base.get_output_embeddings())
-    names = [name for name, module in base.named_modules() if any(module is each for each in modules)]
-    return {name: list(tokens) for name in names}
+    """Return the rows to train by the name of a module of each table; PEFT has others with the same table follow it."""
+    return {name: list(tokens) for name, _ in named_tables(base)} if tokens else None
 
 
 def _block_linears(base: Any) -> list[str]:
@@ -126,6 +125,20 @@ def _block_linears(base: Any) -> list[str]:
         if (isinstance(module, torch.nn.Linear) or "Linear" in type(module).__name__) and module is not head
     }
     return sorted(names)
+
+
+def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
+    """Load a base in 8 or 4 bits that gradients pass, in training and in evaluation mode alike.
+
+    On processors with AVX512-BF16, bitsandbytes 0.50 lays the 4-bit weights of a layer out anew at its first forward
+    pass in evaluation mode, for a product that has no gradient. It never lays them back, so one validation before the
+    first step would cut every gradient that runs through the layer, with a warning and no error.
+    """
+    base = load_model(folder, model, quantization_config=_quantization(model, train))
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base
 
 
 def _quantization(model: ModelSection, train: TrainSection) -> Any:

@@ -30,7 +30,9 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, rows: Any = None, places: Any = None) -> Any:
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, targets: Any, rows: Any = None, places: Any = None, counts: Any = None
+    ) -> Any:
         grad = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_rows = None if rows is None else torch.zeros_like(rows)
@@ -44,8 +46,12 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             picked = logits.gather(-1, wanted)
             logits.sub_(peak).exp_()
             mass = logits.sum(-1, keepdim=True)
-            total += (peak + mass.log() - picked).sum()
+            losses = peak + mass.log() - picked
             logits.div_(mass).scatter_add_(-1, wanted, torch.full_like(picked, -1.0))
+            if counts is not None:
+                scale = counts[start : start + _CHUNK, None]
+                losses, logits = losses * scale, logits.mul_(scale)
+            total += losses.sum()
             grad[start : start + _CHUNK] = logits.to(weight.dtype) @ weight
             if grad_rows is not None:
                 grad_rows += logits[:, places].T @ states.float()
@@ -58,11 +64,13 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *upstream: Any) -> Any:
         grad, *onto = ctx.saved_tensors
         onto_weight, onto_rows = (None if each is None else each * upstream[0].to(each.dtype) for each in onto)
-        return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None
+        return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None, None
 
 
-def label_loss(model: Any, input_ids: Any, labels: Any, by: StateLoss | None = None) -> tuple[Any, int]:
-    """Return the summed cross-entropy over labelled positions and their number.
+def label_loss(
+    model: Any, input_ids: Any, labels: Any, by: StateLoss | None = None, weights: Any = None
+) -> tuple[Any, float]:
+    """Return the summed cross-entropy over labelled positions and their number, or what they count.
 
     Args:
         model: A causal language model, with or without PEFT adapters.
@@ -70,13 +78,16 @@ def label_loss(model: Any, input_ids: Any, labels: Any, by: StateLoss | None = N
             attention no position sees the padding that follows it.
         labels: Same shape; -100 where there is no loss.
         by: Another loss of the states that labels follow; None: the language-model head's.
+        weights: What each target of a row counts, shape (rows,); None: 1.
     """
     wanted = labels[:, 1:] != IGNORED
-    return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][wanted], labels[:, 1:][wanted], by)
+    counts = None if weights is None else weights[:, None].expand_as(wanted)[wanted]
+    targets = labels[:, 1:][wanted]
+    return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][wanted], targets, by, counts)
 
 
-def packed_loss(model: Any, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, int]:
-    """Return the summed cross-entropy over the targets of masked rows and their number, as `label_loss` of plain rows.
+def packed_loss(model: Any, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
+    """Return the summed cross-entropy over the targets of masked rows and what they count, as `label_loss` does.
 
     Args:
         model: A causal language model that takes block masks, with or without PEFT adapters.
@@ -88,7 +99,8 @@ def packed_loss(model: Any, packed: Mapping[str, Any], by: StateLoss | None = No
         "position_ids": packed["places"],
         "attention_mask": block_mask(model, packed["ends"]),
     }
-    return _loss_at(model, inputs, lambda states: states.flatten(0, 1)[packed["after"]], packed["wanted"], by)
+    after, wanted = packed["after"], packed["wanted"]
+    return _loss_at(model, inputs, lambda states: states.flatten(0, 1)[after], wanted, by, packed.get("weights"))
 
 
 def block_mask(model: Any, ends: Any) -> Any:
@@ -107,18 +119,30 @@ def block_mask(model: Any, ends: Any) -> Any:
 
 
 def _loss_at(
-    model: Any, inputs: Mapping[str, Any], pick: Callable[[Any], Any], targets: Any, by: StateLoss | None
-) -> tuple[Any, int]:
-    """Return the summed loss of targets, and their number; ``pick`` takes the states that they follow."""
+    model: Any,
+    inputs: Mapping[str, Any],
+    pick: Callable[[Any], Any],
+    targets: Any,
+    by: StateLoss | None,
+    counts: Any = None,
+) -> tuple[Any, float]:
+    """Return the summed loss of targets, and what they count; ``pick`` takes the states that they follow."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if by is not None:
         return by(pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets), len(targets)
+    count = len(targets) if counts is None else float(counts.sum())
     head, rows, places = _head(base)
     if not plain_head(base.config, head):
-        logits = pick(model(**inputs, use_cache=False).logits)
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+        return cross_entropy(pick(model(**inputs, use_cache=False).logits), targets, counts), count
     hidden = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
-    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places), len(targets)
+    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places, counts), count
+
+
+def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:
+    """Return the summed cross-entropy in float32, each target counted as told; shapes (n, vocabulary), (n,), (n,)."""
+    if counts is None:
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * counts).sum()
 
 
 def _head(base: Any) -> tuple[Any, Any, Any]:

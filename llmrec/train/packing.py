@@ -49,6 +49,7 @@ class Packed:
         ends: Where the subtree of each column ends, or the part of it that sees the column; shape (columns,).
         after: The column that each target follows, shape (targets,).
         wanted: The target token, shape (targets,).
+        weights: What each target counts, float32, shape (targets,).
     """
 
     ids: Ints
@@ -56,6 +57,7 @@ class Packed:
     ends: Ints
     after: Ints
     wanted: Ints
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Stacked:
         ends: Where subtrees end, counted in the own row; padding sees itself alone. Shape (rows, columns).
         after: Columns that targets follow, counted over all rows one behind the other, shape (targets,).
         wanted: Target tokens, shape (targets,).
+        weights: What each target counts, float32, shape (targets,).
     """
 
     ids: Ints
@@ -75,6 +78,7 @@ class Stacked:
     ends: Ints
     after: Ints
     wanted: Ints
+    weights: NDArray[np.float32]
 
 
 def tree(rows: Sequence[Row], band: int | None = None) -> Packed:
@@ -89,7 +93,7 @@ def tree(rows: Sequence[Row], band: int | None = None) -> Packed:
     bodies = _sorted_bodies(rows, band)
     size = sum(len(body.ids) for body in bodies)
     ids, places, ends = (np.zeros(size, dtype=np.int64) for _ in range(3))
-    after, wanted = [], []
+    after, wanted, weights = [], [], []
     path, columns = np.zeros(0, dtype=np.int64), 0
     for n, body in enumerate(bodies):
         shared = _shared(bodies[n - 1], body) if n else 0
@@ -103,8 +107,9 @@ def tree(rows: Sequence[Row], band: int | None = None) -> Packed:
             ends[path[body.alone :]] = np.append(path, grown)[body.until]
         after.append(path[body.targets - 1])
         wanted.append(body.labels[body.targets])
+        weights.append(np.full(len(body.targets), body.row.weight, dtype=np.float32))
         columns = grown
-    joined = np.concatenate(after), np.concatenate(wanted)
+    joined = np.concatenate(after), np.concatenate(wanted), np.concatenate(weights)
     return Packed(ids[:columns], places[:columns], ends[:columns], *joined)
 
 
@@ -118,7 +123,8 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
         filled = len(each.ids)
         ids[row, :filled], places[row, :filled], ends[row, :filled] = each.ids, each.places, each.ends
     after = np.concatenate([each.after + row * longest for row, each in enumerate(packed)])
-    return Stacked(ids, places, ends, after, np.concatenate([each.wanted for each in packed]))
+    wanted, weights = (np.concatenate([getattr(each, name) for each in packed]) for name in ("wanted", "weights"))
+    return Stacked(ids, places, ends, after, wanted, weights)
 
 
 def bins(rows: Sequence[Row], width: int, band: int | None = None) -> list[Bin]:

@@ -57,8 +57,8 @@ def paired_inputs(rows: Sequence[Row], pad: int) -> dict[str, list[list[int]]]:
     }
 
 
-def paired_loss(model: Any, input_ids: Any, attention_mask: Any, labels: Any) -> tuple[Any, int]:
-    """Return the summed cross-entropy over targets and their number.
+def paired_loss(model: Any, input_ids: Any, attention_mask: Any, labels: Any, weights: Any = None) -> tuple[Any, float]:
+    """Return the summed cross-entropy over targets and their number, or what they count.
 
     Args:
         model: An encoder-decoder, with or without PEFT adapters.
@@ -66,27 +66,32 @@ def paired_loss(model: Any, input_ids: Any, attention_mask: Any, labels: Any) ->
         attention_mask: 1 on tokens, 0 on padding, same shape.
         labels: Targets, shape (rows, longest target); -100 behind their ends. The decoder reads them one place later,
             behind its start token; what stands behind an end is not seen by what comes before it.
+        weights: What each target of a row counts, shape (rows,); None: 1.
     """
+    from llmrec.train.loss import cross_entropy
+
     torch = require("torch", "train")
     before = labels.new_full(labels.shape, int(model.config.decoder_start_token_id))
     # Any id will do behind the ends; that of the start token is one.
     before[:, 1:] = torch.where(labels[:, :-1] == IGNORED, before[:, 1:], labels[:, :-1])
     logits = model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=before, use_cache=False).logits
     wanted = labels != IGNORED
-    total = torch.nn.functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="sum")
-    return total, int(wanted.sum())
+    counts = None if weights is None else weights[:, None].expand_as(wanted)[wanted]
+    total = cross_entropy(logits[wanted], labels[wanted], counts)
+    return total, int(wanted.sum()) if counts is None else float(counts.sum())
 
 
-def laid_out(model: Any, rows: Sequence[Row], pad: int) -> dict[str, list[list[int]]]:
+def laid_out(model: Any, rows: Sequence[Row], pad: int) -> dict[str, Any]:
     """Return rows as `rows_loss` takes them for this model, as lists of equal length."""
+    weighted = {"weights": [row.weight for row in rows]} if any(row.weight != 1.0 for row in rows) else {}
     if is_paired(model.config):
-        return paired_inputs(rows, pad)
+        return paired_inputs(rows, pad) | weighted
     ids, labels = padded(rows, pad)
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": labels} | weighted
 
 
-def rows_loss(model: Any, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, int]:
-    """Return the summed loss over the targets of rows and their number, whichever kind the model is.
+def rows_loss(model: Any, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
+    """Return the summed loss over the targets of rows and what they count, whichever kind the model is.
 
     ``by`` is that of `llmrec.train.loss.label_loss`; an encoder-decoder takes none.
     """

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -61,13 +62,25 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
 
     by: StateLoss | None = None
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule of the recipe, whose warm-up ends at the full learning rate and does not begin at 0.
+
+        As the Trainer has it, the first step of a warm-up changes nothing, and one over all steps never gets there.
+        """
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        after, warm = schedule.lr_lambdas[0], self.args.warmup_steps
+        self.lr_scheduler = LambdaLR(
+            schedule.optimizer, lambda step: (step + 1) / warm if step < warm else float(after(step))
+        )
+        return self.lr_scheduler
+
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss over the step's targets."""
+        """Return the mean loss over the step's targets, each counted as its row says."""
         with mixed_precision(model):
             total, count = (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
-        loss = total / max(count, 1)
+        loss = total / (count or 1)
         return (loss, {}) if return_outputs else loss
 
 
@@ -120,14 +133,15 @@ def train(
     kept += [] if head is None else [partial(save_head, head)]
     follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
     try:
-        trainer = LabelRowTrainer(
-            model=model,
-            args=_config(section, folder, len(steps), seed),
-            train_dataset=_dataset(model, steps, pad),
-            processing_class=encoder.tokenizer,
-            data_collator=_tensors,
-            callbacks=[follow, *(OnSave(work) for work in (*kept, seal))],
-        )
+        with _adapters_as_they_are(model):
+            trainer = LabelRowTrainer(
+                model=model,
+                args=_config(section, folder, len(steps), seed),
+                train_dataset=_dataset(model, steps, pad),
+                processing_class=encoder.tokenizer,
+                data_collator=_tensors,
+                callbacks=[follow, *(OnSave(work) for work in (*kept, seal))],
+            )
     except (RuntimeError, ValueError) as error:
         if not section.report_to:
             raise
@@ -167,6 +181,18 @@ def train(
         log=follow.records,
         adapter_sha256=weights_sha256(adapter),
     )
+
+
+@contextmanager
+def _adapters_as_they_are(model: Any) -> Iterator[None]:
+    """Keep adapters in float32 where the trainer is made: on a quantised base TRL rounds them to bfloat16.
+
+    Small optimiser steps would be lost in them, and their gradients are rounded.
+    """
+    held = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in held:
+        parameter.data = data
 
 
 def check_packing(model: Any) -> None:
@@ -223,7 +249,7 @@ def _dataset(model: Any, steps: Sequence[Step], pad: int) -> Any:
 
 def _tensors(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     (item,) = items
-    return {name: torch.tensor(values) for name, values in item.items()}
+    return {name: torch.tensor(values) for name, values in item.items() if values is not None}
 
 
 def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
@@ -234,7 +260,7 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
         gradient_accumulation_steps=1,
         learning_rate=section.learning_rate,
         lr_scheduler_type=section.schedule,
-        warmup_steps=max(1, round(section.warmup * steps)),
+        warmup_steps=round(section.warmup * steps),
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         gradient_checkpointing=section.gradient_checkpointing,
@@ -269,6 +295,13 @@ def _read(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record
+
+
+def _now() -> float:
+    """Return the time when everything asked of a GPU is done: it works on after its calls have returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 class _Follow(TrainerCallback):  # type: ignore[misc]
@@ -330,10 +363,10 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
             self._record({"step": 0, "loss": None, "learning_rate": 0.0, "valid_loss": self._losses(kwargs["model"])})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_start = time.monotonic()
+        self._step_start = _now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._spent += time.monotonic() - self._step_start
+        self._spent += _now() - self._step_start
         self._steps_timed += 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -376,7 +409,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
         losses = {}
         with torch.no_grad():
             for task, rows in self._valid.items():
-                total, count = 0.0, 0
+                total, count = 0.0, 0.0
                 for start in range(0, len(rows), 8):
                     laid = laid_out(model, rows[start : start + 8], self._pad)
                     inputs = {name: torch.tensor(values, device=model.device) for name, values in laid.items()}

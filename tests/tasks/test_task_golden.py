@@ -67,7 +67,7 @@ def small() -> SplitDataset:
 
 def show(messages: tuple[Message, ...], answer: tuple[Segment, ...]) -> str:
     parts = [f"[{message.role}]\n{message.text}\n" for message in messages]
-    ends = {"text": ("", ""), "item": ("", ""), "target": ("«", "»")}
+    ends = {"text": ("", ""), "item": ("", ""), "given": ("", ""), "target": ("«", "»")}
     parts.append("[answer]\n" + "".join(f"{ends[s.kind][0]}{s.text}{ends[s.kind][1]}" for s in answer) + "\n")
     return "".join(parts)
 

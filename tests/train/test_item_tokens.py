@@ -70,7 +70,7 @@ def examples(count: int = 1000) -> Iterator[Example]:
 
 
 def trained(base: Path, out: Path, dtype: Any = "float32", **settings: Any) -> tuple[Any, Encoder]:
-    train = TrainSection(**{"steps": 90, "batch_tokens": 256, "learning_rate": 1e-2, **settings})
+    train = TrainSection(**{"steps": 90, "batch_tokens": 256, "learning_rate": 5e-3, **settings})
     encoder = Encoder(load_tokenizer(str(base), section(base)), max_length=256)
     rows = [encoder.row(example) for example in examples()]
     ids = encoder.tokenizer.convert_tokens_to_ids(list(INDEX.tokens))

@@ -234,7 +234,7 @@ def run(folder: Path, out: Path, *, alpha: float = 0.5, frozen: bool = False, **
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_it_learns_whatever_the_loss(llama_folder: Path, tmp_path: Path, alpha: float) -> None:
-    done, _, _ = run(llama_folder, tmp_path, alpha=alpha, steps=40)
+    done, _, _ = run(llama_folder, tmp_path, alpha=alpha, steps=40, learning_rate=5e-3)
     valid = [record["valid_loss"]["rating"] for record in done.log if record["valid_loss"]]
     assert valid[-1] < 0.5 * valid[0]
     # Three ratings in equal numbers: before training, the mean's squared error and the entropy of the shares.
