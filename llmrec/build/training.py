@@ -114,7 +114,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
         valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
-    balanced = weighted(steps, lambda row: family_of[id(row)], {f: shares[f] for f in shares if counts[f]})
+    balanced = weighted(steps, lambda row: family_of[id(row)])
     return Plan(balanced.steps, counts, dropped, valid, balanced.shares)
 
 

@@ -1,24 +1,18 @@
-"""Makes each family's part of the loss what the recipe says, whatever the lengths of its rows.
+"""Makes each family's part of the loss its part of the tokens, whatever the number of its targets.
 
 Shares are shares of tokens when rows are drawn. The loss of a step is a mean over its targets, and a row of a list has
 many of them where a question with one answer has few: in a step that holds both, the list would have nearly all of it.
-So the targets of a family are weighted, with one number for the whole training.
+So a family's targets count as many times more as they stand apart: tokens over targets, one number for each family.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llmrec.backends.encode import Row
 from llmrec.train.batches import Step
-
-_ROUNDS = 200
-# A family that has a step to itself there cannot have less of it, however little its targets count.
-_WIDEST = 1e4
 
 
 @dataclass(frozen=True)
@@ -29,32 +23,36 @@ class Weighted:
     shares: Mapping[str, float]
 
 
-def weighted(steps: Sequence[Step], family_of: Callable[[Row], str], shares: Mapping[str, float]) -> Weighted:
-    """Weight rows so that families have their shares of the loss, as far as they stand in the same steps.
+def weighted(steps: Sequence[Step], family_of: Callable[[Row], str]) -> Weighted:
+    """Weight rows so that each family's part of a step's loss is its part of the step's tokens, on average.
 
-    The weights are found by iterative proportional fitting over the steps' counts of targets.
+    The mean target counts 1, and rows of a single family are left as they are.
 
     Args:
         steps: Planned steps.
         family_of: The family of each of their rows.
-        shares: What each family is to have, relative to the others.
     """
-    families = sorted({family_of(row) for step in steps for row in step.rows})
-    counts = np.zeros((len(steps), len(families)))
-    for n, step in enumerate(steps):
+    tokens, targets = defaultdict[str, int](int), defaultdict[str, int](int)
+    for step in steps:
         for row in step.rows:
-            counts[n, families.index(family_of(row))] += row.targets
-    goal = np.array([shares[family] for family in families])
-    weights = _fitted(counts, goal / goal.sum()) if len(families) > 1 else np.ones(len(families))
-    found = dict(zip(families, _parts(counts, weights).tolist(), strict=True))
-    if len(families) < 2:
-        return Weighted(list(steps), found)
-    of = dict(zip(families, weights.tolist(), strict=True))
+            tokens[family_of(row)] += len(row.ids)
+            targets[family_of(row)] += row.targets
+    if len(tokens) < 2:
+        return Weighted(list(steps), dict.fromkeys(tokens, 1.0))
+    every = sum(targets.values()) / sum(tokens.values())
+    weights = {family: tokens[family] / targets[family] * every for family in tokens}
+    parts = defaultdict[str, float](float)
+    for step in steps:
+        mass = defaultdict[str, float](float)
+        for row in step.rows:
+            mass[family_of(row)] += weights[family_of(row)] * row.targets
+        for family, held in mass.items():
+            parts[family] += held / sum(mass.values()) / len(steps)
 
     def heavy(row: Row) -> Row:
-        return replace(row, weight=of[family_of(row)])
+        return replace(row, weight=weights[family_of(row)])
 
-    return Weighted([_reweighted(step, heavy) for step in steps], found)
+    return Weighted([_reweighted(step, heavy) for step in steps], dict(parts))
 
 
 def _reweighted(step: Step, heavy: Callable[[Row], Row]) -> Step:
@@ -62,22 +60,3 @@ def _reweighted(step: Step, heavy: Callable[[Row], Row]) -> Step:
         return Step(tuple(heavy(row) for row in step.rows))
     bins = tuple(replace(each, rows=tuple(heavy(row) for row in each.rows)) for each in step.bins)
     return Step(tuple(row for each in bins for row in each.rows), bins)
-
-
-def _parts(counts: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return each family's part of the loss, the mean over steps; shape (families,)."""
-    mass = counts * weights
-    parts: NDArray[np.float64] = (mass / mass.sum(axis=1, keepdims=True)).mean(axis=0)
-    return parts
-
-
-def _fitted(counts: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.float64]:
-    weights = np.ones(len(goal))
-    for _ in range(_ROUNDS):
-        parts = _parts(counts, weights)
-        if np.abs(parts - goal).max() < 1e-6:
-            break
-        weights = weights * goal / parts
-        weights = np.clip(weights / np.exp(np.log(weights).mean()), 1 / _WIDEST, _WIDEST)
-    # The mean target counts 1, so that one family alone would be what it was.
-    return np.asarray(weights * counts.sum() / (counts @ weights).sum())
