@@ -365,6 +365,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where it is fast"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: the GPU where there is one; a GPU that torch cannot use is refused"
+    )
     trust_remote_code: bool = False
     max_length: Positive = Field(1024, description="longest prompt plus answer, in tokens")
     whole_words: bool = Field(

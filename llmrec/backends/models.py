@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmrec.backends.fresh import made
 from llmrec.backends.kinds import auto_class
@@ -22,6 +22,7 @@ from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ModelError, did_you_mean, require
 from llmrec.recipe import ModelSection
 from llmrec.resources import cache_dir
+from llmrec.setup_env import has_nvidia_gpu
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,79 @@ def dtype(section: ModelSection) -> Any:
     torch = require("torch", "train")
     if section.dtype != "auto":
         return getattr(torch, section.dtype)
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device(section) == "cuda":
+        return torch.bfloat16 if gpu_has_bf16() else torch.float16
     return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def device(section: ModelSection) -> Literal["cpu", "cuda"]:
+    """Return where a model is trained and asked: on the GPU where there is one, unless the recipe says otherwise.
+
+    Raises:
+        ModelError: If there is a GPU that torch cannot use, or none where the recipe asks for one. Otherwise everything
+            would run on the CPU without a word, at a fraction of the speed.
+    """
+    if section.device == "cpu":
+        return "cpu"
+    trouble = gpu_trouble()
+    if not trouble and has_cuda():
+        return "cuda"
+    if trouble or section.device == "cuda":
+        raise ModelError(
+            f"model.device={section.device}: {trouble or 'torch finds no GPU here'}; `llmrec doctor` tells more. "
+            "To run on the CPU all the same, set model.device=cpu, or CUDA_VISIBLE_DEVICES=-1 before the command"
+        )
+    return "cpu"
+
+
+def has_cuda() -> bool:
+    """Whether torch can compute on a GPU here."""
+    cuda = require("torch", "train").cuda
+    return bool(cuda.is_available()) and _oldest(cuda) <= _generation(cuda)
+
+
+def gpu_trouble() -> str:
+    """Say why torch cannot use the GPU of this machine; empty where it can, where there is none, or it is hidden."""
+    torch = require("torch", "train")
+    if torch.cuda.is_available():
+        least, found = _oldest(torch.cuda), _generation(torch.cuda)
+        if least <= found:
+            return ""
+        name = torch.cuda.get_device_name(0)
+        return (
+            f"torch {torch.__version__} has no kernels for {name}, whose compute capability {found[0]}.{found[1]} is "
+            f"below {least[0]}.{least[1]}"
+        )
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _nvidia_gpu():
+        return ""
+    if torch.version.cuda is None:
+        return f"nvidia-smi lists a GPU, but torch {torch.__version__} is built for the CPU alone"
+    return (
+        f"nvidia-smi lists a GPU that torch {torch.__version__} cannot use; its driver must be one for "
+        f"CUDA {torch.version.cuda}"
+    )
+
+
+def _generation(cuda: Any) -> tuple[int, int]:
+    """Return the compute capability of the GPU."""
+    major, minor = cuda.get_device_capability(0)
+    return int(major), int(minor)
+
+
+def _oldest(cuda: Any) -> tuple[int, int]:
+    """Return the lowest compute capability that torch has kernels for, such as (7, 5) for ``sm_75``."""
+    found = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[a-z]?", name) for name in cuda.get_arch_list())
+    return min(((int(each[1]), int(each[2])) for each in found if each), default=(0, 0))
+
+
+@cache
+def _nvidia_gpu() -> bool:
+    return has_nvidia_gpu()
+
+
+def gpu_has_bf16() -> bool:
+    """Whether the GPU multiplies bfloat16 natively; Turing and older ones only emulate it."""
+    return bool(require("torch", "train").cuda.is_bf16_supported(including_emulation=False))
 
 
 def cpu_has_bf16() -> bool:
@@ -150,6 +221,9 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     """
     auto = auto_class(load_config(folder, section))
     options.setdefault("dtype", dtype(section))
+    if "quantization_config" in options and device(section) == "cpu":
+        # The loader of quantised weights takes a GPU that it sees, and they cannot be moved later.
+        options.setdefault("device_map", {"": "cpu"})
     with _as_model_error(section, folder, "weights"):
         model = auto.from_pretrained(
             folder,

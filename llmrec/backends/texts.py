@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from llmrec.backends.models import quiet_libraries, resolve, weights_stamp
+from llmrec.backends.models import has_cuda, quiet_libraries, resolve, weights_stamp
 from llmrec.errors import ModelError, require
 from llmrec.recipe import ModelSection
 
@@ -54,7 +54,7 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
             f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0][:300]}; name a folder or hub "
             "model saved with save_pretrained (safetensors) as index.semantic.encoder"
         ) from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if has_cuda() else "cpu")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     limit, first = _longest(folder, model), _settings(folder, "1_Pooling/config.json").get("pooling_mode_cls_token")

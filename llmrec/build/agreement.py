@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.hf import HFBackend
-from llmrec.backends.models import load_model, release_memory
+from llmrec.backends.models import device, load_model, release_memory
 from llmrec.build.evaluation import Evaluation
 from llmrec.build.results import headline
 from llmrec.build.stages import Budget
@@ -157,8 +157,8 @@ def _figures(
 ) -> _Figures:
     torch = require("torch", "train")
     # A quantised model is placed by its loader and must not be moved.
-    if torch.cuda.is_available() and not getattr(model, "is_loaded_in_4bit", False) and not _eight_bit(model):
-        model = model.to("cuda")
+    if not getattr(model, "is_loaded_in_4bit", False) and not _eight_bit(model):
+        model = model.to(device(study.recipe.model))
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.inference_mode():
         losses = {family: _loss(model, own, encoder.tokenizer.pad_token_id) for family, own in rows.items()}

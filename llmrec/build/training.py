@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmrec import __version__
 from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.kinds import is_paired
-from llmrec.backends.models import load_config, release_memory, weights_stamp
+from llmrec.backends.models import device, load_config, release_memory, weights_stamp
 from llmrec.backends.rating_head import RatingHead, copy_head
 from llmrec.backends.whole_words import copy_words, refuse_words
 from llmrec.build import bundle, indexing
@@ -309,6 +309,7 @@ def _train(
         seed=study.training_seed,
         quiet=quiet,
         head=head,
+        device=device(study.recipe.model),
     )
     del model, head
     release_memory()

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import IGNORED, Encoder, Row
 from llmrec.backends.masks import takes_block_mask
-from llmrec.backends.models import cpu_has_bf16
+from llmrec.backends.models import cpu_has_bf16, gpu_has_bf16, has_cuda
 from llmrec.backends.rating_head import RatingHead, save_head
 from llmrec.backends.whole_words import save_words
 from llmrec.durable import replacing, seal, write_text
@@ -93,7 +93,7 @@ def mixed_precision(model: Any) -> Any:
     if getattr(model, "llmrec_float32", False):
         return nullcontext()
     if device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16) if torch.cuda.is_bf16_supported() else nullcontext()
+        return torch.autocast("cuda", dtype=torch.bfloat16) if gpu_has_bf16() else nullcontext()
     return torch.autocast("cpu", dtype=torch.bfloat16) if cpu_has_bf16() else nullcontext()
 
 
@@ -108,6 +108,7 @@ def train(
     seed: int,
     quiet: bool = False,
     head: RatingHead | None = None,
+    device: str | None = None,
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
@@ -124,6 +125,7 @@ def train(
         seed: Seeds the order of steps and dropout.
         quiet: Show no progress bar.
         head: A rating head on the model, for rows whose labels are classes; saved beside the adapter.
+        device: Where it trains, ``"cpu"`` or ``"cuda"``; None: on the GPU, if torch can use one.
     """
     started = time.monotonic()
     pad = encoder.tokenizer.pad_token_id
@@ -136,7 +138,7 @@ def train(
         with _adapters_as_they_are(model):
             trainer = LabelRowTrainer(
                 model=model,
-                args=_config(section, folder, len(steps), seed),
+                args=_config(section, folder, len(steps), seed, device or ("cuda" if has_cuda() else "cpu")),
                 train_dataset=_dataset(model, steps, pad),
                 processing_class=encoder.tokenizer,
                 data_collator=_tensors,
@@ -252,7 +254,7 @@ def _tensors(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: torch.tensor(values) for name, values in item.items() if values is not None}
 
 
-def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
+def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: str) -> Any:
     config = SFTConfig(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
@@ -281,7 +283,7 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int) -> Any:
         disable_tqdm=True,
         log_level="error",
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
     )
     # Several GPUs take part through accelerate, one process each; DataParallel would wrap the model in one process.
     config._n_gpu = min(config.n_gpu, 1)

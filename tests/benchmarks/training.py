@@ -133,7 +133,7 @@ def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step]) -> Any:
 
     pad = encoder.tokenizer.pad_token_id
     section = TrainSection(steps=len(steps), save_every=10**6)
-    config = sft._config(section, Path(peers.tempfile.mkdtemp()), len(steps), 0)
+    config = sft._config(section, Path(peers.tempfile.mkdtemp()), len(steps), 0, "cpu")
     config.learning_rate = 0.0
     config.save_strategy = "no"
     trainer = sft.LabelRowTrainer(

@@ -1,0 +1,116 @@
+"""Where models run, on machines that are made up: a GPU that torch cannot use, a Turing card, a Pascal card."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from llmrec.backends import models
+from llmrec.build import engines
+from llmrec.cli import app
+from llmrec.errors import ModelError, RecipeError
+from llmrec.recipe import EvalSection, ModelSection
+
+torch = pytest.importorskip("torch")
+
+AUTO, CPU, CUDA = (ModelSection(device=name) for name in ("auto", "cpu", "cuda"))
+
+
+@pytest.fixture(autouse=True)
+def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    models._nvidia_gpu.cache_clear()
+    yield
+    models._nvidia_gpu.cache_clear()
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put an nvidia-smi on the path that lists a card; torch sees none."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA L4 (UUID: GPU-1)'\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Let torch see a card of this compute capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
+    native = capability >= (8, 0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ModelError, match=r"nvidia-smi lists a GPU that torch .* driver .* CUDA 13.0.*model.device=cpu"):
+        models.device(AUTO)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ModelError, match=r"built for the CPU alone.*model.device=cpu"):
+        models.device(AUTO)
+
+
+def test_who_insists_on_the_cpu_gets_it(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.device(CPU) == "cpu"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert models.device(AUTO) == "cpu"
+
+
+def test_a_run_stops_at_once_and_not_after_hours_on_the_cpu(listed: None, tmp_path: Path) -> None:
+    page = tmp_path / "r.yaml"
+    page.write_text("name: r\ndata: {source: table, path: none.csv}\ntasks: {sequential: {}}\neval: {backend: hf}\n")
+    done = CliRunner().invoke(app, ["run", str(page), "--out", str(tmp_path / "run")])
+    assert isinstance(done.exception, ModelError)
+    assert "model.device=cpu" in str(done.exception)
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_without_a_gpu_it_is_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert models.device(AUTO) == "cpu"
+    with pytest.raises(ModelError, match="torch finds no GPU here"):
+        models.device(CUDA)
+
+
+def test_a_card_older_than_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, (6, 1))
+    with pytest.raises(ModelError, match=r"no kernels for Card, whose compute capability 6.1 is below 7.5"):
+        models.device(AUTO)
+    assert not models.has_cuda()
+
+
+@pytest.mark.parametrize(("capability", "dtype", "autocasts"), [((7, 5), "float16", False), ((8, 9), "bfloat16", True)])
+def test_bfloat16_is_taken_where_it_is_native(
+    capability: tuple[int, int], dtype: str, autocasts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    from llmrec.train.sft import mixed_precision
+
+    card(monkeypatch, capability)
+    assert models.device(AUTO) == models.device(CUDA) == "cuda"
+    assert models.dtype(AUTO) == getattr(torch, dtype)
+    context = mixed_precision(SimpleNamespace(device=torch.device("cuda")))
+    assert isinstance(context, nullcontext) is not autocasts
+
+
+def test_a_vllm_for_gpus_is_not_asked_to_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, (9, 0))
+    section = EvalSection(backend="vllm")
+    monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0"})
+    engines.refuse_device(AUTO, section)
+    with pytest.raises(RecipeError, match=r"eval\.backend=hf"):
+        engines.refuse_device(CPU, section)
+    engines.refuse_device(CPU, EvalSection(backend="hf"))
+    monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0+cpu"})
+    engines.refuse_device(CPU, section)
