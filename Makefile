@@ -14,13 +14,14 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote suites record
+.PHONY: help setup quickstart test check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote suites record
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff, mypy, import-linter; hadolint and a schema for docker/"
+	@echo "make check-resolution   ask the package index what a set-up for a GPU would install (needs the network)"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
 	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
 	@echo "make bench-recovery   kill a run, an export and a ranking at named and random points, eval/results/recovery.json"
@@ -52,6 +53,9 @@ quickstart: setup
 
 test: setup
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+check-resolution: setup
+	LLMREC_NETWORK=1 $(BIN)/pytest tests/test_resolution.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

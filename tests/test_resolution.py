@@ -1,0 +1,57 @@
+"""What pip would install for a GPU, asked of the configured package index; `make check-resolution` starts it.
+
+It needs the network and minutes, and downloads little: pip reads the metadata of wheels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from llmrec import setup_env
+
+pytestmark = [
+    pytest.mark.network,
+    pytest.mark.skipif(not os.environ.get("LLMREC_NETWORK"), reason="asks a package index: set LLMREC_NETWORK=1"),
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+# Found together by a dry run, and tested together (torch in its CPU build).
+TESTED = {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0", "trl": "1.16.0", "peft": "0.21.2"}
+
+
+def _plain_index() -> dict[str, str]:
+    """Return an environment in which pip asks the configured index, without this machine's constraints and folders."""
+    pip = [sys.executable, "-m", "pip", "config", "get"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    for key in ("index-url", "cert", "proxy"):
+        variable = f"PIP_{key.upper().replace('-', '_')}"
+        told = subprocess.run([*pip, f"global.{key}"], capture_output=True, text=True, check=False)
+        value = os.environ.get(variable) or (told.stdout.strip() if told.returncode == 0 else "")
+        if value:
+            environment[variable] = value
+    return {**environment, "PIP_CONFIG_FILE": os.devnull}
+
+
+@pytest.mark.parametrize("pip", ["own", "newest"])
+def test_the_set_up_for_a_gpu_resolves_to_what_is_tested(pip: str, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    command, environment = [str(tmp_path / "venv" / "bin" / "pip")], _plain_index()
+    if pip == "newest":
+        subprocess.run([*command, "install", "--quiet", "--upgrade", "pip"], env=environment, check=True)
+    wanted = f".[{','.join((*setup_env.EXTRAS, 'vllm'))}]"
+    options = ["--dry-run", "--ignore-installed", "--quiet", "--report", str(tmp_path / "report.json")]
+    done = subprocess.run(
+        [*command, "install", *options, wanted], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    found = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in report["install"]}
+    assert {name: found.get(name) for name in TESTED} == TESTED
+    assert any(name.startswith(("nvidia-", "cuda-")) for name in found), "a build of torch without CUDA"
