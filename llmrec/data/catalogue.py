@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,9 +11,12 @@ import polars as pl
 from llmrec.data.columns import check_usable, find, ids, one_per_item, texts
 from llmrec.data.files import Table
 from llmrec.data.opening import enumerated, shown
+from llmrec.data.typed import has_markup
 from llmrec.errors import DataError, did_you_mean
 from llmrec.recipe import DataSection
 from llmrec.types import Item
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
 
 
 def _titles(section: DataSection, listings: list[_Listing], known: list[str]) -> Mapping[str, str]:
-    """Return titles by item; empty where the source has no titles, so that ids stand in for them."""
+    """Return titles by item; empty where the source has no titles, so that ids stand in for them.
+
+    An id stands in for a title that is HTML too, after a warning.
+    """
     column = section.columns.title or "title"
     for listing in listings:
         check_usable(listing.table, column, "data.columns.title")
@@ -109,4 +116,11 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
                 f"{listing.table.where(row)}: item {shown(item)} has no title in column {column!r}; "
                 "give it one, or drop the item"
             )
-    return titles
+    scraped = [item for item in known if has_markup(titles[item])]
+    if scraped:
+        log.warning(
+            "%d of %d items have HTML in place of a title in column %r of %s, such as %s; their ids stand in, which "
+            "say little to a model",
+            *(len(scraped), len(known), column, listing.table.name, shown(titles[scraped[0]])),
+        )
+    return titles | dict(zip(scraped, scraped, strict=True))

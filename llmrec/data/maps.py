@@ -94,6 +94,7 @@ class Items:
         attributes: Further fields.
         film: Whether titles end in a year and carry their article last, as in ``"Fugitive, The (1993)"``.
         complete: Whether every item must have an entry and a title; otherwise its id stands in.
+        gaps: Whether rows without an id are left out, since nobody can correct a published file; otherwise refused.
     """
 
     files: tuple[str, ...]
@@ -104,6 +105,7 @@ class Items:
     attributes: tuple[Attribute, ...] = ()
     film: bool = False
     complete: bool = False
+    gaps: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

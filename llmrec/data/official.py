@@ -19,7 +19,7 @@ from llmrec.data.pieces import Kind, numbered
 from llmrec.data.places import Found, Member, locate
 from llmrec.data.published import Counts, comparison
 from llmrec.data.streams import blocks, checked, records
-from llmrec.data.typed import Unit, dates, ids, numbers, plain, texts, times
+from llmrec.data.typed import Unit, dates, has_markup, ids, numbers, plain, texts, times
 from llmrec.errors import DataError
 from llmrec.recipe import Columns, DataSection
 from llmrec.types import Item
@@ -253,26 +253,24 @@ def catalogue_of(found: Found, item_ids: set[str], titles: Mapping[str, str]) ->
     """
     spec = found.layout.items
     if spec is None or found.items is None:
+        titles = {item: title for item, title in titles.items() if not has_markup(title)}
         items = {item: Item(item_id=item, title=titles.get(item, item)) for item in item_ids}
         return Catalogue(items, untitled(found.where, len(item_ids - titles.keys()), len(items)))
     names = {item: item for item in item_ids}
     if found.renames is not None and found.layout.renames is not None:
         # An item that the file does not name gets no entry, whatever its number happens to mean elsewhere.
         names = dict.fromkeys(item_ids, "") | _renamed(found.renames, found.layout.renames, item_ids)
-    entries, repeated = read_items(found.items, spec, set(names.values()))
+    listed = read_items(found.items, spec, set(names.values()))
     blank = {attribute.name: attribute.missing for attribute in spec.attributes}
     items = {}
     missing = 0
     for item, name in names.items():
-        title, fields = entries.get(name, (None, blank))
+        title, fields = listed.entries.get(name, (None, blank))
         if title is None and spec.complete:
             continue  # the check of the interactions names the row
         missing += title is None
         items[item] = Item(item_id=item, title=title or item, fields=fields)
-    notes = untitled(found.items.name, missing, len(items))
-    if repeated:
-        notes += (f"{found.items.name} lists {repeated} items again; the first entry counts",)
-    return Catalogue(items, notes)
+    return Catalogue(items, untitled(found.items.name, missing, len(items)) + listed.notes(found.items.name))
 
 
 def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
@@ -296,7 +294,36 @@ Entries = dict[str, tuple[str | None, dict[str, str]]]
 """Title and fields by item; the title is None where there is none."""
 
 
-def read_items(member: Member, spec: Items, wanted: set[str]) -> tuple[Entries, int]:
+@dataclass(frozen=True)
+class Listed:
+    """What a file of items holds.
+
+    Attributes:
+        entries: Those of the items that are kept.
+        repeated: Rows that list one of them again.
+        nameless: Rows without an id, which say nothing of any item.
+        markup: Items with HTML in place of a title.
+    """
+
+    entries: Entries
+    repeated: int
+    nameless: int
+    markup: int
+
+    def notes(self, file: str) -> tuple[str, ...]:
+        """Return what a user must know of it, after a warning where something is missing."""
+        lost = {
+            f"{self.nameless} rows of {file} have no id and are left out": self.nameless,
+            f"{self.markup} titles in {file} are HTML and count as missing": self.markup,
+        }
+        found = tuple(note for note, count in lost.items() if count)
+        for note in found:
+            log.warning("%s", note)
+        again = f"{file} lists {self.repeated} items again; the first entry counts"
+        return (*found, again) if self.repeated else found
+
+
+def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
     """Read the titles and fields of items.
 
     Args:
@@ -304,32 +331,34 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> tuple[Entries, 
         spec: Its map.
         wanted: Ids of the items that are kept.
 
-    Returns:
-        The entries, and how many items are listed again.
-
     Raises:
         DataError: If a row cannot be used, or lacks a title that it must have.
     """
     found: Entries = {}
-    repeated = 0
+    repeated = nameless = markup = 0
     columns = dict.fromkeys((spec.item, *spec.titles, *(attribute.column for attribute in spec.attributes)))
     for place, row in records(member, spec.form, list(columns)):
         item = value_text(place, spec.item, row.get(spec.item))
         if not item.strip():
-            raise DataError(f"{place}: column {spec.item!r} is empty; every item needs an id")
+            if not spec.gaps:
+                raise DataError(f"{place}: column {spec.item!r} is empty; every item needs an id")
+            nameless += 1
+            continue
         if item not in wanted:
             continue
         if item in found:
             repeated += 1
             continue
-        title = next(filter(None, (_title(place, spec, name, row) for name in spec.titles)), None)
+        titles = [title for name in spec.titles if (title := _title(place, spec, name, row))]
+        title = next((each for each in titles if not has_markup(each)), None)
+        markup += title is None and bool(titles)
         if title is None and spec.complete:
             raise DataError(f"{place}: column {spec.titles[0]!r} is empty; every item needs a title")
         fields = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
         if spec.film and title is not None:
             title, fields[_YEAR] = movie_title(title)
         found[item] = (title, fields)
-    return found, repeated
+    return Listed(found, repeated, nameless, markup)
 
 
 def _title(place: str, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
@@ -367,7 +396,7 @@ def value_text(place: str, column: str, value: object) -> str:
 
 
 def rendered(place: str, attribute: Attribute, row: Mapping[str, object]) -> str:
-    """Return a further field as one text: lists joined, codes in words, entities decoded."""
+    """Return a further field as one text: lists joined, codes in words, entities decoded; HTML is dropped."""
     value = row.get(attribute.column)
     if isinstance(value, list) and value and all(isinstance(path, list) for path in value):
         value = value[0]  # several paths of categories: the first is the main one
@@ -376,7 +405,7 @@ def rendered(place: str, attribute: Attribute, row: Mapping[str, object]) -> str
     else:
         text = value_text(place, attribute.column, value)
         parts = text.split(attribute.split) if attribute.split else [text]
-    cleaned = [plain(part).strip() for part in parts]
+    cleaned = ["" if has_markup(part) else part for part in (plain(part).strip() for part in parts)]
     joined = attribute.join.join(attribute.words.get(part, part) for part in cleaned if part)
     if attribute.keep is not None and not re.fullmatch(attribute.keep, joined):
         return attribute.missing

@@ -192,15 +192,17 @@ def items_of(
         for name in (columns.fields or tuple(name for name in _FIELDS if name in names))
     )
     key = columns.item
-    spec = Items(files=(), form=form, item=key, titles=(title,) if title else (), attributes=attributes)
-    known, repeated = read_items(entries, spec, wanted)
-    if repeated and section.duplicates == "error":
+    spec = Items(files=(), form=form, item=key, titles=(title,) if title else (), attributes=attributes, gaps=False)
+    listed = read_items(entries, spec, wanted)
+    known = listed.entries
+    if listed.repeated and section.duplicates == "error":
         raise DataError(
-            f"{entries.name} lists {repeated} items again; drop the repeats, or set data.duplicates=keep_last"
+            f"{entries.name} lists {listed.repeated} items again; drop the repeats, or set data.duplicates=keep_last"
         )
     _all_listed(item_ids, known, entries, place)
     catalogue = {item: Item(item_id=item, title=name or item, fields=fields) for item, (name, fields) in known.items()}
-    return catalogue, untitled(entries.name, sum(name is None for name, _ in known.values()), len(known))
+    missing = sum(name is None for name, _ in known.values())
+    return catalogue, untitled(entries.name, missing, len(known)) + listed.notes(entries.name)
 
 
 def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, place: Callable[[int], str]) -> None:

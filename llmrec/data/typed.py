@@ -19,6 +19,16 @@ Unit = Literal["seconds", "milliseconds"]
 # No data set reaches beyond the year 5138 in seconds, or back before 1973 in milliseconds.
 _MILLISECONDS_FROM = 1e11
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+# Tags of HTML, whole or cut off, and what is left of a tag whose beginning was cut off.
+_TAGS = "a|b|br|div|em|font|h[1-6]|i|img|input|li|link|meta|p|script|span|strong|style|table|tbody|td|th|tr|u|ul"
+_MARKUP = re.compile(
+    rf"</?(?:{_TAGS})(?:\s[^<>]*)?(?:/?>|$)|\b(?:class|href|id|src|style|data-[\w-]+|aria-\w+)=[\"']", re.IGNORECASE
+)
+
+
+def has_markup(text: str) -> bool:
+    """Whether a text holds HTML, as scraped pages leave it where a title should be."""
+    return ("<" in text or "=" in text) and _MARKUP.search(text) is not None
 
 
 def plain(text: str) -> str:

@@ -13,7 +13,7 @@ from llmrec.data import published
 from llmrec.data.dataset import Dataset
 from llmrec.data.published import PUBLISHED
 from llmrec.data.sources import load
-from llmrec.data.typed import plain
+from llmrec.data.typed import has_markup, plain
 from llmrec.errors import DataError
 from llmrec.recipe import Columns, DataSection
 
@@ -123,6 +123,46 @@ def test_2018(tmp_path: Path) -> None:
     assert data.items[CASE].fields == {"categories": "Music > Cases", "brand": "B&O", "price": "$3.50 - $4.00"}
     assert data.items[PICK].title == PICK and data.items[PICK].fields["price"] == ""
     assert data.interactions.equals(read(2014, tmp_path / "Beauty_5.json.gz").interactions)
+
+
+SPAN = '<span class="a-size-medium a-color-secondary"'
+
+
+def test_scraped_pages_are_no_titles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # So are 2,163 of the 2,320 titles of Magazine Subscriptions.
+    meta = [
+        {"asin": CASE, "title": SPAN, "category": ["Music", "</span></span></span>"], "brand": "A"},
+        {"asin": PICK, "title": "Picks <3 for Bass & Guitar, size=12", "category": ["Music"], "brand": SPAN},
+    ]
+    write(tmp_path / "Beauty_5.json.gz", jsonl(REVIEWS))
+    write(tmp_path / "meta_Beauty.json.gz", jsonl(meta))
+    data = read(2018, tmp_path)
+    assert {key: item.title for key, item in data.items.items()} == {CASE: CASE, PICK: meta[1]["title"]}
+    assert data.items[CASE].fields == {"categories": "Music", "brand": "A", "price": ""}
+    assert data.items[PICK].fields["brand"] == ""
+    assert "1 titles in " in data.provenance["notes"] and "HTML and count as missing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("title", "html"),
+    [
+        (SPAN, True),
+        ("Vogue</span>", True),
+        ('a-color-secondary" class="a-text-bold">Vogue', True),
+        ("<b>Vogue</b>", True),
+        ("Vogue <br/>", True),
+        ("<SCRIPT SRC='x'>", True),
+        ("I <3 You", False),
+        ("2 < 3 > 1", False),
+        ("<Untitled>", False),
+        ("E=mc2, id=7", False),
+        ("The <a and b> of Sets", True),
+        ("Abc <i", True),
+        ('First "class" = best', False),
+    ],
+)
+def test_what_counts_as_html(title: str, html: bool) -> None:
+    assert has_markup(title) is html
 
 
 def test_2023(tmp_path: Path) -> None:

@@ -234,6 +234,15 @@ def test_steam(tmp_path: Path) -> None:
     assert data.rating_scale is None
 
 
+def test_games_without_an_id_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # So are rows 75 and 30,962 of the published file.
+    blank = dicts({"app_name": "Lost", "genres": ["Action"]}, {"id": "", "title": "", "url": "http://a.b/app/"})
+    data = read("steam", folder(tmp_path, {**STEAM, "steam_games.json": blank + STEAM["steam_games.json"]}))
+    assert titles(data) == {"725280": "Lost & Found", "328100": "Reversion"}
+    assert "2 rows of " in data.provenance["notes"]
+    assert caplog.text.count("have no id and are left out") == 1
+
+
 def test_yelp(tmp_path: Path) -> None:
     data = read("yelp", folder(tmp_path, YELP))
     assert rows(data)[0] == ("u1", "b1", 3.0, 1531001351.0, "ok")
@@ -535,7 +544,6 @@ BROKEN: list[Change] = [
         b"{'id': '328100",
         r"steam_games\.json, row 2 is neither JSON nor",
     ),
-    ("steam", "steam_games.json", b"'id': '328100'", b"'id': ''", r"steam_games\.json, row 2: column 'id' is empty"),
     ("lastfm-2k", "user_artists.dat", b"2\t52\t11690", b"2\t52", r"user_artists\.dat, row 2 \(line 3\) has 2 fields"),
     ("lastfm-1k", LISTENS, b"\tNo Id\t", b"\t\t", r"row 2: column 'artid' and 'artname' is empty"),
 ]

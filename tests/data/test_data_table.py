@@ -175,6 +175,14 @@ def test_named_columns_items_table_and_fields(tmp_path: Path) -> None:
     assert data.provenance["path"] == f"{main}; {items}"
 
 
+def test_a_title_that_is_html_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scraped = '<span class=""a-size-medium a-color-secondary""'
+    page = write(tmp_path, f'user_id,item_id,title\nu,i1,Heat\nu,i2,"{scraped}"\nv,i2,"{scraped}"\n')
+    data = load(section(path=str(page)), seed=0)
+    assert {item: entry.title for item, entry in data.items.items()} == {"i1": "Heat", "i2": "i2"}
+    assert "1 of 2 items have HTML in place of a title in column 'title'" in caplog.text
+
+
 def test_titles_that_differ_go_by_majority_whatever_the_order(tmp_path: Path) -> None:
     rows = ["a,x,Old", "b,x,New", "c,x,New", "a,y,B", "b,y,A"]
     for turn in (rows, rows[::-1]):
