@@ -192,7 +192,7 @@ def _page(
     columns = Columns(
         user=roles.user,
         item=roles.item,
-        rating=roles.rating,
+        rating=roles.rating if plan.rates else None,
         time=roles.time,
         title=title,
         text=roles.text,

@@ -112,11 +112,16 @@ def _data(page: Page) -> list[str]:
         remark = "lowest and highest rating" + (
             "" if seen == plan.scale else f"; the table has {seen[0]:g} to {seen[1]:g}"
         )
-        lines.append(_line(f"  rating_scale: [{low:g}, {high:g}]", remark))
+        lines.append(_line(f"  rating_scale: [{_number(low)}, {_number(high)}]", remark))
     if plan.facts.zeros > 0.3 and columns.rating is not None:
         share = f"{plan.facts.zeros:.0%}"
         lines.append(f"  # {share} of the ratings are 0; if that means no rating, add  filter: {{min_rating: 1}}")
     return lines
+
+
+def _number(value: float) -> str:
+    """Return a number as YAML that is read back as this number."""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else str(yaml.safe_dump(value)).split("\n")[0]
 
 
 def _in_list(value: str) -> str:

@@ -40,7 +40,8 @@ class Facts:
         teachable: Users with at least 4, who leave two or more to learn an order from.
         with_texts: Rows with a text.
         with_title: Share of rows with a title.
-        levels: Different ratings, lowest first.
+        levels: Different ratings, those of rows that the core filter drops included, lowest first: a recipe's scale
+            has to hold for all rows.
         zeros: Share of ratings that are 0.
         title_tokens: Tokens of a title, about.
         field_tokens: Tokens of an item's fields, about.
@@ -99,6 +100,11 @@ class Plan:
     def on(self) -> tuple[str, ...]:
         """The families that are switched on."""
         return tuple(family for family in FAMILIES if self.tasks[family][0])
+
+    @property
+    def rates(self) -> bool:
+        """Whether templates can write the ratings: no task takes data whose scale has too many steps."""
+        return bool(self.facts.levels) and labels(self.facts.levels) <= _MOST_LABELS
 
     def without(self, family: str, reason: str) -> Plan:
         """Return the plan with one family switched off."""
@@ -166,7 +172,7 @@ def decide(roles: Roles, names: tuple[str, ...], *, whole: bool, backend: str) -
             kept = figures(roles, cores) if cores > 1 else facts
             if kept.users >= _CORE_LEFT and kept.items >= _CORE_LEFT:
                 break
-        facts = kept
+        facts = replace(kept, levels=facts.levels)
     count = min(20, facts.items, facts.items - facts.history[2] + 1) if facts.able else 20
     plan = Plan(
         tasks=_tasks(roles, facts, count),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import polars as pl
@@ -13,8 +14,13 @@ from llmrec.errors import DataError
 from llmrec.recipe import DataSection
 from llmrec.types import Item
 
+log = logging.getLogger(__name__)
+
 _PAIR = ["user_id", "item_id"]
 _ROW = "_row"
+# What tables write where there is no user, and the share of all rows that nobody has among so many users.
+_NOBODY = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
+_LARGE, _SEVERAL = 0.2, 20
 
 
 def assemble(
@@ -47,6 +53,7 @@ def assemble(
     """
     frame = conform(interactions).with_row_index(_ROW)
     _short_ids(table, frame)
+    _one_for_many(table, frame)
     frame = _without_repeats(section, table, frame)
     _all_known(table, frame, items)
     scale = _scale(section, table, frame, scale)
@@ -75,6 +82,19 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
                 f"{table.where(row)}: the {column.removesuffix('_id')} is {shown(text)}, {len(text)} characters long; "
                 f"an id has at most {ID_LIMIT}, so correct the row"
             )
+
+
+def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
+    """Warn of a user who seems to stand for all those that are not known: by a word for nothing, or a large share."""
+    sizes = frame["user_id"].value_counts(sort=True)
+    nobody = pl.col("user_id").str.to_lowercase().is_in(_NOBODY)
+    large = (pl.col("count") > _LARGE * frame.height) & (sizes.height >= _SEVERAL)
+    for user, count in sizes.filter(nobody | large).iter_rows():
+        log.warning(
+            "%s: user %s has %d of %d rows; if it stands for people who are not known, leave these rows out, or name "
+            "another column as the user",
+            *(table.name, shown(user), count, frame.height),
+        )
 
 
 def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) -> pl.DataFrame:

@@ -247,8 +247,8 @@ class _Guess:
             if held.counts:
                 if weight:
                     self._why[held.name] = (
-                        f"called like a rating, but its numbers look like counts, from {held.levels[0]:g} to "
-                        f"{held.levels[-1]:g}; --rating {shell(held.name)} takes it all the same"
+                        f"called like a rating, but its numbers look like {self._amounts(held)}, from "
+                        f"{held.levels[0]:g} to {held.levels[-1]:g}; --rating {shell(held.name)} takes it all the same"
                     )
                 continue
             if weight:
@@ -261,6 +261,9 @@ class _Guess:
                 self._why[held.name] = f"could be a rating; --rating {shell(held.name)} takes it"
             return None
         return self._first(named or others, "rating", levels)
+
+    def _amounts(self, held: Profile) -> str:
+        return "counts" if held.whole else "amounts"
 
     def _title(self) -> str | None:
         if self._items:
@@ -380,7 +383,7 @@ class _Guess:
         if held.named.weight("count"):
             return "a count or an amount, by its name"
         if held.numeric and held.counts:
-            return "looks like counts, not like ratings"
+            return f"looks like {self._amounts(held)}, not like ratings"
         return "nothing that llmrec uses"
 
     def _idle_item(self, held: Profile) -> str:

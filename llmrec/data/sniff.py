@@ -86,14 +86,9 @@ class Profile:
 
     @cached_property
     def counts(self) -> bool:
-        """Whether its numbers look like counts: whole, from 0 or 1 to more than 10, most of them near the lowest."""
+        """Whether its numbers look like counts or amounts: from 0 to 1 up to more than 10, most of them low."""
         values = self.numbers.values.drop_nulls()
-        if (
-            not self.numeric
-            or values.is_empty()
-            or not self.whole
-            or not 0 <= self.levels[0] <= 1 < self.levels[-1] / 10
-        ):
+        if not self.numeric or values.is_empty() or not 0 <= self.levels[0] <= 1 < self.levels[-1] / 10:
             return False
         low, high = self.levels[0], self.levels[-1]
         return (

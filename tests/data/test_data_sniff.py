@@ -245,6 +245,9 @@ def test_values_decide_where_names_do_not() -> None:
     assert counts.rating is None
     assert "look like counts" in counts.why["score"] and "--rating score" in counts.why["score"]
     assert roles({"user": USERS, "item": ITEMS, "score": COUNTS}, rating="score").rating == "score"
+    hours = roles({"user": USERS, "item": ITEMS, "value": [f"{count * 1.3 - 1.2:.1f}" for count in COUNTS]})
+    assert hours.rating is None
+    assert "look like amounts" in hours.why["value"] and "--rating value" in hours.why["value"]
     assert roles({"user": USERS, "item": ITEMS, "note": TEXTS}).text == "note"
     assert roles({"user": USERS, "item": ITEMS, "note": STARS}).rating == "note"
     birth = [f"19{10 + user}-01-01" for user, _ in PAIRS]

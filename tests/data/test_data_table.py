@@ -175,6 +175,25 @@ def test_named_columns_items_table_and_fields(tmp_path: Path) -> None:
     assert data.provenance["path"] == f"{main}; {items}"
 
 
+@pytest.mark.parametrize(
+    ("users", "warned"),
+    [
+        (["NA"] * 3 + [f"u{n}" for n in range(60)], "user 'NA' has 3 of 63 rows"),
+        (["u0"] * 30 + [f"u{n}" for n in range(1, 60)], "user 'u0' has 30 of 89 rows"),
+        (["u0"] * 30 + ["u1"] * 20, None),
+        ([f"u{n % 30}" for n in range(90)], None),
+        (["Nana", "Nullarbor", "u1"], None),
+    ],
+)
+def test_one_user_for_all_who_are_not_known_is_pointed_out(
+    users: list[str], warned: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [f"{user},i{n}" for n, user in enumerate(users)]
+    load(section(path=str(write(tmp_path, "user_id,item_id\n" + "\n".join(lines) + "\n"))), seed=0)
+    assert [warned in record.getMessage() for record in caplog.records if warned] == [True] * bool(warned)
+    assert bool(caplog.records) is bool(warned)
+
+
 def test_a_title_that_is_html_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scraped = '<span class=""a-size-medium a-color-secondary""'
     page = write(tmp_path, f'user_id,item_id,title\nu,i1,Heat\nu,i2,"{scraped}"\nv,i2,"{scraped}"\n')
