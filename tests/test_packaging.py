@@ -435,6 +435,14 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
         assert blocks
 
 
+def test_no_document_installs_a_name_from_an_index_that_is_not_ours() -> None:
+    for page in [*DOCUMENTS, ROOT / "llmrec" / "build" / "cards.py"]:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        told = [line for line in lines if re.search(r"pip install (?:\S+ )*'?llmrec\b", line)]
+        # One sentence explains what messages say to those who have it installed.
+        assert [line for line in told if "is installed already" not in line] == [], page
+
+
 def test_commands_in_documents_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
