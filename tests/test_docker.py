@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from llmrec import setup_env
+from llmrec.build.doctor import _DRIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
@@ -96,6 +97,13 @@ def test_base_has_a_tag_that_says_what_it_is(file: Path) -> None:
         assert name
         assert re.search(r"\d+\.\d+", tag), tag
         assert "latest" not in tag
+
+
+def test_the_base_of_cuda_is_that_of_torch() -> None:
+    """The image refuses drivers that are too old for its CUDA, so its CUDA must be the one that torch asks for."""
+    (base,) = rests(DOCKER / "Dockerfile.cuda", "FROM")
+    major = int(base.partition(":")[2].partition(".")[0])
+    assert major == max(_DRIVERS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -185,6 +193,10 @@ def test_services(compose: dict[str, Any]) -> None:
     (device,) = services["gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert device["driver"] == "nvidia"
+    # A tmpfs may not be executed from unless it says so, and kernels' launchers are compiled and loaded.
+    caches = services["gpu"]["environment"]
+    assert {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} <= set(caches)
+    assert all(folder.startswith("/cache/") for folder in caches.values())
     # What runs write lies in volumes of the places that the images declare.
     for name in ("cpu", "gpu"):
         assert [entry.split(":")[1] for entry in services[name]["volumes"]] == ["/app/runs", "/cache"]
