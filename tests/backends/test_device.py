@@ -114,3 +114,31 @@ def test_a_vllm_for_gpus_is_not_asked_to_run_on_the_cpu(monkeypatch: pytest.Monk
     engines.refuse_device(CPU, EvalSection(backend="hf"))
     monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0+cpu"})
     engines.refuse_device(CPU, section)
+
+
+class _Platform:
+    def __init__(self, on_cpu: bool) -> None:
+        self.is_cpu = lambda: on_cpu
+
+
+@pytest.mark.parametrize(
+    ("free", "given", "share"),
+    [(80, None, 0.92), (40, None, 0.475), (77.6, None, 0.92), (4, None, 0.0475), (40, 0.3, 0.3), (40, 0.9, 0.9)],
+)
+def test_vllm_takes_what_is_free_on_a_shared_card(
+    free: float, given: float | None, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmrec.backends import vllm as backend
+
+    asked: dict[str, object] = {}
+    library = SimpleNamespace(LLM=lambda folder, **options: asked.update(options))
+    platforms = {cpu: SimpleNamespace(current_platform=_Platform(cpu)) for cpu in (True, False)}
+    found = {"vllm": library, "torch": torch}
+    monkeypatch.setattr(backend, "prepare_environment", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 80 * 2**30))
+    for on_cpu in (False, True):
+        asked.clear()
+        monkeypatch.setattr(backend, "require", lambda name, extra, cpu=on_cpu: found.get(name) or platforms[cpu])
+        encoder = SimpleNamespace(max_length=512)
+        backend.VLLMBackend("folder", encoder, dtype="float16", gpu_memory=given)  # type: ignore[arg-type]
+        assert asked.get("gpu_memory_utilization") == (None if on_cpu else pytest.approx(share))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ def examples() -> list[Example]:
     ]
 
 
-def run(folder: Path, out: Path, *, steps: int = 12, **settings: Any) -> tuple[sft.Training, Any]:
-    section = ModelSection(name=str(folder), dtype="float32")
+def run(
+    folder: Path, out: Path, *, steps: int = 12, dtype: str = "float32", **settings: Any
+) -> tuple[sft.Training, Any]:
+    section = ModelSection(name=str(folder), dtype=dtype)
     values = {"steps": steps, "batch_tokens": 256, "learning_rate": 1e-2, "valid_every": 6, "save_every": 4, **settings}
     train = TrainSection(**values)
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=256)
@@ -105,6 +108,33 @@ def test_full_tuning_trains_every_weight(llama_folder: Path, tmp_path: Path) -> 
     ids = torch.tensor([[5, 9, 30]])
     with torch.no_grad():
         assert torch.allclose(model.eval()(input_ids=ids).logits, again(input_ids=ids).logits, atol=1e-4)
+
+
+def test_without_bfloat16_a_float16_model_is_trained_in_float32(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As on a Turing card, which only emulates bfloat16 and so is asked in float16.
+    monkeypatch.setattr(sft, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(sft, "gpu_has_bf16", lambda: False)
+    done, model = run(llama_folder, tmp_path, dtype="float16", steps=6)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(record["loss"] is None or math.isfinite(record["loss"]) for record in done.log)
+    assert [record.getMessage() for record in caplog.records if "float32" in record.getMessage()] == [
+        "this hardware multiplies no bfloat16: the model is trained in float32, which takes more memory and time"
+    ]
+    whole, _ = run(llama_folder, tmp_path / "float32", steps=6)
+    assert [record["loss"] for record in done.log][1:] == pytest.approx(
+        [record["loss"] for record in whole.log][1:], rel=1e-2
+    )
+
+
+def test_one_of_several_processes_is_refused(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"WORLD_SIZE=2.*without torchrun"):
+        run(llama_folder, tmp_path, steps=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_impossible_settings_are_one_clear_error(llama_folder: Path) -> None:
