@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmrec.errors import LlmrecError
+
 MANIFEST = "manifest.json"
 _CHUNK = 2**20
 
@@ -18,10 +20,16 @@ _CHUNK = 2**20
 def replacing(path: Path) -> Iterator[Path]:
     """Hand out a draft path beside a file or folder, and move it into place when the block ends well.
 
-    The draft has one fixed name, so that what a killed process left is overwritten and never piles up; two processes
-    must be kept apart by a lock. An existing folder at ``path`` is removed right before the move.
+    The draft has one fixed name that nobody else uses, so that what a killed process left is overwritten and never
+    piles up; two processes must be kept apart by a lock. An existing folder at ``path`` is removed right before the
+    move.
+
+    Raises:
+        LlmrecError: If ``path`` is a link to a folder, which a folder cannot replace.
     """
-    draft = path.with_name(f".{path.name}.draft")
+    if path.is_dir():
+        refuse_link(path)
+    draft = path.with_name(f".{path.name}.llmrec.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(draft)
     try:
@@ -73,6 +81,16 @@ def verifies(folder: Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a link where llmrec would write into, lock or remove what it leads to.
+
+    Raises:
+        LlmrecError: If the path is one.
+    """
+    if path.is_symlink():
+        raise LlmrecError(f"{path} is a link, and llmrec writes to no other place through it; remove the link")
 
 
 def _remove(path: Path) -> None:

@@ -25,6 +25,7 @@ from llmrec.report.escape import flat
 from llmrec.report.wording import share
 
 _PAGE = "index.html"
+_FILES = {"index.json", "index.safetensors", index_words.DIAGNOSTICS, _PAGE, "plotly.min.js", "report.js"}
 _EXAMPLES = 20
 # Of one length of prefix, and items of each.
 _GROUPS, _MEMBERS = 8, 8
@@ -69,7 +70,7 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
         LlmrecError: If the folder holds something else.
     """
     folder = out if out is not None else folder_of(recipe, None) / index_words.FOLDER
-    if folder.exists() and not (folder / "index.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if _holds_more(folder):
         raise LlmrecError(f"{folder} holds something other than an index, and would be replaced; name another --out")
     if recipe.index is None:
         raise RecipeError(
@@ -86,6 +87,12 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
         write_json(folder / index_words.DIAGNOSTICS, found.as_json())
         page = index_page.write(content, folder / _PAGE)
     return Indexed(data, built, found, seconds, folder, page, tuple(items))
+
+
+def _holds_more(folder: Path) -> bool:
+    """Whether more than an index and its page lies in a folder, which would be lost if another index took its place."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return (folder.exists() and not folder.is_dir()) or bool(found - _FILES) or bool(found and not _digest(folder))
 
 
 def indexed_data(recipe: Recipe) -> SplitDataset:

@@ -205,8 +205,9 @@ def with_tokens(
     left is removed.
     """
     if index is None or not index.vocabulary:
-        (folder / "base.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "base", ignore_errors=True)
+        if (folder / "base.json").is_file():
+            shutil.rmtree(folder / "base", ignore_errors=True)
+            (folder / "base.json").unlink()
         return base
     from llmrec.backends.models import weights_stamp
     from llmrec.backends.vocabulary import extended

@@ -16,6 +16,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.models import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.backends.vllm import prepare_environment
 from llmrec.build import audit, index_report
+from llmrec.build.claiming import RUN
 from llmrec.build.engines import Engines, dtype_name, refuse_device, refuse_paired
 from llmrec.build.evaluation import Evaluation, Row
 from llmrec.build.indexing import with_tokens
@@ -61,7 +62,7 @@ def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, m
         RecipeError: If the tuned arm has no adapter and ``may_train`` is off.
     """
     folder = folder_of(recipe, Path(out) if out is not None else None)
-    with locked(folder):
+    with locked(folder, RUN):
         session = open_session(recipe, folder, quiet=quiet)
         training = None
         if "tuned" in recipe.eval.arms:
@@ -80,7 +81,7 @@ def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, m
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> dict[str, Any]:
     """Only train; returns the training record."""
     folder = folder_of(recipe, out)
-    with locked(folder):
+    with locked(folder, RUN):
         return open_session(recipe, folder, quiet=quiet).train()
 
 

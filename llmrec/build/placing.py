@@ -13,7 +13,7 @@ from llmrec.errors import LlmrecError
 
 @contextmanager
 def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Hand out ``TARGET.tmp-PID``, and move it to its place when the block ends well.
+    """Hand out ``TARGET.llmrec-tmp-PID``, and move it to its place when the block ends well.
 
     Args:
         target: The folder to be.
@@ -75,7 +75,7 @@ def _sweep(target: Path) -> None:
     if not target.parent.is_dir():
         return
     for kind in ("old", "tmp"):
-        for left in sorted(target.parent.glob(f"{_plain(target.name)}.{kind}-*")):
+        for left in sorted(target.parent.glob(f"{_plain(target.name)}.llmrec-{kind}-*")):
             owner = left.name.rpartition("-")[2]
             if not owner.isdigit() or _alive(int(owner)):
                 continue
@@ -99,7 +99,7 @@ def _alive(process: int) -> bool:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    return target.with_name(f"{target.name}.{kind}-{os.getpid()}")
+    return target.with_name(f"{target.name}.llmrec-{kind}-{os.getpid()}")
 
 
 def _plain(name: str) -> str:

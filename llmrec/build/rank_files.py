@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llmrec.backends.cache import CachedBackend
+from llmrec.build.claiming import LOCK
 from llmrec.build.rank_job import Job, open_job
 from llmrec.build.rank_options import RankOptions, check_out
 from llmrec.build.rank_progress import RankBar, Tally
@@ -49,7 +50,7 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
     budget = Budget()
     with budget.stage("start"):
         source = open_requests(options.requests)
-    with locked(options.parts):
+    with locked(options.parts, _own):
         if options.restart:
             _empty(options.parts)
         try:
@@ -57,7 +58,7 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
                 job = open_job(options, source, budget)
         except BaseException:
             if not any(options.parts.glob(_part("*"))):
-                shutil.rmtree(options.parts)
+                _remove(options.parts)
             raise
         try:
             done = None if options.restart else _finished(options, job.key)
@@ -66,7 +67,7 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
             job.close()
         if done is not None:
             log.warning("%s is complete already; --restart ranks again", options.out)
-        shutil.rmtree(options.parts)
+        _remove(options.parts)
     return summary
 
 
@@ -89,7 +90,7 @@ def _claim(folder: Path, key: str) -> None:
     mark = folder / "key"
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
-    others = list(folder.glob(_part("*")))
+    others = [path for path in folder.glob(_part("*")) if _own(path.name)]
     if others:
         log.warning("%d parts in %s were made from other inputs or options; they are discarded", len(others), folder)
     for path in others:
@@ -97,10 +98,29 @@ def _claim(folder: Path, key: str) -> None:
     write_text(mark, key)
 
 
+_OWN = re.compile(r"\.lock|\.?(key|part-[0-9]{8}\.jsonl)((\.llmrec)?\.draft)?|answers\.sqlite.*")
+
+
+def _own(name: str) -> bool:
+    """Whether a file of this name in a folder of parts is one that ranking writes there."""
+    return _OWN.fullmatch(name) is not None
+
+
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.name != ".lock":
+        if path.name != LOCK and _own(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of parts; what somebody else put there since stays, and the folder with it."""
+    _empty(folder)
+    others = [path.name for path in folder.iterdir() if path.name != LOCK]
+    if others:
+        log.warning("%s is kept, since it holds files that llmrec did not write: %s", folder, ", ".join(others[:3]))
+        return
+    (folder / LOCK).unlink()
+    folder.rmdir()
 
 
 def _work(options: RankOptions, source: RequestFile, job: Job, budget: Budget) -> dict[str, Any]:

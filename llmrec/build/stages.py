@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmrec.build.claiming import mark, open_lock, refuse_foreign
 from llmrec.errors import LlmrecError
 
 
@@ -56,25 +57,32 @@ class Budget:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Iterator[None]:
     """Keep two runs out of one folder.
 
+    Args:
+        folder: The folder; it is made where it is not there.
+        own: What is to be written into it, or which names are; see `refuse_foreign`. By default nothing.
+
     Raises:
-        LlmrecError: If another live process holds the folder.
+        LlmrecError: If another live process holds the folder, or somebody's files in it could be lost.
     """
     import fcntl
 
+    refuse_foreign(folder, own)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LlmrecError(
             f"the run folder {folder} cannot be made: {error.strerror}; choose another with --out"
         ) from None
-    with (folder / ".lock").open("w") as file:
+    with open_lock(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise LlmrecError(
                 f"another run is writing to {folder}; wait for it, or choose a folder with --out"
             ) from None
+        if own:
+            mark(file)
         yield

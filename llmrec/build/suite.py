@@ -20,6 +20,7 @@ import psutil
 from llmrec import __version__
 from llmrec.baselines.tuning import Tuned, tune
 from llmrec.build.bar import Bar
+from llmrec.build.claiming import SUITE
 from llmrec.build.comparing import Comparing, over_runs
 from llmrec.build.contenders import Contenders
 from llmrec.build.facts import machine, versions
@@ -83,7 +84,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
                 f"{', '.join(able)}"
             )
     pages = {name: _reference(name) for name in suite.references}
-    with locked(out):
+    with locked(out, SUITE):
         begin = time.monotonic()
         splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
         rows: list[dict[str, Any]] = []

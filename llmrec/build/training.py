@@ -346,8 +346,12 @@ def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
 
 def _clear_foreign(folder: Path, key: str) -> None:
     """Drop checkpoints that another recipe left in this folder; keep those of a killed run of this one."""
+    from llmrec.train.checkpoint import checkpoints
+
     mark = folder / "checkpoints" / "key"
+    found = checkpoints(folder / "checkpoints")
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for checkpoint in found:
+        shutil.rmtree(checkpoint)
     write_text(mark, key)

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from llmrec.durable import replacing
+from llmrec.durable import refuse_link, replacing
 from llmrec.index.diagnostics import Depth, Diagnostics, Entry, Group, Level
 from llmrec.report import index_words
 from llmrec.report.escape import flat, page_json, plain
@@ -59,6 +59,7 @@ class IndexPage:
 
 def write(content: IndexPage, path: Path) -> Path:
     """Write the page, with its scripts beside it, and return its path."""
+    refuse_link(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = html_page(content, inline_styles=put_scripts(path.parent))
     with replacing(path) as draft:

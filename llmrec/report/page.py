@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llmrec.durable import replacing
+from llmrec.durable import refuse_link, replacing
 from llmrec.report import costs, facts, index_words, marks, positions, slices, templates, texts, wording
 from llmrec.report.audit import AuditLine, LeakError, audit_lines, audit_sentence, how_to_audit
 from llmrec.report.escape import page_json, visible
@@ -53,6 +53,7 @@ def write(run_dir: Path) -> dict[str, Path]:
         raise
     reasons, audit, mend = failure_reasons(run_dir, results), audit_lines(run_dir), how_to_audit(run_dir)
     folder = run_dir / "report"
+    refuse_link(folder)
     folder.mkdir(exist_ok=True)
     pages = {kind: folder / name for kind, name in PAGES.items()}
     inline_styles = put_scripts(folder)
@@ -68,6 +69,7 @@ def write(run_dir: Path) -> dict[str, Path]:
 
 def withdraw(run_dir: Path) -> None:
     """Remove the pages of a run that hold figures."""
+    refuse_link(run_dir / "report")
     for name in PAGES.values():
         (run_dir / "report" / name).unlink(missing_ok=True)
 

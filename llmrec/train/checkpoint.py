@@ -7,6 +7,7 @@ newest and cannot be loaded.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from llmrec.durable import verifies
+from llmrec.durable import refuse_link, verifies
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +36,36 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
             self._work(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints that the Trainer saved, newest first; what else lies there is somebody's own.
+
+    Raises:
+        LlmrecError: If one is a link, through which the Trainer would write.
+    """
+    refuse_link(folder)
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    for path in found:
+        refuse_link(path)
+    return sorted((path for path in found if path.is_dir()), key=lambda p: int(p.name[11:]), reverse=True)
+
+
+def keep_newest(count: int, checkpoint: Path) -> None:
+    """Remove all but the newest checkpoints, after one was sealed.
+
+    The Trainer's own limit counts every folder whose name begins like a checkpoint's, and removes it.
+    """
+    for old in checkpoints(checkpoint.parent)[count:]:
+        shutil.rmtree(old)
+
+
 def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint that verifies, and remove those that do not.
 
-    A torn checkpoint must go: the Trainer would count it among those to keep, and drop a sound one for it.
+    Raises:
+        LlmrecError: If one is a link.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     sound = []
-    for checkpoint in found:
+    for checkpoint in checkpoints(folder):
         if verifies(checkpoint):
             sound.append(checkpoint)
         else:

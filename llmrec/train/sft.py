@@ -31,7 +31,7 @@ from llmrec.durable import replacing, seal, write_text
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe import TrainSection
 from llmrec.train.batches import Step, padded
-from llmrec.train.checkpoint import OnSave, newest
+from llmrec.train.checkpoint import OnSave, keep_newest, newest
 from llmrec.train.loss import StateLoss, label_loss, packed_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.rating_head import HeadLoss, detach, measure, restore
@@ -169,6 +169,7 @@ def train(
     # What a checkpoint holds beside the Trainer's own files.
     kept: list[Callable[[Path], None]] = [partial(save_words, model)]
     kept += [] if head is None else [partial(save_head, head)]
+    saving = (*kept, seal, partial(keep_newest, section.keep_checkpoints))
     follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
     try:
         with _adapters_as_they_are(model):
@@ -178,7 +179,7 @@ def train(
                 train_dataset=_dataset(model, steps, pad),
                 processing_class=encoder.tokenizer,
                 data_collator=_tensors,
-                callbacks=[follow, *(OnSave(work) for work in (*kept, seal))],
+                callbacks=[follow, *(OnSave(work) for work in saving)],
             )
     except (RuntimeError, ValueError) as error:
         if not section.report_to:
@@ -310,7 +311,6 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=section.save_every,
-        save_total_limit=section.keep_checkpoints,
         eval_strategy="no",
         report_to=list(section.report_to) or "none",
         dataset_kwargs={"skip_prepare_dataset": True},

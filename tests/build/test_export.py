@@ -423,7 +423,7 @@ def test_a_killed_export_leaves_nothing_under_the_name_and_goes_on(run: Path, tm
     done = subprocess.run([sys.executable, "-c", code, str(run), str(out)], timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     (left,) = tmp_path.glob("out*")
-    assert left.name.startswith("out.tmp-") and (left / "model.safetensors").is_file()
+    assert left.name.startswith("out.llmrec-tmp-") and (left / "model.safetensors").is_file()
     write(run, out)
     assert verify(out) and list(tmp_path.glob("out*")) == [out]
 
@@ -438,10 +438,10 @@ def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
     )
     gone = int(dead.stdout)
     alive = os.getppid()
-    fill(tmp_path / f"out.tmp-{alive}", "at work")
-    fill(tmp_path / f"out.tmp-{gone}", "half")
-    fill(tmp_path / f"out.old-{gone}", "whole")
-    fill(tmp_path / f"output.tmp-{gone}", "another name")
+    fill(tmp_path / f"out.llmrec-tmp-{alive}", "at work")
+    fill(tmp_path / f"out.llmrec-tmp-{gone}", "half")
+    fill(tmp_path / f"out.llmrec-old-{gone}", "whole")
+    fill(tmp_path / f"output.llmrec-tmp-{gone}", "another name")
     with (
         pytest.raises(LlmrecError, match="--force"),
         placing.placing(tmp_path / "out", force=False, ours=lambda _: True),
@@ -450,7 +450,7 @@ def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
     # What was moved aside by a process that died before it put the new folder in place is back.
     assert (tmp_path / "out" / "file").read_text(encoding="utf-8") == "whole"
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"out", f"out.tmp-{alive}", f"output.tmp-{gone}"}
+    assert names == {"out", f"out.llmrec-tmp-{alive}", f"output.llmrec-tmp-{gone}"}
 
 
 def test_an_error_on_the_way_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,9 +135,9 @@ def test_a_killed_export_ends_like_one_that_was_not(point: str, runs: Zygote, wh
     assert runs.do(chain, "export", point).status == -9
     left = sorted(path.name for path in chain.folder.glob("films*"))
     # Under the final name stands a whole folder or nothing.
-    assert left == ["films"] if point == "mid-export, after the rename" else left[0].startswith("films.tmp-")
+    assert left == ["films"] if point == "mid-export, after the rename" else left[0].startswith("films.llmrec-tmp-")
     if point == "mid-export, weights half written":
-        (half,) = chain.folder.glob("films.tmp-*/model.safetensors")
+        (half,) = chain.folder.glob("films.llmrec-tmp-*/model.safetensors")
         assert 0 < half.stat().st_size < (whole.exported / half.name).stat().st_size
     assert runs.do(chain, "export").status == 0
     assert export_outcome(chain) == export_outcome(whole)

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("transformers", reason="the train extra is not installed")
 
 from llmrec.durable import MANIFEST, replacing, seal, verifies, write_json
-from llmrec.train.checkpoint import newest
+from llmrec.errors import LlmrecError
+from llmrec.train.checkpoint import keep_newest, newest
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -79,3 +80,22 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
             draft.mkdir()
             (draft / f"{content}.txt").write_text(content, encoding="utf-8")
     assert [file.name for file in target.iterdir()] == ["two.txt"]
+
+
+def test_what_only_looks_like_a_checkpoint_stays(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    for name in ("checkpoint-foo", "checkpoint-5.bak"):
+        (tmp_path / name).mkdir()
+    assert newest(tmp_path) == tmp_path / "checkpoint-6"
+    keep_newest(2, tmp_path / "checkpoint-6")
+    left = {"checkpoint-foo", "checkpoint-5.bak", "checkpoint-4", "checkpoint-6"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_a_checkpoint_that_is_a_link_is_refused_and_kept(tmp_path: Path) -> None:
+    elsewhere = checkpoint(tmp_path / "elsewhere", 4)
+    (tmp_path / "checkpoint-4").symlink_to(elsewhere)
+    with pytest.raises(LlmrecError, match="checkpoint-4 is a link"):
+        newest(tmp_path)
+    assert verifies(elsewhere)
