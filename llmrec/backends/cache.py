@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from llmrec.backends.answers import AnswerStore
 from llmrec.errors import BackendError
 from llmrec.types import Backend, Capability, Completion, Cost, Found, HeadBackend, Prompt, Read, Scores
 
@@ -25,92 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
-
-_VERSION = 1
-_WAIT = 30.0
-_MANY = 500  # keys of one query: SQLite bounds the number of variables
-
-
-class AnswerStore:
-    """A table of JSON answers by key.
-
-    Args:
-        path: The database file. One that is damaged is set aside under the ending ``.damaged``, never deleted.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._open(path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise BackendError(
-                    f"the answer cache {path} cannot be opened: {error}; mend this, or delete it"
-                ) from error
-            log.warning("%s is damaged (%s); it is set aside and answers are computed again", path, error)
-            for suffix in ("", "-wal", "-shm"):
-                part = path.with_name(path.name + suffix)
-                if part.exists():
-                    part.replace(path.with_name(f"{path.name}.damaged{suffix}"))
-            self._open(path)
-
-    def _open(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None)
-        run = self._connection.execute
-        run("PRAGMA journal_mode=WAL")
-        run("PRAGMA synchronous=NORMAL")
-        if run("PRAGMA user_version").fetchone()[0] not in (0, _VERSION):
-            run("DROP TABLE IF EXISTS answers")
-        run("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
-        run(
-            "CREATE TABLE IF NOT EXISTS spent (name TEXT PRIMARY KEY, prompt_tokens INTEGER NOT NULL, "
-            "completion_tokens INTEGER NOT NULL) WITHOUT ROWID"
-        )
-        run(f"PRAGMA user_version={_VERSION}")
-
-    def get(self, keys: Sequence[str]) -> dict[str, Any]:
-        """Return the answers that are stored, by key."""
-        found: dict[str, Any] = {}
-        for start in range(0, len(keys), _MANY):
-            part = keys[start : start + _MANY]
-            marks = ",".join("?" * len(part))
-            query = f"SELECT key, value FROM answers WHERE key IN ({marks})"
-            found.update((key, json.loads(value)) for key, value in self._connection.execute(query, part))
-        return found
-
-    def put(self, answers: Iterable[tuple[str, Any]]) -> None:
-        """Store answers in one transaction: all of them or, after a kill, none."""
-        rows = [(key, json.dumps(value, ensure_ascii=False)) for key, value in answers]
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            self._connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
-            self._connection.execute("COMMIT")
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-
-    def spent(self, name: str) -> Cost:
-        """Return the tokens that were booked under a name."""
-        query = "SELECT prompt_tokens, completion_tokens FROM spent WHERE name = ?"
-        found = self._connection.execute(query, (name,)).fetchone()
-        return Cost(prompt_tokens=found[0], completion_tokens=found[1]) if found else Cost()
-
-    def spend(self, name: str, cost: Cost) -> None:
-        """Book tokens under a name."""
-        self._connection.execute(
-            "INSERT INTO spent VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET prompt_tokens = prompt_tokens + "
-            "excluded.prompt_tokens, completion_tokens = completion_tokens + excluded.completion_tokens",
-            (name, cost.prompt_tokens, cost.completion_tokens),
-        )
-
-    def __len__(self) -> int:
-        """Number of stored answers."""
-        return int(self._connection.execute("SELECT count(*) FROM answers").fetchone()[0])
-
-    def close(self) -> None:
-        """Close the database."""
-        self._connection.close()
+__all__ = ["AnswerStore", "CachedBackend", "StoredLedger"]
 
 
 @dataclass(frozen=True)

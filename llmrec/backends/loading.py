@@ -68,7 +68,8 @@ def _left_over(model: Any, names: Collection[str]) -> tuple[list[str], list[str]
     own = model.base_model_prefix
     body = getattr(model, own, model)
     parts = {name.partition(".")[0] for each in (model, body) for name in each.state_dict()} - {own}
-    extra, beside = [], []
+    extra: list[str] = []
+    beside: list[str] = []
     for name in sorted(names):
         part = name.removeprefix(f"{own}.").partition(".")[0]
         if not _COMPUTED.search(name):

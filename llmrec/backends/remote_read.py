@@ -71,6 +71,8 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
         text = choice["text"]
     if not isinstance(text, str):
         raise ValueError("the text of the answer is no text")
+    # JSON can name half of a letter, which no file or table can hold.
+    text = text.encode("utf-8", "replace").decode("utf-8")
     cost = usage(value) or Cost()
     found = Completion(
         text=text,

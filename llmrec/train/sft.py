@@ -169,7 +169,7 @@ def train(
     # What a checkpoint holds beside the Trainer's own files.
     kept: list[Callable[[Path], None]] = [partial(save_words, model)]
     kept += [] if head is None else [partial(save_head, head)]
-    saving = (*kept, seal, partial(keep_newest, section.keep_checkpoints))
+    saving: list[Callable[[Path], None]] = [*kept, seal, partial(keep_newest, section.keep_checkpoints)]
     follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
     try:
         with _adapters_as_they_are(model):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ from hypothesis import strategies as st
 
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.fake import FakeBackend
+from llmrec.backends.remote_read import completion
 from llmrec.errors import BackendError
-from llmrec.types import Completion, Message, Prompt, Scores, Segment
+from llmrec.types import Completion, Cost, Message, Prompt, Scores, Segment
 
 IDENTITY = {
     "engine": "fake",
@@ -181,6 +184,109 @@ def test_a_damaged_table_is_set_aside(tmp_path: Path) -> None:
     store.put([("k", {"a": 1})])
     assert store.get(["k"]) == {"k": {"a": 1}}
     assert (tmp_path / "answers.sqlite.damaged").read_bytes().startswith(b"this is no database")
+
+
+QUESTIONS = [prompt(f"Rate film {n}") for n in range(60)]
+
+
+def filled(path: Path) -> tuple[bytes, list[Completion]]:
+    """Return the bytes of a table of answers on several pages, and the answers."""
+    store = AnswerStore(path)
+    answers = backend(store, FakeBackend()).generate(QUESTIONS, max_tokens=4)
+    store.put([(f"more-{n}", {"text": "x" * 90}) for n in range(200)])
+    store.spend("server", Cost(prompt_tokens=11, completion_tokens=7))
+    store.close()
+    return path.read_bytes(), answers
+
+
+def test_an_answer_whose_digits_were_changed_is_asked_again(tmp_path: Path, caplog: Any) -> None:
+    path = tmp_path / "answers.sqlite"
+    store = AnswerStore(path)
+    scores = backend(store, FakeBackend()).score(QUESTIONS, [["x", "y"]] * len(QUESTIONS))
+    store.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE answers SET value = replace(replace(value, '7', '3'), '1', '2')")
+    connection.close()
+    engine = Counting()
+    found = backend(AnswerStore(path), engine)
+    assert found.score(QUESTIONS, [["x", "y"]] * len(QUESTIONS)) == scores
+    assert engine.asked == len(QUESTIONS) and found.recalled == 0
+    assert "60 answers in" in caplog.text and "asked again" in caplog.text
+    assert backend(AnswerStore(path), engine).score(QUESTIONS, [["x", "y"]] * len(QUESTIONS)) == scores
+    assert engine.asked == len(QUESTIONS)
+
+
+def test_a_table_without_checksums_is_set_aside_with_what_was_spent(tmp_path: Path, caplog: Any) -> None:
+    path = tmp_path / "answers.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            "CREATE TABLE answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;"
+            "CREATE TABLE spent (name TEXT PRIMARY KEY, prompt_tokens INTEGER NOT NULL, "
+            "completion_tokens INTEGER NOT NULL) WITHOUT ROWID; INSERT INTO answers VALUES ('k', '1');"
+            "INSERT INTO spent VALUES ('server', 11, 7); PRAGMA user_version=1;"
+        )
+    connection.close()
+    store = AnswerStore(path)
+    assert store.get(["k"]) == {}
+    assert store.spent("server") == Cost(prompt_tokens=11, completion_tokens=7)
+    assert (tmp_path / "answers.sqlite.damaged").is_file()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} cannot be trusted (its answers have no checksums); it is kept as answers.sqlite.damaged, 0 answers of "
+        "it are used and the others are asked again"
+    ]
+
+
+def test_pages_that_are_overwritten_cost_their_answers_alone(tmp_path: Path, caplog: Any) -> None:
+    path = tmp_path / "answers.sqlite"
+    content, answers = filled(path)
+    middle = len(content) // 4096 // 2 * 4096
+    path.write_bytes(content[:middle] + b"\xff" * 4096 + content[middle + 4096 :])
+    for _ in range(2):
+        store = AnswerStore(path)
+        assert backend(store, FakeBackend()).generate(QUESTIONS, max_tokens=4) == answers
+        store.get([f"more-{n}" for n in range(200)])
+        store.put([("new", 1)])
+        assert store.get(["new"]) == {"new": 1}
+        store.close()
+    assert len([record for record in caplog.records if "cannot be trusted" in record.getMessage()]) == 1
+    assert 100 < len(AnswerStore(path)) < 261
+    assert (tmp_path / "answers.sqlite.damaged").stat().st_size >= len(content)
+
+
+def test_no_damage_gives_another_answer_or_a_traceback(tmp_path: Path) -> None:
+    content, answers = filled(tmp_path / "clean.sqlite")
+    more = {f"more-{n}": {"text": "x" * 90} for n in range(200)}
+    random = Random(0)
+    for turn in range(150):
+        path = tmp_path / f"{turn}.sqlite"
+        damaged = bytearray(content)
+        # Every byte of the header and the schema once, and some stretches anywhere.
+        start = turn if turn < 100 else random.randrange(len(content))
+        length = 1 if turn < 100 else random.choice([1, 8, 300, 9000])
+        stop = min(start + length, len(content))
+        damaged[start:stop] = random.randbytes(stop - start)
+        path.write_bytes(damaged if turn % 10 else damaged[: start + 1])
+        try:
+            store = AnswerStore(path)
+            assert backend(store, FakeBackend()).generate(QUESTIONS, max_tokens=4) == answers
+            found = store.get(list(more))
+            assert found == {key: more[key] for key in found}
+            store.put([("new", 1)])
+            store.spend("server", Cost(prompt_tokens=1))
+            assert store.spent("server").prompt_tokens in (1, 12)
+            store.close()
+        except BackendError as error:
+            assert "answer cache" in str(error), (turn, start)
+
+
+def test_a_lone_surrogate_is_stored(store: AnswerStore) -> None:
+    store.put([("k", {"text": "\ud800A"})])
+    assert store.get(["k"]) == {"k": {"text": "\ud800A"}}
+
+
+def test_half_a_letter_of_a_server_is_read_as_a_question_mark() -> None:
+    answer = {"choices": [{"message": {"content": "\ud800A"}, "finish_reason": "stop"}]}
+    assert completion(answer, stop=None, chat=True).text == "?A"
 
 
 def test_a_table_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
