@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from llmrec.baselines.fitted import fitted
-from llmrec.baselines.ranked import Catalogue, Log, counts, rank_all, recent
+from llmrec.baselines.ranked import Catalogue, Log, counts, filled, rank_all, recent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Answer, Request
 
-# Only breaks ties: cosines of training columns differ by far more, or are equal.
-_FILLER = 1e-6
+# What is left of an item's cosine to itself after rounding is below this share of it.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Training matrix with columns of length 1, shape (users, items), which items it holds, and the tie filler."""
+    """Training matrix with columns of length 1, shape (users, items), which items it holds, and their popularity."""
 
     catalogue: Catalogue
     units: Any
     trained: NDArray[np.float64]
-    filler: NDArray[np.float64]
+    popular: NDArray[np.float64]
 
 
 class ItemKNN:
@@ -65,12 +65,11 @@ class ItemKNN:
         binary = log.binary(len(catalogue.ids))
         readers = np.asarray(binary.sum(axis=0)).ravel()
         units = binary @ sparse.diags_array(1 / np.sqrt(np.maximum(readers, 1)))
-        popular = counts(log, catalogue)
         self._model = _Columns(
             catalogue=catalogue,
             units=units.tocsr(),
             trained=(readers > 0).astype(np.float64),
-            filler=_FILLER * popular / max(1.0, popular.max(initial=0)),
+            popular=counts(log, catalogue),
         )
 
     @property
@@ -84,12 +83,11 @@ class ItemKNN:
         weights = recent(requests, model.catalogue, self._history, self._decay)
         # Through the users instead of an item-by-item matrix, which a large catalogue could not hold.
         with_self = ((weights @ model.units.T) @ model.units).toarray()
-        # Each item's cosine to itself is 1; what is left of it after rounding is 0.
+        # Each item's cosine to itself is 1.
         own = (weights @ sparse.diags_array(model.trained)).toarray()
         scores = with_self - own
-        scores[scores < 1e-12] = 0.0
-        total: NDArray[np.float64] = scores + model.filler
-        return total
+        scores[scores <= _ROUNDING * own] = 0.0
+        return filled(scores, model.popular)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates, or the catalogue less the history; unknown items score 0."""

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from llmrec.baselines.fitted import fitted
-from llmrec.baselines.ranked import Catalogue, Log, counts, rank_all, recent
+from llmrec.baselines.ranked import Catalogue, Log, counts, filled, rank_all, recent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,49 +18,41 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Answer, Request
 
-# Share of the filler in the sum: below any transition or co-occurrence, so that it only breaks ties.
-_FILLER = 1e-3
-
 
 @dataclass(frozen=True)
 class _Transitions:
-    """Weighted counts of item j after item i, shape (items, items), and the popularity term."""
+    """Weighted counts of item j after item i, shape (items, items), and popularity."""
 
     catalogue: Catalogue
     after: Any
-    filler: NDArray[np.float64]
+    popular: NDArray[np.float64]
 
 
 class Markov:
     """Scores an item by how often it followed the latest items of the history in training sequences.
 
     A step from i to j that skips d - 1 events counts ``decay**(d - 1)``, for d up to ``order``; at request time the
-    last ``order`` items vote with ``decay**age``. A small multiple of popularity stands in where there are few steps;
-    both grow alike with the data.
+    last ``order`` items vote with ``decay**age``. Popularity orders what has no votes, below all that has some, and
+    breaks ties.
     """
 
     name = "markov"
     stochastic = False
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"order": (3, 10, 20), "decay": (0.7, 0.85)}
 
-    def __init__(self, *, order: int = 10, decay: float = 0.85, popularity: float = 1e-3, seed: int = 0) -> None:
+    def __init__(self, *, order: int = 10, decay: float = 0.85, seed: int = 0) -> None:
         """Set up.
 
         Args:
             order: How many of the latest items vote, and how far apart a step may be. The defaults of order and
                 decay were chosen on MovieLens-100K's validation split.
             decay: Factor from one event to the one before.
-            popularity: Score of one training interaction, against 1 for one direct transition.
             seed: Not used; nothing here is random.
         """
-        if order < 1 or not 0 < decay <= 1 or popularity < 0:
-            raise ValueError(
-                "order must be at least 1, decay in (0, 1] and popularity at least 0, "
-                f"not {order}, {decay} and {popularity}"
-            )
+        if order < 1 or not 0 < decay <= 1:
+            raise ValueError(f"order must be at least 1 and decay in (0, 1], not {order} and {decay}")
         self._order = order
         self._decay = decay
-        self._popularity = popularity
         self._model: _Transitions | None = None
 
     def fit(self, data: SplitDataset) -> None:
@@ -68,7 +60,7 @@ class Markov:
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
         after = _steps(log, len(catalogue.ids), self._order, self._decay)
-        self._model = _Transitions(catalogue, after, self._popularity * counts(log, catalogue))
+        self._model = _Transitions(catalogue, after, counts(log, catalogue))
 
     @property
     def items(self) -> tuple[str, ...]:
@@ -79,8 +71,7 @@ class Markov:
         """Return the votes for every request and item, shape (n, items)."""
         model = fitted(self._model, self.name)
         votes = recent(requests, model.catalogue, self._order, self._decay) @ model.after
-        total: NDArray[np.float64] = votes.toarray() + model.filler
-        return total
+        return filled(votes.toarray(), model.popular)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates, or the catalogue less the history; unknown items score 0."""
@@ -122,12 +113,12 @@ class FirstOrder:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Transitions and normalised co-occurrences, each of shape (items, items), and the tie filler."""
+    """Transitions and normalised co-occurrences, each of shape (items, items), and popularity."""
 
     catalogue: Catalogue
     after: Any
     together: Any
-    filler: NDArray[np.float64]
+    popular: NDArray[np.float64]
 
 
 class MarkovCooccurrence:
@@ -135,8 +126,9 @@ class MarkovCooccurrence:
 
     ``score(i) = transition * steps(last, i) + sum_j decay**age(j) * both(j, i) / sqrt(pop(j) * pop(i) + 1)`` over the
     last ``history`` events j, where ``steps`` counts direct transitions, ``both`` pairs of interactions of one user
-    and ``pop`` interactions, all in training. Popularity breaks ties. A counting model without any training: on
-    Amazon's sparse shop data it is ahead of many published neural figures, so it is the bar to clear there.
+    and ``pop`` interactions, all in training. Popularity orders what has neither, and breaks ties. A counting model
+    without any training: on Amazon's sparse shop data it is ahead of many published neural figures, so it is the bar
+    to clear there.
     """
 
     name = "markov-cooccurrence"
@@ -177,7 +169,7 @@ class MarkovCooccurrence:
             catalogue=catalogue,
             after=self._transition * _steps(log, size, 1, 1.0),
             together=together,
-            filler=_FILLER * popular / popular.max(initial=1.0),
+            popular=popular,
         )
 
     @property
@@ -189,10 +181,8 @@ class MarkovCooccurrence:
         """Return the sum for every request and item, shape (n, items)."""
         model = fitted(self._model, self.name)
         last = recent(requests, model.catalogue, 1, 1.0) @ model.after
-        total: NDArray[np.float64] = (
-            recent(requests, model.catalogue, self._history, self._decay) @ model.together + last
-        ).toarray()
-        return total + model.filler
+        total = recent(requests, model.catalogue, self._history, self._decay) @ model.together + last
+        return filled(total.toarray(), model.popular)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates, or the catalogue less the history; unknown items score 0."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from llmrec.baselines.fitted import fitted
-from llmrec.baselines.ranked import Catalogue, Log, counts, rank_all, ranking, refusal, top_of, unseen
+from llmrec.baselines.ranked import Catalogue, Log, counts, filled, rank_all, ranking, refusal, top_of, unseen
 from llmrec.data.hashing import hash_one
 
 if TYPE_CHECKING:
@@ -138,8 +138,9 @@ class RecentPopularity:
         # In a canonical order, so that the order of rows within one moment cannot move the last bits of a sum.
         order = np.lexsort((weights, log.items))
         summed = np.bincount(log.items[order], weights=weights[order], minlength=len(catalogue.ids))
-        # The oldest interactions may weigh less than a float can hold beside others; a count keeps them above none.
-        self._model = _Weights(catalogue, summed + 1e-9 * counts(log, catalogue))
+        # The oldest interactions may weigh less than a float can hold; a count keeps them above none.
+        (weighed,) = filled(summed[None, :].astype(np.float64), counts(log, catalogue))
+        self._model = _Weights(catalogue, weighed)
 
     @property
     def items(self) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ TOP = 100
 
 # Cells of a block of dense scores: 32 MB of float64.
 _CELLS = 1 << 22
+# Popularity adds at most this share of a request's smallest score.
+_FILLER = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,22 @@ class Log:
 def counts(log: Log, catalogue: Catalogue) -> NDArray[np.float64]:
     """Return the number of training interactions of each item, shape (items,)."""
     return np.bincount(log.items, minlength=len(catalogue.ids)).astype(np.float64)
+
+
+def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Let popularity order what scores leave open: items without a score, and items of equal scores.
+
+    What it adds to an item is below a millionth of the smallest score of the request, so that an item without a score
+    stays below every item that has one, however popular it is.
+
+    Args:
+        scores: At least 0, shape (b, items).
+        popular: Training interactions of each item, shape (items,).
+    """
+    least = np.min(scores, axis=1, keepdims=True, where=scores > 0, initial=np.inf)
+    least[np.isinf(least)] = 1.0
+    total: NDArray[np.float64] = scores + _FILLER * least * (popular / popular.max(initial=1.0))
+    return total
 
 
 @dataclass(frozen=True)
