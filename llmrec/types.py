@@ -197,11 +197,17 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """Items with scores, best first; equal scores are ties. Items left out count as misses."""
+    """Items with scores, best first; equal scores are ties. Items left out count as misses.
+
+    Attributes:
+        unlisted: How many items share the last one's score beyond those listed, where these are all that is left of
+            the pool: then no item is left out.
+    """
 
     request_id: str
     items: tuple[str, ...]
     scores: tuple[float, ...]
+    unlisted: int = 0
     raw: str | None = None
     prompt_hash: str | None = None
     cost: Cost = Cost()

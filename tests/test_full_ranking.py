@@ -249,11 +249,17 @@ def test_signatures_name_the_convention_and_the_users(data: SplitDataset) -> Non
     assert set(only) == {"included"}
 
 
-def test_random_scores_do_what_chance_does(data: SplitDataset) -> None:
+def test_chance_is_exact_for_every_request(data: SplitDataset) -> None:
     chance, size = Random(seed=3), len(data.dataset.items)
     chance.fit(data)
-    found = evaluate_catalogue(chance, _cases(data) * 30, protocol(size, (10,)), seen=("included",))["included"]
-    assert found.figures["metrics"]["HR@10"]["value"] == pytest.approx(10 / size, abs=0.15)
+    cases = _cases(data)
+    found = evaluate_catalogue(chance, cases, protocol(size, (5,)))
+    assert found["included"].values["HR@5"] == pytest.approx(np.full(len(cases), 5 / size))
+    left = [
+        size - len({event.item_id for event in one.request.history} & set(chance.items) - {str(one.truth)})
+        for one in cases
+    ]
+    assert found["excluded"].values["HR@5"] == pytest.approx(np.minimum(5 / np.array(left), 1))
 
 
 def test_list_metrics_stand_beside_the_others(data: SplitDataset) -> None:

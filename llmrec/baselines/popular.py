@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from llmrec.baselines.fitted import fitted
-from llmrec.baselines.ranked import Catalogue, Log, counts, filled, rank_all, ranking, refusal, top_of, unseen
+from llmrec.baselines.ranked import TOP, Catalogue, Log, counts, filled, rank_all, ranking, refusal, top_of, unseen
 from llmrec.data.hashing import hash_one
 
 if TYPE_CHECKING:
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 
 class Random:
-    """Ranks by chance. Scores depend on the seed, the request's id and the catalogue, on no order of anything."""
+    """Ranks by chance: all items score alike, so that figures are the expectation over every order and no draw.
+
+    A list that has to be cut is drawn by a hash of the request's id.
+    """
 
     name = "random"
-    stochastic = True
+    stochastic = False
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, *, seed: int = 0) -> None:
-        self._seed = seed
         self._catalogue: Catalogue | None = None
 
     def fit(self, data: SplitDataset) -> None:
@@ -40,30 +42,23 @@ class Random:
         return fitted(self._catalogue, self.name).ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Draw a number in [0, 1) for every request and item, shape (n, items)."""
-        size = len(self.items)
-        return np.array([self._draw(request, size) for request in requests]).reshape(len(requests), size)
+        """Return 0 for every request and item, shape (n, items)."""
+        return np.zeros((len(requests), len(self.items)))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history, in a random order without ties."""
+        """Give the candidates, or the catalogue less the history, one score; a catalogue is listed up to `TOP`."""
         catalogue = fitted(self._catalogue, self.name)
         return [self._one(request, catalogue) for request in requests]
-
-    def _draw(self, request: Request, size: int) -> NDArray[np.float64]:
-        return np.random.default_rng(hash_one("random baseline", self._seed, request.id)).random(size)
 
     def _one(self, request: Request, catalogue: Catalogue) -> Answer:
         if (refused := refusal(request)) is not None:
             return refused
-        drawn = self._draw(request, len(catalogue.ids))
-        if request.candidates is None:
-            places = unseen(request, catalogue)
-            return top_of(request, catalogue, places, drawn[places])
-        scores = [
-            drawn[place] if place >= 0 else hash_one("random baseline", self._seed, request.id, item) / 2**64
-            for item, place in zip(request.candidates, catalogue.places(request.candidates).tolist(), strict=True)
-        ]
-        return ranking(request, request.candidates, np.array(scores))
+        if request.candidates is not None:
+            return ranking(request, request.candidates, np.zeros(len(request.candidates)))
+        places = unseen(request, catalogue)
+        drawn = np.random.default_rng(hash_one("random baseline", 0, request.id)).permutation(places)[:TOP]
+        found = top_of(request, catalogue, drawn, np.zeros(len(drawn)))
+        return replace(found, unlisted=len(places) - len(drawn))
 
 
 @dataclass(frozen=True)

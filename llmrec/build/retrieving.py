@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from llmrec.data.candidates import CandidateSets
+from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe import CandidateSection
@@ -83,14 +84,16 @@ def check_retriever(name: str, where: str) -> None:
 def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:
     """Return the best items for each request, those of its history left out; fewer where the history leaves fewer.
 
-    Equal scores stand in the order of item ids, so that a retriever gives the same set everywhere.
+    Equal scores stand in an order that is drawn by a hash of the request's id, so that a retriever gives the same set
+    everywhere and does not favour items by their ids.
     """
     scores = np.array(model.scores(requests), dtype=np.float64)
     column = {item: place for place, item in enumerate(model.items)}
     found = []
     for request, row in zip(requests, scores, strict=True):
         row[[column[event.item_id] for event in request.history if event.item_id in column]] = -np.inf
-        places = np.argsort(-row, kind="stable")[: min(count, int(np.isfinite(row).sum()))]
+        drawn = np.random.default_rng(hash_one("retrieved ties", 0, request.id)).random(len(row))
+        places = np.lexsort((drawn, -row))[: min(count, int(np.isfinite(row).sum()))]
         found.append([model.items[place] for place in places])
     return found
 

@@ -59,8 +59,8 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
     items, scores = ranking.items, ranking.scores
     if len(items) != len(scores):
         raise ValueError(f"request {ranking.request_id!r}: {len(items)} items but {len(scores)} scores")
-    if len(items) > pool:
-        raise ValueError(f"request {ranking.request_id!r}: {len(items)} items ranked out of a pool of {pool}")
+    if (ranked := len(items) + ranking.unlisted) > pool:
+        raise ValueError(f"request {ranking.request_id!r}: {ranked} items ranked out of a pool of {pool}")
     if len(set(items)) != len(items):
         raise ValueError(f"request {ranking.request_id!r}: an item stands twice in the ranking")
     for item, score in zip(items, scores, strict=True):
@@ -69,11 +69,15 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
                 f"request {ranking.request_id!r}: the score of item {item!r} is not a number, so it has no rank. "
                 "A model gives such scores when its sums overflow; set model.dtype to float32 and run again."
             )
-    if target not in items:
+    if target not in items and not ranking.unlisted:
         return Standing(greater=pool, tied=0, missing=True)
-    own = scores[items.index(target)]
+    lowest = min(scores, default=0.0)
+    own = scores[items.index(target)] if target in items else lowest
+    beside = ranking.unlisted if own == lowest else 0
     return Standing(
-        greater=sum(score > own for score in scores), tied=sum(score == own for score in scores), missing=False
+        greater=sum(score > own for score in scores),
+        tied=sum(score == own for score in scores) + beside,
+        missing=False,
     )
 
 

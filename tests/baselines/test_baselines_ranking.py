@@ -19,7 +19,9 @@ from llmrec.baselines.popular import Popularity, Random, RecentPopularity
 from llmrec.baselines.ranked import TOP, filled
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
-from llmrec.types import Event, Item, Predictor, Ranking, Request
+from llmrec.evaluate import Protocol, evaluate
+from llmrec.metrics.ranking import Standing, hit_rate, standing
+from llmrec.types import Case, Event, Item, Predictor, Ranking, Request
 
 
 def _trained(sequences: dict[str, list[str]], catalogue: list[str]) -> SplitDataset:
@@ -86,17 +88,42 @@ def test_whole_catalogues_are_cut_after_the_tied_block_at_the_top() -> None:
     assert len(_ask(chance, "", None).items) == TOP
 
 
-def test_chance_is_uniform_and_moves_with_the_seed_and_the_request() -> None:
-    model = Random(seed=1)
-    model.fit(_trained(LETTERS, list("abcd")))
-    requests = [Request(id=f"r{n}", user_id="u", candidates=tuple("abcdefghij")) for n in range(5000)]
-    answers = model.answer(requests)
-    places = Counter(answer.items.index("g") for answer in answers if isinstance(answer, Ranking))
-    statistic = sum((places[place] - 500) ** 2 / 500 for place in range(10))
-    assert statistic < 27.9  # chi-square with 9 degrees of freedom, p = .001
-    other = Random(seed=2)
-    other.fit(_trained(LETTERS, list("abcd")))
-    assert other.answer(requests[:20]) != answers[:20]
+@pytest.mark.parametrize(
+    ("candidates", "ndcg_at_10", "hr_at_10"), [(20, 0.2272, 0.5), (100, 0.0454, 0.1), (7, 0.5197, 1.0)]
+)
+def test_chance_is_the_expectation_over_all_orders_and_no_draw(
+    candidates: int, ndcg_at_10: float, hr_at_10: float
+) -> None:
+    pool = tuple(f"i{n:03d}" for n in range(candidates))
+    protocol = Protocol(split="s", candidates="c", cutoffs=(10,), resamples=50, seed=0, catalogue=200)
+    for seed in (0, 1):
+        model = Random(seed=seed)
+        model.fit(_trained(LETTERS, list("abcd")))
+        cases = [
+            Case(request=Request(id=f"r{n}", user_id=f"u{n}", candidates=pool), truth=pool[n % candidates])
+            for n in range(5)
+        ]
+        found = evaluate(model, cases, family="direct", protocol=protocol)
+        assert found.values["NDCG@10"] == pytest.approx(np.full(5, ndcg_at_10), abs=5e-5)
+        assert found.values["HR@10"] == pytest.approx(np.full(5, hr_at_10))
+        assert found.figures["metrics"]["NDCG@10"]["value"] == pytest.approx(found.values["NDCG@10"][0])
+        assert found.figures["tie_rate"] == 1.0
+
+
+def test_chance_over_a_catalogue_is_exact_though_its_list_is_cut() -> None:
+    catalogue = [f"i{n:03d}" for n in range(400)]
+    model = Random()
+    model.fit(_trained({"u": catalogue[:2]}, catalogue))
+    history = tuple(Event(item_id=item) for item in catalogue[:50])
+    requests = [Request(id=f"r{n}", user_id="u", history=history) for n in range(200)]
+    answers = [answer for answer in model.answer(requests) if isinstance(answer, Ranking)]
+    for answer in answers:
+        assert len(set(answer.items)) == TOP and not set(answer.items) & set(catalogue[:50])
+        for target in ("i050", "i399"):
+            assert standing(answer, target, 400) == Standing(greater=0, tied=350, missing=False)
+    # Which items a list shows is drawn: each of 350 stands in 200 * 100 / 350 = 57 of the lists, give or take 6.4.
+    shown = Counter(item for answer in answers for item in answer.items)
+    assert len(shown) == 350 and min(shown.values()) > 30 and max(shown.values()) < 85
 
 
 @pytest.mark.parametrize("half_life", [0.1, 0.5])
@@ -412,7 +439,7 @@ def test_on_a_walk_with_structure_markov_beats_knn_beats_popularity_beats_chance
             walk.append(f"i{place:02d}")
         sequences[f"u{user}"] = walk
     data = _trained({user: walk[:-1] for user, walk in sequences.items()}, [f"i{n:02d}" for n in range(40)])
-    hits = []
+    hits: list[float] = []
     for model in (Random(), Popularity(), ItemKNN(), Markov(order=5, decay=0.7)):
         model.fit(data)
         requests = [
@@ -424,9 +451,10 @@ def test_on_a_walk_with_structure_markov_beats_knn_beats_popularity_beats_chance
             )
             for user, walk in sequences.items()
         ]
-        answers = model.answer(requests)
-        found = [isinstance(a, Ranking) and sequences[a.request_id][-1] in a.items[:3] for a in answers]
-        hits.append(sum(found) / len(found))
+        places = [
+            standing(a, sequences[a.request_id][-1], 40) for a in model.answer(requests) if isinstance(a, Ranking)
+        ]
+        hits.append(float(hit_rate([p.greater for p in places], [p.tied for p in places], 3).mean()))
     chance, popular, knn, markov = hits
-    assert chance < 0.15 and chance < popular < knn < markov
+    assert chance == pytest.approx(3 / 40) and chance < popular < knn < markov
     assert markov > 0.6

@@ -57,6 +57,13 @@ def test_the_order_does_not_tell_the_retrievers_order() -> None:
     assert retrieve(DATA, "test", SECTION, seed=1).digest != sets.digest
 
 
+def test_equal_scores_are_drawn_and_do_not_follow_ids() -> None:
+    sets = retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0)
+    shown = {item for items in sets.sets.values() for item in items}
+    assert len(shown) == len(DATA.dataset.items)
+    assert retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0) == sets
+
+
 def test_the_ceiling_counts_targets_among_their_candidates() -> None:
     sets = retrieve(DATA, "test", SECTION, seed=0)
     held = DATA.holdouts("test")
@@ -98,6 +105,8 @@ def test_a_run_counts_what_was_not_retrieved_and_says_so(tmp_path: Path) -> None
         # All eight candidates are among the first ten: the ceiling of those who were asked is reached.
         assert row["metrics"]["HR@10"]["value"] == pytest.approx(most)
         assert "retrieved-item-knn-8" in row["metrics"]["HR@10"]["signature"]
+    # Chance among eight candidates, times the share of them that hold the target.
+    assert lines["random"]["metrics"]["HR@1"]["value"] == pytest.approx(most / 8)
     assert f"{most:.1%} of the items that are asked for are among them" in " ".join(results["notes"])
     audit = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
     assert not [check for check in audit["checks"] if check["verdict"] == "leak"]

@@ -36,6 +36,7 @@ PAGE: dict[str, Any] = {
         {"baseline": "popularity"},
         {"baseline": "item-knn", "parameters": {"history": 10}},
         {"baseline": "markov-1"},
+        {"baseline": "als", "parameters": {"factors": 8, "iterations": 4}, "tune": False},
         {"baseline": "ease", "tune": False},
     ],
 }
@@ -59,9 +60,16 @@ def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: t
         for table in row["tables"].values():
             figure = table["metrics"]["NDCG@10"]
             assert figure["range"][0] <= figure["range"][1] and "cand:full" in figure["signature"]
-            assert ("sd" in figure) == (name == "random")
-        assert row["seeds"] == ([0, 1] if name == "random" else [0])
+            assert ("sd" in figure) == (name == "als")
+        assert row["seeds"] == ([0, 1] if name == "als" else [0])
         assert row["memory_gb"] > 0 and {"tune", "fit", "answer"} <= set(row["seconds"])
+
+
+def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, suites.Ran]) -> None:
+    (chance,) = [row for row in ran[1].results["rows"] if row["name"] == "random"]
+    items = ran[1].results["data"]["items"]
+    assert chance["tables"]["included"]["metrics"]["HR@10"]["value"] == pytest.approx(10 / items)
+    assert chance["seeds"] == [0] and all("sd" not in table["metrics"]["HR@10"] for table in chance["tables"].values())
 
 
 def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tuple[Path, suites.Ran]) -> None:

@@ -47,6 +47,15 @@ def test_third_place_without_ties() -> None:
     assert _one(expected_rank, place) == 3.0
 
 
+def test_a_list_that_is_cut_inside_the_block_at_its_end() -> None:
+    cut = Ranking(request_id="r", items=("a", "b", "c"), scores=(2.0, 1.0, 1.0), unlisted=4)
+    assert standing(cut, "a", pool=9) == Standing(greater=0, tied=1, missing=False)
+    for target in ("b", "c", "elsewhere"):
+        assert standing(cut, target, pool=9) == Standing(greater=1, tied=6, missing=False)
+    with pytest.raises(ValueError, match="7 items ranked out of a pool of 6"):
+        standing(cut, "a", pool=6)
+
+
 def test_a_block_of_three_behind_one() -> None:
     place = standing(_ranking({"a": 9.0, "b": 2.0, "target": 2.0, "c": 2.0, "d": 0.0}), "target", pool=5)
     assert place == Standing(greater=1, tied=3, missing=False)  # ranks 2, 3 and 4
