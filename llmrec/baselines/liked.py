@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # A share of likes is drawn towards the share of all ratings as if by this many ratings more.
 _PRIOR = 1.0
+# Spread of a feature, by its size or 1, below which it counts as the same in every row.
+_ROUNDING = 1e-9
 
 
 class LikeRatio:
@@ -146,7 +148,8 @@ class Logistic:
         truth = (known.values >= shares.liked).astype(np.float64)
         features = _others(known, truth, shares)
         mean, scale = features.mean(axis=0), features.std(axis=0)
-        scale[scale == 0] = 1.0
+        # A feature that is the same in every row has a spread of rounding errors, which may not be blown up to 1.
+        scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
         weights = _weights((features - mean) / scale, truth, self._penalty)
         self._model = _Linear(shares=shares, mean=mean, scale=scale, weights=weights)
 

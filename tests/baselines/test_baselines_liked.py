@@ -14,7 +14,7 @@ from llmrec.baselines.tuning import tune
 from llmrec.data.dataset import Dataset
 from llmrec.data.liked import threshold
 from llmrec.data.split import SplitDataset, split
-from llmrec.metrics.probability import auc
+from llmrec.metrics.probability import auc, log_loss
 from llmrec.recipe import Split
 from llmrec.types import Event, Item, Probability, Request
 
@@ -123,6 +123,33 @@ def test_logistic_regression_sees_the_item_and_beats_the_ratio() -> None:
         scores[made.name] = auc([_value(answer) for answer in model.answer(requests)], truth)
     assert scores["like-ratio"] > 0.55
     assert scores["logistic"] > scores["like-ratio"] + 0.05
+
+
+@pytest.mark.parametrize("users", [7, 60, 200, 333])
+def test_users_of_equal_counts_do_not_blow_up_the_regression(users: int) -> None:
+    # Everybody rated ten items, so the number of a user's ratings is one number in training, and another when asked.
+    rng = np.random.default_rng(1)
+    level, rows = rng.normal(0, 2, 20), []
+    for user in range(users):
+        for step, item in enumerate(rng.permutation(20)[:12]):
+            yes = rng.random() < expit(level[item])
+            rows.append((f"u{user:03d}", f"i{item:02d}", 5.0 if yes else 1.0, float(step)))
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row")
+    catalogue = {f"i{n:02d}": Item(item_id=f"i{n:02d}", title="t") for n in range(20)}
+    whole = Dataset(name="toy", noun="things", interactions=frame, items=catalogue, rating_scale=(1.0, 5.0))
+    data = split(whole, Split(), seed=0)
+    model = Logistic()
+    model.fit(data)
+    asked = [
+        Request(id=held.user_id, user_id=held.user_id, history=data.history(held.user_id, "test"), item=held.item_id)
+        for held in data.holdouts("test")
+    ]
+    found = np.array([_value(answer) for answer in model.answer(asked)])
+    truth = np.array([float(held.rating == 5.0) for held in data.holdouts("test")])
+    assert found.min() > 0.001 and found.max() < 0.999 and np.ptp(found) > 0.1
+    assert float(log_loss(found, truth).mean()) < 1.0
+    if users >= 60:
+        assert auc(found, truth) > 0.7
 
 
 def test_tuning_takes_the_lowest_log_loss() -> None:
