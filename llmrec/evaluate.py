@@ -259,9 +259,12 @@ def mean_figure(
     return figure(found.value, found.low, found.high, signature)
 
 
-def figure(value: float | None, low: float | None, high: float | None, signature: str) -> dict[str, Any]:
-    """Return one metric as results.json holds it; no number where the figure is not defined."""
-    return {"value": value, "low": low, "high": high, "signature": signature}
+def figure(
+    value: float | None, low: float | None, high: float | None, signature: str, undefined: str = ""
+) -> dict[str, Any]:
+    """Return one metric as results.json holds it; where it is not defined, the reason in place of a number."""
+    found = {"value": value, "low": low, "high": high, "signature": signature}
+    return found if value is not None else found | {"undefined": undefined}
 
 
 def _figures(values: Mapping[str, NDArray[np.float64]], cases: Sequence[Case], protocol: Protocol) -> dict[str, Any]:
@@ -362,7 +365,12 @@ def _texts(
     signs = {name: protocol.sign(name, how=how) for name in ("FMR", "FCR", "DIV", "Hallucination")}
     asked, held = [users[place] for place in named.known], int(named.counts[:, 0].sum())
     taken = {"FCR": named.coverage, "DIV": named.diversity}
-    figures |= {name: figure(taken.get(name), None, None, sign) for name, sign in signs.items()}
+    why = {
+        "FMR": "no request has a feature that its text should name",
+        "DIV": "a single text has no pair to compare",
+        "Hallucination": "no text names a feature",
+    }
+    figures |= {name: figure(taken.get(name), None, None, sign, why.get(name, "")) for name, sign in signs.items()}
     if asked:
         figures["FMR"] = mean_figure("FMR", named.match, asked, protocol, signs["FMR"])
     if held:
@@ -407,7 +415,7 @@ def _auc_figure(
     said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol, sign: str
 ) -> dict[str, Any]:
     if truth.min() == truth.max():
-        return figure(None, None, None, sign)
+        return figure(None, None, None, sign, "all truths are of one class, so there is no pair of a yes and a no")
     statistic = probability.auc_statistic(said, truth, users)
     found = interval_of(statistic, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
     return figure(found.value, found.low, found.high, sign)
@@ -420,7 +428,7 @@ def _gauc_figure(
     within = probability.gauc(said, truth, users)
     both, sign = within.weights > 0, protocol.sign("GAUC", how="users-alike")
     if not both.any():
-        return figure(None, None, None, sign), within.left_out
+        return figure(None, None, None, sign, "no user has both a yes and a no"), within.left_out
     names = [name for name, kept in zip(within.users, both, strict=True) if kept]
     return mean_figure("GAUC", within.values[both], names, protocol, sign), within.left_out
 

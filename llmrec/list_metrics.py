@@ -178,7 +178,7 @@ def _lift(
     share = background.counts / max(background.users, 1)
     some = np.array([len(places) > 0 for places in held])
     if not some.any() or not sum(float(share[places].sum()) for places in held):
-        return figure(None, None, None, signature)
+        return figure(None, None, None, signature, "no history holds an item that training users have")
     names = [user for user, kept in zip(users, some, strict=True) if kept]
     before, _ = by_user(np.array([share[places].mean() for places in held if len(places)]), names)
     after, _ = by_user(popular[some], names)

@@ -146,8 +146,11 @@ def test_yes_no_answers_of_one_class_have_no_auc() -> None:
         "low": None,
         "high": None,
         "signature": PROTOCOL.sign("AUC"),
+        "undefined": "all truths are of one class, so there is no pair of a yes and a no",
     }
     assert found.figures["metrics"]["GAUC"]["value"] is None
+    assert found.figures["metrics"]["GAUC"]["undefined"] == "no user has both a yes and a no"
+    assert "undefined" not in found.figures["metrics"]["LogLoss"]
     json.dumps(found.figures, allow_nan=False)
     with pytest.raises(LlmrecError, match="nothing to compare"):
         compare("GAUC", found.values["GAUC"], found.values["GAUC"], ["u"] * 3, resamples=10, seed=0)

@@ -175,8 +175,9 @@ def _figures(
         protocol = protocols.protocol(family)
         found = evaluate(predictor, study.cases(family), family=study.tasks[family].family, protocol=protocol)
         metric = headline(family, study.recipe.eval.cutoffs)
-        values[family] = found.values[metric]
-        headlines[family] = float(found.figures["metrics"][metric]["value"])
+        # Where all truths are of one class, the area is not defined, and there is nothing to compare.
+        if (value := found.figures["metrics"][metric]["value"]) is not None:
+            values[family], headlines[family] = found.values[metric], float(value)
     return _Figures(losses, values, headlines, logits)
 
 

@@ -265,8 +265,11 @@ def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> dict[st
     rows.sort(key=lambda row: _defined(row, metric) is None)
     by_name = {line.name: line for line in lines}
     baselines = [row["name"] for row in rows if row["arm"] == "baseline"]
+    # A row whose figure is not defined is compared with none.
+    defined = {row["name"] for row in rows if _defined(row, metric) is not None}
     asked = [(row["name"], baselines[0]) for row in rows if row["arm"] != "baseline"] if baselines else []
-    own = [pair for pair in benchmark.pairs if pair[0] in by_name and pair[1] in by_name]
+    asked = [pair for pair in asked if defined.issuperset(pair)]
+    own = [pair for pair in benchmark.pairs if defined.issuperset(pair)]
     return {
         "task": family,
         "metric": metric,
@@ -291,7 +294,8 @@ def _row(line: Line) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name in first["metrics"]:
         figures = [row["metrics"][name] for row in line.figures]
-        metrics[name] = over_runs([{key: figure[key] for key in ("value", "low", "high")} for figure in figures])
+        kept = ("value", "low", "high", "undefined")
+        metrics[name] = over_runs([{key: figure[key] for key in kept if key in figure} for figure in figures])
     cost = {key: float(np.mean([row["cost"].get(key) or 0 for row in line.figures])) for key in _COST}
     requests = max(1, first["n"])
     return {

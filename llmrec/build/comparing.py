@@ -37,11 +37,15 @@ class Comparing:
     metric: str
 
     def best_with_others(self, seen: str) -> tuple[list[dict[str, Any]], str]:
-        """Pair the best row with every other, p-values Holm-adjusted; say what the comparisons could have shown."""
-        best = max(self.rows, key=lambda row: self._sign * row["tables"][seen]["metrics"][self.metric]["value"])
-        others = [row for row in self.rows if row is not best]
-        if not others:
+        """Pair the best row with every other, p-values Holm-adjusted; say what the comparisons could have shown.
+
+        A row whose figure is not defined is compared with none.
+        """
+        rows = [row for row in self.rows if self._value(row, seen) is not None]
+        if len(rows) < 2:
             return [], ""
+        best = max(rows, key=lambda row: self._sign * (self._value(row, seen) or 0.0))
+        others = [row for row in rows if row is not best]
         lines = self._lines(seen, [(best, row) for row in others])
         if self.metric == "AUC":
             return lines, ""  # no mean over users, so it has no such line
@@ -55,11 +59,16 @@ class Comparing:
     def pairs(self, seen: str) -> list[dict[str, Any]]:
         """Compare the pairs that the suite names, p-values Holm-adjusted among them."""
         named = {row["name"]: row for row in self.rows}
-        return self._lines(seen, [(named[a], named[b]) for a, b in self.suite.pairs])
+        asked = [(named[a], named[b]) for a, b in self.suite.pairs]
+        return self._lines(seen, [pair for pair in asked if None not in (self._value(row, seen) for row in pair)])
 
     @property
     def _sign(self) -> int:
         return -1 if self.metric in LOWER_IS_BETTER else 1
+
+    def _value(self, row: Mapping[str, Any], seen: str) -> float | None:
+        found: float | None = row["tables"][seen]["metrics"][self.metric]["value"]
+        return found
 
     def _values(self, row: Mapping[str, Any], seen: str) -> NDArray[np.float64]:
         return np.array(row["values"][seen][self.metric])
@@ -109,9 +118,9 @@ def over_runs(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         figures: One a seed, with ``value``, ``low`` and ``high``, each None where it is not defined.
 
     Returns:
-        The first one's other keys as they are.
+        The other keys as they are, of the first one, or of the first that is not defined.
     """
-    found = dict(figures[0])
+    found = dict(next((figure for figure in figures if figure["value"] is None), figures[0]))
     if len(figures) == 1:
         return found
     for end in ("value", "low", "high"):

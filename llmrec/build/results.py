@@ -117,15 +117,15 @@ def headline(family: str, cutoffs: Sequence[int]) -> str:
 def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]]:
     """Return what is compared with what, as (family, headline metric, a, b).
 
-    Every tuned and few-shot row is paired with its zero-shot row, that of a rating head with those of every strategy,
-    since the base model has no head; the tuned rows of a head, or else of the first strategy that the recipe names,
-    with every baseline; and every other row of a language model with the best baseline. Which one is best is seen on
-    the same requests, which is to the baseline's advantage.
+    A row whose figure is not defined is compared with none. Every tuned and few-shot row is paired with its zero-shot
+    row, that of a rating head with those of every strategy, since the base model has no head; the tuned rows of a head,
+    or else of the first strategy that the recipe names, with every baseline; and every other row of a language model
+    with the best baseline. Which one is best is seen on the same requests, which is to the baseline's advantage.
     """
     found: list[tuple[str, str, Row, Row]] = []
     for family in study.tasks:
         metric = headline(family, study.recipe.eval.cutoffs)
-        own = [row for row in rows if row.figures["task"] == family and metric in row.values]
+        own = [row for row in rows if row.figures["task"] == family and _has(row, metric)]
         controls = [row for row in own if row.figures["arm"] == "baseline"]
         best = best_of(controls, metric)
         arms = {(r.figures["arm"], r.figures["predictor"], r.figures["template"]): r for r in own}
@@ -140,6 +140,11 @@ def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]
             elif arm != "baseline" and best is not None:
                 found.append((family, metric, row, best))
     return found
+
+
+def _has(row: Row, metric: str) -> bool:
+    """Whether a row has values by request of a metric, and a figure that is defined."""
+    return metric in row.values and row.figures["metrics"][metric]["value"] is not None
 
 
 def best_of(rows: Sequence[Row], metric: str) -> Row | None:

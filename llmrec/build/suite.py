@@ -259,7 +259,7 @@ def _table(runs: Sequence[Any], splits: Sequence[Any]) -> dict[str, Any]:
         metrics[name] = over_runs([run.figures["metrics"][name] for run in runs])
         if len(splits) > 1:
             spread = [run.figures["metrics"][name]["value"] for run in splits]
-            metrics[name]["range"] = [min(spread), max(spread)]
+            metrics[name]["range"] = None if None in spread else [min(spread), max(spread)]
         if name in runs[0].values:
             values[name] = [float(v) for v in over_seeds([run.values[name] for run in runs]).values]
     return {
@@ -335,8 +335,15 @@ def _results(suite: Suite, rows: Sequence[Mapping[str, Any]], data: SplitDataset
 
 def _line(suite: Suite, row: Mapping[str, Any]) -> str:
     metrics = row["tables"][tables_of(suite)[0]]["metrics"]
-    shown = "  ".join(f"{name} {metrics[name]['value']:.4f}" for name in metrics_of(suite))
+    shown = "  ".join(f"{name} {_shown(metrics[name])}" for name in metrics_of(suite))
     return f"{row['name']:<20} {shown}  {sum(row['seconds'].values()):.0f} s"
+
+
+def _shown(figure: Mapping[str, Any]) -> str:
+    """Return a figure for the terminal; one that is not defined with its reason, which older results do not say."""
+    if figure["value"] is not None:
+        return f"{figure['value']:.4f}"
+    return f"undefined ({figure['undefined']})" if figure.get("undefined") else "undefined"
 
 
 def tables_of(suite: Suite) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from llmrec.report.escape import cell, code, flat
 from llmrec.report.records import lower
 from llmrec.report.table import grid
-from llmrec.report.wording import DASH, title
+from llmrec.report.wording import DASH, UNDEFINED, title, undefined_lines
 
 _WIDTH, _HEIGHT = 960, 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 70, 64
@@ -66,7 +66,7 @@ def _section(table: Mapping[str, Any], file: str) -> list[str]:
             [
                 cell(row["name"]) + (" (baseline)" if row["arm"] == "baseline" else ""),
                 _figure(own),
-                *(_value(row["metrics"].get(name, {}).get("value")) for name in others),
+                *(_value(row["metrics"][name]["value"]) if name in row["metrics"] else DASH for name in others),
                 DASH
                 if compared is None
                 else f"{compared['value']:+.3f} [{compared['low']:+.3f}, {compared['high']:+.3f}]",
@@ -82,6 +82,7 @@ def _section(table: Mapping[str, Any], file: str) -> list[str]:
         f"{table['requests']:,} requests of {table['users']:,} users, {direction}; {code(table['signature'])}.",
         "",
         grid([cell(name) for name in header], rows),
+        *(part for line in _undefined(table, (metric, *others)) for part in ("", cell(line))),
     ]
     if table["pairs"]:
         lines += ["", "Pairs named beforehand, Holm-adjusted among themselves:", ""]
@@ -112,7 +113,15 @@ def _figure(figure: Mapping[str, Any]) -> str:
 
 
 def _value(value: float | None) -> str:
-    return DASH if value is None else f"{value:.3f}"
+    return UNDEFINED if value is None else f"{value:.3f}"
+
+
+def _undefined(table: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """Say which figures of a table are not defined, of which rows and why."""
+    rows = table["rows"]
+    figures = [(row["name"], name, row["metrics"][name]) for row in rows for name in metrics if name in row["metrics"]]
+    missing = [(row, name, figure.get("undefined", "")) for row, name, figure in figures if figure["value"] is None]
+    return undefined_lines(missing, len(rows), table["metric"])
 
 
 def _cost(row: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from llmrec.report.records import Results, Row, lower
 from llmrec.report.table import grid
 from llmrec.report.wording import (
     count,
+    figure,
     interval,
     label,
     listed,
@@ -301,8 +302,8 @@ def _score_table(results: Results, task: str) -> str:
 
 def _score(row: Row, name: str, *, full: bool) -> str:
     metric = row.metrics.get(name)
-    if metric is None:
-        return "–"
+    if metric is None or metric.value is None:
+        return figure(metric)
     return with_interval(metric.value, metric.low, metric.high) if full else number(metric.value)
 
 

@@ -12,7 +12,7 @@ from llmrec.report.escape import tex
 from llmrec.report.facts import signatures
 from llmrec.report.marks import Mark, best_baseline, has_marks, legend, marks, rule, word
 from llmrec.report.records import Comparison, Metric, Results, Row, lower
-from llmrec.report.wording import DASH, label, number, title
+from llmrec.report.wording import DASH, UNDEFINED, label, number, title, undefined
 
 _HEAD = r"""% Tables of one run, written by llmrec. In the preamble: \usepackage{booktabs}
 % Small print under a figure is its 95 % interval. Letters that not every engine can set stand as [U+XXXX].
@@ -78,7 +78,7 @@ def _claim(comparison: Comparison | None) -> str:
 def _figure(metric: Metric | None, best: float | None) -> str:
     """Return a figure above its interval; the best of a column is bold."""
     if metric is None or metric.value is None:
-        return _NONE
+        return _NONE if metric is None else UNDEFINED
     value = rf"\textbf{{{_number(metric.value)}}}" if metric.value == best else _number(metric.value)
     if metric.low is None or metric.high is None:
         return value
@@ -104,6 +104,7 @@ def _caption(results: Results, task: str) -> str:
         "baselines; 95 % intervals under the figures; best of a column in bold.",
         f"{legend(results, task)} {rule(results)}" if has_marks(results, task) else "",
         f"Best baseline: {label(control)}." if control and not has_marks(results, task) else "",
+        *undefined(results, task),
         results.detectable.get(task, ""),
         f"Candidates: {_digest(results, task)}." if _digest(results, task) else "",
     ]

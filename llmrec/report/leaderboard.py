@@ -17,7 +17,7 @@ from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat
 from llmrec.report.records import Number, Record, Verdict, lower, mended
 from llmrec.report.table import grid
-from llmrec.report.wording import DASH
+from llmrec.report.wording import DASH, UNDEFINED, undefined_lines
 
 _HEAD = """# Leaderboard
 
@@ -84,7 +84,7 @@ def load_reference(path: Path) -> Reference:
 
 
 class Figure(Record):
-    """One number of a suite; ``sd`` over seeds, ``range`` over tie rules of the split."""
+    """One number of a suite, or why there is none; ``sd`` over seeds, ``range`` over tie rules of the split."""
 
     value: Number
     low: Number = None
@@ -92,6 +92,7 @@ class Figure(Record):
     sd: Number = None
     range: tuple[float, float] | None = None
     signature: str = ""
+    undefined: str = ""
 
 
 class Table(Record):
@@ -267,6 +268,7 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         lines += ["", f"### {cell(heading)}", "", _ours(found, seen)]
         verdicts = _verdicts(found, seen)
         lines += ["", _RULE] if verdicts else []
+        lines += [part for line in _undefined(found, seen) for part in ("", cell(line))]
         lines += ["", cell(found.detectable[seen])] if found.detectable.get(seen) else []
         lines += _pairs(found, seen)
         same = [row for page in references for row in page.rows if row.seen == seen and _fits(page, protocol)]
@@ -292,6 +294,14 @@ def _pairs(found: SuiteResult, seen: str) -> list[str]:
         for pair in asked
     ]
     return ["", "Pairs named beforehand, Holm-adjusted among themselves:", "", *lines]
+
+
+def _undefined(found: SuiteResult, seen: str) -> list[str]:
+    """Say which figures of a table are not defined, of which rows and why."""
+    names = found.protocol.metrics
+    figures = [(row.name, name, row.tables[seen].metrics[name]) for row in found.rows for name in names]
+    missing = [(row, name, figure.undefined) for row, name, figure in figures if figure.value is None]
+    return undefined_lines(missing, len(found.rows), names[-1])
 
 
 def _fits(page: Reference, protocol: SuiteProtocol) -> bool:
@@ -340,7 +350,7 @@ def _best(values: Sequence[float | None], metric: str) -> float | None:
 
 
 def _bold(value: float | None, best: float | None) -> str:
-    return DASH if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}"
+    return UNDEFINED if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}"
 
 
 def _spread(figure: Figure) -> str:

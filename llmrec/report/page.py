@@ -152,12 +152,12 @@ def environment() -> ImmutableSandboxedEnvironment:
         position_rows=positions.shown_rows, bands=positions.bands, position_says=positions.sentences,
         trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
         text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
-        about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN,
+        about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
     )  # fmt: skip
     environment.filters.update(
         number=wording.number, share=wording.share, count=wording.count, rough=wording.rough, p=wording.p_value,
         duration=wording.duration, label=wording.label, title_of=wording.title, short_template=wording.short_template,
-        clip=facts.clip, answer=facts.answer, dump=facts.dump, is_lower=lower,
+        clip=facts.clip, answer=facts.answer, dump=facts.dump, is_lower=lower, figure=wording.figure,
     )  # fmt: skip
     return environment
 

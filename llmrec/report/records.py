@@ -37,12 +37,13 @@ class Record(BaseModel):
 
 
 class Metric(Record):
-    """One number with its 95 % interval and the protocol it was measured under."""
+    """One number with its 95 % interval and the protocol it was measured under, or why there is none."""
 
     value: Number
     low: Number = None
     high: Number = None
     signature: str
+    undefined: str = ""
 
 
 class Cost(Record):

@@ -13,21 +13,24 @@ from rich.text import Text
 from llmrec.report.costs import cost_of
 from llmrec.report.escape import cell, csv_cell, flat
 from llmrec.report.marks import OVER_BASELINE, OVER_ZERO_SHOT, Mark, best_baseline, has_marks, legend, marks, rule, word
-from llmrec.report.records import Comparison, Results, Row, lower
+from llmrec.report.records import Comparison, Metric, Results, Row, lower
 from llmrec.report.results import results_of
 from llmrec.report.templates import SINGLE, singles
 from llmrec.report.wording import (
     DASH,
     DETECTABLE,
+    UNDEFINED,
     count,
     duration,
     favours,
+    figure,
     interval,
     label,
     number,
     p_value,
     share,
     title,
+    undefined,
     with_interval,
 )
 
@@ -36,7 +39,7 @@ CSV_COLUMNS = (
     "low", "high", "signature", "parse_rate", "tie_rate", "seconds", "prompt_tokens", "completion_tokens",
     "beats_zero_shot", "beats_zero_shot_p", "best_baseline", "beats_best_baseline", "beats_best_baseline_p",
     "single_template", "users", "candidates", "tokens_per_request", "seconds_per_request",
-    "forwards_per_request",
+    "forwards_per_request", "undefined",
 )  # fmt: skip
 
 
@@ -79,6 +82,7 @@ def task_markdown(results: Results, task: str) -> str:
     direction = "lower" if lower(names[0]) else "higher"
     note = f"Ordered by {cell(names[0])} ({direction} is better), 95 % intervals in brackets, best of a column bold."
     lines = [grid([cell(head) for head in (*header, "Time")], rows), note]
+    lines += [cell(line) for line in undefined(results, task)]
     lines += [cell(line) for line in (results.detectable.get(task, ""), legend(results, task)) if line]
     lines += [cell(rule(results))] if marked else []
     return "\n\n".join(lines)
@@ -98,7 +102,7 @@ def _template(row: Row, *, single: bool) -> str:
 def _metric_cell(row: Row, name: str, best: float | None, *, full: bool) -> str:
     metric = row.metrics.get(name)
     if metric is None or metric.value is None:
-        return DASH
+        return figure(metric)
     value = f"**{number(metric.value)}**" if metric.value == best else number(metric.value)
     bounds = interval(metric.low, metric.high) if full else ""
     return f"{value} {bounds}".rstrip()
@@ -147,6 +151,7 @@ def csv_text(results: Results | Mapping[str, Any]) -> str:
                 mark = marked.get(row.id) if name == found.headline[task] else None
                 single = None if row.template is None else "yes" if row.id in alone else "no"
                 line = (*_csv_figures(row, name), *_csv_marks(mark, control), single, *_csv_costs(row))
+                line += (_csv_undefined(row.metrics[name]),)
                 writer.writerow([csv_cell(value) for value in line])
     return buffer.getvalue()
 
@@ -158,6 +163,11 @@ def _csv_figures(row: Row, name: str) -> tuple[object, ...]:
         row.n, name, metric.value, metric.low, metric.high, metric.signature, row.parse_rate, row.tie_rate,
         cost.seconds, cost.prompt_tokens, cost.completion_tokens,
     )  # fmt: skip
+
+
+def _csv_undefined(metric: Metric) -> str | None:
+    """Return why a figure has no value; nothing where it has one."""
+    return None if metric.value is not None else metric.undefined or UNDEFINED
 
 
 def _csv_marks(mark: Mark | None, control: Row | None) -> tuple[object, ...]:
@@ -192,7 +202,8 @@ def _plain(text: str, style: str = "") -> Text:
 
 def _task_table(results: Results, task: str) -> Table:
     names = results.metrics(task)[:3]
-    table = Table(title=_plain(title(task), "bold"), title_justify="left", header_style="bold")
+    notes = _plain("\n".join(undefined(results, task))) if undefined(results, task) else None
+    table = Table(title=_plain(title(task), "bold"), title_justify="left", header_style="bold", caption=notes)
     table.add_column("Row", overflow="fold", ratio=1)
     for place, name in enumerate(names):
         table.add_column(_plain(name), justify="right", no_wrap=True)
@@ -206,7 +217,7 @@ def _task_table(results: Results, task: str) -> Table:
         for place, name in enumerate(names):
             metric = row.metrics.get(name)
             value = metric.value if metric else None
-            cells.append(Text(number(value), style="bold green" if value is not None and value == best[name] else ""))
+            cells.append(Text(figure(metric), style="bold green" if value is not None and value == best[name] else ""))
             if place == 0:
                 cells.append(Text(interval(metric.low, metric.high) if metric else ""))
         cells += [Text(share(row.parse_rate)), Text(share(row.tie_rate)), Text(count(row.cost.tokens_per_second))]

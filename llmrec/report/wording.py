@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llmrec.report.escape import flat, visible
-from llmrec.report.records import Comparison, Results, Row, Verdict, lower
+from llmrec.report.records import Comparison, Metric, Results, Row, Verdict, lower
 
 TASK_TITLES = {
     "rating": "Rating prediction",
@@ -26,6 +26,7 @@ TRIVIAL = frozenset(
 )
 """Controls that only count: no neighbours, no factors, no weights."""
 DASH = "–"
+UNDEFINED = "undefined"
 DETECTABLE = "Detectable: the smallest true difference that the comparison would show in 80 of 100 repetitions."
 
 
@@ -40,6 +41,40 @@ def number(value: float | None, *, sign: bool = False) -> str:
         return DASH
     text = f"{value:{'+' if sign else ''}.{3 if abs(value) < 10 else 1}f}"
     return text.replace("-", "−")
+
+
+def figure(metric: Metric | None) -> str:
+    """Return a row's figure: a dash for a metric that it does not have, a word for one that is not defined."""
+    return DASH if metric is None else UNDEFINED if metric.value is None else number(metric.value)
+
+
+def undefined(results: Results, task: str) -> list[str]:
+    """Say which figures of a task are not defined, of which rows and why."""
+    rows = [row for row in results.rows if row.task == task]
+    found = [
+        (label(row), name, each.undefined) for row in rows for name, each in row.metrics.items() if each.value is None
+    ]
+    return undefined_lines(found, len(rows), results.headline[task])
+
+
+def undefined_lines(found: Iterable[tuple[str, str, str]], rows: int, headline: str) -> list[str]:
+    """Say which figures of a table are not defined, and why.
+
+    Args:
+        found: Row, metric and reason of each; the reason is empty in results that do not say.
+        rows: How many rows the table has; a figure of all of them names none.
+        headline: The metric that rows are compared by.
+    """
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for row, metric, reason in found:
+        grouped.setdefault((metric, reason), []).append(row)
+    lines = []
+    for (metric, reason), named in grouped.items():
+        of = f" of {listed(named)}" if len(named) < rows else ""
+        why = f": {reason}" if reason else ""
+        more = " Nothing is compared with what has no figure." if metric == headline else ""
+        lines.append(visible(f"{metric}{of} is {UNDEFINED}{why}.{more}"))
+    return lines
 
 
 def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:

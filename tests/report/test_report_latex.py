@@ -105,11 +105,13 @@ def test_a_task_without_comparisons_has_no_columns_of_marks(results: dict[str, A
     _check_structure("\n".join(tables))
 
 
-def test_missing_figures_are_dashes(results: dict[str, Any]) -> None:
+def test_missing_figures_are_dashes_and_undefined_ones_say_why(results: dict[str, Any]) -> None:
     del results["rows"][0]["metrics"]["MAE"]
-    results["rows"][1]["metrics"]["MAE"]["value"] = None
+    results["rows"][1]["metrics"]["MAE"].update(value=None, low=None, high=None, undefined="50 % of nothing")
     text = latex(results_of(results))
-    assert len(re.findall(r"& -- & 200 ", _tables(text)[0])) == 2
+    assert len(re.findall(r"& -- & 200 ", _tables(text)[0])) == 1
+    assert len(re.findall(r"& undefined & 200 ", _tables(text)[0])) == 1
+    assert r"is undefined: 50 \% of nothing." in _tables(text)[0]
     _check_structure(text)
 
 
