@@ -67,6 +67,7 @@ class HFBackend:
         self.model.generation_config = self._greedy(model.generation_config, encoder)
         self.encoder = encoder
         self.batch_tokens = batch_tokens
+        _say_what_scales(model.config, encoder.max_length)
         self._paired = is_paired(model.config)
         reads = takes_trees(model) if self._paired else takes_block_mask(model.config)
         self.packed = reads if packed is None else packed
@@ -377,6 +378,21 @@ class _Tree:
             owners=np.array(owners, dtype=np.int64),
             after=np.array(after, dtype=np.int64),
             wanted=np.array(wanted, dtype=np.int64),
+        )
+
+
+def _say_what_scales(config: Any, longest: int) -> None:
+    """Warn where the places of all rows of a batch are scaled by its longest one."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    known: int = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", longest)
+    if rope.get("rope_type") in ("dynamic", "longrope") and longest > known:
+        log.warning(
+            "this model scales the places of a row by the longest row beside it once that has more than %d tokens: "
+            "scores of prompts near model.max_length=%d depend on the batch; set model.max_length=%d to avoid it",
+            known,
+            longest,
+            known,
         )
 
 

@@ -219,7 +219,7 @@ def with_tokens(
     key = key_of(
         llmrec=__version__,
         base=weights_stamp(base),
-        model=model.model_dump(),
+        model=model.model_dump(exclude={"device"}),
         index=index.digest,
         tokens=start,
         encoder=text_embedder(section.semantic.encoder).stamp if section and start == "vectors" else None,

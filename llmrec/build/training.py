@@ -22,7 +22,7 @@ from llmrec.build.study import Study
 from llmrec.durable import replacing, write_json, write_text
 from llmrec.errors import RecipeError, require
 from llmrec.tasks.mixture import interleave
-from llmrec.tasks.rating import RatingTask
+from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.train.batches import Step, fit_row, plan
 from llmrec.train.branches import Branching, branching_rows
 from llmrec.train.pieces import Drawing, RowStream
@@ -145,6 +145,11 @@ def _classes(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes
         )
     task = study.tasks["rating"]
     assert isinstance(task, RatingTask)
+    if other := [template.id for template in task.training_templates if learned_only(template)]:
+        raise RecipeError(
+            f"tasks.rating.templates: {other[0]} is answered by yes or no, and tasks.rating.head learns ratings alone; "
+            "leave it out, or drop the head"
+        )
     return Classes(encoder, task.scale)
 
 
@@ -216,7 +221,7 @@ def training_key(study: Study, folder: str) -> str:
     recipe = study.recipe
     return key_of(
         llmrec=__version__,
-        model=recipe.model.model_dump(),
+        model=recipe.model.model_dump(exclude={"device"}),
         weights=weights_stamp(folder),
         data=study.data.fingerprint,
         reviews=study.reviews.fingerprint if study.reviews else None,

@@ -96,6 +96,11 @@ class RatingTask:
         )
 
     @property
+    def training_templates(self) -> tuple[Template, ...]:
+        """The templates that training rows are drawn from."""
+        return tuple(self._chosen.train)
+
+    @property
     def eval_templates(self) -> tuple[str, ...]:
         """Names of the templates that evaluation asks with."""
         return self._chosen.evaluate

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmrec.backends.kinds import is_paired
-from llmrec.backends.models import dtype, load_model
+from llmrec.backends.models import device, dtype, load_model
 from llmrec.backends.tables import named_tables, told_as_tied
 from llmrec.errors import RecipeError, require
 from llmrec.recipe import LoraSection, ModelSection, TrainSection
+
+log = logging.getLogger(__name__)
 
 QUANTISED = ("qlora", "lora8")
 """Methods whose base is quantised."""
@@ -40,6 +43,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     adapted = _with_adapter(base, train.lora, tokens)
+    _say_what_is_reached(adapted, train.lora)
     adapted.llmrec_float32 = dtype(model) == torch.float32
     return adapted
 
@@ -110,6 +114,26 @@ def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
         ) from error
 
 
+def _say_what_is_reached(adapted: Any, lora: LoraSection) -> None:
+    """Warn where the default targets are the smaller part of the blocks: experts that lie in one tensor are no layers.
+
+    Their weights are then neither adapted nor known to be left out.
+    """
+    if lora.targets or lora.top_layers is not None:
+        return
+    base = adapted.get_base_model()
+    tables = {id(module.weight) for _, module in named_tables(base)}
+    every = sum(p.numel() for name, p in base.named_parameters() if id(p) not in tables and "lora_" not in name)
+    reached = sum(m.base_layer.weight.numel() for m in base.modules() if hasattr(m, "lora_A") and len(m.lora_A))
+    if 2 * reached < every:
+        log.warning(
+            "training: adapters sit on %d %% of the weights of the blocks of a %s; experts that are one tensor are no "
+            "linear layers and stay as they are",
+            100 * reached // every,
+            base.config.model_type,
+        )
+
+
 def _trained_rows(base: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
     """Return the rows to train by the name of a module of each table; PEFT has others with the same table follow it."""
     return {name: list(tokens) for name, _ in named_tables(base)} if tokens else None
@@ -142,10 +166,10 @@ def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
 
 
 def _quantization(model: ModelSection, train: TrainSection) -> Any:
-    torch, transformers = require("torch", "train"), require("transformers", "train")
+    transformers = require("transformers", "train")
     require("bitsandbytes", "quant")
     if train.method == "lora8":
-        if not torch.cuda.is_available():
+        if device(model) == "cpu":
             raise RecipeError("train.method 'lora8' needs a CUDA GPU; use 'qlora', which runs on the CPU too")
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

@@ -209,3 +209,56 @@ def test_vllm_greedy_text_equals_transformers_in_float32(vllm_backend: Backend, 
     assert [d.text for d in vllm_backend.generate(PROMPTS, max_tokens=8)] == [
         d.text for d in hf.generate(PROMPTS, max_tokens=8)
     ]
+
+
+# --------------------------------------------------------------------------- properties, whatever the backend
+
+
+def test_a_candidate_set_equal_to_the_catalogue_ranks_as_its_search_does(backend: Backend) -> None:
+    if "search" not in backend.capabilities:
+        pytest.skip("this backend searches no catalogue")
+    catalogue = [f"{title} {year}" for title in ("Heat", "Fargo", "Alien", "Jaws") for year in range(1990, 1996)]
+    scores = backend.score(PROMPTS[:1], [catalogue])[0].logprobs
+    (found,) = backend.search(PROMPTS[:1], catalogue, k=len(catalogue), width=len(catalogue), exact=True)
+    order = sorted(range(len(catalogue)), key=lambda n: -scores[n])
+    assert list(found.items) == order
+    assert found.scores == pytest.approx([scores[n] for n in order], abs=1e-3)
+
+
+def test_an_unrelated_prompt_and_another_batch_change_no_score(backend: Backend) -> None:
+    alone = [backend.score([each], [TITLES])[0].logprobs for each in PROMPTS]
+    others = [prompt(f"Who asked for number {n}?", "Brazil\n" * n, "\n") for n in range(1, 6)]
+    mixed = [*others[:2], PROMPTS[0], *others[2:], PROMPTS[1], PROMPTS[2]]
+    together = backend.score(mixed, [TITLES] * len(mixed))
+    for place, values in zip((2, 6, 7), alone, strict=True):
+        assert together[place].logprobs == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.vllm
+def test_vllm_in_bfloat16_reads_labels_from_a_float32_head(tmp_path: Path) -> None:
+    """Of 40 rating prompts 23 had tied labels: logits of a bfloat16 head lie 1/8 apart from 16 on."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llmrec.backends.models import load_tokenizer
+    from llmrec.backends.vllm import VLLMBackend
+    from llmrec.recipe import ModelSection
+    from tests.conftest import make_model
+
+    folder = make_model(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        # Logits as large as those of trained models; the tied embeddings are divided again by the first norm.
+        model.get_output_embeddings().weight.mul_(60)
+    model.save_pretrained(folder)
+    section = ModelSection(name=str(folder))
+    encoder = Encoder(load_tokenizer(str(folder), section), max_length=512)
+    asked = [prompt(f"Which one, {n}?") for n in range(12)]
+    backend = VLLMBackend(str(folder), encoder, dtype="bfloat16")
+    try:
+        scores = backend.score(asked, [LABELS] * 12, closed=False)
+    finally:
+        backend.close()
+    assert all(len(set(found.logprobs)) == len(LABELS) for found in scores)
+    assert all(value <= 1e-6 for found in scores for value in found.logprobs)
