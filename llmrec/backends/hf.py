@@ -385,7 +385,9 @@ def _say_what_scales(config: Any, longest: int) -> None:
     """Warn where the places of all rows of a batch are scaled by its longest one."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
-    known: int = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", longest)
+    known = int(
+        rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None) or longest
+    )
     if rope.get("rope_type") in ("dynamic", "longrope") and longest > known:
         log.warning(
             "this model scales the places of a row by the longest row beside it once that has more than %d tokens: "
