@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import psutil
 
 from llmrec.backends import vllm_guard
+from llmrec.backends.spawned import without_main
 from llmrec.backends.vigil import ENDED, Limits, Seen, Vigil, named
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Watch:
         before = {child.pid for child in _children(psutil.Process())}
         troubles: list[str] = []
         try:
-            with self._collecting(before, troubles):
+            with self._collecting(before, troubles), without_main():
                 engine = build()
         except BaseException as error:
             self._gather(before)
