@@ -257,6 +257,18 @@ def column_names(name: str, found: Iterable[str], mend: str = "rename one") -> l
     return names
 
 
+def in_arrow(raw: bytes) -> pa.BufferReader:
+    """Return bytes as a file in Arrow's own memory.
+
+    Arrow's threads may let go of a file after the call that read it has returned. One that is a Python object needs the
+    interpreter for that, and a program that ends in this moment is aborted ("terminate called without an active
+    exception").
+    """
+    memory = pa.allocate_buffer(len(raw))
+    pa.FixedSizeBufferWriter(memory).write(raw)
+    return pa.BufferReader(memory)
+
+
 def _fast(text: str, separator: str, columns: Sequence[str] | None, quoted: bool) -> pl.DataFrame | None:
     """Read plain text, in which every line is a row; None if it must be read with care."""
     if (quoted and '"' in text) or "\r" in text.replace("\r\n", "\n") or "\n\n" in text.replace("\r\n", "\n"):
@@ -267,7 +279,7 @@ def _fast(text: str, separator: str, columns: Sequence[str] | None, quoted: bool
         return None
     try:
         table = pa_csv.read_csv(
-            io.BytesIO(text.encode()),
+            in_arrow(text.encode()),
             read_options=pa_csv.ReadOptions(column_names=names, skip_rows=0 if columns else 1),
             parse_options=pa_csv.ParseOptions(delimiter=separator, quote_char=False),
             convert_options=pa_csv.ConvertOptions(

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 
-from llmrec.data.files import column_names, csv_problem, second_header
+from llmrec.data.files import column_names, csv_problem, in_arrow, second_header
 from llmrec.data.maps import Form
 from llmrec.data.opening import enumerated, reason, shortened
 from llmrec.data.pieces import BLOCK, Block, Kind, Piece, check_columns, decoded, numbered_lines, pieces
@@ -158,7 +158,7 @@ def _fast_fields(
         raw = raw.decode(encoding).encode()
     try:
         table = pa_csv.read_csv(
-            io.BytesIO(raw),
+            in_arrow(raw),
             read_options=pa_csv.ReadOptions(column_names=list(names), block_size=len(raw) + 1),
             parse_options=pa_csv.ParseOptions(
                 delimiter=form.separator if len(form.separator) == 1 else _FIELD, quote_char=False
@@ -238,7 +238,7 @@ def _fast_objects(piece: Piece, wanted: Mapping[str, Kind]) -> pl.DataFrame | No
     schema = pa.schema([(name, pa.float64() if kind == "number" else pa.string()) for name, kind in wanted.items()])
     try:
         table = pa_json.read_json(
-            io.BytesIO(piece.raw),
+            in_arrow(piece.raw),
             read_options=pa_json.ReadOptions(block_size=len(piece.raw) + 1),
             parse_options=pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import subprocess
 import sys
 import types
 from datetime import UTC, date, datetime
@@ -316,6 +317,18 @@ def test_header_only(tmp_path: Path) -> None:
     fails(write(tmp_path, HEAD), "no rows")
     pl.DataFrame(schema={"user_id": pl.String, "item_id": pl.String}).write_parquet(tmp_path / "data.parquet")
     fails(tmp_path / "data.parquet", "no rows")
+
+
+def test_a_program_that_ends_right_after_a_table_was_refused_is_not_aborted(tmp_path: Path) -> None:
+    """Threads that read the file for Arrow may still hold it then; on two cores every third program was aborted."""
+    path = write(tmp_path, HEAD)
+    lines = f"from pathlib import Path; from llmrec.data.tables import read_table; read_table(Path({str(path)!r}))"
+    for _ in range(3):
+        several = [subprocess.Popen([sys.executable, "-c", lines], stderr=subprocess.PIPE) for _ in range(4)]
+        for one in several:
+            _, errors = one.communicate()
+            assert errors.endswith(b"has a header and no rows; write the table again\n")
+            assert one.returncode == 1
 
 
 def test_missing_files(tmp_path: Path) -> None:
