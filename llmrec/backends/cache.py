@@ -84,6 +84,8 @@ class CachedBackend:
         """Answers that came from the table."""
         self.recalled_seconds = 0.0
         """What those answers cost when they were computed."""
+        self.start_seconds = 0.0
+        """What starting the engine took, which falls into the first call that needs it."""
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt; see `Backend.generate`."""
@@ -176,7 +178,9 @@ class CachedBackend:
 
     def _engine(self) -> Backend:
         if self._started is None:
+            begin = time.monotonic()
             self._started = self._start()
+            self.start_seconds += time.monotonic() - begin
             # What a server offers shows when it is asked.
             self.capabilities = self._started.capabilities
         return self._started

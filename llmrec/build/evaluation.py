@@ -249,7 +249,8 @@ class Evaluation:
         cases = self._calibrating(spec.family)
         calibrated = Calibrated(predictor, cases) if cases else None
         # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
-        before = backend.recalled_seconds if backend is not None else 0.0
+        # The engine's start, which falls into the first row that asks it anything, is a stage of its own.
+        before = backend.recalled_seconds - backend.start_seconds if backend is not None else 0.0
         found = evaluate(
             calibrated or predictor,
             self._cases[spec.family],
@@ -259,7 +260,7 @@ class Evaluation:
             background=self._background if spec.family == "explanation" else None,
         )
         if backend is not None:
-            found.figures["cost"]["seconds"] += backend.recalled_seconds - before
+            found.figures["cost"]["seconds"] += backend.recalled_seconds - backend.start_seconds - before
         if calibrated is not None:
             found.figures["calibration"] = {"n": len(cases), **asdict(calibrated.curve)}
         return found

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+from llmrec.backends import fake
+from llmrec.backends.fake import FakeBackend
 from llmrec.build import pipeline
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe import Recipe
@@ -146,6 +149,28 @@ def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) ->
         for engine, weights in (("hf", "w"), ("vllm", "w"), ("hf", "v")):
             keys.add(evaluation._key(spec, engine, weights))
     assert len(keys) == 3 * len(changes)
+
+
+def test_the_start_of_an_engine_is_no_part_of_what_a_row_costs(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It falls into the first row that asks, and is a stage of its own: rows take no longer than their stage."""
+
+    class SlowToStart(FakeBackend):
+        def __init__(self) -> None:
+            time.sleep(2)
+            super().__init__()
+
+    monkeypatch.setattr(fake, "FakeBackend", SlowToStart)
+    tasks = "tasks={direct: {strategies: [label, list]}, sequential: {}}"
+    made = pipeline.run(
+        recipe(llama_folder, tasks, "eval.arms=[zero-shot]", "eval.backend=fake"), tmp_path / "r", quiet=True
+    )
+    rows = [row for row in made.results["rows"] if row["arm"] == "zero-shot"]
+    budget = {entry["stage"]: entry["seconds"] for entry in made.results["budget"]}
+    assert len(rows) == 3 and all(row["cost"]["seconds"] > 0 for row in rows)
+    assert sum(row["cost"]["seconds"] for row in rows) <= budget["zero-shot"]
+    assert budget["start fake"] >= 2
 
 
 def test_eval_without_an_adapter_says_what_to_do(llama_folder: Path, tmp_path: Path) -> None:
