@@ -223,8 +223,8 @@ def export(
     ] = "auto",
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write the adapter, not a whole model.")] = False,
     with_items: Annotated[
-        bool, typer.Option("--with-items", help="Put the catalogue in; it may have an owner.")
-    ] = False,
+        bool, typer.Option("--with-items/--no-items", help="Whether the catalogue goes in; it may have an owner.")
+    ] = True,
     check_users: Annotated[
         int, typer.Option("--check-users", min=0, help="Validation cases a task on which the export is checked.")
     ] = 50,

@@ -60,7 +60,7 @@ class Options:
         out: The folder to write.
         dtype: Of the weights; ``auto``: the one that the run was evaluated in.
         adapter_only: Write the adapter instead of a whole model.
-        with_items: Put the catalogue into the folder.
+        with_items: Put the catalogue into the folder, without which `llmrec rank` knows no ids.
         users: Validation cases a family on which the export is checked; 0: none.
         licence: Of the tuned weights and the card.
         base_licence: Of the base model, where it does not say itself.
@@ -72,7 +72,7 @@ class Options:
     out: Path
     dtype: str = "auto"
     adapter_only: bool = False
-    with_items: bool = False
+    with_items: bool = True
     users: int
     licence: str | None = None
     base_licence: str | None = None
@@ -261,11 +261,14 @@ def _study(source: Source, options: Options) -> Study | None:
     try:
         return agreement.on_validation(source.recipe, options.users)
     except DataError as error:
-        needed = "--with-items" if options.with_items else "--check-users" if options.users else None
-        if needed is None or (options.adapter_only and not options.with_items):
+        checked = options.users and not options.adapter_only
+        needed = [*(["--no-items"] if options.with_items else []), *(["--check-users 0"] if checked else [])]
+        if not needed:
             return None
-        mend = "leave that out" if options.with_items else "give --check-users 0; the card then says so"
-        raise DataError(f"{error} ({needed} reads the data of the run; without it, {mend})") from error
+        raise DataError(
+            f"{error} (an export reads the data of the run; without it, give {' and '.join(needed)}; the card then "
+            "says so)"
+        ) from error
 
 
 def _notes(source: Source, base: str, study: Study | None) -> tuple[str, ...]:

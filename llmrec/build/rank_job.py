@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from llmrec.backends.cache import AnswerStore
@@ -23,7 +24,9 @@ from llmrec.build.ranking_way import Way, choose_way
 from llmrec.build.retrieving import check_retriever
 from llmrec.build.stages import Budget, key_of
 from llmrec.data.items import digest_items, read_items
+from llmrec.data.opening import shortened
 from llmrec.data.request_files import RequestFile
+from llmrec.data.requests import unknown_id
 from llmrec.errors import DataError
 from llmrec.types import Item
 
@@ -81,6 +84,8 @@ def open_job(options: RankOptions, source: RequestFile, budget: Budget) -> Job:
     strategy = strategy_of(options)
     way = choose_way(bundle, task=options.task, template=options.template, strategy=strategy, settings=options.settings)
     items, retriever = _items(options, bundle)
+    if items == {}:
+        _check_titled(options, source)
     encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=_window(options, bundle))
     reasoner = None
     if options.rationale:
@@ -137,6 +142,22 @@ def _items(options: RankOptions, bundle: Bundle) -> tuple[Mapping[str, Item] | N
     if options.whole and not known:
         raise DataError("--candidates all ranks a catalogue, and none is known; name a table of items with --items")
     return known, None
+
+
+def _check_titled(options: RankOptions, source: RequestFile) -> None:
+    """Refuse ids where no item is known: without its titles a model would rank what it was never tuned on.
+
+    Raises:
+        DataError: If a request names an item by its id alone.
+    """
+    for raw in islice(source, options.limit):
+        name = unknown_id(raw.record) if raw.record is not None else None
+        if name is not None:
+            raise DataError(
+                f"{source.path}, line {raw.line} names the item {shortened(name, 60)!r}, and {options.model} carries "
+                "no table of items that says what it is; name one with --items, or give each item its title: "
+                '{"item_id": ..., "title": ...}'
+            )
 
 
 def _bundle(options: RankOptions) -> Bundle:

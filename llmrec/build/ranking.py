@@ -43,6 +43,9 @@ _QUOTED = 200
 def catalogue(bundle: Bundle, items: Path | None) -> Mapping[str, Item] | None:
     """Return the items that requests may name by id: a table, the run's own data, or what the folder carries.
 
+    Of a tuned model that carries none no id is known: the items that it was tuned on have titles, and an id is none.
+    A plain pretrained model has no items, and None says that what requests name are titles.
+
     Raises:
         DataError: If a table or the run's data cannot be read.
     """
@@ -57,7 +60,9 @@ def catalogue(bundle: Bundle, items: Path | None) -> Mapping[str, Item] | None:
                 f"{error}. This is the data of the run {bundle.run}; or name a table with --items"
             ) from None
     carried = Path(bundle.folder) / ITEMS
-    return read_items(carried) if carried.is_file() else None
+    if carried.is_file():
+        return read_items(carried)
+    return {} if bundle.tuned else None
 
 
 def rank_requests(

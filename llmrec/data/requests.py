@@ -140,6 +140,17 @@ def read_request(
     )
 
 
+def unknown_id(record: Mapping[str, object]) -> str | None:
+    """Return the first item of a request that is named by its id alone; None if every item has a title."""
+    for key in ("history", "candidates"):
+        entries = record.get(key)
+        for entry in entries if isinstance(entries, list | tuple) else ():
+            named = entry if isinstance(entry, Mapping) else {"item_id": entry}
+            if named.get("item_id") is not None and not named.get("title"):
+                return str(named["item_id"])
+    return None
+
+
 def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None, str | None]:
     """Return a request's id and user as far as they can be read, so that a failed line can be found again."""
     if record is None:

@@ -21,10 +21,13 @@ from llmrec.backends.models import load_model, load_tokenizer
 from llmrec.build import bundle, cards, export, finished, placing
 from llmrec.build.export import Exported, Options
 from llmrec.build.export_files import verify
-from llmrec.errors import LlmrecError
+from llmrec.build.rank_files import rank_file
+from llmrec.data.items import read_items
+from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe import ModelSection, Recipe
 from llmrec.recipe_file import dump, load_recipe
 from llmrec.resources import resource
+from tests.build import rank_cases
 from tests.build.fake_hub import Hub, serving
 from tests.conftest import make_model
 
@@ -45,7 +48,7 @@ SMALL = (
 )
 MODEL_FILES = {
     *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("chat_template.jinja", "llmrec.json", "README.md", "SHA256SUMS"),
+    *("chat_template.jinja", "llmrec.json", "README.md", "SHA256SUMS", "items.parquet"),
 }
 TOKEN = "hf_PlantedInTheEnvironment42"
 IDS = [[1, 40, 77, 200, 15, 9], [1, 300, 21, 21, 8, 64]]
@@ -130,13 +133,48 @@ def test_results_of_other_weights_are_not_reported(run: Path, tmp_path: Path) ->
     assert "Not evaluated" in (tmp_path / "films" / "README.md").read_text(encoding="utf-8")
 
 
-def test_items_are_put_in_when_asked(run: Path, tmp_path: Path) -> None:
-    items = pytest.importorskip("llmrec.data.items")
-    write(run, tmp_path / "films", with_items=True)
-    held = items.read_items(tmp_path / "films" / "items.parquet")
+def test_items_are_put_in_unless_they_are_to_stay_out(run: Path, tmp_path: Path) -> None:
+    write(run, tmp_path / "films")
+    held = read_items(tmp_path / "films" / "items.parquet")
     assert len(held) == 40 and all(
         item.title and set(item.fields) == {"category", "brand", "price"} for item in held.values()
     )
+    assert "the terms of the data" in (tmp_path / "films" / "README.md").read_text(encoding="utf-8")
+    write(run, tmp_path / "bare", with_items=False)
+    assert {file.name for file in (tmp_path / "bare").iterdir()} == MODEL_FILES - {"items.parquet"}
+    assert "The catalogue is not part of this folder" in (tmp_path / "bare" / "README.md").read_text(encoding="utf-8")
+
+
+def test_ids_are_ranked_by_their_titles_or_not_at_all(run: Path, tmp_path: Path) -> None:
+    """An export with items ranks ids as its run does; one without takes none for a title, and says what it needs."""
+    write(run, tmp_path / "films")
+    write(run, tmp_path / "bare", with_items=False)
+    items = read_items(tmp_path / "films" / "items.parquet")
+    past, *pool = sorted(items)[:5]
+
+    def asked(model: Path, history: Any, candidates: Any, **more: Any) -> dict[str, Any]:
+        path = tmp_path / "in.jsonl"
+        request = {"id": "one", "history": [history], "candidates": candidates}
+        path.write_text(json.dumps(request) + "\n", encoding="utf-8")
+        (tmp_path / "out.jsonl").unlink(missing_ok=True)
+        rank_file(rank_cases.options(model, path, tmp_path / "out.jsonl", restart=True, **more))
+        (line,) = rank_cases.lines(tmp_path / "out.jsonl")
+        return line
+
+    def titled(item: str) -> dict[str, str]:
+        return {"item_id": item, "title": items[item].title}
+
+    known = asked(run, past, pool)
+    assert sorted(known["titles"]) == sorted(items[item].title for item in pool)
+    assert asked(tmp_path / "films", past, pool) == known
+    for history, candidates in ((past, pool), (titled(past), pool), (past, [titled(item) for item in pool])):
+        with pytest.raises(
+            DataError, match=r"in\.jsonl, line 1 names the item '[^']+', .*bare carries no table.*--items"
+        ):
+            asked(tmp_path / "bare", history, candidates)
+    assert asked(tmp_path / "bare", titled(past), [titled(item) for item in pool]) == known
+    table = tmp_path / "films" / "items.parquet"
+    assert asked(tmp_path / "bare", past, pool, items=table) == known
 
 
 @pytest.mark.parametrize(
@@ -284,6 +322,7 @@ def test_an_adapter_goes_alone(run: Path, tmp_path: Path, llama_folder: Path) ->
 
     write(run, tmp_path / "out", adapter_only=True, base_licence="mit")
     names = {"adapter_model.safetensors", "adapter_config.json", "llmrec.json", "README.md", "LICENSE", "SHA256SUMS"}
+    names |= {"items.parquet"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == llama_folder.name
@@ -344,16 +383,21 @@ def test_runs_that_cannot_be_exported_say_why(run: Path, tmp_path: Path) -> None
     assert not list(tmp_path.glob("out*"))
 
 
-def test_data_that_is_gone_is_needed_for_the_check_only(tmp_path: Path, llama_folder: Path) -> None:
+def test_data_that_is_gone_is_needed_for_the_check_and_the_items_only(tmp_path: Path, llama_folder: Path) -> None:
     table = tmp_path / "shop.csv"
     table.write_bytes(resource("recipes", "made", "reviews.csv").read_bytes())
     own = load_recipe("recipes/quickstart.yaml", ["data={source: made-reviews}"]).data
     columns = own.model_copy(update={"source": "table", "path": str(table)}).model_dump(mode="json")
     run = trained(llama_folder, tmp_path / "run", f"data={json.dumps(columns)}", "tasks.rating=null")
     table.unlink()
-    with pytest.raises(LlmrecError, match="--check-users 0"):
-        write(run, tmp_path / "out", users=3)
-    done = write(run, tmp_path / "out")
+    for options, mend in (
+        ({"users": 3}, "give --no-items and --check-users 0;"),
+        ({}, "give --no-items;"),
+        ({"users": 3, "with_items": False}, "give --check-users 0;"),
+    ):
+        with pytest.raises(LlmrecError, match=mend):
+            write(run, tmp_path / "out", **options)
+    done = write(run, tmp_path / "out", with_items=False)
     assert done.agreement is None and "could not be read" in done.notes[0]
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "Not measured." in text and "could not be read when this card was written" in text
@@ -381,7 +425,7 @@ def test_the_same_command_finds_its_finished_work(run: Path, tmp_path: Path) -> 
     assert again.files == done.files and again.notes == done.notes
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == written
     changes: list[dict[str, Any]] = [
-        *({"licence": "mit"}, {"base_licence": "mit"}, {"users": 1}, {"with_items": True}),
+        *({"licence": "mit"}, {"base_licence": "mit"}, {"users": 1}, {"with_items": False}),
         *({"dtype": "bfloat16"}, {"adapter_only": True}),
     ]
     for change in changes:

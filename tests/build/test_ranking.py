@@ -379,7 +379,7 @@ def test_a_run_brings_its_items_words_and_templates(tuned: Path, tmp_path: Path)
     merged.mkdir()
     for file in (tuned / "merged").iterdir():
         (merged / file.name).write_bytes(file.read_bytes())
-    assert catalogue(bundle.read(str(merged)), None) is None
+    assert catalogue(bundle.read(str(merged)), None) == {}
     pl.DataFrame({"item_id": ["a"], "title": ["Heat"]}).write_parquet(merged / ranking.ITEMS)
     carried = catalogue(bundle.read(str(merged)), None)
     assert carried is not None and carried["a"].title == "Heat"
