@@ -59,12 +59,17 @@ def check(
 ) -> None:
     """Validate a recipe, its data, templates and names, without loading weights."""
     from llmrec.build import study as studies
+    from llmrec.build.told import sentence, users
 
     loaded = _recipe(recipe, overrides)
     study = studies.build_study(loaded)
     for family in study.tasks:
         templates = ", ".join(template.id for template in study.eval_templates(family))
         say(f"{family}: {len(study.cases(family))} {loaded.eval.split} cases, evaluated with {templates}")
+    for table in study.tables:
+        if found := study.told(table):
+            say(f"{sentence(table, found)}; write profiles from training interactions alone")
+            say(f"    users: {', '.join(users(found))}")
     if dry_run:
         show_dry_run(study)
     say(f"recipe {loaded.name} is valid")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from llmrec.durable import sha256_of, write_json
 from llmrec.errors import LlmrecError
 from llmrec.recipe_file import load_recipe
 from llmrec.report import page
+from llmrec.report.audit import LeakError
 
 FILE = "audit.json"
 # What fitting a baseline depends on besides this package.
@@ -33,7 +35,7 @@ _UNTRAINED = 500
 def audit(folder: Path, *, memory: bool = False) -> list[Check]:
     """Audit a finished run from its folder, write ``audit.json``, and bring its report up to it.
 
-    A run that leaks loses the pages of its report; any other gets them with what was found.
+    The pages of a run that leaks say so and hold no figure; any other gets them with what was found.
 
     Args:
         folder: The run folder.
@@ -52,9 +54,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
         if memory:
             checks.append(_memory(study))
         write(folder, checks)
-        if any(check.verdict == "leak" for check in checks):
-            page.withdraw(folder)
-        else:
+        with suppress(LeakError):
             page.write(folder)
     return checks
 

@@ -19,6 +19,7 @@ from scipy.stats import chi2, rankdata
 
 from llmrec.build.indexing import build_index
 from llmrec.build.study import ITEM_ANSWERS, RANKING, Study
+from llmrec.build.told import NAMED, sentence, told, users
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.index.index import ItemIndex
 from llmrec.prompts import Template, clean
@@ -31,7 +32,6 @@ _SHOWN = 5
 _TELLING = 24
 # Of longer texts the beginning is looked for: prompts cut them.
 _TEXT = 120
-_NAMED = 6
 # Chance of a false alarm of one statistical check.
 _ALARM = 1e-4
 _SCORED = 50
@@ -216,7 +216,7 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
             if said in others or (listed and said == secret):
                 continue  # a namesake in the history
             # A title may be part of another ("Alien", "Aliens"); in any other text it is named.
-            if said == secret or (said not in titles and len(secret) >= _NAMED and secret in said):
+            if said == secret or (said not in titles and len(secret) >= NAMED and secret in said):
                 yield f"the prompt of {template.id} shows the answer"
                 break
 
@@ -254,16 +254,12 @@ def shots(study: Study, family: str) -> Check:
 
 
 def profiles(data: SplitDataset) -> Check:
-    """Held-out titles in the profile texts of users."""
-    secrets = _Secrets(data)
-    places = [
-        f"user {user}: profile field {name!r} names held-out item {item}"
-        for user, fields in data.dataset.users.items()
-        for name, text in fields.items()
-        for title, item in secrets.titles.get(user, {}).items()
-        if len(title) >= _NAMED and title in clean(text)
-    ]
-    return verdict(f"user profiles of {data.dataset.name}", f"{len(data.dataset.users):,} profiles", places)
+    """Held-out titles in the profile texts of users, who are set aside from evaluation."""
+    name, found = f"user profiles of {data.dataset.name}", told(data)
+    if not found:
+        return Check(name, f"none names a held-out item in {len(data.dataset.users):,} profiles")
+    places = tuple(f"user {each.user_id}: field {each.field!r} names held-out item {each.item_id}" for each in found)
+    return Check(name, sentence(data, found), "notice", places[:_SHOWN], {"users": len(users(found))})
 
 
 # --------------------------------------------------------------------------- candidates

@@ -19,6 +19,7 @@ from llmrec.build.retrieving import ceiling
 from llmrec.build.stages import Budget
 from llmrec.build.study import ITEM_ANSWERS, RANKING, Study
 from llmrec.build.text_samples import text_samples
+from llmrec.build.told import sentence, users
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
 from llmrec.evaluate import HEADLINE, compare, statistic_of
@@ -91,6 +92,11 @@ def write_results(
         "seconds": sum(spent.values()),
         "examples": [example for row in rows for example in row.examples],
         "texts": text_samples(study, rows),
+        "set_aside": [
+            {"data": table.dataset.name, "said": f"{sentence(table, found)}.", "users": list(users(found))}
+            for table in study.tables
+            if (found := study.told(table))
+        ],
         "notes": notes(study),
     }
     write_predictions(rows, folder / "predictions.parquet")

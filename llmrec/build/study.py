@@ -16,6 +16,7 @@ from llmrec.backends.models import load_tokenizer
 from llmrec.backends.vocabulary import add_item_tokens
 from llmrec.build.indexing import build_index, text_embedder
 from llmrec.build.retrieving import retrieve
+from llmrec.build.told import Told, told, users
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources import load
 from llmrec.data.split import SplitDataset, split
@@ -91,9 +92,17 @@ class Study:
     def _read(self) -> Mapping[str, SplitDataset]:
         found = {}
         for family in self.recipe.tasks.present():
-            used = self.reviews if family == "explanation" and self.reviews is not None else self.data
+            used = self._table(family)
             found[family] = written(used, _WRITTEN[family]) if family in _WRITTEN else used
         return found
+
+    @property
+    def tables(self) -> tuple[SplitDataset, ...]:
+        """The main data, and the second table where there is one."""
+        return tuple(filter(None, (self.data, self.reviews)))
+
+    def _table(self, family: str) -> SplitDataset:
+        return self.reviews if family == "explanation" and self.reviews is not None else self.data
 
     def codes(self, family: str) -> ItemIndex | None:
         """Return the index of a family's items; a second table has items of its own, which no index holds."""
@@ -106,7 +115,8 @@ class Study:
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
         """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
 
-        Alignment asks about items and not about users: there it is the first cases.
+        Users whose profile names what is held out for them are not among them. Alignment asks about items and not
+        about users: there it is the first cases.
 
         Args:
             family: A chosen family.
@@ -116,8 +126,22 @@ class Study:
         count = count or self.recipe.eval.users
         if family == "alignment":
             return cases[:count]
-        chosen = set(list(dict.fromkeys(case.request.user_id for case in cases))[:count])
+        aside = self.set_aside(family)
+        able = dict.fromkeys(case.request.user_id for case in cases if case.request.user_id not in aside)
+        chosen = set(list(able)[:count])
         return [case for case in cases if case.request.user_id in chosen]
+
+    def set_aside(self, family: str) -> frozenset[str]:
+        """Return the users who are not asked about, since their own profile names an item that is held out for them."""
+        return frozenset(users(self.told(self._table(family))))
+
+    def told(self, table: SplitDataset) -> tuple[Told, ...]:
+        """Return where the profiles of one of the `tables` name what is held out for their users."""
+        return self._told[id(table)]
+
+    @cached_property
+    def _told(self) -> Mapping[int, tuple[Told, ...]]:
+        return {id(table): told(table) for table in self.tables}
 
     @cached_property
     def shares(self) -> Mapping[str, float]:
@@ -181,6 +205,11 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     for family in families:
         if not study.cases(family):
             name = study.task_data(family).dataset.name
+            if study.tasks[family].cases(recipe.eval.split):
+                raise DataError(
+                    f"tasks.{family}: the profiles of {name} name what is held out for every user that could be asked "
+                    "about; write them from training interactions alone"
+                )
             raise DataError(
                 f"tasks.{family}: the {recipe.eval.split} split of {name} holds no case; "
                 "hold out more (data.split), or evaluate another split (eval.split)"

@@ -16,6 +16,7 @@ from llmrec.report.escape import flat
 from llmrec.report.records import Record, mended
 
 AUDIT = "audit.json"
+VERDICT = "This run leaks, so it gets no table."
 # What a reader must look at comes first.
 _ORDER = ("leak", "notice", "clean")
 
@@ -63,11 +64,14 @@ def how_to_audit(run_dir: Path) -> str:
 
 
 def audit_sentence(lines: Sequence[AuditLine]) -> str:
-    """Say how many checks there were and what came out, where none is a leak."""
-    notices = sum(line.verdict == "notice" for line in lines)
-    checks = "1 check" if len(lines) == 1 else f"{len(lines)} checks"
-    said = "no notice" if not notices else "1 notice" if notices == 1 else f"{notices} notices"
-    return f"{checks}, no leak, {said}. Held-out data was looked for wherever it could enter training or prompts."
+    """Say how many checks there were and what came out."""
+
+    def many(count: int, what: str) -> str:
+        return f"no {what}" if not count else f"1 {what}" if count == 1 else f"{count} {what}s"
+
+    leaks, notices = (sum(line.verdict == verdict for line in lines) for verdict in ("leak", "notice"))
+    said = f"{many(len(lines), 'check')}, {many(leaks, 'leak')}, {many(notices, 'notice')}"
+    return f"{said}. Held-out data was looked for wherever it could enter training or prompts."
 
 
 def refuse_leaks(run_dir: Path) -> None:
@@ -76,12 +80,16 @@ def refuse_leaks(run_dir: Path) -> None:
     Raises:
         LeakError: If there is a leak.
     """
-    leaks = [line for line in audit_lines(run_dir) or () if line.verdict == "leak"]
-    if leaks:
-        first = f"{leaks[0].name}: {leaks[0].found}"
-        where = f" (such as {leaks[0].examples[0]})" if leaks[0].examples else ""
-        more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
-        raise LeakError(
-            f"{run_dir / AUDIT}: this run leaks, so it gets no table. {flat(first + where + more)}; mend the data or "
-            "the recipe and run it again"
-        )
+    if said := refusal(audit_lines(run_dir) or ()):
+        raise LeakError(f"{run_dir / AUDIT}: {VERDICT[0].lower()}{VERDICT[1:]} {said}")
+
+
+def refusal(lines: Sequence[AuditLine]) -> str:
+    """Say what leaks and what to do about it; empty where nothing does."""
+    leaks = [line for line in lines if line.verdict == "leak"]
+    if not leaks:
+        return ""
+    first = f"{leaks[0].name}: {leaks[0].found}"
+    where = f" (such as {leaks[0].examples[0]})" if leaks[0].examples else ""
+    more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
+    return f"{flat(first + where + more)}; mend the data or the recipe and run it again"

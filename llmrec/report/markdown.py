@@ -33,7 +33,8 @@ def markdown_page(
         audit: Lines of the audit; None where there was none.
         mend: The command that makes the audit.
     """
-    parts = [f"# {cell(results.name)}", cell(wording.summary(results))]
+    parts = [f"# {cell(results.name)}", *(cell(aside.said) for aside in results.set_aside)]
+    parts.append(cell(wording.summary(results)))
     for task in results.tasks:
         found = wording.verdict(results, task)
         said = f"{wording.winner_sentence(found)} {wording.tuning_sentence(found, results.rows)}"
@@ -51,7 +52,7 @@ def markdown_page(
     parts += ["## Training", *_training(results)]
     parts += ["## Cost", *_costs(results)]
     parts += ["## Parse failures", *_failures(results, reasons)]
-    parts += ["## Audit", *_audit(audit, mend)]
+    parts += ["## Audit", *audit_markdown(audit, mend)]
     parts += ["## Protocol", *_protocol(results)]
     if results.notes:
         parts += ["## Notes", "\n".join(f"- {cell(note)}" for note in results.notes)]
@@ -228,7 +229,8 @@ def _costs(results: Results) -> list[str]:
     return parts
 
 
-def _audit(audit: Sequence[AuditLine] | None, mend: str) -> list[str]:
+def audit_markdown(audit: Sequence[AuditLine] | None, mend: str) -> list[str]:
+    """Return what the audit found, as paragraphs; ``mend`` is the command where there was none."""
     if audit is None:
         return [f"This run was not audited. To audit it: {code(mend)}"]
     rows = [

@@ -18,10 +18,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.durable import refuse_link, replacing
 from llmrec.report import costs, facts, index_words, marks, positions, slices, templates, texts, wording
-from llmrec.report.audit import AuditLine, LeakError, audit_lines, audit_sentence, how_to_audit
-from llmrec.report.escape import page_json, visible
+from llmrec.report.audit import VERDICT, AuditLine, LeakError, audit_lines, audit_sentence, how_to_audit, refusal
+from llmrec.report.escape import cell, page_json, visible
 from llmrec.report.latex import latex
-from llmrec.report.markdown import markdown_page
+from llmrec.report.markdown import audit_markdown, markdown_page
 from llmrec.report.plots import plots
 from llmrec.report.records import Results, lower
 from llmrec.report.results import failure_reasons, read
@@ -42,14 +42,15 @@ def write(run_dir: Path) -> dict[str, Path]:
 
     Raises:
         DataError: If one of the first two files is missing, or one of the three cannot be read.
-        LeakError: If the run leaks; tables that an earlier call wrote are removed.
+        LeakError: If the run leaks. The two pages then say so and hold no figure; tables that an earlier call wrote are
+            removed.
         LlmrecError: If rows of different protocols, or a task without a baseline, would stand in one table.
     """
     run_dir = Path(run_dir)
     try:
         results = read(run_dir)
     except LeakError:
-        withdraw(run_dir)
+        _refuse(run_dir)
         raise
     reasons, audit, mend = failure_reasons(run_dir, results), audit_lines(run_dir), how_to_audit(run_dir)
     folder = run_dir / "report"
@@ -67,11 +68,21 @@ def write(run_dir: Path) -> dict[str, Path]:
     return pages
 
 
-def withdraw(run_dir: Path) -> None:
-    """Remove the pages of a run that hold figures."""
+def _refuse(run_dir: Path) -> None:
+    """Write the pages of a run that leaks: what leaks stands at their head, and there is no figure."""
     refuse_link(run_dir / "report")
-    for name in PAGES.values():
-        (run_dir / "report" / name).unlink(missing_ok=True)
+    folder, audit = run_dir / "report", audit_lines(run_dir) or ()
+    folder.mkdir(exist_ok=True)
+    for kind in ("csv", "latex"):
+        (folder / PAGES[kind]).unlink(missing_ok=True)
+    name, said = run_dir.resolve().name, refusal(audit)
+    parts = [f"# {cell(name)}", f"**{cell(VERDICT)}** {cell(said)}", "## Audit", *audit_markdown(audit, "")]
+    _put(folder / PAGES["markdown"], ("\n\n".join(parts) + "\n").encode())
+    page = environment().get_template("refused.html.j2").render(
+        name=name, verdict=VERDICT, advice=said, audit=audit, audited=audit_sentence(audit), mend="",
+        nonce=hashlib.sha256(repr(audit).encode()).hexdigest()[:32], style=(_HERE / "style.css").read_text("utf-8"),
+    )  # fmt: skip
+    _put(folder / PAGES["html"], page.encode())
 
 
 def put_scripts(folder: Path) -> list[str]:

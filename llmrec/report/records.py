@@ -274,6 +274,14 @@ class Sample(Record):
     answers: dict[str, Written]
 
 
+class SetAside(Record):
+    """Users of a table who are not asked about, and why."""
+
+    data: str
+    said: str
+    users: tuple[str, ...] = ()
+
+
 class Results(Record):
     """The whole of results.json."""
 
@@ -296,6 +304,7 @@ class Results(Record):
     seconds: Number = None
     examples: tuple[Shown, ...] = ()
     texts: tuple[Sample, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

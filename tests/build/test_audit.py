@@ -233,10 +233,30 @@ def test_8_a_prompt_that_names_the_target(study: Study) -> None:
 
 
 def test_9_a_profile_that_names_a_held_out_item(study: Study) -> None:
+    """Its user is not asked about, which is a notice; asked all the same, the prompts show it."""
     user, item = held(study)
-    dataset = replace(study.data.dataset, users={user: {"likes": f"everything like {title(study, item)}"}})
-    checks = examine(replace(study, data=replace(study.data, dataset=dataset)))
-    assert "user profiles of made-reviews" in leaking(checks)
+    named = {"likes": f"everything like {title(study, item)}"}
+    dataset = replace(study.data.dataset, users={user: named, "another": {"likes": "nothing"}})
+    told = build_study(study.recipe, replace(study.data, dataset=dataset))
+    checks = examine(told)
+    check = checks["user profiles of made-reviews"]
+    assert leaking(checks) == set() and check.verdict == "notice" and check.figures == {"users": 1}
+    assert check.found.startswith("1 user is set aside from evaluation, of 2 with a profile in made-reviews")
+    assert check.examples == (f"user {user}: field 'likes' names held-out item {item}",)
+    for family in study.tasks:
+        assert user in {case.request.user_id for case in study.cases(family)}
+        assert user not in {case.request.user_id for case in told.cases(family)}
+        assert told.set_aside(family) == {user}
+
+
+def test_who_is_set_aside_is_replaced_by_the_next_user(study: Study) -> None:
+    recipe = study.recipe.model_copy(update={"eval": study.recipe.eval.model_copy(update={"users": 5})})
+    first, *_ = asked = [case.request.user_id for case in build_study(recipe).cases("sequential")]
+    (target,) = [held for held in study.data.holdouts("test") if held.user_id == first]
+    users = {first: {"likes": f"most of all {title(study, target.item_id)}"}}
+    told = build_study(recipe, replace(study.data, dataset=replace(study.data.dataset, users=users)))
+    left = [case.request.user_id for case in told.cases("sequential")]
+    assert len(left) == len(asked) == 5 and left[:4] == asked[1:]
 
 
 def tampered_sets(study: Study, change: Any) -> Study:

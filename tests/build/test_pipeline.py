@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
 from llmrec.backends import fake
 from llmrec.backends.fake import FakeBackend
-from llmrec.build import pipeline
+from llmrec.build import pipeline, study
+from llmrec.cli import app
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe import Recipe
 from llmrec.recipe_file import load_recipe
@@ -171,6 +174,31 @@ def test_the_start_of_an_engine_is_no_part_of_what_a_row_costs(
     assert len(rows) == 3 and all(row["cost"]["seconds"] > 0 for row in rows)
     assert sum(row["cost"]["seconds"] for row in rows) <= budget["zero-shot"]
     assert budget["start fake"] >= 2
+
+
+def test_a_profile_that_tells_an_answer_does_not_end_the_run(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its user is set aside, `check` says so before anything is trained, and the report says so at its head."""
+    data = study.load_split(recipe(llama_folder).data, 0)
+    source, (told, *_) = data.dataset, data.holdouts("test")
+    title = source.items[told.item_id].title
+    users = {user: {"likes": "quiet evenings"} for user in source.interactions["user_id"].unique()}
+    users[told.user_id] = {"likes": f"things like the {title}, and tea"}
+    monkeypatch.setattr(study, "load", lambda section, seed: replace(source, users=users))
+    tasks = "tasks={direct: {eval_templates: [with-profile], strategies: [label], users: 200}}"
+    words = [tasks, "eval.arms=[zero-shot]", "eval.backend=fake"]
+    said = CliRunner().invoke(app, ["check", "recipes/quickstart.yaml", *SMALL, *words]).output
+    assert f"1 user is set aside from evaluation, of {len(users)} with a profile in made-reviews" in said
+    assert f"users: {told.user_id}\n" in said
+    made = pipeline.run(recipe(llama_folder, *words), tmp_path / "r", quiet=True)
+    assert {row["n"] for row in made.results["rows"]} == {len(users) - 1}
+    (aside,) = made.results["set_aside"]
+    assert aside["users"] == [told.user_id] and told.item_id in aside["said"]
+    for name, first in (("report.md", "- **"), ("index.html", 'class="lead"')):
+        text = (made.folder / "report" / name).read_text("utf-8")
+        assert text.index("1 user is set aside from evaluation") < text.index(first)
+    assert json.loads((made.folder / "audit.json").read_text("utf-8"))["leaks"] == 0
 
 
 def test_eval_without_an_adapter_says_what_to_do(llama_folder: Path, tmp_path: Path) -> None:

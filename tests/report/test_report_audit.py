@@ -65,7 +65,14 @@ def test_a_run_that_leaks_gets_no_table(results: dict[str, Any], tmp_path: Path)
     ) as e:
         write(folder)
     assert "u1, i7" in str(e.value) and "\x1b" not in str(e.value) and "\n" not in str(e.value)
-    assert not (folder / "report").exists()
+    assert {file.name for file in (folder / "report").iterdir()} == {"index.html", "report.md"}
+    for name in ("index.html", "report.md"):
+        text = (folder / "report" / name).read_text("utf-8")
+        assert text.index("This run leaks, so it gets no table.") < text.index("2 held-out pairs")
+        assert "1 leak, " in text and "u1, i7" in text and "\x1b" not in text and "<img" not in text
+        assert not any(
+            f"{row['metrics'][metric]['value']:.3f}" in text for row in results["rows"] for metric in row["metrics"]
+        )
     with pytest.raises(LeakError):
         read(folder)
 
@@ -77,7 +84,8 @@ def test_a_leak_that_is_found_later_takes_the_tables_away(results: dict[str, Any
     save_run(folder, results, made_audit(LEAK, LEAK | {"name": "another"}))
     with pytest.raises(LeakError, match="and 1 more"):
         write(folder)
-    assert not any(page.exists() for page in pages.values())
+    assert not pages["csv"].exists() and not pages["latex"].exists()
+    assert all("This run leaks" in pages[kind].read_text("utf-8") for kind in ("html", "markdown"))
     assert (folder / "results.json").is_file() and (folder / "audit.json").is_file()
 
 
