@@ -276,7 +276,7 @@ def test_the_whole_catalogue_is_ranked_for_a_history(done: tuple[Recipe, pipelin
 def test_an_export_carries_the_codes_and_answers_alike(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:
     chosen, run = done
     assert chosen.index is not None
-    options = export.Options(out=tmp_path / "model", users=2)
+    options = export.Options(out=tmp_path / "model", with_items=False, users=2)
     made = export.export(run.folder, options)
     assert made.agreement is not None and made.agreement.logit < 1e-3
     carried = (tmp_path / "model" / "index").is_dir()
