@@ -6,7 +6,8 @@ best ``width`` are kept for each request. The forced tokens behind a branch are 
 search takes as many forwards as its paths have branches, not as they have tokens.
 
 A prefix's log-probability bounds that of everything it begins. So if nothing that was pruned was better than the k-th
-item, no search could have found a better list: the result is *certified*.
+item, no search could have found a better list: the result is *certified*. That holds for the scores that the engine
+gave in this search; in half precision another layout of the same tokens rounds otherwise.
 """
 
 from __future__ import annotations
