@@ -183,7 +183,9 @@ class IndexSection(Section):
 class TaskSection(Section):
     """What all families share."""
 
-    weight: float = Field(1.0, ge=0, description="share of training tokens and of the loss, relative to the other tasks")
+    weight: float = Field(
+        1.0, ge=0, description="share of training tokens and of the loss, relative to the other tasks"
+    )
     templates: tuple[str, ...] = Field((), description="names inside the family, or sets; empty: every seen one")
     eval_templates: tuple[str, ...] = Field((), description="empty: the first of `templates`")
     strategies: tuple[str, ...] = Field(description="how requests are answered at evaluation")

@@ -72,8 +72,8 @@ class Encoder:
         self._catalogues: dict[tuple[str | None, str], Catalogue] = {}
         self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
         self.end_id = self._find_end()
-        # T5's own tokenizer drops line breaks: an answer that ends with its line would have no end, and lines would run
-        # into one another.
+        # T5's own tokenizer drops line breaks: an answer that ends with its line would have no end, and a title that
+        # begins another would always be the likelier one.
         self._ends_lines = not tokenizer.encode("\n", add_special_tokens=False)
         self.stop_ids = frozenset(i for i in (self.end_id, tokenizer.eos_token_id) if i is not None)
 
@@ -129,8 +129,12 @@ class Encoder:
         if not closed:
             return self.piece(text)
         if prompt.stop is not None:
-            return self.piece(text + prompt.stop)
+            return self.line(text + prompt.stop)
         return (*self.piece(text), self.end_id)
+
+    def line(self, text: str) -> tuple[int, ...]:
+        """Tokenise the last piece of an answer that ends with its line; where lines leave no token, the turn ends."""
+        return (*self.piece(text), self.end_id) if self._ends_lines and text.endswith("\n") else self.piece(text)
 
     def catalogue(self, texts: Sequence[str], stop: str | None) -> Catalogue:
         """Return the tree of all closed answers to prompts that end with ``stop``.
@@ -181,7 +185,7 @@ class Encoder:
             piece = self.piece(text)
             ids.extend(piece)
             labels.extend(piece if is_target else [IGNORED] * len(piece))
-        if example.ends_turn:
+        if example.ends_turn or (labels[-1] != IGNORED and self.line(text) != piece):
             ids.append(self.end_id)
             labels.append(self.end_id)
         return Row(tuple(ids), tuple(labels))
@@ -222,8 +226,6 @@ class Encoder:
             known = tuple(self.tokenizer.encode(neutralise(text, self.control), add_special_tokens=False))
             if any(i in self._control_ids for i in known):
                 raise BackendError(f"the text {text!r} would become a control token; remove it from the data")
-            if self._ends_lines and text.endswith("\n"):
-                known = (*known, self.end_id)
             self._pieces[text] = known
         return known
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,15 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
                 f"{name} exists on the hub and is public, and --push uploads to private repositories unless --public "
                 f"is given; choose another name or say --public. The folder {folder} is complete"
             )
-        api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            allow_patterns=[_literally(file) for file in files],
-            commit_message="Export by llmrec",
-        )
+        with warnings.catch_warnings():
+            # The catalogue of an export belongs beside its model, in a model repository.
+            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file", UserWarning)
+            api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                allow_patterns=[_literally(file) for file in files],
+                commit_message="Export by llmrec",
+            )
     except LlmrecError:
         raise
     except Exception as error:  # the library raises dozens of types, from network errors to refusals of the hub

@@ -216,6 +216,7 @@ STEAM = Known(
             ),
             items=Items(
                 files=("steam_games.json",),
+                gaps=True,
                 form=_DICTS,
                 item="id",
                 titles=("app_name", "title"),

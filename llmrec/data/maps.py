@@ -105,7 +105,7 @@ class Items:
     attributes: tuple[Attribute, ...] = ()
     film: bool = False
     complete: bool = False
-    gaps: bool = True
+    gaps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

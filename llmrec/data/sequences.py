@@ -192,7 +192,7 @@ def items_of(
         for name in (columns.fields or tuple(name for name in _FIELDS if name in names))
     )
     key = columns.item
-    spec = Items(files=(), form=form, item=key, titles=(title,) if title else (), attributes=attributes, gaps=False)
+    spec = Items(files=(), form=form, item=key, titles=(title,) if title else (), attributes=attributes)
     listed = read_items(entries, spec, wanted)
     known = listed.entries
     if listed.repeated and section.duplicates == "error":

@@ -250,7 +250,9 @@ def _kept(search: _Search, beams: _Beams, branches: _Branches, logprobs: Floats)
     counts = np.bincount(pool.users, minlength=len(search.bounds))
     rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     pruned = order[rank >= search.width]
-    np.maximum.at(search.bounds, pool.users[pruned], pool.scores[pruned])
+    # A score that is no number bounds nothing and stays one.
+    with np.errstate(invalid="ignore"):
+        np.maximum.at(search.bounds, pool.users[pruned], pool.scores[pruned])
     return pool.take(order[rank < search.width])
 
 

@@ -42,8 +42,10 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
         base.enable_input_require_grads()
     for parameter in base.parameters():
         parameter.requires_grad_(False)
+    blocks = _block_weights(base)
     adapted = _with_adapter(base, train.lora, tokens)
-    _say_what_is_reached(adapted, train.lora)
+    if not train.lora.targets and train.lora.top_layers is None:
+        _say_what_is_reached(adapted, blocks)
     adapted.llmrec_float32 = dtype(model) == torch.float32
     return adapted
 
@@ -57,7 +59,10 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     base = load_model(folder, model, dtype=torch.float32)
     with told_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter)
+    # PEFT would write into the configuration that a head of its own is not tied; T5's kinds read other things from it.
+    said, base.config.tie_word_embeddings = base.config.tie_word_embeddings, False
     merged = adapted.merge_and_unload()
+    merged.config.tie_word_embeddings = said
     merged.to(dtype(model)).save_pretrained(target)
 
 
@@ -114,22 +119,24 @@ def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
         ) from error
 
 
-def _say_what_is_reached(adapted: Any, lora: LoraSection) -> None:
+def _block_weights(base: Any) -> int:
+    """Return the number of a model's weights without its vocabulary."""
+    tables = {id(module.weight) for _, module in named_tables(base)}
+    return sum(weight.numel() for weight in base.parameters() if id(weight) not in tables)
+
+
+def _say_what_is_reached(adapted: Any, blocks: int) -> None:
     """Warn where the default targets are the smaller part of the blocks: experts that lie in one tensor are no layers.
 
     Their weights are then neither adapted nor known to be left out.
     """
-    if lora.targets or lora.top_layers is not None:
-        return
     base = adapted.get_base_model()
-    tables = {id(module.weight) for _, module in named_tables(base)}
-    every = sum(p.numel() for name, p in base.named_parameters() if id(p) not in tables and "lora_" not in name)
     reached = sum(m.base_layer.weight.numel() for m in base.modules() if hasattr(m, "lora_A") and len(m.lora_A))
-    if 2 * reached < every:
+    if 2 * reached < blocks:
         log.warning(
             "training: adapters sit on %d %% of the weights of the blocks of a %s; experts that are one tensor are no "
             "linear layers and stay as they are",
-            100 * reached // every,
+            100 * reached // blocks,
             base.config.model_type,
         )
 

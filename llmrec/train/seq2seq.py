@@ -34,7 +34,7 @@ def target_rows(example: Example, encoder: Encoder, limit: int) -> list[Row]:
         if segment.kind != "target":
             continue
         source = [*question, *(i for text in pieces(example.answer[:place]) for i in encoder.piece(text))]
-        target = [*encoder.piece(segment.text), *([encoder.end_id] if example.ends_turn and place == last else [])]
+        target = [*encoder.line(segment.text), *([encoder.end_id] if example.ends_turn and place == last else [])]
         if len(source) + len(target) > limit:
             break
         rows.append(Row((*source, *target), (*[IGNORED] * len(source), *target)))

@@ -85,7 +85,10 @@ def test_losses_of_a_model_on_a_gpu(loaded: tuple[Any, Encoder]) -> None:
     rows = [Row((5, 6, 7, *end), (*[IGNORED] * 3, *end)) for end in ((10, 11), (12, 13, 14), (15,))]
     ids, labels = (torch.tensor(each) for each in padded(rows, 0))
     packed = {name: torch.from_numpy(each) for name, each in asdict(stack([tree(rows)], 0)).items()}
-    expected = [float(label_loss(model, ids, labels)[0]), float(packed_loss(model, packed)[0])]
+    expected = [
+        float(loss(model, *given)[0].detach())
+        for loss, given in ((label_loss, (ids, labels)), (packed_loss, (packed,)))
+    ]
     with fake_cuda():
         on_cuda(model)
         total, _ = label_loss(model, on_cuda(ids), on_cuda(labels))

@@ -56,9 +56,12 @@ def test_a_spawned_process_does_not_run_the_script_again(way: str, tmp_path: Pat
     assert done.stdout.split() == ["script", "child"]
 
 
-def test_other_threads_still_hand_over_the_main_module() -> None:
+def test_other_threads_still_hand_over_the_main_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one thread leaves out, another one tells meanwhile; afterwards all tell it."""
     inside, over, told = threading.Event(), threading.Event(), []
+    # A worker of the tests has no file of its own to tell.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
 
     def hides() -> None:
         with without_main():

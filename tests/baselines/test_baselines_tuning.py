@@ -115,7 +115,7 @@ def test_ratings_are_tuned_to_the_lowest_error() -> None:
 
 
 def test_of_equal_points_the_first_is_kept_and_a_grid_can_be_given() -> None:
-    found = tune("markov", _data(), seed=0, grid={"popularity": (1e-3, 1e-3), "order": (2,)})
+    found = tune("markov", _data(), seed=0, grid={"decay": (0.8, 0.8), "order": (2,)})
     assert len(found.trials) == 2 and found.trials[0].value == found.trials[1].value
     assert found.parameters is found.trials[0].parameters
     assert points({}) == [{}] and tune("popularity", _data(), seed=0).parameters == {}

@@ -120,6 +120,7 @@ def test_the_page_shows_the_family(done: tuple[Recipe, pipeline.Run]) -> None:
 def test_calibration_moves_probabilities_and_no_order(
     done: tuple[Recipe, pipeline.Run], tmp_path: Path, llama_folder: Path
 ) -> None:
+
     chosen = recipe(llama_folder, "tasks.ctr.calibrate=valid", "eval.arms=[zero-shot]", "tasks.ctr.strategies=[yes-no]")
     rows = {row["id"]: row for row in pipeline.run(chosen, tmp_path / "r", quiet=True).results["rows"]}
     plain = {row["id"]: row for row in done[1].results["rows"]}
@@ -179,8 +180,12 @@ def test_rows_see_what_reads_alike(llama_folder: Path) -> None:
 def test_a_row_costs_its_own_cases_alone_whether_or_not_it_was_killed(tmp_path: Path, llama_folder: Path) -> None:
     chosen = recipe(llama_folder, "tasks.ctr.calibrate=valid", "eval.arms=[zero-shot]", "tasks.ctr.strategies=[yes-no]")
     pipeline.run(chosen, tmp_path / "r", quiet=True)
+    from llmrec.backends.answers import _sum
+
     with closing(sqlite3.connect(tmp_path / "r" / "answers.sqlite")) as store, store:
-        store.execute("UPDATE answers SET value = json_set(value, '$.seconds', 100.0)")
+        for key, value in store.execute("SELECT key, value FROM answers").fetchall():
+            slow = json.dumps({**json.loads(value), "seconds": 100.0})
+            store.execute("UPDATE answers SET value = ?, sum = ? WHERE key = ?", (slow, _sum(key, slow), key))
     shutil.rmtree(tmp_path / "r" / "rows")
     rows = {row["id"]: row for row in pipeline.run(chosen, tmp_path / "r", quiet=True).results["rows"]}
     row = rows["ctr/zero-shot/yes-no/by-taste"]

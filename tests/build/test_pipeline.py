@@ -131,6 +131,10 @@ def test_a_second_run_reuses_everything(done: tuple[Recipe, pipeline.Run], monke
 
 
 def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) -> None:
+    from llmrec.backends.answers import AnswerStore
+    from llmrec.backends.encode import Encoder
+    from llmrec.backends.models import load_tokenizer
+    from llmrec.build.engines import Engines
     from llmrec.build.evaluation import Evaluation, RowSpec
     from llmrec.build.stages import Budget
     from llmrec.build.study import build_study
@@ -148,10 +152,18 @@ def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) ->
     for change in changes:
         study = build_study(chosen.model_copy(update=change))
         evaluation = Evaluation(study, None, first.folder, Budget(), quiet=True)
+        encoder = Encoder(load_tokenizer(chosen.model.name, chosen.model), max_length=512)
+        store = AnswerStore(first.folder / "answers.sqlite")
+        engines = Engines(study.recipe.model, study.recipe.eval, encoder, study.recipe.seed, Budget(), store)
         spec = RowSpec("sequential", "zero-shot", "likelihood", study.eval_templates("sequential")[0])
         for engine, weights in (("hf", "w"), ("vllm", "w"), ("hf", "v")):
-            keys.add(evaluation._key(spec, engine, weights))
+            keys.add(evaluation._key(spec, engine, engines.identity(engine, weights)))
+        store.close()
     assert len(keys) == 3 * len(changes)
+    # What was answered on a processor, in its dtype, is not what a GPU says.
+    told = engines.identity("hf", "w")
+    elsewhere = ({**told, "device": "NVIDIA H100"}, {**told, "dtype": "float16"})
+    assert len({evaluation._key(spec, "hf", each) for each in (told, *elsewhere)}) == 3
 
 
 def test_the_start_of_an_engine_is_no_part_of_what_a_row_costs(

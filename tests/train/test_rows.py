@@ -54,9 +54,9 @@ def test_user_row_loss_equals_per_position_loss(loaded: tuple[object, Encoder]) 
         tail = encoder.continuation(prompt, TITLES[k], closed=True)
         labels = [IGNORED] * len(ids) + list(tail)
         loss, n = label_loss(model, torch.tensor([ids + list(tail)]), torch.tensor([labels]))
-        apart, targets = apart + float(loss), targets + n
+        apart, targets = apart + float(loss.detach()), targets + n
     assert count == targets == row.targets
-    assert float(total) == pytest.approx(apart, abs=1e-4)
+    assert float(total.detach()) == pytest.approx(apart, abs=1e-4)
 
 
 def test_prompts_are_prefixes_of_the_training_row(loaded: tuple[object, Encoder]) -> None:
@@ -83,11 +83,11 @@ def test_label_loss_equals_full_logits(loaded: tuple[object, Encoder]) -> None:
         logits = model(input_ids=ids).logits[:, :-1]
         plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         (theirs,) = torch.autograd.grad(plain, [probe])
-        assert float(total / count) == pytest.approx(float(plain), abs=1e-5)
+        assert float(total.detach() / count) == pytest.approx(float(plain.detach()), abs=1e-5)
         assert torch.allclose(ours, theirs, atol=1e-6)
         head.weight.requires_grad_(True)
         full, _ = label_loss(model, ids, labels)
-        assert float(full) == pytest.approx(float(total), abs=1e-4)
+        assert float(full.detach()) == pytest.approx(float(total.detach()), abs=1e-4)
     finally:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -98,8 +98,10 @@ def test_padding_and_neighbours_change_no_loss(loaded: tuple[object, Encoder]) -
     short, long = encoder.row(example(TITLES[:2])), encoder.row(example())
     ids, labels = (torch.tensor(part) for part in padded([short, long], encoder.tokenizer.pad_token_id))
     together, _ = label_loss(model, ids, labels)
-    alone = sum(float(label_loss(model, torch.tensor([r.ids]), torch.tensor([r.labels]))[0]) for r in (short, long))
-    assert float(together) == pytest.approx(alone, abs=1e-4)
+    alone = sum(
+        float(label_loss(model, torch.tensor([r.ids]), torch.tensor([r.labels]))[0].detach()) for r in (short, long)
+    )
+    assert float(together.detach()) == pytest.approx(alone, abs=1e-4)
 
 
 def test_steps_hold_to_their_budget_and_lose_no_row() -> None:
