@@ -63,9 +63,11 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Strategies: expected rating, title likelihood, label distribution, generated text. Ranking over "
-        f"{results['candidates']['main']['count']} stored candidates; 95 % paired bootstrap intervals; one training "
-        f"seed. {machine['cores']} cores ({machine['cpu']}), no GPU. Seconds, after the set-up: {stages}; "
-        f"{results['seconds']:.0f} s in all.",
+        f"{results['candidates']['main']['count']} stored candidates; one training seed; 95 % intervals of single "
+        f"differences, verdicts Holm-adjusted over all {len(results['comparisons'])} comparisons of the run. "
+        f"{machine['cores']} cores ({machine['cpu']}), {machine['gpu'] or 'no GPU'}. Seconds, after the set-up: "
+        f"{stages}; {results['seconds']:.0f} s in all.",
+        *(f"\n{note}" for note in results["notes"] if "no real reviews" in note),
     ]
     return "\n".join(lines)
 
