@@ -15,6 +15,7 @@ import pytest
 
 from llmrec.backends.spawned import without_main
 
+EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
 # Without the guard that `multiprocessing` asks of scripts. `print` stands for whatever else they do.
 SCRIPT = """
 import multiprocessing, sys
@@ -92,7 +93,8 @@ def test_the_main_module_is_told_again_after_an_error() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("way", ["file", "stdin", "notebook"])
+# An engine takes a minute to start; what differs between the ways is held by the fast tests above.
+@pytest.mark.parametrize("way", ["file", "stdin", "notebook"] if EXHAUSTIVE else ["file"])
 def test_the_lines_of_the_readme_run_as_they_stand(way: str, tmp_path: Path, llama_folder: Path) -> None:
     """The README's snippet, unguarded, on the default engine; with a small model, few steps and few requests."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
