@@ -134,7 +134,10 @@ class Encoder:
 
     def line(self, text: str) -> tuple[int, ...]:
         """Tokenise the last piece of an answer that ends with its line; where lines leave no token, the turn ends."""
-        return (*self.piece(text), self.end_id) if self._ends_lines and text.endswith("\n") else self.piece(text)
+        return (*self.piece(text), self.end_id) if self._loses_end(text) else self.piece(text)
+
+    def _loses_end(self, text: str) -> bool:
+        return self._ends_lines and text.endswith("\n")
 
     def catalogue(self, texts: Sequence[str], stop: str | None) -> Catalogue:
         """Return the tree of all closed answers to prompts that end with ``stop``.
@@ -185,7 +188,7 @@ class Encoder:
             piece = self.piece(text)
             ids.extend(piece)
             labels.extend(piece if is_target else [IGNORED] * len(piece))
-        if example.ends_turn or (labels[-1] != IGNORED and self.line(text) != piece):
+        if example.ends_turn or (labels[-1] != IGNORED and self._loses_end(text)):
             ids.append(self.end_id)
             labels.append(self.end_id)
         return Row(tuple(ids), tuple(labels))

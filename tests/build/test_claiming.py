@@ -101,7 +101,7 @@ def test_runs_go_on_in_their_own_folders_marked_or_of_before(tmp_path: Path) -> 
         with locked(folder, RUN):
             (folder / "adapter").mkdir()
         with locked(folder, RUN):
-            pass
+            assert (folder / "adapter").is_dir() and (folder / LOCK).read_text()
 
 
 @pytest.mark.parametrize("name", RUN)
