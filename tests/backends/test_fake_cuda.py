@@ -94,6 +94,6 @@ def test_losses_of_a_model_on_a_gpu(loaded: tuple[Any, Encoder]) -> None:
         total, _ = label_loss(model, on_cuda(ids), on_cuda(labels))
         total.backward()
         there = {name: on_cuda(each) for name, each in packed.items()}
-        found = [float(total), float(packed_loss(model, there)[0])]
+        found = [float(each.detach()) for each in (total, packed_loss(model, there)[0])]
     assert found == pytest.approx(expected, rel=1e-4)
     assert any(parameter.grad is not None for parameter in model.parameters())
