@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for each other give their core away: on a busy machine spinning costs ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# GiB: two engines at a time fit into a small machine.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 # `make test` runs two processes; models of tests are too small to be worth two threads each beside that.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -81,6 +81,8 @@ class VLLMBackend:
         if on_cpu:
             # The CPU default block of 128 tokens caches only full blocks; eager mode loses nothing there.
             options |= {"block_size": 32, "enforce_eager": True}
+            if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+                options["kv_cache_memory_bytes"] = cache_size(memory().usable)
         else:
             options["gpu_memory_utilization"] = gpu_memory or free_share()
         if self.route == "forced":
@@ -351,12 +353,18 @@ def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:
     return float(sum(step[token].logprob for step, token in zip(answer.logprobs, tail, strict=True)))
 
 
+def cache_size(usable: int) -> int:
+    """Return the bytes that the engine keeps for prompts it has read, on a CPU with ``usable`` bytes to spare.
+
+    A strategy that asks again about the same prompts finds them cached only if all of them fit.
+    """
+    return max(2, min(8, usable // 2**30 // 3)) * 2**30
+
+
 def prepare_environment() -> None:
     """Set what vLLM reads from the environment at import, unless the user already has."""
     defaults = {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        # GiB. A strategy that asks again about the same prompts finds them cached only if all of them fit.
-        "VLLM_CPU_KVCACHE_SPACE": str(max(2, min(8, memory().usable // 2**30 // 3))),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         # Seconds that one step may take; the watch comes first, and says what it saw.

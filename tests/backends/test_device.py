@@ -142,3 +142,25 @@ def test_vllm_takes_what_is_free_on_a_shared_card(
         encoder = SimpleNamespace(max_length=512)
         backend.VLLMBackend("folder", encoder, dtype="float16", gpu_memory=given)  # type: ignore[arg-type]
         assert asked.get("gpu_memory_utilization") == (None if on_cpu else pytest.approx(share))
+
+
+@pytest.mark.parametrize(("usable", "kept"), [(3, 2), (15, 5), (100, 8)])
+def test_vllm_on_a_cpu_caches_into_what_is_free_when_it_starts(
+    usable: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmrec.backends import vllm as backend
+
+    asked: dict[str, object] = {}
+    found = {"vllm": SimpleNamespace(LLM=lambda folder, **options: asked.update(options)), "torch": torch}
+    platform = SimpleNamespace(current_platform=_Platform(on_cpu=True))
+    monkeypatch.setattr(backend, "prepare_environment", lambda: None)
+    monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
+    monkeypatch.setattr(backend, "memory", lambda: SimpleNamespace(usable=usable * 2**30))
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    encoder = SimpleNamespace(max_length=512)
+    backend.VLLMBackend("folder", encoder, dtype="float32")  # type: ignore[arg-type]
+    assert asked["kv_cache_memory_bytes"] == kept * 2**30
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    asked.clear()
+    backend.VLLMBackend("folder", encoder, dtype="float32")  # type: ignore[arg-type]
+    assert "kv_cache_memory_bytes" not in asked
