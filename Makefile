@@ -62,6 +62,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.structure
 	@test ! -x $(BIN)/hadolint || (set -x; $(BIN)/hadolint docker/Dockerfile.*)
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
@@ -69,66 +70,66 @@ docs: setup
 	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
 
 pictures: setup
-	$(BIN)/python -m tests.benchmarks.index_pictures docs/indexes
+	$(BIN)/python -m eval.benchmarks.index_pictures docs/indexes
 
 bench: setup
-	$(BIN)/python -m tests.benchmarks.scoring eval/results/scoring.json
+	$(BIN)/python -m eval.benchmarks.scoring eval/results/scoring.json
 
 bench-rank: setup
-	$(BIN)/python -m tests.benchmarks.rank_requests eval/results/rank.json $(ARGS)
+	$(BIN)/python -m eval.benchmarks.rank_requests eval/results/rank.json $(ARGS)
 
 bench-recovery: setup
 	$(BIN)/python -m tests.recovery.kills eval/results/recovery.json
 
 # RANX_PYTHON and RECTOOLS_PYTHON name interpreters of environments that have these libraries.
 bench-metrics: setup
-	$(BIN)/python -m tests.benchmarks.metrics eval/results/metrics_speed.json
-	$(BIN)/python -m tests.benchmarks.calibration eval/results/calibration.json
+	$(BIN)/python -m eval.benchmarks.metrics eval/results/metrics_speed.json
+	$(BIN)/python -m eval.benchmarks.calibration eval/results/calibration.json
 
 bench-models: setup
-	$(BIN)/python -m tests.benchmarks.models eval/results/models_speed.json
+	$(BIN)/python -m eval.benchmarks.models eval/results/models_speed.json
 
 # FAISS_PYTHON names an interpreter of an environment that has faiss; LLMREC_DATA the folder that holds amazon14_beauty.
 bench-index: setup
-	$(BIN)/python -m tests.benchmarks.index_speed eval/results/index_speed.json
+	$(BIN)/python -m eval.benchmarks.index_speed eval/results/index_speed.json
 
 bench-scaling: setup
-	$(BIN)/python -m tests.benchmarks.scaling eval/results/scaling.json docs/generative/scaling.svg
+	$(BIN)/python -m eval.benchmarks.scaling eval/results/scaling.json docs/generative/scaling.svg
 
 bench-alignment: setup
-	$(BIN)/python -m tests.benchmarks.alignment eval/results/alignment.json
+	$(BIN)/python -m eval.benchmarks.alignment eval/results/alignment.json
 
 bench-rating: setup
-	$(BIN)/python -m tests.benchmarks.rating_heads eval/results/rating_heads.json $(ARGS)
+	$(BIN)/python -m eval.benchmarks.rating_heads eval/results/rating_heads.json $(ARGS)
 
 bench-remote: setup
-	$(BIN)/python -m tests.benchmarks.remote eval/results/remote.json $(ARGS)
+	$(BIN)/python -m eval.benchmarks.remote eval/results/remote.json $(ARGS)
 
 bench-prefixes: setup
-	$(BIN)/python -m tests.benchmarks.prefixes eval/results/prefixes.json
+	$(BIN)/python -m eval.benchmarks.prefixes eval/results/prefixes.json
 
 # LLMREC_DATA is the folder that holds amazon14_toys.
 bench-cold: setup
-	$(BIN)/python -m tests.benchmarks.cold eval/results/cold.json
+	$(BIN)/python -m eval.benchmarks.cold eval/results/cold.json
 
 bench-index-leak: setup
-	$(BIN)/python -m tests.benchmarks.index_leak eval/results/index_leak.json
-	$(BIN)/python -m tests.benchmarks.index_collisions eval/results/index_collisions.json docs/indexes/README.md
+	$(BIN)/python -m eval.benchmarks.index_leak eval/results/index_leak.json
+	$(BIN)/python -m eval.benchmarks.index_collisions eval/results/index_collisions.json docs/indexes/README.md
 
 bench-search: setup
-	$(BIN)/python -m tests.benchmarks.search eval/results/search.json
-	$(BIN)/python -m tests.benchmarks.search_plots $(TIMED) docs/performance
+	$(BIN)/python -m eval.benchmarks.search eval/results/search.json
+	$(BIN)/python -m eval.benchmarks.search_plots $(TIMED) docs/performance
 
 bench-search-vllm: setup
-	$(BIN)/python -m tests.benchmarks.search_vllm eval/results/search_vllm.json
-	$(BIN)/python -m tests.benchmarks.search_plots $(TIMED) docs/performance
+	$(BIN)/python -m eval.benchmarks.search_vllm eval/results/search_vllm.json
+	$(BIN)/python -m eval.benchmarks.search_plots $(TIMED) docs/performance
 
 bench-training: setup
-	$(BIN)/python -m tests.benchmarks.training eval/results/training.json $(ARGS)
-	$(BIN)/python -m tests.benchmarks.search_plots $(TIMED) docs/performance
+	$(BIN)/python -m eval.benchmarks.training eval/results/training.json $(ARGS)
+	$(BIN)/python -m eval.benchmarks.search_plots $(TIMED) docs/performance
 
 suites: setup
 	for suite in movielens-100k movielens-100k-rating movielens-100k-liked; do $(BIN)/llmrec eval eval/suites/$$suite.yaml || exit; done
 
 record: setup
-	$(BIN)/python -m tests.benchmarks.record runs/quickstart eval/results/quickstart.json README.md
+	$(BIN)/python -m eval.benchmarks.record runs/quickstart eval/results/quickstart.json README.md

@@ -15,18 +15,18 @@ __version__ = "0.2.0"
 __all__ = ["__version__", "load_recipe", "run"]
 
 if TYPE_CHECKING:
-    from llmrec.build.pipeline import run as run
-    from llmrec.recipe_file import load_recipe as load_recipe
+    from llmrec.pipeline import run as run
+    from llmrec.recipe.load import load_recipe as load_recipe
 
 
 def __getattr__(name: str) -> Any:
     """Import the two public functions on first use, so that ``import llmrec`` stays quick."""
     if name == "load_recipe":
-        from llmrec.recipe_file import load_recipe
+        from llmrec.recipe.load import load_recipe
 
         return load_recipe
     if name == "run":
-        from llmrec.build.pipeline import run
+        from llmrec.pipeline import run
 
         return run
     raise AttributeError(f"module 'llmrec' has no attribute {name!r}")

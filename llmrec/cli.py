@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrec import __version__
-from llmrec.build.console import finish, readable, say, short, show, show_dry_run
+from llmrec.commands.show.console import finish, readable, say, short, show, show_dry_run
 from llmrec.errors import LlmrecError
 
 if TYPE_CHECKING:
-    from llmrec.recipe import Recipe
+    from llmrec.recipe.schema import Recipe
 
 # What a user can mend: no space, no permission, a file system that is full or read-only.
 _MENDABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE})
@@ -44,7 +44,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet:
 
     A second run reuses every stage whose inputs did not change; a killed run goes on where it was.
     """
-    from llmrec.build import pipeline
+    from llmrec import pipeline
 
     finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet))
 
@@ -58,8 +58,8 @@ def check(
     ] = False,
 ) -> None:
     """Validate a recipe, its data, templates and names, without loading weights."""
-    from llmrec.build import study as studies
-    from llmrec.build.told import sentence, users
+    from llmrec.experiment import study as studies
+    from llmrec.experiment.told import sentence, users
 
     loaded = _recipe(recipe, overrides)
     study = studies.build_study(loaded)
@@ -78,8 +78,8 @@ def check(
 @app.command()
 def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print statistics of a recipe's data and of its split."""
-    from llmrec.build import study as studies
     from llmrec.data.stats import statistics
+    from llmrec.experiment import study as studies
 
     study = studies.build_study(_recipe(recipe, overrides))
     for used in filter(None, (study.data, study.reviews)):
@@ -117,9 +117,11 @@ def prompts(
 
     What is learned stands in «these marks». A template that the recipe does not train on is rendered where it is named.
     """
-    from llmrec.backends.models import resolve
-    from llmrec.build import dryrun, prompt_diff, prompt_listing
-    from llmrec.build import study as studies
+    from llmrec.commands.show import estimate as dryrun
+    from llmrec.commands.show import prompts as prompt_diff
+    from llmrec.commands.show import prompts as prompt_listing
+    from llmrec.experiment import study as studies
+    from llmrec.models.load import resolve
 
     loaded = _recipe(recipe, overrides)
     study = studies.build_study(loaded)
@@ -150,7 +152,7 @@ def index(
     ] = None,
 ) -> None:
     """Build a recipe's item index, and show what its codes are like: a page, figures, examples."""
-    from llmrec.build import index_report
+    from llmrec.experiment import index_report
 
     asked = [name for part in (items or "").split(",") if (name := part.strip())]
     for title, rows in index_report.summary(index_report.index(_recipe(recipe, overrides), out, items=asked)).items():
@@ -160,7 +162,7 @@ def index(
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet: Quiet = False) -> None:
     """Train and merge only; `run` and `eval` reuse the result."""
-    from llmrec.build import pipeline
+    from llmrec import pipeline
 
     record = pipeline.train(_recipe(recipe, overrides), out, quiet=quiet)
     shown = ("method", "steps", "tokens", "target_tokens", "seconds", "tokens_per_second", "adapter_sha256")
@@ -184,12 +186,12 @@ def evaluate(
     A suite puts predictors under one protocol, a benchmark recipes beside each other; both train what they name, and go
     on where they were killed.
     """
-    from llmrec.build import pipeline
-    from llmrec.recipe_file import kind_of_page, load_benchmark, load_suite
+    from llmrec import pipeline
+    from llmrec.recipe.load import kind_of_page, load_benchmark, load_suite
 
     kind = kind_of_page(recipe)
     if kind == "benchmark":
-        from llmrec.build.benchmark import run_benchmark
+        from llmrec.commands.compare.benchmark import run_benchmark
 
         page = load_benchmark(recipe, overrides or ())
         folder = out or Path("runs") / "benchmarks" / page.benchmark
@@ -197,7 +199,7 @@ def evaluate(
         say("\n".join(f"{name}: {path}" for name, path in made.items()))
         return
     if kind == "suite":
-        from llmrec.build.suite import run_suite
+        from llmrec.commands.compare.suite import run_suite
 
         suite = load_suite(recipe, overrides or ())
         ran = run_suite(suite, out=out or Path("runs") / "suites" / suite.suite, results=results, say=say)
@@ -211,7 +213,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")],
 ) -> None:
     """Write a run's report again from its results."""
-    from llmrec.build import pipeline
+    from llmrec import pipeline
 
     say(f"report: {pipeline.report(folder)}")
 
@@ -242,7 +244,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a tuned model as a folder of its own, for llmrec, transformers and vLLM, with a model card."""
-    from llmrec.build import export as exports
+    from llmrec.commands.export import export as exports
 
     options = exports.Options(
         out=out,
@@ -329,7 +331,8 @@ def rank(
 
     A killed run goes on where it was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
     """
-    from llmrec.build import rank_files, rank_progress
+    from llmrec.commands.rank import progress as rank_progress
+    from llmrec.commands.rank import run as rank_files
 
     options = rank_files.RankOptions(
         model=model,
@@ -387,8 +390,8 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over an existing recipe or copy.")] = False,
 ) -> None:
     """Look at a table and write a recipe for it, saying which column was taken for what, and why."""
-    from llmrec.build import init as starting
-    from llmrec.data.roles import asked
+    from llmrec.commands.init import start as starting
+    from llmrec.commands.init.roles import asked
 
     said = asked(user=user, item=item, rating=rating, time=time, title=title, text=text, fields=fields, dates=dates)
     say(starting.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force).told)
@@ -399,7 +402,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Check versions, hardware, model and data, one line each with the mend; exit code 1 if something is wrong."""
-    from llmrec.build.doctor import examine
+    from llmrec.commands.doctor.checks import examine
 
     found = list(examine())
     if as_json:
@@ -420,7 +423,7 @@ def audit(
     ] = False,
 ) -> None:
     """Look for held-out data where it must not be, and for what else may explain a figure; exit code 1 on a leak."""
-    from llmrec.build import audit as audits
+    from llmrec.experiment import audit as audits
 
     marks = {"clean": "✓", "notice": "·", "leak": "✗"}
     checks = audits.audit(folder, memory=memory)
@@ -467,7 +470,7 @@ def main() -> None:
 
 
 def _recipe(path: str, overrides: list[str] | None) -> Recipe:
-    from llmrec.recipe_file import load_recipe
+    from llmrec.recipe.load import load_recipe
 
     return load_recipe(path, overrides or ())
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from llmrec.data.split import SplitDataset
-
 Role = Literal["system", "user", "assistant"]
 SegmentKind = Literal["text", "item", "target", "given"]
 SplitName = Literal["train", "valid", "test"]
@@ -467,13 +465,4 @@ class CatalogueScorer(Protocol):
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return one finite score per request and item, higher is better, shape (n, items); seen items included."""
-        ...
-
-
-@runtime_checkable
-class Trainable(Protocol):
-    """A predictor that learns from training interactions."""
-
-    def fit(self, data: SplitDataset) -> None:
-        """Learn from ``data``'s training interactions and nothing else."""
         ...

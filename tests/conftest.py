@@ -100,3 +100,21 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("qwen"), "qwen", seed=1)
+
+
+@pytest.fixture(scope="module")
+def plain(llama_folder: Path) -> Any:
+    """Return an untuned toy model, opened as `llmrec rank` opens one."""
+    from llmrec.experiment import bundle
+    from llmrec.recipe.schema import ModelSection
+
+    return bundle.read(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def encoder(plain: Any) -> Any:
+    """Return the toy model's tokenizer."""
+    from llmrec.backends.encode import Encoder
+    from llmrec.models.load import load_tokenizer
+
+    return Encoder(load_tokenizer(plain.folder, plain.model), max_length=plain.model.max_length)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from llmrec import setup_env
-from llmrec.build.doctor import _DRIVERS
+from llmrec.commands.doctor.checks import _DRIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"

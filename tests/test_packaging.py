@@ -22,11 +22,11 @@ from pydantic import BaseModel
 
 import llmrec
 from llmrec import registry, setup_env
-from llmrec.build import requirements
-from llmrec.evaluate import HEADLINE
-from llmrec.recipe import Recipe, TasksSection
-from llmrec.recipe_file import load_recipe
-from llmrec.suites import Benchmark, Suite
+from llmrec.commands.doctor import packages as requirements
+from llmrec.evaluate.predictor import HEADLINE
+from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe, TasksSection
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -83,11 +83,12 @@ def test_wheel_holds_every_module_and_shipped_file(wheel: zipfile.ZipFile) -> No
         if path.is_file() and path.suffix in (".py", ".j2", ".css", ".js", ".typed") and "_shipped" not in path.parts
     } - held
     assert not missing
-    for folder in ("prompts", "recipes", "eval"):
+    for folder in ("prompts", "recipes", "eval/suites", "eval/references"):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert f"llmrec/_shipped/{path.relative_to(ROOT).as_posix()}" in held
     assert "llmrec/_shipped/recipes/wheels.txt" in held
+    assert not [name for name in held if "benchmarks" in name]
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
@@ -108,7 +109,7 @@ def test_no_module_is_ignored_by_git() -> None:
 
 
 def test_importing_llmrec_loads_no_model_library() -> None:
-    code = f"import llmrec, llmrec.recipe_file, sys; print([m for m in {HEAVY} if m in sys.modules])"
+    code = f"import llmrec, llmrec.recipe.load, sys; print([m for m in {HEAVY} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -436,7 +437,7 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
 
 
 def test_no_document_installs_a_name_from_an_index_that_is_not_ours() -> None:
-    for page in [*DOCUMENTS, ROOT / "llmrec" / "build" / "cards.py"]:
+    for page in [*DOCUMENTS, ROOT / "llmrec" / "commands" / "export" / "card_facts.py"]:
         lines = page.read_text(encoding="utf-8").splitlines()
         told = [line for line in lines if re.search(r"pip install (?:\S+ )*'?llmrec\b", line)]
         # One sentence explains what messages say to those who have it installed.

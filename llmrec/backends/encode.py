@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from llmrec import __version__
-from llmrec.decode.catalogue import Catalogue
+from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import BackendError, DataError
 from llmrec.guard import control_tokens, neutralise
 from llmrec.resources import cache_dir

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from scipy.linalg import lapack
 
-from llmrec.baselines.fitted import fitted
-from llmrec.baselines.ranked import Catalogue, Log, Warm, pairs, rank_all
+from llmrec.baselines.base import Catalogue, Log, Warm, fitted, pairs, rank_all
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from scipy import sparse
 
-from llmrec.baselines.fitted import fitted
-from llmrec.baselines.ranked import Catalogue, Log, Warm, pairs, rank_all, recent
+from llmrec.baselines.base import Catalogue, Log, Warm, fitted, pairs, rank_all, recent
 from llmrec.errors import require
 
 if TYPE_CHECKING:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmrec.baselines.fitted import fitted
+from llmrec.baselines.base import fitted, rank_all
 from llmrec.baselines.neural import Precision, Schedule, Trained, train
-from llmrec.baselines.ranked import rank_all
 from llmrec.errors import require
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from scipy import sparse
 
-from llmrec.baselines.fitted import fitted
-from llmrec.baselines.ranked import Catalogue, Log, counts, filled, rank_all, recent
+from llmrec.baselines.base import Catalogue, Log, counts, filled, fitted, rank_all, recent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

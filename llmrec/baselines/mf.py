@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from scipy import sparse
 
-from llmrec.baselines.fitted import fitted
+from llmrec.baselines.base import fitted
 from llmrec.baselines.rated import Ratings, bias_of_history, rate, ratings, ridge_biases
 
 if TYPE_CHECKING:

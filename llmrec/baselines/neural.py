@@ -19,10 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmrec.backends.models import cpu_has_bf16
-from llmrec.baselines.ranked import Catalogue, Log, Warm
+from llmrec.baselines.base import Catalogue, Log, Warm
 from llmrec.baselines.validation import mean_ndcg, ranking_cases
 from llmrec.errors import require
+from llmrec.models.load import cpu_has_bf16
 from llmrec.types import Request
 
 if TYPE_CHECKING:

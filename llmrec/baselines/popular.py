@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from llmrec.baselines.fitted import fitted
-from llmrec.baselines.ranked import TOP, Catalogue, Log, counts, filled, rank_all, ranking, refusal, top_of, unseen
+from llmrec.baselines.base import (
+    TOP,
+    Catalogue,
+    Log,
+    counts,
+    filled,
+    fitted,
+    rank_all,
+    ranking,
+    refusal,
+    top_of,
+    unseen,
+)
 from llmrec.data.hashing import hash_one
 
 if TYPE_CHECKING:

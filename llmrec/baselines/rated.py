@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.data.liked import scale_of
+from llmrec.data.split import scale_of
 from llmrec.errors import DataError
 from llmrec.types import Answer, Rating, Request, Unparsed
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from llmrec.baselines.fitted import fitted
+from llmrec.baselines.base import fitted
 from llmrec.baselines.rated import Ratings, bias_of_history, rate, ratings, ridge_biases
 from llmrec.types import Answer, Request
 

@@ -15,7 +15,7 @@ from llmrec.baselines.validation import (
     rating_cases,
     root_mean_squared_error,
 )
-from llmrec.data.liked import scale_of, threshold
+from llmrec.data.split import scale_of, threshold
 from llmrec.errors import DataError, RecipeError
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
 

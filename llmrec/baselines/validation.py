@@ -15,7 +15,7 @@ from llmrec.metrics.rating import rmse
 from llmrec.types import Case, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:
-    from llmrec.baselines.ranked import Scorer
+    from llmrec.baselines.base import Scorer
     from llmrec.data.split import SplitDataset
 
 # Cells of a block of dense scores: 32 MB of float64.

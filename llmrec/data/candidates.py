@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from llmrec.data.hashing import digest_strings, hash_one
-from llmrec.data.opening import reason
+from llmrec.data.reading.limits import reason
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError
-from llmrec.recipe import CandidateSection
+from llmrec.recipe.schema import CandidateSection
 from llmrec.types import SplitName
 
 _META = b"llmrec.candidates"

@@ -15,7 +15,7 @@ from decimal import Decimal
 from functools import lru_cache
 from itertools import pairwise
 
-from llmrec.data.opening import ID_LIMIT
+from llmrec.data.reading.limits import ID_LIMIT
 from llmrec.errors import DataError, did_you_mean
 from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Item

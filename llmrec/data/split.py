@@ -1,4 +1,4 @@
-"""What is held out, and what is known before it.
+"""What is held out, what is known before it, which text a family writes, and when a rating is a yes.
 
 Ties in time fall by a seeded hash of (user, item): not by item id and not by file order, since both leak the
 target where many events carry the same timestamp. Without timestamps the file order is the time order.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -18,7 +18,7 @@ from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.derived import derived
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
 from llmrec.errors import DataError
-from llmrec.recipe import Split
+from llmrec.recipe.schema import Split
 from llmrec.types import Event, Interaction, Request, SplitName
 
 _PAIR = ["user_id", "item_id"]
@@ -343,4 +343,50 @@ def request_of(
         candidates=candidates,
         item=item,
         context=context or {},
+    )
+
+
+def threshold(scale: tuple[float, float], liked: float | None) -> float:
+    """Return the lowest rating that is a like; by default three quarters up the scale, 4 of 1 to 5."""
+    low, high = scale
+    return low + 0.75 * (high - low) if liked is None else liked
+
+
+def scale_of(data: SplitDataset) -> tuple[float, float]:
+    """Return the lowest and the highest rating that the data says there are, or else those of training."""
+    if data.dataset.rating_scale is not None:
+        return data.dataset.rating_scale
+    values = data.train["rating"].drop_nulls().to_numpy()
+    return float(values.min()), float(values.max())
+
+
+Part = Literal["sentence", "headline"]
+
+
+def written(data: SplitDataset, part: Part) -> SplitDataset:
+    """Return a split with one part of each review as its texts; data without reviews as it is.
+
+    The task, the baselines and the metrics of a family then read the same column. An interaction without that part
+    has no text. Beside sentences the frames have a column ``feature``.
+    """
+    reviews = data.dataset.reviews
+    if not reviews:
+        return data
+
+    def said(frame: pl.DataFrame) -> pl.DataFrame:
+        found = [reviews.get(pair) for pair in frame.select("user_id", "item_id").iter_rows()]
+        columns = {"text": part, "feature": "feature"} if part == "sentence" else {"text": part}
+        return frame.with_columns(
+            pl.Series(column, [(getattr(review, name) if review else None) or None for review in found], pl.String)
+            for column, name in columns.items()
+        )
+
+    whole = data.dataset
+    return replace(
+        data,
+        dataset=replace(whole, interactions=said(whole.interactions)),
+        train=said(data.train),
+        valid=said(data.valid),
+        test=said(data.test),
+        known=said(data.known),
     )

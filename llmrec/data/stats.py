@@ -1,12 +1,21 @@
-"""What a dataset and its split look like, in figures."""
+"""What a dataset and its split look like in figures, and the statistics that prompts may show.
+
+What is said of a user and an item never counts an interaction of the two: the number of times that an item was chosen
+and its mean rating would tell the rating of a training row that is one of them. A held-out interaction is in no
+training split, so a row that is learned and a question that is asked leave out the same.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import polars as pl
 
 from llmrec.data.split import SplitDataset
+from llmrec.types import Event
 
 _QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 
@@ -75,3 +84,79 @@ def _per(rows: pl.DataFrame, column: str) -> dict[str, float]:
 def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
     """Return how many held-out events have a user or an item that training never saw."""
     return held.join(train.select(column).unique(), on=column, how="anti").height
+
+
+# Sums of ratings that differ by less are one sum: the order of adding up must not decide a rounded mean.
+_DIGITS = 6
+# Means are shown in half points. Whoever knew an item's sum by heart could take an exact mean of the others from it and
+# have the rating of the row; what a mean says of the item it says in half points too (docs/m6.md has figures).
+_STEP = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """A number of interactions.
+
+    Attributes:
+        count: All of them.
+        rated: Those with a rating.
+        total: Sum of these ratings.
+    """
+
+    count: int = 0
+    rated: int = 0
+    total: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        """Return both together."""
+        return Tally(self.count + other.count, self.rated + other.rated, self.total + other.total)
+
+    def __sub__(self, other: Tally) -> Tally:
+        """Return this without a part of it."""
+        return Tally(self.count - other.count, self.rated - other.rated, self.total - other.total)
+
+    @property
+    def shown(self) -> dict[str, object] | None:
+        """``count``, and ``mean`` in half points or None where nothing is rated; None where nothing is counted."""
+        if not self.count:
+            return None
+        if not self.rated:
+            return {"count": self.count, "mean": None}
+        halves = round(round(self.total / self.rated, _DIGITS) / _STEP)
+        return {"count": self.count, "mean": f"{halves * _STEP:.1f}"}
+
+
+class Tallies:
+    """The training interactions of every user and item, counted."""
+
+    def __init__(self, data: SplitDataset) -> None:
+        self._data = data
+        self._latest: tuple[str, Mapping[str, Tally]] | None = None
+
+    def user(self, user_id: str, without: Collection[str]) -> Tally:
+        """Return a user's training interactions, without those with some items."""
+        return sum((tally for item, tally in self._of(user_id).items() if item not in without), Tally())
+
+    def item(self, item_id: str, without: str) -> Tally:
+        """Return an item's training interactions, without those of one user."""
+        return self._items.get(item_id, Tally()) - self._of(without).get(item_id, Tally())
+
+    @cached_property
+    def _items(self) -> Mapping[str, Tally]:
+        rating = pl.col("rating")
+        counted = self._data.train.group_by("item_id").agg(pl.len(), rating.count().alias("rated"), rating.sum())
+        return {item: Tally(count, rated, total) for item, count, rated, total in counted.iter_rows()}
+
+    def _of(self, user_id: str) -> Mapping[str, Tally]:
+        """Return a user's tallies by item; a row asks of one user many times, so the latest are kept."""
+        if self._latest is None or self._latest[0] != user_id:
+            self._latest = user_id, _by_item(self._data.train_events(user_id))
+        return self._latest[1]
+
+
+def _by_item(events: Iterable[Event]) -> dict[str, Tally]:
+    found: dict[str, Tally] = {}
+    for event in events:
+        one = Tally(1, 0, 0.0) if event.rating is None else Tally(1, 1, event.rating)
+        found[event.item_id] = found.get(event.item_id, Tally()) + one
+    return found

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.decode.catalogue import ROOT, Catalogue
+from llmrec.decode.token_tree import ROOT, Catalogue
 from llmrec.types import Found
 
 WIDEST = 4096

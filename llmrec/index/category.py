@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.index.index import Embed, ItemIndex, own_token, token
 from llmrec.index.numbers import shuffled
-from llmrec.recipe import CategoryIndex, IndexSection
+from llmrec.index.table import Embed, ItemIndex, own_token, token
+from llmrec.recipe.schema import CategoryIndex, IndexSection
 from llmrec.types import Item
 
 if TYPE_CHECKING:

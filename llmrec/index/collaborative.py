@@ -19,9 +19,9 @@ from scipy.sparse import csgraph
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.index import Embed, ItemIndex, own_token, token
 from llmrec.index.numbers import shuffled
-from llmrec.recipe import CollaborativeIndex, IndexSection
+from llmrec.index.table import Embed, ItemIndex, own_token, token
+from llmrec.recipe.schema import CollaborativeIndex, IndexSection
 from llmrec.types import Item
 
 if TYPE_CHECKING:

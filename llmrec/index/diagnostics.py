@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llmrec.index.index import ItemIndex
+from llmrec.index.table import ItemIndex
 
 Pieces = tuple[str, ...]
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmrec.data.files import decode, read_bytes, user_path
-from llmrec.data.opening import enumerated, reason, require_file, shown
-from llmrec.data.tables import read_table
+from llmrec.data.reading.limits import enumerated, reason, require_file, shown
+from llmrec.data.reading.table import read_table
+from llmrec.data.reading.text import decode, read_bytes, user_path
 from llmrec.errors import DataError
 from llmrec.guard import clean, is_item_token, without_item_tokens
-from llmrec.index.index import LETTERS, Embed, ItemIndex, token
-from llmrec.recipe import IndexSection
+from llmrec.index.table import LETTERS, Embed, ItemIndex, token
+from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError
-from llmrec.index.index import Embed, ItemIndex, own_token, token, user_token
-from llmrec.recipe import IndexSection
+from llmrec.index.table import Embed, ItemIndex, own_token, token, user_token
+from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llmrec.errors import require
 from llmrec.index.kmeans import Floats, nearest, reconstructed, residual_kmeans
-from llmrec.recipe import RQVAEIndex
+from llmrec.recipe.schema import RQVAEIndex
 
 _WEIGHT_DECAY = 1e-4
 # Steps of Lloyd's algorithm for the first codewords; training moves them anyway.

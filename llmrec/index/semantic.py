@@ -16,10 +16,10 @@ from scipy.optimize import linear_sum_assignment
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.index.index import Embed, ItemIndex, own_token, token
 from llmrec.index.kmeans import Floats, Ints, Quantised, nearest, perplexity, reconstructed, residual_kmeans
 from llmrec.index.rqvae import encode, fit
-from llmrec.recipe import IndexSection, SemanticIndex
+from llmrec.index.table import Embed, ItemIndex, own_token, token
+from llmrec.recipe.schema import IndexSection, SemanticIndex
 from llmrec.types import Item
 
 if TYPE_CHECKING:

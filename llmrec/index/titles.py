@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from llmrec.guard import clean, without_item_tokens
-from llmrec.index.index import Embed, ItemIndex
-from llmrec.recipe import IndexSection
+from llmrec.index.table import Embed, ItemIndex
+from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ retrieval, Smucker, Allan and Carterette, CIKM 2007). The interval holds the dif
 reject: it is read off the means over random halves of the users, each user in or out with chance 1/2 (Hartigan,
 "Using Subsample Values as Typical Values", JASA 1969). Neither needs a normal distribution; false positives stay at
 their level for few users and for the many zeros of hit rates, where bootstrap intervals of differences do not keep it
-(``tests/benchmarks/calibration.py`` measures all of them).
+(``eval/benchmarks/calibration.py`` measures all of them).
 """
 
 from __future__ import annotations

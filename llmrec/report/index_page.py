@@ -16,7 +16,7 @@ from typing import Any
 
 from llmrec.durable import refuse_link, replacing
 from llmrec.index.diagnostics import Depth, Diagnostics, Entry, Group, Level
-from llmrec.report import index_words
+from llmrec.report import index_summary as index_words
 from llmrec.report.escape import flat, page_json, plain
 from llmrec.report.page import environment, put_scripts
 

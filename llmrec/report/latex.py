@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llmrec.report.escape import tex
-from llmrec.report.facts import signatures
 from llmrec.report.marks import Mark, best_baseline, has_marks, legend, marks, rule, word
 from llmrec.report.records import Comparison, Metric, Results, Row, lower
+from llmrec.report.results import signatures
 from llmrec.report.wording import DASH, UNDEFINED, label, number, title, undefined
 
 _HEAD = r"""% Tables of one run, written by llmrec. In the preamble: \usepackage{booktabs}

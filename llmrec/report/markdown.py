@@ -9,12 +9,12 @@ from llmrec.report import texts, wording
 from llmrec.report.audit import AuditLine, audit_sentence
 from llmrec.report.costs import cost_by_arm, cost_by_row
 from llmrec.report.escape import cell, code, visible
-from llmrec.report.facts import dump, made_data, signatures
+from llmrec.report.marks import SINGLE, Over, spreads
 from llmrec.report.positions import bands, sentences, shown_rows
 from llmrec.report.records import Results, Sample, Training
+from llmrec.report.results import dump, made_data, signatures
 from llmrec.report.slices import slice_table
 from llmrec.report.table import comparisons_markdown, grid, task_markdown
-from llmrec.report.templates import SINGLE, Over, spreads
 from llmrec.report.wording import DASH, count, duration, label, number, rough, title, with_interval
 
 

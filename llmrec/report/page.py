@@ -17,7 +17,10 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.durable import refuse_link, replacing
-from llmrec.report import costs, facts, index_words, marks, positions, slices, templates, texts, wording
+from llmrec.report import costs, marks, positions, slices, texts, wording
+from llmrec.report import index_summary as index_words
+from llmrec.report import marks as templates
+from llmrec.report import results as facts
 from llmrec.report.audit import VERDICT, AuditLine, LeakError, audit_lines, audit_sentence, how_to_audit, refusal
 from llmrec.report.escape import cell, page_json, visible
 from llmrec.report.latex import latex

@@ -1,4 +1,4 @@
-"""Reads what a run left behind: results.json as checked records, predictions.parquet as failure counts."""
+"""Reads what a run left behind: results.json as checked records, predictions.parquet as counts, the run's facts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import yaml
 from pydantic import ValidationError
 
 from llmrec.errors import DataError
 from llmrec.report.audit import refuse_leaks
 from llmrec.report.checks import check
 from llmrec.report.records import Results, mended
+from llmrec.report.wording import count
 
 
 def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", mend: str = "") -> Results:
@@ -100,10 +102,10 @@ def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]
         raise DataError(f"{path}: is not a readable predictions file ({reason}). {mend}") from error
     total: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
-    for row_id, reason, count in counts.iter_rows():
-        total[str(row_id)] += count
+    for row_id, reason, many in counts.iter_rows():
+        total[str(row_id)] += many
         if reason is not None:
-            reasons.setdefault(str(row_id), Counter())[str(reason)] += count
+            reasons.setdefault(str(row_id), Counter())[str(reason)] += many
     for row in results.rows:
         if total[row.id] != row.n:
             raise DataError(
@@ -113,3 +115,40 @@ def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]
     return {
         row_id: dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))) for row_id, found in reasons.items()
     }
+
+
+_LONGEST = 20_000  # characters of one prompt or raw answer on the page
+
+
+def signatures(results: Results) -> dict[str, dict[str, list[str]]]:
+    """Return each task's protocols, which all its rows share, with the metrics measured under them."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for task in results.tasks:
+        for row in results.rows:
+            for name, metric in row.metrics.items() if row.task == task else ():
+                protocol = metric.signature.removeprefix(f"{name}|")
+                names = found.setdefault(task, {}).setdefault(protocol, [])
+                if name not in names:
+                    names.append(name)
+    return found
+
+
+def made_data(results: Results) -> list[str]:
+    """Return the names of data sets that were made up, not collected."""
+    return list(dict.fromkeys(data.name for data in results.data.values() if data and data.made))
+
+
+def clip(text: str) -> str:
+    """Return text, cut where it would swamp the page; the cut is said."""
+    more = len(text) - _LONGEST
+    return f"{text[:_LONGEST]}\n[… {count(more)} more characters]" if more > 0 else text
+
+
+def answer(value: object) -> str:
+    """Return a parsed answer or a truth as text: strings as they are, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def dump(value: object) -> str:
+    """Return a recipe as YAML."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=88)

@@ -12,10 +12,21 @@ from rich.text import Text
 
 from llmrec.report.costs import cost_of
 from llmrec.report.escape import cell, csv_cell, flat
-from llmrec.report.marks import OVER_BASELINE, OVER_ZERO_SHOT, Mark, best_baseline, has_marks, legend, marks, rule, word
+from llmrec.report.marks import (
+    OVER_BASELINE,
+    OVER_ZERO_SHOT,
+    SINGLE,
+    Mark,
+    best_baseline,
+    has_marks,
+    legend,
+    marks,
+    rule,
+    singles,
+    word,
+)
 from llmrec.report.records import Comparison, Metric, Results, Row, lower
 from llmrec.report.results import results_of
-from llmrec.report.templates import SINGLE, singles
 from llmrec.report.wording import (
     DASH,
     DETECTABLE,

@@ -8,10 +8,9 @@ from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import title_key
-from llmrec.prompts import Template
-from llmrec.recipe import AlignmentSection
-from llmrec.tasks.choice import choose
-from llmrec.tasks.common import (
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import AlignmentSection
+from llmrec.tasks.base import (
     Fields,
     Values,
     View,
@@ -25,8 +24,9 @@ from llmrec.tasks.common import (
 )
 from llmrec.tasks.fewshot import Drawn, Window
 from llmrec.tasks.held_items import hold_out, request_name
-from llmrec.tasks.past import ItemVectors
-from llmrec.tasks.reading import read_line
+from llmrec.tasks.history import ItemVectors
+from llmrec.tasks.parsing import read_line
+from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
 
 NOBODY = ""

@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from llmrec.data.candidates import CandidateSets
-from llmrec.data.liked import scale_of, threshold
-from llmrec.data.split import SplitDataset, request_id, request_of
+from llmrec.data.split import SplitDataset, request_id, request_of, scale_of, threshold
 from llmrec.errors import DataError, RecipeError
-from llmrec.prompts import Template
-from llmrec.recipe import CtrSection
-from llmrec.tasks.choice import choose
-from llmrec.tasks.common import (
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import CtrSection
+from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     NO,
@@ -35,7 +33,8 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.past import ItemVectors, Past
+from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
     Case,

@@ -12,10 +12,9 @@ from string import ascii_uppercase
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.prompts import Template, load_templates
-from llmrec.recipe import DirectSection
-from llmrec.tasks.choice import choose
-from llmrec.tasks.common import (
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.schema import DirectSection
+from llmrec.tasks.base import (
     ABOUT_USER,
     NO,
     YES,
@@ -34,11 +33,12 @@ from llmrec.tasks.common import (
 from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.direct_answers import asks_for, check_strategies, check_words, refuse
 from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.negatives import Negatives
-from llmrec.tasks.past import ItemVectors, Past
+from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.parsing import read_ranking
+from llmrec.tasks.pool import Negatives
 from llmrec.tasks.rating import find_scale
-from llmrec.tasks.reading import read_ranking
 from llmrec.tasks.sequential import items_by_text, read_item
+from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
     Case,

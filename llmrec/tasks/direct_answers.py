@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from llmrec.errors import RecipeError
-from llmrec.prompts import Template
-from llmrec.tasks.common import ABOUT_USER, NO, USER_STATS, YES
+from llmrec.prompts.template import Template
+from llmrec.tasks.base import ABOUT_USER, NO, USER_STATS, YES
 
 Asks = Literal["label", "item", "yes"]
 

@@ -15,10 +15,9 @@ from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
-from llmrec.prompts import Template, clean
-from llmrec.recipe import ExplanationSection
-from llmrec.tasks.choice import choose
-from llmrec.tasks.common import (
+from llmrec.prompts.template import Template, clean
+from llmrec.recipe.schema import ExplanationSection
+from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
@@ -34,7 +33,8 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.past import ItemVectors, Past
+from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Request, SplitName, Text
 
 # A rating that stands before the text in an answer of both.

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.recipe import ShotChoice
-from llmrec.tasks.common import keyed
-from llmrec.tasks.past import ItemVectors, Shown
+from llmrec.recipe.schema import ShotChoice
+from llmrec.tasks.base import keyed
+from llmrec.tasks.history import ItemVectors, Shown
 from llmrec.types import Event, Family, Request
 
 _CHOICES = get_args(ShotChoice)

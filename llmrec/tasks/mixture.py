@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from llmrec.errors import RecipeError
-from llmrec.recipe import TrainSection
+from llmrec.recipe.schema import TrainSection
 
 T = TypeVar("T")
 

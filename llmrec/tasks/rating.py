@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_of
 from llmrec.errors import DataError, RecipeError
-from llmrec.prompts import Template
-from llmrec.recipe import RatingSection
-from llmrec.tasks.choice import choose
-from llmrec.tasks.common import (
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import RatingSection
+from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     NO,
@@ -38,8 +37,9 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.past import ItemVectors, Past
-from llmrec.tasks.reading import read_number
+from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.parsing import read_number
+from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Rating, Request, SplitName
 
 _MOST_LABELS = 101

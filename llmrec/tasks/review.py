@@ -2,7 +2,7 @@
 
 The question shows the review, and so nothing before it. One task serves two families, whose templates say what is
 written: ``{{ headline }}`` (family ``review``) or ``{{ rating }}`` (family ``stars``). A headline is read where an
-interaction's text stands: see `llmrec.data.written`.
+interaction's text stands: see `llmrec.data.split`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
-from llmrec.prompts import Template, clean
-from llmrec.recipe import ReviewSection, StarsSection
-from llmrec.tasks.choice import choose
-from llmrec.tasks.common import (
+from llmrec.prompts.template import Template, clean
+from llmrec.recipe.schema import ReviewSection, StarsSection
+from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
@@ -34,9 +33,10 @@ from llmrec.tasks.common import (
 )
 from llmrec.tasks.explanation import shared_words
 from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.past import ItemVectors
+from llmrec.tasks.history import ItemVectors
+from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rating import Scale, find_scale
-from llmrec.tasks.reading import read_number
+from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
     Case,

@@ -10,10 +10,9 @@ from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import RecipeError
 from llmrec.index.titles import title_key
-from llmrec.prompts import Template
-from llmrec.recipe import SequentialSection
-from llmrec.tasks.choice import choose
-from llmrec.tasks.common import (
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import SequentialSection
+from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
     Draw,
@@ -34,9 +33,10 @@ from llmrec.tasks.common import (
     with_shots,
 )
 from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.past import ItemVectors, Past
+from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.parsing import read_line
 from llmrec.tasks.rating import find_scale
-from llmrec.tasks.reading import read_line
+from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
     Case,

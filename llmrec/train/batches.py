@@ -1,13 +1,20 @@
-"""Cuts a stream of rows into optimiser steps of about equal work."""
+"""Cuts a stream of rows into optimiser steps of about equal work; rows of a rating head have classes for targets.
+
+A target's class stands where its first token stood, and the other tokens of a target bear no loss. So a row is planned,
+counted, packed and resumed as before, and what is read is the state before each rating: in a chat row that of the
+prompt's last token, in a list row every point at which evaluation would ask.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from llmrec.backends.encode import IGNORED, Encoder, Row, pieces
+from llmrec.tasks.parsing import read_number
+from llmrec.tasks.rating import Scale
 from llmrec.train.packing import Bin, bins
 from llmrec.types import Example
 
@@ -131,3 +138,61 @@ def padded(rows: Sequence[Row], pad: int) -> tuple[list[list[int]], list[list[in
     ids = [[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows]
     labels = [[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in rows]
     return ids, labels
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Reads off a training row which value of the scale each of its targets is."""
+
+    encoder: Encoder
+    scale: Scale
+    _texts: dict[tuple[int, ...], str] = field(default_factory=dict)
+
+    def row(self, row: Row) -> Row | None:
+        """Return the row with places on the scale as labels; None if no target is left.
+
+        A target that was cut with its row, so that it might be another one, bears no loss: the 1 of a 10.
+        """
+        labels = [IGNORED] * len(row.ids)
+        for start, end in _runs(row.labels):
+            found = self._place(row.labels[start:end], last=end == len(row.ids))
+            if found is not None:
+                labels[start] = found
+        made = Row(row.ids, tuple(labels), row.lines)
+        return made if made.targets else None
+
+    def counts(self, rows: Iterable[Row]) -> list[int]:
+        """Return how often each value is a target of rows that `row` made, lowest first."""
+        found = [0] * len(self.scale.values)
+        for row in rows:
+            for label in row.labels:
+                if label != IGNORED:
+                    found[label] += 1
+        return found
+
+    def _place(self, run: tuple[int, ...], *, last: bool) -> int | None:
+        """Return the place of a target's tokens on the scale; None where they are no value, or may be half of one."""
+        if run not in self._texts:
+            self._texts[run] = self.encoder.tokenizer.decode(list(run), skip_special_tokens=True)
+        text = self._texts[run]
+        value = read_number(text, self.scale.low, self.scale.high)
+        if value is None:
+            return None
+        label = self.scale.label(value)
+        open_ended = last and run[-1] != self.encoder.end_id and text.endswith(label)
+        if open_ended and any(other != label and other.startswith(label) for other in self.scale.labels):
+            return None
+        return self.scale.labels.index(label)
+
+
+def _runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where stretches of labels begin and end: one a target, since a list names an item before each."""
+    found: list[tuple[int, int]] = []
+    for place, label in enumerate(labels):
+        if label == IGNORED:
+            continue
+        if found and found[-1][1] == place:
+            found[-1] = (found[-1][0], place + 1)
+        else:
+            found.append((place, place + 1))
+    return found

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from llmrec.backends.encode import Encoder, Row
 from llmrec.errors import DataError
-from llmrec.tasks.common import keyed
+from llmrec.tasks.base import keyed
 from llmrec.train.batches import fit_row
 from llmrec.types import Example
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmrec.backends.kinds import is_paired
-from llmrec.backends.models import device, dtype, load_model
-from llmrec.backends.tables import named_tables, told_as_tied
 from llmrec.errors import RecipeError, require
-from llmrec.recipe import LoraSection, ModelSection, TrainSection
+from llmrec.models.load import device, dtype, load_model
+from llmrec.models.tables import named_tables, told_as_tied
+from llmrec.models.traits import is_paired
+from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmrec.backends.encode import IGNORED
-from llmrec.backends.heads import plain_head
+from llmrec.models.traits import plain_head
 
 # Rows of logits at a time.
 _CHUNK = 256

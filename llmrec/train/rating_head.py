@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llmrec.backends.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, standardise
+from llmrec.models.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, standardise
 from llmrec.tasks.rating import Scale
 from llmrec.train.batches import Step, padded
 from llmrec.train.loss import label_loss

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrec.backends.encode import IGNORED, Encoder, Row, pieces
-from llmrec.backends.kinds import is_paired
 from llmrec.errors import require
+from llmrec.models.traits import is_paired
 from llmrec.train.batches import padded
 from llmrec.types import Example
 

@@ -23,13 +23,13 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import IGNORED, Encoder, Row
-from llmrec.backends.masks import takes_block_mask
-from llmrec.backends.models import cpu_has_bf16, gpu_has_bf16, has_cuda
-from llmrec.backends.rating_head import RatingHead, save_head
-from llmrec.backends.whole_words import save_words
 from llmrec.durable import replacing, seal, write_text
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.recipe import TrainSection
+from llmrec.models.load import cpu_has_bf16, gpu_has_bf16, has_cuda
+from llmrec.models.rating_head import RatingHead, save_head
+from llmrec.models.traits import takes_block_mask
+from llmrec.models.whole_words import save_words
+from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import Step, padded
 from llmrec.train.checkpoint import OnSave, keep_newest, newest
 from llmrec.train.loss import StateLoss, label_loss, packed_loss

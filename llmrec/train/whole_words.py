@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.whole_words import WEIGHTS, attach, kinds_of, new_table, words_of
+from llmrec.models.whole_words import WEIGHTS, attach, kinds_of, new_table, words_of
 
 
 def put_on(model: Any, encoder: Encoder, *, size: int, seed: int) -> None:

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from llmrec.backends import models
-from llmrec.build import engines
 from llmrec.cli import app
 from llmrec.errors import ModelError, RecipeError
-from llmrec.recipe import EvalSection, ModelSection
+from llmrec.experiment import engines
+from llmrec.models import load as models
+from llmrec.recipe.schema import EvalSection, ModelSection
 
 torch = pytest.importorskip("torch")
 
@@ -128,7 +128,7 @@ class _Platform:
 def test_vllm_takes_what_is_free_on_a_shared_card(
     free: float, given: float | None, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmrec.backends import vllm as backend
+    from llmrec.backends.vllm import backend
 
     asked: dict[str, object] = {}
     library = SimpleNamespace(LLM=lambda folder, **options: asked.update(options))
@@ -148,7 +148,7 @@ def test_vllm_takes_what_is_free_on_a_shared_card(
 def test_vllm_on_a_cpu_caches_into_what_is_free_when_it_starts(
     usable: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmrec.backends import vllm as backend
+    from llmrec.backends.vllm import backend
 
     asked: dict[str, object] = {}
     found = {"vllm": SimpleNamespace(LLM=lambda folder, **options: asked.update(options)), "torch": torch}

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder, marked_pieces
-from llmrec.backends.labels import single_token_labels
-from llmrec.backends.models import load_tokenizer
+from llmrec.backends.search import single_token_labels
 from llmrec.errors import BackendError
-from llmrec.recipe import ModelSection
+from llmrec.models.load import load_tokenizer
+from llmrec.recipe.schema import ModelSection
 from llmrec.types import Message, Prompt, Segment
 
 

@@ -15,9 +15,9 @@ pytest.importorskip("trl")
 from fake_cuda import FakeCuda, fake_cuda, on_cuda  # noqa: E402
 
 from llmrec.backends.encode import IGNORED, Encoder, Row  # noqa: E402
-from llmrec.backends.hf import HFBackend  # noqa: E402
-from llmrec.backends.models import load_model, load_tokenizer  # noqa: E402
-from llmrec.recipe import ModelSection  # noqa: E402
+from llmrec.backends.hf.backend import HFBackend  # noqa: E402
+from llmrec.models.load import load_model, load_tokenizer  # noqa: E402
+from llmrec.recipe.schema import ModelSection  # noqa: E402
 from llmrec.train.batches import padded  # noqa: E402
 from llmrec.train.loss import label_loss, packed_loss  # noqa: E402
 from llmrec.train.packing import stack, tree  # noqa: E402

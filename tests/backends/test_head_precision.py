@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.heads import chosen_logprobs
-from llmrec.backends.hf import HFBackend
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.models.traits import chosen_logprobs
 from llmrec.types import Message, Prompt, Segment
 from tests.conftest import make_model
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmrec.backends import remote_read
 from llmrec.backends.encode import Encoder
-from llmrec.backends.openai import OpenAIBackend
+from llmrec.backends.server import read as remote_read
+from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.errors import BackendError
 from llmrec.types import Message, Prompt, Segment
 from tests.conftest import make_tokenizer

@@ -11,9 +11,8 @@ import pytest
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
-from llmrec.backends.openai import OpenAIBackend
-from llmrec.backends.remote_http import Wire, retry_after
-from llmrec.backends.remote_spent import Spending
+from llmrec.backends.server.backend import OpenAIBackend
+from llmrec.backends.server.client import Spending, Wire, retry_after
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.conftest import make_tokenizer

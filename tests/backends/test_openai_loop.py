@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from llmrec.backends.remote_loop import Loop
+from llmrec.backends.server.client import Loop
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.openai import OpenAIBackend
+from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.errors import BackendError, RecipeError
-from llmrec.recipe import EvalSection, Recipe, ServerSection
-from llmrec.recipe_file import load_recipe
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import EvalSection, Recipe, ServerSection
 from tests.conftest import make_tokenizer
 from tests.servers.client import question, section
 from tests.servers.faulty import EVERYTHING, Behaviour, FaultyServer, running
@@ -152,7 +152,7 @@ def test_a_run_through_a_server(
     server: FaultyServer, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    from llmrec.build import pipeline
+    from llmrec import pipeline
 
     monkeypatch.setenv("FILMS_KEY", SECRET)
     chosen = recipe(llama_folder, server.url)
@@ -187,7 +187,7 @@ def test_a_run_through_a_server(
 
 def test_a_server_without_probabilities_ends_the_run_with_what_works(llama_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    from llmrec.build import pipeline
+    from llmrec import pipeline
 
     offers = EVERYTHING - {"logprobs", "named", "echo", "chat logprobs"}
     with running(Behaviour(offers=offers)) as plain:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.openai import OpenAIBackend
+from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.errors import LlmrecError
-from llmrec.recipe import ModelSection, ServerSection
+from llmrec.recipe.schema import ModelSection, ServerSection
 from llmrec.types import Backend, Message, Prompt, Segment
 from tests.servers.client import question
 
@@ -58,8 +58,8 @@ class Both:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from llmrec.backends.hf import HFBackend
-    from llmrec.backends.models import load_model, load_tokenizer, resolve
+    from llmrec.backends.hf.backend import HFBackend
+    from llmrec.models.load import load_model, load_tokenizer, resolve
     from tests.servers.real import serving
 
     try:

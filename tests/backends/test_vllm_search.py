@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import load_model, load_tokenizer
-from llmrec.backends.vllm import VLLMBackend
-from llmrec.backends.vllm_tree import Answers, Ask, VLLMTree, answered
+from llmrec.backends.vllm.backend import VLLMBackend
+from llmrec.backends.vllm.tree import Answers, Ask, VLLMTree, answered
 from llmrec.data.hashing import hash_one
 from llmrec.decode.beam import Fed, Wanted, beam
-from llmrec.decode.catalogue import Catalogue
+from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import BackendError
-from llmrec.index.index import ItemIndex, token
-from llmrec.recipe import ModelSection
+from llmrec.index.table import ItemIndex, token
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.recipe.schema import ModelSection
 from llmrec.types import Found, Message, Prompt, Segment
 from tests.conftest import make_model
 
@@ -204,7 +204,7 @@ ASKED = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that knows the tokens of the index."""
-    from llmrec.backends.vocabulary import extended
+    from llmrec.models.item_tokens import extended
 
     home = tmp_path_factory.mktemp("search")
     made = make_model(home / "m")
@@ -220,7 +220,7 @@ def encoder(folder: Path) -> Encoder:
 
 @pytest.fixture(scope="module")
 def hf(folder: Path) -> Any:
-    from llmrec.backends.hf import HFBackend
+    from llmrec.backends.hf.backend import HFBackend
 
     return HFBackend(load_model(str(folder), ModelSection(name=str(folder), dtype="float32")), encoder(folder))
 
@@ -350,7 +350,7 @@ def test_an_engine_that_died_is_told(engine: VLLMBackend) -> None:
 def test_candidates_take_the_route_that_computes_less(
     prompt: int, tails: list[tuple[int, ...]], route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmrec.backends.vllm import VLLMBackend
+    from llmrec.backends.vllm.backend import VLLMBackend
 
     backend = object.__new__(VLLMBackend)
     monkeypatch.setattr(VLLMBackend, "_block", lambda self: 32)

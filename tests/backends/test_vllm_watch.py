@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.backends import vllm_guard, vllm_watch
-from llmrec.backends.vigil import Limits, Seen, Vigil
-from llmrec.backends.vllm_watch import EngineLost, Progress, Watch
+from llmrec.backends.vllm import guard as vllm_guard
+from llmrec.backends.vllm import supervise as vllm_watch
+from llmrec.backends.vllm.supervise import EngineLost, Limits, Progress, Seen, Vigil, Watch
 from llmrec.errors import BackendError
 
 LIMITS = Limits()
@@ -266,7 +266,7 @@ def test_close_takes_seconds_whatever_vllm_does(monkeypatch: pytest.MonkeyPatch,
 
 
 def backend_over(watch: Watch, engine: Any) -> Any:
-    from llmrec.backends.vllm import VLLMBackend
+    from llmrec.backends.vllm.backend import VLLMBackend
 
     backend = VLLMBackend.__new__(VLLMBackend)
     backend._watch, backend._engine = watch, engine
@@ -305,7 +305,7 @@ def test_an_error_of_vllm_is_one_line_and_closes_the_backend() -> None:
 OWNER = '''
 import subprocess, sys, time
 from types import SimpleNamespace
-from llmrec.backends.vllm_watch import Watch
+from llmrec.backends.vllm.supervise import Watch
 sleep = "import time; time.sleep(600)"
 code = f"""
 import subprocess, sys, time
@@ -367,10 +367,10 @@ def test_the_guard_forgets_all_on_quit_and_believes_no_reused_number() -> None:
 SCRIPT = """
 import sys
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import load_tokenizer
-from llmrec.backends.vllm import VLLMBackend
+from llmrec.models.load import load_tokenizer
+from llmrec.backends.vllm.backend import VLLMBackend
 from llmrec.errors import LlmrecError
-from llmrec.recipe import ModelSection
+from llmrec.recipe.schema import ModelSection
 from llmrec.types import Message, Prompt, Segment
 
 def main(folder):

@@ -7,15 +7,14 @@ import polars as pl
 import pytest
 from scipy.special import expit
 
-from llmrec.baselines import liked
-from llmrec.baselines.liked import LikeRatio, Logistic
+from llmrec.baselines import yes_no as liked
 from llmrec.baselines.rated import ratings
 from llmrec.baselines.tuning import tune
+from llmrec.baselines.yes_no import LikeRatio, Logistic
 from llmrec.data.dataset import Dataset
-from llmrec.data.liked import threshold
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, split, threshold
 from llmrec.metrics.probability import auc, log_loss
-from llmrec.recipe import Split
+from llmrec.recipe.schema import Split
 from llmrec.types import Event, Item, Probability, Request
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.baselines import neural
+from llmrec.baselines.base import Catalogue, Log, Warm
 from llmrec.baselines.gru4rec import GRU4Rec
-from llmrec.baselines.ranked import Catalogue, Log, Warm
 from llmrec.baselines.sasrec import SASRec
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
-from llmrec.recipe import Split
+from llmrec.recipe.schema import Split
 from llmrec.types import Event, Item, Request
 
 torch = pytest.importorskip("torch")

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llmrec.baselines.base import TOP, filled
 from llmrec.baselines.ease import EASE
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import FirstOrder, Markov, MarkovCooccurrence
 from llmrec.baselines.popular import Popularity, Random, RecentPopularity
-from llmrec.baselines.ranked import TOP, filled
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
-from llmrec.evaluate import Protocol, evaluate
+from llmrec.evaluate.predictor import Protocol, evaluate
 from llmrec.metrics.ranking import Standing, hit_rate, standing
 from llmrec.types import Case, Event, Item, Predictor, Ranking, Request
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.baselines.text import FrequentText, NearestText
-from llmrec.baselines.tfidf import TfIdf
+from llmrec.baselines.text import FrequentText, NearestText, TfIdf
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.types import Event, Item, Request, Text

@@ -16,9 +16,9 @@ from llmrec.baselines.validation import mean_ndcg, ranking_cases, rating_cases
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
-from llmrec.full_ranking import rank_catalogue
+from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.metrics.ranking import ndcg
-from llmrec.recipe import Split
+from llmrec.recipe.schema import Split
 from llmrec.types import Case, CatalogueScorer, Event, Item, Request
 
 

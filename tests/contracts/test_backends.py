@@ -11,7 +11,7 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.backends.openai import OpenAIBackend
+from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.errors import BackendError, DataError
 from llmrec.types import Backend, Message, Prompt, Segment
 from tests.conftest import make_tokenizer
@@ -35,9 +35,9 @@ PROMPTS = (
 
 
 def load_hf(folder: Path, **options: Any) -> Backend:
-    from llmrec.backends.hf import HFBackend
-    from llmrec.backends.models import load_model, load_tokenizer
-    from llmrec.recipe import ModelSection
+    from llmrec.backends.hf.backend import HFBackend
+    from llmrec.models.load import load_model, load_tokenizer
+    from llmrec.recipe.schema import ModelSection
 
     section = ModelSection(name=str(folder), dtype="float32")
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=512)
@@ -46,9 +46,9 @@ def load_hf(folder: Path, **options: Any) -> Backend:
 
 def load_vllm(folder: Path, route: str) -> Backend:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from llmrec.backends.models import load_tokenizer
-    from llmrec.backends.vllm import VLLMBackend
-    from llmrec.recipe import ModelSection
+    from llmrec.backends.vllm.backend import VLLMBackend
+    from llmrec.models.load import load_tokenizer
+    from llmrec.recipe.schema import ModelSection
 
     section = ModelSection(name=str(folder))
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=512)
@@ -241,9 +241,9 @@ def test_vllm_in_bfloat16_reads_labels_from_a_float32_head(tmp_path: Path) -> No
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llmrec.backends.models import load_tokenizer
-    from llmrec.backends.vllm import VLLMBackend
-    from llmrec.recipe import ModelSection
+    from llmrec.backends.vllm.backend import VLLMBackend
+    from llmrec.models.load import load_tokenizer
+    from llmrec.recipe.schema import ModelSection
     from tests.conftest import make_model
 
     folder = make_model(tmp_path / "m")

@@ -14,12 +14,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.baselines import ranked
+from llmrec.baselines import base as ranked
+from llmrec.baselines.base import Trainable
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
-from llmrec.full_ranking import rank_catalogue
-from llmrec.recipe import Split
+from llmrec.evaluate.catalogue import rank_catalogue
+from llmrec.recipe.schema import Split
 from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
 from llmrec.types import (
     Answer,
@@ -33,7 +34,6 @@ from llmrec.types import (
     Rating,
     Request,
     Text,
-    Trainable,
     Unparsed,
 )
 

@@ -10,7 +10,7 @@ import polars as pl
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
-from llmrec.recipe import DataSection
+from llmrec.recipe.schema import DataSection
 from llmrec.types import Item
 
 Row = tuple[str, str, float, float]

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from llmrec.data import published
 from llmrec.data.dataset import Dataset
-from llmrec.data.published import PUBLISHED
-from llmrec.data.sources import load
-from llmrec.data.typed import has_markup, plain
+from llmrec.data.reading.typed import has_markup, plain
+from llmrec.data.sources import counts as published
+from llmrec.data.sources.counts import PUBLISHED
+from llmrec.data.sources.table import load
 from llmrec.errors import DataError
-from llmrec.recipe import Columns, DataSection
+from llmrec.recipe.schema import Columns, DataSection
 
 # Made: users and products of the official lengths, 13 or 14 and 10 characters.
 ANN, BOB = "A2IBPI20UZIR0", "A14VAT5EAX3D9S"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmrec.data.candidates import CandidateSets, _Numbers, _sets, draw
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
-from llmrec.recipe import CandidateSection, Split
+from llmrec.recipe.schema import CandidateSection, Split
 
 
 def cut(rows: list[Row], seed: int = 0) -> SplitDataset:

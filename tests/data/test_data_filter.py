@@ -6,10 +6,9 @@ from data_cases import dataset, random_rows, seeds, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data.dataset import SCHEMA, Dataset
-from llmrec.data.filter import apply, core
+from llmrec.data.dataset import SCHEMA, Dataset, apply, core
 from llmrec.errors import DataError
-from llmrec.recipe import Filter
+from llmrec.recipe.schema import Filter
 from llmrec.types import Item
 
 

@@ -15,16 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data import known as sets
-from llmrec.data import pieces, published, streams
 from llmrec.data.dataset import Dataset
-from llmrec.data.maps import Form, Known
-from llmrec.data.places import Member, captured, plain_name
-from llmrec.data.published import PUBLISHED, Counts, comparison
-from llmrec.data.sources import load
+from llmrec.data.reading import blocks as streams
+from llmrec.data.reading import pieces
+from llmrec.data.reading.files import Member, captured, plain_name
+from llmrec.data.sources import counts as published
+from llmrec.data.sources import known as sets
+from llmrec.data.sources.counts import PUBLISHED, Counts, comparison
+from llmrec.data.sources.spec import Form, Known
+from llmrec.data.sources.table import load
 from llmrec.data.split import split
 from llmrec.errors import DataError
-from llmrec.recipe import Columns, DataSection, Split
+from llmrec.recipe.schema import Columns, DataSection, Split
 from llmrec.registry import SOURCES
 
 Files = dict[str, bytes]

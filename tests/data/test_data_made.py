@@ -8,12 +8,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from llmrec.data.made import COLUMNS, generate, main, to_csv
-from llmrec.data.sources import load
+from llmrec.data.sources.made import COLUMNS, generate, main, to_csv
+from llmrec.data.sources.table import load
 from llmrec.data.split import split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError
-from llmrec.recipe import Columns, DataSection, Split
+from llmrec.recipe.schema import Columns, DataSection, Split
 from llmrec.resources import resource
 
 SECTION = DataSection(source="made-reviews")
@@ -31,9 +31,11 @@ def test_the_shipped_file_is_made_again_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_the_command_in_the_readme_works(tmp_path: Path) -> None:
-    command = "python -m llmrec.data.made"
+    command = "python -m llmrec.data.sources.made"
     assert command in resource("recipes", "made", "README.md").read_text(encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "llmrec.data.made"], capture_output=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmrec.data.sources.made"], capture_output=True, check=True, timeout=60
+    )
     assert done.stdout == resource("recipes", "made", "reviews.csv").read_bytes()
 
 

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data import movielens
 from llmrec.data.dataset import Dataset
-from llmrec.data.movielens import movie_title
-from llmrec.data.sources import load
+from llmrec.data.sources import movielens
+from llmrec.data.sources.movielens import movie_title
+from llmrec.data.sources.table import load
 from llmrec.errors import DataError
-from llmrec.recipe import Columns, DataSection
+from llmrec.recipe.schema import Columns, DataSection
 
 FLAGS = {"Comedy": 5, "Drama": 8}
 
@@ -281,7 +281,7 @@ def test_a_download_that_is_not_the_published_file(alone: Path, serve: Serve) ->
 
 
 def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.download._MAX_ARCHIVE", 10)
+    monkeypatch.setattr("llmrec.data.reading.files._MAX_ARCHIVE", 10)
     serve(archive("ml-latest-small", SMALL))
     with pytest.raises(DataError, match="larger than 10 bytes"):
         small()
@@ -289,7 +289,7 @@ def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: py
 
 
 def test_a_member_that_is_too_large(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.download._MAX_MEMBER", 10)
+    monkeypatch.setattr("llmrec.data.reading.files._MAX_MEMBER", 10)
     serve(archive("ml-latest-small", SMALL))
     with pytest.raises(DataError, match=r"ratings\.csv unpacks to more than 10 bytes"):
         small()

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data import request_files
-from llmrec.data.items import digest_items, read_items
-from llmrec.data.ranked import Ranked, read_part, write_part, write_ranked
-from llmrec.data.request_files import Raw, open_requests
+from llmrec.data.assemble import digest_items, read_items
+from llmrec.data.reading import request_file as request_files
+from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_ranked
+from llmrec.data.reading.request_file import Raw, open_requests
 from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError
 from llmrec.types import Item

@@ -13,12 +13,12 @@ import pytest
 from data_cases import dataset, random_rows, seeds
 from hypothesis import given, settings
 
-from llmrec.data import pieces
 from llmrec.data.dataset import Dataset, GivenSplit
-from llmrec.data.sources import load, located
+from llmrec.data.reading import pieces
+from llmrec.data.sources.table import load, located
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError
-from llmrec.recipe import Columns, DataSection, Split
+from llmrec.recipe.schema import Columns, DataSection, Split
 
 Files = dict[str, str]
 SEQUENCES: Files = {

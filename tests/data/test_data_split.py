@@ -12,7 +12,7 @@ from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError
-from llmrec.recipe import Split
+from llmrec.recipe.schema import Split
 
 KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 kinds = st.sampled_from(KINDS)

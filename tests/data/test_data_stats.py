@@ -10,7 +10,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64, hash_one
 from llmrec.data.split import split
 from llmrec.data.stats import statistics, tied_last_share
-from llmrec.recipe import Split
+from llmrec.recipe.schema import Split
 from llmrec.types import Item
 
 ROWS: list[Row] = [

@@ -18,12 +18,12 @@ from data_cases import section
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data.files import delimited
-from llmrec.data.sources import load
+from llmrec.data.reading.table import read_table
+from llmrec.data.reading.text import delimited
+from llmrec.data.sources.table import load
 from llmrec.data.split import split
-from llmrec.data.tables import read_table
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.recipe import Columns, DataSection, Filter
+from llmrec.recipe.schema import Columns, DataSection, Filter
 
 HEAD = "user_id,item_id,rating,timestamp\n"
 GOOD = HEAD + "a,x,5,1\na,y,4,2\na,z,3,3\nb,x,2,4\n"
@@ -322,7 +322,9 @@ def test_header_only(tmp_path: Path) -> None:
 def test_a_program_that_ends_right_after_a_table_was_refused_is_not_aborted(tmp_path: Path) -> None:
     """Threads that read the file for Arrow may still hold it then; on two cores every third program was aborted."""
     path = write(tmp_path, HEAD)
-    lines = f"from pathlib import Path; from llmrec.data.tables import read_table; read_table(Path({str(path)!r}))"
+    lines = (
+        f"from pathlib import Path; from llmrec.data.reading.table import read_table; read_table(Path({str(path)!r}))"
+    )
     for _ in range(3):
         several = [subprocess.Popen([sys.executable, "-c", lines], stderr=subprocess.PIPE) for _ in range(4)]
         for one in several:
@@ -356,7 +358,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_ends_at_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.opening.MAX_BYTES", 1000)
+    monkeypatch.setattr("llmrec.data.reading.limits.MAX_BYTES", 1000)
     fails(write(tmp_path, b"a" * 100_000, "data.csv.gz"), "more than 1000 bytes")
 
 

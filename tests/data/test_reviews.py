@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.data import keyphrases as extraction
+from llmrec.data import derived as extraction
 from llmrec.data.dataset import Dataset
 from llmrec.data.derived import pseudonyms, sentences
-from llmrec.data.sources import load
-from llmrec.data.split import SplitDataset, split
-from llmrec.data.written import written
+from llmrec.data.sources.table import load
+from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError, MissingExtra
-from llmrec.recipe import DataSection, Filter, Split
+from llmrec.recipe.schema import DataSection, Filter, Split
 from tests.review_files import FEATURES, marks, records, write
 
 pytest.importorskip("yake", reason="the reviews extra is not installed")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from llmrec.data.sources import load
+from llmrec.data.sources.table import load
 from llmrec.data.split import split
 from llmrec.errors import DataError
-from llmrec.recipe import DataSection, ExplanationSection, Split
+from llmrec.recipe.schema import DataSection, ExplanationSection, Split
 from llmrec.tasks.explanation import ExplanationTask
 from tests.review_files import write
 from tests.tasks.task_data import load_templates, prompt_text

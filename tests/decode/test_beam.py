@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmrec.data.hashing import hash_one
 from llmrec.decode.beam import Fed, Floats, Found, Wanted, beam
-from llmrec.decode.catalogue import Catalogue
+from llmrec.decode.token_tree import Catalogue
 
 END, VOCABULARY = 7, 12
 PATHS = st.lists(

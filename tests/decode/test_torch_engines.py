@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.hf import HFBackend
-from llmrec.backends.hf_rows import PlainTree
-from llmrec.backends.hf_tree import MaskedTree
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.backends.hf.rows import PlainTree
+from llmrec.backends.hf.tree import MaskedTree
 from llmrec.decode.beam import Fed, Wanted, beam
-from llmrec.decode.catalogue import Catalogue
+from llmrec.decode.token_tree import Catalogue
 from llmrec.types import Found, Message, Prompt, Segment
 
 torch = pytest.importorskip("torch")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
-from llmrec.recipe import Split
+from llmrec.recipe.schema import Split
 from llmrec.types import Item
 
 KINDS = ("Tools > Hand > Saws", "Tools > Power", "Toys > Blocks", "Toys > Dolls > Houses", "Books")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmrec.errors import DataError
 from llmrec.index.diagnostics import Depth, Spread, diagnose, examples, nearest, neighbours
-from llmrec.index.index import ItemIndex, own_token, token
+from llmrec.index.table import ItemIndex, own_token, token
 
 TOKENS = (*(token(0, n) for n in range(3)), *(token(1, n) for n in range(4)))
 

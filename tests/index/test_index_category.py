@@ -12,8 +12,8 @@ import pytest
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.index import ItemIndex, build, own_token
-from llmrec.recipe import IndexSection
+from llmrec.index.table import ItemIndex, build, own_token
+from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 
 FILED = {

@@ -22,8 +22,8 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.index import collaborative
 from llmrec.index.collaborative import cluster_qr
-from llmrec.index.index import ItemIndex, build, own_token, token
-from llmrec.recipe import IndexSection
+from llmrec.index.table import ItemIndex, build, own_token, token
+from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 
 

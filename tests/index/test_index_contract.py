@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from llmrec.errors import DataError
 from llmrec.guard import is_item_token
-from llmrec.index.index import ItemIndex, build, own_token, token
-from llmrec.recipe import IndexSection
+from llmrec.index.table import ItemIndex, build, own_token, token
+from llmrec.recipe.schema import IndexSection
 from llmrec.registry import INDEXES
 from llmrec.types import Code, Item
 

@@ -14,8 +14,8 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError
-from llmrec.index.index import ItemIndex, build
-from llmrec.recipe import IndexSection
+from llmrec.index.table import ItemIndex, build
+from llmrec.recipe.schema import IndexSection
 from llmrec.types import Code, Item
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from llmrec.build.indexing import build_index
 from llmrec.errors import DataError
+from llmrec.experiment.indexing import build_index
 from llmrec.guard import is_item_token
-from llmrec.index.index import ItemIndex, build, own_token, user_token
 from llmrec.index.numbers import user_tokens
-from llmrec.recipe import IndexSection
+from llmrec.index.table import ItemIndex, build, own_token, user_token
+from llmrec.recipe.schema import IndexSection
 from llmrec.types import Code, Item
 from tests.index.test_index_plain import histories
 

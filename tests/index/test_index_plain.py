@@ -7,10 +7,10 @@ import pytest
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
-from llmrec.index.index import ItemIndex, build
 from llmrec.index.numbers import user_order
+from llmrec.index.table import ItemIndex, build
 from llmrec.index.titles import title_key
-from llmrec.recipe import IndexSection, Split
+from llmrec.recipe.schema import IndexSection, Split
 from llmrec.types import Item
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llmrec.index.kmeans import Floats, nearest, perplexity, residual_kmeans
 from llmrec.index.rqvae import Network, encode, fit, forward, made
-from llmrec.recipe import RQVAEIndex
+from llmrec.recipe.schema import RQVAEIndex
 
 torch = pytest.importorskip("torch")
 

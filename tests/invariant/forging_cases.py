@@ -18,9 +18,9 @@ from llmrec.data.candidates import draw
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.guard import clean
-from llmrec.index.index import build
-from llmrec.prompts import Template, load_templates
-from llmrec.recipe import (
+from llmrec.index.table import build
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.schema import (
     CandidateSection,
     CtrSection,
     DirectSection,

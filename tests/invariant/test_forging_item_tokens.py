@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.vocabulary import add_item_tokens
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import split
 from llmrec.guard import is_item_token, without_item_tokens
-from llmrec.index.index import ItemIndex, own_token, token, user_token
-from llmrec.prompts import Template, load_templates
-from llmrec.recipe import SequentialSection, Split
+from llmrec.index.table import ItemIndex, own_token, token, user_token
+from llmrec.models.item_tokens import add_item_tokens
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.schema import SequentialSection, Split
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Code, Item, Request
 from tests.conftest import make_tokenizer

@@ -13,17 +13,17 @@ from forging_cases import COUNT, halves, harmless, payloads
 from test_role_forging import encoder, every_tokenizer, marks
 from tokenizer_families import tokenizer_of
 
+from llmrec.answering.requests import Way, rank_requests
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.build.bundle import Bundle
-from llmrec.build.ranking import Way, rank_requests
-from llmrec.data.request_files import open_requests
+from llmrec.data.reading.request_file import open_requests
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError
+from llmrec.experiment.bundle import Bundle
 from llmrec.guard import clean
-from llmrec.index.index import ItemIndex
-from llmrec.prompts import load_templates
-from llmrec.recipe import DirectSection, ModelSection, SequentialSection, TasksSection
+from llmrec.index.table import ItemIndex
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.schema import DirectSection, ModelSection, SequentialSection, TasksSection
 from llmrec.types import Item, Prompt, Ranking, Scores
 
 __all__ = ["encoder"]

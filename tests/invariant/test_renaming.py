@@ -12,12 +12,12 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.backends.hf import HFBackend
-from llmrec.backends.models import load_model, load_tokenizer
+from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
-from llmrec.prompts import load_templates
-from llmrec.recipe import (
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.schema import (
     CtrSection,
     DirectSection,
     ExplanationSection,

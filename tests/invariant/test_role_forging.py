@@ -37,9 +37,9 @@ from tokenizer_families import all_tokens, tokenizer_of
 import llmrec
 from llmrec import guard
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import load_tokenizer, resolve
 from llmrec.guard import clean, control_tokens, neutralise
-from llmrec.recipe import ModelSection
+from llmrec.models.load import load_tokenizer, resolve
+from llmrec.recipe.schema import ModelSection
 from llmrec.types import Message, Prompt, Role, Segment
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
@@ -346,8 +346,8 @@ def test_only_the_encoder_turns_text_into_tokens() -> None:
         # next two read words for vectors and for rows of new tokens: nothing there is asked of a language model. The
         # last makes a tokenizer, whose class is called like the call of one, and reads no text at all.
         if name in (
-            *("backends/encode.py", "build/sample_prompt.py"),
-            *("backends/texts.py", "backends/vocabulary.py", "backends/fresh.py"),
+            *("backends/encode.py", "commands/export/card_facts.py"),
+            *("models/text_encoder.py", "models/item_tokens.py", "models/from_scratch.py"),
         ):
             continue
         for receiver, function, line in _calls(tree):
@@ -361,8 +361,8 @@ def test_prompts_are_made_of_rendered_templates_only() -> None:
     """Segments and turns are made where templates are rendered and where a solved example is closed."""
     # The audit makes segments of what a prompt may not show; they are compared, never asked. A list that is written
     # label by label holds labels alone, and a server is probed with words of our own.
-    makers = {"prompts.py", "tasks/common.py", "backends/encode.py", "build/leaks.py"} | {
-        *("rank/rounds.py", "backends/remote_probe.py"),
+    makers = {"prompts/template.py", "tasks/base.py", "backends/encode.py", "experiment/leaks.py"} | {
+        *("strategies/rounds.py", "backends/server/probe.py"),
     }
     found = {
         name
@@ -371,7 +371,7 @@ def test_prompts_are_made_of_rendered_templates_only() -> None:
         if function in {"Segment", "Message"} and name != "types.py"
     }
     assert found <= makers
-    common = ast.parse((PACKAGE / "tasks" / "common.py").read_text(encoding="utf-8"))
+    common = ast.parse((PACKAGE / "tasks" / "base.py").read_text(encoding="utf-8"))
     making = [
         function.name
         for function in ast.walk(common)
@@ -384,7 +384,7 @@ def test_prompts_are_made_of_rendered_templates_only() -> None:
 
 def test_engines_are_given_ids_and_never_text() -> None:
     """The vLLM engine gets token ids that the encoder made."""
-    text = (PACKAGE / "backends" / "vllm.py").read_text(encoding="utf-8")
+    text = (PACKAGE / "backends" / "vllm" / "backend.py").read_text(encoding="utf-8")
     assert "prompt_token_ids" in text
     for name, tree in _modules():
         if name.startswith("backends/"):

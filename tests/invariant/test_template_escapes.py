@@ -9,7 +9,7 @@ import pytest
 
 from llmrec.errors import RecipeError
 from llmrec.guard import clean
-from llmrec.prompts import Template
+from llmrec.prompts.template import Template
 
 
 def chat(user: str, target: str = "{{ label }}") -> Template:

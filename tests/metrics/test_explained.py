@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.build.evaluation import background_of
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
-from llmrec.evaluate import Protocol, evaluate
+from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.experiment.evaluation import background_of
 from llmrec.metrics.copies import COPIED, alike, copied, library, words_of
 from llmrec.metrics.explained import (
     Background,
@@ -32,7 +32,7 @@ from llmrec.metrics.explained import (
 )
 from llmrec.metrics.signature import better, kind_of
 from llmrec.metrics.stats import interval_of
-from llmrec.recipe import Split
+from llmrec.recipe.schema import Split
 from llmrec.types import Answer, Case, Item, Request, Text, Unparsed
 
 PROTOCOL = Protocol(split="leave_one_out", candidates="none", cutoffs=(1,), resamples=100, seed=0, catalogue=2)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.metrics import ranking, several
+from llmrec.metrics import multi_target as several
+from llmrec.metrics import ranking
 from llmrec.metrics.judged import Judged, Pairs, judge, numbered, place
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 import pytest
 import scipy.stats
-from benchmarks.calibration import KINDS, calibrate, keeps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.benchmarks.calibration import KINDS, calibrate, keeps
 from llmrec.metrics.significance import attainable, detectable, detectable_line, flip_p, over_seeds, signflip
 from llmrec.metrics.stats import Difference, interval, paired, verdict
 
@@ -171,7 +171,7 @@ def test_arms_that_cannot_be_paired_are_errors() -> None:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_equal_arms_are_called_different_no_more_often_than_the_level(kind: str) -> None:
-    """300 A/A comparisons of 30 users; ``python -m tests.benchmarks.calibration`` makes 1,000, and of 1,000 users."""
+    """300 A/A comparisons of 30 users; ``python -m eval.benchmarks.calibration`` makes 1,000, and of 1,000 users."""
     row = calibrate(kind, 30, comparisons=300, resamples=400, bootstraps=False)
     assert keeps(row, slack=3 * math.sqrt(0.05 * 0.95 / 300)), row
     assert row["verdict"] <= min(row["flip_p"], row["flip_interval"])

@@ -105,8 +105,8 @@ class Chain:
 
 def request_lines() -> str:
     """Return a file of requests over the catalogue of the made table."""
-    from llmrec.data.sources import load
-    from llmrec.recipe import DataSection
+    from llmrec.data.sources.table import load
+    from llmrec.recipe.schema import DataSection
 
     ids = list(load(DataSection(source="made-reviews"), seed=0).items)
     rows = []
@@ -139,9 +139,9 @@ def _serve() -> None:
     import transformers.trainer  # noqa: F401
     import trl  # noqa: F401
 
-    import llmrec.build.export
-    import llmrec.build.pipeline
-    import llmrec.build.rank_files
+    import llmrec.commands.export.export
+    import llmrec.commands.rank.run
+    import llmrec.pipeline
     import llmrec.train.sft  # noqa: F401
 
     # What is here stays: without this each collection in a child walks over the libraries' objects, and copies them.

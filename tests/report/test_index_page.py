@@ -14,9 +14,10 @@ import pytest
 
 from llmrec.errors import DataError
 from llmrec.index.diagnostics import diagnose, examples, neighbours
-from llmrec.index.index import ItemIndex, own_token, token
+from llmrec.index.table import ItemIndex, own_token, token
 from llmrec.registry import INDEXES
-from llmrec.report import index_page, index_words, page
+from llmrec.report import index_page, page
+from llmrec.report import index_summary as index_words
 from tests.report.payloads import FORMULAS, SCRIPTS
 from tests.report.test_report_browser import CHROMIUM, _browse, _without_policy
 from tests.report.test_report_page import Tree

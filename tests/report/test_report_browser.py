@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.report.leaderboard import leaderboard
+from llmrec.commands.compare.leaderboard import leaderboard
 from llmrec.report.page import write
 from tests.report.made import hostile_audit, hostile_results, made_results, save_run
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from llmrec.report.marks import best_baseline, has_marks, legend, marks, rule
+from llmrec.report.marks import best_baseline, has_marks, legend, marks, rule, singles, spreads
 from llmrec.report.page import write
 from llmrec.report.results import results_of
 from llmrec.report.table import csv_text
-from llmrec.report.templates import singles, spreads
 
 Save = Callable[[dict[str, Any]], Path]
 TUNED = "sequential/tuned/likelihood/continue-list"

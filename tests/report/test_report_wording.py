@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.evaluate import HEADLINE
+from llmrec.evaluate.predictor import HEADLINE
 from llmrec.report.escape import visible
 from llmrec.report.records import Comparison, Results
 from llmrec.report.results import results_of

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
-from llmrec.backends.openai import OpenAIBackend
-from llmrec.recipe import ServerSection
+from llmrec.backends.server.backend import OpenAIBackend
+from llmrec.recipe.schema import ServerSection
 from llmrec.types import Backend, Completion, Message, Prompt, Segment
 from tests.servers.faulty import answer_to, digest_of
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmrec.backends.vllm import prepare_environment
+from llmrec.backends.vllm.backend import prepare_environment
 
 _START_SECONDS, _END_SECONDS = 240.0, 20.0
 

@@ -12,10 +12,10 @@ import polars as pl
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
-from llmrec.index.index import ItemIndex, token
-from llmrec.prompts import Template
-from llmrec.prompts import load_templates as read_templates
-from llmrec.recipe import (
+from llmrec.index.table import ItemIndex, token
+from llmrec.prompts.template import Template
+from llmrec.prompts.template import load_templates as read_templates
+from llmrec.recipe.schema import (
     AlignmentSection,
     CandidateSection,
     CtrSection,

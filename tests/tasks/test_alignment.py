@@ -21,11 +21,11 @@ from task_data import (
 )
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.vocabulary import add_item_tokens
 from llmrec.errors import DataError, RecipeError
-from llmrec.prompts import Template
-from llmrec.prompts import load_templates as read_templates
-from llmrec.recipe import AlignmentSection, SequentialSection
+from llmrec.models.item_tokens import add_item_tokens
+from llmrec.prompts.template import Template
+from llmrec.prompts.template import load_templates as read_templates
+from llmrec.recipe.schema import AlignmentSection, SequentialSection
 from llmrec.tasks.alignment import AlignmentTask
 from llmrec.tasks.held_items import draw_held, hold_out, request_name
 from llmrec.tasks.sequential import SequentialTask

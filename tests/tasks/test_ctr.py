@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from task_data import HOSTILE, example_text, load_templates, make_dataset, make_task, prompt_text, targets
 
-from llmrec.baselines.liked import LikeRatio
+from llmrec.baselines.yes_no import LikeRatio
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
-from llmrec.evaluate import Evaluated, Protocol, evaluate
-from llmrec.prompts import Template
-from llmrec.recipe import CtrSection, Split
+from llmrec.evaluate.predictor import Evaluated, Protocol, evaluate
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import CtrSection, Split
 from llmrec.tasks.ctr import CtrTask, read_choice
 from llmrec.tasks.pool import pool
 from llmrec.types import Answer, Case, Event, Item, Probability, Request, Unparsed

@@ -25,10 +25,10 @@ from task_data import (
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
-from llmrec.data.tallies import Tallies, Tally
+from llmrec.data.stats import Tallies, Tally
 from llmrec.errors import RecipeError
-from llmrec.prompts import Template
-from llmrec.recipe import RatingSection, Split
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import RatingSection, Split
 from llmrec.tasks.rating import RatingTask
 from llmrec.types import Example, Item, Request
 

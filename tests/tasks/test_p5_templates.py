@@ -22,13 +22,12 @@ from task_data import (
 )
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.data.split import SplitDataset
-from llmrec.data.written import written
+from llmrec.data.split import SplitDataset, written
 from llmrec.errors import DataError, RecipeError
-from llmrec.prompts import Template
-from llmrec.prompts import load_templates as read_templates
-from llmrec.rank.asking import Asker
-from llmrec.rank.pointwise import LikelihoodRanker, YesRanker
+from llmrec.prompts.template import Template
+from llmrec.prompts.template import load_templates as read_templates
+from llmrec.strategies.asking import Asker
+from llmrec.strategies.pointwise import LikelihoodRanker, YesRanker
 from llmrec.tasks.direct_answers import asks_for, fits, reader_of
 from llmrec.tasks.rating import learned_only
 from llmrec.types import Example, Probability, Ranking, Request

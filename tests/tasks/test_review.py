@@ -12,12 +12,11 @@ import pytest
 from task_data import CLASSES, asking, example_text, prompt_text, targets
 
 from llmrec.data.dataset import Review
-from llmrec.data.sources import load
-from llmrec.data.split import SplitDataset, split
-from llmrec.data.written import written
+from llmrec.data.sources.table import load
+from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError, RecipeError
-from llmrec.prompts import Template, load_templates
-from llmrec.recipe import DataSection, Split
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.schema import DataSection, Split
 from llmrec.types import Case, Rating, Request, Text
 from tests.review_files import HOSTILE, marks, records, write
 

@@ -16,9 +16,9 @@ from task_data import CLASSES, EVERY
 from llmrec.data.candidates import draw
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
-from llmrec.index.index import ItemIndex, token
-from llmrec.prompts import load_templates
-from llmrec.recipe import CandidateSection, Split
+from llmrec.index.table import ItemIndex, token
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.schema import CandidateSection, Split
 from llmrec.tasks.direct_answers import asks_for, reader_of
 from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.tasks.rating import learned_only

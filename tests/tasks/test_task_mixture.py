@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from task_data import make_task, mixture
 
 from llmrec.errors import RecipeError
-from llmrec.recipe import TrainSection
+from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.mixture import shares
 from llmrec.types import Example
 

@@ -359,7 +359,7 @@ def test_too_few_items_for_negatives() -> None:
 def test_list_templates_are_refused_where_one_answer_is_asked(family: str) -> None:
     from task_data import CLASSES
 
-    from llmrec.prompts import Template
+    from llmrec.prompts.template import Template
 
     task, section = CLASSES[family]
     wrong = Template(family=family, name="x", version=1, use="seen", shape="list", user="u", target="t", tail="\n")
@@ -379,7 +379,7 @@ def test_list_templates_are_refused_where_one_answer_is_asked(family: str) -> No
 def test_a_question_cannot_show_its_answer(family: str, user: str, target: str) -> None:
     from task_data import CLASSES
 
-    from llmrec.prompts import Template
+    from llmrec.prompts.template import Template
 
     task, section = CLASSES[family]
     template = Template(family=family, name="x", version=1, use="seen", shape="chat", user=user, target=target)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llmrec.backends.encode import IGNORED, Encoder, Row
-from llmrec.backends.models import load_model, load_tokenizer
-from llmrec.build.study import build_study
-from llmrec.build.training import plan_training
-from llmrec.recipe import ModelSection, TrainSection
-from llmrec.recipe_file import load_recipe
+from llmrec.experiment.study import build_study
+from llmrec.experiment.training import plan_training
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train.batches import fit_row
 from llmrec.train.loss import packed_loss
 from llmrec.train.packing import bins, stack, tree

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from llmrec.backends.encode import Encoder, Row
-from llmrec.build.study import Study, build_study
-from llmrec.build.training import plan_training
 from llmrec.errors import DataError, RecipeError
-from llmrec.recipe_file import load_recipe
+from llmrec.experiment.study import Study, build_study
+from llmrec.experiment.training import plan_training
+from llmrec.recipe.load import load_recipe
 from llmrec.train.branches import Branching, branching_rows
 from tests.conftest import make_tokenizer
 from tests.tasks.task_data import make_split, make_task

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.hf import HFBackend
-from llmrec.backends.models import load_model, load_tokenizer
-from llmrec.backends.vocabulary import add_item_tokens, extended
+from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import ModelError
-from llmrec.index.index import ItemIndex, token
-from llmrec.recipe import LoraSection, ModelSection, TrainSection
+from llmrec.index.table import ItemIndex, token
+from llmrec.models.item_tokens import add_item_tokens, extended
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss
@@ -231,7 +231,7 @@ def test_a_trained_token_comes_out_of_transformers(merged: tuple[Path, Encoder])
 @pytest.mark.vllm
 def test_a_trained_token_comes_out_of_vllm(merged: tuple[Path, Encoder]) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from llmrec.backends.vllm import VLLMBackend
+    from llmrec.backends.vllm.backend import VLLMBackend
 
     backend = VLLMBackend(str(merged[0]), merged[1], dtype="float32")
     try:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llmrec.backends.encode import Encoder, Row
-from llmrec.backends.models import load_model, load_tokenizer
-from llmrec.backends.vocabulary import extended
-from llmrec.recipe import LoraSection, ModelSection, TrainSection
+from llmrec.models.item_tokens import extended
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rating import Scale
 from llmrec.train import lora, sft
 from llmrec.train.batches import Step, plan

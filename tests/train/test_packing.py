@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import IGNORED, Encoder, Row
-from llmrec.backends.masks import takes_block_mask
-from llmrec.backends.models import load_model, load_tokenizer
 from llmrec.errors import RecipeError
-from llmrec.recipe import LoraSection, ModelSection, TrainSection
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.models.traits import takes_block_mask
+from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import Step, padded, plan
 from llmrec.train.loss import block_mask, label_loss, packed_loss

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from llmrec.backends.encode import IGNORED, Encoder, Row
-from llmrec.backends.models import load_model, load_tokenizer, weights_stamp
-from llmrec.backends.rating_head import (
+from llmrec.errors import ModelError
+from llmrec.models.load import load_model, load_tokenizer, weights_stamp
+from llmrec.models.rating_head import (
     CONFIG,
     WEIGHTS,
     HeadShape,
@@ -25,15 +26,13 @@ from llmrec.backends.rating_head import (
     save_head,
     standardise,
 )
-from llmrec.errors import ModelError
-from llmrec.recipe import LoraSection, ModelSection, TrainSection
+from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rating import Scale
 from llmrec.train import lora, sft
-from llmrec.train.batches import Step, plan
+from llmrec.train.batches import Classes, Step, plan
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.rating_head import HeadLoss, attach
-from llmrec.train.rating_rows import Classes
 from llmrec.types import Example, Message, Segment
 from tests.conftest import make_tokenizer
 

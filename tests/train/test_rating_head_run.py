@@ -11,13 +11,14 @@ import pytest
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
-from llmrec.backends.models import weights_stamp
-from llmrec.backends.rating_head import CONFIG, WEIGHTS, load_head
-from llmrec.build import export, pipeline
+from llmrec import pipeline
+from llmrec.commands.export import export
 from llmrec.errors import RecipeError
-from llmrec.evaluate import Protocol, evaluate
-from llmrec.recipe import Recipe
-from llmrec.recipe_file import load_recipe
+from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.models.load import weights_stamp
+from llmrec.models.rating_head import CONFIG, WEIGHTS, load_head
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
 from llmrec.types import Answer, Case, Rating, Request, Unparsed
 
 SMALL = (
@@ -81,7 +82,7 @@ def test_a_second_run_trains_nothing_and_a_changed_head_is_noticed(
     def refused(*args: Any, **options: Any) -> None:
         raise AssertionError("it trained again")
 
-    monkeypatch.setattr("llmrec.build.training._train", refused)
+    monkeypatch.setattr("llmrec.experiment.training._train", refused)
     again = pipeline.run(recipe(llama_folder), ran.folder, quiet=True)
     assert [row["metrics"] for row in again.results["rows"]] == [row["metrics"] for row in ran.results["rows"]]
     # What counts as liked is a matter of evaluation alone.

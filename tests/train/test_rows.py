@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llmrec.backends.encode import IGNORED, Encoder, Row
-from llmrec.backends.models import load_model, load_tokenizer
-from llmrec.recipe import ModelSection
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.recipe.schema import ModelSection
 from llmrec.train.batches import Step, fit_row, padded, plan
 from llmrec.train.loss import label_loss
 from llmrec.types import Example, Message, Prompt, Segment

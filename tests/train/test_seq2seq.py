@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from llmrec.backends.encode import IGNORED, Encoder, Row
-from llmrec.backends.fresh import byte_tokenizer, write
-from llmrec.backends.hf import HFBackend
-from llmrec.backends.models import load_model, load_tokenizer
-from llmrec.backends.vocabulary import extended
+from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import RecipeError
-from llmrec.index.index import ItemIndex, token
-from llmrec.prompts import load_templates
-from llmrec.recipe import LoraSection, ModelSection, SequentialSection, ShapeSection, Split, TrainSection
+from llmrec.index.table import ItemIndex, token
+from llmrec.models.from_scratch import byte_tokenizer, write
+from llmrec.models.item_tokens import extended
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.schema import LoraSection, ModelSection, SequentialSection, ShapeSection, Split, TrainSection
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan

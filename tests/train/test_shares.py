@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llmrec.backends.encode import IGNORED, Row
-from llmrec.backends.models import load_model
-from llmrec.recipe import ModelSection
+from llmrec.models.load import load_model
+from llmrec.recipe.schema import ModelSection
 from llmrec.tasks.mixture import interleave
 from llmrec.train.batches import Step, plan
 from llmrec.train.loss import label_loss, packed_loss

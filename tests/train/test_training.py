@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.models import load_model, load_tokenizer
 from llmrec.errors import RecipeError
-from llmrec.recipe import LoraSection, ModelSection, TrainSection
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.types import Example, Message, Segment

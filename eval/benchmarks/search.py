@@ -1,0 +1,257 @@
+"""Times the search of a catalogue, and the scores of candidates, beside the usual ways with transformers.
+
+``python -m eval.benchmarks.search eval/results/search.json``. Both sides use the same made model, of 41 million random
+weights, and the same threads, alternately in one process; the minimum and the median of the rounds are kept, and a goal
+is met only if both meet it. Random weights are right for speed and say nothing of quality.
+
+- beam: 8 users, prompts of 200 tokens, 10,000 codes of 4 tokens that part at every token, 20 beams; beside ``generate``
+  with a prefix function, and beside plain forwards over no more tokens than any exact search must read.
+- scoring: 100 candidates of one user, beside a forward for each.
+- warm: a user with one new event, beside the same search with nothing kept from before.
+- catalogue: making the tree of a million items, and what a step of the search costs over ten thousand and a million.
+- exact: how often 20 beams come with a proof, and how many it takes otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Threads that wait for each other give their core away: on a busy machine spinning costs ten times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from eval.benchmarks import search_peers as peers
+from eval.benchmarks.search_alone import FIRST, made_codes, measure_catalogue, measure_exact
+from eval.benchmarks.timing import alternated, faster, summary, within
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.backends.hf.tree import MaskedTree
+from llmrec.decode.beam import beam
+from llmrec.decode.token_tree import Catalogue
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+from llmrec.models.load import cpu_has_bf16, quiet_libraries
+from llmrec.types import Found
+
+ROUNDS, USERS, PROMPT, WIDTH, CANDIDATES = 3, 8, 200, 20, 100
+HISTORIES, EVENT, FEW, WARM_ROUNDS = (220, 440, 880), 4, 10, 9
+OURS, LIMIT, GENERATE = "llmrec", "plain forwards, as many tokens", "transformers generate, dict trie"
+COLD, STEPS = "nothing kept", "plain forwards"
+EACH, EACH_SHORT = "a forward a candidate", "a forward a candidate, few logits"
+
+
+def made_model(dtype: torch.dtype) -> Any:
+    """Return the model of these measurements."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=33_024,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config).eval().to(dtype)
+
+
+def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Ordinary tokens by chance."""
+    found: list[list[int]] = np.random.default_rng(seed).integers(0, FIRST, (count, length)).tolist()
+    return found
+
+
+def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
+    """A search of a batch, beside ``generate`` and beside the tokens that no exact search can do without."""
+    codes, asked = made_codes(), prompts(USERS, PROMPT)
+    tree, trie = Catalogue.of(codes), peers.Trie(codes)
+    engine = MaskedTree(model, 0)
+    beam(engine, tree, asked, k=WIDTH, width=WIDTH)
+    behind = sum(min(WIDTH, end - start) for start, end in itertools.pairwise(tree.starts[1:-1]))
+    assert engine.tokens == USERS * (PROMPT + behind), "no more tokens than the limit"
+    ways: dict[str, Callable[[], Any]] = {
+        OURS: lambda: beam(MaskedTree(model, 0), tree, asked, k=WIDTH, width=WIDTH),
+        LIMIT: lambda: plain_forwards(model, asked, behind),
+        GENERATE: lambda: peers.generate(model, trie, asked, width=WIDTH, length=tree.depth),
+    }
+    seconds, given = alternated(ROUNDS, ways)
+    exact = (
+        beam(MaskedTree(precise, 0), tree, asked[:2], k=WIDTH, width=WIDTH),
+        peers.generate(precise, trie, asked[:2], width=WIDTH, length=tree.depth),
+    )
+    return {
+        "what": f"{USERS} users, prompts of {PROMPT} tokens, {len(codes):,} codes of {tree.depth} tokens that part at "
+        f"every token, {WIDTH} beams and as many items, in one batch.",
+        "seconds": seconds,
+        "work": {"tokens": engine.tokens, "forwards": engine.forwards, "head_rows": engine.head_rows},
+        "tokens_of_generate": USERS * WIDTH * (PROMPT + tree.depth - 1),
+        "agreement": agreement(codes, given[OURS], given[GENERATE]),
+        "agreement_in_float32": agreement(codes, *exact),
+        "goals": {
+            "generate": faster(seconds, GENERATE, OURS, 8.0) | {"what": "times faster than generate"},
+            "limit": within(seconds, OURS, LIMIT, 2.5) | {"what": "times as long as plain forwards over its tokens"},
+        },
+    }
+
+
+def agreement(
+    codes: Sequence[peers.Path], ours: Sequence[Found], theirs: Sequence[dict[peers.Path, float]]
+) -> dict[str, float]:
+    """How many items both lists hold, and how far their scores are apart."""
+    shared, apart = [], 0.0
+    for mine, other in zip(ours, theirs, strict=True):
+        scores = {codes[item]: value for item, value in zip(mine.items, mine.scores, strict=True)}
+        both = scores.keys() & other.keys()
+        shared.append(len(both) / len(scores))
+        apart = max(apart, *(abs(scores[path] - other[path]) for path in both))
+    return {"shared_items": statistics.mean(shared), "largest_difference_nats": apart}
+
+
+def plain_forwards(model: Any, asked: Sequence[Sequence[int]], behind: int) -> None:
+    """Plain causal forwards over as many tokens and rows of logits as an exact search cannot do without."""
+    rows = torch.tensor([[*prompt, *prompt[:behind]] for prompt in asked])
+    with torch.inference_mode():
+        hidden = model.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state
+        for part in hidden[:, -behind - 1 :].flatten(0, 1).split(256):
+            model.get_output_embeddings()(part).float().logsumexp(-1)
+
+
+class TokenIds:
+    """Stands in for an encoder: prompts and candidates are token ids already."""
+
+    def prompt(self, prompt: Any) -> list[int]:
+        return list(prompt)
+
+    def continuations(self, prompt: Any, ids: Any, texts: Any, *, closed: bool) -> list[tuple[int, ...]]:
+        return [tuple(text) for text in texts]
+
+
+def measure_scoring(model: Any, precise: Any) -> dict[str, Any]:
+    """The likelihood of candidates, beside a forward for each."""
+    codes, dice = made_codes(), np.random.default_rng(1)
+    (asked,) = prompts(1, PROMPT, seed=1)
+    tails = [codes[n] for n in dice.choice(len(codes), CANDIDATES, replace=False)]
+
+    def ours(model: Any) -> Any:
+        backend = HFBackend(model, TokenIds(), packed=True)  # type: ignore[arg-type]
+        return backend.score([asked], [tails])[0].logprobs  # type: ignore[list-item]
+
+    ours(model)
+    ways: dict[str, Callable[[], Any]] = {
+        OURS: lambda: ours(model),
+        EACH: lambda: peers.score(model, asked, tails),
+        EACH_SHORT: lambda: peers.score(model, asked, tails, all_logits=False),
+    }
+    seconds, given = alternated(ROUNDS, ways)
+    exact = (ours(precise), peers.score(precise, asked, tails, all_logits=False))
+    return {
+        "what": f"{CANDIDATES} candidates of {len(tails[0])} tokens for one user, a prompt of {PROMPT} tokens.",
+        "seconds": seconds,
+        "largest_difference_nats": difference(given[OURS], given[EACH]),
+        "largest_difference_nats_in_float32": difference(*exact),
+        "goals": {"each": faster(seconds, EACH, OURS, 20.0) | {"what": "times faster than a forward a candidate"}},
+    }
+
+
+def difference(one: Sequence[float], two: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))
+
+
+def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
+    """A search behind a prompt that grew by an event, beside one from nothing."""
+    found, goals, same = {}, {}, []
+    for length in HISTORIES:
+        spent: dict[str, list[float]] = {OURS: [], COLD: [], STEPS: []}
+        for _ in range(WARM_ROUNDS):
+            (_, fast), (_, slow) = warm_and_cold(model, length)
+            for name, seconds in ((OURS, fast), (COLD, slow), (STEPS, plain_steps(model, length))):
+                spent[name].append(seconds)
+        (warm, _), (cold, _) = warm_and_cold(precise, length)
+        same.append(warm.items == cold.items)
+        found[str(length)] = {name: summary(values) for name, values in spent.items()}
+        goals[str(length)] = faster(found[str(length)], COLD, OURS, 3.0) | {
+            "what": f"times faster than with nothing kept, after a prompt of {length} tokens"
+        }
+    return {
+        "what": f"One user, one new event of {EVENT} tokens, 10,000 codes of 4 tokens, {FEW} beams.",
+        "seconds": found,
+        "same_lists_in_float32": all(same),
+        "goals": goals,
+    }
+
+
+def warm_and_cold(model: Any, length: int) -> list[tuple[Found, float]]:
+    """Search behind a prompt with and without having read its beginning; each list with its seconds."""
+    tree, kept = Catalogue.of(made_codes()), MaskedTree(model, 0, warm=True)
+    (grown,) = prompts(1, length + EVENT, seed=length)
+    beam(kept, tree, [grown[:length]], k=FEW, width=FEW)
+    found = []
+    for engine in (kept, MaskedTree(model, 0)):
+        begin = time.perf_counter()
+        (result,) = beam(engine, tree, [grown], k=FEW, width=FEW)
+        found.append((result, time.perf_counter() - begin))
+    return found
+
+
+def plain_steps(model: Any, length: int) -> float:
+    """Return the seconds of plain forwards over as many tokens as a warm search reads, one after the other."""
+    (prompt,) = prompts(1, length)
+    with torch.inference_mode():
+        cache = model.get_decoder()(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values
+        begin = time.perf_counter()
+        for count, asked in ((EVENT, 1), (FEW, FEW), (FEW, FEW), (FEW, FEW)):
+            rows = torch.tensor([prompt[:count]])
+            hidden = model.get_decoder()(input_ids=rows, past_key_values=cache, use_cache=True).last_hidden_state
+            model.get_output_embeddings()(hidden[0, -asked:]).float().logsumexp(-1)
+        return time.perf_counter() - begin
+
+
+def main(target: Path) -> None:
+    """Measure and write."""
+    quiet_libraries()
+    begin = time.perf_counter()
+    model = made_model(torch.bfloat16 if cpu_has_bf16() else torch.float32)
+    precise = made_model(torch.float32)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "beam": lambda: measure_beam(model, precise),
+        "scoring": lambda: measure_scoring(model, precise),
+        "warm": lambda: measure_warm(model, precise),
+        "catalogue": measure_catalogue,
+        "exact": measure_exact,
+    }
+    sections = {}
+    for name, measure in parts.items():
+        before = os.getloadavg()[0]
+        sections[name] = measure() | {"load": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)}}
+        for each in sections[name]["goals"].values():
+            figures = ", ".join(f"{value:.2f}" for value in each["found"].values())
+            sys.stdout.write(f"{name}: {figures} {each['what']}, {'met' if each['met'] else 'NOT met'}\n")
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    result = {
+        "command": "python -m eval.benchmarks.search eval/results/search.json",
+        "what": "search of a catalogue and scores of candidates with transformers",
+        "rounds": {"warm": WARM_ROUNDS, "others": ROUNDS},
+        "model": f"{size:.0f} million random weights, {str(model.dtype).removeprefix('torch.')}",
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - begin,
+        "sections": sections,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(target, result)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

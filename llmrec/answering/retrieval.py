@@ -1,0 +1,129 @@
+"""Candidates for requests that bring none: the best of a classic recommender over a run's own data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from llmrec.answering.questions import NOBODY
+from llmrec.baselines.retrieve import best, shuffled
+from llmrec.data.requests import Past, RankRequest
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError
+from llmrec.experiment.bundle import Bundle
+from llmrec.experiment.study import load_tables
+from llmrec.prompts.template import clean
+from llmrec.recipe.load import load_recipe
+from llmrec.registry import BASELINES, lookup
+from llmrec.types import CatalogueScorer, Event, Item, Request
+
+# What retrieves where nothing in the history is known: it needs no history.
+_FALLBACK = "popularity"
+_NAMED = 3
+
+
+def training_data(bundle: Bundle) -> SplitDataset:
+    """Return a run's data as its training saw it.
+
+    Raises:
+        DataError: If the model is no run, or its data cannot be read.
+    """
+    if bundle.run is None:
+        raise DataError(
+            f"--retrieve learns from the interactions of a run, and {bundle.folder} carries none; name the run folder "
+            "with --model, or give each request its candidates"
+        )
+    recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+    try:
+        return load_tables(recipe)[0]
+    except DataError as error:
+        raise DataError(f"{error}. This is the data of the run {bundle.run}, which --retrieve learns from") from None
+
+
+class Retriever:
+    """Retrieves candidates from a request's history; it is fitted when the first request needs it.
+
+    Args:
+        name: A baseline that ranks; see `llmrec.baselines.retrieve.check_retriever`.
+        data: What it learns from; held-out interactions stay out.
+        items: The catalogue that requests name items of, whose texts go before those of the data.
+        count: Candidates a request; fewer where the history leaves fewer.
+        seed: Of the baseline, and of the order in which candidates stand.
+    """
+
+    def __init__(self, name: str, data: SplitDataset, items: Mapping[str, Item], *, count: int, seed: int) -> None:
+        self.name, self.count = name, count
+        self._data, self._items, self._seed = data, items, seed
+        self._models: dict[str, CatalogueScorer] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what is retrieved from a history."""
+        return {"retriever": self.name, "k": self.count, "data": self._data.fingerprint, "seed": self._seed}
+
+    def fill(self, requests: Sequence[RankRequest]) -> list[RankRequest]:
+        """Give candidates to the requests that have none, in order; one whose history holds every item stays empty.
+
+        Items of the history are left out, and the order is a shuffle by a hash of the request's id, so that it does not
+        tell the retriever's.
+        """
+        known = {n: self._known(request) for n, request in enumerate(requests) if not request.candidates}
+        filled = list(requests)
+        for cold, name in ((False, self.name), (True, _FALLBACK)):
+            places = [n for n, (events, _) in known.items() if cold == (not events)]
+            if not places:
+                continue
+            asked = [Request(id=requests[n].id, user_id=NOBODY, history=known[n][0]) for n in places]
+            for n, found in zip(places, best(self._fitted(name), asked, self.count), strict=True):
+                filled[n] = self._filled(requests[n], found, known[n][1], cold=cold)
+        return filled
+
+    def _filled(self, request: RankRequest, found: Sequence[str], strange: Sequence[str], *, cold: bool) -> RankRequest:
+        order = shuffled(found, request.id, self._seed)
+        notes = list(request.notes)
+        if strange:
+            notes.append(f"retrieval: left aside, unknown to the run's data: {_some(strange)}")
+        if cold:
+            notes.append("retrieval: no known item in the history, so the most popular items are the candidates")
+        items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in order)
+        return replace(request, candidates=items, retrieved=len(items), notes=tuple(notes))
+
+    def _known(self, request: RankRequest) -> tuple[tuple[Event, ...], list[str]]:
+        """Return the events of a history whose items the data has, under its ids, and the names of the others."""
+        events: list[Event] = []
+        strange: dict[str, None] = {}
+        for past in request.history:
+            item = self._called(past, request)
+            if item is None:
+                strange.setdefault(past.item.item_id)
+            else:
+                events.append(Event(item_id=item, rating=past.rating, timestamp=past.timestamp))
+        return tuple(events), list(strange)
+
+    def _called(self, past: Past, request: RankRequest) -> str | None:
+        """Return what the data calls an item: by its id, or by its title where only one item has that."""
+        if past.item.item_id not in request.titled and past.item.item_id in self._data.dataset.items:
+            return past.item.item_id
+        return self._by_title.get(past.item.title)
+
+    @cached_property
+    def _by_title(self) -> Mapping[str, str | None]:
+        found: dict[str, str | None] = {}
+        for item_id, item in self._data.dataset.items.items():
+            title = clean(item.title)
+            found[title] = None if title in found else item_id
+        return found
+
+    def _fitted(self, name: str) -> CatalogueScorer:
+        if name not in self._models:
+            model = lookup(BASELINES, name, "baseline")(seed=self._seed)
+            model.fit(self._data)
+            self._models[name] = model
+        return self._models[name]
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:60]) for name in names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

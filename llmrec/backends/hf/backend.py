@@ -1,0 +1,422 @@
+"""The transformers backend: exact candidate scores in one masked forward a prompt, batched greedy decoding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.hf.bodies import reads_states, states_of, takes_trees
+from llmrec.backends.hf.prefix import BLOCK, PrefixReader
+from llmrec.backends.hf.rows import PlainTree
+from llmrec.backends.hf.tree import MaskedTree
+from llmrec.backends.search import search, single_token_labels
+from llmrec.decode.beam import Fed, TreeEngine, Wanted
+from llmrec.errors import BackendError, require
+from llmrec.models.rating_head import RatingHead, last_states
+from llmrec.models.traits import chosen_logprobs, is_paired, takes_block_mask
+from llmrec.types import Capability, Completion, Found, Prompt, Read, Scores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+# Rows of logits that are turned into float32 at a time.
+_ROWS = 256
+
+
+class HFBackend:
+    """A causal language model or an encoder-decoder in transformers.
+
+    Args:
+        model: The loaded model, in any dtype, on any device.
+        encoder: Its tokenizer and chat template.
+        batch_tokens: Upper bound on the padded tokens of one forward.
+        packed: Score all candidates of a prompt in one forward under a block mask. Models with sliding windows or
+            recurrent layers, and encoder-decoders other than T5, cannot take such a mask and are scored one row per
+            candidate instead.
+        warm: A search for one prompt goes on from the search before it, as far as both prompts begin alike: for servers
+            that ask about the same user again. Sums then differ in their last bits from those of a search by itself.
+        head: The rating head that was trained with the model, if one was.
+    """
+
+    name = "hf"
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed", "search", "rate"})
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: Encoder,
+        *,
+        batch_tokens: int = 4096,
+        packed: bool | None = None,
+        warm: bool = False,
+        head: RatingHead | None = None,
+    ) -> None:
+        self._torch = require("torch", "train")
+        self.model = model.eval()
+        self.model.generation_config = self._greedy(model.generation_config, encoder)
+        self.encoder = encoder
+        self.batch_tokens = batch_tokens
+        _say_what_scales(model.config, encoder.max_length)
+        self._paired = is_paired(model.config)
+        reads = takes_trees(model) if self._paired else takes_block_mask(model.config)
+        self.packed = reads if packed is None else packed
+        self._proven = packed is not None
+        self._tree: Any = None
+        self._prefixes: Any = None if self._paired else PrefixReader(self.model)
+        self._warm = warm
+        self._head = head.to(model.device) if head is not None else None
+
+    def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+        """Decode greedily, in batches of similar length; see `Backend.generate`."""
+        encoded = [self.encoder.prompt(prompt) for prompt in prompts]
+        answers: list[Completion | None] = [None] * len(prompts)
+        for stop in {prompt.stop for prompt in prompts}:
+            chosen = [i for i, prompt in enumerate(prompts) if prompt.stop == stop]
+            for batch in self._batches([len(encoded[i]) + max_tokens for i in chosen]):
+                rows = [chosen[j] for j in batch]
+                for i, completion in zip(rows, self._decode([encoded[i] for i in rows], stop, max_tokens), strict=True):
+                    answers[i] = completion
+        return [answer for answer in answers if answer is not None]
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> list[Scores]:
+        """Score candidates exactly in the full vocabulary; see `Backend.score`."""
+        encoded = [self.encoder.prompt(prompt) for prompt in prompts]
+        scores: list[Scores | None] = [None] * len(prompts)
+        # Prompts that begin alike stand together, so that what they share is read once.
+        for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
+            prompt, texts, ids = prompts[i], candidates[i], encoded[i]
+            tails = self.encoder.continuations(prompt, ids, texts, closed=closed)
+            labels = None if self._paired else single_token_labels(tails)
+            if labels is not None:
+                logprobs, engine = self._score_labels(ids + list(labels.shared), labels.distinct), "hf:one-token"
+            elif self._may_pack(ids, tails):
+                logprobs, engine = self._score_packed(ids, tails), "hf:tree"
+            else:
+                logprobs, engine = self._score_rows(ids, tails), "hf:rows"
+            lengths = tuple(1 if labels else len(tail) for tail in tails)
+            scores[i] = Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine)
+        return [each for each in scores if each is not None]
+
+    def search(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        *,
+        k: int,
+        width: int,
+        excluded: Sequence[Sequence[int]] = (),
+        exact: bool = False,
+    ) -> list[Found]:
+        """Search a catalogue, in batches of similar length; see `Backend.search`."""
+        tree = self._reads_trees()
+        if self._tree is None:
+            pad, warm = self.encoder.tokenizer.pad_token_id, self._warm and not self._paired
+            self._tree = MaskedTree(self.model, pad, warm=warm) if tree else self._rows_tree()
+        return search(
+            lambda: self._tree,
+            self.encoder,
+            prompts,
+            texts,
+            k=k,
+            width=width,
+            excluded=excluded,
+            exact=exact,
+            engine="hf:tree" if tree else "hf:rows",
+            batch_tokens=self.batch_tokens,
+        )
+
+    def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
+        """Read ratings in batches of similar length, one forward each; see `HeadBackend.rate`."""
+        if self._head is None:
+            raise BackendError(
+                "this model has no rating head: it was not tuned with tasks.rating.head; drop 'head' from "
+                "tasks.rating.strategies, or tune it so"
+            )
+        torch, encoded = self._torch, [self.encoder.prompt(prompt) for prompt in prompts]
+        found: list[Read | None] = [None] * len(prompts)
+        for batch in self._batches([len(ids) for ids in encoded]):
+            ids, mask = self._left_padded([encoded[i] for i in batch])
+            with torch.inference_mode():
+                values = self._head.ratings(last_states(self.model, ids, mask))
+            for i, value in zip(batch, values, strict=True):
+                found[i] = Read(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
+        return [read for read in found if read is not None]
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the mean of the last hidden states over each text's tokens, shape (n, hidden size)."""
+        torch = self._torch
+        vectors = np.zeros((len(texts), self.model.config.get_text_config().hidden_size), dtype=np.float32)
+        for i, text in enumerate(texts):
+            ids = torch.tensor([self.encoder.piece(text)], device=self.model.device)
+            with torch.inference_mode():
+                if self._paired:
+                    hidden = self.model.get_encoder()(input_ids=ids).last_hidden_state
+                else:
+                    hidden = self.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+            vectors[i] = hidden[0].float().mean(dim=0).cpu().numpy()
+        return vectors
+
+    def close(self) -> None:
+        """Drop the model."""
+        self.model = self._tree = self._prefixes = None
+
+    def _greedy(self, stored: Any, encoder: Encoder) -> Any:
+        """Return settings of plain greedy decoding, which keep of those stored with a model only where answers begin.
+
+        What else a folder's generation_config.json asks for, such as beams, penalties or suppressed tokens, would
+        change answers here and not in other engines.
+        """
+        transformers = require("transformers", "train")
+        begins = ("bos_token_id", "decoder_start_token_id")
+        return transformers.GenerationConfig(
+            **{name: getattr(stored, name, None) for name in begins},
+            do_sample=False,
+            eos_token_id=sorted(encoder.stop_ids),
+            pad_token_id=encoder.tokenizer.pad_token_id,
+        )
+
+    def _reads_trees(self) -> bool:
+        """Whether trees of tokens may be read in one row; proven as in `_may_pack`, with two short texts."""
+        if self.packed and not self._proven:
+            some = [self.encoder.piece(text) for text in ("one two", "three")]
+            self._may_pack(list(self.encoder.piece("a b c")), some)
+        return self.packed and takes_trees(self.model)
+
+    def _may_pack(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> bool:
+        """Whether packed scores may be used; proven once a model against plain rows, since a mask may be ignored."""
+        if self.packed and not self._proven and len(tails) > 1:
+            some = tails[-2:]
+            pairs = zip(self._score_packed(ids, some), self._score_rows(ids, some), strict=True)
+            loose = self.model.dtype != self._torch.float32
+            self.packed = all(abs(a - b) <= (1.0 + 0.02 * abs(b) if loose else 0.01) for a, b in pairs)
+            self._proven = True
+            if not self.packed:
+                log.warning("this model ignores block masks: candidates are scored one by one")
+        return self.packed
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group indices by length, so that padding stays small and a batch stays within ``batch_tokens``."""
+        batches: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+            if batches and (len(batches[-1]) + 1) * lengths[i] <= self.batch_tokens:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    def _decode(self, prompts: list[list[int]], stop: str | None, max_tokens: int) -> list[Completion]:
+        torch, tokenizer = self._torch, self.encoder.tokenizer
+        rows, mask = self._left_padded(prompts)
+        options: dict[str, Any] = {"stop_strings": [stop], "tokenizer": tokenizer} if stop is not None else {}
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=rows,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                **options,
+            )
+        # What an encoder-decoder writes holds no prompt, and begins with the decoder's start token.
+        begin = 1 if self._paired else rows.shape[1]
+        return [
+            self.encoder.completion(row[begin:].tolist(), stop, len(ids))
+            for row, ids in zip(output, prompts, strict=True)
+        ]
+
+    def _left_padded(self, prompts: Sequence[list[int]]) -> tuple[Any, Any]:
+        """Return prompts that end in the same column, those of an encoder that begin in it, and where tokens are."""
+        torch, longest = self._torch, max(map(len, prompts))
+        rows = torch.full((len(prompts), longest), self.encoder.tokenizer.pad_token_id, device=self.model.device)
+        mask = torch.zeros_like(rows)
+        for row, ids in enumerate(prompts):
+            # A decoder goes on at the prompt's end; an encoder counts places from the prompt's beginning.
+            place = slice(0, len(ids)) if self._paired else slice(longest - len(ids), longest)
+            rows[row, place] = torch.tensor(ids, device=rows.device)
+            mask[row, place] = 1
+        return rows, mask
+
+    def _score_labels(self, ids: list[int], labels: Sequence[int]) -> list[float]:
+        torch, device = self._torch, self.model.device
+        wanted = torch.tensor(list(labels), device=device)
+        row = torch.tensor([ids], device=device)
+        with torch.inference_mode():
+            if not self._states:
+                logits = self.model(input_ids=row, logits_to_keep=1).logits
+                return [float(each) for each in _picked(logits[0, -1].expand(len(labels), -1), wanted)]
+            states = self._prefixes.last(ids) if self._reads_trees() else states_of(self.model, row)[0, -1:]
+            found = chosen_logprobs(self.model.get_output_embeddings(), states, torch.zeros_like(wanted), wanted)
+        return [float(each) for each in found]
+
+    def _score_packed(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
+        """One forward over the prompt and the tree of candidates: each token sees the prompt and its ancestors.
+
+        Common beginnings are read once, and no candidate's last token is read at all. Logits are computed for the
+        prompt's last token and for the tokens of the tree.
+        """
+        torch, device, start = self._torch, self.model.device, len(ids)
+        if self._paired:
+            return _read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), ids, tails)
+        tree = _Tree.of(tails)
+        after, wanted = (torch.from_numpy(each).to(device) for each in (tree.after, tree.wanted))
+        if self._states and len(tree.tokens) <= BLOCK:
+            # Few tokens behind a prompt: answers such as yes and no, whose prompts come in families.
+            states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
+            with torch.inference_mode():
+                found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
+            return _sums(found, tree.owners, len(tails))
+        size = start + len(tree.tokens)
+        seen = np.tri(size, start, dtype=bool)
+        seen = np.hstack([seen, np.vstack([np.zeros((start, len(tree.tokens)), dtype=bool), tree.sees])])
+        dtype = self.model.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        mask.masked_fill_(torch.from_numpy(~seen).to(device), torch.finfo(dtype).min)
+        places = np.concatenate([np.arange(start), start + tree.depths])
+        asked = {
+            "input_ids": torch.tensor([[*ids, *tree.tokens]], device=device),
+            "attention_mask": mask[None, None],
+            "position_ids": torch.from_numpy(places)[None].to(device),
+            "use_cache": False,
+        }
+        with torch.inference_mode():
+            if self._states:
+                states = self.model.get_decoder()(**asked).last_hidden_state[0, start - 1 :]
+                found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
+            else:
+                kept = torch.arange(start - 1, size, device=device)
+                logits = self.model(**asked, logits_to_keep=kept).logits[0]
+                totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
+                found = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
+        return _sums(found, tree.owners, len(tails))
+
+    def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
+        """The plain reference: one full row per candidate."""
+        torch = self._torch
+        if self._paired:
+            return _read_through(self._rows_tree(), ids, tails)
+        results = []
+        for tail in tails:
+            row = torch.tensor([ids + list(tail)], device=self.model.device)
+            wanted = row[0, len(ids) :]
+            with torch.inference_mode():
+                if self._states:
+                    states, after = states_of(self.model, row)[0, len(ids) - 1 : -1], torch.arange(len(tail))
+                    head = self.model.get_output_embeddings()
+                    found = chosen_logprobs(head, states, after.to(row.device), wanted)
+                else:
+                    logits = self.model(input_ids=row, logits_to_keep=len(tail) + 1, use_cache=False).logits[0, :-1]
+                    found = _picked(logits, wanted).double()
+                results.append(float(found.sum()))
+        return results
+
+    @cached_property
+    def _states(self) -> bool:
+        return reads_states(self.model)
+
+    def _rows_tree(self) -> PlainTree:
+        return PlainTree(self.model, self.encoder.tokenizer.pad_token_id, states=self._states)
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Candidates with common beginnings merged.
+
+    Attributes:
+        tokens: Every token that another follows, once, parents before their children.
+        parents: The token that each follows, counted from 1; 0 is the prompt.
+        depths: How many tokens come before each.
+        sees: Which tokens each sees: its ancestors and itself, shape (tokens, tokens).
+        owners: Of every token of every candidate, the candidate's number.
+        after: The token that it follows, counted from 1; 0 is the prompt.
+        wanted: The token itself.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: NDArray[np.int64]
+    sees: NDArray[np.bool_]
+    owners: NDArray[np.int64]
+    after: NDArray[np.int64]
+    wanted: NDArray[np.int64]
+
+    @staticmethod
+    def of(tails: Sequence[tuple[int, ...]]) -> _Tree:
+        numbers: dict[tuple[int, ...], int] = {(): 0}
+        parents: list[int] = []
+        owners, after, wanted = [], [], []
+        # In the order of their tokens: half precision rounds by columns, and a score must not depend on the order.
+        for owner, tail in sorted(enumerate(tails), key=lambda pair: pair[1]):
+            for end, token in enumerate(tail):
+                before = tail[:end]
+                if before not in numbers:
+                    parents.append(numbers[before[:-1]])
+                    numbers[before] = len(numbers)
+                owners.append(owner)
+                after.append(numbers[before])
+                wanted.append(token)
+        prefixes = list(numbers)[1:]
+        sees = np.eye(len(prefixes), dtype=bool)
+        for number, parent in enumerate(parents):
+            if parent:
+                sees[number] |= sees[parent - 1]
+        return _Tree(
+            tokens=[prefix[-1] for prefix in prefixes],
+            parents=parents,
+            depths=np.array([len(prefix) - 1 for prefix in prefixes], dtype=np.int64),
+            sees=sees,
+            owners=np.array(owners, dtype=np.int64),
+            after=np.array(after, dtype=np.int64),
+            wanted=np.array(wanted, dtype=np.int64),
+        )
+
+
+def _say_what_scales(config: Any, longest: int) -> None:
+    """Warn where the places of all rows of a batch are scaled by its longest one."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    known = int(
+        rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None) or longest
+    )
+    if rope.get("rope_type") in ("dynamic", "longrope") and longest > known:
+        log.warning(
+            "this model scales the places of a row by the longest row beside it once that has more than %d tokens: "
+            "scores of prompts near model.max_length=%d depend on the batch; set model.max_length=%d to avoid it",
+            known,
+            longest,
+            known,
+        )
+
+
+def _read_through(engine: TreeEngine, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
+    """Score candidates through an engine of searches: the whole tree is fed at once."""
+    tree = _Tree.of(tails)
+    order = np.argsort(tree.after, kind="stable")
+    first, later = order[tree.after[order] == 0], order[tree.after[order] > 0]
+    found = np.empty(len(order))
+    try:
+        found[first] = engine.open([ids], Wanted(tree.after[first], tree.wanted[first]))
+        if len(later):
+            users, parents, tokens = (np.array(each) for each in ([0] * len(tree.tokens), tree.parents, tree.tokens))
+            found[later] = engine.feed(Fed(users, parents, tokens), Wanted(tree.after[later], tree.wanted[later]))
+    finally:
+        engine.close()
+    return _sums(found, tree.owners, len(tails))
+
+
+def _sums(found: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
+    """Add up the tokens of each candidate."""
+    return [float(total) for total in np.bincount(owners, weights=found, minlength=count)]
+
+
+def _picked(logits: Any, ids: Any) -> Any:
+    """Full-softmax log-probability of each chosen id, in float32; shape (n,)."""
+    logits = logits.float()
+    return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)

@@ -1,0 +1,100 @@
+"""The verb ``search``, the same for every engine; and candidate sets that one next-token distribution can score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from llmrec.backends.encode import Encoder
+from llmrec.decode.beam import TreeEngine, beam
+from llmrec.decode.token_tree import Catalogue
+from llmrec.errors import BackendError
+from llmrec.types import Found, Prompt
+
+
+def search(
+    make: Callable[[], TreeEngine],
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    *,
+    k: int,
+    width: int,
+    excluded: Sequence[Sequence[int]],
+    exact: bool,
+    engine: str,
+    batch_tokens: int,
+) -> list[Found]:
+    """Answer `Backend.search` with a tree engine.
+
+    Args:
+        make: Gives an engine; asked once.
+        encoder: Prompts and texts to token ids.
+        prompts: See `Backend.search`.
+        texts: The same.
+        k: The same.
+        width: The same.
+        excluded: The same.
+        exact: The same.
+        engine: Name of the route.
+        batch_tokens: Prompts that are searched together hold at most so many tokens, padding and beams included.
+
+    Raises:
+        BackendError: If a prompt leaves no room for the longest text.
+        DataError: If two texts have the same tokens.
+    """
+    encoded = [encoder.prompt(prompt) for prompt in prompts]
+    catalogues = {stop: encoder.catalogue(texts, stop) for stop in dict.fromkeys(prompt.stop for prompt in prompts)}
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) + (deep := catalogues[prompt.stop].depth) > encoder.max_length:
+            raise BackendError(
+                f"a prompt of {len(ids)} tokens and an answer of {deep} do not fit model.max_length="
+                f"{encoder.max_length}; show less history (tasks.<family>.history), or raise model.max_length"
+            )
+    reader, found = make(), [Found(items=(), scores=(), certified=False, width=0)] * len(prompts)
+    for stop, catalogue in catalogues.items():
+        chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
+        for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):
+            out = [excluded[n] for n in rows] if excluded else ()
+            asked = [encoded[n] for n in rows]
+            results = beam(reader, catalogue, asked, k=k, width=width, excluded=out, exact=exact)
+            for n, result in zip(rows, results, strict=True):
+                found[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]))
+    return found
+
+
+def _batches(
+    chosen: Sequence[int], encoded: Sequence[Sequence[int]], catalogue: Catalogue, width: int, limit: int
+) -> list[list[int]]:
+    """Group requests of similar length, longest first, within a number of tokens."""
+    behind = min(width, len(catalogue)) * catalogue.depth
+    batches: list[list[int]] = []
+    for n in sorted(chosen, key=lambda n: (-len(encoded[n]), n)):
+        if batches and (len(batches[-1]) + 1) * (len(encoded[batches[-1][0]]) + behind) <= limit:
+            batches[-1].append(n)
+        else:
+            batches.append([n])
+    return batches
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """``shared`` tokens that every label starts with, then one distinct token each."""
+
+    shared: tuple[int, ...]
+    distinct: tuple[int, ...]
+
+
+def single_token_labels(tails: Sequence[tuple[int, ...]]) -> Labels | None:
+    """Return how labels differ if they do so in exactly one last token, else None.
+
+    A shared first token (some tokenizers write ``" 4"`` as a space and a digit) is moved into the prompt; it adds
+    the same amount to every label, so order and normalised distribution stay exact.
+    """
+    if len(tails) < 2 or len({len(tail) for tail in tails}) != 1 or not tails[0]:
+        return None
+    shared = tails[0][:-1]
+    distinct = tuple(tail[-1] for tail in tails)
+    if any(tail[:-1] != shared for tail in tails) or len(set(distinct)) != len(distinct):
+        return None
+    return Labels(shared, distinct)

@@ -1,0 +1,303 @@
+"""A backend over any server that speaks OpenAI's protocol: a hosted one, vLLM's own, and others.
+
+Two routes, which a first question chooses between (`llmrec.backends.server.probe`):
+
+- ``completions`` continues token ids, so that prompts, the given part of an answer and candidates are cut exactly as
+  in training. It takes the server's own tokenizer here, and labels and whole texts can be scored, where the server
+  gives log-probabilities.
+- ``chat`` sends turns. The given part of an answer becomes an assistant turn, and labels can be scored where the
+  server gives log-probabilities of the first token.
+
+Every request is one exchange, whose answer belongs to it and no other. Answers come out one by one as they arrive, so
+that `llmrec.backends.cache` stores each at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.search import Labels, single_token_labels
+from llmrec.backends.server import read as remote_read
+from llmrec.backends.server.client import Ledger, Loop, Spending, Wire, usage
+from llmrec.backends.server.probe import Offers, probe
+from llmrec.backends.server.read import MARGIN, Labelled
+from llmrec.backends.server.requests import chat_body, completion_body, likelihood_body
+from llmrec.errors import BackendError
+from llmrec.guard import clean
+from llmrec.recipe.schema import ServerSection
+from llmrec.types import Capability, Completion, Cost, Found, Prompt, Scores
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# vLLM's own bound, unless it is started with another.
+_NAMED = 20
+# Candidates of one request.
+_TOGETHER = 32
+_SHOWN, _LONG = 60, 100_000
+_WRITTEN = "strategies that read what is written still work: list, parsed and text"
+
+
+class OpenAIBackend:
+    """A client of one server.
+
+    Args:
+        section: Address, model, key, limits.
+        encoder: The tokenizer and chat template of the server's model; None asks by chat.
+        ledger: Where tokens are booked, so that budgets outlive the process.
+
+    Raises:
+        BackendError: If the server does not answer, refuses the key or does not know the model.
+        MissingExtra: If httpx is not installed.
+    """
+
+    name = "openai"
+    capabilities: frozenset[Capability] = frozenset({"generate", "score"})
+    """What a server can offer at most; an instance says what its own does."""
+
+    def __init__(self, section: ServerSection, encoder: Encoder | None = None, *, ledger: Ledger | None = None) -> None:
+        self._section, self._encoder = section, encoder
+        self.spending = Spending(section, ledger)
+        self.wire = Wire(section, self.spending)
+        self._loop = Loop()
+        self._floored = False
+        try:
+            self.offers: Offers = self._loop.run(probe(self.wire, section, encoder))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.spending.book()
+        if not (self.offers.top or self.offers.likelihood):
+            self.capabilities = frozenset({"generate"})
+
+    def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+        """Continue each prompt greedily; see `Backend.generate`."""
+        return _in_order(self.generate_each(prompts, max_tokens=max_tokens))
+
+    def generate_each(self, prompts: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Completion]]:
+        """Yield each prompt's place and continuation as they come.
+
+        Raises:
+            BackendError: If a request fails for good, after all that others were answered.
+        """
+        return self._each([self._generation(asked, max_tokens) for asked in _questions(prompts)])
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> list[Scores]:
+        """Score candidates, as far as the server gives log-probabilities; see `Backend.score`."""
+        return _in_order(self.score_each(prompts, candidates, closed=closed))
+
+    def score_each(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> Iterator[tuple[int, Scores]]:
+        """Yield each prompt's place and scores as they come.
+
+        Raises:
+            BackendError: If the server does not offer what it takes, or a request fails for good.
+        """
+        if "score" not in self.capabilities:
+            raise BackendError(
+                f"the server {self._section.url} gives no log-probabilities of {self._section.model}, so nothing can "
+                f"be scored; {_WRITTEN} (tasks.<family>.strategies)"
+            )
+        route = self._exact_scores if self.offers.exact else self._chat_scores
+        asked = zip(_questions(prompts), candidates, strict=True)
+        return self._each([route(question, tuple(texts), closed) for question, texts in asked])
+
+    def search(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        *,
+        k: int,
+        width: int,
+        excluded: Sequence[Sequence[int]] = (),
+        exact: bool = False,
+    ) -> list[Found]:
+        """Refused: a search asks one small question a node, each of which would cross the network.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError("the openai backend does not search; use eval.backend=hf or vllm for the strategy 'search'")
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Refused.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError("the openai backend generates and scores; for embeddings use the hf backend")
+
+    def close(self) -> None:
+        """Close all connections; calling it twice is harmless."""
+        loop, self._loop = self._loop, None  # type: ignore[assignment]
+        if loop is not None:
+            loop.run(self.wire.close())
+            loop.close()
+
+    # ----------------------------------------------------------------------- jobs
+
+    def _each(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> Iterator[tuple[int, T]]:
+        if self._loop is None:
+            raise BackendError("this client was closed; build a new one")
+        try:
+            for found in self._loop.each(jobs, self._section.concurrency):
+                # Booked before it is handed on: after a kill in between it is asked again, and both are spent.
+                self.spending.book()
+                yield found
+        finally:
+            self.spending.book()
+
+    def _generation(self, asked: _Question, most: int) -> Callable[[], Awaitable[Completion]]:
+        section, encoder, prompt = self._section, self._encoder, asked.prompt
+        if self.offers.exact and encoder is not None:
+            ids = encoder.prompt(prompt)
+            room = max(1, min(most + section.thinking_tokens, encoder.max_length - len(ids)))
+            keys: dict[str, Any] = {"stop": [prompt.stop]} if prompt.stop is not None else {}
+            if self.offers.named:
+                keys["stop_token_ids"] = sorted(encoder.stop_ids)
+            path, body = "/completions", completion_body(section, ids, room=room, **keys)
+        else:
+            path, body = "/chat/completions", self._chat(prompt, most)
+
+        def read(value: Any) -> Completion:
+            return remote_read.completion(value, stop=prompt.stop, chat=path != "/completions")
+
+        return lambda: self.wire.ask(path, body, read, what=asked.named)
+
+    def _exact_scores(self, asked: _Question, texts: tuple[str, ...], closed: bool) -> Callable[[], Awaitable[Scores]]:
+        assert self._encoder is not None
+        ids = self._encoder.prompt(asked.prompt)
+        tails = self._encoder.continuations(asked.prompt, ids, texts, closed=closed)
+        labels = single_token_labels(tails)
+        if labels is not None and self.offers.named:
+            return lambda: self._named(asked, ids, labels)
+        if labels is not None and self.offers.top:
+            return lambda: self._top(asked, ids, labels)
+        if self.offers.likelihood:
+            return lambda: self._whole(asked, ids, tails)
+        raise BackendError(
+            f"the server {self._section.url} gives log-probabilities of the first token alone, and {asked.named()} "
+            f"asks for those of longer texts, such as {texts[0]!r}; scores of one-token labels (label, expected) and "
+            f"{_WRITTEN} (tasks.<family>.strategies)"
+        )
+
+    async def _named(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
+        """Score labels by the exact log-probabilities of their tokens."""
+        found: list[float] = []
+        for start in range(0, len(labels.distinct), _NAMED):
+            part = labels.distinct[start : start + _NAMED]
+            keys = {"logprobs": 1, "logprob_token_ids": list(part), "return_tokens_as_token_ids": True}
+            body = completion_body(self._section, [*ids, *labels.shared], room=1, **keys)
+            read = partial(remote_read.named_labels, ids=part)
+            found += await self.wire.ask("/completions", body, read, what=asked.named)
+        return _scores(found, len(ids), "openai:one-token")
+
+    async def _top(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
+        """Score labels as far as they are among the likeliest tokens."""
+        assert self._encoder is not None
+        spellings = [_spellings(self._encoder, i) for i in labels.distinct]
+        body = completion_body(self._section, [*ids, *labels.shared], room=1, logprobs=self.offers.top)
+        read = partial(remote_read.top_labels, spellings=spellings)
+        found = await self.wire.ask("/completions", body, read, what=asked.named)
+        self._note(found)
+        return _scores(found.logprobs, len(ids), f"openai:top-{self.offers.top}")
+
+    async def _whole(self, asked: _Question, ids: list[int], tails: Sequence[tuple[int, ...]]) -> Scores:
+        """Score whole texts by the log-probabilities of echoed prompts."""
+        sums: list[float] = []
+        for start in range(0, len(tails), _TOGETHER):
+            part = tails[start : start + _TOGETHER]
+            body = likelihood_body(self._section, [[*ids, *tail] for tail in part])
+            read = partial(remote_read.tail_sums, start=len(ids), tails=part)
+            sums += await self.wire.ask("/completions", body, read, what=asked.named)
+        lengths = tuple(len(tail) for tail in tails)
+        return Scores(logprobs=tuple(sums), tokens=lengths, prompt_tokens=len(ids), engine="openai:echo")
+
+    def _chat_scores(self, asked: _Question, texts: tuple[str, ...], closed: bool) -> Callable[[], Awaitable[Scores]]:
+        labels = [text.strip() for text in texts]
+        if closed or len(set(labels)) != len(labels) or not all(label.isalnum() for label in labels):
+            raise BackendError(
+                f"the server {self._section.url} is asked by chat, which gives log-probabilities of the first token "
+                f"alone, and {asked.named()} asks for those of whole texts, such as {texts[0]!r}; {_WRITTEN} "
+                "(tasks.<family>.strategies). Where model.name is the model that the server has, "
+                "eval.server.chat=completions may score them"
+            )
+        body = self._chat(asked.prompt, 1, logprobs=True, top_logprobs=self.offers.top)
+
+        def read(value: Any) -> tuple[Labelled, int]:
+            return remote_read.chat_labels(value, labels), (usage(value) or Cost()).prompt_tokens
+
+        async def ask() -> Scores:
+            found, length = await self.wire.ask("/chat/completions", body, read, what=asked.named)
+            self._note(found)
+            return _scores(found.logprobs, length, f"openai:chat-top-{self.offers.top}")
+
+        return ask
+
+    def _chat(self, prompt: Prompt, room: int, **keys: Any) -> dict[str, Any]:
+        control = self._encoder.control if self._encoder is not None else ()
+        return chat_body(self._section, prompt, room=room, control=control, continues=self.offers.continues, **keys)
+
+    def _note(self, found: Labelled) -> None:
+        """Say once that some labels have the floor."""
+        if found.floored and not self._floored:
+            self._floored = True
+            log.warning(
+                "%s gives log-probabilities of the %d likeliest tokens; labels that are not among them count as %g "
+                "nats below the least likely one, and tie",
+                self._section.url,
+                self.offers.top,
+                MARGIN,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A prompt and its place among those of a call, counted from 1."""
+
+    place: int
+    count: int
+    prompt: Prompt
+
+    def named(self) -> str:
+        """Return how errors name it."""
+        last = clean(self.prompt.messages[-1].text, _LONG) if self.prompt.messages else ""
+        shown = f"... {last[-_SHOWN:]}" if len(last) > _SHOWN else last
+        return f"request {self.place} of {self.count} ({shown!r})"
+
+
+def _questions(prompts: Sequence[Prompt]) -> list[_Question]:
+    return [_Question(place, len(prompts), prompt) for place, prompt in enumerate(prompts, start=1)]
+
+
+def _spellings(encoder: Encoder, token: int) -> tuple[str, ...]:
+    """Return how servers may write a token: as in the vocabulary, with its space, or decoded, which may drop it."""
+    raw = str(encoder.tokenizer.convert_ids_to_tokens(token))
+    return raw, raw.replace("▁", " ").replace("Ġ", " "), str(encoder.tokenizer.decode([token]))
+
+
+def _scores(logprobs: Sequence[float], prompt_tokens: int, engine: str) -> Scores:
+    return Scores(logprobs=tuple(logprobs), tokens=(1,) * len(logprobs), prompt_tokens=prompt_tokens, engine=engine)
+
+
+def _in_order(found: Iterator[tuple[int, T]]) -> list[T]:
+    """Return answers in the order of their questions."""
+    return [answer for _, answer in sorted(found, key=_place)]
+
+
+def _place(pair: tuple[int, Any]) -> int:
+    return pair[0]

@@ -1,0 +1,421 @@
+"""Requests to a server, many at a time, each tried again where that can help: the only layer that retries.
+
+Tried again are 408, 425, 429 and 5xx, attempts that take too long, connections that break, bodies that end early, and
+bodies that are no JSON or not of the right form. Waits double and are drawn between nothing and their bound ("full
+jitter"), so that many clients do not come back at once; a server that says when to come back is heeded. All else is
+refused at once. A server's own words are shown shortened, with the key taken out.
+
+An event loop lives in a thread of its own, so that connections outlast a call. What it finishes is handed over one by
+one; the caller's thread stores each answer before it takes the next. Until then the answer keeps its place among those
+under way, so that a slow disk cannot pile up answers that a kill would lose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from llmrec.errors import BackendError, require
+from llmrec.guard import clean
+from llmrec.recipe.schema import ServerSection
+from llmrec.types import Cost
+
+_MILLION = 1_000_000
+
+
+class Ledger(Protocol):
+    """Where what was spent outlives the process."""
+
+    def spent(self) -> Cost:
+        """Return all that was ever booked."""
+        ...
+
+    def spend(self, cost: Cost) -> None:
+        """Book some more."""
+        ...
+
+
+class Spending:
+    """What was spent on a server, by this process and those before it.
+
+    Requests under way when a cap is reached are finished and kept, so a cap can be passed by what they cost.
+
+    Args:
+        section: Caps and prices.
+        ledger: Where it is booked; None forgets it with the process.
+    """
+
+    def __init__(self, section: ServerSection, ledger: Ledger | None) -> None:
+        self._section, self._ledger = section, ledger
+        self._lock = threading.Lock()
+        self._total = ledger.spent() if ledger is not None else Cost()
+        self._unbooked = Cost()
+
+    @property
+    def capped(self) -> bool:
+        """Whether there is a cap, so that answers must say what they used."""
+        return self._section.max_tokens_budget is not None or self._section.max_cost is not None
+
+    @property
+    def total(self) -> Cost:
+        """All tokens so far."""
+        with self._lock:
+            return self._total
+
+    @property
+    def money(self) -> float:
+        """What they cost, in the currency of the prices."""
+        total, section = self.total, self._section
+        return (total.prompt_tokens * section.price_in + total.completion_tokens * section.price_out) / _MILLION
+
+    def check(self) -> None:
+        """Stop here once a cap is reached.
+
+        Raises:
+            BackendError: If it is; the message names the key.
+        """
+        section, total = self._section, self.total
+        used = total.prompt_tokens + total.completion_tokens
+        kept = "what was answered is kept; raise the cap and run the same command again to continue"
+        if section.max_tokens_budget is not None and used >= section.max_tokens_budget:
+            raise BackendError(
+                f"the budget eval.server.max_tokens_budget={section.max_tokens_budget:,} is used up: "
+                f"{total.prompt_tokens:,} tokens were read and {total.completion_tokens:,} written; {kept}"
+            )
+        if section.max_cost is not None and self.money >= section.max_cost:
+            raise BackendError(
+                f"the budget eval.server.max_cost={section.max_cost:g} is used up: {self.money:.4g} was spent on "
+                f"{total.prompt_tokens:,} tokens read and {total.completion_tokens:,} written; {kept}"
+            )
+
+    def count(self, cost: Cost) -> None:
+        """Count what one answer used, whether or not it could be read; from any thread."""
+        with self._lock:
+            self._total, self._unbooked = self._total + cost, self._unbooked + cost
+
+    def book(self) -> None:
+        """Write down what is not yet in the ledger; only from the thread that the ledger belongs to."""
+        with self._lock:
+            cost, self._unbooked = self._unbooked, Cost()
+        if self._ledger is not None and cost != Cost():
+            self._ledger.spend(cost)
+
+
+T = TypeVar("T")
+
+_TRANSIENT = frozenset({408, 425, 429})
+_NO_ROUTE = frozenset({404, 405, 501})
+_SHOWN = 300
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+_MENDS: Mapping[int, str] = {
+    401: "set eval.server.key_env to the environment variable that holds a valid key",
+    402: "the account has no credit left",
+    403: "set eval.server.key_env to the environment variable that holds a key for this model",
+    404: "see eval.server.url, which ends in /v1 on most servers, and eval.server.model",
+    413: "show less history (tasks.<family>.history)",
+}
+
+
+class Refused(BackendError):
+    """An answer that another attempt would not change."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def no_route(self) -> bool:
+        """Whether the server does not know the address at all."""
+        return self.status in _NO_ROUTE
+
+
+class _Again(Exception):
+    """A fault that another attempt may mend; ``wait`` is what the server asks for, in seconds."""
+
+    def __init__(self, kind: str, wait: float | None = None) -> None:
+        super().__init__(kind)
+        self.kind, self.wait = kind, wait
+
+
+class Wire:
+    """A client of one server.
+
+    Args:
+        section: Address, key, time-outs, attempts.
+        spending: Where usage is counted, and which stops requests.
+
+    Raises:
+        BackendError: If the environment variable of the key is not set.
+        MissingExtra: If httpx is not installed.
+    """
+
+    def __init__(self, section: ServerSection, spending: Spending) -> None:
+        httpx = require("httpx", "openai")
+        self._httpx, self._section, self._spending = httpx, section, spending
+        self._url = section.url.rstrip("/")
+        self._key = _key(section)
+        self.attempts: Counter[str] = Counter()
+        """Attempts by how they ended: ``ok`` or the kind of fault."""
+        for name in ("httpx", "httpcore"):
+            # They write a line a request otherwise.
+            logging.getLogger(name).setLevel(logging.WARNING)
+        local = urlsplit(self._url).hostname in _LOCAL
+        self._client: Any = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=section.timeout,
+            limits=httpx.Limits(max_connections=section.concurrency, max_keepalive_connections=section.concurrency),
+            # A proxy is for other machines.
+            trust_env=not local,
+        )
+
+    async def ask(
+        self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], *, what: Callable[[], str]
+    ) -> T:
+        """Send a request until its answer can be read; without a body it is a GET.
+
+        Args:
+            path: Behind the address, such as ``/completions``.
+            body: The JSON to send.
+            read: Reads the answer; a ValueError, LookupError, TypeError or AttributeError calls it malformed.
+            what: Names the request in an error.
+
+        Raises:
+            Refused: At an answer that another attempt would not change.
+            BackendError: If no attempt succeeds, or a budget is used up.
+        """
+        faults: list[str] = []
+        asked: float | None = None
+        for attempt in range(self._section.attempts):
+            if attempt:
+                await asyncio.sleep(self._pause(attempt, asked))
+            self._spending.check()
+            try:
+                found = await self._once(path, body, read, what)
+            except _Again as fault:
+                asked = fault.wait
+                faults.append(fault.kind)
+                self.attempts[fault.kind.partition(":")[0]] += 1
+                if fault.wait is not None and fault.wait > self._section.longest_wait:
+                    raise BackendError(
+                        f"{self._url}{path} asks to wait {fault.wait:.0f} s before {what()}, longer than "
+                        f"eval.server.longest_wait={self._section.longest_wait:g}; what was answered is kept, run the "
+                        "same command again later, or raise that key"
+                    ) from None
+                continue
+            self.attempts["ok"] += 1
+            return found
+        seen = ", ".join(f"{kind} ({count})" for kind, count in Counter(faults).most_common())
+        raise BackendError(
+            f"{self._url}{path} did not answer {what()} in {len(faults)} attempts: {seen}; what was answered is kept, "
+            "run the same command again to continue, or raise eval.server.attempts or eval.server.timeout"
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def _once(
+        self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], what: Callable[[], str]
+    ) -> T:
+        try:
+            # The client's own time-outs bound single reads; one that trickles would go on for ever.
+            async with asyncio.timeout(self._section.timeout):
+                response = await (
+                    self._client.get(self._url + path)
+                    if body is None
+                    else self._client.post(self._url + path, json=body)
+                )
+        except (TimeoutError, self._httpx.TimeoutException):
+            raise _Again("time-out") from None
+        except (self._httpx.RemoteProtocolError, self._httpx.ReadError, self._httpx.DecodingError):
+            raise _Again("answer cut off") from None
+        except self._httpx.TransportError as error:
+            raise _Again(f"no connection: {self._words(str(error)) or type(error).__name__}") from None
+        status = int(response.status_code)
+        if status in _TRANSIENT or (status >= 500 and status != 501):
+            raise _Again(f"status {status}", retry_after(response.headers.get("retry-after"), time.time()))
+        if status != 200:
+            mend = _MENDS.get(status, "see eval.server in the recipe")
+            said = self._words(_message(response.text))
+            raise Refused(f"{self._url}{path} refused {what()} with status {status}: {said}; {mend}", status)
+        try:
+            value = json.loads(response.content)
+        except (ValueError, RecursionError):
+            raise _Again("no JSON") from None
+        self._count(value, body)
+        try:
+            return read(value)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _Again(f"malformed answer: {self._words(str(error))}") from None
+
+    def _count(self, value: Any, body: Mapping[str, Any] | None) -> None:
+        """Count what an answer used.
+
+        Raises:
+            BackendError: If there is a cap, and the answer does not say.
+        """
+        cost = usage(value)
+        if cost is not None:
+            self._spending.count(cost)
+        elif body is not None and self._spending.capped:
+            raise BackendError(
+                f"{self._url} does not say how many tokens an answer used, so no budget can be kept; leave "
+                "eval.server.max_tokens_budget and max_cost out, and set a limit at the server"
+            )
+
+    def _pause(self, attempt: int, asked: float | None) -> float:
+        """Return the seconds before another attempt: never sooner than the server asked for."""
+        bound = min(self._section.longest_wait, self._section.backoff * 2.0 ** (attempt - 1))
+        return (asked or 0.0) + random.uniform(0.0, bound)
+
+    def _words(self, text: str) -> str:
+        """Return a server's words in one short line without the key."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        return clean(text, _SHOWN)
+
+
+def usage(value: Any) -> Cost | None:
+    """Return the tokens that an answer says it used; None if it does not."""
+    found = value.get("usage") if isinstance(value, dict) else None
+    if not isinstance(found, dict):
+        return None
+    counts = [found.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        return None
+    return Cost(prompt_tokens=counts[0], completion_tokens=counts[1])
+
+
+def retry_after(value: str | None, now: float) -> float | None:
+    """Return the seconds that a ``Retry-After`` header asks for, as a number or as a date; None if it asks nothing.
+
+    Args:
+        value: The header.
+        now: Seconds since 1970.
+    """
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+        except ValueError:
+            return None
+    return None if math.isnan(seconds) else max(0.0, seconds)
+
+
+def _message(text: str) -> str:
+    """Return what an error's body says, in whichever of the usual forms."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    for name in ("error", "message", "detail"):
+        if isinstance(value, dict) and value.get(name):
+            value = value[name]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _key(section: ServerSection) -> str | None:
+    if section.key_env is None:
+        return None
+    key = os.environ.get(section.key_env, "").strip()
+    if not key:
+        raise BackendError(
+            f"eval.server.key_env: the environment variable {section.key_env} is not set; export it, or leave the key "
+            "out for a server that takes none"
+        )
+    if not key.isascii() or not key.isprintable():
+        raise BackendError(f"eval.server.key_env: {section.key_env} holds characters that no key has; set it again")
+    return key
+
+
+_END_SECONDS = 10.0
+
+
+class Loop:
+    """An event loop in a thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="llmrec-server", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run one piece of work to its end."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def each(self, jobs: Sequence[Callable[[], Awaitable[T]]], together: int) -> Iterator[tuple[int, T]]:
+        """Yield every job's place and result as they come, ``together`` at a time.
+
+        A result counts as under way until the next one is taken. After a failure no further job begins. Those under
+        way are finished and yielded, then the first failure is raised. Whoever stops taking results ends them all.
+        """
+        done: SimpleQueue[_Done[T] | None] = SimpleQueue()
+        work = asyncio.run_coroutine_threadsafe(_all(jobs, together, done), self._loop)
+        try:
+            while (found := done.get()) is not None:
+                yield found.place, found.result
+                self._loop.call_soon_threadsafe(found.taken.set)
+            if (failure := work.result()) is not None:
+                raise failure
+        finally:
+            work.cancel()
+
+    def close(self) -> None:
+        """End the thread; calling it twice is harmless."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_END_SECONDS)
+        if not self._loop.is_running() and not self._loop.is_closed():
+            self._loop.close()
+
+
+@dataclass(frozen=True)
+class _Done(Generic[T]):
+    """A result, and what says that it was taken."""
+
+    place: int
+    result: T
+    taken: asyncio.Event
+
+
+async def _all(
+    jobs: Sequence[Callable[[], Awaitable[T]]], together: int, done: SimpleQueue[_Done[T] | None]
+) -> Exception | None:
+    waiting = iter(enumerate(jobs))
+    failures: list[Exception] = []
+
+    async def work() -> None:
+        for place, job in waiting:
+            try:
+                found = _Done(place, await job(), asyncio.Event())
+            except Exception as failure:
+                failures.append(failure)
+                return
+            done.put(found)
+            await found.taken.wait()
+            if failures:
+                return
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(together, len(jobs))):
+                group.create_task(work())
+    finally:
+        done.put(None)
+    return failures[0] if failures else None

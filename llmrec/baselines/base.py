@@ -1,0 +1,295 @@
+"""What the ranking baselines share: numbered items, request windows and the way scores become rankings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import polars as pl
+from scipy import sparse
+
+from llmrec.types import Answer, Ranking, Request, Unparsed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+    #: Scores of every catalogue item: requests -> (b, items).
+    Scorer = Callable[[Sequence[Request]], NDArray[np.floating[Any]]]
+
+
+TOP = 100
+"""How many items of a whole catalogue are returned."""
+
+# Cells of a block of dense scores: 32 MB of float64.
+_CELLS = 1 << 22
+# Popularity adds at most this share of a request's smallest score.
+_FILLER = 2.0**-20
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A predictor that learns from training interactions."""
+
+    def fit(self, data: SplitDataset) -> None:
+        """Learn from ``data``'s training interactions and nothing else."""
+        ...
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Every item of the dataset, sorted by id, so that numbering does not depend on the order of rows."""
+
+    ids: tuple[str, ...]
+    index: Mapping[str, int]
+
+    @staticmethod
+    def of(data: SplitDataset) -> Catalogue:
+        """Number the items of a dataset."""
+        ids = tuple(sorted(data.dataset.items))
+        return Catalogue(ids=ids, index={item: place for place, item in enumerate(ids)})
+
+    def places(self, items: Iterable[str]) -> NDArray[np.int64]:
+        """Return each item's number, -1 for an unknown one."""
+        return np.array([self.index.get(item, -1) for item in items], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Log:
+    """Training interactions as numbers, user by user, oldest first.
+
+    Attributes:
+        users: Number of the user of each row; users are numbered in sorted order.
+        items: Number of the item of each row.
+        times: Timestamp of each row; NaN where there is none.
+        user_count: Number of users.
+    """
+
+    users: NDArray[np.int64]
+    items: NDArray[np.int64]
+    times: NDArray[np.float64]
+    user_count: int
+
+    @staticmethod
+    def of(data: SplitDataset, catalogue: Catalogue) -> Log:
+        """Number the training interactions."""
+        names = data.train.get_column("user_id")
+        known = names.unique().sort()
+        users = names.cast(pl.Enum(known)).to_physical().to_numpy().astype(np.int64)
+        items = catalogue.places(data.train.get_column("item_id").to_list())
+        times = data.train.get_column("timestamp").to_numpy().astype(np.float64)
+        order = np.argsort(users, kind="stable")
+        return Log(users=users[order], items=items[order], times=times[order], user_count=len(known))
+
+    def matrix(self, columns: int) -> Any:
+        """Return how often each user had each item, sparse, shape (users, columns)."""
+        shape = (self.user_count, columns)
+        found = sparse.csr_array((np.ones(len(self.items)), (self.users, self.items)), shape=shape)
+        found.sum_duplicates()
+        return found
+
+    def binary(self, columns: int) -> Any:
+        """Return whether each user had each item as 0 or 1, sparse, shape (users, columns)."""
+        found = self.matrix(columns)
+        found.data[:] = 1.0
+        return found
+
+
+def counts(log: Log, catalogue: Catalogue) -> NDArray[np.float64]:
+    """Return the number of training interactions of each item, shape (items,)."""
+    return np.bincount(log.items, minlength=len(catalogue.ids)).astype(np.float64)
+
+
+def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Let popularity order what scores leave open: items without a score, and items of equal scores.
+
+    What it adds to an item is below a millionth of the smallest score of the request, so that an item without a score
+    stays below every item that has one, however popular it is.
+
+    Args:
+        scores: At least 0, shape (b, items).
+        popular: Training interactions of each item, shape (items,).
+    """
+    least = np.min(scores, axis=1, keepdims=True, where=scores > 0, initial=np.inf)
+    least[np.isinf(least)] = 1.0
+    total: NDArray[np.float64] = scores + _FILLER * least * (popular / popular.max(initial=1.0))
+    return total
+
+
+@dataclass(frozen=True)
+class Warm:
+    """The items with training interactions: all that a model of vectors or weights can know.
+
+    Attributes:
+        catalogue: The whole catalogue.
+        places: Catalogue number of each warm item, ascending, shape (warm,).
+        column: Warm number of each catalogue item, -1 for a cold one, shape (items,).
+        popular: Training interactions of each warm item by those of the most popular one, shape (warm,).
+    """
+
+    catalogue: Catalogue
+    places: NDArray[np.int64]
+    column: NDArray[np.int64]
+    popular: NDArray[np.float64]
+
+    @staticmethod
+    def of(log: Log, catalogue: Catalogue) -> Warm:
+        """Number the warm items."""
+        found = counts(log, catalogue)
+        places = np.flatnonzero(found)
+        column = np.full(len(catalogue.ids), -1, dtype=np.int64)
+        column[places] = np.arange(len(places))
+        return Warm(catalogue=catalogue, places=places, column=column, popular=found[places] / found.max(initial=1.0))
+
+    def log(self, log: Log) -> Log:
+        """Return the same interactions with warm numbers."""
+        return Log(users=log.users, items=self.column[log.items], times=log.times, user_count=log.user_count)
+
+    def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
+        """Return the warm items of each history, oldest first; others are left out."""
+        index, column = self.catalogue.index, self.column
+        known = [[index[event.item_id] for event in request.history if event.item_id in index] for request in requests]
+        numbers = [column[np.array(places, dtype=np.int64)] for places in known]
+        return [found[found >= 0] for found in numbers]
+
+    def spread(
+        self, scores: NDArray[np.floating[Any]], histories: Sequence[NDArray[np.int64]]
+    ) -> NDArray[np.floating[Any]]:
+        """Return scores of the whole catalogue.
+
+        Cold items come below every warm one. Where the history holds no warm item there is nothing to go by, and
+        popularity decides.
+
+        Args:
+            scores: Of the warm items, shape (b, warm).
+            histories: As `histories` gives them.
+        """
+        scores[[place for place, history in enumerate(histories) if not len(history)]] = self.popular
+        lowest = scores.min(axis=1, keepdims=True) if len(self.places) else np.zeros((len(scores), 1), scores.dtype)
+        whole = np.repeat(lowest - 1, len(self.catalogue.ids), axis=1)
+        whole[:, self.places] = scores
+        return whole
+
+
+def pairs(histories: Sequence[NDArray[np.int64]], columns: int, dtype: type = np.float64) -> Any:
+    """Return which items stand in each history as 0 or 1, sparse, shape (b, columns)."""
+    lengths = [len(history) for history in histories]
+    rows = np.repeat(np.arange(len(histories)), lengths)
+    items = np.concatenate([np.empty(0, dtype=np.int64), *histories])
+    found = sparse.csr_array((np.ones(len(items), dtype=dtype), (rows, items)), shape=(len(histories), columns))
+    found.sum_duplicates()
+    found.data[:] = 1
+    return found
+
+
+def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay: float) -> Any:
+    """Weigh the last events of each history: the latest by 1, the one before by ``decay``, and so on.
+
+    Args:
+        requests: Requests with histories, oldest first.
+        catalogue: The numbering.
+        window: How many of the latest events count; an event with an unknown item takes its place but weighs nothing.
+        decay: Factor from one event to the one before.
+
+    Returns:
+        Sparse matrix of shape (requests, items); an item that occurs twice has the sum of its weights.
+    """
+    latest = [[event.item_id for event in reversed(request.history[-window:])] for request in requests]
+    places = catalogue.places(item for items in latest for item in items)
+    lengths = np.array([len(items) for items in latest], dtype=np.int64)
+    ages = np.arange(len(places)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows, known = np.repeat(np.arange(len(requests)), lengths), places >= 0
+    return sparse.csr_array(
+        (decay ** ages[known].astype(np.float64), (rows[known], places[known])),
+        shape=(len(requests), len(catalogue.ids)),
+    )
+
+
+def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) -> list[Answer]:
+    """Answer every request, a block at a time, with the scores that a baseline gives the catalogue."""
+    block = max(1, _CELLS // max(1, len(catalogue.ids)))
+    answers: list[Answer] = []
+    for start in range(0, len(requests), block):
+        part = requests[start : start + block]
+        for request, scores in zip(part, scorer(part), strict=True):
+            answers.append(_answer(request, catalogue, scores))
+    return answers
+
+
+def ranking(request: Request, items: Sequence[str], scores: NDArray[np.floating[Any]]) -> Ranking:
+    """Sort items by score, best first, equal ones by id; all of them are kept."""
+    values = scores.tolist()
+    order = sorted(range(len(items)), key=lambda place: (-values[place], items[place]))
+    return Ranking(
+        request_id=request.id,
+        items=tuple(items[place] for place in order),
+        scores=tuple(values[place] for place in order),
+    )
+
+
+def refusal(request: Request) -> Unparsed | None:
+    """Return why a request cannot be ranked, or None if it can."""
+    if request.candidates is None:
+        return None
+    if not request.candidates:
+        return Unparsed(request_id=request.id, reason="the request has no candidates")
+    if len(set(request.candidates)) != len(request.candidates):
+        return Unparsed(request_id=request.id, reason="a candidate stands twice in the request")
+    return None
+
+
+def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
+    """Return the numbers of all items that are not in the request's history."""
+    keep = np.ones(len(catalogue.ids), dtype=bool)
+    seen = catalogue.places(event.item_id for event in request.history)
+    keep[seen[seen >= 0]] = False
+    return np.flatnonzero(keep)
+
+
+def top_of(
+    request: Request, catalogue: Catalogue, places: NDArray[np.int64], scores: NDArray[np.floating[Any]]
+) -> Ranking:
+    """Keep the best `TOP` of numbered items, and whatever ties with the last of them.
+
+    Cutting through a tied block would decide by chance, or by id, whether the target is in the list.
+    """
+    if len(places) > TOP:
+        border = np.partition(scores, len(scores) - TOP)[len(scores) - TOP]
+        kept = scores >= border
+        places, scores = places[kept], scores[kept]
+    # Numbers follow ids, so a stable sort by score leaves ties in the order of ids.
+    order = np.argsort(-scores, kind="stable")
+    return Ranking(
+        request_id=request.id,
+        items=tuple(catalogue.ids[place] for place in places[order].tolist()),
+        scores=tuple(scores[order].tolist()),
+    )
+
+
+def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[Any]]) -> Answer:
+    if (refused := refusal(request)) is not None:
+        return refused
+    if request.candidates is None:
+        places = unseen(request, catalogue)
+        return top_of(request, catalogue, places, scores[places])
+    places = catalogue.places(request.candidates)
+    # An unknown candidate is never above a known one.
+    lowest = scores.min(initial=0.0)
+    return ranking(request, request.candidates, np.where(places >= 0, scores[places], lowest - (lowest < 0)))
+
+
+T = TypeVar("T")
+
+
+def fitted(model: T | None, name: str) -> T:
+    """Return what ``fit`` stored.
+
+    Raises:
+        RuntimeError: If ``fit`` was not called.
+    """
+    if model is None:
+        raise RuntimeError(f"the baseline {name!r} was asked before fit() was called")
+    return model

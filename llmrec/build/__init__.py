@@ -1,1 +1,0 @@
-"""From a recipe to objects and runs; the only package that reads a whole recipe."""

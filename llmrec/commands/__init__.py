@@ -1,0 +1,1 @@
+"""One folder a command: its files, options and printing."""

@@ -1,0 +1,1 @@
+"""Suites, benchmarks and the leaderboard: rows of many models side by side."""

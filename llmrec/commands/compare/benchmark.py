@@ -1,0 +1,338 @@
+"""Runs a benchmark: recipes beside each other on the same cases, with figures, comparisons and what each row costs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec import __version__, pipeline
+from llmrec.commands.compare.benchmark_page import pages
+from llmrec.durable import write_json, write_text
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.evaluate.compare import compared, over_runs
+from llmrec.evaluate.predictor import LOWER_IS_BETTER
+from llmrec.machine import machine, versions
+from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
+from llmrec.recipe.load import load_recipe, recipe_hash
+
+log = logging.getLogger(__name__)
+
+Shared = tuple[str, str, str, str | None]
+"""What rows of one table share: family, headline metric, its signature, and the hash of the candidates, if any."""
+
+_UNEQUAL = (
+    "asked different users, or about different items of theirs; give them the same data, split, seed, eval.users and "
+    "questions a user"
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: a recipe with its changes.
+
+    Attributes:
+        run: Where it comes from.
+        changes: The point of the grid, by key.
+        seed: Value of ``train.seed``; None: the recipe's own.
+    """
+
+    run: BenchmarkRun
+    changes: Mapping[str, Any]
+    seed: int | None
+
+    @property
+    def label(self) -> str:
+        """The label in tables, which all seeds share."""
+        short = (f"{key.rpartition('.')[2]}={_written(value)}" for key, value in self.changes.items())
+        return ", ".join([self.run.name, *short])
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        plain = "".join(c if c.isalnum() or c in "-._" else "-" for c in self.label)
+        return plain if self.seed is None else f"{plain}-seed{self.seed}"
+
+
+@dataclass
+class Line:
+    """One row of a table, over all its seeds.
+
+    Attributes:
+        table: Family and protocol: rows of one table may be compared.
+        name: Unique in its table.
+        figures: Rows of results.json, one a seed.
+        values: Per-request values by metric, one mapping a seed.
+        users: The user of each request.
+        requests: Their ids: a user may have several.
+    """
+
+    table: Shared
+    name: str
+    label: str
+    figures: list[Mapping[str, Any]] = field(default_factory=list)
+    values: list[Mapping[str, Any]] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+def run_benchmark(
+    benchmark: Benchmark, *, out: Path, results: Path, say: Callable[[str], None] = log.info, quiet: bool = False
+) -> dict[str, Path]:
+    """Make every run that is not there yet; after each of them write the figures, a page and a picture for each table.
+
+    A killed benchmark goes on with the row that it was at: each run resumes as any run does. What is written before the
+    end says how many runs are missing.
+
+    Args:
+        benchmark: From `llmrec.recipe.load.load_benchmark`.
+        out: Where the run folders are.
+        results: Folder for ``<benchmark>.json``; the page and the pictures are written beside it.
+        say: Told of each run as it is done.
+        quiet: Show no progress bars.
+
+    Returns:
+        The written files by what they are.
+
+    Raises:
+        RecipeError: If a recipe, a grid or a pair cannot be used.
+    """
+    todo = list(points(benchmark))
+    _refuse_shared_folders(benchmark, todo)
+    recipes = [_recipe(benchmark, point) for point in todo]  # every mistake is found before the first hour
+    lines: dict[tuple[Shared, str], Line] = {}
+    spent, made = 0.0, {}
+    for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
+        done = pipeline.run(recipe, out / point.folder, quiet=quiet)
+        spent += float(done.results["seconds"])
+        for line in _lines(point, done):
+            _add(lines, line)
+        made = _write(benchmark, lines, results, spent, missing=len(todo) - number)
+        say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
+    _check_pairs(benchmark, lines)
+    return made
+
+
+def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line]) -> None:
+    """Refuse pairs that no table holds, once all that was made is written.
+
+    Raises:
+        RecipeError: If there is one; the message names the row that is missing and the closest one.
+    """
+    tables = [{line.name for line in own} for own in _by_table(lines).values()]
+    rows = sorted(set().union(*tables))
+    for pair in benchmark.pairs:
+        if any(set(pair) <= names for names in tables):
+            continue
+        unknown = next((name for name in pair if name not in rows), None)
+        why = "its rows stand in no table together" if unknown is None else f"there is no row {unknown!r}"
+        near = "" if unknown is None else did_you_mean(unknown, rows)
+        raise RecipeError(
+            f"benchmark {benchmark.benchmark}, pairs: {why}{near}; all runs are done and written, so mend the pair and "
+            "run the same command again"
+        )
+
+
+def _write(
+    benchmark: Benchmark,
+    lines: Mapping[tuple[Shared, str], Line],
+    results: Path,
+    spent: float,
+    *,
+    missing: int,
+) -> dict[str, Path]:
+    """Write what there is so far, and return the files by what they are."""
+    written = {
+        "kind": "benchmark",
+        "benchmark": benchmark.benchmark,
+        "description": benchmark.description,
+        "llmrec": __version__,
+        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["llmrec", *sys.argv[1:]]),
+        "benchmark_hash": recipe_hash(benchmark),
+        "versions": versions(),
+        "machine": machine(),
+        "seconds": spent,
+        "missing": missing,
+        "tables": [_table(benchmark, name, own) for name, own in _by_table(lines).items()],
+    }
+    file = results / f"{benchmark.benchmark}.json"
+    write_json(file, written)
+    made = {"results": file}
+    for name, text in pages(written).items():
+        path = results.parent / name
+        write_text(path, text)
+        made["page" if name.endswith(".md") else f"picture {path.stem}"] = path
+    return made
+
+
+def points(benchmark: Benchmark) -> Iterator[Point]:
+    """Yield the runs of a benchmark in order."""
+    for run in benchmark.runs:
+        for values in itertools.product(*run.grid.values()):
+            for seed in run.seeds or (None,):
+                yield Point(run, dict(zip(run.grid, values, strict=True)), seed)
+
+
+def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
+    """Refuse runs whose names differ in signs alone that a folder's name cannot hold."""
+    known: dict[str, Point] = {}
+    for point in todo:
+        other = known.setdefault(point.folder, point)
+        if other is not point:
+            raise RecipeError(
+                f"benchmark {benchmark.benchmark}: the runs {other.label!r} and {point.label!r} would share the folder "
+                f"{point.folder}; give one another name, and no value twice in a grid or in seeds"
+            )
+
+
+def _recipe(benchmark: Benchmark, point: Point) -> Any:
+    changes = [f"{key}={json.dumps(value)}" for key, value in point.changes.items()]
+    seed = [] if point.seed is None else [f"train.seed={point.seed}"]
+    overrides = [*benchmark.overrides, *point.run.overrides, *changes, *seed, f"name={point.folder}"[:80]]
+    try:
+        return load_recipe(point.run.recipe or benchmark.recipe, overrides)
+    except RecipeError as error:
+        raise RecipeError(f"benchmark {benchmark.benchmark}, run {point.label!r}: {error}") from None
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
+    for row in done.results["rows"]:
+        family = row["task"]
+        headline = done.results["headline"][family]
+        if headline not in row["metrics"]:
+            continue
+        stored = json.loads((done.folder / "rows" / (row["id"].replace("/", ".") + ".json")).read_text("utf-8"))
+        baseline = row["arm"] == "baseline"
+        label = "" if baseline else point.label
+        parts = [row["predictor"], *([] if baseline else [row["template"].partition("/")[2], label])]
+        yield Line(
+            # The metric's signature holds split, candidates and whatever else two figures must share.
+            table=(family, headline, row["metrics"][headline]["signature"], row["candidates"]),
+            name=" · ".join(parts),
+            label=label,
+            figures=[row],
+            values=[stored["values"]],
+            users=[record["user_id"] for record in stored["records"]],
+            requests=[record["request_id"] for record in stored["records"]],
+        )
+
+
+def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
+    """Take a row in: another seed of one that is there, a baseline that every run has, or a new one."""
+    known = lines.get((line.table, line.name))
+    if known is None:
+        lines[(line.table, line.name)] = line
+        return
+    if known.requests != line.requests:
+        raise RecipeError(f"{line.name}: two runs of one table {_UNEQUAL}")
+    if line.label:
+        known.figures += line.figures
+        known.values += line.values
+
+
+def _by_table(lines: Mapping[tuple[Shared, str], Line]) -> dict[Shared, list[Line]]:
+    found: dict[Shared, list[Line]] = {}
+    for (table, _), line in lines.items():
+        found.setdefault(table, []).append(line)
+    return found
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> dict[str, Any]:
+    family, metric, signature, candidates = name
+    users = lines[0].users
+    if any(line.requests != lines[0].requests for line in lines):
+        raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}")
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    # A figure that is not defined, such as the AUC of answers that are all alike, stands last.
+    rows = sorted((_row(line) for line in lines), key=lambda row: -sign * (_defined(row, metric) or 0.0))
+    rows.sort(key=lambda row: _defined(row, metric) is None)
+    by_name = {line.name: line for line in lines}
+    baselines = [row["name"] for row in rows if row["arm"] == "baseline"]
+    # A row whose figure is not defined is compared with none.
+    defined = {row["name"] for row in rows if _defined(row, metric) is not None}
+    asked = [(row["name"], baselines[0]) for row in rows if row["arm"] != "baseline"] if baselines else []
+    asked = [pair for pair in asked if defined.issuperset(pair)]
+    own = [pair for pair in benchmark.pairs if defined.issuperset(pair)]
+    return {
+        "task": family,
+        "metric": metric,
+        "signature": signature,
+        "candidates": candidates,
+        "requests": len(users),
+        "users": len(set(users)),
+        "rows": rows,
+        "best_baseline": baselines[0] if baselines else None,
+        "against_best_baseline": _compared(benchmark, metric, by_name, users, asked),
+        "pairs": _compared(benchmark, metric, by_name, users, own),
+    }
+
+
+def _defined(row: Mapping[str, Any], metric: str) -> float | None:
+    value: float | None = row["metrics"][metric]["value"]
+    return value
+
+
+def _row(line: Line) -> dict[str, Any]:
+    first = line.figures[0]
+    metrics: dict[str, Any] = {}
+    for name in first["metrics"]:
+        figures = [row["metrics"][name] for row in line.figures]
+        kept = ("value", "low", "high", "undefined")
+        metrics[name] = over_runs([{key: figure[key] for key in kept if key in figure} for figure in figures])
+    cost = {key: float(np.mean([row["cost"].get(key) or 0 for row in line.figures])) for key in _COST}
+    requests = max(1, first["n"])
+    return {
+        "name": line.name,
+        "arm": first["arm"],
+        "predictor": first["predictor"],
+        "template": first["template"],
+        "run": line.label,
+        "shots": first["shots"],
+        "engine": first["engine"],
+        "seeds": len(line.figures),
+        "parse_rate": float(np.mean([row["parse_rate"] for row in line.figures])),
+        "metrics": metrics,
+        "tokens_per_request": (cost["prompt_tokens"] + cost["completion_tokens"]) / requests,
+        "forwards_per_request": cost["forwards"] / requests,
+        "seconds_per_request": cost["seconds"] / requests,
+    }
+
+
+_COST = ("prompt_tokens", "completion_tokens", "forwards", "seconds")
+
+
+def _compared(
+    benchmark: Benchmark,
+    metric: str,
+    lines: Mapping[str, Line],
+    users: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+) -> list[dict[str, Any]]:
+    """Compare pairs of rows by name; seeds are averaged before."""
+    named = [tuple((name, _values(lines[name], metric)) for name in pair) for pair in pairs]
+    return compared(metric, named, users, resamples=benchmark.bootstrap)
+
+
+def _values(line: Line, metric: str) -> NDArray[np.float64]:
+    """Return the values of a row's requests, shape (seeds, n)."""
+    return np.array([values[metric] for values in line.values], dtype=np.float64)
+
+
+def _written(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

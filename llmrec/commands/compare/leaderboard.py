@@ -1,0 +1,386 @@
+"""The leaderboard: committed suite results beside published figures, one protocol a table.
+
+Both are files that others may have written: every text passes `escape.cell` or `escape.code` on its way into the page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmrec.errors import DataError, LlmrecError
+from llmrec.report.escape import cell, code, flat
+from llmrec.report.records import Number, Record, Verdict, lower, mended
+from llmrec.report.table import grid
+from llmrec.report.wording import DASH, UNDEFINED, undefined_lines
+
+_HEAD = """# Leaderboard
+
+Written by `llmrec eval SUITE` from `eval/results/` and `eval/references/`; do not edit. Rankings are of the whole
+catalogue, with the exact expectation over ties; parameters are chosen on validation only. A table holds one protocol.
+Published figures are as printed by their source; nobody but the source vouches for them.
+"""
+_HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
+_RULE = (
+    "*Best row is better*: whether the paired difference to the best row is shown, with p corrected by Holm's method "
+    "over the table."
+)
+
+
+# --------------------------------------------------------------------------- published figures
+
+
+class Page(BaseModel):
+    """Frozen base of the pages under eval/references."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Published(Page):
+    """One published row. ``seen``: whether items of the history could be ranked, as far as the source tells."""
+
+    system: str
+    source: str
+    seen: Literal["excluded", "included", "unknown", "rating", "yes-no"]
+    values: Mapping[str, float]
+    note: str = ""
+
+
+class Protocol(Page):
+    """What a reference's rows share."""
+
+    split: str
+    candidates: str
+
+
+class Reference(Page):
+    """One page of published figures on one data set."""
+
+    reference: str
+    data: str
+    counts: Mapping[str, int]
+    protocol: Protocol
+    rows: tuple[Published, ...]
+
+
+def load_reference(path: Path) -> Reference:
+    """Read a page of published figures.
+
+    Raises:
+        DataError: If it cannot be read or does not have this form.
+    """
+    try:
+        return Reference.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise DataError(f"{path}: not a page of published figures ({error}); see the other pages beside it") from error
+
+
+# --------------------------------------------------------------------------- our own
+
+
+class Figure(Record):
+    """One number of a suite, or why there is none; ``sd`` over seeds, ``range`` over tie rules of the split."""
+
+    value: Number
+    low: Number = None
+    high: Number = None
+    sd: Number = None
+    range: tuple[float, float] | None = None
+    signature: str = ""
+    undefined: str = ""
+
+
+class Table(Record):
+    """A row's figures under one treatment of the history."""
+
+    metrics: dict[str, Figure]
+    tie_rate: Number = None
+
+
+class SuiteRow(Record):
+    """One baseline of a suite."""
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    tables: dict[str, Table]
+    seconds: dict[str, float] = Field(default_factory=dict)
+    memory_gb: Number = None
+
+
+class SuiteData(Record):
+    """Size of the data."""
+
+    users: int
+    items: int
+    interactions: int
+
+
+class SuiteMachine(Record):
+    """Where it ran."""
+
+    cpu: str | None = None
+    cores: int | None = None
+
+
+class SuiteProtocol(Record):
+    """What the rows of a suite share; ``metrics`` end with the one that tables are sorted by."""
+
+    split: str
+    candidates: str | None = None
+    seen: tuple[str, ...] = Field(min_length=1)
+    metrics: tuple[str, ...]
+    seeds: tuple[int, ...]
+    users: int
+
+
+class SuiteComparison(Record):
+    """The best row of a table, ``a``, against another, ``b``."""
+
+    seen: str
+    b: str
+    verdict: Verdict
+
+
+class SuitePair(Record):
+    """Two rows that a suite compares by name."""
+
+    seen: str
+    metric: str
+    a: str
+    b: str
+    value: Number = None
+    low: Number = None
+    high: Number = None
+    p: Number = None
+    verdict: Verdict
+
+
+class SuiteResult(Record):
+    """What `llmrec.commands.compare.suite` writes."""
+
+    suite: str
+    description: str = ""
+    command: str = ""
+    machine: SuiteMachine = SuiteMachine()
+    data: SuiteData
+    protocol: SuiteProtocol
+    rows: tuple[SuiteRow, ...]
+    comparisons: tuple[SuiteComparison, ...] = ()
+    pairs: tuple[SuitePair, ...] = ()
+    detectable: dict[str, str] = Field(default_factory=dict)
+    references: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Return every suite result in a folder; other files there are left alone.
+
+    Raises:
+        DataError: If a file is not JSON.
+    """
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}: is not JSON ({error}); write it again with `llmrec eval`") from error
+        if isinstance(content, dict) and content.get("kind") == "suite":
+            found.append(content)
+    return found
+
+
+def leaderboard(results: Sequence[Mapping[str, Any]], references: Mapping[str, Reference]) -> str:
+    """Return the Markdown page.
+
+    Args:
+        results: What `llmrec.commands.compare.suite` wrote, one mapping a suite.
+        references: Published pages by name.
+
+    Raises:
+        DataError: If a result lacks something.
+        LlmrecError: If the rows of one table were measured under different protocols.
+    """
+    suites = sorted(map(_suite, results), key=lambda found: found.suite)
+    pages = ([references[name] for name in found.references if name in references] for found in suites)
+    return "\n".join([_HEAD, *map(_section, suites, pages)])
+
+
+def _suite(content: Mapping[str, Any]) -> SuiteResult:
+    name = flat(str(content.get("suite")))
+    try:
+        found = SuiteResult.model_validate(mended(dict(content)))
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise DataError(
+            f"suite {name!r}: key {flat(place)!r}: {problem['msg']}; write it again with `llmrec eval`"
+        ) from error
+    for seen in found.protocol.seen:
+        _one_protocol(found, seen)
+    return found
+
+
+def _one_protocol(found: SuiteResult, seen: str) -> None:
+    """Refuse a table whose rows lack a metric or were measured under different protocols."""
+    metrics = found.protocol.metrics
+    if (
+        not found.rows
+        or not metrics
+        or any(
+            seen not in row.tables or any(name not in row.tables[seen].metrics for name in metrics)
+            for row in found.rows
+        )
+    ):
+        raise DataError(
+            f"suite {found.suite!r}: a row of table {seen!r} lacks figures; write it again with `llmrec eval`"
+        )
+    for name in metrics:
+        signatures = {row.tables[seen].metrics[name].signature: row.name for row in found.rows}
+        if len(signatures) > 1:
+            (one, first), (two, second) = list(signatures.items())[:2]
+            raise LlmrecError(
+                f"suite {found.suite!r}: rows of table {seen!r} were measured under different protocols, {first!r} "
+                f"({one}) and {second!r} ({two}), so they cannot share it; run the suite again"
+            )
+
+
+# --------------------------------------------------------------------------- the page
+
+
+def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
+    data, protocol = found.data, found.protocol
+    counts = f"{data.users:,} users, {data.items:,} items, {data.interactions:,} interactions"
+    where = f"{found.machine.cpu or 'an unknown processor'}, {found.machine.cores or 'unknown'} cores"
+    lines = [
+        f"## {cell(found.suite)}",
+        "",
+        f"{cell(found.description)} {counts}; split {cell(protocol.split)}, {protocol.users:,} evaluated users, "
+        f"seeds {', '.join(map(str, protocol.seeds))}. {code(found.command)}, {found.seconds / 60:.0f} min on "
+        f"{cell(where)}.",
+    ]
+    for seen in protocol.seen:
+        heading = _HEADINGS.get(seen, f"Items of the history {seen}")
+        lines += ["", f"### {cell(heading)}", "", _ours(found, seen)]
+        verdicts = _verdicts(found, seen)
+        lines += ["", _RULE] if verdicts else []
+        lines += [part for line in _undefined(found, seen) for part in ("", cell(line))]
+        lines += ["", cell(found.detectable[seen])] if found.detectable.get(seen) else []
+        lines += _pairs(found, seen)
+        same = [row for page in references for row in page.rows if row.seen == seen and _fits(page, protocol)]
+        if same:
+            lines += ["", "Published under the same protocol:", "", _published(same, protocol.metrics)]
+    unknown = [row for page in references for row in page.rows if row.seen == "unknown" and _fits(page, protocol)]
+    if unknown:
+        heading = "### Published, treatment of the history not stated"
+        lines += ["", heading, "", _published(unknown, protocol.metrics)]
+    return "\n".join([*lines, ""])
+
+
+def _pairs(found: SuiteResult, seen: str) -> list[str]:
+    """Return one line for each pair of rows that the suite compares by name."""
+    asked = [
+        pair for pair in found.pairs if pair.seen == seen and None not in (pair.value, pair.low, pair.high, pair.p)
+    ]
+    if not asked:
+        return []
+    lines = [
+        f"- {cell(pair.a)} over {cell(pair.b)}: {cell(pair.metric)} {pair.value:+.4f} [{pair.low:+.4f}, "
+        f"{pair.high:+.4f}], p {pair.p:.3f}, {pair.verdict}"
+        for pair in asked
+    ]
+    return ["", "Pairs named beforehand, Holm-adjusted among themselves:", "", *lines]
+
+
+def _undefined(found: SuiteResult, seen: str) -> list[str]:
+    """Say which figures of a table are not defined, of which rows and why."""
+    names = found.protocol.metrics
+    figures = [(row.name, name, row.tables[seen].metrics[name]) for row in found.rows for name in names]
+    missing = [(row, name, figure.undefined) for row, name, figure in figures if figure.value is None]
+    return undefined_lines(missing, len(found.rows), names[-1])
+
+
+def _fits(page: Reference, protocol: SuiteProtocol) -> bool:
+    # A suite without candidates has one table, and its references name that.
+    kind = protocol.candidates or protocol.seen[0]
+    return page.protocol.candidates == kind and page.protocol.split in protocol.split
+
+
+def _ours(found: SuiteResult, seen: str) -> str:
+    *others, last = found.protocol.metrics
+    rows = sorted(found.rows, key=lambda row: _place(row.tables[seen].metrics[last].value, last))
+    best = {name: _best([row.tables[seen].metrics[name].value for row in rows], name) for name in (*others, last)}
+    ranged = any(row.tables[seen].metrics[last].range for row in rows)
+    verdicts = _verdicts(found, seen)
+    header = ["predictor", *others, last, *(["over tie rules"] if ranged else [])]
+    header += ["best row is better"] if verdicts else []
+    table = []
+    for row in rows:
+        figures = row.tables[seen].metrics
+        cells = [_bold(figures[name].value, best[name]) for name in others]
+        cells.append(f"{_bold(figures[last].value, best[last])}{_spread(figures[last])}")
+        cells += [_range(figures[last])] if ranged else []
+        cells += [verdicts.get(row.name, DASH)] if verdicts else []
+        chosen = ", ".join(f"{name} {value}" for name, value in row.parameters.items()) or "none"
+        ties = DASH if row.tables[seen].tie_rate is None else f"{row.tables[seen].tie_rate:.1%}"
+        memory = DASH if row.memory_gb is None else f"{row.memory_gb:.1f}"
+        table.append([cell(row.name), *cells, ties, cell(chosen), f"{sum(row.seconds.values()):.0f}", memory])
+    return _left([*header, "ties", "parameters", "seconds", "GB"], table)
+
+
+def _verdicts(found: SuiteResult, seen: str) -> dict[str, str]:
+    """Return, by row name, whether the best row is shown to be better; nothing where two rows have one name."""
+    names = [row.name for row in found.rows]
+    if len(set(names)) < len(names):
+        return {}
+    return {entry.b: entry.verdict for entry in found.comparisons if entry.seen == seen}
+
+
+def _place(value: float | None, metric: str) -> tuple[bool, float]:
+    """Return the sort key of a figure: best first, none last."""
+    return (True, 0.0) if value is None else (False, value if lower(metric) else -value)
+
+
+def _best(values: Sequence[float | None], metric: str) -> float | None:
+    return min(values, key=lambda value: _place(value, metric))
+
+
+def _bold(value: float | None, best: float | None) -> str:
+    return UNDEFINED if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}"
+
+
+def _spread(figure: Figure) -> str:
+    bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:.4f}, {figure.high:.4f}]"
+    return bounds + ("" if figure.sd is None else f" sd {figure.sd:.4f}")
+
+
+def _range(figure: Figure) -> str:
+    return DASH if figure.range is None else "{:.4f} to {:.4f}".format(*figure.range)
+
+
+def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
+    """Return published rows, best first by the last metric that they print."""
+
+    def key(row: Published) -> tuple[int, bool, float]:
+        place = next((place for place, name in enumerate(reversed(metrics)) if name in row.values), len(metrics))
+        name = metrics[-1 - place] if place < len(metrics) else metrics[-1]
+        return (place, *_place(row.values.get(name), name))
+
+    table = [
+        [
+            cell(row.system),
+            *(f"{row.values[name]:.4f}" if name in row.values else "" for name in metrics),
+            cell(row.source),
+            cell(row.note),
+        ]
+        for row in sorted(rows, key=key)
+    ]
+    return _left(["system", *metrics, "source", "note"], table)
+
+
+def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return grid([cell(name) for name in header], rows, numeric_from=len(header))

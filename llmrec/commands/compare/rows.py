@@ -1,0 +1,164 @@
+"""Suite rows that are no baselines: models that a recipe tunes, and mixtures of rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec.backends.cache import AnswerStore
+from llmrec.baselines.tuning import RANKED, Trial, Tuned
+from llmrec.baselines.validation import mean_ndcg, ranking_cases
+from llmrec.data.split import SplitDataset
+from llmrec.errors import RecipeError
+from llmrec.experiment.engines import Engines
+from llmrec.pipeline import open_session
+from llmrec.recipe.comparisons import Suite, SuiteRow
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+from llmrec.registry import BASELINES, lookup
+from llmrec.strategies.asking import Asker
+from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
+from llmrec.types import CatalogueScorer, Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+# Validation users by whom the weights of a mixture are chosen, an unbiased sample: each costs every part a search.
+_CHOOSING = 5000
+# How the scores of a baseline become probabilities of the next item.
+_PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("popularity", "recent-popularity", "item-knn", "markov-1", "markov"), from_counts),
+    "markov-cooccurrence": from_counts,
+    **dict.fromkeys(("sasrec", "gru4rec"), from_logits),
+}
+
+
+@dataclass
+class Contenders:
+    """Fits suite rows; what a mixture mixes is fitted once for a split and a seed, and kept until the suite is done.
+
+    Attributes:
+        suite: The suite.
+        folder: Where models and their rankings are kept, so that a killed suite goes on.
+        chosen: Parameters of the baselines' rows that are done, by label.
+    """
+
+    suite: Suite
+    folder: Path
+    chosen: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _fitted: dict[tuple[str, str, int], Any] = field(default_factory=dict)
+
+    def fit(self, row: SuiteRow, data: SplitDataset, seed: int, parameters: Mapping[str, Any] | None = None) -> Any:
+        """Return a fitted row.
+
+        Args:
+            row: The row.
+            data: The split to fit it on.
+            seed: Of everything in it that has chance; the parts of a mixture have the same.
+            parameters: What was chosen for it; by default what its finished row says, or its own. Of a mixture, its
+                ``weights``.
+        """
+        if row.mix:
+            parts = [self._probabilities(self._row(label), data, seed) for label in row.mix]
+            weights = parameters["weights"] if parameters else row.weights[0]
+            return Mixture(row.label, sorted(data.dataset.items), parts, weights)
+        key = (row.label, data.fingerprint, seed)
+        if key in self._fitted:
+            return self._fitted[key]
+        model = self._tuned(row, data, seed) if row.recipe else self._baseline(row, data, seed, parameters)
+        self.keep(row, data, seed, model)
+        return model
+
+    def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
+        """Remember a fitted row that a mixture will ask for; others would only take memory."""
+        if any(row.label in other.mix for other in self.suite.rows):
+            self._fitted[(row.label, data.fingerprint, seed)] = model
+
+    def choose(self, row: SuiteRow, data: SplitDataset) -> Tuned:
+        """Choose the weights of a mixture on the validation split; a tuned model has nothing left to choose."""
+        if not row.mix:
+            return Tuned(parameters=dict(self._recipe(row)[1]), trials=(), metric="nothing to choose")
+        cases, trials = ranking_cases(data, _CHOOSING), []
+        for weights in row.weights:
+            parameters = {"weights": list(weights)}
+            model = self.fit(row, data, self.suite.seeds[0], parameters)
+            trials.append(Trial(parameters, mean_ndcg(model.items, model.scores, cases)))
+            log.info("%s %s: validation %s %.4f", row.label, weights, RANKED, trials[-1].value)
+        best = max(trials, key=lambda trial: trial.value)
+        return Tuned(parameters=best.parameters, trials=tuple(trials), metric=RANKED)
+
+    def inputs(self, row: SuiteRow) -> Any:
+        """Return what a row's figures depend on beside its own keys: the recipe, or the mixed rows and theirs."""
+        if row.recipe:
+            return self._recipe(row)[0].model_dump(mode="json")
+        return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.mix]
+
+    def stochastic(self, row: SuiteRow) -> bool:
+        """Whether another seed gives other figures."""
+        if row.baseline is not None:
+            return bool(lookup(BASELINES, row.baseline, "baseline").stochastic)
+        return not row.mix or any(self.stochastic(self._row(label)) for label in row.mix)
+
+    # ----------------------------------------------------------------------- parts
+
+    def _row(self, label: str) -> SuiteRow:
+        return next(row for row in self.suite.rows if row.label == label)
+
+    def _probabilities(
+        self, row: SuiteRow, data: SplitDataset, seed: int
+    ) -> Callable[[Sequence[Request]], NDArray[np.float64]]:
+        """Return what turns requests into probabilities of items, shape (n, items).
+
+        Raises:
+            RecipeError: If the scores of a row cannot be read as such.
+        """
+        model = self.fit(row, data, seed)
+        if row.baseline is None:
+            found: Callable[[Sequence[Request]], NDArray[np.float64]] = model.scores
+            return found
+        if row.baseline not in _PROBABILITIES:
+            raise RecipeError(
+                f"suite {self.suite.suite}: the scores of {row.baseline} are no probabilities, so it cannot be mixed; "
+                f"choose from {', '.join(_PROBABILITIES)}"
+            )
+        return lambda requests: _PROBABILITIES[str(row.baseline)](model.scores(requests))
+
+    def _baseline(self, row: SuiteRow, data: SplitDataset, seed: int, parameters: Mapping[str, Any] | None) -> Any:
+        if parameters is None:
+            parameters = self.chosen.get(row.label, row.parameters)
+        model = lookup(BASELINES, str(row.baseline), "baseline")(**parameters, seed=seed)
+        model.fit(data)
+        return model
+
+    def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, Any]]:
+        """Return a row's recipe, and what of it tables show."""
+        recipe = load_recipe(str(row.recipe), row.overrides)
+        if recipe.tasks.sequential is None:
+            raise RecipeError(f"{row.recipe}: a suite ranks the catalogue by tasks.sequential, which it lacks; add it")
+        shown = {
+            "model": recipe.model.name if recipe.model.shape is None else "from chance",
+            "index": recipe.index.scheme if recipe.index else "title",
+            "steps": recipe.train.steps,
+        }
+        return recipe, shown
+
+    def _tuned(self, row: SuiteRow, data: SplitDataset, seed: int) -> CatalogueScorer:
+        """Tune a recipe's model on the suite's data, or reuse what an earlier run left, and open it for search."""
+        recipe = self._recipe(row)[0].model_copy(update={"seed": seed, "data": self.suite.data})
+        section = recipe.eval.model_copy(update={"arms": ("tuned",), "backend": "hf", "scorer": "hf"})
+        recipe = recipe.model_copy(update={"eval": section})
+        folder = self.folder / "models" / f"{row.label}-{seed}-{data.fingerprint[:8]}"
+        session = open_session(recipe, folder, data=data)
+        training = session.trained() or session.train()
+        store = AnswerStore(folder / "answers.sqlite")
+        engines = Engines(recipe.model, recipe.eval, session.encoder, seed, session.budget, store)
+        backend = engines.get("hf", str(folder / "merged"), training["merged_sha256"])
+        task: Any = session.study.tasks["sequential"]
+        asker = Asker(backend=backend, task=task, template=task.eval_templates[0], batch=recipe.eval.batch)
+        return SearchedCatalogue(row.label, CatalogueRanker(asker, beams=row.depth, seen=True), task.catalogue)

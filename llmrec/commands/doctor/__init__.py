@@ -1,0 +1,1 @@
+"""The command doctor: what this machine and environment can do."""

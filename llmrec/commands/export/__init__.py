@@ -1,0 +1,1 @@
+"""The command export: a run's model as a folder that stands alone."""

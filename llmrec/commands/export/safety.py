@@ -1,0 +1,189 @@
+"""Looks at files before they leave the machine, and uploads them to a model hub when asked: private by default."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmrec.errors import LlmrecError, require
+from llmrec.resources import cache_dir
+
+_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".parquet"})
+_NAMES = frozenset({"LICENSE", "LICENSE-base", "SHA256SUMS"})
+# Vocabularies hold fragments of every path there is.
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"})
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)$")
+_SHORTEST_SECRET = 8
+
+
+def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
+    """Refuse a folder that holds a file of another kind, a path of this machine or a secret of the environment.
+
+    Args:
+        folder: What is about to be handed out.
+        places: Folders whose names must not stand in it, besides home, working and cache folders.
+        own_code: Whether the model brings Python files.
+
+    Raises:
+        LlmrecError: Naming the file and what stands in it; a secret itself is not named.
+    """
+    paths = _paths(places)
+    secrets = _secrets()
+    for file in sorted(file for file in folder.rglob("*") if not file.is_dir()):
+        name = file.relative_to(folder).as_posix()
+        known = file.suffix in _SUFFIXES or file.name in _NAMES or (own_code and file.suffix == ".py")
+        if file.is_symlink() or not known:
+            raise LlmrecError(f"the export would hold {name}, which is no kind of file that is handed out")
+        text = _text(file)
+        for secret in secrets:
+            if secret in text:
+                raise LlmrecError(f"{name} would hold a secret that stands in the environment; take it out of the run")
+        for path in paths if file.name not in _VOCABULARIES else ():
+            if re.search(rf"(?<![\w./~-]){re.escape(path)}(?![\w-])", text):
+                raise LlmrecError(
+                    f"{name} would hold the path {path} of this machine; take it out of the recipe or the templates"
+                )
+
+
+def _paths(places: Iterable[Path]) -> list[str]:
+    """Return absolute paths that say something about a machine; a root folder says nothing."""
+    found: set[str] = set()
+    for place in (Path.home(), Path.cwd(), cache_dir(), *places):
+        found |= {str(each) for each in (place.expanduser().absolute(), place.expanduser().resolve())}
+    return sorted(path for path in found if len(Path(path).parts) > 2 or path == str(Path.home()))
+
+
+def _secrets() -> list[str]:
+    hub = require("huggingface_hub", "train")
+    named = [value for name, value in os.environ.items() if _SECRET.search(name)]
+    return [value for value in {*named, hub.get_token() or ""} if len(value) >= _SHORTEST_SECRET]
+
+
+def _text(file: Path) -> str:
+    """Return what can be read in a file: of weights the header only, which comes first."""
+    if file.suffix == ".safetensors":
+        with file.open("rb") as stream:
+            return stream.read(int.from_bytes(stream.read(8), "little")).decode("utf-8", "replace")
+    return file.read_bytes().decode("utf-8", "replace")
+
+
+def keep_only(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove every file that no pattern names."""
+    kept = {file for pattern in patterns for file in folder.glob(pattern)}
+    for file in folder.rglob("*"):
+        if file.is_file() and file not in kept:
+            file.unlink()
+
+
+def elements(folder: Path) -> int:
+    """Return the number of weights in a model folder, from the headers of its safetensors files."""
+    return sum(math.prod(shape) for file in _files(folder) for shape in _shapes(file).values())
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    """Whether two model folders hold the same weights, up to rounding to the coarser of their dtypes."""
+    torch = require("torch", "train")
+    first, second = _where(one), _where(two)
+    if first.keys() != second.keys():
+        return False
+    for name in first:
+        a, b = _tensor(first[name], name), _tensor(second[name], name)
+        if a.shape != b.shape:
+            return False
+        # The coarser dtype rounds relative to each weight; the rest is the last bits of the merge's own sums.
+        coarse = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+        fine = 1e-6 * float(b.abs().max()) + 1e-7
+        if not torch.allclose(a.float(), b.float(), rtol=coarse, atol=fine):
+            return False
+    return True
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _shapes(file: Path) -> dict[str, Any]:
+    safetensors = require("safetensors", "train")
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+
+
+def _where(folder: Path) -> dict[str, Path]:
+    return {name: file for file in _files(folder) for name in _shapes(file)}
+
+
+def _tensor(file: Path, name: str) -> Any:
+    safetensors = require("safetensors", "train")
+    with safetensors.safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def check(name: str) -> None:
+    """Find what an upload lacks before minutes of work, not after.
+
+    Raises:
+        LlmrecError: If the name cannot be one, the hub is switched off, or there is no token.
+    """
+    hub, errors = require("huggingface_hub", "train"), require("huggingface_hub.errors", "train")
+    try:
+        require("huggingface_hub.utils", "train").validate_repo_id(name)
+        well_formed = name.count("/") == 1
+    except errors.HFValidationError:
+        well_formed = False
+    if not well_formed:
+        raise LlmrecError(f"--push {name!r} is no hub name; write USER/NAME, such as --push ada/films-recommender")
+    if require("huggingface_hub.constants", "train").HF_HUB_OFFLINE:
+        raise LlmrecError("--push needs the hub, and HF_HUB_OFFLINE switches it off; unset it, or leave out --push")
+    if not hub.get_token():
+        raise LlmrecError(
+            "--push needs a token of the hub with write access; set HF_TOKEN or run `hf auth login`, then export again"
+        )
+
+
+def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str:
+    """Upload exactly the named files of a folder, and return the address of the repository.
+
+    Raises:
+        LlmrecError: If the hub cannot be reached or refuses, or if a private upload would land in a public repository.
+            The folder stays as it is.
+    """
+    hub = require("huggingface_hub", "train")
+    api: Any = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    mend = (
+        f"The folder {folder} is complete; mend the cause and upload it with: "
+        f"hf upload {name} {folder}{' --private' if private else ''}"
+    )
+    try:
+        address = str(api.create_repo(name, private=private, exist_ok=True))
+        if private and not api.repo_info(name).private:
+            raise LlmrecError(
+                f"{name} exists on the hub and is public, and --push uploads to private repositories unless --public "
+                f"is given; choose another name or say --public. The folder {folder} is complete"
+            )
+        with warnings.catch_warnings():
+            # The catalogue of an export belongs beside its model, in a model repository.
+            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file", UserWarning)
+            api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                allow_patterns=[_literally(file) for file in files],
+                commit_message="Export by llmrec",
+            )
+    except LlmrecError:
+        raise
+    except Exception as error:  # the library raises dozens of types, from network errors to refusals of the hub
+        token = hub.get_token() or ""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = (lines[0] if lines else type(error).__name__).replace(token or "\0", "[token]")
+        raise LlmrecError(f"the upload to {name} failed: {reason[:300]}. {mend}") from error
+    return address
+
+
+def _literally(name: str) -> str:
+    """Return a file name as a pattern that matches nothing else."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

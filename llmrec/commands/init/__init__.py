@@ -1,0 +1,1 @@
+"""The command init: a recipe for a table nobody described."""

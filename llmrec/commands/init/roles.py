@@ -1,0 +1,112 @@
+"""What the columns of a table can be, what the user said about them, and what they were taken for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmrec.commands.init.forms import ORDERS, DateOrder
+from llmrec.commands.init.profile import Profile, shown
+from llmrec.errors import DataError, did_you_mean
+
+ROLES = ("user", "item", "rating", "time", "title", "text")
+NONE = "none"
+"""What stands for "leave it out" where a column is asked for."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user said: column names, `NONE` to leave a role out, None where it is to be guessed."""
+
+    user: str | None = None
+    item: str | None = None
+    rating: str | None = None
+    time: str | None = None
+    title: str | None = None
+    text: str | None = None
+    fields: tuple[str, ...] | None = None
+    dates: DateOrder | None = None
+
+    def of(self, role: str) -> str | None:
+        """Return what was said of a role."""
+        value: str | None = getattr(self, role)
+        return value
+
+
+def asked(
+    *,
+    user: str | None = None,
+    item: str | None = None,
+    rating: str | None = None,
+    time: str | None = None,
+    title: str | None = None,
+    text: str | None = None,
+    fields: str | None = None,
+    dates: str | None = None,
+) -> Asked:
+    """Read what stands on a command line: ``fields`` with commas between them, ``dates`` as one of two words.
+
+    Raises:
+        DataError: If ``dates`` is another word.
+    """
+    order = next((each for each in ORDERS if each == dates), None)
+    if dates is not None and order is None:
+        raise DataError(f"--dates {dates!r}{did_you_mean(dates, ORDERS)}: say {' or '.join(ORDERS)}")
+    listed = None if fields is None else tuple(part for part in map(str.strip, fields.split(",")) if part)
+    return Asked(user, item, rating, time, title, text, listed, order)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which column is what.
+
+    Attributes:
+        user: The user's column.
+        item: The item's column.
+        rating: Column of ratings, if any; so are the next three.
+        time: Of times.
+        title: Of item titles, in this table or in that of the items.
+        text: Of what the user wrote.
+        fields: Further columns about items.
+        why: A reason for every column of both tables, used or not.
+        profiles: Every column of the table of interactions by name.
+        items: Every column of the table of items by name; empty where there is none.
+    """
+
+    user: str
+    item: str
+    rating: str | None
+    time: str | None
+    title: str | None
+    text: str | None
+    fields: tuple[str, ...]
+    why: Mapping[str, str]
+    profiles: Mapping[str, Profile] = field(repr=False)
+    items: Mapping[str, Profile] = field(repr=False, default_factory=dict)
+
+    def taken_for(self, column: str) -> str:
+        """Return what a column was taken for, in the words of a recipe; ``-`` for one that is not used."""
+        found = [role for role in ROLES if getattr(self, role) == column]
+        return ", ".join(found) or ("field" if column in self.fields else "-")
+
+
+def check_asked(name: str, asked: Asked, profiles: Mapping[str, Profile], items: Mapping[str, Profile]) -> None:
+    """Check that every column that was named exists, and is named once.
+
+    Raises:
+        DataError: If not; the message suggests the closest name.
+    """
+    for role in (*ROLES, "fields"):
+        named = (asked.fields or ()) if role == "fields" else (asked.of(role),)
+        known = [*profiles, *(c for c in items if c not in profiles and role in ("title", "fields"))]
+        for column in named:
+            if column is None or column in known or (column == NONE and role not in ("user", "item")):
+                continue
+            raise DataError(
+                f"{name} has no column {column!r}{did_you_mean(column, known)}, which --{role} names; its columns are: "
+                f"{', '.join(map(shown, known))}"
+            )
+    taken = [column for role in ROLES if role != "title" and (column := asked.of(role)) not in (None, NONE)]
+    twice = next((column for column in taken if taken.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"the column {twice!r} is named for two things; give --user, --item and the others one each")

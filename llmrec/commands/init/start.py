@@ -1,0 +1,344 @@
+"""`llmrec init`: looks at a table and writes a recipe that can be run at once, saying what it took for what."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from llmrec.commands.init.columns import guess
+from llmrec.commands.init.faults import faults, mended, refusal, write_copy
+from llmrec.commands.init.page import Page, minutes, render
+from llmrec.commands.init.plan import FAMILIES, Plan, decide
+from llmrec.commands.init.profile import Peek, peek, profile, shown
+from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
+from llmrec.data.reading.text import Table, user_path
+from llmrec.durable import write_text
+from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
+from llmrec.recipe.schema import Columns, Recipe
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_CHECKED_ROWS = 300_000
+_COMPANIONS = 20
+_TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".gz")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `init` did.
+
+    Attributes:
+        recipe: The file that it wrote.
+        told: What it found and decided, ready to be printed.
+    """
+
+    recipe: Path
+    told: str
+
+
+def init(
+    table: str,
+    *,
+    items: str | None = None,
+    out: Path | None = None,
+    name: str | None = None,
+    asked: Asked | None = None,
+    mend: Path | None = None,
+    force: bool = False,
+    backend: str | None = None,
+) -> Made:
+    """Write a recipe for a table.
+
+    Args:
+        table: The table of interactions.
+        items: The table of items, if there is one.
+        out: Where the recipe goes; ``<name>.yaml`` in the working folder by default.
+        name: The recipe's name; the table's by default.
+        asked: What is known about columns.
+        mend: Where a mended copy of the table may be written, if one is needed.
+        force: Write over an existing recipe or copy.
+        backend: The engine; vLLM where it is installed, else hf.
+
+    Raises:
+        DataError: If the table cannot be read or judged, or could only be read after it is mended.
+        RecipeError: If the name or the place of the recipe cannot be used.
+    """
+    asked = asked or Asked()
+    name = _name(name, table)
+    target = _target(out, name, force)
+    path, items_path = _file(table), _file(items) if items is not None else None
+    if mend is not None and mend.exists() and any(mend.samefile(p) for p in (path, items_path) if p and p.exists()):
+        raise DataError(f"--mend {mend} is the table itself, which is never written over; name another file")
+    listed = peek(items_path, whole=True).table if items_path is not None else None
+    found = peek(path, whole=mend is not None)
+    roles = guess(found.table, asked, listed)
+    seen, used, notes = roles, found, list[str]()
+    column = _item_column(roles, listed)
+    wrong = faults(found, roles, listed, column)
+    if wrong:
+        if mend is None or not all(fault.mend for fault in wrong):
+            copy = mend or Path(f"{name}-mended.csv")
+            raise DataError(refusal(str(path), wrong, copy))
+        frame, notes = mended(found.table, roles, listed, column)
+        write_copy(frame, mend, force=force)
+        notes = [f"{mend} is a copy of {path} that llmrec can read", *dict.fromkeys(f.mend for f in wrong), *notes]
+        path, used = mend, peek(mend, whole=True)
+        again = guess(used.table, _again(roles, column), listed)
+        roles = replace(again, why={**again.why, **{again.item: roles.why[roles.item]}, **roles.why})
+    names = (roles.item, roles.title or "", items_path.name if items_path else "", path.name)
+    plan = decide(roles, names, whole=used.whole, backend=backend or _backend())
+    page = _page(name, path, items_path, target, roles, plan, used, listed)
+    plan, recipe = _write(page, target, check=used.whole and plan.facts.rows <= _CHECKED_ROWS)
+    told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
+    told += _hints(path, roles, items_path, used, plan)
+    return Made(target, "\n".join([*told, *_next(recipe, target, plan)]))
+
+
+# --------------------------------------------------------------------------- files and names
+
+
+def _name(name: str | None, table: str) -> str:
+    if name is None:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(table).name.split(".")[0]).strip("-._")
+        return stem or "mine"
+    if not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"--name {shown(name)!r}: a recipe's name starts with a letter or digit and has letters, digits, dots, "
+            "hyphens and underscores"
+        )
+    return name
+
+
+def _target(out: Path | None, name: str, force: bool) -> Path:
+    target = out if out is not None else Path(f"{name}.yaml")
+    if target.suffix.lower() not in (".yaml", ".yml"):
+        raise RecipeError(f"--out {target}: a recipe ends in .yaml; give it this ending")
+    if target.is_dir():
+        raise RecipeError(f"{target} is a folder; name a file after --out")
+    if target.exists() and not force:
+        raise RecipeError(f"{target} exists; name another file after --out, or write over it with --force")
+    return target
+
+
+def _file(text: str) -> Path:
+    if text.startswith("hf://"):
+        raise DataError(
+            f"{text}: init looks at files; save the data set as Parquet and give that file, or write the recipe by hand"
+        )
+    path = user_path(text)
+    if not path.exists():
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{text}: there is no such file{did_you_mean(path.name, beside)}; give the path of a table")
+    return path
+
+
+def _written(path: Path, target: Path) -> str:
+    """Return a path as a recipe needs it: relative only where the recipe lies in the folder in which init ran."""
+    here = target.resolve().parent == Path.cwd().resolve()
+    text = str(path)
+    return text if here and not text.startswith(("~", "hf:")) else str(path.absolute())
+
+
+def _backend() -> str:
+    return "vllm" if importlib.util.find_spec("vllm") is not None else "hf"
+
+
+# --------------------------------------------------------------------------- the recipe
+
+
+def _item_column(roles: Roles, items: Table | None) -> str:
+    """Return the item's column in the table of items: the same name, or the one whose values are the same."""
+    if items is None or roles.item in roles.items:
+        return roles.item
+    known = roles.profiles[roles.item].cells.unique()
+    shares = {
+        column: int(known.is_in(held.cells.unique().implode()).sum()) / max(len(known), 1)
+        for column, held in roles.items.items()
+    }
+    best = max(shares, key=lambda column: (shares[column], roles.items[column].unique))
+    if shares[best] < 0.5:
+        raise DataError(
+            f"{items.name} has no column {shown(roles.item)!r}, and none that holds the same values; its columns are "
+            f"{', '.join(map(shown, roles.items))}. Call the item's column the same in both tables"
+        )
+    return best
+
+
+def _again(roles: Roles, item_column: str) -> Asked:
+    """Return the roles as something asked for, for a look at the mended copy."""
+    return Asked(
+        user=roles.user,
+        item=item_column,
+        rating=roles.rating or NONE,
+        time=roles.time or NONE,
+        title=(item_column if roles.title == roles.item else roles.title) or NONE,
+        text=roles.text or NONE,
+        fields=roles.fields,
+    )
+
+
+def _page(
+    name: str, path: Path, items: Path | None, target: Path, roles: Roles, plan: Plan, used: Peek, listed: Table | None
+) -> Page:
+    title = roles.title
+    if title is None and "title" in {*roles.profiles, *roles.items}:
+        title = roles.item  # otherwise a column of that name would be taken
+    columns = Columns(
+        user=roles.user,
+        item=roles.item,
+        rating=roles.rating if plan.rates else None,
+        time=roles.time,
+        title=title,
+        text=roles.text,
+        fields=roles.fields,
+    )
+    why = {role: roles.why.get(column, "") for role in ROLES if (column := getattr(roles, role)) is not None}
+    if title is not None and roles.title is None:
+        why["title"] = "no titles: the ids stand in for them"
+    twice = listed is not None and roles.items[roles.item].distinct < roles.items[roles.item].filled
+    duplicates = ""
+    if plan.facts.repeats:
+        duplicates = f"{plan.facts.repeats} rows repeat a user with an item; the latest of each is kept"
+    elif twice:
+        duplicates = "some items are listed twice; the last entry of each is kept"
+    elif not used.whole:
+        duplicates = "only a part of the table was looked at; of repeated rows the latest is kept"
+    return Page(
+        name=name,
+        made_from=path.name if items is None else f"{path.name} and {items.name}",
+        path=_written(path, target),
+        items=_written(items, target) if items is not None else None,
+        columns=columns,
+        why=why,
+        duplicates=duplicates,
+        plan=plan,
+    )
+
+
+def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe]:
+    """Write the page, once `llmrec check` would accept it; a family that it refuses is switched off."""
+    from llmrec.experiment.study import build_study
+
+    while page.plan.on:
+        text = render(page)
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+        try:
+            if check:
+                build_study(recipe)
+        except LlmrecError as error:
+            refused = str(error)
+            family = next((f for f in page.plan.on if refused.startswith(f"tasks.{f}")), None)
+            if family is None:
+                raise
+            page = replace(page, plan=page.plan.without(family, refused.partition(": ")[2] or refused))
+            continue
+        write_text(target, text)
+        return page.plan, recipe
+    off = "; ".join(f"{family} {reason}" for family, (_, reason) in page.plan.tasks.items())
+    raise DataError(f"{page.path}: this table can carry none of the four tasks: {off}")
+
+
+# --------------------------------------------------------------------------- what is printed
+
+
+def _columns(found: Peek, roles: Roles, items: Table | None) -> list[str]:
+    frame = found.table.frame
+    size = f"{frame.height} rows, {frame.width} columns" if found.whole else f"a part of it, {frame.height} rows"
+    rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in frame.columns]
+    lines = [f"{found.table.name}: {size}", *_aligned([("column", "taken for", "why"), *rows])]
+    if items is not None:
+        both = [c for c in items.frame.columns if c not in frame.columns or c in (roles.title, *roles.fields)]
+        rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in both]
+        lines += [f"{items.name}: {items.frame.height} rows", *_aligned(rows)]
+    return lines
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]) - 1)] if rows else []
+    return [
+        "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    ]
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return ["mended", *(f"  {note}" for note in notes)] if notes else []
+
+
+def _figures(used: Peek, roles: Roles, plan: Plan) -> list[str]:
+    facts = plan.facts
+    low, median, high = facts.history
+    rows: list[tuple[str, ...]] = [
+        ("rows", f"{facts.rows}" + ("" if plan.core == 1 else f", after user_core and item_core {plan.core}")),
+        ("users", f"{facts.users}"),
+        ("items", f"{facts.items}, called {plan.noun} in prompts"),
+        ("history", f"a median of {median:g} different items a user, from {low} to {high}"),
+    ]
+    if facts.repeats:
+        rows.append(("repeats", f"{facts.repeats} rows repeat a user with an item; the latest is kept (keep_last)"))
+    shares = {
+        "ratings": 1.0 if roles.rating else 0.0,
+        "times": 1.0 if roles.time else 0.0,
+        "titles": facts.with_title,
+        "texts": facts.with_texts / max(facts.rows, 1),
+    }
+    rows.append(("filled", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())))
+    return ["the data" if used.whole else "the part that was read", *_aligned(rows)]
+
+
+def _told_tasks(plan: Plan) -> list[str]:
+    return ["tasks", *_aligned([(f, "on" if plan.tasks[f][0] else "off", plan.tasks[f][1]) for f in FAMILIES])]
+
+
+def _hints(path: Path, roles: Roles, items: Path | None, used: Peek, plan: Plan) -> list[str]:
+    hints = []
+    if roles.title is None:
+        hints.append("there are no titles: ids stand in for them, and a language model then has little to go by")
+        companion = _companion(path, roles.item) if items is None else None
+        if companion is not None:
+            option = f"--items {shlex.quote(str(companion))}"
+            hints.append(f"{companion.name} has a column {shown(roles.item)} too: {option} reads titles from it")
+    if plan.facts.zeros > 0.3:
+        hints.append(
+            f"{plan.facts.zeros:.0%} of the ratings are 0; if that means no rating, set data.filter.min_rating"
+        )
+    if plan.candidates < 20 and {"direct", "sequential"} & set(plan.on):
+        hints.append(
+            f"requests have {plan.candidates} candidates instead of 20: one user has had {plan.facts.history[2]} "
+            f"of {plan.facts.items} items"
+        )
+    if not used.whole:
+        hints.append("only a part of the table was read; `llmrec check` reads it whole")
+    return ["note", *(f"  {hint}" for hint in hints)] if hints else []
+
+
+def _companion(path: Path, item: str) -> Path | None:
+    """Return another table in the same folder that has the item's column, if there is exactly one."""
+    found = []
+    for other in sorted(path.absolute().parent.iterdir())[: 10 * _COMPANIONS]:
+        if other.suffix.lower() in _TEXT_ENDINGS and other.is_file() and other.name != path.name:
+            try:
+                table = peek(other, limit=2**18, part=2**18).table
+                if item in table.frame.columns and profile(table)[item].unique:
+                    found.append(other)
+            except LlmrecError:
+                continue
+            if len(found) > 1:
+                break
+    if len(found) != 1:
+        return None
+    return found[0] if path.is_absolute() else path.parent / found[0].name
+
+
+def _next(recipe: Recipe, target: Path, plan: Plan) -> list[str]:
+    file = shlex.quote(str(target))
+    return [
+        f"wrote {target}",
+        f"next: llmrec check {file}",
+        f"then: llmrec run {file}  ({minutes(plan)} on two CPU cores; results in runs/{recipe.name})",
+    ]

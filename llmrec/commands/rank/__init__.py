@@ -1,0 +1,1 @@
+"""The command rank: a file of requests to a file of rankings, resumable."""

@@ -1,0 +1,251 @@
+"""What a ranking of many requests shows while it goes on, and says of itself at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmrec.commands.rank.job import Job
+from llmrec.commands.rank.options import RankOptions
+from llmrec.data.reading.ranked import Ranked
+from llmrec.data.reading.request_file import RequestFile
+from llmrec.durable import sha256_of
+from llmrec.experiment.engines import dtype_name
+from llmrec.experiment.resume import Budget
+from llmrec.machine import machine, versions
+from llmrec.types import Cost
+
+_SHOWN = 5
+# Texts that a request brought can make a note long; the output has it whole.
+_LONGEST = 160
+
+
+@dataclass(frozen=True)
+class Part:
+    """What ranking one part took, engine start, retrieval and rationales left out."""
+
+    lines: int
+    seconds: float
+
+
+@dataclass
+class Tally:
+    """Counts over all records, and what was ranked in this invocation."""
+
+    lines: int = 0
+    failed: int = 0
+    noted: int = 0
+    retrieved: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    forwards: int = 0
+    rationale: Cost = field(default_factory=Cost)
+    written: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    fresh: int = 0
+    fresh_ranked: int = 0
+    fresh_tokens: int = 0
+    parts: list[Part] = field(default_factory=list)
+
+    def add(self, records: Sequence[Ranked], *, seconds: float | None = None) -> None:
+        """Count the records of a part.
+
+        Args:
+            records: One a line.
+            seconds: What ranking them took; None: an earlier invocation ranked them.
+        """
+        for record in records:
+            self._add(record)
+            if seconds is not None:
+                self.fresh += 1
+                self.fresh_ranked += record.error is None
+                self.fresh_tokens += record.prompt_tokens + record.completion_tokens
+        if seconds is not None:
+            self.parts.append(Part(len(records), seconds))
+
+    def _add(self, record: Ranked) -> None:
+        self.lines += 1
+        self.retrieved += record.retrieved > 0
+        self.prompt_tokens += record.prompt_tokens
+        self.completion_tokens += record.completion_tokens
+        self.forwards += record.forwards
+        self.written += sum(bool(text) for text in record.rationale)
+        reasons = Cost(
+            prompt_tokens=record.rationale_prompt_tokens,
+            completion_tokens=record.rationale_completion_tokens,
+            forwards=record.rationale_forwards,
+        )
+        self.rationale += reasons
+        if record.error is not None:
+            self.failed += 1
+            if len(self.failures) < _SHOWN:
+                self.failures.append({"line": record.line, "request_id": record.request_id, "error": record.error})
+        if record.notes:
+            self.noted += 1
+            if len(self.notes) < _SHOWN:
+                self.notes.append({"line": record.line, "request_id": record.request_id, "notes": list(record.notes)})
+
+
+class RankBar:
+    """One progress line on the error stream, with the rate of this invocation."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._progress = Progress(
+            TextColumn("ranking"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self._line = self._progress.add_task("ranking", total=total, rate="")
+        self._done = 0
+        self._begin: float | None = None
+
+    def __enter__(self) -> RankBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def skip(self, count: int) -> None:
+        """Show requests that an earlier run ranked."""
+        self._progress.update(self._line, advance=count)
+
+    def advance(self, count: int) -> None:
+        """Show requests that were just ranked."""
+        rate = ""
+        if self._begin is None:
+            # The first answers took the start of the engine with them.
+            self._begin = time.monotonic()
+        else:
+            self._done += count
+            rate = f"{self._done / max(time.monotonic() - self._begin, 0.001):.1f} requests/s"
+        self._progress.update(self._line, advance=count, rate=rate)
+
+
+def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return a summary as the console shows it: counts first, then the first failures and notes, costs last."""
+    rows = {
+        "ranked": f"{summary['ranked']:,} of {summary['lines']:,} lines",
+        "failed": f"{summary['failed']:,}",
+    }
+    for each in summary["failures"]:
+        rows[f"  line {each['line']}"] = each["error"]
+    if summary["failed"] > len(summary["failures"]):
+        rows["  and more"] = f"see the column 'error' of {summary['out']}"
+    rows["with notes"] = f"{summary['with_notes']:,}"
+    for each in summary["notes"]:
+        note = "; ".join(each["notes"])
+        rows[f"  note on line {each['line']}"] = note if len(note) <= _LONGEST else f"{note[: _LONGEST - 1]}…"
+    if summary["requests_per_second"] is not None:
+        rows["speed"] = (
+            f"{summary['requests_per_second']:,.2f} requests/s, {summary['tokens_per_second']:,.0f} tokens/s"
+        )
+    if summary["seconds_per_request"] is not None:
+        each = summary["seconds_per_request"]
+        rows["seconds a request"] = (
+            f"{each['mean']:.3f}, from {each['fastest_part']:.3f} in the fastest part to {each['slowest_part']:.3f}"
+        )
+    rows["cost"] = _cost(summary)
+    if summary["rationale"] is not None:
+        rows["cost of rationales"] = f"{summary['rationale']['written']:,} written: {_cost(summary['rationale'])}"
+    if summary["retriever"] is not None:
+        found = summary["retriever"]
+        rows["retrieved"] = f"{found['k']} by {found['retriever']}, for {summary['with_retrieved']:,} lines"
+    rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
+    rows["seconds"] = ", ".join(f"{name} {spent:.1f}" for name, spent in summary["seconds"].items())
+    if summary["from_earlier_run"]:
+        rows["from an earlier run"] = f"{summary['from_earlier_run']:,} lines"
+    rows["output"] = str(summary["out"])
+    return rows
+
+
+def _cost(spent: Mapping[str, Any]) -> str:
+    """Write a cost in words: its sums, and its tokens and forwards a ranked line."""
+    prompts, answers, each = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
+    text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forwards"
+    if each is None:
+        return text
+    tokens = each["prompt_tokens"] + each["completion_tokens"]
+    return f"{text}; {tokens:,.0f} tokens and {each['forwards']:,.1f} forwards a ranked line"
+
+
+def summary_of(options: RankOptions, source: RequestFile, job: Job, tally: Tally, budget: Budget) -> dict[str, Any]:
+    """Return what the console and the JSON file say."""
+    ranking = budget.stages.get("ranking", 0.0)
+    return {
+        "key": job.key,
+        "model": options.model,
+        "requests": str(options.requests),
+        "out": str(options.out),
+        "sha256": sha256_of(options.out),
+        "task": job.way.family,
+        "template": job.way.template,
+        "strategy": job.way.strategy,
+        "options": job.way.options,
+        "engine": job.engine,
+        "server": options.server_model if job.engine == "openai" else None,
+        "dtype": dtype_name(job.bundle.model),
+        "window": job.encoder.max_length,
+        "history": job.bundle.tasks.present()[job.way.family].history,
+        "retriever": job.retriever.identity if job.retriever else None,
+        "lines": tally.lines,
+        "blank_lines": source.blank,
+        "ranked": tally.lines - tally.failed,
+        "failed": tally.failed,
+        "failures": tally.failures,
+        "with_notes": tally.noted,
+        "notes": tally.notes,
+        "with_retrieved": tally.retrieved,
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+        "forwards": tally.forwards,
+        "per_request": _means(tally, tally.prompt_tokens, tally.completion_tokens, tally.forwards),
+        "rationale": _rationale(tally) if job.reasoner else None,
+        "from_earlier_run": tally.lines - tally.fresh,
+        "requests_per_second": round(tally.fresh_ranked / ranking, 3) if tally.fresh_ranked else None,
+        "tokens_per_second": round(tally.fresh_tokens / ranking, 1) if tally.fresh_ranked else None,
+        "seconds_per_request": _seconds(tally),
+        "seconds": {name: round(spent, 3) for name, spent in budget.stages.items()},
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _means(tally: Tally, prompt_tokens: int, completion_tokens: int, forwards: int) -> dict[str, float] | None:
+    """Return the mean cost of a line that was ranked; None if none was."""
+    ranked = tally.lines - tally.failed
+    costs = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "forwards": forwards}
+    return {name: round(cost / ranked, 2) for name, cost in costs.items()} if ranked else None
+
+
+def _rationale(tally: Tally) -> dict[str, Any]:
+    total = tally.rationale
+    costs = (total.prompt_tokens, total.completion_tokens, total.forwards)
+    return {
+        "written": tally.written,
+        "prompt_tokens": total.prompt_tokens,
+        "completion_tokens": total.completion_tokens,
+        "forwards": total.forwards,
+        "per_request": _means(tally, *costs),
+    }
+
+
+def _seconds(tally: Tally) -> dict[str, float] | None:
+    """Return seconds a request in the parts that this invocation ranked: over all of them, the fastest, the slowest."""
+    if not tally.parts:
+        return None
+    each = [part.seconds / part.lines for part in tally.parts]
+    whole = sum(part.seconds for part in tally.parts) / sum(part.lines for part in tally.parts)
+    return {"mean": round(whole, 4), "fastest_part": round(min(each), 4), "slowest_part": round(max(each), 4)}

@@ -1,0 +1,141 @@
+"""Reads Parquet files, and takes the plain columns of Arrow tables."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llmrec.data.reading import limits as opening
+from llmrec.data.reading.limits import reason, shortened
+from llmrec.data.reading.text import Table, column_names
+from llmrec.errors import DataError
+
+FAULTS = (
+    *(pa.ArrowException, pl.exceptions.PolarsError, OSError, MemoryError, ArithmeticError),
+    *(LookupError, TypeError, ValueError),
+)
+"""What the libraries raise on a damaged file."""
+
+FREE_BYTES = 2**30
+"""A table may take so many bytes of memory however small its file is: repeated texts are stored once."""
+# Rows that are decoded at a time: few enough that one long text in all of them ends before the memory does.
+_BATCH, _FEW = 2048, 64
+_LONG_ROW = 4096
+_MANY_ROWS = 10_000_000
+_ROWS_A_BYTE = 20
+
+
+def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
+    """Read a Parquet file.
+
+    Raises:
+        DataError: If it is not Parquet, is damaged, unpacks to far more than it holds, or has no rows.
+    """
+    try:
+        file = pq.ParquetFile(io.BytesIO(raw))
+        check_size(name, file, len(raw))
+        table = _read(name, file, len(raw))
+    except FAULTS as error:
+        raise DataError(f"{name} is not a Parquet file or is damaged ({reason(error)}); write it again") from error
+    return replace(from_arrow(name, table, sha256), unusable=_unusable(file.schema_arrow))
+
+
+def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
+    """Check what a file says of itself.
+
+    Raises:
+        DataError: If it names a column twice, or claims more rows or bytes than it can hold.
+    """
+    column_names(name, file.schema_arrow.names)
+    rows, groups = file.metadata.num_rows, range(file.metadata.num_row_groups)
+    size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+    if rows > max(_MANY_ROWS, _ROWS_A_BYTE * stored) or size > _room(stored):
+        raise DataError(
+            f"{name} says that it holds {rows} rows and {size} bytes in a file of {stored}, so it is not what it seems "
+            "or too large; write it again, or split it"
+        )
+
+
+def _room(stored: int) -> int:
+    return min(opening.MAX_BYTES, max(FREE_BYTES, opening.MAX_RATIO * stored))
+
+
+def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
+    """Read the plain columns; the others are not even decoded."""
+    schema = file.schema_arrow
+    plain = [field.name for field in schema if _plain(field.type)]
+    if not plain:
+        raise DataError(f"{name} has no plain columns; write columns of texts, numbers or times")
+    columns = plain if len(plain) < len(schema) else None
+    first = next(file.iter_batches(batch_size=_FEW, columns=columns), None)
+    few = first is not None and first.nbytes > _LONG_ROW * first.num_rows
+    batches: list[pa.RecordBatch] = []
+    size = 0
+    for batch in file.iter_batches(batch_size=_FEW if few else _BATCH, columns=columns):
+        size += batch.nbytes + sum(_spelled_out(column) for column in batch.columns)
+        if size > _room(stored):
+            raise DataError(
+                f"{name} unpacks to more than {_room(stored)} bytes from {stored}, so it is not what it seems or too "
+                "large; write it again, or split it"
+            )
+        batches.append(batch)
+    return pa.Table.from_batches(batches, batches[0].schema if batches else schema)
+
+
+def _spelled_out(column: Any) -> int:
+    """Return the bytes that texts take once each row has its own; 0 where they have that already."""
+    if not pa.types.is_dictionary(column.type):
+        return 0
+    lengths = pc.binary_length(column.dictionary)
+    return int(pc.sum(pc.take(lengths, column.indices)).as_py() or 0)
+
+
+def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
+    """Take the plain columns of an Arrow table.
+
+    Raises:
+        DataError: If there are no rows, or two columns have one name.
+    """
+    try:
+        flat = [column.name for column in table.schema if _plain(column.type)]
+        column_names(name, table.column_names)
+        if not table.num_rows or not flat:
+            raise DataError(f"{name} has no rows or no plain columns; write the table again")
+        # Names inside of types and notes beside columns may be no text either; nothing needs them.
+        chosen = pa.table([_bare(table.column(name)) for name in flat], names=flat)
+        chosen.validate(full=True)  # Arrow itself does not look whether texts are UTF-8
+        frame = pl.from_arrow(chosen)
+    except FAULTS as error:
+        raise DataError(f"{name} has a column that cannot be used ({reason(error)}); write plain columns") from error
+    if not isinstance(frame, pl.DataFrame):
+        raise DataError(f"{name} is not a table; write it again")
+    return Table(name, frame, sha256, unusable=_unusable(table.schema))
+
+
+def _unusable(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: shortened(str(field.type), 60) for field in schema if not _plain(field.type)}
+
+
+def _bare(column: Any) -> Any:
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return column.cast(pa.large_list(kind.value_type))
+    return column
+
+
+def _plain(kind: Any) -> bool:
+    """Whether a column can hold ids, numbers, times or texts."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return bool(types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return bool(types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+    tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
+    more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
+    return any(test(kind) for test in (*tests, *more))

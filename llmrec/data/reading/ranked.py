@@ -1,0 +1,158 @@
+"""Ranked lists as files: one record a request, kept in parts while the work goes on and then written as one table."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmrec.data.reading.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
+from llmrec.durable import replacing, write_text
+
+_ROW_GROUP = 4096
+# A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """What became of one request.
+
+    Attributes:
+        request_id: None if not even that could be read.
+        user_id: As given.
+        line: Where the request stands in its file; see `llmrec.data.reading.request_file.Raw`.
+        items: Best first.
+        scores: One an item.
+        titles: One an item, as the model read it.
+        error: Why there is no ranking; None if there is one.
+        notes: What was left out or changed.
+        prompt_tokens: Of the prompt; where several were asked, of all of them.
+        completion_tokens: Tokens scored or generated after it.
+        forwards: Model calls, as `llmrec.types.Cost` counts them.
+        retrieved: How many of the ranked items a recommender retrieved; 0: the request brought them.
+        profile: What two-step wrote of the user; None if it wrote nothing.
+        rationale: One sentence an item, for the first few items; an empty text where none was written.
+        rationale_prompt_tokens: Of the prompts that asked for the sentences.
+        rationale_completion_tokens: Tokens of the sentences.
+        rationale_forwards: Model calls for the sentences.
+    """
+
+    request_id: str | None
+    user_id: str | None
+    line: int
+    items: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    titles: tuple[str, ...] = ()
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    forwards: int = 0
+    retrieved: int = 0
+    profile: str | None = None
+    rationale: tuple[str, ...] = ()
+    rationale_prompt_tokens: int = 0
+    rationale_completion_tokens: int = 0
+    rationale_forwards: int = 0
+
+
+_COLUMNS = tuple(column.name for column in fields(Ranked))
+_LISTS = ("items", "scores", "titles", "notes", "rationale")
+
+
+def _schema() -> Any:
+    text, texts, whole = pa.string(), pa.list_(pa.string()), pa.int64()
+    first = (text, text, whole, texts, pa.list_(pa.float64()), texts, text, texts)
+    kinds = (*first, whole, whole, whole, whole, text, texts, whole, whole, whole)
+    return pa.schema(list(zip(_COLUMNS, kinds, strict=True)))
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def write_part(path: Path, records: Sequence[Ranked]) -> None:
+    """Write a part in one step: after a kill it is there in full, or not at all."""
+    write_text(path, "".join(_line(record) for record in records))
+
+
+def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | None:
+    """Return a part's records; None if it is not there, or is not about ``lines``."""
+    try:
+        records = [_record(json.loads(text)) for text in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return records if lines is None or [record.line for record in records] == list(lines) else None
+
+
+def _record(stored: Mapping[str, Any]) -> Ranked:
+    values: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in stored.items()}
+    return Ranked(**values)
+
+
+def _line(record: Ranked) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# --------------------------------------------------------------------------- the table
+
+
+def write_ranked(path: Path, records: Iterable[Ranked]) -> None:
+    """Write all records as Parquet, JSON Lines, CSV or TSV, the text ones optionally gzipped, in one step.
+
+    Records are taken one by one, and the same records give the same bytes.
+
+    Raises:
+        DataError: If the file's name ends in nothing that is known.
+    """
+    suffix = kind_of(path)
+    with replacing(path) as draft:
+        if suffix in PARQUET:
+            _write_parquet(draft, iter(records))
+            return
+        with _text_file(draft, packed=path.suffix.lower() == ".gz") as stream:
+            if suffix in JSON_LINES:
+                stream.writelines(_line(record) for record in records)
+            else:
+                _write_delimited(stream, records, SEPARATORS[suffix])
+
+
+@contextmanager
+def _text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
+    with path.open("wb") as raw:
+        # Neither a name nor a time in the header: the same records give the same bytes.
+        stream: Any = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if packed else raw
+        with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+            yield text
+
+
+def _write_parquet(path: Path, records: Iterator[Ranked]) -> None:
+    schema = _schema()
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(islice(records, _ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist([asdict(record) for record in group], schema=schema))
+
+
+def _write_delimited(stream: TextIO, records: Iterable[Ranked], separator: str) -> None:
+    writer = csv.writer(stream, delimiter=separator, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for record in records:
+        writer.writerow([_cell(getattr(record, name)) for name in _COLUMNS])
+
+
+def _cell(value: object) -> str:
+    """Lists become JSON, which opens with a bracket; a text that opens like a formula gets an apostrophe before it."""
+    if isinstance(value, tuple):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = "" if value is None else str(value)
+    return f"'{text}" if isinstance(value, str) and text.startswith(_FORMULA) else text

@@ -1,0 +1,36 @@
+"""Reads a table of any kind, as its ending says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmrec.data.reading.parquet import parquet
+from llmrec.data.reading.text import Table, check_path, delimited, json_lines, read_bytes
+from llmrec.errors import DataError
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
+_JSON_LINES = (".jsonl", ".ndjson")
+_PARQUET = (".parquet", ".pq")
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV, TSV, JSON Lines or Parquet file, the text ones optionally gzipped.
+
+    Raises:
+        DataError: If it is missing, empty or malformed.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
+    name = str(path)
+    check_path(path)
+    if suffix[0] not in (*_SEPARATORS, *_JSON_LINES, *_PARQUET):
+        known = sorted([*_SEPARATORS, *_JSON_LINES, *_PARQUET])
+        ending = repr(suffix[0]) if suffix[0] else "nothing"
+        raise DataError(f"{name}: a file that ends in {ending} is no table; write one that ends in {', '.join(known)}")
+    raw, sha256 = read_bytes(path, text=suffix[0] not in _PARQUET)
+    if suffix[0] in _PARQUET:
+        return parquet(name, raw, sha256)
+    if suffix[0] in _JSON_LINES:
+        return json_lines(name, raw, sha256)
+    return delimited(name, raw, separator=_SEPARATORS[suffix[0]], sha256=sha256)

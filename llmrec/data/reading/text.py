@@ -1,0 +1,406 @@
+"""Reads tables strictly: a file is understood in full, or the error names the file and the row.
+
+Text files (CSV, TSV, JSON Lines, each optionally gzipped) give strings only, with an empty text where a value is
+missing; `llmrec.data.reading.columns` gives them their types. Rows are counted from 1, without the header; where the
+line number differs it is named too.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from llmrec.data.reading import limits as opening
+from llmrec.data.reading.limits import no_file, reason, require_file, shown, stranger, unpack
+from llmrec.errors import DataError, did_you_mean
+
+MAX_COLUMNS = 2000
+"""Most columns of a table; more of them are rows that a wrong line end or separator has put side by side."""
+LONGEST = 64 * 2**20
+"""Longest field and longest line."""
+_LONGEST_HEADER = 2**20
+_LONGEST_NAME = 1000
+_HEAD = 2**16
+_MEND = "check data.path and data.items"
+
+# The library's own limit is 128 KiB a field, which a long text or a set of a thousand candidates can pass.
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as read.
+
+    Attributes:
+        name: The file, as errors call it.
+        frame: The values: strings from text files, any type from Parquet.
+        sha256: Of the file as it is stored; empty if it is not a file.
+        lines: The line of each row, or None if row n is in line n + ``header``.
+        header: Lines before the first row.
+        unusable: Columns that are left out, with what they hold.
+    """
+
+    name: str
+    frame: pl.DataFrame
+    sha256: str = ""
+    lines: Sequence[int] | None = None
+    header: int = 0
+    unusable: Mapping[str, str] = field(default_factory=dict)
+
+    def where(self, index: int) -> str:
+        """Name a row by its 0-based index: ``ratings.csv, row 3 (line 4)``."""
+        line = self.lines[index] if self.lines is not None else index + 1 + self.header
+        return f"{self.name}, {_row(index + 1, line)}"
+
+
+def _row(row: int, line: int) -> str:
+    return f"row {row}" if row == line else f"row {row} (line {line})"
+
+
+def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
+    """Return a file's bytes, unpacked if it is gzipped, and the SHA-256 of the file as it is stored.
+
+    Args:
+        path: The file.
+        text: Whether it must be text; one that is none is then refused before it is read.
+
+    Raises:
+        DataError: If it is missing, no file, unreadable, empty, damaged or too large.
+    """
+    check_path(path)
+    packed = path.suffix.lower() == ".gz"
+    try:
+        size = path.stat().st_size
+        if size > opening.MAX_BYTES:
+            raise DataError(f"{path} has {size} bytes, more than {opening.MAX_BYTES}; split it")
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD)
+            if text and not packed:
+                recognised(str(path), head)
+            stored = head + stream.read(opening.MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({reason(error)}); {_MEND}") from error
+    if packed and not stored:
+        raise DataError(f"{path} is empty; write the table again")
+    raw = unpack(str(path), stored) if packed else stored
+    if not raw:
+        raise DataError(f"{path} is empty; write the table again")
+    return raw, hashlib.sha256(stored).hexdigest()
+
+
+def check_path(path: Path) -> None:
+    """Check that a table is a file.
+
+    Raises:
+        DataError: If it is missing, or no file.
+    """
+    if no_file(path) == "does not exist":
+        raise DataError(f"{path}: there is no such file{_near(path)}; {_MEND}")
+    require_file(path, _MEND)
+
+
+def recognised(name: str, head: bytes) -> None:
+    """Refuse a text file that begins like something else.
+
+    Raises:
+        DataError: Naming what it is.
+    """
+    problem = stranger(head)
+    if problem:
+        raise DataError(f"{name}, row 1: {problem}")
+
+
+def user_path(text: str) -> Path:
+    """Return a path from a recipe, with ``~`` for the home folder.
+
+    Raises:
+        DataError: If it can be the path of no file.
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # no such user: the file of that name will be reported as missing
+        path = Path(text)
+    try:
+        path.exists()
+    except OSError as error:
+        raise DataError(f"{shown(text)} cannot be a path ({reason(error)}); check data.path and data.items") from error
+    return path
+
+
+def _near(path: Path) -> str:
+    try:
+        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return f" (nor a folder {str(path.parent)!r} that can be read)"
+
+
+def decode(name: str, raw: bytes, *, encoding: str = "utf-8", header: int = 1) -> str:
+    """Decode text without a byte order mark.
+
+    Raises:
+        DataError: If some byte does not belong to the encoding, or is NUL.
+    """
+
+    def place(offset: int) -> str:
+        line = raw.count(b"\n", 0, offset) + 1
+        return "header" if line <= header else _row(line - header, line)
+
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{name}, row 1: this looks like UTF-16; save the file as UTF-8")
+    recognised(name, raw[:_HEAD])
+    nul = raw.find(b"\0")
+    if nul >= 0:
+        raise DataError(
+            f"{name}, {place(nul)}: there is a NUL byte, so this is not a text table or it is damaged; write it again, "
+            "as UTF-8"
+        )
+    if raw.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8"  # whatever its set was published in, somebody saved it anew
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}, {place(error.start)}: byte 0x{raw[error.start]:02x} is not {encoding.upper()}; "
+            f"save the file as {encoding.upper()}"
+        ) from error
+    return text.removeprefix("\ufeff")
+
+
+# --------------------------------------------------------------------------- delimited text
+
+
+def delimited(
+    name: str,
+    raw: bytes,
+    *,
+    separator: str,
+    columns: Sequence[str] | None = None,
+    quoted: bool = True,
+    encoding: str = "utf-8",
+    sha256: str = "",
+) -> Table:
+    """Read delimited text.
+
+    Args:
+        name: What errors call it.
+        raw: The bytes.
+        separator: Between fields. With a header that lacks it, ``;``, tab and ``,`` are tried.
+        columns: Names of the columns of a file without a header.
+        quoted: Whether a double quote opens a field in which separators are text.
+        encoding: Of the bytes.
+        sha256: Passed through.
+
+    Raises:
+        DataError: If it is no text, a row has another number of fields than the header, or a quote stays open.
+    """
+    text = decode(name, raw, encoding=encoding, header=0 if columns else 1)
+    if not text.strip():
+        raise DataError(f"{name} is empty; write the table again")
+    if columns is None:
+        first = text[: text.find("\n")] if "\n" in text else text
+        if len(first) > _LONGEST_HEADER:
+            raise DataError(
+                f"{name}, header: the first line has {len(first)} characters, so this is no table or its lines have "
+                "no ends; write it again"
+            )
+        separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
+    frame = _fast(text, separator, columns, quoted)
+    lines = None
+    if frame is None:
+        frame, lines = _careful(name, text, separator, columns, quoted)
+    if frame.is_empty():
+        raise DataError(f"{name} has a header and no rows; write the table again")
+    table = Table(name, frame, sha256, lines, 0 if columns else 1)
+    again = second_header(frame) if columns is None else None
+    if again is not None:
+        raise DataError(f"{table.where(again)} repeats the header; remove it")
+    return table
+
+
+def second_header(frame: pl.DataFrame) -> int | None:
+    """Return the first row in which every column holds its own name, as where two files were put together."""
+    if not frame.width:
+        return None
+    rows = frame.with_row_index("\0").filter(pl.all_horizontal(pl.col(name) == name for name in frame.columns))
+    return None if rows.is_empty() else int(rows["\0"][0])
+
+
+def column_names(name: str, found: Iterable[str], mend: str = "rename one") -> list[str]:
+    """Return the names of columns, without blanks around them.
+
+    Raises:
+        DataError: If one stands there twice, or there are too many.
+    """
+    names = [column.strip() for column in found]
+    if len(names) > MAX_COLUMNS:
+        raise DataError(
+            f"{name}, header: {len(names)} columns are more than {MAX_COLUMNS}; check the separator and the line ends, "
+            "or keep the columns that are needed"
+        )
+    long = next((column for column in names if len(column) > _LONGEST_NAME), None)
+    if long is not None:
+        raise DataError(f"{name}, header: a column's name has {len(long)} characters; check the line ends of the file")
+    twice = next((column for column, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{name}, header: the column {shown(twice)} stands there twice; {mend}")
+    return names
+
+
+def in_arrow(raw: bytes) -> pa.BufferReader:
+    """Return bytes as a file in Arrow's own memory.
+
+    Arrow's threads may let go of a file after the call that read it has returned. One that is a Python object needs the
+    interpreter for that, and a program that ends in this moment is aborted ("terminate called without an active
+    exception").
+    """
+    memory = pa.allocate_buffer(len(raw))
+    pa.FixedSizeBufferWriter(memory).write(raw)
+    return pa.BufferReader(memory)
+
+
+def _fast(text: str, separator: str, columns: Sequence[str] | None, quoted: bool) -> pl.DataFrame | None:
+    """Read plain text, in which every line is a row; None if it must be read with care."""
+    if (quoted and '"' in text) or "\r" in text.replace("\r\n", "\n") or "\n\n" in text.replace("\r\n", "\n"):
+        return None
+    first = text[: text.find("\n")].rstrip("\r") if "\n" in text else text
+    names = list(columns) if columns else [column.strip() for column in first.split(separator)]
+    if len(names) < 2 or len(set(names)) < len(names) or len(names) > MAX_COLUMNS:
+        return None
+    try:
+        table = pa_csv.read_csv(
+            in_arrow(text.encode()),
+            read_options=pa_csv.ReadOptions(column_names=names, skip_rows=0 if columns else 1),
+            parse_options=pa_csv.ParseOptions(delimiter=separator, quote_char=False),
+            convert_options=pa_csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+            ),
+        )
+    except pa.ArrowInvalid:
+        return None  # some row is ragged: the careful reader says which
+    frame = pl.from_arrow(table)
+    return frame if isinstance(frame, pl.DataFrame) else None
+
+
+def _careful(
+    name: str, text: str, separator: str, columns: Sequence[str] | None, quoted: bool
+) -> tuple[pl.DataFrame, list[int]]:
+    lines_of = io.StringIO(text, newline="")
+    reader = (
+        csv.reader(lines_of, delimiter=separator, strict=True)
+        if quoted
+        else csv.reader(lines_of, delimiter=separator, strict=True, quoting=csv.QUOTE_NONE)
+    )
+    names = column_names(name, columns) if columns else None
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    start = 1
+    try:
+        for row in reader:
+            if row and names is None:
+                names = column_names(name, row)
+            elif row:
+                if len(row) != len(names or ()):
+                    raise DataError(
+                        f"{name}, {_row(len(rows) + 1, start)} has {len(row)} fields where "
+                        f"{'the header has' if columns is None else 'it should have'} {len(names or ())}; "
+                        f"a field that holds {separator!r} needs double quotes around it"
+                    )
+                rows.append(row)
+                lines.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        place = "header" if names is None else _row(len(rows) + 1, start)
+        raise DataError(f"{name}, {place}: {csv_problem(error)}") from error
+    if not rows:
+        return pl.DataFrame(schema=dict.fromkeys(names or (), pl.String)), lines
+    values = zip(*rows, strict=True)
+    return pl.DataFrame([pl.Series(n, v, pl.String) for n, v in zip(names or (), values, strict=True)]), lines
+
+
+def csv_problem(error: csv.Error) -> str:
+    """Say what is wrong with a row of CSV, and the mend."""
+    if "new-line character" in str(error):
+        return "there is a lone carriage return; end every line with a line feed, or put double quotes around the field"
+    return f"{reason(error)}; check the double quotes in this row"
+
+
+# --------------------------------------------------------------------------- JSON Lines
+
+
+def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
+    """Read one JSON object a line. Numbers become text again; lists of texts are joined by commas.
+
+    Raises:
+        DataError: If a line is no JSON object, a key stands twice in it, or a value is nested.
+    """
+    rows: list[dict[str, str]] = []
+    lines: list[int] = []
+    names: dict[str, None] = {}
+    for number, line in enumerate(decode(name, raw, header=0).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{name}, {_row(len(rows) + 1, number)}"
+        record = json_object(place, line)
+        known = len(names)
+        names.update(dict.fromkeys(record))
+        if len(names) > known:
+            for key in record:
+                _text(f"{place}: the key {shown(key)}", key)
+        if len(names) > MAX_COLUMNS:
+            raise DataError(f"{place}: more than {MAX_COLUMNS} different keys; keep those that are needed")
+        rows.append({key: _text(f"{place}, column {shown(key)}", value) for key, value in record.items()})
+        lines.append(number)
+    if not rows:
+        raise DataError(f"{name} is empty; write the table again")
+    frame = pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in names])
+    return Table(name, frame, sha256, lines)
+
+
+def json_object(place: str, line: str) -> dict[str, object]:
+    """Read one object.
+
+    Raises:
+        DataError: If the line holds none, or a key stands twice in it.
+    """
+    try:
+        record = json.loads(line, object_pairs_hook=_once)
+    except _Twice as twice:
+        raise DataError(f"{place}: the key {shown(twice.args[0])} stands there twice; keep one") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON ({reason(error)}); write one object a line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{place} is not a JSON object; write one object a line")
+    return record
+
+
+class _Twice(Exception):
+    """A key that stands twice in one object."""
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return found
+
+
+def _text(place: str, value: object) -> str:
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ", ".join(value)
+    if value is None or isinstance(value, str | int | float):
+        text = "" if value is None else str(value)
+        if "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text):
+            raise DataError(f"{place} holds a character that is no text (NUL or half of a surrogate pair); remove it")
+        return text
+    raise DataError(f"{place} is a nested value; flatten it or leave it out")

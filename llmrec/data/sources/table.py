@@ -1,0 +1,184 @@
+"""Tables of the user's own, and explanations with profile texts; `load` is the door to every source.
+
+A source is one entry of `llmrec.registry.SOURCES`. Explanations are in the form of XRec (Ma et al., EMNLP Findings
+2024), which has a language model write the profiles and explanations from real reviews.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import polars as pl
+
+from llmrec.data import dataset as filters
+from llmrec.data.assemble import assemble, catalogue
+from llmrec.data.dataset import Dataset
+from llmrec.data.reading.columns import find, ids, numbers, one_per_item, texts, times
+from llmrec.data.reading.limits import reason
+from llmrec.data.reading.parquet import from_arrow
+from llmrec.data.reading.table import read_table
+from llmrec.data.reading.text import Table, json_lines, read_bytes, user_path
+from llmrec.data.sources.movielens import movielens_100k, movielens_small
+from llmrec.errors import DataError, require
+from llmrec.recipe.schema import Columns, DataSection
+from llmrec.registry import SOURCES, lookup
+from llmrec.types import Item
+
+__all__ = ["load", "movielens_100k", "movielens_small", "table"]
+
+_HUB = "hf://"
+
+
+def load(section: DataSection, *, seed: int) -> Dataset:
+    """Load a source and apply the recipe's filters.
+
+    Args:
+        section: The recipe's ``data`` or ``reviews``.
+        seed: The run's seed; only sources that draw something use it.
+
+    Raises:
+        RecipeError: If there is no such source.
+        DataError: If the data is missing or malformed, or the filters leave less than 2 items.
+    """
+    source, section = lookup(SOURCES, section.source, "data source"), located(section)
+    dataset: Dataset = filters.apply(source(section, seed=seed), section.filter)
+    if len(dataset.items) < 2:
+        raise DataError(
+            f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter"
+        )
+    return dataset
+
+
+def located(section: DataSection) -> DataSection:
+    """Return a section whose path is where the data lies: its own, or one under the folder that LLMREC_DATA names."""
+    folder, path = os.environ.get("LLMREC_DATA"), section.path
+    if not folder or path is None or Path(path).exists():
+        return section
+    under = Path(folder) / path
+    return section.model_copy(update={"path": str(under)}) if under.exists() else section
+
+
+def table(section: DataSection, *, seed: int) -> Dataset:
+    """Load a CSV, TSV, JSON Lines or Parquet table, or a dataset from the Hugging Face hub.
+
+    Raises:
+        DataError: If a file, column or row cannot be used; the message names it.
+        MissingExtra: If a hub dataset is asked for and ``datasets`` is not installed.
+    """
+    if section.path is None:
+        raise DataError("source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]")
+    main = _read(section.path)
+    columns = section.columns
+    user = find(main, columns.user, "user_id", "data.columns.user") or ""
+    item = find(main, columns.item, "item_id", "data.columns.item") or ""
+    rating = find(main, columns.rating, "rating", "data.columns.rating")
+    time = find(main, columns.time, "timestamp", "data.columns.time")
+    text = find(main, columns.text, "text", "data.columns.text")
+    item_ids = ids(main, item)
+    series = {"user_id": ids(main, user), "item_id": item_ids}
+    if rating is not None:
+        series["rating"] = numbers(main, rating, "rating")
+    if time is not None:
+        series["timestamp"] = times(main, time)
+    if text is not None:
+        given = texts(main, text)
+        series["text"] = given.set(given.str.strip_chars() == "", None)
+    listed = _read(section.items) if section.items is not None else None
+    tables = [main] if listed is None else [main, listed]
+    return assemble(
+        section,
+        main,
+        pl.DataFrame(series),
+        catalogue(section, main, item_ids, listed),
+        {},
+        name=_name(section.path),
+        noun="items",
+        scale=None,
+        provenance={
+            "source": "table",
+            "path": "; ".join(each.name for each in tables),
+            "sha256": "; ".join(each.sha256 for each in tables),
+            "rows": str(main.frame.height),
+            "made": "no",
+            "licence": "as the owner of the table says",
+        },
+    )
+
+
+def _name(path: str) -> str:
+    return (
+        path.removeprefix(_HUB).partition(":")[0] if path.startswith(_HUB) else Path(path).name.split(".")[0] or "table"
+    )
+
+
+def _read(path: str) -> Table:
+    return _read_hub(path) if path.startswith(_HUB) else read_table(user_path(path))
+
+
+def _read_hub(path: str) -> Table:
+    """Read ``hf://name[:split]`` through the datasets library; the split is ``train`` unless named."""
+    name, _, part = path.removeprefix(_HUB).partition(":")
+    datasets = require("datasets", "train")
+    try:
+        found = datasets.load_dataset(name, split=part or "train")
+        values = found.with_format("arrow")[:]
+    except Exception as error:  # the library raises dozens of types, from network errors to parser errors
+        raise DataError(
+            f"{path} cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in "
+            "data.path, and that the hub can be reached, or download the table and give its file as data.path"
+        ) from error
+    return from_arrow(path, values)
+
+
+_COLUMNS = ("uid", "iid", "title", "user_summary", "item_summary", "explanation")
+
+
+def explanations(section: DataSection, *, seed: int) -> Dataset:
+    """Load a JSON Lines file, gzipped or plain, of rows with the keys of `_COLUMNS`.
+
+    Texts are the explanations; what is said of an item is its field ``about``, what is said of a user the profile
+    ``taste``. There are no ratings and no times, so the order of the file is the order in time.
+
+    Raises:
+        DataError: If the file is missing or damaged, a key is not there, or a row cannot be used.
+    """
+    if section.path is None:
+        raise DataError("source 'explanations' needs a file of JSON Lines; set data.path=FILE")
+    if section.items is not None or section.columns != Columns():
+        raise DataError("source 'explanations' knows its columns and has titles; leave out data.items and data.columns")
+    path = user_path(section.path)
+    raw, sha256 = read_bytes(path)
+    main = json_lines(str(path), raw, sha256)
+    absent = [name for name in _COLUMNS if name not in main.frame.columns]
+    if absent:
+        raise DataError(
+            f"{main.name} has no {absent[0]!r}; this source reads rows with the keys {', '.join(_COLUMNS)}. Use source "
+            "'table' and data.columns for other tables"
+        )
+    users, items = ids(main, "uid"), ids(main, "iid")
+    given = texts(main, "explanation")
+    titles, about = one_per_item(main, items, "title"), one_per_item(main, items, "item_summary")
+    return assemble(
+        section,
+        main,
+        pl.DataFrame({"user_id": users, "item_id": items, "text": given.set(given.str.strip_chars() == "", None)}),
+        {
+            item: Item(item_id=item, title=titles.get(item, item), fields={"about": about.get(item, "")})
+            for item in items.unique()
+        },
+        {user: {"taste": taste} for user, taste in one_per_item(main, users, "user_summary").items()},
+        name="explanations",
+        noun="items",
+        scale=None,
+        provenance={
+            "source": "explanations",
+            "path": main.name,
+            "sha256": main.sha256,
+            "rows": str(main.frame.height),
+            "made": "no",
+            "derived": "profiles of users and items and the explanations, written by a language model from reviews; "
+            "profiles may have been written from held-out reviews too",
+            "licence": "as the owner of the file says",
+        },
+    )

@@ -1,0 +1,1 @@
+"""Evaluation: a predictor and cases in, figures out."""

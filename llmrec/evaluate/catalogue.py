@@ -1,0 +1,340 @@
+"""Ranks the whole catalogue for every request: scores in batches -> where each target stands -> figures.
+
+One comparison of each batch with its targets' scores serves both conventions about the history: what stands above a
+target with seen items excluded is what stands above it with all items, less the seen items that do.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llmrec.data.hashing import hash64
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.lists import Lists, list_figures
+from llmrec.evaluate.predictor import Evaluated, Protocol, mean_figure, ranking_values, ranks_of
+from llmrec.metrics import ranking as rank_metrics
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.evaluate.lists import Background
+    from llmrec.types import Case, CatalogueScorer
+
+Seen = Literal["excluded", "included"]
+BOTH: tuple[Seen, ...] = ("excluded", "included")
+
+# Cells of a batch of scores: 64 MB of float64, and about three times that while its lists are cut out.
+_CELLS = 1 << 23
+# Cells that stay in a processor's cache through the passes that cut out lists.
+_CACHED = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Standings:
+    """Where the target of each request stands in the ranking of the catalogue.
+
+    Attributes:
+        greater: Items with a strictly higher score, shape (n,); the pool's size for a target outside the catalogue.
+        tied: Items with the target's score, the target included, shape (n,); 0 for a target outside the catalogue.
+        pool: Items that could be ranked, shape (n,).
+        lists: The first items as numbers of ``scorer.items``, best first, -1 where there are fewer, shape (n, k).
+        scores: Their scores, NaN where there is no item, shape (n, k).
+    """
+
+    greater: NDArray[np.int64]
+    tied: NDArray[np.int64]
+    pool: NDArray[np.int64]
+    lists: NDArray[np.int32]
+    scores: NDArray[np.float64]
+
+
+def rank_catalogue(
+    scorer: CatalogueScorer,
+    cases: Sequence[Case],
+    *,
+    cutoffs: Sequence[int],
+    seen: Sequence[Seen] = BOTH,
+    batch: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Mapping[str, Standings]:
+    """Rank every item for every case, candidates or not.
+
+    With ``excluded``, items of a request's history cannot be ranked; its target always can, since a repeated item may
+    be the truth. With ``included``, all items can.
+
+    Args:
+        scorer: Scores the catalogue; float32 scores are compared as they are.
+        cases: Requests with an item as truth.
+        cutoffs: Lists are as long as the largest; none gives lists without items, which saves half of the time.
+        seen: Which conventions to return.
+        batch: Requests scored at a time; by default as many as 64 MB of scores hold.
+        seed: Decides which of equally scored items a list shows, by request and item: no order of anything can move it.
+        progress: Is told how many more requests are done.
+
+    Returns:
+        Standings by convention.
+
+    Raises:
+        LlmrecError: If there are no cases, or scores are not finite or not one a request and item.
+    """
+    if not cases:
+        raise LlmrecError("there is no case to rank; lower the filters or choose another split")
+    items = scorer.items
+    index = {item: place for place, item in enumerate(items)}
+    if not items or len(index) != len(items):
+        raise LlmrecError(f"{scorer.name}: the catalogue is empty or names an item twice; this is a defect in it")
+    length = min(max(cutoffs, default=0), len(items))
+    names = hash64("list ties", seed, items) if length else np.zeros(0, dtype=np.uint64)
+    parts: dict[str, list[Standings]] = {each: [] for each in seen}
+    step = batch if batch is not None else max(1, _CELLS // len(items))
+    for start in range(0, len(cases), step):
+        part = cases[start : start + step]
+        scores = _scores(scorer, part, len(items))
+        own = np.array([index.get(str(case.truth), -1) for case in part], dtype=np.int64)
+        place = _Place.of(part, index, own)
+        rows = hash64("list ties", seed, [case.request.id for case in part]) if length else names
+        for each, found in _standings(scores, own, place, seen, length, rows, names).items():
+            parts[each].append(found)
+        if progress is not None:
+            progress(len(part))
+    return {each: _joined(found) for each, found in parts.items()}
+
+
+def evaluate_catalogue(
+    scorer: CatalogueScorer,
+    cases: Sequence[Case],
+    protocol: Protocol,
+    *,
+    seen: Sequence[Seen] = BOTH,
+    background: Background | None = None,
+    batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Evaluated]:
+    """Rank the catalogue and measure, in the form that `evaluate` gives.
+
+    Args:
+        scorer: A fitted baseline, or anything that scores the catalogue.
+        cases: Requests with an item as truth; candidates are not looked at.
+        protocol: See `Protocol`; its candidates become ``full``, and its users, if unsaid, their number.
+        seen: Which conventions to measure.
+        background: What list metrics need, see `llmrec.evaluate.lists`; None leaves them out.
+        batch: See `rank_catalogue`.
+        progress: See `rank_catalogue`.
+
+    Returns:
+        Figures, per-request values and records by convention. The seconds are those of the one pass for all of them.
+
+    Raises:
+        LlmrecError: See `rank_catalogue`; also if the scorer's catalogue is not the protocol's.
+    """
+    if len(scorer.items) != protocol.catalogue:
+        raise LlmrecError(
+            f"{scorer.name} scores {len(scorer.items)} items, but the catalogue has {protocol.catalogue}; over fewer "
+            "items a target ranks higher by itself, so fit it on the same data that the cases come from"
+        )
+    protocol = whole(protocol, cases)
+    start = time.monotonic()
+    found = rank_catalogue(
+        scorer, cases, cutoffs=protocol.cutoffs, seen=seen, batch=batch, seed=protocol.seed, progress=progress
+    )
+    seconds = time.monotonic() - start
+    return {
+        each: _evaluated(scorer.items, cases, protocol, each, place, seconds, background)
+        for each, place in found.items()
+    }
+
+
+def whole(protocol: Protocol, cases: Sequence[Case]) -> Protocol:
+    """Return a protocol as full ranking signs it: all candidates, and the number of users unless it says which."""
+    users = protocol.users or str(len({case.request.user_id for case in cases}))
+    return replace(protocol, candidates="full", users=users)
+
+
+# --------------------------------------------------------------------------- parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The seen items of a batch without the targets, one entry a (request, item)."""
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+    @staticmethod
+    def of(cases: Sequence[Case], index: Mapping[str, int], own: NDArray[np.int64]) -> _Place:
+        pairs = [
+            (row, column)
+            for row, case in enumerate(cases)
+            for column in {index.get(event.item_id, -1) for event in case.request.history} - {-1, int(own[row])}
+        ]
+        table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return _Place(table[:, 0], table[:, 1])
+
+
+def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArray[Any]:
+    scores = np.asarray(scorer.scores([case.request for case in cases]))
+    if scores.shape != (len(cases), items):
+        raise LlmrecError(
+            f"{scorer.name} gave scores of shape {scores.shape} for {len(cases)} requests and {items} items; this is a "
+            "defect in it"
+        )
+    if scores.dtype.kind != "f":
+        scores = scores.astype(np.float64)
+    finite = np.isfinite(scores)
+    if not finite.all():
+        row, column = (int(place[0]) for place in np.nonzero(~finite))
+        raise LlmrecError(
+            f"request {cases[row].request.id!r}: {scorer.name} gave item {scorer.items[column]!r} the score "
+            f"{scores[row, column]}, which has no rank. A model gives such scores when its sums overflow or it did not "
+            "converge; lower its learning rate or compute in float32"
+        )
+    return scores
+
+
+def _standings(
+    scores: NDArray[Any],
+    own: NDArray[np.int64],
+    place: _Place,
+    seen: Sequence[Seen],
+    length: int,
+    row_hash: NDArray[np.uint64],
+    item_hash: NDArray[np.uint64],
+) -> dict[str, Standings]:
+    n, items = scores.shape
+    known = own >= 0
+    target = scores[np.arange(n), np.maximum(own, 0)]
+    greater = np.count_nonzero(scores > target[:, None], axis=1)
+    tied = np.count_nonzero(scores >= target[:, None], axis=1) - greater
+    of_seen = scores[place.rows, place.columns]
+    found = {}
+    for each in seen:
+        above, block, pool, shown = greater, tied, np.full(n, items), scores
+        if each == "excluded":
+            pool = pool - np.bincount(place.rows, minlength=n)
+            above = above - np.bincount(place.rows, of_seen > target[place.rows], minlength=n).astype(np.int64)
+            block = block - np.bincount(place.rows, of_seen == target[place.rows], minlength=n).astype(np.int64)
+            if length:
+                shown = scores.copy()
+                shown[place.rows, place.columns] = -np.inf
+        lists, kept = _top(shown, length, row_hash, item_hash)
+        found[str(each)] = Standings(
+            greater=np.where(known, above, pool), tied=np.where(known, block, 0), pool=pool, lists=lists, scores=kept
+        )
+    return found
+
+
+def _top(
+    scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """Return the first items of each row, equal scores in the order of a hash of request and item."""
+    n, items = scores.shape
+    if length == 0:
+        return np.empty((n, 0), dtype=np.int32), np.empty((n, 0))
+    step = max(1, _CACHED // items)
+    blocks = [slice(start, start + step) for start in range(0, n, step)]
+    chosen = np.concatenate([_by_hash(scores[rows], length, row_hash[rows], item_hash) for rows in blocks])
+    values = np.take_along_axis(scores, chosen, axis=1)
+    order = np.lexsort((-_unit(row_hash[:, None] ^ item_hash[chosen]), -values), axis=1)
+    chosen, values = np.take_along_axis(chosen, order, axis=1), np.take_along_axis(values, order, axis=1)
+    open_ = np.isfinite(values)
+    return np.where(open_, chosen, -1).astype(np.int32), np.where(open_, values, np.nan).astype(np.float64)
+
+
+def _by_hash(
+    scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """Return the first items of each row in any order; which of those with the last one's score, says the hash.
+
+    A partition alone would choose among them by their position.
+    """
+    n, items = scores.shape
+    border = np.partition(scores, items - length, axis=1)[:, items - length]
+    rows, columns = np.divmod(np.flatnonzero(scores >= border[:, None]), items)
+    first = np.where(scores[rows, columns] > border[rows], 2.0, _unit(row_hash[rows] ^ item_hash[columns]))
+    if len(rows) * 8 > n * items:
+        keys = np.full((n, items), -1.0)
+        keys[rows, columns] = first
+        return np.argpartition(keys, items - length, axis=1)[:, items - length :]
+    ordered = columns[np.lexsort((-first, rows))]
+    begins = np.searchsorted(rows, np.arange(n))
+    return np.asarray(ordered[begins[:, None] + np.arange(length)], dtype=np.int64)
+
+
+def _unit(hashed: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Mix hashes (the finaliser of splitmix64) and map them to [0, 1)."""
+    mixed = hashed ^ (hashed >> np.uint64(30))
+    mixed = mixed * np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed = mixed * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return np.asarray((mixed >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
+
+
+def _joined(parts: Sequence[Standings]) -> Standings:
+    return Standings(
+        greater=np.concatenate([part.greater for part in parts]),
+        tied=np.concatenate([part.tied for part in parts]),
+        pool=np.concatenate([part.pool for part in parts]),
+        lists=np.concatenate([part.lists for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+    )
+
+
+def _evaluated(
+    items: Sequence[str],
+    cases: Sequence[Case],
+    protocol: Protocol,
+    seen: str,
+    place: Standings,
+    seconds: float,
+    background: Background | None,
+) -> Evaluated:
+    users = [case.request.user_id for case in cases]
+    values = ranking_values(place.greater, place.tied, protocol.cutoffs)
+    metrics = {
+        name: mean_figure(name, each, users, protocol, protocol.sign(name, seen=seen)) for name, each in values.items()
+    }
+    if background is not None:
+        more, own = list_figures(Lists(place.lists, items, seen), cases, protocol, background)
+        metrics, values = metrics | more, values | own
+    figures = {
+        "n": len(cases),
+        "parse_rate": 1.0,
+        "tie_rate": rank_metrics.tie_rate(place.tied),
+        "metrics": metrics,
+        "cost": {"seconds": seconds, "prompt_tokens": 0, "completion_tokens": 0},
+        "failures": [],
+        "seen": seen,
+        "pool": float(np.mean(place.pool)),
+    }
+    return Evaluated(figures, values, _records(items, cases, place))
+
+
+def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> list[dict[str, Any]]:
+    ranks = ranks_of(place.greater, place.tied)
+    records = []
+    for case, rank, numbers, scores in zip(cases, ranks, place.lists.tolist(), place.scores.tolist(), strict=True):
+        shown = [(items[number], score) for number, score in zip(numbers, scores, strict=True) if number >= 0]
+        parsed = {"items": [item for item, _ in shown], "scores": [score for _, score in shown]}
+        records.append(
+            {
+                "request_id": case.request.id,
+                "user_id": case.request.user_id,
+                "truth": str(case.truth),
+                "parsed": json.dumps(parsed, ensure_ascii=False),
+                "raw": None,
+                "prompt_hash": None,
+                "rank": rank,
+                "error": None,
+                "prompt_tokens": 0,
+                "completion_tokens": 0,
+            }
+        )
+    return records

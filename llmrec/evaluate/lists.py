@@ -1,0 +1,187 @@
+"""List metrics of one row: what they need from the training data, and their figures beside the accuracy of the row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.predictor import Protocol, figure, mean_figure
+from llmrec.metrics import beyond
+from llmrec.metrics.stats import by_user, interval_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+    from llmrec.types import Case
+
+_WORDS = re.compile(r"\s*[|,;>]\s*")
+_USUAL = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What list metrics need beside the lists, from training data and item fields only.
+
+    Attributes:
+        items: The catalogue, in the order of all arrays.
+        counts: Training users of each item, shape (items,).
+        users: Number of training users.
+        words: Words of each item, such as its genres; None leaves out diversity.
+        field: Which field they come from.
+    """
+
+    items: tuple[str, ...]
+    counts: NDArray[np.float64]
+    users: int
+    words: tuple[frozenset[str], ...] | None = None
+    field: str | None = None
+
+    @staticmethod
+    def of(data: SplitDataset, *, field: str | None = None) -> Background:
+        """Count the training users of every item.
+
+        Args:
+            data: Its training interactions are counted, and nothing else.
+            field: Item field with words that ``|``, ``,``, ``;`` or ``>`` part, such as ``genres``; for diversity.
+
+        Raises:
+            LlmrecError: If no item has the field.
+        """
+        items = tuple(sorted(data.dataset.items))
+        index = {item: place for place, item in enumerate(items)}
+        pairs = data.train.select("user_id", "item_id").unique()
+        places = [index[item] for item in pairs["item_id"].to_list()]
+        counts = np.bincount(np.array(places, dtype=np.int64), minlength=len(items)).astype(np.float64)
+        words = None
+        if field is not None:
+            words = tuple(_words(data.dataset.items[item].fields.get(field, "")) for item in items)
+            if not any(words):
+                raise LlmrecError(f"{data.dataset.name}: no item has the field {field!r}; name one that items have")
+        return Background(items, counts, int(data.train["user_id"].n_unique()), words, field)
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """The lists of one row.
+
+    Attributes:
+        numbers: Item numbers, best first, -1 where there are fewer, shape (n, k).
+        items: What the numbers stand for.
+        seen: Whether items of the history may stand in them, ``excluded`` or ``included``.
+    """
+
+    numbers: NDArray[np.int32]
+    items: Sequence[str]
+    seen: str
+
+
+def list_figures(
+    lists: Lists, cases: Sequence[Case], protocol: Protocol, background: Background
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+    """Return the list metrics of a row, at 10 where the protocol cuts there, else at its largest cut-off.
+
+    Coverage and Gini are figures of all lists together; a resample shows fewer different lists, so they have no
+    interval. Serendipity takes for expected what training popularity would show the same user.
+
+    Returns:
+        Figures by metric, and the per-request values behind those that are means.
+
+    Raises:
+        LlmrecError: If the background is of another catalogue.
+    """
+    if tuple(lists.items) != background.items:
+        raise LlmrecError("list metrics need counts of the same catalogue in the same order; build them from one split")
+    k = min(_USUAL if _USUAL in protocol.cutoffs else max(protocol.cutoffs), lists.numbers.shape[1])
+    index = {item: place for place, item in enumerate(background.items)}
+    held = [_places([event.item_id for event in case.request.history], index) for case in cases]
+    users = [case.request.user_id for case in cases]
+    size = len(background.items)
+    values = {f"Novelty@{k}": beyond.novelty(lists.numbers, k, background.counts, background.users)}
+    how: dict[str, str | None] = {f"Novelty@{k}": "bits", f"Serendipity@{k}": "against-popularity"}
+    if background.words is not None and k > 1:
+        values[f"ILD@{k}"] = beyond.diversity_by_fields(lists.numbers, k, background.words)
+        how[f"ILD@{k}"] = "jaccard-" + re.sub(r"[|\s]+", "-", str(background.field))
+    targets = np.array([index.get(str(case.truth), -1) for case in cases])
+    expected = _popular(background, held if lists.seen == "excluded" else [held[0][:0]] * len(held), targets, k)
+    values[f"Serendipity@{k}"] = beyond.serendipity(lists.numbers, k, expected, targets)
+    figures = {
+        name: mean_figure(name, each, users, protocol, protocol.sign(name, seen=lists.seen, how=how[name]))
+        for name, each in values.items()
+    }
+    for name, value in (
+        (f"Coverage@{k}", beyond.coverage(lists.numbers, k, size)),
+        (f"Gini@{k}", beyond.gini(lists.numbers, k, size)),
+    ):
+        figures[name] = figure(value, None, None, protocol.sign(name, seen=lists.seen))
+    name = f"PopularityLift@{k}"
+    popular = beyond.popularity(lists.numbers, k, background.counts, background.users)
+    figures[name] = _lift(popular, held, users, background, protocol, protocol.sign(name, seen=lists.seen))
+    return figures, values
+
+
+def cold_figures(
+    cases: Sequence[Case], background: Background, values: Mapping[str, NDArray[np.float64]], names: Sequence[str]
+) -> dict[str, float]:
+    """Return the means over requests whose target has no training interaction, and their number as ``n``.
+
+    Args:
+        cases: Requests with an item as truth.
+        background: Counts of the same catalogue.
+        values: Per-request values by metric.
+        names: Metrics to average; without such requests there is nothing but ``n``.
+    """
+    counts = dict(zip(background.items, background.counts.tolist(), strict=True))
+    cold = np.array([counts.get(str(case.truth), 0.0) == 0 for case in cases], dtype=bool)
+    means = {name: float(values[name][cold].mean()) for name in names} if cold.any() else {}
+    return {"n": float(cold.sum()), **means}
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word for word in _WORDS.split(text.strip().casefold()) if word)
+
+
+def _places(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]:
+    return np.array([index[item] for item in items if item in index], dtype=np.int64)
+
+
+def _popular(
+    background: Background, hidden: Sequence[NDArray[np.int64]], targets: NDArray[np.int64], k: int
+) -> NDArray[np.int64]:
+    """Return the k most popular items that each request can be shown, equal counts by id, shape (n, k)."""
+    order = np.argsort(-background.counts, kind="stable")
+    lists = np.full((len(hidden), k), -1, dtype=np.int64)
+    for row, (gone, target) in enumerate(zip(hidden, targets, strict=True)):
+        first = order[: k + len(gone)]
+        kept = first[~np.isin(first, gone[gone != target])][:k]
+        lists[row, : len(kept)] = kept
+    return lists
+
+
+def _lift(
+    popular: NDArray[np.float64],
+    held: Sequence[NDArray[np.int64]],
+    users: Sequence[str],
+    background: Background,
+    protocol: Protocol,
+    signature: str,
+) -> dict[str, Any]:
+    """Return the popularity lift over users with a history; a user's requests are resampled together."""
+    share = background.counts / max(background.users, 1)
+    some = np.array([len(places) > 0 for places in held])
+    if not some.any() or not sum(float(share[places].sum()) for places in held):
+        return figure(None, None, None, signature, "no history holds an item that training users have")
+    names = [user for user, kept in zip(users, some, strict=True) if kept]
+    before, _ = by_user(np.array([share[places].mean() for places in held if len(places)]), names)
+    after, _ = by_user(popular[some], names)
+    statistic = beyond.popularity_lift_statistic(after, before)
+    found = interval_of(statistic, len(after), resamples=protocol.resamples, seed=protocol.seed)
+    return figure(found.value, found.low, found.high, signature)

@@ -1,0 +1,179 @@
+"""Figures by slice: cold and long-tail items, short and long histories, quiet and busy users.
+
+What puts a case into a slice is counted in training interactions only, and the thresholds stand in the slice's name,
+which stands in the signature: figures of different slices, or of one slice by different thresholds, cannot be mixed up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.predictor import Protocol, mean_figure
+from llmrec.metrics.signature import parse_signature
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+    from llmrec.types import Case
+
+FEW = 20
+"""A slice of fewer cases is shown and marked as small."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRules:
+    """Where slices begin and end.
+
+    Attributes:
+        cold: An item with fewer training interactions is cold.
+        head: The most popular items that make this share of training interactions are the head, the rest the long tail.
+        history: First lengths of the history bins after the first, rising: (5, 10) gives 0-4, 5-9 and 10 on.
+        activity: The same for the user's number of training interactions.
+    """
+
+    cold: int = 5
+    head: float = 0.8
+    history: tuple[int, ...] = (5, 10, 20, 50)
+    activity: tuple[int, ...] = (5, 10, 20, 50)
+
+    def __post_init__(self) -> None:
+        if self.cold < 1 or not 0 < self.head < 1:
+            raise LlmrecError(f"slices: cold must be at least 1 and head between 0 and 1, not {self.cold}, {self.head}")
+        for name, edges in (("history", self.history), ("activity", self.activity)):
+            if list(edges) != sorted(set(edges)) or any(edge < 1 for edge in edges):
+                raise LlmrecError(f"slices: {name} must hold rising numbers from 1, not {list(edges)}")
+
+
+@dataclass(frozen=True, slots=True)
+class SliceFigures:
+    """One slice of a row.
+
+    Attributes:
+        name: Such as ``item:cold-below-5`` or ``history:5-9``.
+        n: Number of cases.
+        users: Number of their users.
+        small: Whether there are fewer than `FEW` cases, too few to say much.
+        metrics: Figures with intervals and signatures, as in results.json; empty for a slice without cases.
+    """
+
+    name: str
+    n: int
+    users: int
+    small: bool
+    metrics: dict[str, Any]
+
+
+def slices_of(
+    cases: Sequence[Case], data: SplitDataset, rules: SliceRules | None = None
+) -> dict[str, NDArray[np.bool_]]:
+    """Say for each slice which cases belong to it.
+
+    Item slices are made where the item of every request, or else its truth, is an item of the catalogue; for other
+    tasks they are left out. Together the slices of one kind hold every case once.
+
+    Args:
+        cases: The evaluated cases.
+        data: Its training interactions are counted.
+        rules: The thresholds; None takes the defaults.
+
+    Returns:
+        Membership by slice name, shape (n,) each.
+    """
+    rules = rules or SliceRules()
+    found: dict[str, NDArray[np.bool_]] = {}
+    items = [_item_of(case, data) for case in cases]
+    if cases and all(item is not None for item in items):
+        counts = dict(data.train.group_by("item_id").len().iter_rows())
+        held = np.array([counts.get(item, 0) for item in items], dtype=np.int64)
+        found[f"item:cold-below-{rules.cold}"] = held < rules.cold
+        found[f"item:warm-from-{rules.cold}"] = held >= rules.cold
+        least = _least_of_head(np.array(list(counts.values()), dtype=np.int64), rules.head)
+        share = f"{rules.head:g}"
+        found[f"item:head-{share}"] = held >= least
+        found[f"item:long-tail-{share}"] = held < least
+    lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
+    found |= _bins("history", lengths, rules.history)
+    active = dict(data.train.group_by("user_id").len().iter_rows())
+    found |= _bins(
+        "activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), rules.activity
+    )
+    return found
+
+
+def slice_figures(
+    values: Mapping[str, NDArray[np.float64]],
+    cases: Sequence[Case],
+    data: SplitDataset,
+    *,
+    metrics: Mapping[str, Mapping[str, Any]],
+    protocol: Protocol,
+    rules: SliceRules | None = None,
+) -> tuple[SliceFigures, ...]:
+    """Average per-request values inside each slice, with intervals over the slice's users.
+
+    Args:
+        values: Per-request values by metric, shape (n,) each, as `Evaluated.values` has them. AUC and GAUC, which are
+            no means of them, are passed over.
+        cases: The cases in the same order.
+        data: See `slices_of`.
+        metrics: The row's figures, ``Evaluated.figures["metrics"]``, whose signatures the slices' figures carry on.
+        protocol: Says how intervals are drawn.
+        rules: See `slices_of`.
+
+    Returns:
+        One entry a slice, those without cases too.
+
+    Raises:
+        ValueError: If there are not as many values as cases.
+    """
+    for metric, each in values.items():
+        if len(each) != len(cases):
+            raise ValueError(f"{metric}: {len(each)} values against {len(cases)} cases")
+    users = np.array([case.request.user_id for case in cases], dtype=object)
+    means = {
+        metric: (each, parse_signature(metrics[metric]["signature"]))
+        for metric, each in values.items()
+        if metric not in ("AUC", "GAUC")
+    }
+    figures = []
+    for name, member in slices_of(cases, data, rules).items():
+        own = users[member].tolist()
+        found = {
+            metric: mean_figure(metric, each[member], own, protocol, str(replace(sign, slice=name)))
+            for metric, (each, sign) in means.items()
+            if own
+        }
+        figures.append(SliceFigures(name, len(own), len(set(own)), len(own) < FEW, found))
+    return tuple(figures)
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _item_of(case: Case, data: SplitDataset) -> str | None:
+    for item in (case.request.item, case.truth):
+        if isinstance(item, str) and item in data.dataset.items:
+            return item
+    return None
+
+
+def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
+    """Return the count from which on items are the head; items that tie with its last one belong to it."""
+    if not counts.size:
+        return 1
+    falling = np.sort(counts)[::-1]
+    place = int(np.searchsorted(np.cumsum(falling), share * falling.sum() - 1e-9))
+    return int(falling[min(place, len(falling) - 1)])
+
+
+def _bins(kind: str, lengths: NDArray[np.int64], edges: Sequence[int]) -> dict[str, NDArray[np.bool_]]:
+    own = np.searchsorted(np.array(edges), lengths, side="right")
+    starts = (0, *edges)
+    names = [f"{kind}:{start}-{end - 1}" for start, end in zip(starts, edges, strict=False)]
+    return {name: own == place for place, name in enumerate([*names, f"{kind}:from-{starts[-1]}"])}

@@ -1,0 +1,147 @@
+"""The audit of a run: the checks of `llmrec.experiment.leaks` and `.probes`, written to ``audit.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from llmrec import __version__
+from llmrec.backends.encode import Encoder
+from llmrec.durable import sha256_of, write_json
+from llmrec.errors import LlmrecError
+from llmrec.experiment import leaks, leaks_alignment, probes
+from llmrec.experiment.leaks import Check
+from llmrec.experiment.resume import key_of, locked, read_stage
+from llmrec.experiment.study import RANKING, Study, build_study
+from llmrec.machine import versions
+from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
+from llmrec.recipe.load import load_recipe
+from llmrec.report import page
+from llmrec.report.audit import LeakError
+
+FILE = "audit.json"
+# What fitting a baseline depends on besides this package.
+_FITTING = ("numpy", "scipy", "torch", "implicit", "polars")
+# Rows of a family that are looked at where nothing was trained.
+_UNTRAINED = 500
+
+
+def audit(folder: Path, *, memory: bool = False) -> list[Check]:
+    """Audit a finished run from its folder, write ``audit.json``, and bring its report up to it.
+
+    The pages of a run that leaks say so and hold no figure; any other gets them with what was found.
+
+    Args:
+        folder: The run folder.
+        memory: Also ask the untuned model for the catalogue, which loads it.
+
+    Raises:
+        LlmrecError: If the folder holds no finished run.
+    """
+    recipe, stored = folder / "recipe.yaml", folder / "results.json"
+    if not recipe.is_file() or not stored.is_file():
+        raise LlmrecError(f"{folder} holds no finished run (recipe.yaml and results.json); finish it with `llmrec run`")
+    with locked(folder):
+        study = build_study(load_recipe(str(recipe)))
+        results = json.loads(stored.read_text(encoding="utf-8"))
+        checks = list(examine(study, results, pl.read_parquet(folder / "predictions.parquet")))
+        if memory:
+            checks.append(_memory(study))
+        write(folder, checks)
+        with suppress(LeakError):
+            page.write(folder)
+    return checks
+
+
+def examine(
+    study: Study, results: Mapping[str, Any], predictions: pl.DataFrame, *, kept: Path | None = None
+) -> Iterator[Check]:
+    """Yield every check that needs no model.
+
+    Args:
+        study: The run's.
+        results: Its ``results.json``.
+        predictions: Its ``predictions.parquet``.
+        kept: File of what is known of its baselines, which take long to fit; None: they are fitted again.
+    """
+    split = study.recipe.eval.split
+    for data in filter(None, (study.data, study.reviews)):
+        yield leaks.training_interactions(data)
+        yield leaks.profiles(data)
+    training = results.get("training")
+    for family in study.tasks:
+        if family in study.shares:
+            yield leaks.training_rows(study, family, _rows_of(training, family))
+        yield leaks.questions(study, family)
+        if "few-shot" in study.recipe.eval.arms:
+            yield leaks.shots(study, family)
+    yield from leaks.candidate_sets(study)
+    yield from leaks_alignment.checks(study, _rows_of(training, "alignment"))
+    yield from leaks.stored_rows(results["rows"], predictions, study)
+    yield _baselines(study, kept) if kept is not None else leaks.baselines(study)
+    if (built := leaks.item_index(study)) is not None:
+        yield built
+    yield probes.id_arithmetic(study.data, split)
+    if study.index is not None:
+        yield probes.code_arithmetic(study.index, study.data, split)
+    yield probes.duplicate_items(study.data)
+    if any(family in RANKING for family in study.tasks):
+        yield probes.duplicate_users(study.data, split)
+
+
+def _baselines(study: Study, kept: Path) -> Check:
+    """Return what is known of the same baselines on the same data, or find it out."""
+    used = {family: study.task_data(family) for family in study.tasks}
+    key = key_of(
+        llmrec=__version__,
+        packages={name: version for name, version in versions().items() if name in _FITTING},
+        baselines={family: study.section(family).baselines for family in used},
+        data={family: data.fingerprint for family, data in used.items()},
+        cases={family: [case.request.id for case in study.cases(family)] for family in used},
+        candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},
+        split=study.recipe.eval.split,
+        seed=study.recipe.seed,
+    )
+    stored = read_stage(kept, key)
+    if stored is None:
+        stored = {"key": key, "check": asdict(leaks.baselines(study))}
+        write_json(kept, stored)
+    found = stored["check"]
+    return Check(**{**found, "examples": tuple(found["examples"])})
+
+
+def write(folder: Path, checks: Sequence[Check]) -> None:
+    """Write ``audit.json``: the checks, and how many of them are leaks."""
+    found = [asdict(check) for check in checks]
+    leaks = sum(check.verdict == "leak" for check in checks)
+    # Which results it is of, so that the report never shows the audit of others.
+    of = sha256_of(folder / "results.json")
+    write_json(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": found})
+
+
+def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:
+    """Return how many rows training drew from a family's stream, those that were too long included."""
+    if training is None:
+        return _UNTRAINED
+    return int(training["rows"].get(family, 0)) + int(training.get("dropped", {}).get(family, 0))
+
+
+def _memory(study: Study) -> Check:
+    from llmrec.backends.hf.backend import HFBackend
+
+    quiet_libraries()
+    section = study.recipe.model
+    base = resolve(section, seed=study.recipe.seed)
+    backend = HFBackend(
+        load_model(base, section), Encoder(load_tokenizer(base, section), max_length=section.max_length)
+    )
+    try:
+        return probes.memorisation(backend, study.data, seed=study.recipe.seed)
+    finally:
+        backend.close()

@@ -1,0 +1,147 @@
+"""What a tuned folder carries beside its weights, so that it can be asked without the run that made it.
+
+``llmrec.json`` holds the tasks with their settings, the exact templates, what items are called and the rating scale.
+It holds no data: no item, no user, no path. The codes of a model that was tuned on codes lie in ``index/``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llmrec import __version__
+from llmrec.durable import write_json
+from llmrec.errors import LlmrecError, ModelError
+from llmrec.experiment.indexing import stored_index
+from llmrec.experiment.study import Study
+from llmrec.index.table import ItemIndex
+from llmrec.models.load import BUNDLE, resolve
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.schema import DirectSection, ModelSection, SequentialSection, TasksSection
+
+FILE = BUNDLE
+_FORMAT = 1
+_TEMPLATE_KEYS = tuple(key.name for key in fields(Template) if key.init)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model that knows how it was asked in training.
+
+    Attributes:
+        folder: The weights: a folder, or a hub name.
+        run: The run folder that it was opened from, if it was one; its recipe names the data.
+        model: How to load it; ``name`` is ``folder``.
+        tasks: Settings of each family that it was tuned on; of a plain model, the ranking families' defaults.
+        templates: By family and name.
+        noun: What items are called in prompts, in the plural.
+        rating_scale: Lowest and highest rating, where it rates.
+        seed: Of the recipe that tuned it.
+        tuned: Whether the folder says how it was tuned; a plain pretrained model does not.
+        index: Codes of items, where it was tuned on codes.
+    """
+
+    folder: str
+    run: Path | None
+    model: ModelSection
+    tasks: TasksSection
+    templates: Mapping[str, Mapping[str, Template]]
+    noun: str
+    rating_scale: tuple[float, float] | None
+    seed: int
+    tuned: bool
+    index: ItemIndex | None = None
+
+
+def describe(study: Study) -> dict[str, Any]:
+    """Return what `write` stores."""
+    recipe = study.recipe
+    return {
+        "format": _FORMAT,
+        "llmrec": __version__,
+        "max_length": recipe.model.max_length,
+        "seed": recipe.seed,
+        "noun": study.data.dataset.noun,
+        "rating_scale": study.data.dataset.rating_scale,
+        "index": recipe.index.scheme if recipe.index else None,
+        "tasks": recipe.tasks.model_dump(mode="json", exclude_none=True),
+        "templates": {
+            family: [{key: getattr(template, key) for key in _TEMPLATE_KEYS} for template in known.values()]
+            for family, known in study.templates.items()
+        },
+    }
+
+
+def write(study: Study, folder: Path) -> None:
+    """Write ``llmrec.json`` into a model folder."""
+    write_json(folder / FILE, describe(study))
+
+
+def read(name: str, model: ModelSection | None = None) -> Bundle:
+    """Open a run folder, an exported folder, or any model that `resolve` finds.
+
+    Args:
+        name: The folder or hub name.
+        model: How to load it, without its name; by default as it was tuned, or the recipe's defaults.
+
+    Raises:
+        ModelError: If a run folder holds no merged model, or ``llmrec.json`` cannot be read.
+    """
+    run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
+    if run is not None and not (run / "merged" / "config.json").is_file():
+        raise ModelError(f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first")
+    asked = (model or ModelSection()).model_copy(update={"name": str(run / "merged") if run else name})
+    folder = resolve(asked)
+    stored = Path(folder) / FILE
+    if not stored.is_file():
+        return _plain(folder, asked)
+    try:
+        found = json.loads(stored.read_text(encoding="utf-8"))
+        if found["format"] != _FORMAT:
+            raise ModelError(
+                f"{stored} is of format {found['format']} and this llmrec reads format {_FORMAT}; "
+                f"use llmrec {found['llmrec']}, or export the run again"
+            )
+        templates = {
+            family: {entry["name"]: Template(**entry) for entry in entries}
+            for family, entries in found["templates"].items()
+        }
+        scale = found["rating_scale"]
+        return Bundle(
+            folder=folder,
+            run=run,
+            model=asked.model_copy(update={"max_length": found["max_length"]}) if model is None else asked,
+            tasks=TasksSection(**found["tasks"]),
+            templates=templates,
+            noun=str(found["noun"]),
+            rating_scale=(float(scale[0]), float(scale[1])) if scale else None,
+            index=stored_index(Path(folder), found.get("index")),
+            seed=int(found["seed"]),
+            tuned=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise ModelError(f"{stored} cannot be read ({type(error).__name__}: {error}); export the run again") from error
+    except ModelError:
+        raise
+    except LlmrecError as error:
+        raise ModelError(f"{stored}: {error}; export the run again") from error
+
+
+def _plain(folder: str, model: ModelSection) -> Bundle:
+    families = ("sequential", "direct")
+    return Bundle(
+        folder=folder,
+        run=None,
+        model=model,
+        tasks=TasksSection(sequential=SequentialSection(), direct=DirectSection()),
+        templates={family: load_templates(family) for family in families},
+        noun="items",
+        rating_scale=None,
+        seed=0,
+        tuned=False,
+    )

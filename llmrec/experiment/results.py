@@ -1,0 +1,358 @@
+"""Assembles results.json and predictions.parquet from finished rows."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from llmrec import __version__
+from llmrec.baselines.retrieve import ceiling
+from llmrec.data.split import SplitDataset
+from llmrec.durable import replacing, write_json
+from llmrec.evaluate.predictor import HEADLINE, compare, statistic_of
+from llmrec.experiment.evaluation import Row
+from llmrec.experiment.resume import Budget
+from llmrec.experiment.row_details import breakdowns, text_samples
+from llmrec.experiment.study import ITEM_ANSWERS, RANKING, Study
+from llmrec.experiment.told import sentence, users
+from llmrec.machine import machine, versions
+from llmrec.metrics.signature import better
+from llmrec.metrics.significance import detectable, detectable_line
+from llmrec.metrics.stats import Difference, holm, verdict
+from llmrec.recipe.load import recipe_hash
+
+# A drawn p is never below 1 / resamples: with so many a comparison, the smallest one stays .01 after Holm.
+_FOR_EACH_PAIR = 100
+# Figures whose differences have no standard error in closed form, so that none can be said to be detectable.
+_NO_REACH = frozenset({"AUC", "GAUC"})
+
+_SCHEMA: Mapping[str, Any] = {
+    "row_id": pl.String,
+    "task": pl.String,
+    "arm": pl.String,
+    "predictor": pl.String,
+    "template": pl.String,
+    "request_id": pl.String,
+    "user_id": pl.String,
+    "truth": pl.String,
+    "parsed": pl.String,
+    "raw": pl.String,
+    "prompt_hash": pl.String,
+    "rank": pl.Float64,
+    "error": pl.String,
+    "prompt_tokens": pl.Int64,
+    "completion_tokens": pl.Int64,
+}
+
+
+def write_results(
+    study: Study,
+    rows: Sequence[Row],
+    training: Mapping[str, Any] | None,
+    model: Mapping[str, Any],
+    budget: Budget,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write ``results.json`` and ``predictions.parquet`` to the run folder, each atomically.
+
+    ``budget`` holds what each stage cost when it last ran: a stage that this invocation reused keeps its figure.
+    """
+    recipe = study.recipe
+    spent = {**_spent_before(folder / "results.json", recipe_hash(recipe)), **budget.stages}
+    headlines = {family: headline(family, recipe.eval.cutoffs) for family in HEADLINE if family in study.tasks}
+    compared = comparisons(study, rows)
+    results = {
+        "llmrec": __version__,
+        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["llmrec", *sys.argv[1:]]),
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_hash": recipe_hash(recipe),
+        "seed": recipe.seed,
+        "versions": versions(),
+        "machine": machine(),
+        "model": dict(model),
+        "data": {
+            "main": describe(study.data),
+            "reviews": describe(study.reviews) if study.reviews else None,
+        },
+        "candidates": _candidates(study),
+        "training": {k: v for k, v in training.items() if k != "key"} if training else None,
+        "rows": [{**row.figures, **more} for row, more in zip(rows, breakdowns(study, rows, headlines), strict=True)],
+        "headline": headlines,
+        "comparisons": compared,
+        "detectable": reach(headlines, rows, compared),
+        "budget": [{"stage": stage, "seconds": seconds} for stage, seconds in spent.items()],
+        "seconds": sum(spent.values()),
+        "examples": [example for row in rows for example in row.examples],
+        "texts": text_samples(study, rows),
+        "set_aside": [
+            {"data": table.dataset.name, "said": f"{sentence(table, found)}.", "users": list(users(found))}
+            for table in study.tables
+            if (found := study.told(table))
+        ],
+        "notes": notes(study),
+    }
+    write_predictions(rows, folder / "predictions.parquet")
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _spent_before(path: Path, hashed: str) -> dict[str, float]:
+    """Read the stage costs of an earlier run of the same recipe, if there is one."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        return {e["stage"]: float(e["seconds"]) for e in earlier["budget"]} if earlier["recipe_hash"] == hashed else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def headline(family: str, cutoffs: Sequence[int]) -> str:
+    """Return the metric that a family is judged by: at 10 where the recipe cuts there, else at its largest."""
+    if family not in ITEM_ANSWERS or 10 in cutoffs:
+        return HEADLINE[family]
+    return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"
+
+
+def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]]:
+    """Return what is compared with what, as (family, headline metric, a, b).
+
+    A row whose figure is not defined is compared with none. Every tuned and few-shot row is paired with its zero-shot
+    row, that of a rating head with those of every strategy, since the base model has no head; the tuned rows of a head,
+    or else of the first strategy that the recipe names, with every baseline; and every other row of a language model
+    with the best baseline. Which one is best is seen on the same requests, which is to the baseline's advantage.
+    """
+    found: list[tuple[str, str, Row, Row]] = []
+    for family in study.tasks:
+        metric = headline(family, study.recipe.eval.cutoffs)
+        own = [row for row in rows if row.figures["task"] == family and _has(row, metric)]
+        controls = [row for row in own if row.figures["arm"] == "baseline"]
+        best = best_of(controls, metric)
+        arms = {(r.figures["arm"], r.figures["predictor"], r.figures["template"]): r for r in own}
+        for (arm, predictor, template), row in arms.items():
+            zero = [row for (kind, _, asked), row in arms.items() if (kind, asked) == ("zero-shot", template)]
+            if predictor != "head":
+                zero = [row for row in zero if row.figures["predictor"] == predictor]
+            if arm in ("tuned", "few-shot"):
+                found.extend((family, metric, row, other) for other in zero)
+            if arm == "tuned" and predictor in ("head", study.section(family).strategies[0]):
+                found.extend((family, metric, row, control) for control in controls)
+            elif arm != "baseline" and best is not None:
+                found.append((family, metric, row, best))
+    return found
+
+
+def _has(row: Row, metric: str) -> bool:
+    """Whether a row has values by request of a metric, and a figure that is defined."""
+    return metric in row.values and row.figures["metrics"][metric]["value"] is not None
+
+
+def best_of(rows: Sequence[Row], metric: str) -> Row | None:
+    """Return the row with the best figure; None where no row has one."""
+    scored = [row for row in rows if row.figures["metrics"][metric]["value"] is not None]
+    sign = 1 if better(metric) == "lower" else -1
+    return min(scored, key=lambda row: sign * row.figures["metrics"][metric]["value"], default=None)
+
+
+def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Compare what is `planned`; p-values are Holm-adjusted over all pairs of the run.
+
+    ``detectable`` is the smallest true difference that a comparison would show in 80 of 100 repetitions.
+    """
+    recipe = study.recipe
+    pairs = planned(study, rows)
+    resamples = max(recipe.eval.bootstrap, _FOR_EACH_PAIR * len(pairs))
+    found: list[Difference] = [
+        compare(metric, a.values[metric], b.values[metric], _users(a), resamples=resamples, seed=recipe.seed)
+        for _, metric, a, b in pairs
+    ]
+    adjusted = holm([difference.p for difference in found]) if found else []
+    return [
+        {
+            "task": family,
+            "metric": metric,
+            "a": a.figures["id"],
+            "b": b.figures["id"],
+            "value": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p": p,
+            "verdict": verdict(difference, better(metric), p=p),
+            "detectable": _detectable(metric, a, b, len(pairs)),
+        }
+        for (family, metric, a, b), difference, p in zip(pairs, found, adjusted, strict=True)
+    ]
+
+
+def _detectable(metric: str, a: Row, b: Row, pairs: int) -> float | None:
+    if metric in _NO_REACH:
+        return None
+    return detectable(
+        a.values[metric], b.values[metric], comparisons=pairs, statistic=statistic_of(metric), users=_users(a)
+    )
+
+
+def reach(headlines: Mapping[str, str], rows: Sequence[Row], compared: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Say for each task in one line what its comparisons could have shown."""
+    found = {}
+    for family, metric in headlines.items():
+        own = [entry["detectable"] for entry in compared if entry["task"] == family]
+        users = next((len(set(_users(row))) for row in rows if row.figures["task"] == family), 0)
+        if own and metric not in _NO_REACH:
+            found[family] = detectable_line(metric, own, users=users, comparisons=len(compared))
+    return found
+
+
+def _users(row: Row) -> list[str]:
+    return [record["user_id"] for record in row.records]
+
+
+def write_predictions(rows: Sequence[Row], path: Path) -> None:
+    """Write one line per row and request."""
+    lines = [
+        {
+            "row_id": row.figures["id"],
+            **{key: row.figures[key] for key in ("task", "arm", "predictor", "template")},
+            **record,
+        }
+        for row in rows
+        for record in row.records
+    ]
+    with replacing(path) as draft:
+        pl.DataFrame(lines, schema=dict(_SCHEMA)).write_parquet(draft)
+
+
+def describe(data: SplitDataset) -> dict[str, Any]:
+    """Return a dataset's counts and hashes."""
+    rows = data.dataset.interactions
+    users, items = rows["user_id"].n_unique(), len(data.dataset.items)
+    return {
+        "name": data.dataset.name,
+        "users": users,
+        "items": items,
+        "interactions": len(rows),
+        "density": len(rows) / (users * items),
+        "train": len(data.train),
+        "valid": len(data.valid),
+        "test": len(data.test),
+        "fingerprint": data.dataset.fingerprint,
+        "split_fingerprint": data.fingerprint,
+        "split": data.kind,
+        "noun": data.dataset.noun,
+        "made": data.dataset.made,
+        "derived": data.dataset.provenance.get("derived", ""),
+    }
+
+
+def notes(study: Study) -> list[str]:
+    """Say what a reader of the tables must know."""
+    found = []
+    for data in filter(None, (study.data, study.reviews)):
+        if data.dataset.made:
+            found.append(
+                f"{data.dataset.name}: this table is made by the llmrec project; its texts are no real reviews."
+            )
+        if made := data.dataset.provenance.get("derived"):
+            found.append(f"{data.dataset.name}: derived: {made}.")
+    if (shape := study.recipe.model.shape) is not None:
+        found.append(
+            f"The language model is a new {shape.kind} of width {shape.width} that started from chance: nothing was "
+            "pretrained, and all it knows is from the training rows of this run."
+        )
+    for family in study.tasks:
+        found += [
+            f"The question of {template.id} shows what could give its answer away: {template.leak}."
+            for template in study.eval_templates(family)
+            if template.leak
+        ]
+    if study.candidates and study.recipe.eval.candidates.kind == "retrieved":
+        name = study.recipe.eval.candidates.retriever
+        found += [
+            f"Ranking figures of {family} are over the {study.candidates.count} items that {name} retrieves; "
+            f"{share:.1%} of the items that are asked for are among them, which no HR can exceed."
+            for family, share in _ceilings(study).items()
+        ]
+    elif study.candidates:
+        found.append(
+            f"Ranking figures are over {study.candidates.count} stored candidates a request, not over the whole "
+            "catalogue; they cannot be compared with full-ranking figures."
+        )
+    if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
+        found.append(
+            "Ranking figures are over the whole catalogue less the history. A model's answer holds as many items as it "
+            "kept beams, a baseline's a hundred; what an answer leaves out is a miss. That lowers MRR, and no figure "
+            "that is cut at the beams or earlier."
+        )
+    if study.aligned is not None:
+        found.append(
+            f"Alignment figures are over {study.aligned.count} candidates a question, all of them items whose code and "
+            f"text were never trained together; chance is HR@1 {1 / study.aligned.count:.3f}. Each item counts as a "
+            "user of its own."
+        )
+    rating = study.recipe.tasks.rating
+    if rating is not None and rating.head is not None:
+        found.append(
+            "The tuned model was trained through its rating head and is asked by it alone; the base model has no head "
+            "and is asked by the other strategies."
+        )
+    judged = study.recipe.tasks.ctr
+    if judged is not None and judged.balance == "user":
+        found.append(
+            "Yes/no questions are balanced inside each user, as many with a yes as with a no: what is known of a user "
+            "alone, such as the share of likes, reaches AUC and GAUC 0.5 and no more."
+        )
+    if "tuned" in study.recipe.eval.arms:
+        found += _training_notes(study)
+    if len(study.recipe.eval.arms) > 1 or "tuned" in study.recipe.eval.arms:
+        found.append("One training seed: intervals cover the choice of users, not the choice of seed.")
+    return found
+
+
+def _training_notes(study: Study) -> list[str]:
+    """Say what the tuned model was not trained on, and what it was trained on before."""
+    found = []
+    weighted = [family for family in study.tasks if study.section(family).weight > 0]
+    untaught = [family for family in weighted if family not in study.shares]
+    if untaught:
+        found.append(
+            f"Left out of training, and asked of the tuned model nonetheless: {', '.join(untaught)}. What it answers "
+            f"there comes from the base model and from training on {', '.join(study.shares)}."
+        )
+    if study.recipe.train.start is not None:
+        found.append(
+            f"Training went on from the tuned model of another run, {Path(study.recipe.train.start).name}; arms that "
+            "are not tuned ask the base model, which knows nothing of that run."
+        )
+    return found
+
+
+def _ceilings(study: Study) -> dict[str, float]:
+    """Return the share of evaluated targets among their retrieved candidates, by family; none where sets are drawn."""
+    if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
+        return {}
+    asked = {family: study.cases(family) for family in RANKING if family in study.tasks}
+    return {
+        family: ceiling(study.candidates, {case.request.id: str(case.truth) for case in cases})
+        for family, cases in asked.items()
+    }
+
+
+def _candidates(study: Study) -> dict[str, Any]:
+    drawn = {"main": study.candidates, "alignment": study.aligned}
+    # Families may be asked about different users; what none of them can exceed is the highest of their ceilings.
+    most = max(_ceilings(study).values(), default=None)
+    return {
+        name: {
+            "digest": sets.digest,
+            "count": sets.count,
+            "kind": sets.kind,
+            "ceiling": most if name == "main" else None,
+        }
+        for name, sets in drawn.items()
+        if sets is not None
+    }

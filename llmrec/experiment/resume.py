@@ -1,0 +1,113 @@
+"""Stages remember what they were made from, so that a second run reuses what it has; and a line of progress."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmrec.errors import LlmrecError
+from llmrec.experiment.claiming import mark, open_lock, refuse_foreign
+
+
+def key_of(**inputs: Any) -> str:
+    """Return 16 hex digits over everything that can change a stage's outcome."""
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_stage(path: Path, key: str) -> dict[str, Any] | None:
+    """Return a stored stage if it was made from the same inputs."""
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return stored if isinstance(stored, dict) and stored.get("key") == key else None
+
+
+class Budget:
+    """Seconds by stage, in the order they were spent."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self._inner: list[float] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a stage; what a stage inside it takes is that one's alone."""
+        begin = time.monotonic()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - begin
+            self.add(name, spent - self._inner.pop())
+            if self._inner:
+                self._inner[-1] += spent
+
+    def add(self, name: str, seconds: float) -> None:
+        """Book seconds that an earlier, killed invocation spent on work that this one goes on from."""
+        self.stages[name] = self.stages.get(name, 0.0) + seconds
+
+
+@contextmanager
+def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Iterator[None]:
+    """Keep two runs out of one folder.
+
+    Args:
+        folder: The folder; it is made where it is not there.
+        own: What is to be written into it, or which names are; see `refuse_foreign`. By default nothing.
+
+    Raises:
+        LlmrecError: If another live process holds the folder, or somebody's files in it could be lost.
+    """
+    import fcntl
+
+    refuse_foreign(folder, own)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlmrecError(
+            f"the run folder {folder} cannot be made: {error.strerror}; choose another with --out"
+        ) from None
+    with open_lock(folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LlmrecError(
+                f"another run is writing to {folder}; wait for it, or choose a folder with --out"
+            ) from None
+        if own:
+            mark(file)
+        yield
+
+
+class Bar:
+    """One progress line a row."""
+
+    def __init__(self, name: str, total: int, *, quiet: bool) -> None:
+        self._progress = Progress(
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            disable=quiet,
+        )
+        self._bar = self._progress.add_task(name, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._progress.start()
+        return lambda done: self._progress.advance(self._bar, done)
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()

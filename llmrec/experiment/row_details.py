@@ -1,0 +1,302 @@
+"""A finished row taken apart: by slice, by where the target stands among its candidates, and text by text.
+
+All is worked out from the values and answers that a row keeps, so that rows of an earlier run have it too. Texts to
+read beside each other are drawn by a seeded hash of the request, never by how good an answer is, and are the same for
+every row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from llmrec.data.hashing import hash64
+from llmrec.evaluate.slices import slice_figures
+from llmrec.experiment.evaluation import Row, protocol_of
+from llmrec.experiment.study import Study
+from llmrec.guard import clean
+from llmrec.metrics import ranking
+from llmrec.metrics.stats import holm
+from llmrec.prompts.template import Template
+from llmrec.tasks.base import PAST, View
+from llmrec.types import Case, Ranking, Request
+
+_ALPHA = 0.05
+# No mean over requests, so that a slice of them has no figure of its own kind; log loss is sliced instead.
+_INSTEAD = {"AUC": "LogLoss", "GAUC": "LogLoss"}
+_FOR_EACH_ROW = 100
+# Permuted positions drawn at a time: 4 MB of them.
+_CHUNK = 1 << 19
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Where the targets of a row stand, and what became of them.
+
+    Attributes:
+        position: Place of the target in the stored order of its candidates, from 1, shape (n,).
+        hit: HR@1, shape (n,).
+        rank: Expected rank, shape (n,); a target that an answer leaves out counts as last.
+    """
+
+    position: NDArray[np.int64]
+    hit: NDArray[np.float64]
+    rank: NDArray[np.float64]
+
+
+def breakdowns(study: Study, rows: Sequence[Row], headline: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return what each row of results.json holds beside its figures.
+
+    Args:
+        study: Its cases are those of the rows, in order.
+        rows: Finished rows.
+        headline: The metric by which slices of a family are compared.
+
+    Returns:
+        One mapping a row: ``users``; ``slices`` as `llmrec.evaluate.slices.SliceFigures`; ``by_position``, one entry a
+        position with ``n``, mean ``hit`` and ``rank`` and the standard deviation ``rank_sd``; ``position_trend``.
+        The last two stand on rows with candidates, the trend on those of language models only.
+    """
+    cases = {family: study.cases(family) for family in study.tasks}
+    placed = [place(row, cases[row.figures["task"]]) for row in rows]
+    trends = _trends(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
+    return [
+        {
+            "users": len({record["user_id"] for record in row.records}),
+            "slices": _slices(study, row, cases[row.figures["task"]], headline[row.figures["task"]]),
+            **({"by_position": by_position(found)} if found is not None else {}),
+            **({"position_trend": trend} if trend is not None else {}),
+        }
+        for row, found, trend in zip(rows, placed, trends, strict=True)
+    ]
+
+
+def _slices(study: Study, row: Row, cases: Sequence[Case], headline: str) -> list[dict[str, Any]]:
+    metric = _INSTEAD.get(headline, headline)
+    if metric not in row.values:
+        return []
+    family = row.figures["task"]
+    found = slice_figures(
+        {metric: row.values[metric]},
+        cases,
+        study.task_data(family),
+        metrics=row.figures["metrics"],
+        protocol=protocol_of(study, family),
+    )
+    return [asdict(each) for each in found]
+
+
+# --------------------------------------------------------------------------- positions
+
+
+def place(row: Row, cases: Sequence[Case]) -> Placed | None:
+    """Return where each target stands among its candidates, if it is there; None where a request has no candidates."""
+    if not cases or any(case.request.candidates is None for case in cases):
+        return None
+    sets = [case.request.candidates or () for case in cases]
+    ranks = [record["rank"] for record in row.records]
+    # Retrieved candidates may lack the target: then it has no position.
+    there = [n for n, (own, case) in enumerate(zip(sets, cases, strict=True)) if case.truth in own]
+    if not there:
+        return None
+    hits = row.values["HR@1"] if "HR@1" in row.values else _hits(row, sets)
+    last = [len(own) if rank is None else rank for own, rank in zip(sets, ranks, strict=True)]
+    return Placed(
+        position=np.array([sets[n].index(str(cases[n].truth)) + 1 for n in there]),
+        hit=hits[there],
+        rank=np.array(last, dtype=np.float64)[there],
+    )
+
+
+def _hits(row: Row, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """Return HR@1 from the stored answers, for a recipe whose cut-offs leave out 1."""
+    standings = []
+    for record, own in zip(row.records, sets, strict=True):
+        found = json.loads(record["parsed"]) or {"items": (), "scores": ()}
+        answer = Ranking(
+            request_id=record["request_id"], items=tuple(found["items"]), scores=tuple(map(float, found["scores"]))
+        )
+        standings.append(ranking.standing(answer, record["truth"], len(own)))
+    greater = np.array([standing.greater for standing in standings], dtype=np.int64)
+    return ranking.hit_rate(greater, np.array([standing.tied for standing in standings], dtype=np.int64), 1)
+
+
+def by_position(placed: Placed) -> list[dict[str, Any]]:
+    """Return HR@1 and the mean rank of each position, those without requests left out."""
+    found = []
+    for position in np.unique(placed.position):
+        here = placed.position == position
+        rank = placed.rank[here]
+        found.append(
+            {
+                "position": int(position),
+                "n": int(here.sum()),
+                "hit": float(placed.hit[here].mean()),
+                "rank": float(rank.mean()),
+                "rank_sd": float(rank.std(ddof=1)) if len(rank) > 1 else None,
+            }
+        )
+    return found
+
+
+def _trends(
+    rows: Sequence[Row], placed: Sequence[Placed | None], *, resamples: int, seed: int
+) -> list[dict[str, Any] | None]:
+    """Test the rows of language models for a trend over positions; p-values are Holm-adjusted over these rows."""
+    tested = [row.figures["arm"] != "baseline" and own is not None for row, own in zip(rows, placed, strict=True)]
+    # As for comparisons: enough draws that the smallest p stays small after Holm.
+    resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
+    found: list[tuple[float, float] | None] = [
+        trend(own.position, own.rank, resamples=resamples, seed=seed) if own is not None and chosen else None
+        for own, chosen in zip(placed, tested, strict=True)
+    ]
+    adjusted = iter(holm([each[1] for each in found if each is not None]))
+    return [None if each is None else _trend_of(each[0], next(adjusted)) for each in found]
+
+
+def _trend_of(rho: float, p: float) -> dict[str, Any]:
+    """Say which end of the list a row prefers: a rank that grows with the position favours early targets."""
+    prefers = ("early" if rho > 0 else "late") if p <= _ALPHA else None
+    return {"rho": rho, "p": p, "prefers": prefers}
+
+
+def trend(
+    position: NDArray[np.int64], rank: NDArray[np.float64], *, resamples: int, seed: int
+) -> tuple[float, float] | None:
+    """Return the rank correlation (Spearman) of a target's position with its rank, and the two-sided p.
+
+    Positions are drawn at random when candidate sets are made, so that without a preference for either end every
+    assignment of the positions to the requests is equally likely, whatever users and items are like: p is the share of
+    drawn assignments with a correlation at least as large, ``(1 + as large) / (1 + resamples)``.
+
+    Returns:
+        None where all positions or all ranks are equal.
+    """
+    x = rankdata(position) - (len(position) + 1) / 2
+    y = rankdata(rank) - (len(rank) + 1) / 2
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    if scale == 0:
+        return None
+    observed = float(x @ y)
+    rng = np.random.default_rng(seed)
+    beyond, drawn = 0, 0
+    while drawn < resamples:
+        rows = min(max(1, _CHUNK // len(x)), resamples - drawn)
+        sums = rng.permuted(np.tile(x, (rows, 1)), axis=1) @ y
+        beyond += int(np.count_nonzero(np.abs(sums) >= abs(observed) - 1e-9 * scale))
+        drawn += rows
+    return observed / scale, (1 + beyond) / (1 + resamples)
+
+
+TEXT_ANSWERS = ("explanation", "review")
+"""Families whose answers are texts."""
+COUNT = 20
+"""Requests a family, or all that there are."""
+# Characters of an input; of an answer that could not be read, which no task has cut.
+_INPUT, _RAW = 400, 500
+_TITLES = 3
+_STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
+
+
+def text_samples(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return ``texts`` of results.json, family by family.
+
+    Args:
+        study: Its cases are those of the rows, in order.
+        rows: Finished rows.
+
+    Returns:
+        One mapping a request: ``task``, ``request_id``; ``user`` (id and name) and ``item`` (id, title and fields);
+        ``told``, what else there is to read, each with the templates whose questions show it (``by``); ``truth``; and
+        ``answers``, row id to the ``text`` that was read, or the ``error`` and the ``raw`` answer.
+    """
+    return [sample for family in study.tasks if family in TEXT_ANSWERS for sample in _samples(study, family, rows)]
+
+
+def _samples(study: Study, family: str, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    cases, own = study.cases(family), [row for row in rows if row.figures["task"] == family]
+    view = View(study.task_data(family))
+    for place in drawn([case.request.id for case in cases], study.recipe.seed):
+        case = cases[place]
+        yield {
+            "task": family,
+            "request_id": case.request.id,
+            **_about(study, family, case),
+            "told": list(_told(study, family, case.request, view)),
+            "truth": str(case.truth),
+            "answers": {row.figures["id"]: _answer(row.records[place]) for row in own},
+        }
+
+
+def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
+    """Return the places of the requests to show, in the order of their seeded hash."""
+    order = np.argsort(hash64("text sample", seed, requests), kind="stable")
+    return [int(place) for place in order[:count]]
+
+
+def _about(study: Study, family: str, case: Case) -> dict[str, Any]:
+    """Say who and what a request is about, as questions write them."""
+    dataset, user_id, item_id = study.task_data(family).dataset, case.request.user_id, str(case.request.item)
+    item = dataset.items[item_id]
+    return {
+        "user": {"id": user_id, "name": clean(dataset.users.get(user_id, {}).get("name", ""))},
+        "item": {
+            "id": item_id,
+            "title": clean(item.title),
+            "fields": {clean(name): _cut(clean(value)) for name, value in item.fields.items() if clean(value)},
+        },
+    }
+
+
+def _told(study: Study, family: str, request: Request, view: View) -> Iterator[dict[str, Any]]:
+    """Yield the request's context, which baselines read too, and what else some template shows."""
+    templates = study.eval_templates(family)
+    for name, text in request.context.items():
+        yield {"name": name, "text": _cut(clean(text, len(text))), "by": _showing(templates, {name})}
+    dataset = study.task_data(family).dataset
+    profile = _pairs(dataset.users.get(request.user_id, {}))
+    if profile and (by := _showing(templates, {"profile"})) and "profile" not in request.context:
+        yield {"name": "profile", "text": _cut(profile), "by": by}
+    if request.history and (by := _showing(templates, PAST)):
+        titles = [clean(dataset.items[event.item_id].title) for event in request.history[-_TITLES:]]
+        text = f"{len(request.history)}, the last of them: {'; '.join(titles)}"
+        yield {"name": "earlier items", "text": _cut(text), "by": by}
+    known = view.pair(request.user_id, str(request.item))
+    for variable, name in _STATISTICS.items():
+        by = _showing(templates, {variable})
+        if by and (statistics := cast(Callable[[], Mapping[str, Any] | None], known[variable])()):
+            yield {"name": name, "text": _counted(statistics), "by": by}
+
+
+def _showing(templates: Sequence[Template], names: frozenset[str] | set[str]) -> list[str]:
+    return [template.id for template in templates if names & template.names("system", "user")]
+
+
+def _counted(statistics: Mapping[str, Any]) -> str:
+    mean = f", rated about {statistics['mean']} on average" if statistics["mean"] else ""
+    return f"{statistics['count']} in training{mean}"
+
+
+def _pairs(fields: Mapping[str, str]) -> str:
+    """Write a user's fields as one line; the name stands elsewhere."""
+    found = {clean(name): clean(value) for name, value in fields.items() if name != "name"}
+    return "; ".join(f"{name}: {value}" for name, value in found.items() if value)
+
+
+def _answer(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was read, or why nothing was."""
+    text = json.loads(record["parsed"])
+    if text is not None:
+        return {"text": str(text)}
+    return {"text": None, "error": record["error"] or "", "raw": _cut(record["raw"] or "", _RAW)}
+
+
+def _cut(text: str, limit: int = _INPUT) -> str:
+    """Return the beginning of a long text, and how long it is."""
+    return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text)} characters)"

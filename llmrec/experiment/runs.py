@@ -1,0 +1,183 @@
+"""Opens the run folder of a finished training, proves its weights, and says where a further training starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec.backends.encode import Encoder
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.experiment.indexing import stored_index
+from llmrec.experiment.study import Study
+from llmrec.models.load import load_tokenizer, weights_stamp
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import DataSection, Recipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run folder whose adapter is the one on record; ``merged`` is its merged model's dtype, if that is sound too."""
+
+    folder: Path
+    recipe: Recipe
+    record: Mapping[str, Any]
+    merged: str | None
+
+
+def open_run(run: Path) -> Source:
+    """Read a run folder and prove that its adapter is the one that training recorded."""
+    if not (run / "recipe.yaml").is_file():
+        raise LlmrecError(f"{run} is no run folder, since it holds no recipe.yaml; name one such as runs/quickstart")
+    recipe = load_recipe(run / "recipe.yaml")
+    path = run / "train.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        recorded, method, steps = str(record["adapter_sha256"]), str(record["method"]), int(record["steps"])
+    except FileNotFoundError:
+        raise LlmrecError(
+            f"{run} holds no finished training (train.json); finish it with `llmrec train` first"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise LlmrecError(f"{path} is no training record ({error!r}); train again with `llmrec train`") from error
+    if method != recipe.train.method or steps != recipe.train.steps:
+        raise LlmrecError(
+            f"{run / 'recipe.yaml'} says {recipe.train.method} for {recipe.train.steps} steps, but {path} records "
+            f"{method} for {steps}: another recipe was tried on this folder since. Run the one that trained it again"
+        )
+    found = weights_sha256(run / "adapter")
+    if found != recorded:
+        raise LlmrecError(
+            f"the weights in {run / 'adapter'} are not those that training recorded: their sha256 is {found}, and "
+            f"{path} says {recorded}. Put the right files back, or train again with `llmrec train`"
+        )
+    return Source(run, recipe, record, _sound(run / "merged", record))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the sha256 over a folder's safetensors files in name order, as training records it."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sound(merged: Path, record: Mapping[str, Any]) -> str | None:
+    """Return the dtype of a merged model that is as training left it, else None."""
+    if not (merged / "config.json").is_file() or record.get("merged_sha256") != weights_stamp(str(merged)):
+        return None
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype"))
+
+
+# What the models of two stages must have in common; the rest may differ between them.
+_MODEL = ("name", "shape", "revision", "whole_words")
+
+
+def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
+    """Return the folder that training starts from: ``base``, or the merged model of the run in ``train.start``.
+
+    Args:
+        study: The study.
+        encoder: The tokenizer of its base model, with the tokens of its index.
+        base: Folder of that model.
+        folder: The run folder.
+
+    Raises:
+        RecipeError: If that run is not finished, reads or writes tokens otherwise, or may have learned from what this
+            one holds out.
+    """
+    if study.recipe.train.start is None:
+        return base
+    run = Path(study.recipe.train.start).expanduser()
+    if run.resolve() == folder.resolve():
+        raise RecipeError(f"train.start: {run} is this run's own folder; give this run another one with --out or name")
+    source = earlier(run)
+    _same_model(source.recipe, study.recipe, run)
+    _nothing_seen(source.recipe, study.recipe, run)
+    merged = run / "merged"
+    if Encoder(load_tokenizer(str(merged), study.recipe.model), max_length=1).digest != encoder.digest:
+        raise RecipeError(
+            f"train.start: the tokenizer of {merged} is not that of model.name {study.recipe.model.name} with the "
+            "tokens of this recipe's index, so the same text would be other tokens; train both stages from one model "
+            "with one index"
+        )
+    _same_index(source, study, run)
+    return str(merged)
+
+
+def earlier(run: Path) -> Source:
+    """Open the run of ``train.start``.
+
+    Raises:
+        RecipeError: If it is no finished run, or its merged model is not what its training left.
+    """
+    try:
+        source = open_run(run)
+    except LlmrecError as error:
+        raise RecipeError(f"train.start: {error}") from error
+    if source.merged is None:
+        raise RecipeError(
+            f"train.start: {run / 'merged'} is not what training left there; make it again with `llmrec train` of that "
+            "run's recipe"
+        )
+    return source
+
+
+def _same_model(first: Recipe, second: Recipe, run: Path) -> None:
+    for key in _MODEL:
+        ours, theirs = (getattr(recipe.model, key) for recipe in (second, first))
+        if ours != theirs:
+            raise RecipeError(
+                f"train.start: {run} was tuned with model.{key} {theirs!r} and this recipe has {ours!r}; its other "
+                "arms would be of another model; give both the same"
+            )
+
+
+def _same_index(source: Source, study: Study, run: Path) -> None:
+    """Refuse codes that mean other items; titles say themselves what they mean."""
+    theirs, ours = source.recipe.index, study.recipe.index
+    if (theirs and theirs.scheme) != (ours and ours.scheme):
+        raise RecipeError(
+            f"train.start: {run} was tuned with {f'index.scheme={theirs.scheme}' if theirs else 'no index'}, and this "
+            f"recipe has {f'index.scheme={ours.scheme}' if ours else 'none'}; give both the same"
+        )
+    if theirs is None or study.index is None or (theirs.scheme == "title" and theirs.ids == "text"):
+        return
+    known = stored_index(run / "merged", theirs.scheme)
+    if known is None or known.digest != study.index.digest:
+        raise RecipeError(
+            f"train.start: {run} was tuned on codes of other items than this recipe's index gives, so what it learned "
+            "of a code would be told of another item; write items as titles (index.scheme=title, or no index), or use "
+            "the same data, index and seed in both stages"
+        )
+
+
+def _nothing_seen(first: Recipe, second: Recipe, run: Path) -> None:
+    """Refuse a first stage on the same table that held out other interactions, or other items of alignment."""
+    for theirs in filter(None, (first.data, first.reviews)):
+        for ours in filter(None, (second.data, second.reviews)):
+            same = (theirs.source, theirs.path) == (ours.source, ours.path)
+            if same and (_held(theirs), first.seed) != (_held(ours), second.seed):
+                raise RecipeError(
+                    f"train.start: {run} was trained on {ours.path or ours.source} too, with another filter, split or "
+                    "seed, so it may have learned what is held out here; give both stages the same"
+                )
+    codes = (first.tasks.alignment, second.tasks.alignment)
+    if codes[1] is not None and second.index == first.index and second.index is not None:
+        told = codes[0].held_out if codes[0] is not None else None
+        if told != codes[1].held_out or first.seed != second.seed:
+            raise RecipeError(
+                f"train.start: {run} did not hold out the items that tasks.alignment asks about here; give both stages "
+                "the same tasks.alignment.held_out and seed"
+            )
+
+
+def _held(section: DataSection) -> object:
+    """Return what decides which interactions are held out."""
+    return section.model_dump(exclude={"noun", "rating_scale"})

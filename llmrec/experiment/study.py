@@ -1,0 +1,318 @@
+"""Recipe -> data, candidate sets and tasks: everything that needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from llmrec.backends.encode import Encoder
+from llmrec.baselines.retrieve import retrieve
+from llmrec.data.candidates import CandidateSets, draw
+from llmrec.data.sources.table import load
+from llmrec.data.split import Part, SplitDataset, split, written
+from llmrec.errors import DataError
+from llmrec.experiment.indexing import build_index, text_embedder
+from llmrec.experiment.told import Told, told, users
+from llmrec.index.semantic import item_vectors
+from llmrec.index.table import ItemIndex
+from llmrec.models.item_tokens import add_item_tokens
+from llmrec.models.load import load_tokenizer
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.schema import DataSection, Recipe, TaskSection
+from llmrec.registry import TASKS, check_names, lookup
+from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
+from llmrec.tasks.history import ItemVectors
+from llmrec.tasks.mixture import shares
+from llmrec.tasks.pool import training_examples
+from llmrec.types import Case, Example, Item, SplitName, Task
+
+RANKING = ("sequential", "direct")
+_WRITTEN: Mapping[str, Part] = {"explanation": "sentence", "review": "headline"}
+# The column that an interaction must have to be asked about; families without an entry need none.
+_ASKED = {"rating": "rating", "ctr": "rating", "stars": "rating", "explanation": "text", "review": "text"}
+ITEM_ANSWERS = (*RANKING, "alignment")
+"""Families whose answer is an item; `RANKING` ranks items for users."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recipe's data and tasks, built once and shared by every stage.
+
+    Attributes:
+        recipe: The whole recipe.
+        data: Main data; its held-out pairs are held out by every task.
+        reviews: The second table, where the recipe names one.
+        candidates: Stored candidate sets of the evaluated split, for ranking tasks; None where the catalogue is ranked.
+        index: Codes of the items, where the recipe has an index.
+        tasks: Chosen families by name.
+        templates: All templates of the chosen families, ``family -> name -> template``.
+        held: Items whose code and text no training row may show together; None without the alignment task.
+        aligned: Stored candidate sets of the questions about them.
+        trained: The tasks that training rows come from, where ``train.seed`` draws them apart; else those above.
+    """
+
+    recipe: Recipe
+    data: SplitDataset
+    reviews: SplitDataset | None
+    candidates: CandidateSets | None
+    index: ItemIndex | None
+    tasks: Mapping[str, Task]
+    templates: Mapping[str, Mapping[str, Template]]
+    held: HeldItems | None = None
+    aligned: CandidateSets | None = None
+    trained: Mapping[str, Task] | None = None
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of training rows, their order, dropout and adapters; splits and candidates have the recipe's."""
+        seed = self.recipe.train.seed
+        return self.recipe.seed if seed is None else seed
+
+    @property
+    def training_tasks(self) -> Mapping[str, Task]:
+        """The tasks that training rows come from."""
+        return self.trained or self.tasks
+
+    def section(self, family: str) -> TaskSection:
+        """Return a family's recipe section."""
+        return self.recipe.tasks.present()[family]
+
+    def task_data(self, family: str) -> SplitDataset:
+        """Return the data that a family reads; of reviews, the part that it writes stands in the text column."""
+        return self._read[family]
+
+    @cached_property
+    def _read(self) -> Mapping[str, SplitDataset]:
+        found = {}
+        for family in self.recipe.tasks.present():
+            used = self._table(family)
+            found[family] = written(used, _WRITTEN[family]) if family in _WRITTEN else used
+        return found
+
+    @property
+    def tables(self) -> tuple[SplitDataset, ...]:
+        """The main data, and the second table where there is one."""
+        return tuple(filter(None, (self.data, self.reviews)))
+
+    def _table(self, family: str) -> SplitDataset:
+        return self.reviews if family == "explanation" and self.reviews is not None else self.data
+
+    def codes(self, family: str) -> ItemIndex | None:
+        """Return the index of a family's items; a second table has items of its own, which no index holds."""
+        return self.index if self.task_data(family).dataset.items is self.data.dataset.items else None
+
+    def sets(self, family: str) -> CandidateSets | None:
+        """Return the stored candidate sets that a family ranks."""
+        return self.aligned if family == "alignment" else self.candidates if family in RANKING else None
+
+    def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
+        """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
+
+        Users whose profile names what is held out for them are not among them. Alignment asks about items and not
+        about users: there it is the first cases.
+
+        Args:
+            family: A chosen family.
+            split: None for the evaluated one.
+        """
+        cases, count = self.tasks[family].cases(split or self.recipe.eval.split), self.section(family).users
+        count = count or self.recipe.eval.users
+        if family == "alignment":
+            return cases[:count]
+        aside = self.set_aside(family)
+        able = dict.fromkeys(case.request.user_id for case in cases if case.request.user_id not in aside)
+        chosen = set(list(able)[:count])
+        return [case for case in cases if case.request.user_id in chosen]
+
+    def set_aside(self, family: str) -> frozenset[str]:
+        """Return the users who are not asked about, since their own profile names an item that is held out for them."""
+        return frozenset(users(self.told(self._table(family))))
+
+    def told(self, table: SplitDataset) -> tuple[Told, ...]:
+        """Return where the profiles of one of the `tables` name what is held out for their users."""
+        return self._told[id(table)]
+
+    @cached_property
+    def _told(self) -> Mapping[int, tuple[Told, ...]]:
+        return {id(table): told(table) for table in self.tables}
+
+    @cached_property
+    def shares(self) -> Mapping[str, float]:
+        """Shares of training tokens of the families that are trained, relative to each other."""
+        return shares(self.recipe.trained(), self.training_size, self.recipe.train)
+
+    def training_size(self, family: str) -> int:
+        """Return how many training interactions have what a family asks for; alignment has items.
+
+        Where a pool of rows is repeated (``train.examples``), every family has as many.
+        """
+        if self.recipe.train.examples is not None:
+            return self.recipe.train.examples
+        data = self.task_data(family)
+        if family == "alignment":
+            hidden = self.held.items if self.held is not None else ()
+            return len(data.dataset.items) - len(hidden)
+        column = _ASKED.get(family)
+        rows = data.train if column is None else data.train.filter(pl.col(column).is_not_null())
+        if family != "stars":
+            return len(rows)
+        return sum(pair in data.dataset.reviews for pair in rows.select("user_id", "item_id").iter_rows())
+
+    def training_examples(self, family: str) -> Iterator[Example]:
+        """Yield the rows that a family is trained on, without end: those of the recipe's pool, where it names one."""
+        return training_examples(self.training_tasks[family], self.recipe.train.examples, self.training_seed)
+
+    def eval_templates(self, family: str) -> tuple[Template, ...]:
+        """Return the templates that evaluation uses; by default the first training template."""
+        return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
+
+
+def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
+    """Load, split and check everything that a recipe names.
+
+    Args:
+        recipe: The recipe.
+        data: The main data where it is at hand already, in place of what the recipe's section names.
+
+    Raises:
+        DataError: If the data does not carry what a task needs.
+        RecipeError: If a template, strategy or baseline does not exist or does not fit its family.
+    """
+    families = recipe.tasks.present()
+    for family, section in families.items():
+        check_names(family, section.strategies, section.baselines)
+    data, reviews = load_tables(recipe, data)
+    templates = {family: load_templates(family) for family in families}
+    candidates = None
+    if recipe.eval.candidates.kind != "catalogue" and any(family in RANKING for family in families):
+        make = retrieve if recipe.eval.candidates.kind == "retrieved" else draw
+        candidates = make(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
+    held, aligned = _aligned(recipe, data)
+    index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
+    study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
+    for family in families:
+        _check_data(family, study.task_data(family), recipe)
+    study = replace(study, tasks=_tasks(study, recipe.seed))
+    if study.training_seed != recipe.seed:
+        study = replace(study, trained=_tasks(study, study.training_seed))
+    for family in families:
+        if not study.cases(family):
+            name = study.task_data(family).dataset.name
+            if study.tasks[family].cases(recipe.eval.split):
+                raise DataError(
+                    f"tasks.{family}: the profiles of {name} name what is held out for every user that could be asked "
+                    "about; write them from training interactions alone"
+                )
+            raise DataError(
+                f"tasks.{family}: the {recipe.eval.split} split of {name} holds no case; "
+                "hold out more (data.split), or evaluate another split (eval.split)"
+            )
+    return study
+
+
+def _tasks(study: Study, seed: int) -> dict[str, Task]:
+    return {
+        family: build_task(study, family, section, study.templates[family], seed)
+        for family, section in study.recipe.tasks.present().items()
+    }
+
+
+def build_task(study: Study, family: str, section: TaskSection, templates: Mapping[str, Template], seed: int) -> Task:
+    """Build a family's task over a study's data, with its own or other settings and templates.
+
+    Raises:
+        DataError: If the data does not carry what it needs.
+        RecipeError: If a template does not fit.
+    """
+    used = study.task_data(family)
+    task: Task = lookup(TASKS, family, "task")(
+        used,
+        section,
+        templates,
+        seed=seed,
+        candidates=study.sets(family),
+        shot_choice=study.recipe.eval.shots.choice,
+        index=study.codes(family),
+        vectors=vectors_of(used.dataset.items, study.recipe.encoder),
+    )
+    return task
+
+
+def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
+    """Return what says which items read alike; the text encoder is looked for when it is first asked."""
+
+    def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
+        fields = dict.fromkeys(name for item in entries for name in item.fields)
+        return item_vectors(entries, tuple(fields), text_embedder(encoder))
+
+    return ItemVectors(items, embed)
+
+
+def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[SplitDataset, SplitDataset | None]:
+    """Return a recipe's tables as its tasks know them: the data, and where it names a second table, the reviews.
+
+    Where the two share pairs, each keeps out what the other holds out: there is one held-out set for all tasks.
+
+    Args:
+        recipe: The recipe.
+        data: The main data where it is at hand already.
+    """
+    data = data or load_split(recipe.data, recipe.seed)
+    if recipe.reviews is None:
+        return data, None
+    reviews = load_split(recipe.reviews, recipe.seed)
+    return data.without(reviews.held_out), reviews.without(data.held_out)
+
+
+def load_split(section: DataSection, seed: int) -> SplitDataset:
+    """Load what a data section names, and split it."""
+    return split(load(section, seed=seed), section.split, seed=seed)
+
+
+def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, CandidateSets | None]:
+    section = recipe.tasks.alignment
+    if section is None:
+        return None, None
+    held = hold_out(data.dataset.items, section.held_out, seed=recipe.seed)
+    return held, draw_held(held, recipe.eval.split, count=recipe.eval.candidates.count, seed=recipe.seed)
+
+
+def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
+    rows = data.dataset.interactions
+    where = "reviews" if family == "explanation" and recipe.reviews else "data"
+    if family in ("rating", "stars") and rows["rating"].null_count() == len(rows):
+        raise DataError(
+            f"tasks.{family} needs ratings, and {data.dataset.name} has none; name the column with "
+            f"{where}.columns.rating"
+        )
+    if family == "explanation" and rows["text"].null_count() == len(rows):
+        raise DataError(
+            f"tasks.explanation needs texts, and {data.dataset.name} has none; name the column with "
+            f"{where}.columns.text, or give a second table under `reviews:`"
+        )
+    sets = recipe.eval.candidates
+    if family in RANKING and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
+        raise DataError(
+            f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
+            f"{sets.count}; lower it"
+        )
+
+
+def encoder_of(study: Study, base: str) -> Encoder:
+    """Return the tokenizer of a base model with the tokens of the study's index, without loading weights."""
+    section = study.recipe.model
+    tokenizer = load_tokenizer(base, section)
+    if study.index is not None and study.index.vocabulary:
+        add_item_tokens(tokenizer, study.index.vocabulary)
+    return Encoder(tokenizer, max_length=section.max_length)
+
+
+def folder_of(recipe: Recipe, out: Path | None) -> Path:
+    """Return the run folder: ``out``, or ``runs/<name>`` under the working folder."""
+    return out if out is not None else Path("runs") / recipe.name

@@ -1,0 +1,361 @@
+"""The training stage: mixture -> planned steps -> adapter -> merged folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec import __version__
+from llmrec.backends.encode import Encoder, Row
+from llmrec.durable import replacing, write_json, write_text
+from llmrec.errors import RecipeError, require
+from llmrec.experiment import bundle, indexing
+from llmrec.experiment.resume import Budget, key_of, read_stage
+from llmrec.experiment.study import Study
+from llmrec.models.load import device, load_config, release_memory, weights_stamp
+from llmrec.models.rating_head import RatingHead, copy_head
+from llmrec.models.traits import is_paired
+from llmrec.models.whole_words import copy_words, refuse_words
+from llmrec.tasks.mixture import interleave
+from llmrec.tasks.rating import RatingTask, learned_only
+from llmrec.train.batches import Classes, Step, fit_row, plan
+from llmrec.train.branches import Branching, branching_rows
+from llmrec.train.line_rows import Drawing, RowStream
+from llmrec.train.seq2seq import target_rows
+from llmrec.train.shares import weighted
+
+if TYPE_CHECKING:
+    from llmrec.train.sft import Training
+
+log = logging.getLogger(__name__)
+
+# Task settings that no training row depends on.
+_EVALUATION_ONLY = {
+    *("strategies", "baselines", "users", "eval_templates", "max_tokens"),
+    *("balance", "per_user", "calibrate"),
+}
+# Rows dropped in a row before training gives up: every one was longer than a training row may be.
+_PATIENCE = 2000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Planned steps, how many rows of each task they hold, and validation rows by task.
+
+    ``dropped`` counts rows whose only target lay beyond ``train.max_row_tokens``; ``loss_shares`` is what part of the
+    loss each task has.
+    """
+
+    steps: list[Step]
+    rows: Mapping[str, int]
+    dropped: Mapping[str, int]
+    valid: Mapping[str, list[Row]]
+    loss_shares: Mapping[str, float] = field(default_factory=dict)
+
+
+def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
+    """Draw rows by weight until the recipe's steps are filled; for an encoder-decoder (``paired``) one a target."""
+    section = study.recipe.train
+    if study.recipe.model.whole_words and not paired:
+        refuse_words(study.recipe.model.name)
+    shares = study.shares
+    dropped = dict.fromkeys(shares, 0)
+    classes = _classes(study, encoder, paired=paired)
+    # Rows stay referenced, so that an id names one row for as long as it is looked up.
+    kept: list[Row] = []
+    family_of: dict[int, str] = {}
+
+    def rows() -> Iterator[Row]:
+        since = 0
+        streams, weights = _streams(study, shares, encoder, paired=paired)
+        for _, (family, drawn) in interleave(streams, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
+            row = classes.row(drawn) if classes is not None and drawn is not None else drawn
+            if row is None:
+                if section.examples is not None:
+                    raise RecipeError(
+                        f"train.examples: one of the {section.examples} rows of tasks.{family} is longer than "
+                        f"train.max_row_tokens={section.max_row_tokens}; raise it, or show less history"
+                    )
+                dropped[family] += 1
+                since += 1
+                if since > _PATIENCE:
+                    raise RecipeError(
+                        f"no training row fits train.max_row_tokens={section.max_row_tokens}: {_PATIENCE} rows of "
+                        f"tasks.{family} in a row were longer; raise it, or show less history"
+                    )
+                continue
+            since = 0
+            family_of[id(row)] = family
+            kept.append(row)
+            yield row
+
+    width = section.max_row_tokens if section.packing == "tree" else None
+    steps = plan(
+        rows(),
+        steps=section.steps,
+        batch_tokens=section.batch_tokens,
+        seed=study.training_seed,
+        width=width,
+        band=section.band,
+    )
+    for family, lost in dropped.items():
+        if lost:
+            log.warning("tasks.%s: %d rows were longer than train.max_row_tokens and were dropped", family, lost)
+    counts = dict.fromkeys(shares, 0)
+    for step in steps:
+        for row in step.rows:
+            counts[family_of[id(row)]] += 1
+    valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
+    if classes is not None:
+        valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
+    balanced = weighted(steps, lambda row: family_of[id(row)])
+    return Plan(balanced.steps, counts, dropped, valid, balanced.shares)
+
+
+def _followed(study: Study) -> list[str]:
+    """Return the families whose validation loss is followed: those left out of training too, to see what carries over.
+
+    A rating head has a loss of its own, so that beside it no other family has one.
+    """
+    rating = study.recipe.tasks.rating
+    if rating is not None and rating.head is not None:
+        return list(study.shares)
+    return [family for family in study.tasks if study.section(family).weight > 0]
+
+
+def _classes(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
+    """Return what puts classes in place of target tokens, where the recipe trains a rating head.
+
+    Raises:
+        RecipeError: If the model is an encoder-decoder.
+    """
+    rating = study.recipe.tasks.rating
+    if rating is None or rating.head is None:
+        return None
+    if paired:
+        raise RecipeError(
+            f"tasks.rating.head: {study.recipe.model.name} is an encoder-decoder, and a head reads the states of a "
+            "decoder alone; drop the section and 'head' from tasks.rating.strategies, or choose another model"
+        )
+    task = study.tasks["rating"]
+    assert isinstance(task, RatingTask)
+    if other := [template.id for template in task.training_templates if learned_only(template)]:
+        raise RecipeError(
+            f"tasks.rating.templates: {other[0]} is answered by yes or no, and tasks.rating.head learns ratings alone; "
+            "leave it out, or drop the head"
+        )
+    return Classes(encoder, task.scale)
+
+
+def _size(row: Row | None) -> int:
+    return 0 if row is None else len(row.ids)
+
+
+def _streams(
+    study: Study, shares: Mapping[str, float], encoder: Encoder, *, paired: bool
+) -> tuple[dict[str, Iterator[tuple[str, Row | None]]], dict[str, float]]:
+    """Return streams of families and their rows, with weights; where rows are packed, families branch off together.
+
+    Raises:
+        RecipeError: If rows of an encoder-decoder are to be packed.
+    """
+    section, seed = study.recipe.train, study.training_seed
+    packing = section.packing == "tree"
+    if packing and paired:
+        raise RecipeError("train.packing: an encoder-decoder reads no packed rows; set train.packing=none")
+    tasks = {family: task for family in shares if isinstance(task := study.training_tasks[family], Branching)}
+    tasks = {family: task for family, task in tasks.items() if packing and task.branches}
+    # A pool's rows are chosen for each family, before it is known which could share what they show.
+    together = len(tasks) > 1 and section.examples is None
+    alone = [family for family in shares if not together or family not in tasks]
+    streams: dict[str, Iterator[tuple[str, Row | None]]]
+    streams = {family: zip(repeat(family), _rows(study, family, encoder, paired=paired)) for family in alone}
+    weights = {family: shares[family] for family in alone}
+    if together:
+        name = " and ".join(sorted(tasks))
+        users, limit = study.data.users(), section.max_row_tokens
+        lines = section.band is not None
+        streams[name] = branching_rows(tasks, shares, users, encoder, limit=limit, seed=seed, lines=lines)
+        weights[name] = sum(shares[family] for family in tasks)
+    return streams, weights
+
+
+def _rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> Iterator[Row | None]:
+    """Return a family's training rows, without end; put together from lines where its task draws rows first."""
+    task, section = study.training_tasks[family], study.recipe.train
+    examples = study.training_examples(family)
+    if paired:
+        found = (target_rows(example, encoder, section.max_row_tokens) for example in examples)
+        return (row for rows in found for row in (*rows, *([] if rows else [None])))
+    if section.band is not None:
+        # Only words tell where lines begin.
+        limit = section.max_row_tokens
+        return (fit_row(example, encoder, limit, lines=True) for example in examples)
+    if isinstance(task, Drawing) and section.examples is None:
+        return iter(RowStream(task, encoder, limit=section.max_row_tokens, seed=study.training_seed))
+    return (fit_row(example, encoder, section.max_row_tokens) for example in examples)
+
+
+def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[Row]:
+    section, limit = study.recipe.train, study.recipe.model.max_length
+    examples = study.tasks[family].examples("valid", section.valid_rows // max(len(study.tasks), 1))
+    if paired:
+        return [row for example in examples for row in target_rows(example, encoder, limit)]
+    found = (fit_row(example, encoder, limit) for example in examples)
+    return [row for row in found if row is not None]
+
+
+def _unread(family: str) -> set[str]:
+    """Return the settings of a family that no training row depends on; what a liked rating is decides rows of ctr."""
+    return _EVALUATION_ONLY | ({"liked"} if family == "rating" else set())
+
+
+def training_key(study: Study, folder: str) -> str:
+    """Return a key over everything that can change the adapter."""
+    recipe = study.recipe
+    return key_of(
+        llmrec=__version__,
+        model=recipe.model.model_dump(exclude={"device"}),
+        weights=weights_stamp(folder),
+        data=study.data.fingerprint,
+        reviews=study.reviews.fingerprint if study.reviews else None,
+        index=study.index.digest if study.index else None,
+        noun=[data.dataset.noun for data in (study.data, study.reviews) if data is not None],
+        tasks=recipe.tasks.model_dump(exclude={family: _unread(family) for family in study.tasks}),
+        templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
+        candidates=recipe.eval.candidates.model_dump() if "direct" in study.tasks else None,
+        # What training starts from stands in its weights, wherever they lie.
+        train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints", "start"}),
+        seed=recipe.seed,
+        **_nearness(study),
+    )
+
+
+def _nearness(study: Study) -> dict[str, str]:
+    """Return what says which items read alike, where that decides what a row shows of a history."""
+    rules = {study.section(family).past for family in study.tasks}
+    return {"encoder": study.recipe.encoder} if "relevant" in rules else {}
+
+
+def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
+    """Return the record of a finished training from the same inputs, if this folder still holds what it made."""
+    done = read_stage(folder / "train.json", training_key(study, base))
+    if done is None:
+        return None
+    merged = folder / "merged"
+    if (merged / "config.json").is_file() and weights_stamp(str(merged)) == done["merged_sha256"]:
+        return done
+    log.warning("training: %s is not what training left there; it is made again", merged)
+    return None
+
+
+def train_stage(
+    study: Study, encoder: Encoder, base: str, folder: Path, budget: Budget, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Train and merge, or reuse what an earlier run left; returns the ``training`` part of results.json."""
+    done = trained(study, base, folder)
+    if done is not None:
+        log.info("training: reusing %s", folder / "adapter")
+        return done
+    key = training_key(study, base)
+    # A record must never vouch for weights of another run that was killed half-way.
+    (folder / "train.json").unlink(missing_ok=True)
+    with budget.stage("plan"):
+        paired = is_paired(load_config(base, study.recipe.model))
+        planned = plan_training(study, encoder, paired=paired)
+    with budget.stage("train"):
+        training = _train(study, encoder, base, folder, planned, key, quiet=quiet)
+    budget.add("train", training.seconds_before)
+    with budget.stage("merge"):
+        _merge(study, encoder, base, folder)
+    record = {
+        "key": key,
+        "rows": dict(planned.rows),
+        "shares": dict(study.shares),
+        "loss_shares": dict(planned.loss_shares),
+        "dropped": dict(planned.dropped),
+        **asdict(training),
+        "merged_sha256": weights_stamp(str(folder / "merged")),
+    }
+    write_json(folder / "train.json", record)
+    return record
+
+
+def _train(
+    study: Study, encoder: Encoder, base: str, folder: Path, planned: Plan, key: str, *, quiet: bool
+) -> Training:
+    from llmrec.train import lora, sft
+
+    section = study.recipe.train
+    _clear_foreign(folder, key)
+    names = study.index.vocabulary if study.index is not None else ()
+    tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
+    # Adapters and heads start from chance.
+    require("torch", "train").manual_seed(study.training_seed)
+    model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
+    if study.recipe.model.whole_words:
+        from llmrec.train.whole_words import put_on
+
+        put_on(model, encoder, size=study.recipe.model.max_length + 1, seed=study.training_seed)
+    head = _head(study, encoder, model, planned)
+    training = sft.train(
+        model,
+        encoder,
+        planned.steps,
+        planned.valid,
+        section,
+        folder=folder,
+        seed=study.training_seed,
+        quiet=quiet,
+        head=head,
+        device=device(study.recipe.model),
+    )
+    del model, head
+    release_memory()
+    return training
+
+
+def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHead | None:
+    """Put a rating head on the model where the recipe trains one; it starts from what the planned rows say."""
+    classes = _classes(study, encoder)
+    section = study.recipe.tasks.rating
+    if classes is None or section is None or section.head is None:
+        return None
+    from llmrec.train.rating_head import attach
+
+    counts = classes.counts(row for step in planned.steps for row in step.rows)
+    return attach(model, classes.scale, alpha=section.head.alpha, counts=counts, frozen=section.head.frozen)
+
+
+def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
+    from llmrec.train import lora
+
+    with replacing(folder / "merged") as draft:
+        if study.recipe.train.method == "full":
+            lora.save_full(folder / "adapter", study.recipe.model, draft)
+        else:
+            lora.merge(base, study.recipe.model, folder / "adapter", draft)
+        copy_head(folder / "adapter", draft)
+        copy_words(folder / "adapter", draft)
+        encoder.tokenizer.save_pretrained(draft)
+        bundle.write(study, draft)
+        if study.index is not None:
+            study.index.save(draft / indexing.FOLDER)
+
+
+def _clear_foreign(folder: Path, key: str) -> None:
+    """Drop checkpoints that another recipe left in this folder; keep those of a killed run of this one."""
+    from llmrec.train.checkpoint import checkpoints
+
+    mark = folder / "checkpoints" / "key"
+    found = checkpoints(folder / "checkpoints")
+    if mark.is_file() and mark.read_text(encoding="utf-8") == key:
+        return
+    for checkpoint in found:
+        shutil.rmtree(checkpoint)
+    write_text(mark, key)

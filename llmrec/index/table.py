@@ -1,0 +1,257 @@
+"""The table of codes: which text stands for which item.
+
+An index is data: an item's code is a tuple of *pieces*, and its text is the pieces side by side. A piece is a new token
+of the vocabulary, such as ``<a_12>``, or ordinary text, such as a title or a number; no code mixes the two. How codes
+are found is the matter of one `Scheme` each; `llmrec.registry.INDEXES` lists them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.durable import replacing, write_json
+from llmrec.errors import DataError, did_you_mean, require
+from llmrec.guard import is_item_token
+from llmrec.recipe.schema import IndexSection
+from llmrec.registry import INDEXES, lookup
+from llmrec.types import Code, Item
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Texts to vectors, shape (n, d), one a text."""
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_CODES, _ARRAYS = "index.json", "index.safetensors"
+_FORMAT = 1
+
+
+def token(level: int, number: int) -> str:
+    """Return the token of a number at a level of a code, counted from 0: ``<a_12>``."""
+    return f"<{LETTERS[level]}_{number}>"
+
+
+def own_token(number: int) -> str:
+    """Return the token that belongs to one item alone, or stands at the leaf of a tree: ``<item_12>``."""
+    return f"<item_{number}>"
+
+
+def user_token(number: int) -> str:
+    """Return the token that belongs to one user: ``<user_12>``."""
+    return f"<user_{number}>"
+
+
+class Scheme(Protocol):
+    """A way to find codes."""
+
+    @staticmethod
+    def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None) -> ItemIndex:
+        """Return the codes of every item of a dataset.
+
+        It may learn from the texts of all items, and from training interactions. ``embed`` turns texts into vectors,
+        shape (n, d); it is None where the recipe's scheme needs none.
+        """
+        ...
+
+    @staticmethod
+    def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None) -> ItemIndex:
+        """Return an index that holds further items too; no known item's code moves."""
+        ...
+
+
+@dataclass(frozen=True)
+class ItemIndex:
+    """Codes of a catalogue: one item a code, one code an item.
+
+    Attributes:
+        scheme: Name in `llmrec.registry.INDEXES`.
+        codes: Pieces by item id.
+        tokens: New tokens of the vocabulary, in the order of their ids; empty where codes are ordinary text.
+        settings: What the scheme was told and what `extend` must know, as JSON.
+        arrays: What `extend` must know, as arrays, such as codebooks of shape (levels, codes, d).
+        figures: What building it showed, such as collisions before they were repaired.
+        users: Tokens of users by id, beside ``tokens``; empty where users are written as text.
+        writes_ids: Whether templates that say ``item_id`` show the item's code.
+    """
+
+    scheme: str
+    codes: Mapping[str, tuple[str, ...]]
+    tokens: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    users: Mapping[str, str] = field(default_factory=dict)
+    writes_ids: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse codes that do not tell items apart.
+
+        Raises:
+            DataError: If two items share a code, a code is empty or no single line, or holds what is not in ``tokens``;
+                or if users share a token, or have one of items.
+        """
+        known = set(self.tokens)
+        wrong = [name for name in self.vocabulary if not is_item_token(name)]
+        if wrong:
+            raise DataError(f"index {self.scheme}: {wrong[0]!r} is no item token; write it as {token(0, 12)}")
+        for item, pieces in self.codes.items():
+            text = "".join(pieces)
+            if not text.strip() or text != text.strip() or len(text.splitlines()) != 1:
+                raise DataError(f"index {self.scheme}: the code {text!r} of item {item!r} is no line of text")
+            if self.tokens and not known.issuperset(pieces):
+                raise DataError(f"index {self.scheme}: the code {text!r} of item {item!r} holds an unknown token")
+        if len(self._items) != len(self.codes):
+            seen: dict[str, str] = {}
+            for item, pieces in self.codes.items():
+                other = seen.setdefault(_key("".join(pieces)), item)
+                if other != item:
+                    raise DataError(f"index {self.scheme}: items {other!r} and {item!r} share the code {pieces}")
+        if len(set(self.vocabulary)) != len(self.tokens) + len(self.users):
+            raise DataError(f"index {self.scheme}: two users share a token, or a user and an item do")
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """All new tokens, those of items before those of users."""
+        return (*self.tokens, *self.users.values())
+
+    def encode(self, item: str) -> str:
+        """Return an item's code as it stands in prompts: a `Code` where it is made of tokens.
+
+        Raises:
+            DataError: If the index does not hold the item.
+        """
+        if item not in self.codes:
+            raise DataError(
+                f"index {self.scheme}: there is no item {item!r}{did_you_mean(item, self.codes)}; place new items with "
+                "extend()"
+            )
+        text = "".join(self.codes[item])
+        return Code(text) if self.tokens else text
+
+    def decode(self, text: str) -> str | None:
+        """Return the item of a code; None for any other text. White space around and between pieces does not count."""
+        return self._items.get(_key(text))
+
+    def extend(self, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
+        """Return an index that holds these items too; known items keep their codes, whatever is said of them.
+
+        Args:
+            items: By id.
+            embed: As it was when the index was built, where the scheme needs it.
+
+        Raises:
+            DataError: If the scheme cannot place an item.
+        """
+        new = {item: entry for item, entry in items.items() if item not in self.codes}
+        if not new:
+            return self
+        scheme: Scheme = lookup(INDEXES, self.scheme, "index scheme")
+        return scheme.extend(self, new, embed=embed)
+
+    def adding(self, codes: Mapping[str, tuple[str, ...]], tokens: Sequence[str] = (), **settings: Any) -> ItemIndex:
+        """Return a copy with further codes, further tokens after the known ones, and changed settings."""
+        known = set(self.tokens)
+        return replace(
+            self,
+            codes={**self.codes, **codes},
+            tokens=(*self.tokens, *(new for new in tokens if new not in known)),
+            settings={**self.settings, **settings},
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """A SHA-256 over everything but the figures."""
+        parts: list[object] = [self.scheme, sorted(self.codes.items()), self.tokens, self.settings]
+        parts += [sorted(self.users.items()), self.writes_ids] if self.users or self.writes_ids else []
+        total = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+        for name, array in sorted(self.arrays.items()):
+            total.update(f"{name}{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()
+
+    @cached_property
+    def _items(self) -> Mapping[str, str]:
+        return {_key("".join(pieces)): item for item, pieces in self.codes.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write the index to a folder as JSON and safetensors, in one step."""
+        with replacing(folder) as draft:
+            draft.mkdir()
+            content = {
+                "format": _FORMAT,
+                "scheme": self.scheme,
+                "settings": dict(self.settings),
+                "figures": dict(self.figures),
+                "tokens": list(self.tokens),
+                "codes": {item: list(pieces) for item, pieces in self.codes.items()},
+                "users": dict(self.users),
+                "writes_ids": self.writes_ids,
+            }
+            write_json(draft / _CODES, content)
+            if self.arrays:
+                arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+                require("safetensors.numpy", "train").save_file(arrays, draft / _ARRAYS)
+
+    @staticmethod
+    def load(folder: Path) -> ItemIndex:
+        """Read an index that `save` wrote.
+
+        Raises:
+            DataError: If the folder holds none, or a file cannot be read.
+        """
+        file, arrays = folder / _CODES, folder / _ARRAYS
+        if not file.is_file():
+            raise DataError(f"{folder} holds no index ({_CODES}); build it with `llmrec index`")
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["format"] != _FORMAT:
+                raise DataError(
+                    f"{file} is of format {found['format']}, and this llmrec reads {_FORMAT}; build the index again"
+                )
+            return ItemIndex(
+                scheme=str(found["scheme"]),
+                codes={item: tuple(pieces) for item, pieces in found["codes"].items()},
+                tokens=tuple(found["tokens"]),
+                settings=found["settings"],
+                arrays=require("safetensors.numpy", "train").load_file(arrays) if arrays.is_file() else {},
+                figures=found["figures"],
+                # Folders that were written before ids could be codes say nothing of them.
+                users={str(user): str(name) for user, name in found.get("users", {}).items()},
+                writes_ids=bool(found.get("writes_ids", False)),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file} cannot be read ({type(error).__name__}: {error}); build the index again"
+            ) from error
+
+
+def _key(text: str) -> str:
+    """Return what makes two codes the same: tokens without the spaces between them, or text with single spaces."""
+    bare = "".join(text.split())
+    return bare if is_item_token(bare.partition(">")[0] + ">") else " ".join(text.split())
+
+
+def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
+    """Build the index that a recipe asks for.
+
+    Args:
+        section: The recipe's section.
+        data: Its catalogue is numbered; of its interactions only those of ``train`` may be looked at.
+        seed: The run's seed.
+        embed: Texts to vectors; needed by the scheme ``semantic``.
+
+    Raises:
+        DataError: If the scheme finds no code for an item.
+        RecipeError: If there is no such scheme.
+    """
+    scheme: Scheme = lookup(INDEXES, section.scheme, "index scheme")
+    return scheme.build(section, data, seed=seed, embed=embed)

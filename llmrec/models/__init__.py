@@ -1,0 +1,1 @@
+"""Weights and tokenizers, without an engine."""

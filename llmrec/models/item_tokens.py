@@ -1,0 +1,220 @@
+"""Gives a model the tokens of an item index: a resized copy whose new rows start from words.
+
+The copy is a model folder like any other, so that training, merging, export and every engine read it as they read the
+base model. vLLM takes no new tokens from an adapter; from a resized base it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.durable import replacing
+from llmrec.errors import ModelError, require
+from llmrec.guard import control_tokens
+from llmrec.index.table import ItemIndex
+from llmrec.models.load import dtype, load_model, load_tokenizer
+from llmrec.models.tables import named_tables
+from llmrec.models.whole_words import attach, kinds_of, save_words, words_of
+from llmrec.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Words of so many items are a fair sample of what a token stands for.
+_ITEMS = 256
+
+
+def add_item_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Add tokens to a tokenizer, and return their ids in order.
+
+    Raises:
+        ModelError: If the tokenizer cannot write one of them as a single id.
+    """
+    transformers = require("transformers", "train")
+    # Not special, since answers are decoded without special tokens; not normalised, since they are found as spelt.
+    new = [transformers.AddedToken(name, special=False, normalized=False) for name in tokens]
+    tokenizer.add_tokens(new)
+    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(tokens))]
+    written = tokenizer.encode("".join(tokens), add_special_tokens=False)
+    if written != ids:
+        raise ModelError(
+            f"the tokenizer {type(tokenizer).__name__} does not write item tokens such as {tokens[0]} as one id each; "
+            "choose another model, or an index of numbers or titles"
+        )
+    return ids
+
+
+def extended(
+    base: str,
+    section: ModelSection,
+    index: ItemIndex,
+    titles: Mapping[str, str],
+    target: Path,
+    *,
+    words: bool,
+    seed: int,
+    vectors: Mapping[str, NDArray[np.float32]] | None = None,
+) -> None:
+    """Write a copy of a model that knows the tokens of an index, with its tokenizer, in one step.
+
+    Whole-word embeddings of the model stay as they are; they come to know that each new code is a word.
+
+    Args:
+        base: The model's folder.
+        section: How to load it.
+        index: Its ``vocabulary`` is added.
+        titles: The words of each item, by id; one that is left out gives none to its tokens.
+        target: The folder to write.
+        words: Start each new row from the words of its items; otherwise from chance.
+        seed: Of the chance.
+        vectors: A vector of each item, by id; where they are given, new rows start from them and not from words.
+    """
+    torch = require("torch", "train")
+    model = load_model(base, section, dtype=torch.float32)
+    tokenizer = load_tokenizer(base, section)
+    names = index.vocabulary
+    known = {name for name in names if name in tokenizer.get_vocab()}
+    texts = _texts(index, titles) if words else {}
+    # Before the tokens are known: no title can be read as one of them.
+    pieces = [[tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in names]
+    ids = add_item_tokens(tokenizer, names)
+    old = model.get_input_embeddings().weight.shape[0]
+    _grow(model, max(len(tokenizer), old))
+    fresh = [n for n, name in enumerate(names) if name not in known]
+    for _, module in named_tables(model):
+        table = module.weight.detach()
+        known_rows = table[:old].numpy()
+        means = _meanings(index, vectors, table.shape[1]) if vectors is not None else _words(known_rows, pieces)
+        rows = _rows(known_rows, means, _levels(names), seed)
+        with torch.no_grad():
+            table[[ids[n] for n in fresh]] = torch.from_numpy(rows[fresh])
+    _tell_words(model, tokenizer)
+    with replacing(target) as draft:
+        draft.mkdir()
+        # First, since the table stays in float32 whatever the model is saved in.
+        save_words(model, draft)
+        model.to(dtype(section)).save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+
+def _grow(model: Any, size: int) -> None:
+    """Give every table of a model's vocabulary more rows.
+
+    Resizing alone ties the head of a model whose class can tie it and whose configuration says so. T5-v1.1, mT5 and
+    umT5 say so and have a head of their own nonetheless, which would be lost; as would those of BART's halves.
+    """
+    torch = require("torch", "train")
+    others = named_tables(model)[1:]
+    if others:
+        model.tie_weights = lambda *_, **__: None
+    model.resize_token_embeddings(size, mean_resizing=False)
+    if others:
+        del model.tie_weights
+    for name, module in others:
+        if module.weight.shape[0] < size and not hasattr(module, "out_features"):
+            more = module.weight.new_zeros(size - len(module.weight), module.weight.shape[1])
+            module.weight = torch.nn.Parameter(torch.cat([module.weight.detach(), more]))
+            module.num_embeddings = size
+            model.set_submodule(name, module)
+
+
+def _tell_words(model: Any, tokenizer: Any) -> None:
+    """Have the whole-word embeddings of a model, if it has any, count the words of a tokenizer that has grown."""
+    embeddings = words_of(model)
+    if embeddings is not None:
+        control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
+        size = model.get_input_embeddings().weight.shape[0]
+        attach(model, embeddings.weight.detach(), kinds_of(tokenizer, control, size))
+
+
+def _texts(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the words of the items whose codes hold a token, by token; of many items, some chosen by hash."""
+    holders: dict[str, list[str]] = defaultdict(list)
+    for item in sorted(index.codes, key=lambda item: hashlib.blake2b(item.encode(), digest_size=8).digest()):
+        for name in index.codes[item]:
+            if item in titles and len(holders[name]) < _ITEMS:
+                holders[name].append(titles[item])
+    return dict(holders)
+
+
+def _levels(tokens: Sequence[str]) -> list[str]:
+    return [name.partition("_")[0] for name in tokens]
+
+
+def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]) -> list[NDArray[np.float32] | None]:
+    """Return the mean row of each token's words: over its items, of the mean row of their titles; None without any.
+
+    Args:
+        table: Rows of the known vocabulary, shape (v, d).
+        pieces: Token ids of each text, by new token.
+    """
+    return [
+        np.mean([table[ids].mean(axis=0) for ids in texts if ids], axis=0) if any(map(len, texts)) else None
+        for texts in pieces
+    ]
+
+
+def _meanings(
+    index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int
+) -> list[NDArray[np.float32] | None]:
+    """Return the mean vector of each token's items in the model's width; None without any.
+
+    Vectors are turned onto their main directions, each of which is given the same spread: as they come, few directions
+    hold most of it, and what tells near items apart would be lost (WhitenRec, ICDE 2024, section 3).
+    """
+    names = list(vectors)
+    x = np.stack([vectors[name] for name in names]).astype(np.float64)
+    x -= x.mean(axis=0)
+    _, spreads, directions = np.linalg.svd(x, full_matrices=False)
+    kept = min(width, int((spreads > spreads[0] * 1e-4).sum()))
+    turned = np.zeros((len(names), width), dtype=np.float32)
+    turned[:, :kept] = (x @ directions[:kept].T) / spreads[:kept] * np.sqrt(len(names))
+    row = {name: number for number, name in enumerate(names)}
+    holders: dict[str, list[int]] = defaultdict(list)
+    for item, code in index.codes.items():
+        for token in code:
+            if item in row:
+                holders[token].append(row[item])
+    return [turned[holders[token]].mean(axis=0) if token in holders else None for token in index.vocabulary]
+
+
+def _rows(
+    table: NDArray[np.float32],
+    meanings: Sequence[NDArray[np.float32] | None],
+    levels: Sequence[str],
+    seed: int,
+) -> NDArray[np.float32]:
+    """Return a starting row for every new token, shape (tokens, d).
+
+    Means over items lie close together, so what one differs by from the others of its level is stretched to the spread
+    that the rows of ordinary words have. A token without items starts from chance, with the same mean and spread.
+
+    Args:
+        table: Rows of the known vocabulary, shape (v, d).
+        meanings: What each token stands for, shape (d,) each.
+        levels: Which tokens are alternatives of each other.
+        seed: Of the chance.
+    """
+    centre = table.mean(axis=0)
+    spread = float(np.sqrt(np.square(table - centre).sum(axis=1).mean()))
+    rng = np.random.default_rng(seed)
+    chance = rng.standard_normal((len(meanings), table.shape[1])).astype(np.float32)
+    away = chance * np.float32(spread / np.sqrt(table.shape[1]))
+    for level in dict.fromkeys(levels):
+        members = [n for n, name in enumerate(levels) if name == level and meanings[n] is not None]
+        if len(members) < 2:
+            continue
+        means = np.stack([np.asarray(meanings[n]) for n in members])
+        means -= means.mean(axis=0)
+        size = float(np.sqrt(np.square(means).sum(axis=1).mean()))
+        if size > 0:
+            # A trace of chance keeps two tokens with the same words apart.
+            away[members] = means * (spread / size) + 0.05 * away[members]
+    rows: NDArray[np.float32] = (centre + away).astype(np.float32)
+    return rows

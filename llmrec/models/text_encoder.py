@@ -1,0 +1,106 @@
+"""Texts to vectors by a pretrained text encoder, such as all-MiniLM-L6-v2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from llmrec.errors import ModelError, require
+from llmrec.models.load import has_cuda, quiet_libraries, resolve, weights_stamp
+from llmrec.models.tensors import load_whole
+from llmrec.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_BATCH_TOKENS = 4096
+# What fewer texts take is over before a bar could be read.
+_MANY = 2000
+
+
+def find_encoder(name: str) -> tuple[str, str]:
+    """Return the folder of a text encoder, found as models are, and a hash over its weights and tokenizer.
+
+    Raises:
+        ModelError: If there is none of this name.
+    """
+    folder = resolve(ModelSection(name=name))
+    return folder, weights_stamp(folder)
+
+
+def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Return one vector of length 1 for each text, shape (n, d).
+
+    The last hidden states are pooled as the folder's ``1_Pooling/config.json`` says (Reimers and Gurevych, EMNLP 2019):
+    the first token's, or the mean over all tokens, which is also what an encoder without that file gets. Texts are cut
+    at the length that the encoder was trained with.
+
+    Raises:
+        ModelError: If the folder holds no encoder that transformers can load, or its weights do not fit its
+            configuration.
+    """
+    torch, transformers = require("torch", "train"), require("transformers", "train")
+    quiet_libraries()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        # Hidden states are pooled here: the encoder's own pooler, which many folders leave out, is never asked.
+        auto, unread = transformers.AutoModel, ("pooler",)
+        model = load_whole(auto, folder, unread=unread, use_safetensors=True, dtype=torch.float32).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0][:300]}; name a folder or hub "
+            "model saved with save_pretrained (safetensors) as index.semantic.encoder"
+        ) from error
+    model.to("cuda" if has_cuda() else "cpu")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    limit, first = _longest(folder, model), _settings(folder, "1_Pooling/config.json").get("pooling_mode_cls_token")
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    console = Console(stderr=True)
+    hidden = len(texts) < _MANY or not sys.stderr.isatty()
+    with Progress(console=console, disable=hidden) as bar, torch.inference_mode():
+        task = bar.add_task("texts", total=len(texts))
+        for rows in _batches([len(ids) for ids in encoded]):
+            batch = tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt").to(model.device)
+            states = model(**batch).last_hidden_state
+            vectors[rows] = _pooled(states, batch["attention_mask"], bool(first)).cpu().numpy()
+            bar.advance(task, len(rows))
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
+    return unit
+
+
+def _pooled(states: Any, mask: Any, first: bool) -> Any:
+    if first:
+        return states[:, 0]
+    weights = mask[:, :, None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def _longest(folder: str, model: Any) -> int:
+    said = _settings(folder, "sentence_bert_config.json").get("max_seq_length")
+    return int(said or min(512, getattr(model.config, "max_position_embeddings", 512)))
+
+
+def _settings(folder: str, name: str) -> dict[str, Any]:
+    file = Path(folder) / name
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Group texts by length, so that little is padded; longest first, so that memory runs out at once or never."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if batches and (len(batches[-1]) + 1) * max(1, lengths[batches[-1][0]]) <= _BATCH_TOKENS:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

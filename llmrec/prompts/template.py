@@ -1,0 +1,457 @@
+"""Prompt templates: versioned YAML, a small whitelisted Jinja grammar, and data that can forge nothing.
+
+A data value never enters a template as text. Each one is rendered as a placeholder made of private-use characters,
+which neither cleaned data nor a template can hold, and the output is split back into segments. So a title that
+reads ``{{ 7*7 }}`` stays literal, and a title can write neither template words nor a line of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jinja2 import TemplateError
+
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.guard import TEXT_LIMIT, clean, neutralise, without_item_tokens
+from llmrec.prompts.grammar import FORBIDDEN, Refused, compiled
+from llmrec.resources import resource
+from llmrec.types import Code, CodedId, Message, Role, Segment
+
+__all__ = ["Template", "clean", "load_templates", "neutralise"]
+
+OUTPUT_LIMIT = 256 * 1024
+LOOKUP_LIMIT = 256 * 1024
+"""Most values that one rendering may look up or compare; a loop can keep busy without writing anything."""
+SOURCE_LIMIT = 16 * 1024
+_PARTS = ("system", "user", "lead", "target")
+_KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
+# What is said about a template; it changes no prompt, and so not the hash.
+_NOTES = ("set", "number", "also", "leak", "needs")
+_ALL_KEYS = (*_KEYS, *_NOTES)
+_USES = ("seen", "named", "unseen")
+_NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_ALSO = re.compile(rf"{_NAME.pattern} \S+")
+_MARK = re.compile("\ue000([0-9]+)\ue001")
+_CODE = re.compile(r"\.code\b")
+_TITLE = re.compile(r"\.title\b")
+_TAG = re.compile(r"{[{%].*?[%}]}")
+_WORDS = re.compile(r"[\w\s]")
+
+
+class _Fault(RecipeError):
+    """What is wrong with one key of a template; the loader adds the file and the line."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(problem)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class Template:
+    """One way to put a task into words.
+
+    Attributes:
+        family: The task that it belongs to.
+        name: Unique inside the family; the file carries the same name.
+        version: Raised whenever the words change.
+        use: ``seen`` templates train, ``named`` ones where a recipe names them or their set, ``unseen`` ones never.
+        shape: In a ``list`` the answer is continued step by step, each step being lead, target and tail. A ``chat``
+            has one answer, the target, closed by the end of turn.
+        system: Text of the system turn; empty: none.
+        user: Text of the user turn.
+        lead: Words before a list's target, such as the title whose rating follows.
+        target: What is learned.
+        tail: Literal text that ends a step of a list; it starts with a newline and is learned too. A list of nothing
+            but codes of item tokens needs none, since no code begins another.
+        set: The published set that it is an equivalent of, such as ``p5``; a recipe may name the whole set.
+        number: Which template of the set has the same fields, such as ``1-3``.
+        also: A further set and the number in it, such as ``p5-yelp 3-2``.
+        leak: What its question could give away of the answer, in a few words; empty: nothing.
+        needs: ``reviews`` where it shows what only data with reviews have: a headline, a feature, the review itself.
+            Without them it is used only where it is named, and then refused.
+    """
+
+    family: str
+    name: str
+    version: int
+    use: Literal["seen", "named", "unseen"]
+    shape: Literal["list", "chat"]
+    user: str
+    target: str
+    system: str = ""
+    lead: str = ""
+    tail: str = ""
+    set: str = ""
+    number: str = ""
+    also: str = ""
+    leak: str = ""
+    needs: Literal["", "reviews"] = ""
+    sha: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every part against the grammar.
+
+        Raises:
+            RecipeError: If a part or the shape cannot be used.
+        """
+        _check_fields(self)
+        for part in _PARTS:
+            _check_source(part, getattr(self, part))
+        content = json.dumps({key: getattr(self, key) for key in _KEYS}, sort_keys=True)
+        object.__setattr__(self, "sha", hashlib.sha256(content.encode()).hexdigest()[:12])
+
+    @property
+    def id(self) -> str:
+        """``family/name``."""
+        return f"{self.family}/{self.name}"
+
+    @property
+    def sets(self) -> Mapping[str, str]:
+        """The sets that it belongs to, and its number in each."""
+        name, _, number = self.also.partition(" ")
+        return {key: value for key, value in ((self.set, self.number), (name, number)) if key}
+
+    @property
+    def writes_codes(self) -> bool:
+        """Whether a part shows an item by its code, which takes an item index."""
+        return any(_CODE.search(getattr(self, part)) for part in _PARTS)
+
+    @property
+    def writes_titles(self) -> bool:
+        """Whether a part shows an item by its title."""
+        return any(_TITLE.search(getattr(self, part)) for part in _PARTS)
+
+    @property
+    def asks_with_code(self) -> bool:
+        """Whether an item's code stands before the answer."""
+        return any(_CODE.search(getattr(self, part)) for part in _PARTS if part != "target")
+
+    @property
+    def answers_with_code(self) -> bool:
+        """Whether the answer is an item's code."""
+        return _CODE.search(self.target) is not None
+
+    @property
+    def shows_profile(self) -> bool:
+        """Whether a question has a place for what is known of the user."""
+        return "profile" in self.names("system", "user")
+
+    def names(self, *parts: str) -> frozenset[str]:
+        """Return the variables that some parts mention, of ``system``, ``user``, ``lead`` and ``target``."""
+        return frozenset().union(*(compiled(getattr(self, part)).names for part in parts))
+
+    def check(self, *, turns: Collection[str], lead: Collection[str], target: Collection[str]) -> None:
+        """Refuse variables that a part may not see, so that no question can show its own answer.
+
+        Raises:
+            RecipeError: Naming the template, the variable and the known ones.
+        """
+        for part, known in (("system", turns), ("user", turns), ("lead", lead), ("target", target)):
+            for name in sorted(self.names(part)):
+                self._require(part, name, known)
+
+    def turns(self, values: Mapping[str, object]) -> tuple[Message, ...]:
+        """Render the system turn, if there is one, and the user turn.
+
+        Raises:
+            RecipeError: If a variable is unknown or the text grows past `OUTPUT_LIMIT` characters.
+        """
+        roles: tuple[tuple[Role, str], ...] = (("system", "system"), ("user", "user"))
+        rendered = ((role, self._render(part, values)) for role, part in roles)
+        return tuple(Message(role, segments) for role, segments in rendered if segments)
+
+    @property
+    def bare(self) -> bool:
+        """Whether codes stand one behind the other: a list of nothing else, or a chat whose question has no words."""
+        if self.lead or self.tail or self.target.strip() != "{{ item.code }}":
+            return False
+        return self.shape == "list" or not _WORDS.search(_TAG.sub("", self.user))
+
+    def opening(self, values: Mapping[str, object]) -> tuple[Segment, ...]:
+        """Render the lead alone, which stands before an answer that is still asked for."""
+        return self._render("lead", values)
+
+    def step(self, values: Mapping[str, object]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+        """Render the lead, and the target with its tail as one segment of kind ``target``."""
+        return self.opening(values), (Segment("target", self.answer(values) + self.tail),)
+
+    def answer(self, values: Mapping[str, object]) -> str:
+        """Render the target without its tail: the text whose likelihood is asked for."""
+        return "".join(segment.text for segment in self._render("target", values))
+
+    def _require(self, part: str, name: str, known: Collection[str]) -> None:
+        if name not in known:
+            names = ", ".join(sorted(known)) or "none"
+            problem = f"unknown variable {name!r}{did_you_mean(name, known)}; known there: {names}"
+            raise RecipeError(f"template {self.id}, key {part}: {problem}")
+
+    def _render(self, part: str, values: Mapping[str, object]) -> tuple[Segment, ...]:
+        source: str = getattr(self, part)
+        if "{" not in source:
+            return (Segment("text", source),) if source else ()
+        parsed = compiled(source)
+        for name in parsed.names:
+            self._require(part, name, values)
+        ledger = _Ledger()
+        chunks: list[str] = []
+        try:
+            for chunk in parsed.template.generate({name: ledger.wrap(values[name]) for name in parsed.names}):
+                ledger.spend(len(chunk))
+                chunks.append(chunk)
+        except (TemplateError, RecipeError, TypeError, ValueError) as error:
+            raise RecipeError(f"template {self.id}, key {part}: {error}") from None
+        return ledger.segments("".join(chunks))
+
+
+def load_templates(family: str, extra: Path | None = None) -> dict[str, Template]:
+    """Read every template of a family.
+
+    Args:
+        family: Name of a task.
+        extra: A file or folder of further templates; in a folder, ``extra/<family>/*.yaml`` where that exists.
+
+    Returns:
+        Templates by name: seen before named before unseen, lists before chats, then by name. The first is the default.
+
+    Raises:
+        RecipeError: If a file is not a template of this grammar, or a name stands twice.
+    """
+    files = sorted(resource("prompts", family).glob("*.yaml"))
+    if extra is not None and not extra.exists():
+        raise RecipeError(f"template file or folder {extra} does not exist; check the path")
+    if extra is not None:
+        folder = extra / family if (extra / family).is_dir() else extra
+        files += [extra] if extra.is_file() else sorted(folder.glob("*.yaml"))
+    found: dict[str, tuple[Template, Path]] = {}
+    for file in files:
+        template = _read(file)
+        if template.family != family:
+            if extra is not None and file.parent == extra:
+                continue
+            raise RecipeError(
+                f"{file}: family is {template.family!r} but the file lies among those of {family!r}; move it"
+            )
+        if template.name in found:
+            raise RecipeError(
+                f"{file}: {template.id} is already read from {found[template.name][1]}; rename one of them"
+            )
+        found[template.name] = (template, file)
+    order = sorted((t for t, _ in found.values()), key=lambda t: (_USES.index(t.use), t.shape != "list", t.name))
+    return {template.name: template for template in order}
+
+
+# --------------------------------------------------------------------------- data values in templates
+
+
+class _Ledger:
+    """Hands out placeholders for data values and turns them back into segments."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.size = 0
+        self.lookups = 0
+
+    def wrap(self, value: object) -> object:
+        """Replace strings by data, mappings by records; numbers and None pass. Only a code may hold item tokens.
+
+        A function gives its value: what takes time to find is found where a template mentions it.
+        """
+        if callable(value):
+            return self.wrap(value())
+        if isinstance(value, Code):
+            return _Datum(self, str(value))
+        if isinstance(value, CodedId):
+            return self.wrap(value.code)
+        if isinstance(value, str):
+            return _Datum(self, without_item_tokens(clean(value, TEXT_LIMIT)))
+        if isinstance(value, Mapping):
+            return _Record(self, value)
+        if isinstance(value, Sequence):
+            return [self.wrap(each) for each in value]
+        return value
+
+    def spend(self, characters: int) -> None:
+        self.size += characters
+        if self.size > OUTPUT_LIMIT:
+            raise RecipeError(
+                f"the rendered text is longer than {OUTPUT_LIMIT} characters; show fewer or shorter values"
+            )
+
+    def look(self) -> None:
+        self.lookups += 1
+        if self.lookups > LOOKUP_LIMIT:
+            raise RecipeError(f"it looks up more than {LOOKUP_LIMIT} values; loop over fewer or compare less")
+
+    def mark(self, text: str) -> str:
+        self.spend(len(text))
+        self.texts.append(text)
+        return f"\ue000{len(self.texts) - 1}\ue001"
+
+    def segments(self, rendered: str) -> tuple[Segment, ...]:
+        pieces = _MARK.split(rendered)
+        both = [
+            Segment("item", self.texts[int(piece)]) if index % 2 else Segment("text", piece)
+            for index, piece in enumerate(pieces)
+        ]
+        return tuple(segment for segment in both if segment.text)
+
+
+class _Datum:
+    """One data value: compared and tested by what it says, printed as a placeholder."""
+
+    __slots__ = ("_ledger", "_text")
+
+    def __init__(self, ledger: _Ledger, text: str) -> None:
+        self._ledger = ledger
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._ledger.mark(self._text)
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __eq__(self, other: object) -> bool:
+        self._ledger.look()
+        return self._text == (other._text if isinstance(other, _Datum) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __contains__(self, other: object) -> bool:
+        self._ledger.look()
+        return str(other._text if isinstance(other, _Datum) else other) in self._text
+
+
+class _Record:
+    """Named data values such as an item's title; a name that the mapping lacks is an error."""
+
+    __slots__ = ("_known", "_ledger", "_source")
+
+    def __init__(self, ledger: _Ledger, source: Mapping[str, object]) -> None:
+        self._ledger = ledger
+        self._source = source
+        self._known: dict[str, object] = {}
+
+    def __getattr__(self, name: str) -> object:
+        self._ledger.look()
+        try:
+            # A long text is cleaned once, however often a template asks for it.
+            if name not in self._known:
+                self._known[name] = self._ledger.wrap(self._source[name])
+            return self._known[name]
+        except KeyError:
+            known = ", ".join(sorted(self._source))
+            raise RecipeError(f"unknown field {name!r}{did_you_mean(name, self._source)}; known: {known}") from None
+
+    def __str__(self) -> str:
+        raise RecipeError("a record cannot be shown whole; name one of its fields")
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _check_source(part: str, source: str) -> None:
+    if len(source) > SOURCE_LIMIT:
+        raise _Fault(part, f"key {part} is longer than {SOURCE_LIMIT} characters; shorten it")
+    bad = FORBIDDEN.search(source)
+    if bad:
+        raise _Fault(part, f"key {part} holds the control or private-use character U+{ord(bad.group()):04X}; remove it")
+    try:
+        compiled(source)
+    except Refused as refusal:
+        raise _Fault(
+            part,
+            f"key {part}, line {refusal.line} of its text: {refusal.construct}; a template may hold variables such as "
+            "item.title, if, one for over a list, comparisons, and, or, not",
+        ) from None
+
+
+def _check_fields(template: Template) -> None:
+    for key in _ALL_KEYS:
+        value = getattr(template, key)
+        if key == "version":
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise _Fault(key, "version is a whole number from 1 up")
+        elif not isinstance(value, str):
+            kind = type(value).__name__
+            raise _Fault(key, f"{key} is no text but a {kind}; write a text, in quotes where YAML reads something else")
+    for key in ("family", "name"):
+        if not _NAME.fullmatch(getattr(template, key)):
+            raise _Fault(key, f"{key} is {getattr(template, key)!r}; use small letters, digits and hyphens")
+    for key, known in (("use", _USES), ("shape", ("list", "chat")), ("needs", ("reviews", ""))):
+        value = getattr(template, key)
+        if value not in known:
+            choices = " or ".join(name or "leave it out" for name in known)
+            raise _Fault(key, f"{key} is {value!r}{did_you_mean(value, known)}; choose {choices}")
+    for key in ("user", "target"):
+        if not getattr(template, key).strip():
+            raise _Fault(key, f"{key} is empty; write it")
+    if template.shape == "list" and not template.tail.startswith("\n") and not template.bare:
+        raise _Fault(
+            "tail",
+            f"tail is {template.tail!r}; a list ends each step with a newline, which no title can hold. Only a list of "
+            'nothing but codes, target "{{ item.code }}" without a lead, may do without',
+        )
+    for key in ("lead", "tail"):
+        if template.shape == "chat" and getattr(template, key):
+            raise _Fault(key, f"a chat has one answer and no {key}; remove the key or use shape: list")
+    if template.set and not _NAME.fullmatch(template.set):
+        raise _Fault("set", f"set is {template.set!r}; use small letters, digits and hyphens")
+    if template.also and not _ALSO.fullmatch(template.also):
+        raise _Fault("also", f"also is {template.also!r}; write a set and the number in it, such as 'p5-yelp 3-2'")
+    for key in ("number", "also", "leak"):
+        if FORBIDDEN.search(getattr(template, key)):
+            raise _Fault(key, f"{key} holds a control or private-use character; remove it")
+    if "{" in template.tail or FORBIDDEN.search(template.tail):
+        raise _Fault("tail", "tail is literal text without variables or control characters")
+
+
+def _read(file: Path) -> Template:
+    values, lines = _read_yaml(file)
+    for key in values:
+        if key not in _ALL_KEYS:
+            where, known = f"{file}, line {lines.get(key, 1)}", ", ".join(_ALL_KEYS)
+            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(str(key), _ALL_KEYS)}; known: {known}")
+    for key in _NEEDED:
+        if key not in values:
+            raise RecipeError(f"{file}: key {key!r} is missing; add it")
+    if values["name"] != file.stem:
+        where = f"{file}, line {lines.get('name', 1)}"
+        raise RecipeError(f"{where}: name is {values['name']!r} but the file is {file.stem!r}; make them equal")
+    try:
+        return Template(**values)
+    except _Fault as fault:
+        raise RecipeError(f"{file}, line {lines.get(fault.key, 1)}: {fault}") from None
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        if len(text) > 4 * SOURCE_LIMIT:
+            raise RecipeError(f"{file}: longer than {4 * SOURCE_LIMIT} characters; a template is one short page")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise RecipeError(f"{file}{line}: not valid YAML ({problem}); check quoting and indentation") from None
+    if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
+        raise RecipeError(f"{file}: a template is a mapping of keys ({', '.join(_KEYS)}); this file is none")
+    lines: dict[str, int] = {}
+    for key, _ in tree.value:
+        if str(key.value) in lines:
+            raise RecipeError(f"{file}, line {key.start_mark.line + 1}: key {key.value!r} stands twice; keep one")
+        lines[str(key.value)] = key.start_mark.line + 1
+    return values, lines

@@ -1,1 +1,0 @@
-"""Strategies that turn a backend into a predictor."""

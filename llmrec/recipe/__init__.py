@@ -1,0 +1,1 @@
+"""Recipes: every key and its default, pages of YAML, and suites."""

@@ -1,0 +1,130 @@
+"""Pages that compare: suites of predictors under one protocol, and benchmarks of recipes beside each other.
+
+Like recipes they are YAML, frozen and closed, and their defaults stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from llmrec.recipe.schema import DataSection, Positive, Section
+
+
+class SuiteRow(Section):
+    """One row of a suite: a baseline, a language model tuned by a recipe, or a mixture of other rows."""
+
+    baseline: str | None = None
+    parameters: dict[str, float | int | str | bool] = Field(default={}, description="keyword arguments; they stay")
+    tune: bool = Field(True, description="choose among the baseline's declared grid on validation")
+    recipe: str | None = Field(None, description="a recipe page; its model is tuned on the suite's data and searched")
+    overrides: tuple[str, ...] = Field((), description="recipe: changed keys, such as index.scheme=random")
+    depth: Positive = Field(100, description="recipe: items that the search finds; the others tie behind them")
+    mix: tuple[str, ...] = Field((), description="names of rows above, whose probabilities are mixed")
+    weights: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] = Field(
+        (), max_length=6, description="mix: declared weights of its rows, one of which is chosen on validation"
+    )
+    name: str = Field("", description="empty: the baseline's or the recipe's name, or that of the mixed rows")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SuiteRow:
+        kinds = [name for name in ("baseline", "recipe", "mix") if getattr(self, name)]
+        if len(kinds) != 1:
+            raise ValueError(f"rows: each row has one of baseline, recipe and mix; this one has {kinds or 'none'}")
+        if bool(self.mix) != bool(self.weights) or any(len(each) != len(self.mix) for each in self.weights):
+            raise ValueError("rows.weights: a mix needs lists of weights, each with one number for each of its rows")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The row's name in tables and files."""
+        stem = (self.recipe or "").rpartition("/")[2].removesuffix(".yaml")
+        return self.name or self.baseline or stem or "+".join(self.mix)
+
+
+class Suite(Section):
+    """A protocol with its data and rows: full ranking of the catalogue, or held-out items rated or judged yes or no."""
+
+    task: Literal["ranking", "rating", "ctr"] = Field("ranking", description="ctr: will the user like the item")
+    suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    data: DataSection
+    split: Literal["valid", "test"] = "test"
+    seen: tuple[Literal["excluded", "included"], ...] = Field(
+        ("excluded", "included"),
+        min_length=1,
+        description="whether items of the history can be ranked; first: headline",
+    )
+    cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1)
+    liked: float | None = Field(None, description="ctr: lowest rating that is a yes; None: three quarters up the scale")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the chosen point, where it has any chance")
+    split_seeds: tuple[int, ...] = Field((0,), min_length=1, description="tie rules of the split; several: a range")
+    bootstrap: Positive = 2000
+    users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
+    rows: tuple[SuiteRow, ...] = Field(min_length=1)
+    pairs: tuple[tuple[str, str], ...] = Field(
+        (), description="rows to compare beside the best with all others: is the first better than the second"
+    )
+    references: tuple[str, ...] = Field((), description="names of eval/references files to print beside")
+
+    @model_validator(mode="after")
+    def _rows_agree(self) -> Suite:
+        known: set[str] = set()
+        for row in self.rows:
+            if self.task != "ranking" and row.baseline is None:
+                raise ValueError(f"rows: {row.label} ranks the catalogue, which is the task ranking, not {self.task}")
+            for part in row.mix:
+                if part not in known:
+                    raise ValueError(f"rows: {row.label} mixes {part!r}, which is no row above it; write it before")
+            if row.label in known and (row.mix or row.recipe):
+                raise ValueError(f"rows: two rows are called {row.label!r}; give one another name")
+            known.add(row.label)
+        for pair in self.pairs:
+            if (missing := next((name for name in pair if name not in known), None)) is not None:
+                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
+        return self
+
+
+class BenchmarkRun(Section):
+    """Runs of one recipe: one for each point of a grid, and each seed."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="its label in tables")
+    recipe: str = Field("", description="a recipe page; empty: the benchmark's own")
+    overrides: tuple[str, ...] = Field((), description="changed keys, such as eval.arms=[zero-shot]")
+    grid: dict[str, tuple[Any, ...]] = Field(
+        default={}, description="keys of the recipe with lists of values: every combination is a run"
+    )
+    seeds: tuple[int, ...] = Field(
+        (), description="values of train.seed, over which figures are averaged; empty: the recipe's own"
+    )
+
+
+class Benchmark(Section):
+    """Recipes beside each other on the same cases: models, examples, strategies and templates, with what they cost."""
+
+    benchmark: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    recipe: str = Field("", description="a recipe page for runs that name none")
+    overrides: tuple[str, ...] = Field((), description="changed keys of every run")
+    runs: tuple[BenchmarkRun, ...] = Field(min_length=1)
+    bootstrap: Positive = 2000
+    pairs: tuple[tuple[str, str], ...] = Field(
+        (), description="rows to compare, by name: is the first better than the second; a name says family and row"
+    )
+
+    @model_validator(mode="after")
+    def _runs_agree(self) -> Benchmark:
+        names = [run.name for run in self.runs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"runs: two runs are called {name!r}; give one another name")
+        for run in self.runs:
+            if not (run.recipe or self.recipe):
+                raise ValueError(
+                    f"runs: {run.name!r} names no recipe, and neither does the benchmark; write one of both"
+                )
+            for key, values in run.grid.items():
+                if not values:
+                    raise ValueError(f"runs: grid of {run.name!r}: {key} has no values; list some, or drop the key")
+        return self

@@ -1,0 +1,242 @@
+"""Reads a recipe page: YAML, one level of ``base:``, ``key=value`` overrides, errors with file and line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.schema import Recipe
+from llmrec.resources import resource
+
+KeyPath = tuple[str | int, ...]
+Page = TypeVar("Page", Recipe, Suite, Benchmark)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as ``train.steps=20``.
+
+    A path that does not exist in the working folder is looked up among the shipped recipes, so that
+    ``recipes/quickstart.yaml`` works from an installed wheel too.
+
+    Raises:
+        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
+    """
+    file = _find(Path(path), "recipes")
+    values, lines = _read(file)
+    base = values.pop("base", None)
+    if base is not None:
+        base_values, base_lines = _read(_find(file.parent / str(base), "recipes"))
+        if "base" in base_values:
+            raise RecipeError(f"{file}: base recipe {base} has a base of its own; only one level is read")
+        values, lines = _merge(base_values, values), {**base_lines, **lines}
+    return _validated(Recipe, values, lines, file, overrides)
+
+
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
+    """Read a suite, such as ``eval/suites/movielens-100k.yaml``, and apply overrides such as ``seeds=[0]``.
+
+    Raises:
+        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
+    """
+    return _compared(Suite, path, overrides)
+
+
+def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark:
+    """Read a benchmark, such as ``eval/suites/zero_few_tuned.yaml``, and apply overrides such as ``bootstrap=500``.
+
+    Raises:
+        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
+    """
+    return _compared(Benchmark, path, overrides)
+
+
+def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark"]:
+    """Tell what a page is: a suite has the key ``suite``, a benchmark ``benchmark``, all others are recipes."""
+    try:
+        keys = _read(_find(Path(path), "eval"))[0]
+    except RecipeError:
+        return "recipe"
+    return "suite" if "suite" in keys else "benchmark" if "benchmark" in keys else "recipe"
+
+
+def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> Page:
+    """Read a page of those under eval/, which have no base."""
+    file = _find(Path(path), "eval")
+    values, lines = _read(file)
+    return _validated(model, values, lines, file, overrides)
+
+
+def _validated(
+    model: type[Page], values: dict[str, Any], lines: dict[KeyPath, int], file: Path, overrides: Sequence[str]
+) -> Page:
+    for override in overrides:
+        _override(values, override)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, model, file, lines, overrides)) from None
+
+
+def recipe_hash(recipe: Recipe | Suite | Benchmark) -> str:
+    """Return 16 hex digits over every resolved value."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _find(path: Path, home: str) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_absolute() and path.parts and path.parts[0] == home:
+        shipped = resource(home).joinpath(*path.parts[1:])
+        if shipped.is_file():
+            return shipped
+    folder = Path(*{"recipes": ("recipes",), "eval": ("eval", "suites")}[home])
+    shipped = resource(*folder.parts)
+    names = sorted((folder / page.relative_to(shipped)).as_posix() for page in shipped.rglob("*.yaml"))
+    raise RecipeError(f"page {path} does not exist; shipped are: {', '.join(names)}")
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(
+            f"{file}, line {line}: not valid YAML ({error.problem}); check quoting and indentation"
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not valid YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{file}: a recipe is a mapping of sections (name, data, tasks, ...), this file is empty or a list"
+        )
+    lines: dict[KeyPath, int] = {}
+    _mark(node, (), lines, file)
+    return values, lines
+
+
+def _mark(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], file: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in lines:
+                raise RecipeError(
+                    f"{file}, line {key.start_mark.line + 1}: key {_dotted(here)!r} stands twice; keep one"
+                )
+            lines[here] = key.start_mark.line + 1
+            _mark(value, here, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, index)] = value.start_mark.line + 1
+            _mark(value, (*path, index), lines, file)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"override {override!r} is not of the form key=value, such as train.steps=20")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.strip().split(".")
+    here = values
+    for parent in parents:
+        below = here.get(parent)
+        if not isinstance(below, dict):
+            below = {}
+            here[parent] = below
+        here = below
+    here[last] = value
+
+
+def _explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    file: Path,
+    lines: Mapping[KeyPath, int],
+    overrides: Sequence[str],
+) -> str:
+    problems = []
+    for detail in error.errors():
+        path: KeyPath = tuple(detail["loc"])
+        where = _where(path, file, lines, overrides)
+        problems.append(f"{where}: {_problem(path, detail, model)}")
+    return "; ".join(problems)
+
+
+def _where(path: KeyPath, file: Path, lines: Mapping[KeyPath, int], overrides: Sequence[str]) -> str:
+    dotted = _dotted(path)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if dotted == key or dotted.startswith(key + "."):
+            return f"override of {key}" if _may_be_secret(path) else f"override {override!r}"
+    for length in range(len(path), 0, -1):
+        if path[:length] in lines:
+            return f"{file}, line {lines[path[:length]]}"
+    return str(file)
+
+
+def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
+    dotted = _dotted(path)
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        known = _known_keys(path[:-1], page)
+        return f"unknown key {dotted!r}{did_you_mean(str(path[-1]), known)}; known here: {', '.join(known)}"
+    if kind == "missing":
+        return f"key {dotted!r} is missing; add it"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if kind == "value_error" and (not path or message.startswith(f"{dotted}.")):
+        return message
+    if _may_be_secret(path):
+        return f"{dotted}: {message[:1].lower()}{message[1:]}"
+    return f"{dotted}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _may_be_secret(path: KeyPath) -> bool:
+    """Whether somebody may have written a key there, which no message repeats."""
+    return path == ("eval",) or path[:2] == ("eval", "server")
+
+
+def _known_keys(path: KeyPath, page: type[BaseModel]) -> list[str]:
+    model: Any = page
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        options = [field.annotation, *get_args(field.annotation)]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(str(part) for part in path)

@@ -1,0 +1,1 @@
+"""Strategies: a backend and a task make a predictor."""

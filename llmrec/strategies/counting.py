@@ -1,0 +1,87 @@
+"""How many questions a strategy asks about a request, and how large they are; docs/strategies.md has the formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from llmrec.recipe.schema import EvalSection
+from llmrec.strategies.windows import window_places
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """The questions about one request.
+
+    Attributes:
+        prompts: Their number; of `setwise` the most that there can be.
+        size: Candidates in the largest of them.
+        want: What their prompts ask for.
+    """
+
+    prompts: int
+    size: int
+    want: str = "one"
+
+
+def questions_of(strategy: str, candidates: int, section: EvalSection) -> Count | None:
+    """Count the scored prompts of one request.
+
+    Args:
+        strategy: Name of a strategy of the direct family.
+        candidates: How many the request has.
+        section: The recipe's eval section.
+
+    Returns:
+        The count; None for strategies that score no labels or that ask once in words of their own.
+    """
+    found = _COUNTS.get(strategy)
+    return found(candidates, section) if found is not None else None
+
+
+def _label(n: int, section: EvalSection) -> Count:
+    return Count(section.permutations, n)
+
+
+def _permutation(n: int, section: EvalSection) -> Count:
+    return Count(section.permutations * min(section.depth, n - 1), n, "ranking")
+
+
+def _window(n: int, section: EvalSection) -> Count:
+    windows = sum(1 for _ in window_places(n, section.window, section.window_step))
+    return Count(section.permutations * windows, min(n, section.window))
+
+
+def _pairwise(n: int, section: EvalSection) -> Count:
+    if n <= section.all_pairs:
+        return Count(n * (n - 1), min(n, 2))
+    return Count(2 * sum(n - 1 - front for front in range(min(section.depth, n - 1))), min(n, 2))
+
+
+def _setwise(n: int, section: EvalSection) -> Count:
+    children = section.set_size - 1
+    built = sum(_levels(node, n, children) for node in range(-(-(n - 1) // children)))
+    given = sum(_levels(0, n - place, children) for place in range(1, min(section.depth, n)))
+    return Count(section.permutations * (built + given), min(n, section.set_size))
+
+
+def _levels(node: int, size: int, children: int) -> int:
+    """Return how many levels of a heap lie below a node: the most questions that sinking from it can take."""
+    levels = 0
+    while (node := node * children + 1) < size:
+        levels += 1
+    return levels
+
+
+def _yes(n: int, section: EvalSection) -> Count:
+    return Count(n, 1, "yes")
+
+
+_COUNTS: Mapping[str, Callable[[int, EvalSection], Count]] = {
+    "label": _label,
+    "permutation": _permutation,
+    "window": _window,
+    "pairwise": _pairwise,
+    "setwise": _setwise,
+    "pointwise-yes": _yes,
+}

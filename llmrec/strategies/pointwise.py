@@ -1,0 +1,185 @@
+"""Pointwise ranking: each candidate by itself, by the likelihood of its own text or of a yes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from llmrec.errors import LlmrecError
+from llmrec.strategies.asking import Asker, Scored, cost_of, prompt_hash, score_in_chunks, scored
+from llmrec.strategies.rounds import by_score, joint_hash
+from llmrec.types import Answer, Cost, Prompt, Ranking, Request
+
+# No spelling begins another, so that the probabilities of their texts add up.
+_YES = ("Yes", "yes", "YES", " Yes", " yes")
+_NO = ("No", "no", "NO", " No", " no")
+# Titles after one bare prompt: a forward over a tree of them grows with its square.
+_PRIORS = 64
+_NOBODY = Request(id="prior", user_id="")
+
+
+class LikelihoodRanker:
+    """Ranks candidates by log P(title | prompt), summed over tokens, end of answer included.
+
+    The sum is a full-softmax log-probability. Renormalising at branching points only would be cheaper, but ranks
+    at chance.
+    """
+
+    name = "likelihood"
+
+    def __init__(self, asker: Asker) -> None:
+        asker.needs("score")
+        self.asker = asker
+        self.engine = ""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank every request's candidates; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for found in scored(self.asker, requests, closed=True):
+            self.engine = found.scores.engine
+            answers.append(ranked(found))
+        return answers
+
+
+class PriorRanker:
+    """Ranks candidates by log P(title | prompt) - weight * log P(title | prompt of nobody).
+
+    The second term is what the model thinks of a title whoever asks. Its prompt is the same template's for a user
+    without history, profile or name; the arm's solved examples stand before it, one draw for all. With weight 1 the
+    score is the pointwise mutual information of title and history. A title's prior is computed once.
+    """
+
+    name = "likelihood-prior"
+
+    def __init__(self, asker: Asker, *, prior_weight: float) -> None:
+        asker.needs("score")
+        self.asker = asker
+        self.engine = ""
+        self._weight = prior_weight
+        self._priors: dict[str, float] = {}
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank every request's candidates; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for start in range(0, len(requests), self.asker.batch):
+            part = requests[start : start + self.asker.batch]
+            found = list(scored(self.asker, part, closed=True))
+            texts = [self._bare(each.request) for each in found]
+            extra = self._learn(sorted({text for group in texts for text in group} - self._priors.keys()))
+            for each, group in zip(found, texts, strict=True):
+                self.engine = each.scores.engine
+                less = tuple(
+                    score - self._weight * self._priors[text]
+                    for score, text in zip(each.scores.logprobs, group, strict=True)
+                )
+                plain = ranked(replace(each, scores=replace(each.scores, logprobs=less)))
+                # Priors belong to no request in particular: they are booked on the first one that needed them.
+                answers.append(replace(plain, cost=plain.cost + extra))
+                extra = Cost()
+        return answers
+
+    def _bare(self, request: Request) -> tuple[str, ...]:
+        """Return the candidates' titles as they follow the prompt of nobody."""
+        return self.asker.task.continuations(
+            replace(_NOBODY, candidates=_candidates(request)), template=self.asker.template
+        )
+
+    def _learn(self, texts: Sequence[str]) -> Cost:
+        slices = [texts[start : start + _PRIORS] for start in range(0, len(texts), _PRIORS)]
+        prompt = self.asker.task.prompt(_NOBODY, template=self.asker.template, shots=self.asker.shots)
+        scores = score_in_chunks(self.asker.backend, [prompt] * len(slices), slices, closed=True)
+        for part, each in zip(slices, scores, strict=True):
+            self._priors.update(zip(part, each.logprobs, strict=True))
+        return sum(map(cost_of, scores), Cost())
+
+
+class YesRanker:
+    """Asks of every candidate whether the user would choose it, and ranks by log P(yes) - log P(no).
+
+    Each is the sum of the probabilities of its spellings, as whole texts. A prompt shows one candidate: no label and no
+    position can be favoured.
+    """
+
+    name = "pointwise-yes"
+
+    def __init__(self, asker: Asker) -> None:
+        asker.needs("score")
+        self.asker = asker
+        self.engine = ""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank every request's candidates; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for start in range(0, len(requests), self.asker.batch):
+            part = requests[start : start + self.asker.batch]
+            answers += self._rank(part)
+            self.asker.advance(len(part))
+        return answers
+
+    def first_prompt(self, request: Request) -> Prompt:
+        """Return the first prompt of a request."""
+        return self._ask(request, _candidates(request)[0])
+
+    def _ask(self, request: Request, item: str) -> Prompt:
+        task: Any = self.asker.task
+        alone = replace(request, candidates=(item,))
+        prompt: Prompt = task.prompt(alone, template=self.asker.template, shots=self.asker.shots, want="yes")
+        return prompt
+
+    def _rank(self, part: Sequence[Request]) -> list[Answer]:
+        prompts = [self._ask(request, item) for request in part for item in _candidates(request)]
+        texts = [_YES + _NO] * len(prompts)
+        found = score_in_chunks(self.asker.backend, prompts, texts, closed=False)
+        odds = iter([(prompt_hash(prompt), scores) for prompt, scores in zip(prompts, found, strict=True)])
+        answers: list[Answer] = []
+        for request in part:
+            said: dict[str, float] = {}
+            hashes, cost = [], Cost()
+            for item, (digest, scores) in zip(_candidates(request), odds, strict=False):
+                self.engine = scores.engine
+                said[item] = yes_over_no(scores.logprobs)
+                hashes.append(digest)
+                cost += cost_of(scores)
+            order = by_score(said)
+            answers.append(
+                Ranking(
+                    request_id=request.id,
+                    items=tuple(item for item, _ in order),
+                    scores=tuple(score for _, score in order),
+                    prompt_hash=joint_hash(hashes),
+                    cost=cost,
+                )
+            )
+        return answers
+
+
+def yes_over_no(logprobs: Sequence[float]) -> float:
+    """Return log P(yes) - log P(no) from the log-probabilities of the spellings of yes, then of no."""
+    logs = np.array(logprobs, dtype=np.float64)
+    return float(np.logaddexp.reduce(logs[: len(_YES)]) - np.logaddexp.reduce(logs[len(_YES) :]))
+
+
+def ranked(found: Scored) -> Ranking:
+    """Sort a request's candidates by their scores; equal scores keep the stored order and are ties.
+
+    Raises:
+        LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is out of reach.
+    """
+    items, scores = _candidates(found.request), found.scores
+    order = sorted(range(len(items)), key=lambda i: -scores.logprobs[i])
+    return Ranking(
+        request_id=found.request.id,
+        items=tuple(items[i] for i in order),
+        scores=tuple(scores.logprobs[i] for i in order),
+        prompt_hash=found.prompt_hash,
+        cost=cost_of(scores),
+    )
+
+
+def _candidates(request: Request) -> tuple[str, ...]:
+    if request.candidates is None:
+        raise LlmrecError(f"request {request.id} has no candidates to rank; give it a candidate set")
+    return request.candidates

@@ -1,0 +1,248 @@
+"""Answers that are no ranking: ratings, yes or no, and texts.
+
+A rating is the expectation over the label distribution, the number in a generated answer, or what a rating head reads
+(see `llmrec.models.rating_head`); a yes is the probability of the one answer beside the other, or is read in a text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import minimize
+
+from llmrec.errors import BackendError, LlmrecError
+from llmrec.strategies.asking import Asker, cost_of, generated, prompt_hash, scored
+from llmrec.tasks.rating import expected
+from llmrec.types import Answer, Case, Cost, HeadBackend, Predictor, Probability, Rating, Request, Text
+
+_NUMBER_TOKENS = 8
+
+
+class ExpectedRater:
+    """Predicts sum_r r P(r | prompt), with P normalised over the scale's labels."""
+
+    name = "expected"
+
+    def __init__(self, asker: Asker) -> None:
+        asker.needs("score")
+        self.asker = asker
+        self.engine = ""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rate every request's item; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for found in scored(self.asker, requests, closed=None):
+            self.engine = found.scores.engine
+            answers.append(
+                Rating(
+                    request_id=found.request.id,
+                    value=expected([float(text) for text in found.texts], found.scores.logprobs),
+                    prompt_hash=found.prompt_hash,
+                    cost=Cost(prompt_tokens=found.scores.prompt_tokens, completion_tokens=1, forwards=1),
+                )
+            )
+        return answers
+
+
+class ParsedRater:
+    """Generates an answer and reads its number."""
+
+    name = "parsed"
+
+    def __init__(self, asker: Asker) -> None:
+        asker.needs("generate")
+        self.asker = asker
+        self.engine = f"{asker.backend.name}:generate"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rate every request's item; see `Predictor.answer`."""
+        reason = "no number on the rating scale in the answer"
+        return generated(self.asker, requests, max_tokens=_NUMBER_TOKENS, wanted=Rating, reason=reason)
+
+
+class HeadRater:
+    """Predicts what the rating head reads off the last token of the prompt, in one forward a request."""
+
+    name = "head"
+
+    def __init__(self, asker: Asker) -> None:
+        """Set up.
+
+        Raises:
+            BackendError: If the backend reads no rating head.
+        """
+        backend = asker.backend
+        if "rate" not in backend.capabilities or not isinstance(backend, HeadBackend):
+            raise BackendError(
+                f"tasks.rating.strategies: backend {backend.name!r} reads no rating head; set eval.backend=hf, or drop "
+                "'head'"
+            )
+        self.asker = asker
+        self.engine = ""
+        self._backend: HeadBackend = backend
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rate every request's item; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for part, prompts in self.asker.batches(requests):
+            for request, prompt, read in zip(part, prompts, self._backend.rate(prompts), strict=True):
+                self.engine = read.engine
+                answers.append(
+                    Rating(
+                        request_id=request.id,
+                        value=read.value,
+                        prompt_hash=prompt_hash(prompt),
+                        cost=Cost(prompt_tokens=read.prompt_tokens, forwards=1),
+                    )
+                )
+        return answers
+
+
+_ANSWER_TOKENS = 8
+# Log-odds of a certain answer are infinite. Nothing nearer to 1 can be told from it, so that no two answers become one.
+_CERTAIN = 2.0**-53
+
+
+class YesNoJudge:
+    """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of a whole answer.
+
+    TALLRec (Bao et al., RecSys 2023) takes the softmax over the first tokens of the two answers, whose numbers hold for
+    one tokenizer. Sums over all tokens of an answer, as the template writes it, are the same where an answer is one
+    token, and mean the same for every tokenizer.
+    """
+
+    name = "yes-no"
+
+    def __init__(self, asker: Asker) -> None:
+        asker.needs("score")
+        self.asker = asker
+        self.engine = ""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Judge every request's item; see `Predictor.answer`."""
+        answers: list[Answer] = []
+        for found in scored(self.asker, requests, closed=None):
+            self.engine = found.scores.engine
+            answers.append(
+                Probability(
+                    request_id=found.request.id,
+                    value=expected((1.0, 0.0), found.scores.logprobs),
+                    prompt_hash=found.prompt_hash,
+                    cost=cost_of(found.scores),
+                )
+            )
+        return answers
+
+
+class ParsedYesNoJudge:
+    """Generates an answer and reads yes as probability 1 and no as 0.
+
+    A text without either is no answer. It stays in every denominator, as one that says neither.
+    """
+
+    name = "parsed-yes-no"
+
+    def __init__(self, asker: Asker) -> None:
+        asker.needs("generate")
+        self.asker = asker
+        self.engine = f"{asker.backend.name}:generate"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Judge every request's item; see `Predictor.answer`."""
+        reason = "neither a yes nor a no at the beginning of the answer"
+        return generated(self.asker, requests, max_tokens=_ANSWER_TOKENS, wanted=Probability, reason=reason)
+
+
+# --------------------------------------------------------------------------- calibration
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """``p -> 1 / (1 + exp(-(scale * log(p / (1 - p)) + bias)))``: a temperature of 1 / scale, and a prior.
+
+    The scale is above 0, so that the order of answers, and with it AUC, stays.
+    """
+
+    scale: float
+    bias: float
+
+    def of(self, value: float) -> float:
+        """Return the probability in place of another one."""
+        score = self.scale * _odds(value) + self.bias
+        return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
+
+
+class Calibrated:
+    """A yes/no predictor whose probabilities are put right on validation cases (Platt 1999).
+
+    Args:
+        predictor: What answers; it is asked the cases once.
+        cases: Cases of the validation split.
+
+    Attributes:
+        curve: What was fitted; the smoothed truths of Platt's section 2.2 keep it finite.
+
+    Raises:
+        LlmrecError: If no answer to the cases could be read.
+    """
+
+    def __init__(self, predictor: Predictor, cases: Sequence[Case]) -> None:
+        self.name, self._predictor = predictor.name, predictor
+        answers = predictor.answer([case.request for case in cases])
+        known = [(a.value, case.truth) for a, case in zip(answers, cases, strict=True) if isinstance(a, Probability)]
+        if not known:
+            raise LlmrecError(
+                f"tasks.ctr.calibrate: {self.name} gave no answer to the {len(cases)} validation cases that could be "
+                "read; set it to none, or hold more out (data.split.valid)"
+            )
+        self.curve = fit_curve([value for value, _ in known], [float(truth) for _, truth in known])
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer with the probabilities that the curve gives; see `Predictor.answer`."""
+        return [
+            replace(answer, value=self.curve.of(answer.value)) if isinstance(answer, Probability) else answer
+            for answer in self._predictor.answer(requests)
+        ]
+
+
+def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
+    """Fit a `Curve` to probabilities and what was so, by log loss.
+
+    Args:
+        said: P(yes), shape (n,).
+        truth: 1 for yes and 0 for no, shape (n,).
+    """
+    odds, so = np.array([_odds(value) for value in said]), np.array(truth)
+    yes, no = so.sum(), (1 - so).sum()
+    wanted = np.where(so == 1, (yes + 1) / (yes + 2), 1 / (no + 2))
+
+    def loss(point: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+        score = math.exp(point[0]) * odds + point[1]
+        return float((np.logaddexp(0, score) - wanted * score).mean())
+
+    found = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])
+    return Curve(scale=math.exp(found.x[0]), bias=float(found.x[1]))
+
+
+def _odds(value: float) -> float:
+    inside = min(max(value, _CERTAIN), 1 - _CERTAIN)
+    return math.log(inside / (1 - inside))
+
+
+class Writer:
+    """Generates one text a request, greedily, of at most ``max_tokens`` tokens."""
+
+    name = "text"
+
+    def __init__(self, asker: Asker, *, max_tokens: int = 48) -> None:
+        asker.needs("generate")
+        self.asker = asker
+        self._max_tokens = max_tokens
+        self.engine = f"{asker.backend.name}:generate"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Write a text for every request; see `Predictor.answer`."""
+        return generated(self.asker, requests, max_tokens=self._max_tokens, wanted=Text, reason="empty answer")

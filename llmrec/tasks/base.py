@@ -1,0 +1,399 @@
+"""What the families share: the data as templates see it, rows in seeded order, and answers."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from llmrec.data.candidates import CandidateSets
+from llmrec.data.hashing import hash_one
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.stats import Tallies
+from llmrec.errors import DataError
+from llmrec.guard import TEXT_LIMIT
+from llmrec.prompts.template import Template, clean
+from llmrec.recipe.schema import RatingSection, SequentialSection
+from llmrec.tasks.templates import Chosen
+from llmrec.types import (
+    Answer,
+    Case,
+    Code,
+    CodedId,
+    Event,
+    Example,
+    Family,
+    Interaction,
+    ItemCodes,
+    Message,
+    Prompt,
+    Ranking,
+    Request,
+    Segment,
+    SplitName,
+)
+
+YES, NO = "Yes", "No"
+
+ABOUT_USER = frozenset({"noun", "user_id", "user_name", "profile"})
+ABOUT_ITEM = frozenset({"item", "item_id", "fields", "item_stats"})
+USER_STATS = frozenset({"user_stats"})
+"""In a chat alone: from line to line of a list, statistics of the user would tell one rating after the other."""
+PAST = frozenset({"history", "liked", "disliked"})
+"""Variables that show what a user did before; a template that mentions none of them shows none of it."""
+# A past review says enough in its first words, and three whole ones would crowd out the question.
+_PAST_TEXT = 160
+
+Values = dict[str, object]
+
+
+class Fields(dict[str, object]):
+    """An item's title and further fields; one that the item lacks reads as None."""
+
+    def __missing__(self, key: str) -> object:
+        """Let templates ask ``{% if item.genres %}`` of any catalogue."""
+        return None
+
+
+class View:
+    """What templates see of the data, every text cleaned."""
+
+    def __init__(self, data: SplitDataset, index: ItemCodes | None = None) -> None:
+        self.data = data
+        self.index = index
+        self._items: dict[str, Fields] = {}
+        self._tallies = Tallies(data)
+
+    def item(self, item_id: str) -> Fields:
+        """Return an item's title and fields, and its code where there is an index.
+
+        Raises:
+            DataError: If the catalogue has no such item.
+        """
+        known = self._items.get(item_id)
+        if known is None:
+            entry = self.data.dataset.items.get(item_id)
+            if entry is None:
+                raise DataError(
+                    f"{self.data.dataset.name}: there is no item {item_id!r}; ask about items of the catalogue"
+                )
+            title = clean(entry.title) or clean(item_id) or "untitled"
+            known = Fields({name: clean(text) for name, text in sorted(entry.fields.items())}, title=title)
+            if self.index is not None:
+                known["code"] = self.index.encode(item_id)
+            self._items[item_id] = known
+        return known
+
+    def title(self, item_id: str) -> str:
+        """Return an item's title as one line; never empty."""
+        return str(self.item(item_id)["title"])
+
+    def about(self, item_id: str) -> Values:
+        """Return the variables about an item: the item, and as a list to loop over what the title does not say.
+
+        Without a user it has no statistics, since it is not known whose interactions to leave out of them: see `pair`.
+        """
+        item = self.item(item_id)
+        fields = [{"name": name, "value": value} for name, value in self._untold(item)]
+        written = CodedId(item_id, self.index.encode(item_id)) if self.index and self.index.writes_ids else item_id
+        return {"item": item, "item_id": written, "fields": fields, "item_stats": None}
+
+    def pair(self, user_id: str, item_id: str) -> Values:
+        """Return the variables about an item for a user, with statistics of both that count nothing of the two.
+
+        Statistics are functions: they are counted where a template shows them.
+        """
+        counted = {"item_stats": partial(self._item_stats, item_id, user_id)}
+        return self.about(item_id) | counted | self.user_stats(user_id, [item_id])
+
+    def user_stats(self, user_id: str, without: Collection[str]) -> Values:
+        """Return a user's training statistics, without the items that are the answer or may be."""
+        return {"user_stats": lambda: self._tallies.user(user_id, without).shown}
+
+    def candidate(self, user_id: str, item_id: str) -> Values:
+        """Return a candidate as templates loop over it: title, details, and count and mean that leave the user out."""
+
+        def told(name: str) -> object:
+            return (self._item_stats(item_id, user_id) or {}).get(name)
+
+        counted = {name: partial(told, name) for name in ("count", "mean")}
+        return {"title": self.title(item_id), "details": partial(self.details, item_id), **counted}
+
+    def details(self, item_id: str) -> str:
+        """Return what an item's title does not say, as one text; empty where that is nothing."""
+        return "; ".join(value for _, value in self._untold(self.item(item_id)))
+
+    def _item_stats(self, item_id: str, user_id: str) -> Mapping[str, object] | None:
+        return self._tallies.item(item_id, user_id).shown
+
+    def _untold(self, item: Fields) -> list[tuple[str, str]]:
+        shown = ("title",) if self.index is None else ("title", "code")
+        told = [(name, str(value)) for name, value in item.items() if name not in shown and value]
+        return [(name, value) for name, value in told if value not in str(item["title"])]
+
+    def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
+        """Return the variables about a user; a profile text in ``context`` stands in for the data's own fields.
+
+        A user without a name goes by the id.
+        """
+        fields = self.data.dataset.users.get(user_id, {})
+        token = self.index.users.get(user_id) if self.index is not None else None
+        user_id = user_id if token is None else CodedId(user_id, Code(token))
+        name = fields.get("name") or user_id
+        if context and context.get("profile"):
+            fields = {"profile": context["profile"]}
+        profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]
+        known: Values = {"noun": self.data.dataset.noun, "user_id": user_id, "user_name": name, "profile": profile}
+        return known | {"user_stats": None}
+
+    def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
+        """Return events as templates loop over them: title, details, code, rating, text and n, counted from 1."""
+        return [
+            {
+                "title": self.title(event.item_id),
+                "details": partial(self.details, event.item_id),
+                "code": self.item(event.item_id)["code"],
+                "rating": None if event.rating is None or rating_label is None else rating_label(event.rating),
+                "text": clean(event.text or "", _PAST_TEXT),
+                "n": n,
+            }
+            for n, event in enumerate(events, start=1)
+        ]
+
+
+# --------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A training row before it is put into words.
+
+    Attributes:
+        id: The row's id.
+        user_id: Whose events they are.
+        template: The words that it will take.
+        events: What it shows, oldest first.
+        first_target: List templates: the first event that is learned; those before it are context.
+    """
+
+    id: str
+    user_id: str
+    template: Template
+    events: tuple[Event, ...]
+    first_target: int
+
+
+def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
+    """Return random numbers that depend on names only, never on the order of rows or calls."""
+    return random.Random(hash_one(purpose, seed, *parts))
+
+
+def passes(
+    family: Family, users: Sequence[str], seed: int, limit: int | None
+) -> Iterator[tuple[str, str, random.Random]]:
+    """Yield (row id, user, random numbers) without end, pass after pass over the users in a fresh order.
+
+    Raises:
+        DataError: If there is no user to train on.
+    """
+    if not users:
+        raise DataError(f"tasks.{family}: no user has enough training interactions; use more data or drop the task")
+    done = 0
+    number = 0
+    while limit is None or done < limit:
+        order = sorted(users)
+        keyed(f"{family} order", seed, str(number)).shuffle(order)
+        for user in order[: None if limit is None else limit - done]:
+            yield f"{family}/train/{number}/{user}", user, keyed(f"{family} row", seed, str(number), user)
+        done += len(order)
+        number += 1
+
+
+def branch_events(
+    family: Family,
+    chosen: Chosen,
+    section: RatingSection | SequentialSection,
+    events: tuple[Event, ...],
+    number: int,
+    user: str,
+    *,
+    seed: int,
+) -> tuple[Template, tuple[Event, ...]]:
+    """Draw a template for a user's row of a pass, and what the row shows of the user's events.
+
+    A chat template shows the history that all families show in this pass, and the event after it.
+    """
+    rng = keyed(f"{family} branch", seed, str(number), user)
+    template = rng.choice(chosen.train)
+    if template.shape == "list":
+        return template, window(events, section.window, rng)
+    at = branch_point(seed, number, user, len(events))
+    return template, events[max(0, at - section.history) : at + 1]
+
+
+def branch_point(seed: int, number: int, user: str, events: int) -> int:
+    """Return how many of a user's events are history in a pass: the same for every family that knows as many."""
+    return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
+
+
+def held_out(data: SplitDataset, split: SplitName) -> tuple[Interaction, ...]:
+    """Return a split's held-out interactions, refusing the training split."""
+    if split == "train":
+        raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
+    return data.holdouts(split)
+
+
+def at_most(held: Sequence[Interaction], count: int | None) -> tuple[Interaction, ...]:
+    """Return the first ``count`` held-out interactions of each user, in the order given; None: all."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for each in held:
+        seen[each.user_id] += 1
+        if count is None or seen[each.user_id] <= count:
+            kept.append(each)
+    return tuple(kept)
+
+
+def refuse_test(split: SplitName) -> None:
+    """Refuse rows with targets from the test split, which nothing may learn from or choose by."""
+    if split == "test":
+        raise ValueError("rows with targets come from 'train' or 'valid'; the test split is for cases() alone")
+
+
+def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[int], bool]) -> tuple[Segment, ...]:
+    """Render a list: the target of step i is learned where ``learned(i)``, and context elsewhere."""
+    answer: list[Segment] = []
+    for index, values in enumerate(steps):
+        lead, target = template.step(values)
+        answer += lead
+        answer += target if learned(index) else as_context(target)
+    return tuple(answer)
+
+
+def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Return segments with nothing left to learn."""
+    return tuple(replace(segment, kind="given") if segment.kind == "target" else segment for segment in segments)
+
+
+def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
+    """Return a few-shot example: the user turn and its answered assistant turn."""
+    segments = list(as_context(answer))
+    segments[-1] = replace(segments[-1], text=segments[-1].text.rstrip("\n"))
+    user = template.turns(values)[-1]
+    return user, Message("assistant", tuple(segment for segment in segments if segment.text))
+
+
+def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
+    """Put solved examples between the system turn and the question."""
+    return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
+
+
+def list_prompt(
+    template: Template,
+    values: Values,
+    steps: Sequence[Values],
+    asked: Values,
+    shots: Sequence[tuple[Message, ...]],
+) -> Prompt:
+    """Ask for the step that follows a list's ``steps``, which stand in the answer; ``asked`` is what its lead shows."""
+    opening = template.opening(values | asked | {"n": len(steps) + 1})
+    return Prompt(
+        messages=with_shots(template.turns(values), shots),
+        answer_prefix=(*list_answer(template, steps, lambda _: False), *opening),
+        stop=template.tail,
+    )
+
+
+def rated(events: Sequence[Event]) -> tuple[Event, ...]:
+    """Return the events that have a rating."""
+    return tuple(event for event in events if event.rating is not None)
+
+
+def text_of(event: Event | Interaction) -> str:
+    """Return an event's text as one clean line; empty where it has none."""
+    return clean(event.text or "", TEXT_LIMIT)
+
+
+def pairs_of(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
+    """Return the (user_id, item_id) pairs that a row shows."""
+    return tuple((user_id, event.item_id) for event in events)
+
+
+def chat_example(
+    template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
+) -> Example:
+    """Return a row with one answer; ``past`` counts as shown only where the template shows a history."""
+    shown = past if PAST & template.names("system", "user") else ()
+    return Example(
+        id=row,
+        user_id=user_id,
+        task=template.family,  # type: ignore[arg-type]
+        template=template.id,
+        messages=template.turns(values),
+        answer=template.step(answer)[1],
+        ends_turn=True,
+        pairs=pairs_of(user_id, (*shown, event)),
+    )
+
+
+def list_example(
+    template: Template, row: str, user_id: str, values: Values, answer: tuple[Segment, ...], events: Sequence[Event]
+) -> Example:
+    """Return a user row: a list of events whose learned steps are marked in ``answer``."""
+    return Example(
+        id=row,
+        user_id=user_id,
+        task=template.family,  # type: ignore[arg-type]
+        template=template.id,
+        messages=template.turns(values),
+        answer=answer,
+        ends_turn=False,
+        pairs=pairs_of(user_id, events),
+    )
+
+
+def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Event, ...]:
+    """Return ``length`` consecutive events from a random start, or all where there are fewer."""
+    start = rng.randrange(max(1, len(events) - length + 1))
+    return tuple(events[start : start + length])
+
+
+def asked_item(request: Request, family: Family) -> str:
+    """Return the item that a request asks about.
+
+    Raises:
+        DataError: If it names none.
+    """
+    if request.item is None:
+        raise DataError(f"request {request.id!r}: the {family} task asks about one item; set Request.item")
+    return request.item
+
+
+def candidates_of(sets: CandidateSets | None, held: Interaction, family: Family) -> tuple[str, ...] | None:
+    """Return the stored candidates of a held-out interaction; None where there are no sets.
+
+    Raises:
+        DataError: If there are sets, but none for it.
+    """
+    if sets is None:
+        return None
+    name = request_id(held.user_id, held.item_id)
+    if name not in sets.sets:
+        raise DataError(
+            f"tasks.{family}: the stored candidates have no set for {name!r}; they were drawn for another split, seed "
+            "or data set, so draw them again"
+        )
+    return sets.sets[name]
+
+
+def ranking_reward(answer: Answer, case: Case) -> float:
+    """Return 1 / log2(1 + rank) of the true item, averaged over the places it may take among ties; 0 if left out."""
+    if not isinstance(answer, Ranking) or case.truth not in answer.items:
+        return 0.0
+    own = answer.scores[answer.items.index(str(case.truth))]
+    above = sum(score > own for score in answer.scores)
+    level = sum(score == own for score in answer.scores)
+    return sum(1 / math.log2(2 + rank) for rank in range(above, above + level)) / level

@@ -1,0 +1,137 @@
+"""What of a long history a prompt shows: the latest events, those nearest to the question, or a summary of the rest."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.data.dataset import Dataset
+from llmrec.errors import RecipeError
+from llmrec.prompts.template import Template, clean
+from llmrec.recipe.schema import TaskSection
+from llmrec.types import Event, Item
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Kinds, such as genres, that a summary names, and titles that it quotes.
+_KINDS, _BEST = 5, 3
+_PARTS = re.compile(r"\s*[|,>/]\s*")
+
+
+class ItemVectors:
+    """Vectors of what is said of items, made when they are first asked for.
+
+    Args:
+        items: The catalogue.
+        embed: Items -> vectors of length 1, shape (n, d).
+    """
+
+    def __init__(self, items: Mapping[str, Item], embed: Callable[[Sequence[Item]], NDArray[np.floating]]) -> None:
+        self._names = sorted(items)
+        self._items, self._embed = items, embed
+
+    def of(self, items: Sequence[str]) -> NDArray[np.float32]:
+        """Return the vectors of some items, shape (n, d)."""
+        return self._table[[self._place[item] for item in items]]
+
+    @cached_property
+    def _place(self) -> Mapping[str, int]:
+        return {item: place for place, item in enumerate(self._names)}
+
+    @cached_property
+    def _table(self) -> NDArray[np.float32]:
+        return np.asarray(self._embed([self._items[name] for name in self._names]), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a prompt shows of a history.
+
+    Attributes:
+        events: Oldest first.
+        summary: What is said of the events that are not shown; empty: nothing.
+    """
+
+    events: tuple[Event, ...]
+    summary: str = ""
+
+    def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
+        """Return a request's further texts, with the summary as the user's profile; a profile given stays."""
+        return {"profile": self.summary, **given} if self.summary else given
+
+
+class Past:
+    """Chooses what a prompt shows of a history; whole events only, never a part of one.
+
+    Args:
+        section: ``history`` is how many events are shown, ``past`` by which rule.
+        dataset: Names the items and their kinds.
+        vectors: Of its items, for the rule ``relevant``.
+        templates: What evaluation and training ask with: a summary needs a place in them.
+
+    Raises:
+        RecipeError: If a rule lacks what it needs.
+    """
+
+    def __init__(
+        self, section: TaskSection, dataset: Dataset, vectors: ItemVectors | None, templates: Sequence[Template]
+    ) -> None:
+        self.history, self._rule, self._dataset, self._vectors = section.history, section.past, dataset, vectors
+        if self._rule == "relevant" and vectors is None:
+            raise RecipeError("tasks: past=relevant compares items by their texts, and there is no text encoder here")
+        if self._rule == "summary":
+            blind = [template.id for template in templates if not template.shows_profile]
+            if blind:
+                raise RecipeError(
+                    f"tasks: past=summary writes what earlier events were like into the profile, which the template "
+                    f"{blind[0]} does not show; choose templates that do, or another rule"
+                )
+
+    def show(self, events: Sequence[Event], about: Sequence[str] = ()) -> Shown:
+        """Return what to show.
+
+        Args:
+            events: The whole history, oldest first.
+            about: Items that are asked about. Where there are none, events near the latest one are relevant.
+        """
+        if len(events) <= self.history or self._rule == "latest":
+            return Shown(tuple(events[-self.history :]))
+        if self._rule == "summary":
+            return Shown(tuple(events[-self.history :]), self._summary(events[: -self.history]))
+        return Shown(self._relevant(events, about))
+
+    def _relevant(self, events: Sequence[Event], about: Sequence[str]) -> tuple[Event, ...]:
+        """Keep the latest event, and of the others those nearest to an item of the question; ties by recency."""
+        assert self._vectors is not None
+        past = self._vectors.of([event.item_id for event in events[:-1]])
+        asked = self._vectors.of(list(about) or [events[-1].item_id])
+        near = (past @ asked.T).max(axis=1)
+        order = np.lexsort((-np.arange(len(near)), -near))[: self.history - 1]
+        return (*(events[place] for place in sorted(order.tolist())), events[-1])
+
+    def _summary(self, events: Sequence[Event]) -> str:
+        """Say how many events there were, of which kinds, how they were rated and which were liked best."""
+        items = [self._dataset.items[event.item_id] for event in events]
+        kinds: Counter[str] = Counter()
+        for item in items:
+            # The first field that says something is the kind: genres, a category, a brand.
+            said = next((text for text in item.fields.values() if text), "")
+            kinds.update(list(dict.fromkeys(part for part in _PARTS.split(said) if part)))
+        parts = [f"{len(events)} earlier {self._dataset.noun}"]
+        if kinds:
+            parts.append("mostly " + ", ".join(f"{clean(kind)} ({n})" for kind, n in kinds.most_common(_KINDS)))
+        rated = [event for event in events if event.rating is not None]
+        if rated:
+            mean = sum(event.rating or 0.0 for event in rated) / len(rated)
+            parts.append(f"rated {mean:.1f} on average")
+            best = sorted(range(len(rated)), key=lambda place: (-(rated[place].rating or 0.0), -place))[:_BEST]
+            titles = [clean(self._dataset.items[rated[place].item_id].title, 60) for place in best]
+            parts.append("liked best: " + ", ".join(titles))
+        return "; ".join(parts)

@@ -1,0 +1,126 @@
+"""Which templates a task trains on and asks with: by name, by set, or those that fit the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import TaskSection
+from llmrec.types import Family, ItemCodes
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The templates of one task.
+
+    Attributes:
+        every: All of the family, by name.
+        train: Those that training rows are drawn from; never an unseen one.
+        evaluate: Names of those that evaluation asks with.
+        coded: Whether there is an index, so that templates may write codes.
+        reviewed: Whether the data have reviews, so that templates may show parts of them.
+    """
+
+    every: Mapping[str, Template]
+    train: tuple[Template, ...]
+    evaluate: tuple[str, ...]
+    coded: bool
+    reviewed: bool = False
+
+    @property
+    def asking(self) -> tuple[Template, ...]:
+        """Every template that a row or a question of this task can have."""
+        return (*self.train, *(self.every[name] for name in self.evaluate))
+
+    @property
+    def branches(self) -> bool:
+        """Whether some template asks its question after the history, so that another family can share what precedes."""
+        return any(template.shape == "chat" for template in self.train)
+
+    def training(self, name: str) -> list[Template]:
+        """Return a template by its name, or those of a set that may train and show nothing that this data lacks.
+
+        Raises:
+            RecipeError: As `get`; or if nothing of the set is left.
+        """
+        whole = [] if name in self.every else of_set(self.every, name)
+        if not whole:
+            return [self.get(name)]
+        left = [template for template in whole if template.use != "unseen" and not self.lacks(template)]
+        if not left:
+            lacking = "; ".join(sorted({self.lacks(template) or "it is unseen in training" for template in whole}))
+            raise RecipeError(f"no template of the set {name!r} can train here: {lacking}")
+        return left
+
+    def lacks(self, template: Template) -> str:
+        """Return what a template shows and this data or recipe does not have; empty where it can be used."""
+        if template.writes_codes and not self.coded:
+            return (
+                "writes items as codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
+            )
+        if template.needs and not self.reviewed:
+            return (
+                "shows parts of reviews, such as a headline, and this data has none; use a source of reviews, such as "
+                "amazon-reviews"
+            )
+        return ""
+
+    def get(self, name: str) -> Template:
+        """Return a template by its name or ``family/name``.
+
+        Raises:
+            RecipeError: If there is none, with the closest one; or if it writes codes and there is no index.
+        """
+        bare = name.rpartition("/")[2]
+        if bare not in self.every:
+            known = ", ".join(self.every)
+            raise RecipeError(f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}")
+        found = self.every[bare]
+        if lacking := self.lacks(found):
+            raise RecipeError(f"template {found.id} {lacking}, or choose another template")
+        return found
+
+
+def of_set(templates: Mapping[str, Template], name: str) -> list[Template]:
+    """Return the templates of a set, those that are unseen in training last."""
+    return [template for template in templates.values() if name in template.sets]
+
+
+def choose(
+    family: Family,
+    section: TaskSection,
+    templates: Mapping[str, Template],
+    index: ItemCodes | None = None,
+    *,
+    reviews: bool = False,
+) -> Chosen:
+    """Pick the section's templates; where it names none, with an index those that write codes, if there are any.
+
+    Of these, templates that write titles too are only used where they are named, or where there are no others. A list
+    of bare codes is only used where it is named: it reads codes of item tokens alone. With ``reviews`` there is what
+    templates show that need them.
+
+    Raises:
+        RecipeError: If a name is unknown, an unseen template is to be trained on, one writes codes and there is no
+            index, one needs reviews and there are none, or none is left.
+    """
+    everything = Chosen(templates, (), (), index is not None, reviews)
+    named = [template for name in section.templates for template in everything.training(name)]
+    for template in named:
+        if template.use == "unseen":
+            raise RecipeError(
+                f"tasks.{family}.templates: {template.id} is an unseen template, kept to measure new wordings; "
+                "name it in eval_templates instead"
+            )
+    seen = [template for template in templates.values() if template.use == "seen" and not template.bare]
+    seen = [template for template in seen if reviews or not template.needs]
+    coded = [template for template in seen if template.writes_codes]
+    coded = [template for template in coded if not template.writes_titles] or coded
+    plain = [template for template in seen if not template.writes_codes]
+    train = tuple(named or (coded if index is not None and coded else plain))
+    if not train:
+        raise RecipeError(f"tasks.{family}: there is no seen template; add one under prompts/{family}")
+    evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)
+    return Chosen(templates, train, evaluate, index is not None, reviews)

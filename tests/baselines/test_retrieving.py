@@ -1,0 +1,114 @@
+"""Candidates that a recommender retrieves: what stands in them, in which order, and what a run says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmrec.baselines.knn import ItemKNN
+from llmrec.baselines.retrieve import ceiling, retrieve
+from llmrec.data.split import request_id
+from llmrec.errors import RecipeError
+from llmrec.pipeline import run
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import CandidateSection
+from llmrec.types import Ranking, Request
+from tests.tasks.task_data import make_split
+
+DATA = make_split()
+SECTION = CandidateSection(kind="retrieved", retriever="item-knn", count=8)
+
+
+def test_the_best_of_the_retriever_without_the_history() -> None:
+    sets = retrieve(DATA, "test", SECTION, seed=0)
+    model = ItemKNN(seed=0)
+    model.fit(DATA)
+    for held in DATA.holdouts("test"):
+        name = request_id(held.user_id, held.item_id)
+        history = DATA.history(held.user_id, "test")
+        (answer,) = model.answer([Request(id=name, user_id=held.user_id, history=history)])
+        assert isinstance(answer, Ranking)
+        seen = {event.item_id for event in history}
+        best = [(item, score) for item, score in zip(answer.items, answer.scores, strict=True) if item not in seen]
+        chosen = sets.sets[name]
+        assert len(set(chosen)) == 8 and not seen & set(chosen)
+        scores = dict(best)
+        assert min(scores[item] for item in chosen) >= max(score for item, score in best if item not in chosen)
+
+
+def test_the_order_does_not_tell_the_retrievers_order() -> None:
+    sets = retrieve(DATA, "test", SECTION, seed=0)
+    model = ItemKNN(seed=0)
+    model.fit(DATA)
+    places = []
+    for held in DATA.holdouts("test"):
+        name = request_id(held.user_id, held.item_id)
+        history = DATA.history(held.user_id, "test")
+        row = model.scores([Request(id=name, user_id=held.user_id, history=history)])[0]
+        column = {item: n for n, item in enumerate(model.items)}
+        scores = [row[column[item]] for item in sets.sets[name]]
+        places.append(int(np.argmax(scores)))
+    counts = np.bincount(places, minlength=8)
+    assert counts.max() < len(places) / 2 and (counts > 0).sum() >= 6
+    assert retrieve(DATA, "test", SECTION, seed=0).digest == sets.digest
+    assert retrieve(DATA, "test", SECTION, seed=1).digest != sets.digest
+
+
+def test_equal_scores_are_drawn_and_do_not_follow_ids() -> None:
+    sets = retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0)
+    shown = {item for items in sets.sets.values() for item in items}
+    assert len(shown) == len(DATA.dataset.items)
+    assert retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0) == sets
+
+
+def test_the_ceiling_counts_targets_among_their_candidates() -> None:
+    sets = retrieve(DATA, "test", SECTION, seed=0)
+    held = DATA.holdouts("test")
+    inside = sum(one.item_id in sets.sets[request_id(one.user_id, one.item_id)] for one in held)
+    targets = {request_id(one.user_id, one.item_id): one.item_id for one in held}
+    assert 0 < inside < len(held) and ceiling(sets, targets) == inside / len(held)
+    (lost,) = [(name, item) for name, item in targets.items() if item not in sets.sets[name]][:1]
+    assert ceiling(sets, dict([lost])) == 0
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(RecipeError, match="item-knn"):
+        retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="item-kn"), seed=0)
+    with pytest.raises(ValueError, match=r"eval\.candidates\.retriever"):
+        CandidateSection(kind="retrieved")
+    with pytest.raises(ValueError, match=r"eval\.candidates\.retriever"):
+        CandidateSection(kind="uniform", retriever="item-knn")
+
+
+def test_a_run_counts_what_was_not_retrieved_and_says_so(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    rows = DATA.dataset.interactions.select("user_id", "item_id", "rating", "timestamp")
+    rows.write_csv(table)
+    page = tmp_path / "recipe.yaml"
+    page.write_text(
+        f"name: two\ndata: {{source: table, path: {table}, columns: {{rating: rating, time: timestamp}}}}\n"
+        "tasks: {direct: {strategies: [label, two-step], templates: [], eval_templates: [with-profile]}}\n"
+        "eval: {arms: [zero-shot], backend: fake, scorer: fake, users: 30, bootstrap: 50,\n"
+        "  candidates: {kind: retrieved, retriever: item-knn, count: 8}}\n",
+        encoding="utf-8",
+    )
+    found = run(load_recipe(str(page)), tmp_path / "out", quiet=True)
+    results = found.results
+    most = results["candidates"]["main"]["ceiling"]
+    assert results["candidates"]["main"]["kind"] == "retrieved-item-knn" and 0 < most < 1
+    lines = {row["predictor"]: row for row in results["rows"]}
+    assert {"label", "two-step", "item-knn"} <= set(lines)
+    for row in lines.values():
+        # All eight candidates are among the first ten: the ceiling of those who were asked is reached.
+        assert row["metrics"]["HR@10"]["value"] == pytest.approx(most)
+        assert "retrieved-item-knn-8" in row["metrics"]["HR@10"]["signature"]
+    # Chance among eight candidates, times the share of them that hold the target.
+    assert lines["random"]["metrics"]["HR@1"]["value"] == pytest.approx(most / 8)
+    assert f"{most:.1%} of the items that are asked for are among them" in " ".join(results["notes"])
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
+    assert not [check for check in audit["checks"] if check["verdict"] == "leak"]
+    page_text = found.report.read_text(encoding="utf-8")
+    assert "% with the target" in page_text

@@ -1,0 +1,133 @@
+"""The leaderboard page: order, marks, one protocol a table, and texts that stay text."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
+from llmrec.errors import DataError, LlmrecError
+from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
+from tests.report.reading import blocks
+from tests.report.suites import hostile_suite, made_reference, made_suite
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _page(*suites: dict[str, Any]) -> str:
+    return leaderboard(suites or (made_suite(),), {"papers": made_reference()})
+
+
+def _tables(text: str) -> list[list[str]]:
+    found: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append(line)
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_rows_stand_in_order_with_intervals_spread_and_verdicts() -> None:
+    ours = _tables(_page())[0]
+    assert ours[0] == (
+        "| predictor | HR@5 | NDCG@5 | HR@10 | NDCG@10 | over tie rules | best row is better | ties | parameters | "
+        "seconds | GB |"
+    )
+    assert ours[2] == (
+        "| sasrec | **0.1200** | **0.1320** | **0.1440** | **0.1560** [0.1404, 0.1716] sd 0.0010 | 0.1482 to 0.1638 "
+        "| – | 25.0% | neighbours 20 | 3 | 0.5 |"
+    )
+    assert [line.split(" | ")[0] for line in ours[2:]] == ["| sasrec", "| item-knn", "| popularity", "| random"]
+    assert [line.split(" | ")[6] for line in ours[2:]] == ["–", "not shown", "shown", "shown"]
+    assert "best row is better" not in _tables(_page(made_suite() | {"comparisons": []}))[0][0]
+
+
+def test_lower_is_better_for_ratings() -> None:
+    suite = made_suite()
+    suite["protocol"].update(seen=["rating"], metrics=["RMSE"], candidates=None)
+    suite["comparisons"] = []
+    for row, value in zip(suite["rows"], (1.1, 0.9, 1.0, None), strict=True):
+        figure = {"value": value, "low": value, "high": value, "signature": "RMSE|split:x|llmrec:0.1.0"}
+        row["tables"] = {"rating": {"metrics": {"RMSE": figure}, "tie_rate": 0.0}}
+    ours = _tables(_page(suite))[0]
+    assert [line.split(" | ")[0] for line in ours[2:]] == ["| popularity", "| item-knn", "| random", "| sasrec"]
+    assert "**0.9000**" in ours[2] and ours[5].split(" | ")[1] == "undefined"
+    assert "RMSE of sasrec is undefined. Nothing is compared with what has no figure." in _page(suite)
+    assert "### Ratings" in _page(suite)
+    for row in suite["rows"]:
+        row["tables"]["yes-no"] = row["tables"].pop("rating")
+    suite["protocol"].update(seen=["yes-no"])
+    assert "### Yes or no to an item" in _page(suite)
+
+
+def test_published_rows_stand_beside_the_protocol_that_they_share() -> None:
+    text = _page()
+    assert text.count("Published under the same protocol") == 2 and "not stated" in text
+    published = _tables(text)[1]
+    # Best first by the last metric that they print; a row without it comes after those with it.
+    assert [re.findall(r"0\.\d{4}", line) for line in published[2:]] == [["0.0600"], ["0.0500", "0.0400"], ["0.9000"]]
+    other = made_suite()
+    other["protocol"]["candidates"] = "uniform-100"
+    assert "Published" not in _page(other).split("## films")[1]
+
+
+def test_mixed_protocols_are_refused() -> None:
+    suite = made_suite()
+    figure = suite["rows"][2]["tables"]["included"]["metrics"]["HR@5"]
+    figure["signature"] = figure["signature"].replace("ties:expected", "ties:best")
+    with pytest.raises(
+        LlmrecError, match=r"rows of table 'included' .* different protocols, .*ties:expected.*ties:best"
+    ):
+        _page(suite)
+
+
+def test_what_is_missing_is_named() -> None:
+    suite = made_suite()
+    del suite["rows"][1]["tables"]["excluded"]["metrics"]["HR@5"]
+    with pytest.raises(DataError, match="suite 'films': a row of table 'excluded' lacks figures"):
+        _page(suite)
+    del suite["rows"][1]["tables"]
+    with pytest.raises(DataError, match=r"suite 'films': key 'rows\.1\.tables'.*llmrec eval"):
+        _page(suite)
+    with pytest.raises(DataError, match="key 'protocol'"):
+        _page({key: value for key, value in made_suite().items() if key != "protocol"})
+
+
+def test_only_suites_are_read_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text(json.dumps(made_suite()))
+    (tmp_path / "a.json").write_text('{"kind": "run"}')
+    (tmp_path / "c.json").write_text("[1]")
+    assert [found["suite"] for found in read_results(tmp_path)] == ["films"]
+    (tmp_path / "d.json").write_text("{")
+    with pytest.raises(DataError, match=r"d\.json: is not JSON"):
+        read_results(tmp_path)
+
+
+def test_every_page_of_published_figures_in_the_repository_can_be_read(tmp_path: Path) -> None:
+    pages = sorted((ROOT / "eval" / "references").glob("*.yaml"))
+    assert pages and all(load_reference(page).rows for page in pages)
+    (tmp_path / "x.yaml").write_text("reference: [")
+    with pytest.raises(DataError, match="not a page of published figures"):
+        load_reference(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not a page of published figures"):
+        load_reference(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("texts", [SCRIPTS, FORMULAS, MARKDOWN], ids=["scripts", "formulas", "markdown"])
+def test_no_text_becomes_markup(texts: tuple[str, ...]) -> None:
+    size = len(texts)
+    expected = blocks(leaderboard([hostile_suite([f"x{k}" for k in range(size)])], {"papers": made_reference()}))
+    shown = set()
+    for start in range(0, size, 8):
+        turned = [*texts[start:], *texts[:start]]
+        text = leaderboard([hostile_suite(turned)], {"papers": made_reference(turned[::-1])})
+        assert blocks(text) == expected
+        assert not re.search(r"<[A-Za-z!/?]", text)
+        shown |= {table[0].count(" | ") for table in _tables(text)}
+    assert len(shown) == 2

@@ -1,0 +1,200 @@
+"""Suites: what is measured, what is tuned on, what a killed one keeps, and what the leaderboard prints."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmrec import cli
+from llmrec.baselines.tuning import tune
+from llmrec.commands.compare import suite as suites
+from llmrec.commands.compare.benchmark import _recipe, points
+from llmrec.commands.compare.suite import run_suite
+from llmrec.data.sources.table import load
+from llmrec.data.split import split
+from llmrec.errors import RecipeError
+from llmrec.experiment.study import load_split
+from llmrec.recipe.comparisons import Suite
+from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
+from llmrec.registry import BASELINES, FAMILY_BASELINES
+from llmrec.resources import resource
+
+PAGE: dict[str, Any] = {
+    "suite": "made",
+    "description": "A made table.",
+    "data": {"source": "made-reviews"},
+    "seeds": [0, 1],
+    "split_seeds": [0, 1],
+    "bootstrap": 60,
+    "rows": [
+        {"baseline": "random"},
+        {"baseline": "popularity"},
+        {"baseline": "item-knn", "parameters": {"history": 10}},
+        {"baseline": "markov-1"},
+        {"baseline": "als", "parameters": {"factors": 8, "iterations": 4}, "tune": False},
+        {"baseline": "ease", "tune": False},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, suites.Ran]:
+    folder = tmp_path_factory.mktemp("suite")
+    return folder, run_suite(Suite(**PAGE), out=folder / "out", results=folder / "eval" / "results")
+
+
+def _again(folder: Path, **changed: Any) -> suites.Ran:
+    return run_suite(Suite(**PAGE | changed), out=folder / "out", results=folder / "eval" / "results")
+
+
+def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: tuple[Path, suites.Ran]) -> None:
+    rows = {row["name"]: row for row in ran[1].results["rows"]}
+    assert list(rows) == [row["baseline"] for row in PAGE["rows"]]
+    for name, row in rows.items():
+        assert set(row["tables"]) == {"excluded", "included"}
+        for table in row["tables"].values():
+            figure = table["metrics"]["NDCG@10"]
+            assert figure["range"][0] <= figure["range"][1] and "cand:full" in figure["signature"]
+            assert ("sd" in figure) == (name == "als")
+        assert row["seeds"] == ([0, 1] if name == "als" else [0])
+        assert row["memory_gb"] > 0 and {"tune", "fit", "answer"} <= set(row["seconds"])
+
+
+def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, suites.Ran]) -> None:
+    (chance,) = [row for row in ran[1].results["rows"] if row["name"] == "random"]
+    items = ran[1].results["data"]["items"]
+    assert chance["tables"]["included"]["metrics"]["HR@10"]["value"] == pytest.approx(10 / items)
+    assert chance["seeds"] == [0] and all("sd" not in table["metrics"]["HR@10"] for table in chance["tables"].values())
+
+
+def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tuple[Path, suites.Ran]) -> None:
+    rows = {row["name"]: row for row in ran[1].results["rows"]}
+    data = load_split(Suite(**PAGE).data, 0)
+    expected = tune("item-knn", data, seed=0, grid={"decay": (0.8, 1.0), "history": (10,)})
+    assert rows["item-knn"]["parameters"] == expected.parameters
+    assert [trial["value"] for trial in rows["item-knn"]["trials"]] == [trial.value for trial in expected.trials]
+    assert rows["item-knn"]["chosen_by"] == "NDCG@10" and len(rows["item-knn"]["trials"]) == 2
+    assert rows["ease"]["trials"] == [] and rows["ease"]["parameters"] == {}
+
+
+def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran]) -> None:
+    results = ran[1].results
+    best = max(results["rows"], key=lambda row: row["tables"]["excluded"]["metrics"]["NDCG@10"]["value"])["name"]
+    found = [line for line in results["comparisons"] if line["seen"] == "excluded"]
+    assert {line["a"] for line in found} == {best} and len(found) == len(PAGE["rows"]) - 1
+    assert all(line["value"] >= 0 and line["verdict"] in ("shown", "not shown") for line in found)
+    assert "would be shown" in results["detectable"]["excluded"] or results["detectable"]["excluded"]
+
+
+def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
+    ran: tuple[Path, suites.Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, first = ran
+    made: list[str] = []
+    genuine = suites._make
+
+    def counted(suite: Suite, row: Any, *rest: Any) -> dict[str, Any]:
+        made.append(row.baseline)
+        return genuine(suite, row, *rest)
+
+    monkeypatch.setattr(suites, "_make", counted)
+    again = _again(folder)
+    assert made == [] and again.results["rows"] == first.results["rows"]
+    rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}}]
+    assert _again(folder, rows=rows).results["rows"][-1]["parameters"] == {"penalty": 500.0}
+    assert made == ["ease"]
+    made.clear()
+    _again(folder, bootstrap=61)
+    assert made == [row["baseline"] for row in PAGE["rows"]]
+
+
+def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
+    common = {"suite": "s", "data": {"source": "made-reviews"}, "bootstrap": 60}
+    rating = Suite(**common, task="rating", rows=[{"baseline": "user-mean"}, {"baseline": "user-item-bias"}])
+    found = run_suite(rating, out=tmp_path / "a", results=tmp_path / "r").results
+    assert found["protocol"]["metrics"] == ["MAE", "RMSE"] and found["protocol"]["seen"] == ["rating"]
+    assert {line["metric"] for line in found["comparisons"]} == {"RMSE"}
+    liked = Suite(
+        **common | {"data": {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.2, "test": 0.2}}},
+        task="ctr",
+        liked=4,
+        rows=[{"baseline": "like-ratio"}, {"baseline": "logistic"}],
+    )
+    found = run_suite(liked, out=tmp_path / "b", results=tmp_path / "r").results
+    assert found["rows"][1]["parameters"]["liked"] == 4 and found["rows"][1]["chosen_by"] == "LogLoss"
+    assert set(found["rows"][0]["tables"]) == {"yes-no"}
+    assert 0 <= found["rows"][1]["tables"]["yes-no"]["metrics"]["AUC"]["value"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rows": [{"baseline": "user-mean"}]}, "'user-mean' does not answer the task ranking; choose from random"),
+        ({"references": ["nowhere"]}, "there is no page 'nowhere' under eval/references; known: amazon14-beauty"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_measured(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        _again(tmp_path, **changed)
+    assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_the_command_writes_results_and_the_leaderboard_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "made.yaml"
+    page.write_text(yaml.safe_dump(PAGE | {"split_seeds": [0], "rows": PAGE["rows"][:2]}), encoding="utf-8")
+    results = tmp_path / "eval" / "results"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["llmrec", "eval", str(page), "seeds=[3]", "--results", str(results)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "popularity" in capsys.readouterr().out
+    assert json.loads((results / "made.json").read_text(encoding="utf-8"))["protocol"]["seeds"] == [3]
+    board = (tmp_path / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8")
+    assert "## made" in board and "Items of the history excluded" in board and "| popularity |" in board
+
+
+PAGES = sorted(resource("eval", "suites").glob("*.yaml"))
+SUITES = [page for page in PAGES if kind_of_page(page) == "suite"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in SUITES], ids=lambda page: page.stem)
+def test_a_shipped_benchmark_can_be_read_and_its_recipes_too(page: Path) -> None:
+    benchmark = load_benchmark(page)
+    assert benchmark.benchmark == page.stem
+    for point in points(benchmark):
+        assert _recipe(benchmark, point).tasks.present()
+
+
+@pytest.mark.parametrize("page", SUITES, ids=lambda page: page.stem)
+def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
+    suite = load_suite(str(page))
+    assert suite.suite == page.stem
+    family = "sequential" if suite.task == "ranking" else suite.task
+    names = [row.baseline for row in suite.rows if row.baseline is not None]
+    assert all(load_recipe(row.recipe, row.overrides).tasks.sequential for row in suite.rows if row.recipe)
+    assert set(names) <= set(FAMILY_BASELINES[family]) <= set(BASELINES)
+    for name in suite.references:
+        assert suites._reference(name).rows
+    if suite.task == "ranking":
+        assert {"random", "popularity", "item-knn", "markov-1", "ease", "sasrec"} <= set(names)
+
+
+@pytest.mark.skipif("LLMREC_DATA" not in os.environ, reason="LLMREC_DATA names no folder with the Amazon sequences")
+@pytest.mark.parametrize("name", ["amazon14-beauty", "amazon14-toys"])
+def test_the_sequences_are_those_of_the_published_figures(name: str) -> None:
+    suite = load_suite(str(resource("eval", "suites") / f"{name}.yaml"))
+    data = split(load(suite.data, seed=0), suite.data.split, seed=0)
+    counts = suites._reference(name).counts
+    assert len(data.dataset.items) == counts["items"]
+    assert data.dataset.interactions["user_id"].n_unique() == counts["users"]
+    assert len(data.dataset.interactions) == counts["interactions"]

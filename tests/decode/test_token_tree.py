@@ -1,0 +1,85 @@
+"""The tree of legal outputs against plain Python over the same paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.decode.token_tree import ROOT, Catalogue
+from llmrec.errors import DataError
+
+END = 9
+PATHS = st.lists(st.lists(st.integers(0, 3), max_size=4).map(lambda path: (*path, END)), min_size=1, unique=True)
+
+
+@given(PATHS)
+def test_nodes_children_and_ranges_are_those_of_the_paths(paths: list[tuple[int, ...]]) -> None:
+    tree, ordered = Catalogue.of(paths), sorted(paths)
+    assert len(tree) == len(paths) and tree.depth == max(map(len, paths))
+    assert [paths[item] for item in tree.order] == ordered
+    assert [tree.path(place) for place in range(len(paths))] == ordered
+    assert all(ordered[tree.places[item]] == path for item, path in enumerate(paths))
+    depths = range(1, tree.depth + 1)
+    prefixes = [(), *(p for d in depths for p in sorted({path[:d] for path in paths if len(path) >= d}))]
+    assert len(prefixes) == len(tree.tokens)
+    assert list(tree.starts) == [0, *(sum(len(p) <= d for p in prefixes) for d in range(tree.depth + 1))]
+    for node, prefix in enumerate(prefixes):
+        below = [place for place, path in enumerate(ordered) if path[: len(prefix)] == prefix]
+        assert tree.lows[node] == below[0]
+        children = sorted({ordered[place][len(prefix)] for place in below if len(ordered[place]) > len(prefix)})
+        assert tree.tokens[tree.firsts[node] : tree.firsts[node + 1]].tolist() == children
+    several = {prefix for prefix in prefixes if len({p for p in prefixes if p[:-1] == prefix and p}) > 1}
+    assert tree.branching == max(sum(path[:d] in several for d in range(len(path))) for path in paths)
+
+
+@given(PATHS, st.randoms(use_true_random=False))
+def test_the_given_order_changes_numbers_only(paths: list[tuple[int, ...]], dice: object) -> None:
+    turned = list(reversed(paths))
+    one, two = Catalogue.of(paths), Catalogue.of(turned)
+    assert (one.tokens == two.tokens).all() and (one.firsts == two.firsts).all() and (one.lows == two.lows).all()
+    assert [paths[item] for item in one.order] == [turned[item] for item in two.order]
+
+
+def test_an_array_of_equally_long_paths_is_read_as_it_is() -> None:
+    table = np.random.default_rng(0).integers(0, 50_000, (500, 5))
+    one, two = Catalogue.of(table), Catalogue.of([tuple(row) for row in table.tolist()])
+    assert (one.order == two.order).all() and (one.tokens == two.tokens).all()
+    # Wide ids in many columns do not fit one integer, and are sorted column by column.
+    wide = Catalogue.of(np.hstack([table, table]))
+    assert (wide.order == one.order).all()
+
+
+@pytest.mark.parametrize(
+    ("paths", "what"),
+    [
+        ([], "holds no item"),
+        ([(1,), ()], "item 1 of the catalogue has no tokens"),
+        ([(1, 2), (3,), (1, 2)], "items 0 and 2 of the catalogue have the same tokens"),
+        ([(1, 2, 3), (5,), (1, 2)], "the tokens of item 2 of the catalogue begin those of item 0"),
+        ([(1, -3)], "negative token id"),
+    ],
+)
+def test_ambiguous_or_empty_paths_are_refused(paths: list[tuple[int, ...]], what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        Catalogue.of(paths)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    tree = Catalogue.of([(1, 2, 9), (1, 9), (3, 9)])
+    tree.save(tmp_path / "catalogue.safetensors")
+    again = Catalogue.load(tmp_path / "catalogue.safetensors")
+    assert again.starts == tree.starts and [again.path(place) for place in range(3)] == [(1, 2, 9), (1, 9), (3, 9)]
+    (tmp_path / "torn").write_bytes(b"x")
+    with pytest.raises(DataError, match="make it again"):
+        Catalogue.load(tmp_path / "torn")
+
+
+def test_memory_is_three_integers_a_node_and_one_an_item() -> None:
+    codes = np.unique(np.random.default_rng(0).integers(0, 64, (20_000, 4)), axis=0)
+    tree = Catalogue.of(codes)
+    assert tree.nbytes == 4 * (3 * len(tree.tokens) + 1 + len(tree))
+    assert tree.tokens[ROOT] == -1 and len(tree.tokens) == tree.starts[-1]

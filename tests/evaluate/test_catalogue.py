@@ -1,0 +1,312 @@
+"""The whole catalogue is ranked as a slow loop would rank it, in both conventions about the history."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from llmrec.baselines.popular import Popularity, Random
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.catalogue import evaluate_catalogue, rank_catalogue
+from llmrec.evaluate.lists import Background
+from llmrec.evaluate.predictor import Protocol, compare, evaluate
+from llmrec.metrics.ranking import standing
+from llmrec.metrics.signature import parse_signature
+from llmrec.recipe.schema import Split
+from llmrec.types import Case, Event, Item, Ranking, Request
+
+
+class Scored:
+    """Scores that the test chooses, by request id."""
+
+    name = "scored"
+
+    def __init__(self, items: Sequence[str], table: dict[str, Sequence[float]], dtype: Any = np.float64) -> None:
+        self.items, self.table, self.dtype = tuple(items), table, dtype
+        self.asked: list[int] = []
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[Any]:
+        self.asked.append(len(requests))
+        return np.array([self.table[request.id] for request in requests], dtype=self.dtype)
+
+
+def case(k: int, truth: str, history: str = "") -> Case:
+    events = tuple(Event(item_id=item) for item in history)
+    return Case(request=Request(id=f"r{k}", user_id=f"u{k}", history=events), truth=truth)
+
+
+def protocol(items: int, cutoffs: tuple[int, ...] = (1, 2)) -> Protocol:
+    return Protocol(
+        split="leave_one_out/test", candidates="uniform-4", cutoffs=cutoffs, resamples=100, seed=0, catalogue=items
+    )
+
+
+# ------------------------------------------------------------------ standings
+
+
+def test_worked_by_hand() -> None:
+    # Above the target b: a and d; beside it: c. The user had a, c and twice d; z is not in the catalogue.
+    found = rank_catalogue(Scored("abcde", {"r0": [4, 2, 2, 3, 1]}), [case(0, "b", "acddz")], cutoffs=(3,))
+    assert (found["included"].greater[0], found["included"].tied[0], found["included"].pool[0]) == (2, 2, 5)
+    assert (found["excluded"].greater[0], found["excluded"].tied[0], found["excluded"].pool[0]) == (0, 1, 2)
+    assert found["excluded"].lists.tolist() == [[1, 4, -1]]
+    assert np.isnan(found["excluded"].scores[0, 2])
+    assert found["included"].lists[0, :2].tolist() == [0, 3]
+    assert found["included"].lists[0, 2] in (1, 2)
+
+
+def test_a_target_that_the_user_had_can_always_be_ranked() -> None:
+    found = rank_catalogue(Scored("abc", {"r0": [3, 2, 1]}), [case(0, "b", "ab")], cutoffs=(2,))["excluded"]
+    assert (found.greater[0], found.tied[0], found.pool[0]) == (0, 1, 2)
+    assert found.lists.tolist() == [[1, 2]]
+
+
+def test_a_target_outside_the_catalogue_is_a_miss() -> None:
+    found = rank_catalogue(Scored("abc", {"r0": [3, 2, 1]}), [case(0, "z", "a")], cutoffs=(1,))
+    for seen, pool in (("excluded", 2), ("included", 3)):
+        assert (found[seen].greater[0], found[seen].tied[0]) == (pool, 0)
+
+
+_SCORES = st.lists(st.lists(st.integers(-2, 2), min_size=7, max_size=7), min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(table=_SCORES, data=st.data(), batch=st.sampled_from([None, 1, 2, 5]), narrow=st.booleans())
+def test_a_slow_loop_gives_the_same(
+    table: list[list[int]], data: st.DataObject, batch: int | None, narrow: bool
+) -> None:
+    items = "abcdefg"
+    cases = [
+        case(k, data.draw(st.sampled_from(items)), data.draw(st.text(alphabet=items + "z", max_size=5)))
+        for k in range(len(table))
+    ]
+    scorer = Scored(items, {f"r{k}": row for k, row in enumerate(table)}, np.float32 if narrow else np.float64)
+    found = rank_catalogue(scorer, cases, cutoffs=(1, 3), batch=batch)
+    for k, (one, row) in enumerate(zip(cases, table, strict=True)):
+        gone = {event.item_id for event in one.request.history} - {str(one.truth)}
+        for seen, hidden in (("excluded", gone), ("included", set())):
+            left = {item: float(score) for item, score in zip(items, row, strict=True) if item not in hidden}
+            ranking = Ranking(request_id="r", items=tuple(left), scores=tuple(left.values()))
+            expected = standing(ranking, str(one.truth), len(left))
+            place = found[seen]
+            assert (place.greater[k], place.tied[k], place.pool[k]) == (expected.greater, expected.tied, len(left))
+            shown = [items[number] for number in place.lists[k] if number >= 0]
+            assert len(shown) == len(set(shown)) == min(3, len(left))
+            assert [left[item] for item in shown] == sorted(left.values(), reverse=True)[: len(shown)]
+
+
+def test_lists_do_not_depend_on_batches_or_on_the_order_of_anything() -> None:
+    rng = np.random.default_rng(0)
+    items = [f"i{n:03d}" for n in range(60)]
+    table = {f"r{k}": rng.integers(0, 4, 60).astype(float) for k in range(40)}
+    cases = [case(k, items[int(rng.integers(60))]) for k in range(40)]
+    names = np.array(items)
+    whole = rank_catalogue(Scored(items, table), cases, cutoffs=(10,), seen=("included",))["included"]
+    by_id = {one.request.id: names[row].tolist() for one, row in zip(cases, whole.lists, strict=True)}
+    order = rng.permutation(60)
+    moved = Scored([items[n] for n in order], {key: row[order] for key, row in table.items()})
+    other = [cases[n] for n in rng.permutation(40)]
+    again = rank_catalogue(moved, other, cutoffs=(10,), seen=("included",), batch=7)["included"]
+    for one, row in zip(other, again.lists, strict=True):
+        assert [moved.items[number] for number in row] == by_id[one.request.id]
+    reseeded = rank_catalogue(Scored(items, table), cases, cutoffs=(10,), seen=("included",), seed=1)["included"]
+    assert (reseeded.lists != whole.lists).any()
+    assert np.array_equal(reseeded.scores, whole.scores)
+
+
+def test_tied_items_are_shown_equally_often() -> None:
+    items = [f"i{n}" for n in range(20)]
+    for fill in (0.0, -1.0):  # all items tie; half of them do, which takes the other way through the code
+        row = np.where(np.arange(20) < 10, 0.0, fill)
+        scorer = Scored(items, {f"r{k}": row for k in range(3000)})
+        found = rank_catalogue(scorer, [case(k, "i0") for k in range(3000)], cutoffs=(2,), seen=("included",))
+        shown = np.bincount(found["included"].lists.ravel(), minlength=20)[: 20 if fill == 0 else 10]
+        share = 6000 / len(shown)
+        assert shown.sum() == 6000
+        assert np.abs(shown - share).max() < 5 * np.sqrt(share)
+        first = np.bincount(found["included"].lists[:, 0], minlength=20)[: len(shown)]
+        assert np.abs(first - 3000 / len(shown)).max() < 5 * np.sqrt(3000 / len(shown))
+
+
+def test_batches_are_bounded_and_progress_is_told() -> None:
+    scorer = Scored("abc", {f"r{k}": [1, 2, 3] for k in range(10)})
+    told: list[int] = []
+    rank_catalogue(scorer, [case(k, "a") for k in range(10)], cutoffs=(), batch=4, progress=told.append)
+    assert scorer.asked == told == [4, 4, 2]
+
+
+def test_without_cutoffs_there_are_no_lists() -> None:
+    found = rank_catalogue(Scored("ab", {"r0": [1, 2]}), [case(0, "a")], cutoffs=())["included"]
+    assert found.lists.shape == (1, 0)
+    assert found.greater.tolist() == [1]
+
+
+def test_scores_may_be_read_only() -> None:
+    class Fixed(Scored):
+        def scores(self, requests: Sequence[Request]) -> NDArray[Any]:
+            return np.broadcast_to(np.array([1.0, 3.0, 2.0]), (len(requests), 3))
+
+    found = rank_catalogue(Fixed("abc", {}), [case(0, "a", "b"), case(1, "c")], cutoffs=(2,))
+    assert found["excluded"].lists.tolist() == [[2, 0], [1, 2]]
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_without_a_rank_are_refused(bad: float) -> None:
+    scorer = Scored("abc", {"r0": [1, 2, 3], "r1": [1, bad, 3]})
+    with pytest.raises(LlmrecError, match=r"request 'r1'.*item 'b'.*has no rank"):
+        rank_catalogue(scorer, [case(0, "a"), case(1, "a")], cutoffs=(1,))
+
+
+def test_defects_of_a_scorer_are_refused() -> None:
+    with pytest.raises(LlmrecError, match=r"shape \(1, 2\) for 1 requests and 3 items"):
+        rank_catalogue(Scored("abc", {"r0": [1, 2]}), [case(0, "a")], cutoffs=(1,))
+    with pytest.raises(LlmrecError, match="twice"):
+        rank_catalogue(Scored("aab", {"r0": [1, 2, 3]}), [case(0, "a")], cutoffs=(1,))
+    with pytest.raises(LlmrecError, match="no case"):
+        rank_catalogue(Scored("abc", {}), [], cutoffs=(1,))
+    with pytest.raises(LlmrecError, match="scores 3 items, but the catalogue has 4"):
+        evaluate_catalogue(Scored("abc", {"r0": [1, 2, 3]}), [case(0, "a")], protocol(4))
+
+
+# ------------------------------------------------------------------ figures
+
+
+@pytest.fixture(scope="module")
+def data() -> SplitDataset:
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"u{user:02d}", f"i{item:02d}", 4.0, float(place))
+        for user in range(60)
+        for place, item in enumerate(rng.choice(30, size=int(rng.integers(4, 12)), replace=False, p=_skewed(30)))
+    ]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row")
+    genres = ["drama", "drama|war", "comedy", ""]
+    items = {
+        name: Item(item_id=name, title=name, fields={"genres": genres[int(name[1:]) % 4]})
+        for name in sorted(set(frame["item_id"]))
+    }
+    return split(Dataset(name="made", noun="things", interactions=frame, items=items), Split(), seed=0)
+
+
+def _skewed(n: int) -> NDArray[np.float64]:
+    weights = 1 / np.arange(1, n + 1)
+    return weights / weights.sum()
+
+
+def _cases(data: SplitDataset) -> list[Case]:
+    return [
+        Case(
+            request=Request(id=held.user_id, user_id=held.user_id, history=data.history(held.user_id, "test")),
+            truth=held.item_id,
+        )
+        for held in data.holdouts("test")
+    ]
+
+
+def test_figures_equal_those_of_a_predictor_that_is_asked(data: SplitDataset) -> None:
+    cases, popular = _cases(data), Popularity()
+    popular.fit(data)
+    size = len(data.dataset.items)
+    asked = evaluate(popular, cases, family="sequential", protocol=protocol(size, (1, 5, 10)))
+    found = evaluate_catalogue(popular, cases, protocol(size, (1, 5, 10)))["excluded"]
+    for name, figure in asked.figures["metrics"].items():
+        mine = found.figures["metrics"][name]
+        assert [mine[key] for key in ("value", "low", "high")] == pytest.approx(
+            [figure[k] for k in ("value", "low", "high")]
+        )
+        assert found.values[name] == pytest.approx(asked.values[name])
+    assert found.figures["tie_rate"] == asked.figures["tie_rate"]
+    assert found.figures["n"] == asked.figures["n"] == len(cases)
+    assert [record["rank"] for record in found.records] == [record["rank"] for record in asked.records]
+    assert found.records[0].keys() == asked.records[0].keys()
+
+
+def test_signatures_name_the_convention_and_the_users(data: SplitDataset) -> None:
+    popular, size = Popularity(), len(data.dataset.items)
+    popular.fit(data)
+    found = evaluate_catalogue(popular, _cases(data), protocol(size, (10,)))
+    assert set(found) == {"excluded", "included"}
+    for seen, row in found.items():
+        sign = parse_signature(row.figures["metrics"]["NDCG@10"]["signature"])
+        assert (sign.candidates, sign.seen, sign.users) == ("full", seen, "60")
+        assert row.figures["seen"] == seen
+        shown = json.loads(row.records[0]["parsed"])
+        assert len(shown["items"]) == len(shown["scores"]) == 10
+    only = evaluate_catalogue(popular, _cases(data), protocol(size), seen=("included",))
+    assert set(only) == {"included"}
+
+
+def test_chance_is_exact_for_every_request(data: SplitDataset) -> None:
+    chance, size = Random(seed=3), len(data.dataset.items)
+    chance.fit(data)
+    cases = _cases(data)
+    found = evaluate_catalogue(chance, cases, protocol(size, (5,)))
+    assert found["included"].values["HR@5"] == pytest.approx(np.full(len(cases), 5 / size))
+    left = [
+        size - len({event.item_id for event in one.request.history} & set(chance.items) - {str(one.truth)})
+        for one in cases
+    ]
+    assert found["excluded"].values["HR@5"] == pytest.approx(np.minimum(5 / np.array(left), 1))
+
+
+def test_list_metrics_stand_beside_the_others(data: SplitDataset) -> None:
+    cases, size = _cases(data), len(data.dataset.items)
+    background = Background.of(data, field="genres")
+    rows = {}
+    for scorer in (Popularity(), Random(seed=0)):
+        scorer.fit(data)
+        rows[scorer.name] = evaluate_catalogue(scorer, cases, protocol(size, (5, 10)), background=background)
+    popular, chance = (row["excluded"].figures["metrics"] for row in rows.values())
+    names = {"Coverage@10", "Novelty@10", "Gini@10", "PopularityLift@10", "ILD@10", "Serendipity@10"}
+    assert names <= popular.keys()
+    assert popular["Coverage@10"]["value"] < chance["Coverage@10"]["value"] <= 1
+    assert popular["Gini@10"]["value"] > chance["Gini@10"]["value"]
+    assert popular["Novelty@10"]["value"] < chance["Novelty@10"]["value"]
+    # Of a catalogue this small the history holds what is popular, and what is left is not.
+    whole, drawn = (row["included"].figures["metrics"]["PopularityLift@10"] for row in rows.values())
+    assert whole["low"] > 0 > drawn["high"]
+    assert popular["Serendipity@10"]["value"] == pytest.approx(
+        0.0, abs=0.01
+    )  # equal counts may be told apart otherwise
+    assert 0 < chance["ILD@10"]["value"] <= 1
+    assert chance["ILD@10"]["signature"].split("|")[:2] == ["ILD@10", "ties:seeded"]
+    assert "how:jaccard-genres" in chance["ILD@10"]["signature"]
+    assert chance["Coverage@10"]["low"] is None
+    values = rows["random"]["excluded"].values
+    assert {"Novelty@10", "ILD@10", "Serendipity@10"} <= values.keys()
+    lead = compare("Novelty@10", values["Novelty@10"], rows["popularity"]["excluded"].values["Novelty@10"],
+                   [one.request.user_id for one in cases], resamples=200, seed=0)  # fmt: skip
+    assert lead.low > 0
+
+
+def test_background_counts_training_only(data: SplitDataset) -> None:
+    background = Background.of(data)
+    counts = dict(data.train.group_by("item_id").len().iter_rows())
+    assert background.counts.tolist() == [counts.get(item, 0) for item in sorted(data.dataset.items)]
+    assert background.users == data.train["user_id"].n_unique()
+    with pytest.raises(LlmrecError, match="no item has the field 'colour'"):
+        Background.of(data, field="colour")
+    stranger = Scored("abc", {"r0": [1, 2, 3]})
+    with pytest.raises(LlmrecError, match="same catalogue"):
+        evaluate_catalogue(stranger, [case(0, "a")], protocol(3), background=background)
+
+
+def test_a_history_free_world_has_no_lift(data: SplitDataset) -> None:
+    popular, size = Popularity(), len(data.dataset.items)
+    popular.fit(data)
+    bare = [Case(request=Request(id=f"r{k}", user_id=f"u{k}"), truth="i01") for k in range(3)]
+    found = evaluate_catalogue(popular, bare, protocol(size, (10,)), background=Background.of(data))["excluded"]
+    assert found.figures["metrics"]["PopularityLift@10"]["value"] is None

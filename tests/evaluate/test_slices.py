@@ -1,0 +1,174 @@
+"""Slices come from training counts alone, cover every case once, and average what is in them."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.slices import FEW, SliceRules, slice_figures, slices_of
+from llmrec.metrics.signature import parse_signature, same_protocol
+from llmrec.types import Answer, Case, Event, Item, Rating, Request
+
+PROTOCOL = Protocol(split="loo/test", candidates="full", cutoffs=(1,), resamples=100, seed=0, catalogue=5)
+RULES = SliceRules(cold=2, history=(2, 4), activity=(3,))
+
+
+def split_of(train: list[tuple[str, str]], held: list[tuple[str, str]] = []) -> SplitDataset:  # noqa: B006
+    def frame(pairs: list[tuple[str, str]]) -> pl.DataFrame:
+        return pl.DataFrame(
+            [(user, item, 3.0, 1.0, None) for user, item in pairs],
+            schema={
+                "user_id": pl.String,
+                "item_id": pl.String,
+                "rating": pl.Float64,
+                "timestamp": pl.Float64,
+                "text": pl.String,
+            },
+            orient="row",
+        )
+
+    rows = frame(train + held)
+    items = {item: Item(item_id=item, title=item) for item in sorted({*rows["item_id"], *"abcde"})}
+    return SplitDataset(
+        dataset=Dataset(name="made", noun="things", interactions=rows, items=items),
+        kind="leave_one_out",
+        seed=0,
+        train=frame(train),
+        valid=frame([]),
+        test=frame(held),
+        held_out=frozenset(held),
+    )
+
+
+TRAIN = [*(("u0", item) for item in "abc"), *(("u1", item) for item in "ab"), ("u2", "a"), ("u3", "a"), ("u3", "b")]
+
+
+def case(user: str, truth: str, history: int) -> Case:
+    events = tuple(Event(item_id="a") for _ in range(history))
+    return Case(request=Request(id=f"{user}/{truth}", user_id=user, history=events), truth=truth)
+
+
+def test_slices_by_hand() -> None:
+    # Training counts: a 4, b 3, c 1, d 0. a and b make 7 of 8, which is the first share of at least .8.
+    cases = [case("u0", "a", 3), case("u1", "c", 1), case("u2", "d", 9), case("u9", "b", 0)]
+    found = {name: member.tolist() for name, member in slices_of(cases, split_of(TRAIN), RULES).items()}
+    assert found == {
+        "item:cold-below-2": [False, True, True, False],
+        "item:warm-from-2": [True, False, False, True],
+        "item:head-0.8": [True, False, False, True],
+        "item:long-tail-0.8": [False, True, True, False],
+        "history:0-1": [False, True, False, True],
+        "history:2-3": [True, False, False, False],
+        "history:from-4": [False, False, True, False],
+        "activity:0-2": [False, True, True, True],
+        "activity:from-3": [True, False, False, False],
+    }
+
+
+def test_items_that_tie_with_the_last_of_the_head_belong_to_it() -> None:
+    train = [(f"u{n}", item) for item, count in (("a", 6), ("b", 2), ("c", 2)) for n in range(count)]
+    found = slices_of([case("u0", item, 1) for item in "abc"], split_of(train))
+    assert found["item:head-0.8"].tolist() == [True, True, True]
+    found = slices_of([case("u0", item, 1) for item in "abc"], split_of(train), SliceRules(head=0.6))
+    assert found["item:head-0.6"].tolist() == [True, False, False]
+
+
+def test_held_out_rows_do_not_move_a_case() -> None:
+    cases = [case("u0", "d", 2), case("u1", "a", 2)]
+    before = slices_of(cases, split_of(TRAIN), RULES)
+    after = slices_of(cases, split_of(TRAIN, [(f"v{n}", "d") for n in range(50)] + [("u1", "e")] * 9), RULES)
+    assert {name: each.tolist() for name, each in before.items()} == {n: each.tolist() for n, each in after.items()}
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.sampled_from(["u0", "u1", "u2"]), st.sampled_from("abcde"), st.integers(0, 8))),
+    edges=st.sets(st.integers(1, 9), max_size=4).map(sorted),
+)
+def test_every_case_is_in_one_slice_of_each_kind(rows: list[tuple[str, str, int]], edges: list[int]) -> None:
+    cases = [case(*row) for row in rows]
+    rules = SliceRules(cold=2, history=tuple(edges), activity=tuple(edges))
+    found = slices_of(cases, split_of(TRAIN), rules)
+    for kinds in (("item:cold", "item:warm"), ("item:head", "item:long"), ("history:",), ("activity:",)):
+        members = [member for name, member in found.items() if name.startswith(kinds)]
+        if members:
+            assert np.sum(members, axis=0).tolist() == [1] * len(cases)
+        else:
+            assert not cases
+
+
+def test_figures_of_slices_are_means_of_their_cases() -> None:
+    cases = [case(f"u{k % 4}", "a" if k % 3 else "c", k % 6) for k in range(90)]
+    values = np.random.default_rng(0).random(90)
+    row = {"MRR": {"signature": PROTOCOL.sign("MRR", seen="included")}}
+    figures = slice_figures({"MRR": values}, cases, split_of(TRAIN), metrics=row, protocol=PROTOCOL, rules=RULES)
+    members = slices_of(cases, split_of(TRAIN), RULES)
+    assert [figure.name for figure in figures] == list(members)
+    for figure in figures:
+        own = members[figure.name]
+        assert figure.n == own.sum()
+        assert figure.small == (figure.n < FEW)
+        if figure.n:
+            metric = figure.metrics["MRR"]
+            assert metric["value"] == pytest.approx(values[own].mean())
+            assert metric["low"] <= metric["value"] <= metric["high"]
+            sign = parse_signature(metric["signature"])
+            assert (sign.slice, sign.seen) == (figure.name, "included")
+            assert not same_protocol(metric["signature"], row["MRR"]["signature"])
+    assert sum(figure.users for figure in figures if figure.name.startswith("activity")) == 4
+
+
+def test_empty_and_small_slices_are_shown_and_marked() -> None:
+    cases = [case("u0", "a", 1)] * 3
+    row = {"MRR": {"signature": PROTOCOL.sign("MRR")}}
+    figures = {
+        figure.name: figure
+        for figure in slice_figures(
+            {"MRR": np.ones(3)}, cases, split_of(TRAIN), metrics=row, protocol=PROTOCOL, rules=RULES
+        )
+    }
+    assert (figures["item:cold-below-2"].n, figures["item:cold-below-2"].metrics) == (0, {})
+    assert (figures["item:warm-from-2"].n, figures["item:warm-from-2"].small) == (3, True)
+
+
+def test_ratings_are_cut_by_the_rated_item_and_rmse_stays_a_root() -> None:
+    class Three:
+        name = "three"
+
+        def answer(self, requests: list[Request]) -> list[Answer]:
+            return [Rating(request_id=request.id, value=3.0) for request in requests]
+
+    cases = [
+        Case(request=Request(id=f"r{k}", user_id="u0", item=item), truth=truth)
+        for k, (item, truth) in enumerate([("a", 5.0), ("a", 1.0), ("c", 4.0)])
+    ]
+    row = evaluate(Three(), cases, family="rating", protocol=PROTOCOL)  # type: ignore[arg-type]
+    figures = {
+        figure.name: figure.metrics
+        for figure in slice_figures(
+            row.values, cases, split_of(TRAIN), metrics=row.figures["metrics"], protocol=PROTOCOL, rules=RULES
+        )
+    }
+    assert figures["item:warm-from-2"]["RMSE"]["value"] == pytest.approx(2.0)
+    assert figures["item:cold-below-2"]["RMSE"]["value"] == pytest.approx(1.0)
+
+
+def test_answers_about_no_item_have_no_item_slices() -> None:
+    cases = [Case(request=Request(id="r", user_id="u0"), truth="some text")]
+    assert not any(name.startswith("item:") for name in slices_of(cases, split_of(TRAIN)))
+
+
+def test_wrong_rules_and_lengths_are_errors() -> None:
+    for wrong in ({"cold": 0}, {"head": 1.0}, {"history": (5, 5)}, {"activity": (0, 3)}):
+        with pytest.raises(LlmrecError, match="slices:"):
+            SliceRules(**wrong)  # type: ignore[arg-type]
+    row = {"MRR": {"signature": PROTOCOL.sign("MRR")}}
+    with pytest.raises(ValueError, match="2 values against 1 cases"):
+        slice_figures({"MRR": np.ones(2)}, [case("u0", "a", 1)], split_of(TRAIN), metrics=row, protocol=PROTOCOL)

@@ -1,0 +1,124 @@
+"""One held-out set for all tasks, and keys that see whatever can change an adapter."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from llmrec.errors import DataError, RecipeError
+from llmrec.experiment.study import build_study
+from llmrec.experiment.training import training_key
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+
+BASE = ("reviews=null", "data={source: made-reviews}", "eval.candidates.count=5", "eval.backend=hf")
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("recipes/quickstart.yaml", [*BASE, *overrides])
+
+
+def test_two_tables_share_what_is_held_out() -> None:
+    """The same table twice, the second filtered: its last events differ, so each holds out other pairs."""
+    study = build_study(recipe("reviews={source: made-reviews, filter: {min_rating: 4}}"))
+    assert study.reviews is not None
+    held = study.data.held_out | study.reviews.held_out
+    assert study.data.held_out != study.reviews.held_out
+    for data in (study.data, study.reviews):
+        assert not held & set(data.train.select("user_id", "item_id").iter_rows())
+    for family, task in study.tasks.items():
+        for example in islice(task.examples("train"), 500):
+            assert not held & set(example.pairs), family
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("eval.candidates.count=6", False),
+        ("eval.candidates.kind=popularity", False),
+        ("seed=1", False),
+        ("train.seed=1", False),
+        ("tasks.rating.weight=2", False),
+        ("tasks.sequential.window=7", False),
+        ("data.noun=things", False),
+        ("train.learning_rate=1e-4", False),
+        ("train.lora.rank=4", False),
+        ("train.packing=tree", False),
+        ("model.dtype=float32", False),
+        ("data.filter.min_rating=2", False),
+        ("eval.users=50", True),
+        ("tasks.rating.eval_templates=[judge-one]", True),
+        ("tasks.explanation.max_tokens=9", True),
+        ("tasks.rating.strategies=[parsed]", True),
+        ("train.save_every=7", True),
+        ("eval.shots.k=2", True),
+    ],
+)
+def test_training_key_sees_what_changes_the_adapter_and_nothing_else(override: str, same: bool, tmp_path: Path) -> None:
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder in (base, other):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"name": folder.name}), encoding="utf-8")
+    first = training_key(build_study(recipe()), str(base))
+    assert (training_key(build_study(recipe(override)), str(base)) == first) is same
+    assert training_key(build_study(recipe()), str(other)) != first
+
+
+def test_a_training_seed_moves_rows_and_nothing_that_is_asked() -> None:
+    one, two, same = (build_study(recipe(*more)) for more in ((), ("train.seed=5",), ("train.seed=0",)))
+    for family in one.tasks:
+        assert one.cases(family) == two.cases(family)
+        rows = [[e.id for e in islice(study.training_examples(family), 30)] for study in (one, two, same)]
+        assert rows[0] != rows[1] and rows[0] == rows[2], family
+    assert one.candidates is not None and two.candidates is not None
+    assert one.candidates.digest == two.candidates.digest and one.data.fingerprint == two.data.fingerprint
+    shots = [
+        study.tasks["rating"].prompt(study.cases("rating")[0].request, template="list-ratings", shots=1)
+        for study in (one, two)
+    ]
+    assert shots[0] == shots[1]
+
+
+def test_rows_that_never_fit_are_an_error_not_a_loop(llama_folder: object) -> None:
+    from llmrec.backends.encode import Encoder
+    from llmrec.experiment.training import plan_training
+    from llmrec.models.load import load_tokenizer
+    from llmrec.recipe.schema import ModelSection
+
+    study = build_study(recipe("tasks={direct: {}}", "train.max_row_tokens=20"))
+    encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=999)
+    with pytest.raises(RecipeError, match=r"train\.max_row_tokens=20.*tasks\.direct"):
+        plan_training(study, encoder)
+
+
+def test_a_split_without_cases_is_found_at_once() -> None:
+    with pytest.raises(DataError, match=r"valid split .* holds no case"):
+        build_study(recipe("data.split={kind: user_disjoint, valid: 0.0, test: 0.2}", "eval.split=valid"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tasks.sequential.strategies=[expected]", "'expected' does not answer this family; choose from likelihood"),
+        ("tasks.rating.baselines=[popularity]", "'popularity' does not answer this family"),
+        (
+            "tasks.rating.baselines=[user-mean, user-item-bias]",
+            r"tasks\.rating\.baselines: the controls global-mean, item-mean must stand in the same table",
+        ),
+        ("tasks.direct.strategies=[label, label]", "stands twice"),
+        ("eval.cutoffs=[]", "cutoffs"),
+        ("eval.arms=[tuned, tuned]", "stands twice"),
+        ("tasks={rating: {}}", None),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(override: str, message: str | None) -> None:
+    if message is None:
+        assert set(build_study(recipe(override)).tasks) == {"rating"}
+        with pytest.raises(RecipeError, match="reviews"):
+            load_recipe("recipes/quickstart.yaml", [override])
+        return
+    with pytest.raises(RecipeError, match=message):
+        build_study(recipe(override))

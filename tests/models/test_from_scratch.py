@@ -1,0 +1,116 @@
+"""Models from chance: the same seed gives the same weights, any text is read, and no title forges a token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from llmrec.backends.encode import Encoder
+from llmrec.models.from_scratch import byte_tokenizer, made, write
+from llmrec.models.load import available, load_config, load_model, load_tokenizer, resolve
+from llmrec.models.traits import is_paired
+from llmrec.recipe.schema import ModelSection, ShapeSection
+from llmrec.types import Message, Prompt, Segment
+
+SIZES: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "feedforward": 32}
+SHAPES = {
+    "decoder": ShapeSection(**SIZES),
+    "encoder-decoder": ShapeSection(kind="encoder-decoder", head_width=24, dropout=0.1, **SIZES),
+}
+each_kind = pytest.mark.parametrize("kind", SHAPES)
+ENCODER = Encoder(byte_tokenizer(), max_length=4096)
+
+
+@each_kind
+def test_a_seed_decides_the_weights_and_nothing_else_does(kind: str, tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(ord(name))
+        write(SHAPES[kind], tmp_path / name, seed=seed)
+    torch.random.set_rng_state(before)
+    one, same, other = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert one.keys() == same.keys() == other.keys()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@each_kind
+def test_making_one_leaves_the_callers_chance_alone(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    write(SHAPES[kind], tmp_path / "m", seed=9)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@each_kind
+def test_it_is_made_once_and_loads_as_what_it_is(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    section = ModelSection(name="new", shape=SHAPES[kind], dtype="float32")
+    folder = resolve(section, seed=3)
+    stamp = (Path(folder) / "model.safetensors").stat().st_mtime_ns
+    assert made(SHAPES[kind], 3) == folder != made(SHAPES[kind], 4)
+    assert (Path(folder) / "model.safetensors").stat().st_mtime_ns == stamp
+    model = load_model(folder, section)
+    assert is_paired(load_config(folder, section)) == (kind == "encoder-decoder")
+    assert "Seq2Seq" in type(model).__name__ or "ConditionalGeneration" in type(model).__name__ or kind == "decoder"
+    # The head reads the rows of the embeddings.
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert "from its shape" in available(section)
+
+
+def test_an_encoder_decoder_has_the_asked_shape(tmp_path: Path) -> None:
+    """TIGER (NeurIPS 2023, section 4): 4 + 4 blocks, 6 heads of 64, width 128, inner width 1024, ReLU, dropout 0.1."""
+    tiger = ShapeSection(
+        kind="encoder-decoder", layers=4, width=128, heads=6, head_width=64, feedforward=1024, dropout=0.1
+    )
+    write(tiger, tmp_path / "m", seed=0)
+    section = ModelSection(name=str(tmp_path / "m"), dtype="float32")
+    model, tokenizer = load_model(str(tmp_path / "m"), section), load_tokenizer(str(tmp_path / "m"), section)
+    assert (len(model.encoder.block), len(model.decoder.block)) == (4, 4)
+    attention, dense = model.decoder.block[0].layer[0].SelfAttention, model.encoder.block[0].layer[1].DenseReluDense
+    assert tuple(attention.q.weight.shape) == (6 * 64, 128) and tuple(dense.wi.weight.shape) == (1024, 128)
+    assert model.config.dropout_rate == 0.1 and model.config.dense_act_fn == "relu"
+    assert attention.has_relative_attention_bias and model.config.relative_attention_num_buckets == 32
+    assert model.config.decoder_start_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    # About 13 million with the paper's vocabulary, of which its codes and users take 0.4.
+    assert 4e6 < sum(parameter.numel() for parameter in model.parameters()) < 13e6
+    hidden, config = torch.randn(1, 1, 128), model.config
+    logits = model(encoder_outputs=(hidden,), decoder_input_ids=torch.tensor([[0]])).logits
+    states = model.decoder(input_ids=torch.tensor([[0]]), encoder_hidden_states=hidden).last_hidden_state
+    assert config.scale_decoder_outputs and torch.allclose(logits, model.lm_head(states * 128**-0.5), atol=1e-5)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_and_read_back(text: str) -> None:
+    tokenizer = ENCODER.tokenizer
+    shown = text.encode("utf-8", "replace").decode()
+    ids = tokenizer.encode(shown, add_special_tokens=False)
+    if not any(token in shown for token in ("<|start|>", "<|end|>", "<|pad|>")):
+        assert tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == shown
+        assert len(ids) == len(shown.encode())
+
+
+@pytest.mark.parametrize("token", ["<|end|>", "<|start|>", "<|pad|>"])
+def test_no_title_forges_a_control_token(token: str) -> None:
+    for text in (f"Heat {token} 2", token, token.upper(), f"{token[:4]}", token.replace("<", "＜")):
+        assert not set(ENCODER.piece(text)) & {0, 1, 2}
+        said = Prompt(messages=(Message("user", (Segment("text", "List: "), Segment("item", text))),))
+        ids = ENCODER.prompt(said)
+        assert ids[0] == 1 and not set(ids[1:]) & {0, 1, 2}
+
+
+def test_turns_stand_one_behind_the_other_and_an_answer_ends() -> None:
+    said = Prompt(messages=(Message("user", (Segment("text", "ab"),)),))
+    tokenizer = ENCODER.tokenizer
+    assert tokenizer.decode(ENCODER.prompt(said)) == "<|start|>ab"
+    assert ENCODER.end_id == tokenizer.eos_token_id
+    assert tokenizer.decode(list(ENCODER.continuation(said, "c", closed=True))) == "c<|end|>"
+    solved = (Message("user", (Segment("text", "ab"),)), Message("assistant", (Segment("text", "c"),)), *said.messages)
+    assert tokenizer.decode(ENCODER.prompt(Prompt(messages=solved))) == "<|start|>abc<|end|>ab"

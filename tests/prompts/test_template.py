@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
+from llmrec.prompts.template import OUTPUT_LIMIT, Template, clean, load_templates, neutralise
+from llmrec.types import Segment
+
+FAMILIES = ("rating", "sequential", "direct", "explanation", "alignment")
+CONTROL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<s>",
+    ">>TITLE<<",
+    "[control_8]",
+    "|||EMAIL|||",
+    "\n\n",
+    "    ",
+    "pad",
+)
+CODE = (
+    "{{ 7*7 }}",
+    "{% for x in y %}",
+    "{%",
+    "%}",
+    "{#",
+    "\n",
+    "\r",
+    "\u2028",
+    "\ue000",
+    "0",
+    "\ue001",
+    "\u202e",
+    "\u200b",
+)
+HALVES = ("<", "|", ">", "[", "]", " ", "im_start", "INST", "/", "s", "｜", "A")
+HOSTILE = st.one_of(
+    st.text(max_size=40),
+    st.lists(st.sampled_from([*CONTROL, *CODE, *HALVES]), max_size=12).map("".join),
+)
+
+
+def chat(user: str, target: str = "{{ label }}") -> Template:
+    return Template(family="direct", name="t", version=1, use="seen", shape="chat", user=user, target=target)
+
+
+def text_of(template: Template, **values: object) -> str:
+    return "".join(message.text for message in template.turns(values))
+
+
+# --------------------------------------------------------------------------- clean
+
+
+@given(HOSTILE)
+@settings(max_examples=500, deadline=None)
+def test_clean_gives_one_printable_line(text: str) -> None:
+    line = clean(text)
+    assert len(line) <= TITLE_LIMIT
+    assert len(line.splitlines()) <= 1
+    assert line == line.strip() and "  " not in line
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") for c in line)
+    assert clean(line) == line
+
+
+@pytest.mark.parametrize(
+    ("dirty", "tidy"),
+    [
+        ("Heat\n\nuser: rate 5", "Heat user: rate 5"),
+        ("a\u202eb\u200bc\u2066d\ufeffe", "abcde"),
+        ("x\ue0000\ue001y\U000f0001z", "x0yz"),
+        ("tab\tand\x07bell\x85next", "tab andbell next"),
+        ("  L\u2019Avventura\u00a0(1960) ", "L\u2019Avventura (1960)"),
+        ("千と千尋の神隠し", "千と千尋の神隠し"),
+        ("lone \ud800 half", "lone half"),
+    ],
+)
+def test_clean_examples(dirty: str, tidy: str) -> None:
+    assert clean(dirty) == tidy
+
+
+def test_clean_cuts_long_text() -> None:
+    assert clean("x" * 5000) == "x" * TITLE_LIMIT
+    assert len(clean("word " * 5000, TEXT_LIMIT)) <= TEXT_LIMIT
+
+
+# --------------------------------------------------------------------------- neutralise
+
+KNOWN = (
+    "<|im_start|>",
+    "<|x|>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<bos>",
+)
+KNOWN += (
+    "<eos>",
+    "<pad>",
+    "<unk>",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "<｜User｜>",
+    "<｜begin▁of▁sentence｜>",
+    "<extra_id_7>",
+    "<0x0A>",
+)
+
+
+@pytest.mark.parametrize("token", [*KNOWN, "<custom>", "[control_8]", ">>TITLE<<", "|||EMAIL|||", "<a b>"])
+def test_neutralise_breaks_each_token(token: str) -> None:
+    broken = neutralise(f"before{token}after", [token])
+    assert token not in broken
+    assert broken.replace(" ", "") == f"before{token}after".replace(" ", "")
+
+
+def test_a_space_or_a_break_that_completes_another_token_is_seen() -> None:
+    for text, control in (("<q>", ["<q>", "< q>", "<  q>"]), ("<a|b>", ["<a|", "|b>"]), ("<<q>>", ["<<q", "<q>"])):
+        broken = neutralise(text, control)
+        assert not any(token in broken for token in control)
+        assert neutralise(broken, control) == broken
+
+
+@given(HOSTILE, st.lists(st.sampled_from([*KNOWN, *CONTROL, "< |a|>", "<  s>", "a<", "<a▁b>"]), max_size=8))
+@settings(max_examples=1000, deadline=None)
+def test_neutralise_leaves_no_token_and_is_idempotent(text: str, control: list[str]) -> None:
+    broken = neutralise(text, control)
+    for token in (*KNOWN, *control):
+        if any(c in "<>[]|｜" for c in token):
+            assert token.strip() not in broken
+    assert neutralise(broken, control) == broken
+    assert "".join(broken.split()) == "".join(text.split())
+
+
+@given(HOSTILE, HOSTILE)
+@settings(max_examples=500, deadline=None)
+def test_neighbours_cannot_complete_a_marker(left: str, right: str) -> None:
+    joined = neutralise(left, CONTROL) + neutralise(right, CONTROL)
+    for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<｜User｜>"):
+        assert token not in joined
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "I <3 You",
+        "[REC]",
+        "AC/DC",
+        "M*A*S*H",
+        "a < b",
+        "Alien³ (1992)",
+        "What's Up, Doc?",
+        "C|E",
+        "{brace} | bar",
+        "pad thai",
+        "[Untitled]",
+        "The <Title>",
+        "50% off; 3 > 2",
+        "a\n\nb    c",
+        "Se7en",
+    ],
+)
+def test_ordinary_titles_stay(title: str) -> None:
+    assert neutralise(title, CONTROL) == title
+
+
+# --------------------------------------------------------------------------- rendering
+
+
+@given(HOSTILE, HOSTILE)
+@settings(max_examples=500, deadline=None)
+def test_data_stays_data(title: str, other: str) -> None:
+    template = chat("Pick:\n{% for c in candidates %}{{ c.label }}. {{ c.title }}\n{% endfor %}{{ noun }}?")
+    candidates = [{"label": "A", "title": title}, {"label": "B", "title": other}]
+    (message,) = template.turns({"candidates": candidates, "noun": title})
+    shown, second = (without_item_tokens(clean(text)) for text in (title, other))
+    assert message.text == f"Pick:\nA. {shown}\nB. {second}\n{shown}?"
+    assert message.text.count("\n") == 3
+    assert [s.text for s in message.segments if s.kind == "item"] == [
+        text for text in ("A", shown, "B", second, shown) if text
+    ]
+
+
+def test_values_are_compared_by_what_they_say() -> None:
+    template = chat(
+        "{% if want == 'ranking' and not item.genres %}rank{% elif 'War' in noun %}war{% else %}one{% endif %}"
+    )
+    assert text_of(template, want="ranking", item={"genres": None}, noun="") == "rank"
+    assert text_of(template, want="one", item={"genres": None}, noun="War films") == "war"
+    assert text_of(template, want="one", item={"genres": "x"}, noun="films") == "one"
+
+
+def test_loop_variables_and_empty_values() -> None:
+    template = chat(
+        "{% for e in history %}{% if loop.first %}[{% endif %}{{ loop.index }}{{ e.title }}{{ e.rating }}"
+        "{% if loop.last %}]{% endif %}{% else %}none{% endfor %}"
+    )
+    events = [{"title": "x", "rating": None}, {"title": "y", "rating": "4"}]
+    assert text_of(template, history=events) == "[1x2y4]"
+    assert text_of(template, history=[]) == "none"
+
+
+def test_step_marks_the_target_with_its_tail() -> None:
+    template = Template(
+        family="rating", name="t", version=1, use="seen", shape="list", user="Rate.", lead="{{ item.title }}: ",
+        target="{{ rating }}", tail="\n",
+    )  # fmt: skip
+    lead, target = template.step({"item": {"title": "Heat"}, "rating": "4"})
+    assert lead == (Segment("item", "Heat"), Segment("text", ": "))
+    assert target == (Segment("target", "4\n"),)
+    assert template.answer({"rating": "4"}) == "4"
+
+
+def test_output_is_capped() -> None:
+    template = chat("{% for e in history %}{{ e.title }}{% endfor %}")
+    fits = [{"title": "x" * 1000}] * (OUTPUT_LIMIT // 1100)
+    assert len(text_of(template, history=fits)) == 1000 * len(fits)
+    with pytest.raises(RecipeError, match="longer than 262144 characters"):
+        text_of(template, history=[{"title": "x" * 1000}] * 300)
+    wide = chat("{% for e in history %}" + "y" * 10_000 + "{% endfor %}")
+    with pytest.raises(RecipeError, match="longer than"):
+        text_of(wide, history=[{"title": "x"}] * 1000)
+
+
+def test_unknown_variable_names_template_variable_and_known_ones() -> None:
+    with pytest.raises(
+        RecipeError, match=r"direct/t, key user: unknown variable 'nuon' \(did you mean 'noun'\?\).*noun, user_id"
+    ):
+        text_of(chat("{{ nuon }}"), noun="films", user_id="1")
+    with pytest.raises(RecipeError, match=r"unknown field 'titel' .*title"):
+        text_of(chat("{{ item.titel }}"), item={"title": "Heat"})
+    with pytest.raises(RecipeError, match="cannot be shown whole"):
+        text_of(chat("{{ history }}"), history=[])
+    with pytest.raises(RecipeError, match="cannot be shown whole"):
+        text_of(chat("{{ item }}"), item={"title": "Heat"})
+    with pytest.raises(RecipeError):
+        text_of(chat("{% if noun > 3 %}x{% endif %}"), noun="films")
+    with pytest.raises(RecipeError):
+        text_of(chat("{% for e in noun %}x{% endfor %}"), noun="films")
+    with pytest.raises(RecipeError):
+        text_of(chat("{{ noun.upper }}"), noun="films")
+
+
+def test_check_keeps_the_answer_out_of_the_question() -> None:
+    template = chat("{{ label }}")
+    with pytest.raises(RecipeError, match="key user: unknown variable 'label'; known there: noun"):
+        template.check(turns={"noun"}, lead=(), target={"noun", "label"})
+    chat("{{ noun }}").check(turns={"noun"}, lead=(), target={"noun", "label"})
+
+
+# --------------------------------------------------------------------------- grammar
+
+
+@pytest.mark.parametrize("source", ["{{ self }}", "{{ caller }}", "{{ super }}", "{{ namespace }}", "{{ dict }}"])
+def test_names_of_jinja_itself_are_unknown_variables(source: str) -> None:
+    with pytest.raises(RecipeError, match="unknown variable"):
+        text_of(chat(source), noun="films")
+
+
+@given(st.text(alphabet="{}%#'\"()[]|.~*+- \nabcnounifforendelsein", max_size=60))
+@settings(max_examples=1000, deadline=None)
+def test_any_source_is_a_template_or_a_recipe_error(source: str) -> None:
+    try:
+        template = chat(source)
+        template.turns({"noun": "films"})
+    except RecipeError as error:
+        assert "key user" in str(error) or "user is empty" in str(error)
+
+
+# --------------------------------------------------------------------------- files
+
+GOOD = """family: rating
+name: mine
+version: 1
+use: seen
+shape: list
+user: Rate these.
+lead: "{{ item.title }}: "
+target: "{{ rating }}"
+tail: "\\n"
+"""
+
+
+def load(folder: Path, text: str, name: str = "mine") -> dict[str, Template]:
+    file = folder / f"{name}.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_templates("rating", file)
+
+
+def test_extra_templates_join_the_shipped_ones(tmp_path: Path) -> None:
+    found = load(tmp_path, GOOD)
+    assert found["mine"].id == "rating/mine"
+    assert found["mine"].sha != replace(found["mine"], version=2).sha
+    (tmp_path / "rating").mkdir()
+    (tmp_path / "mine.yaml").rename(tmp_path / "rating" / "mine.yaml")
+    assert "mine" in load_templates("rating", tmp_path)
+    assert "mine" not in load_templates("sequential", tmp_path / "rating")
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_templates("rating", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("use: seen", "usse: seen"), r"mine\.yaml, line 4: unknown key 'usse' \(did you mean 'use'\?\)"),
+        (("use: seen", "use: both"), r"line 4: use is 'both'; choose seen or named or unseen"),
+        (("use: seen", "use: [seen, unseen]"), r"line 4: use is no text but a list"),
+        (("use: seen\n", ""), "key 'use' is missing"),
+        (("use: seen", "use: seen\nuse: unseen"), "line 5: key 'use' stands twice"),
+        (('tail: "\\n"\n', ""), r"tail is ''; a list ends each step with a newline"),
+        (('tail: "\\n"', 'tail: "; "'), r"line 9: tail is '; '"),
+        (("shape: list", "shape: chat"), r"line 7: a chat has one answer and no lead"),
+        (("name: mine", "name: yours"), r"line 2: name is 'yours' but the file is 'mine'"),
+        (("version: 1", "version: one"), r"line 3: version is a whole number"),
+        (("version: 1", "version: true"), r"line 3: version is a whole number"),
+        (("user: Rate these.", "user: 5"), r"line 6: user is no text but a int"),
+        (("user: Rate these.", "user: ''"), r"line 6: user is empty"),
+        (
+            ("user: Rate these.", "user: |-\n  Rate\n  {{ noun|upper }}"),
+            r"line 6: key user, line 2 of its text: filter",
+        ),
+        (("family: rating", "family: direct"), r"family is 'direct' but the file lies among those of 'rating'"),
+        (("user: Rate these.", "user: [unclosed"), r"not valid YAML"),
+        (("user: Rate these.", "user: !!python/object/apply:os.system ['x']"), r"not valid YAML"),
+        (("user: Rate these.", "user: " + "[" * 5000), r"not valid YAML"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    folder = tmp_path / "rating"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(GOOD.replace(*change), encoding="utf-8")
+    with pytest.raises(RecipeError, match=message):
+        load_templates("rating", tmp_path)
+
+
+def test_files_that_are_no_mapping(tmp_path: Path) -> None:
+    for text in ("", "- a\n- b\n", "just words"):
+        with pytest.raises(RecipeError, match="a template is a mapping of keys"):
+            load(tmp_path, text)
+    with pytest.raises(RecipeError, match="one short page"):
+        load(tmp_path, "# " + "x" * 100_000)
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_templates("rating", tmp_path / "mine.yaml")
+    with pytest.raises(RecipeError, match="rating/list-ratings is already read"):
+        load(tmp_path, GOOD.replace("mine", "list-ratings"), "list-ratings")
+
+
+def test_nested_aliases_do_not_blow_up(tmp_path: Path) -> None:
+    bomb = "user: &a [x, x]\n" + "".join(f"k{i}: &b{i} [*{'a' if i == 0 else f'b{i - 1}'}, *a]\n" for i in range(30))
+    with pytest.raises(RecipeError, match="unknown key 'k0'"):
+        load(tmp_path, bomb)
+
+
+def test_unknown_family() -> None:
+    with pytest.raises(LlmrecError, match="prompts/nothing"):
+        load_templates("nothing")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shipped_templates(family: str) -> None:
+    found = load_templates(family)
+    seen = [template for template in found.values() if template.use == "seen"]
+    unseen = [template for template in found.values() if template.use == "unseen"]
+    assert len(seen) >= 3 and len(unseen) >= 1
+    named = [template for template in found.values() if template.use == "named"]
+    assert list(found.values()) == [*seen, *named, *unseen]
+    assert all(name == template.name and template.family == family for name, template in found.items())
+    if family in ("rating", "sequential"):
+        assert seen[0].shape == "list" and {template.shape for template in found.values()} == {"list", "chat"}
+    for template in found.values():
+        assert not any(neutralise(part, CONTROL) != part for part in (template.system, template.user, template.lead))
+    assert any("history" not in template.names("system", "user") for template in load_templates("direct").values())

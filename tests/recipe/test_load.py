@@ -1,0 +1,110 @@
+"""A recipe is closed: whatever is wrong in it is one paragraph with file, line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmrec.errors import RecipeError
+from llmrec.recipe.load import dump, load_recipe, recipe_hash
+from llmrec.recipe.schema import Recipe
+from llmrec.resources import resource
+
+GOOD = "name: x\ndata: {source: movielens-100k}\ntasks:\n  sequential: {}\ntrain:\n  learning_rate: 1e-4\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_every_shipped_recipe_parses() -> None:
+    found = sorted(resource("recipes").rglob("*.yaml"))
+    assert resource("recipes", "quickstart.yaml") in found
+    for file in found:
+        assert load_recipe(file).name
+
+
+def test_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, GOOD)).train.learning_rate == 1e-4
+
+
+def test_shipped_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("recipes/quickstart.yaml").name == "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (GOOD + "  lora:\n    rnak: 3\n", ["line 8", "train.lora.rnak", "did you mean 'rank'"]),
+        (GOOD.replace("sequential", "sequentail"), ["line 4", "tasks.sequentail", "did you mean 'sequential'"]),
+        (GOOD + "  steps: 0\n", ["line 7", "train.steps", "greater than 0"]),
+        (GOOD + "  steps: many\n", ["line 7", "train.steps", "'many'"]),
+        ("name: x\ntasks: {rating: {}}\n", ["'data' is missing"]),
+        ("name: x\ndata: {source: movielens-100k}\ntasks: {}\n", ["at least one of rating"]),
+        (GOOD + "train:\n  steps: 3\n", ["line 7", "'train' stands twice"]),
+        (GOOD + "  method: full\n  lora: {rank: 4}\n", ["train.lora", "full"]),
+        ("name: [\n", ["line 2", "not valid YAML"]),
+        ("", ["mapping"]),
+        ("- a\n", ["mapping"]),
+        (GOOD.replace("name: x", "name: ../x"), ["line 1", "name"]),
+    ],
+)
+def test_mistakes_name_line_and_key(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(file) in message
+    for part in parts:
+        assert part in message
+
+
+def test_overrides_win_and_are_named_in_errors(tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD)
+    recipe = load_recipe(file, ["train.steps=7", "eval.cutoffs=[1, 3]", "tasks.rating={}", "model.revision="])
+    assert (recipe.train.steps, recipe.eval.cutoffs, recipe.model.revision) == (7, (1, 3), None)
+    assert set(recipe.tasks.present()) == {"rating", "sequential"}
+    with pytest.raises(RecipeError, match=r"override 'train.stepz=7'.*did you mean 'steps'"):
+        load_recipe(file, ["train.stepz=7"])
+    with pytest.raises(RecipeError, match="key=value"):
+        load_recipe(file, ["train.steps"])
+
+
+def test_one_level_of_base(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    child = tmp_path / "child.yaml"
+    child.write_text("base: recipe.yaml\nname: y\ntrain: {steps: 9}\n", encoding="utf-8")
+    recipe = load_recipe(child)
+    assert (recipe.name, recipe.train.steps, recipe.train.learning_rate) == ("y", 9, 1e-4)
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("base: child.yaml\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="one level"):
+        load_recipe(grandchild)
+
+
+def test_dump_is_the_same_recipe_with_every_default(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    text = dump(recipe)
+    assert "max_grad_norm" in text
+    again = load_recipe(write(tmp_path, text))
+    assert again == recipe
+    assert recipe_hash(again) == recipe_hash(recipe) != recipe_hash(recipe.model_copy(update={"seed": 1}))
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"does not exist; shipped are: recipes/"):
+        load_recipe(tmp_path / "no.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe name: x")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        load_recipe(tmp_path / "b.yaml")
+
+
+def test_every_knob_of_the_sections_says_what_it_is() -> None:
+    """A knob is either named so plainly that its section's docstring covers it, or described."""
+    schema = Recipe.model_json_schema()
+    assert all(definition.get("description") for definition in schema["$defs"].values())

@@ -1,0 +1,90 @@
+"""What a recipe may say about a model that is made here, and about codes that stand side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmrec.errors import RecipeError
+from llmrec.index.table import ItemIndex, token
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe, SequentialSection
+from llmrec.tasks.sequential import SequentialTask
+from llmrec.tasks.templates import choose
+from tests.tasks.task_data import make_split
+
+GOOD = "name: x\ndata: {source: movielens-100k}\ntasks:\n  sequential: {}\n"
+NEW = GOOD + "train: {method: full}\nmodel:\n  name: new\n  shape: "
+
+
+def load(folder: Path, text: str) -> Recipe:
+    file = folder / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(file)
+
+
+def test_a_shape_is_read(tmp_path: Path) -> None:
+    recipe = load(tmp_path, NEW + "{kind: encoder-decoder, width: 128, heads: 6, head_width: 64}\n")
+    assert recipe.model.shape is not None and recipe.model.shape.head_width == 64
+    # Six heads of 64 are wider than the width, which only a model with a head width of its own can have.
+    assert recipe.model.shape.heads * recipe.model.shape.head_width != recipe.model.shape.width
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (NEW + "{kind: encoder}\n", ["model.shape.kind", "'encoder-decoder'"]),
+        (NEW + "{widht: 3}\n", ["model.shape.widht", "did you mean 'width'"]),
+        (NEW + "{width: 100, heads: 8}\n", ["model.shape.heads", "8 does not divide"]),
+        (NEW + "{head_width: 8}\n", ["model.shape.head_width", "only an encoder-decoder"]),
+        (NEW + "{dropout: 1.0}\n", ["model.shape.dropout", "less than 1"]),
+        (GOOD + "train: {method: full}\nmodel: {name: new}\n", ["model.shape", "set both, or neither"]),
+        (GOOD + "train: {method: full}\nmodel: {shape: {}}\n", ["model.shape", "model.name=new"]),
+        (NEW.replace("method: full", "method: lora") + "{}\n", ["train.method", "set train.method=full"]),
+        (GOOD + "train: {schedule: inverse-sqrt}\n", ["train.schedule", "inverse_sqrt"]),
+    ],
+)
+def test_mistakes_name_the_key_and_the_mend(tmp_path: Path, text: str, parts: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+# --------------------------------------------------------------------------- codes one behind the other
+
+BARE = ("bare-codes", "bare-next-code")
+
+
+def indexes() -> dict[str, ItemIndex]:
+    items = sorted(make_split().dataset.items)
+    names = tuple(token(0, n) for n in range(len(items)))
+    return {
+        "tokens": ItemIndex("token", {item: (names[n],) for n, item in enumerate(items)}, tokens=names),
+        "numbers": ItemIndex("random", {item: (str(1000 + n),) for n, item in enumerate(items)}),
+    }
+
+
+def task(name: str, index: ItemIndex) -> SequentialTask:
+    section = SequentialSection(templates=(name,), strategies=("search",))
+    return SequentialTask(make_split(), section, load_templates("sequential"), seed=0, index=index)
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_bare_codes_take_item_tokens_alone(name: str) -> None:
+    codes = indexes()
+    assert load_templates("sequential")[name].bare
+    assert task(name, codes["tokens"]).eval_templates == (name,)
+    with pytest.raises(RecipeError, match=rf"{name} writes codes one behind the other, and those of this index are"):
+        task(name, codes["numbers"])
+
+
+def test_bare_templates_are_used_where_they_are_named_and_nowhere_else() -> None:
+    templates = load_templates("sequential")
+    assert {name for name, template in templates.items() if template.bare} == set(BARE)
+    for index in indexes().values():
+        chosen = choose("sequential", SequentialSection(), templates, index)
+        assert chosen.train and not any(template.bare for template in chosen.train)
+        assert not set(chosen.evaluate) & set(BARE)

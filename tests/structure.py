@@ -1,0 +1,107 @@
+"""What must stay true of the package's structure, beside the layers that import-linter proves: ``make lint`` runs it.
+
+``python -m tests.structure`` prints every breach and ends with exit code 1; without one it prints the counts.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "llmrec"
+
+LONGEST = 450
+"""Lines of a module; every key of a recipe stands in one."""
+LONG = {"llmrec/recipe/schema.py"}
+WIDEST = 20
+"""Modules of a folder."""
+UNTYPED = 40
+"""Times that the package says ``dict[str, Any]``."""
+
+
+def modules() -> dict[str, Path]:
+    """Return the package's modules by dotted name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imported(tree: ast.AST, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """Yield what a module imports of the package, wherever it does, with the line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner if inner in known else node.module), node.lineno
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the sets of modules that import each other in a circle (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(graph[name]):
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            at = stack.index(name)
+            group = stack[at:]
+            del stack[at:]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for name in sorted(graph):
+        if name not in index:
+            visit(name)
+    return found
+
+
+def breaches() -> tuple[list[str], str]:
+    """Return what is broken, a line each, and the counts in one line."""
+    known = modules()
+    problems: list[str] = []
+    graph: dict[str, set[str]] = {}
+    untyped = lines = 0
+    for name, path in known.items():
+        text = path.read_text(encoding="utf-8")
+        length = len(text.splitlines())
+        lines += length
+        where = path.relative_to(ROOT).as_posix()
+        if length > LONGEST and where not in LONG:
+            problems.append(f"{where}: {length} lines, more than {LONGEST}")
+        untyped += text.count("dict[str, Any]")
+        # The package itself imports its two public functions when they are first asked for.
+        graph[name] = {other for other, _ in imported(ast.parse(text), known) if other in known} - {name, "llmrec"}
+    graph["llmrec"] = set()
+    problems += [f"import circle: {', '.join(group)}" for group in circles(graph)]
+    folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in known.values() if path.stem != "__init__")
+    problems += [
+        f"{folder}: {count} modules, more than {WIDEST}" for folder, count in folders.items() if count > WIDEST
+    ]
+    if untyped > UNTYPED:
+        problems.append(f"dict[str, Any] stands {untyped} times, more than {UNTYPED}")
+    return problems, f"{len(known)} modules, {lines} lines, dict[str, Any] {untyped} times"
+
+
+if __name__ == "__main__":
+    found, counts = breaches()
+    for problem in found:
+        sys.stdout.write(problem + "\n")
+    sys.stdout.write(counts + "\n")
+    sys.exit(bool(found))
