@@ -5,7 +5,7 @@ A plug-in is one more entry here. Values are ``module:attribute``, imported when
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -48,15 +48,16 @@ INDEXES: Mapping[str, str] = {
     "external": "llmrec.index.external:External",
 }
 
+# Each is a `llmrec.tasks.family.Family`, in the order of tables.
 TASKS: Mapping[str, str] = {
-    "rating": "llmrec.tasks.rating:RatingTask",
-    "sequential": "llmrec.tasks.sequential:SequentialTask",
-    "direct": "llmrec.tasks.direct:DirectTask",
-    "explanation": "llmrec.tasks.explanation:ExplanationTask",
-    "alignment": "llmrec.tasks.alignment:AlignmentTask",
-    "ctr": "llmrec.tasks.ctr:CtrTask",
-    "review": "llmrec.tasks.review:ReviewTask",
-    "stars": "llmrec.tasks.review:ReviewTask",
+    "rating": "llmrec.tasks.rating:FAMILY",
+    "sequential": "llmrec.tasks.sequential:FAMILY",
+    "direct": "llmrec.tasks.direct:FAMILY",
+    "explanation": "llmrec.tasks.explanation:FAMILY",
+    "alignment": "llmrec.tasks.alignment:FAMILY",
+    "ctr": "llmrec.tasks.ctr:FAMILY",
+    "review": "llmrec.tasks.review:REVIEW",
+    "stars": "llmrec.tasks.review:STARS",
 }
 
 BACKENDS: Mapping[str, str] = {
@@ -111,20 +112,6 @@ BASELINES: Mapping[str, str] = {
     "nearest-text": "llmrec.baselines.text:NearestText",
 }
 
-# What answers which family; a pair outside these tables has no meaning.
-FAMILY_STRATEGIES: Mapping[str, tuple[str, ...]] = {
-    "rating": ("expected", "parsed", "head"),
-    "sequential": ("likelihood", "likelihood-prior", "search"),
-    "direct": (
-        *("label", "list", "permutation", "window", "pairwise", "setwise", "pointwise-yes", "two-step"),
-        "likelihood",
-    ),
-    "explanation": ("text",),
-    "alignment": ("likelihood",),
-    "ctr": ("yes-no", "parsed-yes-no"),
-    "review": ("text",),
-    "stars": ("expected", "parsed"),
-}
 # The keys of the recipe's eval section that a strategy is handed, as keyword arguments of the same names.
 STRATEGY_KEYS: Mapping[str, tuple[str, ...]] = {
     "search": ("beams", "exact"),
@@ -138,32 +125,6 @@ STRATEGY_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 # Those whose answer depends on where a candidate stands; `eval.debias` is for them.
 POSITIONAL = ("label", "permutation", "window", "setwise")
-_RANKERS = (
-    *("random", "popularity", "recent-popularity", "item-knn", "markov-1", "markov", "markov-cooccurrence"),
-    *("ease", "als", "bpr", "gru4rec", "sasrec"),
-)
-FAMILY_BASELINES: Mapping[str, tuple[str, ...]] = {
-    "rating": ("global-mean", "user-mean", "item-mean", "user-item-bias", "mf", "svd"),
-    "sequential": _RANKERS,
-    "direct": _RANKERS,
-    "explanation": ("frequent-text", "nearest-text"),
-    "alignment": ("random",),
-    "ctr": ("like-ratio", "logistic"),
-    "review": ("frequent-text", "nearest-text"),
-    "stars": ("global-mean", "user-mean", "item-mean", "user-item-bias", "mf", "svd"),
-}
-# What every table of a family must hold beside a language model: each takes seconds, and without them a figure means
-# nothing. Stronger ones (EASE, SASRec) are in the suites and can be named in any recipe.
-CONTROLS: Mapping[str, tuple[str, ...]] = {
-    "rating": ("global-mean", "user-mean", "item-mean", "user-item-bias"),
-    "sequential": ("random", "popularity", "item-knn", "markov-1"),
-    "direct": ("random", "popularity", "item-knn", "markov-1"),
-    "explanation": ("frequent-text",),
-    "alignment": ("random",),
-    "ctr": ("like-ratio",),
-    "review": ("frequent-text",),
-    "stars": ("global-mean", "user-mean", "item-mean", "user-item-bias"),
-}
 
 
 def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
@@ -181,31 +142,3 @@ def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
 def options_of(strategy: str, section: object) -> dict[str, Any]:
     """Return what a strategy is handed of an eval section, by name."""
     return {key: getattr(section, key) for key in STRATEGY_KEYS.get(strategy, ())}
-
-
-def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
-    """Check that a family's strategies and baselines exist and answer that family, and that no control is missing.
-
-    Raises:
-        RecipeError: If one does not, or a control is missing; the message lists those that do, or are.
-    """
-    for kind, names, known, table in (
-        ("strategies", strategies, FAMILY_STRATEGIES[family], STRATEGIES),
-        ("baselines", baselines, FAMILY_BASELINES[family], BASELINES),
-    ):
-        for name in names:
-            if name in known:
-                continue
-            why = "does not answer this family" if name in table else f"is unknown{did_you_mean(name, known)}"
-            raise RecipeError(f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}")
-    lacking = missing_controls(family, baselines)
-    if lacking:
-        raise RecipeError(
-            f"tasks.{family}.baselines: the controls {', '.join(lacking)} must stand in the same table, or its figures "
-            "mean nothing; add them, or leave the key out for the default"
-        )
-
-
-def missing_controls(family: str, baselines: Sequence[str]) -> list[str]:
-    """Return the compulsory controls of a family that are not among its baselines."""
-    return [name for name in CONTROLS[family] if name not in baselines]

@@ -6,7 +6,7 @@ predictor is ever handed the answer: predictors see `Request`, only the metrics 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -18,7 +18,6 @@ Role = Literal["system", "user", "assistant"]
 SegmentKind = Literal["text", "item", "target", "given"]
 SplitName = Literal["train", "valid", "test"]
 Capability = Literal["generate", "score", "embed", "search", "rate"]
-Family = Literal["rating", "sequential", "direct", "explanation", "alignment", "ctr", "review", "stars"]
 
 # --------------------------------------------------------------------------- data
 
@@ -133,7 +132,7 @@ class Example:
 
     id: str
     user_id: str
-    task: Family
+    task: str
     template: str
     messages: tuple[Message, ...]
     answer: tuple[Segment, ...]
@@ -398,46 +397,6 @@ class ItemCodes(Protocol):
 
     def encode(self, item: str) -> str:
         """Return an item's code; a `Code` where it is made of item tokens."""
-        ...
-
-
-class Task(Protocol):
-    """One family. The same object serves training, evaluation and reward."""
-
-    family: Family
-
-    @property
-    def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
-        ...
-
-    def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
-        """Yield rows with targets.
-
-        For ``train`` this is a seeded stream without end, from training interactions only: pass after pass over
-        the users, each row with a freshly drawn window and seen template. For ``valid`` it is one row per held-out
-        case, with that case as the only target. ``limit`` caps the number of rows.
-        """
-        ...
-
-    def cases(self, split: SplitName) -> list[Case]:
-        """Return the held-out cases of a split in a seeded order that does not depend on row order."""
-        ...
-
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
-        """Render a request, with ``shots`` solved examples from training data before it."""
-        ...
-
-    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """The texts whose likelihood answers the request: one per candidate, or one per label."""
-        ...
-
-    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Read a completion; None if it does not hold an answer."""
-        ...
-
-    def reward(self, answer: Answer, case: Case) -> float:
-        """Score an answer in [0, 1], for preference and reinforcement training."""
         ...
 
 

@@ -23,10 +23,10 @@ from pydantic import BaseModel
 import llmrec
 from llmrec import registry, setup_env
 from llmrec.commands.doctor import packages as requirements
-from llmrec.evaluate.predictor import HEADLINE
 from llmrec.recipe.comparisons import Benchmark, Suite
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, TasksSection
+from llmrec.tasks.family import family_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -369,9 +369,9 @@ def test_every_family_has_a_page_with_its_strategies_figures_and_a_command(famil
     page = (ROOT / "docs" / "families" / f"{family}.md").read_text(encoding="utf-8")
     section = {name: field.annotation for name, field in TasksSection.model_fields.items()}[family]
     (settings,) = (option for option in get_args(section) if option is not type(None))
-    names = [*registry.FAMILY_STRATEGIES[family], *settings().baselines]
+    names = [*family_of(family).strategies, *settings().baselines]
     assert [name for name in names if f"`{name}`" not in page] == []
-    assert HEADLINE[family].partition("@")[0] in page
+    assert family_of(family).headline.partition("@")[0] in page
     assert re.search(r"```sh\n(?:.*\n)*?.*llmrec run ", page)
     assert {"In", "Out", "Scored by"} <= set(re.findall(r"^## (.+)$", page, flags=re.MULTILINE))
     overview = (ROOT / "docs" / "families" / "README.md").read_text(encoding="utf-8")

@@ -38,6 +38,7 @@ from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.tasks.base import keyed
+from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Ranking, Request
 
 RECIPE = "recipes/movielens-100k/align-semantic.yaml"
@@ -136,7 +137,9 @@ def run(session: Session, overrides: Sequence[str]) -> dict[str, Any]:
             "tuned less shuffled": less(said["true"], said["other"]),
         }
         rows = {
-            name: evaluate(Said(name, own), cases, family="alignment", protocol=protocol)
+            name: evaluate(
+                Said(name, own), cases, name="alignment", kind=family_of("alignment").answer, protocol=protocol
+            )
             for name, own in answers.items()
         }
         users = [case.request.user_id for case in cases]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llmrec.answering.index import CodesByMention
 from llmrec.answering.strategy import Way
@@ -13,6 +12,7 @@ from llmrec.data.hashing import hash64
 from llmrec.data.requests import RankRequest
 from llmrec.experiment.bundle import Bundle
 from llmrec.index.table import ItemIndex
+from llmrec.tasks.task import Task
 from llmrec.types import Event, Item, Request
 
 NOBODY = "unknown"
@@ -28,7 +28,7 @@ class Posed:
     """
 
     way: Way
-    task: Any
+    task: Task
     asked: Sequence[RankRequest]
     requests: Sequence[Request]
     items: Mapping[str, Item]

@@ -13,10 +13,10 @@ from llmrec.answering.task import task_of
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.experiment.bundle import Bundle
 from llmrec.recipe.schema import EvalSection
-from llmrec.registry import FAMILY_STRATEGIES, STRATEGY_KEYS, options_of
+from llmrec.registry import STRATEGY_KEYS, options_of
 from llmrec.tasks.direct_answers import fits, reader_of, refuse
+from llmrec.tasks.family import family_of, ranking_families
 
-RANKING = ("sequential", "direct")
 TWO_STEP = "two-step"
 """The strategy whose first step writes a profile, so that its template must show one."""
 
@@ -51,7 +51,7 @@ class Way:
     @property
     def by_title(self) -> bool:
         """Whether titles are scored each by itself behind a prompt that shows none, so that a request can be cut."""
-        return self.family == "sequential" and self.strategy in _BY_TITLE
+        return not family_of(self.family).lists and self.strategy in _BY_TITLE
 
 
 def choose_way(
@@ -77,28 +77,29 @@ def choose_way(
     Raises:
         RecipeError: If something asked for is unknown, or nothing fits.
     """
-    here = [family for family in RANKING if family in bundle.tasks.present()]
+    ranking = ranking_families()
+    here = [family for family in ranking if family in bundle.tasks.present()]
     if not here:
         tuned = ", ".join(bundle.tasks.present())
         raise RecipeError(
             f"{bundle.folder} was tuned on {tuned}, which rank nothing; tune on tasks.sequential or tasks.direct, or "
             "name a pretrained model with --model"
         )
-    strategies = [name for family in RANKING for name in FAMILY_STRATEGIES[family]]
-    one_of("task", task, ("auto", *RANKING))
+    strategies = [name for family in ranking for name in family_of(family).strategies]
+    one_of("task", task, ("auto", *ranking))
     one_of("strategy", strategy, ("auto", *strategies))
     templates = {family: bundle.templates[family] for family in here}
     if template is not None:
         one_of("template", template.rpartition("/")[2], [name for known in templates.values() for name in known])
     for family in here:
-        fits = task in ("auto", family) and strategy in ("auto", *FAMILY_STRATEGIES[family])
+        fits = task in ("auto", family) and strategy in ("auto", *family_of(family).strategies)
         if fits and (template is None or _named(template, family, templates[family])):
             name = _template(bundle, family, strategy, template)
             chosen = _strategy(bundle, family, strategy, name)
             return Way(family, name, chosen, settings_of(chosen, settings))
     asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
-        f"{family} with {' or '.join(FAMILY_STRATEGIES[family])}, templates {', '.join(templates[family])}"
+        f"{family} with {' or '.join(family_of(family).strategies)}, templates {', '.join(templates[family])}"
         for family in here
     )
     raise RecipeError(f"{' '.join(filter(None, asked))} do not go together for {bundle.folder}, which has: {known}")
@@ -110,9 +111,9 @@ def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
     Raises:
         RecipeError: If the one that was asked for does not.
     """
-    first = FAMILY_STRATEGIES[family][0]
-    if family != "direct":
-        return first if asked == "auto" else asked
+    own = family_of(family)
+    if not own.lists:
+        return own.strategies[0] if asked == "auto" else asked
     words = bundle.templates[family][template]
     if asked == "auto":
         return reader_of(words)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import polars as pl
 
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.experiment.bundle import Bundle
-from llmrec.registry import TASKS, lookup
+from llmrec.tasks.family import family_of
+from llmrec.tasks.task import Task, TaskInputs
 from llmrec.types import Item, ItemCodes
 
 
-def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Any:
+def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Task:
     """Build a family's task over these items alone: no interactions, so it can only ask."""
     section = bundle.tasks.present()[family]
     data = data_of(bundle, items)
-    return lookup(TASKS, family, "task")(data, section, bundle.templates[family], seed=bundle.seed, index=codes)
+    inputs = TaskInputs(data=data, templates=bundle.templates[family], seed=bundle.seed, index=codes)
+    return family_of(family).task(section, inputs)
 
 
 def data_of(bundle: Bundle, items: Mapping[str, Item]) -> SplitDataset:

@@ -12,8 +12,9 @@ from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import CandidateSection
-from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
+from llmrec.registry import BASELINES, lookup
 from llmrec.tasks.base import keyed
+from llmrec.tasks.family import RANKERS
 from llmrec.types import CatalogueScorer, Request, SplitName
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def check_retriever(name: str, where: str) -> None:
     Raises:
         RecipeError: If it does not; the message lists those that do.
     """
-    known = FAMILY_BASELINES["sequential"]
+    known = RANKERS
     if name not in known:
         raise RecipeError(
             f"{where}: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from {', '.join(known)}"

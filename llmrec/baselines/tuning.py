@@ -17,7 +17,9 @@ from llmrec.baselines.validation import (
 )
 from llmrec.data.split import scale_of, threshold
 from llmrec.errors import DataError, RecipeError
-from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
+from llmrec.registry import BASELINES, lookup
+from llmrec.tasks.family import WRITERS, families
+from llmrec.types import Probability, Rating
 
 if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
@@ -73,7 +75,7 @@ def tune(name: str, data: SplitDataset, *, seed: int, grid: Mapping[str, tuple[A
         DataError: If the split holds nothing out for validation.
     """
     made = lookup(BASELINES, name, "baseline")
-    if name in FAMILY_BASELINES["explanation"]:
+    if name in WRITERS:
         raise RecipeError(f"the baseline {name!r} writes texts and has nothing to tune; leave it out of the tuning")
     metric, measure = _measured(name, data)
     trials: list[Trial] = []
@@ -93,7 +95,10 @@ def tune(name: str, data: SplitDataset, *, seed: int, grid: Mapping[str, tuple[A
 
 def _measured(name: str, data: SplitDataset) -> tuple[str, Callable[[Any, Parameters], float]]:
     """Return the metric that a baseline is chosen by, and how a fitted point is measured."""
-    rates, judges = (name in FAMILY_BASELINES[family] for family in ("rating", "ctr"))
+    rates, judges = (
+        any(name in known.baselines for known in families().values() if known.answer is answer)
+        for answer in (Rating, Probability)
+    )
     cases = rating_cases(data) if rates or judges else ranking_cases(data)
     if not cases:
         raise DataError(

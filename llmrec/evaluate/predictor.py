@@ -25,27 +25,9 @@ from llmrec.metrics import text as text_metrics
 from llmrec.metrics.signature import signature
 from llmrec.metrics.significance import signflip
 from llmrec.metrics.stats import Difference, StatisticName, interval, interval_of, paired_of
-from llmrec.types import Answer, Case, Family, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
+from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
 
-HEADLINE: Mapping[str, str] = {
-    "rating": "RMSE",
-    "sequential": "NDCG@10",
-    "direct": "NDCG@10",
-    "explanation": "ROUGE-L",
-    "alignment": "NDCG@10",
-    "ctr": "AUC",
-    "review": "ROUGE-L",
-    "stars": "RMSE",
-}
 LOWER_IS_BETTER = frozenset({"RMSE", "MAE", "LogLoss", "ECE", "DIV", "Hallucination", "CopyRate"})
-# Families whose answer is no ranking.
-_ANSWERS: Mapping[str, type[Answer]] = {
-    "rating": Rating,
-    "stars": Rating,
-    "explanation": Text,
-    "review": Text,
-    "ctr": Probability,
-}
 UNKNOWN = 0.5
 """What a yes/no answer that cannot be read counts as, where there is no better fallback."""
 _SHOWN_FAILURES = 5
@@ -115,7 +97,8 @@ def evaluate(
     predictor: Predictor,
     cases: Sequence[Case],
     *,
-    family: Family,
+    name: str,
+    kind: type[Answer],
     protocol: Protocol,
     fallback: Callable[[Request], float] | None = None,
     background: explained.Background | None = None,
@@ -125,7 +108,8 @@ def evaluate(
     Args:
         predictor: A baseline or a language model.
         cases: Requests with their truth; the predictor sees the requests only.
-        family: Which metrics apply.
+        name: What the table is called in messages, such as the family.
+        kind: The answers that are wanted, which says what metrics apply.
         protocol: See `Protocol`.
         fallback: For ratings and yes/no answers, what stands in for one that cannot be read, such as the user's mean;
             yes/no answers may do without, and then count 0.5.
@@ -136,18 +120,17 @@ def evaluate(
         LlmrecError: If there are no cases, or the predictor leaves a request out.
     """
     if not cases:
-        raise LlmrecError(f"{family}: the split holds no case to evaluate; lower the filters or choose another split")
+        raise LlmrecError(f"{name}: the split holds no case to evaluate; lower the filters or choose another split")
     start = time.monotonic()
     answers = predictor.answer([case.request for case in cases])
     seconds = time.monotonic() - start
     asked = [case.request.id for case in cases]
     if [answer.request_id for answer in answers] != asked:
         raise LlmrecError(f"predictor {predictor.name!r} did not answer every request in order; this is a defect in it")
-    wanted = _ANSWERS.get(family, Ranking)
-    answers = [answer if isinstance(answer, wanted | Unparsed) else _foreign(answer) for answer in answers]
+    answers = [answer if isinstance(answer, (kind, Unparsed)) else _foreign(answer) for answer in answers]
     texts: _Measure = partial(_texts, background=background)
     kinds: Mapping[type[Answer], _Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
-    measure = kinds.get(wanted, _rankings)
+    measure = kinds.get(kind, _rankings)
     metrics, values, extra = measure(cases, answers, protocol, fallback)
     failures = [answer for answer in answers if isinstance(answer, Unparsed)]
     figures = {

@@ -18,12 +18,13 @@ from llmrec.errors import LlmrecError
 from llmrec.experiment import leaks, leaks_alignment, probes
 from llmrec.experiment.leaks import Check
 from llmrec.experiment.resume import key_of, locked, read_stage
-from llmrec.experiment.study import RANKING, Study, build_study
+from llmrec.experiment.study import Study, build_study
 from llmrec.machine import versions
 from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
 from llmrec.recipe.load import load_recipe
 from llmrec.report import page
 from llmrec.report.audit import LeakError
+from llmrec.tasks.family import family_of
 
 FILE = "audit.json"
 # What fitting a baseline depends on besides this package.
@@ -91,7 +92,7 @@ def examine(
     if study.index is not None:
         yield probes.code_arithmetic(study.index, study.data, split)
     yield probes.duplicate_items(study.data)
-    if any(family in RANKING for family in study.tasks):
+    if any(family_of(family).ranks_for_users for family in study.tasks):
         yield probes.duplicate_users(study.data, split)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,25 @@ from numpy.typing import NDArray
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.rating import UserMean
-from llmrec.data.split import SplitDataset, scale_of, threshold
+from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json
 from llmrec.evaluate.predictor import Evaluated, Protocol, evaluate
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.resume import Bar, Budget, key_of, read_stage
-from llmrec.experiment.study import ITEM_ANSWERS, Study
+from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background, background
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import (
     CandidateSection,
-    CtrSection,
-    DirectSection,
     EvalSection,
-    ExplanationSection,
-    RatingSection,
-    ReviewSection,
-    TaskSection,
 )
 from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, lookup, options_of
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.raters import Calibrated
-from llmrec.tasks.base import PAST
-from llmrec.tasks.direct_answers import fits
+from llmrec.tasks.family import family_of
 from llmrec.tasks.fewshot import BY_TEXT
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
-from llmrec.types import Case, Family, Predictor, Rating, Request
+from llmrec.types import Case, Predictor, Rating, Request
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +46,7 @@ _Made = tuple[Evaluated, dict[str, Any]]
 class RowSpec:
     """One row to be: which arm, how it asks, and of which model."""
 
-    family: Family
+    family: str
     arm: str
     predictor: str
     template: Template | None = None
@@ -86,6 +79,7 @@ class Evaluation:
         self._cases = {family: study.cases(family) for family in study.tasks}
         self._quiet = quiet
         self._fitted: dict[tuple[int, str, str], Any] = {}
+        self._backgrounds: dict[str, Background] = {}
 
     def baselines(self) -> list[Row]:
         """Fit and evaluate every family's classic predictors."""
@@ -131,7 +125,7 @@ class Evaluation:
             if arm == "tuned" and section.weight == 0:
                 continue
             for template in self._study.eval_templates(family):
-                for strategy in asked(section, arm, template):
+                for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
                     yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
 
     def _row(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], _Made]) -> Row:
@@ -193,7 +187,7 @@ class Evaluation:
             noun=study.task_data(spec.family).dataset.noun,
             split=recipe.eval.split,
             asking=asking_of(spec.predictor, recipe.eval) if spec.template else None,
-            profile=_profile(study) if spec.predictor == "two-step" else None,
+            profile=_profile(study, spec.family) if spec.predictor == "two-step" else None,
             cutoffs=recipe.eval.cutoffs,
             bootstrap=recipe.eval.bootstrap,
             cases=[case.request.id for case in self._cases[spec.family]],
@@ -207,9 +201,7 @@ class Evaluation:
         return sets.digest if sets is not None else None
 
     def _baseline(self, spec: RowSpec) -> _Made:
-        section, seed = self._study.section(spec.family), self._study.recipe.seed
-        # What is a yes is said once, for the model and for what stands beside it.
-        options = {"liked": section.liked} if isinstance(section, CtrSection) else {}
+        seed, options = self._study.recipe.seed, self._study.tasks[spec.family].baseline_options
         data = self._study.task_data(spec.family)
         key = (id(data), spec.predictor, str(options))
         if key not in self._fitted:
@@ -221,29 +213,25 @@ class Evaluation:
 
     def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> _Made:
         assert spec.template is not None
-        section, eval_section = self._study.section(spec.family), self._study.recipe.eval
+        task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
         asker = Asker(
             backend=backend,
-            task=self._study.tasks[spec.family],
+            task=task,
             template=spec.template.name,
             shots=spec.shots,
             batch=eval_section.batch,
             advance=advance,
         )
-        options: dict[str, Any] = {}
-        if isinstance(section, ExplanationSection | ReviewSection):
-            options = {"max_tokens": section.max_tokens}
-        else:
-            options = options_of(spec.predictor, eval_section)
+        options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
         if eval_section.debias == "measured" and spec.predictor in POSITIONAL:
-            task: Any = asker.task
             options["training"] = task.questions(eval_section.debias_questions)
         predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
         found = self._evaluate(spec, predictor, backend)
         return found, {"engine": predictor.engine, "examples": self._examples(spec, predictor, found)}
 
     def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
-        fallback = self._user_mean() if spec.family in ("rating", "stars") else None
+        family = family_of(spec.family)
+        fallback = self._user_mean() if family.answer is Rating else None
         cases = self._calibrating(spec.family)
         calibrated = Calibrated(predictor, cases) if cases else None
         # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
@@ -252,10 +240,11 @@ class Evaluation:
         found = evaluate(
             calibrated or predictor,
             self._cases[spec.family],
-            family=spec.family,
+            name=spec.family,
+            kind=family.answer,
             protocol=self.protocol(spec.family),
             fallback=fallback,
-            background=self._background if spec.family == "explanation" else None,
+            background=self._background(spec.family) if family.grounded else None,
         )
         if backend is not None:
             found.figures["cost"]["seconds"] += backend.recalled_seconds - backend.start_seconds - before
@@ -263,14 +252,15 @@ class Evaluation:
             found.figures["calibration"] = {"n": len(cases), **asdict(calibrated.curve)}
         return found
 
-    @cached_property
-    def _background(self) -> Background:
-        """What explanations are held against; features where the interactions have a column of them."""
-        return background_of(self._study.task_data("explanation"))
+    def _background(self, family: str) -> Background:
+        """What texts are held against; features where the interactions have a column of them."""
+        if family not in self._backgrounds:
+            self._backgrounds[family] = background_of(self._study.task_data(family))
+        return self._backgrounds[family]
 
     def _calibrating(self, family: str) -> list[Case]:
         """Return the cases of the validation split that a family's probabilities are put right on."""
-        return self._study.cases(family, "valid") if _calibrates(self._study, family) else []
+        return self._study.cases(family, "valid") if self._study.tasks[family].calibrates else []
 
     def protocol(self, family: str) -> Protocol:
         """Return the protocol of a family's table."""
@@ -295,10 +285,7 @@ class Evaluation:
         first = getattr(predictor, "first_prompt", None)
         shown = []
         for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
-            if first is not None:
-                prompt = first(case.request)
-            else:
-                prompt = asker.task.prompt(case.request, template=asker.template, shots=asker.shots)
+            prompt = first(case.request) if first is not None else asker.prompt(case.request)
             shown.append(
                 {
                     "task": spec.family,
@@ -318,24 +305,9 @@ class Evaluation:
         return Bar(spec.id, total, quiet=self._quiet)
 
 
-def asked(section: TaskSection, arm: str, template: Template) -> tuple[str, ...]:
-    """Return the strategies that an arm is asked by with a template: of the direct family those that read its answers.
-
-    A rating head is trained with the tuned arm and in place of its label tokens: that arm is asked by its head alone,
-    and the arms of the base model, which has none, by the others.
-    """
-    if isinstance(section, DirectSection):
-        return tuple(name for name in section.strategies if fits(template, name))
-    if not isinstance(section, RatingSection) or section.head is None:
-        return section.strategies
-    return tuple(name for name in section.strategies if (name == "head") == (arm == "tuned"))
-
-
-def _profile(study: Study) -> str:
+def _profile(study: Study, family: str) -> str:
     """Return the hash of the words of a two-step ranking's first step."""
-    task: Any = study.tasks["direct"]
-    sha: str = task.profile_template.sha
-    return sha
+    return study.tasks[family].profile_template.sha
 
 
 def _nearness(spec: RowSpec, study: Study) -> dict[str, str]:
@@ -354,18 +326,16 @@ def asking_of(strategy: str, section: EvalSection) -> dict[str, Any]:
 
 def protocol_of(study: Study, family: str) -> Protocol:
     """Return the protocol of a family's table."""
-    recipe, data = study.recipe, study.task_data(family)
-    sets, section = recipe.eval.candidates, study.section(family)
-    balanced = isinstance(section, CtrSection) and section.balance == "user"
+    recipe, data, task = study.recipe, study.task_data(family), study.tasks[family]
     return Protocol(
         split=f"{data.kind}/{recipe.eval.split}",
-        candidates=_candidates(sets, family),
+        candidates=_candidates(recipe.eval.candidates, family),
         cutoffs=recipe.eval.cutoffs,
         resamples=recipe.eval.bootstrap,
         seed=recipe.seed,
         catalogue=len(data.dataset.items),
-        users="balanced" if balanced else None,
-        liked=threshold(scale_of(data), section.liked) if isinstance(section, RatingSection) else None,
+        users=task.users_kind,
+        liked=task.liked_from,
     )
 
 
@@ -386,15 +356,10 @@ def background_of(data: SplitDataset) -> Background:
 
 
 def _candidates(sets: CandidateSection, family: str) -> str:
-    if family == "alignment":
+    if family_of(family).candidates == "items":
         return f"{HELD_ITEMS}-{sets.count}"
     kind = f"retrieved-{sets.retriever}" if sets.kind == "retrieved" else sets.kind
     return "full" if kind == "catalogue" else f"{kind}-{sets.count}"
-
-
-def _calibrates(study: Study, family: str) -> bool:
-    section = study.section(family)
-    return isinstance(section, CtrSection) and section.calibrate == "valid"
 
 
 def _left_out(spec: RowSpec, study: Study) -> str:
@@ -402,23 +367,18 @@ def _left_out(spec: RowSpec, study: Study) -> str:
 
 
 def _inputs(spec: RowSpec, study: Study) -> str:
-    fitted = "; scaled by answers to the validation split" if _calibrates(study, spec.family) else ""
-    if spec.template is None:
-        known = "training interactions and the request's history"
-        return "the candidates" if spec.family == "alignment" else known + fitted
-    shots = f", {spec.shots} solved examples" if spec.shots else ""
-    if spec.family == "alignment":
-        return f"{'text' if spec.template.answers_with_code else 'code'} of the item{shots}"
-    if spec.family in ("review", "stars"):
-        return f"text of the review{shots}"
-    shows = spec.template.shape == "list" or PAST & spec.template.names("system", "user")
-    events = f"text of the last {study.section(spec.family).history} events" if shows else "no history"
-    return f"{events}{shots}{fitted}"
+    task = study.tasks[spec.family]
+    fitted = "; scaled by answers to the validation split" if task.calibrates else ""
+    if spec.template is not None:
+        return task.shows(spec.template, spec.shots) + fitted
+    if family_of(spec.family).candidates == "items":
+        return "the candidates"
+    return f"training interactions and the request's history{fitted}"
 
 
 def _title(item: str, family: str, study: Study) -> str:
     items = study.task_data(family).dataset.items
-    return items[item].title if family in ITEM_ANSWERS and item in items else item
+    return items[item].title if family_of(family).answers_with_items and item in items else item
 
 
 def _readable(record: Mapping[str, Any], case: Case, study: Study) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
@@ -19,12 +19,13 @@ from scipy.stats import chi2, rankdata
 
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.experiment.indexing import build_index
-from llmrec.experiment.study import ITEM_ANSWERS, RANKING, Study
+from llmrec.experiment.study import Study
 from llmrec.experiment.told import NAMED, sentence, told, users
 from llmrec.index.table import ItemIndex
 from llmrec.prompts.template import Template, clean
 from llmrec.registry import BASELINES, lookup
 from llmrec.tasks.direct_answers import asks_for
+from llmrec.tasks.family import Family, families, family_of
 from llmrec.types import Case, Example, Message, Segment
 
 _SHOWN = 5
@@ -170,7 +171,7 @@ def questions(study: Study, family: str) -> Check:
     cases, places = study.cases(family), []
     for case in cases:
         request, truth = case.request, str(case.truth)
-        if family in RANKING and any(event.item_id == truth for event in request.history):
+        if family_of(family).ranks_for_users and any(event.item_id == truth for event in request.history):
             places.append(f"request {request.id}: the history holds the target")
         places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case)]
         if request.item is not None and any(event.item_id == request.item for event in request.history):
@@ -181,10 +182,11 @@ def questions(study: Study, family: str) -> Check:
 
 def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
     data, request = study.task_data(family), case.request
-    ranked = family in ITEM_ANSWERS
+    own = family_of(family)
+    ranked = own.answers_with_items
     secret = clean(data.dataset.items[str(case.truth)].title) if ranked else clean(str(case.truth))[:_TEXT]
     # A review may well hold the words of its headline: reading them there is the task.
-    if family in ("rating", "stars", "review") or (not ranked and len(secret) < _TELLING):
+    if own.quotes or (not ranked and len(secret) < _TELLING):
         return
     # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
     if not ranked and any(secret in clean(event.text or "") for event in request.history):
@@ -193,14 +195,14 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
     others = {clean(data.dataset.items[event.item_id].title) for event in request.history}
     for template in study.eval_templates(family):
         asked = request
-        if family == "direct" and asks_for(template) == "yes":
+        if own.lists and asks_for(template) == "yes":
             if (other := _other_than(case, data)) is None:
                 continue
             asked = replace(request, candidates=(other,))
         prompt = study.tasks[family].prompt(asked, template=template.name)
         # Among the candidates the answer stands as it must.
-        listed = asked.candidates is not None and str(case.truth) in asked.candidates and family == "direct"
-        codes, shows_titles = _secret_forms(family, template)
+        listed = asked.candidates is not None and str(case.truth) in asked.candidates and own.lists
+        codes, shows_titles = _secret_forms(own, template)
         if codes and not listed and study.index is not None:
             code = clean(study.index.encode(str(case.truth)))
             if any(
@@ -227,9 +229,9 @@ def _other_than(case: Case, data: SplitDataset) -> str | None:
     return next((item for item, title in titles.items() if title != titles.get(str(case.truth))), None)
 
 
-def _secret_forms(family: str, template: Template) -> tuple[bool, bool]:
+def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
     """Say whether the answer's code and whether its title must not stand in a prompt of a template."""
-    if family == "alignment":
+    if family.candidates == "items":
         # The question shows the one form, and the other one is the answer.
         return template.answers_with_code, not template.answers_with_code
     return template.writes_codes, template.writes_titles or not template.writes_codes
@@ -239,10 +241,9 @@ def shots(study: Study, family: str) -> Check:
     """Held-out pairs in the few-shot examples of the evaluated requests."""
     recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
     places: list[str] = []
-    draw: Callable[..., Any] = getattr(task, "draw_shots")  # noqa: B009 - not part of the Task protocol
     secrets, cases = _Secrets(data), study.cases(family)
     for case in cases:
-        for window in draw(case.request, recipe.eval.shots.k).windows:
+        for window in task.draw_shots(case.request, recipe.eval.shots.k).windows:
             places += [
                 f"request {case.request.id}: example of user {window.user_id} shows held-out item {event.item_id}"
                 for event in window.events
@@ -346,12 +347,13 @@ def _correlation(values: np.ndarray[Any, Any]) -> float:
 def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
     """Rows of one table that were given different candidates, and answers that rank what was not asked."""
     unequal, foreign = [], []
-    for family in ITEM_ANSWERS:
+    item_answers = [name for name, family in families().items() if family.answers_with_items]
+    for family in item_answers:
         digests = {row["id"]: row.get("candidates") for row in rows if row["task"] == family}
         if len(set(digests.values())) > 1:
             unequal += [f"{row}: {digest}" for row, digest in digests.items()]
     sets = {**(study.candidates.sets if study.candidates else {}), **(study.aligned.sets if study.aligned else {})}
-    ranked = predictions.filter(pl.col("task").is_in(list(ITEM_ANSWERS)) & pl.col("error").is_null())
+    ranked = predictions.filter(pl.col("task").is_in(item_answers) & pl.col("error").is_null())
     for row, request, parsed in ranked.select("row_id", "request_id", "parsed").iter_rows():
         items = json.loads(parsed)["items"] if parsed and parsed != "null" else []
         if request in sets and not set(items) <= set(sets[request]):
@@ -402,15 +404,15 @@ def baselines(study: Study) -> Check:
             asked[(id(study.task_data(family)), name)].append(family)
     places: list[str] = []
     others: dict[int, SplitDataset] = {}
-    for (number, name), families in asked.items():
-        data = study.task_data(families[0])
+    for (number, name), asking in asked.items():
+        data = study.task_data(asking[0])
         other = others.setdefault(number, redrawn(data, study.recipe.eval.split))
         answers = []
         for used in (data, other):
             predictor = lookup(BASELINES, name, "baseline")(seed=study.recipe.seed)
             predictor.fit(used)
-            answers.append([predictor.answer([c.request for c in study.cases(f)[:_SCORED]]) for f in families])
-        places += [f"{family}/{name}" for family, one, two in zip(families, *answers, strict=True) if one != two]
+            answers.append([predictor.answer([c.request for c in study.cases(f)[:_SCORED]]) for f in asking])
+        places += [f"{family}/{name}" for family, one, two in zip(asking, *answers, strict=True) if one != two]
     count = sum(map(len, asked.values()))
     return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
 

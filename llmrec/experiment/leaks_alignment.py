@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Any
 
 from llmrec.experiment.leaks import Check, verdict
 from llmrec.experiment.study import Study
@@ -29,7 +28,7 @@ def checks(study: Study, count: int) -> Iterator[Check]:
     """
     if study.held is None:
         return
-    task: Any = study.tasks[FAMILY]
+    task = study.tasks[FAMILY]
     held = study.held.items
     secrets = _Pairs(study, held)
     if FAMILY in study.shares:

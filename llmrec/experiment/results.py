@@ -15,17 +15,18 @@ from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
-from llmrec.evaluate.predictor import HEADLINE, compare, statistic_of
+from llmrec.evaluate.predictor import compare, statistic_of
 from llmrec.experiment.evaluation import Row
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.row_details import breakdowns, text_samples
-from llmrec.experiment.study import ITEM_ANSWERS, RANKING, Study
+from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
 from llmrec.machine import machine, versions
 from llmrec.metrics.signature import better
 from llmrec.metrics.significance import detectable, detectable_line
 from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe.load import recipe_hash
+from llmrec.tasks.family import families, family_of, ranking_families
 
 # A drawn p is never below 1 / resamples: with so many a comparison, the smallest one stays .01 after Holm.
 _FOR_EACH_PAIR = 100
@@ -65,7 +66,9 @@ def write_results(
     """
     recipe = study.recipe
     spent = {**_spent_before(folder / "results.json", recipe_hash(recipe)), **budget.stages}
-    headlines = {family: headline(family, recipe.eval.cutoffs) for family in HEADLINE if family in study.tasks}
+    headlines = {
+        name: family.headline_at(recipe.eval.cutoffs) for name, family in families().items() if name in study.tasks
+    }
     compared = comparisons(study, rows)
     results = {
         "llmrec": __version__,
@@ -112,13 +115,6 @@ def _spent_before(path: Path, hashed: str) -> dict[str, float]:
         return {}
 
 
-def headline(family: str, cutoffs: Sequence[int]) -> str:
-    """Return the metric that a family is judged by: at 10 where the recipe cuts there, else at its largest."""
-    if family not in ITEM_ANSWERS or 10 in cutoffs:
-        return HEADLINE[family]
-    return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"
-
-
 def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]]:
     """Return what is compared with what, as (family, headline metric, a, b).
 
@@ -129,7 +125,7 @@ def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]
     """
     found: list[tuple[str, str, Row, Row]] = []
     for family in study.tasks:
-        metric = headline(family, study.recipe.eval.cutoffs)
+        metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
         own = [row for row in rows if row.figures["task"] == family and _has(row, metric)]
         controls = [row for row in own if row.figures["arm"] == "baseline"]
         best = best_of(controls, metric)
@@ -335,7 +331,7 @@ def _ceilings(study: Study) -> dict[str, float]:
     """Return the share of evaluated targets among their retrieved candidates, by family; none where sets are drawn."""
     if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
         return {}
-    asked = {family: study.cases(family) for family in RANKING if family in study.tasks}
+    asked = {family: study.cases(family) for family in ranking_families() if family in study.tasks}
     return {
         family: ceiling(study.candidates, {case.request.id: str(case.truth) for case in cases})
         for family, cases in asked.items()

@@ -25,7 +25,8 @@ from llmrec.metrics import ranking
 from llmrec.metrics.stats import holm
 from llmrec.prompts.template import Template
 from llmrec.tasks.base import PAST, View
-from llmrec.types import Case, Ranking, Request
+from llmrec.tasks.family import family_of
+from llmrec.types import Case, Ranking, Request, Text
 
 _ALPHA = 0.05
 # No mean over requests, so that a slice of them has no figure of its own kind; log loss is sliced instead.
@@ -194,7 +195,6 @@ def trend(
     return observed / scale, (1 + beyond) / (1 + resamples)
 
 
-TEXT_ANSWERS = ("explanation", "review")
 """Families whose answers are texts."""
 COUNT = 20
 """Requests a family, or all that there are."""
@@ -216,7 +216,9 @@ def text_samples(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
         ``told``, what else there is to read, each with the templates whose questions show it (``by``); ``truth``; and
         ``answers``, row id to the ``text`` that was read, or the ``error`` and the ``raw`` answer.
     """
-    return [sample for family in study.tasks if family in TEXT_ANSWERS for sample in _samples(study, family, rows)]
+    return [
+        sample for family in study.tasks if family_of(family).answer is Text for sample in _samples(study, family, rows)
+    ]
 
 
 def _samples(study: Study, family: str, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:

@@ -8,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.retrieve import retrieve
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources.table import load
-from llmrec.data.split import Part, SplitDataset, split, written
+from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError
 from llmrec.experiment.indexing import build_index, text_embedder
 from llmrec.experiment.told import Told, told, users
@@ -25,19 +24,13 @@ from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import DataSection, Recipe, TaskSection
-from llmrec.registry import TASKS, check_names, lookup
+from llmrec.tasks.family import check_names, family_of
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
 from llmrec.tasks.history import ItemVectors
 from llmrec.tasks.mixture import shares
 from llmrec.tasks.pool import training_examples
-from llmrec.types import Case, Example, Item, SplitName, Task
-
-RANKING = ("sequential", "direct")
-_WRITTEN: Mapping[str, Part] = {"explanation": "sentence", "review": "headline"}
-# The column that an interaction must have to be asked about; families without an entry need none.
-_ASKED = {"rating": "rating", "ctr": "rating", "stars": "rating", "explanation": "text", "review": "text"}
-ITEM_ANSWERS = (*RANKING, "alignment")
-"""Families whose answer is an item; `RANKING` ranks items for users."""
+from llmrec.tasks.task import Task, TaskInputs
+from llmrec.types import Case, Example, Item, SplitName
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,8 @@ class Study:
         found = {}
         for family in self.recipe.tasks.present():
             used = self._table(family)
-            found[family] = written(used, _WRITTEN[family]) if family in _WRITTEN else used
+            part = family_of(family).writes
+            found[family] = written(used, part) if part is not None else used
         return found
 
     @property
@@ -101,7 +95,7 @@ class Study:
         return tuple(filter(None, (self.data, self.reviews)))
 
     def _table(self, family: str) -> SplitDataset:
-        return self.reviews if family == "explanation" and self.reviews is not None else self.data
+        return self.reviews if family_of(family).second_table and self.reviews is not None else self.data
 
     def codes(self, family: str) -> ItemIndex | None:
         """Return the index of a family's items; a second table has items of its own, which no index holds."""
@@ -109,21 +103,30 @@ class Study:
 
     def sets(self, family: str) -> CandidateSets | None:
         """Return the stored candidate sets that a family ranks."""
-        return self.aligned if family == "alignment" else self.candidates if family in RANKING else None
+        return {"items": self.aligned, "users": self.candidates, None: None}[family_of(family).candidates]
 
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
         """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
 
-        Users whose profile names what is held out for them are not among them. Alignment asks about items and not
-        about users: there it is the first cases.
+        Users whose profile names what is held out for them are not among them. A family that asks about items and not
+        about users has its first cases.
 
         Args:
             family: A chosen family.
             split: None for the evaluated one.
         """
-        cases, count = self.tasks[family].cases(split or self.recipe.eval.split), self.section(family).users
-        count = count or self.recipe.eval.users
-        if family == "alignment":
+        split = split or self.recipe.eval.split
+        if (family, split) not in self._asked:
+            self._asked[family, split] = self._cases(family, split)
+        return self._asked[family, split]
+
+    @cached_property
+    def _asked(self) -> dict[tuple[str, SplitName], list[Case]]:
+        return {}
+
+    def _cases(self, family: str, split: SplitName) -> list[Case]:
+        cases, count = self.tasks[family].cases(split), self.section(family).users or self.recipe.eval.users
+        if family_of(family).candidates == "items":
             return cases[:count]
         aside = self.set_aside(family)
         able = dict.fromkeys(case.request.user_id for case in cases if case.request.user_id not in aside)
@@ -148,21 +151,13 @@ class Study:
         return shares(self.recipe.trained(), self.training_size, self.recipe.train)
 
     def training_size(self, family: str) -> int:
-        """Return how many training interactions have what a family asks for; alignment has items.
+        """Return how many training interactions, or items, have what a family asks for.
 
         Where a pool of rows is repeated (``train.examples``), every family has as many.
         """
         if self.recipe.train.examples is not None:
             return self.recipe.train.examples
-        data = self.task_data(family)
-        if family == "alignment":
-            hidden = self.held.items if self.held is not None else ()
-            return len(data.dataset.items) - len(hidden)
-        column = _ASKED.get(family)
-        rows = data.train if column is None else data.train.filter(pl.col(column).is_not_null())
-        if family != "stars":
-            return len(rows)
-        return sum(pair in data.dataset.reviews for pair in rows.select("user_id", "item_id").iter_rows())
+        return self.tasks[family].training_size()
 
     def training_examples(self, family: str) -> Iterator[Example]:
         """Yield the rows that a family is trained on, without end: those of the recipe's pool, where it names one."""
@@ -188,9 +183,9 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     for family, section in families.items():
         check_names(family, section.strategies, section.baselines)
     data, reviews = load_tables(recipe, data)
-    templates = {family: load_templates(family) for family in families}
+    templates = {family: load_templates(family, family_of(family).prompts) for family in families}
     candidates = None
-    if recipe.eval.candidates.kind != "catalogue" and any(family in RANKING for family in families):
+    if recipe.eval.candidates.kind != "catalogue" and any(family_of(family).ranks_for_users for family in families):
         make = retrieve if recipe.eval.candidates.kind == "retrieved" else draw
         candidates = make(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
     held, aligned = _aligned(recipe, data)
@@ -231,17 +226,16 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
         RecipeError: If a template does not fit.
     """
     used = study.task_data(family)
-    task: Task = lookup(TASKS, family, "task")(
-        used,
-        section,
-        templates,
+    inputs = TaskInputs(
+        data=used,
+        templates=templates,
         seed=seed,
         candidates=study.sets(family),
         shot_choice=study.recipe.eval.shots.choice,
         index=study.codes(family),
         vectors=vectors_of(used.dataset.items, study.recipe.encoder),
     )
-    return task
+    return family_of(family).task(section, inputs)
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
@@ -284,20 +278,12 @@ def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, Cand
 
 
 def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
-    rows = data.dataset.interactions
-    where = "reviews" if family == "explanation" and recipe.reviews else "data"
-    if family in ("rating", "stars") and rows["rating"].null_count() == len(rows):
-        raise DataError(
-            f"tasks.{family} needs ratings, and {data.dataset.name} has none; name the column with "
-            f"{where}.columns.rating"
-        )
-    if family == "explanation" and rows["text"].null_count() == len(rows):
-        raise DataError(
-            f"tasks.explanation needs texts, and {data.dataset.name} has none; name the column with "
-            f"{where}.columns.text, or give a second table under `reviews:`"
-        )
+    rows, own = data.dataset.interactions, family_of(family)
+    if own.lacking and own.column and rows[own.column].null_count() == len(rows):
+        where = "reviews" if own.second_table and recipe.reviews else "data"
+        raise DataError(f"tasks.{family} {own.lacking.format(data=data.dataset.name, where=where)}")
     sets = recipe.eval.candidates
-    if family in RANKING and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
+    if own.ranks_for_users and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
         raise DataError(
             f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
             f"{sets.count}; lower it"

@@ -21,6 +21,7 @@ from llmrec.models.load import device, load_config, release_memory, weights_stam
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
+from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
 from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.train.batches import Classes, Step, fit_row, plan
@@ -211,8 +212,8 @@ def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) ->
 
 
 def _unread(family: str) -> set[str]:
-    """Return the settings of a family that no training row depends on; what a liked rating is decides rows of ctr."""
-    return _EVALUATION_ONLY | ({"liked"} if family == "rating" else set())
+    """Return the settings of a family that no training row depends on."""
+    return _EVALUATION_ONLY | family_of(family).evaluation_keys
 
 
 def training_key(study: Study, folder: str) -> str:
@@ -228,7 +229,7 @@ def training_key(study: Study, folder: str) -> str:
         noun=[data.dataset.noun for data in (study.data, study.reviews) if data is not None],
         tasks=recipe.tasks.model_dump(exclude={family: _unread(family) for family in study.tasks}),
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
-        candidates=recipe.eval.candidates.model_dump() if "direct" in study.tasks else None,
+        candidates=recipe.eval.candidates.model_dump() if any(family_of(f).lists for f in study.tasks) else None,
         # What training starts from stands in its weights, wherever they lie.
         train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints", "start"}),
         seed=recipe.seed,

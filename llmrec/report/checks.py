@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from llmrec.errors import LlmrecError
-from llmrec.registry import CONTROLS, missing_controls
+from llmrec.registry import TASKS
 from llmrec.report.records import Results, Row
+from llmrec.tasks.family import missing_controls
 
 # Signature fields that may differ between the metrics of one row.
 _OF_A_METRIC = frozenset({"gain", "ties", "text", "how"})
@@ -49,7 +50,7 @@ def check(results: Results, *, source: str = "results.json") -> None:
 def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) -> None:
     """Refuse a table without the family's compulsory controls, measured by its headline metric."""
     there = [row.predictor for row in rows if row.arm == "baseline" and metric in row.metrics]
-    lacking = missing_controls(task, there) if task in CONTROLS else []
+    lacking = missing_controls(task, there) if task in TASKS else []
     if lacking or not there:
         raise LlmrecError(
             f"{source}: task {task!r} lacks the controls {', '.join(lacking) or 'of any kind'}, measured by its "

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llmrec.registry import TASKS
 from llmrec.report.escape import flat, visible
 from llmrec.report.records import Comparison, Metric, Results, Row, Verdict, lower
+from llmrec.tasks.family import family_of
 
-TASK_TITLES = {
-    "rating": "Rating prediction",
-    "sequential": "Next item from history",
-    "direct": "Pick from candidates",
-    "explanation": "Explanations",
-    "alignment": "What codes stand for",
-    "ctr": "Yes or no to an item",
-    "review": "Headline of a review",
-    "stars": "Rating from a review",
-}
 TRIVIAL = frozenset(
     {
         *("random", "popularity", "recent-popularity", "markov-1", "markov", "markov-cooccurrence"),
@@ -32,7 +24,7 @@ DETECTABLE = "Detectable: the smallest true difference that the comparison would
 
 def title(task: str) -> str:
     """Return a task's heading."""
-    return TASK_TITLES.get(task, task)
+    return family_of(task).title if task in TASKS else task
 
 
 def number(value: float | None, *, sign: bool = False) -> str:

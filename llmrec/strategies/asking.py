@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from llmrec.errors import BackendError
+from llmrec.tasks.task import Task, Want
 from llmrec.types import (
     Answer,
     Backend,
@@ -20,7 +21,6 @@ from llmrec.types import (
     Rating,
     Request,
     Scores,
-    Task,
     Text,
     Unparsed,
 )
@@ -43,6 +43,7 @@ class Asker:
         template: ``family/name`` or the bare name.
         shots: Solved examples before the question.
         batch: Requests handed to the backend at a time.
+        want: What a prompt asks of its candidates.
         advance: Called with the number of requests just finished.
     """
 
@@ -51,6 +52,7 @@ class Asker:
     template: str
     shots: int = 0
     batch: int = 64
+    want: Want = "one"
     advance: Callable[[int], None] = field(default=_silent)
 
     def needs(self, capability: Capability) -> None:
@@ -63,11 +65,15 @@ class Asker:
             offered = ", ".join(sorted(self.backend.capabilities))
             raise BackendError(f"backend {self.backend.name!r} cannot {capability}; it offers {offered}")
 
+    def prompt(self, request: Request) -> Prompt:
+        """Render a request."""
+        return self.task.prompt(request, template=self.template, shots=self.shots, want=self.want)
+
     def batches(self, requests: Sequence[Request]) -> Iterator[tuple[Sequence[Request], list[Prompt]]]:
         """Yield batches with their prompts, reporting progress after each."""
         for start in range(0, len(requests), self.batch):
             part = requests[start : start + self.batch]
-            yield part, [self.task.prompt(r, template=self.template, shots=self.shots) for r in part]
+            yield part, [self.prompt(request) for request in part]
             self.advance(len(part))
 
 

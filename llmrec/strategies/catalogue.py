@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class CatalogueRanker:
         Raises:
             RecipeError: If the template writes it differently for other requests.
         """
-        task: Any = self.asker.task
+        task = self.asker.task
         if not task.writes_alike(self.asker.template):
             raise RecipeError(
                 f"template {self.asker.template}: its answer depends on the request, and a search writes the catalogue "

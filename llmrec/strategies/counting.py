@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.windows import window_places
+from llmrec.tasks.task import Want
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Count:
 
     prompts: int
     size: int
-    want: str = "one"
+    want: Want = "one"
 
 
 def questions_of(strategy: str, candidates: int, section: EvalSection) -> Count | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from llmrec.strategies.asking import Asker, generated
 from llmrec.strategies.rounds import Order, Question, Rounds, Said, Steps, by_score
 from llmrec.tasks.direct import candidate_labels
-from llmrec.types import Answer, Prompt, Ranking, Request
+from llmrec.types import Answer, Ranking, Request
 
 
 def list_room(candidates: int) -> int:
@@ -77,7 +76,7 @@ class ListRanker:
 
     def __init__(self, asker: Asker) -> None:
         asker.needs("generate")
-        self.asker = replace(asker, task=_RankingTask(asker.task))
+        self.asker = replace(asker, want="ranking")
         self.engine = f"{asker.backend.name}:generate"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -85,17 +84,3 @@ class ListRanker:
         room = list_room(max((len(r.candidates or ()) for r in requests), default=1))
         reason = "no candidate label or title in the answer"
         return generated(self.asker, requests, max_tokens=room, wanted=Ranking, reason=reason)
-
-
-class _RankingTask:
-    """A task whose prompts ask for the full ranking rather than for one pick."""
-
-    def __init__(self, task: Any) -> None:
-        self._task = task
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
-
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
-        prompt: Prompt = self._task.prompt(request, template=template, shots=shots, want="ranking")
-        return prompt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -124,10 +123,7 @@ class YesRanker:
         return self._ask(request, _candidates(request)[0])
 
     def _ask(self, request: Request, item: str) -> Prompt:
-        task: Any = self.asker.task
-        alone = replace(request, candidates=(item,))
-        prompt: Prompt = task.prompt(alone, template=self.asker.template, shots=self.asker.shots, want="yes")
-        return prompt
+        return replace(self.asker, want="yes").prompt(replace(request, candidates=(item,)))
 
     def _rank(self, part: Sequence[Request]) -> list[Answer]:
         prompts = [self._ask(request, item) for request in part for item in _candidates(request)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import clean
@@ -33,7 +32,7 @@ class TwoStepRanker:
             RecipeError: If the template does not show a profile.
         """
         asker.needs("generate")
-        task: Any = asker.task
+        task = asker.task
         self._task = task
         if not task.shows_profile(asker.template):
             raise RecipeError(

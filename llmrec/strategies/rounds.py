@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from llmrec.errors import LlmrecError
 from llmrec.strategies.asking import Asker, cost_of, is_nested, prompt_hash, score_in_chunks
 from llmrec.tasks.base import keyed
+from llmrec.tasks.task import Want
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
 
 
@@ -88,7 +88,7 @@ class Rounds:
         asker: Asker,
         steps: Callable[[Request], Steps],
         *,
-        want: str = "one",
+        want: Want = "one",
         permutations: int = 1,
         training: Sequence[Request] = (),
     ) -> None:
@@ -157,8 +157,7 @@ class Rounds:
     def _pose(self, request: Request, question: Question) -> _Posed:
         asked = replace(request, candidates=question.shown)
         asker, task = self.asker, self.asker.task
-        any_task: Any = task
-        prompt: Prompt = any_task.prompt(asked, template=asker.template, shots=asker.shots, want=self._want)
+        prompt = task.prompt(asked, template=asker.template, shots=asker.shots, want=self._want)
         labels = dict(zip(question.shown, task.continuations(asked, template=asker.template), strict=True))
         items = _left(question)
         if not question.given:

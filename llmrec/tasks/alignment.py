@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
@@ -20,20 +18,22 @@ from llmrec.tasks.base import (
     ranking_reward,
     refuse_test,
     solved,
+    solved_examples,
     with_shots,
 )
+from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn, Window
 from llmrec.tasks.held_items import hold_out, request_name
-from llmrec.tasks.history import ItemVectors
 from llmrec.tasks.parsing import read_line
+from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
-from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Ranking, Request, SplitName
+from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Ranking, Request, SplitName
 
 NOBODY = ""
 """Whose rows these are: no data has this user id."""
 
 
-class AlignmentTask:
+class AlignmentTask(Task):
     """The alignment family: an item's code is shown and its title asked for, or its text is shown and its code.
 
     There is no user and no history. What is held out is items: their pairs of code and text are in no training row, and
@@ -44,40 +44,30 @@ class AlignmentTask:
     its item instead.
     """
 
-    family: Family = "alignment"
+    family = "alignment"
 
-    def __init__(
-        self,
-        data: SplitDataset,
-        section: AlignmentSection,
-        templates: Mapping[str, Template],
-        *,
-        seed: int,
-        candidates: CandidateSets | None = None,
-        shot_choice: str = "random",
-        index: ItemCodes | None = None,
-        vectors: ItemVectors | None = None,
-    ) -> None:
+    def __init__(self, section: AlignmentSection, inputs: TaskInputs) -> None:
         """Set up; see the other tasks. Examples are always drawn at random, as no user has a past here.
 
         Raises:
             RecipeError: If there is no index, no item is left to train on, or a template does not ask for a code by a
                 text, or for a text by a code.
         """
+        data, seed, index = inputs.data, inputs.seed, inputs.index
         if index is None:
             raise RecipeError(
                 "tasks.alignment: it teaches what codes mean, and there is no index; add one to the recipe, such as "
                 "index: {scheme: semantic}, or drop the task"
             )
-        self._data, self._seed, self._candidates = data, seed, candidates
-        self._chosen = choose(self.family, section, templates, index)
+        self._data, self._seed, self._candidates = data, seed, inputs.candidates
+        self._chosen = choose(self.family, section, inputs.templates, index)
         self._view = View(data, index)
         self.held = hold_out(data.dataset.items, section.held_out, seed=seed)
         self._trained = tuple(item for item in sorted(data.dataset.items) if item not in self.held.items)
         if not self._trained:
             raise RecipeError(f"tasks.alignment.held_out: {section.held_out:g} leaves no item to train on; lower it")
         self._named = {request_name(item, seed): item for item in sorted(self.held.items)}
-        for template in templates.values():
+        for template in inputs.templates.values():
             self._check(template)
 
     @property
@@ -119,8 +109,9 @@ class AlignmentTask:
             found.append(Case(request=request, truth=item))
         return found
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""
+        only_one(self.family, want)
         chosen = self._chosen.get(template)
         shown = [window.events[-1].item_id for window in self.draw_shots(request, shots).windows]
         turns = [self._solved(chosen, item) for item in shown]
@@ -163,6 +154,18 @@ class AlignmentTask:
     def reward(self, answer: Answer, case: Case) -> float:
         """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is left out."""
         return ranking_reward(answer, case)
+
+    def shows(self, template: Template, shots: int) -> str:
+        """Say what a prompt shows; see `Task`."""
+        return f"{'text' if template.answers_with_code else 'code'} of the item{solved_examples(shots)}"
+
+    def training_size(self) -> int:
+        """Return the number of items whose text and code are trained on together."""
+        return len(self._trained)
+
+    def scored_by(self, template: Template) -> str:
+        """Return the strategy that scores candidates."""
+        return "likelihood"
 
     # ----------------------------------------------------------------------- building blocks
 
@@ -221,3 +224,17 @@ def _asked(request: Request) -> Sequence[str]:
     if not request.candidates:
         raise DataError(f"request {request.id!r}: the alignment task ranks candidates; set Request.candidates")
     return request.candidates
+
+
+FAMILY = Family(
+    name="alignment",
+    title="What codes stand for",
+    task=AlignmentTask,
+    section=AlignmentSection,
+    answer=Ranking,
+    headline="NDCG@10",
+    strategies=("likelihood",),
+    baselines=("random",),
+    controls=("random",),
+    candidates="items",
+)

@@ -25,7 +25,6 @@ from llmrec.types import (
     CodedId,
     Event,
     Example,
-    Family,
     Interaction,
     ItemCodes,
     Message,
@@ -186,14 +185,28 @@ class Draw:
     first_target: int
 
 
+def shows_events(template: Template, history: int, shots: int) -> str:
+    """Say in words what a prompt shows of a history of at most so many events, beside so many solved examples."""
+    shows = template.shape == "list" or PAST & template.names("system", "user")
+    return (f"text of the last {history} events" if shows else "no history") + solved_examples(shots)
+
+
+def solved_examples(shots: int) -> str:
+    """Say in words how many solved examples a prompt shows, behind what else it does."""
+    return f", {shots} solved examples" if shots else ""
+
+
+def told_rows(data: SplitDataset, column: str | None = None) -> int:
+    """Return the number of training interactions, or of those that have something in a column."""
+    return len(data.train) if column is None else len(data.train) - data.train[column].null_count()
+
+
 def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
     """Return random numbers that depend on names only, never on the order of rows or calls."""
     return random.Random(hash_one(purpose, seed, *parts))
 
 
-def passes(
-    family: Family, users: Sequence[str], seed: int, limit: int | None
-) -> Iterator[tuple[str, str, random.Random]]:
+def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> Iterator[tuple[str, str, random.Random]]:
     """Yield (row id, user, random numbers) without end, pass after pass over the users in a fresh order.
 
     Raises:
@@ -213,7 +226,7 @@ def passes(
 
 
 def branch_events(
-    family: Family,
+    family: str,
     chosen: Chosen,
     section: RatingSection | SequentialSection,
     events: tuple[Event, ...],
@@ -330,7 +343,7 @@ def chat_example(
     return Example(
         id=row,
         user_id=user_id,
-        task=template.family,  # type: ignore[arg-type]
+        task=template.family,
         template=template.id,
         messages=template.turns(values),
         answer=template.step(answer)[1],
@@ -346,7 +359,7 @@ def list_example(
     return Example(
         id=row,
         user_id=user_id,
-        task=template.family,  # type: ignore[arg-type]
+        task=template.family,
         template=template.id,
         messages=template.turns(values),
         answer=answer,
@@ -361,7 +374,7 @@ def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Ev
     return tuple(events[start : start + length])
 
 
-def asked_item(request: Request, family: Family) -> str:
+def asked_item(request: Request, family: str) -> str:
     """Return the item that a request asks about.
 
     Raises:
@@ -372,7 +385,7 @@ def asked_item(request: Request, family: Family) -> str:
     return request.item
 
 
-def candidates_of(sets: CandidateSets | None, held: Interaction, family: Family) -> tuple[str, ...] | None:
+def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) -> tuple[str, ...] | None:
     """Return the stored candidates of a held-out interaction; None where there are no sets.
 
     Raises:

@@ -6,8 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id, request_of, scale_of, threshold
+from llmrec.data.split import request_id, request_of, scale_of, threshold
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CtrSection
@@ -28,21 +27,22 @@ from llmrec.tasks.base import (
     passes,
     rated,
     refuse_test,
+    shows_events,
     solved,
+    told_rows,
     window,
     with_shots,
 )
-from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.family import Family
+from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
     Case,
     Event,
     Example,
-    Family,
     Interaction,
-    ItemCodes,
     Message,
     Probability,
     Prompt,
@@ -58,7 +58,7 @@ _MARKS = " \t\r\n*_`\"'“”‘’«»([<>#-–—:."
 _ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
 
 
-class CtrTask:
+class CtrTask(Task):
     """The yes/no family: the titles that a user liked and did not like, and one more title to judge.
 
     A list template has the answers of one user line by line; the history stands in the answer, so that one training
@@ -68,22 +68,12 @@ class CtrTask:
     as those that a no answers, so that nothing about the user alone, such as the share of likes, tells the answer.
     """
 
-    family: Family = "ctr"
+    family = "ctr"
     kinds = (YES, NO)
 
-    def __init__(
-        self,
-        data: SplitDataset,
-        section: CtrSection,
-        templates: Mapping[str, Template],
-        *,
-        seed: int,
-        candidates: CandidateSets | None = None,
-        shot_choice: str = "random",
-        index: ItemCodes | None = None,
-        vectors: ItemVectors | None = None,
-    ) -> None:
-        self._data, self._section, self._seed = data, section, seed
+    def __init__(self, section: CtrSection, inputs: TaskInputs) -> None:
+        data, templates = inputs.data, inputs.templates
+        self._data, self._section, self._seed = data, section, inputs.seed
         self._events = {user: known for user in data.users() if (known := rated(data.train_events(user)))}
         if not self._events:
             raise DataError(
@@ -91,24 +81,16 @@ class CtrTask:
                 "data.columns.rating"
             )
         self.liked = threshold(scale_of(data), section.liked)
-        self._chosen = choose(self.family, section, templates, index)
-        self._view = View(data, index)
+        self._chosen = choose(self.family, section, templates, inputs.index)
+        self._view = View(data, inputs.index)
         for template in templates.values():
             if template.shape == "list":
                 template.check(turns=ABOUT_USER, lead=ABOUT_USER | ABOUT_ITEM | {"n"}, target={"answer"})
             else:
                 asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "liked", "disliked"}
                 template.check(turns=asked, lead=(), target={"answer"})
-        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
-        self._shots = ShotPool(
-            self.family,
-            self._events,
-            seed=seed,
-            choice=shot_choice,
-            least=1,
-            vectors=vectors,
-            label=lambda event: self._yes(event.rating),
-        )
+        self._past = inputs.past(section, self._chosen.asking)
+        self._shots = inputs.shots(self.family, self._events, label=lambda event: self._yes(event.rating))
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -167,8 +149,9 @@ class CtrTask:
             )
         return kept
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""
+        only_one(self.family, want)
         chosen = self._chosen.get(template)
         drawn = self.draw_shots(request, shots)
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
@@ -206,6 +189,33 @@ class CtrTask:
         if not isinstance(answer, Probability):
             return 0.0
         return 1.0 - (answer.value - float(case.truth)) ** 2
+
+    def shows(self, template: Template, shots: int) -> str:
+        """Say what a prompt shows; see `Task`."""
+        return shows_events(template, self._section.history, shots)
+
+    def training_size(self) -> int:
+        """Return the number of training ratings."""
+        return told_rows(self._data, "rating")
+
+    def scored_by(self, template: Template) -> str:
+        """Return the strategy that weighs a yes against a no."""
+        return "yes-no"
+
+    @property
+    def baseline_options(self) -> Mapping[str, float | None]:
+        """What is a yes, said once for the model and for what stands beside it."""
+        return {"liked": self._section.liked}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether answers are scaled on the validation split."""
+        return self._section.calibrate == "valid"
+
+    @property
+    def users_kind(self) -> str | None:
+        """What signatures say of the users asked about."""
+        return "balanced" if self._section.balance == "user" else None
 
     # ----------------------------------------------------------------------- building blocks
 
@@ -314,3 +324,17 @@ def read_choice(text: str, answers: Sequence[str]) -> int | None:
     assert match is not None
     leads = match.start() == 0 and (found[0] == 0 or _ENDS.match(said, match.end()) is not None)
     return found[0] if leads else None
+
+
+FAMILY = Family(
+    name="ctr",
+    title="Yes or no to an item",
+    task=CtrTask,
+    section=CtrSection,
+    answer=Probability,
+    headline="AUC",
+    strategies=("yes-no", "parsed-yes-no"),
+    baselines=("like-ratio", "logistic"),
+    controls=("like-ratio",),
+    column="rating",
+)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import cycle, islice
 from string import ascii_uppercase
+from typing import get_args
 
-from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id, request_of
+from llmrec.data.split import request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import DirectSection
@@ -27,25 +27,26 @@ from llmrec.tasks.base import (
     passes,
     ranking_reward,
     refuse_test,
+    shows_events,
     solved,
+    told_rows,
     with_shots,
 )
 from llmrec.tasks.ctr import read_choice
-from llmrec.tasks.direct_answers import asks_for, check_strategies, check_words, refuse
-from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.direct_answers import asks_for, check_strategies, check_words, fits, reader_of, refuse
+from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
+from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_ranking
 from llmrec.tasks.pool import Negatives
 from llmrec.tasks.rating import find_scale
 from llmrec.tasks.sequential import items_by_text, read_item
+from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
     Case,
     Event,
     Example,
-    Family,
-    ItemCodes,
     Message,
     Probability,
     Prompt,
@@ -54,35 +55,25 @@ from llmrec.types import (
     SplitName,
 )
 
-_WANTS = ("one", "ranking", "yes")
+_WANTS = get_args(Want)
 # Candidates of a training row where no stored sets say how many evaluation shows.
 _COUNT = 20
 
 
-class DirectTask:
+class DirectTask(Task):
     """The direct family: candidates in one prompt, and the one to choose or an order of them; or a yes to one item.
 
     By its target a template answers with a candidate's label, with the item's own code or title, as P5 does (RecSys
     2022, appendix D), or with yes or no to one item that it names: see `llmrec.tasks.direct_answers`.
     """
 
-    family: Family = "direct"
+    family = "direct"
 
-    def __init__(
-        self,
-        data: SplitDataset,
-        section: DirectSection,
-        templates: Mapping[str, Template],
-        *,
-        seed: int,
-        candidates: CandidateSets | None = None,
-        shot_choice: str = "random",
-        index: ItemCodes | None = None,
-        vectors: ItemVectors | None = None,
-    ) -> None:
-        self._data, self._section, self._seed, self._candidates = data, section, seed, candidates
-        self._chosen = choose(self.family, section, templates, index)
-        self._view = View(data, index)
+    def __init__(self, section: DirectSection, inputs: TaskInputs) -> None:
+        data, templates, candidates = inputs.data, inputs.templates, inputs.candidates
+        self._data, self._section, self._seed, self._candidates = data, section, inputs.seed, candidates
+        self._chosen = choose(self.family, section, templates, inputs.index)
+        self._view = View(data, inputs.index)
         for template in templates.values():
             check_words(template)
         check_strategies([templates[name] for name in self._chosen.evaluate], section.strategies)
@@ -92,8 +83,8 @@ class DirectTask:
         self._events = {user: past for user, past in events.items() if past}
         self._negatives = Negatives(data, candidates.kind if candidates else "uniform")
         self._count = candidates.count if candidates else _COUNT
-        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
-        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=1, vectors=vectors)
+        self._past = inputs.past(section, self._chosen.asking)
+        self._shots = inputs.shots(self.family, self._events)
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -140,7 +131,7 @@ class DirectTask:
             for held in held_out(self._data, split)
         ]
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0, want: str = "one") -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`.
 
         Args:
@@ -158,17 +149,17 @@ class DirectTask:
             raise ValueError(f"want is 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
         pool = _asked(request)
-        want = self._wanted(chosen, want, request)
+        asked = self._wanted(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
         for place, shot in enumerate(drawn.windows):
             rng = keyed("direct shot candidates", self._seed, request.id, str(place))
-            if want == "yes":
+            if asked == "yes":
                 turns.append(self._solved_yes(chosen, shot.user_id, shot.events, place, rng))
                 continue
             shown = self._pool(shot.user_id, shot.events[-1].item_id, len(pool), rng)
-            turns.append(self._solved(chosen, shot.user_id, shot.events, shown, want))
-        values = self._asking(chosen, request.user_id, drawn.history, pool, want, drawn.context(request.context))
+            turns.append(self._solved(chosen, shot.user_id, shot.events, shown, asked))
+        values = self._asking(chosen, request.user_id, drawn.history, pool, asked, drawn.context(request.context))
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def questions(self, count: int) -> list[Request]:
@@ -223,6 +214,22 @@ class DirectTask:
         return self._chosen.get(template).shows_profile
 
     # ----------------------------------------------------------------------- asking
+
+    def shows(self, template: Template, shots: int) -> str:
+        """Say what a prompt shows; see `Task`."""
+        return shows_events(template, self._section.history, shots)
+
+    def training_size(self) -> int:
+        """Return the number of training interactions."""
+        return told_rows(self._data)
+
+    def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
+        """Return the strategies that read what a template asks for."""
+        return tuple(name for name in strategies if fits(template, name))
+
+    def scored_by(self, template: Template) -> str:
+        """Return the strategy that reads what a template asks for; of several the cheapest."""
+        return reader_of(template)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
@@ -381,3 +388,21 @@ def _asked(request: Request) -> tuple[str, ...]:
     if not request.candidates:
         raise DataError(f"request {request.id!r}: the direct task ranks candidates; set Request.candidates")
     return request.candidates
+
+
+FAMILY = Family(
+    name="direct",
+    title="Pick from candidates",
+    task=DirectTask,
+    section=DirectSection,
+    answer=Ranking,
+    headline="NDCG@10",
+    strategies=(
+        *("label", "list", "permutation", "window", "pairwise", "setwise", "pointwise-yes", "two-step"),
+        "likelihood",
+    ),
+    baselines=RANKERS,
+    controls=RANKING_CONTROLS,
+    candidates="users",
+    lists=True,
+)

@@ -11,8 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_of
+from llmrec.data.split import request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts.template import Template, clean
@@ -28,39 +27,32 @@ from llmrec.tasks.base import (
     held_out,
     passes,
     refuse_test,
+    shows_events,
     solved,
     text_of,
+    told_rows,
     with_shots,
 )
-from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.family import WRITERS, Family
+from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
-from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Request, SplitName, Text
+from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Request, SplitName, Text
 
 # A rating that stands before the text in an answer of both.
 _RATED = re.compile(r"\W*\d+(?:[.,]\d+)?\s*(?:stars?)?\s*[:.,–—-]\s*(?=\S)", re.IGNORECASE)
 
 
-class ExplanationTask:
+class ExplanationTask(Task):
     """The explanation family: what the user wrote about earlier items, an item, and the text to be written."""
 
-    family: Family = "explanation"
+    family = "explanation"
 
-    def __init__(
-        self,
-        data: SplitDataset,
-        section: ExplanationSection,
-        templates: Mapping[str, Template],
-        *,
-        seed: int,
-        candidates: CandidateSets | None = None,
-        shot_choice: str = "random",
-        index: ItemCodes | None = None,
-        vectors: ItemVectors | None = None,
-    ) -> None:
-        self._data, self._section, self._seed = data, section, seed
-        self._chosen = choose(self.family, section, templates, index, reviews=bool(data.dataset.reviews))
-        self._view = View(data, index)
+    def __init__(self, section: ExplanationSection, inputs: TaskInputs) -> None:
+        data, templates = inputs.data, inputs.templates
+        self._data, self._section, self._seed = data, section, inputs.seed
+        self._chosen = choose(self.family, section, templates, inputs.index, reviews=bool(data.dataset.reviews))
+        self._view = View(data, inputs.index)
         for template in templates.values():
             if template.shape == "list":
                 raise RecipeError(f"template {template.id}: explanation templates ask for one text; use shape: chat")
@@ -81,8 +73,8 @@ class ExplanationTask:
                 f"tasks.explanation: the template {rated[0]} writes a rating before the text, and {unrated} training "
                 f"texts of {data.dataset.name} have none; name other templates under tasks.explanation.templates"
             )
-        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
-        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=1, vectors=vectors)
+        self._past = inputs.past(section, self._chosen.asking)
+        self._shots = inputs.shots(self.family, self._events)
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -139,8 +131,9 @@ class ExplanationTask:
             if (text := clean(held.text or "", TEXT_LIMIT))
         ]
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""
+        only_one(self.family, want)
         chosen = self._chosen.get(template)
         drawn = self.draw_shots(request, shots)
         turns: list[tuple[Message, ...]] = []
@@ -176,6 +169,19 @@ class ExplanationTask:
         if not isinstance(answer, Text):
             return 0.0
         return shared_words(answer.text, str(case.truth))
+
+    def shows(self, template: Template, shots: int) -> str:
+        """Say what a prompt shows; see `Task`."""
+        return shows_events(template, self._section.history, shots)
+
+    def training_size(self) -> int:
+        """Return the number of training texts."""
+        return told_rows(self._data, "text")
+
+    @property
+    def strategy_options(self) -> Mapping[str, int]:
+        """The longest text."""
+        return {"max_tokens": self._section.max_tokens}
 
     # ----------------------------------------------------------------------- building blocks
 
@@ -227,3 +233,24 @@ def _told(events: Sequence[Event]) -> tuple[Event, ...]:
 
 def _bag(text: str) -> Counter[str]:
     return Counter(re.findall(r"\w+", text.casefold()))
+
+
+FAMILY = Family(
+    name="explanation",
+    title="Explanations",
+    task=ExplanationTask,
+    section=ExplanationSection,
+    answer=Text,
+    headline="ROUGE-L",
+    strategies=("text",),
+    baselines=WRITERS,
+    controls=("frequent-text",),
+    column="text",
+    lacking=(
+        "needs texts, and {data} has none; name the column with {where}.columns.text, or give a second table under "
+        "`reviews:`"
+    ),
+    writes="sentence",
+    second_table=True,
+    grounded=True,
+)

@@ -16,7 +16,7 @@ from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import ShotChoice
 from llmrec.tasks.base import keyed
 from llmrec.tasks.history import ItemVectors, Shown
-from llmrec.types import Event, Family, Request
+from llmrec.types import Event, Request
 
 _CHOICES = get_args(ShotChoice)
 BY_TEXT = ("nearest", "diverse")
@@ -66,7 +66,7 @@ class ShotPool:
 
     def __init__(
         self,
-        family: Family,
+        family: str,
         events: Mapping[str, tuple[Event, ...]],
         *,
         seed: int,

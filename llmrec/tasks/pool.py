@@ -12,7 +12,8 @@ from typing import Protocol, runtime_checkable
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.tasks.base import keyed
-from llmrec.types import Example, Task
+from llmrec.tasks.task import Task
+from llmrec.types import Example
 
 # Rows read in a row without a new one before a stream counts as exhausted.
 _PATIENCE = 2000

@@ -7,8 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_of
+from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import RatingSection
@@ -32,44 +31,37 @@ from llmrec.tasks.base import (
     passes,
     rated,
     refuse_test,
+    shows_events,
     solved,
+    told_rows,
     window,
     with_shots,
 )
-from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, Family
+from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_number
+from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
-from llmrec.types import Answer, Case, Event, Example, Family, ItemCodes, Message, Prompt, Rating, Request, SplitName
+from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Rating, Request, SplitName
 
 _MOST_LABELS = 101
 
 
-class RatingTask:
+class RatingTask(Task):
     """The rating family.
 
     A list template asks for one user's ratings in order; the history stands in the answer, so that one training
     row teaches a rating at every position. A chat template shows the history and asks about one item.
     """
 
-    family: Family = "rating"
+    family = "rating"
 
-    def __init__(
-        self,
-        data: SplitDataset,
-        section: RatingSection,
-        templates: Mapping[str, Template],
-        *,
-        seed: int,
-        candidates: CandidateSets | None = None,
-        shot_choice: str = "random",
-        index: ItemCodes | None = None,
-        vectors: ItemVectors | None = None,
-    ) -> None:
-        self._data, self._section, self._seed = data, section, seed
+    def __init__(self, section: RatingSection, inputs: TaskInputs) -> None:
+        data, templates = inputs.data, inputs.templates
+        self._data, self._section, self._seed = data, section, inputs.seed
         self.scale = find_scale(data)
-        self._chosen = choose(self.family, section, templates, index)
-        self._view = View(data, index)
+        self._chosen = choose(self.family, section, templates, inputs.index)
+        self._view = View(data, inputs.index)
         turns = ABOUT_USER | {"scale_low", "scale_high"}
         for template in templates.values():
             if template.shape == "list":
@@ -84,16 +76,8 @@ class RatingTask:
         for name in self._chosen.evaluate:
             _refuse_learned(templates[name])
         self._events = {user: known for user in data.users() if (known := rated(data.train_events(user)))}
-        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
-        self._shots = ShotPool(
-            self.family,
-            self._events,
-            seed=seed,
-            choice=shot_choice,
-            least=1,
-            vectors=vectors,
-            label=lambda event: self.scale.label(event.rating or 0.0),
-        )
+        self._past = inputs.past(section, self._chosen.asking)
+        self._shots = inputs.shots(self.family, self._events, label=lambda event: self.scale.label(event.rating or 0.0))
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
@@ -148,8 +132,9 @@ class RatingTask:
             if held.rating is not None
         ]
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""
+        only_one(self.family, want)
         chosen = self._chosen.get(template)
         _refuse_learned(chosen)
         drawn = self.draw_shots(request, shots)
@@ -184,6 +169,33 @@ class RatingTask:
         if not isinstance(answer, Rating):
             return 0.0
         return self.scale.nearness(answer.value, float(case.truth))
+
+    def shows(self, template: Template, shots: int) -> str:
+        """Say what a prompt shows; see `Task`."""
+        return shows_events(template, self._section.history, shots)
+
+    def training_size(self) -> int:
+        """Return the number of training ratings."""
+        return told_rows(self._data, "rating")
+
+    def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
+        """Return the strategies that ask one of the models.
+
+        A rating head is trained with the tuned model and in place of its label tokens: that model is asked by its head
+        alone, and the base model, which has none, by the others.
+        """
+        if self._section.head is None:
+            return tuple(strategies)
+        return tuple(name for name in strategies if (name == "head") == tuned)
+
+    def scored_by(self, template: Template) -> str:
+        """Return the strategy that takes the mean over the labels."""
+        return "expected"
+
+    @property
+    def liked_from(self) -> float:
+        """The lowest rating that counts as liked."""
+        return threshold(scale_of(self._data), self._section.liked)
 
     # ----------------------------------------------------------------------- building blocks
 
@@ -332,3 +344,20 @@ def expected(values: Sequence[float], logprobs: Sequence[float]) -> float:
     peak = max(logprobs)
     weights = [math.exp(logprob - peak) for logprob in logprobs]
     return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+FAMILY = Family(
+    name="rating",
+    title="Rating prediction",
+    task=RatingTask,
+    section=RatingSection,
+    answer=Rating,
+    headline="RMSE",
+    strategies=("expected", "parsed", "head"),
+    baselines=RATERS,
+    controls=RATING_CONTROLS,
+    column="rating",
+    lacking=NO_RATINGS,
+    quotes=True,
+    evaluation_keys=frozenset({"liked"}),
+)

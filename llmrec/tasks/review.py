@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, cast
 
-from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id, request_of
+import polars as pl
+
+from llmrec.data.split import request_id, request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts.template import Template, clean
@@ -28,23 +29,24 @@ from llmrec.tasks.base import (
     passes,
     refuse_test,
     solved,
+    solved_examples,
     text_of,
+    told_rows,
     with_shots,
 )
 from llmrec.tasks.explanation import shared_words
-from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.history import ItemVectors
+from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, WRITERS, Family
+from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rating import Scale, find_scale
+from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
     Case,
     Event,
     Example,
-    Family,
     Interaction,
-    ItemCodes,
     Message,
     Prompt,
     Rating,
@@ -56,32 +58,22 @@ from llmrec.types import (
 Target = Literal["headline", "rating"]
 
 
-class ReviewTask:
+class ReviewTask(Task):
     """The families ``review`` and ``stars``: a review, and the headline or the rating that belongs to it."""
 
-    family: Family
+    family: str
 
-    def __init__(
-        self,
-        data: SplitDataset,
-        section: ReviewSection | StarsSection,
-        templates: Mapping[str, Template],
-        *,
-        seed: int,
-        candidates: CandidateSets | None = None,
-        shot_choice: str = "random",
-        index: ItemCodes | None = None,
-        vectors: ItemVectors | None = None,
-    ) -> None:
-        self._data, self._section, self._seed = data, section, seed
+    def __init__(self, section: ReviewSection | StarsSection, inputs: TaskInputs) -> None:
+        data, templates = inputs.data, inputs.templates
+        self._data, self._section, self._seed = data, section, inputs.seed
         self.family, self.target = _kind(templates)
         if not data.dataset.reviews:
             raise DataError(
                 f"tasks.{self.family}: {data.dataset.name} has no reviews; use a source of reviews, such as "
                 "amazon-reviews, or drop the task"
             )
-        self._chosen = choose(self.family, section, templates, index, reviews=True)
-        self._view = View(data, index)
+        self._chosen = choose(self.family, section, templates, inputs.index, reviews=True)
+        self._view = View(data, inputs.index)
         scale = find_scale(data) if self.target == "rating" else None
         self._scale = scale
         asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"review", "scale_low", "scale_high"}
@@ -94,14 +86,8 @@ class ReviewTask:
                 f"tasks.{self.family}: no training interaction of {data.dataset.name} has a review and a "
                 f"{self.target}; drop the task"
             )
-        self._shots = ShotPool(
-            self.family,
-            self._events,
-            seed=seed,
-            choice=shot_choice,
-            least=1,
-            vectors=vectors,
-            label=None if scale is None else lambda event: scale.label(event.rating or 0.0),
+        self._shots = inputs.shots(
+            self.family, self._events, label=None if scale is None else lambda event: scale.label(event.rating or 0.0)
         )
 
     @property
@@ -149,12 +135,13 @@ class ReviewTask:
             for held in self._held(split)
         ]
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`.
 
         Raises:
             DataError: If its context holds no review.
         """
+        only_one(self.family, want)
         chosen, item = self._chosen.get(template), asked_item(request, self.family)
         if not request.context.get("review"):
             raise DataError(f"request {request.id!r}: the {self.family} task reads a review; set context['review']")
@@ -191,6 +178,27 @@ class ReviewTask:
             return self._scale.nearness(answer.value, float(case.truth))
         return 0.0
 
+    def shows(self, template: Template, shots: int) -> str:
+        """Say what a prompt shows; see `Task`."""
+        return f"text of the review{solved_examples(shots)}"
+
+    def training_size(self) -> int:
+        """Return the number of training interactions with what is written about them."""
+        if self.target == "headline":
+            return told_rows(self._data, "text")
+        rated = self._data.train.filter(pl.col("rating").is_not_null())
+        reviews = self._data.dataset.reviews
+        return sum(pair in reviews for pair in rated.select("user_id", "item_id").iter_rows())
+
+    def scored_by(self, template: Template) -> str | None:
+        """Return the strategy that takes the mean over the labels; headlines are generated."""
+        return "expected" if self.target == "rating" else None
+
+    @property
+    def strategy_options(self) -> Mapping[str, int]:
+        """The longest headline."""
+        return {"max_tokens": self._section.max_tokens} if isinstance(self._section, ReviewSection) else {}
+
     # ----------------------------------------------------------------------- building blocks
 
     def _held(self, split: SplitName) -> list[Interaction]:
@@ -226,7 +234,7 @@ class ReviewTask:
         return chat_example(template, row, user, values, self._answered(values, event), past=(), event=event)
 
 
-def _kind(templates: Mapping[str, Template]) -> tuple[Family, Target]:
+def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
     """Return the family of templates, and what all of them ask for.
 
     Raises:
@@ -245,4 +253,34 @@ def _kind(templates: Mapping[str, Template]) -> tuple[Family, Target]:
             f"templates {' and '.join(sorted(targets.values()))}: the one writes a headline and the other a rating; "
             "those of one family write the same, headlines under prompts/review and ratings under prompts/stars"
         )
-    return cast(Family, family), next(iter(targets))
+    return family, next(iter(targets))
+
+
+REVIEW = Family(
+    name="review",
+    title="Headline of a review",
+    task=ReviewTask,
+    section=ReviewSection,
+    answer=Text,
+    headline="ROUGE-L",
+    strategies=("text",),
+    baselines=WRITERS,
+    controls=("frequent-text",),
+    column="text",
+    writes="headline",
+    quotes=True,
+)
+STARS = Family(
+    name="stars",
+    title="Rating from a review",
+    task=ReviewTask,
+    section=StarsSection,
+    answer=Rating,
+    headline="RMSE",
+    strategies=("expected", "parsed"),
+    baselines=RATERS,
+    controls=RATING_CONTROLS,
+    column="rating",
+    lacking=NO_RATINGS,
+    quotes=True,
+)

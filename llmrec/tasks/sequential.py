@@ -6,8 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
-from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id, request_of
+from llmrec.data.split import request_id, request_of
 from llmrec.errors import RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
@@ -28,14 +27,17 @@ from llmrec.tasks.base import (
     passes,
     ranking_reward,
     refuse_test,
+    shows_events,
     solved,
+    told_rows,
     window,
     with_shots,
 )
-from llmrec.tasks.fewshot import Drawn, ShotPool
-from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
+from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_line
 from llmrec.tasks.rating import find_scale
+from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
@@ -43,8 +45,6 @@ from llmrec.types import (
     Code,
     Event,
     Example,
-    Family,
-    ItemCodes,
     Message,
     Prompt,
     Ranking,
@@ -53,30 +53,20 @@ from llmrec.types import (
 )
 
 
-class SequentialTask:
+class SequentialTask(Task):
     """The sequential family.
 
     A list template asks to continue a list; the history stands in the answer, so that one training row teaches
     the next title at every position. A chat template shows the history and asks for one title.
     """
 
-    family: Family = "sequential"
+    family = "sequential"
 
-    def __init__(
-        self,
-        data: SplitDataset,
-        section: SequentialSection,
-        templates: Mapping[str, Template],
-        *,
-        seed: int,
-        candidates: CandidateSets | None = None,
-        shot_choice: str = "random",
-        index: ItemCodes | None = None,
-        vectors: ItemVectors | None = None,
-    ) -> None:
-        self._data, self._section, self._seed, self._candidates = data, section, seed, candidates
-        self._chosen = choose(self.family, section, templates, index)
-        self._view = View(data, index)
+    def __init__(self, section: SequentialSection, inputs: TaskInputs) -> None:
+        data, templates = inputs.data, inputs.templates
+        self._data, self._section, self._seed, self._candidates = data, section, inputs.seed, inputs.candidates
+        self._chosen = choose(self.family, section, templates, inputs.index)
+        self._view = View(data, inputs.index)
         self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
         for template in templates.values():
             if template.shape == "list":
@@ -94,8 +84,8 @@ class SequentialTask:
         events = {user: data.train_events(user) for user in data.users()}
         self._events = {user: past for user, past in events.items() if len(past) >= least}
         self._keys: dict[str, Mapping[str, tuple[str, ...]]] = {}
-        self._past = Past(section, data.dataset, vectors, self._chosen.asking)
-        self._shots = ShotPool(self.family, self._events, seed=seed, choice=shot_choice, least=2, vectors=vectors)
+        self._past = inputs.past(section, self._chosen.asking)
+        self._shots = inputs.shots(self.family, self._events, least=2)
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -162,7 +152,7 @@ class SequentialTask:
             for held in held_out(self._data, split)
         ]
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0, want: str = "one") -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`.
 
         Raises:
@@ -214,6 +204,18 @@ class SequentialTask:
     def reward(self, answer: Answer, case: Case) -> float:
         """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is left out."""
         return ranking_reward(answer, case)
+
+    def shows(self, template: Template, shots: int) -> str:
+        """Say what a prompt shows; see `Task`."""
+        return shows_events(template, self._section.history, shots)
+
+    def training_size(self) -> int:
+        """Return the number of training interactions."""
+        return told_rows(self._data)
+
+    def scored_by(self, template: Template) -> str:
+        """Return the search of the whole catalogue where that is ranked, else the likelihood of candidates."""
+        return "search" if self._candidates is None else "likelihood"
 
     # ----------------------------------------------------------------------- building blocks
 
@@ -287,3 +289,17 @@ def read_item(completion: str, known: Mapping[str, tuple[str, ...]], request: Re
             items = known[key]
             return Ranking(request_id=request.id, items=items, scores=(1.0,) * len(items))
     return None
+
+
+FAMILY = Family(
+    name="sequential",
+    title="Next item from history",
+    task=SequentialTask,
+    section=SequentialSection,
+    answer=Ranking,
+    headline="NDCG@10",
+    strategies=("likelihood", "likelihood-prior", "search"),
+    baselines=RANKERS,
+    controls=RANKING_CONTROLS,
+    candidates="users",
+)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import TaskSection
-from llmrec.types import Family, ItemCodes
+from llmrec.types import ItemCodes
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def of_set(templates: Mapping[str, Template], name: str) -> list[Template]:
 
 
 def choose(
-    family: Family,
+    family: str,
     section: TaskSection,
     templates: Mapping[str, Template],
     index: ItemCodes | None = None,

@@ -21,6 +21,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.evaluate.predictor import Protocol, evaluate
 from llmrec.metrics.ranking import Standing, hit_rate, standing
+from llmrec.tasks.family import family_of
 from llmrec.types import Case, Event, Item, Predictor, Ranking, Request
 
 
@@ -103,7 +104,7 @@ def test_chance_is_the_expectation_over_all_orders_and_no_draw(
             Case(request=Request(id=f"r{n}", user_id=f"u{n}", candidates=pool), truth=pool[n % candidates])
             for n in range(5)
         ]
-        found = evaluate(model, cases, family="direct", protocol=protocol)
+        found = evaluate(model, cases, name="direct", kind=family_of("direct").answer, protocol=protocol)
         assert found.values["NDCG@10"] == pytest.approx(np.full(5, ndcg_at_10), abs=5e-5)
         assert found.values["HR@10"] == pytest.approx(np.full(5, hr_at_10))
         assert found.figures["metrics"]["NDCG@10"]["value"] == pytest.approx(found.values["NDCG@10"][0])

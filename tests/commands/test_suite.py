@@ -21,8 +21,9 @@ from llmrec.errors import RecipeError
 from llmrec.experiment.study import load_split
 from llmrec.recipe.comparisons import Suite
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
-from llmrec.registry import BASELINES, FAMILY_BASELINES
+from llmrec.registry import BASELINES
 from llmrec.resources import resource
+from llmrec.tasks.family import family_of
 
 PAGE: dict[str, Any] = {
     "suite": "made",
@@ -182,7 +183,7 @@ def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
     family = "sequential" if suite.task == "ranking" else suite.task
     names = [row.baseline for row in suite.rows if row.baseline is not None]
     assert all(load_recipe(row.recipe, row.overrides).tasks.sequential for row in suite.rows if row.recipe)
-    assert set(names) <= set(FAMILY_BASELINES[family]) <= set(BASELINES)
+    assert set(names) <= set(family_of(family).baselines) <= set(BASELINES)
     for name in suite.references:
         assert suites._reference(name).rows
     if suite.task == "ranking":

@@ -21,7 +21,8 @@ from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.recipe.schema import Split
-from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
+from llmrec.registry import BASELINES, lookup
+from llmrec.tasks.family import family_of
 from llmrec.types import (
     Answer,
     Case,
@@ -40,10 +41,10 @@ from llmrec.types import (
 # What needs a package of the extra `baselines` is left out where that is not installed.
 NEEDS = {"als": "implicit", "bpr": "implicit", "sasrec": "torch", "gru4rec": "torch"}
 ALL = tuple(name for name in BASELINES if find_spec(NEEDS.get(name, "numpy")) is not None)
-RANKING = tuple(name for name in FAMILY_BASELINES["sequential"] if name in ALL)
-RATING = FAMILY_BASELINES["rating"]
-TEXT = FAMILY_BASELINES["explanation"]
-JUDGING = FAMILY_BASELINES["ctr"]
+RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
+RATING = family_of("rating").baselines
+TEXT = family_of("explanation").baselines
+JUDGING = family_of("ctr").baselines
 # Their validation split chooses when to stop.
 STOPPING = {"sasrec", "gru4rec"}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.

@@ -13,6 +13,7 @@ from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection, ExplanationSection, Split
 from llmrec.tasks.explanation import ExplanationTask
 from tests.review_files import write
+from tests.tasks.making import make
 from tests.tasks.task_data import load_templates, prompt_text
 
 
@@ -48,7 +49,7 @@ def test_titles_profiles_and_texts_are_read(name: str, tmp_path: Path) -> None:
 def test_a_question_shows_both_profiles_and_not_the_explanation(tmp_path: Path) -> None:
     data = loaded(write(tmp_path / "rows.jsonl", rows()), noun="books")
     parts = split(data, Split(kind="user_disjoint", valid=0.2, test=0.3), seed=0)
-    task = ExplanationTask(parts, ExplanationSection(templates=("plain",)), load_templates("explanation"), seed=0)
+    task = make(ExplanationTask, parts, ExplanationSection(templates=("plain",)), load_templates("explanation"), seed=0)
     assert task.cases("test")
     for case in task.cases("test"):
         shown = prompt_text(task.prompt(case.request, template="plain"))

@@ -23,6 +23,7 @@ from llmrec.evaluate.predictor import Protocol, compare, evaluate
 from llmrec.metrics.ranking import standing
 from llmrec.metrics.signature import parse_signature
 from llmrec.recipe.schema import Split
+from llmrec.tasks.family import family_of
 from llmrec.types import Case, Event, Item, Ranking, Request
 
 
@@ -220,7 +221,9 @@ def test_figures_equal_those_of_a_predictor_that_is_asked(data: SplitDataset) ->
     cases, popular = _cases(data), Popularity()
     popular.fit(data)
     size = len(data.dataset.items)
-    asked = evaluate(popular, cases, family="sequential", protocol=protocol(size, (1, 5, 10)))
+    asked = evaluate(
+        popular, cases, name="sequential", kind=family_of("sequential").answer, protocol=protocol(size, (1, 5, 10))
+    )
     found = evaluate_catalogue(popular, cases, protocol(size, (1, 5, 10)))["excluded"]
     for name, figure in asked.figures["metrics"].items():
         mine = found.figures["metrics"][name]

@@ -11,6 +11,7 @@ import pytest
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.predictor import Protocol, compare, evaluate
 from llmrec.metrics.stats import verdict
+from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Text, Unparsed
 
 PROTOCOL = Protocol(split="leave_one_out", candidates="uniform-4", cutoffs=(1, 2), resamples=200, seed=0, catalogue=9)
@@ -43,7 +44,7 @@ def test_rankings_with_a_tie_a_miss_and_a_failure() -> None:
         ranking(2, "ab", [2, 1]),
         Unparsed(request_id="r3", reason="no label", raw="I cannot"),
     ]
-    found = evaluate(Canned(answers), cases, family="direct", protocol=PROTOCOL)
+    found = evaluate(Canned(answers), cases, name="direct", kind=family_of("direct").answer, protocol=PROTOCOL)
     assert found.figures["metrics"]["HR@1"]["value"] == pytest.approx((1 + 0.5) / 4)
     assert found.figures["metrics"]["HR@2"]["value"] == pytest.approx((1 + 1) / 4)
     assert found.figures["metrics"]["NDCG@2"]["value"] == pytest.approx((1 + (1 + 1 / np.log2(3)) / 2) / 4)
@@ -60,9 +61,9 @@ def test_more_failures_never_raise_a_figure() -> None:
     last = 2.0
     for failed in range(11):
         answers = [Unparsed(request_id=f"r{k}", reason="x") if k < failed else good[k] for k in range(10)]
-        value = evaluate(Canned(answers), cases, family="sequential", protocol=PROTOCOL).figures["metrics"]["MRR"][
-            "value"
-        ]
+        value = evaluate(
+            Canned(answers), cases, name="sequential", kind=family_of("sequential").answer, protocol=PROTOCOL
+        ).figures["metrics"]["MRR"]["value"]
         assert value < last or failed == 0
         last = value
 
@@ -70,12 +71,19 @@ def test_more_failures_never_raise_a_figure() -> None:
 def test_ratings_fall_back_and_count_it() -> None:
     cases = [case(0, 4.0), case(1, 2.0)]
     answers: list[Answer] = [Rating(request_id="r0", value=3.0), Unparsed(request_id="r1", reason="x")]
-    found = evaluate(Canned(answers), cases, family="rating", protocol=PROTOCOL, fallback=lambda request: 5.0)
+    found = evaluate(
+        Canned(answers),
+        cases,
+        name="rating",
+        kind=family_of("rating").answer,
+        protocol=PROTOCOL,
+        fallback=lambda request: 5.0,
+    )
     assert found.figures["metrics"]["RMSE"]["value"] == pytest.approx(np.sqrt((1 + 9) / 2))
     assert found.figures["metrics"]["MAE"]["value"] == pytest.approx(2.0)
     assert found.figures["parse_rate"] == 0.5
     with pytest.raises(LlmrecError, match="fallback"):
-        evaluate(Canned(answers), cases, family="rating", protocol=PROTOCOL)
+        evaluate(Canned(answers), cases, name="rating", kind=family_of("rating").answer, protocol=PROTOCOL)
 
 
 def test_texts_that_fail_are_empty_texts() -> None:
@@ -85,7 +93,9 @@ def test_texts_that_fail_are_empty_texts() -> None:
         Text(request_id="r0", text="it is very quiet and cleans well"),
         Unparsed(request_id="r1", reason="empty answer", raw=""),
     ]
-    found = evaluate(Canned(answers), cases, family="explanation", protocol=PROTOCOL)
+    found = evaluate(
+        Canned(answers), cases, name="explanation", kind=family_of("explanation").answer, protocol=PROTOCOL
+    )
     assert found.figures["metrics"]["ROUGE-L"]["value"] == pytest.approx(0.5)
     assert {"ROUGE-1", "ROUGE-2", "Distinct-1"} <= found.figures["metrics"].keys()
     assert found.figures["metrics"]["Distinct-1"]["value"] == 1.0  # seven words, each once
@@ -95,9 +105,9 @@ def test_texts_that_fail_are_empty_texts() -> None:
 
 def test_a_predictor_that_leaves_gaps_is_refused() -> None:
     with pytest.raises(LlmrecError, match="canned"):
-        evaluate(Canned([]), [case(0, "a")], family="direct", protocol=PROTOCOL)
+        evaluate(Canned([]), [case(0, "a")], name="direct", kind=family_of("direct").answer, protocol=PROTOCOL)
     with pytest.raises(LlmrecError, match="no case"):
-        evaluate(Canned([]), [], family="direct", protocol=PROTOCOL)
+        evaluate(Canned([]), [], name="direct", kind=family_of("direct").answer, protocol=PROTOCOL)
 
 
 def yes_no(k: int, user: str, truth: float) -> Case:
@@ -113,7 +123,7 @@ def test_yes_no_answers() -> None:
         yes_no(k, user, truth) for k, (user, truth) in enumerate([("u", 1), ("u", 0), ("v", 1), ("v", 0), ("w", 1)])
     ]
     answers = [said(0, 0.9), said(1, 0.2), said(2, 0.4), said(3, 0.4), Unparsed(request_id="r4", reason="x")]
-    found = evaluate(Canned(answers), cases, family="ctr", protocol=PROTOCOL)  # type: ignore[arg-type]
+    found = evaluate(Canned(answers), cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL)  # type: ignore[arg-type]
     metrics = found.figures["metrics"]
     # Yes .9 .4 .5 against no .2 .4: only .4 against .4 is a tie.
     assert metrics["AUC"]["value"] == pytest.approx(5.5 / 6)
@@ -131,7 +141,8 @@ def test_yes_no_answers() -> None:
     better = evaluate(
         Canned(answers),
         cases,
-        family="ctr",  # type: ignore[arg-type]
+        name="ctr",
+        kind=family_of("ctr").answer,  # type: ignore[arg-type]
         protocol=PROTOCOL,
         fallback=lambda request: 1.0,
     )
@@ -140,7 +151,9 @@ def test_yes_no_answers() -> None:
 
 def test_yes_no_answers_of_one_class_have_no_auc() -> None:
     cases = [yes_no(k, "u", 1.0) for k in range(3)]
-    found = evaluate(Canned([said(k, 0.0) for k in range(3)]), cases, family="ctr", protocol=PROTOCOL)  # type: ignore[arg-type]
+    found = evaluate(
+        Canned([said(k, 0.0) for k in range(3)]), cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL
+    )  # type: ignore[arg-type]
     assert found.figures["metrics"]["AUC"] == {
         "value": None,
         "low": None,
@@ -166,7 +179,8 @@ def test_areas_of_two_rows_are_compared(metric: str) -> None:
         evaluate(
             Canned([said(k, float(p)) for k, p in enumerate(np.clip(0.5 + edge * (truth - 0.5) + noise, 0, 1))]),
             cases,
-            family="ctr",  # type: ignore[arg-type]
+            name="ctr",
+            kind=family_of("ctr").answer,
             protocol=PROTOCOL,
         )
         for edge, noise in ((0.5, rng.normal(0, 0.3, 800)), (0.1, rng.normal(0, 0.3, 800)))
@@ -187,7 +201,9 @@ def test_areas_of_two_rows_are_compared(metric: str) -> None:
 
 def test_a_no_that_was_said_surely_keeps_its_truth() -> None:
     cases = [yes_no(0, "u", 0.0), yes_no(1, "u", 1.0)]
-    found = evaluate(Canned([said(0, 0.0), said(1, 0.0)]), cases, family="ctr", protocol=PROTOCOL)  # type: ignore[arg-type]
+    found = evaluate(
+        Canned([said(0, 0.0), said(1, 0.0)]), cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL
+    )  # type: ignore[arg-type]
     stored = np.array(json.loads(json.dumps(list(found.values["AUC"]))))
     assert np.signbit(stored).tolist() == [True, False]
     assert found.figures["metrics"]["AUC"]["value"] == 0.5
@@ -203,7 +219,9 @@ def test_few_users_are_compared_exactly() -> None:
 def test_intervals_of_rare_hits_reach_further_up_than_down() -> None:
     cases = [case(k, "a" if k < 4 else "d") for k in range(100)]
     answers: list[Answer] = [ranking(k, "abcd", [4, 3, 2, 1]) for k in range(100)]
-    figure = evaluate(Canned(answers), cases, family="direct", protocol=PROTOCOL).figures["metrics"]["HR@1"]
+    figure = evaluate(
+        Canned(answers), cases, name="direct", kind=family_of("direct").answer, protocol=PROTOCOL
+    ).figures["metrics"]["HR@1"]
     assert figure["value"] == 0.04
     assert figure["high"] - 0.04 > 0.04 - figure["low"] > 0
 

@@ -14,6 +14,7 @@ from llmrec.errors import LlmrecError
 from llmrec.evaluate.predictor import Protocol, evaluate
 from llmrec.evaluate.slices import FEW, SliceRules, slice_figures, slices_of
 from llmrec.metrics.signature import parse_signature, same_protocol
+from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Event, Item, Rating, Request
 
 PROTOCOL = Protocol(split="loo/test", candidates="full", cutoffs=(1,), resamples=100, seed=0, catalogue=5)
@@ -149,7 +150,7 @@ def test_ratings_are_cut_by_the_rated_item_and_rmse_stays_a_root() -> None:
         Case(request=Request(id=f"r{k}", user_id="u0", item=item), truth=truth)
         for k, (item, truth) in enumerate([("a", 5.0), ("a", 1.0), ("c", 4.0)])
     ]
-    row = evaluate(Three(), cases, family="rating", protocol=PROTOCOL)  # type: ignore[arg-type]
+    row = evaluate(Three(), cases, name="rating", kind=family_of("rating").answer, protocol=PROTOCOL)  # type: ignore[arg-type]
     figures = {
         figure.name: figure.metrics
         for figure in slice_figures(

@@ -14,8 +14,9 @@ from llmrec.experiment.study import build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection
-from llmrec.registry import FAMILY_STRATEGIES, POSITIONAL, STRATEGY_KEYS
+from llmrec.registry import POSITIONAL, STRATEGY_KEYS
 from llmrec.tasks.direct_answers import fits
+from llmrec.tasks.family import family_of
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -82,7 +83,7 @@ def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
         return eval_tokens(build_study(chosen), encoder)["few-shot"]
 
     words = load_templates("direct")["with-profile"]
-    counted = {strategy: tokens(strategy) for strategy in FAMILY_STRATEGIES["direct"] if fits(words, strategy)}
+    counted = {strategy: tokens(strategy) for strategy in family_of("direct").strategies if fits(words, strategy)}
     assert set(counted) == {*DIRECT, "two-step"}
     assert min(counted.values()) > 0
     assert counted["two-step"] > counted["label"] and counted["pairwise"] > counted["window"]

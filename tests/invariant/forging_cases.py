@@ -40,6 +40,7 @@ from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Example, Item, Prompt
+from tests.tasks.making import make
 
 COUNT = 500
 USERS = 125
@@ -322,7 +323,7 @@ def task(family: str, fill_name: str) -> Any:
     index = build(IndexSection(), data, seed=0)
     named = tuple(name for name, template in templates(family).items() if template.use != "unseen")
     asked = section.model_copy(update={"templates": named})
-    return kind(data, asked, templates(family), seed=0, candidates=stored, index=index)
+    return make(kind, data, asked, templates(family), seed=0, candidates=stored, index=index)
 
 
 @cache

@@ -20,6 +20,7 @@ from llmrec.recipe.schema import SequentialSection, Split
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Code, Item, Request
 from tests.conftest import make_tokenizer
+from tests.tasks.making import make
 
 TOKENS = (
     *(token(level, n) for level in range(3) for n in range(4)),
@@ -101,7 +102,7 @@ def test_a_whole_task_writes_only_its_codes(name: str, encoder: Encoder) -> None
     data = split(Dataset("forged", "<a_1> things", frame, items, users), Split(), seed=0)
     codes = {f"i{n}": (token(0, n % 4), token(1, n // 4)) for n in range(8)}
     index = ItemIndex("x", codes, tokens=TOKENS)
-    task = SequentialTask(data, SequentialSection(), load_templates("sequential"), seed=0, index=index)
+    task = make(SequentialTask, data, SequentialSection(), load_templates("sequential"), seed=0, index=index)
     own: list[Any] = [encoder.tokenizer.convert_tokens_to_ids(list(codes[f"i{n}"])) for n in range(8)]
     for case in task.cases("test"):
         asked = Request(

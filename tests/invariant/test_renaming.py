@@ -32,6 +32,7 @@ from llmrec.tasks.explanation import ExplanationTask
 from llmrec.tasks.rating import RatingTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Backend, Item, Prompt, Request
+from tests.tasks.making import make
 
 Name = Callable[[str], str]
 TASKS: dict[str, tuple[Any, Any, str]] = {
@@ -75,7 +76,7 @@ def asked(family: str, name: Name) -> tuple[list[Prompt], list[tuple[str, ...]]]
     task, section, wanted = TASKS[family]
     templates = load_templates(family)
     template = wanted if wanted in templates else next(iter(templates))
-    made = task(known, section(templates=(template,)), templates, seed=0)
+    made = make(task, known, section(templates=(template,)), templates, seed=0)
     prompts, answers = [], []
     for user in range(12):
         history = tuple(known.history(name(f"u{user}"), "test"))

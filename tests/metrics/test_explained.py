@@ -33,6 +33,7 @@ from llmrec.metrics.explained import (
 from llmrec.metrics.signature import better, kind_of
 from llmrec.metrics.stats import interval_of
 from llmrec.recipe.schema import Split
+from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Item, Request, Text, Unparsed
 
 PROTOCOL = Protocol(split="leave_one_out", candidates="none", cutoffs=(1,), resamples=100, seed=0, catalogue=2)
@@ -230,7 +231,14 @@ CASES = [
 
 def measured(texts: Sequence[str | None], held_against: Background | None) -> dict[str, dict[str, object]]:
     pytest.importorskip("rouge_score", reason="the text extra is not installed")
-    found = evaluate(Written(texts), CASES, family="explanation", protocol=PROTOCOL, background=held_against)
+    found = evaluate(
+        Written(texts),
+        CASES,
+        name="explanation",
+        kind=family_of("explanation").answer,
+        protocol=PROTOCOL,
+        background=held_against,
+    )
     json.dumps(found.figures, allow_nan=False)
     assert set(found.values) == {"ROUGE-1", "ROUGE-2", "ROUGE-L"}
     rates = {

@@ -13,6 +13,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, SequentialSection
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.tasks.templates import choose
+from tests.tasks.making import make
 from tests.tasks.task_data import make_split
 
 GOOD = "name: x\ndata: {source: movielens-100k}\ntasks:\n  sequential: {}\n"
@@ -69,7 +70,7 @@ def indexes() -> dict[str, ItemIndex]:
 
 def task(name: str, index: ItemIndex) -> SequentialTask:
     section = SequentialSection(templates=(name,), strategies=("search",))
-    return SequentialTask(make_split(), section, load_templates("sequential"), seed=0, index=index)
+    return make(SequentialTask, make_split(), section, load_templates("sequential"), seed=0, index=index)
 
 
 @pytest.mark.parametrize("name", BARE)

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from llmrec.durable import sha256_of
-from llmrec.registry import CONTROLS
+from llmrec.tasks.family import family_of
 
 NASTY = (
     "<script>window.__pwned=1</script>",
@@ -330,7 +330,7 @@ def hostile_results(results: Mapping[str, Any], texts: Sequence[str]) -> dict[st
     found["rows"] += [copy.deepcopy(row) | {"id": f"{task} copy"} for task, row in controls.items()]
     slices = {name: f"{place} {next(stream)}" for place, name in enumerate(SLICES)}
     for place, row in enumerate(found["rows"]):
-        kept = row["predictor"] in CONTROLS[row["task"]] and not row["id"].endswith(" copy")
+        kept = row["predictor"] in family_of(row["task"]).controls and not row["id"].endswith(" copy")
         names[row["id"]] = f"{place} {next(stream)}"
         row.update(
             id=names[row["id"]],

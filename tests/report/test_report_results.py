@@ -12,9 +12,9 @@ import polars as pl
 import pytest
 
 from llmrec.errors import DataError, LlmrecError
-from llmrec.registry import CONTROLS
 from llmrec.report.page import write
 from llmrec.report.results import failure_reasons, read, results_of
+from llmrec.tasks.family import family_of
 from tests.report.made import HEADLINE
 
 Save = Callable[[dict[str, Any]], Path]
@@ -129,7 +129,7 @@ def test_a_task_without_its_baselines_is_refused(results: dict[str, Any], save: 
     assert not (folder / "report" / "index.html").exists()
 
 
-@pytest.mark.parametrize(("family", "name"), [(f, name) for f in HEADLINE for name in CONTROLS[f]])
+@pytest.mark.parametrize(("family", "name"), [(f, name) for f in HEADLINE for name in family_of(f).controls])
 def test_a_task_that_lacks_one_control_is_refused(results: dict[str, Any], family: str, name: str) -> None:
     results["rows"] = [row for row in results["rows"] if row["task"] != family or row["predictor"] != name]
     results["comparisons"] = []

@@ -9,12 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.evaluate.predictor import HEADLINE
 from llmrec.report.escape import visible
 from llmrec.report.records import Comparison, Results
 from llmrec.report.results import results_of
 from llmrec.report.wording import (
-    TASK_TITLES,
     duration,
     facing,
     number,
@@ -25,6 +23,7 @@ from llmrec.report.wording import (
     verdict,
     winner_sentence,
 )
+from llmrec.tasks.family import families
 
 
 def _said(results: Results, task: str) -> str:
@@ -120,7 +119,8 @@ def test_several_pairs_are_counted_not_picked(results: dict[str, Any]) -> None:
 
 
 def test_every_family_has_a_title(results: dict[str, Any]) -> None:
-    assert set(TASK_TITLES) == set(HEADLINE) > set(results["headline"])
+    titles = [family.title for family in families().values()]
+    assert len(set(titles)) == len(titles) and set(families()) > set(results["headline"])
 
 
 # --------------------------------------------------------------------------- numbers

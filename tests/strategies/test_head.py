@@ -12,7 +12,7 @@ from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.raters import HeadRater
-from llmrec.types import Answer, Case, Cost, Family, Message, Prompt, Rating, Read, Request, Segment
+from llmrec.types import Answer, Case, Cost, Message, Prompt, Rating, Read, Request, Segment
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 
@@ -20,10 +20,10 @@ torch = pytest.importorskip("torch", reason="the train extra is not installed")
 class Toy:
     """Asks about a user's name, so that prompts have different lengths."""
 
-    family: Family = "rating"
+    family: str = "rating"
     eval_templates = ("toy",)
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: str = "one") -> Prompt:
         return Prompt(messages=(Message("user", (Segment("item", f"Rate it, {request.user_id}"),)),))
 
     def examples(self, split: str, limit: int | None = None) -> Any:

@@ -37,7 +37,7 @@ class Asking:
     def cases(self, split: str) -> list[Case]:
         return []
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: str = "one") -> Prompt:
         return Prompt(messages=(Message("user", (Segment("text", f"Will {request.id} like it?"),)),))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:

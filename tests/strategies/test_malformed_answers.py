@@ -14,7 +14,8 @@ from llmrec.backends.fake import FakeBackend
 from llmrec.evaluate.predictor import Protocol, evaluate
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.raters import ParsedRater, Writer
-from llmrec.types import Case, Family, Ranking, Request, Unparsed
+from llmrec.tasks.family import family_of
+from llmrec.types import Case, Ranking, Request, Unparsed
 from tests.strategies.strategy_cases import cases, data, strategy, task, title
 from tests.tasks.task_data import make_task
 
@@ -91,7 +92,9 @@ def test_malformed_lists_stay_in_the_denominator_and_hold_candidates_alone() -> 
             assert list(answer.scores) == sorted(answer.scores, reverse=True)
         else:
             assert isinstance(answer, Unparsed) and answer.reason
-    found = evaluate(strategy("list", scripted("direct")), asked, family="direct", protocol=protocol())
+    found = evaluate(
+        strategy("list", scripted("direct")), asked, name="direct", kind=family_of("direct").answer, protocol=protocol()
+    )
     assert found.figures["n"] == COUNT and len(found.records) == COUNT
     assert found.figures["parse_rate"] == pytest.approx(read / COUNT) and 0.2 < read / COUNT < 0.9
     lost = [n for n, record in enumerate(found.records) if record["error"]]
@@ -100,7 +103,7 @@ def test_malformed_lists_stay_in_the_denominator_and_hold_candidates_alone() -> 
 
 
 @pytest.mark.parametrize("family", ["rating", "explanation"])
-def test_malformed_ratings_and_texts_stay_in_the_denominator(family: Family) -> None:
+def test_malformed_ratings_and_texts_stay_in_the_denominator(family: str) -> None:
     asking = make_task(family, data())
     rng = random.Random(5)
     asked = [
@@ -112,7 +115,8 @@ def test_malformed_ratings_and_texts_stay_in_the_denominator(family: Family) -> 
     ]
     asker = Asker(backend=scripted(family), task=asking, template=asking.eval_templates[0], batch=64)
     predictor: Any = ParsedRater(asker) if family == "rating" else Writer(asker)
-    found = evaluate(predictor, asked, family=family, protocol=protocol(), fallback=lambda request: 3.0)
+    kind = family_of(family).answer
+    found = evaluate(predictor, asked, name=family, kind=kind, protocol=protocol(), fallback=lambda request: 3.0)
     assert found.figures["n"] == COUNT and len(found.records) == COUNT
     failed = sum(record["error"] is not None for record in found.records)
     assert found.figures["parse_rate"] == pytest.approx(1 - failed / COUNT) and failed > 50

@@ -21,6 +21,7 @@ from llmrec.evaluate.predictor import Protocol, evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.listwise import label_ranker, permutation_ranker
+from llmrec.tasks.family import family_of
 from llmrec.types import Prompt, Ranking, Request
 from tests.conftest import make_tokenizer
 from tests.strategies.strategy_cases import (
@@ -57,7 +58,13 @@ def ranking(predictor: Any, request: Request) -> Ranking:
 )
 def test_a_model_that_picks_the_first_label_scores_chance(name: str, options: dict[str, Any]) -> None:
     asked = cases(30 if name == "pairwise" else 400)
-    found = evaluate(strategy(name, pick_first(), **options), asked, family="direct", protocol=PROTOCOL)
+    found = evaluate(
+        strategy(name, pick_first(), **options),
+        asked,
+        name="direct",
+        kind=family_of("direct").answer,
+        protocol=PROTOCOL,
+    )
     values = found.values["NDCG@10"]
     assert found.figures["parse_rate"] == 1.0
     error = values.std() / math.sqrt(len(values))

@@ -13,6 +13,7 @@ from llmrec.evaluate.predictor import Protocol, evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.counting import questions_of
 from llmrec.strategies.windows import window_places
+from llmrec.tasks.family import family_of
 from llmrec.types import Cost, Request
 from tests.strategies.strategy_cases import SCORED, Counting, cases, pick_first, strategy, task
 
@@ -117,7 +118,9 @@ def test_a_generated_list_costs_a_forward_a_token() -> None:
 
 def test_a_row_adds_forwards_up() -> None:
     protocol = Protocol(split="made", candidates="made", cutoffs=(10,), resamples=20, seed=0, catalogue=60)
-    found = evaluate(strategy("window", FakeBackend()), cases(8), family="direct", protocol=protocol)
+    found = evaluate(
+        strategy("window", FakeBackend()), cases(8), name="direct", kind=family_of("direct").answer, protocol=protocol
+    )
     assert found.figures["cost"]["forwards"] == 32
 
 

@@ -38,6 +38,7 @@ from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.tasks.review import ReviewTask
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Example, Item, Message, Prompt
+from tests.tasks.making import make
 
 FAMILIES = ("rating", "sequential", "direct", "explanation", "ctr", "review", "stars")
 """Those that ask about users; alignment asks about items."""
@@ -137,13 +138,13 @@ def make_task(
         chosen = kind(**{"held_out": 0.4, **section})
         held = hold_out(data.dataset.items, chosen.held_out, seed=seed)
         sets = draw_held(held, "test", count=4, seed=seed) if stored else None
-        return task(
-            data, chosen, load_templates(family), seed=seed, candidates=sets, shot_choice=shot_choice,
+        return make(
+            task, data, chosen, load_templates(family), seed=seed, candidates=sets, shot_choice=shot_choice,
             index=make_index(data),
         )  # fmt: skip
     candidates = make_candidates(data) if stored and family in ("sequential", "direct") else None
-    return task(
-        data, kind(**section), load_templates(family), seed=seed, candidates=candidates, shot_choice=shot_choice
+    return make(
+        task, data, kind(**section), load_templates(family), seed=seed, candidates=candidates, shot_choice=shot_choice
     )
 
 

@@ -31,6 +31,7 @@ from llmrec.tasks.held_items import draw_held, hold_out, request_name
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Code, Event, Item, Ranking, Request, Unparsed
 from tests.conftest import make_tokenizer
+from tests.tasks.making import make
 
 DATA = make_split(make_dataset(hostile=False))
 INDEX = make_index(DATA)
@@ -262,12 +263,14 @@ def test_titles_that_spell_codes_stay_titles() -> None:
 
 
 def built(words: dict[str, Template] | None = None, **section: Any) -> AlignmentTask:
-    return AlignmentTask(DATA, AlignmentSection(**section), words or load_templates("alignment"), seed=0, index=INDEX)
+    return make(
+        AlignmentTask, DATA, AlignmentSection(**section), words or load_templates("alignment"), seed=0, index=INDEX
+    )
 
 
 def test_errors_name_the_mend(task: AlignmentTask) -> None:
     with pytest.raises(RecipeError, match=r"there is no index; add one to the recipe, such as index: \{scheme"):
-        AlignmentTask(DATA, AlignmentSection(), load_templates("alignment"), seed=0)
+        make(AlignmentTask, DATA, AlignmentSection(), load_templates("alignment"), seed=0)
     with pytest.raises(RecipeError, match=r"held_out: 1 leaves no item to train on; lower it"):
         built(held_out=1.0)
     with pytest.raises(RecipeError, match="draw them first"):
@@ -314,7 +317,7 @@ def test_a_list_is_refused() -> None:
 
 def fused(*names: str) -> SequentialTask:
     section = SequentialSection(templates=names, history=4)
-    return SequentialTask(DATA, section, read_templates("sequential"), seed=0, index=INDEX)
+    return make(SequentialTask, DATA, section, read_templates("sequential"), seed=0, index=INDEX)
 
 
 def test_fused_templates_are_used_where_they_are_named() -> None:

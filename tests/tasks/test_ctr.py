@@ -21,8 +21,10 @@ from llmrec.evaluate.predictor import Evaluated, Protocol, evaluate
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CtrSection, Split
 from llmrec.tasks.ctr import CtrTask, read_choice
+from llmrec.tasks.family import family_of
 from llmrec.tasks.pool import pool
 from llmrec.types import Answer, Case, Event, Item, Probability, Request, Unparsed
+from tests.tasks.making import make
 
 DATA = split(make_dataset(hostile=False), Split(kind="last_share", valid=0.2, test=0.3), seed=0)
 PROTOCOL = Protocol(split="last_share/test", candidates="full", cutoffs=(10,), resamples=50, seed=0, catalogue=60)
@@ -49,7 +51,7 @@ class Oracle:
 
 
 def measured(cases: Sequence[Case], predictor: Any) -> Evaluated:
-    return evaluate(predictor, cases, family="ctr", protocol=PROTOCOL)
+    return evaluate(predictor, cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL)
 
 
 def value(found: Evaluated, metric: str) -> float:
@@ -227,7 +229,7 @@ def test_answers_are_what_the_template_writes() -> None:
     def template(target: str, name: str = "own") -> dict[str, Template]:
         return {name: Template("ctr", name, 1, "seen", "chat", "{{ item.title }}?", target)}
 
-    task = CtrTask(DATA, CtrSection(), template("I say {{ answer }}."), seed=0)
+    task = make(CtrTask, DATA, CtrSection(), template("I say {{ answer }}."), seed=0)
     request = task.cases("test")[0].request
     assert task.continuations(request, template="own") == ("I say Yes.", "I say No.")
     row = next(task.examples("train"))
@@ -235,9 +237,9 @@ def test_answers_are_what_the_template_writes() -> None:
     said = task.parse("I say no.", request, template="own")
     assert isinstance(said, Probability) and said.value == 0.0
     with pytest.raises(RecipeError, match=r"for a yes and for a no"):
-        CtrTask(DATA, CtrSection(), template("Perhaps"), seed=0).continuations(request, template="own")
+        make(CtrTask, DATA, CtrSection(), template("Perhaps"), seed=0).continuations(request, template="own")
     with pytest.raises(RecipeError, match="key target: unknown variable 'item'"):
-        CtrTask(DATA, CtrSection(), template("{{ item.title }} {{ answer }}"), seed=0)
+        make(CtrTask, DATA, CtrSection(), template("{{ item.title }} {{ answer }}"), seed=0)
 
 
 # --------------------------------------------------------------------------- lists

@@ -31,6 +31,7 @@ from llmrec.prompts.template import Template
 from llmrec.recipe.schema import RatingSection, Split
 from llmrec.tasks.rating import RatingTask
 from llmrec.types import Example, Item, Request
+from tests.tasks.making import make
 
 DATA = make_split(make_dataset(hostile=False))
 NAMED = [
@@ -153,7 +154,7 @@ def test_an_item_that_one_user_chose_has_no_statistics_in_that_row(family: str, 
     data = lonely()
     kind, section = CLASSES[family]
     sets = make_candidates(data, count=4) if family == "direct" else None
-    task = kind(data, section(templates=(name,)), load_templates(family), seed=0, candidates=sets)
+    task = make(kind, data, section(templates=(name,)), load_templates(family), seed=0, candidates=sets)
     seen = 0
     for row in islice(task.examples("train"), 300):
         alone = f"Title only{row.user_id[1]}"
@@ -250,7 +251,7 @@ def test_a_list_may_not_show_statistics_of_the_user() -> None:
             family="rating", name="x", version=1, use="seen", shape="list", target="{{ rating }}", tail="\n", **words
         )
         with pytest.raises(RecipeError, match="user_stats"):
-            RatingTask(DATA, RatingSection(), {"x": listed}, seed=0)
+            make(RatingTask, DATA, RatingSection(), {"x": listed}, seed=0)
 
 
 def test_tallies_of_repeats_and_of_no_rating() -> None:

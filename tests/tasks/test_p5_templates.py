@@ -31,6 +31,7 @@ from llmrec.strategies.pointwise import LikelihoodRanker, YesRanker
 from llmrec.tasks.direct_answers import asks_for, fits, reader_of
 from llmrec.tasks.rating import learned_only
 from llmrec.types import Example, Probability, Ranking, Request
+from tests.tasks.making import make
 
 FAMILIES = ("rating", "ctr", "sequential", "direct", "explanation", "review", "stars")
 PARTS = {"explanation": "sentence", "review": "headline"}
@@ -239,8 +240,8 @@ def asked_by(family: str, templates: tuple[str, ...] = ("p5",), *, hostile: bool
     if family == "rating":
         section = {"eval_templates": ("name-item",)} | section
     stored = make_candidates(given) if family in ("direct", "sequential") else None
-    return task(
-        given, kind(templates=templates, **section), load_templates(family), seed=0, candidates=stored,
+    return make(
+        task, given, kind(templates=templates, **section), load_templates(family), seed=0, candidates=stored,
         index=make_index(given),
     )  # fmt: skip
 
@@ -290,15 +291,15 @@ def test_a_set_that_shows_what_the_data_lack_leaves_that_out() -> None:
     """Without an index what shows codes is left out; without reviews what shows parts of them."""
     task, kind = CLASSES["direct"]
     section = kind(templates=("p5",), eval_templates=("name-title",), strategies=("pointwise-yes",))
-    made = task(data(), section, load_templates("direct"), seed=0)
+    made = make(task, data(), section, load_templates("direct"), seed=0)
     assert {row.template for row in islice(made.examples("train"), 100)} == {"direct/name-title", "direct/user-title"}
     task, kind = CLASSES["sequential"]
     with pytest.raises(RecipeError, match=r"no template of the set 'p5' can train here: .*there is no index"):
-        task(data(), kind(templates=("p5",)), load_templates("sequential"), seed=0)
+        make(task, data(), kind(templates=("p5",)), load_templates("sequential"), seed=0)
     bare = make_split(replace(data().dataset, reviews={}))
     task, kind = CLASSES["explanation"]
     with pytest.raises(RecipeError, match=r"no template of the set 'p5' can train here: .*has none"):
-        task(bare, kind(templates=("p5",)), load_templates("explanation"), seed=0)
+        make(task, bare, kind(templates=("p5",)), load_templates("explanation"), seed=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -560,7 +561,7 @@ def test_a_direct_template_shows_no_answer_of_its_own(changes: dict[str, str], m
     own = replace(load_templates("direct")["name-title"], name="own", **changes)
     task, kind = CLASSES["direct"]
     with pytest.raises(RecipeError, match=message):
-        task(data(), kind(), {**load_templates("direct"), "own": own}, seed=0)
+        make(task, data(), kind(), {**load_templates("direct"), "own": own}, seed=0)
 
 
 # --------------------------------------------------------------------------- hostile text

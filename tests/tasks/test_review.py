@@ -19,6 +19,7 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import DataSection, Split
 from llmrec.types import Case, Rating, Request, Text
 from tests.review_files import HOSTILE, marks, records, write
+from tests.tasks.making import make as built
 
 pytest.importorskip("yake", reason="the reviews extra is not installed")
 
@@ -55,7 +56,7 @@ def plain_templates(family: str) -> dict[str, Template]:
 def make(family: str, data: SplitDataset, **section: Any) -> Any:
     task, kind = CLASSES[family]
     used = written(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
-    return task(used, kind(**section), plain_templates(family), seed=0)
+    return built(task, used, kind(**section), plain_templates(family), seed=0)
 
 
 # --------------------------------------------------------------------------- leaks
@@ -78,7 +79,7 @@ def test_no_training_row_shows_a_word_of_a_held_out_review(family: str, data: Sp
 def test_no_solved_example_shows_one_either(family: str, choice: str, data: SplitDataset) -> None:
     kind, section = CLASSES[family]
     used = written(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
-    task = kind(used, section(), plain_templates(family), seed=0, shot_choice=choice)
+    task = built(kind, used, section(), plain_templates(family), seed=0, shot_choice=choice)
     for case in task.cases("test"):
         asked = (case.request.user_id, str(case.request.item))
         for name in asking(family):
@@ -124,7 +125,7 @@ def test_a_question_cannot_show_its_answer(data: SplitDataset) -> None:
         task, section = CLASSES[family]
         wrong = Template(family=family, name="x", version=1, use="seen", shape="chat", user=user, target=target)
         with pytest.raises(RecipeError, match=f"template {family}/x, key user: unknown variable"):
-            task(data, section(), {"x": wrong}, seed=0)
+            built(task, data, section(), {"x": wrong}, seed=0)
 
 
 # --------------------------------------------------------------------------- rows and cases
@@ -219,13 +220,13 @@ def test_an_answer_of_both_is_read_without_its_stars(said: str, text: str | None
 def test_without_reviews_the_templates_are_those_of_before(data: SplitDataset) -> None:
     bare = replace(data, dataset=replace(data.dataset, reviews={}))
     kind, section = CLASSES["explanation"]
-    task = kind(bare, section(), plain_templates("explanation"), seed=0)
+    task = built(kind, bare, section(), plain_templates("explanation"), seed=0)
     used = {row.template for row in islice(task.examples("train"), ROWS)}
     assert used == {f"explanation/{name}" for name in ("in-own-words", "plain", "why-chosen", "with-rating")}
     with pytest.raises(RecipeError, match=r"explanation/name-title shows parts of reviews.*amazon-reviews"):
-        kind(bare, section(templates=("name-title",)), plain_templates("explanation"), seed=0)
+        built(kind, bare, section(templates=("name-title",)), plain_templates("explanation"), seed=0)
     with pytest.raises(DataError, match=r"tasks\.review: amazon-reviews has no reviews"):
-        CLASSES["review"][0](bare, CLASSES["review"][1](), plain_templates("review"), seed=0)
+        built(CLASSES["review"][0], bare, CLASSES["review"][1](), plain_templates("review"), seed=0)
 
 
 def test_one_template_of_each_family_is_held_out_as_in_p5() -> None:
@@ -264,13 +265,13 @@ def test_errors_name_the_mend(data: SplitDataset) -> None:
         make("review", data).prompt(Request(id="q", user_id="U00", item="B00"), template="user-headline")
     mixed = {**templates, "x": Template("review", "x", 1, "seen", "chat", "{{ review }}", "{{ rating }}")}
     with pytest.raises(RecipeError, match="the one writes a headline and the other a rating"):
-        task(data, section(), mixed, seed=0)
+        built(task, data, section(), mixed, seed=0)
     wrong = Template("review", "x", 1, "seen", "list", "u", "{{ headline }}", tail="\n")
     with pytest.raises(RecipeError, match="use shape: chat"):
-        task(data, section(), {"x": wrong}, seed=0)
+        built(task, data, section(), {"x": wrong}, seed=0)
     silent = replace(data, train=data.train.with_columns(text=pl.lit(None, pl.String)))
     with pytest.raises(DataError, match="has a review and a headline; drop the task"):
-        task(silent, section(), templates, seed=0)
+        built(task, silent, section(), templates, seed=0)
     half = data.train.with_columns(rating=pl.when(pl.int_range(pl.len()) > 3).then("rating"))
     with pytest.raises(DataError, match=r"writes a rating before the text.*tasks\.explanation\.templates"):
         make("explanation", replace(data, train=half))
@@ -286,12 +287,12 @@ def test_texts_forge_neither_lines_nor_template_words(family: str, hostile: Spli
     names = plain_templates(family)
     shown = 0
     for name in names:
-        task = kind(used, section(eval_templates=(name,)), names, seed=0)
+        task = built(kind, used, section(eval_templates=(name,)), names, seed=0)
         for case in task.cases("test"):
             for message in task.prompt(case.request, template=name, shots=1).messages:
                 assert all("\n" not in segment.text for segment in message.segments if segment.kind == "item")
                 assert "49" not in message.text
                 shown += "{{ 7*7 }}" in message.text
-    for row in islice(kind(used, section(), names, seed=0).examples("train"), ROWS):
+    for row in islice(built(kind, used, section(), names, seed=0).examples("train"), ROWS):
         assert all("\n" not in segment.text for segment in row.answer)
     assert shown and "{{ 7*7 }}" in HOSTILE

@@ -23,6 +23,7 @@ from llmrec.tasks.direct_answers import asks_for, reader_of
 from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.tasks.rating import learned_only
 from llmrec.types import Event, Item, Message, Prompt, Request, Segment
+from tests.tasks.making import make
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = [(family, name) for family in EVERY for name in load_templates(family)]
@@ -89,7 +90,8 @@ def rendering(family: str, name: str) -> str:
     sets = draw_held(held, "test", count=2, seed=0) if asks_of_items else drawn
     trained = {"templates": (name,)} if template.use != "unseen" else {}
     index = {"index": CODES} if template.writes_codes else {}
-    task = task_class(
+    task = make(
+        task_class,
         data, section(history=3, **trained, **settings), load_templates(family), seed=0,
         candidates=sets if family in ("direct", "sequential", "alignment") else None, **index,
     )  # fmt: skip

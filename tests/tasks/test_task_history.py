@@ -14,6 +14,7 @@ from llmrec.recipe.schema import RatingSection
 from llmrec.tasks.fewshot import ShotPool
 from llmrec.tasks.history import ItemVectors, Past
 from llmrec.types import Event, Item, Request
+from tests.tasks.making import make
 from tests.tasks.task_data import CLASSES, load_templates, make_split, prompt_text
 
 DATA = make_split()
@@ -89,7 +90,9 @@ def test_every_family_shows_what_the_rule_chooses(family: str) -> None:
     task, section = CLASSES[family]
     names = {"rating": "rate-next", "direct": "after-history", "sequential": "next-title"}
     chosen = {"templates": [names[family]]} if family in names else {}
-    made = task(DATA, section(past="relevant", history=2, **chosen), load_templates(family), seed=0, vectors=VECTORS)
+    made = make(
+        task, DATA, section(past="relevant", history=2, **chosen), load_templates(family), seed=0, vectors=VECTORS
+    )
     request = Request(
         id="q",
         user_id="u01",
@@ -105,7 +108,8 @@ def test_every_family_shows_what_the_rule_chooses(family: str) -> None:
 
 def test_training_rows_follow_the_rule_too() -> None:
     task, section = CLASSES["rating"]
-    made = task(
+    made = make(
+        task,
         DATA,
         section(past="relevant", history=2, templates=["rate-next"]),
         load_templates("rating"),

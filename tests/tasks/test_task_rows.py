@@ -24,6 +24,7 @@ from llmrec.backends.encode import Encoder, pieces
 from llmrec.errors import DataError, RecipeError
 from llmrec.types import Case, Interaction, Prompt, Ranking, Rating, Request, Text, Unparsed
 from tests.conftest import make_tokenizer
+from tests.tasks.making import make
 
 DATA = make_split()
 PLAIN = make_split(make_dataset(hostile=False))
@@ -364,7 +365,7 @@ def test_list_templates_are_refused_where_one_answer_is_asked(family: str) -> No
     task, section = CLASSES[family]
     wrong = Template(family=family, name="x", version=1, use="seen", shape="list", user="u", target="t", tail="\n")
     with pytest.raises(RecipeError, match="use shape: chat"):
-        task(DATA, section(), {"x": wrong}, seed=0)
+        make(task, DATA, section(), {"x": wrong}, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +385,7 @@ def test_a_question_cannot_show_its_answer(family: str, user: str, target: str) 
     task, section = CLASSES[family]
     template = Template(family=family, name="x", version=1, use="seen", shape="chat", user=user, target=target)
     with pytest.raises(RecipeError, match=f"template {family}/x, key user: unknown variable"):
-        task(DATA, section(), {"x": template}, seed=0)
+        make(task, DATA, section(), {"x": template}, seed=0)
 
 
 # --------------------------------------------------------------------------- rewards

@@ -24,6 +24,7 @@ from llmrec.train.batches import fit_row
 from llmrec.train.line_rows import Gathered, LineTable, RowStream, takes_pieces
 from llmrec.types import Event, Example
 from tests.conftest import make_tokenizer
+from tests.tasks.making import make
 from tests.tasks.task_data import make_task
 
 
@@ -104,7 +105,8 @@ def test_codes_one_behind_the_other(encoder: Encoder) -> None:
     coder = Encoder(tokenizer, max_length=2048)
     plain = make_task("sequential")
     for name in ("bare-codes", "continue-codes"):
-        task = SequentialTask(
+        task = make(
+            SequentialTask,
             plain._data,
             plain._section.model_copy(update={"templates": (name,)}),
             load_templates("sequential"),

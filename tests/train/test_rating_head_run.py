@@ -19,6 +19,7 @@ from llmrec.models.load import weights_stamp
 from llmrec.models.rating_head import CONFIG, WEIGHTS, load_head
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
+from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Rating, Request, Unparsed
 
 SMALL = (
@@ -142,9 +143,16 @@ def test_liked_items_above_others_with_a_fallback_among_them() -> None:
     said = [Rating(request_id=f"r{k}", value=v) for k, v in enumerate([4.5, 3.0, 3.5])]
     protocol = Protocol(split="x", candidates="full", cutoffs=(1,), resamples=20, seed=0, catalogue=9, liked=4.0)
     predictor = Said(*said, Unparsed(request_id="r3", reason="no number"))
-    found = evaluate(predictor, cases, family="rating", protocol=protocol, fallback=lambda request: 3.0)
+    found = evaluate(
+        predictor,
+        cases,
+        name="rating",
+        kind=family_of("rating").answer,
+        protocol=protocol,
+        fallback=lambda request: 3.0,
+    )
     # Of 2 x 2 pairs, 4.5 stands above both, 3.0 below 3.5 and level with the fallback.
     assert found.figures["metrics"]["LikedAUC"]["value"] == pytest.approx((2 + 0 + 0.5) / 4)
     assert (found.figures["fallbacks"], found.figures["parse_rate"]) == (1, 0.75)
-    alike = evaluate(Said(said[0]), cases[:1], family="rating", protocol=protocol)
+    alike = evaluate(Said(said[0]), cases[:1], name="rating", kind=family_of("rating").answer, protocol=protocol)
     assert alike.figures["metrics"]["LikedAUC"]["value"] is None

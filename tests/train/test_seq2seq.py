@@ -27,6 +27,7 @@ from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.seq2seq import cut, paired_inputs, paired_loss, target_rows
 from llmrec.types import Example, Item, Message, Prompt, Segment
+from tests.tasks.making import make
 
 ITEMS = 20
 SHAPE = ShapeSection(kind="encoder-decoder", layers=2, width=32, heads=2, head_width=16, feedforward=64, dropout=0.0)
@@ -56,7 +57,7 @@ def successors() -> SplitDataset:
 
 def task(template: str, data: SplitDataset | None = None) -> SequentialTask:
     section = SequentialSection(templates=(template,), strategies=("search",), history=6, window=7)
-    return SequentialTask(data or successors(), section, load_templates("sequential"), seed=0, index=INDEX)
+    return make(SequentialTask, data or successors(), section, load_templates("sequential"), seed=0, index=INDEX)
 
 
 def section(folder: Path | str) -> ModelSection:

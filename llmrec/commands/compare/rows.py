@@ -159,6 +159,6 @@ class Contenders:
         store = AnswerStore(folder / "answers.sqlite")
         engines = Engines(recipe.model, recipe.eval, session.encoder, seed, session.budget, store)
         backend = engines.get("hf", str(folder / "merged"), training["merged_sha256"])
-        task: Any = session.study.tasks["sequential"]
+        task = session.study.tasks["sequential"]
         asker = Asker(backend=backend, task=task, template=task.eval_templates[0], batch=recipe.eval.batch)
         return SearchedCatalogue(row.label, CatalogueRanker(asker, beams=row.depth, seen=True), task.catalogue)

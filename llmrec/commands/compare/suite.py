@@ -36,9 +36,10 @@ from llmrec.machine import machine, versions
 from llmrec.metrics.significance import over_seeds
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import recipe_hash
-from llmrec.registry import BASELINES, FAMILY_BASELINES, lookup
+from llmrec.registry import BASELINES, lookup
 from llmrec.resources import resource
-from llmrec.types import Case, Interaction
+from llmrec.tasks.family import Family, family_of
+from llmrec.types import Case, Interaction, Probability, Rating
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
     for row in suite.rows:
         if row.baseline is None:
             continue
-        able = FAMILY_BASELINES["sequential" if suite.task == "ranking" else suite.task]
+        able = _family(suite).baselines
         if row.baseline not in able:
             raise RecipeError(
                 f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}; choose from "
@@ -115,6 +116,11 @@ def _all_references() -> dict[str, Any]:
     return {page.stem: load_reference(page) for page in sorted(resource("eval", "references").glob("*.yaml"))}
 
 
+def _family(suite: Suite) -> Family:
+    """Return the family whose predictors a suite compares; what ranks the catalogue is asked as the next item is."""
+    return family_of("sequential" if suite.task == "ranking" else suite.task)
+
+
 # --------------------------------------------------------------------------- one row
 
 
@@ -129,7 +135,7 @@ def _row(
         row=row.model_dump(),
         inputs=contenders.inputs(row) if row.baseline is None else None,
         data={seed: data.fingerprint for seed, data in splits.items()},
-        protocol=suite.model_dump(exclude=_SILENT if suite.task == "ctr" else _SILENT | {"liked"}),
+        protocol=suite.model_dump(exclude=_SILENT if _family(suite).answer is Probability else _SILENT | {"liked"}),
     )
     stored = read_stage(path, key)
     if stored is None:
@@ -182,7 +188,7 @@ def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset) -> Tuned:
     declared = lookup(BASELINES, name, "baseline").GRID if row.tune else {}
     grid = {name: values for name, values in declared.items() if name not in row.parameters}
     fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in row.parameters.items()}
-    if suite.task == "ctr":
+    if _family(suite).answer is Probability:
         fixed["liked"] = (suite.liked,)
     if all(len(values) == 1 for values in grid.values()):
         only = {name: values[0] for name, values in (grid | fixed).items()}
@@ -225,7 +231,7 @@ def _measure(
             each.figures["cold"] = cold_figures(cases, background, each.values, metrics_of(suite))
     else:
         (table,) = tables_of(suite)
-        found[table] = evaluate(predictor, cases, family=suite.task, protocol=protocol)
+        found[table] = evaluate(predictor, cases, name=suite.task, kind=_family(suite).answer, protocol=protocol)
     seconds["answer"] = seconds.get("answer", 0.0) + time.monotonic() - begin
     return found
 
@@ -244,7 +250,7 @@ def _cases(suite: Suite, data: SplitDataset) -> list[Case]:
 def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float | None:
     if suite.task == "ranking":
         return held.item_id
-    if suite.task == "rating" or held.rating is None:
+    if _family(suite).answer is Rating or held.rating is None:
         return held.rating
     return float(held.rating >= threshold(scale_of(data), suite.liked))
 

@@ -21,26 +21,16 @@ from llmrec.commands.export.card import Agreement, FamilyAgreement
 from llmrec.errors import DataError, LlmrecError, MissingExtra, RecipeError, require
 from llmrec.evaluate.predictor import compare, evaluate
 from llmrec.experiment.evaluation import Evaluation
-from llmrec.experiment.results import headline
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.study import Study, build_study
 from llmrec.models.load import device, load_model, release_memory
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.registry import STRATEGIES, lookup
 from llmrec.strategies.asking import Asker
-from llmrec.tasks.direct_answers import reader_of
+from llmrec.tasks.family import family_of
 from llmrec.train.batches import fit_row, padded
 from llmrec.train.lora import QUANTISED
 
-# The strategy whose figures compare weights without the noise of generated text; explanation has none.
-_SCORED: Mapping[str, str] = {
-    "rating": "expected",
-    "sequential": "likelihood",
-    "direct": "label",
-    "alignment": "likelihood",
-    "ctr": "yes-no",
-    "stars": "expected",
-}
 # An exact merge needs few rows to be proven.
 _FEW = 8
 _BATCH = 8
@@ -108,7 +98,11 @@ def measure(
     families = list(study.shares)
     count = users if quantised else min(users, _FEW)
     rows = {family: _rows(study, family, encoder, count) for family in families}
-    scored = [family for family in families if quantised and family in _SCORED]
+    scored = [
+        family
+        for family in families
+        if quantised and study.tasks[family].scored_by(study.eval_templates(family)[0]) is not None
+    ]
     try:
         live = lora.load_adapted(base, recipe.model, recipe.train, adapter)
     except (MissingExtra, RecipeError) as error:
@@ -169,12 +163,13 @@ def _figures(
     for family in scored:
         template = study.eval_templates(family)[0]
         asker = Asker(backend=backend, task=study.tasks[family], template=template.name)
-        whole = family == "sequential" and study.candidates is None
-        strategy = "search" if whole else reader_of(template) if family == "direct" else _SCORED[family]
+        strategy = study.tasks[family].scored_by(template)
+        assert strategy is not None
         predictor = lookup(STRATEGIES, strategy, "strategy")(asker)
         protocol = protocols.protocol(family)
-        found = evaluate(predictor, study.cases(family), family=study.tasks[family].family, protocol=protocol)
-        metric = headline(family, study.recipe.eval.cutoffs)
+        kind = family_of(family).answer
+        found = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
+        metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
         # Where all truths are of one class, the area is not defined, and there is nothing to compare.
         if (value := found.figures["metrics"][metric]["value"]) is not None:
             values[family], headlines[family] = found.values[metric], float(value)
@@ -220,7 +215,7 @@ def _family(study: Study, family: str, rows: list[Row], before: _Figures, after:
     if family not in before.values:
         return entry
     recipe = study.recipe
-    metric = headline(family, recipe.eval.cutoffs)
+    metric = family_of(family).headline_at(recipe.eval.cutoffs)
     cases = study.cases(family)
     change = compare(
         metric,

@@ -30,29 +30,27 @@ from llmrec.models.load import WHEELS, weights_stamp
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import (
     DataSection,
-    ExplanationSection,
     Filter,
     ModelSection,
     Recipe,
-    ReviewSection,
     Split,
     TaskSection,
 )
-from llmrec.registry import TASKS, lookup
+from llmrec.registry import TASKS
 from llmrec.report import results
 from llmrec.report.records import Results
 from llmrec.resources import cache_dir
 from llmrec.tasks.direct_answers import asks_for
+from llmrec.tasks.family import family_of
+from llmrec.tasks.task import Task, TaskInputs
 from llmrec.tasks.templates import of_set
-from llmrec.types import Event, Item, Prompt, Request, Task
+from llmrec.types import Event, Item, Prompt, Request
 
 _TITLES = ("The First Example", "A Second Example", "Third Time Lucky", "Four of a Kind", "Five Fables", "Sixth Sense")
 _USER = "example"
 _SAID = "It does what it says."
 _LABEL_TOKENS = 8
 _TITLE_TOKENS = 32
-# Chat servers take chat templates as they are, so these come first among equals.
-_ORDER = ("direct", "sequential", "rating", "explanation", "alignment", "ctr", "review", "stars")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,38 +85,44 @@ def sample_prompt(
     """
     data = _invented(noun, scale or (1.0, 5.0))
     codes = _lent(index, data.dataset.items) if index is not None else None
-    tasks: dict[str, Task] = {
-        family: lookup(TASKS, family, "task")(data, sections[family], templates[family], seed=seed, index=codes)
-        for family in _ORDER
-        if family in sections
-    }
+    tasks: dict[str, Task] = {}
+    for name in sorted(sections, key=_first):
+        inputs = TaskInputs(data=data, templates=templates[name], seed=seed, index=codes)
+        tasks[name] = family_of(name).task(sections[name], inputs)
 
     def shape(family: str) -> str:
         return templates[family][tasks[family].eval_templates[0]].shape
 
     family = next((family for family in tasks if shape(family) == "chat"), next(iter(tasks)))
-    task, section = tasks[family], sections[family]
+    task, own = tasks[family], family_of(family)
     template = templates[family][task.eval_templates[0]]
-    asks = asks_for(template) if family == "direct" else None
+    asks = asks_for(template) if own.lists else None
     items = list(data.dataset.items)
     request = Request(
         id=_USER,
         user_id=_USER,
         history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
         # A yes or no is asked about one of them.
-        candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if family in ("direct", "sequential") else None,
-        item=None if family in ("sequential", "direct") else items[3],
-        context={"review": _SAID} if family in ("review", "stars") else {},
+        candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if own.ranks_for_users else None,
+        item=None if own.ranks_for_users else items[3],
+        context={"review": _SAID},
     )
-    longest = _TITLE_TOKENS if family in ("sequential", "alignment") or asks == "item" else _LABEL_TOKENS
-    ranks = "sequential" in tasks or "direct" in tasks
+    titled = asks == "item" if own.lists else own.answers_with_items
+    longest = _TITLE_TOKENS if titled else _LABEL_TOKENS
+    ranks = any(family_of(name).ranks_for_users for name in tasks)
     return Sample(
         family=family,
         prompt=task.prompt(request, template=template.name),
-        max_tokens=section.max_tokens if isinstance(section, ExplanationSection | ReviewSection) else longest,
+        max_tokens=task.strategy_options.get("max_tokens", longest),
         history=_TITLES[:3],
         candidates=_TITLES[3:] if ranks else (),
     )
+
+
+def _first(name: str) -> tuple[bool, bool, int]:
+    """Order families: chat servers take chat templates as they are, which lists of candidates have."""
+    family = family_of(name)
+    return not family.lists, not family.ranks_for_users, list(TASKS).index(name)
 
 
 def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:

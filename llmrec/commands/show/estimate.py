@@ -12,7 +12,6 @@ import numpy as np
 
 from llmrec.backends.encode import Encoder
 from llmrec.errors import require
-from llmrec.experiment.evaluation import asked
 from llmrec.experiment.study import Study
 from llmrec.experiment.training import plan_training
 from llmrec.models.load import device, dtype, load_config
@@ -107,7 +106,8 @@ def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
         for family in study.tasks:
             cases = study.cases(family)
             for template in study.eval_templates(family):
-                for strategy in asked(study.section(family), arm, template):
+                strategies = study.section(family).strategies
+                for strategy in study.tasks[family].asked_by(template, strategies, tuned=arm == "tuned"):
                     used = [
                         _tokens(study, family, encoder, c.request, template.name, shots, strategy)
                         for c in cases[:_SAMPLE]
@@ -119,7 +119,7 @@ def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
 def _tokens(
     study: Study, family: str, encoder: Encoder, request: Request, template: str, shots: int, strategy: str
 ) -> int:
-    task: Any = study.tasks[family]
+    task = study.tasks[family]
     asked = questions_of(strategy, len(request.candidates or ()), study.recipe.eval) if request.candidates else None
     if asked is not None:
         part = replace(request, candidates=(request.candidates or ())[: asked.size])

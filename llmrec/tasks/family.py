@@ -1,0 +1,155 @@
+"""Everything that a task family is, in one record: `Family`. Its task stands in the same file as the record.
+
+A new family is one file with a `Task` and a `Family`, and one entry of `llmrec.registry.TASKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from llmrec.data.split import Part
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.recipe.schema import TaskSection
+from llmrec.registry import BASELINES, STRATEGIES, TASKS, lookup
+from llmrec.tasks.task import Task
+from llmrec.types import Answer, Ranking
+
+RANKERS = (
+    *("random", "popularity", "recent-popularity", "item-knn", "markov-1", "markov", "markov-cooccurrence"),
+    *("ease", "als", "bpr", "gru4rec", "sasrec"),
+)
+"""Baselines that rank items for users."""
+RANKING_CONTROLS = ("random", "popularity", "item-knn", "markov-1")
+RATERS = ("global-mean", "user-mean", "item-mean", "user-item-bias", "mf", "svd")
+"""Baselines that predict ratings."""
+RATING_CONTROLS = ("global-mean", "user-mean", "item-mean", "user-item-bias")
+
+WRITERS = ("frequent-text", "nearest-text")
+"""Baselines that write texts."""
+NO_RATINGS = "needs ratings, and {data} has none; name the column with {where}.columns.rating"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the rest of llmrec asks of a family in place of comparing its name.
+
+    Attributes:
+        name: As in recipes, ``prompts/NAME`` and tables.
+        title: Heading of its table.
+        task: Makes its task from a section and `TaskInputs`.
+        section: Its section of a recipe.
+        answer: Kind of its answers; a `Ranking` has an item for its truth.
+        headline: The metric that it is judged by, at 10 where it has cutoffs.
+        strategies: What can ask a language model, the first by default.
+        baselines: Classic predictors that answer it.
+        controls: Those that every table must hold: each takes seconds, and without them a figure means nothing.
+            Stronger ones are in the suites and can be named in any recipe.
+        candidates: Whose stored candidate sets it ranks: sets of users, or of held-out items; None: none.
+        lists: Whether its prompts list the candidates.
+        column: The column that an interaction must have to be asked about.
+        lacking: What is said where the data has nothing in that column, with the places ``{data}`` and ``{where}``;
+            empty: nothing is checked.
+        writes: The part of a review that stands in the text column for it.
+        second_table: Whether it reads the table ``reviews`` where the recipe names one.
+        grounded: Whether its texts are held against training texts and features.
+        quotes: Whether its questions may well hold the words of the answer.
+        evaluation_keys: Keys of its section that no training row depends on.
+        prompts: Folder of its templates; None: ``prompts/NAME``.
+    """
+
+    name: str
+    title: str
+    task: Callable[..., Task]
+    section: type[TaskSection]
+    answer: type[Answer]
+    headline: str
+    strategies: tuple[str, ...]
+    baselines: tuple[str, ...]
+    controls: tuple[str, ...]
+    candidates: Literal["users", "items"] | None = None
+    lists: bool = False
+    column: Literal["rating", "text"] | None = None
+    lacking: str = ""
+    writes: Part | None = None
+    second_table: bool = False
+    grounded: bool = False
+    quotes: bool = False
+    evaluation_keys: frozenset[str] = field(default_factory=frozenset)
+    prompts: Path | None = None
+
+    @property
+    def answers_with_items(self) -> bool:
+        """Whether the truth of a case is an item."""
+        return self.answer is Ranking
+
+    @property
+    def ranks_for_users(self) -> bool:
+        """Whether it ranks items for users: what `llmrec rank` and full ranking ask."""
+        return self.candidates == "users"
+
+    def headline_at(self, cutoffs: Sequence[int]) -> str:
+        """Return the metric that it is judged by: at 10 where the recipe cuts there, else at its largest cutoff."""
+        if not self.answers_with_items or 10 in cutoffs:
+            return self.headline
+        return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"
+
+
+@cache
+def _loaded(address: str) -> Family:
+    found = lookup({"": address}, "", "task")
+    assert isinstance(found, Family)
+    return found
+
+
+def family_of(name: str) -> Family:
+    """Return a family by its name.
+
+    Raises:
+        RecipeError: If there is none; the message suggests the closest one.
+    """
+    if name not in TASKS:
+        raise RecipeError(f"unknown task {name!r}{did_you_mean(name, TASKS)}; known: {', '.join(sorted(TASKS))}")
+    return _loaded(TASKS[name])
+
+
+def families() -> Mapping[str, Family]:
+    """Return every family by name, in the order of tables."""
+    return {name: _loaded(address) for name, address in TASKS.items()}
+
+
+def ranking_families() -> tuple[str, ...]:
+    """Return the names of the families that rank items for users, in the order in which one is chosen."""
+    return tuple(name for name, family in families().items() if family.ranks_for_users)
+
+
+def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]) -> None:
+    """Check that a family's strategies and baselines exist and answer that family, and that no control is missing.
+
+    Raises:
+        RecipeError: If one does not, or a control is missing; the message lists those that do, or are.
+    """
+    own = family_of(family)
+    for kind, names, known, table in (
+        ("strategies", strategies, own.strategies, STRATEGIES),
+        ("baselines", baselines, own.baselines, BASELINES),
+    ):
+        for name in names:
+            if name in known:
+                continue
+            why = "does not answer this family" if name in table else f"is unknown{did_you_mean(name, known)}"
+            raise RecipeError(f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}")
+    lacking = missing_controls(family, baselines)
+    if lacking:
+        raise RecipeError(
+            f"tasks.{family}.baselines: the controls {', '.join(lacking)} must stand in the same table, or its figures "
+            "mean nothing; add them, or leave the key out for the default"
+        )
+
+
+def missing_controls(family: str, baselines: Sequence[str]) -> list[str]:
+    """Return the compulsory controls of a family that are not among its baselines."""
+    return [name for name in family_of(family).controls if name not in baselines]
