@@ -224,7 +224,7 @@ def load_templates(family: str, extra: Path | None = None) -> dict[str, Template
     Raises:
         RecipeError: If a file is not a template of this grammar, or a name stands twice.
     """
-    files = sorted(resource("prompts", family).glob("*.yaml"))
+    files = sorted(resource("prompts").joinpath(family).glob("*.yaml"))
     if extra is not None and not extra.exists():
         raise RecipeError(f"template file or folder {extra} does not exist; check the path")
     if extra is not None:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.recipe.comparisons import Benchmark, Suite
-from llmrec.recipe.schema import Recipe
+from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
+from llmrec.registry import TASKS
 from llmrec.resources import resource
 
 KeyPath = tuple[str | int, ...]
@@ -185,6 +186,8 @@ def _explain(
     problems = []
     for detail in error.errors():
         path: KeyPath = tuple(detail["loc"])
+        if detail["type"] == UNKNOWN_KEY:
+            path = (*path, detail["ctx"]["key"])
         where = _where(path, file, lines, overrides)
         problems.append(f"{where}: {_problem(path, detail, model)}")
     return "; ".join(problems)
@@ -205,7 +208,7 @@ def _where(path: KeyPath, file: Path, lines: Mapping[KeyPath, int], overrides: S
 def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
     dotted = _dotted(path)
     kind = detail["type"]
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", UNKNOWN_KEY):
         known = _known_keys(path[:-1], page)
         return f"unknown key {dotted!r}{did_you_mean(str(path[-1]), known)}; known here: {', '.join(known)}"
     if kind == "missing":
@@ -235,7 +238,7 @@ def _known_keys(path: KeyPath, page: type[BaseModel]) -> list[str]:
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if model is None:
             return []
-    return list(model.model_fields)
+    return list(dict.fromkeys([*model.model_fields, *(TASKS if model is TasksSection else ())]))
 
 
 def _dotted(path: KeyPath) -> str:

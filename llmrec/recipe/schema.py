@@ -10,14 +10,20 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from llmrec.errors import did_you_mean
+from llmrec.registry import TASKS, lookup
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 ShotChoice = Literal["random", "own", "similar", "nearest", "diverse", "recent", "balanced"]
+
+
+UNKNOWN_KEY = "unknown_key"
+"""Type of the error of a key that a section does not take, under the path of that section."""
 
 
 class Section(BaseModel):
@@ -317,7 +323,12 @@ class StarsSection(TaskSection):
 
 
 class TasksSection(Section):
-    """The mixture. A family that is left out is neither trained nor evaluated."""
+    """The mixture. A family that is left out is neither trained nor evaluated.
+
+    Further families are those that `llmrec.registry.TASKS` has beside these; each brings its own section.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
     rating: RatingSection | None = None
     sequential: SequentialSection | None = None
@@ -328,9 +339,26 @@ class TasksSection(Section):
     review: ReviewSection | None = None
     stars: StarsSection | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_further_families(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        further = [name for name in given if name in TASKS and name not in cls.model_fields]
+        made = {name: lookup(TASKS, name, "task").section.model_validate(given[name] or {}) for name in further}
+        return given | made
+
+    @model_validator(mode="after")
+    def _no_unknown_family(self) -> TasksSection:
+        for name, section in (self.model_extra or {}).items():
+            if not isinstance(section, TaskSection):
+                raise PydanticCustomError(UNKNOWN_KEY, "unknown family {key}", {"key": name})
+        return self
+
     def present(self) -> dict[str, TaskSection]:
         """Return the chosen families by name."""
-        return {name: section for name in type(self).model_fields if (section := getattr(self, name)) is not None}
+        named = {name: section for name in type(self).model_fields if (section := getattr(self, name)) is not None}
+        return named | (self.model_extra or {})
 
 
 # --------------------------------------------------------------------------- model and training
