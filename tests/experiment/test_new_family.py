@@ -1,23 +1,27 @@
-"""A family that is not part of llmrec: one class, one `Family`, one registry entry, and its templates.
+"""A family, a strategy and a baseline that are not part of llmrec: a class each, and an entry in the registry.
 
-It asks whether an item is among the half of the catalogue that was chosen most often.
+The family has a `Family` record and templates beside its class. It asks whether an item is
+among the half of the catalogue that was chosen most often.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from llmrec import pipeline, registry
-from llmrec.data.split import request_of
+from llmrec.data.split import SplitDataset, request_of
 from llmrec.errors import RecipeError
 from llmrec.experiment.audit import audit
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, TaskSection
+from llmrec.strategies.raters import YesNoJudge
 from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, chat_example, held_out, passes
 from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.family import Family
@@ -111,6 +115,31 @@ class FameTask(Task):
         return chat_example(self._chosen.train[0], row, user, values, answer, past=(), event=Event(item_id=item))
 
 
+class ShyJudge(YesNoJudge):
+    """The strategy ``shy``: halfway between what the model says and not knowing."""
+
+    name = "shy"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        return [replace(said, value=(said.value + 0.5) / 2) for said in super().answer(requests)]  # type: ignore[union-attr, type-var]
+
+
+class Half:
+    """The baseline ``half``: it does not know."""
+
+    name = "half"
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self._fitted = False
+
+    def fit(self, data: SplitDataset) -> None:
+        self._fitted = True
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        assert self._fitted
+        return [Probability(request_id=request.id, value=0.5) for request in requests]
+
+
 FAME: Family
 
 
@@ -127,13 +156,18 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         section=FameSection,
         answer=Probability,
         headline="AUC",
-        strategies=("yes-no", "parsed-yes-no"),
-        baselines=("like-ratio", "logistic"),
+        strategies=("yes-no", "shy"),
+        baselines=("like-ratio", "half"),
         controls=("like-ratio",),
         prompts=folder,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.TASKS, "fame", f"{__name__}:FAME")  # type: ignore[arg-type]
+        for table, name, made in (
+            (registry.TASKS, "fame", "FAME"),
+            (registry.STRATEGIES, "shy", "ShyJudge"),
+            (registry.BASELINES, "half", "Half"),
+        ):
+            patch.setitem(table, name, f"{__name__}:{made}")  # type: ignore[arg-type]
         yield
 
 
@@ -141,7 +175,8 @@ def recipe(folder: Path, *more: str) -> Recipe:
     return load_recipe(
         "recipes/quickstart.yaml",
         [
-            f"model.name={folder}", "model.dtype=float32", "reviews=null", "tasks={fame: {users: 12}}",
+            f"model.name={folder}", "model.dtype=float32", "reviews=null",
+            "tasks={fame: {users: 12, strategies: [yes-no, shy], baselines: [like-ratio, half]}}",
             "data={source: made-reviews, noun: products, split: {kind: last_share, valid: 0.2, test: 0.4}}",
             "train.steps=3", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1",
             "eval.arms=[zero-shot, tuned]", "eval.bootstrap=50", "eval.backend=hf", *more,
@@ -156,8 +191,13 @@ def done(known: None, llama_folder: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_it_trains_and_evaluates(done: pipeline.Run) -> None:
     rows = {row["id"]: row for row in json.loads((done.folder / "results.json").read_text())["rows"]}
-    assert set(rows) == {"fame/baseline/like-ratio", "fame/zero-shot/yes-no/ask", "fame/tuned/yes-no/ask"}
+    asked = [f"fame/{arm}/{strategy}/ask" for arm in ("zero-shot", "tuned") for strategy in ("yes-no", "shy")]
+    assert set(rows) == {"fame/baseline/like-ratio", "fame/baseline/half", *asked}
     assert all(row["metrics"]["AUC"]["value"] is not None and row["parse_rate"] == 1.0 for row in rows.values())
+    assert rows["fame/baseline/half"]["metrics"]["AUC"]["value"] == 0.5
+    predictions = pl.read_parquet(done.folder / "predictions.parquet")
+    said, shy = (predictions.filter(pl.col("row_id") == f"fame/tuned/{name}/ask") for name in ("yes-no", "shy"))
+    assert [json.loads(p) for p in shy["parsed"]] == [pytest.approx((json.loads(p) + 0.5) / 2) for p in said["parsed"]]
     assert rows["fame/tuned/yes-no/ask"]["inputs"] == "the item alone"
     assert json.loads((done.folder / "results.json").read_text())["training"]["rows"]["fame"] > 0
 

@@ -25,6 +25,8 @@ _SAMPLE = 24
 # Share of a plain matrix product's speed that a training step or a prefill reaches; measured on two cores.
 _EFFICIENCY = 0.45
 # Seconds to start one vLLM engine, and to load one hf model.
+# A strategy that is not among them counts one token.
+_ONE_TOKEN = 1
 _ANSWER_TOKENS = {
     "likelihood": 0,
     "likelihood-prior": 0,
@@ -130,7 +132,7 @@ def _tokens(
         second = len(encoder.prompt(prompt)) + task.profile_tokens
         first = len(encoder.prompt(task.profile_prompt(request))) + task.profile_tokens
         return int(first + study.recipe.eval.permutations * second)
-    length = len(encoder.prompt(prompt)) + _ANSWER_TOKENS[strategy]
+    length = len(encoder.prompt(prompt)) + _ANSWER_TOKENS.get(strategy, _ONE_TOKEN)
     if strategy in ("likelihood", "likelihood-prior"):
         length += sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
     if strategy == "search":
