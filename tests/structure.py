@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from llmrec.registry import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmrec"
@@ -19,6 +22,8 @@ LONGEST = 450
 LONG = {"llmrec/recipe/schema.py"}
 WIDEST = 20
 """Modules of a folder."""
+ABOVE = {"cli", "commands", "pipeline", "answering", "experiment", "report", "train", "strategies", "baselines"}
+"""Where nobody compares names of families or types of their sections: what differs is asked of `Family` and `Task`."""
 UNTYPED = 40
 """Times that the package says ``dict[str, Any]``."""
 
@@ -72,6 +77,25 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def _words(node: ast.expr) -> set[str]:
+    return {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+
+
+def compared(tree: ast.AST, text: str) -> Iterator[tuple[int, str]]:
+    """Yield comparisons with a family's name, or with the type of its section, as (line, source)."""
+    for node in ast.walk(tree):
+        said = ast.get_source_segment(text, node) if isinstance(node, ast.Compare | ast.Call) else None
+        if said is None:
+            continue
+        if isinstance(node, ast.Compare):
+            # A column or a role may be called as a family is: what is compared tells them apart.
+            about = re.search(r"\b(family|families|task|tasks)\b", said)
+            if about and any(_words(side) & set(TASKS) for side in (node.left, *node.comparators)):
+                yield node.lineno, said
+        elif said.startswith("isinstance(") and re.search(r"\b[A-Z]\w+Section\b", said) and "Prompt" not in said:
+            yield node.lineno, said
+
+
 def breaches() -> tuple[list[str], str]:
     """Return what is broken, a line each, and the counts in one line."""
     known = modules()
@@ -86,6 +110,10 @@ def breaches() -> tuple[list[str], str]:
         if length > LONGEST and where not in LONG:
             problems.append(f"{where}: {length} lines, more than {LONGEST}")
         untyped += text.count("dict[str, Any]")
+        if where.split("/")[1].removesuffix(".py") in ABOVE:
+            problems += [
+                f"{where}:{line}: {said!r} tells families apart" for line, said in compared(ast.parse(text), text)
+            ]
         # The package itself imports its two public functions when they are first asked for.
         graph[name] = {other for other, _ in imported(ast.parse(text), known) if other in known} - {name, "llmrec"}
     graph["llmrec"] = set()
