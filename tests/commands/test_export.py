@@ -528,7 +528,7 @@ def answered(run: Path, out: Path) -> str:
     """Ask the example of the card through the hf backend, as llmrec would."""
     from llmrec.backends.encode import Encoder
     from llmrec.backends.hf.backend import HFBackend
-    from llmrec.commands.export.card_facts import sample_prompt
+    from llmrec.commands.export.sample import sample_prompt
 
     loaded, told = load_recipe(run / "recipe.yaml"), bundle.read(str(out))
     sample = sample_prompt(

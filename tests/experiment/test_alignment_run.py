@@ -242,7 +242,7 @@ def test_training_depends_on_the_share_and_evaluation_too(study: Study) -> None:
 
 def test_a_model_card_can_show_a_question(done: tuple[Recipe, pipeline.Run]) -> None:
     """Cards show a prompt about invented items, also where a model was tuned on nothing but alignment."""
-    from llmrec.commands.export.card_facts import sample_prompt
+    from llmrec.commands.export.sample import sample_prompt
     from llmrec.experiment import bundle
 
     found = bundle.read(str(done[1].folder))

@@ -13,7 +13,7 @@ from llmrec.answering.requests import rank_requests
 from llmrec.answering.strategy import choose_way
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.commands.export.card_facts import sample_prompt
+from llmrec.commands.export.sample import sample_prompt
 from llmrec.commands.show.estimate import eval_tokens
 from llmrec.data.requests import read_request
 from llmrec.errors import RecipeError

@@ -346,7 +346,7 @@ def test_only_the_encoder_turns_text_into_tokens() -> None:
         # next two read words for vectors and for rows of new tokens: nothing there is asked of a language model. The
         # last makes a tokenizer, whose class is called like the call of one, and reads no text at all.
         if name in (
-            *("backends/encode.py", "commands/export/card_facts.py"),
+            *("backends/encode.py", "commands/export/sample.py"),
             *("models/text_encoder.py", "models/item_tokens.py", "models/from_scratch.py"),
         ):
             continue
