@@ -8,23 +8,12 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import AlignmentSection
-from llmrec.tasks.base import (
-    Fields,
-    Values,
-    View,
-    chat_example,
-    keyed,
-    passes,
-    ranking_reward,
-    refuse_test,
-    solved,
-    solved_examples,
-    with_shots,
-)
+from llmrec.tasks.base import Fields, Values, View, keyed, passes, ranking_reward, refuse_test, solved_examples
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn, Window
 from llmrec.tasks.held_items import hold_out, request_name
 from llmrec.tasks.parsing import read_line
+from llmrec.tasks.rows import chat_example, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Ranking, Request, SplitName
@@ -208,7 +197,7 @@ class AlignmentTask(Task):
         return chat_example(template, row, NOBODY, question, answer, past=(), event=Event(item_id=item))
 
     def _solved(self, template: Template, item: str) -> tuple[Message, ...]:
-        return solved(template, self._question(template, item), template.step(self._answer(template, item))[1])
+        return solved_chat(template, self._question(template, item), self._answer(template, item))
 
     def _item(self, request: Request) -> str:
         item = request.item if request.item is not None else self._named.get(request.id)

@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from llmrec.data.candidates import CandidateSets
@@ -24,14 +24,10 @@ from llmrec.types import (
     Code,
     CodedId,
     Event,
-    Example,
     Interaction,
     ItemCodes,
-    Message,
-    Prompt,
     Ranking,
     Request,
-    Segment,
     SplitName,
 )
 
@@ -276,50 +272,6 @@ def refuse_test(split: SplitName) -> None:
         raise ValueError("rows with targets come from 'train' or 'valid'; the test split is for cases() alone")
 
 
-def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[int], bool]) -> tuple[Segment, ...]:
-    """Render a list: the target of step i is learned where ``learned(i)``, and context elsewhere."""
-    answer: list[Segment] = []
-    for index, values in enumerate(steps):
-        lead, target = template.step(values)
-        answer += lead
-        answer += target if learned(index) else as_context(target)
-    return tuple(answer)
-
-
-def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Return segments with nothing left to learn."""
-    return tuple(replace(segment, kind="given") if segment.kind == "target" else segment for segment in segments)
-
-
-def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
-    """Return a few-shot example: the user turn and its answered assistant turn."""
-    segments = list(as_context(answer))
-    segments[-1] = replace(segments[-1], text=segments[-1].text.rstrip("\n"))
-    user = template.turns(values)[-1]
-    return user, Message("assistant", tuple(segment for segment in segments if segment.text))
-
-
-def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
-    """Put solved examples between the system turn and the question."""
-    return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
-
-
-def list_prompt(
-    template: Template,
-    values: Values,
-    steps: Sequence[Values],
-    asked: Values,
-    shots: Sequence[tuple[Message, ...]],
-) -> Prompt:
-    """Ask for the step that follows a list's ``steps``, which stand in the answer; ``asked`` is what its lead shows."""
-    opening = template.opening(values | asked | {"n": len(steps) + 1})
-    return Prompt(
-        messages=with_shots(template.turns(values), shots),
-        answer_prefix=(*list_answer(template, steps, lambda _: False), *opening),
-        stop=template.tail,
-    )
-
-
 def rated(events: Sequence[Event]) -> tuple[Event, ...]:
     """Return the events that have a rating."""
     return tuple(event for event in events if event.rating is not None)
@@ -333,39 +285,6 @@ def text_of(event: Event | Interaction) -> str:
 def pairs_of(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
     """Return the (user_id, item_id) pairs that a row shows."""
     return tuple((user_id, event.item_id) for event in events)
-
-
-def chat_example(
-    template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
-) -> Example:
-    """Return a row with one answer; ``past`` counts as shown only where the template shows a history."""
-    shown = past if PAST & template.names("system", "user") else ()
-    return Example(
-        id=row,
-        user_id=user_id,
-        task=template.family,
-        template=template.id,
-        messages=template.turns(values),
-        answer=template.step(answer)[1],
-        ends_turn=True,
-        pairs=pairs_of(user_id, (*shown, event)),
-    )
-
-
-def list_example(
-    template: Template, row: str, user_id: str, values: Values, answer: tuple[Segment, ...], events: Sequence[Event]
-) -> Example:
-    """Return a user row: a list of events whose learned steps are marked in ``answer``."""
-    return Example(
-        id=row,
-        user_id=user_id,
-        task=template.family,
-        template=template.id,
-        messages=template.turns(values),
-        answer=answer,
-        ends_turn=False,
-        pairs=pairs_of(user_id, events),
-    )
 
 
 def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Event, ...]:

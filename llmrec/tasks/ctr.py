@@ -19,22 +19,25 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    chat_example,
     held_out,
-    list_answer,
-    list_example,
-    list_prompt,
     passes,
     rated,
     refuse_test,
     shows_events,
-    solved,
     told_rows,
     window,
-    with_shots,
 )
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.rows import (
+    chat_example,
+    list_prompt,
+    list_row,
+    solved_chat,
+    solved_list,
+    steps,
+    with_shots,
+)
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import (
@@ -160,8 +163,8 @@ class CtrTask(Task):
             values = self._values(request.user_id, drawn.history, item, context)
             return Prompt(messages=with_shots(chosen.turns(values), turns))
         values = self._view.user(request.user_id, context)
-        steps = self._steps(values, drawn.history)
-        return list_prompt(chosen, values, steps, self._view.pair(request.user_id, item), turns)
+        listed = steps(values, drawn.history, self._answered)
+        return list_prompt(chosen, values, listed, self._view.pair(request.user_id, item), turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
@@ -249,11 +252,8 @@ class CtrTask(Task):
     def _with_answer(self, values: Values, event: Event) -> Values:
         return values | {"answer": YES if self._yes(event.rating) else NO}
 
-    def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
-        return [
-            self._with_answer(values | self._view.pair(str(values["user_id"]), event.item_id) | {"n": n}, event)
-            for n, event in enumerate(events, start=1)
-        ]
+    def _answered(self, values: Values, event: Event) -> Values:
+        return self._with_answer(values | self._view.pair(str(values["user_id"]), event.item_id), event)
 
     def _asking(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return a row that asks for one answer, about the event."""
@@ -275,18 +275,16 @@ class CtrTask(Task):
         last_only: bool,
         context: Mapping[str, str] | None = None,
     ) -> Example:
-        values, last = self._view.user(user, context), len(events) - 1
-        answer = list_answer(template, self._steps(values, events), lambda i: i == last or not last_only)
-        return list_example(template, row, user, values, answer, events)
+        values, first = self._view.user(user, context), len(events) - 1 if last_only else 0
+        return list_row(template, row, user, values, events, self._answered, first_target=first)
 
     def _solved(self, template: Template, user: str, events: Sequence[Event]) -> tuple[Message, ...]:
         event = events[-1]
         if template.shape == "list":
-            values = self._view.user(user)
-            steps = self._steps(values, (*_others(events[:-1], event.item_id), event))
-            return solved(template, values, list_answer(template, steps, lambda _: True))
+            listed = (*_others(events[:-1], event.item_id), event)
+            return solved_list(template, self._view.user(user), listed, self._answered)
         values = self._values(user, _others(events[:-1], event.item_id), event.item_id)
-        return solved(template, values, template.step(self._with_answer(values, event))[1])
+        return solved_chat(template, values, self._with_answer(values, event))
 
 
 def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:

@@ -21,16 +21,13 @@ from llmrec.tasks.base import (
     Values,
     View,
     candidates_of,
-    chat_example,
     held_out,
     keyed,
     passes,
     ranking_reward,
     refuse_test,
     shows_events,
-    solved,
     told_rows,
-    with_shots,
 )
 from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.direct_answers import asks_for, check_strategies, check_words, fits, reader_of, refuse
@@ -39,6 +36,7 @@ from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_ranking
 from llmrec.tasks.pool import Negatives
 from llmrec.tasks.rating import find_scale
+from llmrec.tasks.rows import chat_example, solved_chat, with_shots
 from llmrec.tasks.sequential import items_by_text, read_item
 from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose
@@ -342,7 +340,7 @@ class DirectTask(Task):
             # Only the first place is known from the data; the rest keep the listed order and show the answer's form.
             best = str(answer["label"])
             answer |= {"label": ", ".join((best, *(each for each in candidate_labels(len(pool)) if each != best)))}
-        return solved(template, values, template.step(answer)[1])
+        return solved_chat(template, values, answer)
 
     def _solved_yes(
         self, template: Template, user: str, events: tuple[Event, ...], place: int, rng: random.Random
@@ -353,7 +351,7 @@ class DirectTask(Task):
         # A yes and a no leave the same event out: what is counted of the user must not tell them apart.
         values |= self._view.user_stats(user, [chosen])
         name = "answer" if asks_for(template) == "yes" else "label"
-        return solved(template, values, template.step(values | {name: NO if place % 2 else YES})[1])
+        return solved_chat(template, values, values | {name: NO if place % 2 else YES})
 
     def _wanted(self, template: Template, want: str, request: Request) -> str:
         """Return what is wanted of a template, or refuse what it has no words for."""

@@ -23,18 +23,16 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    chat_example,
     held_out,
     passes,
     refuse_test,
     shows_events,
-    solved,
     text_of,
     told_rows,
-    with_shots,
 )
 from llmrec.tasks.family import WRITERS, Family
 from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.rows import chat_example, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Request, SplitName, Text
@@ -139,7 +137,7 @@ class ExplanationTask(Task):
         turns: list[tuple[Message, ...]] = []
         for shot in drawn.windows:
             values = self._solved_values(shot.user_id, shot.events[:-1], shot.events[-1])
-            turns.append(solved(chosen, values, chosen.step(values | {"text": text_of(shot.events[-1])})[1]))
+            turns.append(solved_chat(chosen, values, values | {"text": text_of(shot.events[-1])}))
         context = drawn.context(request.context)
         values = self._values(request.user_id, drawn.history, asked_item(request, self.family), context)
         return Prompt(messages=with_shots(chosen.turns(values), turns))

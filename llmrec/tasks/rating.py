@@ -22,24 +22,27 @@ from llmrec.tasks.base import (
     asked_item,
     at_most,
     branch_events,
-    chat_example,
     held_out,
     keyed,
-    list_answer,
-    list_example,
-    list_prompt,
     passes,
     rated,
     refuse_test,
     shows_events,
-    solved,
     told_rows,
     window,
-    with_shots,
 )
 from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_number
+from llmrec.tasks.rows import (
+    chat_example,
+    list_prompt,
+    list_row,
+    solved_chat,
+    solved_list,
+    steps,
+    with_shots,
+)
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Rating, Request, SplitName
@@ -145,8 +148,7 @@ class RatingTask(Task):
             values = self._question(request.user_id, drawn.history, context) | item
             return Prompt(messages=with_shots(chosen.turns(values), turns))
         values = self._about(request.user_id, context)
-        steps = self._steps(values, drawn.history)
-        return list_prompt(chosen, values, steps, item, turns)
+        return list_prompt(chosen, values, steps(values, drawn.history, self._answered), item, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
@@ -226,17 +228,14 @@ class RatingTask(Task):
             if learned_only(template):
                 values, target = self._with_stars(row, values, events[-1])
             return chat_example(template, row, user, values, target, past=events[:-1], event=events[-1])
-        values = self._about(user, context)
-        last = len(events) - 1
-        answer = list_answer(template, self._steps(values, events), lambda i: i == last or not last_only)
-        return list_example(template, row, user, values, answer, events)
+        first = len(events) - 1 if last_only else 0
+        return list_row(template, row, user, self._about(user, context), events, self._answered, first_target=first)
 
     def _solved(self, template: Template, user: str, events: tuple[Event, ...]) -> tuple[Message, ...]:
         if template.shape == "chat":
             values = self._one(user, events)
-            return solved(template, values, template.step(self._with_rating(values, events[-1]))[1])
-        values = self._about(user)
-        return solved(template, values, list_answer(template, self._steps(values, events), lambda _: True))
+            return solved_chat(template, values, self._with_rating(values, events[-1]))
+        return solved_list(template, self._about(user), events, self._answered)
 
     def _about(self, user: str, context: Mapping[str, str] | None = None) -> Values:
         scale = {"scale_low": self.scale.label(self.scale.low), "scale_high": self.scale.label(self.scale.high)}
@@ -248,11 +247,8 @@ class RatingTask(Task):
     def _one(self, user: str, events: tuple[Event, ...], context: Mapping[str, str] | None = None) -> Values:
         return self._question(user, events[:-1], context) | self._view.pair(user, events[-1].item_id)
 
-    def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
-        return [
-            self._with_rating(values | self._view.pair(str(values["user_id"]), event.item_id) | {"n": n}, event)
-            for n, event in enumerate(events, start=1)
-        ]
+    def _answered(self, values: Values, event: Event) -> Values:
+        return self._with_rating(values | self._view.pair(str(values["user_id"]), event.item_id), event)
 
     def _with_rating(self, values: Values, event: Event) -> Values:
         assert event.rating is not None

@@ -24,21 +24,19 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    chat_example,
     held_out,
     passes,
     refuse_test,
-    solved,
     solved_examples,
     text_of,
     told_rows,
-    with_shots,
 )
 from llmrec.tasks.explanation import shared_words
 from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, WRITERS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rating import Scale, find_scale
+from llmrec.tasks.rows import chat_example, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import (
@@ -149,7 +147,7 @@ class ReviewTask(Task):
         for shot in self.draw_shots(request, shots).windows:
             event = shot.events[-1]
             values = self._values(shot.user_id, event.item_id, self._review(shot.user_id, event.item_id))
-            turns.append(solved(chosen, values, chosen.step(self._answered(values, event))[1]))
+            turns.append(solved_chat(chosen, values, self._answered(values, event)))
         values = self._values(request.user_id, item, request.context["review"], request.context)
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 

@@ -19,24 +19,27 @@ from llmrec.tasks.base import (
     View,
     branch_events,
     candidates_of,
-    chat_example,
     held_out,
-    list_answer,
-    list_example,
-    list_prompt,
     passes,
     ranking_reward,
     refuse_test,
     shows_events,
-    solved,
     told_rows,
     window,
-    with_shots,
 )
 from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_line
 from llmrec.tasks.rating import find_scale
+from llmrec.tasks.rows import (
+    chat_example,
+    list_prompt,
+    list_row,
+    solved_chat,
+    solved_list,
+    steps,
+    with_shots,
+)
 from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose
 from llmrec.types import (
@@ -170,8 +173,7 @@ class SequentialTask(Task):
             values |= self._view.user_stats(request.user_id, ())
             question = chosen.turns(values | {"history": self._view.events(drawn.history, self._rating)})
             return Prompt(messages=with_shots(question, turns))
-        steps = self._steps(values, drawn.history)
-        return list_prompt(chosen, values, steps, {}, turns)
+        return list_prompt(chosen, values, steps(values, drawn.history, self._answered), {}, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
@@ -252,25 +254,23 @@ class SequentialTask(Task):
     ) -> Example:
         if template.shape == "chat":
             values = self._question(user, events)
-            answer = values | {"item": self._view.item(events[-1].item_id)}
+            answer = self._answered(values, events[-1])
             return chat_example(template, row, user, values, answer, past=events[:-1], event=events[-1])
         values = self._view.user(user)
-        listed = list_answer(template, self._steps(values, events), lambda i: i >= first_target)
-        return list_example(template, row, user, values, listed, events)
+        return list_row(template, row, user, values, events, self._answered, first_target=first_target)
 
     def _solved(self, template: Template, user: str, events: tuple[Event, ...]) -> tuple[Message, ...]:
         if template.shape == "chat":
             values = self._question(user, events)
-            return solved(template, values, template.step(values | {"item": self._view.item(events[-1].item_id)})[1])
-        values = self._view.user(user)
-        return solved(template, values, list_answer(template, self._steps(values, events), lambda _: True))
+            return solved_chat(template, values, self._answered(values, events[-1]))
+        return solved_list(template, self._view.user(user), events, self._answered)
 
     def _question(self, user: str, events: tuple[Event, ...]) -> Values:
         stats = self._view.user_stats(user, [events[-1].item_id])
         return self._view.user(user) | stats | {"history": self._view.events(events[:-1], self._rating)}
 
-    def _steps(self, values: Values, events: Sequence[Event]) -> list[Values]:
-        return [values | {"item": self._view.item(event.item_id), "n": n} for n, event in enumerate(events, start=1)]
+    def _answered(self, values: Values, event: Event) -> Values:
+        return values | {"item": self._view.item(event.item_id)}
 
 
 def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:

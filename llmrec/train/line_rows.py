@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from llmrec.backends.encode import IGNORED, Encoder, Row, marked_pieces
 from llmrec.errors import BackendError
 from llmrec.prompts.template import Template
-from llmrec.tasks.base import Draw, as_context, keyed
+from llmrec.tasks.base import Draw, keyed
+from llmrec.tasks.rows import as_context
 from llmrec.train.batches import fit_row
 from llmrec.types import Event, Example
 

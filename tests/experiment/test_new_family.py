@@ -22,10 +22,11 @@ from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, TaskSection
 from llmrec.strategies.raters import YesNoJudge
-from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, chat_example, held_out, passes
+from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, held_out, passes
 from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.rows import chat_example
 from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Probability, Prompt, Request, SplitName

@@ -1,0 +1,126 @@
+"""Rows, questions and solved examples, written as a list that is continued or as a chat with one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from llmrec.prompts.template import Template
+from llmrec.tasks.base import PAST, Values, pairs_of
+from llmrec.types import (
+    Event,
+    Example,
+    Message,
+    Prompt,
+    Segment,
+)
+
+Answered = Callable[[Values, Event], Values]
+"""Puts what is true of an event into the values that a template's target shows."""
+
+
+def steps(values: Values, events: Sequence[Event], answered: Answered) -> list[Values]:
+    """Return what each line of a list shows, its own number ``n`` from 1 and its answer among it."""
+    return [answered(values | {"n": n}, event) for n, event in enumerate(events, start=1)]
+
+
+def list_row(
+    template: Template,
+    row: str,
+    user_id: str,
+    values: Values,
+    events: Sequence[Event],
+    answered: Answered,
+    *,
+    first_target: int = 0,
+) -> Example:
+    """Return a row of a list whose lines are learned from ``first_target`` on; those before it are context."""
+    answer = list_answer(template, steps(values, events, answered), lambda i: i >= first_target)
+    return list_example(template, row, user_id, values, answer, events)
+
+
+def solved_list(template: Template, values: Values, events: Sequence[Event], answered: Answered) -> tuple[Message, ...]:
+    """Return a list as a few-shot example: every line is answered."""
+    return solved(template, values, list_answer(template, steps(values, events, answered), lambda _: True))
+
+
+def solved_chat(template: Template, values: Values, answer: Values) -> tuple[Message, ...]:
+    """Return a question with its answer as a few-shot example."""
+    return solved(template, values, template.step(answer)[1])
+
+
+def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[int], bool]) -> tuple[Segment, ...]:
+    """Render a list: the target of step i is learned where ``learned(i)``, and context elsewhere."""
+    answer: list[Segment] = []
+    for index, values in enumerate(steps):
+        lead, target = template.step(values)
+        answer += lead
+        answer += target if learned(index) else as_context(target)
+    return tuple(answer)
+
+
+def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Return segments with nothing left to learn."""
+    return tuple(replace(segment, kind="given") if segment.kind == "target" else segment for segment in segments)
+
+
+def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
+    """Return a few-shot example: the user turn and its answered assistant turn."""
+    segments = list(as_context(answer))
+    segments[-1] = replace(segments[-1], text=segments[-1].text.rstrip("\n"))
+    user = template.turns(values)[-1]
+    return user, Message("assistant", tuple(segment for segment in segments if segment.text))
+
+
+def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
+    """Put solved examples between the system turn and the question."""
+    return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
+
+
+def list_prompt(
+    template: Template,
+    values: Values,
+    steps: Sequence[Values],
+    asked: Values,
+    shots: Sequence[tuple[Message, ...]],
+) -> Prompt:
+    """Ask for the step that follows a list's ``steps``, which stand in the answer; ``asked`` is what its lead shows."""
+    opening = template.opening(values | asked | {"n": len(steps) + 1})
+    return Prompt(
+        messages=with_shots(template.turns(values), shots),
+        answer_prefix=(*list_answer(template, steps, lambda _: False), *opening),
+        stop=template.tail,
+    )
+
+
+def chat_example(
+    template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
+) -> Example:
+    """Return a row with one answer; ``past`` counts as shown only where the template shows a history."""
+    shown = past if PAST & template.names("system", "user") else ()
+    return Example(
+        id=row,
+        user_id=user_id,
+        task=template.family,
+        template=template.id,
+        messages=template.turns(values),
+        answer=template.step(answer)[1],
+        ends_turn=True,
+        pairs=pairs_of(user_id, (*shown, event)),
+    )
+
+
+def list_example(
+    template: Template, row: str, user_id: str, values: Values, answer: tuple[Segment, ...], events: Sequence[Event]
+) -> Example:
+    """Return a user row: a list of events whose learned steps are marked in ``answer``."""
+    return Example(
+        id=row,
+        user_id=user_id,
+        task=template.family,
+        template=template.id,
+        messages=template.turns(values),
+        answer=answer,
+        ends_turn=False,
+        pairs=pairs_of(user_id, events),
+    )
