@@ -3,13 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
+from typing import Literal, Self
+
+ErrorKind = Literal[
+    # files and folders
+    "missing-file",  # it is not there
+    "unreadable",  # it is no file, or may not be read or written
+    "exists",  # it is there and is not written over
+    "unreachable",  # it cannot be fetched
+    "damaged",  # it breaks off, or is not what was stored
+    "wrong-format",  # it is something else
+    "unsafe",  # an archive whose entries play tricks
+    "too-large",
+    "empty",
+    "ambiguous",  # several could be meant
+    # rows and columns
+    "syntax",  # no JSON, CSV, YAML or template
+    "encoding",  # bytes or characters that are no text
+    "ragged-row",
+    "missing-column",
+    "missing-value",
+    "bad-value",
+    "duplicate",
+    "too-few",  # rows, users or items
+    # recipes and names
+    "missing-key",
+    "unknown-key",
+    "unknown-name",
+    "contradiction",  # keys that do not go together
+    "not-installed",
+]
+"""What is wrong, for programs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something stands; as text it is ``ratings.csv, row 3 (line 4)``.
+
+    Attributes:
+        file: What errors call it: a path, one inside an archive, an address, or the name of a template or data set.
+        row: Row of data, counted from 1; 0 is the header.
+        line: Line of the file, counted from 1.
+    """
+
+    file: str
+    row: int | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        """Name the row, and the line where it is another number."""
+        if self.row == 0:
+            return f"{self.file}, header"
+        if self.row is None:
+            return self.file if self.line is None else f"{self.file}, line {self.line}"
+        return f"{self.file}, row {self.row}" + (f" (line {self.line})" if self.line not in (None, self.row) else "")
 
 
 class LlmrecError(Exception):
-    """Base of every failure that a user can mend; the command line prints it and exits with 2."""
+    """Base of every failure that a user can mend; the command line prints it and exits with 2.
+
+    The message is for people; programs and tests look at the facts, each None where there is none to tell.
+
+    Attributes:
+        kind: What is wrong.
+        file: What stands at fault; see `Place`.
+        row: Row of data, counted from 1; 0 is the header.
+        line: Line of the file, counted from 1.
+        column: The column, or the dotted key of a recipe.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: ErrorKind | None = None,
+        at: Place | Path | str | None = None,
+        column: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        place = at if isinstance(at, Place) else None
+        self.kind = kind
+        self.file = place.file if place else None if at is None else str(at)
+        self.row, self.line = (place.row, place.line) if place else (None, None)
+        self.column = column
+
+    @classmethod
+    def at(cls, place: Place | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:
+        """Return an error whose message is the place and the rest of the sentence behind it."""
+        return cls(f"{place}{rest}", kind=kind, at=place, column=column)
 
 
 class RecipeError(LlmrecError):
@@ -53,5 +139,6 @@ def require(module: str, extra: str) -> ModuleType:
     except ImportError as error:
         raise MissingExtra(
             f"this needs the package {module.split('.')[0]!r}, which cannot be imported ({error}). "
-            f"Install it with: pip install 'llmrec[{extra}]'"
+            f"Install it with: pip install 'llmrec[{extra}]'",
+            kind="not-installed",
         ) from error

@@ -134,7 +134,10 @@ def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
         RecipeError: If the table has no such name; the message suggests the closest one.
     """
     if name not in table:
-        raise RecipeError(f"unknown {what} {name!r}{did_you_mean(name, table)}; known: {', '.join(sorted(table))}")
+        raise RecipeError(
+            f"unknown {what} {name!r}{did_you_mean(name, table)}; known: {', '.join(sorted(table))}",
+            kind="unknown-name",
+        )
     module, attribute = table[name].split(":")
     return getattr(import_module(module), attribute)
 

@@ -21,7 +21,9 @@ def resource(*parts: str) -> Path:
         path = root.joinpath(*parts)
         if path.exists():
             return path
-    raise LlmrecError(f"llmrec ships no {'/'.join(parts)}; reinstall the package or use a complete checkout")
+    raise LlmrecError(
+        f"llmrec ships no {'/'.join(parts)}; reinstall the package or use a complete checkout", kind="missing-file"
+    )
 
 
 def cache_dir() -> Path:

@@ -12,7 +12,7 @@ import polars as pl
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.hashing import digest_strings
 from llmrec.data.reading.columns import check_usable, find, ids, one_per_item, texts
-from llmrec.data.reading.limits import ID_LIMIT, enumerated, no_file, shown
+from llmrec.data.reading.limits import ID_LIMIT, enumerated, require_file, shown
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table
 from llmrec.data.reading.typed import has_markup
@@ -65,7 +65,9 @@ def assemble(
     scale = _scale(section, table, frame, scale)
     kept = frame["item_id"].unique()
     if kept.len() < 2:
-        raise DataError(f"{table.name}: there is only one item, {shown(kept[0])}; a recommender needs at least 2")
+        raise DataError.at(
+            table.name, "too-few", f": there is only one item, {shown(kept[0])}; a recommender needs at least 2"
+        )
     default = DataSection.model_fields["noun"].default
     present = set(frame["user_id"].unique())
     return Dataset(
@@ -84,9 +86,12 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
         long = frame.filter(pl.col(column).str.len_chars() > ID_LIMIT)
         if not long.is_empty():
             row, text = long.select(_ROW, column).row(0)
-            raise DataError(
-                f"{table.where(row)}: the {column.removesuffix('_id')} is {shown(text)}, {len(text)} characters long; "
-                f"an id has at most {ID_LIMIT}, so correct the row"
+            raise DataError.at(
+                table.where(row),
+                "too-large",
+                f": the {column.removesuffix('_id')} is {shown(text)}, {len(text)} characters long; "
+                f"an id has at most {ID_LIMIT}, so correct the row",
+                column,
             )
 
 
@@ -110,9 +115,12 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
     if section.duplicates == "error":
         row, user, item = again.select(_ROW, *_PAIR).row(0)
         first = frame.filter((pl.col("user_id") == user) & (pl.col("item_id") == item))[_ROW][0]
-        raise DataError(
-            f"{table.where(row)} repeats user {shown(user)} with item {shown(item)} of row {first + 1} "
-            f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep the latest of each"
+        raise DataError.at(
+            table.where(row),
+            "duplicate",
+            f" repeats user {shown(user)} with item {shown(item)} of row {first + 1} "
+            f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep the latest of "
+            "each",
         )
     # The latest in time; within one moment, and without timestamps, the last in the file.
     latest = frame.sort("timestamp", _ROW).unique(subset=_PAIR, keep="last", maintain_order=True)
@@ -123,9 +131,12 @@ def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> 
     absent = [item for item in frame["item_id"].unique(maintain_order=True) if item not in items]
     if absent:
         row = frame.filter(pl.col("item_id") == absent[0])[_ROW][0]
-        raise DataError(
-            f"{table.where(row)}: item {shown(absent[0])} is not in the table of items ({len(absent)} such items); "
-            "add it there, or drop its rows here"
+        raise DataError.at(
+            table.where(row),
+            "unknown-name",
+            f": item {shown(absent[0])} is not in the table of items ({len(absent)} such items); "
+            "add it there, or drop its rows here",
+            "item_id",
         )
 
 
@@ -137,13 +148,20 @@ def _scale(
         return None
     low, high = section.rating_scale or scale or (_number(ratings.min()), _number(ratings.max()))
     if section.rating_scale is not None and not low < high:
-        raise DataError(f"data.rating_scale is ({low:g}, {high:g}); give the lowest rating and then the highest one")
+        raise DataError(
+            f"data.rating_scale is ({low:g}, {high:g}); give the lowest rating and then the highest one",
+            kind="bad-value",
+            column="data.rating_scale",
+        )
     off = frame.filter((pl.col("rating") < low) | (pl.col("rating") > high))
     if not off.is_empty():
         row, rating = off.select(_ROW, "rating").row(0)
-        raise DataError(
-            f"{table.where(row)}: the rating {rating:g} is off the scale from {low:g} to {high:g}; correct the row, "
-            "or set data.rating_scale=[lowest, highest]"
+        raise DataError.at(
+            table.where(row),
+            "bad-value",
+            f": the rating {rating:g} is off the scale from {low:g} to {high:g}; correct the row, "
+            "or set data.rating_scale=[lowest, highest]",
+            "rating",
         )
     return float(low), float(high)
 
@@ -211,9 +229,12 @@ def _listing(section: DataSection, items: Table) -> _Listing:
     item_ids = ids(items, column)
     again = (~item_ids.is_first_distinct()).arg_true()
     if again.len() and section.duplicates == "error":
-        raise DataError(
-            f"{items.where(again[0])} repeats item {shown(item_ids[again[0]])} ({again.len()} such rows); "
-            "drop the repeats, or set data.duplicates=keep_last to keep the last of each"
+        raise DataError.at(
+            items.where(again[0]),
+            "duplicate",
+            f" repeats item {shown(item_ids[again[0]])} ({again.len()} such rows); "
+            "drop the repeats, or set data.duplicates=keep_last to keep the last of each",
+            column,
         )
     return _Listing(items, item_ids, True)
 
@@ -228,7 +249,10 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
     raise DataError(
         f"{' and '.join(listing.table.name for listing in listings)}: there is no column {column!r}"
         f"{did_you_mean(column, columns)}; the columns are: {enumerated(columns)}. "
-        f"Name the right one in the recipe as {setting}"
+        f"Name the right one in the recipe as {setting}",
+        kind="missing-column",
+        at=listings[0].table.name,
+        column=column,
     )
 
 
@@ -248,9 +272,11 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
         if not titles.get(item, "").strip():
             rows = (listing.item_ids == item).arg_true()
             row = rows[-1] if listing.unique else rows[0]
-            raise DataError(
-                f"{listing.table.where(row)}: item {shown(item)} has no title in column {column!r}; "
-                "give it one, or drop the item"
+            raise DataError.at(
+                listing.table.where(row),
+                "missing-value",
+                f": item {shown(item)} has no title in column {column!r}; give it one, or drop the item",
+                column,
             )
     scraped = [item for item in known if has_markup(titles[item])]
     if scraped:
@@ -270,25 +296,30 @@ def read_items(path: Path) -> dict[str, Item]:
     Raises:
         DataError: If the file cannot be read, a column is missing, or an id stands twice.
     """
-    problem = no_file(path)
-    if problem:
-        raise DataError(f"the table of items {path} {problem}; check --items")
+    require_file(path, "check --items", "the table of items")
     table = read_table(path)
     columns = table.frame.columns
     for name in ("item_id", "title"):
         if name in table.unusable:
-            raise DataError(f"{table.name}: column {name!r} holds {table.unusable[name]}; write it as texts")
+            raise DataError.at(
+                table.name, "bad-value", f": column {name!r} holds {table.unusable[name]}; write it as texts", name
+            )
         if name not in columns:
-            raise DataError(
-                f"{table.name} has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
-                f"{enumerated(columns)}. Rename the one that holds it"
+            raise DataError.at(
+                table.name,
+                "missing-column",
+                f" has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
+                f"{enumerated(columns)}. Rename the one that holds it",
+                name,
             )
     item_ids = ids(table, "item_id")
     again = (~item_ids.is_first_distinct()).arg_true()
     if again.len():
-        raise DataError(
-            f"{table.where(again[0])} repeats item {shown(item_ids[again[0]])} ({again.len()} such rows); keep one of "
-            "each"
+        raise DataError.at(
+            table.where(again[0]),
+            "duplicate",
+            f" repeats item {shown(item_ids[again[0]])} ({again.len()} such rows); keep one of each",
+            "item_id",
         )
     fields = {name: texts(table, name).to_list() for name in columns if name not in ("item_id", "title")}
     return {

@@ -78,14 +78,16 @@ class CandidateSets:
             found = _sets(head["kind"], head["count"], head["seed"], dict(zip(names, map(tuple, sets), strict=True)))
             stored = head["digest"]
         except FileNotFoundError as error:
-            raise DataError(f"{path}: there is no such candidate file; draw the candidates again") from error
+            raise DataError.at(
+                path, "missing-file", ": there is no such candidate file; draw the candidates again"
+            ) from error
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{path} is not a candidate file of llmrec ({reason(error)}); draw the candidates again"
+            raise DataError.at(
+                path, "wrong-format", f" is not a candidate file of llmrec ({reason(error)}); draw the candidates again"
             ) from error
         if found.digest != stored or len(found.sets) != len(names):
-            raise DataError(
-                f"{path}: the candidates do not match their digest, so the file was changed; draw them again"
+            raise DataError.at(
+                path, "damaged", ": the candidates do not match their digest, so the file was changed; draw them again"
             )
         return found
 
@@ -124,7 +126,9 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
             raise DataError(
                 f"user {held.user_id!r} has touched {len(banned)} of {len(catalogue)} items, so only "
                 f"{len(catalogue) - len(banned)} negatives are left; set eval.candidates.count to at most "
-                f"{len(catalogue) - len(banned) + 1}"
+                f"{len(catalogue) - len(banned) + 1}",
+                kind="too-few",
+                column="eval.candidates.count",
             )
         name = request_id(held.user_id, held.item_id)
         numbers = _Numbers(hash_one("candidates", seed, name))
@@ -160,7 +164,7 @@ def draw_among(
     for name, target in targets.items():
         banned = members[groups[target]]
         if len(pool) - len(banned) < count - 1:
-            raise DataError(f"{kind} candidates: only {len(pool)} items to draw {count} from")
+            raise DataError(f"{kind} candidates: only {len(pool)} items to draw {count} from", kind="too-few")
         numbers = _Numbers(hash_one(f"candidates {kind}", seed, name))
         chosen = [place[target], *_negatives(numbers, weights, total, banned, count - 1)]
         sets[name] = tuple(pool[index] for index in numbers.shuffled(chosen))

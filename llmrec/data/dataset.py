@@ -10,6 +10,7 @@ from functools import cached_property
 import polars as pl
 
 from llmrec.data.hashing import digest_frame, digest_strings
+from llmrec.data.reading.limits import reason
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Filter
 from llmrec.types import Item
@@ -32,16 +33,22 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
     """
     for name in ("user_id", "item_id"):
         if name not in frame.columns:
-            raise DataError(f"interactions need a column {name!r}; these have {', '.join(frame.columns)}")
+            raise DataError(
+                f"interactions need a column {name!r}; these have {', '.join(frame.columns)}",
+                kind="missing-column",
+                column=name,
+            )
         if frame[name].null_count():
-            raise DataError(f"interactions need a value in every row of {name!r}")
+            raise DataError(f"interactions need a value in every row of {name!r}", kind="missing-value", column=name)
     try:
         return frame.select(
             pl.col(name).cast(dtype) if name in frame.columns else pl.lit(None, dtype=dtype).alias(name)
             for name, dtype in SCHEMA.items()
         )
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"an interaction column has a type that cannot be used: {error}") from error
+        raise DataError(
+            f"an interaction column has a type that cannot be used: {reason(error)}", kind="bad-value"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +117,12 @@ class Dataset:
         object.__setattr__(self, "interactions", conform(self.interactions))
         absent = set(self.interactions["item_id"].unique()) - self.items.keys()
         if absent:
-            raise DataError(f"{self.name}: {len(absent)} items have interactions but no entry, such as {min(absent)!r}")
+            raise DataError.at(
+                self.name,
+                "unknown-name",
+                f": {len(absent)} items have interactions but no entry, such as {min(absent)!r}",
+                "item_id",
+            )
 
     @property
     def made(self) -> bool:
@@ -199,16 +211,24 @@ def apply(dataset: Dataset, section: Filter) -> Dataset:
     rows = dataset.interactions
     if section.min_rating is not None:
         if rows["rating"].null_count() == rows.height:
-            raise DataError(f"{dataset.name} has no ratings, so data.filter.min_rating cannot be applied; leave it out")
+            raise DataError.at(
+                dataset.name,
+                "contradiction",
+                " has no ratings, so data.filter.min_rating cannot be applied; leave it out",
+                "data.filter.min_rating",
+            )
         rows = rows.filter(pl.col("rating") >= section.min_rating)
     rated = rows.height
     rows = core(rows, user_core=section.user_core, item_core=section.item_core)
     if rows.height == dataset.interactions.height:
         return dataset
     if rows.is_empty():
-        raise DataError(
-            f"{dataset.name}: no interaction passes the filter. Of {dataset.interactions.height} rows, {rated} have "
+        raise DataError.at(
+            dataset.name,
+            "too-few",
+            f": no interaction passes the filter. Of {dataset.interactions.height} rows, {rated} have "
             f"data.filter.min_rating={section.min_rating}, and none of these are left with "
-            f"user_core={section.user_core} and item_core={section.item_core}; lower one of them"
+            f"user_core={section.user_core} and item_core={section.item_core}; lower one of them",
+            "data.filter",
         )
     return dataset.restrict(rows)

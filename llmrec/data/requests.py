@@ -172,10 +172,14 @@ def _candidates(
 ) -> tuple[Item, ...]:
     if record.get("candidates") is None:
         others = [key for key in record if key not in KEYS]
-        raise DataError(f"there are no 'candidates'{did_you_mean('candidates', others)}; give a list of items to rank")
+        raise DataError(
+            f"there are no 'candidates'{did_you_mean('candidates', others)}; give a list of items to rank",
+            kind="missing-key",
+            column="candidates",
+        )
     entries = _list("candidates", record["candidates"])
     if not entries:
-        raise DataError("'candidates' is empty; give at least one item to rank")
+        raise DataError("'candidates' is empty; give at least one item to rank", kind="empty", column="candidates")
     items: dict[str, Item] = {}
     unknown: dict[str, None] = {}
     for place, entry in enumerate(entries, start=1):
@@ -192,7 +196,9 @@ def _candidates(
         example = f'{{"item_id": {json.dumps(next(iter(unknown))[:60], ensure_ascii=False)}, "title": ...}}'
         raise DataError(
             f"candidates without a title: {_some(list(unknown))}; {where}: write each as {example}, or name a table "
-            "of items with --items"
+            "of items with --items",
+            kind="unknown-name",
+            column="candidates",
         )
     return tuple(items.values())
 
@@ -238,7 +244,9 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
         title = known.title
     if not clean(title):
         if item_id is None:
-            raise DataError(f"{where} has neither an item_id nor a title; give it one of them")
+            raise DataError(
+                f"{where} has neither an item_id nor a title; give it one of them", kind="missing-value", column=where
+            )
         raise _Unknown(item_id)
     name = item_id or clean(title)
     if item_id is None:
@@ -267,15 +275,19 @@ def _fields(where: str, entry: Mapping[object, object]) -> dict[str, str]:
 
 def _list(key: str, value: object) -> Sequence[object]:
     if not isinstance(value, list | tuple):
-        raise DataError(f"{key!r} is {_kind(value)}; give a list of items")
+        raise DataError(f"{key!r} is {_kind(value)}; give a list of items", kind="bad-value", column=key)
     return value
 
 
 def _text(what: str, value: object) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{what} is {_kind(value)}; give a text")
+        raise DataError(f"{what} is {_kind(value)}; give a text", kind="bad-value", column=what)
     if _NO_TEXT.search(value):
-        raise DataError(f"{what} holds a character that is no text (NUL, or half of a surrogate pair); remove it")
+        raise DataError(
+            f"{what} holds a character that is no text (NUL, or half of a surrogate pair); remove it",
+            kind="encoding",
+            column=what,
+        )
     return value
 
 
@@ -286,11 +298,15 @@ def _optional_id(what: str, value: object) -> str | None:
     if _whole(value):
         return str(int(value))  # type: ignore[call-overload]
     if not isinstance(value, str):
-        raise DataError(f"{what} is {_kind(value)}; give a text or a whole number")
+        raise DataError(f"{what} is {_kind(value)}; give a text or a whole number", kind="bad-value", column=what)
     if len(value) > ID_LIMIT:
-        raise DataError(f"{what} is {len(value)} characters long, more than the {ID_LIMIT} of an id; shorten it")
+        raise DataError(
+            f"{what} is {len(value)} characters long, more than the {ID_LIMIT} of an id; shorten it",
+            kind="too-large",
+            column=what,
+        )
     if _NO_TEXT.search(value) or _CONTROL.search(value):
-        raise DataError(f"{what} holds a control character; remove it")
+        raise DataError(f"{what} holds a control character; remove it", kind="bad-value", column=what)
     return value if value.strip() else None
 
 
@@ -306,7 +322,11 @@ def _number(what: str, value: object) -> float | None:
     except (ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
-        raise DataError(f"{what} is {_kind(value)} that is no finite number; give a number or leave it out")
+        raise DataError(
+            f"{what} is {_kind(value)} that is no finite number; give a number or leave it out",
+            kind="bad-value",
+            column=what,
+        )
     return found
 
 

@@ -99,7 +99,7 @@ class SplitDataset:
             DataError: If asked for the training split, which holds nothing out.
         """
         if split == "train":
-            raise DataError("the training split holds nothing out; ask for 'valid' or 'test'")
+            raise DataError("the training split holds nothing out; ask for 'valid' or 'test'", kind="bad-value")
         return self._holdouts[split]
 
     @cached_property
@@ -165,12 +165,19 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     if section.kind in ("last_share", "global_time", "user_disjoint") and not 0 < section.valid + section.test < 1:
         raise DataError(
             f"data.split: valid ({section.valid}) and test ({section.test}) are shares; "
-            "together they must be more than 0 and less than 1"
+            "together they must be more than 0 and less than 1",
+            kind="bad-value",
+            column="data.split",
         )
     parts = kinds[section.kind](dataset, _in_time_order(dataset, seed), section, seed)
     frames = [frame.sort("user_id", _WHEN).select(*SCHEMA) for frame in parts]
     if frames[0].is_empty():
-        raise DataError(f"{dataset.name}: the split {section.kind} leaves no training interaction; hold out less")
+        raise DataError.at(
+            dataset.name,
+            "too-few",
+            f": the split {section.kind} leaves no training interaction; hold out less",
+            "data.split",
+        )
     return SplitDataset(
         # What a source lacks is made up here, where it is known what may be learned from.
         dataset=derived(dataset, frames[0], seed=seed),
@@ -214,9 +221,12 @@ def _leave_one_out(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: 
     """Each user's last interaction is for test, the one before for validation; short users stay in training."""
     latest = _latest(frame).filter(pl.len().over("user_id") >= _LOO_LEAST)
     if latest.is_empty():
-        raise DataError(
-            f"{dataset.name}: no user has {_LOO_LEAST} interactions with different items, which leave_one_out needs; "
-            "use another data.split.kind or more data"
+        raise DataError.at(
+            dataset.name,
+            "too-few",
+            f": no user has {_LOO_LEAST} interactions with different items, which leave_one_out needs; "
+            "use another data.split.kind or more data",
+            "data.split.kind",
         )
     test, valid = latest.filter(_from_last() == 1), latest.filter(_from_last() == 2)
     return _Parts(_without(frame, valid, test), valid, test, frame.clear())
@@ -231,9 +241,12 @@ def _last_share(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int
     latest = _latest(frame).with_columns(pl.len().over("user_id").alias("_items"))
     latest = latest.filter(pl.col("_items") > len(wanted))
     if latest.is_empty():
-        raise DataError(
-            f"{dataset.name}: no user has {len(wanted) + 1} interactions with different items, which last_share needs "
-            "here; use another data.split.kind or more data"
+        raise DataError.at(
+            dataset.name,
+            "too-few",
+            f": no user has {len(wanted) + 1} interactions with different items, which last_share needs "
+            "here; use another data.split.kind or more data",
+            "data.split.kind",
         )
     tests, valids = _part(section.test), _part(section.valid)
     tests = pl.min_horizontal(tests, pl.col("_items") - len(wanted))
@@ -280,8 +293,11 @@ def _given(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> 
     """The source says which pairs are held out, and whose other events are history only."""
     given = dataset.given
     if given is None:
-        raise DataError(
-            f"{dataset.name} has no split of its own, so data.split.kind=given cannot be used; choose another kind"
+        raise DataError.at(
+            dataset.name,
+            "contradiction",
+            " has no split of its own, so data.split.kind=given cannot be used; choose another kind",
+            "data.split.kind",
         )
     latest = _latest(frame)
     # A pair that is in both parts is for test alone.
@@ -289,7 +305,9 @@ def _given(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> 
         latest.join(_pairs_frame(pairs), on=_PAIR, how="semi") for pairs in (given.valid - given.test, given.test)
     )
     if valid.is_empty() and test.is_empty():
-        raise DataError(f"{dataset.name}: no held-out pair of its split is left; relax data.filter")
+        raise DataError.at(
+            dataset.name, "too-few", ": no held-out pair of its split is left; relax data.filter", "data.filter"
+        )
     rest = _without(frame, valid, test)
     away = _users_frame(sorted(given.history_only))
     return _Parts(rest.join(away, on="user_id", how="anti"), valid, test, rest.join(away, on="user_id", how="semi"))
@@ -306,9 +324,12 @@ def _users_frame(users: list[str]) -> pl.DataFrame:
 def _need(dataset: Dataset, section: Split, valid: pl.DataFrame, test: pl.DataFrame, have: str) -> None:
     for name, share, rows in (("valid", section.valid, valid), ("test", section.test, test)):
         if share > 0 and rows.is_empty():
-            raise DataError(
-                f"{dataset.name}: {have} are too few for {section.kind} with data.split.{name}={share}; "
-                "raise the share or use more data"
+            raise DataError.at(
+                dataset.name,
+                "too-few",
+                f": {have} are too few for {section.kind} with data.split.{name}={share}; "
+                "raise the share or use more data",
+                f"data.split.{name}",
             )
 
 

@@ -46,7 +46,9 @@ def _finalize(value: object) -> object:
     if value is None:
         return ""
     if isinstance(value, list) or (callable(value) and not isinstance(value, Undefined)):
-        raise RecipeError("a list or record cannot be shown whole; loop over it, or name one of its fields")
+        raise RecipeError(
+            "a list or record cannot be shown whole; loop over it, or name one of its fields", kind="bad-value"
+        )
     return value
 
 

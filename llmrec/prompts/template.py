@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +18,15 @@ from typing import Any, Literal
 import yaml
 from jinja2 import TemplateError
 
-from llmrec.errors import RecipeError, did_you_mean
-from llmrec.guard import TEXT_LIMIT, clean, neutralise, without_item_tokens
+from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
+from llmrec.guard import clean, neutralise
 from llmrec.prompts.grammar import FORBIDDEN, Refused, compiled
+from llmrec.prompts.values import Ledger
 from llmrec.resources import resource
-from llmrec.types import Code, CodedId, Message, Role, Segment
+from llmrec.types import Message, Role, Segment
 
 __all__ = ["Template", "clean", "load_templates", "neutralise"]
 
-OUTPUT_LIMIT = 256 * 1024
-LOOKUP_LIMIT = 256 * 1024
-"""Most values that one rendering may look up or compare; a loop can keep busy without writing anything."""
 SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
@@ -39,19 +37,10 @@ _USES = ("seen", "named", "unseen")
 _NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _ALSO = re.compile(rf"{_NAME.pattern} \S+")
-_MARK = re.compile("\ue000([0-9]+)\ue001")
 _CODE = re.compile(r"\.code\b")
 _TITLE = re.compile(r"\.title\b")
 _TAG = re.compile(r"{[{%].*?[%}]}")
 _WORDS = re.compile(r"[\w\s]")
-
-
-class _Fault(RecipeError):
-    """What is wrong with one key of a template; the loader adds the file and the line."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(problem)
-        self.key = key
 
 
 @dataclass(frozen=True)
@@ -162,7 +151,7 @@ class Template:
         """Render the system turn, if there is one, and the user turn.
 
         Raises:
-            RecipeError: If a variable is unknown or the text grows past `OUTPUT_LIMIT` characters.
+            RecipeError: If a variable is unknown or the text grows past its limit.
         """
         roles: tuple[tuple[Role, str], ...] = (("system", "system"), ("user", "user"))
         rendered = ((role, self._render(part, values)) for role, part in roles)
@@ -191,7 +180,9 @@ class Template:
         if name not in known:
             names = ", ".join(sorted(known)) or "none"
             problem = f"unknown variable {name!r}{did_you_mean(name, known)}; known there: {names}"
-            raise RecipeError(f"template {self.id}, key {part}: {problem}")
+            raise RecipeError(
+                f"template {self.id}, key {part}: {problem}", kind="unknown-name", at=self.id, column=part
+            )
 
     def _render(self, part: str, values: Mapping[str, object]) -> tuple[Segment, ...]:
         source: str = getattr(self, part)
@@ -200,14 +191,19 @@ class Template:
         parsed = compiled(source)
         for name in parsed.names:
             self._require(part, name, values)
-        ledger = _Ledger()
+        ledger = Ledger()
         chunks: list[str] = []
         try:
             for chunk in parsed.template.generate({name: ledger.wrap(values[name]) for name in parsed.names}):
                 ledger.spend(len(chunk))
                 chunks.append(chunk)
         except (TemplateError, RecipeError, TypeError, ValueError) as error:
-            raise RecipeError(f"template {self.id}, key {part}: {error}") from None
+            raise RecipeError(
+                f"template {self.id}, key {part}: {error}",
+                kind=getattr(error, "kind", None) or "syntax",
+                at=self.id,
+                column=part,
+            ) from None
         return ledger.segments("".join(chunks))
 
 
@@ -226,7 +222,9 @@ def load_templates(family: str, extra: Path | None = None) -> dict[str, Template
     """
     files = sorted(resource("prompts").joinpath(family).glob("*.yaml"))
     if extra is not None and not extra.exists():
-        raise RecipeError(f"template file or folder {extra} does not exist; check the path")
+        raise RecipeError(
+            f"template file or folder {extra} does not exist; check the path", kind="missing-file", at=extra
+        )
     if extra is not None:
         folder = extra / family if (extra / family).is_dir() else extra
         files += [extra] if extra.is_file() else sorted(folder.glob("*.yaml"))
@@ -236,140 +234,48 @@ def load_templates(family: str, extra: Path | None = None) -> dict[str, Template
         if template.family != family:
             if extra is not None and file.parent == extra:
                 continue
-            raise RecipeError(
-                f"{file}: family is {template.family!r} but the file lies among those of {family!r}; move it"
+            raise RecipeError.at(
+                file,
+                "contradiction",
+                f": family is {template.family!r} but the file lies among those of {family!r}; move it",
+                "family",
             )
         if template.name in found:
-            raise RecipeError(
-                f"{file}: {template.id} is already read from {found[template.name][1]}; rename one of them"
+            raise RecipeError.at(
+                file,
+                "duplicate",
+                f": {template.id} is already read from {found[template.name][1]}; rename one of them",
+                "name",
             )
         found[template.name] = (template, file)
     order = sorted((t for t, _ in found.values()), key=lambda t: (_USES.index(t.use), t.shape != "list", t.name))
     return {template.name: template for template in order}
 
 
-# --------------------------------------------------------------------------- data values in templates
-
-
-class _Ledger:
-    """Hands out placeholders for data values and turns them back into segments."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.size = 0
-        self.lookups = 0
-
-    def wrap(self, value: object) -> object:
-        """Replace strings by data, mappings by records; numbers and None pass. Only a code may hold item tokens.
-
-        A function gives its value: what takes time to find is found where a template mentions it.
-        """
-        if callable(value):
-            return self.wrap(value())
-        if isinstance(value, Code):
-            return _Datum(self, str(value))
-        if isinstance(value, CodedId):
-            return self.wrap(value.code)
-        if isinstance(value, str):
-            return _Datum(self, without_item_tokens(clean(value, TEXT_LIMIT)))
-        if isinstance(value, Mapping):
-            return _Record(self, value)
-        if isinstance(value, Sequence):
-            return [self.wrap(each) for each in value]
-        return value
-
-    def spend(self, characters: int) -> None:
-        self.size += characters
-        if self.size > OUTPUT_LIMIT:
-            raise RecipeError(
-                f"the rendered text is longer than {OUTPUT_LIMIT} characters; show fewer or shorter values"
-            )
-
-    def look(self) -> None:
-        self.lookups += 1
-        if self.lookups > LOOKUP_LIMIT:
-            raise RecipeError(f"it looks up more than {LOOKUP_LIMIT} values; loop over fewer or compare less")
-
-    def mark(self, text: str) -> str:
-        self.spend(len(text))
-        self.texts.append(text)
-        return f"\ue000{len(self.texts) - 1}\ue001"
-
-    def segments(self, rendered: str) -> tuple[Segment, ...]:
-        pieces = _MARK.split(rendered)
-        both = [
-            Segment("item", self.texts[int(piece)]) if index % 2 else Segment("text", piece)
-            for index, piece in enumerate(pieces)
-        ]
-        return tuple(segment for segment in both if segment.text)
-
-
-class _Datum:
-    """One data value: compared and tested by what it says, printed as a placeholder."""
-
-    __slots__ = ("_ledger", "_text")
-
-    def __init__(self, ledger: _Ledger, text: str) -> None:
-        self._ledger = ledger
-        self._text = text
-
-    def __str__(self) -> str:
-        return self._ledger.mark(self._text)
-
-    def __bool__(self) -> bool:
-        return bool(self._text)
-
-    def __eq__(self, other: object) -> bool:
-        self._ledger.look()
-        return self._text == (other._text if isinstance(other, _Datum) else other)
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-    def __contains__(self, other: object) -> bool:
-        self._ledger.look()
-        return str(other._text if isinstance(other, _Datum) else other) in self._text
-
-
-class _Record:
-    """Named data values such as an item's title; a name that the mapping lacks is an error."""
-
-    __slots__ = ("_known", "_ledger", "_source")
-
-    def __init__(self, ledger: _Ledger, source: Mapping[str, object]) -> None:
-        self._ledger = ledger
-        self._source = source
-        self._known: dict[str, object] = {}
-
-    def __getattr__(self, name: str) -> object:
-        self._ledger.look()
-        try:
-            # A long text is cleaned once, however often a template asks for it.
-            if name not in self._known:
-                self._known[name] = self._ledger.wrap(self._source[name])
-            return self._known[name]
-        except KeyError:
-            known = ", ".join(sorted(self._source))
-            raise RecipeError(f"unknown field {name!r}{did_you_mean(name, self._source)}; known: {known}") from None
-
-    def __str__(self) -> str:
-        raise RecipeError("a record cannot be shown whole; name one of its fields")
-
-
 # --------------------------------------------------------------------------- files
+
+
+def _fault(key: str, kind: ErrorKind, problem: str) -> RecipeError:
+    """Return what is wrong with one key; the loader adds the file and the line."""
+    return RecipeError(problem, kind=kind, column=key)
 
 
 def _check_source(part: str, source: str) -> None:
     if len(source) > SOURCE_LIMIT:
-        raise _Fault(part, f"key {part} is longer than {SOURCE_LIMIT} characters; shorten it")
+        raise _fault(part, "too-large", f"key {part} is longer than {SOURCE_LIMIT} characters; shorten it")
     bad = FORBIDDEN.search(source)
     if bad:
-        raise _Fault(part, f"key {part} holds the control or private-use character U+{ord(bad.group()):04X}; remove it")
+        raise _fault(
+            part,
+            "encoding",
+            f"key {part} holds the control or private-use character U+{ord(bad.group()):04X}; remove it",
+        )
     try:
         compiled(source)
     except Refused as refusal:
-        raise _Fault(
+        raise _fault(
             part,
+            "syntax",
             f"key {part}, line {refusal.line} of its text: {refusal.construct}; a template may hold variables such as "
             "item.title, if, one for over a list, comparisons, and, or, not",
         ) from None
@@ -380,78 +286,96 @@ def _check_fields(template: Template) -> None:
         value = getattr(template, key)
         if key == "version":
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise _Fault(key, "version is a whole number from 1 up")
+                raise _fault(key, "bad-value", "version is a whole number from 1 up")
         elif not isinstance(value, str):
             kind = type(value).__name__
-            raise _Fault(key, f"{key} is no text but a {kind}; write a text, in quotes where YAML reads something else")
+            raise _fault(
+                key,
+                "bad-value",
+                f"{key} is no text but a {kind}; write a text, in quotes where YAML reads something else",
+            )
     for key in ("family", "name"):
         if not _NAME.fullmatch(getattr(template, key)):
-            raise _Fault(key, f"{key} is {getattr(template, key)!r}; use small letters, digits and hyphens")
+            raise _fault(
+                key, "bad-value", f"{key} is {getattr(template, key)!r}; use small letters, digits and hyphens"
+            )
     for key, known in (("use", _USES), ("shape", ("list", "chat")), ("needs", ("reviews", ""))):
         value = getattr(template, key)
         if value not in known:
             choices = " or ".join(name or "leave it out" for name in known)
-            raise _Fault(key, f"{key} is {value!r}{did_you_mean(value, known)}; choose {choices}")
+            raise _fault(key, "unknown-name", f"{key} is {value!r}{did_you_mean(value, known)}; choose {choices}")
     for key in ("user", "target"):
         if not getattr(template, key).strip():
-            raise _Fault(key, f"{key} is empty; write it")
+            raise _fault(key, "missing-value", f"{key} is empty; write it")
     if template.shape == "list" and not template.tail.startswith("\n") and not template.bare:
-        raise _Fault(
+        raise _fault(
             "tail",
+            "contradiction",
             f"tail is {template.tail!r}; a list ends each step with a newline, which no title can hold. Only a list of "
             'nothing but codes, target "{{ item.code }}" without a lead, may do without',
         )
     for key in ("lead", "tail"):
         if template.shape == "chat" and getattr(template, key):
-            raise _Fault(key, f"a chat has one answer and no {key}; remove the key or use shape: list")
+            raise _fault(key, "contradiction", f"a chat has one answer and no {key}; remove the key or use shape: list")
     if template.set and not _NAME.fullmatch(template.set):
-        raise _Fault("set", f"set is {template.set!r}; use small letters, digits and hyphens")
+        raise _fault("set", "bad-value", f"set is {template.set!r}; use small letters, digits and hyphens")
     if template.also and not _ALSO.fullmatch(template.also):
-        raise _Fault("also", f"also is {template.also!r}; write a set and the number in it, such as 'p5-yelp 3-2'")
+        raise _fault(
+            "also", "bad-value", f"also is {template.also!r}; write a set and the number in it, such as 'p5-yelp 3-2'"
+        )
     for key in ("number", "also", "leak"):
         if FORBIDDEN.search(getattr(template, key)):
-            raise _Fault(key, f"{key} holds a control or private-use character; remove it")
+            raise _fault(key, "encoding", f"{key} holds a control or private-use character; remove it")
     if "{" in template.tail or FORBIDDEN.search(template.tail):
-        raise _Fault("tail", "tail is literal text without variables or control characters")
+        raise _fault("tail", "bad-value", "tail is literal text without variables or control characters")
 
 
 def _read(file: Path) -> Template:
     values, lines = _read_yaml(file)
     for key in values:
         if key not in _ALL_KEYS:
-            where, known = f"{file}, line {lines.get(key, 1)}", ", ".join(_ALL_KEYS)
-            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(str(key), _ALL_KEYS)}; known: {known}")
+            place, known = Place(str(file), line=lines.get(key, 1)), ", ".join(_ALL_KEYS)
+            rest = f": unknown key {key!r}{did_you_mean(str(key), _ALL_KEYS)}; known: {known}"
+            raise RecipeError.at(place, "unknown-key", rest, str(key))
     for key in _NEEDED:
         if key not in values:
-            raise RecipeError(f"{file}: key {key!r} is missing; add it")
+            raise RecipeError.at(file, "missing-key", f": key {key!r} is missing; add it", key)
     if values["name"] != file.stem:
-        where = f"{file}, line {lines.get('name', 1)}"
-        raise RecipeError(f"{where}: name is {values['name']!r} but the file is {file.stem!r}; make them equal")
+        rest = f": name is {values['name']!r} but the file is {file.stem!r}; make them equal"
+        raise RecipeError.at(Place(str(file), line=lines.get("name", 1)), "contradiction", rest, "name")
     try:
         return Template(**values)
-    except _Fault as fault:
-        raise RecipeError(f"{file}, line {lines.get(fault.key, 1)}: {fault}") from None
+    except RecipeError as fault:
+        place = Place(str(file), line=lines.get(fault.column or "", 1))
+        raise RecipeError(f"{place}: {fault}", kind=fault.kind, at=place, column=fault.column) from None
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         text = file.read_text(encoding="utf-8")
         if len(text) > 4 * SOURCE_LIMIT:
-            raise RecipeError(f"{file}: longer than {4 * SOURCE_LIMIT} characters; a template is one short page")
+            raise RecipeError.at(
+                file, "too-large", f": longer than {4 * SOURCE_LIMIT} characters; a template is one short page"
+            )
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise RecipeError.at(
+            file, "encoding", f": not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
+        place = Place(str(file), line=mark.line + 1 if mark else None)
         problem = getattr(error, "problem", None) or type(error).__name__
-        raise RecipeError(f"{file}{line}: not valid YAML ({problem}); check quoting and indentation") from None
+        raise RecipeError.at(place, "syntax", f": not valid YAML ({problem}); check quoting and indentation") from None
     if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
-        raise RecipeError(f"{file}: a template is a mapping of keys ({', '.join(_KEYS)}); this file is none")
+        raise RecipeError.at(
+            file, "wrong-format", f": a template is a mapping of keys ({', '.join(_KEYS)}); this file is none"
+        )
     lines: dict[str, int] = {}
     for key, _ in tree.value:
         if str(key.value) in lines:
-            raise RecipeError(f"{file}, line {key.start_mark.line + 1}: key {key.value!r} stands twice; keep one")
+            place = Place(str(file), line=key.start_mark.line + 1)
+            raise RecipeError.at(place, "duplicate", f": key {key.value!r} stands twice; keep one", str(key.value))
         lines[str(key.value)] = key.start_mark.line + 1
     return values, lines

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llmrec.errors import RecipeError, did_you_mean
+from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.recipe.comparisons import Benchmark, Suite
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import TASKS
@@ -36,7 +36,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if base is not None:
         base_values, base_lines = _read(_find(file.parent / str(base), "recipes"))
         if "base" in base_values:
-            raise RecipeError(f"{file}: base recipe {base} has a base of its own; only one level is read")
+            raise RecipeError.at(
+                file, "contradiction", f": base recipe {base} has a base of its own; only one level is read", "base"
+            )
         values, lines = _merge(base_values, values), {**base_lines, **lines}
     return _validated(Recipe, values, lines, file, overrides)
 
@@ -83,7 +85,7 @@ def _validated(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error, model, file, lines, overrides)) from None
+        raise _explained(error, model, file, lines, overrides) from None
 
 
 def recipe_hash(recipe: Recipe | Suite | Benchmark) -> str:
@@ -107,7 +109,7 @@ def _find(path: Path, home: str) -> Path:
     folder = Path(*{"recipes": ("recipes",), "eval": ("eval", "suites")}[home])
     shipped = resource(*folder.parts)
     names = sorted((folder / page.relative_to(shipped)).as_posix() for page in shipped.rglob("*.yaml"))
-    raise RecipeError(f"page {path} does not exist; shipped are: {', '.join(names)}")
+    raise RecipeError(f"page {path} does not exist; shipped are: {', '.join(names)}", kind="missing-file", at=path)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -116,17 +118,21 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise RecipeError.at(
+            file, "encoding", f": not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(
-            f"{file}, line {line}: not valid YAML ({error.problem}); check quoting and indentation"
+        place = Place(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
+        raise RecipeError.at(
+            place, "syntax", f": not valid YAML ({error.problem}); check quoting and indentation"
         ) from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{file}: not valid YAML ({error})") from None
+        raise RecipeError.at(file, "syntax", f": not valid YAML ({error})") from None
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"{file}: a recipe is a mapping of sections (name, data, tasks, ...), this file is empty or a list"
+        raise RecipeError.at(
+            file,
+            "wrong-format",
+            ": a recipe is a mapping of sections (name, data, tasks, ...), this file is empty or a list",
         )
     lines: dict[KeyPath, int] = {}
     _mark(node, (), lines, file)
@@ -138,8 +144,9 @@ def _mark(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], file
         for key, value in node.value:
             here = (*path, str(key.value))
             if here in lines:
-                raise RecipeError(
-                    f"{file}, line {key.start_mark.line + 1}: key {_dotted(here)!r} stands twice; keep one"
+                place = Place(str(file), line=key.start_mark.line + 1)
+                raise RecipeError.at(
+                    place, "duplicate", f": key {_dotted(here)!r} stands twice; keep one", _dotted(here)
                 )
             lines[here] = key.start_mark.line + 1
             _mark(value, here, lines, file)
@@ -160,7 +167,11 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"override {override!r} is not of the form key=value, such as train.steps=20")
+        raise RecipeError(
+            f"override {override!r} is not of the form key=value, such as train.steps=20",
+            kind="syntax",
+            column=key.strip() or None,
+        )
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
@@ -176,33 +187,53 @@ def _override(values: dict[str, Any], override: str) -> None:
     here[last] = value
 
 
-def _explain(
+def _explained(
     error: ValidationError,
     model: type[BaseModel],
     file: Path,
     lines: Mapping[KeyPath, int],
     overrides: Sequence[str],
-) -> str:
-    problems = []
-    for detail in error.errors():
-        path: KeyPath = tuple(detail["loc"])
-        if detail["type"] == UNKNOWN_KEY:
-            path = (*path, detail["ctx"]["key"])
-        where = _where(path, file, lines, overrides)
-        problems.append(f"{where}: {_problem(path, detail, model)}")
-    return "; ".join(problems)
+) -> RecipeError:
+    """Return one error that says all that is wrong; its facts are those of the first."""
+    details = error.errors()
+    paths: list[KeyPath] = [
+        (*detail["loc"], detail["ctx"]["key"]) if detail["type"] == UNKNOWN_KEY else tuple(detail["loc"])
+        for detail in details
+    ]
+    said = [_problem(path, detail, model) for path, detail in zip(paths, details, strict=True)]
+    places = [_overriding(path, overrides) or _place(path, file, lines) for path in paths]
+    place = places[0]
+    return RecipeError(
+        "; ".join(f"{where}: {problem}" for where, problem in zip(places, said, strict=True)),
+        kind=_KINDS.get(details[0]["type"], "bad-value"),
+        at=place if isinstance(place, Place) else file,
+        # A rule over several keys is told to its section, and names the key first.
+        column=said[0].partition(":")[0] if details[0]["type"] == "value_error" else _dotted(paths[0]),
+    )
 
 
-def _where(path: KeyPath, file: Path, lines: Mapping[KeyPath, int], overrides: Sequence[str]) -> str:
+_KINDS: Mapping[str, ErrorKind] = {
+    "extra_forbidden": "unknown-key",
+    UNKNOWN_KEY: "unknown-key",
+    "missing": "missing-key",
+    "value_error": "contradiction",
+}
+
+
+def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
+    """Return which override a key is from; empty: none."""
     dotted = _dotted(path)
     for override in overrides:
         key = override.partition("=")[0].strip()
         if dotted == key or dotted.startswith(key + "."):
             return f"override of {key}" if _may_be_secret(path) else f"override {override!r}"
-    for length in range(len(path), 0, -1):
-        if path[:length] in lines:
-            return f"{file}, line {lines[path[:length]]}"
-    return str(file)
+    return ""
+
+
+def _place(path: KeyPath, file: Path, lines: Mapping[KeyPath, int]) -> Place:
+    """Return the line of a key, or else of the section that should hold it."""
+    known = (path[:length] for length in range(len(path), 0, -1) if path[:length] in lines)
+    return Place(str(file), line=next((lines[part] for part in known), None))
 
 
 def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:

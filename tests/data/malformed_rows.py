@@ -89,7 +89,7 @@ def rows(reader: Reader) -> Iterator[Case]:
                 if _is_fine(reader, role, name):
                     continue
                 raw = _cell(grid, spot, column, value)
-                said = role if name == "of 5000 letters" and role in ("user", "item") else column
+                said = f"{role}_id" if name == "of 5000 letters" and role in ("user", "item") else column
                 yield case_of(reader, f"the {role} of row {spot + 1} is {name}", raw, column=said, **named)
 
 
@@ -172,7 +172,7 @@ def objects(reader: Reader) -> Iterator[Case]:
                     # The first line shows which names there are, so its error is about the file.
                     place = named if spot or reader.requests else {}
                 raw = object_lines([*records[:spot], changed, *records[spot + 1 :]])
-                said = role if name == "of 5000 letters" and "user" in reader.roles else column
+                said = f"{role}_id" if name == "of 5000 letters" and "user" in reader.roles else column
                 yield case_of(reader, f"the {role} of line {spot + 1} is {name}", raw, column=said, **place)
 
 

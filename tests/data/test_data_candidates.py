@@ -15,6 +15,7 @@ from llmrec.data.candidates import CandidateSets, _Numbers, _sets, draw
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
 from llmrec.recipe.schema import CandidateSection, Split
+from tests.facts import Facts, raises
 
 
 def cut(rows: list[Row], seed: int = 0) -> SplitDataset:
@@ -109,7 +110,7 @@ def test_all_untouched_items_can_be_asked_for(kind: str) -> None:
 
 
 def test_too_many_candidates_name_the_key() -> None:
-    with pytest.raises(DataError, match=r"touched 3 of 30 items.*eval\.candidates\.count to at most 28"):
+    with raises(DataError, Facts("too-few", column="eval.candidates.count", says="at most 28")):
         draw(many(30), "test", CandidateSection(count=29), seed=0)
 
 
@@ -149,18 +150,18 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     index = table.column_names.index("candidates")
     changed = table.set_column(index, table.schema.field("candidates"), [lists])
     pq.write_table(changed, path)
-    with pytest.raises(DataError, match=r"candidates\.parquet.*digest.*draw"):
+    with raises(DataError, Facts("damaged", "candidates.parquet", says="draw them again")):
         CandidateSets.load(path)
 
 
 def test_files_that_are_no_candidates(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such candidate file"):
+    with raises(DataError, Facts("missing-file", "absent.parquet")):
         CandidateSets.load(tmp_path / "absent.parquet")
     (tmp_path / "text.parquet").write_text("user,item\n")
-    with pytest.raises(DataError, match="not a candidate file"):
+    with raises(DataError, Facts("wrong-format", "text.parquet")):
         CandidateSets.load(tmp_path / "text.parquet")
     pl.DataFrame({"request_id": ["a"], "candidates": [["x"]]}).write_parquet(tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="not a candidate file"):
+    with raises(DataError, Facts("wrong-format", "other.parquet")):
         CandidateSets.load(tmp_path / "other.parquet")
 
 

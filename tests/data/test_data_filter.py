@@ -10,6 +10,7 @@ from llmrec.data.dataset import SCHEMA, Dataset, apply, core
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Filter
 from llmrec.types import Item
+from tests.facts import Facts, raises
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,14 +49,14 @@ def test_no_filter_changes_nothing() -> None:
 
 
 def test_nothing_left_names_the_keys() -> None:
-    with pytest.raises(DataError, match=r"no interaction passes.*min_rating=5.*user_core=9"):
+    with raises(DataError, Facts("too-few", column="data.filter", says=("min_rating=5", "user_core=9"))):
         apply(dataset([("a", "x", 5.0, 1.0), ("a", "y", 4.0, 2.0)]), Filter(min_rating=5, user_core=9))
 
 
 def test_min_rating_without_ratings() -> None:
     rows = pl.DataFrame({"user_id": ["a"], "item_id": ["x"]})
     data = Dataset(name="clicks", noun="things", interactions=rows, items={"x": Item(item_id="x", title="X")})
-    with pytest.raises(DataError, match=r"no ratings.*data\.filter\.min_rating"):
+    with raises(DataError, Facts("contradiction", "clicks", column="data.filter.min_rating")):
         apply(data, Filter(min_rating=3))
 
 
@@ -71,20 +72,20 @@ def test_a_dataset_conforms_its_columns() -> None:
 
 def test_every_item_needs_an_entry() -> None:
     rows = pl.DataFrame({"user_id": ["a", "a"], "item_id": ["x", "y"]})
-    with pytest.raises(DataError, match="1 items have interactions but no entry, such as 'y'"):
+    with raises(DataError, Facts("unknown-name", "d", column="item_id", says="'y'")):
         Dataset(name="d", noun="things", interactions=rows, items={"x": Item(item_id="x", title="X")})
 
 
 @pytest.mark.parametrize(
-    ("frame", "message"),
+    ("frame", "facts"),
     [
-        ({"user_id": ["a"]}, "need a column 'item_id'"),
-        ({"user_id": ["a", None], "item_id": ["x", "x"]}, "value in every row of 'user_id'"),
-        ({"user_id": ["a"], "item_id": ["x"], "rating": ["good"]}, "type that cannot be used"),
+        ({"user_id": ["a"]}, Facts("missing-column", column="item_id")),
+        ({"user_id": ["a", None], "item_id": ["x", "x"]}, Facts("missing-value", column="user_id")),
+        ({"user_id": ["a"], "item_id": ["x"], "rating": ["good"]}, Facts("bad-value")),
     ],
 )
-def test_columns_that_do_not_conform(frame: dict[str, list[object]], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_columns_that_do_not_conform(frame: dict[str, list[object]], facts: Facts) -> None:
+    with raises(DataError, facts):
         Dataset(name="d", noun="things", interactions=pl.DataFrame(frame), items={"x": Item(item_id="x", title="X")})
 
 

@@ -15,6 +15,7 @@ from llmrec.data.stats import statistics
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection, Split
 from llmrec.resources import resource
+from tests.facts import Facts, raises
 
 SECTION = DataSection(source="made-reviews")
 
@@ -93,5 +94,5 @@ def test_the_source() -> None:
 
 @pytest.mark.parametrize("keys", [{"path": "x.csv"}, {"items": "x.csv"}, {"columns": Columns(user="u")}])
 def test_it_takes_no_files(keys: dict[str, object]) -> None:
-    with pytest.raises(DataError, match="ships with llmrec"):
+    with raises(DataError, Facts("contradiction", column="data")):
         load(SECTION.model_copy(update=keys), seed=0)

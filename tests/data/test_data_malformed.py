@@ -26,7 +26,7 @@ from malformed_rows import READ_OLD_MACS, asked, headers, objects, rows, sequenc
 from malformed_sets import readers
 
 from llmrec.data.reading import parquet as arrow
-from llmrec.errors import DataError, RecipeError
+from llmrec.errors import DataError, LlmrecError, RecipeError
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
 SECONDS = 10
@@ -39,7 +39,6 @@ WHOLE = (
     *("mind", "sequences", "samples-train"),
 )
 SHARE = 4
-_PLACE = re.compile(r"\b(?:row|line) ([0-9]+)")
 _MEND = re.compile(
     r"--mend|\b(add|call|check|correct|delete|drop|end|export|fetch|flatten|give|keep|leave|make|name|needs?|pack|put|"
     r"remove|rename|save|say|set|shorten|split|unpack|use|write|is this a table)\b",
@@ -125,7 +124,7 @@ def problem_of(case: Case, folder: Path) -> str:
     try:
         found = case.reader.read(path)
     except (DataError, RecipeError) as error:
-        return _fault_of(case, str(error))
+        return _fault_of(case, error)
     except _Hang:
         return f"it takes more than {SECONDS} seconds"
     except BaseException as error:  # a panic of a library in Rust is no Exception
@@ -141,15 +140,19 @@ def problem_of(case: Case, folder: Path) -> str:
     return _flaw(found[case.line])
 
 
-def _fault_of(case: Case, message: str) -> str:
+def _fault_of(case: Case, error: LlmrecError) -> str:
+    message = str(error)
     if case.line:
         return f"the whole file is refused: {message}"
-    if case.reader.file not in message and Path(case.reader.file).stem not in message:
-        return f"the file is not named: {message}"
-    if case.places and not {int(number) for number in _PLACE.findall(message)} & set(case.places):
-        return f"none of {case.places} is named: {message}"
-    if case.column not in message:
-        return f"{case.column!r} is not named: {message}"
+    if error.kind is None:
+        return f"what is wrong is not told: {message}"
+    # Where a set lacks a file, the folder is at fault, and the message names the file.
+    if Path(case.reader.file).stem not in (message if error.kind == "missing-file" else error.file or ""):
+        return f"the file is {error.file}: {message}"
+    if case.places and not {error.row, error.line} & set(case.places):
+        return f"row {error.row} and line {error.line} are none of {case.places}: {message}"
+    if case.column and case.column != error.column:
+        return f"the column is {error.column} and not {case.column}: {message}"
     return _flaw(message)
 
 
@@ -211,7 +214,7 @@ def test_pickles_are_refused_under_any_name(tmp_path: Path) -> None:
             path.write_bytes(gzip.compress(raw) if packing else raw)
             with pytest.raises(DataError) as refused:
                 table.read(path)
-            assert path.name in str(refused.value) and not _flaw(str(refused.value)), name
+            assert refused.value.file == str(path) and not _flaw(str(refused.value)), name
 
 
 # --------------------------------------------------------------------------- what is odd and can be read

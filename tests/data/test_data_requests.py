@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llmrec.data.reading.request_file import Raw, open_requests
 from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError
 from llmrec.types import Item
+from tests.facts import Facts, raises
 
 ITEMS = {
     "1": Item(item_id="1", title="Toy Story (1995)", fields={"genres": "Animation"}),
@@ -34,12 +36,6 @@ ITEMS = {
 
 def read(record: dict[str, Any], items: Any = ITEMS) -> RankRequest:
     return read_request(record, 7, items)
-
-
-def refusal(record: Any, items: Any = ITEMS) -> str:
-    with pytest.raises(DataError) as caught:
-        read_request(record, 7, items)
-    return str(caught.value)
 
 
 # --------------------------------------------------------------------------- one request
@@ -69,46 +65,64 @@ def test_without_a_catalogue_a_text_is_its_own_title() -> None:
 
 
 def test_unknown_items() -> None:
-    message = refusal({"candidates": ["1", "99", {"item_id": "3"}]})
-    assert "'99', '3'" in message and '{"item_id": "99", "title": ...}' in message and "--items" in message
-    assert "no catalogue" in refusal({"candidates": [{"item_id": "1"}]}, None)
+    ways = ("'99', '3'", '{"item_id": "99", "title": ...}', "--items")
+    with raises(DataError, Facts("unknown-name", column="candidates", says=ways)):
+        read({"candidates": ["1", "99", {"item_id": "3"}]})
+    with raises(DataError, Facts("unknown-name", column="candidates", says="no catalogue")):
+        read({"candidates": [{"item_id": "1"}]}, None)
     found = read({"history": ["99", "1", "3"], "candidates": ["1"]})
     assert [past.item.item_id for past in found.history] == ["1"]
     assert found.notes == ("history: left out, unknown and without a title: '99', '3'",)
 
 
 @pytest.mark.parametrize(
-    ("record", "part"),
+    ("record", "facts"),
     [
-        ({}, "no 'candidates'"),
-        ({"candidate": ["1"]}, "did you mean 'candidate'"),
-        ({"candidates": []}, "empty"),
-        ({"candidates": "1"}, "a text"),
-        ({"candidates": {"a": 1}}, "an object"),
-        ({"candidates": [None]}, "neither an item_id nor a title"),
-        ({"candidates": [True]}, "true or false"),
-        ({"candidates": [["1"]]}, "a list"),
-        ({"candidates": [{"title": 3}]}, "title is a number"),
-        ({"candidates": [{"title": " \u200b"}]}, "neither"),
-        ({"candidates": [{"title": "x", "deep": {"a": 1}}]}, "deep is an object"),
-        ({"candidates": ["1\x07"]}, "control character"),
-        ({"candidates": [{"title": "a\0b"}]}, "NUL"),
-        ({"candidates": [{"title": "a\ud800"}]}, "NUL"),
-        ({"candidates": ["x" * 1001]}, "1001 characters"),
-        ({"candidates": ["1"], "id": "a\nb"}, "control character"),
-        ({"candidates": ["1"], "id": ["a"]}, "id is a list"),
-        ({"candidates": ["1"], "user_id": {}}, "user_id is an object"),
-        ({"candidates": ["1"], "profile": 5}, "profile is a number"),
-        ({"candidates": ["1"], "history": "1"}, "'history' is a text"),
-        ({"candidates": ["1"], "history": [{"item_id": "1", "rating": "much"}]}, "rating"),
-        ({"candidates": ["1"], "history": [{"item_id": "1", "rating": float("nan")}]}, "rating"),
-        ({"candidates": ["1"], "history": [{"item_id": "1", "rating": True}]}, "rating"),
-        ({"candidates": ["1"], "history": [{"item_id": "1", "timestamp": "soon"}]}, "timestamp"),
-        ({"candidates": ["1"], "history": [{"item_id": "1", "text": 4}]}, "text is a number"),
+        ({}, Facts("missing-key", column="candidates")),
+        ({"candidate": ["1"]}, Facts("missing-key", column="candidates", says="did you mean 'candidate'")),
+        ({"candidates": []}, Facts("empty", column="candidates")),
+        ({"candidates": "1"}, Facts("bad-value", column="candidates")),
+        ({"candidates": {"a": 1}}, Facts("bad-value", column="candidates")),
+        ({"candidates": [None]}, Facts("missing-value", column="candidates, entry 1")),
+        ({"candidates": [True]}, Facts("bad-value", column="candidates, entry 1")),
+        ({"candidates": [["1"]]}, Facts("bad-value", column="candidates, entry 1")),
+        ({"candidates": [{"title": 3}]}, Facts("bad-value", column="candidates, entry 1: title")),
+        ({"candidates": [{"title": " \u200b"}]}, Facts("missing-value", column="candidates, entry 1")),
+        ({"candidates": [{"title": "x", "deep": {"a": 1}}]}, Facts("bad-value", column="candidates, entry 1: deep")),
+        ({"candidates": ["1\x07"]}, Facts("bad-value", column="candidates, entry 1")),
+        ({"candidates": [{"title": "a\0b"}]}, Facts("encoding", column="candidates, entry 1: title")),
+        ({"candidates": [{"title": "a\ud800"}]}, Facts("encoding", column="candidates, entry 1: title")),
+        ({"candidates": ["x" * 1001]}, Facts("too-large", column="candidates, entry 1", says="1000")),
+        ({"candidates": ["1"], "id": "a\nb"}, Facts("bad-value", column="id")),
+        ({"candidates": ["1"], "id": ["a"]}, Facts("bad-value", column="id")),
+        ({"candidates": ["1"], "user_id": {}}, Facts("bad-value", column="user_id")),
+        ({"candidates": ["1"], "profile": 5}, Facts("bad-value", column="profile")),
+        ({"candidates": ["1"], "history": "1"}, Facts("bad-value", column="history")),
+        (
+            {"candidates": ["1"], "history": [{"item_id": "1", "rating": "much"}]},
+            Facts("bad-value", column="history, entry 1: rating"),
+        ),
+        (
+            {"candidates": ["1"], "history": [{"item_id": "1", "rating": float("nan")}]},
+            Facts("bad-value", column="history, entry 1: rating"),
+        ),
+        (
+            {"candidates": ["1"], "history": [{"item_id": "1", "rating": True}]},
+            Facts("bad-value", column="history, entry 1: rating"),
+        ),
+        (
+            {"candidates": ["1"], "history": [{"item_id": "1", "timestamp": "soon"}]},
+            Facts("bad-value", column="history, entry 1: timestamp"),
+        ),
+        (
+            {"candidates": ["1"], "history": [{"item_id": "1", "text": 4}]},
+            Facts("bad-value", column="history, entry 1: text"),
+        ),
     ],
 )
-def test_what_cannot_be_ranked_says_why(record: dict[str, Any], part: str) -> None:
-    assert part in refusal(record)
+def test_what_cannot_be_ranked_says_why(record: dict[str, Any], facts: Facts) -> None:
+    with raises(DataError, facts):
+        read(record)
 
 
 def test_notes_name_what_was_left_out_or_changed() -> None:
@@ -186,11 +200,14 @@ def test_items_are_read_with_their_fields(tmp_path: Path) -> None:
     assert items["2"].title == ""
     assert digest_items(items) == digest_items(dict(reversed(items.items())))
     assert digest_items(items) != digest_items({**items, "2": Item(item_id="2", title="x")})
-    with pytest.raises(DataError, match="--items"):
+    with raises(DataError, Facts("missing-file", "gone.csv", says="--items")):
         read_items(tmp_path / "gone.csv")
-    for table, part in (("movie,title\n1,a\n", "'item_id'"), ("item_id,title\n1,a\n1,b\n", "row 2")):
+    for table, facts in (
+        ("movie,title\n1,a\n", Facts("missing-column", path, column="item_id")),
+        ("item_id,title\n1,a\n1,b\n", Facts("duplicate", path, 2, "item_id")),
+    ):
         path.write_text(table, encoding="utf-8")
-        with pytest.raises(DataError, match=part):
+        with raises(DataError, facts):
             read_items(path)
 
 
@@ -306,7 +323,7 @@ def test_parquet_holds_lists_structs_or_texts(tmp_path: Path) -> None:
     rows = rows_of(path)
     assert [row.error for row in rows] == ["", "not UTF-8; write it again"]
     pq.write_table(pa.table({"candidate": [["1"]]}), path)
-    with pytest.raises(DataError, match="did you mean 'candidate'"):
+    with raises(DataError, Facts("missing-column", path, column="candidates", says="did you mean 'candidate'")):
         open_requests(path)
 
 
@@ -330,25 +347,27 @@ def test_no_more_than_a_batch_is_in_memory(tmp_path: Path, name: str) -> None:
 
 
 def test_only_files_that_cannot_be_read_at_all_are_errors(tmp_path: Path) -> None:
-    for name, content, part in (
-        ("a.jsonl", b"", "no request"),
-        ("b.jsonl", b"\n \n", "no request"),
-        ("c.csv", b"id,candidates\n", "no request"),
-        ("d.csv", b"id;candidate\n1;2\n", "did you mean 'candidate'"),
-        ("e.csv", b"candidates,candidates\n1,2\n", "twice"),
-        ("f.jsonl.gz", b"no gzip", "damaged gzip"),
-        ("g.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "damaged gzip"),
-        ("h.parquet", b"no parquet", "not a Parquet file"),
-        ("i.json", b"[]", r"\.jsonl"),
-        ("j.parquet.gz", b"", "inside .gz"),
-        ("k.csv", "id,candidates\n".encode("utf-16"), "UTF-16"),
+    for name, content, facts in (
+        ("a.jsonl", b"", Facts("empty")),
+        ("b.jsonl", b"\n \n", Facts("empty")),
+        ("c.csv", b"id,candidates\n", Facts("empty")),
+        ("d.csv", b"id;candidate\n1;2\n", Facts("missing-column", says="did you mean 'candidate'")),
+        ("e.csv", b"candidates,candidates\n1,2\n", Facts("duplicate", None, 0, "candidates")),
+        ("f.jsonl.gz", b"no gzip", Facts("damaged")),
+        ("g.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], Facts("damaged")),
+        ("h.parquet", b"no parquet", Facts("damaged")),
+        ("i.json", b"[]", Facts("wrong-format", says=".jsonl")),
+        ("j.parquet.gz", b"", Facts("wrong-format", says="inside .gz")),
+        ("k.csv", "id,candidates\n".encode("utf-16"), Facts("encoding", line=1)),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=part):
+        with raises(DataError, replace(facts, file=name)):
             open_requests(tmp_path / name)
-    for path in (tmp_path / "gone.jsonl", tmp_path):
-        with pytest.raises(DataError):
-            open_requests(path)
+    with raises(DataError, Facts("missing-file", "gone.jsonl", says="--in")):
+        open_requests(tmp_path / "gone.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    with raises(DataError, Facts("unreadable", "folder.jsonl", says="--in")):
+        open_requests(tmp_path / "folder.jsonl")
 
 
 # --------------------------------------------------------------------------- rankings

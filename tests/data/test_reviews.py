@@ -16,6 +16,7 @@ from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError, MissingExtra
 from llmrec.recipe.schema import DataSection, Filter, Split
+from tests.facts import Facts, raises
 from tests.review_files import FEATURES, marks, records, write
 
 pytest.importorskip("yake", reason="the reviews extra is not installed")
@@ -99,7 +100,7 @@ def test_of_a_repeated_pair_the_later_review_is_kept(tmp_path: Path) -> None:
     rows = records()
     late = {**rows[0], "summary": "later", "reviewText": "Later words about it.", "unixReviewTime": 1_500_000_000}
     path = write(tmp_path / "again.json", [late, *rows])
-    with pytest.raises(DataError, match=r"data\.duplicates=keep_last"):
+    with raises(DataError, Facts("duplicate", path, 2, says="data.duplicates=keep_last")):
         section_data(path)
     review = section_data(path, duplicates="keep_last").reviews[rows[0]["reviewerID"], rows[0]["asin"]]
     assert (review.headline, review.text) == ("later", "Later words about it.")
@@ -115,32 +116,32 @@ def test_titles_of_a_table_stand_where_there_is_one(file: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        ({"overall": None}, "row 1: the rating"),
-        ({"overall": "good"}, "not a finite number"),
-        ({"asin": {"a": 1}}, "'asin' is a nested value"),
-        ({"reviewerID": " "}, "every row needs a user and an item"),
-        ({"overall": 9.0}, "off the scale"),
-        ({"reviewText": "a\0b"}, "NUL"),
+        ({"overall": None}, Facts("bad-value", None, 1, "overall")),
+        ({"overall": "good"}, Facts("bad-value", None, 1, "overall")),
+        ({"asin": {"a": 1}}, Facts("bad-value", None, None, "asin", line=1)),
+        ({"reviewerID": " "}, Facts("missing-value", None, 1, "reviewerID")),
+        ({"overall": 9.0}, Facts("bad-value", None, 1, "rating")),
+        ({"reviewText": "a\0b"}, Facts("encoding", None, None, "reviewText", line=1)),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(change: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_used_is_named(change: dict[str, object], facts: Facts, tmp_path: Path) -> None:
     first, *rest = records()
-    with pytest.raises(DataError, match=message):
+    with raises(DataError, replace(facts, file="bad.json")):
         section_data(write(tmp_path / "bad.json", [{**first, **change}, *rest]))
 
 
 def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "other.json", [{"user_id": "a", "item_id": "b", "rating": 1.0}])
-    with pytest.raises(DataError, match=r"line 1 has no 'reviewerID'; this source reads the 5-core reviews of 2014"):
+    with raises(DataError, Facts("missing-column", path, column="reviewerID", line=1, says="5-core reviews of 2014")):
         section_data(path)
     (tmp_path / "none.json").write_text("\n\n", encoding="utf-8")
-    with pytest.raises(DataError, match="is empty"):
+    with raises(DataError, Facts("empty", "none.json")):
         section_data(tmp_path / "none.json")
-    with pytest.raises(DataError, match=r"set data\.path=FILE"):
+    with raises(DataError, Facts("missing-key", column="data.path")):
         load(DataSection(source="amazon-reviews"), seed=0)
-    with pytest.raises(DataError, match="leave the others out"):
+    with raises(DataError, Facts("contradiction", column="data.columns")):
         section_data(path, columns={"user": "reviewerID"})
 
 
@@ -269,5 +270,5 @@ def test_phrases_are_kept_on_disk_and_a_damaged_file_is_made_again(
 
 def test_without_the_package_the_install_command_is_printed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "yake", None)
-    with pytest.raises(MissingExtra, match=r"llmrec\[reviews\]"):
+    with raises(MissingExtra, Facts("not-installed", says="llmrec[reviews]")):
         section_data(file)

@@ -12,6 +12,7 @@ from llmrec.data.split import split
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection, ExplanationSection, Split
 from llmrec.tasks.explanation import ExplanationTask
+from tests.facts import Facts, raises
 from tests.review_files import write
 from tests.tasks.making import make
 from tests.tasks.task_data import load_templates, prompt_text
@@ -59,23 +60,27 @@ def test_a_question_shows_both_profiles_and_not_the_explanation(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("less", "keys", "message"),
+    ("less", "keys", "facts"),
     [
-        (True, {}, "no 'explanation'; this source reads rows with the keys uid, iid"),
-        (False, {"items": "items.csv"}, "leave out data.items"),
-        (False, {"columns": {"user": "uid"}}, "leave out data.items and data.columns"),
-        (False, {"path": None}, r"set data\.path=FILE"),
+        (True, {}, Facts("missing-column", "rows.jsonl", column="explanation")),
+        (False, {"items": "items.csv"}, Facts("contradiction", column="data.columns", says="leave out data.items")),
+        (
+            False,
+            {"columns": {"user": "uid"}},
+            Facts("contradiction", column="data.columns", says="leave out data.items"),
+        ),
+        (False, {"path": None}, Facts("missing-key", column="data.path")),
     ],
 )
-def test_what_cannot_be_read_is_named(less: bool, keys: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_named(less: bool, keys: dict[str, object], facts: Facts, tmp_path: Path) -> None:
     told = [{key: value for key, value in row.items() if not less or key != "explanation"} for row in rows()]
-    with pytest.raises(DataError, match=message):
+    with raises(DataError, facts):
         loaded(**{"path": write(tmp_path / "rows.jsonl", told), **keys})
 
 
 def test_a_user_or_a_pair_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     first, *rest = rows()
-    with pytest.raises(DataError, match="every row needs a user and an item"):
+    with raises(DataError, Facts("missing-value", "a.jsonl", 1, "uid")):
         loaded(write(tmp_path / "a.jsonl", [{**first, "uid": ""}, *rest]))
-    with pytest.raises(DataError, match=r"data\.duplicates=keep_last"):
+    with raises(DataError, Facts("duplicate", "b.jsonl", 2, says="data.duplicates=keep_last")):
         loaded(write(tmp_path / "b.jsonl", [first, first, *rest]))

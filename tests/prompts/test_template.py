@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
-from llmrec.prompts.template import OUTPUT_LIMIT, Template, clean, load_templates, neutralise
+from llmrec.prompts.template import Template, clean, load_templates, neutralise
+from llmrec.prompts.values import OUTPUT_LIMIT
 from llmrec.types import Segment
+from tests.facts import Facts, raises
 
 FAMILIES = ("rating", "sequential", "direct", "explanation", "alignment")
 CONTROL = (
@@ -227,35 +229,31 @@ def test_output_is_capped() -> None:
     template = chat("{% for e in history %}{{ e.title }}{% endfor %}")
     fits = [{"title": "x" * 1000}] * (OUTPUT_LIMIT // 1100)
     assert len(text_of(template, history=fits)) == 1000 * len(fits)
-    with pytest.raises(RecipeError, match="longer than 262144 characters"):
+    with raises(RecipeError, Facts("too-large", "direct/t", column="user", says=str(OUTPUT_LIMIT))):
         text_of(template, history=[{"title": "x" * 1000}] * 300)
     wide = chat("{% for e in history %}" + "y" * 10_000 + "{% endfor %}")
-    with pytest.raises(RecipeError, match="longer than"):
+    with raises(RecipeError, Facts("too-large", "direct/t", column="user")):
         text_of(wide, history=[{"title": "x"}] * 1000)
 
 
 def test_unknown_variable_names_template_variable_and_known_ones() -> None:
-    with pytest.raises(
-        RecipeError, match=r"direct/t, key user: unknown variable 'nuon' \(did you mean 'noun'\?\).*noun, user_id"
-    ):
+    ways = ("'nuon' (did you mean 'noun'?)", "noun, user_id")
+    with raises(RecipeError, Facts("unknown-name", "direct/t", column="user", says=ways)):
         text_of(chat("{{ nuon }}"), noun="films", user_id="1")
-    with pytest.raises(RecipeError, match=r"unknown field 'titel' .*title"):
+    with raises(RecipeError, Facts("unknown-name", "direct/t", column="user", says="'titel' (did you mean 'title'?)")):
         text_of(chat("{{ item.titel }}"), item={"title": "Heat"})
-    with pytest.raises(RecipeError, match="cannot be shown whole"):
+    with raises(RecipeError, Facts("bad-value", "direct/t", column="user")):
         text_of(chat("{{ history }}"), history=[])
-    with pytest.raises(RecipeError, match="cannot be shown whole"):
+    with raises(RecipeError, Facts("bad-value", "direct/t", column="user")):
         text_of(chat("{{ item }}"), item={"title": "Heat"})
-    with pytest.raises(RecipeError):
-        text_of(chat("{% if noun > 3 %}x{% endif %}"), noun="films")
-    with pytest.raises(RecipeError):
-        text_of(chat("{% for e in noun %}x{% endfor %}"), noun="films")
-    with pytest.raises(RecipeError):
-        text_of(chat("{{ noun.upper }}"), noun="films")
+    for source in ("{% if noun > 3 %}x{% endif %}", "{% for e in noun %}x{% endfor %}", "{{ noun.upper }}"):
+        with raises(RecipeError, Facts("syntax", "direct/t", column="user")):
+            text_of(chat(source), noun="films")
 
 
 def test_check_keeps_the_answer_out_of_the_question() -> None:
     template = chat("{{ label }}")
-    with pytest.raises(RecipeError, match="key user: unknown variable 'label'; known there: noun"):
+    with raises(RecipeError, Facts("unknown-name", "direct/t", column="user", says=("'label'", "known there: noun"))):
         template.check(turns={"noun"}, lead=(), target={"noun", "label"})
     chat("{{ noun }}").check(turns={"noun"}, lead=(), target={"noun", "label"})
 
@@ -265,7 +263,7 @@ def test_check_keeps_the_answer_out_of_the_question() -> None:
 
 @pytest.mark.parametrize("source", ["{{ self }}", "{{ caller }}", "{{ super }}", "{{ namespace }}", "{{ dict }}"])
 def test_names_of_jinja_itself_are_unknown_variables(source: str) -> None:
-    with pytest.raises(RecipeError, match="unknown variable"):
+    with raises(RecipeError, Facts("unknown-name", "direct/t", column="user")):
         text_of(chat(source), noun="films")
 
 
@@ -276,7 +274,7 @@ def test_any_source_is_a_template_or_a_recipe_error(source: str) -> None:
         template = chat(source)
         template.turns({"noun": "films"})
     except RecipeError as error:
-        assert "key user" in str(error) or "user is empty" in str(error)
+        assert error.column == "user"
 
 
 # --------------------------------------------------------------------------- files
@@ -307,65 +305,68 @@ def test_extra_templates_join_the_shipped_ones(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").rename(tmp_path / "rating" / "mine.yaml")
     assert "mine" in load_templates("rating", tmp_path)
     assert "mine" not in load_templates("sequential", tmp_path / "rating")
-    with pytest.raises(RecipeError, match="does not exist"):
+    with raises(RecipeError, Facts("missing-file", "nowhere")):
         load_templates("rating", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        (("use: seen", "usse: seen"), r"mine\.yaml, line 4: unknown key 'usse' \(did you mean 'use'\?\)"),
-        (("use: seen", "use: both"), r"line 4: use is 'both'; choose seen or named or unseen"),
-        (("use: seen", "use: [seen, unseen]"), r"line 4: use is no text but a list"),
-        (("use: seen\n", ""), "key 'use' is missing"),
-        (("use: seen", "use: seen\nuse: unseen"), "line 5: key 'use' stands twice"),
-        (('tail: "\\n"\n', ""), r"tail is ''; a list ends each step with a newline"),
-        (('tail: "\\n"', 'tail: "; "'), r"line 9: tail is '; '"),
-        (("shape: list", "shape: chat"), r"line 7: a chat has one answer and no lead"),
-        (("name: mine", "name: yours"), r"line 2: name is 'yours' but the file is 'mine'"),
-        (("version: 1", "version: one"), r"line 3: version is a whole number"),
-        (("version: 1", "version: true"), r"line 3: version is a whole number"),
-        (("user: Rate these.", "user: 5"), r"line 6: user is no text but a int"),
-        (("user: Rate these.", "user: ''"), r"line 6: user is empty"),
+        (("use: seen", "usse: seen"), Facts("unknown-key", line=4, column="usse", says="did you mean 'use'")),
+        (
+            ("use: seen", "use: both"),
+            Facts("unknown-name", line=4, column="use", says="choose seen or named or unseen"),
+        ),
+        (("use: seen", "use: [seen, unseen]"), Facts("bad-value", line=4, column="use")),
+        (("use: seen\n", ""), Facts("missing-key", column="use")),
+        (("use: seen", "use: seen\nuse: unseen"), Facts("duplicate", line=5, column="use")),
+        (('tail: "\\n"\n', ""), Facts("contradiction", column="tail")),
+        (('tail: "\\n"', 'tail: "; "'), Facts("contradiction", line=9, column="tail")),
+        (("shape: list", "shape: chat"), Facts("contradiction", line=7, column="lead")),
+        (("name: mine", "name: yours"), Facts("contradiction", line=2, column="name")),
+        (("version: 1", "version: one"), Facts("bad-value", line=3, column="version")),
+        (("version: 1", "version: true"), Facts("bad-value", line=3, column="version")),
+        (("user: Rate these.", "user: 5"), Facts("bad-value", line=6, column="user")),
+        (("user: Rate these.", "user: ''"), Facts("missing-value", line=6, column="user")),
         (
             ("user: Rate these.", "user: |-\n  Rate\n  {{ noun|upper }}"),
-            r"line 6: key user, line 2 of its text: filter",
+            Facts("syntax", line=6, column="user", says=("line 2 of its text", "filter")),
         ),
-        (("family: rating", "family: direct"), r"family is 'direct' but the file lies among those of 'rating'"),
-        (("user: Rate these.", "user: [unclosed"), r"not valid YAML"),
-        (("user: Rate these.", "user: !!python/object/apply:os.system ['x']"), r"not valid YAML"),
-        (("user: Rate these.", "user: " + "[" * 5000), r"not valid YAML"),
+        (("family: rating", "family: direct"), Facts("contradiction", column="family")),
+        (("user: Rate these.", "user: [unclosed"), Facts("syntax", line=7)),
+        (("user: Rate these.", "user: !!python/object/apply:os.system ['x']"), Facts("syntax")),
+        (("user: Rate these.", "user: " + "[" * 5000), Facts("syntax")),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+def test_bad_files_are_named(tmp_path: Path, change: tuple[str, str], facts: Facts) -> None:
     folder = tmp_path / "rating"
     folder.mkdir()
     (folder / "mine.yaml").write_text(GOOD.replace(*change), encoding="utf-8")
-    with pytest.raises(RecipeError, match=message):
+    with raises(RecipeError, replace(facts, file="mine.yaml")):
         load_templates("rating", tmp_path)
 
 
 def test_files_that_are_no_mapping(tmp_path: Path) -> None:
     for text in ("", "- a\n- b\n", "just words"):
-        with pytest.raises(RecipeError, match="a template is a mapping of keys"):
+        with raises(RecipeError, Facts("wrong-format", "mine.yaml")):
             load(tmp_path, text)
-    with pytest.raises(RecipeError, match="one short page"):
+    with raises(RecipeError, Facts("too-large", "mine.yaml")):
         load(tmp_path, "# " + "x" * 100_000)
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="not UTF-8"):
+    with raises(RecipeError, Facts("encoding", "mine.yaml")):
         load_templates("rating", tmp_path / "mine.yaml")
-    with pytest.raises(RecipeError, match="rating/list-ratings is already read"):
+    with raises(RecipeError, Facts("duplicate", "list-ratings.yaml", column="name")):
         load(tmp_path, GOOD.replace("mine", "list-ratings"), "list-ratings")
 
 
 def test_nested_aliases_do_not_blow_up(tmp_path: Path) -> None:
     bomb = "user: &a [x, x]\n" + "".join(f"k{i}: &b{i} [*{'a' if i == 0 else f'b{i - 1}'}, *a]\n" for i in range(30))
-    with pytest.raises(RecipeError, match="unknown key 'k0'"):
+    with raises(RecipeError, Facts("unknown-key", "mine.yaml", column="k0")):
         load(tmp_path, bomb)
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(LlmrecError, match="prompts/nothing"):
+    with raises(LlmrecError, Facts("missing-file", says="prompts/nothing")):
         load_templates("nothing")
 
 

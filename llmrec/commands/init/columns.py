@@ -103,8 +103,11 @@ class _Guess:
         for role in ("user", "item"):
             said = self._asked.of(role)
             if said is not None and (fault := no_id(self._profiles[said], named=True)):
-                raise DataError(
-                    f"{self._name}: the column {said!r} cannot be the {role}, since {fault}; name another --{role}"
+                raise DataError.at(
+                    self._name,
+                    "bad-value",
+                    f": the column {said!r} cannot be the {role}, since {fault}; name another --{role}",
+                    said,
                 )
         user = self._asked.user or self._by_name("user", self._asked.item)
         item = self._asked.item or self._by_name("item", user)
@@ -114,7 +117,7 @@ class _Guess:
             user = self._user_by_content(item)
         missing = [role for role, found in (("user", user), ("item", item)) if found is None]
         if missing or user is None or item is None:
-            raise DataError(self._nothing_fits(missing))
+            raise DataError(self._nothing_fits(missing), kind="missing-column", at=self._name)
         self._user, self._item = user, item
         self._used |= {user, item}
 
@@ -138,9 +141,11 @@ class _Guess:
             rivals = [h for h in rivals if not self._goes(best.name, h.name)]
         if rivals:
             both = [shown(best.name), *(shown(h.name) for h in rivals)]
-            raise DataError(
-                f"{self._name}: {' and '.join(map(repr, both))} could each be the {role}; say which with "
-                + " or ".join(f"--{role} {shell(h)}" for h in (best.name, *(h.name for h in rivals)))
+            raise DataError.at(
+                self._name,
+                "ambiguous",
+                f": {' and '.join(map(repr, both))} could each be the {role}; say which with "
+                + " or ".join(f"--{role} {shell(h)}" for h in (best.name, *(h.name for h in rivals))),
             )
         for score, held in scored[1:]:
             same = self._same(best.name, held.name)

@@ -14,7 +14,7 @@ from llmrec.commands.init.roles import Roles
 from llmrec.data.reading.columns import texts
 from llmrec.data.reading.text import Table
 from llmrec.durable import replacing
-from llmrec.errors import DataError
+from llmrec.errors import DataError, ErrorKind, Place
 
 COPY_ENDINGS = (".csv", ".parquet")
 
@@ -25,15 +25,19 @@ class Fault:
 
     Attributes:
         column: Where it is.
+        at: And in which row, as far as that can be known.
         said: One clause that names the row, the value and what is wrong.
         mend: What the copy does about it; empty if nothing can be done without asking.
         instead: What else can be done.
+        kind: What is wrong, for programs.
     """
 
     column: str
+    at: Place
     said: str
     mend: str
     instead: str = ""
+    kind: ErrorKind = "bad-value"
 
 
 def faults(found: Peek, roles: Roles, items: Table | None, item_column: str) -> list[Fault]:
@@ -67,6 +71,7 @@ def _unused(found: Peek, held: Profile, role: str, values: pl.Series) -> Fault |
         return None
     return Fault(
         held.name,
+        found.place(row),
         f"{_place(found, held, row, role)}, which is no {role}, and a column of this name would be taken for one",
         f"{held.name} is not in it",
         f"rename the column {held.name}",
@@ -83,18 +88,22 @@ def _numbers(found: Peek, roles: Roles) -> Fault | None:
     rows, row = _bad(held, values)
     name, place = shown(held.name), "--rating none leaves ratings out"
     if form == "no numbers":
-        return Fault(held.name, f"{_place(found, held, row, 'rating')}, which is not a number", "", place)
+        said = f"{_place(found, held, row, 'rating')}, which is not a number"
+        return Fault(held.name, found.place(row), said, "", place)
     if form not in READABLE:
         commas = held.cells.str.contains(",", literal=True)
         kind = "a decimal comma" if form == "decimal commas" else "a thousands separator"
-        first = _place(found, held, int(commas.arg_max() or 0), "rating")
-        said = f"{first}, with {kind} ({int(commas.sum())} such rows), where llmrec reads 4.5"
-        return Fault(held.name, said, f"{name} is written with decimal points{_left_out(rows)}", place)
+        first = int(commas.arg_max() or 0)
+        said = f"{_place(found, held, first, 'rating')}, with {kind} ({int(commas.sum())} such rows)"
+        said += ", where llmrec reads 4.5"
+        return Fault(
+            held.name, found.place(first), said, f"{name} is written with decimal points{_left_out(rows)}", place
+        )
     if not rows:
         return None
     said = f"{_place(found, held, row, 'rating')}, which is no number ({rows} of {held.rows} rows)"
     said += "; ratings stand in every row or in none"
-    return Fault(held.name, said, f"rows without a number in {name} are left out", place)
+    return Fault(held.name, found.place(row), said, f"rows without a number in {name} are left out", place)
 
 
 def _times(found: Peek, roles: Roles) -> Fault | None:
@@ -105,22 +114,31 @@ def _times(found: Peek, roles: Roles) -> Fault | None:
     held = roles.profiles[roles.time]
     form, values = held.times.form, held.times.values
     rows, row = _bad(held, values)
-    filled = _place(found, held, int((held.cells != "").arg_max() or 0), "time")
+    first = int((held.cells != "").arg_max() or 0)
+    filled = _place(found, held, first, "time")
     place = "--time none takes the order of the rows"
     if form == "no times":
-        return Fault(held.name, f"{filled}, which is neither a number nor a date", "", place)
+        return Fault(held.name, found.place(first), f"{filled}, which is neither a number nor a date", "", place)
     if form == "dates whose day and month cannot be told apart":
         said = f"{filled}, in which day and month cannot be told apart, here as in all others"
-        return Fault(held.name, said, "", f"--dates day-first or --dates month-first says which stands first. {place}")
+        return Fault(
+            held.name,
+            found.place(first),
+            said,
+            "",
+            f"--dates day-first or --dates month-first says which stands first. {place}",
+        )
     if form not in READABLE:
         kinds = {"day-first dates": "with the day first ", "month-first dates": "with the month first "}
         said = f"{filled}, a date {kinds.get(form, '')}that is not ISO ({held.rows - rows} of {held.rows} rows)"
         said += "; llmrec reads 2024-05-31 or 2024-05-31T08:15"
-        return Fault(held.name, said, f"{shown(held.name)} is written as ISO dates{_left_out(rows)}", place)
+        return Fault(
+            held.name, found.place(first), said, f"{shown(held.name)} is written as ISO dates{_left_out(rows)}", place
+        )
     if not rows:
         return None
     said = f"{_place(found, held, row, 'time')}, which is no time like the others ({rows} of {held.rows} rows)"
-    return Fault(held.name, said, f"rows without a time in {shown(held.name)} are left out", place)
+    return Fault(held.name, found.place(row), said, f"rows without a time in {shown(held.name)} are left out", place)
 
 
 def _read(values: pl.Series, plain: bool) -> pl.Series:
@@ -140,9 +158,11 @@ def _ids(found: Peek, roles: Roles) -> list[Fault]:
             listed.append(
                 Fault(
                     held.name,
+                    found.place(row),
                     f"{found.where(row)}: the {role} in column {shown(held.name)!r} is missing "
                     f"({held.rows - held.filled} of {held.rows} rows)",
                     f"rows without {_a(role)} are left out",
+                    kind="missing-value",
                 )
             )
     return listed
@@ -157,9 +177,11 @@ def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[
             listed.append(
                 Fault(
                     roles.item,
+                    Place(found.table.name),
                     f"{items.name} calls the item {shown(column)!r} and {found.table.name} calls it "
                     f"{shown(roles.item)!r}; the two are joined on one name",
                     f"the item is called {shown(column)}",
+                    kind="missing-column",
                 )
             )
         absent = kept.filter(~kept.is_in(texts(items, column).implode()))
@@ -168,9 +190,11 @@ def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[
             listed.append(
                 Fault(
                     roles.item,
+                    found.place(first),
                     f"{found.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
                     f"{len(kept)} items are not)",
                     f"rows whose item is not in {items.name} are left out",
+                    kind="unknown-name",
                 )
             )
     title = roles.title
@@ -182,10 +206,12 @@ def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[
             listed.append(
                 Fault(
                     title,
+                    found.place(first),
                     f"{found.where(first)}: item {shown(untitled[0])!r} has no title in column {shown(title)!r} "
                     f"({len(untitled)} of {len(kept)} items have none)",
                     "rows whose item has no title are left out",
                     "--title none takes the ids as titles",
+                    kind="missing-value",
                 )
             )
     return listed
@@ -244,9 +270,12 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
     profiles = roles.profiles
     others = (roles.user, roles.rating, roles.time, roles.title, roles.text, *roles.fields)
     if item_column != roles.item and item_column in others:
-        raise DataError(
-            f"{table.name} has a column {shown(item_column)!r} that is not the item, and the table of items calls the "
-            "item so; rename one of the two"
+        raise DataError.at(
+            table.name,
+            "contradiction",
+            f" has a column {shown(item_column)!r} that is not the item, and the table of items calls the "
+            "item so; rename one of the two",
+            item_column,
         )
     columns = {roles.user: profiles[roles.user].cells, item_column: profiles[roles.item].cells}
     done: list[str] = []
@@ -288,12 +317,14 @@ def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
     """
     if path.suffix.lower() not in COPY_ENDINGS:
         raise DataError(
-            f"--mend {path}: a copy is written as {' or '.join(COPY_ENDINGS)}; give it one of these endings"
+            f"--mend {path}: a copy is written as {' or '.join(COPY_ENDINGS)}; give it one of these endings",
+            kind="wrong-format",
+            at=path,
         )
     if path.exists() and not force:
-        raise DataError(f"{path} exists; name another file after --mend, or write over it with --force")
+        raise DataError.at(path, "exists", " exists; name another file after --mend, or write over it with --force")
     if frame.is_empty():
-        raise DataError(f"--mend {path}: no row can be used, so there is nothing to copy")
+        raise DataError(f"--mend {path}: no row can be used, so there is nothing to copy", kind="empty", at=path)
     with replacing(path) as draft:
         if path.suffix.lower() == ".parquet":
             frame.write_parquet(draft)

@@ -22,7 +22,7 @@ from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
 from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table, delimited, json_lines
-from llmrec.errors import DataError
+from llmrec.errors import DataError, Place
 from llmrec.guard import clean
 
 _TIE_ROWS, _TIE_LEAST, _ALWAYS = 300_000, 12, 0.95
@@ -116,18 +116,22 @@ def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
     """
     columns = table.frame.columns
     if len(columns) < 2:
-        raise DataError(
-            f"{table.name} has one column, {shown(columns[0], 80)!r}; a table needs a user and an item, and commas, "
-            "semicolons or tabs between its columns"
+        raise DataError.at(
+            table.name,
+            "missing-column",
+            f" has one column, {shown(columns[0], 80)!r}; a table needs a user and an item, and commas, "
+            "semicolons or tabs between its columns",
         )
     found = {name: _profile(table, name, dates) for name in columns}
     values = [not name.strip() or _is_value(name) for name in columns]
     # A name that stands among the values of its own column is one of them.
     alike = [value or bool((found[name].cells == name).any()) for value, name in zip(values, columns, strict=True)]
     if all(values) or (sum(alike) > 1 and 2 * sum(alike) >= len(alike)):
-        raise DataError(
-            f"{table.name} seems to have no header: its first line is {shown(', '.join(columns), 80)!r}; write the "
-            "names of the columns above it"
+        raise DataError.at(
+            table.name,
+            "wrong-format",
+            f" seems to have no header: its first line is {shown(', '.join(columns), 80)!r}; write the "
+            "names of the columns above it",
         )
     return found
 
@@ -286,9 +290,13 @@ class Peek:
     whole: bool
     first: int
 
+    def place(self, index: int) -> Place:
+        """Return the place of a row, by its 0-based index, as far as that can be known."""
+        return self.table.where(index) if index < self.first else Place(self.table.name)
+
     def where(self, index: int) -> str:
-        """Name a row by its 0-based index, as far as that can be known."""
-        return self.table.where(index) if index < self.first else f"{self.table.name}, a row further down"
+        """Name a row by its 0-based index."""
+        return str(self.place(index)) if index < self.first else f"{self.table.name}, a row further down"
 
 
 def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int = PART_BYTES) -> Peek:
@@ -316,7 +324,7 @@ def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int
             if size > limit:
                 return _blocks(path, kind[0], size, part)
         except (*BROKEN, *FAULTS) as error:
-            raise DataError(f"{path} cannot be read ({reason(error)}); write the table again") from error
+            raise DataError.at(path, "damaged", f" cannot be read ({reason(error)}); write the table again") from error
     return _all(path)
 
 
@@ -357,7 +365,7 @@ def _complete(raw: bytes) -> bytes:
 def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
     name = str(path)
     if not head.strip():
-        raise DataError(f"{name}: its beginning holds no complete row; write the table again")
+        raise DataError.at(name, "empty", ": its beginning holds no complete row; write the table again")
     separator = "," if kind == ".csv" else "\t"
     first = json_lines(name, head) if kind in _JSON else delimited(name, head, separator=separator)
     known = first.frame.height

@@ -51,7 +51,11 @@ def asked(
     """
     order = next((each for each in ORDERS if each == dates), None)
     if dates is not None and order is None:
-        raise DataError(f"--dates {dates!r}{did_you_mean(dates, ORDERS)}: say {' or '.join(ORDERS)}")
+        raise DataError(
+            f"--dates {dates!r}{did_you_mean(dates, ORDERS)}: say {' or '.join(ORDERS)}",
+            kind="unknown-name",
+            column="dates",
+        )
     listed = None if fields is None else tuple(part for part in map(str.strip, fields.split(",")) if part)
     return Asked(user, item, rating, time, title, text, listed, order)
 
@@ -102,11 +106,18 @@ def check_asked(name: str, asked: Asked, profiles: Mapping[str, Profile], items:
         for column in named:
             if column is None or column in known or (column == NONE and role not in ("user", "item")):
                 continue
-            raise DataError(
-                f"{name} has no column {column!r}{did_you_mean(column, known)}, which --{role} names; its columns are: "
-                f"{', '.join(map(shown, known))}"
+            raise DataError.at(
+                name,
+                "missing-column",
+                f" has no column {column!r}{did_you_mean(column, known)}, which --{role} names; its columns are: "
+                f"{', '.join(map(shown, known))}",
+                column,
             )
     taken = [column for role in ROLES if role != "title" and (column := asked.of(role)) not in (None, NONE)]
     twice = next((column for column in taken if taken.count(column) > 1), None)
     if twice is not None:
-        raise DataError(f"the column {twice!r} is named for two things; give --user, --item and the others one each")
+        raise DataError(
+            f"the column {twice!r} is named for two things; give --user, --item and the others one each",
+            kind="contradiction",
+            column=twice,
+        )

@@ -73,7 +73,9 @@ def init(
     target = _target(out, name, force)
     path, items_path = _file(table), _file(items) if items is not None else None
     if mend is not None and mend.exists() and any(mend.samefile(p) for p in (path, items_path) if p and p.exists()):
-        raise DataError(f"--mend {mend} is the table itself, which is never written over; name another file")
+        raise DataError(
+            f"--mend {mend} is the table itself, which is never written over; name another file", kind="exists", at=mend
+        )
     listed = peek(items_path, whole=True).table if items_path is not None else None
     found = peek(path, whole=mend is not None)
     roles = guess(found.table, asked, listed)
@@ -83,7 +85,7 @@ def init(
     if wrong:
         if mend is None or not all(fault.mend for fault in wrong):
             copy = mend or Path(f"{name}-mended.csv")
-            raise DataError(refusal(str(path), wrong, copy))
+            raise DataError(refusal(str(path), wrong, copy), kind=wrong[0].kind, at=wrong[0].at, column=wrong[0].column)
         frame, notes = mended(found.table, roles, listed, column)
         write_copy(frame, mend, force=force)
         notes = [f"{mend} is a copy of {path} that llmrec can read", *dict.fromkeys(f.mend for f in wrong), *notes]
@@ -109,7 +111,9 @@ def _name(name: str | None, table: str) -> str:
     if not _NAME.fullmatch(name):
         raise RecipeError(
             f"--name {shown(name)!r}: a recipe's name starts with a letter or digit and has letters, digits, dots, "
-            "hyphens and underscores"
+            "hyphens and underscores",
+            kind="bad-value",
+            column="name",
         )
     return name
 
@@ -117,23 +121,29 @@ def _name(name: str | None, table: str) -> str:
 def _target(out: Path | None, name: str, force: bool) -> Path:
     target = out if out is not None else Path(f"{name}.yaml")
     if target.suffix.lower() not in (".yaml", ".yml"):
-        raise RecipeError(f"--out {target}: a recipe ends in .yaml; give it this ending")
+        raise RecipeError(
+            f"--out {target}: a recipe ends in .yaml; give it this ending", kind="wrong-format", at=target
+        )
     if target.is_dir():
-        raise RecipeError(f"{target} is a folder; name a file after --out")
+        raise RecipeError.at(target, "unreadable", " is a folder; name a file after --out")
     if target.exists() and not force:
-        raise RecipeError(f"{target} exists; name another file after --out, or write over it with --force")
+        raise RecipeError.at(target, "exists", " exists; name another file after --out, or write over it with --force")
     return target
 
 
 def _file(text: str) -> Path:
     if text.startswith("hf://"):
-        raise DataError(
-            f"{text}: init looks at files; save the data set as Parquet and give that file, or write the recipe by hand"
+        raise DataError.at(
+            text,
+            "wrong-format",
+            ": init looks at files; save the data set as Parquet and give that file, or write the recipe by hand",
         )
     path = user_path(text)
     if not path.exists():
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{text}: there is no such file{did_you_mean(path.name, beside)}; give the path of a table")
+        raise DataError.at(
+            text, "missing-file", f": there is no such file{did_you_mean(path.name, beside)}; give the path of a table"
+        )
     return path
 
 
@@ -162,9 +172,12 @@ def _item_column(roles: Roles, items: Table | None) -> str:
     }
     best = max(shares, key=lambda column: (shares[column], roles.items[column].unique))
     if shares[best] < 0.5:
-        raise DataError(
-            f"{items.name} has no column {shown(roles.item)!r}, and none that holds the same values; its columns are "
-            f"{', '.join(map(shown, roles.items))}. Call the item's column the same in both tables"
+        raise DataError.at(
+            items.name,
+            "missing-column",
+            f" has no column {shown(roles.item)!r}, and none that holds the same values; its columns are "
+            f"{', '.join(map(shown, roles.items))}. Call the item's column the same in both tables",
+            roles.item,
         )
     return best
 
@@ -240,7 +253,7 @@ def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe]:
         write_text(target, text)
         return page.plan, recipe
     off = "; ".join(f"{family} {reason}" for family, (_, reason) in page.plan.tasks.items())
-    raise DataError(f"{page.path}: this table can carry none of the four tasks: {off}")
+    raise DataError.at(page.path, "too-few", f": this table can carry none of the four tasks: {off}")
 
 
 # --------------------------------------------------------------------------- what is printed

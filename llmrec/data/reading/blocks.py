@@ -24,7 +24,7 @@ from llmrec.data.reading.limits import enumerated, reason, shortened
 from llmrec.data.reading.pieces import BLOCK, Block, Kind, Piece, check_columns, decoded, numbered_lines, pieces
 from llmrec.data.reading.text import column_names, csv_problem, in_arrow, second_header
 from llmrec.data.sources.spec import Form
-from llmrec.errors import DataError
+from llmrec.errors import DataError, Place
 
 # Reading a literal takes some 500 times its memory and seconds a megabyte; real ones have a few thousand characters.
 _LONGEST_LITERAL = 2**20
@@ -49,10 +49,10 @@ def blocks(member: Member, form: Form, wanted: Mapping[str, Kind]) -> Iterator[B
         if block.frame.height:
             yield block
     if not rows:
-        raise DataError(f"{member.name} holds no rows; fetch it again")
+        raise DataError.at(member.name, "empty", " holds no rows; fetch it again")
 
 
-def records(member: Member, form: Form, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, object]]]:
+def records(member: Member, form: Form, columns: Sequence[str]) -> Iterator[tuple[Place, Mapping[str, object]]]:
     """Read a file row by row, as its place and its values by column; what a row lacks is left out.
 
     Raises:
@@ -69,7 +69,7 @@ def records(member: Member, form: Form, columns: Sequence[str]) -> Iterator[tupl
             found = True
             yield piece.where(line, line), values
     if not found:
-        raise DataError(f"{member.name} holds no rows; fetch it again")
+        raise DataError.at(member.name, "empty", " holds no rows; fetch it again")
 
 
 def header(member: Member, form: Form) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def header(member: Member, form: Form) -> tuple[str, ...]:
     encoding = _encoding(member, form.encodings)
     for piece in pieces(member, quoted=form.quoted):
         return _header(piece, form, encoding)[0]
-    raise DataError(f"{member.name} holds no rows; fetch it again")
+    raise DataError.at(member.name, "empty", " holds no rows; fetch it again")
 
 
 # --------------------------------------------------------------------------- delimited text
@@ -108,7 +108,7 @@ def _delimited(member: Member, form: Form, wanted: Mapping[str, Kind]) -> Iterat
             block = _careful_fields(body, form, encoding, names, wanted)
         again = None if form.columns else second_header(block.frame)
         if again is not None:
-            raise DataError(f"{block.where(again)} repeats the header; fetch the file again")
+            raise DataError.at(block.where(again), "duplicate", " repeats the header; fetch the file again")
         row += block.frame.height
         yield block
 
@@ -182,9 +182,12 @@ def _careful_fields(piece: Piece, form: Form, encoding: str, names: Sequence[str
     lines: list[int] = []
     for line, row in _fields(piece, text, form):
         if len(row) != len(names):
-            raise DataError(
-                f"{piece.where(len(lines), line)} has {len(row)} fields where it should have {len(names)} "
-                f"({shortened(enumerated(names), 200)}); the file is damaged or not of this data set, so fetch it again"
+            raise DataError.at(
+                piece.where(len(lines), line),
+                "ragged-row",
+                f" has {len(row)} fields where it should have {len(names)} "
+                f"({shortened(enumerated(names), 200)}); the file is damaged or not of this data set, so fetch it "
+                "again",
             )
         for values, place in zip(kept, places, strict=True):
             values.append(row[place])
@@ -209,7 +212,7 @@ def _fields(piece: Piece, text: str, form: Form) -> Iterator[tuple[int, list[str
                 done += 1
             start = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{piece.where(done, start)}: {csv_problem(error)}") from error
+        raise DataError.at(piece.where(done, start), "syntax", f": {csv_problem(error)}") from error
 
 
 # --------------------------------------------------------------------------- one object a line
@@ -262,26 +265,33 @@ def _careful_objects(piece: Piece, form: Form, wanted: Mapping[str, Kind]) -> Bl
     return Block(piece.name, frame, piece.row, lines)
 
 
-def _cell(place: str, name: str, value: object) -> str | None:
+def _cell(place: Place, name: str, value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{place}: column {name!r} holds no text or number; the file is not of this data set")
+        raise DataError.at(
+            place, "bad-value", f": column {name!r} holds no text or number; the file is not of this data set", name
+        )
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return checked(place, name, str(value))
 
 
-def checked(place: str, name: str, text: str) -> str:
+def checked(place: Place, name: str, text: str) -> str:
     """Return a text that can be stored as UTF-8.
 
     Raises:
         DataError: If it holds half of a surrogate pair, or NUL.
     """
     if not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
-        raise DataError(f"{place}: column {name!r} holds half of a surrogate pair, which is no text; correct the line")
+        raise DataError.at(
+            place,
+            "encoding",
+            f": column {name!r} holds half of a surrogate pair, which is no text; correct the line",
+            name,
+        )
     if "\0" in text:
-        raise DataError(f"{place}: column {name!r} holds a NUL character; remove it")
+        raise DataError.at(place, "encoding", f": column {name!r} holds a NUL character; remove it", name)
     return text
 
 
@@ -294,30 +304,34 @@ def _lines(piece: Piece, form: Form) -> Iterator[tuple[int, int, Mapping[str, ob
             row += 1
 
 
-def _object(place: str, text: str, form: Form) -> Mapping[str, object]:
+def _object(place: Place, text: str, form: Form) -> Mapping[str, object]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if form.kind == "json":
-            raise DataError(f"{place} is not JSON ({reason(error)}); fetch the file again") from error
+            raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); fetch the file again") from error
         value = _literal(place, text)
     if not isinstance(value, dict):
-        raise DataError(f"{place} is not an object with named values; the file is not of this data set")
+        raise DataError.at(
+            place, "wrong-format", " is not an object with named values; the file is not of this data set"
+        )
     return value
 
 
-def _literal(place: str, text: str) -> object:
+def _literal(place: Place, text: str) -> object:
     """Read a Python literal; `ast.literal_eval` builds values and runs nothing."""
     if len(text) > _LONGEST_LITERAL:
-        raise DataError(
-            f"{place} is not JSON and has {len(text)} characters, more than {_LONGEST_LITERAL} of a Python literal; "
-            "write it as JSON, or fetch the file again"
+        raise DataError.at(
+            place,
+            "too-large",
+            f" is not JSON and has {len(text)} characters, more than {_LONGEST_LITERAL} of a Python literal; "
+            "write it as JSON, or fetch the file again",
         )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unknown escapes in old files
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise DataError(
-            f"{place} is neither JSON nor a Python literal ({reason(error)}); fetch the file again"
+        raise DataError.at(
+            place, "syntax", f" is neither JSON nor a Python literal ({reason(error)}); fetch the file again"
         ) from error

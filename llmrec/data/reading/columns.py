@@ -29,9 +29,12 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
     if name is None:
         return default if default in columns else None
     if name not in columns:
-        raise DataError(
-            f"{table.name} has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
-            f"{enumerated(columns)}. Name the right one in the recipe as {key}=..."
+        raise DataError.at(
+            table.name,
+            "missing-column",
+            f" has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
+            f"{enumerated(columns)}. Name the right one in the recipe as {key}=...",
+            name,
         )
     return name
 
@@ -43,9 +46,12 @@ def check_usable(table: Table, column: str, key: str) -> None:
         DataError: Naming what it holds.
     """
     if column in table.unusable:
-        raise DataError(
-            f"{table.name}: column {column!r} holds {table.unusable[column]}, which cannot be used; write it as texts, "
-            f"numbers or dates, or name another column as {key}=..."
+        raise DataError.at(
+            table.name,
+            "bad-value",
+            f": column {column!r} holds {table.unusable[column]}, which cannot be used; write it as texts, "
+            f"numbers or dates, or name another column as {key}=...",
+            column,
         )
 
 
@@ -62,7 +68,9 @@ def texts(table: Table, column: str) -> pl.Series:
     found = series.cast(pl.String).fill_null("")
     row = _first(found.str.contains("\0", literal=True))
     if row is not None:
-        raise DataError(f"{table.where(row)}: column {column!r} holds a NUL character; remove it")
+        raise DataError.at(
+            table.where(row), "encoding", f": column {column!r} holds a NUL character; remove it", column
+        )
     return found
 
 
@@ -75,7 +83,12 @@ def ids(table: Table, column: str) -> pl.Series:
     found = texts(table, column)
     row = _first(found.str.strip_chars() == "")
     if row is not None:
-        raise DataError(f"{table.where(row)}: column {column!r} is empty; every row needs a user and an item")
+        raise DataError.at(
+            table.where(row),
+            "missing-value",
+            f": column {column!r} is empty; every row needs a user and an item",
+            column,
+        )
     return found
 
 
@@ -93,9 +106,12 @@ def numbers(table: Table, column: str, what: str) -> pl.Series:
     found = _floats(table.frame[column])
     row = _first(~found.is_finite().fill_null(False))
     if row is not None:
-        raise DataError(
-            f"{table.where(row)}: the {what} in column {column!r} is {shown(table.frame[column][row])}, which is not a "
-            "finite number; correct or drop the row"
+        raise DataError.at(
+            table.where(row),
+            "bad-value",
+            f": the {what} in column {column!r} is {shown(table.frame[column][row])}, which is not a "
+            "finite number; correct or drop the row",
+            column,
         )
     return found
 
@@ -111,11 +127,21 @@ def times(table: Table, column: str) -> pl.Series:
     series = table.frame[column]
     if series.dtype.is_temporal():
         if not isinstance(series.dtype, pl.Datetime | pl.Date):
-            raise DataError(f"{table.name}: column {column!r} holds {series.dtype}, which is not a point in time")
+            raise DataError.at(
+                table.name,
+                "bad-value",
+                f": column {column!r} holds {series.dtype}, which is not a point in time",
+                column,
+            )
         seconds = series.cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64) / 1e6
         row = _first(seconds.is_null())
         if row is not None:
-            raise DataError(f"{table.where(row)}: the time in column {column!r} is missing; correct or drop the row")
+            raise DataError.at(
+                table.where(row),
+                "missing-value",
+                f": the time in column {column!r} is missing; correct or drop the row",
+                column,
+            )
         return seconds
     if series.dtype != pl.String or _floats(series[:1])[0] is not None:
         return numbers(table, column, "time")
@@ -127,9 +153,12 @@ def _seconds(table: Table, column: str, row: int, text: str) -> float:
         moment = datetime.fromisoformat(text.strip())
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError) as error:
-        raise DataError(
-            f"{table.where(row)}: the time in column {column!r} is {shown(text)}, which is neither a number nor an ISO "
-            "date such as 2024-05-31 or 2024-05-31T08:15:00Z; all rows must be of one sort, so correct the row"
+        raise DataError.at(
+            table.where(row),
+            "bad-value",
+            f": the time in column {column!r} is {shown(text)}, which is neither a number nor an ISO "
+            "date such as 2024-05-31 or 2024-05-31T08:15:00Z; all rows must be of one sort, so correct the row",
+            column,
         ) from error
 
 

@@ -62,7 +62,7 @@ class Member:
         """
         packed = (self.inner or self.path.name).lower().endswith(".gz")
         if no_file(self.path) == "does not exist":
-            raise DataError(f"{self.name}: there is no such file; check data.path and data.items")
+            raise DataError.at(self.name, "missing-file", ": there is no such file; check data.path and data.items")
         require_file(self.path, "check data.path and data.items")
         size = self.path.stat().st_size
         try:
@@ -75,8 +75,10 @@ class Member:
                     small = min(size, entry.compress_size)
                     yield self._unpacked(stream, small) if packed else self._capped(stream, small)
         except BROKEN as error:
-            raise DataError(
-                f"{self.name} cannot be read to its end ({reason(error)}); it is damaged or cut off, so fetch it again"
+            raise DataError.at(
+                self.name,
+                "damaged",
+                f" cannot be read to its end ({reason(error)}); it is damaged or cut off, so fetch it again",
             ) from error
 
     def _unpacked(self, stream: Any, stored: int) -> BinaryIO:
@@ -92,7 +94,9 @@ class Member:
             with self.path.open("rb") as stored:
                 return hashlib.file_digest(stored, "sha256").hexdigest()
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read ({reason(error)}); check data.path") from error
+            raise DataError.at(
+                self.path, "unreadable", f" cannot be read ({reason(error)}); check data.path"
+            ) from error
 
 
 def plain_name(name: str) -> str:
@@ -153,10 +157,18 @@ def locate(known: Known, path: str | None, items: str | None) -> Found:
             layout, category, events = _only(known, str(place), fitting)
             return _complete(known, str(place), layout, category, events, members, items)
     if not chosen.exists():
-        raise DataError(f"data.path={path}: there is no such file or folder{_near(chosen)}; {_ways(known)}")
+        raise DataError(
+            f"data.path={path}: there is no such file or folder{_near(chosen)}; {_ways(known)}",
+            kind="missing-file",
+            at=chosen,
+            column="data.path",
+        )
     wanted = " or ".join(dict.fromkeys(pattern for layout in known.layouts for pattern in layout.events.files))
     raise DataError(
-        f"data.path={path or chosen} holds no file {wanted} of {known.name} (each may end in .gz); {_ways(known)}"
+        f"data.path={path or chosen} holds no file {wanted} of {known.name} (each may end in .gz); {_ways(known)}",
+        kind="missing-file",
+        at=chosen,
+        column="data.path",
     )
 
 
@@ -180,7 +192,7 @@ def _cached(known: Known) -> Path:
         for place in (home / folder, home / f"{folder}.zip"):
             if place.exists():
                 return place
-    raise DataError(f"source {known.name!r} needs data.path: {_ways(known)}")
+    raise DataError(f"source {known.name!r} needs data.path: {_ways(known)}", kind="missing-key", column="data.path")
 
 
 def listing(place: Path) -> list[Member]:
@@ -196,7 +208,9 @@ def listing(place: Path) -> list[Member]:
         with zipfile.ZipFile(place) as archive:
             names = [entry.filename for entry in archived(place, archive)]
     except (*BROKEN, ValueError) as error:
-        raise DataError(f"{place} is not a readable folder or zip archive ({reason(error)}); fetch it again") from error
+        raise DataError.at(
+            place, "damaged", f" is not a readable folder or zip archive ({reason(error)}); fetch it again"
+        ) from error
     shown = [name for name in sorted(names) if not name.startswith("__MACOSX/")]
     return [Member(f"{place}/{printable(name)}", place, name) for name in shown]
 
@@ -231,8 +245,11 @@ def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -
         return fitting[0]
     names = ", ".join(member.name.removeprefix(f"{where}/") for _, _, member in fitting[:6])
     way = "" if fitting[0][2].inner is None else "; unpack the archive first"
-    raise DataError(
-        f"{where} holds several files of interactions of {known.name} ({names}); name one of them as data.path{way}"
+    raise DataError.at(
+        where,
+        "ambiguous",
+        f" holds several files of interactions of {known.name} ({names}); name one of them as data.path{way}",
+        "data.path",
     )
 
 
@@ -247,7 +264,11 @@ def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
         if json == (layout.events.form.kind != "delimited"):
             return layout, ""
     wanted = " or ".join(layout.events.files[0] for layout in known.layouts)
-    raise DataError(f"{events.name}: a file of this ending is not in {known.name}, which has {wanted}; {_ways(known)}")
+    raise DataError.at(
+        events.name,
+        "wrong-format",
+        f": a file of this ending is not in {known.name}, which has {wanted}; {_ways(known)}",
+    )
 
 
 def _complete(
@@ -276,7 +297,11 @@ def _complete(
         if entries is None and layout.items.complete:
             raise _missing(known, where, layout.items.files[0], "the file of items")
     elif items is not None:
-        raise DataError(f"data.items: source {known.name!r} has no file of items; leave the key out")
+        raise DataError(
+            f"data.items: source {known.name!r} has no file of items; leave the key out",
+            kind="contradiction",
+            column="data.items",
+        )
     renames = beside(layout.renames.files) if layout.renames is not None else None
     if renames is None and layout.renames is not None and entries is not None:
         raise _missing(known, where, layout.renames.files[0], "which says which item id is which")
@@ -285,7 +310,7 @@ def _complete(
 
 
 def _missing(known: Known, where: str, name: str, what: str) -> DataError:
-    return DataError(f"{where} lacks {name} (or {name}.gz), {what}; {_ways(known)}")
+    return DataError.at(where, "missing-file", f" lacks {name} (or {name}.gz), {what}; {_ways(known)}")
 
 
 _TIMEOUT = 30
@@ -311,7 +336,9 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     except OSError as error:
         raise DataError(
-            f"the download folder {target.parent} cannot be written ({reason(error)}); set LLMREC_CACHE"
+            f"the download folder {target.parent} cannot be written ({reason(error)}); set LLMREC_CACHE",
+            kind="unreadable",
+            at=target.parent,
         ) from error
     part = Path(name)
     try:
@@ -320,14 +347,18 @@ def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
             while chunk := answer.read(_CHUNK):
                 size += len(chunk)
                 if size > _MAX_ARCHIVE:
-                    raise DataError(f"{url} is larger than {_MAX_ARCHIVE} bytes, so it is not the published file")
+                    raise DataError.at(
+                        url, "too-large", f" is larger than {_MAX_ARCHIVE} bytes, so it is not the published file"
+                    )
                 digest.update(chunk)
                 out.write(chunk)
         if md5 is not None and digest.hexdigest() != md5:
-            raise DataError(f"{url} has the MD5 {digest.hexdigest()} and not the published {md5}; try again later")
+            raise DataError.at(
+                url, "damaged", f" has the MD5 {digest.hexdigest()} and not the published {md5}; try again later"
+            )
         part.replace(target)
     except (OSError, HTTPException, ValueError) as error:
-        raise DataError(f"{url} cannot be fetched ({reason(error)})") from error
+        raise DataError.at(url, "unreachable", f" cannot be fetched ({reason(error)})") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -355,7 +386,7 @@ def members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
                         capped = Capped(f"{archive}: {name}", stream, held[name].compress_size, _MAX_MEMBER)  # type: ignore[arg-type]
                         found[name.rsplit("/", 1)[-1]] = capped.read()
     except (*BROKEN, ValueError) as error:
-        raise DataError(
-            f"{archive} is not a readable zip archive ({reason(error)}); delete it and try again"
+        raise DataError.at(
+            archive, "damaged", f" is not a readable zip archive ({reason(error)}); delete it and try again"
         ) from error
     return found

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from llmrec.errors import DataError
+from llmrec.errors import DataError, ErrorKind
 
 MAX_BYTES = 8 * 2**30
 """Largest table, unpacked; tables are held in memory whole."""
@@ -92,12 +92,15 @@ def enumerated(names: Sequence[str]) -> str:
 # --------------------------------------------------------------------------- paths
 
 
+_ABSENT = ("does not exist", "is a link to nothing")
+
+
 def no_file(path: Path) -> str:
     """Return why a path is no file that can be read; an empty text if it is one."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return "is a link to nothing" if path.is_symlink() else "does not exist"
+        return _ABSENT[path.is_symlink()]
     except (OSError, ValueError) as error:
         return f"cannot be read ({reason(error)})"
     if stat.S_ISREG(mode):
@@ -110,15 +113,21 @@ def stands(path: Path) -> bool:
     return path.is_symlink() or (path.exists() and not path.is_dir())
 
 
-def require_file(path: Path, mend: str) -> None:
+def require_file(path: Path, mend: str, what: str = "") -> None:
     """Check that a path is a file; a pipe would block for ever, and a device may have no end.
+
+    Args:
+        path: The path.
+        mend: What to do about it, for the error.
+        what: What the file is, for the error: ``the table of items``.
 
     Raises:
         DataError: If it is none.
     """
     problem = no_file(path)
     if problem:
-        raise DataError(f"{path} {problem}; {mend}")
+        kind: ErrorKind = "missing-file" if problem in _ABSENT else "unreadable"
+        raise DataError(f"{what} {path} {problem}; {mend}".lstrip(), kind=kind, at=path)
 
 
 def stranger(head: bytes) -> str:
@@ -158,9 +167,11 @@ class Capped:
     def _counted(self, raw: bytes) -> bytes:
         self._seen += len(raw)
         if self._seen > self._limit:
-            raise DataError(
-                f"{self._name} unpacks to more than {self._limit} bytes from {self._stored}, so it is not what it "
-                "seems or too large; check where it comes from, or unpack or split it"
+            raise DataError.at(
+                self._name,
+                "too-large",
+                f" unpacks to more than {self._limit} bytes from {self._stored}, so it is not what it "
+                "seems or too large; check where it comes from, or unpack or split it",
             )
         return raw
 
@@ -180,7 +191,7 @@ def unpack(name: str, stored: bytes, limit: int | None = None) -> bytes:
         with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:
             return Capped(name, stream, len(stored), limit or MAX_BYTES).read()  # type: ignore[arg-type]
     except BROKEN as error:
-        raise DataError(f"{name} is damaged gzip ({reason(error)}); pack it again") from error
+        raise DataError.at(name, "damaged", f" is damaged gzip ({reason(error)}); pack it again") from error
 
 
 # --------------------------------------------------------------------------- archives
@@ -196,15 +207,23 @@ def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """
     entries = archive.infolist()
     if len(entries) > MAX_MEMBERS:
-        raise DataError(f"{place} holds {len(entries)} files, too many for a data set; check where it comes from")
+        raise DataError.at(
+            place, "too-large", f" holds {len(entries)} files, too many for a data set; check where it comes from"
+        )
     for entry in entries:
         parts = entry.filename.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or parts[0].endswith(":"):
-            raise DataError(f"{place} holds {shown(entry.filename)}, a name that leads out of it; fetch it again")
+            raise DataError.at(
+                place, "unsafe", f" holds {shown(entry.filename)}, a name that leads out of it; fetch it again"
+            )
         if stat.S_ISLNK(entry.external_attr >> 16):
-            raise DataError(f"{place} holds {shown(entry.filename)}, which is a link and no file; fetch it again")
+            raise DataError.at(
+                place, "unsafe", f" holds {shown(entry.filename)}, which is a link and no file; fetch it again"
+            )
     names = Counter(entry.filename for entry in entries)
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"{place} holds two files called {shown(twice)}; pack it again with one of them")
+        raise DataError.at(
+            place, "duplicate", f" holds two files called {shown(twice)}; pack it again with one of them"
+        )
     return [entry for entry in entries if not entry.is_dir()]

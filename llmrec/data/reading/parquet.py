@@ -42,7 +42,9 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
         check_size(name, file, len(raw))
         table = _read(name, file, len(raw))
     except FAULTS as error:
-        raise DataError(f"{name} is not a Parquet file or is damaged ({reason(error)}); write it again") from error
+        raise DataError.at(
+            name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
+        ) from error
     return replace(from_arrow(name, table, sha256), unusable=_unusable(file.schema_arrow))
 
 
@@ -56,9 +58,11 @@ def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
     rows, groups = file.metadata.num_rows, range(file.metadata.num_row_groups)
     size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
     if rows > max(_MANY_ROWS, _ROWS_A_BYTE * stored) or size > _room(stored):
-        raise DataError(
-            f"{name} says that it holds {rows} rows and {size} bytes in a file of {stored}, so it is not what it seems "
-            "or too large; write it again, or split it"
+        raise DataError.at(
+            name,
+            "too-large",
+            f" says that it holds {rows} rows and {size} bytes in a file of {stored}, so it is not what it seems "
+            "or too large; write it again, or split it",
         )
 
 
@@ -71,7 +75,7 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
     schema = file.schema_arrow
     plain = [field.name for field in schema if _plain(field.type)]
     if not plain:
-        raise DataError(f"{name} has no plain columns; write columns of texts, numbers or times")
+        raise DataError.at(name, "empty", " has no plain columns; write columns of texts, numbers or times")
     columns = plain if len(plain) < len(schema) else None
     first = next(file.iter_batches(batch_size=_FEW, columns=columns), None)
     few = first is not None and first.nbytes > _LONG_ROW * first.num_rows
@@ -80,9 +84,11 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
     for batch in file.iter_batches(batch_size=_FEW if few else _BATCH, columns=columns):
         size += batch.nbytes + sum(_spelled_out(column) for column in batch.columns)
         if size > _room(stored):
-            raise DataError(
-                f"{name} unpacks to more than {_room(stored)} bytes from {stored}, so it is not what it seems or too "
-                "large; write it again, or split it"
+            raise DataError.at(
+                name,
+                "too-large",
+                f" unpacks to more than {_room(stored)} bytes from {stored}, so it is not what it seems or too "
+                "large; write it again, or split it",
             )
         batches.append(batch)
     return pa.Table.from_batches(batches, batches[0].schema if batches else schema)
@@ -106,15 +112,17 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
         flat = [column.name for column in table.schema if _plain(column.type)]
         column_names(name, table.column_names)
         if not table.num_rows or not flat:
-            raise DataError(f"{name} has no rows or no plain columns; write the table again")
+            raise DataError.at(name, "empty", " has no rows or no plain columns; write the table again")
         # Names inside of types and notes beside columns may be no text either; nothing needs them.
         chosen = pa.table([_bare(table.column(name)) for name in flat], names=flat)
         chosen.validate(full=True)  # Arrow itself does not look whether texts are UTF-8
         frame = pl.from_arrow(chosen)
     except FAULTS as error:
-        raise DataError(f"{name} has a column that cannot be used ({reason(error)}); write plain columns") from error
+        raise DataError.at(
+            name, "bad-value", f" has a column that cannot be used ({reason(error)}); write plain columns"
+        ) from error
     if not isinstance(frame, pl.DataFrame):
-        raise DataError(f"{name} is not a table; write it again")
+        raise DataError.at(name, "wrong-format", " is not a table; write it again")
     return Table(name, frame, sha256, unusable=_unusable(table.schema))
 
 

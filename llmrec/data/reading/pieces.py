@@ -14,7 +14,7 @@ import polars as pl
 from llmrec.data.reading.files import Member
 from llmrec.data.reading.limits import enumerated, stranger
 from llmrec.data.reading.text import Table
-from llmrec.errors import DataError, did_you_mean
+from llmrec.errors import DataError, Place, did_you_mean
 
 BLOCK = 16 * 2**20
 """Bytes that are read at a time."""
@@ -44,9 +44,9 @@ class Block:
     first: int
     lines: Sequence[int]
 
-    def where(self, index: int) -> str:
-        """Name a row by its 0-based index in the block: ``ratings.csv, row 3 (line 4)``."""
-        return _where(self.name, self.first + index + 1, self.lines[index])
+    def where(self, index: int) -> Place:
+        """Return the place of a row, by its 0-based index in the block."""
+        return Place(self.name, self.first + index + 1, self.lines[index])
 
 
 def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:
@@ -67,10 +67,6 @@ def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:
     return Table(name, pl.DataFrame(), lines=array("q", (line for part in lines for line in part)))
 
 
-def _where(name: str, row: int, line: int) -> str:
-    return f"{name}, row {row}" if row == line else f"{name}, row {row} (line {line})"
-
-
 @dataclass(frozen=True)
 class Piece:
     """Some whole lines of a file, and how many lines and rows stand before them."""
@@ -80,9 +76,9 @@ class Piece:
     line: int
     row: int
 
-    def where(self, row: int, line: int) -> str:
-        """Name a row by its 0-based index and line in the piece."""
-        return _where(self.name, self.row + row + 1, self.line + line + 1)
+    def where(self, row: int, line: int) -> Place:
+        """Return the place of a row, by its 0-based index and line in the piece."""
+        return Place(self.name, self.row + row + 1, self.line + line + 1)
 
     @property
     def height(self) -> int:
@@ -101,10 +97,12 @@ def pieces(member: Member, *, quoted: bool) -> Iterator[Piece]:
             if not line:
                 raw = raw.removeprefix(_BOM)
                 if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                    raise DataError(f"{member.name}, line 1: this looks like UTF-16; save it as UTF-8")
+                    raise DataError.at(
+                        Place(member.name, line=1), "encoding", ": this looks like UTF-16; save it as UTF-8"
+                    )
                 problem = stranger(raw[:100])
                 if problem:
-                    raise DataError(f"{member.name}, line 1: {problem}")
+                    raise DataError.at(Place(member.name, line=1), "wrong-format", f": {problem}")
             if raw:
                 piece = Piece(member.name, raw, line, line)
                 yield piece
@@ -117,9 +115,11 @@ def _cut(name: str, stream: BinaryIO, quoted: bool) -> Iterator[bytes]:
         data = rest + chunk
         end = _end(data, quoted)
         if not end and len(data) > LONGEST:
-            raise DataError(
-                f"{name} has a line{' or a quoted field' if quoted else ''} of more than {LONGEST} bytes, so it is not "
-                "this data set or it is damaged; fetch it again"
+            raise DataError.at(
+                name,
+                "too-large",
+                f" has a line{' or a quoted field' if quoted else ''} of more than {LONGEST} bytes, so it is not "
+                "this data set or it is damaged; fetch it again",
             )
         if end:
             yield data[:end]
@@ -144,19 +144,20 @@ def _end(data: bytes, quoted: bool) -> int:
 def decoded(piece: Piece, encoding: str) -> str:
     """Decode a piece, or name the first line that is not of the encoding or holds a NUL byte."""
 
-    def place(offset: int) -> str:
-        line = piece.raw.count(b"\n", 0, offset)
-        return f"{piece.name}, line {piece.line + line + 1}"
+    def place(offset: int) -> Place:
+        return Place(piece.name, line=piece.line + piece.raw.count(b"\n", 0, offset) + 1)
 
     nul = piece.raw.find(b"\0")
     if nul >= 0:
-        raise DataError(f"{place(nul)}: there is a NUL byte, so the file is damaged; fetch it again")
+        raise DataError.at(place(nul), "encoding", ": there is a NUL byte, so the file is damaged; fetch it again")
     try:
         return piece.raw.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place(error.start)}: byte 0x{piece.raw[error.start]:02x} is not {encoding.upper()}; fetch the file "
-            f"again or save it as {encoding.upper()}"
+        raise DataError.at(
+            place(error.start),
+            "encoding",
+            f": byte 0x{piece.raw[error.start]:02x} is not {encoding.upper()}; fetch the file "
+            f"again or save it as {encoding.upper()}",
         ) from error
 
 
@@ -177,7 +178,10 @@ def check_columns(name: str, names: Sequence[str], wanted: Mapping[str, Kind]) -
     """
     for column in wanted:
         if column not in names:
-            raise DataError(
-                f"{name} has no column {column!r}{did_you_mean(column, names)}, so it is not this data set; its "
-                f"columns are: {enumerated(names)}. Correct it, or fetch the file again"
+            raise DataError.at(
+                name,
+                "missing-column",
+                f" has no column {column!r}{did_you_mean(column, names)}, so it is not this data set; its "
+                f"columns are: {enumerated(names)}. Correct it, or fetch the file again",
+                column,
             )

@@ -17,12 +17,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from llmrec.data.reading.limits import BROKEN, Capped, enumerated, no_file, reason, stranger
+from llmrec.data.reading.limits import BROKEN, Capped, enumerated, reason, require_file, stranger
 from llmrec.data.reading.parquet import FAULTS, check_size
 from llmrec.data.reading.text import LONGEST, column_names, csv_problem, json_object
 from llmrec.data.requests import KEYS
 from llmrec.durable import sha256_of
-from llmrec.errors import DataError, did_you_mean
+from llmrec.errors import DataError, Place, did_you_mean
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
@@ -91,9 +91,7 @@ def open_requests(path: Path) -> RequestFile:
         DataError: If it is missing, empty, damaged or of no known kind, or has no column of candidates.
     """
     suffix = kind_of(path)
-    problem = no_file(path)
-    if problem:
-        raise DataError(f"the file of requests {path} {problem}; check --in")
+    require_file(path, "check --in", "the file of requests")
     with _readable(path, suffix):
         if suffix in PARQUET:
             file = pq.ParquetFile(path)
@@ -112,7 +110,7 @@ def open_requests(path: Path) -> RequestFile:
             blank, rows = filled
         sha256 = sha256_of(path)
     if rows == 0:
-        raise DataError(f"{path} holds no request; write at least one")
+        raise DataError.at(path, "empty", " holds no request; write at least one")
     return RequestFile(path, suffix, sha256, rows, blank)
 
 
@@ -128,7 +126,9 @@ def kind_of(path: Path) -> str:
     known = (*JSON_LINES, *SEPARATORS) if packed else (*JSON_LINES, *SEPARATORS, *PARQUET)
     if suffix[0] not in known:
         inside = " inside .gz" if packed else ""
-        raise DataError(f"{path}: requests and rankings are kept in files that end in {', '.join(known)}{inside}")
+        raise DataError.at(
+            path, "wrong-format", f": requests and rankings are kept in files that end in {', '.join(known)}{inside}"
+        )
     return suffix[0]
 
 
@@ -139,10 +139,12 @@ def _readable(path: Path, suffix: str) -> Iterator[None]:
         yield
     except faults as error:
         if suffix in PARQUET:
-            raise DataError(f"{path} is not a Parquet file or is damaged ({reason(error)}); write it again") from error
+            raise DataError.at(
+                path, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
+            ) from error
         if path.suffix.lower() == ".gz":
-            raise DataError(f"{path} is damaged gzip ({reason(error)}); pack it again") from error
-        raise DataError(f"{path} cannot be read ({reason(error)}); check --in") from error
+            raise DataError.at(path, "damaged", f" is damaged gzip ({reason(error)}); pack it again") from error
+        raise DataError.at(path, "unreadable", f" cannot be read ({reason(error)}); check --in") from error
 
 
 # --------------------------------------------------------------------------- lines
@@ -163,10 +165,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         for number, raw in enumerate(_cut(stream), start=1):
             if number == 1 and raw is not None:
                 if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise DataError(f"{path}, line 1: this looks like UTF-16; save the file as UTF-8")
+                    raise DataError.at(
+                        Place(str(path), line=1), "encoding", ": this looks like UTF-16; save the file as UTF-8"
+                    )
                 problem = stranger(raw[:100])
                 if problem:
-                    raise DataError(f"{path}, line 1: {problem}")
+                    raise DataError.at(Place(str(path), line=1), "wrong-format", f": {problem}")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             yield number, raw
 
@@ -227,7 +231,9 @@ class _Feed:
         else:
             line, raw = next(self._lines)
             if raw is None:
-                raise DataError(f"{self._path}, line {line} is longer than {LONGEST} bytes; is this a table?")
+                raise DataError.at(
+                    Place(str(self._path), line=line), "too-large", f" is longer than {LONGEST} bytes; is this a table?"
+                )
             # What is not UTF-8 becomes halves of surrogate pairs, which the cells are searched for.
             text = raw.decode("utf-8", "surrogateescape") + "\n"
         self.taken.append((line, text))
@@ -269,16 +275,19 @@ def _header(path: Path, separator: str) -> tuple[list[str], str]:
     try:
         columns = column_names(str(path), next(csv.reader([first], delimiter=separator, strict=True), []))
     except csv.Error as error:
-        raise DataError(f"{path}, header: {csv_problem(error)}") from error
+        raise DataError.at(Place(str(path), 0, 1), "syntax", f": {csv_problem(error)}") from error
     _has_candidates(path, columns)
     return columns, separator
 
 
 def _has_candidates(path: Path, columns: list[str]) -> None:
     if "candidates" not in columns:
-        raise DataError(
-            f"{path} has no column 'candidates'{did_you_mean('candidates', columns)}; its columns are: "
-            f"{enumerated(columns) or 'none'}. A request needs candidates, and may have: {', '.join(KEYS)}"
+        raise DataError.at(
+            path,
+            "missing-column",
+            f" has no column 'candidates'{did_you_mean('candidates', columns)}; its columns are: "
+            f"{enumerated(columns) or 'none'}. A request needs candidates, and may have: {', '.join(KEYS)}",
+            "candidates",
         )
 
 
@@ -314,7 +323,9 @@ def _list(key: str, cell: str) -> list[Any]:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{key!r} begins like a JSON list and is none ({reason(error)})") from error
+            raise DataError(
+                f"{key!r} begins like a JSON list and is none ({reason(error)})", kind="syntax", column=key
+            ) from error
         return list(found)
     return [part.strip() for part in text.split("|")]
 

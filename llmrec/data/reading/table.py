@@ -27,7 +27,11 @@ def read_table(path: Path) -> Table:
     if suffix[0] not in (*_SEPARATORS, *_JSON_LINES, *_PARQUET):
         known = sorted([*_SEPARATORS, *_JSON_LINES, *_PARQUET])
         ending = repr(suffix[0]) if suffix[0] else "nothing"
-        raise DataError(f"{name}: a file that ends in {ending} is no table; write one that ends in {', '.join(known)}")
+        raise DataError.at(
+            name,
+            "wrong-format",
+            f": a file that ends in {ending} is no table; write one that ends in {', '.join(known)}",
+        )
     raw, sha256 = read_bytes(path, text=suffix[0] not in _PARQUET)
     if suffix[0] in _PARQUET:
         return parquet(name, raw, sha256)

@@ -23,7 +23,7 @@ import pyarrow.csv as pa_csv
 
 from llmrec.data.reading import limits as opening
 from llmrec.data.reading.limits import no_file, reason, require_file, shown, stranger, unpack
-from llmrec.errors import DataError, did_you_mean
+from llmrec.errors import DataError, Place, did_you_mean
 
 MAX_COLUMNS = 2000
 """Most columns of a table; more of them are rows that a wrong line end or separator has put side by side."""
@@ -58,14 +58,10 @@ class Table:
     header: int = 0
     unusable: Mapping[str, str] = field(default_factory=dict)
 
-    def where(self, index: int) -> str:
-        """Name a row by its 0-based index: ``ratings.csv, row 3 (line 4)``."""
+    def where(self, index: int) -> Place:
+        """Return the place of a row, by its 0-based index."""
         line = self.lines[index] if self.lines is not None else index + 1 + self.header
-        return f"{self.name}, {_row(index + 1, line)}"
-
-
-def _row(row: int, line: int) -> str:
-    return f"row {row}" if row == line else f"row {row} (line {line})"
+        return Place(self.name, index + 1, line)
 
 
 def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
@@ -83,19 +79,19 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
     try:
         size = path.stat().st_size
         if size > opening.MAX_BYTES:
-            raise DataError(f"{path} has {size} bytes, more than {opening.MAX_BYTES}; split it")
+            raise DataError.at(path, "too-large", f" has {size} bytes, more than {opening.MAX_BYTES}; split it")
         with path.open("rb") as stream:
             head = stream.read(_HEAD)
             if text and not packed:
                 recognised(str(path), head)
             stored = head + stream.read(opening.MAX_BYTES)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({reason(error)}); {_MEND}") from error
+        raise DataError.at(path, "unreadable", f" cannot be read ({reason(error)}); {_MEND}") from error
     if packed and not stored:
-        raise DataError(f"{path} is empty; write the table again")
+        raise DataError.at(path, "empty", " is empty; write the table again")
     raw = unpack(str(path), stored) if packed else stored
     if not raw:
-        raise DataError(f"{path} is empty; write the table again")
+        raise DataError.at(path, "empty", " is empty; write the table again")
     return raw, hashlib.sha256(stored).hexdigest()
 
 
@@ -106,7 +102,7 @@ def check_path(path: Path) -> None:
         DataError: If it is missing, or no file.
     """
     if no_file(path) == "does not exist":
-        raise DataError(f"{path}: there is no such file{_near(path)}; {_MEND}")
+        raise DataError.at(path, "missing-file", f": there is no such file{_near(path)}; {_MEND}")
     require_file(path, _MEND)
 
 
@@ -118,7 +114,7 @@ def recognised(name: str, head: bytes) -> None:
     """
     problem = stranger(head)
     if problem:
-        raise DataError(f"{name}, row 1: {problem}")
+        raise DataError.at(Place(name, 1, 1), "wrong-format", f": {problem}")
 
 
 def user_path(text: str) -> Path:
@@ -134,7 +130,11 @@ def user_path(text: str) -> Path:
     try:
         path.exists()
     except OSError as error:
-        raise DataError(f"{shown(text)} cannot be a path ({reason(error)}); check data.path and data.items") from error
+        raise DataError(
+            f"{shown(text)} cannot be a path ({reason(error)}); check data.path and data.items",
+            kind="bad-value",
+            at=text,
+        ) from error
     return path
 
 
@@ -152,27 +152,29 @@ def decode(name: str, raw: bytes, *, encoding: str = "utf-8", header: int = 1) -
         DataError: If some byte does not belong to the encoding, or is NUL.
     """
 
-    def place(offset: int) -> str:
+    def place(offset: int) -> Place:
         line = raw.count(b"\n", 0, offset) + 1
-        return "header" if line <= header else _row(line - header, line)
+        return Place(name, max(0, line - header), line)
 
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{name}, row 1: this looks like UTF-16; save the file as UTF-8")
+        raise DataError.at(Place(name, 1, 1), "encoding", ": this looks like UTF-16; save the file as UTF-8")
     recognised(name, raw[:_HEAD])
     nul = raw.find(b"\0")
     if nul >= 0:
-        raise DataError(
-            f"{name}, {place(nul)}: there is a NUL byte, so this is not a text table or it is damaged; write it again, "
-            "as UTF-8"
+        raise DataError.at(
+            place(nul),
+            "encoding",
+            ": there is a NUL byte, so this is not a text table or it is damaged; write it again, as UTF-8",
         )
     if raw.startswith(codecs.BOM_UTF8):
         encoding = "utf-8"  # whatever its set was published in, somebody saved it anew
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}, {place(error.start)}: byte 0x{raw[error.start]:02x} is not {encoding.upper()}; "
-            f"save the file as {encoding.upper()}"
+        raise DataError.at(
+            place(error.start),
+            "encoding",
+            f": byte 0x{raw[error.start]:02x} is not {encoding.upper()}; save the file as {encoding.upper()}",
         ) from error
     return text.removeprefix("\ufeff")
 
@@ -206,13 +208,15 @@ def delimited(
     """
     text = decode(name, raw, encoding=encoding, header=0 if columns else 1)
     if not text.strip():
-        raise DataError(f"{name} is empty; write the table again")
+        raise DataError.at(name, "empty", " is empty; write the table again")
     if columns is None:
         first = text[: text.find("\n")] if "\n" in text else text
         if len(first) > _LONGEST_HEADER:
-            raise DataError(
-                f"{name}, header: the first line has {len(first)} characters, so this is no table or its lines have "
-                "no ends; write it again"
+            raise DataError.at(
+                Place(name, 0, 1),
+                "wrong-format",
+                f": the first line has {len(first)} characters, so this is no table or its lines have "
+                "no ends; write it again",
             )
         separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
     frame = _fast(text, separator, columns, quoted)
@@ -220,11 +224,11 @@ def delimited(
     if frame is None:
         frame, lines = _careful(name, text, separator, columns, quoted)
     if frame.is_empty():
-        raise DataError(f"{name} has a header and no rows; write the table again")
+        raise DataError.at(name, "empty", " has a header and no rows; write the table again")
     table = Table(name, frame, sha256, lines, 0 if columns else 1)
     again = second_header(frame) if columns is None else None
     if again is not None:
-        raise DataError(f"{table.where(again)} repeats the header; remove it")
+        raise DataError.at(table.where(again), "duplicate", " repeats the header; remove it")
     return table
 
 
@@ -244,16 +248,24 @@ def column_names(name: str, found: Iterable[str], mend: str = "rename one") -> l
     """
     names = [column.strip() for column in found]
     if len(names) > MAX_COLUMNS:
-        raise DataError(
-            f"{name}, header: {len(names)} columns are more than {MAX_COLUMNS}; check the separator and the line ends, "
-            "or keep the columns that are needed"
+        raise DataError.at(
+            Place(name, 0, 1),
+            "too-large",
+            f": {len(names)} columns are more than {MAX_COLUMNS}; check the separator and the line ends, "
+            "or keep the columns that are needed",
         )
     long = next((column for column in names if len(column) > _LONGEST_NAME), None)
     if long is not None:
-        raise DataError(f"{name}, header: a column's name has {len(long)} characters; check the line ends of the file")
+        raise DataError.at(
+            Place(name, 0, 1),
+            "too-large",
+            f": a column's name has {len(long)} characters; check the line ends of the file",
+        )
     twice = next((column for column, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"{name}, header: the column {shown(twice)} stands there twice; {mend}")
+        raise DataError.at(
+            Place(name, 0, 1), "duplicate", f": the column {shown(twice)} stands there twice; {mend}", twice
+        )
     return names
 
 
@@ -311,17 +323,20 @@ def _careful(
                 names = column_names(name, row)
             elif row:
                 if len(row) != len(names or ()):
-                    raise DataError(
-                        f"{name}, {_row(len(rows) + 1, start)} has {len(row)} fields where "
+                    place = Place(name, len(rows) + 1, start)
+                    raise DataError.at(
+                        place,
+                        "ragged-row",
+                        f" has {len(row)} fields where "
                         f"{'the header has' if columns is None else 'it should have'} {len(names or ())}; "
-                        f"a field that holds {separator!r} needs double quotes around it"
+                        f"a field that holds {separator!r} needs double quotes around it",
                     )
                 rows.append(row)
                 lines.append(start)
             start = reader.line_num + 1
     except csv.Error as error:
-        place = "header" if names is None else _row(len(rows) + 1, start)
-        raise DataError(f"{name}, {place}: {csv_problem(error)}") from error
+        place = Place(name, 0 if names is None else len(rows) + 1, start)
+        raise DataError.at(place, "syntax", f": {csv_problem(error)}") from error
     if not rows:
         return pl.DataFrame(schema=dict.fromkeys(names or (), pl.String)), lines
     values = zip(*rows, strict=True)
@@ -350,24 +365,26 @@ def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
     for number, line in enumerate(decode(name, raw, header=0).split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"{name}, {_row(len(rows) + 1, number)}"
+        place = Place(name, len(rows) + 1, number)
         record = json_object(place, line)
         known = len(names)
         names.update(dict.fromkeys(record))
         if len(names) > known:
             for key in record:
-                _text(f"{place}: the key {shown(key)}", key)
+                _text(place, f": the key {shown(key)}", key, key)
         if len(names) > MAX_COLUMNS:
-            raise DataError(f"{place}: more than {MAX_COLUMNS} different keys; keep those that are needed")
-        rows.append({key: _text(f"{place}, column {shown(key)}", value) for key, value in record.items()})
+            raise DataError.at(
+                place, "too-large", f": more than {MAX_COLUMNS} different keys; keep those that are needed"
+            )
+        rows.append({key: _text(place, f", column {shown(key)}", key, value) for key, value in record.items()})
         lines.append(number)
     if not rows:
-        raise DataError(f"{name} is empty; write the table again")
+        raise DataError.at(name, "empty", " is empty; write the table again")
     frame = pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in names])
     return Table(name, frame, sha256, lines)
 
 
-def json_object(place: str, line: str) -> dict[str, object]:
+def json_object(place: Place | str, line: str) -> dict[str, object]:
     """Read one object.
 
     Raises:
@@ -376,11 +393,13 @@ def json_object(place: str, line: str) -> dict[str, object]:
     try:
         record = json.loads(line, object_pairs_hook=_once)
     except _Twice as twice:
-        raise DataError(f"{place}: the key {shown(twice.args[0])} stands there twice; keep one") from None
+        raise DataError.at(
+            place, "duplicate", f": the key {shown(twice.args[0])} stands there twice; keep one", twice.args[0]
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not JSON ({reason(error)}); write one object a line") from error
+        raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); write one object a line") from error
     if not isinstance(record, dict):
-        raise DataError(f"{place} is not a JSON object; write one object a line")
+        raise DataError.at(place, "wrong-format", " is not a JSON object; write one object a line")
     return record
 
 
@@ -395,12 +414,17 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _text(place: str, value: object) -> str:
+def _text(place: Place, what: str, column: str, value: object) -> str:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = ", ".join(value)
     if value is None or isinstance(value, str | int | float):
         text = "" if value is None else str(value)
         if "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text):
-            raise DataError(f"{place} holds a character that is no text (NUL or half of a surrogate pair); remove it")
+            raise DataError.at(
+                place,
+                "encoding",
+                f"{what} holds a character that is no text (NUL or half of a surrogate pair); remove it",
+                column,
+            )
         return text
-    raise DataError(f"{place} is a nested value; flatten it or leave it out")
+    raise DataError.at(place, "bad-value", f"{what} is a nested value; flatten it or leave it out", column)

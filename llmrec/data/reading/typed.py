@@ -54,7 +54,12 @@ def ids(block: Block, columns: Sequence[str]) -> pl.Series:
     row = _first(found.is_null())
     if row is not None:
         which = " and ".join(repr(column) for column in columns)
-        raise DataError(f"{block.where(row)}: column {which} is empty; every row needs a user and an item")
+        raise DataError.at(
+            block.where(row),
+            "missing-value",
+            f": column {which} is empty; every row needs a user and an item",
+            columns[0],
+        )
     _no_nul(block, found, columns[0])
     return found
 
@@ -70,9 +75,12 @@ def numbers(block: Block, column: str, what: str, *, absent: float | None = None
     found = text.cast(pl.Float64, strict=False)
     row = _first(~found.is_finite().fill_null(False))
     if row is not None:
-        raise DataError(
-            f"{block.where(row)}: the {what} in column {column!r} is {shown(series[row])}, which is not a finite "
-            "number; correct or drop the row"
+        raise DataError.at(
+            block.where(row),
+            "bad-value",
+            f": the {what} in column {column!r} is {shown(series[row])}, which is not a finite "
+            "number; correct or drop the row",
+            column,
         )
     return found if absent is None else found.set(found == absent, None)
 
@@ -94,9 +102,12 @@ def times(block: Block, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
     row = _first(~large if unit == "milliseconds" else large)
     # Zero and less is before 1970 in either unit, which no data set here holds in milliseconds.
     if row is not None:
-        raise DataError(
-            f"{block.where(row)}: the time in column {column!r} is {found[row]:g}, while the file begins with "
-            f"{unit} since 1970; one file has one unit, so correct the row"
+        raise DataError.at(
+            block.where(row),
+            "bad-value",
+            f": the time in column {column!r} is {found[row]:g}, while the file begins with "
+            f"{unit} since 1970; one file has one unit, so correct the row",
+            column,
         )
     return (found / 1000 if unit == "milliseconds" else found), unit
 
@@ -116,9 +127,12 @@ def dates(block: Block, column: str, formats: Sequence[str]) -> pl.Series:
             break
     row = _first(found.is_null())
     if row is not None:
-        raise DataError(
-            f"{block.where(row)}: the time in column {column!r} is {shown(series[row])}, which is not of the form "
-            f"{' or '.join(formats)}; correct or drop the row"
+        raise DataError.at(
+            block.where(row),
+            "bad-value",
+            f": the time in column {column!r} is {shown(series[row])}, which is not of the form "
+            f"{' or '.join(formats)}; correct or drop the row",
+            column,
         )
     return found
 
@@ -144,7 +158,9 @@ def _filled(series: pl.Series) -> pl.Series:
 def _no_nul(block: Block, series: pl.Series, column: str) -> None:
     row = _first(series.str.contains("\0", literal=True).fill_null(False))
     if row is not None:
-        raise DataError(f"{block.where(row)}: column {column!r} holds a NUL character; remove it")
+        raise DataError.at(
+            block.where(row), "encoding", f": column {column!r} holds a NUL character; remove it", column
+        )
 
 
 def _first(bad: pl.Series) -> int | None:

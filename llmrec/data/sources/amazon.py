@@ -50,6 +50,8 @@ def _load(known: Known, section: DataSection) -> Dataset:
     if isinstance(users, float) and isinstance(items, float) and users > 0.9 and items < 0.1:
         raise DataError(
             f"{dataset.provenance['path']}: the user column holds product numbers, so its columns are those of another "
-            "edition; use source 'amazon-2014' for user,item,rating,time and 'amazon-2018' for item,user,rating,time"
+            "edition; use source 'amazon-2014' for user,item,rating,time and 'amazon-2018' for item,user,rating,time",
+            kind="wrong-format",
+            at=dataset.provenance["path"],
         )
     return dataset

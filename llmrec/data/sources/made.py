@@ -335,7 +335,11 @@ def made_reviews(section: DataSection, *, seed: int) -> Dataset:
         DataError: If the recipe gives it a path or columns, which it has by itself.
     """
     if section.path is not None or section.items is not None or section.columns != Columns():
-        raise DataError("source 'made-reviews' ships with llmrec; leave out data.path, data.items and data.columns")
+        raise DataError(
+            "source 'made-reviews' ships with llmrec; leave out data.path, data.items and data.columns",
+            kind="contradiction",
+            column="data",
+        )
     path = resource("recipes", "made", "reviews.csv")
     own = {
         "path": str(path),

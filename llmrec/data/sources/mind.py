@@ -18,7 +18,7 @@ from llmrec.data.reading.typed import dates, ids
 from llmrec.data.sources.known import MIND
 from llmrec.data.sources.published import catalogue_of, check_known_keys
 from llmrec.data.sources.sequences import refuse_repeats
-from llmrec.errors import DataError
+from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import DataSection
 
 _CLICKED, _SHOWN = "-1", "-0"
@@ -44,9 +44,11 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
         clicks.append(_clicks(block, pl.DataFrame({"user_id": users, "time": seconds, _LINE: lines})))
     frame = _in_order(_longest(pl.concat(histories)), pl.concat(clicks))
     if frame.is_empty():
-        raise DataError(f"{found.events.name} holds neither histories nor clicks; use the train or the dev part")
+        raise DataError.at(
+            found.events.name, "empty", " holds neither histories nor clicks; use the train or the dev part"
+        )
     lines_of = frame[_LINE]
-    refuse_repeats(section, frame, lambda row: f"{found.events.name}, line {lines_of[row]}")
+    refuse_repeats(section, frame, lambda row: Place(found.events.name, line=lines_of[row]))
     rows = frame.select("user_id", "item_id")
     catalogue = catalogue_of(found, set(rows["item_id"].unique()), {})
     read = [member for member in (found.events, found.items) if member is not None]
@@ -85,9 +87,12 @@ def _clicks(block: Block, rows: pl.DataFrame) -> pl.DataFrame:
     unlabelled = listed.filter(~pl.col("item_id").str.contains(f"({_CLICKED}|{_SHOWN})$"))
     if unlabelled.height:
         item, line = unlabelled.select("item_id", _LINE).row(0)
-        raise DataError(
-            f"{block.name}, line {line}: {shown(item)} does not say whether it was clicked ({_CLICKED} or {_SHOWN} at "
-            "the end); the test part is published without this, so use the train or the dev part"
+        raise DataError.at(
+            Place(block.name, line=line),
+            "bad-value",
+            f": {shown(item)} does not say whether it was clicked ({_CLICKED} or {_SHOWN} at "
+            "the end); the test part is published without this, so use the train or the dev part",
+            "impressions",
         )
     clicked = listed.filter(pl.col("item_id").str.ends_with(_CLICKED))
     return clicked.with_columns(pl.col("item_id").str.head(-len(_CLICKED)))

@@ -146,7 +146,9 @@ def movielens_small(section: DataSection, *, seed: int) -> Dataset:
 def _locate(what: _Published, section: DataSection) -> _Found:
     if section.columns != Columns() or section.items is not None:
         raise DataError(
-            f"data.columns and data.items are for source 'table'; source {what.name!r} knows its own columns"
+            f"data.columns and data.items are for source 'table'; source {what.name!r} knows its own columns",
+            kind="contradiction",
+            column="data.columns",
         )
     if section.path is not None:
         return _given(what, section.path)
@@ -160,11 +162,13 @@ def _locate(what: _Published, section: DataSection) -> _Found:
             fetch(what.url, archive, md5=what.md5)
         except DataError as error:
             raise DataError(
-                f"{what.name} is not on this machine: {error}. There are these ways to it: {what.ways}"
+                f"{what.name} is not on this machine: {error}. There are these ways to it: {what.ways}",
+                kind="missing-file",
+                at=error.file,
             ) from error
     found = _in_archive(what, archive)
     if found is None:
-        raise DataError(f"{archive} does not hold {what.name}; delete it and try again")
+        raise DataError.at(archive, "missing-file", f" does not hold {what.name}; delete it and try again")
     return found
 
 
@@ -178,7 +182,12 @@ def _given(what: _Published, text: str) -> _Found:
         found = _in_folder(what, folder) or _in_folder(what, folder / what.folder)
     if found is None:
         wanted = " or ".join(" + ".join(layout[:2]) for layout in what.layouts)
-        raise DataError(f"data.path={text} does not hold {wanted} (each may end in .gz); correct data.path")
+        raise DataError(
+            f"data.path={text} does not hold {wanted} (each may end in .gz); correct data.path",
+            kind="missing-file",
+            at=path,
+            column="data.path",
+        )
     return found
 
 
@@ -292,15 +301,20 @@ def _titles(films: Table, column: str) -> pl.Series:
     titles = texts(films, column)
     blank = (titles.str.strip_chars() == "").arg_true()
     if blank.len():
-        raise DataError(f"{films.where(blank[0])}: column {column!r} is empty; every film needs a title")
+        raise DataError.at(
+            films.where(blank[0]), "missing-value", f": column {column!r} is empty; every film needs a title", column
+        )
     return titles
 
 
 def _column(table: Table, name: str) -> str:
     if name not in table.frame.columns:
-        raise DataError(
-            f"{table.name} has no column {name!r}, so it is not this data set; its columns are: "
-            f"{enumerated(table.frame.columns)}. Fetch the file again"
+        raise DataError.at(
+            table.name,
+            "missing-column",
+            f" has no column {name!r}, so it is not this data set; its columns are: "
+            f"{enumerated(table.frame.columns)}. Fetch the file again",
+            name,
         )
     return name
 

@@ -20,7 +20,7 @@ from llmrec.data.sources import known as sets
 from llmrec.data.sources.counts import Counts, comparison
 from llmrec.data.sources.movielens import movie_title
 from llmrec.data.sources.spec import Attribute, Events, Items, Known, People, Renames
-from llmrec.errors import DataError
+from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.types import Item
 
@@ -152,7 +152,9 @@ def check_known_keys(known: Known, section: DataSection) -> None:
     if section.columns != Columns(text=section.columns.text):
         raise DataError(
             f"data.columns: source {known.name!r} knows its own columns; only data.columns.text can be chosen, or use "
-            "source 'table'"
+            "source 'table'",
+            kind="contradiction",
+            column="data.columns",
         )
 
 
@@ -165,7 +167,9 @@ def _text_column(known: Known, events: Events, section: DataSection) -> str | No
     if asked not in events.texts:
         raise DataError(
             f"data.columns.text={asked}: the texts of source {known.name!r} in this file are: "
-            f"{', '.join(events.texts) or 'none at all'}; name one of them, or {NO_TEXT} to leave texts out"
+            f"{', '.join(events.texts) or 'none at all'}; name one of them, or {NO_TEXT} to leave texts out",
+            kind="unknown-name",
+            column="data.columns.text",
         )
     return asked
 
@@ -341,7 +345,9 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
         item = value_text(place, spec.item, row.get(spec.item))
         if not item.strip():
             if not spec.gaps:
-                raise DataError(f"{place}: column {spec.item!r} is empty; every item needs an id")
+                raise DataError.at(
+                    place, "missing-value", f": column {spec.item!r} is empty; every item needs an id", spec.item
+                )
             nameless += 1
             continue
         if item not in wanted:
@@ -353,7 +359,12 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
         title = next((each for each in titles if not has_markup(each)), None)
         markup += title is None and bool(titles)
         if title is None and spec.complete:
-            raise DataError(f"{place}: column {spec.titles[0]!r} is empty; every item needs a title")
+            raise DataError.at(
+                place,
+                "missing-value",
+                f": column {spec.titles[0]!r} is empty; every item needs a title",
+                spec.titles[0],
+            )
         fields = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
         if spec.film and title is not None:
             title, fields[_YEAR] = movie_title(title)
@@ -361,7 +372,7 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
     return Listed(found, repeated, nameless, markup)
 
 
-def _title(place: str, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
+def _title(place: Place, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
     title = plain(value_text(place, column, row.get(column))).strip()
     return None if not title or (spec.junk is not None and spec.junk in title) else title
 
@@ -377,12 +388,14 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
     for place, row in records(member, spec.form, columns):
         user = value_text(place, spec.user, row.get(spec.user))
         if not user.strip():
-            raise DataError(f"{place}: column {spec.user!r} is empty; every profile needs a user")
+            raise DataError.at(
+                place, "missing-value", f": column {spec.user!r} is empty; every profile needs a user", spec.user
+            )
         people[user] = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
     return people
 
 
-def value_text(place: str, column: str, value: object) -> str:
+def value_text(place: Place, column: str, value: object) -> str:
     """Return a single value as text; what is no text or number counts as missing.
 
     Raises:
@@ -395,7 +408,7 @@ def value_text(place: str, column: str, value: object) -> str:
     return checked(place, column, str(value))
 
 
-def rendered(place: str, attribute: Attribute, row: Mapping[str, object]) -> str:
+def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
     """Return a further field as one text: lists joined, codes in words, entities decoded; HTML is dropped."""
     value = row.get(attribute.column)
     if isinstance(value, list) and value and all(isinstance(path, list) for path in value):

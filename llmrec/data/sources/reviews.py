@@ -15,7 +15,7 @@ from llmrec.data.reading.columns import ids, numbers, texts
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table, decode, json_object, read_bytes, user_path
 from llmrec.data.reading.typed import plain
-from llmrec.errors import DataError
+from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.types import Item
 
@@ -39,13 +39,17 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
     if section.path is None:
         raise DataError(
             "source 'amazon-reviews' reads one category's 5-core reviews, a file such as "
-            "reviews_Musical_Instruments_5.json.gz; set data.path=FILE"
+            "reviews_Musical_Instruments_5.json.gz; set data.path=FILE",
+            kind="missing-key",
+            column="data.path",
         )
     own = Columns(title=section.columns.title, fields=section.columns.fields)
     if section.columns != own:
         raise DataError(
             "source 'amazon-reviews' knows the columns of its file; of data.columns it takes title and fields alone, "
-            "which name columns of data.items, so leave the others out"
+            "which name columns of data.items, so leave the others out",
+            kind="contradiction",
+            column="data.columns",
         )
     main = _read(user_path(section.path))
     listed = read_table(user_path(section.items)) if section.items is not None else None
@@ -117,25 +121,38 @@ def _read(path: Path) -> Table:
     for number, line in enumerate(decode(name, raw, header=0).split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"{name}, line {number}"
+        place = Place(name, line=number)
         record = json_object(place, line)
         for key, values in rows.items():
             values.append(_text(place, key, record))
         lines.append(number)
     if not lines:
-        raise DataError(f"{name} is empty; fetch the file again")
+        raise DataError.at(name, "empty", " is empty; fetch the file again")
     return Table(name, pl.DataFrame(rows, schema=dict.fromkeys(rows, pl.String)), sha256, lines)
 
 
-def _text(place: str, key: str, record: Mapping[str, object]) -> str:
+def _text(place: Place, key: str, record: Mapping[str, object]) -> str:
     if key not in record and key in _NEEDED and key != _TEXT:
-        raise DataError(
-            f"{place} has no {key!r}; this source reads the 5-core reviews of 2014, with the keys {', '.join(_NEEDED)}"
+        raise DataError.at(
+            place,
+            "missing-column",
+            f" has no {key!r}; this source reads the 5-core reviews of 2014, with the keys {', '.join(_NEEDED)}",
+            key,
         )
     value = record.get(key)
     if value is not None and not isinstance(value, str | int | float):
-        raise DataError(f"{place}: {key!r} is a nested value, and must be one text or number; fetch the file again")
+        raise DataError.at(
+            place,
+            "bad-value",
+            f": {key!r} is a nested value, and must be one text or number; fetch the file again",
+            key,
+        )
     text = "" if value is None else plain(str(value))
     if "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text):
-        raise DataError(f"{place}: {key!r} holds a character that is no text (NUL or half of a surrogate); remove it")
+        raise DataError.at(
+            place,
+            "encoding",
+            f": {key!r} holds a character that is no text (NUL or half of a surrogate); remove it",
+            key,
+        )
     return text

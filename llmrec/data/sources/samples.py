@@ -33,7 +33,7 @@ from llmrec.data.sources.sequences import (
     refuse_repeats,
     table_form,
 )
-from llmrec.errors import DataError
+from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import DataSection
 
 _PARTS = {
@@ -61,7 +61,9 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
     if section.split.kind != "given":
         raise DataError(
             f"data.split.kind={section.split.kind}: source 'samples' has its own split, and its rows cannot be split "
-            "otherwise; set data.split.kind=given"
+            "otherwise; set data.split.kind=given",
+            kind="contradiction",
+            column="data.split.kind",
         )
     members = members_of("samples", section.path)
     # Where the path names one file, it stands for its folder: all three are needed.
@@ -76,8 +78,8 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
     held = {part: _add_held_out(built, people, part, found[part]) for part in ("valid", "test")}
     frame = pl.DataFrame({"user_id": built.users, "item_id": built.items})
 
-    def place(row: int) -> str:
-        return f"{built.files[row]}, line {built.lines[row]}"
+    def place(row: int) -> Place:
+        return Place(built.files[row], line=built.lines[row])
 
     refuse_repeats(section, frame, place)
     entries = items_member(members, section)
@@ -117,7 +119,12 @@ def _read(member: Member) -> Iterator[_Row]:
         for index, (line, user, history, target) in enumerate(zip(*columns, strict=True)):
             row = _Row(line, user, tuple(history.split()), target.strip())
             if len(row.target.split()) != 1:
-                raise DataError(f"{block.where(index)}: column {_TARGET!r} is {shown(target)}; write one item id there")
+                raise DataError.at(
+                    block.where(index),
+                    "bad-value",
+                    f": column {_TARGET!r} is {shown(target)}; write one item id there",
+                    _TARGET,
+                )
             yield row
 
 

@@ -20,7 +20,7 @@ from llmrec.data.reading.pieces import Piece, decoded, numbered, pieces
 from llmrec.data.reading.text import user_path
 from llmrec.data.sources.published import read_items, untitled
 from llmrec.data.sources.spec import Attribute, Form, Items
-from llmrec.errors import DataError
+from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.types import Item
 
@@ -42,8 +42,8 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
     entries = items_member(members, section)
     frame, lines = _read(main)
 
-    def place(row: int) -> str:
-        return f"{main.name}, line {lines[row]}"
+    def place(row: int) -> Place:
+        return Place(main.name, line=lines[row])
 
     refuse_repeats(section, frame, place)
     catalogue, notes = items_of(section, frame["item_id"], entries, place)
@@ -73,15 +73,16 @@ def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
     """Return one row an interaction, and the line of each."""
     frames = [_sequences_of(piece) for piece in pieces(main, quoted=False) if piece.raw.strip()]
     if not frames or all(frame.is_empty() for frame in frames):
-        raise DataError(f"{main.name} holds no lines; write it again")
+        raise DataError.at(main.name, "empty", " holds no lines; write it again")
     users = pl.concat(frames)
     again = (~users["user_id"].is_first_distinct()).arg_true()
     if again.len():
         user, line = users.select("user_id", "line").row(again[0])
         first = users.filter(pl.col("user_id") == user)["line"][0]
-        raise DataError(
-            f"{main.name}, line {line}: user {shown(user)} has a line already, line {first}; write one line a user, "
-            "oldest item first"
+        raise DataError.at(
+            Place(main.name, line=line),
+            "duplicate",
+            f": user {shown(user)} has a line already, line {first}; write one line a user, oldest item first",
         )
     rows = users.explode("item_id")
     return rows.select(_PAIR), rows["line"].to_list()
@@ -95,9 +96,10 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
     empty = (frame["item_id"].list.len() == 0).arg_true()
     if empty.len():
         user, line = frame.select("user_id", "line").row(empty[0])
-        raise DataError(
-            f"{piece.name}, line {line}: user {shown(user)} has no items; write the user and then its items, "
-            "separated by spaces"
+        raise DataError.at(
+            Place(piece.name, line=line),
+            "missing-value",
+            f": user {shown(user)} has no items; write the user and then its items, separated by spaces",
         )
     return frame
 
@@ -111,7 +113,9 @@ def check_keys(source: str, section: DataSection) -> None:
     if columns != Columns(item=columns.item, title=columns.title, fields=columns.fields):
         raise DataError(
             f"data.columns: source {source!r} has no such columns; item, title and fields of its table of items can be "
-            "named"
+            "named",
+            kind="contradiction",
+            column="data.columns",
         )
 
 
@@ -122,10 +126,19 @@ def members_of(source: str, path: str | None) -> list[Member]:
         DataError: If there is none.
     """
     if path is None:
-        raise DataError(f"source {source!r} needs a folder, a zip archive or a file; set data.path; see docs/data.md")
+        raise DataError(
+            f"source {source!r} needs a folder, a zip archive or a file; set data.path; see docs/data.md",
+            kind="missing-key",
+            column="data.path",
+        )
     place = user_path(path)
     if not place.exists():
-        raise DataError(f"data.path={path}: there is no such file or folder; correct it")
+        raise DataError(
+            f"data.path={path}: there is no such file or folder; correct it",
+            kind="missing-file",
+            at=place,
+            column="data.path",
+        )
     if place.is_file() and place.suffix.lower() != ".zip":
         own = Member(str(place), place)
         return [own, *(member for member in listing(place.parent) if member.plain != own.plain)]
@@ -145,7 +158,12 @@ def member_of(members: Sequence[Member], names: Sequence[str], path: str | None,
     """
     found = _first(members, names)
     if found is None:
-        raise DataError(f"data.path={path} holds no {' or '.join(names)} (or {names[0]}.gz), {what}; correct data.path")
+        raise DataError(
+            f"data.path={path} holds no {' or '.join(names)} (or {names[0]}.gz), {what}; correct data.path",
+            kind="missing-file",
+            at=path,
+            column="data.path",
+        )
     return found
 
 
@@ -166,7 +184,7 @@ def table_form(member: Member) -> Form:
 
 
 def items_of(
-    section: DataSection, item_ids: pl.Series, entries: Member | None, place: Callable[[int], str]
+    section: DataSection, item_ids: pl.Series, entries: Member | None, place: Callable[[int], Place]
 ) -> tuple[Mapping[str, Item], tuple[str, ...]]:
     """Return the entries of items, and notes on what is missing.
 
@@ -196,8 +214,10 @@ def items_of(
     listed = read_items(entries, spec, wanted)
     known = listed.entries
     if listed.repeated and section.duplicates == "error":
-        raise DataError(
-            f"{entries.name} lists {listed.repeated} items again; drop the repeats, or set data.duplicates=keep_last"
+        raise DataError.at(
+            entries.name,
+            "duplicate",
+            f" lists {listed.repeated} items again; drop the repeats, or set data.duplicates=keep_last",
         )
     _all_listed(item_ids, known, entries, place)
     catalogue = {item: Item(item_id=item, title=name or item, fields=fields) for item, (name, fields) in known.items()}
@@ -205,18 +225,20 @@ def items_of(
     return catalogue, untitled(entries.name, missing, len(known)) + listed.notes(entries.name)
 
 
-def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, place: Callable[[int], str]) -> None:
+def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, place: Callable[[int], Place]) -> None:
     listed = pl.Series(list(known), dtype=pl.String)
     absent = (~item_ids.is_in(listed.implode())).arg_true()
     if absent.len():
         item = item_ids[absent[0]]
-        raise DataError(
-            f"{place(absent[0])}: item {shown(item)} is not in {entries.name} "
-            f"({item_ids.gather(absent).n_unique()} such items); add it there, or drop it here"
+        raise DataError.at(
+            place(absent[0]),
+            "unknown-name",
+            f": item {shown(item)} is not in {entries.name} "
+            f"({item_ids.gather(absent).n_unique()} such items); add it there, or drop it here",
         )
 
 
-def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[int], str]) -> None:
+def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[int], Place]) -> None:
     """Refuse a user's second interaction with an item, unless the recipe keeps the latest.
 
     Raises:
@@ -227,9 +249,11 @@ def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[i
     again = (~frame.select(pl.struct(_PAIR).is_first_distinct()).to_series()).arg_true()
     if again.len():
         user, item = frame.select(_PAIR).row(again[0])
-        raise DataError(
-            f"{place(again[0])}: user {shown(user)} has item {shown(item)} again ({again.len()} such repeats); drop "
-            "the repeats, or set data.duplicates=keep_last to keep the latest of each"
+        raise DataError.at(
+            place(again[0]),
+            "duplicate",
+            f": user {shown(user)} has item {shown(item)} again ({again.len()} such repeats); drop "
+            "the repeats, or set data.duplicates=keep_last to keep the latest of each",
         )
 
 

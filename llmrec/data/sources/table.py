@@ -45,7 +45,9 @@ def load(section: DataSection, *, seed: int) -> Dataset:
     dataset: Dataset = filters.apply(source(section, seed=seed), section.filter)
     if len(dataset.items) < 2:
         raise DataError(
-            f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter"
+            f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter",
+            kind="too-few",
+            column="data.filter",
         )
     return dataset
 
@@ -67,7 +69,11 @@ def table(section: DataSection, *, seed: int) -> Dataset:
         MissingExtra: If a hub dataset is asked for and ``datasets`` is not installed.
     """
     if section.path is None:
-        raise DataError("source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]")
+        raise DataError(
+            "source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]",
+            kind="missing-key",
+            column="data.path",
+        )
     main = _read(section.path)
     columns = section.columns
     user = find(main, columns.user, "user_id", "data.columns.user") or ""
@@ -124,9 +130,12 @@ def _read_hub(path: str) -> Table:
         found = datasets.load_dataset(name, split=part or "train")
         values = found.with_format("arrow")[:]
     except Exception as error:  # the library raises dozens of types, from network errors to parser errors
-        raise DataError(
-            f"{path} cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in "
-            "data.path, and that the hub can be reached, or download the table and give its file as data.path"
+        raise DataError.at(
+            path,
+            "unreachable",
+            f" cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in "
+            "data.path, and that the hub can be reached, or download the table and give its file as data.path",
+            "data.path",
         ) from error
     return from_arrow(path, values)
 
@@ -144,17 +153,28 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
         DataError: If the file is missing or damaged, a key is not there, or a row cannot be used.
     """
     if section.path is None:
-        raise DataError("source 'explanations' needs a file of JSON Lines; set data.path=FILE")
+        raise DataError(
+            "source 'explanations' needs a file of JSON Lines; set data.path=FILE",
+            kind="missing-key",
+            column="data.path",
+        )
     if section.items is not None or section.columns != Columns():
-        raise DataError("source 'explanations' knows its columns and has titles; leave out data.items and data.columns")
+        raise DataError(
+            "source 'explanations' knows its columns and has titles; leave out data.items and data.columns",
+            kind="contradiction",
+            column="data.columns",
+        )
     path = user_path(section.path)
     raw, sha256 = read_bytes(path)
     main = json_lines(str(path), raw, sha256)
     absent = [name for name in _COLUMNS if name not in main.frame.columns]
     if absent:
-        raise DataError(
-            f"{main.name} has no {absent[0]!r}; this source reads rows with the keys {', '.join(_COLUMNS)}. Use source "
-            "'table' and data.columns for other tables"
+        raise DataError.at(
+            main.name,
+            "missing-column",
+            f" has no {absent[0]!r}; this source reads rows with the keys {', '.join(_COLUMNS)}. Use source "
+            "'table' and data.columns for other tables",
+            absent[0],
         )
     users, items = ids(main, "uid"), ids(main, "iid")
     given = texts(main, "explanation")

@@ -1,0 +1,137 @@
+"""Data values in templates: each is handed out as a placeholder, and comes out of the rendered text as a segment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.guard import TEXT_LIMIT, clean, without_item_tokens
+from llmrec.types import Code, CodedId, Segment
+
+OUTPUT_LIMIT = 256 * 1024
+LOOKUP_LIMIT = 256 * 1024
+"""Most values that one rendering may look up or compare; a loop can keep busy without writing anything."""
+_MARK = re.compile("\ue000([0-9]+)\ue001")
+
+
+class Ledger:
+    """Hands out placeholders for data values and turns them back into segments."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.size = 0
+        self.lookups = 0
+
+    def wrap(self, value: object) -> object:
+        """Replace strings by data, mappings by records; numbers and None pass. Only a code may hold item tokens.
+
+        A function gives its value: what takes time to find is found where a template mentions it.
+        """
+        if callable(value):
+            return self.wrap(value())
+        if isinstance(value, Code):
+            return _Datum(self, str(value))
+        if isinstance(value, CodedId):
+            return self.wrap(value.code)
+        if isinstance(value, str):
+            return _Datum(self, without_item_tokens(clean(value, TEXT_LIMIT)))
+        if isinstance(value, Mapping):
+            return _Record(self, value)
+        if isinstance(value, Sequence):
+            return [self.wrap(each) for each in value]
+        return value
+
+    def spend(self, characters: int) -> None:
+        """Count characters of the rendered text.
+
+        Raises:
+            RecipeError: If there are more than `OUTPUT_LIMIT`.
+        """
+        self.size += characters
+        if self.size > OUTPUT_LIMIT:
+            raise RecipeError(
+                f"the rendered text is longer than {OUTPUT_LIMIT} characters; show fewer or shorter values",
+                kind="too-large",
+            )
+
+    def look(self) -> None:
+        """Count a value that is looked up or compared.
+
+        Raises:
+            RecipeError: If there are more than `LOOKUP_LIMIT`.
+        """
+        self.lookups += 1
+        if self.lookups > LOOKUP_LIMIT:
+            raise RecipeError(
+                f"it looks up more than {LOOKUP_LIMIT} values; loop over fewer or compare less", kind="too-large"
+            )
+
+    def mark(self, text: str) -> str:
+        """Return the placeholder of a text."""
+        self.spend(len(text))
+        self.texts.append(text)
+        return f"\ue000{len(self.texts) - 1}\ue001"
+
+    def segments(self, rendered: str) -> tuple[Segment, ...]:
+        """Return a rendered text with the values in place of their placeholders."""
+        pieces = _MARK.split(rendered)
+        both = [
+            Segment("item", self.texts[int(piece)]) if index % 2 else Segment("text", piece)
+            for index, piece in enumerate(pieces)
+        ]
+        return tuple(segment for segment in both if segment.text)
+
+
+class _Datum:
+    """One data value: compared and tested by what it says, printed as a placeholder."""
+
+    __slots__ = ("_ledger", "_text")
+
+    def __init__(self, ledger: Ledger, text: str) -> None:
+        self._ledger = ledger
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._ledger.mark(self._text)
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __eq__(self, other: object) -> bool:
+        self._ledger.look()
+        return self._text == (other._text if isinstance(other, _Datum) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __contains__(self, other: object) -> bool:
+        self._ledger.look()
+        return str(other._text if isinstance(other, _Datum) else other) in self._text
+
+
+class _Record:
+    """Named data values such as an item's title; a name that the mapping lacks is an error."""
+
+    __slots__ = ("_known", "_ledger", "_source")
+
+    def __init__(self, ledger: Ledger, source: Mapping[str, object]) -> None:
+        self._ledger = ledger
+        self._source = source
+        self._known: dict[str, object] = {}
+
+    def __getattr__(self, name: str) -> object:
+        self._ledger.look()
+        try:
+            # A long text is cleaned once, however often a template asks for it.
+            if name not in self._known:
+                self._known[name] = self._ledger.wrap(self._source[name])
+            return self._known[name]
+        except KeyError:
+            known = ", ".join(sorted(self._source))
+            raise RecipeError(
+                f"unknown field {name!r}{did_you_mean(name, self._source)}; known: {known}", kind="unknown-name"
+            ) from None
+
+    def __str__(self) -> str:
+        raise RecipeError("a record cannot be shown whole; name one of its fields", kind="bad-value")
