@@ -277,7 +277,7 @@ def test_download_once(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatc
 
 def test_a_download_that_is_not_the_published_file(alone: Path, serve: Serve) -> None:
     serve(archive("ml-100k", OFFICIAL))
-    with raises(DataError, Facts("missing-file", says=("0e33842e24a9c977be4e0107933c0723", "recbole==1.2.1"))):
+    with raises(DataError, Facts("damaged", says=("0e33842e24a9c977be4e0107933c0723", "recbole==1.2.1"))):
         hundred()
     assert list(alone.iterdir()) == []
 
@@ -285,7 +285,7 @@ def test_a_download_that_is_not_the_published_file(alone: Path, serve: Serve) ->
 def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.data.reading.files._MAX_ARCHIVE", 10)
     serve(archive("ml-latest-small", SMALL))
-    with raises(DataError, Facts("missing-file", says="10 bytes")):
+    with raises(DataError, Facts("too-large", says="10 bytes")):
         small()
     assert list(alone.iterdir()) == []
 
@@ -317,16 +317,16 @@ def test_archives_that_are_none(alone: Path) -> None:
 
 def test_nowhere_names_the_ways(alone: Path) -> None:
     ways = ("pip install --no-deps recbole==1.2.1", "data.path=", "network", "unreachable")
-    with raises(DataError, Facts("missing-file", says=ways)):
+    with raises(DataError, Facts("unreachable", says=ways)):
         hundred()
-    with raises(DataError, Facts("missing-file", says="data.path=FOLDER")):
+    with raises(DataError, Facts("unreachable", says="data.path=FOLDER")):
         small()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "file"))
-    with raises(DataError, Facts("missing-file", says="set LLMREC_CACHE")):
+    with raises(DataError, Facts("unreadable", says="set LLMREC_CACHE")):
         hundred()
 
 

@@ -163,7 +163,7 @@ def _locate(what: _Published, section: DataSection) -> _Found:
         except DataError as error:
             raise DataError(
                 f"{what.name} is not on this machine: {error}. There are these ways to it: {what.ways}",
-                kind="missing-file",
+                kind=error.kind,
                 at=error.file,
             ) from error
     found = _in_archive(what, archive)
