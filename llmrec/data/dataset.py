@@ -12,6 +12,7 @@ import polars as pl
 from llmrec.data.hashing import digest_frame, digest_strings
 from llmrec.data.reading.limits import reason
 from llmrec.errors import DataError
+from llmrec.guard import clean
 from llmrec.recipe.schema import Filter
 from llmrec.types import Item
 
@@ -133,6 +134,11 @@ class Dataset:
     def has_time(self) -> bool:
         """Whether there are timestamps; without them the row order is the time order."""
         return self.interactions["timestamp"].null_count() < self.interactions.height
+
+    @cached_property
+    def titles(self) -> Mapping[str, str]:
+        """Titles by item, cleaned as prompts write them."""
+        return {item_id: clean(item.title) for item_id, item in self.items.items()}
 
     @cached_property
     def fingerprint(self) -> str:

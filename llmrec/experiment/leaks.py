@@ -95,8 +95,8 @@ class _Secrets:
     """
 
     def __init__(self, data: SplitDataset, index: ItemIndex | None = None) -> None:
-        def written(item: str) -> str:
-            return clean(data.dataset.items[item].title if index is None else index.encode(item))
+        items = data.dataset.items
+        written = data.dataset.titles if index is None else {item: clean(index.encode(item)) for item in items}
 
         def parts(user: str, item: str, text: str | None) -> list[str]:
             review = data.dataset.reviews.get((user, item))
@@ -107,13 +107,13 @@ class _Secrets:
         wrote: dict[str, list[str]] = defaultdict(list)
         for frame in (data.train, data.known):
             for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
-                known[user].add(written(item))
+                known[user].add(written[item])
                 wrote[user] += parts(user, item, text)
         self.titles: dict[str, dict[str, str]] = defaultdict(dict)
         self.texts: dict[str, dict[str, str]] = defaultdict(dict)
         for frame in (data.valid, data.test):
             for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
-                title = written(item)
+                title = written[item]
                 if title not in known[user]:
                     self.titles[user][title] = item
                 for whole in parts(user, item, text):
@@ -169,30 +169,31 @@ def _told(example: Example, secrets: _Secrets) -> Iterator[str]:
 def questions(study: Study, family: str) -> Check:
     """Whether a question shows its own answer: in the history, a profile, or anywhere in the rendered prompt."""
     cases, places = study.cases(family), []
+    titles = frozenset(study.task_data(family).dataset.titles.values() if family_of(family).answers_with_items else ())
     for case in cases:
         request, truth = case.request, str(case.truth)
         if family_of(family).ranks_for_users and any(event.item_id == truth for event in request.history):
             places.append(f"request {request.id}: the history holds the target")
-        places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case)]
+        places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case, titles)]
         if request.item is not None and any(event.item_id == request.item for event in request.history):
             places.append(f"request {request.id}: the history holds the item that is asked about")
     names = ", ".join(template.name for template in study.eval_templates(family))
     return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", places)
 
 
-def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
+def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
+    """Yield the templates whose prompt shows the answer; ``titles``: the catalogue's, where it is an item."""
     data, request = study.task_data(family), case.request
     own = family_of(family)
     ranked = own.answers_with_items
-    secret = clean(data.dataset.items[str(case.truth)].title) if ranked else clean(str(case.truth))[:_TEXT]
+    secret = data.dataset.titles[str(case.truth)] if ranked else clean(str(case.truth))[:_TEXT]
     # A review may well hold the words of its headline: reading them there is the task.
     if own.quotes or (not ranked and len(secret) < _TELLING):
         return
     # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
     if not ranked and any(secret in clean(event.text or "") for event in request.history):
         return
-    titles = {clean(item.title) for item in data.dataset.items.values()} if ranked else set()
-    others = {clean(data.dataset.items[event.item_id].title) for event in request.history}
+    others = {data.dataset.titles[event.item_id] for event in request.history}
     for template in study.eval_templates(family):
         asked = request
         if own.lists and asks_for(template) == "yes":
@@ -225,8 +226,8 @@ def _answers_itself(study: Study, family: str, case: Case) -> Iterator[str]:
 
 def _other_than(case: Case, data: SplitDataset) -> str | None:
     """Return a candidate that is not called what the answer is: asked about it, a prompt must not name the answer."""
-    titles = {item: clean(data.dataset.items[item].title) for item in case.request.candidates or ()}
-    return next((item for item, title in titles.items() if title != titles.get(str(case.truth))), None)
+    titles, truth = data.dataset.titles, str(case.truth)
+    return next((item for item in case.request.candidates or () if titles[item] != titles[truth]), None)
 
 
 def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:

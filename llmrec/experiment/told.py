@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from llmrec.data.split import SplitDataset
-from llmrec.prompts.template import clean
+from llmrec.guard import clean
 
 NAMED = 6
 """Shorter titles ("Emma", "Heat") are words of many texts, and do not name an item where they stand in one."""
@@ -25,7 +25,7 @@ def told(data: SplitDataset) -> tuple[Told, ...]:
     """Return every place where a profile, as prompts show it, names an item that is held out for its user."""
     profiles, held = data.dataset.users, defaultdict[str, dict[str, str]](dict)
     for user, item in sorted(data.held_out):
-        title = clean(data.dataset.items[item].title) if user in profiles and item in data.dataset.items else ""
+        title = data.dataset.titles.get(item, "") if user in profiles else ""
         if len(title) >= NAMED:
             held[user][title] = item
     return tuple(
