@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
@@ -22,7 +20,7 @@ from llmrec.experiment.claiming import RUN
 from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
 from llmrec.experiment.evaluation import Evaluation, Row
 from llmrec.experiment.indexing import with_tokens
-from llmrec.experiment.results import write_results
+from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.runs import start_of
 from llmrec.experiment.study import Study, build_study, folder_of
@@ -30,6 +28,9 @@ from llmrec.experiment.training import train_stage, trained
 from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.recipe.load import dump
 from llmrec.recipe.schema import Recipe
+from llmrec.report import page
+from llmrec.report.audit import AuditLine
+from llmrec.report.results import Made
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,13 @@ class Run:
     Attributes:
         folder: The run folder.
         results: What ``results.json`` holds.
+        rows: Its rows in the same order, with their figures by request.
         report: Path of the HTML page.
     """
 
     folder: Path
     results: dict[str, Any]
+    rows: Sequence[Row]
     report: Path
 
 
@@ -66,16 +69,15 @@ def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, m
         session = open_session(recipe, folder, quiet=quiet)
         training = None
         if "tuned" in recipe.eval.arms:
-            training = session.trained()
-            if training is None and not may_train:
+            training = session.train() if may_train else session.trained()
+            if training is None:
                 raise RecipeError(
                     f"{folder} holds no adapter made by this recipe, which the tuned arm needs; run "
                     "`llmrec train` first, or evaluate other arms with 'eval.arms=[zero-shot, few-shot]'"
                 )
-            training = training or session.train()
-        results = session.evaluate(training)
-        session.audit(results)
-        return Run(folder, results, report(folder))
+        rows, written = session.evaluate(training)
+        made = Made(written.results, written.predictions, session.audit(written), session.item_index)
+        return Run(folder, written.results, rows, page.write(folder, made)["html"])
 
 
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> dict[str, Any]:
@@ -87,9 +89,7 @@ def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> di
 
 def report(folder: Path) -> Path:
     """Write the report of a run folder and return the page's path."""
-    from llmrec.report.page import write
-
-    return write(folder)["html"]
+    return page.write(folder)["html"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Session:
     """A study with its tokenizer, model folders, run folder and budget.
 
     ``base`` answers in the arms that are not tuned; training goes on from ``start``, which is another one only where
-    the recipe names a run (``train.start``).
+    the recipe names a run (``train.start``). ``item_index`` is the report's line on the index.
     """
 
     study: Study
@@ -107,6 +107,7 @@ class Session:
     folder: Path
     budget: Budget
     quiet: bool
+    item_index: str = ""
 
     def trained(self) -> dict[str, Any] | None:
         """Return the training record that this recipe left in the folder, if any."""
@@ -116,8 +117,8 @@ class Session:
         """Train, or reuse."""
         return train_stage(self.study, self.encoder, self.start, self.folder, self.budget, quiet=self.quiet)
 
-    def evaluate(self, training: dict[str, Any] | None) -> dict[str, Any]:
-        """Evaluate every arm and write the results."""
+    def evaluate(self, training: dict[str, Any] | None) -> tuple[list[Row], Written]:
+        """Evaluate every arm and write the results; returns the rows and what was written."""
         recipe = self.study.recipe
         evaluation = Evaluation(self.study, self.encoder, self.folder, self.budget, quiet=self.quiet)
         store = AnswerStore(self.folder / "answers.sqlite")
@@ -133,16 +134,17 @@ class Session:
             model = {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
         else:
             model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
-        return write_results(self.study, rows, training, model, self.budget, self.folder)
+        return rows, write_results(self.study, rows, training, model, self.budget, self.folder)
 
-    def audit(self, results: dict[str, Any]) -> None:
+    def audit(self, written: Written) -> tuple[AuditLine, ...]:
         """Look for held-out data where it must not be; the report refuses a run that leaks."""
-        predictions, kept = pl.read_parquet(self.folder / "predictions.parquet"), self.folder / "audit-baselines.json"
-        checks = list(audit.examine(self.study, results, predictions, kept=kept))
-        audit.write(self.folder, checks)
+        kept = self.folder / "audit-baselines.json"
+        checks = list(audit.examine(self.study, written.results, written.predictions, kept=kept))
+        lines = audit.write(self.folder, checks, of=written.sha256)
         for check in checks:
             if check.verdict == "leak":
                 log.warning("audit: %s: %s", check.name, check.found)
+        return lines
 
     def _weights(self, arm: str, training: dict[str, Any] | None) -> tuple[str, str]:
         """Return the model folder of an arm and a hash that stands for its weights."""
@@ -174,7 +176,7 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: Spl
         if study.aligned is not None:
             with replacing(folder / "candidates" / f"alignment-{recipe.eval.split}.parquet") as draft:
                 study.aligned.save(draft)
-        index_report.write_run(study, folder)
+        item_index = index_report.write_run(study, folder)
     with budget.stage("model"):
         base = resolve(recipe.model, seed=recipe.seed)
         refuse_paired(base, recipe.model, recipe.eval)
@@ -183,7 +185,7 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: Spl
         )
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
         start = start_of(study, encoder, base, folder)
-    return Session(study, encoder, base, start, folder, budget, quiet)
+    return Session(study, encoder, base, start, folder, budget, quiet, item_index)
 
 
 def _preflight(recipe: Recipe) -> None:

@@ -23,7 +23,8 @@ from llmrec.machine import versions
 from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
 from llmrec.recipe.load import load_recipe
 from llmrec.report import page
-from llmrec.report.audit import LeakError
+from llmrec.report.audit import AuditLine, LeakError, lines_of
+from llmrec.report.results import Made
 from llmrec.tasks.family import family_of
 
 FILE = "audit.json"
@@ -51,12 +52,13 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
     with locked(folder):
         study = build_study(load_recipe(str(recipe)))
         results = json.loads(stored.read_text(encoding="utf-8"))
-        checks = list(examine(study, results, pl.read_parquet(folder / "predictions.parquet")))
+        predictions = pl.read_parquet(folder / "predictions.parquet")
+        checks = list(examine(study, results, predictions))
         if memory:
             checks.append(_memory(study))
-        write(folder, checks)
+        lines = write(folder, checks, of=sha256_of(stored))
         with suppress(LeakError):
-            page.write(folder)
+            page.write(folder, Made(results, predictions, lines))
     return checks
 
 
@@ -117,13 +119,18 @@ def _baselines(study: Study, kept: Path) -> Check:
     return Check(**{**found, "examples": tuple(found["examples"])})
 
 
-def write(folder: Path, checks: Sequence[Check]) -> None:
-    """Write ``audit.json``: the checks, and how many of them are leaks."""
+def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine, ...]:
+    """Write ``audit.json``, the checks and how many of them are leaks; return them as the report shows them.
+
+    Args:
+        folder: The run folder.
+        checks: What was found.
+        of: The sha256 of its ``results.json``, so that the report never shows the audit of others.
+    """
     found = [asdict(check) for check in checks]
     leaks = sum(check.verdict == "leak" for check in checks)
-    # Which results it is of, so that the report never shows the audit of others.
-    of = sha256_of(folder / "results.json")
     write_json(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": found})
+    return lines_of(found)
 
 
 def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:

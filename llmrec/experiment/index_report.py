@@ -105,20 +105,22 @@ def indexed_data(recipe: Recipe) -> SplitDataset:
     return data.without(reviews.held_out)
 
 
-def write_run(study: Study, folder: Path) -> None:
+def write_run(study: Study, folder: Path) -> str:
     """Write the index of a study, its figures and its page into a run folder; remove the page of an earlier one.
 
-    An index that lies there already is left as it is.
+    An index that lies there already is left as it is. Returns the line on it for the run's report; nothing without one.
     """
     where, page = folder / index_words.FOLDER, folder / "report" / index_words.PAGE
     page.unlink(missing_ok=True)
     if study.index is None:
-        return
+        return ""
     if _digest(where) != study.index.digest:
         study.index.save(where)
     found = diagnose(study.index, _counts(study.data))
-    write_json(where / index_words.DIAGNOSTICS, found.as_json())
+    figures = found.as_json()
+    write_json(where / index_words.DIAGNOSTICS, figures)
     index_page.write(_content(study.recipe, study.data, study.index, found, run=True), page)
+    return index_words.line_of(figures)
 
 
 def summary(made: Indexed) -> dict[str, dict[str, str]]:

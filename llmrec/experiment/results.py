@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ _SCHEMA: Mapping[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was written: the content of ``results.json`` and its sha256, and the lines of ``predictions.parquet``."""
+
+    results: dict[str, Any]
+    sha256: str
+    predictions: pl.DataFrame
+
+
 def write_results(
     study: Study,
     rows: Sequence[Row],
@@ -59,7 +69,7 @@ def write_results(
     model: Mapping[str, Any],
     budget: Budget,
     folder: Path,
-) -> dict[str, Any]:
+) -> Written:
     """Write ``results.json`` and ``predictions.parquet`` to the run folder, each atomically.
 
     ``budget`` holds what each stage cost when it last ran: a stage that this invocation reused keeps its figure.
@@ -101,9 +111,8 @@ def write_results(
         ],
         "notes": notes(study),
     }
-    write_predictions(rows, folder / "predictions.parquet")
-    write_json(folder / "results.json", results)
-    return results
+    predictions = write_predictions(rows, folder / "predictions.parquet")
+    return Written(results, write_json(folder / "results.json", results), predictions)
 
 
 def _spent_before(path: Path, hashed: str) -> dict[str, float]:
@@ -208,8 +217,8 @@ def _users(row: Row) -> list[str]:
     return [record["user_id"] for record in row.records]
 
 
-def write_predictions(rows: Sequence[Row], path: Path) -> None:
-    """Write one line per row and request."""
+def write_predictions(rows: Sequence[Row], path: Path) -> pl.DataFrame:
+    """Write one line per row and request, and return them."""
     lines = [
         {
             "row_id": row.figures["id"],
@@ -219,8 +228,10 @@ def write_predictions(rows: Sequence[Row], path: Path) -> None:
         for row in rows
         for record in row.records
     ]
+    frame = pl.DataFrame(lines, schema=dict(_SCHEMA))
     with replacing(path) as draft:
-        pl.DataFrame(lines, schema=dict(_SCHEMA)).write_parquet(draft)
+        frame.write_parquet(draft)
+    return frame
 
 
 def describe(data: SplitDataset) -> dict[str, Any]:

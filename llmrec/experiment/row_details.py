@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from llmrec.data.hashing import hash64
+from llmrec.evaluate.predictor import Protocol
 from llmrec.evaluate.slices import slice_figures
 from llmrec.experiment.evaluation import Row, protocol_of
 from llmrec.experiment.study import Study
@@ -65,12 +66,13 @@ def breakdowns(study: Study, rows: Sequence[Row], headline: Mapping[str, str]) -
         The last two stand on rows with candidates, the trend on those of language models only.
     """
     cases = {family: study.cases(family) for family in study.tasks}
+    protocols = {family: protocol_of(study, family) for family in study.tasks}
     placed = [place(row, cases[row.figures["task"]]) for row in rows]
     trends = _trends(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
     return [
         {
             "users": len({record["user_id"] for record in row.records}),
-            "slices": _slices(study, row, cases[row.figures["task"]], headline[row.figures["task"]]),
+            "slices": _slices(study, row, cases, headline, protocols),
             **({"by_position": by_position(found)} if found is not None else {}),
             **({"position_trend": trend} if trend is not None else {}),
         }
@@ -78,17 +80,23 @@ def breakdowns(study: Study, rows: Sequence[Row], headline: Mapping[str, str]) -
     ]
 
 
-def _slices(study: Study, row: Row, cases: Sequence[Case], headline: str) -> list[dict[str, Any]]:
-    metric = _INSTEAD.get(headline, headline)
+def _slices(
+    study: Study,
+    row: Row,
+    cases: Mapping[str, Sequence[Case]],
+    headline: Mapping[str, str],
+    protocols: Mapping[str, Protocol],
+) -> list[dict[str, Any]]:
+    family = row.figures["task"]
+    metric = _INSTEAD.get(headline[family], headline[family])
     if metric not in row.values:
         return []
-    family = row.figures["task"]
     found = slice_figures(
         {metric: row.values[metric]},
-        cases,
+        cases[family],
         study.task_data(family),
         metrics=row.figures["metrics"],
-        protocol=protocol_of(study, family),
+        protocol=protocols[family],
     )
     return [asdict(each) for each in found]
 

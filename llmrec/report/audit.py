@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -47,7 +47,7 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-        lines = [AuditLine(**line) for line in mended(content["checks"])]
+        lines = lines_of(mended(content["checks"]))
         of = str(content["results_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise DataError(
@@ -55,7 +55,12 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
         ) from error
     if of != sha256_of(run_dir / "results.json"):
         return None
-    return tuple(sorted(lines, key=lambda line: _ORDER.index(line.verdict)))
+    return lines
+
+
+def lines_of(checks: Iterable[Mapping[str, Any]]) -> tuple[AuditLine, ...]:
+    """Return checks as `audit_lines` does."""
+    return tuple(sorted((AuditLine(**check) for check in checks), key=lambda line: _ORDER.index(line.verdict)))
 
 
 def how_to_audit(run_dir: Path) -> str:
@@ -74,13 +79,13 @@ def audit_sentence(lines: Sequence[AuditLine]) -> str:
     return f"{said}. Held-out data was looked for wherever it could enter training or prompts."
 
 
-def refuse_leaks(run_dir: Path) -> None:
-    """Refuse a run whose audit found a leak.
+def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
+    """Refuse a run whose audit, the ``lines``, found a leak.
 
     Raises:
         LeakError: If there is a leak.
     """
-    if said := refusal(audit_lines(run_dir) or ()):
+    if said := refusal(lines):
         raise LeakError(f"{run_dir / AUDIT}: {VERDICT[0].lower()}{VERDICT[1:]} {said}")
 
 

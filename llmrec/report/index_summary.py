@@ -119,14 +119,15 @@ def line(run_dir: Path) -> str:
     if not (run_dir / "report" / PAGE).is_file():
         return ""
     try:
-        return _line(json.loads(path.read_bytes()))
+        return line_of(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: cannot be read ({flat(str(error))}); run the recipe again, which writes it anew"
         ) from error
 
 
-def _line(found: Mapping[str, Any]) -> str:
+def line_of(found: Mapping[str, Any]) -> str:
+    """Return that line from the content of the file of figures."""
     length = found["pieces"] or found["characters"]
     shown = spread(Spread(least=int(length["least"]), mean=float(length["mean"]), most=int(length["most"])))
     unit = "tokens" if found["pieces"] else "characters"

@@ -21,13 +21,22 @@ from llmrec.report import costs, marks, positions, slices, texts, wording
 from llmrec.report import index_summary as index_words
 from llmrec.report import marks as templates
 from llmrec.report import results as facts
-from llmrec.report.audit import VERDICT, AuditLine, LeakError, audit_lines, audit_sentence, how_to_audit, refusal
+from llmrec.report.audit import (
+    VERDICT,
+    AuditLine,
+    LeakError,
+    audit_lines,
+    audit_sentence,
+    how_to_audit,
+    refusal,
+    refuse_leaks,
+)
 from llmrec.report.escape import cell, page_json, visible
 from llmrec.report.latex import latex
 from llmrec.report.markdown import audit_markdown, markdown_page
 from llmrec.report.plots import plots
 from llmrec.report.records import Results, lower
-from llmrec.report.results import failure_reasons, read
+from llmrec.report.results import Made, content_of, failure_reasons, mend_for, results_of
 from llmrec.report.table import csv_text
 
 _HERE = Path(__file__).resolve().parent
@@ -35,10 +44,14 @@ PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "lat
 """The files of a report that hold figures."""
 
 
-def write(run_dir: Path) -> dict[str, Path]:
-    """Read ``results.json``, ``predictions.parquet`` and ``audit.json`` of a run and write ``run_dir/report``.
+def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
+    """Write ``run_dir/report`` from ``results.json``, ``predictions.parquet`` and ``audit.json`` of a run.
 
     Each file is written beside its place and moved there, so a reader never sees half of one.
+
+    Args:
+        run_dir: The run folder.
+        made: What the three files hold; None: they are read.
 
     Returns:
         The written files under ``html``, ``markdown``, ``csv`` and ``latex``.
@@ -50,12 +63,18 @@ def write(run_dir: Path) -> dict[str, Path]:
         LlmrecError: If rows of different protocols, or a task without a baseline, would stand in one table.
     """
     run_dir = Path(run_dir)
+    if made is None:
+        content, audit, predictions = content_of(run_dir), audit_lines(run_dir), None
+    else:
+        content, audit, predictions = made.results, made.audit, made.predictions
     try:
-        results = read(run_dir)
+        refuse_leaks(run_dir, audit or ())
     except LeakError:
-        _refuse(run_dir)
+        _refuse(run_dir, audit or ())
         raise
-    reasons, audit, mend = failure_reasons(run_dir, results), audit_lines(run_dir), how_to_audit(run_dir)
+    results = results_of(content, source=str(run_dir / "results.json"), mend=mend_for(run_dir))
+    reasons, mend = failure_reasons(run_dir, results, predictions), how_to_audit(run_dir)
+    told = index_words.line(run_dir) if made is None or made.item_index is None else made.item_index
     folder = run_dir / "report"
     refuse_link(folder)
     folder.mkdir(exist_ok=True)
@@ -64,17 +83,15 @@ def write(run_dir: Path) -> dict[str, Path]:
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
     _put(pages["markdown"], markdown_page(results, reasons, audit, mend=mend).encode())
-    page = html_page(
-        results, reasons, audit, mend=mend, inline_styles=inline_styles, item_index=index_words.line(run_dir)
-    )
+    page = html_page(results, reasons, audit, mend=mend, inline_styles=inline_styles, item_index=told)
     _put(pages["html"], page.encode())
     return pages
 
 
-def _refuse(run_dir: Path) -> None:
+def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
     """Write the pages of a run that leaks: what leaks stands at their head, and there is no figure."""
     refuse_link(run_dir / "report")
-    folder, audit = run_dir / "report", audit_lines(run_dir) or ()
+    folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     for kind in ("csv", "latex"):
         (folder / PAGES[kind]).unlink(missing_ok=True)

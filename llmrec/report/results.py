@@ -6,6 +6,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,27 @@ import yaml
 from pydantic import ValidationError
 
 from llmrec.errors import DataError
-from llmrec.report.audit import refuse_leaks
+from llmrec.report.audit import AuditLine, audit_lines, refuse_leaks
 from llmrec.report.checks import check
 from llmrec.report.records import Results, mended
 from llmrec.report.wording import count
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the files of a run hold, where it was made in this process and need not be read.
+
+    Attributes:
+        results: The content of ``results.json``.
+        predictions: That of ``predictions.parquet``.
+        audit: The lines of ``audit.json``.
+        item_index: See `llmrec.report.index_summary.line`; None: it is to be read.
+    """
+
+    results: Mapping[str, Any]
+    predictions: pl.DataFrame
+    audit: tuple[AuditLine, ...]
+    item_index: str | None = None
 
 
 def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", mend: str = "") -> Results:
@@ -68,6 +86,17 @@ def read(run_dir: Path) -> Results:
         LeakError: If the run's audit found a leak.
         LlmrecError: If its rows must not be reported together.
     """
+    content = content_of(run_dir)
+    refuse_leaks(run_dir, audit_lines(run_dir) or ())
+    return results_of(content, source=str(run_dir / "results.json"), mend=mend_for(run_dir))
+
+
+def content_of(run_dir: Path) -> Mapping[str, Any]:
+    """Read ``run_dir/results.json``.
+
+    Raises:
+        DataError: If the file is missing, or is no JSON object.
+    """
     path, mend = run_dir / "results.json", mend_for(run_dir)
     try:
         content = json.loads(path.read_bytes())
@@ -77,12 +106,18 @@ def read(run_dir: Path) -> Results:
         raise DataError(f"{path}: is not valid JSON ({error}). {mend}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__} where an object is expected. {mend}")
-    refuse_leaks(run_dir)
-    return results_of(content, source=str(path), mend=mend)
+    return content
 
 
-def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]]:
-    """Count, from ``run_dir/predictions.parquet``, each row's failed answers by reason, most frequent first.
+def failure_reasons(
+    run_dir: Path, results: Results, predictions: pl.DataFrame | None = None
+) -> dict[str, dict[str, int]]:
+    """Count each row's failed answers by reason, most frequent first.
+
+    Args:
+        run_dir: The run folder.
+        results: What it found.
+        predictions: The content of its ``predictions.parquet``; None: it is read.
 
     Returns:
         Row id to reason to number of requests.
@@ -91,12 +126,13 @@ def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]
         DataError: If the file is missing, unreadable, or holds other rows or row counts than results.json.
     """
     path, mend = run_dir / "predictions.parquet", mend_for(run_dir)
-    if not path.is_file():
+    if predictions is None and not path.is_file():
         raise DataError(f"{path}: no such file. {mend}")
     try:
-        found = pl.read_parquet(path, columns=["row_id", "error"])
+        if predictions is None:
+            predictions = pl.read_parquet(path, columns=["row_id", "error"])
         # In order, so that one run has one page: its nonce is a hash over these counts too.
-        counts = found.group_by("row_id", "error", maintain_order=True).len()
+        counts = predictions.group_by("row_id", "error", maintain_order=True).len()
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DataError(f"{path}: is not a readable predictions file ({reason}). {mend}") from error

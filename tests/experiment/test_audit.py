@@ -16,6 +16,7 @@ import pytest
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
 from llmrec.experiment import audit, probes
 from llmrec.experiment.leaks import Check, _ordered, _Secrets
@@ -418,8 +419,8 @@ def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
 
 
 def test_a_run_that_leaks_gets_no_table(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{}", encoding="utf-8")
-    audit.write(tmp_path, [Check("candidates", "3 in 10 sets", "leak", ("request a|b",))])
+    of = write_json(tmp_path / "results.json", {})
+    audit.write(tmp_path, [Check("candidates", "3 in 10 sets", "leak", ("request a|b",))], of=of)
     with pytest.raises(LlmrecError, match=r"this run leaks, so it gets no table. candidates: 3 in 10 sets .*a\|b"):
         read(tmp_path)
 

@@ -76,6 +76,14 @@ def test_every_arm_and_task_has_its_rows(done: tuple[Recipe, pipeline.Run]) -> N
         assert row["shots"] == (1 if row["arm"] == "few-shot" else 0)
 
 
+def test_a_report_from_the_files_is_the_one_that_the_run_wrote(done: tuple[Recipe, pipeline.Run]) -> None:
+    folder = done[1].folder
+    written = {file.name: file.read_bytes() for file in (folder / "report").iterdir()}
+    pipeline.report(folder)
+    assert {file.name: file.read_bytes() for file in (folder / "report").iterdir()} == written
+    assert json.loads((folder / "results.json").read_text("utf-8")) == json.loads(json.dumps(done[1].results))
+
+
 def test_every_file_is_written(done: tuple[Recipe, pipeline.Run]) -> None:
     folder = done[1].folder
     for name in (

@@ -209,12 +209,11 @@ def _recipe(benchmark: Benchmark, point: Point) -> Any:
 
 
 def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
-    for row in done.results["rows"]:
+    for row, made in zip(done.results["rows"], done.rows, strict=True):
         family = row["task"]
         headline = done.results["headline"][family]
         if headline not in row["metrics"]:
             continue
-        stored = json.loads((done.folder / "rows" / (row["id"].replace("/", ".") + ".json")).read_text("utf-8"))
         baseline = row["arm"] == "baseline"
         label = "" if baseline else point.label
         parts = [row["predictor"], *([] if baseline else [row["template"].partition("/")[2], label])]
@@ -224,9 +223,9 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
             name=" · ".join(parts),
             label=label,
             figures=[row],
-            values=[stored["values"]],
-            users=[record["user_id"] for record in stored["records"]],
-            requests=[record["request_id"] for record in stored["records"]],
+            values=[made.values],
+            users=[record["user_id"] for record in made.records],
+            requests=[record["request_id"] for record in made.records],
         )
 
 
