@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,11 @@ from llmrec.models.load import cpu_has_bf16, load_model, quiet_libraries, resolv
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import Step, fit_row, plan
+from llmrec.train.batches import fit_row, plan
 from llmrec.train.line_rows import LineTable, RowStream
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
+from llmrec.train.steps import Step
 
 ROWS = "the same rows, padded"
 OURS, PADDED, PACKED = "llmrec", "TRL, a row a position, padded", "TRL, a row a position, packed"
@@ -139,9 +141,9 @@ def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step]) -> Any:
     trainer = sft.LabelRowTrainer(
         model=model,
         args=config,
-        train_dataset=sft._dataset(model, steps, pad),
+        train_dataset=sft._numbered(steps),
         processing_class=encoder.tokenizer,
-        data_collator=sft._tensors,
+        data_collator=partial(sft._batch, model, steps, pad),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +23,10 @@ from llmrec.models.whole_words import copy_words, refuse_words
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
 from llmrec.tasks.rating import RatingTask, learned_only
-from llmrec.train.batches import Classes, Step, fit_row, plan
-from llmrec.train.branches import Branching, branching_rows
-from llmrec.train.line_rows import Drawing, RowStream
-from llmrec.train.seq2seq import target_rows
+from llmrec.train.batches import Classes, plan
+from llmrec.train.rows import Sources, followed, streams
 from llmrec.train.shares import weighted
+from llmrec.train.steps import Steps
 
 if TYPE_CHECKING:
     from llmrec.train.sft import Training
@@ -52,7 +50,7 @@ class Plan:
     loss each task has.
     """
 
-    steps: list[Step]
+    steps: Steps
     rows: Mapping[str, int]
     dropped: Mapping[str, int]
     valid: Mapping[str, list[Row]]
@@ -67,14 +65,14 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     shares = study.shares
     dropped = dict.fromkeys(shares, 0)
     classes = _classes(study, encoder, paired=paired)
-    # Rows stay referenced, so that an id names one row for as long as it is looked up.
-    kept: list[Row] = []
-    family_of: dict[int, str] = {}
+    families: list[str] = []
 
     def rows() -> Iterator[Row]:
         since = 0
-        streams, weights = _streams(study, shares, encoder, paired=paired)
-        for _, (family, drawn) in interleave(streams, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
+        tasks, users = study.training_tasks, study.data.users()
+        sources = Sources(tasks, study.training_examples, users, section, study.training_seed, paired)
+        found, weights = streams(sources, shares, encoder)
+        for _, (family, drawn) in interleave(found, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
             row = classes.row(drawn) if classes is not None and drawn is not None else drawn
             if row is None:
                 if section.examples is not None:
@@ -91,8 +89,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
                     )
                 continue
             since = 0
-            family_of[id(row)] = family
-            kept.append(row)
+            families.append(family)
             yield row
 
     width = section.max_row_tokens if section.packing == "tree" else None
@@ -108,13 +105,13 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         if lost:
             log.warning("tasks.%s: %d rows were longer than train.max_row_tokens and were dropped", family, lost)
     counts = dict.fromkeys(shares, 0)
-    for step in steps:
-        for row in step.rows:
-            counts[family_of[id(row)]] += 1
+    for numbers in steps.numbers():
+        for n in numbers:
+            counts[families[n]] += 1
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
         valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
-    balanced = weighted(steps, lambda row: family_of[id(row)])
+    balanced = weighted(steps, families)
     return Plan(balanced.steps, counts, dropped, valid, balanced.shares)
 
 
@@ -157,58 +154,10 @@ def _size(row: Row | None) -> int:
     return 0 if row is None else len(row.ids)
 
 
-def _streams(
-    study: Study, shares: Mapping[str, float], encoder: Encoder, *, paired: bool
-) -> tuple[dict[str, Iterator[tuple[str, Row | None]]], dict[str, float]]:
-    """Return streams of families and their rows, with weights; where rows are packed, families branch off together.
-
-    Raises:
-        RecipeError: If rows of an encoder-decoder are to be packed.
-    """
-    section, seed = study.recipe.train, study.training_seed
-    packing = section.packing == "tree"
-    if packing and paired:
-        raise RecipeError("train.packing: an encoder-decoder reads no packed rows; set train.packing=none")
-    tasks = {family: task for family in shares if isinstance(task := study.training_tasks[family], Branching)}
-    tasks = {family: task for family, task in tasks.items() if packing and task.branches}
-    # A pool's rows are chosen for each family, before it is known which could share what they show.
-    together = len(tasks) > 1 and section.examples is None
-    alone = [family for family in shares if not together or family not in tasks]
-    streams: dict[str, Iterator[tuple[str, Row | None]]]
-    streams = {family: zip(repeat(family), _rows(study, family, encoder, paired=paired)) for family in alone}
-    weights = {family: shares[family] for family in alone}
-    if together:
-        name = " and ".join(sorted(tasks))
-        users, limit = study.data.users(), section.max_row_tokens
-        lines = section.band is not None
-        streams[name] = branching_rows(tasks, shares, users, encoder, limit=limit, seed=seed, lines=lines)
-        weights[name] = sum(shares[family] for family in tasks)
-    return streams, weights
-
-
-def _rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> Iterator[Row | None]:
-    """Return a family's training rows, without end; put together from lines where its task draws rows first."""
-    task, section = study.training_tasks[family], study.recipe.train
-    examples = study.training_examples(family)
-    if paired:
-        found = (target_rows(example, encoder, section.max_row_tokens) for example in examples)
-        return (row for rows in found for row in (*rows, *([] if rows else [None])))
-    if section.band is not None:
-        # Only words tell where lines begin.
-        limit = section.max_row_tokens
-        return (fit_row(example, encoder, limit, lines=True) for example in examples)
-    if isinstance(task, Drawing) and section.examples is None:
-        return iter(RowStream(task, encoder, limit=section.max_row_tokens, seed=study.training_seed))
-    return (fit_row(example, encoder, section.max_row_tokens) for example in examples)
-
-
 def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[Row]:
     section, limit = study.recipe.train, study.recipe.model.max_length
     examples = study.tasks[family].examples("valid", section.valid_rows // max(len(study.tasks), 1))
-    if paired:
-        return [row for example in examples for row in target_rows(example, encoder, limit)]
-    found = (fit_row(example, encoder, limit) for example in examples)
-    return [row for row in found if row is not None]
+    return followed(examples, encoder, limit, paired=paired)
 
 
 def _unread(family: str) -> set[str]:

@@ -11,42 +11,19 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 from llmrec.backends.encode import IGNORED, Encoder, Row, pieces
+from llmrec.models.traits import is_paired
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rating import Scale
 from llmrec.train.packing import Bin, bins
+from llmrec.train.seq2seq import paired_inputs
+from llmrec.train.steps import RowTable, Step, Steps
 from llmrec.types import Example
 
 # Rows sorted together: larger means less padding, smaller means better mixed steps.
 _BUFFER_STEPS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The rows of one optimiser step; with ``bins``, how they are packed into masked rows."""
-
-    rows: tuple[Row, ...]
-    bins: tuple[Bin, ...] = ()
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens computed, padding included."""
-        if self.bins:
-            return len(self.bins) * max(each.columns for each in self.bins)
-        return len(self.rows) * max(len(row.ids) for row in self.rows)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens computed without padding; what masked rows share counts once."""
-        if self.bins:
-            return sum(each.columns for each in self.bins)
-        return sum(len(row.ids) for row in self.rows)
-
-    @property
-    def targets(self) -> int:
-        """Tokens with loss."""
-        return sum(row.targets for row in self.rows)
 
 
 def plan(
@@ -57,7 +34,7 @@ def plan(
     seed: int,
     width: int | None = None,
     band: int | None = None,
-) -> list[Step]:
+) -> Steps:
     """Group rows into steps of at most ``batch_tokens`` padded tokens, in seeded order.
 
     Args:
@@ -69,12 +46,14 @@ def plan(
         band: Packed rows of lists: how many lines before its own a token sees. None: all.
     """
     rng = random.Random(seed)
-    planned: list[Step] = []
+    table = RowTable()
+    planned = Steps(table, band)
     while len(planned) < steps:
         buffer: list[Row] = []
-        held = 0
+        first, held = len(table), 0
         while held < _BUFFER_STEPS * batch_tokens and (row := next(rows, None)) is not None:
             buffer.append(row)
+            table.add(row)
             held += len(row.ids)
         if not buffer:
             break
@@ -84,8 +63,10 @@ def plan(
             made = bins(buffer, min(width, batch_tokens), band)
             cut = _cut_packed(sorted(made, key=lambda each: each.columns), batch_tokens)
         rng.shuffle(cut)
-        planned.extend(cut)
-    return planned[:steps]
+        numbers = {id(row): first + n for n, row in enumerate(buffer)}
+        for step in cut[: steps - len(planned)]:
+            planned.add(step, numbers)
+    return planned
 
 
 def _cut(rows: Sequence[Row], batch_tokens: int) -> list[Step]:
@@ -138,6 +119,15 @@ def padded(rows: Sequence[Row], pad: int) -> tuple[list[list[int]], list[list[in
     ids = [[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows]
     labels = [[*row.labels, *[IGNORED] * (longest - len(row.labels))] for row in rows]
     return ids, labels
+
+
+def laid_out(model: Any, rows: Sequence[Row], pad: int) -> dict[str, Any]:
+    """Return rows as `llmrec.train.loss.rows_loss` takes them for this model, as lists of equal length."""
+    weighted = {"weights": [row.weight for row in rows]} if any(row.weight != 1.0 for row in rows) else {}
+    if is_paired(model.config):
+        return paired_inputs(rows, pad) | weighted
+    ids, labels = padded(rows, pad)
+    return {"input_ids": ids, "labels": labels} | weighted
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmrec.backends.encode import IGNORED
-from llmrec.models.traits import plain_head
+from llmrec.models.traits import is_paired, plain_head
 
 # Rows of logits at a time.
 _CHUNK = 256
@@ -84,6 +84,35 @@ def label_loss(
     counts = None if weights is None else weights[:, None].expand_as(wanted)[wanted]
     targets = labels[:, 1:][wanted]
     return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][wanted], targets, by, counts)
+
+
+def paired_loss(model: Any, input_ids: Any, attention_mask: Any, labels: Any, weights: Any = None) -> tuple[Any, float]:
+    """Return the summed cross-entropy over targets and their number, or what they count.
+
+    Args:
+        model: An encoder-decoder, with or without PEFT adapters.
+        input_ids: Sources, right-padded, shape (rows, longest source).
+        attention_mask: 1 on tokens, 0 on padding, same shape.
+        labels: Targets, shape (rows, longest target); -100 behind their ends. The decoder reads them one place later,
+            behind its start token; what stands behind an end is not seen by what comes before it.
+        weights: What each target of a row counts, shape (rows,); None: 1.
+    """
+    before = labels.new_full(labels.shape, int(model.config.decoder_start_token_id))
+    # Any id will do behind the ends; that of the start token is one.
+    before[:, 1:] = torch.where(labels[:, :-1] == IGNORED, before[:, 1:], labels[:, :-1])
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=before, use_cache=False).logits
+    wanted = labels != IGNORED
+    counts = None if weights is None else weights[:, None].expand_as(wanted)[wanted]
+    total = cross_entropy(logits[wanted], labels[wanted], counts)
+    return total, int(wanted.sum()) if counts is None else float(counts.sum())
+
+
+def rows_loss(model: Any, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
+    """Return the summed loss over the targets of rows and what they count, whichever kind the model is.
+
+    ``by`` is that of `label_loss`; an encoder-decoder takes none.
+    """
+    return paired_loss(model, **inputs) if is_paired(model.config) else label_loss(model, **inputs, by=by)
 
 
 def packed_loss(model: Any, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from llmrec.models.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, standardise
 from llmrec.tasks.rating import Scale
-from llmrec.train.batches import Step, padded
+from llmrec.train.batches import padded
 from llmrec.train.loss import label_loss
+from llmrec.train.steps import Step
 
 _NAME = "rating_head"
 # States whose mean and deviation stand for all.

@@ -30,12 +30,12 @@ from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.traits import takes_block_mask
 from llmrec.models.whole_words import save_words
 from llmrec.recipe.schema import TrainSection
-from llmrec.train.batches import Step, padded
+from llmrec.train.batches import laid_out, padded
 from llmrec.train.checkpoint import OnSave, keep_newest, newest
-from llmrec.train.loss import StateLoss, label_loss, packed_loss
+from llmrec.train.loss import StateLoss, label_loss, packed_loss, rows_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.rating_head import HeadLoss, detach, measure, restore
-from llmrec.train.seq2seq import laid_out, rows_loss
+from llmrec.train.steps import Step
 from llmrec.train.whole_words import restore_words
 
 log = logging.getLogger(__name__)
@@ -164,21 +164,25 @@ def train(
     _one_process()
     started = time.monotonic()
     _widen(model)
+    if steps and steps[0].bins:
+        check_packing(model)
     pad = encoder.tokenizer.pad_token_id
     by = None if head is None else HeadLoss(head)
     # What a checkpoint holds beside the Trainer's own files.
     kept: list[Callable[[Path], None]] = [partial(save_words, model)]
     kept += [] if head is None else [partial(save_head, head)]
     saving: list[Callable[[Path], None]] = [*kept, seal, partial(keep_newest, section.keep_checkpoints)]
-    follow = _Follow(steps, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
+    sizes = [(step.tokens, step.targets) for step in steps]
+    tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
+    follow = _Follow(len(steps), tokens, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
     try:
         with _adapters_as_they_are(model):
             trainer = LabelRowTrainer(
                 model=model,
                 args=_config(section, folder, len(steps), seed, device or ("cuda" if has_cuda() else "cpu")),
-                train_dataset=_dataset(model, steps, pad),
+                train_dataset=_numbered(steps),
                 processing_class=encoder.tokenizer,
-                data_collator=_tensors,
+                data_collator=partial(_batch, model, steps, pad),
                 callbacks=[follow, *(OnSave(work) for work in saving)],
             )
     except (RuntimeError, ValueError) as error:
@@ -197,7 +201,7 @@ def train(
             measure(head, model, steps, pad)
     follow.open(resumed=checkpoint is not None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     adapter = folder / "adapter"
     with replacing(adapter) as draft:
         if head is not None:
@@ -206,17 +210,16 @@ def train(
         for save in kept:
             save(draft)
     seconds = follow.before + time.monotonic() - started
-    tokens = sum(step.tokens for step in steps)
     return Training(
         method=section.method,
         steps=len(steps),
         tokens=tokens,
-        target_tokens=sum(step.targets for step in steps),
+        target_tokens=targets,
         seconds=seconds,
         seconds_before=follow.before,
         tokens_per_second=follow.speed(),
-        trainable_parameters=sum(size for size, trained in sizes if trained),
-        total_parameters=sum(size for size, _ in sizes),
+        trainable_parameters=sum(size for size, trained in parameters if trained),
+        total_parameters=sum(size for size, _ in parameters),
         log=follow.records,
         adapter_sha256=weights_sha256(adapter),
     )
@@ -271,24 +274,20 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _dataset(model: Any, steps: Sequence[Step], pad: int) -> Any:
-    """Planned steps as a dataset: one item is the padded batch of one optimiser step."""
-    if any(step.bins for step in steps):
-        check_packing(model)
-
-    def batches() -> Iterator[dict[str, Any]]:
-        for step in steps:
-            if step.bins:
-                yield asdict(stack([tree(each.rows, each.band) for each in step.bins], pad))
-                continue
-            yield laid_out(model, step.rows, pad)
-
-    return Dataset.from_list(list(batches()))
+def _numbered(steps: Sequence[Step]) -> Any:
+    """Planned steps as the dataset that TRL asks for: their numbers, since a step is laid out when its turn comes."""
+    return Dataset.from_dict({"step": range(len(steps))})
 
 
-def _tensors(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _batch(model: Any, steps: Sequence[Step], pad: int, items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    """Lay out one optimiser step."""
     (item,) = items
-    return {name: torch.tensor(values) for name, values in item.items() if values is not None}
+    step = steps[item["step"]]
+    if step.bins:
+        laid = asdict(stack([tree(each.rows, each.band) for each in step.bins], pad))
+    else:
+        laid = laid_out(model, step.rows, pad)
+    return {name: torch.tensor(values) for name, values in laid.items()}
 
 
 def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: str) -> Any:
@@ -347,7 +346,8 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        steps: Sequence[Step],
+        steps: int,
+        tokens: int,
         valid: Mapping[str, Sequence[Row]],
         section: TrainSection,
         log_file: Path,
@@ -356,7 +356,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
         quiet: bool,
         by: StateLoss | None = None,
     ) -> None:
-        self._mean_tokens = sum(step.tokens for step in steps) / max(len(steps), 1)
+        self._mean_tokens = tokens / max(steps, 1)
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
         self.records: list[dict[str, Any]] = []
         # Seconds that killed invocations spent up to the step that this one goes on from.
@@ -375,7 +375,7 @@ class _Follow(TrainerCallback):  # type: ignore[misc]
             TimeRemainingColumn(),
             disable=quiet,
         )
-        self._bar = self._progress.add_task("train", total=len(steps), loss=float("nan"), speed=0.0)
+        self._bar = self._progress.add_task("train", total=steps, loss=float("nan"), speed=0.0)
 
     def open(self, *, resumed: bool) -> None:
         """Start a new log, or read back the one that a resumed run continues."""

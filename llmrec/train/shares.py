@@ -8,55 +8,44 @@ So a family's targets count as many times more as they stand apart: tokens over 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from llmrec.backends.encode import Row
-from llmrec.train.batches import Step
+from llmrec.train.steps import Steps
 
 
 @dataclass(frozen=True)
 class Weighted:
     """Steps whose rows are weighted, and what part of the loss each family has in them: the mean over steps."""
 
-    steps: list[Step]
+    steps: Steps
     shares: Mapping[str, float]
 
 
-def weighted(steps: Sequence[Step], family_of: Callable[[Row], str]) -> Weighted:
+def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
     """Weight rows so that each family's part of a step's loss is its part of the step's tokens, on average.
 
     The mean target counts 1, and rows of a single family are left as they are.
 
     Args:
         steps: Planned steps.
-        family_of: The family of each of their rows.
+        families: The family of every row that was drawn for them.
     """
-    tokens, targets = defaultdict[str, int](int), defaultdict[str, int](int)
-    for step in steps:
-        for row in step.rows:
-            tokens[family_of(row)] += len(row.ids)
-            targets[family_of(row)] += row.targets
+    table, tokens, targets = steps.table, defaultdict[str, int](int), defaultdict[str, int](int)
+    for numbers in steps.numbers():
+        for n in numbers:
+            tokens[families[n]] += table.tokens(n)
+            targets[families[n]] += table.targets(n)
     if len(tokens) < 2:
-        return Weighted(list(steps), dict.fromkeys(tokens, 1.0))
+        return Weighted(steps, dict.fromkeys(tokens, 1.0))
     every = sum(targets.values()) / sum(tokens.values())
     weights = {family: tokens[family] / targets[family] * every for family in tokens}
     parts = defaultdict[str, float](float)
-    for step in steps:
+    for numbers in steps.numbers():
         mass = defaultdict[str, float](float)
-        for row in step.rows:
-            mass[family_of(row)] += weights[family_of(row)] * row.targets
+        for n in numbers:
+            mass[families[n]] += weights[families[n]] * table.targets(n)
         for family, held in mass.items():
             parts[family] += held / sum(mass.values()) / len(steps)
-
-    def heavy(row: Row) -> Row:
-        return replace(row, weight=weights[family_of(row)])
-
-    return Weighted([_reweighted(step, heavy) for step in steps], dict(parts))
-
-
-def _reweighted(step: Step, heavy: Callable[[Row], Row]) -> Step:
-    if not step.bins:
-        return Step(tuple(heavy(row) for row in step.rows))
-    bins = tuple(replace(each, rows=tuple(heavy(row) for row in each.rows)) for each in step.bins)
-    return Step(tuple(row for each in bins for row in each.rows), bins)
+    # Of a family that no step has, rows may have been drawn.
+    return Weighted(steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts))

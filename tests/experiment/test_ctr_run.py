@@ -203,7 +203,7 @@ def test_a_pool_is_trained_on_whole_or_not_at_all(llama_folder: Path) -> None:
         plan_training(build_study(recipe(llama_folder, "train.max_row_tokens=40")), encoder)
     with pytest.raises(RecipeError, match=r"train\.examples: tasks\.ctr has only \d+ different"):
         plan_training(build_study(recipe(llama_folder, "train.examples=100000")), encoder)
-    again = [plan_training(build_study(recipe(llama_folder)), encoder).steps for _ in range(2)]
+    again = [list(plan_training(build_study(recipe(llama_folder)), encoder).steps) for _ in range(2)]
     assert again[0] == again[1]  # what a killed run goes on with
     packed = plan_training(build_study(recipe(llama_folder, "train.packing=tree")), encoder)
     assert len({row.ids for step in packed.steps for row in step.rows}) == 4

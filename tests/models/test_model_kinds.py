@@ -19,7 +19,8 @@ from llmrec.models.traits import takes_block_mask
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
-from llmrec.train.seq2seq import paired_inputs, paired_loss, target_rows
+from llmrec.train.loss import paired_loss
+from llmrec.train.seq2seq import paired_inputs, target_rows
 from llmrec.types import Example, Message, Prompt, Segment
 from tests.conftest import make_model, make_tokenizer
 from tests.train.test_item_tokens import INDEX, TITLES

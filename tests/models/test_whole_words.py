@@ -37,7 +37,8 @@ from llmrec.models.whole_words import (
 from llmrec.recipe.schema import LoraSection, ModelSection, ShapeSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
-from llmrec.train.seq2seq import paired_inputs, paired_loss, target_rows
+from llmrec.train.loss import paired_loss
+from llmrec.train.seq2seq import paired_inputs, target_rows
 from llmrec.train.whole_words import put_on
 from llmrec.types import Example, Message, Prompt, Segment
 from tests.conftest import make_model

@@ -195,7 +195,7 @@ def test_rows_are_cut_as_fit_row_cuts(learned: Sequence[Sequence[bool]], limit: 
 
 def planned(study: Study, encoder: Encoder) -> Any:
     made = training.plan_training(study, encoder)
-    return made.steps, made.rows, made.dropped
+    return list(made.steps), made.rows, made.dropped
 
 
 def test_a_plan_is_the_same_with_and_without(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rating import Scale
 from llmrec.train import lora, sft
-from llmrec.train.batches import Step, plan
+from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss
 from llmrec.train.rating_head import HeadLoss, attach, measure
+from llmrec.train.steps import Step
 from tests.train.test_item_tokens import INDEX, TITLES
 from tests.train.test_item_tokens import examples as lists
 from tests.train.test_training import examples as ratings
@@ -58,7 +59,7 @@ class Case:
         if method == "rating head":
             self.rows = [self._class(row) for row in self.rows]
             self.head = attach(self.model, FIVE, alpha=0.5, counts=(1, 1, 1, 1, 1), frozen=False)
-        self.steps: list[Step] = plan(iter(self.rows), steps=6, batch_tokens=160, seed=0)
+        self.steps: Sequence[Step] = plan(iter(self.rows), steps=6, batch_tokens=160, seed=0)
 
     def run(self, out: Path) -> str:
         valid = {"rating": self.rows[:4]} if self.train.valid_rows else {}

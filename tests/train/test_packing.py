@@ -20,9 +20,10 @@ from llmrec.models.load import load_model, load_tokenizer
 from llmrec.models.traits import takes_block_mask
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import Step, padded, plan
+from llmrec.train.batches import padded, plan
 from llmrec.train.loss import block_mask, label_loss, packed_loss
 from llmrec.train.packing import Packed, Stacked, alike, bins, stack, tree
+from llmrec.train.steps import Step
 
 
 def row(ids: Sequence[int], first: int = 1, *, quiet: Sequence[int] = ()) -> Row:
@@ -238,11 +239,11 @@ def user_rows() -> list[Row]:
 
 def test_a_packed_plan_loses_no_row_and_holds_to_its_budget() -> None:
     rows = user_rows()
-    steps = plan(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100)
+    steps = list(plan(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100))
     assert sorted(each.ids for step in steps for each in step.rows) == sorted(each.ids for each in rows)
     assert all(step.padded_tokens <= 400 for step in steps)
-    assert steps == plan(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100)
-    assert steps != plan(iter(rows), steps=1000, batch_tokens=400, seed=1, width=100)
+    assert steps == list(plan(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100))
+    assert steps != list(plan(iter(rows), steps=1000, batch_tokens=400, seed=1, width=100))
     plain = plan(iter(rows), steps=1000, batch_tokens=400, seed=0)
     computed, before = (sum(step.padded_tokens for step in each) for each in (steps, plain))
     assert sum(step.targets for step in steps) == sum(step.targets for step in plain)
@@ -250,7 +251,7 @@ def test_a_packed_plan_loses_no_row_and_holds_to_its_budget() -> None:
     assert sum(step.tokens for step in steps) > 0.9 * computed
 
 
-def tuned(folder: Path, out: Path, steps: list[Step]) -> tuple[sft.Training, Any]:
+def tuned(folder: Path, out: Path, steps: Sequence[Step]) -> tuple[sft.Training, Any]:
     section = ModelSection(name=str(folder), dtype="float32")
     train = TrainSection(steps=len(steps), learning_rate=1e-3, valid_every=50, packing="tree")
     torch.manual_seed(0)

@@ -10,8 +10,9 @@ import torch
 from llmrec.backends.encode import IGNORED, Encoder, Row
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import ModelSection
-from llmrec.train.batches import Step, fit_row, padded, plan
+from llmrec.train.batches import fit_row, padded, plan
 from llmrec.train.loss import label_loss
+from llmrec.train.steps import Step
 from llmrec.types import Example, Message, Prompt, Segment
 
 TITLES = ("Toy Story", "Heat", "Fargo", "Casino", "Brazil")
@@ -106,18 +107,18 @@ def test_padding_and_neighbours_change_no_loss(loaded: tuple[object, Encoder]) -
 
 def test_steps_hold_to_their_budget_and_lose_no_row() -> None:
     rows = [Row(tuple(range(n)), (IGNORED,) * (n - 1) + (1,)) for n in range(5, 65)]
-    steps = plan(iter(rows), steps=1000, batch_tokens=128, seed=0)
+    steps = list(plan(iter(rows), steps=1000, batch_tokens=128, seed=0))
     assert sorted(len(row.ids) for step in steps for row in step.rows) == [len(row.ids) for row in rows]
     assert all(step.padded_tokens <= 128 for step in steps)
     assert sum(s.tokens for s in steps) / sum(s.padded_tokens for s in steps) > 0.85
-    again = plan(iter(rows), steps=1000, batch_tokens=128, seed=0)
+    again = list(plan(iter(rows), steps=1000, batch_tokens=128, seed=0))
     assert steps == again
-    assert steps != plan(iter(rows), steps=1000, batch_tokens=128, seed=1)
+    assert steps != list(plan(iter(rows), steps=1000, batch_tokens=128, seed=1))
 
 
 def test_a_row_too_long_makes_a_step_of_its_own() -> None:
     row = Row(tuple(range(300)), (1,) * 300)
-    assert plan(iter([row]), steps=5, batch_tokens=128, seed=0) == [Step((row,))]
+    assert list(plan(iter([row]), steps=5, batch_tokens=128, seed=0)) == [Step((row,))]
 
 
 def test_long_rows_are_cut_at_their_end(loaded: tuple[object, Encoder]) -> None:

@@ -25,7 +25,8 @@ from llmrec.recipe.schema import LoraSection, ModelSection, SequentialSection, S
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
-from llmrec.train.seq2seq import cut, paired_inputs, paired_loss, target_rows
+from llmrec.train.loss import paired_loss
+from llmrec.train.seq2seq import cut, paired_inputs, target_rows
 from llmrec.types import Example, Item, Message, Prompt, Segment
 from tests.tasks.making import make
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
@@ -14,11 +15,11 @@ from llmrec.backends.encode import IGNORED, Row
 from llmrec.models.load import load_model
 from llmrec.recipe.schema import ModelSection
 from llmrec.tasks.mixture import interleave
-from llmrec.train.batches import Step, plan
+from llmrec.train.batches import laid_out, plan
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
-from llmrec.train.seq2seq import laid_out
 from llmrec.train.shares import weighted
+from llmrec.train.steps import Step, Steps
 
 
 def row(length: int, targets: int, first: int) -> Row:
@@ -26,7 +27,7 @@ def row(length: int, targets: int, first: int) -> Row:
     return Row(ids, (*[IGNORED] * (length - targets), *ids[length - targets :]))
 
 
-def planned(chat_tokens: int, *, width: int | None = None, chat: float = 1.0) -> list[Step]:
+def planned(chat_tokens: int, *, width: int | None = None, chat: float = 1.0) -> Steps:
     """Chat rows of 3 targets beside lists of 250 to 350 tokens, two thirds of them targets; shares are of tokens."""
     lengths = random.Random(0)
     lists = (row(length, 2 * length // 3, 230) for length in iter(lambda: lengths.randint(250, 350), None))
@@ -39,7 +40,12 @@ def family_of(each: Row) -> str:
     return "chat" if each.ids[0] == 5 else "list"
 
 
-def part_of_chat(steps: list[Step]) -> float:
+def families(steps: Steps) -> list[str]:
+    """The family of every row that was drawn."""
+    return [family_of(steps.table.row(n)) for n in range(len(steps.table))]
+
+
+def part_of_chat(steps: Sequence[Step]) -> float:
     """The mean over steps of the chat rows' part in what a step's targets count."""
     parts = []
     for step in steps:
@@ -53,7 +59,7 @@ def part_of_chat(steps: list[Step]) -> float:
 @pytest.mark.parametrize(("chat", "share"), [(1.0, 0.5), (0.25, 0.2)])
 def test_shares_of_the_loss_are_the_weights(chat_tokens: int, width: int | None, chat: float, share: float) -> None:
     steps = planned(chat_tokens, width=width, chat=chat)
-    found = weighted(steps, family_of)
+    found = weighted(steps, families(steps))
     assert part_of_chat(found.steps) == pytest.approx(share, abs=0.05)
     assert found.shares["chat"] == pytest.approx(part_of_chat(found.steps))
     assert sum(found.shares.values()) == pytest.approx(1)
@@ -68,10 +74,11 @@ def test_without_weights_a_short_answer_is_drowned() -> None:
 
 
 def test_one_family_is_left_as_it_is() -> None:
-    steps = planned(290)
-    alone = [Step(tuple(each for each in step.rows if family_of(each) == "list")) for step in steps]
-    alone = [step for step in alone if step.rows]
-    assert weighted(alone, family_of).steps == alone
+    rows = [each for step in planned(290)[:20] for each in step.rows if family_of(each) == "list"]
+    alone = plan(iter(rows), steps=160, batch_tokens=1536, seed=0)
+    found = weighted(alone, families(alone))
+    assert list(found.steps) == list(alone)
+    assert found.shares == {"list": 1.0}
 
 
 def test_a_weight_counts_a_row_so_often_in_loss_and_gradient(llama_folder: Path) -> None:

@@ -1,0 +1,143 @@
+"""Planned steps, whose rows lie in flat arrays until a step is asked for.
+
+A row as a `Row` takes about fifty bytes a token, since every number in it is an object. Here a token takes five: its
+id, and whether it bears loss. Rows and steps are made from that when they are read, a step at a time.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import overload
+
+import numpy as np
+
+from llmrec.backends.encode import IGNORED, Row
+from llmrec.train.packing import Bin
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The rows of one optimiser step; with ``bins``, how they are packed into masked rows."""
+
+    rows: tuple[Row, ...]
+    bins: tuple[Bin, ...] = ()
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        if self.bins:
+            return len(self.bins) * max(each.columns for each in self.bins)
+        return len(self.rows) * max(len(row.ids) for row in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed without padding; what masked rows share counts once."""
+        if self.bins:
+            return sum(each.columns for each in self.bins)
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def targets(self) -> int:
+        """Tokens with loss."""
+        return sum(row.targets for row in self.rows)
+
+
+class RowTable:
+    """Rows in the order in which they were added, all of weight 1."""
+
+    def __init__(self) -> None:
+        self._ids, self._learned = array("i"), bytearray()
+        self._ends = array("q", [0])
+        # Of the few that have any: labels that are not the tokens themselves, and where lines begin.
+        self._labels: dict[int, array[int]] = {}
+        self._lines: dict[int, array[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, row: Row) -> None:
+        """Put a row behind the others."""
+        ids, labels = array("i", row.ids), array("i", row.labels)
+        there = np.frombuffer(labels, dtype=np.int32)
+        learned = there != IGNORED
+        if not np.array_equal(there[learned], np.frombuffer(ids, dtype=np.int32)[learned]):
+            self._labels[len(self)] = labels
+        if row.lines:
+            self._lines[len(self)] = array("i", row.lines)
+        self._ids.extend(ids)
+        self._learned += learned.tobytes()
+        self._ends.append(len(self._ids))
+
+    def row(self, number: int, weight: float = 1.0) -> Row:
+        """Return a row as it was added, with a weight."""
+        start, end = self._ends[number], self._ends[number + 1]
+        ids = self._ids[start:end]
+        labels = self._labels.get(number)
+        if labels is None:
+            learned = np.frombuffer(self._learned[start:end], dtype=np.bool_)
+            labels = np.where(learned, np.frombuffer(ids, dtype=np.int32), IGNORED).tolist()
+        return Row(tuple(ids), tuple(labels), tuple(self._lines.get(number, ())), weight)
+
+    def tokens(self, number: int) -> int:
+        """Return how many tokens a row has."""
+        return self._ends[number + 1] - self._ends[number]
+
+    def targets(self, number: int) -> int:
+        """Return how many of them bear loss."""
+        return self._learned.count(1, self._ends[number], self._ends[number + 1])
+
+
+class Steps(Sequence[Step]):
+    """Planned steps in their order; a step is made when it is asked for.
+
+    Attributes:
+        table: All rows that were drawn, in the order in which they were: a few more than the steps have.
+    """
+
+    def __init__(self, table: RowTable, band: int | None = None) -> None:
+        """Set up without steps; ``band`` is that of `llmrec.train.packing.tree`."""
+        self.table, self._band = table, band
+        self._weights: Sequence[float] = ()
+        # Numbers of rows, step after step; of bins, how many rows and columns they have; where steps end in both.
+        self._order, self._ends = array("i"), array("q", [0])
+        self._sizes, self._columns, self._bin_ends = array("i"), array("i"), array("q", [0])
+
+    def add(self, step: Step, numbers: Mapping[int, int]) -> None:
+        """Put a step behind the others; ``numbers`` are those of its rows, by `id`."""
+        self._order.extend([numbers[id(row)] for row in step.rows])
+        self._ends.append(len(self._order))
+        self._sizes.extend([len(each.rows) for each in step.bins])
+        self._columns.extend([each.columns for each in step.bins])
+        self._bin_ends.append(len(self._sizes))
+
+    def weighing(self, weights: Sequence[float]) -> Steps:
+        """Return the same steps with what each target of a row counts, by the row's number."""
+        made = copy(self)
+        made._weights = weights
+        return made
+
+    def numbers(self) -> Iterator[Sequence[int]]:
+        """Yield the numbers of each step's rows."""
+        return (self._order[start:end] for start, end in pairwise(self._ends))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Step: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Step]: ...
+    def __getitem__(self, place: int | slice) -> Step | list[Step]:
+        if isinstance(place, slice):
+            return [self[n] for n in range(len(self))[place]]
+        n = range(len(self))[place]
+        numbers = self._order[self._ends[n] : self._ends[n + 1]]
+        rows = tuple(self.table.row(k, self._weights[k] if self._weights else 1.0) for k in numbers)
+        own = slice(self._bin_ends[n], self._bin_ends[n + 1])
+        ends = list(accumulate(self._sizes[own], initial=0))
+        bins = zip(pairwise(ends), self._columns[own], strict=True)
+        return Step(rows, tuple(Bin(rows[start:end], columns, self._band) for (start, end), columns in bins))
