@@ -14,11 +14,12 @@ from itertools import repeat
 from llmrec.backends.encode import Encoder, Row
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import TrainSection
+from llmrec.tasks.task import Task
 from llmrec.train.batches import fit_row
 from llmrec.train.branches import Branching, branching_rows
 from llmrec.train.line_rows import Drawing, RowStream
 from llmrec.train.seq2seq import target_rows
-from llmrec.types import Example, Task
+from llmrec.types import Example
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,23 +15,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import IGNORED, Encoder, Row
-from llmrec.durable import replacing, seal, write_text
-from llmrec.errors import LlmrecError, RecipeError
-from llmrec.models.load import cpu_has_bf16, gpu_has_bf16, has_cuda
+from llmrec.durable import replacing, seal
+from llmrec.errors import RecipeError
+from llmrec.models.load import has_cuda
 from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.traits import takes_block_mask
 from llmrec.models.whole_words import save_words
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import laid_out, padded
 from llmrec.train.checkpoint import OnSave, keep_newest, newest
+from llmrec.train.follow import Follow
 from llmrec.train.loss import StateLoss, label_loss, packed_loss, rows_loss
 from llmrec.train.packing import stack, tree
+from llmrec.train.precision import adapters_as_they_are, mixed_precision, widen
 from llmrec.train.rating_head import HeadLoss, detach, measure, restore
 from llmrec.train.steps import Step
 from llmrec.train.whole_words import restore_words
@@ -88,35 +87,6 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return (loss, {}) if return_outputs else loss
 
 
-def mixed_precision(model: Any) -> Any:
-    """Autocast to bfloat16 where base weights are bfloat16 or fully trained, and the hardware multiplies it natively.
-
-    Adapters stay in float32 either way. A recipe that asks for a float32 model trains in float32 throughout.
-    """
-    device = model.device
-    if getattr(model, "llmrec_float32", False):
-        return nullcontext()
-    if device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16) if gpu_has_bf16() else nullcontext()
-    return torch.autocast("cpu", dtype=torch.bfloat16) if cpu_has_bf16() else nullcontext()
-
-
-def _widen(model: Any) -> None:
-    """Make a float16 model float32 where training cannot multiply in bfloat16: small gradients are 0 in float16."""
-    if model.dtype != torch.float16 or not isinstance(mixed_precision(model), nullcontext):
-        return
-    for parameter in model.parameters():
-        if parameter.dtype == torch.float16:
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        # Layers in NF4 are unpacked to this dtype.
-        if getattr(module, "compute_dtype", None) == torch.float16:
-            module.compute_dtype = torch.float32
-    log.warning(
-        "this hardware multiplies no bfloat16: the model is trained in float32, which takes more memory and time"
-    )
-
-
 def _one_process() -> None:
     """Refuse to be one of several processes.
 
@@ -163,7 +133,7 @@ def train(
     """
     _one_process()
     started = time.monotonic()
-    _widen(model)
+    widen(model)
     if steps and steps[0].bins:
         check_packing(model)
     pad = encoder.tokenizer.pad_token_id
@@ -174,9 +144,9 @@ def train(
     saving: list[Callable[[Path], None]] = [*kept, seal, partial(keep_newest, section.keep_checkpoints)]
     sizes = [(step.tokens, step.targets) for step in steps]
     tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
-    follow = _Follow(len(steps), tokens, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
+    follow = Follow(len(steps), tokens, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
     try:
-        with _adapters_as_they_are(model):
+        with adapters_as_they_are(model):
             trainer = LabelRowTrainer(
                 model=model,
                 args=_config(section, folder, len(steps), seed, device or ("cuda" if has_cuda() else "cpu")),
@@ -223,18 +193,6 @@ def train(
         log=follow.records,
         adapter_sha256=weights_sha256(adapter),
     )
-
-
-@contextmanager
-def _adapters_as_they_are(model: Any) -> Iterator[None]:
-    """Keep adapters in float32 where the trainer is made: on a quantised base TRL rounds them to bfloat16.
-
-    Small optimiser steps would be lost in them, and their gradients are rounded.
-    """
-    held = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    yield
-    for parameter, data in held:
-        parameter.data = data
 
 
 def check_packing(model: Any) -> None:
@@ -323,138 +281,3 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
     # One GPU trains: DataParallel would wrap the model, whose decoder is called outside of the wrapper.
     config._n_gpu = min(config.n_gpu, 1)
     return config
-
-
-def _read(line: str) -> dict[str, Any] | None:
-    """Read a log line; the last one of a killed run may be torn."""
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return record
-
-
-def _now() -> float:
-    """Return the time when everything asked of a GPU is done: it works on after its calls have returned."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.monotonic()
-
-
-class _Follow(TrainerCallback):  # type: ignore[misc]
-    """Shows progress, measures speed, follows validation losses, and writes one JSON line a step."""
-
-    def __init__(
-        self,
-        steps: int,
-        tokens: int,
-        valid: Mapping[str, Sequence[Row]],
-        section: TrainSection,
-        log_file: Path,
-        *,
-        pad: int,
-        quiet: bool,
-        by: StateLoss | None = None,
-    ) -> None:
-        self._mean_tokens = tokens / max(steps, 1)
-        self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
-        self.records: list[dict[str, Any]] = []
-        # Seconds that killed invocations spent up to the step that this one goes on from.
-        self.before = 0.0
-        self._begin = time.monotonic()
-        self._spent = 0.0
-        self._steps_timed = 0
-        self._step_start = 0.0
-        self._progress = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            disable=quiet,
-        )
-        self._bar = self._progress.add_task("train", total=steps, loss=float("nan"), speed=0.0)
-
-    def open(self, *, resumed: bool) -> None:
-        """Start a new log, or read back the one that a resumed run continues."""
-        if resumed and self._file.is_file():
-            self.records = [
-                record for line in self._file.read_text(encoding="utf-8").splitlines() if (record := _read(line))
-            ]
-        else:
-            write_text(self._file, "")
-
-    def speed(self) -> float:
-        """Tokens a second over the steps timed so far, validation excluded; as last noted where none was timed."""
-        if not self._spent:
-            return float(self.records[-1].get("tokens_per_second", 0.0)) if self.records else 0.0
-        return self._steps_timed * self._mean_tokens / self._spent
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.records = [record for record in self.records if record["step"] <= state.global_step]
-        write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
-        self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
-        self._progress.start()
-        if not self.records:
-            self._record({"step": 0, "loss": None, "learning_rate": 0.0, "valid_loss": self._losses(kwargs["model"])})
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_start = _now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._spent += _now() - self._step_start
-        self._steps_timed += 1
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        step = state.global_step
-        if not math.isfinite(float(logs["loss"])):
-            self._progress.stop()
-            raise LlmrecError(
-                f"training: the loss is {logs['loss']} at step {step}; "
-                "lower train.learning_rate, or set model.dtype=float32"
-            )
-        due = step % self._section.valid_every == 0 or step == state.max_steps
-        self._record(
-            {
-                "step": step,
-                "loss": float(logs["loss"]),
-                "learning_rate": float(logs.get("learning_rate", 0.0)),
-                "valid_loss": self._losses(kwargs["model"]) if due else None,
-            }
-        )
-        self._progress.update(self._bar, completed=step, loss=float(logs["loss"]), speed=self.speed())
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.stop()
-
-    def _record(self, record: dict[str, Any]) -> None:
-        record["tokens_per_second"] = self.speed()
-        record["seconds"] = self.before + time.monotonic() - self._begin
-        self.records.append(record)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def _losses(self, model: Any) -> dict[str, float] | None:
-        """Mean validation loss a target, by task: in nats a token, or a head's own loss a rating."""
-        if not any(self._valid.values()):
-            return None
-        was_training = model.training
-        model.eval()
-        losses = {}
-        with torch.no_grad():
-            for task, rows in self._valid.items():
-                total, count = 0.0, 0.0
-                for start in range(0, len(rows), 8):
-                    laid = laid_out(model, rows[start : start + 8], self._pad)
-                    inputs = {name: torch.tensor(values, device=model.device) for name, values in laid.items()}
-                    with mixed_precision(model):
-                        loss, n = rows_loss(model, inputs, self._by)
-                    total, count = total + float(loss), count + n
-                if count:
-                    losses[task] = total / count
-        model.train(was_training)
-        return losses

@@ -95,7 +95,7 @@ def test_bfloat16_is_taken_where_it_is_native(
     capability: tuple[int, int], dtype: str, autocasts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl")
-    from llmrec.train.sft import mixed_precision
+    from llmrec.train.precision import mixed_precision
 
     card(monkeypatch, capability)
     assert models.device(AUTO) == models.device(CUDA) == "cuda"

@@ -14,7 +14,7 @@ from llmrec.models.item_tokens import extended
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rating import Scale
-from llmrec.train import lora, sft
+from llmrec.train import lora, precision, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss
 from llmrec.train.rating_head import HeadLoss, attach, measure
@@ -169,7 +169,7 @@ def test_gradients_are_those_of_a_float32_reference_also_after_an_evaluation(
 def test_adapters_stay_in_float32_on_a_quantised_base(folders: dict[str, Path], tmp_path: Path) -> None:
     case = Case("qlora", folders)
     start = {name: p.detach().clone() for name, p in case.model.named_parameters() if p.requires_grad}
-    with sft._adapters_as_they_are(case.model):
+    with precision.adapters_as_they_are(case.model):
         for p in case.model.parameters():
             if p.requires_grad:
                 p.data = p.data.bfloat16()

@@ -13,7 +13,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.errors import RecipeError
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
-from llmrec.train import lora, sft
+from llmrec.train import lora, precision, sft
 from llmrec.train.batches import plan
 from llmrec.types import Example, Message, Segment
 
@@ -114,8 +114,8 @@ def test_without_bfloat16_a_float16_model_is_trained_in_float32(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # As on a Turing card, which only emulates bfloat16 and so is asked in float16.
-    monkeypatch.setattr(sft, "cpu_has_bf16", lambda: False)
-    monkeypatch.setattr(sft, "gpu_has_bf16", lambda: False)
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(precision, "gpu_has_bf16", lambda: False)
     done, model = run(llama_folder, tmp_path, dtype="float16", steps=6)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(record["loss"] is None or math.isfinite(record["loss"]) for record in done.log)

@@ -1,0 +1,166 @@
+"""Follows a training: its progress, its speed, validation losses, and one line of the log a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from llmrec.backends.encode import Row
+from llmrec.durable import write_text
+from llmrec.errors import LlmrecError
+from llmrec.recipe.schema import TrainSection
+from llmrec.train.batches import laid_out
+from llmrec.train.loss import StateLoss, rows_loss
+from llmrec.train.precision import mixed_precision
+
+
+class Follow(TrainerCallback):  # type: ignore[misc]
+    """Shows progress, measures speed, follows validation losses, and writes one JSON line a step."""
+
+    def __init__(
+        self,
+        steps: int,
+        tokens: int,
+        valid: Mapping[str, Sequence[Row]],
+        section: TrainSection,
+        log_file: Path,
+        *,
+        pad: int,
+        quiet: bool,
+        by: StateLoss | None = None,
+    ) -> None:
+        self._mean_tokens = tokens / max(steps, 1)
+        self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
+        self.records: list[dict[str, Any]] = []
+        # Seconds that killed invocations spent up to the step that this one goes on from.
+        self.before = 0.0
+        self._begin = time.monotonic()
+        self._spent = 0.0
+        self._steps_timed = 0
+        self._step_start = 0.0
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            disable=quiet,
+        )
+        self._bar = self._progress.add_task("train", total=steps, loss=float("nan"), speed=0.0)
+
+    def open(self, *, resumed: bool) -> None:
+        """Start a new log, or read back the one that a resumed run continues."""
+        if resumed and self._file.is_file():
+            self.records = [
+                record for line in self._file.read_text(encoding="utf-8").splitlines() if (record := _read(line))
+            ]
+        else:
+            write_text(self._file, "")
+
+    def speed(self) -> float:
+        """Tokens a second over the steps timed so far, validation excluded; as last noted where none was timed."""
+        if not self._spent:
+            return float(self.records[-1].get("tokens_per_second", 0.0)) if self.records else 0.0
+        return self._steps_timed * self._mean_tokens / self._spent
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop what the log holds beyond the checkpoint, and measure the loss before the first step."""
+        self.records = [record for record in self.records if record["step"] <= state.global_step]
+        write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
+        self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
+        self._progress.start()
+        if not self.records:
+            self._record({"step": 0, "loss": None, "learning_rate": 0.0, "valid_loss": self._losses(kwargs["model"])})
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._step_start = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self._spent += _now() - self._step_start
+        self._steps_timed += 1
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the line of a step, with validation losses where they are due.
+
+        Raises:
+            LlmrecError: If the loss is no number.
+        """
+        if not logs or "loss" not in logs:
+            return
+        step = state.global_step
+        if not math.isfinite(float(logs["loss"])):
+            self._progress.stop()
+            raise LlmrecError(
+                f"training: the loss is {logs['loss']} at step {step}; "
+                "lower train.learning_rate, or set model.dtype=float32"
+            )
+        due = step % self._section.valid_every == 0 or step == state.max_steps
+        self._record(
+            {
+                "step": step,
+                "loss": float(logs["loss"]),
+                "learning_rate": float(logs.get("learning_rate", 0.0)),
+                "valid_loss": self._losses(kwargs["model"]) if due else None,
+            }
+        )
+        self._progress.update(self._bar, completed=step, loss=float(logs["loss"]), speed=self.speed())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the progress bar."""
+        self._progress.stop()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        record["tokens_per_second"] = self.speed()
+        record["seconds"] = self.before + time.monotonic() - self._begin
+        self.records.append(record)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _losses(self, model: Any) -> dict[str, float] | None:
+        """Mean validation loss a target, by task: in nats a token, or a head's own loss a rating."""
+        if not any(self._valid.values()):
+            return None
+        was_training = model.training
+        model.eval()
+        losses = {}
+        with torch.no_grad():
+            for task, rows in self._valid.items():
+                total, count = 0.0, 0.0
+                for start in range(0, len(rows), 8):
+                    laid = laid_out(model, rows[start : start + 8], self._pad)
+                    inputs = {name: torch.tensor(values, device=model.device) for name, values in laid.items()}
+                    with mixed_precision(model):
+                        loss, n = rows_loss(model, inputs, self._by)
+                    total, count = total + float(loss), count + n
+                if count:
+                    losses[task] = total / count
+        model.train(was_training)
+        return losses
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """Read a log line; the last one of a killed run may be torn."""
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return record
+
+
+def _now() -> float:
+    """Return the time when everything asked of a GPU is done: it works on after its calls have returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
