@@ -358,6 +358,17 @@ def test_recipe_page_names_every_key() -> None:
     assert not undocumented
 
 
+def test_the_page_of_baselines_lists_every_parameter_with_its_default() -> None:
+    text = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
+    listed: dict[tuple[str, str, str], list[str]] = {}
+    for name in registry.BASELINES:
+        for key, field in registry.lookup(registry.BASELINES, name, "baseline").Config.model_fields.items():
+            default = "null" if field.default is None else str(field.default).lower()
+            listed.setdefault((key, default, str(field.description)), []).append(f"`{name}`")
+    rows = [f"| {', '.join(names)} | `{key}` | {default} | {said} |" for (key, default, said), names in listed.items()]
+    assert "\n".join(rows) in text
+
+
 def test_documents_name_every_baseline_and_source() -> None:
     for page, names in (("baselines", registry.BASELINES), ("data", registry.SOURCES)):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
@@ -369,7 +380,7 @@ def test_every_family_has_a_page_with_its_strategies_figures_and_a_command(famil
     page = (ROOT / "docs" / "families" / f"{family}.md").read_text(encoding="utf-8")
     section = {name: field.annotation for name, field in TasksSection.model_fields.items()}[family]
     (settings,) = (option for option in get_args(section) if option is not type(None))
-    names = [*family_of(family).strategies, *settings().baselines]
+    names = [*family_of(family).strategies, *(each.name for each in settings().baselines)]
     assert [name for name in names if f"`{name}`" not in page] == []
     assert family_of(family).headline.partition("@")[0] in page
     assert re.search(r"```sh\n(?:.*\n)*?.*llmrec run ", page)
@@ -430,7 +441,7 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
         recipe = _snippet(block, tmp_path / "snippet.yaml")
         assert recipe.tasks.present()
         for family, section in recipe.tasks.present().items():
-            assert set(section.baselines) <= set(registry.BASELINES), family
+            assert {each.name for each in section.baselines} <= set(registry.BASELINES), family
             assert set(section.strategies) <= set(registry.STRATEGIES), family
     if page.name in ("recipe.md", "data.md", "own-data.md", "baselines.md"):
         assert blocks

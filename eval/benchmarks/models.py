@@ -62,7 +62,7 @@ def ease(data: SplitDataset) -> float:
         for user in data.train["user_id"].unique(maintain_order=True)
     ]
     begin = time.perf_counter()
-    model = EASE(penalty=500.0, dtype="float32")
+    model = EASE(EASE.Config(penalty=500.0, dtype="float32"))
     model.fit(data)
     answers = model.answer(requests)
     spent = time.perf_counter() - begin

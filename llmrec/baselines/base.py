@@ -1,15 +1,17 @@
-"""What the ranking baselines share: numbered items, request windows and the way scores become rankings."""
+"""What baselines share: a config, what `fit` stored, numbered items, and the way scores become rankings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import polars as pl
+from pydantic import Field
 from scipy import sparse
 
+from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Ranking, Request, Unparsed
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ _CELLS = 1 << 22
 _FILLER = 2.0**-20
 
 
+Decay = Annotated[float, Field(gt=0, le=1)]
+AboveZero = Annotated[float, Field(gt=0)]
+
+
 @runtime_checkable
 class Trainable(Protocol):
     """A predictor that learns from training interactions."""
@@ -37,6 +43,75 @@ class Trainable(Protocol):
     def fit(self, data: SplitDataset) -> None:
         """Learn from ``data``'s training interactions and nothing else."""
         ...
+
+
+class NoParameters(Section):
+    """The config of a baseline with nothing to set."""
+
+
+class _HasCatalogue(Protocol):
+    @property
+    def catalogue(self) -> Catalogue: ...
+
+
+C = TypeVar("C", bound=Section)
+M = TypeVar("M")
+S = TypeVar("S", bound=_HasCatalogue)
+
+
+class Baseline(Generic[C, M]):
+    """What every baseline has beside ``fit`` and ``answer``.
+
+    Attributes:
+        name: As recipes and tables call it.
+        stochastic: Whether another seed gives other figures.
+        GRID: Values by parameter that `tuning.tune` tries, all combinations of them.
+        Config: Its parameters with their defaults and bounds.
+    """
+
+    name: ClassVar[str]
+    stochastic: ClassVar[bool] = False
+    GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    Config: type[C]
+
+    def __init__(self, config: C | None = None, *, seed: int = 0) -> None:
+        """Set up.
+
+        Args:
+            config: The parameters; None for the defaults.
+            seed: Of everything random in it.
+        """
+        self._config: C = config or self.Config()
+        self._seed = seed
+        self._model: M | None = None
+
+    @property
+    def _fitted(self) -> M:
+        """What ``fit`` stored.
+
+        Raises:
+            RuntimeError: If ``fit`` was not called.
+        """
+        if self._model is None:
+            raise RuntimeError(f"the baseline {self.name!r} was asked before fit() was called")
+        return self._model
+
+
+class ScoredBaseline(Baseline[C, S]):
+    """A baseline that scores the whole catalogue: it needs ``fit`` and ``scores``, and ranks by the scores."""
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return self._fitted.catalogue.ids
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Return a score for every request and item, shape (n, items)."""
+        raise NotImplementedError
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank the candidates, or the catalogue less the history; unknown items come last."""
+        return rank_all(requests, self._fitted.catalogue, self.scores)
 
 
 @dataclass(frozen=True)
@@ -279,17 +354,3 @@ def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[
     # An unknown candidate is never above a known one.
     lowest = scores.min(initial=0.0)
     return ranking(request, request.candidates, np.where(places >= 0, scores[places], lowest - (lowest < 0)))
-
-
-T = TypeVar("T")
-
-
-def fitted(model: T | None, name: str) -> T:
-    """Return what ``fit`` stored.
-
-    Raises:
-        RuntimeError: If ``fit`` was not called.
-    """
-    if model is None:
-        raise RuntimeError(f"the baseline {name!r} was asked before fit() was called")
-    return model

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 from scipy.linalg import lapack
 
-from llmrec.baselines.base import Catalogue, Log, Warm, fitted, pairs, rank_all
+from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm, pairs
+from llmrec.recipe.schema import Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
-    from llmrec.types import Answer, Request
+    from llmrec.types import Request
 
 _TILE = 1024
 
@@ -24,11 +26,21 @@ _TILE = 1024
 class _Linear:
     """Weights of the warm items; entry (i, j) is what item i in the history says for item j."""
 
+    catalogue: Catalogue
     warm: Warm
     weights: NDArray[np.floating[Any]]
 
 
-class EASE:
+class EASEConfig(Section):
+    """Parameters of `EASE`."""
+
+    penalty: AboveZero = Field(250.0, description="ridge penalty")
+    dtype: Literal["float32", "float64"] = Field(
+        "float64", description="of the matrix; float32 takes half the memory and time"
+    )
+
+
+class EASE(ScoredBaseline[EASEConfig, _Linear]):
     """Scores an item by learned weights of the history's items (Steck, WWW 2019, equation 8).
 
     With the binary training matrix X and ``P = (X'X + penalty * I)**-1``, the weights are ``B[i, j] = -P[i, j] /
@@ -38,26 +50,8 @@ class EASE:
     """
 
     name = "ease"
-    stochastic = False
+    Config = EASEConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"penalty": (10.0, 50.0, 100.0, 250.0, 500.0, 1000.0)}
-
-    def __init__(
-        self, *, penalty: float = 250.0, dtype: Literal["float32", "float64"] = "float64", seed: int = 0
-    ) -> None:
-        """Set up.
-
-        Args:
-            penalty: Ridge penalty, above 0.
-            dtype: Of the matrix; ``float32`` takes half the memory and time.
-            seed: Not used; nothing here is random.
-        """
-        if penalty <= 0:
-            raise ValueError(f"penalty must be above 0, not {penalty}")
-        if dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
-        self._penalty = penalty
-        self._dtype = np.dtype(dtype)
-        self._model: _Linear | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Solve for the weights by a Cholesky factorisation.
@@ -68,29 +62,20 @@ class EASE:
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
         warm = Warm.of(log, catalogue)
-        binary = warm.log(log).binary(len(warm.places)).astype(self._dtype)
+        binary = warm.log(log).binary(len(warm.places)).astype(self._config.dtype)
         gram: NDArray[np.floating[Any]] = (binary.T @ binary).toarray()
-        gram[np.diag_indices_from(gram)] += self._penalty
+        gram[np.diag_indices_from(gram)] += self._config.penalty
         weights = _inverse(gram)
         weights /= -weights.diagonal().copy()
         np.fill_diagonal(weights, 0.0)
-        self._model = _Linear(warm, weights)
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).warm.catalogue.ids
+        self._model = _Linear(catalogue, warm, weights)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the sums of weights for every request, shape (n, items)."""
-        model = fitted(self._model, self.name)
+        model = self._fitted
         histories = model.warm.histories(requests)
-        have = pairs(histories, len(model.warm.places), self._dtype.type)
+        have = pairs(histories, len(model.warm.places), model.weights.dtype.type)
         return model.warm.spread(have @ model.weights, histories)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items come last."""
-        return rank_all(requests, fitted(self._model, self.name).warm.catalogue, self.scores)
 
 
 def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import Catalogue, Log, Warm, fitted, pairs, rank_all, recent
+from llmrec.baselines.base import AboveZero, Catalogue, Decay, Log, ScoredBaseline, Warm, pairs, recent
 from llmrec.errors import require
+from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
-    from llmrec.types import Answer, Request
+    from llmrec.types import Request
 
 _WINDOW = 50
 
@@ -31,12 +33,23 @@ _WINDOW = 50
 class _Vectors:
     """Vectors of the warm items, shape (warm, factors), and the package's own model."""
 
+    catalogue: Catalogue
     warm: Warm
     vectors: NDArray[np.float32]
     library: Any
 
 
-class ALS:
+class ALSConfig(Section):
+    """Parameters of `ALS`."""
+
+    factors: Positive = Field(128, description="length of a vector")
+    regularization: float = Field(1.0, ge=0, description="ridge penalty of the vectors")
+    alpha: AboveZero = Field(10.0, description="confidence of an interaction, above 1 for more than that of none")
+    iterations: Positive = Field(15, description="rounds over users and items")
+    threads: int = Field(1, ge=0, description="of the solver, 0: all cores; they do not change the result")
+
+
+class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     """Factorises the binary training matrix by weighted least squares (Hu et al., ICDM 2008).
 
     A training interaction has confidence ``alpha``, everything else 1. A user's vector is the least squares solution
@@ -45,31 +58,8 @@ class ALS:
 
     name = "als"
     stochastic = True
+    Config = ALSConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"factors": (64, 128, 256), "alpha": (5.0, 20.0)}
-
-    def __init__(
-        self,
-        *,
-        factors: int = 128,
-        regularization: float = 1.0,
-        alpha: float = 10.0,
-        iterations: int = 15,
-        threads: int = 1,
-        seed: int = 0,
-    ) -> None:
-        """Set up.
-
-        Args:
-            factors: Length of a vector.
-            regularization: Ridge penalty of the vectors.
-            alpha: Confidence of an interaction, above 1 for more than that of none.
-            iterations: Rounds over users and items.
-            threads: Threads of the solver; they do not change the result.
-            seed: Seeds the first vectors.
-        """
-        self._factors, self._regularization, self._alpha = factors, regularization, alpha
-        self._iterations, self._threads, self._seed = iterations, threads, seed
-        self._model: _Vectors | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Alternate between users' and items' vectors.
@@ -80,36 +70,43 @@ class ALS:
         warm, binary = _training(data)
         with _pinned():
             library = require("implicit.cpu.als", "baselines").AlternatingLeastSquares(
-                factors=self._factors,
-                regularization=self._regularization,
-                alpha=self._alpha,
-                iterations=self._iterations,
-                num_threads=self._threads,
+                factors=self._config.factors,
+                regularization=self._config.regularization,
+                alpha=self._config.alpha,
+                iterations=self._config.iterations,
+                num_threads=self._config.threads,
                 random_state=self._seed,
             )
             library.fit(binary, show_progress=False)
-        self._model = _Vectors(warm, np.asarray(library.item_factors), library)
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).warm.catalogue.ids
+        self._model = _Vectors(warm.catalogue, warm, np.asarray(library.item_factors), library)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the products of user and item vectors for every request, shape (n, items)."""
-        model = fitted(self._model, self.name)
+        model = self._fitted
         histories = model.warm.histories(requests)
         have = sparse.csr_matrix(pairs(histories, len(model.vectors), np.float32))
         with _pinned():
             users = model.library.recalculate_user(np.arange(len(requests)), have)
         return model.warm.spread(users @ model.vectors.T, histories)
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items come last."""
-        return rank_all(requests, fitted(self._model, self.name).warm.catalogue, self.scores)
+
+class BPRConfig(Section):
+    """Parameters of `BPR`."""
+
+    factors: Positive = Field(64, description="length of a vector")
+    learning_rate: AboveZero = Field(0.05, description="of stochastic gradient descent")
+    regularization: float = Field(0.001, ge=0, description="penalty of the vectors")
+    iterations: Positive = Field(100, description="passes over the training interactions")
+    decay: Decay = Field(0.8, description="factor from one event of the history to the one before")
+    threads: int = Field(
+        1,
+        ge=0,
+        description="of training, 0: all cores; with more than one the seed no longer fixes the result, since they "
+        "write to the same vectors in any order",
+    )
 
 
-class BPR:
+class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     """Factorises by pairs: an item that a user had above one that the user had not (Rendle et al., UAI 2009).
 
     The method has no step that makes a vector from a history. Here it is the mean of the history's item vectors, the
@@ -119,36 +116,8 @@ class BPR:
 
     name = "bpr"
     stochastic = True
+    Config = BPRConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"regularization": (0.0003, 0.001, 0.003), "decay": (0.8, 1.0)}
-
-    def __init__(
-        self,
-        *,
-        factors: int = 64,
-        learning_rate: float = 0.05,
-        regularization: float = 0.001,
-        iterations: int = 100,
-        decay: float = 0.8,
-        threads: int = 1,
-        seed: int = 0,
-    ) -> None:
-        """Set up.
-
-        Args:
-            factors: Length of a vector.
-            learning_rate: Of stochastic gradient descent.
-            regularization: Penalty of the vectors.
-            iterations: Passes over the training interactions.
-            decay: Factor from one event of the history to the one before.
-            threads: Threads of training. With more than one the seed no longer fixes the result, since they write
-                to the same vectors in any order.
-            seed: Seeds the first vectors and the draws.
-        """
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], not {decay}")
-        self._factors, self._learning_rate, self._regularization = factors, learning_rate, regularization
-        self._iterations, self._decay, self._threads, self._seed = iterations, decay, threads, seed
-        self._model: _Vectors | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Draw pairs and follow the gradient.
@@ -159,33 +128,24 @@ class BPR:
         warm, binary = _training(data)
         with _pinned():
             library = require("implicit.cpu.bpr", "baselines").BayesianPersonalizedRanking(
-                factors=self._factors,
-                learning_rate=self._learning_rate,
-                regularization=self._regularization,
-                iterations=self._iterations,
-                num_threads=self._threads,
+                factors=self._config.factors,
+                learning_rate=self._config.learning_rate,
+                regularization=self._config.regularization,
+                iterations=self._config.iterations,
+                num_threads=self._config.threads,
                 random_state=self._seed,
             )
             library.fit(binary, show_progress=False)
         # The package keeps the bias in a last column.
-        self._model = _Vectors(warm, np.ascontiguousarray(library.item_factors[:, :-1]), None)
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).warm.catalogue.ids
+        self._model = _Vectors(warm.catalogue, warm, np.ascontiguousarray(library.item_factors[:, :-1]), None)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the products of the histories' mean vectors and item vectors, shape (n, items)."""
-        model = fitted(self._model, self.name)
-        weights = recent(requests, model.warm.catalogue, _WINDOW, self._decay)[:, model.warm.places]
+        model = self._fitted
+        weights = recent(requests, model.warm.catalogue, _WINDOW, self._config.decay)[:, model.warm.places]
         whole = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
         users = (sparse.diags_array(1 / whole) @ weights) @ model.vectors
         return model.warm.spread(users @ model.vectors.T, model.warm.histories(requests))
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items come last."""
-        return rank_all(requests, fitted(self._model, self.name).warm.catalogue, self.scores)
 
 
 def _training(data: SplitDataset) -> tuple[Warm, Any]:

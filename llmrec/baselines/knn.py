@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import Catalogue, Log, counts, filled, fitted, rank_all, recent
+from llmrec.baselines.base import Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
-    from llmrec.types import Answer, Request
+    from llmrec.types import Request
 
 # What is left of an item's cosine to itself after rounding is below this share of it.
 _ROUNDING = 1e-12
@@ -31,7 +33,14 @@ class _Columns:
     popular: NDArray[np.float64]
 
 
-class ItemKNN:
+class ItemKNNConfig(Section):
+    """Parameters of `ItemKNN`."""
+
+    history: Positive = Field(20, description="how many of the latest events count")
+    decay: Decay = Field(0.8, description="factor from one event to the one before; 1 weighs all alike")
+
+
+class ItemKNN(ScoredBaseline[ItemKNNConfig, _Columns]):
     """Scores an item by its cosine to the latest items of the history (Sarwar et al., WWW 2001, section 3.1).
 
     ``score(i) = sum_j decay**age(j) * cos(i, j)`` over the last ``history`` events j, on the binary matrix of
@@ -40,22 +49,8 @@ class ItemKNN:
     """
 
     name = "item-knn"
-    stochastic = False
+    Config = ItemKNNConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"history": (10, 20, 50), "decay": (0.8, 1.0)}
-
-    def __init__(self, *, history: int = 20, decay: float = 0.8, seed: int = 0) -> None:
-        """Set up.
-
-        Args:
-            history: How many of the latest events count.
-            decay: Factor from one event to the one before; 1 weighs all alike.
-            seed: Not used; nothing here is random.
-        """
-        if history < 1 or not 0 < decay <= 1:
-            raise ValueError(f"history must be at least 1 and decay in (0, 1], not {history} and {decay}")
-        self._history = history
-        self._decay = decay
-        self._model: _Columns | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Normalise the columns of the binary training matrix."""
@@ -71,15 +66,10 @@ class ItemKNN:
             popular=counts(log, catalogue),
         )
 
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).catalogue.ids
-
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the sums of cosines for every request, shape (n, items)."""
-        model = fitted(self._model, self.name)
-        weights = recent(requests, model.catalogue, self._history, self._decay)
+        model = self._fitted
+        weights = recent(requests, model.catalogue, self._config.history, self._config.decay)
         # Through the users instead of an item-by-item matrix, which a large catalogue could not hold.
         with_self = ((weights @ model.units.T) @ model.units).toarray()
         # Each item's cosine to itself is 1.
@@ -87,7 +77,3 @@ class ItemKNN:
         scores = with_self - own
         scores[scores <= _ROUNDING * own] = 0.0
         return filled(scores, model.popular)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items score 0."""
-        return rank_all(requests, fitted(self._model, self.name).catalogue, self.scores)

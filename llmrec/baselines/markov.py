@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import Catalogue, Log, counts, filled, fitted, rank_all, recent
+from llmrec.baselines.base import Catalogue, Decay, Log, NoParameters, ScoredBaseline, counts, filled, recent
+from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
-    from llmrec.types import Answer, Request
+    from llmrec.types import Request
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,14 @@ class _Transitions:
     popular: NDArray[np.float64]
 
 
-class Markov:
+class MarkovConfig(Section):
+    """Parameters of `Markov`; the defaults were chosen on MovieLens-100K's validation split."""
+
+    order: Positive = Field(10, description="how many of the latest items vote, and how far apart a step may be")
+    decay: Decay = Field(0.85, description="factor from one event to the one before")
+
+
+class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
     """Scores an item by how often it followed the latest items of the history in training sequences.
 
     A step from i to j that skips d - 1 events counts ``decay**(d - 1)``, for d up to ``order``; at request time the
@@ -36,78 +45,34 @@ class Markov:
     """
 
     name = "markov"
-    stochastic = False
+    Config = MarkovConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"order": (3, 10, 20), "decay": (0.7, 0.85)}
-
-    def __init__(self, *, order: int = 10, decay: float = 0.85, seed: int = 0) -> None:
-        """Set up.
-
-        Args:
-            order: How many of the latest items vote, and how far apart a step may be. The defaults of order and
-                decay were chosen on MovieLens-100K's validation split.
-            decay: Factor from one event to the one before.
-            seed: Not used; nothing here is random.
-        """
-        if order < 1 or not 0 < decay <= 1:
-            raise ValueError(f"order must be at least 1 and decay in (0, 1], not {order} and {decay}")
-        self._order = order
-        self._decay = decay
-        self._model: _Transitions | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Count the steps of every user's training sequence."""
-        catalogue = Catalogue.of(data)
-        log = Log.of(data, catalogue)
-        after = _steps(log, len(catalogue.ids), self._order, self._decay)
-        self._model = _Transitions(catalogue, after, counts(log, catalogue))
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).catalogue.ids
+        self._model = _chain(data, self._config.order, self._config.decay)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the votes for every request and item, shape (n, items)."""
-        model = fitted(self._model, self.name)
-        votes = recent(requests, model.catalogue, self._order, self._decay) @ model.after
-        return filled(votes.toarray(), model.popular)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items score 0."""
-        return rank_all(requests, fitted(self._model, self.name).catalogue, self.scores)
+        return _voted(self._fitted, requests, self._config.order, self._config.decay)
 
 
-class FirstOrder:
+class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
     """The plain first-order chain (Rendle et al., WWW 2010, section 4.1, without factorisation).
 
     Only the last item votes, by its direct transitions; popularity orders what has none.
     """
 
     name = "markov-1"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._chain: Markov | None = None
+    Config = NoParameters
 
     def fit(self, data: SplitDataset) -> None:
         """Count the direct transitions of every user's training sequence."""
-        chain = Markov(order=1)
-        chain.fit(data)
-        self._chain = chain
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._chain, self.name).items
+        self._model = _chain(data, 1, 1.0)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the transitions of the last item for every request, shape (n, items)."""
-        return fitted(self._chain, self.name).scores(requests)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items score 0."""
-        return fitted(self._chain, self.name).answer(requests)
+        return _voted(self._fitted, requests, 1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -120,7 +85,15 @@ class _Counted:
     popular: NDArray[np.float64]
 
 
-class MarkovCooccurrence:
+class MarkovCooccurrenceConfig(Section):
+    """Parameters of `MarkovCooccurrence`."""
+
+    history: Positive = Field(20, description="how many of the latest events count for co-occurrence")
+    decay: Decay = Field(0.8, description="factor from one event to the one before")
+    transition: float = Field(1.0, ge=0, description="weight of one direct transition from the last item")
+
+
+class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     """Adds what the history's items were bought with to what followed the last of them.
 
     ``score(i) = transition * steps(last, i) + sum_j decay**age(j) * both(j, i) / sqrt(pop(j) * pop(i) + 1)`` over the
@@ -131,27 +104,8 @@ class MarkovCooccurrence:
     """
 
     name = "markov-cooccurrence"
-    stochastic = False
+    Config = MarkovCooccurrenceConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"transition": (0.3, 1.0, 3.0), "decay": (0.8, 0.9)}
-
-    def __init__(self, *, history: int = 20, decay: float = 0.8, transition: float = 1.0, seed: int = 0) -> None:
-        """Set up.
-
-        Args:
-            history: How many of the latest events count for co-occurrence.
-            decay: Factor from one event to the one before.
-            transition: Weight of one direct transition from the last item.
-            seed: Not used; nothing here is random.
-        """
-        if history < 1 or not 0 < decay <= 1 or transition < 0:
-            raise ValueError(
-                "history must be at least 1, decay in (0, 1] and transition at least 0, "
-                f"not {history}, {decay} and {transition}"
-            )
-        self._history = history
-        self._decay = decay
-        self._transition = transition
-        self._model: _Counted | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Count transitions and co-occurrences of every user's training sequence."""
@@ -166,26 +120,28 @@ class MarkovCooccurrence:
         together.eliminate_zeros()
         self._model = _Counted(
             catalogue=catalogue,
-            after=self._transition * _steps(log, size, 1, 1.0),
+            after=self._config.transition * _steps(log, size, 1, 1.0),
             together=together,
             popular=popular,
         )
 
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).catalogue.ids
-
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the sum for every request and item, shape (n, items)."""
-        model = fitted(self._model, self.name)
+        model = self._fitted
         last = recent(requests, model.catalogue, 1, 1.0) @ model.after
-        total = recent(requests, model.catalogue, self._history, self._decay) @ model.together + last
+        total = recent(requests, model.catalogue, self._config.history, self._config.decay) @ model.together + last
         return filled(total.toarray(), model.popular)
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items score 0."""
-        return rank_all(requests, fitted(self._model, self.name).catalogue, self.scores)
+
+def _chain(data: SplitDataset, order: int, decay: float) -> _Transitions:
+    catalogue = Catalogue.of(data)
+    log = Log.of(data, catalogue)
+    return _Transitions(catalogue, _steps(log, len(catalogue.ids), order, decay), counts(log, catalogue))
+
+
+def _voted(model: _Transitions, requests: Sequence[Request], order: int, decay: float) -> NDArray[np.float64]:
+    votes = recent(requests, model.catalogue, order, decay) @ model.after
+    return filled(votes.toarray(), model.popular)
 
 
 def _steps(log: Log, size: int, order: int, decay: float) -> Any:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import fitted
+from llmrec.baselines.base import AboveZero, Baseline
 from llmrec.baselines.rated import Ratings, bias_of_history, rate, ratings, ridge_biases
+from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,7 +57,17 @@ class _Factors:
         return rate(requests, known.scale, predict)
 
 
-class MF:
+class MFConfig(Section):
+    """Parameters of `MF`."""
+
+    factors: Positive = Field(10, description="length k of a vector")
+    penalty: AboveZero = Field(0.1, description="ridge penalty of a vector, for each of its ratings")
+    user_penalty: AboveZero = Field(5.0, description="ridge penalty of user biases")
+    item_penalty: AboveZero = Field(3.0, description="ridge penalty of item biases")
+    rounds: Positive = Field(20, description="times that users and items are solved for")
+
+
+class MF(Baseline[MFConfig, _Factors]):
     """Predicts ``mean + b_user + b_item + p_user . q_item`` (Koren et al., IEEE Computer 2009, equation 4).
 
     Alternating least squares: with the items fixed, each user's bias and vector solve a ridge problem together, and
@@ -64,33 +76,8 @@ class MF:
 
     name = "mf"
     stochastic = True
+    Config = MFConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"factors": (5, 10), "penalty": (0.05, 0.1, 0.15)}
-
-    def __init__(
-        self,
-        *,
-        factors: int = 10,
-        penalty: float = 0.1,
-        user_penalty: float = 5.0,
-        item_penalty: float = 3.0,
-        rounds: int = 20,
-        seed: int = 0,
-    ) -> None:
-        """Set up.
-
-        Args:
-            factors: Length k of a vector.
-            penalty: Ridge penalty of a vector, for each of its ratings; above 0.
-            user_penalty: Ridge penalty of user biases; above 0.
-            item_penalty: Ridge penalty of item biases; above 0.
-            rounds: Times that users and items are solved for.
-            seed: Seeds the first item vectors.
-        """
-        if min(penalty, user_penalty, item_penalty) <= 0:
-            raise ValueError(f"penalties must be above 0, not {penalty}, {user_penalty} and {item_penalty}")
-        self._factors, self._penalty, self._rounds, self._seed = factors, penalty, rounds, seed
-        self._user_penalty, self._item_penalty = user_penalty, item_penalty
-        self._model: _Factors | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Alternate between users and items.
@@ -98,25 +85,37 @@ class MF:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        known = ratings(data, self.name)
-        user_bias, item_bias = ridge_biases(known, self._user_penalty, self._item_penalty)
-        items = np.random.default_rng(self._seed).normal(0, 0.1, (len(known.item_index), self._factors))
-        users = np.zeros((len(known.user_index), self._factors))
+        known, config = ratings(data, self.name), self._config
+        user_bias, item_bias = ridge_biases(known, config.user_penalty, config.item_penalty)
+        items = np.random.default_rng(self._seed).normal(0, 0.1, (len(known.item_index), config.factors))
+        users = np.zeros((len(known.user_index), config.factors))
         by_user, by_item = np.argsort(known.users, kind="stable"), np.argsort(known.items, kind="stable")
         residual = known.values - known.mean
-        for _ in range(self._rounds):
+        penalty = config.penalty
+        for _ in range(config.rounds):
             left = residual - item_bias[known.items]
-            user_bias, users = _solve(known.users, items[known.items], left, by_user, self._user_penalty, self._penalty)
+            user_bias, users = _solve(known.users, items[known.items], left, by_user, config.user_penalty, penalty)
             left = residual - user_bias[known.users]
-            item_bias, items = _solve(known.items, users[known.users], left, by_item, self._item_penalty, self._penalty)
+            item_bias, items = _solve(known.items, users[known.users], left, by_item, config.item_penalty, penalty)
         self._model = _Factors(known, user_bias, item_bias, users, items)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
-        return fitted(self._model, self.name).answer(requests, self._user_penalty)
+        return self._fitted.answer(requests, self._config.user_penalty)
 
 
-class SVD:
+class SVDConfig(Section):
+    """Parameters of `SVD`."""
+
+    factors: Positive = Field(50, description="length k of a vector")
+    penalty: AboveZero = Field(0.1, description="penalty of biases and vectors in the loss of one rating")
+    learning_rate: AboveZero = Field(0.01, description="step of one rating")
+    epochs: Positive = Field(40, description="passes over the ratings")
+    batch: Positive = Field(500, description="ratings of one step")
+    user_penalty: AboveZero = Field(5.0, description="ridge penalty of an unknown user's bias")
+
+
+class SVD(Baseline[SVDConfig, _Factors]):
     """The same model by stochastic gradient descent over small batches of ratings (Funk, 2006).
 
     The gradient of a batch is summed for each user and item, so a batch is a step of all that occur in it.
@@ -124,35 +123,8 @@ class SVD:
 
     name = "svd"
     stochastic = True
+    Config = SVDConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"factors": (10, 50), "penalty": (0.03, 0.06, 0.1)}
-
-    def __init__(
-        self,
-        *,
-        factors: int = 50,
-        penalty: float = 0.1,
-        learning_rate: float = 0.01,
-        epochs: int = 40,
-        batch: int = 500,
-        user_penalty: float = 5.0,
-        seed: int = 0,
-    ) -> None:
-        """Set up.
-
-        Args:
-            factors: Length k of a vector.
-            penalty: Penalty of biases and vectors in the loss of one rating; above 0.
-            learning_rate: Step of one rating.
-            epochs: Passes over the ratings.
-            batch: Ratings of one step.
-            user_penalty: Ridge penalty of an unknown user's bias; above 0.
-            seed: Seeds the first vectors and the order.
-        """
-        if min(penalty, user_penalty) <= 0:
-            raise ValueError(f"penalties must be above 0, not {penalty} and {user_penalty}")
-        self._factors, self._penalty, self._learning_rate = factors, penalty, learning_rate
-        self._epochs, self._batch, self._user_penalty, self._seed = epochs, batch, user_penalty, seed
-        self._model: _Factors | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Descend.
@@ -160,30 +132,30 @@ class SVD:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        known = ratings(data, self.name)
+        known, config = ratings(data, self.name), self._config
         rng = np.random.default_rng(self._seed)
         # A column of ones stands beside each bias, so that one product holds biases and vectors.
-        size, sides = self._factors, []
+        size, sides = config.factors, []
         for count, bias, one in ((len(known.user_index), 0, 1), (len(known.item_index), 1, 0)):
             side = rng.normal(0, 0.1, (count, size + 2))
             side[:, bias], side[:, one] = 0.0, 1.0
             sides.append(side)
         users, items = sides
         residual = known.values - known.mean
-        for _ in range(self._epochs):
+        for _ in range(config.epochs):
             order = rng.permutation(len(residual))
-            for start in range(0, len(order), self._batch):
-                rows = order[start : start + self._batch]
+            for start in range(0, len(order), config.batch):
+                rows = order[start : start + config.batch]
                 of, to = known.users[rows], known.items[rows]
                 own, other = users[of], items[to]
                 error = (residual[rows] - np.einsum("nk,nk->n", own, other))[:, None]
-                _step(users, of, error * other - self._penalty * own, 1, self._learning_rate)
-                _step(items, to, error * own - self._penalty * other, 0, self._learning_rate)
+                _step(users, of, error * other - config.penalty * own, 1, config.learning_rate)
+                _step(items, to, error * own - config.penalty * other, 0, config.learning_rate)
         self._model = _Factors(known, users[:, 0], items[:, 1], users[:, 2:], items[:, 2:])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
-        return fitted(self._model, self.name).answer(requests, self._user_penalty)
+        return self._fitted.answer(requests, self._config.user_penalty)
 
 
 def _step(

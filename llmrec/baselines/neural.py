@@ -13,16 +13,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmrec.baselines.base import Catalogue, Log, Warm
+from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
 from llmrec.baselines.validation import mean_ndcg, ranking_cases
 from llmrec.errors import require
 from llmrec.models.load import cpu_has_bf16
+from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Request
 
 if TYPE_CHECKING:
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["auto", "float32", "bfloat16"]
-
 # Cells of a block of logits: 2 MB in single precision, which stay in a core's cache from the product to the gradient.
 _CELLS = 1 << 19
 # Sequences that are scored together.
@@ -45,52 +45,44 @@ _ROWS = 512
 _STOP_CASES = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How a network is trained.
+class NeuralConfig(Section):
+    """How a network is trained and how much of a sequence it sees."""
 
-    Attributes:
-        epochs: Passes over the training sequences, at most.
-        patience: Epochs without a better validation NDCG@10 after which training ends; None trains all epochs
-            without a look at the validation split.
-        batch: Targets of one optimiser step, about.
-        learning_rate: Of Adam.
-        weight_decay: Decoupled, as in AdamW.
-        negatives: Items drawn as negatives for each step; None takes the softmax over all items.
-        precision: Of the products with the item table in the loss over all items: ``float32``, ``bfloat16``, or
-            ``auto``, which takes bfloat16 where the processor multiplies it natively. Weights, softmax and optimiser
-            are in single precision whatever it is, and so is scoring.
-        max_len: Items of a sequence that the network sees.
-        seed: Seeds weights, dropout, order and negatives.
-        quiet: No progress line on the standard error.
-    """
-
-    epochs: int
-    patience: int | None
-    batch: int
-    learning_rate: float
-    weight_decay: float
-    negatives: int | None
-    precision: Precision
-    max_len: int
-    seed: int
-    quiet: bool
+    dropout: float = Field(0.5, ge=0, lt=1, description="share of values left out in training")
+    max_len: Positive = Field(
+        50, description="the network sees the last so many items; longer training sequences are cut into pieces"
+    )
+    negatives: Positive | None = Field(
+        None, description="items drawn as negatives for each step; None: the softmax over all items"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of the products with the item table in the loss over all items; auto: bfloat16 where the "
+        "processor multiplies it natively. Weights, softmax, optimiser and scoring are in single precision whatever "
+        "it is",
+    )
+    batch: Positive = Field(512, description="targets of one optimiser step, about")
+    learning_rate: AboveZero = Field(1e-3, description="of Adam")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW")
+    epochs: Positive = Field(100, description="passes over the training sequences, at most")
+    patience: Positive | None = Field(
+        5,
+        description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
+        "a look at the validation split",
+    )
+    quiet: bool = Field(False, description="no progress line on the standard error")
 
 
 @dataclass(frozen=True)
 class Trained:
     """A network with what it needs to score."""
 
+    catalogue: Catalogue
     warm: Warm
     network: Any
     encode: Encode
     max_len: int
     epochs: int
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return self.warm.catalogue.ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Score every item after each history, shape (n, items); sequences of one length go through together."""
@@ -106,54 +98,80 @@ class Trained:
         return self.warm.spread(found, histories)
 
 
-def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, schedule: Schedule) -> Trained:
+N = TypeVar("N", bound=NeuralConfig)
+
+
+class SequenceNetwork(ScoredBaseline[N, Trained]):
+    """A network over the history: it needs ``_build`` and ``_encode``."""
+
+    stochastic = True
+
+    def fit(self, data: SplitDataset) -> None:
+        """Train the network.
+
+        Raises:
+            MissingExtra: If torch is not installed.
+        """
+        self._model = train(data, self._build, self._encode, self._config, self._seed)
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Return the logits after each history, shape (n, items)."""
+        return self._fitted.scores(requests)
+
+    def _build(self, items: int) -> Any:
+        raise NotImplementedError
+
+    def _encode(self, network: Any, items: Any) -> Any:
+        raise NotImplementedError
+
+
+def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, config: NeuralConfig, seed: int) -> Trained:
     """Train a network on the training sequences, and keep the weights of its best epoch.
 
     Args:
-        data: The split. Where ``schedule.patience`` is given, its validation interactions decide which epoch is kept,
+        data: The split. Where ``config.patience`` is given, its validation interactions decide which epoch is kept,
             and nothing else.
         build: Makes the network for a number of items.
         encode: What the network does.
-        schedule: How to train.
+        config: How to train.
+        seed: Seeds weights, dropout, order and negatives.
     """
     torch = require("torch", "baselines")
     catalogue = Catalogue.of(data)
     events = Log.of(data, catalogue)
     warm = Warm.of(events, catalogue)
-    sequences = _sequences(warm.log(events), schedule.max_len)
-    cases = [] if schedule.patience is None else ranking_cases(data, _STOP_CASES)
+    sequences = _sequences(warm.log(events), config.max_len)
+    cases = [] if config.patience is None else ranking_cases(data, _STOP_CASES)
     # Seeds torch for this fit alone, and leaves the caller's stream as it was.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(schedule.seed)
+        torch.manual_seed(seed)
         network = build(len(warm.places))
-        model = Trained(warm, network, encode, schedule.max_len, 0)
-        half = schedule.precision == "bfloat16" or (schedule.precision == "auto" and cpu_has_bf16())
+        model = Trained(catalogue, warm, network, encode, config.max_len, 0)
+        half = config.precision == "bfloat16" or (config.precision == "auto" and cpu_has_bf16())
         whole = partial(_full, half=half)
-        loss = whole if schedule.negatives is None else _Sampled(warm, schedule.negatives, schedule.seed)
-        optimiser = torch.optim.AdamW(
-            network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
-        )
+        loss = whole if config.negatives is None else _Sampled(warm, config.negatives, seed)
+        optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         best, kept, since = -math.inf, None, 0
-        rng = np.random.default_rng(schedule.seed)
-        with _bar(schedule) as progress:
-            task = progress.add_task("training", total=schedule.epochs, loss="", best="")
-            for epoch in range(1, schedule.epochs + 1):
-                mean = _epoch(network, encode, _batches(sequences, schedule.batch, rng), optimiser, loss)
+        rng = np.random.default_rng(seed)
+        with _bar(config) as progress:
+            task = progress.add_task("training", total=config.epochs, loss="", best="")
+            for epoch in range(1, config.epochs + 1):
+                mean = _epoch(network, encode, _batches(sequences, config.batch, rng), optimiser, loss)
                 progress.update(task, advance=1, loss=f"loss {mean:.3f}")
                 if not cases:
                     continue
-                value = mean_ndcg(model.items, model.scores, cases)
+                value = mean_ndcg(catalogue.ids, model.scores, cases)
                 log.info("epoch %d: loss %.4f, validation NDCG@10 %.4f", epoch, mean, value)
                 since += 1
                 if value > best:
                     best, kept, since = value, (epoch, copy.deepcopy(network.state_dict())), 0
                 progress.update(task, best=f"NDCG@10 {value:.4f}, best {best:.4f}")
-                if schedule.patience is not None and since >= schedule.patience:
+                if config.patience is not None and since >= config.patience:
                     break
         if kept is not None:
             network.load_state_dict(kept[1])
     network.eval()
-    return Trained(warm, network, encode, schedule.max_len, kept[0] if kept else schedule.epochs)
+    return Trained(catalogue, warm, network, encode, config.max_len, kept[0] if kept else config.epochs)
 
 
 def _epoch(network: Any, encode: Encode, batches: Iterator[_Batch], optimiser: Any, loss: Any) -> float:
@@ -293,7 +311,7 @@ class _Sampled:
         return loss, share[:, :1] * table[targets] + share[:, 1:] @ table[items], of_table
 
 
-def _bar(schedule: Schedule) -> Progress:
+def _bar(config: NeuralConfig) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -303,6 +321,6 @@ def _bar(schedule: Schedule) -> Progress:
         TextColumn("left at most"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        disable=schedule.quiet,
+        disable=config.quiet,
         transient=True,
     )

@@ -7,21 +7,25 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from llmrec.baselines.base import (
     TOP,
+    AboveZero,
+    C,
     Catalogue,
     Log,
+    NoParameters,
+    ScoredBaseline,
     counts,
     filled,
-    fitted,
-    rank_all,
     ranking,
     refusal,
     top_of,
     unseen,
 )
 from llmrec.data.hashing import hash_one
+from llmrec.recipe.schema import Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,35 +34,39 @@ if TYPE_CHECKING:
     from llmrec.types import Answer, Request
 
 
-class Random:
+@dataclass(frozen=True)
+class _Weights:
+    """One weight an item, the same for everybody."""
+
+    catalogue: Catalogue
+    weights: NDArray[np.float64]
+
+
+class _SameForAll(ScoredBaseline[C, _Weights]):
+    """Scores every request by the weights of the items."""
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return the weights for every request, shape (n, items)."""
+        return np.repeat(self._fitted.weights[None, :], len(requests), axis=0)
+
+
+class Random(_SameForAll[NoParameters]):
     """Ranks by chance: all items score alike, so that figures are the expectation over every order and no draw.
 
     A list that has to be cut is drawn by a hash of the request's id.
     """
 
     name = "random"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._catalogue: Catalogue | None = None
+    Config = NoParameters
 
     def fit(self, data: SplitDataset) -> None:
         """Take down the catalogue; nothing is learned."""
-        self._catalogue = Catalogue.of(data)
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._catalogue, self.name).ids
-
-    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return 0 for every request and item, shape (n, items)."""
-        return np.zeros((len(requests), len(self.items)))
+        catalogue = Catalogue.of(data)
+        self._model = _Weights(catalogue, np.zeros(len(catalogue.ids)))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Give the candidates, or the catalogue less the history, one score; a catalogue is listed up to `TOP`."""
-        catalogue = fitted(self._catalogue, self.name)
+        catalogue = self._fitted.catalogue
         return [self._one(request, catalogue) for request in requests]
 
     def _one(self, request: Request, catalogue: Catalogue) -> Answer:
@@ -72,47 +80,27 @@ class Random:
         return replace(found, unlisted=len(places) - len(drawn))
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """One weight an item, the same for everybody."""
-
-    catalogue: Catalogue
-    weights: NDArray[np.float64]
-
-    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        return np.repeat(self.weights[None, :], len(requests), axis=0)
-
-
-class Popularity:
+class Popularity(_SameForAll[NoParameters]):
     """Ranks by the number of training interactions; the score is that number."""
 
     name = "popularity"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._model: _Weights | None = None
+    Config = NoParameters
 
     def fit(self, data: SplitDataset) -> None:
         """Count the training interactions of every item."""
         catalogue = Catalogue.of(data)
         self._model = _Weights(catalogue, counts(Log.of(data, catalogue), catalogue))
 
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).catalogue.ids
 
-    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the counts for every request, shape (n, items)."""
-        return fitted(self._model, self.name).scores(requests)
+class RecentPopularityConfig(Section):
+    """Parameters of `RecentPopularity`."""
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items count 0."""
-        return rank_all(requests, fitted(self._model, self.name).catalogue, self.scores)
+    half_life: AboveZero = Field(
+        0.1, description="age at which an interaction counts half, as a share of all training interactions"
+    )
 
 
-class RecentPopularity:
+class RecentPopularity(_SameForAll[RecentPopularityConfig]):
     """Ranks by training interactions that count less the older they are (Ji et al., SIGIR 2020, on time-aware counts).
 
     The age of an interaction is the share of all training interactions that are later than it, so that it needs no
@@ -121,45 +109,20 @@ class RecentPopularity:
     """
 
     name = "recent-popularity"
-    stochastic = False
+    Config = RecentPopularityConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"half_life": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)}
-
-    def __init__(self, *, half_life: float = 0.1, seed: int = 0) -> None:
-        """Set up.
-
-        Args:
-            half_life: Age at which an interaction counts half, as a share of all training interactions.
-            seed: Not used; nothing here is random.
-        """
-        if half_life <= 0:
-            raise ValueError(f"half_life must be above 0, not {half_life}")
-        self._half_life = half_life
-        self._model: _Weights | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Sum the weights of every item's training interactions."""
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
-        weights = 0.5 ** (_ages(log) / self._half_life)
+        weights = 0.5 ** (_ages(log) / self._config.half_life)
         # In a canonical order, so that the order of rows within one moment cannot move the last bits of a sum.
         order = np.lexsort((weights, log.items))
         summed = np.bincount(log.items[order], weights=weights[order], minlength=len(catalogue.ids))
         # The oldest interactions may weigh less than a float can hold; a count keeps them above none.
         (weighed,) = filled(summed[None, :].astype(np.float64), counts(log, catalogue))
         self._model = _Weights(catalogue, weighed)
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).catalogue.ids
-
-    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the decayed counts for every request, shape (n, items)."""
-        return fitted(self._model, self.name).scores(requests)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items count 0."""
-        return rank_all(requests, fitted(self._model, self.name).catalogue, self.scores)
 
 
 def _ages(log: Log) -> NDArray[np.float64]:

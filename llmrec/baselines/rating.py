@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from llmrec.baselines.base import fitted
+from llmrec.baselines.base import AboveZero, Baseline, NoParameters
 from llmrec.baselines.rated import Ratings, bias_of_history, rate, ratings, ridge_biases
+from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Request
 
 if TYPE_CHECKING:
@@ -32,39 +34,8 @@ class _Levels:
     scale: tuple[float, float]
 
 
-class GlobalMean:
-    """Predicts the mean of all training ratings."""
-
-    name = "global-mean"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._model: _Levels | None = None
-
-    def fit(self, data: SplitDataset) -> None:
-        """Take the mean.
-
-        Raises:
-            DataError: If the training interactions carry no ratings.
-        """
-        self._model = _means(ratings(data, self.name))
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Predict the rating of each request's item."""
-        model = fitted(self._model, self.name)
-        return rate(requests, model.scale, lambda user, item, request: model.mean)
-
-
-class UserMean:
-    """Predicts the mean of the user's ratings; for users without any the item's mean, then the global one."""
-
-    name = "user-mean"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._model: _Levels | None = None
+class _Means(Baseline[NoParameters, _Levels]):
+    Config = NoParameters
 
     def fit(self, data: SplitDataset) -> None:
         """Take the means.
@@ -74,9 +45,26 @@ class UserMean:
         """
         self._model = _means(ratings(data, self.name))
 
+
+class GlobalMean(_Means):
+    """Predicts the mean of all training ratings."""
+
+    name = "global-mean"
+
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
-        model = fitted(self._model, self.name)
+        model = self._fitted
+        return rate(requests, model.scale, lambda user, item, request: model.mean)
+
+
+class UserMean(_Means):
+    """Predicts the mean of the user's ratings; for users without any the item's mean, then the global one."""
+
+    name = "user-mean"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Predict the rating of each request's item."""
+        model = self._fitted
 
         def predict(user: str, item: str, request: Request) -> float:
             if user in model.by_user:
@@ -87,31 +75,25 @@ class UserMean:
         return rate(requests, model.scale, predict)
 
 
-class ItemMean:
+class ItemMean(_Means):
     """Predicts the mean of the item's ratings; for items without any the global one."""
 
     name = "item-mean"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._model: _Levels | None = None
-
-    def fit(self, data: SplitDataset) -> None:
-        """Take the means.
-
-        Raises:
-            DataError: If the training interactions carry no ratings.
-        """
-        self._model = _means(ratings(data, self.name))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
-        model = fitted(self._model, self.name)
+        model = self._fitted
         return rate(requests, model.scale, lambda user, item, request: model.by_item.get(item, model.mean))
 
 
-class UserItemBias:
+class UserItemBiasConfig(Section):
+    """Parameters of `UserItemBias`."""
+
+    user_penalty: AboveZero = Field(5.0, description="ridge penalty of user biases")
+    item_penalty: AboveZero = Field(3.0, description="ridge penalty of item biases")
+
+
+class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
     """Predicts ``mean + b_user + b_item`` (Koren et al., IEEE Computer 2009, equation 3).
 
     The biases minimise the squared error on the training ratings plus ``user_penalty * sum(b_user**2)`` and
@@ -120,22 +102,8 @@ class UserItemBias:
     """
 
     name = "user-item-bias"
-    stochastic = False
+    Config = UserItemBiasConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"user_penalty": (2.0, 5.0, 10.0), "item_penalty": (1.0, 3.0)}
-
-    def __init__(self, *, user_penalty: float = 5.0, item_penalty: float = 3.0, seed: int = 0) -> None:
-        """Set up.
-
-        Args:
-            user_penalty: Ridge penalty of user biases; above 0.
-            item_penalty: Ridge penalty of item biases; above 0.
-            seed: Not used; nothing here is random.
-        """
-        if user_penalty <= 0 or item_penalty <= 0:
-            raise ValueError(f"penalties must be above 0, not {user_penalty} and {item_penalty}")
-        self._user_penalty = user_penalty
-        self._item_penalty = item_penalty
-        self._model: _Levels | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Solve for the biases.
@@ -144,7 +112,7 @@ class UserItemBias:
             DataError: If the training interactions carry no ratings.
         """
         known = ratings(data, self.name)
-        of_users, of_items = ridge_biases(known, self._user_penalty, self._item_penalty)
+        of_users, of_items = ridge_biases(known, self._config.user_penalty, self._config.item_penalty)
         self._model = _Levels(
             mean=known.mean,
             by_user={user: float(of_users[place]) for user, place in known.user_index.items()},
@@ -154,7 +122,7 @@ class UserItemBias:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item; an unknown item's bias is 0."""
-        model = fitted(self._model, self.name)
+        model = self._fitted
 
         def of_item(item: str) -> float:
             return model.by_item.get(item, 0.0)
@@ -162,7 +130,7 @@ class UserItemBias:
         def predict(user: str, item: str, request: Request) -> float:
             own = model.by_user.get(user)
             if own is None:
-                own = bias_of_history(request, model.mean, of_item, self._user_penalty)
+                own = bias_of_history(request, model.mean, of_item, self._config.user_penalty)
             return model.mean + own + of_item(item)
 
         return rate(requests, model.scale, predict)

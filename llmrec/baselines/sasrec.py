@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from llmrec.baselines.base import fitted, rank_all
-from llmrec.baselines.neural import Precision, Schedule, Trained, train
+from pydantic import Field, model_validator
+
+from llmrec.baselines.neural import NeuralConfig, SequenceNetwork
 from llmrec.errors import require
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from llmrec.data.split import SplitDataset
-    from llmrec.types import Answer, Request
+from llmrec.recipe.schema import Positive
 
 
-class SASRec:
+class SASRecConfig(NeuralConfig):
+    """Parameters of `SASRec`."""
+
+    dim: Positive = Field(128, description="length of item vectors and hidden states; a multiple of heads")
+    layers: Positive = Field(2, description="blocks of attention and feed-forward")
+    heads: Positive = Field(2, description="attention heads")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> SASRecConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads, not {self.dim} and {self.heads}")
+        return self
+
+
+class SASRec(SequenceNetwork[SASRecConfig]):
     """Predicts each item of a sequence from those before it by causal self-attention (Kang and McAuley, ICDM 2018).
 
     The loss is the cross-entropy over all items at every position instead of the paper's binary one against a single
@@ -31,85 +40,11 @@ class SASRec:
     """
 
     name = "sasrec"
-    stochastic = True
+    Config = SASRecConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"dim": (64, 128), "dropout": (0.35, 0.5)}
 
-    def __init__(
-        self,
-        *,
-        dim: int = 128,
-        layers: int = 2,
-        heads: int = 2,
-        dropout: float = 0.5,
-        max_len: int = 50,
-        negatives: int | None = None,
-        precision: Precision = "auto",
-        batch: int = 512,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
-        epochs: int = 100,
-        patience: int | None = 5,
-        seed: int = 0,
-        quiet: bool = False,
-    ) -> None:
-        """Set up.
-
-        Args:
-            dim: Length of item vectors and hidden states; a multiple of ``heads``.
-            layers: Blocks of attention and feed-forward.
-            heads: Attention heads.
-            dropout: Share of values left out in training: of inputs, attention weights and block outputs.
-            max_len: The network sees the last ``max_len`` items; longer training sequences are cut into pieces.
-            negatives: Items drawn as negatives for each step; None takes the softmax over all items.
-            precision: Of products with the item table in the loss: float32, bfloat16 or auto, see `Schedule`.
-            batch: Targets of one optimiser step, about.
-            learning_rate: Of Adam.
-            weight_decay: Decoupled, as in AdamW.
-            epochs: Passes over the training sequences, at most.
-            patience: Epochs without a better validation NDCG@10 after which training ends; None for never.
-            seed: Seeds weights, dropout, order and negatives.
-            quiet: No progress line on the standard error.
-        """
-        if dim % heads or not 0 <= dropout < 1:
-            raise ValueError(f"dim must be a multiple of heads and dropout in [0, 1), not {dim}, {heads} and {dropout}")
-        self._dim, self._layers, self._heads, self._dropout = dim, layers, heads, dropout
-        self._schedule = Schedule(
-            epochs=epochs,
-            patience=patience,
-            batch=batch,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            negatives=negatives,
-            precision=precision,
-            max_len=max_len,
-            seed=seed,
-            quiet=quiet,
-        )
-        self._model: Trained | None = None
-
-    def fit(self, data: SplitDataset) -> None:
-        """Train the network.
-
-        Raises:
-            MissingExtra: If torch is not installed.
-        """
-        self._model = train(data, self._build, self._encode, self._schedule)
-
-    @property
-    def items(self) -> tuple[str, ...]:
-        """The catalogue in column order."""
-        return fitted(self._model, self.name).items
-
-    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
-        """Return the logits after each history, shape (n, items)."""
-        return fitted(self._model, self.name).scores(requests)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates, or the catalogue less the history; unknown items come last."""
-        return rank_all(requests, fitted(self._model, self.name).warm.catalogue, self.scores)
-
     def _build(self, items: int) -> Any:
-        nn, dim = require("torch", "baselines").nn, self._dim
+        nn, dim = require("torch", "baselines").nn, self._config.dim
         blocks = [
             {
                 "attend_norm": nn.LayerNorm(dim),
@@ -119,12 +54,12 @@ class SASRec:
                 "feed_in": nn.Linear(dim, 4 * dim),
                 "feed_out": nn.Linear(4 * dim, dim),
             }
-            for _ in range(self._layers)
+            for _ in range(self._config.layers)
         ]
         network = nn.ModuleDict(
             {
                 "table": nn.Embedding(items, dim),
-                "places": nn.Embedding(self._schedule.max_len, dim),
+                "places": nn.Embedding(self._config.max_len, dim),
                 "blocks": nn.ModuleList([nn.ModuleDict(block) for block in blocks]),
                 "last_norm": nn.LayerNorm(dim),
             }
@@ -140,7 +75,7 @@ class SASRec:
         # Padding stands on the right, and no position sees what follows it: it needs no mask.
         functional = require("torch", "baselines").nn.functional
         rows, length = items.shape
-        share = self._dropout if network.training else 0.0
+        share = self._config.dropout if network.training else 0.0
 
         def drop(values: Any) -> Any:
             return functional.dropout(values, share, network.training)
@@ -148,9 +83,9 @@ class SASRec:
         state = drop(network["table"](items) + network["places"].weight[:length])
         for block in network["blocks"]:
             mixed = block["attend_in"](block["attend_norm"](state))
-            query, key, value = mixed.view(rows, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+            query, key, value = mixed.view(rows, length, 3, self._config.heads, -1).permute(2, 0, 3, 1, 4)
             seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=share)
-            state = state + drop(block["attend_out"](seen.transpose(1, 2).reshape(rows, length, self._dim)))
+            state = state + drop(block["attend_out"](seen.transpose(1, 2).reshape(rows, length, self._config.dim)))
             wide = functional.gelu(block["feed_in"](block["feed_norm"](state)))
             state = state + drop(block["feed_out"](drop(wide)))
         return network["last_norm"](state)

@@ -6,12 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
-from llmrec.baselines.base import fitted
+from llmrec.baselines.base import Baseline, NoParameters
 from llmrec.errors import DataError
 from llmrec.types import Answer, Request, Text, Unparsed
 
@@ -83,18 +83,14 @@ class _Library:
     fallback: str
 
 
-class FrequentText:
+class FrequentText(Baseline[NoParameters, str]):
     """Writes the most frequent training text for everyone.
 
     Of equally frequent ones it takes the most typical: the one nearest to the sum of all training vectors.
     """
 
     name = "frequent-text"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._text: str | None = None
+    Config = NoParameters
 
     def fit(self, data: SplitDataset) -> None:
         """Find the text.
@@ -104,15 +100,15 @@ class FrequentText:
         """
         known = _texts(data, self.name)
         model = TfIdf.of(known.texts)
-        self._text = _most_frequent(known.texts, model.vectors(known.texts))
+        self._model = _most_frequent(known.texts, model.vectors(known.texts))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Write the text for each request's item."""
-        text = fitted(self._text, self.name)
+        text = self._fitted
         return [_write(request, text) for request in requests]
 
 
-class NearestText:
+class NearestText(Baseline[NoParameters, _Library]):
     """Writes a training text that was written about the same item, the one most like what the request says.
 
     The request says: the item's title, the texts in the user's history and the request's context. Where nobody wrote
@@ -121,11 +117,7 @@ class NearestText:
     """
 
     name = "nearest-text"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._library: _Library | None = None
+    Config = NoParameters
 
     def fit(self, data: SplitDataset) -> None:
         """Index the training texts.
@@ -137,7 +129,7 @@ class NearestText:
         titles = {item_id: item.title for item_id, item in data.dataset.items.items()}
         model = TfIdf.of([*known.texts, *(titles[item] for item in sorted(titles))])
         vectors = model.vectors(known.texts)
-        self._library = _Library(
+        self._model = _Library(
             known=known,
             model=model,
             vectors=vectors,
@@ -149,7 +141,7 @@ class NearestText:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Write the text for each request's item."""
-        library = fitted(self._library, self.name)
+        library = self._fitted
         return [_write(request, _nearest(request, library)) for request in requests]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from llmrec.baselines.parameters import make
 from llmrec.baselines.validation import (
     mean_log_loss,
     mean_ndcg,
@@ -44,7 +45,7 @@ class Tuned:
     """What tuning chose.
 
     Attributes:
-        parameters: The best point, as keyword arguments of the baseline.
+        parameters: The best point, by name of the baseline's parameters.
         trials: Every point, in the order of the grid.
         metric: ``NDCG@10`` over the whole catalogue with the history excluded, higher is better; for ratings
             ``RMSE`` and for yes/no answers ``LogLoss``, lower is better.
@@ -71,7 +72,7 @@ def tune(name: str, data: SplitDataset, *, seed: int, grid: Mapping[str, tuple[A
             empty one is the single point of its defaults.
 
     Raises:
-        RecipeError: If there is no such baseline, or it writes texts, which have no such figure.
+        RecipeError: If there is no such baseline or parameter, or it writes texts, which have no such figure.
         DataError: If the split holds nothing out for validation.
     """
     made = lookup(BASELINES, name, "baseline")
@@ -81,7 +82,7 @@ def tune(name: str, data: SplitDataset, *, seed: int, grid: Mapping[str, tuple[A
     trials: list[Trial] = []
     best: tuple[Trial, Any] | None = None
     for parameters in points(made.GRID if grid is None else grid):
-        model = made(**parameters, seed=seed)
+        model = make(name, parameters, seed=seed)
         model.fit(data)
         value = measure(model, parameters)
         trials.append(Trial(parameters, value))

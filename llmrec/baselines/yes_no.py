@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import Field
 from scipy.optimize import minimize
 
-from llmrec.baselines.base import fitted
+from llmrec.baselines.base import AboveZero, Baseline
 from llmrec.baselines.rated import Ratings, ratings
 from llmrec.data.split import threshold
+from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Probability, Request, Unparsed
 
 if TYPE_CHECKING:
@@ -29,7 +31,13 @@ _PRIOR = 1.0
 _ROUNDING = 1e-9
 
 
-class LikeRatio:
+class LikeRatioConfig(Section):
+    """Parameters of `LikeRatio`."""
+
+    liked: float | None = Field(None, description="lowest rating that is a like; None: three quarters up the scale")
+
+
+class LikeRatio(Baseline[LikeRatioConfig, "_Shares"]):
     """Answers with the share of liked items in the request's history, and does not look at the item.
 
     On the released prompts of TALLRec (Bao et al., RecSys 2023) this rule reaches the AUC that is reported for the
@@ -38,18 +46,7 @@ class LikeRatio:
     """
 
     name = "like-ratio"
-    stochastic = False
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {}
-
-    def __init__(self, *, liked: float | None = None, seed: int = 0) -> None:
-        """Set up.
-
-        Args:
-            liked: Lowest rating that is a like; None for three quarters up the scale.
-            seed: Not used; nothing here is random.
-        """
-        self._liked = liked
-        self._model: _Shares | None = None
+    Config = LikeRatioConfig
 
     def fit(self, data: SplitDataset) -> None:
         """Count the likes of training.
@@ -57,11 +54,11 @@ class LikeRatio:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        self._model = _Shares.of(ratings(data, self.name), self._liked)
+        self._model = _Shares.of(ratings(data, self.name), self._config.liked)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer with the share of likes in each history; the share of training where it holds no rating."""
-        model = fitted(self._model, self.name)
+        model = self._fitted
         return _say(requests, np.array([model.of_history(request)[0] for request in requests]))
 
 
@@ -112,7 +109,13 @@ class _Linear:
     weights: NDArray[np.float64]
 
 
-class Logistic:
+class LogisticConfig(LikeRatioConfig):
+    """Parameters of `Logistic`."""
+
+    penalty: AboveZero = Field(1.0, description="weight of the squared weights")
+
+
+class Logistic(Baseline[LogisticConfig, _Linear]):
     """Logistic regression on four counts: the user's and the item's share of likes and number of ratings.
 
     Shares enter as log-odds, numbers as ``log(1 + n)``. In training each rating is taken out of the shares that
@@ -121,21 +124,8 @@ class Logistic:
     """
 
     name = "logistic"
-    stochastic = False
+    Config = LogisticConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"penalty": (0.1, 1.0, 10.0, 100.0)}
-
-    def __init__(self, *, penalty: float = 1.0, liked: float | None = None, seed: int = 0) -> None:
-        """Set up.
-
-        Args:
-            penalty: Weight of the squared weights, above 0.
-            liked: Lowest rating that is a like; None for three quarters up the scale.
-            seed: Not used; nothing here is random.
-        """
-        if penalty <= 0:
-            raise ValueError(f"penalty must be above 0, not {penalty}")
-        self._penalty, self._liked = penalty, liked
-        self._model: _Linear | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Fit the weights on the training ratings.
@@ -144,18 +134,18 @@ class Logistic:
             DataError: If the training interactions carry no ratings.
         """
         known = ratings(data, self.name)
-        shares = _Shares.of(known, self._liked)
+        shares = _Shares.of(known, self._config.liked)
         truth = (known.values >= shares.liked).astype(np.float64)
         features = _others(known, truth, shares)
         mean, scale = features.mean(axis=0), features.std(axis=0)
         # A feature that is the same in every row has a spread of rounding errors, which may not be blown up to 1.
         scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
-        weights = _weights((features - mean) / scale, truth, self._penalty)
+        weights = _weights((features - mean) / scale, truth, self._config.penalty)
         self._model = _Linear(shares=shares, mean=mean, scale=scale, weights=weights)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer with the probability that each request's item is liked."""
-        model = fitted(self._model, self.name)
+        model = self._fitted
         rows = [
             _row(*model.shares.of_history(request), *model.shares.of_item(request.item or "")) for request in requests
         ]

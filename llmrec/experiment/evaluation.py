@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
+from llmrec.baselines.parameters import make
 from llmrec.baselines.rating import UserMean
 from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json
@@ -25,10 +26,11 @@ from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background, background
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import (
+    BaselineSection,
     CandidateSection,
     EvalSection,
 )
-from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, lookup, options_of
+from llmrec.registry import POSITIONAL, STRATEGIES, lookup, options_of
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
@@ -86,9 +88,9 @@ class Evaluation:
         rows = []
         with self._budget.stage("baselines"):
             for family in self._study.tasks:
-                for name in self._study.section(family).baselines:
-                    spec = RowSpec(self._study.tasks[family].family, "baseline", name)
-                    rows.append(self._row(spec, "numpy", None, partial(self._baseline, spec)))
+                for baseline in self._study.section(family).baselines:
+                    spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
+                    rows.append(self._row(spec, "numpy", None, partial(self._baseline, spec, baseline)))
         return rows
 
     def arms(self, weights: Mapping[str, tuple[str, str]], engines: Engines) -> list[Row]:
@@ -200,13 +202,14 @@ class Evaluation:
         sets = self._study.sets(family)
         return sets.digest if sets is not None else None
 
-    def _baseline(self, spec: RowSpec) -> _Made:
+    def _baseline(self, spec: RowSpec, baseline: BaselineSection) -> _Made:
         seed, options = self._study.recipe.seed, self._study.tasks[spec.family].baseline_options
         data = self._study.task_data(spec.family)
         key = (id(data), spec.predictor, str(options))
         if key not in self._fitted:
             # Families that read the same data share it.
-            predictor = lookup(BASELINES, spec.predictor, f"baseline of tasks.{spec.family}")(seed=seed, **options)
+            where = f"tasks.{spec.family}.baselines"
+            predictor = make(baseline.name, {**baseline.parameters, **options}, seed=seed, where=where)
             predictor.fit(data)
             self._fitted[key] = predictor
         return self._evaluate(spec, self._fitted[key]), {"engine": "numpy"}

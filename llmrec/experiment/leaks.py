@@ -17,13 +17,13 @@ import numpy as np
 import polars as pl
 from scipy.stats import chi2, rankdata
 
+from llmrec.baselines.parameters import make
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import NAMED, sentence, told, users
 from llmrec.index.table import ItemIndex
 from llmrec.prompts.template import Template, clean
-from llmrec.registry import BASELINES, lookup
 from llmrec.tasks.direct_answers import asks_for
 from llmrec.tasks.family import Family, families, family_of
 from llmrec.types import Case, Example, Message, Segment
@@ -400,9 +400,11 @@ def baselines(study: Study) -> Check:
     """Whether a baseline's answers move when only the interactions that are evaluated change: it learned from them."""
     # A baseline of two families that read the same data is fitted once for both.
     asked: dict[tuple[int, str], list[str]] = defaultdict(list)
+    made = {}
     for family in study.tasks:
-        for name in study.section(family).baselines:
-            asked[(id(study.task_data(family)), name)].append(family)
+        for baseline in study.section(family).baselines:
+            asked[(id(study.task_data(family)), baseline.label)].append(family)
+            made[baseline.label] = baseline
     places: list[str] = []
     others: dict[int, SplitDataset] = {}
     for (number, name), asking in asked.items():
@@ -410,7 +412,7 @@ def baselines(study: Study) -> Check:
         other = others.setdefault(number, redrawn(data, study.recipe.eval.split))
         answers = []
         for used in (data, other):
-            predictor = lookup(BASELINES, name, "baseline")(seed=study.recipe.seed)
+            predictor = make(made[name].name, made[name].parameters, seed=study.recipe.seed)
             predictor.fit(used)
             answers.append([predictor.answer([c.request for c in study.cases(f)[:_SCORED]]) for f in asking])
         places += [f"{family}/{name}" for family, one, two in zip(asking, *answers, strict=True) if one != two]

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder
+from llmrec.baselines.parameters import config_of
 from llmrec.baselines.retrieve import retrieve
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.indexing import build_index, text_embedder
 from llmrec.experiment.told import Told, told, users
 from llmrec.index.semantic import item_vectors
@@ -23,7 +24,7 @@ from llmrec.index.table import ItemIndex
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.schema import DataSection, Recipe, TaskSection
+from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection
 from llmrec.tasks.family import check_names, family_of
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
 from llmrec.tasks.history import ItemVectors
@@ -168,6 +169,16 @@ class Study:
         return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
 
 
+def _check_parameters(family: str, baseline: BaselineSection) -> None:
+    key = f"tasks.{family}.baselines"
+    config_of(baseline.name, baseline.parameters, key)
+    if "liked" in baseline.parameters:
+        raise RecipeError(
+            f"{key}: what is a yes is said once, for every row of the table; set tasks.{family}.liked, not liked of "
+            f"{baseline.name!r}"
+        )
+
+
 def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     """Load, split and check everything that a recipe names.
 
@@ -181,7 +192,9 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     """
     families = recipe.tasks.present()
     for family, section in families.items():
-        check_names(family, section.strategies, section.baselines)
+        check_names(family, section.strategies, [baseline.name for baseline in section.baselines])
+        for baseline in section.baselines:
+            _check_parameters(family, baseline)
     data, reviews = load_tables(recipe, data)
     templates = {family: load_templates(family, family_of(family).prompts) for family in families}
     candidates = None

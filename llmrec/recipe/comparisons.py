@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmrec.recipe.schema import DataSection, Positive, Section
+from llmrec.recipe.schema import DataSection, Positive, Section, Value
 
 
 class SuiteRow(Section):
     """One row of a suite: a baseline, a language model tuned by a recipe, or a mixture of other rows."""
 
     baseline: str | None = None
-    parameters: dict[str, float | int | str | bool] = Field(default={}, description="keyword arguments; they stay")
+    parameters: dict[str, Value] = Field(default={}, description="of the baseline; they stay as they are")
     tune: bool = Field(True, description="choose among the baseline's declared grid on validation")
     recipe: str | None = Field(None, description="a recipe page; its model is tuned on the suite's data and searched")
     overrides: tuple[str, ...] = Field((), description="recipe: changed keys, such as index.scheme=random")

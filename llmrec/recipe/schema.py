@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmrec.errors import did_you_mean
@@ -17,6 +17,8 @@ from llmrec.registry import TASKS, lookup
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+#: A parameter of a baseline.
+Value = bool | int | float | str | None
 
 
 ShotChoice = Literal["random", "own", "similar", "nearest", "diverse", "recent", "balanced"]
@@ -186,6 +188,36 @@ class IndexSection(Section):
 # --------------------------------------------------------------------------- tasks
 
 
+class BaselineSection(Section):
+    """A classic predictor, written as its name, or as a mapping of its name and parameters."""
+
+    name: str
+    parameters: dict[str, Value] = Field({}, description="what is not at its default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "parameters" not in value:
+            return {"name": value.get("name"), "parameters": {key: value[key] for key in value if key != "name"}}
+        return value
+
+    @model_serializer
+    def _write(self) -> str | dict[str, Any]:
+        return {"name": self.name, **self.parameters} if self.parameters else self.name
+
+    @property
+    def label(self) -> str:
+        """What tables call it: its name, and the parameters that the recipe sets."""
+        chosen = ", ".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
+        return f"{self.name}({chosen})" if chosen else self.name
+
+
+def _named(*names: str) -> tuple[BaselineSection, ...]:
+    return tuple(BaselineSection(name=name) for name in names)
+
+
 class TaskSection(Section):
     """What all families share."""
 
@@ -195,7 +227,7 @@ class TaskSection(Section):
     templates: tuple[str, ...] = Field((), description="names inside the family, or sets; empty: every seen one")
     eval_templates: tuple[str, ...] = Field((), description="empty: the first of `templates`")
     strategies: tuple[str, ...] = Field(description="how requests are answered at evaluation")
-    baselines: tuple[str, ...] = Field(description="classic predictors in the same table")
+    baselines: tuple[BaselineSection, ...] = Field(description="classic predictors in the same table")
     history: Positive = Field(10, description="events shown in a prompt")
     past: Literal["latest", "relevant", "summary"] = Field(
         "latest",
@@ -220,7 +252,7 @@ class RatingSection(TaskSection):
     """Predict a rating."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
-    baselines: tuple[str, ...] = ("global-mean", "user-mean", "item-mean", "user-item-bias")
+    baselines: tuple[BaselineSection, ...] = _named("global-mean", "user-mean", "item-mean", "user-item-bias")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
     per_user: Positive | None = Field(None, description="most questions of one user, by seed; None: all")
     head: HeadSection | None = Field(None, description="for the strategy head: what the tuned arm is trained to")
@@ -242,7 +274,7 @@ class SequentialSection(TaskSection):
     """Predict the next item from the history."""
 
     strategies: tuple[str, ...] = ("likelihood",)
-    baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov-1", "markov")
+    baselines: tuple[BaselineSection, ...] = _named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 20
     window: Positive = Field(30, description="items in one training row; each is a target")
     warm_up: int = Field(1, ge=0, description="items at the start of a row that are context only")
@@ -260,7 +292,7 @@ class DirectSection(TaskSection):
     """Pick from a candidate set."""
 
     strategies: tuple[str, ...] = ("label", "list")
-    baselines: tuple[str, ...] = ("random", "popularity", "item-knn", "markov-1", "markov")
+    baselines: tuple[BaselineSection, ...] = _named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 5
     profile: ProfileSection = ProfileSection()
 
@@ -269,7 +301,7 @@ class ExplanationSection(TaskSection):
     """Write why this item suits this user."""
 
     strategies: tuple[str, ...] = ("text",)
-    baselines: tuple[str, ...] = ("frequent-text", "nearest-text")
+    baselines: tuple[BaselineSection, ...] = _named("frequent-text", "nearest-text")
     history: Positive = 3
     max_tokens: Positive = 48
 
@@ -279,7 +311,7 @@ class AlignmentSection(TaskSection):
 
     eval_templates: tuple[str, ...] = ("code-to-title", "text-to-code")
     strategies: tuple[str, ...] = ("likelihood",)
-    baselines: tuple[str, ...] = ("random",)
+    baselines: tuple[BaselineSection, ...] = _named("random")
     held_out: Fraction = Field(
         0.1, description="share of the items whose code and text are never trained together: half valid, half test"
     )
@@ -289,7 +321,7 @@ class CtrSection(TaskSection):
     """Judge whether the user will like an item (TALLRec, RecSys 2023)."""
 
     strategies: tuple[str, ...] = ("yes-no",)
-    baselines: tuple[str, ...] = ("like-ratio", "logistic")
+    baselines: tuple[BaselineSection, ...] = _named("like-ratio", "logistic")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
     liked: float | None = Field(None, description="lowest rating that is a yes; None: three quarters up the scale")
     balance: Literal["none", "user"] = Field(
@@ -309,7 +341,7 @@ class ReviewSection(TaskSection):
     """Write the headline of a review."""
 
     strategies: tuple[str, ...] = ("text",)
-    baselines: tuple[str, ...] = ("frequent-text", "nearest-text")
+    baselines: tuple[BaselineSection, ...] = _named("frequent-text", "nearest-text")
     shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
     max_tokens: Positive = 16
 
@@ -318,7 +350,7 @@ class StarsSection(TaskSection):
     """Read a rating off a review."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
-    baselines: tuple[str, ...] = ("global-mean", "user-mean", "item-mean", "user-item-bias")
+    baselines: tuple[BaselineSection, ...] = _named("global-mean", "user-mean", "item-mean", "user-item-bias")
     shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
 
 
@@ -711,9 +743,9 @@ class Recipe(Section):
         self._check_trained()
         for family, section in self.tasks.present().items():
             for key in ("templates", "eval_templates", "strategies", "baselines"):
-                names = getattr(section, key)
+                names = [str(getattr(one, "label", one)) for one in getattr(section, key)]
                 if len(set(names)) != len(names):
-                    raise ValueError(f"tasks.{family}.{key}: a name stands twice in {list(names)}; keep one")
+                    raise ValueError(f"tasks.{family}.{key}: a name stands twice in {names}; keep one")
         if len(set(self.eval.arms)) != len(self.eval.arms):
             raise ValueError(f"eval.arms: an arm stands twice in {list(self.eval.arms)}; keep one")
         self._check_candidates()

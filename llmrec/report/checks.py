@@ -49,7 +49,7 @@ def check(results: Results, *, source: str = "results.json") -> None:
 
 def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) -> None:
     """Refuse a table without the family's compulsory controls, measured by its headline metric."""
-    there = [row.predictor for row in rows if row.arm == "baseline" and metric in row.metrics]
+    there = [row.method for row in rows if row.arm == "baseline" and metric in row.metrics]
     lacking = missing_controls(task, there) if task in TASKS else []
     if lacking or not there:
         raise LlmrecError(

@@ -141,6 +141,11 @@ class Row(Record):
     position_trend: Trend | None = None
     reliability: tuple[Reliability, ...] = ()
 
+    @property
+    def method(self) -> str:
+        """The predictor without the parameters that a recipe sets of a baseline."""
+        return self.predictor.partition("(")[0]
+
 
 class Comparison(Record):
     """A paired difference a - b on one metric."""

@@ -174,7 +174,7 @@ class TaskVerdict:
         """What kind of baseline is first: ``trivial control``, ``classic baseline`` or nothing."""
         if self.best is None or self.best.arm != "baseline":
             return ""
-        return "trivial control" if self.best.predictor in TRIVIAL else "classic baseline"
+        return "trivial control" if self.best.method in TRIVIAL else "classic baseline"
 
 
 def facing(comparison: Comparison, first: str) -> Comparison:

@@ -40,7 +40,13 @@ def _request(*places: int, user: str = "nobody") -> Request:
     return Request(id="r", user_id=user, history=tuple(Event(item_id=f"i{place:02d}") for place in places))
 
 
-@pytest.mark.parametrize("model", [ALS(factors=4, alpha=10.0), BPR(factors=8, iterations=200, learning_rate=0.1)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        ALS(ALS.Config(factors=4, alpha=10.0)),
+        BPR(BPR.Config(factors=8, iterations=200, learning_rate=0.1)),
+    ],
+)
 def test_planted_blocks_are_found_for_users_who_were_never_seen(model: ALS | BPR) -> None:
     model.fit(_blocks())
     scores = model.scores([_request(block * 10, block * 10 + 3) for block in range(4)])
@@ -51,7 +57,7 @@ def test_planted_blocks_are_found_for_users_who_were_never_seen(model: ALS | BPR
 
 
 def test_the_vector_of_als_is_the_least_squares_solution_for_the_history() -> None:
-    model = ALS(factors=8, regularization=0.7, alpha=5.0)
+    model = ALS(ALS.Config(factors=8, regularization=0.7, alpha=5.0))
     model.fit(_blocks())
     assert model._model is not None
     vectors = model._model.vectors.astype(np.float64)
@@ -64,7 +70,7 @@ def test_the_vector_of_als_is_the_least_squares_solution_for_the_history() -> No
 
 
 def test_the_history_and_not_the_user_decides() -> None:
-    model = ALS(factors=8)
+    model = ALS(ALS.Config(factors=8))
     model.fit(_blocks())
     one, other, moved = model.scores([_request(1, 2, user="u00"), _request(1, 2), _request(11, 12, user="u00")])
     np.testing.assert_allclose(one, other, atol=1e-6)
@@ -72,17 +78,17 @@ def test_the_history_and_not_the_user_decides() -> None:
 
 
 def test_bpr_weighs_late_events_more() -> None:
-    model = BPR(factors=8, iterations=200, learning_rate=0.1, decay=0.5)
+    model = BPR(BPR.Config(factors=8, iterations=200, learning_rate=0.1, decay=0.5))
     model.fit(_blocks())
     first, second = model.scores([_request(1, 11), _request(11, 1)])
     assert first[10:20].mean() > first[:10].mean() and second[:10].mean() > second[10:20].mean()
     with pytest.raises(ValueError, match="decay"):
-        BPR(decay=0.0)
+        BPR(BPR.Config(decay=0.0))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_do_not_move_als(threads: int) -> None:
-    one, more = ALS(factors=8), ALS(factors=8, threads=threads)
+    one, more = ALS(ALS.Config(factors=8)), ALS(ALS.Config(factors=8, threads=threads))
     one.fit(_blocks())
     more.fit(_blocks())
     np.testing.assert_allclose(more.scores([_request(1, 2)]), one.scores([_request(1, 2)]), atol=1e-5)

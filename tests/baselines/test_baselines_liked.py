@@ -56,7 +56,7 @@ def test_the_like_ratio_by_hand() -> None:
     model.fit(data)
     found = [_value(a) for a in model.answer([_asked(5.0, 4.0, 3.9, 1.0), _asked(), _asked(5.0, item="unknown")])]
     assert found == pytest.approx([(2 + share) / 5, share, (1 + share) / 2])
-    other = LikeRatio(liked=3.5)
+    other = LikeRatio(LikeRatio.Config(liked=3.5))
     other.fit(data)
     assert _value(other.answer([_asked(5.0, 4.0, 3.9, 1.0)])[0]) > 0.6
 
@@ -160,4 +160,4 @@ def test_tuning_takes_the_lowest_log_loss() -> None:
 
 def test_a_penalty_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="penalty"):
-        Logistic(penalty=0)
+        Logistic(Logistic.Config(penalty=0))

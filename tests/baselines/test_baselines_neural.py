@@ -55,9 +55,8 @@ def _tests(data: SplitDataset) -> tuple[list[Request], list[int]]:
 def test_a_planted_sequence_is_learned(made: Any, negatives: int | None) -> None:
     data = _ring()
     # No early stop: among items that the user has not seen, a network of one epoch is right already.
-    model = made(
-        dim=32, dropout=0.1, learning_rate=0.01, batch=64, epochs=20, patience=None, negatives=negatives, quiet=True
-    )
+    chosen = {"dropout": 0.1, "learning_rate": 0.01, "batch": 64, "epochs": 20, "patience": None, "quiet": True}
+    model = made(made.Config(dim=32, negatives=negatives, **chosen))
     model.fit(data)
     # As long as what was trained on: nothing was learned about later positions.
     requests, targets = _tests(data)
@@ -67,7 +66,7 @@ def test_a_planted_sequence_is_learned(made: Any, negatives: int | None) -> None
 
 @pytest.mark.parametrize("made", MODELS)
 def test_the_order_of_the_history_counts(made: Any) -> None:
-    model = made(dim=32, dropout=0.1, learning_rate=0.01, batch=64, epochs=12, patience=None, quiet=True)
+    model = made(made.Config(dim=32, dropout=0.1, learning_rate=0.01, batch=64, epochs=12, patience=None, quiet=True))
     model.fit(_ring())
     forth, back = model.scores([_request(4, 5, 6), _request(6, 5, 4)])
     assert forth.argmax() == 7 and back.argmax() == 5
@@ -77,11 +76,11 @@ def test_the_order_of_the_history_counts(made: Any) -> None:
 def test_the_best_epoch_is_kept(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.1, 0.3, 0.2, 0.25, 0.05, 0.9])
     monkeypatch.setattr(neural, "mean_ndcg", lambda *args: next(values))
-    model = made(dim=8, epochs=6, patience=3, quiet=True)
+    model = made(made.Config(dim=8, epochs=6, patience=3, quiet=True))
     model.fit(_ring())
     assert model._model.epochs == 2
     # Two epochs and no look at the validation split give the same weights.
-    short = made(dim=8, epochs=2, patience=None, quiet=True)
+    short = made(made.Config(dim=8, epochs=2, patience=None, quiet=True))
     short.fit(_ring())
     assert np.array_equal(model.scores([_request(3, 4)]), short.scores([_request(3, 4)]))
     assert next(values) == 0.9
@@ -89,7 +88,7 @@ def test_the_best_epoch_is_kept(made: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_split_without_validation_trains_all_epochs() -> None:
     data = _ring()
-    model = SASRec(dim=8, epochs=2, patience=1, quiet=True)
+    model = SASRec(SASRec.Config(dim=8, epochs=2, patience=1, quiet=True))
     model.fit(replace(data, valid=data.valid.clear()))
     assert model._model is not None and model._model.epochs == 2
 
@@ -99,7 +98,7 @@ def test_the_callers_random_stream_stays_where_it_was(made: Any) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    made(dim=8, epochs=1, patience=None, quiet=True).fit(_ring())
+    made(made.Config(dim=8, epochs=1, patience=None, quiet=True)).fit(_ring())
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -108,7 +107,7 @@ def test_the_callers_random_stream_stays_where_it_was(made: Any) -> None:
 
 @pytest.mark.parametrize("made", MODELS)
 def test_positions_see_themselves_and_what_was_before(made: Any) -> None:
-    model = made(dim=8, quiet=True)
+    model = made(made.Config(dim=8, quiet=True))
     network = model._build(20).eval()
     items = torch.tensor([[3, 5, 7, 9, 11]])
     whole = model._encode(network, items)
@@ -125,7 +124,7 @@ def test_positions_see_themselves_and_what_was_before(made: Any) -> None:
 
 @pytest.mark.parametrize("made", MODELS)
 def test_only_the_last_items_are_seen(made: Any) -> None:
-    model = made(dim=8, max_len=3, epochs=1, patience=None, quiet=True)
+    model = made(made.Config(dim=8, max_len=3, epochs=1, patience=None, quiet=True))
     model.fit(_ring())
     long, short, other = model.scores([_request(9, 8, 1, 2, 3), _request(1, 2, 3), _request(8, 2, 3)])
     np.testing.assert_allclose(long, short, atol=1e-6)
@@ -237,8 +236,8 @@ def test_the_correction_makes_the_drawn_sum_the_full_sum_in_expectation() -> Non
 
 @pytest.mark.parametrize("settings_", [{"dim": 9}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_settings_out_of_range_are_errors(settings_: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="dropout"):
-        SASRec(**settings_)
+    with pytest.raises(ValueError, match=r"dim must be a multiple of heads|dropout"):
+        SASRec(SASRec.Config(**settings_))
     if "dropout" in settings_:
         with pytest.raises(ValueError, match="dropout"):
-            GRU4Rec(**settings_)
+            GRU4Rec(GRU4Rec.Config(**settings_))

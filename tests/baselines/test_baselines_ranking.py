@@ -133,7 +133,7 @@ def test_recent_popularity_halves_with_age(half_life: float) -> None:
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     base = _trained({}, list("abcdz"))
     data = replace(base, train=Dataset("toy", "things", frame, base.dataset.items).interactions.sort("user_id"))
-    model = RecentPopularity(half_life=half_life)
+    model = RecentPopularity(RecentPopularity.Config(half_life=half_life))
     model.fit(data)
     # Later than a are 3 of 5 interactions, later than b 2, later than c and d none.
     expected = {"a": 2 * 0.5 ** (0.6 / half_life), "b": 0.5 ** (0.4 / half_life), "c": 1.0, "d": 1.0, "z": 0.0}
@@ -143,7 +143,7 @@ def test_recent_popularity_halves_with_age(half_life: float) -> None:
 def test_without_timestamps_recent_popularity_goes_by_the_place_from_the_end() -> None:
     data = _trained({"u1": list("abc"), "u2": list("c"), "u3": list("bd")}, list("abcd"))
     data = replace(data, train=data.train.with_columns(pl.lit(None, dtype=pl.Float64).alias("timestamp")))
-    model = RecentPopularity(half_life=0.5)
+    model = RecentPopularity(RecentPopularity.Config(half_life=0.5))
     model.fit(data)
     # The three last ones are of age 0; one before the last has three later ones of six, a has five.
     scores = _scores(_ask(model, "", "abcd"))
@@ -152,15 +152,15 @@ def test_without_timestamps_recent_popularity_goes_by_the_place_from_the_end() -
 
 
 def test_a_half_life_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        RecentPopularity(half_life=0.0)
+    with pytest.raises(ValueError, match="greater than 0"):
+        RecentPopularity(RecentPopularity.Config(half_life=0.0))
 
 
 # ------------------------------------------------------------------ item-knn
 
 
 def test_cosines_by_hand() -> None:
-    model = ItemKNN(history=5, decay=1.0)
+    model = ItemKNN(ItemKNN.Config(history=5, decay=1.0))
     model.fit(_trained(LETTERS, list("abcd")))
     # a has 4 readers, b 3, c 2, d 3; a and b share 3, a and c 2, a and d 3.
     scores = _scores(_ask(model, "a", "bcd"))
@@ -193,7 +193,7 @@ _SEQUENCES = st.dictionaries(
 @settings(deadline=None, max_examples=60)
 @given(sequences=_SEQUENCES, history=st.text("abcdefz", max_size=10), window=st.integers(1, 6), decay=st.floats(0.1, 1))
 def test_knn_equals_dense_cosines(sequences: dict[str, list[str]], history: str, window: int, decay: float) -> None:
-    model = ItemKNN(history=window, decay=decay)
+    model = ItemKNN(ItemKNN.Config(history=window, decay=decay))
     model.fit(_trained(sequences, list("abcdef")))
     found = _scores(_ask(model, history, "abcdefz"))
     readers = {item: {user for user, items in sequences.items() if item in items} for item in "abcdefz"}
@@ -210,14 +210,14 @@ def test_knn_equals_dense_cosines(sequences: dict[str, list[str]], history: str,
 
 
 def test_transitions_by_hand() -> None:
-    model = Markov(order=1)
+    model = Markov(Markov.Config(order=1))
     model.fit(_trained(LETTERS, list("abcd")))
     # a is followed by b twice and by d once; only the last item of the history votes.
     assert _scores(_ask(model, "ca", "bcd")) == pytest.approx({"b": 2.0, "d": 1.0, "c": 0.0}, abs=1e-6)
 
 
 def test_skips_and_ages_decay() -> None:
-    model = Markov(order=3, decay=0.5)
+    model = Markov(Markov.Config(order=3, decay=0.5))
     model.fit(_trained({"u": list("abcd")}, list("abcd")))
     assert _scores(_ask(model, "a", "bcd")) == pytest.approx({"b": 1.0, "c": 0.5, "d": 0.25}, abs=1e-6)
     # b votes for d with .5 (a skip), a with .5 * .25 (older by one, two skips).
@@ -231,7 +231,7 @@ def test_steps_do_not_cross_from_one_user_to_the_next() -> None:
 
 
 def test_popularity_fills_ties() -> None:
-    model = Markov(order=1)
+    model = Markov(Markov.Config(order=1))
     model.fit(_trained(LETTERS, list("abcdz")))
     assert _ask(model, "", "zcab").items == ("a", "b", "c", "z")
     # After d nothing is known but d itself, at the end of every sequence; after c, a and d have one step each.
@@ -244,7 +244,7 @@ def test_popularity_fills_ties() -> None:
 def test_markov_equals_counting_one_by_one(
     sequences: dict[str, list[str]], history: str, order: int, decay: float
 ) -> None:
-    model = Markov(order=order, decay=decay)
+    model = Markov(Markov.Config(order=order, decay=decay))
     model.fit(_trained(sequences, list("abcdef")))
     steps: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for items in sequences.values():
@@ -258,19 +258,19 @@ def test_markov_equals_counting_one_by_one(
 
 @pytest.mark.parametrize("settings_", [{"order": 0}, {"decay": 0.0}, {"decay": 1.1}])
 def test_markov_settings_out_of_range_are_errors(settings_: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        Markov(**settings_)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="should be"):
+        Markov(Markov.Config(**settings_))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("settings_", [{"history": 0}, {"decay": 0.0}, {"decay": 1.1}])
 def test_knn_settings_out_of_range_are_errors(settings_: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        ItemKNN(**settings_)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="should be"):
+        ItemKNN(ItemKNN.Config(**settings_))  # type: ignore[arg-type]
 
 
 def test_the_first_order_chain_is_markov_with_one_vote() -> None:
     data = _trained(LETTERS, list("abcdz"))
-    one, other = FirstOrder(), Markov(order=1)
+    one, other = FirstOrder(), Markov(Markov.Config(order=1))
     one.fit(data)
     other.fit(data)
     requests = [
@@ -290,7 +290,7 @@ def test_the_first_order_chain_is_markov_with_one_vote() -> None:
 def test_cooccurrence_equals_counting_one_by_one(
     sequences: dict[str, list[str]], history: str, window: int, decay: float, transition: float
 ) -> None:
-    model = MarkovCooccurrence(history=window, decay=decay, transition=transition)
+    model = MarkovCooccurrence(MarkovCooccurrence.Config(history=window, decay=decay, transition=transition))
     model.fit(_trained(sequences, list("abcdef")))
     steps = Counter((a, b) for items in sequences.values() for a, b in itertools.pairwise(items))
     both = Counter(
@@ -306,8 +306,8 @@ def test_cooccurrence_equals_counting_one_by_one(
 
 @pytest.mark.parametrize("settings_", [{"history": 0}, {"decay": 0.0}, {"transition": -1.0}])
 def test_cooccurrence_settings_out_of_range_are_errors(settings_: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        MarkovCooccurrence(**settings_)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="should be"):
+        MarkovCooccurrence(MarkovCooccurrence.Config(**settings_))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ popularity below what was seen
@@ -334,9 +334,9 @@ def _votes(name: str, sequences: dict[str, list[str]], history: str) -> set[str]
 
 _COUNTING = {
     "markov-1": FirstOrder(),
-    "markov": Markov(order=3, decay=0.3),
-    "markov-cooccurrence": MarkovCooccurrence(history=10, decay=0.5),
-    "item-knn": ItemKNN(history=10, decay=0.5),
+    "markov": Markov(Markov.Config(order=3, decay=0.3)),
+    "markov-cooccurrence": MarkovCooccurrence(MarkovCooccurrence.Config(history=10, decay=0.5)),
+    "item-knn": ItemKNN(ItemKNN.Config(history=10, decay=0.5)),
 }
 
 
@@ -389,7 +389,7 @@ def test_a_filler_keeps_every_order_up_to_a_hundred_million_interactions(
 def test_ease_by_hand() -> None:
     """Three items, readers {a, b} and {b, c}: X'X = [[1, 1, 0], [1, 2, 1], [0, 1, 1]]; with the penalty 1 its inverse
     is [[5, -2, 1], [-2, 4, -2], [1, -2, 5]] / 8, so B[a, b] = 2/4, B[a, c] = -1/5, B[b, a] = B[b, c] = 2/5."""
-    model = EASE(penalty=1.0)
+    model = EASE(EASE.Config(penalty=1.0))
     model.fit(_trained({"u1": list("ab"), "u2": list("bc")}, list("abc")))
     assert _scores(_ask(model, "a", "abc")) == pytest.approx({"a": 0.0, "b": 1 / 2, "c": -1 / 5})
     assert _scores(_ask(model, "b", "abc")) == pytest.approx({"a": 2 / 5, "b": 0.0, "c": 2 / 5})
@@ -405,7 +405,7 @@ def test_ease_equals_the_closed_form_by_a_plain_inverse(dtype: Literal["float32"
     sequences = {f"u{n}": [names[k] for k in rng.choice(1100, 20, replace=False)] for n in range(400)}
     sequences["u0"] = names
     data = _trained(sequences, [*names, "cold"])
-    model = EASE(penalty=50.0, dtype=dtype)
+    model = EASE(EASE.Config(penalty=50.0, dtype=dtype))
     model.fit(data)
     binary = np.array([[item in set(items) for item in names] for _, items in sorted(sequences.items())], dtype=float)
     inverse = np.linalg.inv(binary.T @ binary + 50.0 * np.eye(1100))
@@ -420,10 +420,10 @@ def test_ease_equals_the_closed_form_by_a_plain_inverse(dtype: Literal["float32"
 
 
 def test_ease_settings_out_of_range_are_errors() -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        EASE(penalty=0.0)
+    with pytest.raises(ValueError, match="greater than 0"):
+        EASE(EASE.Config(penalty=0.0))
     with pytest.raises(ValueError, match="float32"):
-        EASE(dtype="int8")  # type: ignore[arg-type]
+        EASE(EASE.Config(dtype="int8"))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ they find what is there
@@ -441,7 +441,7 @@ def test_on_a_walk_with_structure_markov_beats_knn_beats_popularity_beats_chance
         sequences[f"u{user}"] = walk
     data = _trained({user: walk[:-1] for user, walk in sequences.items()}, [f"i{n:02d}" for n in range(40)])
     hits: list[float] = []
-    for model in (Random(), Popularity(), ItemKNN(), Markov(order=5, decay=0.7)):
+    for model in (Random(), Popularity(), ItemKNN(), Markov(Markov.Config(order=5, decay=0.7))):
         model.fit(data)
         requests = [
             Request(

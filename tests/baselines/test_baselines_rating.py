@@ -60,7 +60,7 @@ def test_what_is_unknown_falls_back_to_the_item_and_then_to_the_global_mean() ->
 
 
 def test_an_unknown_user_is_judged_by_the_history_of_the_request() -> None:
-    user, bias = UserMean(), UserItemBias(user_penalty=1.0)
+    user, bias = UserMean(), UserItemBias(UserItemBias.Config(user_penalty=1.0))
     user.fit(_trained(ROWS))
     bias.fit(_trained(ROWS))
     past = (Event(item_id="a", rating=2.0), Event(item_id="b", rating=1.0), Event(item_id="c"))
@@ -76,7 +76,7 @@ def test_biases_solve_the_ridge_problem_exactly() -> None:
     users, items = rng.integers(0, 12, 150), rng.integers(0, 9, 150)
     ratings = np.clip(np.round(3 + users / 8 - items / 6 + rng.normal(0, 0.7, 150)), 1, 5)
     rows: Rows = [(f"u{u:02d}", f"i{i}", float(r)) for u, i, r in zip(users, items, ratings, strict=True)]
-    model = UserItemBias(user_penalty=2.0, item_penalty=5.0)
+    model = UserItemBias(UserItemBias.Config(user_penalty=2.0, item_penalty=5.0))
     model.fit(_trained(rows))
     design = np.zeros((150 + 21, 21))
     design[np.arange(150), users] = 1
@@ -94,7 +94,7 @@ def test_biases_solve_the_ridge_problem_exactly() -> None:
 
 def test_predictions_stay_on_the_scale() -> None:
     rows: Rows = [(f"u{n}", "good", 5.0) for n in range(30)] + [("u0", "x", 5.0), ("u1", "bad", 1.0), ("u1", "y", 1.0)]
-    model = UserItemBias(user_penalty=0.01, item_penalty=0.01)
+    model = UserItemBias(UserItemBias.Config(user_penalty=0.01, item_penalty=0.01))
     model.fit(_trained(rows))
     assert _value(model, "u0", "good") <= 5.0
     assert _value(model, "u1", "bad") >= 1.0
@@ -123,8 +123,8 @@ def test_bias_beats_the_means_where_there_are_biases() -> None:
 
 
 def test_penalties_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        UserItemBias(user_penalty=0.0)
+    with pytest.raises(ValueError, match="greater than 0"):
+        UserItemBias(UserItemBias.Config(user_penalty=0.0))
 
 
 # ------------------------------------------------------------------ factors
@@ -151,7 +151,13 @@ def _error(model: Predictor, rows: Rows) -> float:
     return math.sqrt(float(np.mean([(guess - (row[2] or 0)) ** 2 for guess, row in zip(guesses, rows, strict=True)])))
 
 
-@pytest.mark.parametrize("model", [MF(factors=3, penalty=0.02), SVD(factors=3, penalty=0.01, epochs=150, batch=50)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        MF(MF.Config(factors=3, penalty=0.02)),
+        SVD(SVD.Config(factors=3, penalty=0.01, epochs=150, batch=50)),
+    ],
+)
 def test_factors_beat_biases_where_there_are_tastes(model: MF | SVD) -> None:
     known, asked = _low_rank()
     bias = UserItemBias()
@@ -162,7 +168,7 @@ def test_factors_beat_biases_where_there_are_tastes(model: MF | SVD) -> None:
 
 def test_each_side_of_mf_solves_its_ridge_problem() -> None:
     known, _ = _low_rank()
-    model = MF(factors=3, penalty=0.05, user_penalty=2.0, item_penalty=4.0, rounds=3)
+    model = MF(MF.Config(factors=3, penalty=0.05, user_penalty=2.0, item_penalty=4.0, rounds=3))
     model.fit(_trained(known))
     found = model._model
     assert found is not None
@@ -180,7 +186,7 @@ def test_each_side_of_mf_solves_its_ridge_problem() -> None:
 
 def test_blocks_of_outer_products_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     known, asked = _low_rank()
-    whole, blocks = MF(rounds=2), MF(rounds=2)
+    whole, blocks = MF(MF.Config(rounds=2)), MF(MF.Config(rounds=2))
     whole.fit(_trained(known))
     monkeypatch.setattr("llmrec.baselines.mf._CELLS", 121 * 40)
     blocks.fit(_trained(known))
@@ -190,7 +196,7 @@ def test_blocks_of_outer_products_change_nothing(monkeypatch: pytest.MonkeyPatch
 
 def test_a_batch_of_one_rating_is_the_step_of_the_paper() -> None:
     rows: Rows = [("u1", "a", 5.0), ("u2", "b", 1.0)]
-    model = SVD(factors=2, penalty=0.1, learning_rate=0.05, epochs=1, batch=1, seed=3)
+    model = SVD(SVD.Config(factors=2, penalty=0.1, learning_rate=0.05, epochs=1, batch=1), seed=3)
     model.fit(_trained(rows))
     rng = np.random.default_rng(3)
     users, items = (rng.normal(0, 0.1, (2, 4))[:, 2:] for _ in range(2))
@@ -227,5 +233,5 @@ def test_factors_fall_back_to_biases(made: type[MF] | type[SVD]) -> None:
 
 @pytest.mark.parametrize("made", [MF, SVD])
 def test_penalties_of_factors_must_be_positive(made: type[MF] | type[SVD]) -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        made(penalty=0.0)
+    with pytest.raises(ValueError, match="greater than 0"):
+        made(made.Config(penalty=0.0))

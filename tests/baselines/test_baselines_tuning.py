@@ -103,7 +103,7 @@ def test_the_best_point_of_the_grid_is_chosen(kind: str) -> None:
     assert max(trial.value for trial in found.trials) > min(trial.value for trial in found.trials)
     (best,) = {trial.value for trial in found.trials if trial.parameters == found.parameters}
     assert best == max(trial.value for trial in found.trials)
-    model = RecentPopularity(**found.parameters)
+    model = RecentPopularity(RecentPopularity.Config(**found.parameters))
     model.fit(data)
     assert mean_ndcg(model.items, model.scores, ranking_cases(data)) == best
 

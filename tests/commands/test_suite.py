@@ -136,6 +136,10 @@ def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"rows": [{"baseline": "user-mean"}]}, "'user-mean' does not answer the task ranking; choose from random"),
+        (
+            {"rows": [{"baseline": "ease", "parameters": {"penalti": 5}}]},
+            r"parameters: 'ease' has no parameter 'penalti' \(did you mean 'penalty'\?\); it takes penalty, dtype",
+        ),
         ({"references": ["nowhere"]}, "there is no page 'nowhere' under eval/references; known: amazon14-beauty"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from pydantic import ValidationError
 
 from llmrec.baselines import base as ranked
 from llmrec.baselines.base import Trainable
+from llmrec.baselines.parameters import make
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.recipe.schema import Split
 from llmrec.registry import BASELINES, lookup
@@ -92,7 +95,7 @@ def data(request: pytest.FixtureRequest) -> SplitDataset:
 
 
 def _fitted(name: str, data: SplitDataset, *, seed: int = 5, **settings: Any) -> Any:
-    predictor = lookup(BASELINES, name, "baseline")(seed=seed, **SETTINGS.get(name, {}) | settings)
+    predictor = make(name, SETTINGS.get(name, {}) | settings, seed=seed)
     predictor.fit(data)
     return predictor
 
@@ -191,12 +194,38 @@ def test_a_ranking_baseline_scores_the_catalogue(name: str, data: SplitDataset) 
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_grid_has_at_most_six_points_that_the_constructor_takes(name: str) -> None:
+def test_a_grid_has_at_most_six_points_inside_the_bounds(name: str) -> None:
     made = lookup(BASELINES, name, "baseline")
     assert isinstance(made.stochastic, bool)
     assert math.prod(len(values) for values in made.GRID.values()) <= 6
     for place in range(max((len(values) for values in made.GRID.values()), default=0)):
-        made(**{key: values[min(place, len(values) - 1)] for key, values in made.GRID.items()})
+        made.Config(**{key: values[min(place, len(values) - 1)] for key, values in made.GRID.items()})
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_config_is_frozen_described_and_valid_as_it_stands(name: str) -> None:
+    config = lookup(BASELINES, name, "baseline").Config()
+    assert type(config)(**config.model_dump()) == config
+    assert [key for key, field in type(config).model_fields.items() if not field.description] == []
+    for key in type(config).model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(config, key, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("markov", {"decai": 0.5}, "here: 'markov' has no parameter 'decai' (did you mean 'decay'?); it takes order, "),
+        ("popularity", {"decay": 0.5}, "here: 'popularity' has no parameter 'decay'; it takes none"),
+        ("markov", {"decay": 2, "order": 0}, "here: order of 'markov': input should be greater than 0, got 0; decay"),
+        ("ease", {"dtype": "int8"}, "dtype of 'ease': input should be 'float32' or 'float64', got 'int8'"),
+        ("sasrec", {"dim": 9}, "here: 'sasrec': dim must be a multiple of heads, not 9 and 2"),
+        ("markof", {}, "(did you mean 'markov'?)"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_named(name: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        make(name, parameters, seed=0, where="here")
 
 
 @pytest.mark.parametrize("name", ALL)

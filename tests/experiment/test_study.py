@@ -7,11 +7,14 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llmrec.errors import DataError, RecipeError
-from llmrec.experiment.study import build_study
+from llmrec.experiment.evaluation import Evaluation, Row
+from llmrec.experiment.resume import Budget
+from llmrec.experiment.study import Study, build_study
 from llmrec.experiment.training import training_key
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import dump, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 
 BASE = ("reviews=null", "data={source: made-reviews}", "eval.candidates.count=5", "eval.backend=hf")
@@ -108,6 +111,23 @@ def test_a_split_without_cases_is_found_at_once() -> None:
             "tasks.rating.baselines=[user-mean, user-item-bias]",
             r"tasks\.rating\.baselines: the controls global-mean, item-mean must stand in the same table",
         ),
+        (
+            "tasks.rating.baselines=[global-mean, user-mean, item-mean, {name: user-item-bias, user_penaltie: 1}]",
+            r"tasks\.rating\.baselines: 'user-item-bias' has no parameter 'user_penaltie' \(did you mean",
+        ),
+        (
+            "tasks.rating.baselines=[global-mean, user-mean, item-mean, {name: user-item-bias, user_penalty: 0}]",
+            r"tasks\.rating\.baselines: user_penalty of 'user-item-bias': input should be greater than 0, got 0",
+        ),
+        (
+            "tasks={ctr: {baselines: [{name: like-ratio, liked: 3}]}}",
+            r"set tasks\.ctr\.liked, not liked of",
+        ),
+        ("tasks.rating.baselines=[{user_penalty: 1}]", r"tasks\.rating\.baselines\.0\.name"),
+        (
+            "tasks.rating.baselines=[{name: mf, factors: 3, rounds: 2}, {name: mf, rounds: 2, factors: 3}]",
+            r"a name stands twice in \['mf\(factors=3, rounds=2\)'",
+        ),
         ("tasks.direct.strategies=[label, label]", "stands twice"),
         ("eval.cutoffs=[]", "cutoffs"),
         ("eval.arms=[tuned, tuned]", "stands twice"),
@@ -122,3 +142,36 @@ def test_what_does_not_fit_together_is_refused(override: str, message: str | Non
         return
     with pytest.raises(RecipeError, match=message):
         build_study(recipe(override))
+
+
+def test_a_baseline_with_parameters_has_a_row_and_a_key_of_its_own(tmp_path: Path) -> None:
+    names = "global-mean, user-mean, item-mean, user-item-bias"
+    study = build_study(
+        recipe(f"tasks={{rating: {{baselines: [{names}, {{name: user-item-bias, user_penalty: 500}}]}}}}")
+    )
+
+    def rows(study: Study) -> dict[str, Row]:
+        found = Evaluation(study, None, tmp_path, Budget(), quiet=True).baselines()
+        return {row.figures["predictor"]: row for row in found}
+
+    found = rows(study)
+    plain, other = found["user-item-bias"], found["user-item-bias(user_penalty=500)"]
+    assert other.figures["id"] == "rating/baseline/user-item-bias(user_penalty=500)"
+    assert plain.figures["metrics"]["RMSE"]["value"] != other.figures["metrics"]["RMSE"]["value"]
+    stored = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
+    assert len({row["key"] for row in stored.values()}) == len(stored) == 5
+    # The same penalty as the default's under another name is the same model.
+    same = rows(
+        build_study(recipe(f"tasks={{rating: {{baselines: [{names}, {{name: user-item-bias, user_penalty: 5}}]}}}}"))
+    )
+    assert same["user-item-bias(user_penalty=5)"].figures["metrics"] == plain.figures["metrics"]
+
+
+def test_a_page_is_the_same_whether_a_baseline_is_a_name_or_a_mapping_without_parameters() -> None:
+    names = ("global-mean", "user-mean", "item-mean", "user-item-bias")
+    plain = recipe(f"tasks={{rating: {{baselines: [{', '.join(names)}]}}}}")
+    mapped = recipe(f"tasks={{rating: {{baselines: [{', '.join(f'{{name: {name}}}' for name in names)}]}}}}")
+    assert plain == mapped == recipe("tasks={rating: {}}") and recipe_hash(plain) == recipe_hash(mapped)
+    assert plain.model_dump()["tasks"]["rating"]["baselines"] == names
+    tuned = recipe(f"tasks={{rating: {{baselines: [{', '.join(names)}, {{name: mf, rounds: 3}}]}}}}")
+    assert Recipe.model_validate(yaml.safe_load(dump(tuned))) == tuned

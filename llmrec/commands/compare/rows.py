@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.backends.cache import AnswerStore
+from llmrec.baselines.parameters import make
 from llmrec.baselines.tuning import RANKED, Trial, Tuned
 from llmrec.baselines.validation import mean_ndcg, ranking_cases
 from llmrec.data.split import SplitDataset
@@ -132,7 +133,7 @@ class Contenders:
     def _baseline(self, row: SuiteRow, data: SplitDataset, seed: int, parameters: Mapping[str, Any] | None) -> Any:
         if parameters is None:
             parameters = self.chosen.get(row.label, row.parameters)
-        model = lookup(BASELINES, str(row.baseline), "baseline")(**parameters, seed=seed)
+        model = make(str(row.baseline), parameters, seed=seed)
         model.fit(data)
         return model
 

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 
 from llmrec import __version__
+from llmrec.baselines.parameters import config_of
 from llmrec.baselines.tuning import Tuned, tune
 from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
 from llmrec.commands.compare.rows import Contenders
@@ -70,7 +71,8 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         say: Told of each row as it is done.
 
     Raises:
-        RecipeError: If a row names no ranking baseline, or a reference page is missing.
+        RecipeError: If a row names no baseline of the task or a parameter that it has not, or a reference page is
+            missing.
         DataError: If the data cannot be used.
     """
     for row in suite.rows:
@@ -82,6 +84,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
                 f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}; choose from "
                 f"{', '.join(able)}"
             )
+        config_of(row.baseline, row.parameters, f"suite {suite.suite}: parameters")
     pages = {name: _reference(name) for name in suite.references}
     with locked(out, SUITE):
         begin = time.monotonic()
