@@ -80,18 +80,6 @@ class Catalogue:
         found[self.order] = np.arange(len(self.order), dtype=np.int32)
         return found
 
-    @cached_property
-    def branching(self) -> int:
-        """Most nodes on one path that have several children, the root included."""
-        several = np.diff(self.firsts) > 1
-        met = np.zeros(len(self.tokens), dtype=np.int32)
-        met[ROOT] = several[ROOT]
-        for start, end in zip(self.starts[:-2], self.starts[1:-1], strict=True):
-            sizes = np.diff(self.firsts[start : end + 1])
-            below = slice(self.firsts[start], self.firsts[end])
-            met[below] = np.repeat(met[start:end], sizes) + several[below]
-        return int(met.max())
-
     def path(self, place: int) -> tuple[int, ...]:
         """Return the tokens of the path at a place of the sorted order."""
         found: list[int] = []

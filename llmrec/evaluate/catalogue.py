@@ -301,6 +301,9 @@ def _evaluated(
     metrics = {
         name: mean_figure(name, each, users, protocol, protocol.sign(name, seen=seen)) for name, each in values.items()
     }
+    # What follows from the values above, or from the pool: figures alone, which nothing is compared by.
+    for name, each in _more_values(place, protocol.cutoffs).items():
+        metrics[name] = mean_figure(name, each, users, protocol, protocol.sign(name, seen=seen))
     if background is not None:
         more, own = list_figures(Lists(place.lists, items, seen), cases, protocol, background)
         metrics, values = metrics | more, values | own
@@ -315,6 +318,16 @@ def _evaluated(
         "pool": float(np.mean(place.pool)),
     }
     return Evaluated(figures, values, _records(items, cases, place))
+
+
+def _more_values(place: Standings, cutoffs: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+    """Return per-request precision and average precision at each cut-off, and the AUC of the whole ranking."""
+    values = {"RankAUC": rank_metrics.auc(place.greater, place.tied, place.pool)}
+    for k in cutoffs:
+        if k > 1:
+            values[f"Precision@{k}"] = rank_metrics.precision(place.greater, place.tied, k)
+            values[f"MAP@{k}"] = rank_metrics.average_precision(place.greater, place.tied, k)
+    return values
 
 
 def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> list[dict[str, Any]]:

@@ -32,8 +32,10 @@ class Background:
         items: The catalogue, in the order of all arrays.
         counts: Training users of each item, shape (items,).
         users: Number of training users.
-        words: Words of each item, such as its genres; None leaves out diversity.
+        words: Words of each item, such as its genres, for diversity.
         field: Which field they come from.
+        vectors: A vector of each item, shape (items, d), for diversity in place of words; without both there is none.
+        encoder: What made them.
     """
 
     items: tuple[str, ...]
@@ -41,6 +43,8 @@ class Background:
     users: int
     words: tuple[frozenset[str], ...] | None = None
     field: str | None = None
+    vectors: NDArray[np.floating[Any]] | None = None
+    encoder: str | None = None
 
     @staticmethod
     def of(data: SplitDataset, *, field: str | None = None) -> Background:
@@ -107,6 +111,9 @@ def list_figures(
     if background.words is not None and k > 1:
         values[f"ILD@{k}"] = beyond.diversity_by_fields(lists.numbers, k, background.words)
         how[f"ILD@{k}"] = "jaccard-" + re.sub(r"[|\s]+", "-", str(background.field))
+    elif background.vectors is not None and k > 1:
+        values[f"ILD@{k}"] = beyond.diversity_by_vectors(lists.numbers, k, background.vectors)
+        how[f"ILD@{k}"] = "cosine-" + re.sub(r"[|\s]+", "-", str(background.encoder))
     targets = np.array([index.get(str(case.truth), -1) for case in cases])
     expected = _popular(background, held if lists.seen == "excluded" else [held[0][:0]] * len(held), targets, k)
     values[f"Serendipity@{k}"] = beyond.serendipity(lists.numbers, k, expected, targets)

@@ -93,28 +93,21 @@ def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArr
     return _mean_over_list(_cut(lists, k, len(held)), held / max(users, 1))
 
 
-def popularity_lift(of_lists: ArrayLike, of_histories: ArrayLike) -> float:
-    """PopularityLift@k: how much more popular the lists are than what their users had.
+def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> Statistic:
+    """PopularityLift@k as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
-    ``(mean of lists - mean of histories) / mean of histories`` over users, both as mean popularity of the items
-    (Abdollahpouri et al., RecSys 2020, "The Connection Between Popularity Bias, Calibration, and Fairness").
+    How much more popular the lists are than what their users had: ``(mean of lists - mean of histories) / mean of
+    histories`` over users, both as mean popularity of the items (Abdollahpouri et al., RecSys 2020, "The Connection
+    Between Popularity Bias, Calibration, and Fairness"). 0 for lists as popular as the histories, 1 for twice as
+    popular.
 
     Args:
         of_lists: Mean popularity of each user's list, shape (n,), see `popularity`.
         of_histories: Mean popularity of each user's history, shape (n,).
 
-    Returns:
-        0 for lists as popular as the histories, 1 for twice as popular.
-
     Raises:
         ValueError: If the two differ in length, are empty, or histories have no popularity.
     """
-    statistic = popularity_lift_statistic(of_lists, of_histories)
-    return float(statistic(np.arange(len(np.asarray(of_lists)))[None, :])[0])
-
-
-def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> Statistic:
-    """The lift as a function of resampled users, for `llmrec.metrics.stats.interval_of`; see `popularity_lift`."""
     after, before = np.asarray(of_lists, dtype=np.float64), np.asarray(of_histories, dtype=np.float64)
     if after.shape != before.shape or after.ndim != 1 or not after.size:
         raise ValueError(f"lists and histories must be flat and alike, not of shapes {after.shape} and {before.shape}")

@@ -33,11 +33,6 @@ def rmse(predicted: ArrayLike, truth: ArrayLike) -> float:
     return float(np.sqrt(np.mean(_some(squared_error(predicted, truth)))))
 
 
-def mae(predicted: ArrayLike, truth: ArrayLike) -> float:
-    """Mean absolute error, ``mean(|predicted - truth|)``."""
-    return float(np.mean(_some(absolute_error(predicted, truth))))
-
-
 def _difference(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
     guess, true = np.asarray(predicted, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if guess.shape != true.shape or guess.ndim != 1:

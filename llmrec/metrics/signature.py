@@ -17,7 +17,7 @@ Kind = Literal["ranking", "lists", "rating", "probability", "text"]
 
 _CUT = r"@[1-9]\d*"
 _NAMES: Mapping[Kind, re.Pattern[str]] = {
-    "ranking": re.compile(rf"(HR|Recall|Precision|NDCG){_CUT}|(MRR|MAP)({_CUT})?"),
+    "ranking": re.compile(rf"(HR|Recall|Precision|NDCG){_CUT}|(MRR|MAP)({_CUT})?|RankAUC"),
     "lists": re.compile(rf"(Coverage|Novelty|Gini|PopularityLift|ILD|Serendipity){_CUT}"),
     "rating": re.compile(r"RMSE|MAE|LikedAUC"),
     "probability": re.compile(r"AUC|GAUC|LogLoss|ECE"),
@@ -87,10 +87,11 @@ def signature(
     """Write the signature of a metric.
 
     Args:
-        metric: ``HR@k``, ``Recall@k``, ``Precision@k``, ``NDCG@k``, ``MRR``, ``MAP`` (or cut, ``MRR@k``); of lists
-            ``Coverage@k``, ``Novelty@k``, ``Gini@k``, ``PopularityLift@k``, ``ILD@k``, ``Serendipity@k``; ``RMSE``,
-            ``MAE``, ``LikedAUC``; ``AUC``, ``GAUC``, ``LogLoss``, ``ECE``; ``BLEU-4``, ``ROUGE-1``, ``ROUGE-L``,
-            ``Distinct-2``, ``FMR``, ``FCR``, ``DIV``, ``USR``, ``Hallucination``, ``CopyRate``.
+        metric: ``HR@k``, ``Recall@k``, ``Precision@k``, ``NDCG@k``, ``MRR``, ``MAP`` (or cut, ``MRR@k``),
+            ``RankAUC``; of lists ``Coverage@k``, ``Novelty@k``, ``Gini@k``, ``PopularityLift@k``, ``ILD@k``,
+            ``Serendipity@k``; ``RMSE``, ``MAE``, ``LikedAUC``; ``AUC``, ``GAUC``, ``LogLoss``, ``ECE``; ``BLEU-4``,
+            ``ROUGE-1``, ``ROUGE-L``, ``Distinct-2``, ``FMR``, ``FCR``, ``DIV``, ``USR``, ``Hallucination``,
+            ``CopyRate``.
         gain: Gain of the relevant item; only ranking metrics have one.
         ties: How tied scores are treated by ranking metrics. Lists show one draw of the tied items: ``seeded``.
         candidates: ``full``, or kind and number such as ``uniform-20``; needed by metrics of rankings and lists.
@@ -152,28 +153,6 @@ def parse_signature(text: str) -> Signature:
         split=parts["split"],
         version=parts["llmrec"],
     )
-
-
-def same_protocol(a: str, b: str) -> bool:
-    """Say whether two figures may stand in one table.
-
-    Figures of one metric must agree in every part. Figures of different metrics must agree in every part that bears on
-    both: how words are cut and what ``how`` says differ by nature; accuracy and list metrics of one ranking may stand
-    together, whose gain and ties differ by nature.
-
-    Raises:
-        ValueError: If one of them is not a signature.
-    """
-    left, right = parse_signature(a), parse_signature(b)
-    if left.metric == right.metric:
-        return left == right
-    kinds = {kind_of(left.metric), kind_of(right.metric)}
-    if len(kinds) > 1 and kinds != {"ranking", "lists"}:
-        return False
-    shared = [replace(each, metric="", text=None, how=None) for each in (left, right)]
-    if kinds == {"ranking", "lists"}:
-        shared = [replace(each, gain=None, ties=None) for each in shared]
-    return shared[0] == shared[1]
 
 
 def _part_or_none(value: str | None) -> str | None:

@@ -25,22 +25,6 @@ _WORD = re.compile(r"\w+")
 _ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 
 
-def bleu4(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU-4 (Papineni et al., ACL 2002) by sacrebleu: 13a tokens, mixed case, exponential smoothing.
-
-    Args:
-        texts: Generated texts; an answer that could not be read belongs here as ``""``.
-        references: One reference a text.
-
-    Raises:
-        MissingExtra: If sacrebleu is not installed.
-        ValueError: If the two differ in length or are empty.
-    """
-    _alike(texts, references)
-    score = require("sacrebleu", "text").BLEU(force=True).corpus_score(list(texts), [list(references)])
-    return float(score.score) / 100
-
-
 def bleu4_statistic(texts: Sequence[str], references: Sequence[str], users: Sequence[str] | None = None) -> Statistic:
     """Corpus BLEU-4 as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 

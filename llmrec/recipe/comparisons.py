@@ -43,6 +43,19 @@ class SuiteRow(Section):
         return self.name or self.baseline or stem or "+".join(self.mix)
 
 
+class DiversitySection(Section):
+    """What makes two items of a list alike, for ILD: words of a field, or vectors of what is said of them."""
+
+    field: str | None = Field(None, description="item field with words, such as genres")
+    encoder: str | None = Field(None, description="text encoder of titles and fields, such as all-MiniLM-L6-v2")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> DiversitySection:
+        if (self.field is None) == (self.encoder is None):
+            raise ValueError("diversity: write one of field and encoder")
+        return self
+
+
 class Suite(Section):
     """A protocol with its data and rows: full ranking of the catalogue, or held-out items rated or judged yes or no."""
 
@@ -60,6 +73,7 @@ class Suite(Section):
     liked: float | None = Field(None, description="ctr: lowest rating that is a yes; None: three quarters up the scale")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the chosen point, where it has any chance")
     split_seeds: tuple[int, ...] = Field((0,), min_length=1, description="tie rules of the split; several: a range")
+    diversity: DiversitySection | None = Field(None, description="ranking: how ILD compares items; None: no ILD")
     bootstrap: Positive = 2000
     users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
     rows: tuple[SuiteRow, ...] = Field(min_length=1)

@@ -23,6 +23,7 @@ from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import ModelSection
 from llmrec.types import Found, Message, Prompt, Segment
 from tests.conftest import make_model
+from tests.decode.trees import branching
 
 END, VOCABULARY = 7, 12
 PATHS = st.lists(
@@ -101,7 +102,7 @@ def test_answers_are_those_of_a_plain_engine(
         assert ours.scores == pytest.approx(theirs.scores, abs=1e-9)
     # Where all items begin with one token, that one takes a round of its own.
     alone = catalogue.firsts[1] - catalogue.firsts[0] == 1
-    assert tree.forwards == len(made.rounds) <= catalogue.branching + 1 + alone
+    assert tree.forwards == len(made.rounds) <= branching(catalogue) + 1 + alone
     assert tree.requests == sum(map(len, made.rounds))
     assert tree.tokens == sum(len(ask.text) for asked in made.rounds for ask in asked)
 
@@ -296,7 +297,7 @@ def test_work_is_what_the_catalogue_needs(name: str, vllm: VLLMBackend, monkeypa
     prompts = [asked(f"Continue the list of films, reader {vllm.route} {name} {n}", "Heat\n" * n) for n in range(3)]
     vllm.search(prompts, SETS[name], k=5, width=8)
     catalogue = vllm.encoder.catalogue(SETS[name], "\n")
-    assert len(rounds) <= catalogue.branching + 1
+    assert len(rounds) <= branching(catalogue) + 1
     for each in rounds:
         groups: dict[tuple[int, ...], int] = {}
         for ask in each:

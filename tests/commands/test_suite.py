@@ -17,7 +17,7 @@ from llmrec.commands.compare.benchmark import _recipe, points
 from llmrec.commands.compare.suite import run_suite
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
-from llmrec.errors import RecipeError
+from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.study import load_split
 from llmrec.recipe.comparisons import Suite
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
@@ -90,6 +90,23 @@ def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran])
     assert {line["a"] for line in found} == {best} and len(found) == len(PAGE["rows"]) - 1
     assert all(line["value"] >= 0 and line["verdict"] in ("shown", "not shown") for line in found)
     assert "would be shown" in results["detectable"]["excluded"] or results["detectable"]["excluded"]
+
+
+def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path: Path) -> None:
+    page = {**PAGE, "seeds": [0], "split_seeds": [0], "rows": [{"baseline": "popularity"}], "cutoffs": [5]}
+    listed = {f"{name}@5" for name in ("Precision", "MAP", "Coverage", "Novelty", "Gini", "PopularityLift")}
+    signed = {}
+    for diversity in (None, {"field": "category"}, {"encoder": "chance"}):
+        ran = run_suite(Suite(**page, diversity=diversity), out=tmp_path / "out", results=tmp_path / "results")
+        metrics = ran.results["rows"][0]["tables"]["excluded"]["metrics"]
+        assert listed | {"Serendipity@5", "RankAUC"} <= metrics.keys()
+        signed[str(diversity)] = metrics.get("ILD@5", {}).get("signature", "")
+    plain, words, vectors = signed.values()
+    assert plain == "" and "how:jaccard-category" in words and "how:cosine-chance" in vectors
+    with pytest.raises(LlmrecError, match="no item has the field 'colour'"):
+        run_suite(Suite(**page, diversity={"field": "colour"}), out=tmp_path / "out", results=tmp_path / "results")
+    with pytest.raises(ValueError, match="write one of field and encoder"):
+        Suite(**page, diversity={})
 
 
 def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(

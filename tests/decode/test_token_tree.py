@@ -32,8 +32,6 @@ def test_nodes_children_and_ranges_are_those_of_the_paths(paths: list[tuple[int,
         assert tree.lows[node] == below[0]
         children = sorted({ordered[place][len(prefix)] for place in below if len(ordered[place]) > len(prefix)})
         assert tree.tokens[tree.firsts[node] : tree.firsts[node + 1]].tolist() == children
-    several = {prefix for prefix in prefixes if len({p for p in prefixes if p[:-1] == prefix and p}) > 1}
-    assert tree.branching == max(sum(path[:d] in several for d in range(len(path))) for path in paths)
 
 
 @given(PATHS, st.randoms(use_true_random=False))

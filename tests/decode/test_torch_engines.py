@@ -19,6 +19,7 @@ from llmrec.backends.hf.tree import MaskedTree
 from llmrec.decode.beam import Fed, Wanted, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.types import Found, Message, Prompt, Segment
+from tests.decode.trees import branching
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -321,12 +322,12 @@ def test_titles_take_forwards_by_branches_not_by_tokens(llama_folder: Path, rout
     pairs = enumerate(itertools.product(words, words))
     titles = [f"{a} {b}: the complete restored story of a quiet kitchen ({1980 + n})" for n, (a, b) in pairs]
     tree = encoder.catalogue(titles, "\n")
-    assert tree.branching + 1 < tree.depth / 4, "the titles are long, and part a few times"
+    assert branching(tree) + 1 < tree.depth / 4, "the titles are long, and part a few times"
     backend = HFBackend(model, encoder, packed=False if route == "rows" else None)
     prompts = [films("Jaws\nRocky\n"), films("Alien\n")]
     results = backend.search(prompts, titles, k=5, width=len(titles))
     if route == "tree":
-        assert backend._tree.forwards <= tree.branching + 1
+        assert backend._tree.forwards <= branching(tree) + 1
     for prompt, found in zip(prompts, results, strict=True):
         ids = encoder.prompt(prompt)
         tails = [encoder.continuation(prompt, title, closed=True) for title in titles]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
 
 from llmrec.baselines.popular import Popularity, Random
 from llmrec.data.dataset import Dataset
@@ -235,6 +238,52 @@ def test_figures_equal_those_of_a_predictor_that_is_asked(data: SplitDataset) ->
     assert found.figures["n"] == asked.figures["n"] == len(cases)
     assert [record["rank"] for record in found.records] == [record["rank"] for record in asked.records]
     assert found.records[0].keys() == asked.records[0].keys()
+
+
+def test_precision_map_and_auc_are_those_of_other_libraries(data: SplitDataset) -> None:
+    """Scores without ties, whole rankings: trec_eval's precision and average precision, scipy's Mann-Whitney U."""
+    measures = pytest.importorskip("ir_measures", reason="ir-measures is not installed: pip install 'llmrec[dev]'")
+    pytest.importorskip("pytrec_eval", reason="pytrec-eval is not installed: pip install 'llmrec[dev]'")
+    pairs = (("Precision", measures.P), ("MAP", measures.AP))
+    cases, items = _cases(data), tuple(sorted(data.dataset.items))
+    rng = np.random.default_rng(0)
+    table = {one.request.id: rng.permutation(len(items)).astype(float) for one in cases}
+    found = evaluate_catalogue(Scored(items, table), cases, protocol(len(items), (1, 5, 10)))
+    for seen, row in found.items():
+        figures = row.figures["metrics"]
+        run, qrels, areas = {}, {}, []
+        for one in cases:
+            gone = {event.item_id for event in one.request.history} if seen == "excluded" else set()
+            scores = dict(zip(items, table[one.request.id].tolist(), strict=True))
+            kept = {item: score for item, score in scores.items() if item == one.truth or item not in gone}
+            run[one.request.id], qrels[one.request.id] = kept, {str(one.truth): 1}
+            others = [score for item, score in kept.items() if item != one.truth]
+            areas.append(mannwhitneyu([scores[str(one.truth)]], others).statistic / len(others))
+        wanted = {f"{name}@{k}": kind @ k for name, kind in pairs for k in (5, 10)}
+        theirs = measures.calc_aggregate(wanted.values(), qrels, run)
+        for name, measure in wanted.items():
+            assert figures[name]["value"] == pytest.approx(theirs[measure], abs=1e-9), (seen, name)
+        assert figures["RankAUC"]["value"] == pytest.approx(np.mean(areas), abs=1e-12)
+        assert 0 < figures["RankAUC"]["low"] < figures["RankAUC"]["value"] < figures["RankAUC"]["high"] < 1
+        assert parse_signature(figures["RankAUC"]["signature"]).seen == seen
+        # They follow from others, so nothing is compared by them, and there is no cut-off of 1.
+        assert not {"RankAUC", "Precision@5", "MAP@5"} & row.values.keys() and "Precision@1" not in figures
+
+
+def test_diversity_is_by_words_or_by_vectors(data: SplitDataset) -> None:
+    popular, size = Popularity(), len(data.dataset.items)
+    popular.fit(data)
+    vectors = np.random.default_rng(0).normal(size=(size, 4))
+    background = replace(Background.of(data), vectors=vectors, encoder="an encoder")
+    found = evaluate_catalogue(popular, _cases(data), protocol(size, (5,)), background=background)["included"]
+    figure = found.figures["metrics"]["ILD@5"]
+    assert "how:cosine-an-encoder" in figure["signature"]
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = []
+    for record in found.records:
+        shown = [popular.items.index(item) for item in json.loads(record["parsed"])["items"]]
+        expected.append(np.mean([1 - unit[a] @ unit[b] for a, b in itertools.combinations(shown, 2)]))
+    assert figure["value"] == pytest.approx(np.mean(expected))
 
 
 def test_signatures_name_the_convention_and_the_users(data: SplitDataset) -> None:

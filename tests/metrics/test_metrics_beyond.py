@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.metrics import beyond
-from llmrec.metrics.generated import ListRates, list_rates
 
 LISTS = np.array([[0, 1, 2], [0, 1, -1], [0, 3, 1]])
 
@@ -44,14 +43,15 @@ def test_popularity_and_its_lift() -> None:
     counts = [8, 2, 1, 0]
     lists = beyond.popularity(LISTS, 2, counts, 8)
     assert lists.tolist() == pytest.approx([5 / 8, 5 / 8, 4 / 8])
-    assert beyond.popularity_lift(lists, [0.25, 0.25, 0.25]) == pytest.approx((7 / 12 - 0.25) / 0.25)
-    assert beyond.popularity_lift([0.5, 0.1], [0.5, 0.1]) == pytest.approx(0.0)
+    for of_lists, before, lift in ((lists, [0.25] * 3, (7 / 12 - 0.25) / 0.25), ([0.5, 0.1], [0.5, 0.1], 0.0)):
+        everybody = np.arange(len(before))[None, :]
+        assert beyond.popularity_lift_statistic(of_lists, before)(everybody).tolist() == pytest.approx([lift])
     statistic = beyond.popularity_lift_statistic([0.5, 0.2], [0.1, 0.2])
     assert statistic(np.array([[0, 0], [1, 1]])).tolist() == pytest.approx([4.0, 0.0])
     with pytest.raises(ValueError, match="nothing to compare"):
-        beyond.popularity_lift([0.5], [0.0])
+        beyond.popularity_lift_statistic([0.5], [0.0])
     with pytest.raises(ValueError, match="alike"):
-        beyond.popularity_lift([0.5], [0.5, 0.1])
+        beyond.popularity_lift_statistic([0.5], [0.5, 0.1])
 
 
 def test_diversity_by_vectors() -> None:
@@ -144,19 +144,3 @@ def test_many_different_words_need_several_blocks_of_bits() -> None:
     assert beyond.diversity_by_fields(np.array([[0, 1], [0, 2]]), 2, fields).tolist() == pytest.approx(
         [1 - 50 / 150, 1]
     )
-
-
-# ------------------------------------------------------------------ generated lists
-
-
-def test_rates_of_generated_lists_by_hand() -> None:
-    lists = [["a", "b", "c"], ["a", "a", None], None, ["z"], []]
-    found = list_rates(lists, {"a", "b", "c"}, length=3)
-    assert found == ListRates(parse=0.8, valid=5 / 7, duplicate=1 / 7, full=0.2, answers=5, entries=7)
-    each = list_rates(lists, [{"a", "b", "c"}, {"b"}, set(), {"z"}, set()], length=3)
-    assert (each.valid, each.full) == (pytest.approx(4 / 7), 0.2)
-    assert list_rates([None], ["a", "b"], length=2) == ListRates(0.0, 0.0, 0.0, 0.0, 1, 0)
-    with pytest.raises(ValueError, match="no answers"):
-        list_rates([], {"a"}, length=1)
-    with pytest.raises(ValueError, match="1 answers but 2 sets"):
-        list_rates([["a"]], [{"a"}, {"b"}], length=1)

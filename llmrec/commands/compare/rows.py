@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,14 @@ from llmrec.baselines.tuning import RANKED, Trial, Tuned
 from llmrec.baselines.validation import mean_ndcg, ranking_cases
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
+from llmrec.evaluate.lists import Background
 from llmrec.experiment.engines import Engines
+from llmrec.experiment.indexing import text_embedder
+from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.pipeline import open_session
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import Recipe
+from llmrec.recipe.schema import Recipe, SemanticIndex
 from llmrec.registry import BASELINES, lookup
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
@@ -54,6 +57,7 @@ class Contenders:
     folder: Path
     chosen: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _fitted: dict[tuple[str, str, int], Any] = field(default_factory=dict)
+    _backgrounds: dict[str, Background] = field(default_factory=dict)
 
     def fit(self, row: SuiteRow, data: SplitDataset, seed: int, parameters: Mapping[str, Any] | None = None) -> Any:
         """Return a fitted row.
@@ -105,6 +109,22 @@ class Contenders:
         if row.baseline is not None:
             return bool(lookup(BASELINES, row.baseline, "baseline").stochastic)
         return not row.mix or any(self.stochastic(self._row(label)) for label in row.mix)
+
+    def background(self, data: SplitDataset) -> Background:
+        """Return what list metrics need of a split, made once.
+
+        Raises:
+            LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is not there.
+        """
+        if data.fingerprint not in self._backgrounds:
+            wanted = self.suite.diversity
+            found = Background.of(data, field=wanted.field if wanted else None)
+            if wanted is not None and wanted.encoder is not None:
+                items = [data.dataset.items[item] for item in found.items]
+                vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(wanted.encoder))
+                found = replace(found, vectors=vectors, encoder=wanted.encoder)
+            self._backgrounds[data.fingerprint] = found
+        return self._backgrounds[data.fingerprint]
 
     # ----------------------------------------------------------------------- parts
 

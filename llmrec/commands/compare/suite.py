@@ -27,7 +27,7 @@ from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
 from llmrec.evaluate.catalogue import evaluate_catalogue
 from llmrec.evaluate.compare import Comparing, over_runs
-from llmrec.evaluate.lists import Background, cold_figures
+from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, Protocol, evaluate
 from llmrec.experiment.claiming import SUITE
 from llmrec.experiment.results import describe
@@ -151,7 +151,7 @@ def _row(
 
 def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], contenders: Contenders) -> dict[str, Any]:
     first = suite.split_seeds[0]
-    fit = partial(_fit, contenders, row)
+    fit, measure = partial(_fit, contenders, row), partial(_measure, contenders, row)
     seconds: dict[str, float] = {}
     with _peak() as memory:
         begin = time.monotonic()
@@ -160,11 +160,11 @@ def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], conte
         seeds = suite.seeds if contenders.stochastic(row) else suite.seeds[:1]
         runs = [
             # Tuning has fitted the chosen point with the first seed.
-            _measure(suite, row, splits[first], seconds, partial(fit, tuned, splits[first], seed, seed == seeds[0]))
+            measure(splits[first], seconds, partial(fit, tuned, splits[first], seed, seed == seeds[0]))
             for seed in seeds
         ]
         others = [
-            _measure(suite, row, splits[seed], seconds, partial(fit, tuned, splits[seed], suite.seeds[0], False))
+            measure(splits[seed], seconds, partial(fit, tuned, splits[seed], suite.seeds[0], False))
             for seed in suite.split_seeds[1:]
         ]
     tables = {
@@ -208,8 +208,9 @@ def _fit(contenders: Contenders, row: SuiteRow, tuned: Tuned, data: SplitDataset
 
 
 def _measure(
-    suite: Suite, row: SuiteRow, data: SplitDataset, seconds: dict[str, float], fit: Callable[[], Any]
+    contenders: Contenders, row: SuiteRow, data: SplitDataset, seconds: dict[str, float], fit: Callable[[], Any]
 ) -> dict[str, Any]:
+    suite = contenders.suite
     begin = time.monotonic()
     predictor = fit()
     seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin
@@ -225,7 +226,7 @@ def _measure(
     cases = _cases(suite, data)
     found: dict[str, Evaluated] = {}
     if suite.task == "ranking":
-        background = Background.of(data)
+        background = contenders.background(data)
         with Bar(row.label, len(cases), quiet=row.recipe is None) as advance:
             found |= evaluate_catalogue(
                 predictor, cases, protocol, seen=suite.seen, background=background, progress=advance
