@@ -11,7 +11,6 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import ModelSection, ServerSection
 from llmrec.types import Backend, Message, Prompt, Segment
 from tests.servers.client import question
@@ -62,10 +61,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     from llmrec.models.load import load_model, load_tokenizer, resolve
     from tests.servers.real import serving
 
-    try:
-        folder = resolve(ModelSection())
-    except LlmrecError as error:
-        pytest.skip(str(error))
+    folder = resolve(ModelSection())
     part = ModelSection(name=folder, dtype="float32")
     encoder = Encoder(load_tokenizer(folder, part), max_length=1024)
     with serving(folder, tmp_path_factory.mktemp("served")) as url:

@@ -553,7 +553,6 @@ def test_the_python_of_the_card_runs_and_asks_as_llmrec_does(
 
 
 def test_the_rank_command_of_the_card_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("llmrec.commands.rank.run")
     from typer.testing import CliRunner
 
     from llmrec.cli import app

@@ -18,7 +18,6 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.commands.export import agreement, export
-from llmrec.errors import LlmrecError
 from llmrec.experiment.study import Study
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.load import load_recipe
@@ -143,12 +142,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The command of the card, on an export of SmolLM2, with what a small CPU machine needs."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from llmrec.backends.vllm.backend import prepare_environment
-    from llmrec.models.load import resolve
 
-    try:
-        resolve(ModelSection())
-    except LlmrecError as error:
-        pytest.skip(str(error))
     made = exported(ModelSection().name, tmp_path_factory.mktemp("smollm2"))
     prepare_environment()
     (command,) = (block for block in _blocks(made.folder) if block.startswith("vllm serve"))
