@@ -214,7 +214,8 @@ class BaselineSection(Section):
         return f"{self.name}({chosen})" if chosen else self.name
 
 
-def _named(*names: str) -> tuple[BaselineSection, ...]:
+def named(*names: str) -> tuple[BaselineSection, ...]:
+    """Return baselines with their defaults."""
     return tuple(BaselineSection(name=name) for name in names)
 
 
@@ -252,7 +253,7 @@ class RatingSection(TaskSection):
     """Predict a rating."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
-    baselines: tuple[BaselineSection, ...] = _named("global-mean", "user-mean", "item-mean", "user-item-bias")
+    baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
     per_user: Positive | None = Field(None, description="most questions of one user, by seed; None: all")
     head: HeadSection | None = Field(None, description="for the strategy head: what the tuned arm is trained to")
@@ -274,7 +275,7 @@ class SequentialSection(TaskSection):
     """Predict the next item from the history."""
 
     strategies: tuple[str, ...] = ("likelihood",)
-    baselines: tuple[BaselineSection, ...] = _named("random", "popularity", "item-knn", "markov-1", "markov")
+    baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 20
     window: Positive = Field(30, description="items in one training row; each is a target")
     warm_up: int = Field(1, ge=0, description="items at the start of a row that are context only")
@@ -292,7 +293,7 @@ class DirectSection(TaskSection):
     """Pick from a candidate set."""
 
     strategies: tuple[str, ...] = ("label", "list")
-    baselines: tuple[BaselineSection, ...] = _named("random", "popularity", "item-knn", "markov-1", "markov")
+    baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 5
     profile: ProfileSection = ProfileSection()
 
@@ -301,7 +302,7 @@ class ExplanationSection(TaskSection):
     """Write why this item suits this user."""
 
     strategies: tuple[str, ...] = ("text",)
-    baselines: tuple[BaselineSection, ...] = _named("frequent-text", "nearest-text")
+    baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text")
     history: Positive = 3
     max_tokens: Positive = 48
 
@@ -311,7 +312,7 @@ class AlignmentSection(TaskSection):
 
     eval_templates: tuple[str, ...] = ("code-to-title", "text-to-code")
     strategies: tuple[str, ...] = ("likelihood",)
-    baselines: tuple[BaselineSection, ...] = _named("random")
+    baselines: tuple[BaselineSection, ...] = named("random")
     held_out: Fraction = Field(
         0.1, description="share of the items whose code and text are never trained together: half valid, half test"
     )
@@ -321,7 +322,7 @@ class CtrSection(TaskSection):
     """Judge whether the user will like an item (TALLRec, RecSys 2023)."""
 
     strategies: tuple[str, ...] = ("yes-no",)
-    baselines: tuple[BaselineSection, ...] = _named("like-ratio", "logistic")
+    baselines: tuple[BaselineSection, ...] = named("like-ratio", "logistic")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
     liked: float | None = Field(None, description="lowest rating that is a yes; None: three quarters up the scale")
     balance: Literal["none", "user"] = Field(
@@ -341,7 +342,7 @@ class ReviewSection(TaskSection):
     """Write the headline of a review."""
 
     strategies: tuple[str, ...] = ("text",)
-    baselines: tuple[BaselineSection, ...] = _named("frequent-text", "nearest-text")
+    baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text")
     shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
     max_tokens: Positive = 16
 
@@ -350,7 +351,7 @@ class StarsSection(TaskSection):
     """Read a rating off a review."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
-    baselines: tuple[BaselineSection, ...] = _named("global-mean", "user-mean", "item-mean", "user-item-bias")
+    baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias")
     shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
 
 

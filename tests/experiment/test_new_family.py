@@ -20,7 +20,7 @@ from llmrec.errors import RecipeError
 from llmrec.experiment.audit import audit
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import Recipe, TaskSection
+from llmrec.recipe.schema import BaselineSection, Recipe, TaskSection, named
 from llmrec.strategies.raters import YesNoJudge
 from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, held_out, passes
 from llmrec.tasks.ctr import read_choice
@@ -49,7 +49,7 @@ class FameSection(TaskSection):
     """Judge whether many chose an item."""
 
     strategies: tuple[str, ...] = ("yes-no",)
-    baselines: tuple[str, ...] = ("like-ratio",)
+    baselines: tuple[BaselineSection, ...] = named("like-ratio")
 
 
 class FameTask(Task):

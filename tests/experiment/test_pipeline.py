@@ -32,6 +32,7 @@ SMALL = (
     "train.valid_rows=4",
     "train.lora.top_layers=1",
     "tasks.sequential.users=null",
+    "tasks.sequential.baselines=[random, popularity, {name: item-knn, history: 5}, markov-1, {name: markov, order: 3}]",
     "tasks.rating.users=null",
     "tasks.direct.users=null",
     "tasks.explanation.users=null",
@@ -69,6 +70,10 @@ def test_every_arm_and_task_has_its_rows(done: tuple[Recipe, pipeline.Run]) -> N
             assert (task, arm, predictor) in found
     assert {"random", "popularity", "item-knn", "markov"} <= {
         row["predictor"] for row in rows if row["task"] == "direct"
+    }
+    # A control is one with any parameters.
+    assert {"random", "popularity", "item-knn(history=5)", "markov-1", "markov(order=3)"} == {
+        row["predictor"] for row in rows if row["task"] == "sequential" and row["arm"] == "baseline"
     }
     for row in rows:
         assert row["n"] == 6
@@ -121,7 +126,9 @@ def test_tuned_is_compared_with_zero_shot_and_baselines(done: tuple[Recipe, pipe
     pairs = {(c["a"], c["b"]) for c in done[1].results["comparisons"]}
     first = "sequential/tuned/likelihood/continue-list"
     assert (first, "sequential/zero-shot/likelihood/continue-list") in pairs
-    assert {b for a, b in pairs if a == first} >= {f"sequential/baseline/{n}" for n in ("popularity", "markov")}
+    assert {b for a, b in pairs if a == first} >= {
+        f"sequential/baseline/{n}" for n in ("popularity", "markov(order=3)")
+    }
 
 
 def test_a_second_run_reuses_everything(done: tuple[Recipe, pipeline.Run], monkeypatch: pytest.MonkeyPatch) -> None:
