@@ -76,9 +76,10 @@ def sasrec(data: SplitDataset) -> float:
 
 
 def _fit(data: SplitDataset, epochs: int) -> float:
-    model = SASRec(
+    config = SASRec.Config(
         dim=64, layers=2, heads=2, dropout=0.2, max_len=50, batch=2560, epochs=epochs, patience=None, quiet=True
     )
+    model = SASRec(config)
     begin = time.perf_counter()
     model.fit(data)
     return time.perf_counter() - begin

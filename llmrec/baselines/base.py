@@ -69,7 +69,7 @@ class Baseline(Generic[C, M]):
         Config: Its parameters with their defaults and bounds.
     """
 
-    name: ClassVar[str]
+    name: str
     stochastic: ClassVar[bool] = False
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     Config: type[C]
