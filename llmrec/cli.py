@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrec import __version__
+from llmrec.commands.options import takes
+from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.show.console import finish, readable, say, short, show, show_dry_run
 from llmrec.errors import LlmrecError
 
@@ -263,107 +265,17 @@ def export(
 
 
 @app.command()
-def rank(
-    model: Annotated[
-        str, typer.Option("--model", help="A run folder, an exported folder, a model folder or hub name.")
-    ],
-    requests: Annotated[
-        Path, typer.Option("--in", help="Requests: .jsonl, .csv, .tsv (each also .gz) or .parquet; see docs/rank.md.")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Rankings, in any of these formats.")],
-    items: Annotated[
-        Path | None, typer.Option("--items", help="Table of items: item_id, title. Default: the run's own data.")
-    ] = None,
-    task: Annotated[str, typer.Option(metavar="auto|sequential|direct", help="Which family asks.")] = "auto",
-    template: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Default: the one that the model was evaluated with.")
-    ] = None,
-    candidates: Annotated[
-        str,
-        typer.Option(
-            metavar="file|all", help="Which items are ranked: each request's own, or all that its history lacks."
-        ),
-    ] = "file",
-    strategy: Annotated[
-        str, typer.Option(metavar="auto|NAME", help="How candidates are ordered; docs/strategies.md has the names.")
-    ] = "auto",
-    beams: Annotated[
-        int, typer.Option(min=1, help="With --candidates all: prefixes kept of each request, and items returned.")
-    ] = 20,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="With --candidates all: search until no other item can be better.")
-    ] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="What the strategy takes, such as eval.permutations=3."),
-    ] = None,
-    retrieve: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A recommender that finds candidates for requests without.")
-    ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="With --retrieve: candidates a request.")] = 20,
-    rationale: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Also write a sentence on why, for the first N items.")
-    ] = 0,
-    backend: Annotated[
-        str, typer.Option(metavar="auto|vllm|hf|openai", help="Engine; auto: the faster one here.")
-    ] = "auto",
-    server_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="With --backend openai: the address as far as /v1.")
-    ] = None,
-    server_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The name that the server knows its model by.")
-    ] = None,
-    server_key_env: Annotated[
-        str | None, typer.Option(metavar="VARIABLE", help="The environment variable that holds the server's key.")
-    ] = None,
-    top: Annotated[int | None, typer.Option(min=1, help="Keep the first so many; default: all.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Requests handed to the engine at a time.")] = 64,
-    noun: Annotated[str | None, typer.Option(metavar="PLURAL", help="What prompts call the items.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=16, help="Longest prompt with answer in tokens; default: as tuned.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Of the weights.")] = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Rank the first so many requests only.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop what an earlier, killed run left.")] = False,
-    quiet: Quiet = False,
-) -> None:
+@takes(RankOptions)
+def rank(options: RankOptions) -> None:
     """Rank candidate sets: a file of requests in, a file of ranked lists with scores out.
 
     A killed run goes on where it was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
     """
-    from llmrec.commands.rank import progress as rank_progress
-    from llmrec.commands.rank import run as rank_files
+    from llmrec.commands.rank.progress import console_rows
+    from llmrec.commands.rank.run import rank_file
 
-    options = rank_files.RankOptions(
-        model=model,
-        requests=requests,
-        out=out,
-        items=items,
-        task=task,
-        template=template,
-        strategy=strategy,
-        backend=backend,
-        top=top,
-        batch=batch,
-        noun=noun,
-        max_length=max_length,
-        dtype=dtype,
-        limit=limit,
-        restart=restart,
-        quiet=quiet,
-        candidates=candidates,
-        beams=beams,
-        exact=exact,
-        settings=tuple(settings or ()),
-        retrieve=retrieve,
-        k=k,
-        rationale=rationale,
-        server_url=server_url,
-        server_model=server_model,
-        server_key_env=server_key_env,
-    )
-    summary = rank_files.rank_file(options)
-    show("ranking", rank_progress.console_rows(summary))
+    summary = rank_file(options)
+    show("ranking", console_rows(summary))
     if summary["failed"]:
         raise typer.Exit(1)
 

@@ -201,7 +201,8 @@ _Run = Callable[..., sqlite3.Cursor]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None)
+    # Whoever asks from several threads makes them wait for each other.
+    connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
     # Letters that are none do not fit the checksum.
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     return connection

@@ -65,7 +65,7 @@ class CachedBackend:
     """A backend whose answers are remembered.
 
     Args:
-        store: Where they are.
+        store: Where they are; None: nothing is remembered.
         identity: All that can change an answer besides the question: weights, tokenizer and chat template, revision,
             dtype, engine with its versions, device, decoding, seed, longest prompt.
         kind: The backend's class, for its name and its capabilities.
@@ -73,7 +73,7 @@ class CachedBackend:
     """
 
     def __init__(
-        self, store: AnswerStore, identity: Mapping[str, Any], kind: type[Backend], start: Callable[[], Backend]
+        self, store: AnswerStore | None, identity: Mapping[str, Any], kind: type[Backend], start: Callable[[], Backend]
     ) -> None:
         self.name = kind.name
         self.capabilities: frozenset[Capability] = kind.capabilities
@@ -198,7 +198,7 @@ class CachedBackend:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def _answers(self, keys: list[str], compute: Callable[[list[int]], Iterator[_Lot]]) -> list[dict[str, Any]]:
-        known = self._store.get(keys)
+        known = {} if self._store is None else self._store.get(keys)
         self.recalled += sum(key in known for key in keys)
         self.recalled_seconds += sum(known[key]["seconds"] for key in set(keys) & known.keys())
         missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
@@ -211,7 +211,8 @@ class CachedBackend:
                 share = (now - begin) / len(lot)
                 begin = now
                 fresh = {keys[i]: {"seconds": share, "answer": answer} for i, answer in lot}
-                self._store.put(fresh.items())
+                if self._store is not None:
+                    self._store.put(fresh.items())
                 known |= fresh
         return [known[key]["answer"] for key in keys]
 

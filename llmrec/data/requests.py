@@ -21,6 +21,8 @@ from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Item
 
 KEYS = ("id", "user_id", "history", "candidates", "profile")
+LEFT_ASIDE = "candidates: left aside, since all items are ranked"
+"""The note on a request that brings candidates where the whole catalogue is ranked."""
 
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -126,7 +128,7 @@ def read_request(
     if not history:
         notes.append("no history")
     if whole and record.get("candidates") is not None:
-        notes.append("candidates: left aside, since all items are ranked")
+        notes.append(LEFT_ASIDE)
     if _too_long(profile):
         notes.append(f"profile: cut to {TITLE_LIMIT} characters")
     return RankRequest(

@@ -36,7 +36,7 @@ class Engines:
         encoder: Tokenizer and chat template, shared by every engine.
         seed: Engine seed.
         budget: Where start-up time is booked.
-        store: Where answers are remembered.
+        store: Where answers are remembered; None: nowhere.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Engines:
         encoder: Encoder,
         seed: int,
         budget: Budget,
-        store: AnswerStore,
+        store: AnswerStore | None,
     ) -> None:
         self._model, self._section, self._encoder = model, section, encoder
         self._seed, self._budget, self._store = seed, budget, store
@@ -122,7 +122,8 @@ class Engines:
             return fake
         if engine == "openai":
             server = _server(self._section)
-            ledger = StoredLedger(self._store, f"{server.url.rstrip('/')} {server.model}")
+            name = f"{server.url.rstrip('/')} {server.model}"
+            ledger = None if self._store is None else StoredLedger(self._store, name)
             client: Backend = lookup(BACKENDS, "openai", "backend")(server, self._encoder, ledger=ledger)
             return client
         if engine == "vllm":

@@ -28,7 +28,7 @@ class CatalogueRanker:
         self,
         asker: Asker,
         *,
-        beams: int = 20,
+        beams: int,
         exact: bool = False,
         seen: bool = False,
         known_as: Callable[[str], str] = str,

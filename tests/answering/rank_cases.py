@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.commands.rank import run as rank_files
-from llmrec.commands.rank.run import RankOptions
+from llmrec.commands.rank.options import RankOptions
 from llmrec.data.reading.ranked import Ranked, write_part
 from llmrec.experiment import bundle
 from llmrec.experiment.study import build_study
@@ -28,25 +28,8 @@ TITLES = {str(n): f"{WORDS[n % 12]} {WORDS[(n // 12 + n) % 12]} ({1950 + n})" fo
 
 def options(model: Path | str, requests: Path, out: Path, **changes: Any) -> RankOptions:
     """Return options as the command line gives them, on hf and in float32."""
-    values: dict[str, Any] = {
-        "model": str(model),
-        "requests": requests,
-        "out": out,
-        "items": None,
-        "task": "auto",
-        "template": None,
-        "strategy": "auto",
-        "backend": "hf",
-        "top": None,
-        "batch": 3,
-        "noun": None,
-        "max_length": None,
-        "dtype": "float32",
-        "limit": None,
-        "restart": False,
-        "quiet": True,
-    }
-    return RankOptions(**values | changes)
+    values: dict[str, Any] = {"backend": "hf", "dtype": "float32", "batch": 3, "quiet": True}
+    return RankOptions(model=str(model), requests=requests, out=out, **values | changes)
 
 
 def items_csv(folder: Path) -> Path:

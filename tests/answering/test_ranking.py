@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec import cli
+from llmrec.answering import recommender
 from llmrec.answering import requests as ranking
 from llmrec.answering.requests import Way, catalogue, choose_way, rank_requests
 from llmrec.backends.encode import Encoder
@@ -507,13 +508,13 @@ def test_a_complete_output_is_not_made_again(
     chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items_csv(tmp_path))
     first = rank_file(chosen)
     calls: list[int] = []
-    real = rank_files.rank_requests
+    real = recommender.rank_requests
 
     def counting(*args: Any, **options: Any) -> Any:
         calls.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(rank_files, "rank_requests", counting)
+    monkeypatch.setattr(recommender, "rank_requests", counting)
     assert rank_file(chosen) == first and not calls
     chosen.out.write_text("damaged", encoding="utf-8")
     assert rank_file(chosen)["sha256"] == first["sha256"] and calls
@@ -635,7 +636,7 @@ def test_the_examples_of_the_documentation_are_ranked(llama_folder: Path, tmp_pa
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(code.replace("runs/quickstart", str(llama_folder)), names)  # the page's own words
-    assert sorted(names["answers"][0].items) == ["100", "181"]
+    assert sorted(names["answers"][0].answer.items) == ["100", "181"]
     for column in tables[0][0]:
         assert f"`{column}`" in page
     for option in ("--top", "--limit", "--restart", "--batch", "--max-length", "--noun", "--template", "--strategy"):

@@ -12,7 +12,7 @@ import pytest
 
 from llmrec import pipeline
 from llmrec.commands.export import export
-from llmrec.commands.rank import run as rank_files
+from llmrec.commands.rank.run import rank_file
 from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment import audit, leaks
@@ -22,6 +22,7 @@ from llmrec.index.table import ItemIndex, build
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import IndexSection, Recipe
 from llmrec.registry import INDEXES
+from tests.answering import rank_cases
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -191,12 +192,8 @@ def ranked(
     model: Path, tmp_path: Path, items: Path | None, rows: list[dict[str, Any]], **more: Any
 ) -> list[dict[str, Any]]:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    options = rank_files.RankOptions(
-        model=str(model), requests=tmp_path / "in.jsonl", out=tmp_path / "out.jsonl", items=items, task="auto",
-        template=None, strategy="auto", backend="hf", top=None, batch=8, noun=None, max_length=None, dtype="float32",
-        limit=None, restart=True, quiet=True, **more,
-    )  # fmt: skip
-    rank_files.rank_file(options)
+    more = {"items": items, "batch": 8, "restart": True, **more}
+    rank_file(rank_cases.options(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", **more))
     return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

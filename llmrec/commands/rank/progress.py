@@ -10,13 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmrec.commands.rank.job import Job
+from llmrec.answering.recommender import Recommender
 from llmrec.commands.rank.options import RankOptions
 from llmrec.data.reading.ranked import Ranked
 from llmrec.data.reading.request_file import RequestFile
 from llmrec.durable import sha256_of
 from llmrec.experiment.engines import dtype_name
-from llmrec.experiment.resume import Budget
 from llmrec.machine import machine, versions
 from llmrec.types import Cost
 
@@ -181,25 +180,28 @@ def _cost(spent: Mapping[str, Any]) -> str:
     return f"{text}; {tokens:,.0f} tokens and {each['forwards']:,.1f} forwards a ranked line"
 
 
-def summary_of(options: RankOptions, source: RequestFile, job: Job, tally: Tally, budget: Budget) -> dict[str, Any]:
+def summary_of(
+    options: RankOptions, source: RequestFile, recommender: Recommender, key: str, tally: Tally
+) -> dict[str, Any]:
     """Return what the console and the JSON file say."""
-    ranking = budget.stages.get("ranking", 0.0)
+    seconds = recommender.budget.stages
+    ranking = seconds.get("ranking", 0.0)
     return {
-        "key": job.key,
+        "key": key,
         "model": options.model,
         "requests": str(options.requests),
         "out": str(options.out),
         "sha256": sha256_of(options.out),
-        "task": job.way.family,
-        "template": job.way.template,
-        "strategy": job.way.strategy,
-        "options": job.way.options,
-        "engine": job.engine,
-        "server": options.server_model if job.engine == "openai" else None,
-        "dtype": dtype_name(job.bundle.model),
-        "window": job.encoder.max_length,
-        "history": job.bundle.tasks.present()[job.way.family].history,
-        "retriever": job.retriever.identity if job.retriever else None,
+        "task": recommender.way.family,
+        "template": recommender.way.template,
+        "strategy": recommender.way.strategy,
+        "options": recommender.way.options,
+        "engine": recommender.engine,
+        "server": options.server_model if recommender.engine == "openai" else None,
+        "dtype": dtype_name(recommender.bundle.model),
+        "window": recommender.encoder.max_length,
+        "history": recommender.bundle.tasks.present()[recommender.way.family].history,
+        "retriever": recommender.retriever.identity if recommender.retriever else None,
         "lines": tally.lines,
         "blank_lines": source.blank,
         "ranked": tally.lines - tally.failed,
@@ -212,12 +214,12 @@ def summary_of(options: RankOptions, source: RequestFile, job: Job, tally: Tally
         "completion_tokens": tally.completion_tokens,
         "forwards": tally.forwards,
         "per_request": _means(tally, tally.prompt_tokens, tally.completion_tokens, tally.forwards),
-        "rationale": _rationale(tally) if job.reasoner else None,
+        "rationale": _rationale(tally) if recommender.reasoner else None,
         "from_earlier_run": tally.lines - tally.fresh,
         "requests_per_second": round(tally.fresh_ranked / ranking, 3) if tally.fresh_ranked else None,
         "tokens_per_second": round(tally.fresh_tokens / ranking, 1) if tally.fresh_ranked else None,
         "seconds_per_request": _seconds(tally),
-        "seconds": {name: round(spent, 3) for name, spent in budget.stages.items()},
+        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
         "versions": versions(),
         "machine": machine(),
     }

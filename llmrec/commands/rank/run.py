@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmrec.answering.rationales import Reasons
-from llmrec.answering.requests import notes_of, rank_requests
-from llmrec.answering.strategy import TWO_STEP
-from llmrec.backends.cache import CachedBackend
-from llmrec.commands.rank.job import Job, open_job
-from llmrec.commands.rank.options import RankOptions, check_out
+from llmrec.answering.recommender import Answered, Recommender
+from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.progress import RankBar, Tally, summary_of
 from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_ranked
-from llmrec.data.reading.request_file import Raw, RequestFile, open_requests
-from llmrec.data.requests import RankRequest, identity, read_request
+from llmrec.data.reading.request_file import Raw, RequestFile, kind_of, open_requests
+from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_json, write_text
 from llmrec.errors import DataError, LlmrecError
 from llmrec.experiment.claiming import LOCK
-from llmrec.experiment.resume import Budget, locked, read_stage
-from llmrec.types import Item, Ranking, Unparsed
+from llmrec.experiment.resume import Budget, key_of, locked, read_stage
+from llmrec.types import Ranking, Unparsed
+
+log = logging.getLogger(__name__)
+
+PART = 64
+"""Requests of one part; more where the backend is handed more at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,70 +53,35 @@ class Row:
                 error = f"the id {request_id!r} is that of line {first}; give each request its own"
         return cls(raw, number, request_id, user_id, error)
 
-    def failed(self, reason: str) -> Ranked:
-        """Return the record of a row that cannot be ranked."""
-        return Ranked(request_id=self.request_id, user_id=self.user_id, line=self.raw.line, error=reason)
-
-    def read(self, items: Mapping[str, Item] | None, *, whole: bool, retrieves: bool) -> RankRequest | Ranked:
-        """Return the row's request, or the record of its failure; see `read_request`."""
+    def asked(self, recommender: Recommender) -> RankRequest | Unparsed:
+        """Return the row's request, or why there is none."""
         if self.error or self.raw.record is None:
-            return self.failed(self.error)
-        try:
-            return read_request(self.raw.record, self.number, items, whole=whole, retrieves=retrieves)
-        except DataError as error:
-            return self.failed(str(error))
+            return Unparsed(request_id=self.request_id or "", reason=self.error)
+        return recommender.read(self.raw.record, self.number)
 
-
-def record(
-    job: Job, line: int, request: RankRequest, answer: Ranking | Unparsed, reasons: Reasons, *, top: int | None
-) -> Ranked:
-    """Return the record of a request that was asked about.
-
-    Args:
-        job: What it was ranked with.
-        line: Where it stands in its file.
-        request: What was asked.
-        answer: The ranking, or why there is none.
-        reasons: What was written about it.
-        top: Items that are kept; None: all.
-    """
-    titles = {item.item_id: item.title for item in request.candidates}
-    if job.whole is not None and job.items is not None and isinstance(answer, Ranking):
-        titles = {item: job.items[item].title for item in answer.items}
-    ranking = answer if isinstance(answer, Ranking) else None
-    kept = ranking.items[:top] if ranking else ()
-    return Ranked(
-        request_id=request.id,
-        user_id=request.user_id,
-        line=line,
-        items=kept,
-        scores=ranking.scores[:top] if ranking else (),
-        titles=tuple(titles[item] for item in kept),
-        error=answer.reason if isinstance(answer, Unparsed) else None,
-        notes=(*request.notes, *notes_of(job.way, request, answer), *reasons.notes),
-        prompt_tokens=answer.cost.prompt_tokens,
-        completion_tokens=answer.cost.completion_tokens,
-        forwards=answer.cost.forwards,
-        retrieved=request.retrieved,
-        profile=(ranking.raw or None) if ranking and job.way.strategy == TWO_STEP else None,
-        rationale=tuple(reasons.texts),
-        rationale_prompt_tokens=reasons.cost.prompt_tokens,
-        rationale_completion_tokens=reasons.cost.completion_tokens,
-        rationale_forwards=reasons.cost.forwards,
-    )
-
-
-__all__ = ["PART", "RankOptions", "rank_file"]
-
-log = logging.getLogger(__name__)
-
-PART = 64
-"""Requests of one part; more where the backend is handed more at a time."""
-
-# hf scores requests one by one, so that handing it few at a time costs nothing and keeps the bar moving.
-_FEW = 4
-# Strategies that generate, which hf does for many prompts at once.
-_GENERATE = ("list", TWO_STEP)
+    def record(self, found: Answered) -> Ranked:
+        """Return the record of what became of the row."""
+        answer, reasons = found.answer, found.reasons
+        ranking = answer if isinstance(answer, Ranking) else None
+        return Ranked(
+            request_id=self.request_id,
+            user_id=self.user_id,
+            line=self.raw.line,
+            items=ranking.items if ranking else (),
+            scores=ranking.scores if ranking else (),
+            titles=found.titles,
+            error=answer.reason if isinstance(answer, Unparsed) else None,
+            notes=found.notes,
+            prompt_tokens=answer.cost.prompt_tokens,
+            completion_tokens=answer.cost.completion_tokens,
+            forwards=answer.cost.forwards,
+            retrieved=found.retrieved,
+            profile=found.profile,
+            rationale=tuple(reasons.texts),
+            rationale_prompt_tokens=reasons.cost.prompt_tokens,
+            rationale_completion_tokens=reasons.cost.completion_tokens,
+            rationale_forwards=reasons.cost.forwards,
+        )
 
 
 def rank_file(options: RankOptions) -> dict[str, Any]:
@@ -123,29 +90,59 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
     Raises:
         LlmrecError: If nothing can be ranked, because a file, a model or an option cannot be used.
     """
-    check_out(options)
+    _check_out(options)
     budget = Budget()
     with budget.stage("start"):
         source = open_requests(options.requests)
     with locked(options.parts, _own):
         if options.restart:
             _empty(options.parts)
-        try:
-            with budget.stage("start"):
-                job = open_job(options, source, budget)
-        except BaseException:
-            if not any(options.parts.glob(_part("*"))):
-                _remove(options.parts)
-            raise
-        try:
-            done = None if options.restart else _finished(options, job.key)
-            summary = done or _work(options, source, job, budget)
-        finally:
-            job.close()
+        with ExitStack() as opened:
+            try:
+                with budget.stage("start"):
+                    recommender = Recommender.open(options, store=options.parts / "answers.sqlite", budget=budget)
+                    opened.enter_context(recommender)
+                    _check_titled(options, source, recommender)
+                    key = key_of(requests=source.sha256, limit=options.limit, **recommender.identity)
+            except BaseException:
+                opened.close()
+                if not any(options.parts.glob(_part("*"))):
+                    _remove(options.parts)
+                raise
+            done = None if options.restart else _finished(options, key)
+            summary = done or _work(options, source, recommender, key)
         if done is not None:
             log.warning("%s is complete already; --restart ranks again", options.out)
         _remove(options.parts)
     return summary
+
+
+def _check_out(options: RankOptions) -> None:
+    """Refuse to write over anything but an earlier ranking.
+
+    Raises:
+        DataError: If the output cannot be written there.
+    """
+    out = options.out
+    kind_of(out)
+    if out.is_dir():
+        raise DataError(f"--out {out} is a folder; name a file")
+    for given in (options.requests, options.items):
+        if given is not None and given.exists() and given.resolve() == out.resolve():
+            raise DataError(f"--out {out} is one of the files that are read; name another")
+    if out.exists() and not options.summary.exists() and not options.parts.exists():
+        raise DataError(f"--out {out} exists and was not written by `llmrec rank`; remove it, or name another file")
+
+
+def _check_titled(options: RankOptions, source: RequestFile, recommender: Recommender) -> None:
+    """Refuse the whole file where a request names an item by its id alone, and no item is known.
+
+    Raises:
+        DataError: If one does.
+    """
+    for raw in islice(source, options.limit) if recommender.items == {} else ():
+        if raw.record is not None and (fault := recommender.untitled(raw.record)):
+            raise DataError(f"{source.path}, line {raw.line} {fault}")
 
 
 def _finished(options: RankOptions, key: str) -> dict[str, Any] | None:
@@ -200,17 +197,17 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def _work(options: RankOptions, source: RequestFile, job: Job, budget: Budget) -> dict[str, Any]:
-    _claim(options.parts, job.key)
+def _work(options: RankOptions, source: RequestFile, recommender: Recommender, key: str) -> dict[str, Any]:
+    _claim(options.parts, key)
+    budget = recommender.budget
     tally = Tally()
     earlier: dict[bytes, int] = {}
     total = source.rows if options.limit is None else min(source.rows, options.limit)
-    backend = job.engines.get(job.engine, job.bundle.folder, job.weights)
     number = 0
     with budget.stage("reading"), RankBar(total, quiet=options.quiet) as bar:
         rows = islice(source, total)
         while raws := list(islice(rows, max(PART, options.batch))):
-            asked = [Row.of(raw, tally.lines + n, earlier) for n, raw in enumerate(raws, start=1)]
+            lines = [Row.of(raw, tally.lines + n, earlier) for n, raw in enumerate(raws, start=1)]
             path = options.parts / _part(number)
             records = read_part(path, [raw.line for raw in raws])
             if records is not None:
@@ -219,73 +216,16 @@ def _work(options: RankOptions, source: RequestFile, job: Job, budget: Budget) -
             else:
                 before = budget.stages.get("ranking", 0.0)
                 with budget.stage("ranking"):
-                    records = _rank(options, job, backend, asked, bar, budget)
+                    answers = recommender.answer([row.asked(recommender) for row in lines], advance=bar.advance)
+                    records = [row.record(answer) for row, answer in zip(lines, answers, strict=True)]
                 write_part(path, records)
                 tally.add(records, seconds=budget.stages["ranking"] - before)
             number += 1
     with budget.stage("write"):
         write_ranked(options.out, _stored(options.parts, number))
-    summary = summary_of(options, source, job, tally, budget)
+    summary = summary_of(options, source, recommender, key, tally)
     write_json(options.summary, summary)
     return summary
-
-
-def _rank(
-    options: RankOptions, job: Job, backend: CachedBackend, rows: Sequence[Row], bar: RankBar, budget: Budget
-) -> list[Ranked]:
-    read = [row.read(job.items, whole=job.whole is not None, retrieves=job.retriever is not None) for row in rows]
-    if job.retriever is not None:
-        with budget.stage("retrieving"):
-            read = _filled(job, rows, read)
-    requests = [request for request in read if isinstance(request, RankRequest)]
-    bar.advance(len(read) - len(requests))
-    # What a killed run had asked already costs what it cost then.
-    before = backend.recalled_seconds
-    ranked = _ranked(options, job, backend, requests, bar)
-    budget.add("ranking", backend.recalled_seconds - before)
-    reasons = [Reasons() for _ in requests]
-    if job.reasoner is not None:
-        before = backend.recalled_seconds
-        with budget.stage("rationales"):
-            catalogue = job.items if job.whole is not None else None
-            reasons = job.reasoner.write(requests, ranked, catalogue, backend)
-        budget.add("rationales", backend.recalled_seconds - before)
-    found = iter(zip(ranked, reasons, strict=True))
-    return [
-        each if isinstance(each, Ranked) else record(job, row.raw.line, each, *next(found), top=options.top)
-        for row, each in zip(rows, read, strict=True)
-    ]
-
-
-def _ranked(
-    options: RankOptions, job: Job, backend: CachedBackend, requests: Sequence[RankRequest], bar: RankBar
-) -> list[Ranking | Unparsed]:
-    one_by_one = job.engine == "hf" and job.way.strategy not in _GENERATE
-    batch = min(_FEW, options.batch) if one_by_one else options.batch
-    if job.whole is not None:
-        return job.whole.rank(requests, backend, batch=batch, advance=bar.advance)
-    return rank_requests(
-        job.bundle,
-        requests,
-        way=job.way,
-        backend=backend,
-        encoder=job.encoder,
-        batch=batch,
-        advance=bar.advance,
-    )
-
-
-def _filled(job: Job, rows: Sequence[Row], read: Sequence[RankRequest | Ranked]) -> list[RankRequest | Ranked]:
-    """Retrieve candidates for the requests that bring none; one that nothing is left for fails."""
-    assert job.retriever is not None
-    filled = iter(job.retriever.fill([each for each in read if isinstance(each, RankRequest)]))
-    found: list[RankRequest | Ranked] = []
-    for row, each in zip(rows, read, strict=True):
-        request = each if isinstance(each, Ranked) else next(filled)
-        if isinstance(request, RankRequest) and not request.candidates:
-            request = row.failed("the history holds every item of the run's data, so that none is left to retrieve")
-        found.append(request)
-    return found
 
 
 def _stored(folder: Path, parts: int) -> Iterator[Ranked]:

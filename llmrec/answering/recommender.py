@@ -1,0 +1,344 @@
+"""From requests to answers: one object that is opened once and asked as often as there are requests.
+
+`llmrec rank`, Python and a server use it alike: given candidates, a whole catalogue, retrieved candidates, rationales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+from llmrec.answering.catalogue import Whole
+from llmrec.answering.checks import check_choices, engine_section, strategy_of
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.rationales import TOKENS, Reasoner, Reasons, rationale_template
+from llmrec.answering.requests import catalogue, notes_of, rank_requests
+from llmrec.answering.retrieval import Retriever, training_data
+from llmrec.answering.strategy import TWO_STEP, Way, choose_way
+from llmrec.backends.cache import AnswerStore, CachedBackend
+from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.backend import prepare_environment
+from llmrec.baselines.retrieve import check_retriever
+from llmrec.data.assemble import digest_items, read_items
+from llmrec.data.reading.limits import shortened
+from llmrec.data.requests import LEFT_ASIDE, RankRequest, identity, read_request, unknown_id
+from llmrec.errors import DataError, LlmrecError
+from llmrec.experiment import bundle as bundles
+from llmrec.experiment.bundle import Bundle
+from llmrec.experiment.engines import Engines, refuse_paired
+from llmrec.experiment.resume import Budget
+from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, weights_stamp
+from llmrec.models.traits import is_paired
+from llmrec.types import Item, Ranking, Unparsed
+
+# hf scores requests one by one, so that handing it few at a time costs nothing and keeps a progress bar moving.
+_FEW = 4
+# Strategies that generate, which hf does for many prompts at once.
+_GENERATE = ("list", TWO_STEP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """What became of one request.
+
+    Attributes:
+        answer: The ranking, cut to ``top``, or why there is none.
+        titles: One a ranked item, as the model read it.
+        notes: What was left out or changed on the way.
+        retrieved: How many of the candidates were retrieved: all of them or none.
+        profile: What two-step wrote of the user; None if it wrote nothing.
+        reasons: Sentences on the first items, with their own cost.
+    """
+
+    answer: Ranking | Unparsed
+    titles: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    retrieved: int = 0
+    profile: str | None = None
+    reasons: Reasons = field(default_factory=Reasons)
+
+
+@dataclass
+class Recommender:
+    """Ranks for requests, with one model in one way; use it as a context manager, or close it.
+
+    It may be asked from several threads, which then wait for each other: an engine serves one call at a time.
+
+    Attributes:
+        options: What was asked for.
+        bundle: The model and how it was asked in training.
+        way: How requests are put.
+        items: What requests may name by id; None: nothing.
+        encoder: The model's tokenizer and its longest prompt.
+        engines: Where the backend comes from.
+        engine: Its name.
+        weights: A digest of the model's weights; empty where a server has its own.
+        store: Where answers are remembered; None: nowhere.
+        budget: Where seconds are booked, by stage.
+        whole: Ranks the whole catalogue, where that is asked.
+        retriever: Finds candidates for requests without, where that is asked.
+        reasoner: Writes rationales, where they are asked for.
+    """
+
+    options: RecommenderOptions
+    bundle: Bundle
+    way: Way
+    items: Mapping[str, Item] | None
+    encoder: Encoder
+    engines: Engines
+    engine: str
+    weights: str
+    store: AnswerStore | None
+    budget: Budget
+    whole: Whole | None
+    retriever: Retriever | None
+    reasoner: Reasoner | None
+    _lock: Lock = field(default_factory=Lock)
+    _closed: bool = False
+
+    @classmethod
+    def open(
+        cls, options: RecommenderOptions, *, store: Path | None = None, budget: Budget | None = None
+    ) -> Recommender:
+        """Open a model with what it is asked about; weights are loaded when the first question is asked.
+
+        Args:
+            options: What is asked for.
+            store: A database of answers, which is made where it is not there: what it holds is not asked again. By
+                default nothing is remembered.
+            budget: Where seconds are booked, by stage.
+
+        Raises:
+            LlmrecError: If an option, a file or the model cannot be used.
+        """
+        check_choices(options)
+        if options.retrieve is not None:
+            check_retriever(options.retrieve, "--retrieve")
+        prepare_environment()
+        quiet_libraries()
+        budget = budget or Budget()
+        bundle = _bundle(options)
+        way = choose_way(
+            bundle,
+            task=options.task,
+            template=options.template,
+            strategy=strategy_of(options),
+            settings=options.settings,
+        )
+        items, retriever = _items(options, bundle)
+        encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=_window(options, bundle))
+        reasoner = None
+        if options.rationale:
+            first = options.rationale if options.top is None else min(options.rationale, options.top)
+            reasoner = Reasoner(bundle, way, rationale_template(), encoder, first=first, batch=options.batch)
+        section = engine_section(options, paired=is_paired(load_config(bundle.folder, bundle.model)))
+        refuse_paired(bundle.folder, bundle.model, section)
+        whole = None
+        if options.whole and items:
+            whole = Whole(bundle, items, way, encoder, beams=max(options.beams, options.top or 1), exact=options.exact)
+        answers = None if store is None else AnswerStore(store)
+        engines = Engines(bundle.model, section, encoder, bundle.seed, budget, answers)
+        engine = engines.engine_for(way.strategy)
+        # A server answers with weights of its own; the folder gives the tokenizer alone.
+        weights = "" if engine == "openai" else weights_stamp(bundle.folder)
+        return cls(
+            options, bundle, way, items, encoder, engines, engine, weights, answers, budget, whole, retriever, reasoner
+        )
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Everything besides the requests that can change an answer, by name."""
+        bundle, way, reasoner, options = self.bundle, self.way, self.reasoner, self.options
+        return {
+            "asked": self.engines.identity(self.engine, self.weights),
+            "window": self.encoder.max_length,
+            "section": bundle.tasks.present()[way.family].model_dump(),
+            "template": bundle.templates[way.family][way.template].sha,
+            "way": (way.family, way.template, way.strategy, way.options),
+            "index": bundle.index.digest if bundle.index else None,
+            "noun": bundle.noun,
+            "seed": bundle.seed,
+            "items": None if self.items is None else digest_items(self.items),
+            "top": options.top,
+            "batch": options.batch,
+            "whole": (options.beams, options.exact) if options.whole else None,
+            "retrieved": self.retriever.identity if self.retriever else None,
+            "rationale": (reasoner.template.sha, reasoner.first, TOKENS) if reasoner else None,
+        }
+
+    def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
+        """Read one request, as docs/rank.md describes it; what is wrong with it is a failure of its own.
+
+        Args:
+            record: Its keys are `llmrec.data.requests.KEYS`.
+            row: Counted from 1; stands in for a missing id.
+        """
+        try:
+            if fault := self.untitled(record):
+                raise DataError(f"the request {fault}")
+            return read_request(
+                record, row, self.items, whole=self.whole is not None, retrieves=self.retriever is not None
+            )
+        except DataError as error:
+            return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
+
+    def untitled(self, record: Mapping[str, object]) -> str:
+        """Return what is wrong with a request that names an item by id where no item is known; empty: nothing is.
+
+        Without its titles a model would rank what it was never tuned on.
+        """
+        name = unknown_id(record) if self.items == {} else None
+        if name is None:
+            return ""
+        return (
+            f"names the item {shortened(name, 60)!r}, and {self.options.model} carries no table of items that says "
+            'what it is; name one with --items, or give each item its title: {"item_id": ..., "title": ...}'
+        )
+
+    def answer(
+        self, requests: Sequence[RankRequest | Unparsed], *, advance: Callable[[int], None] = lambda done: None
+    ) -> list[Answered]:
+        """Answer every request, in order; one that cannot be answered does not touch the others.
+
+        Args:
+            requests: From `read`; what could not be read comes back as it is.
+            advance: Called with the number of requests just answered.
+
+        Raises:
+            LlmrecError: If the engine does not start or breaks down, or the recommender is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise LlmrecError("this recommender is closed; open another")
+            asked = [self._fitting(request) for request in self._retrieved(requests)]
+            able = [request for request in asked if isinstance(request, RankRequest)]
+            advance(len(asked) - len(able))
+            backend = self.engines.get(self.engine, self.bundle.folder, self.weights)
+            # What a killed run had asked already costs what it cost then.
+            before = backend.recalled_seconds
+            ranked = self._ranked(able, backend, advance)
+            self.budget.add("ranking", backend.recalled_seconds - before)
+            found = iter(zip(ranked, self._reasons(able, ranked, backend), strict=True))
+        return [
+            Answered(answer=each) if isinstance(each, Unparsed) else self._answered(each, *next(found))
+            for each in asked
+        ]
+
+    def close(self) -> None:
+        """Stop the engine and close the store."""
+        with self._lock:
+            self._closed = True
+            self.engines.close()
+            if self.store is not None:
+                self.store.close()
+
+    def __enter__(self) -> Recommender:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _retrieved(self, requests: Sequence[RankRequest | Unparsed]) -> Sequence[RankRequest | Unparsed]:
+        """Retrieve candidates for the requests that bring none."""
+        if self.retriever is None:
+            return requests
+        with self.budget.stage("retrieving"):
+            filled = iter(self.retriever.fill([each for each in requests if isinstance(each, RankRequest)]))
+        return [next(filled) if isinstance(each, RankRequest) else each for each in requests]
+
+    def _fitting(self, request: RankRequest | Unparsed) -> RankRequest | Unparsed:
+        """Return a request as it can be ranked here, or why it cannot."""
+        if isinstance(request, Unparsed):
+            return request
+        if self.whole is not None and request.candidates:
+            return replace(request, candidates=(), notes=(*request.notes, LEFT_ASIDE))
+        if self.whole is not None or request.candidates:
+            return request
+        reason = "there are no 'candidates'; give a list of items to rank"
+        if self.retriever is not None:
+            reason = "the history holds every item of the run's data, so that none is left to retrieve"
+        return Unparsed(request_id=request.id, reason=reason)
+
+    def _ranked(
+        self, requests: Sequence[RankRequest], backend: CachedBackend, advance: Callable[[int], None]
+    ) -> list[Ranking | Unparsed]:
+        one_by_one = self.engine == "hf" and self.way.strategy not in _GENERATE
+        batch = min(_FEW, self.options.batch) if one_by_one else self.options.batch
+        if self.whole is not None:
+            return self.whole.rank(requests, backend, batch=batch, advance=advance)
+        return rank_requests(
+            self.bundle, requests, way=self.way, backend=backend, encoder=self.encoder, batch=batch, advance=advance
+        )
+
+    def _reasons(
+        self, requests: Sequence[RankRequest], ranked: Sequence[Ranking | Unparsed], backend: CachedBackend
+    ) -> list[Reasons]:
+        if self.reasoner is None:
+            return [Reasons() for _ in requests]
+        before = backend.recalled_seconds
+        with self.budget.stage("rationales"):
+            items = self.items if self.whole is not None else None
+            reasons = self.reasoner.write(requests, ranked, items, backend)
+        self.budget.add("rationales", backend.recalled_seconds - before)
+        return reasons
+
+    def _answered(self, request: RankRequest, answer: Ranking | Unparsed, reasons: Reasons) -> Answered:
+        notes = (*request.notes, *notes_of(self.way, request, answer), *reasons.notes)
+        if isinstance(answer, Unparsed):
+            return Answered(answer=answer, notes=notes, retrieved=request.retrieved)
+        top = self.options.top
+        items = answer.items[:top]
+        known = {item.item_id: item for item in request.candidates}
+        if self.whole is not None and self.items is not None:
+            known = {item: self.items[item] for item in items}
+        return Answered(
+            answer=replace(answer, items=items, scores=answer.scores[:top]),
+            titles=tuple(known[item].title for item in items),
+            notes=notes,
+            retrieved=request.retrieved,
+            profile=(answer.raw or None) if self.way.strategy == TWO_STEP else None,
+            reasons=reasons,
+        )
+
+
+def _items(options: RecommenderOptions, bundle: Bundle) -> tuple[Mapping[str, Item] | None, Retriever | None]:
+    """Return what requests may name by id, and what retrieves among a run's items.
+
+    Raises:
+        DataError: If a catalogue is needed and none is known.
+    """
+    if options.retrieve is not None:
+        # The run's data is read once: what it learns from and what it calls its items.
+        data = training_data(bundle)
+        items = data.dataset.items if options.items is None else read_items(options.items)
+        return items, Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
+    known = catalogue(bundle, options.items)
+    if options.whole and not known:
+        raise DataError("--candidates all ranks a catalogue, and none is known; name a table of items with --items")
+    return known, None
+
+
+def _bundle(options: RecommenderOptions) -> Bundle:
+    found = bundles.read(options.model)
+    changes: dict[str, Any] = {"dtype": options.dtype}
+    if options.max_length is not None:
+        changes["max_length"] = options.max_length
+    return replace(found, model=found.model.model_copy(update=changes), noun=options.noun or found.noun)
+
+
+def _window(options: RecommenderOptions, bundle: Bundle) -> int:
+    """Return the longest prompt with answer, which the model's own positions bound."""
+    config = load_config(bundle.folder, bundle.model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or bundle.model.max_length
+    if options.max_length is not None and options.max_length > positions:
+        raise DataError(
+            f"--max-length {options.max_length} is more than the {positions} tokens that {bundle.folder} can read; "
+            "lower it"
+        )
+    return int(min(bundle.model.max_length, positions))
