@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel
 
 import llmrec
-from llmrec import registry, setup_env
+from llmrec import cli, registry, setup_env
 from llmrec.commands.doctor import packages as requirements
 from llmrec.recipe.comparisons import Benchmark, Suite
 from llmrec.recipe.load import load_recipe
@@ -460,9 +460,7 @@ def test_commands_in_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     text = "\n".join(page.read_text(encoding="utf-8") for page in DOCUMENTS)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
-    cli = (ROOT / "llmrec" / "cli.py").read_text(encoding="utf-8")
-    verbs = set(re.findall(r"^@app.command\(\"?([a-z]*)\"?\)\ndef ([a-z]+)", cli, flags=re.MULTILINE))
-    known = {name or function for name, function in verbs}
+    known = {command.name or getattr(command.callback, "__name__", None) for command in cli.app.registered_commands}
     used = set(re.findall(r"`llmrec ([a-z]+)", text)) | {
         verb
         for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
