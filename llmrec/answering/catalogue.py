@@ -20,6 +20,7 @@ from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.catalogue import CatalogueRanker
+from llmrec.tasks.task import Want
 from llmrec.types import Backend, Item, Prompt, Ranking, Request, Unparsed
 
 
@@ -123,8 +124,8 @@ class _Asked:
         self._posed, self._outputs = posed, outputs
         self.catalogue: tuple[str, ...] = outputs.catalogue
 
-    def prompt(self, request: Request, *, template: str, shots: int = 0) -> Prompt:
-        found: Prompt = self._posed.task.prompt(request, template=template, shots=shots)
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
+        found: Prompt = self._posed.task.prompt(request, template=template, shots=shots, want=want)
         return found
 
     def writes_alike(self, template: str) -> bool:
