@@ -13,14 +13,16 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from pydantic import Field
 
 from llmrec import pipeline, registry
+from llmrec.baselines.base import Baseline
 from llmrec.data.split import SplitDataset, request_of
 from llmrec.errors import RecipeError
 from llmrec.experiment.audit import audit
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import BaselineSection, Recipe, TaskSection, named
+from llmrec.recipe.schema import BaselineSection, Recipe, Section, TaskSection, named
 from llmrec.strategies.raters import YesNoJudge
 from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, held_out, passes
 from llmrec.tasks.ctr import read_choice
@@ -125,20 +127,23 @@ class ShyJudge(YesNoJudge):
         return [replace(said, value=(said.value + 0.5) / 2) for said in super().answer(requests)]  # type: ignore[union-attr, type-var]
 
 
-class Half:
+class HalfConfig(Section):
+    """Parameters of `Half`."""
+
+    value: float = Field(0.5, ge=0, le=1, description="what it says")
+
+
+class Half(Baseline[HalfConfig, float]):
     """The baseline ``half``: it does not know."""
 
     name = "half"
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self._fitted = False
+    Config = HalfConfig
 
     def fit(self, data: SplitDataset) -> None:
-        self._fitted = True
+        self._model = self._config.value
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        assert self._fitted
-        return [Probability(request_id=request.id, value=0.5) for request in requests]
+        return [Probability(request_id=request.id, value=self._fitted) for request in requests]
 
 
 FAME: Family
@@ -177,7 +182,7 @@ def recipe(folder: Path, *more: str) -> Recipe:
         "recipes/quickstart.yaml",
         [
             f"model.name={folder}", "model.dtype=float32", "reviews=null",
-            "tasks={fame: {users: 12, strategies: [yes-no, shy], baselines: [like-ratio, half]}}",
+            "tasks={fame: {users: 12, strategies: [yes-no, shy], baselines: [like-ratio, {name: half, value: 0.4}]}}",
             "data={source: made-reviews, noun: products, split: {kind: last_share, valid: 0.2, test: 0.4}}",
             "train.steps=3", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1",
             "eval.arms=[zero-shot, tuned]", "eval.bootstrap=50", "eval.backend=hf", *more,
@@ -193,9 +198,9 @@ def done(known: None, llama_folder: Path, tmp_path_factory: pytest.TempPathFacto
 def test_it_trains_and_evaluates(done: pipeline.Run) -> None:
     rows = {row["id"]: row for row in json.loads((done.folder / "results.json").read_text())["rows"]}
     asked = [f"fame/{arm}/{strategy}/ask" for arm in ("zero-shot", "tuned") for strategy in ("yes-no", "shy")]
-    assert set(rows) == {"fame/baseline/like-ratio", "fame/baseline/half", *asked}
+    assert set(rows) == {"fame/baseline/like-ratio", "fame/baseline/half(value=0.4)", *asked}
     assert all(row["metrics"]["AUC"]["value"] is not None and row["parse_rate"] == 1.0 for row in rows.values())
-    assert rows["fame/baseline/half"]["metrics"]["AUC"]["value"] == 0.5
+    assert rows["fame/baseline/half(value=0.4)"]["metrics"]["AUC"]["value"] == 0.5
     predictions = pl.read_parquet(done.folder / "predictions.parquet")
     said, shy = (predictions.filter(pl.col("row_id") == f"fame/tuned/{name}/ask") for name in ("yes-no", "shy"))
     assert [json.loads(p) for p in shy["parsed"]] == [pytest.approx((json.loads(p) + 0.5) / 2) for p in said["parsed"]]
