@@ -18,9 +18,9 @@ from llmrec.durable import refuse_link, replacing
 from llmrec.index.diagnostics import Depth, Diagnostics, Entry, Group, Level
 from llmrec.report import index_summary as index_words
 from llmrec.report.escape import flat, page_json, plain
-from llmrec.report.page import environment, put_scripts
+from llmrec.report.page import put_scripts
+from llmrec.report.render import environment, style
 
-_HERE = Path(__file__).resolve().parent
 _LONGEST = 120  # characters of a title or code; the rest says little more
 
 
@@ -74,7 +74,7 @@ def html_page(content: IndexPage, *, inline_styles: Sequence[str]) -> str:
     nonce = hashlib.sha256(json.dumps(asdict(content)).encode()).hexdigest()[:32]
     return environment().get_template("index.html.j2").render(
         page=content, found=found, nonce=nonce, data=page_json(drawn), plotted=frozenset(drawn),
-        style=(_HERE / "style.css").read_text("utf-8"), inline_styles=inline_styles,
+        style=style(), inline_styles=inline_styles,
         sentence=index_words.sentence(found), figures=index_words.key_figures(found),
         level_title=index_words.level_title,
         groups={length: tuple(each) for length, each in groupby(content.groups, key=lambda group: group.length)},

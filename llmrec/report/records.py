@@ -182,6 +182,11 @@ class Training(Record):
     total_parameters: int | None = None
     adapter_sha256: str | None = None
 
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """Tasks with a validation loss in the log."""
+        return tuple(dict.fromkeys(task for line in self.log for task in line.valid_loss or {}))
+
 
 class DataInfo(Record):
     """One data set as it was used."""
