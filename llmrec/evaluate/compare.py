@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.evaluate.predictor import LOWER_IS_BETTER, compare, statistic_of
+from llmrec.evaluate.predictor import compare, statistic_of
 from llmrec.metrics.significance import detectable, detectable_line
-from llmrec.metrics.stats import Better, Difference, holm, verdict
+from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe.comparisons import Suite
+from llmrec.results import Better, better, lower
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class Comparing:
 
     @property
     def _sign(self) -> int:
-        return -1 if self.metric in LOWER_IS_BETTER else 1
+        return -1 if lower(self.metric) else 1
 
     def _value(self, row: Mapping[str, Any], seen: str) -> float | None:
         found: float | None = row["tables"][seen]["metrics"][self.metric]["value"]
@@ -90,9 +91,8 @@ def compared(
         users: The user of each request.
         resamples: Of the intervals and tests.
     """
-    better: Better = "lower" if metric in LOWER_IS_BETTER else "higher"
     found = [compare(metric, a, b, users, resamples=resamples, seed=0) for (_, a), (_, b) in pairs]
-    return judged([(one, other) for (one, _), (other, _) in pairs], found, better)
+    return judged([(one, other) for (one, _), (other, _) in pairs], found, better(metric))
 
 
 def judged(pairs: Sequence[tuple[str, str]], found: Sequence[Difference], better: Better) -> list[dict[str, Any]]:

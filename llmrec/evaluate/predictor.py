@@ -27,7 +27,6 @@ from llmrec.metrics.significance import signflip
 from llmrec.metrics.stats import Difference, StatisticName, interval, interval_of, paired_of
 from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
 
-LOWER_IS_BETTER = frozenset({"RMSE", "MAE", "LogLoss", "ECE", "DIV", "Hallucination", "CopyRate"})
 UNKNOWN = 0.5
 """What a yes/no answer that cannot be read counts as, where there is no better fallback."""
 _SHOWN_FAILURES = 5

@@ -22,10 +22,10 @@ from llmrec.experiment.row_details import breakdowns, text_samples
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
 from llmrec.machine import machine, versions
-from llmrec.metrics.signature import better
 from llmrec.metrics.significance import detectable, detectable_line
 from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe.load import recipe_hash
+from llmrec.results import better
 from llmrec.tasks.family import families, family_of, ranking_families
 
 # A drawn p is never below 1 / resamples: with so many a comparison, the smallest one stays .01 after Holm.

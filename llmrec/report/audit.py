@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import flat
-from llmrec.report.records import Record, mended
+from llmrec.results import Record, mended
 
 AUDIT = "audit.json"
 VERDICT = "This run leaks, so it gets no table."

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.report.records import Comparison, Results, Row, Verdict
 from llmrec.report.wording import arm_label, facing, label
+from llmrec.results import Comparison, Results, Row, Verdict
 
 SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted": "✗"}
 """Signs beside the words, for the eye only."""

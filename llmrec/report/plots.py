@@ -11,7 +11,6 @@ from llmrec.report.costs import cost_by_row
 from llmrec.report.escape import plain
 from llmrec.report.marks import best_baseline
 from llmrec.report.positions import bands, shown_rows
-from llmrec.report.records import Results, Row, lower
 from llmrec.report.wording import (
     arm_label,
     duration,
@@ -23,6 +22,7 @@ from llmrec.report.wording import (
     title,
     with_interval,
 )
+from llmrec.results import Results, Row, lower
 
 _LONGEST_LABEL = 48  # characters beside or above a mark; hovering shows the rest
 _LONGEST_LINE = 26  # of the two lines above a panel

@@ -21,7 +21,7 @@ from llmrec.report import index_summary as index_words
 from llmrec.report import results as facts
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
 from llmrec.report.plots import plots
-from llmrec.report.records import Results, lower
+from llmrec.results import Results, lower
 
 _HERE = Path(__file__).resolve().parent
 Reasons = Mapping[str, Mapping[str, int]]

@@ -18,7 +18,6 @@ from llmrec.report.marks import (
     marks,
     singles,
 )
-from llmrec.report.records import Metric, Results, Row
 from llmrec.report.results import results_of
 from llmrec.report.wording import (
     UNDEFINED,
@@ -32,6 +31,7 @@ from llmrec.report.wording import (
     undefined,
     with_interval,
 )
+from llmrec.results import Metric, Results, Row
 
 CSV_COLUMNS = (
     "task", "row", "arm", "predictor", "template", "template_use", "shots", "engine", "inputs", "n", "metric", "value",

@@ -30,9 +30,10 @@ from llmrec.metrics.explained import (
     named,
     unique_sentences,
 )
-from llmrec.metrics.signature import better, kind_of
+from llmrec.metrics.signature import kind_of
 from llmrec.metrics.stats import interval_of
 from llmrec.recipe.schema import Split
+from llmrec.results import better
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Item, Request, Text, Unparsed
 

@@ -20,10 +20,10 @@ from llmrec.commands.compare.benchmark_page import pages
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import compared, over_runs
-from llmrec.evaluate.predictor import LOWER_IS_BETTER
 from llmrec.machine import machine, versions
 from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
 from llmrec.recipe.load import load_recipe, recipe_hash
+from llmrec.results import lower
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> dict[st
     users = lines[0].users
     if any(line.requests != lines[0].requests for line in lines):
         raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}")
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = -1 if lower(metric) else 1
     # A figure that is not defined, such as the AUC of answers that are all alike, stands last.
     rows = sorted((_row(line) for line in lines), key=lambda row: -sign * (_defined(row, metric) or 0.0))
     rows.sort(key=lambda row: _defined(row, metric) is None)

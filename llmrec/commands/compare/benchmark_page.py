@@ -8,9 +8,9 @@ from html import escape
 from typing import Any
 
 from llmrec.report.escape import cell, code, flat
-from llmrec.report.records import lower
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, UNDEFINED, title, undefined_lines
+from llmrec.results import lower
 
 _WIDTH, _HEIGHT = 960, 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 70, 64

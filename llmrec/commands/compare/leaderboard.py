@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat
-from llmrec.report.records import Number, Record, Verdict, lower, mended
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, UNDEFINED, undefined_lines
+from llmrec.results import Number, Record, Verdict, lower, mended
 
 _HEAD = """# Leaderboard
 

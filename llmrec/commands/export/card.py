@@ -18,7 +18,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmrec.commands.export import snippets
 from llmrec.report import escape
 from llmrec.report.escape import cell, flat
-from llmrec.report.records import Results, Row, lower
 from llmrec.report.table import grid
 from llmrec.report.wording import (
     count,
@@ -33,6 +32,7 @@ from llmrec.report.wording import (
     winner_sentence,
     with_interval,
 )
+from llmrec.results import Results, Row, lower
 
 UNKNOWN = "unknown: fill in"
 """What stands where nobody said which licence holds."""

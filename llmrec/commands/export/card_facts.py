@@ -38,8 +38,8 @@ from llmrec.recipe.schema import (
 )
 from llmrec.registry import TASKS
 from llmrec.report import results
-from llmrec.report.records import Results
 from llmrec.resources import cache_dir
+from llmrec.results import Results
 from llmrec.tasks.direct_answers import asks_for
 from llmrec.tasks.family import family_of
 from llmrec.tasks.task import Task, TaskInputs

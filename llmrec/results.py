@@ -1,25 +1,32 @@
-"""The frozen records of results.json: everything in them is untrusted text or a number.
+"""The frozen records of results.json: evaluation makes them, the report reads them.
 
-Keys that the report does not show are ignored, and what later versions added is optional, so that results of any
-version can be read.
+Everything in them is untrusted text or a number. Keys that no record has are ignored, and what later versions added is
+optional, so that results of any version can be read.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from llmrec.metrics.signature import better
-
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
+Better = Literal["higher", "lower"]
+
+_LOWER = re.compile(r"RMSE|MAE|LogLoss|ECE|DIV|Hallucination|CopyRate|(Gini|PopularityLift)@[1-9]\d*")
+
+
+def better(metric: str) -> Better:
+    """Say whether higher or lower figures of a metric are better."""
+    return "lower" if lower(metric) else "higher"
 
 
 def lower(metric: str) -> bool:
     """Say whether lower figures of a metric are better."""
-    return better(metric) == "lower"
+    return _LOWER.fullmatch(metric) is not None
 
 
 def _finite(value: object) -> object:
@@ -31,7 +38,7 @@ Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Record(BaseModel):
-    """Frozen base; keys that the report does not show are ignored, so that results may grow."""
+    """Frozen base; keys that it does not have are ignored, so that results may grow."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
