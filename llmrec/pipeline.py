@@ -20,7 +20,7 @@ from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment import audit, index_report
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
-from llmrec.experiment.evaluation import Evaluation, Row
+from llmrec.experiment.evaluation import Evaluation, ResultRow
 from llmrec.experiment.indexing import with_tokens
 from llmrec.experiment.results import write_results
 from llmrec.experiment.resume import Budget, locked
@@ -30,6 +30,7 @@ from llmrec.experiment.training import train_stage, trained
 from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.recipe.load import dump
 from llmrec.recipe.schema import Recipe
+from llmrec.results import Arm
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Session:
         evaluation = Evaluation(self.study, self.encoder, self.folder, self.budget, quiet=self.quiet)
         store = AnswerStore(self.folder / "answers.sqlite")
         engines = Engines(recipe.model, recipe.eval, self.encoder, recipe.seed, self.budget, store)
-        rows: list[Row] = evaluation.baselines()
+        rows: list[ResultRow] = evaluation.baselines()
         try:
             rows += evaluation.arms({arm: self._weights(arm, training) for arm in _by_model(recipe.eval.arms)}, engines)
         finally:
@@ -209,6 +210,7 @@ def _preflight(recipe: Recipe) -> None:
         require("bitsandbytes", "quant")
 
 
-def _by_model(arms: Sequence[str]) -> list[str]:
+def _by_model(arms: Sequence[str]) -> list[Arm]:
     """Order arms so that those of the base model stand together: one engine start serves both."""
-    return [arm for arm in ("zero-shot", "few-shot", "tuned") if arm in arms]
+    order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
+    return [arm for arm in order if arm in arms]

@@ -35,6 +35,8 @@ def _finite(value: object) -> object:
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
+Fact = str | int | float | None
+"""One fact of a machine."""
 
 
 class Record(BaseModel):
@@ -42,15 +44,33 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as files hold it: the keys that whoever made it has set, in the order of the fields."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
-class Metric(Record):
-    """One number with its 95 % interval and the protocol it was measured under, or why there is none."""
+
+class Figure(Record):
+    """One number with its 95 % interval, or why there is none.
+
+    Attributes:
+        signature: The protocol that it was measured under.
+        sd: Over training seeds.
+        range: Over the tie rules of the split.
+    """
 
     value: Number
     low: Number = None
     high: Number = None
-    signature: str
+    signature: str = ""
     undefined: str = ""
+    sd: Number = None
+    range: tuple[float, float] | None = None
+
+
+class Metric(Figure):
+    """A figure of a row of results.json, which always says under what protocol it was measured."""
+
+    signature: str
 
 
 class Cost(Record):
@@ -77,7 +97,14 @@ class Failure(Record):
 
 
 class SliceOfRow(Record):
-    """A row's figures over some of its cases."""
+    """A row's figures over some of its cases.
+
+    Attributes:
+        name: Such as ``item:cold-below-5`` or ``history:5-9``.
+        users: Number of their users.
+        small: Whether the cases are too few to say much.
+        metrics: Empty for a slice without cases.
+    """
 
     name: str
     n: int
@@ -118,12 +145,68 @@ class Reliability(Record):
     so: Number
 
 
-class Row(Record):
-    """One predictor on one task.
+class Calibration(Record):
+    """The curve that a row's probabilities were put right by: fitted to n answers to the validation split."""
+
+    n: int
+    scale: float
+    bias: float
+
+
+class Rates(Record):
+    """What answers of one kind have beside their metrics.
+
+    Attributes:
+        fallbacks: Ratings that could not be read, in whose place a fallback stands.
+        users_left_out: Users who have not both a yes and a no, whom GAUC leaves out.
+        truth_copy_rate: CopyRate of the true texts.
+        truth_hallucination_rate: Hallucination of the true texts.
+        features_asked: Requests with a feature that their text should name.
+        features_named: Features that the texts name.
+        seen: Of a ranking of the catalogue: whether items of the history could be ranked.
+        pool: Of the same: mean number of items that could be ranked.
+    """
+
+    fallbacks: int | None = None
+    users_left_out: int | None = None
+    reliability: tuple[Reliability, ...] = ()
+    truth_copy_rate: Number = None
+    truth_hallucination_rate: Number = None
+    features_asked: int | None = None
+    features_named: int | None = None
+    seen: str | None = None
+    pool: Number = None
+
+
+class Answered(Record):
+    """What all answers have.
+
+    Attributes:
+        n: Number of requests.
+        tie_rate: Share of requests whose target ties with another item, or whose answer is that of another.
+        failures: The first answers that could not be read.
+    """
+
+    n: int
+    parse_rate: Number = None
+    tie_rate: Number = None
+    metrics: dict[str, Metric]
+    cost: Cost = Cost()
+    failures: tuple[Failure, ...] = ()
+
+
+# Bases from the last to the first give the order of keys in files.
+class Measured(Rates, Answered):
+    """What a predictor's answers to the requests of one task come to."""
+
+    calibration: Calibration | None = None
+
+
+class Asked(Record):
+    """Who answers what, and how it is asked.
 
     Attributes:
         candidates: Hash of the candidate sets that it ranked, if it ranked any.
-        users: Number of users whose requests it answered; None in results that do not say.
     """
 
     id: str
@@ -134,26 +217,47 @@ class Row(Record):
     template_use: str | None = None
     shots: int = 0
     engine: str
-    n: int
-    parse_rate: Number = None
-    tie_rate: Number = None
-    metrics: dict[str, Metric]
-    cost: Cost = Cost()
     inputs: str = ""
-    failures: tuple[Failure, ...] = ()
     candidates: str | None = None
+
+
+class Row(Measured, Asked):
+    """One predictor on one task.
+
+    Attributes:
+        users: Number of users whose requests it answered; None in results that do not say.
+    """
+
     users: int | None = None
     slices: tuple[SliceOfRow, ...] = ()
     by_position: tuple[AtPosition, ...] = ()
     position_trend: Trend | None = None
-    reliability: tuple[Reliability, ...] = ()
 
 
-class Comparison(Record):
-    """A paired difference a - b on one metric."""
+class Prediction(Record):
+    """One request of a row, as predictions.parquet holds it.
 
-    task: str
-    metric: str
+    Attributes:
+        parsed: What was read, as JSON.
+        rank: Expected rank of the target; None where it was left out, or nothing was ranked.
+        error: Why the answer could not be read; None where it could.
+    """
+
+    request_id: str
+    user_id: str
+    truth: str
+    parsed: str
+    raw: str | None
+    prompt_hash: str | None
+    rank: float | None
+    error: str | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Pair(Record):
+    """A paired difference a - b; p is corrected for all pairs that it was tested with."""
+
     a: str
     b: str
     value: Number
@@ -161,6 +265,22 @@ class Comparison(Record):
     high: Number
     p: Number
     verdict: Verdict
+
+
+class Compared(Record):
+    """What a pair of rows is compared on."""
+
+    task: str
+    metric: str
+
+
+class Comparison(Pair, Compared):
+    """A paired difference a - b on one metric of a task.
+
+    Attributes:
+        detectable: The smallest true difference that would be shown in 80 of 100 repetitions.
+    """
+
     detectable: Number = None
 
 
@@ -170,24 +290,30 @@ class LogLine(Record):
     step: int
     loss: Number = None
     learning_rate: Number = None
-    tokens_per_second: Number = None
     valid_loss: dict[str, Number] | None = None
+    tokens_per_second: Number = None
+    seconds: Number = None
 
 
 class Training(Record):
     """What was tuned, and how it went."""
 
+    rows: dict[str, int] = {}
+    shares: dict[str, float] = {}
+    loss_shares: dict[str, float] = {}
+    dropped: dict[str, int] = {}
     method: str
     steps: int
     tokens: int
     target_tokens: int
     seconds: Number
+    seconds_before: Number = None
     tokens_per_second: Number
-    rows: dict[str, int] = {}
-    log: tuple[LogLine, ...] = ()
     trainable_parameters: int | None = None
     total_parameters: int | None = None
+    log: tuple[LogLine, ...] = ()
     adapter_sha256: str | None = None
+    merged_sha256: str | None = None
 
     @property
     def validated(self) -> tuple[str, ...]:
@@ -299,12 +425,13 @@ class Results(Record):
 
     llmrec: str
     created: str
+    command: str = ""
     recipe: dict[str, Any]
     recipe_hash: str
-    command: str = ""
-    versions: dict[str, str] = {}
-    machine: dict[str, Any] = {}
     seed: int = 0
+    versions: dict[str, str] = {}
+    machine: dict[str, Fact] = {}
+    model: dict[str, str] = {}
     data: dict[str, DataInfo | None]
     candidates: dict[str, Candidates | None] = {}
     training: Training | None = None
@@ -369,16 +496,3 @@ class Results(Record):
         """Return the data that a task was measured on: reviews, where given, for explanations."""
         reviews = self.data.get("reviews") if task == "explanation" else None
         return reviews or self.data.get("main")
-
-
-def mended(value: Any) -> Any:
-    """Replace lone surrogates, which no file can hold, in every string of a JSON value."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return value
-    if isinstance(value, dict):
-        return {mended(key): mended(entry) for key, entry in value.items()}
-    return [mended(entry) for entry in value] if isinstance(value, list) else value

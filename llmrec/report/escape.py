@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 # C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -46,6 +47,19 @@ _TEX_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("ÐðÞþ×÷
 def visible(text: str) -> str:
     """Return text with control and text-direction characters written out, as in ``[U+001B]``."""
     return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+
+
+def mended(value: Any) -> Any:
+    """Replace lone surrogates, which no file can hold, in every string of a JSON value."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+    if isinstance(value, dict):
+        return {mended(key): mended(entry) for key, entry in value.items()}
+    return [mended(entry) for entry in value] if isinstance(value, list) else value
 
 
 def flat(text: str) -> str:

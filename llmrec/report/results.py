@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from llmrec.errors import DataError
 from llmrec.report.audit import refuse_leaks
 from llmrec.report.checks import check
+from llmrec.report.escape import mended
 from llmrec.report.wording import count
-from llmrec.results import Results, mended
+from llmrec.results import Results
 
 
 def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", mend: str = "") -> Results:

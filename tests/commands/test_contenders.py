@@ -12,7 +12,7 @@ import yaml
 
 from llmrec.baselines.validation import mean_ndcg, ranking_cases
 from llmrec.commands.compare import suite as suites
-from llmrec.commands.compare.leaderboard import leaderboard
+from llmrec.commands.compare.leaderboard import leaderboard, suite_result
 from llmrec.commands.compare.rows import Contenders
 from llmrec.commands.compare.suite import run_suite
 from llmrec.data.split import SplitDataset
@@ -126,7 +126,7 @@ def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
     for pair in results["pairs"]:
         figures = [rows[pair[side]]["tables"][pair["seen"]]["metrics"][pair["metric"]]["value"] for side in "ab"]
         assert pair["value"] == pytest.approx(figures[0] - figures[1])
-    assert "both over markov-1" in leaderboard([results], {})
+    assert "both over markov-1" in leaderboard([suite_result(results)], {})
     data = _data(page)
     known = set(data.train["item_id"].to_list())
     cold = sum(held.item_id not in known for held in data.holdouts("test"))

@@ -14,7 +14,8 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 from llmrec import pipeline
 from llmrec.commands.export import export
 from llmrec.errors import RecipeError
-from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.models.load import weights_stamp
 from llmrec.models.rating_head import CONFIG, WEIGHTS, load_head
 from llmrec.recipe.load import load_recipe
