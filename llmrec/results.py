@@ -6,11 +6,12 @@ optional, so that results of any version can be read.
 
 from __future__ import annotations
 
-import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import Field, JsonValue
+
+from llmrec.records import Candidates, DataInfo, Number, Record, Sample, SetAside, Shown, Stage, Training
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
@@ -29,24 +30,8 @@ def lower(metric: str) -> bool:
     return _LOWER.fullmatch(metric) is not None
 
 
-def _finite(value: object) -> object:
-    """Turn NaN and the infinities, which JSON cannot hold, into None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
 Fact = str | int | float | None
 """One fact of a machine."""
-
-
-class Record(BaseModel):
-    """Frozen base; keys that it does not have are ignored, so that results may grow."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the record as files hold it: the keys that whoever made it has set, in the order of the fields."""
-        return self.model_dump(mode="json", exclude_unset=True)
 
 
 class Figure(Record):
@@ -110,7 +95,7 @@ class SliceOfRow(Record):
     n: int
     users: int | None = None
     small: bool = False
-    metrics: dict[str, Metric] = {}
+    metrics: dict[str, Metric] = Field(default_factory=dict)
 
 
 class AtPosition(Record):
@@ -284,161 +269,25 @@ class Comparison(Pair, Compared):
     detectable: Number = None
 
 
-class LogLine(Record):
-    """One logged optimiser step; losses are nats a target token."""
-
-    step: int
-    loss: Number = None
-    learning_rate: Number = None
-    valid_loss: dict[str, Number] | None = None
-    tokens_per_second: Number = None
-    seconds: Number = None
-
-
-class Training(Record):
-    """What was tuned, and how it went."""
-
-    rows: dict[str, int] = {}
-    shares: dict[str, float] = {}
-    loss_shares: dict[str, float] = {}
-    dropped: dict[str, int] = {}
-    method: str
-    steps: int
-    tokens: int
-    target_tokens: int
-    seconds: Number
-    seconds_before: Number = None
-    tokens_per_second: Number
-    trainable_parameters: int | None = None
-    total_parameters: int | None = None
-    log: tuple[LogLine, ...] = ()
-    adapter_sha256: str | None = None
-    merged_sha256: str | None = None
-
-    @property
-    def validated(self) -> tuple[str, ...]:
-        """Tasks with a validation loss in the log."""
-        return tuple(dict.fromkeys(task for line in self.log for task in line.valid_loss or {}))
-
-
-class DataInfo(Record):
-    """One data set as it was used."""
-
-    name: str
-    users: int
-    items: int
-    interactions: int
-    density: Number = None
-    train: int
-    valid: int
-    test: int
-    fingerprint: str
-    split_fingerprint: str
-    split: str
-    noun: str = "items"
-    made: bool = False
-    derived: str = ""
-
-
-class Candidates(Record):
-    """Stored candidate sets, told apart by their digest."""
-
-    digest: str
-    count: int
-    kind: str
-    ceiling: float | None = None
-
-
-class Stage(Record):
-    """Wall-clock seconds of one stage."""
-
-    stage: str
-    seconds: float
-
-
-class Shown(Record):
-    """One prompt with its answer, kept for reading."""
-
-    task: str
-    arm: str
-    predictor: str
-    template: str | None = None
-    prompt: str
-    raw: str | None = None
-    parsed: Any = None
-    truth: Any = None
-
-
-class User(Record):
-    """Whose request it was; the name is empty where there is none."""
-
-    id: str
-    name: str = ""
-
-
-class Product(Record):
-    """What a text is about: an item with its further fields."""
-
-    id: str
-    title: str
-    fields: dict[str, str] = {}
-
-
-class Told(Record):
-    """Something that a question can tell beside user and item, and the templates that do."""
-
-    name: str
-    text: str
-    by: tuple[str, ...] = ()
-
-
-class Written(Record):
-    """The text that a row wrote; None where its answer could not be read, with the reason and the raw answer."""
-
-    text: str | None
-    error: str = ""
-    raw: str = ""
-
-
-class Sample(Record):
-    """One request whose answer is a text, with the true one and those of the rows, by row id."""
-
-    task: str
-    request_id: str
-    user: User
-    item: Product
-    told: tuple[Told, ...] = ()
-    truth: str
-    answers: dict[str, Written]
-
-
-class SetAside(Record):
-    """Users of a table who are not asked about, and why."""
-
-    data: str
-    said: str
-    users: tuple[str, ...] = ()
-
-
 class Results(Record):
     """The whole of results.json."""
 
     llmrec: str
     created: str
     command: str = ""
-    recipe: dict[str, Any]
+    recipe: dict[str, JsonValue]
     recipe_hash: str
     seed: int = 0
-    versions: dict[str, str] = {}
-    machine: dict[str, Fact] = {}
-    model: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Fact] = Field(default_factory=dict)
+    model: dict[str, str] = Field(default_factory=dict)
     data: dict[str, DataInfo | None]
-    candidates: dict[str, Candidates | None] = {}
+    candidates: dict[str, Candidates | None] = Field(default_factory=dict)
     training: Training | None = None
     rows: tuple[Row, ...]
     headline: dict[str, str]
     comparisons: tuple[Comparison, ...] = ()
-    detectable: dict[str, str] = {}
+    detectable: dict[str, str] = Field(default_factory=dict)
     budget: tuple[Stage, ...] = ()
     seconds: Number = None
     examples: tuple[Shown, ...] = ()

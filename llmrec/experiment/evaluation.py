@@ -17,7 +17,7 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.rating import UserMean
 from llmrec.data.split import SplitDataset
-from llmrec.durable import write_json
+from llmrec.durable import Json, write_json
 from llmrec.evaluate.figures import Protocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import Engines
@@ -29,8 +29,9 @@ from llmrec.recipe.schema import (
     CandidateSection,
     EvalSection,
 )
+from llmrec.records import Shown
 from llmrec.registry import BASELINES, POSITIONAL, STRATEGIES, lookup, options_of
-from llmrec.results import Arm, Calibration, Prediction, Row, Shown
+from llmrec.results import Arm, Calibration, Prediction, Row
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
@@ -240,9 +241,9 @@ class Evaluation:
             advance=advance,
         )
         options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
-        if eval_section.debias == "measured" and spec.predictor in POSITIONAL:
-            options["training"] = task.questions(eval_section.debias_questions)
-        predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
+        measured = eval_section.debias == "measured" and spec.predictor in POSITIONAL
+        asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
+        predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options, **asked)
         found = self._evaluate(spec, predictor, backend)
         return Made(found, predictor.engine, self._examples(spec, predictor, found))
 
@@ -337,7 +338,7 @@ def _nearness(spec: RowSpec, study: Study) -> dict[str, str]:
     return {"encoder": study.recipe.encoder} if near or relevant else {}
 
 
-def asking_of(strategy: str, section: EvalSection) -> dict[str, Any]:
+def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
     """Return every key of the eval section that can change a strategy's answers, with its value."""
     measured = strategy in POSITIONAL and section.debias != "none"
     more = {"debias": section.debias, "debias_questions": section.debias_questions} if measured else {}

@@ -26,7 +26,8 @@ from llmrec.machine import machine, versions
 from llmrec.metrics.significance import detectable, detectable_line
 from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe.load import recipe_hash
-from llmrec.results import Candidates, Comparison, DataInfo, Results, SetAside, Stage, Training, better
+from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
+from llmrec.results import Comparison, Results, better
 from llmrec.tasks.family import families, family_of, ranking_families
 
 # A drawn p is never below 1 / resamples: with so many a comparison, the smallest one stays .01 after Holm.

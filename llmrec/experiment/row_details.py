@@ -25,7 +25,8 @@ from llmrec.guard import clean
 from llmrec.metrics import ranking
 from llmrec.metrics.stats import holm
 from llmrec.prompts.template import Template
-from llmrec.results import AtPosition, Prediction, Product, Sample, SliceOfRow, Told, Trend, User, Written
+from llmrec.records import Product, Sample, Told, User, Written
+from llmrec.results import AtPosition, Prediction, SliceOfRow, Trend
 from llmrec.tasks.base import PAST, View
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Ranking, Request, Text

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, LlmrecError
+from llmrec.records import Record
 from llmrec.report.escape import flat, mended
-from llmrec.results import Record
 
 AUDIT = "audit.json"
 VERDICT = "This run leaks, so it gets no table."

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from llmrec.durable import refuse_link, replacing
 from llmrec.index.diagnostics import Depth, Diagnostics, Entry, Group, Level
@@ -88,10 +88,36 @@ def short(text: str, longest: int = _LONGEST) -> str:
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
-def plots(found: Diagnostics) -> dict[str, Any]:
+class Usage(TypedDict):
+    """How often each token of a level is used, and how often each would be if all were alike."""
+
+    title: str
+    counts: list[int]
+    available: int
+    even: float
+    items: int
+
+
+class Branching(TypedDict):
+    """What follows a prefix, by its length."""
+
+    title: str
+    x: list[int]
+    mean: list[float]
+    most: list[int]
+
+
+class Plot(TypedDict):
+    """Panels of one kind, side by side."""
+
+    kind: Literal["usage", "branching"]
+    panels: list[Usage] | list[Branching]
+
+
+def plots(found: Diagnostics) -> dict[str, Plot]:
     """Return every plot's data by the id of the element that holds it."""
     panels = [_panel(level, found.items) for level in found.levels if level.counts and level.counts[0] > 1]
-    drawn: dict[str, Any] = {}
+    drawn: dict[str, Plot] = {}
     if panels:
         drawn["usage"] = {"kind": "usage", "panels": panels}
     if len(found.depths) > 1:
@@ -99,7 +125,7 @@ def plots(found: Diagnostics) -> dict[str, Any]:
     return drawn
 
 
-def _panel(level: Level, items: int) -> dict[str, Any]:
+def _panel(level: Level, items: int) -> Usage:
     return {
         "title": plain(f"items of each {index_words.level_title(level)}"),
         "counts": list(level.counts),
@@ -109,7 +135,7 @@ def _panel(level: Level, items: int) -> dict[str, Any]:
     }
 
 
-def _branching(depths: Sequence[Depth]) -> list[dict[str, Any]]:
+def _branching(depths: Sequence[Depth]) -> list[Branching]:
     """Return what follows prefixes and what stands under them, by the length of the prefix."""
     lengths = [depth.length for depth in depths]
     return [

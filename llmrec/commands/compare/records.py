@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmrec.results import DataInfo, Fact, Figure, Number, Pair, Record, Verdict
+from llmrec.records import DataInfo, Number, Record
+from llmrec.results import Fact, Figure, Pair, Verdict
 
 Setting = str | bool | int | float | list[float] | list[str] | None
 """A parameter of a row."""

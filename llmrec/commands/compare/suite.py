@@ -58,7 +58,7 @@ _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 class Ran:
     """A finished suite: its results, the file that holds them, and the leaderboard, if there is one to write."""
 
-    results: dict[str, Any]
+    results: SuiteResult
     file: Path
     leaderboard: Path | None
 
@@ -96,9 +96,9 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
             contenders.chosen[row.label] = found.line.parameters
             rows.append(found)
             say(_line(suite, found.line))
-        written = _results(suite, rows, splits[suite.split_seeds[0]], time.monotonic() - begin).as_json()
+        written = _results(suite, rows, splits[suite.split_seeds[0]], time.monotonic() - begin)
         file = results / f"{suite.suite}.json"
-        write_json(file, written)
+        write_json(file, written.as_json())
     page = None
     if results.name == "results":
         page = results.parent / "LEADERBOARD.md"
