@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 TITLE_LIMIT = 300
 TEXT_LIMIT = 1000
@@ -200,9 +200,13 @@ def _beginning_of(words: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile(rf"{_branches(_tree(starts))}(?=\s*\Z)") if starts else None
 
 
-def _tree(words: Iterable[str]) -> dict[str, Any]:
+# A tree of letters: what may follow each, the empty one for an end.
+_Letters: TypeAlias = "dict[str, _Letters]"
+
+
+def _tree(words: Iterable[str]) -> _Letters:
     """Return words as a tree of their letters."""
-    tree: dict[str, Any] = {}
+    tree: _Letters = {}
     for word in words:
         node = tree
         for letter in word[:_COMPARED]:
@@ -211,7 +215,7 @@ def _tree(words: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _branches(node: dict[str, Any]) -> str:
+def _branches(node: _Letters) -> str:
     parts = [re.escape(letter) + _branches(below) for letter, below in sorted(node.items()) if letter]
     if not parts or (len(parts) == 1 and "" not in node):
         return "".join(parts)

@@ -18,7 +18,7 @@ from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment import audit, index_report
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
-from llmrec.experiment.evaluation import Evaluation, Row
+from llmrec.experiment.evaluation import Evaluation, ResultRow
 from llmrec.experiment.indexing import with_tokens
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
@@ -31,6 +31,7 @@ from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.report.audit import AuditLine
 from llmrec.report.results import Made
+from llmrec.results import Arm
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Run:
 
     folder: Path
     results: dict[str, Any]
-    rows: Sequence[Row]
+    rows: Sequence[ResultRow]
     report: Path
 
 
@@ -117,13 +118,13 @@ class Session:
         """Train, or reuse."""
         return train_stage(self.study, self.encoder, self.start, self.folder, self.budget, quiet=self.quiet)
 
-    def evaluate(self, training: dict[str, Any] | None) -> tuple[list[Row], Written]:
+    def evaluate(self, training: dict[str, Any] | None) -> tuple[list[ResultRow], Written]:
         """Evaluate every arm and write the results; returns the rows and what was written."""
         recipe = self.study.recipe
         evaluation = Evaluation(self.study, self.encoder, self.folder, self.budget, quiet=self.quiet)
         store = AnswerStore(self.folder / "answers.sqlite")
         engines = Engines(recipe.model, recipe.eval, self.encoder, recipe.seed, self.budget, store)
-        rows: list[Row] = evaluation.baselines()
+        rows: list[ResultRow] = evaluation.baselines()
         try:
             rows += evaluation.arms({arm: self._weights(arm, training) for arm in _by_model(recipe.eval.arms)}, engines)
         finally:
@@ -211,6 +212,7 @@ def _preflight(recipe: Recipe) -> None:
         require("bitsandbytes", "quant")
 
 
-def _by_model(arms: Sequence[str]) -> list[str]:
+def _by_model(arms: Sequence[str]) -> list[Arm]:
     """Order arms so that those of the base model stand together: one engine start serves both."""
-    return [arm for arm in ("zero-shot", "few-shot", "tuned") if arm in arms]
+    order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
+    return [arm for arm in order if arm in arms]

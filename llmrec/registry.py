@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from llmrec.durable import Json
 from llmrec.errors import RecipeError, did_you_mean
 
 SOURCES: Mapping[str, str] = {
@@ -142,6 +143,6 @@ def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def options_of(strategy: str, section: object) -> dict[str, Any]:
+def options_of(strategy: str, section: object) -> dict[str, Json]:
     """Return what a strategy is handed of an eval section, by name."""
     return {key: getattr(section, key) for key in STRATEGY_KEYS.get(strategy, ())}

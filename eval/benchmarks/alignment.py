@@ -28,7 +28,8 @@ from scipy.stats import binomtest
 
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.durable import write_json
-from llmrec.evaluate.predictor import Evaluated, compare, evaluate
+from llmrec.evaluate.compare import compare
+from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.evaluation import protocol_of
 from llmrec.experiment.resume import locked
 from llmrec.machine import machine, versions
@@ -102,11 +103,7 @@ def ask(session: Session, folder: str, shows: Mapping[str, Sequence[Case]]) -> d
 def figures(row: Evaluated, chance: float) -> dict[str, Any]:
     """Return a row's metrics beside chance, and how likely so many hits or more are by chance alone."""
     hits, n = float(row.values["HR@1"].sum()), len(row.values["HR@1"])
-    metrics = {
-        name: {key: row.figures["metrics"][name][key] for key in ("value", "low", "high", "signature")}
-        for name in METRICS
-        if name in row.figures["metrics"]
-    }
+    metrics = {name: row.figures.metrics[name].as_json() for name in METRICS if name in row.figures.metrics}
     low = metrics["HR@1"]["low"]
     return {
         "n": n,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from llmrec.durable import write_json
-from llmrec.evaluate.predictor import compare
+from llmrec.evaluate.compare import compare
 
 METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
 

@@ -23,7 +23,7 @@ from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.evaluate.catalogue import evaluate_catalogue
-from llmrec.evaluate.predictor import Protocol
+from llmrec.evaluate.figures import Protocol
 from llmrec.recipe.schema import DataSection
 from llmrec.resources import resource
 from llmrec.types import Case, Request
@@ -55,8 +55,8 @@ def figures(data: SplitDataset, counted: SplitDataset) -> dict[str, float]:
         seed=0,
         catalogue=len(data.dataset.items),
     )
-    found = evaluate_catalogue(model, cases, protocol, seen=("excluded",))["excluded"].figures["metrics"]
-    return {name: found[name]["value"] for name in METRICS}
+    found = evaluate_catalogue(model, cases, protocol, seen=("excluded",))["excluded"].figures.metrics
+    return {name: found[name].value for name in METRICS}
 
 
 def check(folder: Path, name: str) -> dict[str, Any]:

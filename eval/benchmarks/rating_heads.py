@@ -125,7 +125,7 @@ def compared(rows: Sequence[Answered], pairs: Sequence[tuple[str, str]]) -> list
         signflip(errors(rows, a), errors(rows, b), users=users, resamples=RESAMPLES, seed=0, statistic="root_mean")
         for a, b in pairs
     ]
-    return judged(pairs, found, "lower")
+    return [pair.as_json() for pair in judged(pairs, found, "lower")]
 
 
 def main(target: Path, seeds: Sequence[int], ways: Sequence[str], out: Path, overrides: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from llmrec.errors import BackendError
 from llmrec.types import Cost
@@ -39,6 +39,13 @@ _CIRCUMSTANCES = frozenset(
 _T = TypeVar("_T")
 
 
+class Stored(TypedDict):
+    """An answer by its fields, and the seconds that it took."""
+
+    seconds: float
+    answer: Any
+
+
 class AnswerStore:
     """A table of JSON answers by key.
 
@@ -54,9 +61,9 @@ class AnswerStore:
         self._connection: sqlite3.Connection | None = None
         self._tried(lambda _: None)
 
-    def get(self, keys: Sequence[str]) -> dict[str, Any]:
+    def get(self, keys: Sequence[str]) -> dict[str, Stored]:
         """Return the answers that are stored, by key; one that its checksum does not fit counts as not stored."""
-        found: dict[str, Any] = {}
+        found: dict[str, Stored] = {}
         damaged = 0
         for start in range(0, len(keys), _MANY):
             part = keys[start : start + _MANY]
@@ -69,7 +76,7 @@ class AnswerStore:
             log.warning("%d answers in %s do not fit their checksums and are asked again", damaged, self._path)
         return found
 
-    def put(self, answers: Iterable[tuple[str, Any]]) -> None:
+    def put(self, answers: Iterable[tuple[str, Stored]]) -> None:
         """Store answers in one transaction: all of them or, after a kill, none."""
         texts = ((key, json.dumps(value)) for key, value in answers)
         rows = [(key, text, _sum(key, text)) for key, text in texts]

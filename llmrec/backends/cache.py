@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from llmrec.backends.answers import AnswerStore
+from llmrec.backends.answers import AnswerStore, Stored
 from llmrec.errors import BackendError
 from llmrec.types import Backend, Capability, Completion, Cost, Found, HeadBackend, Prompt, Read, Scores
 
@@ -210,7 +210,7 @@ class CachedBackend:
                 now = time.monotonic()
                 share = (now - begin) / len(lot)
                 begin = now
-                fresh = {keys[i]: {"seconds": share, "answer": answer} for i, answer in lot}
+                fresh = {keys[i]: Stored(seconds=share, answer=answer) for i, answer in lot}
                 if self._store is not None:
                     self._store.put(fresh.items())
                 known |= fresh

@@ -16,9 +16,12 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
+from llmrec.evaluate.answers import ranking_values, ranks_of
+from llmrec.evaluate.figures import Protocol, mean_figure
 from llmrec.evaluate.lists import Lists, list_figures
-from llmrec.evaluate.predictor import Evaluated, Protocol, mean_figure, ranking_values, ranks_of
+from llmrec.evaluate.predictor import Evaluated
 from llmrec.metrics import ranking as rank_metrics
+from llmrec.results import Cost, Measured, Prediction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -307,16 +310,16 @@ def _evaluated(
     if background is not None:
         more, own = list_figures(Lists(place.lists, items, seen), cases, protocol, background)
         metrics, values = metrics | more, values | own
-    figures = {
-        "n": len(cases),
-        "parse_rate": 1.0,
-        "tie_rate": rank_metrics.tie_rate(place.tied),
-        "metrics": metrics,
-        "cost": {"seconds": seconds, "prompt_tokens": 0, "completion_tokens": 0},
-        "failures": [],
-        "seen": seen,
-        "pool": float(np.mean(place.pool)),
-    }
+    figures = Measured(
+        n=len(cases),
+        parse_rate=1.0,
+        tie_rate=rank_metrics.tie_rate(place.tied),
+        metrics=metrics,
+        cost=Cost(seconds=seconds, prompt_tokens=0, completion_tokens=0),
+        failures=(),
+        seen=seen,
+        pool=float(np.mean(place.pool)),
+    )
     return Evaluated(figures, values, _records(items, cases, place))
 
 
@@ -330,24 +333,24 @@ def _more_values(place: Standings, cutoffs: Sequence[int]) -> dict[str, NDArray[
     return values
 
 
-def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> list[dict[str, Any]]:
+def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> list[Prediction]:
     ranks = ranks_of(place.greater, place.tied)
     records = []
     for case, rank, numbers, scores in zip(cases, ranks, place.lists.tolist(), place.scores.tolist(), strict=True):
         shown = [(items[number], score) for number, score in zip(numbers, scores, strict=True) if number >= 0]
         parsed = {"items": [item for item, _ in shown], "scores": [score for _, score in shown]}
         records.append(
-            {
-                "request_id": case.request.id,
-                "user_id": case.request.user_id,
-                "truth": str(case.truth),
-                "parsed": json.dumps(parsed, ensure_ascii=False),
-                "raw": None,
-                "prompt_hash": None,
-                "rank": rank,
-                "error": None,
-                "prompt_tokens": 0,
-                "completion_tokens": 0,
-            }
+            Prediction(
+                request_id=case.request.id,
+                user_id=case.request.user_id,
+                truth=str(case.truth),
+                parsed=json.dumps(parsed, ensure_ascii=False),
+                raw=None,
+                prompt_hash=None,
+                rank=rank,
+                error=None,
+                prompt_tokens=0,
+                completion_tokens=0,
+            )
         )
     return records

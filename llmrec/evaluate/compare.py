@@ -1,131 +1,181 @@
-"""Compares rows over the same users: of a suite the best with every other, and pairs that were named beforehand."""
+"""Compares rows over the same users: two of them, the best with every other, and pairs that were named beforehand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmrec.evaluate.predictor import LOWER_IS_BETTER, compare, statistic_of
-from llmrec.metrics.significance import detectable, detectable_line
-from llmrec.metrics.stats import Better, Difference, holm, verdict
-from llmrec.recipe.comparisons import Suite
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.figures import statistic_of
+from llmrec.metrics import probability
+from llmrec.metrics.significance import detectable, detectable_line, signflip
+from llmrec.metrics.stats import Difference, holm, paired_of, verdict
+from llmrec.results import Better, Figure, Pair, better, lower
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
-    #: A row's name, and its value of each request.
-    Named = tuple[str, NDArray[np.float64]]
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A row as comparisons need it.
+
+    Attributes:
+        name: Of the row.
+        value: Its figure; a row whose figure is not defined, None, is compared with none.
+        values: Its values as `compare` takes them.
+    """
+
+    name: str
+    value: float | None
+    values: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Comparing:
-    """What comparisons share.
+    """What the comparisons of one table share.
 
     Attributes:
-        suite: Its ``bootstrap`` and ``pairs``.
-        rows: Finished rows, with their per-request values.
-        users: The user of each request.
         metric: What rows are compared by.
-    """
-
-    suite: Suite
-    rows: Sequence[Mapping[str, Any]]
-    users: Sequence[str]
-    metric: str
-
-    def best_with_others(self, seen: str) -> tuple[list[dict[str, Any]], str]:
-        """Pair the best row with every other, p-values Holm-adjusted; say what the comparisons could have shown.
-
-        A row whose figure is not defined is compared with none.
-        """
-        rows = [row for row in self.rows if self._value(row, seen) is not None]
-        if len(rows) < 2:
-            return [], ""
-        best = max(rows, key=lambda row: self._sign * (self._value(row, seen) or 0.0))
-        others = [row for row in rows if row is not best]
-        lines = self._lines(seen, [(best, row) for row in others])
-        if self.metric == "AUC":
-            return lines, ""  # no mean over users, so it has no such line
-        statistic, own = statistic_of(self.metric), self._values(best, seen)
-        small = [
-            detectable(own, self._values(row, seen), comparisons=len(others), users=self.users, statistic=statistic)
-            for row in others
-        ]
-        return lines, detectable_line(self.metric, small, users=len(set(self.users)), comparisons=len(others))
-
-    def pairs(self, seen: str) -> list[dict[str, Any]]:
-        """Compare the pairs that the suite names, p-values Holm-adjusted among them."""
-        named = {row["name"]: row for row in self.rows}
-        asked = [(named[a], named[b]) for a, b in self.suite.pairs]
-        return self._lines(seen, [pair for pair in asked if None not in (self._value(row, seen) for row in pair)])
-
-    @property
-    def _sign(self) -> int:
-        return -1 if self.metric in LOWER_IS_BETTER else 1
-
-    def _value(self, row: Mapping[str, Any], seen: str) -> float | None:
-        found: float | None = row["tables"][seen]["metrics"][self.metric]["value"]
-        return found
-
-    def _values(self, row: Mapping[str, Any], seen: str) -> NDArray[np.float64]:
-        return np.array(row["values"][seen][self.metric])
-
-    def _lines(self, seen: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        named = [tuple((row["name"], self._values(row, seen)) for row in pair) for pair in pairs]
-        found = compared(self.metric, named, self.users, resamples=self.suite.bootstrap)
-        return [{"seen": seen, "metric": self.metric, **line} for line in found]
-
-
-def compared(
-    metric: str, pairs: Sequence[tuple[Named, ...]], users: Sequence[str], *, resamples: int
-) -> list[dict[str, Any]]:
-    """Pair rows over the same requests, each a less b, p-values Holm-adjusted among the pairs.
-
-    Args:
-        metric: What they are compared by.
-        pairs: Two rows each, a and b, with their values as `llmrec.evaluate.predictor.compare` takes them.
+        rows: The rows of the table.
         users: The user of each request.
         resamples: Of the intervals and tests.
     """
-    better: Better = "lower" if metric in LOWER_IS_BETTER else "higher"
-    found = [compare(metric, a, b, users, resamples=resamples, seed=0) for (_, a), (_, b) in pairs]
-    return judged([(one, other) for (one, _), (other, _) in pairs], found, better)
+
+    metric: str
+    rows: Sequence[Standing]
+    users: Sequence[str]
+    resamples: int
+
+    def best_with_others(self) -> tuple[list[Pair], str]:
+        """Pair the best row with every other, p-values Holm-adjusted; say what the comparisons could have shown."""
+        rows = [row for row in self.rows if row.value is not None]
+        if len(rows) < 2:
+            return [], ""
+        sign = -1 if lower(self.metric) else 1
+        best = max(rows, key=lambda row: sign * (row.value or 0.0))
+        others = [row for row in rows if row is not best]
+        found = self._compared([(best, row) for row in others])
+        if self.metric == "AUC":
+            return found, ""  # no mean over users, so it has no such line
+        statistic = statistic_of(self.metric)
+        small = [
+            detectable(best.values, row.values, comparisons=len(others), users=self.users, statistic=statistic)
+            for row in others
+        ]
+        return found, detectable_line(self.metric, small, users=len(set(self.users)), comparisons=len(others))
+
+    def pairs(self, names: Iterable[tuple[str, str]]) -> list[Pair]:
+        """Compare pairs by name, p-values Holm-adjusted among them."""
+        rows: Mapping[str, Standing] = {row.name: row for row in self.rows}
+        asked = [(rows[a], rows[b]) for a, b in names]
+        return self._compared([pair for pair in asked if None not in (pair[0].value, pair[1].value)])
+
+    def _compared(self, pairs: Sequence[tuple[Standing, Standing]]) -> list[Pair]:
+        found = [
+            compare(self.metric, a.values, b.values, self.users, resamples=self.resamples, seed=0) for a, b in pairs
+        ]
+        return judged([(a.name, b.name) for a, b in pairs], found, better(self.metric))
 
 
-def judged(pairs: Sequence[tuple[str, str]], found: Sequence[Difference], better: Better) -> list[dict[str, Any]]:
-    """Return differences of named rows as lines of a table, p-values Holm-adjusted among them."""
+def compare(
+    metric: str,
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    users: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> Difference:
+    """Pair two rows over the same requests of ``users``, a less b.
+
+    Means are compared by flipping signs over users, see `significance`; RMSE as a root mean of squared errors; GAUC
+    over the users who have both classes. AUC is no mean over users and gets the paired bootstrap.
+
+    A row may have been made with several seeds. Values are averaged over them first; AUC and GAUC, which are no means
+    of a request's values, are averaged themselves: the AUC of averaged probabilities would be that of an ensemble.
+
+    Args:
+        metric: Name of the metric.
+        a: Values of the first row as `Evaluated.values` has them, shape (n,), or (seeds, n). For AUC and GAUC these are
+            the probabilities, with a minus sign (also before 0) where the truth is no.
+        b: Values of the second row.
+        users: Whose request each value is.
+        resamples: Number of resamples.
+        seed: Seeds them.
+
+    Raises:
+        LlmrecError: If rows of AUC or GAUC have different truths, or no user has both classes.
+    """
+    left, right = np.atleast_2d(a), np.atleast_2d(b)
+    if metric in ("AUC", "GAUC"):
+        return _compare_auc(metric, left, right, users, resamples=resamples, seed=seed)
+    first, second = left.mean(axis=0), right.mean(axis=0)
+    return signflip(first, second, users=users, resamples=resamples, seed=seed, statistic=statistic_of(metric))
+
+
+def _compare_auc(
+    metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
+) -> Difference:
+    truth = ~np.signbit(a[0])
+    if any(not np.array_equal(truth, ~np.signbit(each)) for each in (*a, *b)):
+        raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired")
+    if metric == "AUC":
+        first, second = ([probability.auc_statistic(np.abs(each), truth, users) for each in seeds] for seeds in (a, b))
+
+        def difference(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+            one, other = (np.mean([auc(rows) for auc in seeds], axis=0) for seeds in (first, second))
+            return one - other  # type: ignore[no-any-return]
+
+        return paired_of(difference, len(set(users)), resamples=resamples, seed=seed)
+    left, right = (
+        np.mean([probability.gauc(np.abs(each), truth, users).values for each in seeds], axis=0) for seeds in (a, b)
+    )
+    both = np.isfinite(left)
+    if not both.any():
+        raise LlmrecError("GAUC: no user has both a yes and a no, so there is nothing to compare")
+    return signflip(left[both], right[both], resamples=resamples, seed=seed)
+
+
+def judged(pairs: Sequence[tuple[str, str]], found: Sequence[Difference], better: Better) -> list[Pair]:
+    """Return differences of named rows, p-values Holm-adjusted among them."""
     return [
-        {
-            "a": one,
-            "b": other,
-            "value": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-            "p": p,
-            "verdict": verdict(difference, better, p=p),
-        }
+        Pair(
+            a=one,
+            b=other,
+            value=difference.value,
+            low=difference.low,
+            high=difference.high,
+            p=p,
+            verdict=verdict(difference, better, p=p),
+        )
         for (one, other), difference, p in zip(pairs, found, holm([each.p for each in found]), strict=True)
     ]
 
 
-def over_runs(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def over_runs(figures: Sequence[Figure]) -> Figure:
     """Average a figure over training seeds: an interval covers the choice of users, ``sd`` is the seeds' own spread.
 
     Args:
-        figures: One a seed, with ``value``, ``low`` and ``high``, each None where it is not defined.
+        figures: One a seed.
 
     Returns:
-        The other keys as they are, of the first one, or of the first that is not defined.
+        The signature of the first one, or of the first that is not defined, with its reason.
     """
-    found = dict(next((figure for figure in figures if figure["value"] is None), figures[0]))
+    found = next((figure for figure in figures if figure.value is None), figures[0])
     if len(figures) == 1:
         return found
-    for end in ("value", "low", "high"):
-        ends = [figure[end] for figure in figures]
-        found[end] = None if None in ends else float(np.mean(ends))
-    each = [figure["value"] for figure in figures]
-    found["sd"] = None if None in each else float(np.std(each, ddof=1))
-    return found
+
+    def mean(ends: Sequence[float | None]) -> float | None:
+        known = [end for end in ends if end is not None]
+        return float(np.mean(known)) if len(known) == len(ends) else None
+
+    each = [figure.value for figure in figures]
+    return found.model_copy(
+        update={
+            "value": mean(each),
+            "low": mean([figure.low for figure in figures]),
+            "high": mean([figure.high for figure in figures]),
+            "sd": None if None in each else float(np.std(np.array(each, dtype=np.float64), ddof=1)),
+        }
+    )

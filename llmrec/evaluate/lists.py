@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.predictor import Protocol, figure, mean_figure
+from llmrec.evaluate.figures import Protocol, figure, mean_figure
 from llmrec.metrics import beyond
 from llmrec.metrics.stats import by_user, interval_of
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
+    from llmrec.results import Metric
     from llmrec.types import Case
 
 _WORDS = re.compile(r"\s*[|,;>]\s*")
@@ -87,7 +88,7 @@ class Lists:
 
 def list_figures(
     lists: Lists, cases: Sequence[Case], protocol: Protocol, background: Background
-) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+) -> tuple[dict[str, Metric], dict[str, NDArray[np.float64]]]:
     """Return the list metrics of a row, at 10 where the protocol cuts there, else at its largest cut-off.
 
     Coverage and Gini are figures of all lists together; a resample shows fewer different lists, so they have no
@@ -180,7 +181,7 @@ def _lift(
     background: Background,
     protocol: Protocol,
     signature: str,
-) -> dict[str, Any]:
+) -> Metric:
     """Return the popularity lift over users with a history; a user's requests are resampled together."""
     share = background.counts / max(background.users, 1)
     some = np.array([len(places) > 0 for places in held])

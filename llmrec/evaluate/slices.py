@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.predictor import Protocol, mean_figure
+from llmrec.evaluate.figures import Protocol, mean_figure
 from llmrec.metrics.signature import parse_signature
+from llmrec.results import Metric, SliceOfRow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,25 +49,6 @@ class SliceRules:
         for name, edges in (("history", self.history), ("activity", self.activity)):
             if list(edges) != sorted(set(edges)) or any(edge < 1 for edge in edges):
                 raise LlmrecError(f"slices: {name} must hold rising numbers from 1, not {list(edges)}")
-
-
-@dataclass(frozen=True, slots=True)
-class SliceFigures:
-    """One slice of a row.
-
-    Attributes:
-        name: Such as ``item:cold-below-5`` or ``history:5-9``.
-        n: Number of cases.
-        users: Number of their users.
-        small: Whether there are fewer than `FEW` cases, too few to say much.
-        metrics: Figures with intervals and signatures, as in results.json; empty for a slice without cases.
-    """
-
-    name: str
-    n: int
-    users: int
-    small: bool
-    metrics: dict[str, Any]
 
 
 def slices_of(
@@ -111,10 +93,10 @@ def slice_figures(
     cases: Sequence[Case],
     data: SplitDataset,
     *,
-    metrics: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Metric],
     protocol: Protocol,
     rules: SliceRules | None = None,
-) -> tuple[SliceFigures, ...]:
+) -> tuple[SliceOfRow, ...]:
     """Average per-request values inside each slice, with intervals over the slice's users.
 
     Args:
@@ -122,7 +104,7 @@ def slice_figures(
             no means of them, are passed over.
         cases: The cases in the same order.
         data: See `slices_of`.
-        metrics: The row's figures, ``Evaluated.figures["metrics"]``, whose signatures the slices' figures carry on.
+        metrics: The row's figures, ``Evaluated.figures.metrics``, whose signatures the slices' figures carry on.
         protocol: Says how intervals are drawn.
         rules: See `slices_of`.
 
@@ -137,7 +119,7 @@ def slice_figures(
             raise ValueError(f"{metric}: {len(each)} values against {len(cases)} cases")
     users = np.array([case.request.user_id for case in cases], dtype=object)
     means = {
-        metric: (each, parse_signature(metrics[metric]["signature"]))
+        metric: (each, parse_signature(metrics[metric].signature))
         for metric, each in values.items()
         if metric not in ("AUC", "GAUC")
     }
@@ -149,7 +131,7 @@ def slice_figures(
             for metric, (each, sign) in means.items()
             if own
         }
-        figures.append(SliceFigures(name, len(own), len(set(own)), len(own) < FEW, found))
+        figures.append(SliceOfRow(name=name, n=len(own), users=len(set(own)), small=len(own) < FEW, metrics=found))
     return tuple(figures)
 
 

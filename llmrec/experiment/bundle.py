@@ -10,12 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from llmrec import __version__
-from llmrec.durable import write_json
+from llmrec.durable import Json, write_json
 from llmrec.errors import LlmrecError, ModelError
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
@@ -58,7 +57,7 @@ class Bundle:
     index: ItemIndex | None = None
 
 
-def describe(study: Study) -> dict[str, Any]:
+def describe(study: Study) -> dict[str, Json]:
     """Return what `write` stores."""
     recipe = study.recipe
     return {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
 from llmrec.backends.encode import Encoder
+from llmrec.durable import Json
 from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment.resume import Budget
 from llmrec.machine import ENGINE_PACKAGES, versions
@@ -81,7 +81,7 @@ class Engines:
         self._open = (engine, folder, backend)
         return backend
 
-    def identity(self, engine: str, weights: str) -> dict[str, Any]:
+    def identity(self, engine: str, weights: str) -> dict[str, Json]:
         """Return everything besides the question that can change an answer."""
         if engine == "openai":
             return {

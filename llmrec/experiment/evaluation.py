@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import make
 from llmrec.baselines.rating import UserMean
 from llmrec.data.split import SplitDataset
-from llmrec.durable import write_json
-from llmrec.evaluate.predictor import Evaluated, Protocol, evaluate
+from llmrec.durable import Json, write_json
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.resume import Bar, Budget, key_of, read_stage
 from llmrec.experiment.study import Study
@@ -30,7 +31,9 @@ from llmrec.recipe.schema import (
     CandidateSection,
     EvalSection,
 )
+from llmrec.records import Shown
 from llmrec.registry import POSITIONAL, STRATEGIES, lookup, options_of
+from llmrec.results import Arm, Calibration, Prediction, Row
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
@@ -41,7 +44,15 @@ from llmrec.types import Case, Predictor, Rating, Request
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 2
-_Made = tuple[Evaluated, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A row as it was made: what answered, and prompts to show."""
+
+    found: Evaluated
+    engine: str
+    examples: tuple[Shown, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class RowSpec:
     """One row to be: which arm, how it asks, and of which model."""
 
     family: str
-    arm: str
+    arm: Arm
     predictor: str
     template: Template | None = None
     shots: int = 0
@@ -62,13 +73,13 @@ class RowSpec:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """A finished row with what the report and the comparisons need."""
 
-    figures: dict[str, Any]
+    figures: Row
     values: Mapping[str, NDArray[np.float64]]
-    records: list[dict[str, Any]] = field(default_factory=list)
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    records: Sequence[Prediction] = ()
+    examples: Sequence[Shown] = ()
 
 
 class Evaluation:
@@ -83,7 +94,7 @@ class Evaluation:
         self._fitted: dict[tuple[int, str, str], Any] = {}
         self._backgrounds: dict[str, Background] = {}
 
-    def baselines(self) -> list[Row]:
+    def baselines(self) -> list[ResultRow]:
         """Fit and evaluate every family's classic predictors."""
         rows = []
         with self._budget.stage("baselines"):
@@ -93,7 +104,7 @@ class Evaluation:
                     rows.append(self._row(spec, "numpy", None, partial(self._baseline, spec, baseline)))
         return rows
 
-    def arms(self, weights: Mapping[str, tuple[str, str]], engines: Engines) -> list[Row]:
+    def arms(self, weights: Mapping[Arm, tuple[str, str]], engines: Engines) -> list[ResultRow]:
         """Evaluate language-model arms; rows of one model and one engine run one after the other.
 
         Args:
@@ -108,19 +119,19 @@ class Evaluation:
         rows = {}
         for spec, engine, folder, digest in order:
 
-            def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder, digest: str = digest) -> _Made:
+            def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder, digest: str = digest) -> Made:
                 backend = engines.get(engine, folder, digest)
                 before = backend.recalled_seconds
                 with self._budget.stage(spec.arm), self._progress(spec) as advance:
-                    found, extra = self._ask(spec, backend, advance)
+                    made = self._ask(spec, backend, advance)
                 # What a killed run had answered already costs what it cost then.
                 self._budget.add(spec.arm, backend.recalled_seconds - before)
-                return found, extra
+                return made
 
             rows[spec.id] = self._row(spec, engine, engines.identity(engine, digest), make)
         return [rows[spec.id] for spec, *_ in planned]
 
-    def _specs(self, arm: str) -> Iterator[RowSpec]:
+    def _specs(self, arm: Arm) -> Iterator[RowSpec]:
         recipe = self._study.recipe
         for family, task in self._study.tasks.items():
             section = self._study.section(family)
@@ -130,7 +141,9 @@ class Evaluation:
                 for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
                     yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
 
-    def _row(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], _Made]) -> Row:
+    def _row(
+        self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], Made]
+    ) -> ResultRow:
         """Return a stored row with the same key, or make it and store it.
 
         Args:
@@ -143,32 +156,37 @@ class Evaluation:
         key = self._key(spec, engine, identity)
         stored = read_stage(path, key)
         if stored is None:
-            found, extra = make()
-            figures = {
-                "id": spec.id,
-                "task": spec.family,
-                "arm": spec.arm,
-                "predictor": spec.predictor,
-                "template": spec.template.id if spec.template else None,
-                "template_use": spec.template.use if spec.template else None,
-                "shots": spec.shots,
-                "engine": extra["engine"],
-                "inputs": _inputs(spec, self._study) + _left_out(spec, self._study),
-                "candidates": self._digest(spec.family),
-                **found.figures,
-            }
+            made = make()
+            found = made.found
+            figures = Row(
+                id=spec.id,
+                task=spec.family,
+                arm=spec.arm,
+                predictor=spec.predictor,
+                template=spec.template.id if spec.template else None,
+                template_use=spec.template.use if spec.template else None,
+                shots=spec.shots,
+                engine=made.engine,
+                inputs=_inputs(spec, self._study) + _left_out(spec, self._study),
+                candidates=self._digest(spec.family),
+                **found.figures.as_json(),
+            )
             stored = {
                 "key": key,
-                "figures": figures,
+                "figures": figures.as_json(),
                 "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
-                "records": found.records,
-                "examples": extra.get("examples", []),
+                "records": [record.as_json() for record in found.records],
+                "examples": [example.as_json() for example in made.examples],
             }
             write_json(path, stored)
         else:
             log.info("evaluation: reusing row %s", spec.id)
-        values = {metric: np.array(numbers) for metric, numbers in stored["values"].items()}
-        return Row(stored["figures"], values, stored["records"], stored["examples"])
+        return ResultRow(
+            Row.model_validate(stored["figures"]),
+            {metric: np.array(numbers) for metric, numbers in stored["values"].items()},
+            [Prediction.model_validate(record) for record in stored["records"]],
+            [Shown.model_validate(example) for example in stored["examples"]],
+        )
 
     def _key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
         study, recipe = self._study, self._study.recipe
@@ -202,7 +220,7 @@ class Evaluation:
         sets = self._study.sets(family)
         return sets.digest if sets is not None else None
 
-    def _baseline(self, spec: RowSpec, baseline: BaselineSection) -> _Made:
+    def _baseline(self, spec: RowSpec, baseline: BaselineSection) -> Made:
         seed, options = self._study.recipe.seed, self._study.tasks[spec.family].baseline_options
         data = self._study.task_data(spec.family)
         key = (id(data), spec.predictor, str(options))
@@ -212,9 +230,9 @@ class Evaluation:
             predictor = make(baseline.name, {**baseline.parameters, **options}, seed=seed, where=where)
             predictor.fit(data)
             self._fitted[key] = predictor
-        return self._evaluate(spec, self._fitted[key]), {"engine": "numpy"}
+        return Made(self._evaluate(spec, self._fitted[key]), "numpy")
 
-    def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> _Made:
+    def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Made:
         assert spec.template is not None
         task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
         asker = Asker(
@@ -226,11 +244,11 @@ class Evaluation:
             advance=advance,
         )
         options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
-        if eval_section.debias == "measured" and spec.predictor in POSITIONAL:
-            options["training"] = task.questions(eval_section.debias_questions)
-        predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options)
+        measured = eval_section.debias == "measured" and spec.predictor in POSITIONAL
+        asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
+        predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options, **asked)
         found = self._evaluate(spec, predictor, backend)
-        return found, {"engine": predictor.engine, "examples": self._examples(spec, predictor, found)}
+        return Made(found, predictor.engine, self._examples(spec, predictor, found))
 
     def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
         family = family_of(spec.family)
@@ -249,11 +267,14 @@ class Evaluation:
             fallback=fallback,
             background=self._background(spec.family) if family.grounded else None,
         )
+        figures = found.figures
         if backend is not None:
-            found.figures["cost"]["seconds"] += backend.recalled_seconds - backend.start_seconds - before
+            spent = (figures.cost.seconds or 0.0) + backend.recalled_seconds - backend.start_seconds - before
+            figures = figures.model_copy(update={"cost": figures.cost.model_copy(update={"seconds": spent})})
         if calibrated is not None:
-            found.figures["calibration"] = {"n": len(cases), **asdict(calibrated.curve)}
-        return found
+            curve = Calibration(n=len(cases), **asdict(calibrated.curve))
+            figures = figures.model_copy(update={"calibration": curve})
+        return replace(found, figures=figures)
 
     def _background(self, family: str) -> Background:
         """What texts are held against; features where the interactions have a column of them."""
@@ -280,7 +301,7 @@ class Evaluation:
 
         return fallback
 
-    def _examples(self, spec: RowSpec, predictor: Any, found: Evaluated) -> list[dict[str, Any]]:
+    def _examples(self, spec: RowSpec, predictor: Any, found: Evaluated) -> tuple[Shown, ...]:
         """Render the first prompts of a row, as they were asked, with their answers, for the report."""
         assert spec.template is not None
         asker: Asker = predictor.asker
@@ -290,18 +311,18 @@ class Evaluation:
         for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
             prompt = first(case.request) if first is not None else asker.prompt(case.request)
             shown.append(
-                {
-                    "task": spec.family,
-                    "arm": spec.arm,
-                    "predictor": spec.predictor,
-                    "template": spec.template.id,
-                    "prompt": self._encoder.text(prompt) if self._encoder else "",
-                    "raw": record["raw"] or "",
-                    "parsed": _readable(record, case, self._study),
-                    "truth": _title(str(case.truth), spec.family, self._study),
-                }
+                Shown(
+                    task=spec.family,
+                    arm=spec.arm,
+                    predictor=spec.predictor,
+                    template=spec.template.id,
+                    prompt=self._encoder.text(prompt) if self._encoder else "",
+                    raw=record.raw or "",
+                    parsed=_readable(record, self._study),
+                    truth=_title(str(case.truth), spec.family, self._study),
+                )
             )
-        return shown
+        return tuple(shown)
 
     def _progress(self, spec: RowSpec) -> Bar:
         total = len(self._cases[spec.family]) + len(self._calibrating(spec.family))
@@ -320,7 +341,7 @@ def _nearness(spec: RowSpec, study: Study) -> dict[str, str]:
     return {"encoder": study.recipe.encoder} if near or relevant else {}
 
 
-def asking_of(strategy: str, section: EvalSection) -> dict[str, Any]:
+def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
     """Return every key of the eval section that can change a strategy's answers, with its value."""
     measured = strategy in POSITIONAL and section.debias != "none"
     more = {"debias": section.debias, "debias_questions": section.debias_questions} if measured else {}
@@ -384,11 +405,11 @@ def _title(item: str, family: str, study: Study) -> str:
     return items[item].title if family_of(family).answers_with_items and item in items else item
 
 
-def _readable(record: Mapping[str, Any], case: Case, study: Study) -> str:
+def _readable(record: Prediction, study: Study) -> str:
     """Name the first three ranked items by title; other answers as they are."""
-    parsed = json.loads(record["parsed"])
+    parsed = json.loads(record.parsed)
     if isinstance(parsed, dict):
         items = study.data.dataset.items
         top = [items[item].title if item in items else item for item in parsed["items"][:3]]
-        return f"rank of the target {record['rank']}; first: {'; '.join(top)}"
+        return f"rank of the target {record.rank}; first: {'; '.join(top)}"
     return "" if parsed is None else str(parsed)

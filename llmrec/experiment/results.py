@@ -16,17 +16,19 @@ from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
-from llmrec.evaluate.predictor import compare, statistic_of
-from llmrec.experiment.evaluation import Row
+from llmrec.evaluate.compare import compare
+from llmrec.evaluate.figures import statistic_of
+from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.row_details import breakdowns, text_samples
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
 from llmrec.machine import machine, versions
-from llmrec.metrics.signature import better
 from llmrec.metrics.significance import detectable, detectable_line
 from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe.load import recipe_hash
+from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
+from llmrec.results import Comparison, Results, better
 from llmrec.tasks.family import families, family_of, ranking_families
 
 # A drawn p is never below 1 / resamples: with so many a comparison, the smallest one stays .01 after Holm.
@@ -64,7 +66,7 @@ class Written:
 
 def write_results(
     study: Study,
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     training: Mapping[str, Any] | None,
     model: Mapping[str, Any],
     budget: Budget,
@@ -80,37 +82,38 @@ def write_results(
         name: family.headline_at(recipe.eval.cutoffs) for name, family in families().items() if name in study.tasks
     }
     compared = comparisons(study, rows)
-    results = {
-        "llmrec": __version__,
-        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["llmrec", *sys.argv[1:]]),
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_hash": recipe_hash(recipe),
-        "seed": recipe.seed,
-        "versions": versions(),
-        "machine": machine(),
-        "model": dict(model),
-        "data": {
-            "main": describe(study.data),
-            "reviews": describe(study.reviews) if study.reviews else None,
-        },
-        "candidates": _candidates(study),
-        "training": {k: v for k, v in training.items() if k != "key"} if training else None,
-        "rows": [{**row.figures, **more} for row, more in zip(rows, breakdowns(study, rows, headlines), strict=True)],
-        "headline": headlines,
-        "comparisons": compared,
-        "detectable": reach(headlines, rows, compared),
-        "budget": [{"stage": stage, "seconds": seconds} for stage, seconds in spent.items()],
-        "seconds": sum(spent.values()),
-        "examples": [example for row in rows for example in row.examples],
-        "texts": text_samples(study, rows),
-        "set_aside": [
-            {"data": table.dataset.name, "said": f"{sentence(table, found)}.", "users": list(users(found))}
+    record = {key: value for key, value in training.items() if key != "key"} if training else None
+    results = Results(
+        llmrec=__version__,
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        command=" ".join(["llmrec", *sys.argv[1:]]),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_hash=recipe_hash(recipe),
+        seed=recipe.seed,
+        versions=versions(),
+        machine=machine(),
+        model=dict(model),
+        data={"main": describe(study.data), "reviews": describe(study.reviews) if study.reviews else None},
+        candidates=_candidates(study),
+        training=Training.model_validate(record) if record else None,
+        rows=tuple(
+            row.figures.model_copy(update=dict(more))
+            for row, more in zip(rows, breakdowns(study, rows, headlines), strict=True)
+        ),
+        headline=headlines,
+        comparisons=tuple(compared),
+        detectable=reach(headlines, rows, compared),
+        budget=tuple(Stage(stage=stage, seconds=seconds) for stage, seconds in spent.items()),
+        seconds=sum(spent.values()),
+        examples=tuple(example for row in rows for example in row.examples),
+        texts=tuple(text_samples(study, rows)),
+        set_aside=tuple(
+            SetAside(data=table.dataset.name, said=f"{sentence(table, found)}.", users=tuple(users(found)))
             for table in study.tables
             if (found := study.told(table))
-        ],
-        "notes": notes(study),
-    }
+        ),
+        notes=tuple(notes(study)),
+    ).as_json()
     predictions = write_predictions(rows, folder / "predictions.parquet")
     return Written(results, write_json(folder / "results.json", results), predictions)
 
@@ -124,7 +127,7 @@ def _spent_before(path: Path, hashed: str) -> dict[str, float]:
         return {}
 
 
-def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]]:
+def planned(study: Study, rows: Sequence[ResultRow]) -> list[tuple[str, str, ResultRow, ResultRow]]:
     """Return what is compared with what, as (family, headline metric, a, b).
 
     A row whose figure is not defined is compared with none. Every tuned and few-shot row is paired with its zero-shot
@@ -132,17 +135,17 @@ def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]
     or else of the first strategy that the recipe names, with every baseline; and every other row of a language model
     with the best baseline. Which one is best is seen on the same requests, which is to the baseline's advantage.
     """
-    found: list[tuple[str, str, Row, Row]] = []
+    found: list[tuple[str, str, ResultRow, ResultRow]] = []
     for family in study.tasks:
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
-        own = [row for row in rows if row.figures["task"] == family and _has(row, metric)]
-        controls = [row for row in own if row.figures["arm"] == "baseline"]
+        own = [row for row in rows if row.figures.task == family and _has(row, metric)]
+        controls = [row for row in own if row.figures.arm == "baseline"]
         best = best_of(controls, metric)
-        arms = {(r.figures["arm"], r.figures["predictor"], r.figures["template"]): r for r in own}
+        arms = {(r.figures.arm, r.figures.predictor, r.figures.template): r for r in own}
         for (arm, predictor, template), row in arms.items():
             zero = [row for (kind, _, asked), row in arms.items() if (kind, asked) == ("zero-shot", template)]
             if predictor != "head":
-                zero = [row for row in zero if row.figures["predictor"] == predictor]
+                zero = [row for row in zero if row.figures.predictor == predictor]
             if arm in ("tuned", "few-shot"):
                 found.extend((family, metric, row, other) for other in zero)
             if arm == "tuned" and predictor in ("head", study.section(family).strategies[0]):
@@ -152,19 +155,19 @@ def planned(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, Row, Row]
     return found
 
 
-def _has(row: Row, metric: str) -> bool:
+def _has(row: ResultRow, metric: str) -> bool:
     """Whether a row has values by request of a metric, and a figure that is defined."""
-    return metric in row.values and row.figures["metrics"][metric]["value"] is not None
+    return metric in row.values and row.figures.metrics[metric].value is not None
 
 
-def best_of(rows: Sequence[Row], metric: str) -> Row | None:
+def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
     """Return the row with the best figure; None where no row has one."""
-    scored = [row for row in rows if row.figures["metrics"][metric]["value"] is not None]
+    scored = [row for row in rows if row.figures.metrics[metric].value is not None]
     sign = 1 if better(metric) == "lower" else -1
-    return min(scored, key=lambda row: sign * row.figures["metrics"][metric]["value"], default=None)
+    return min(scored, key=lambda row: sign * (row.figures.metrics[metric].value or 0.0), default=None)
 
 
-def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def comparisons(study: Study, rows: Sequence[ResultRow]) -> list[Comparison]:
     """Compare what is `planned`; p-values are Holm-adjusted over all pairs of the run.
 
     ``detectable`` is the smallest true difference that a comparison would show in 80 of 100 repetitions.
@@ -178,23 +181,23 @@ def comparisons(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
     adjusted = holm([difference.p for difference in found]) if found else []
     return [
-        {
-            "task": family,
-            "metric": metric,
-            "a": a.figures["id"],
-            "b": b.figures["id"],
-            "value": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-            "p": p,
-            "verdict": verdict(difference, better(metric), p=p),
-            "detectable": _detectable(metric, a, b, len(pairs)),
-        }
+        Comparison(
+            task=family,
+            metric=metric,
+            a=a.figures.id,
+            b=b.figures.id,
+            value=difference.value,
+            low=difference.low,
+            high=difference.high,
+            p=p,
+            verdict=verdict(difference, better(metric), p=p),
+            detectable=_detectable(metric, a, b, len(pairs)),
+        )
         for (family, metric, a, b), difference, p in zip(pairs, found, adjusted, strict=True)
     ]
 
 
-def _detectable(metric: str, a: Row, b: Row, pairs: int) -> float | None:
+def _detectable(metric: str, a: ResultRow, b: ResultRow, pairs: int) -> float | None:
     if metric in _NO_REACH:
         return None
     return detectable(
@@ -202,28 +205,28 @@ def _detectable(metric: str, a: Row, b: Row, pairs: int) -> float | None:
     )
 
 
-def reach(headlines: Mapping[str, str], rows: Sequence[Row], compared: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def reach(headlines: Mapping[str, str], rows: Sequence[ResultRow], compared: Sequence[Comparison]) -> dict[str, str]:
     """Say for each task in one line what its comparisons could have shown."""
     found = {}
     for family, metric in headlines.items():
-        own = [entry["detectable"] for entry in compared if entry["task"] == family]
-        users = next((len(set(_users(row))) for row in rows if row.figures["task"] == family), 0)
+        own = [entry.detectable for entry in compared if entry.task == family]
+        users = next((len(set(_users(row))) for row in rows if row.figures.task == family), 0)
         if own and metric not in _NO_REACH:
             found[family] = detectable_line(metric, own, users=users, comparisons=len(compared))
     return found
 
 
-def _users(row: Row) -> list[str]:
-    return [record["user_id"] for record in row.records]
+def _users(row: ResultRow) -> list[str]:
+    return [record.user_id for record in row.records]
 
 
-def write_predictions(rows: Sequence[Row], path: Path) -> pl.DataFrame:
+def write_predictions(rows: Sequence[ResultRow], path: Path) -> pl.DataFrame:
     """Write one line per row and request, and return them."""
     lines = [
         {
-            "row_id": row.figures["id"],
-            **{key: row.figures[key] for key in ("task", "arm", "predictor", "template")},
-            **record,
+            "row_id": row.figures.id,
+            **{key: getattr(row.figures, key) for key in ("task", "arm", "predictor", "template")},
+            **dict(record),
         }
         for row in rows
         for record in row.records
@@ -234,26 +237,26 @@ def write_predictions(rows: Sequence[Row], path: Path) -> pl.DataFrame:
     return frame
 
 
-def describe(data: SplitDataset) -> dict[str, Any]:
+def describe(data: SplitDataset) -> DataInfo:
     """Return a dataset's counts and hashes."""
     rows = data.dataset.interactions
     users, items = rows["user_id"].n_unique(), len(data.dataset.items)
-    return {
-        "name": data.dataset.name,
-        "users": users,
-        "items": items,
-        "interactions": len(rows),
-        "density": len(rows) / (users * items),
-        "train": len(data.train),
-        "valid": len(data.valid),
-        "test": len(data.test),
-        "fingerprint": data.dataset.fingerprint,
-        "split_fingerprint": data.fingerprint,
-        "split": data.kind,
-        "noun": data.dataset.noun,
-        "made": data.dataset.made,
-        "derived": data.dataset.provenance.get("derived", ""),
-    }
+    return DataInfo(
+        name=data.dataset.name,
+        users=users,
+        items=items,
+        interactions=len(rows),
+        density=len(rows) / (users * items),
+        train=len(data.train),
+        valid=len(data.valid),
+        test=len(data.test),
+        fingerprint=data.dataset.fingerprint,
+        split_fingerprint=data.fingerprint,
+        split=data.kind,
+        noun=data.dataset.noun,
+        made=data.dataset.made,
+        derived=data.dataset.provenance.get("derived", ""),
+    )
 
 
 def notes(study: Study) -> list[str]:
@@ -349,17 +352,12 @@ def _ceilings(study: Study) -> dict[str, float]:
     }
 
 
-def _candidates(study: Study) -> dict[str, Any]:
+def _candidates(study: Study) -> dict[str, Candidates | None]:
     drawn = {"main": study.candidates, "alignment": study.aligned}
     # Families may be asked about different users; what none of them can exceed is the highest of their ceilings.
     most = max(_ceilings(study).values(), default=None)
     return {
-        name: {
-            "digest": sets.digest,
-            "count": sets.count,
-            "kind": sets.kind,
-            "ceiling": most if name == "main" else None,
-        }
+        name: Candidates(digest=sets.digest, count=sets.count, kind=sets.kind, ceiling=most if name == "main" else None)
         for name, sets in drawn.items()
         if sets is not None
     }

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
-from llmrec.evaluate.predictor import Protocol
+from llmrec.evaluate.figures import Protocol
 from llmrec.evaluate.slices import slice_figures
-from llmrec.experiment.evaluation import Row, protocol_of
+from llmrec.experiment.evaluation import ResultRow, protocol_of
 from llmrec.experiment.study import Study
 from llmrec.guard import clean
 from llmrec.metrics import ranking
 from llmrec.metrics.stats import holm
 from llmrec.prompts.template import Template
+from llmrec.records import Product, Sample, Told, User, Written
+from llmrec.results import AtPosition, Prediction, SliceOfRow, Trend
 from llmrec.tasks.base import PAST, View
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Ranking, Request, Text
@@ -52,7 +55,16 @@ class Placed:
     rank: NDArray[np.float64]
 
 
-def breakdowns(study: Study, rows: Sequence[Row], headline: Mapping[str, str]) -> list[dict[str, Any]]:
+class Details(TypedDict):
+    """What a row of results.json holds beside its figures."""
+
+    users: int
+    slices: tuple[SliceOfRow, ...]
+    by_position: NotRequired[tuple[AtPosition, ...]]
+    position_trend: NotRequired[Trend]
+
+
+def breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> list[Details]:
     """Return what each row of results.json holds beside its figures.
 
     Args:
@@ -61,55 +73,63 @@ def breakdowns(study: Study, rows: Sequence[Row], headline: Mapping[str, str]) -
         headline: The metric by which slices of a family are compared.
 
     Returns:
-        One mapping a row: ``users``; ``slices`` as `llmrec.evaluate.slices.SliceFigures`; ``by_position``, one entry a
-        position with ``n``, mean ``hit`` and ``rank`` and the standard deviation ``rank_sd``; ``position_trend``.
-        The last two stand on rows with candidates, the trend on those of language models only.
+        One mapping a row. Positions stand on rows with candidates, the trend on those of language models only.
     """
     cases = {family: study.cases(family) for family in study.tasks}
     protocols = {family: protocol_of(study, family) for family in study.tasks}
-    placed = [place(row, cases[row.figures["task"]]) for row in rows]
+    placed = [place(row, cases[row.figures.task]) for row in rows]
     trends = _trends(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
     return [
-        {
-            "users": len({record["user_id"] for record in row.records}),
-            "slices": _slices(study, row, cases, headline, protocols),
-            **({"by_position": by_position(found)} if found is not None else {}),
-            **({"position_trend": trend} if trend is not None else {}),
-        }
+        _details(
+            len({record.user_id for record in row.records}),
+            _slices(study, row, cases, headline, protocols),
+            by_position(found) if found is not None else None,
+            trend,
+        )
         for row, found, trend in zip(rows, placed, trends, strict=True)
     ]
 
 
+def _details(
+    users: int, slices: tuple[SliceOfRow, ...], positions: tuple[AtPosition, ...] | None, trend: Trend | None
+) -> Details:
+    found = Details(users=users, slices=slices)
+    if positions is not None:
+        found["by_position"] = positions
+    if trend is not None:
+        found["position_trend"] = trend
+    return found
+
+
 def _slices(
     study: Study,
-    row: Row,
+    row: ResultRow,
     cases: Mapping[str, Sequence[Case]],
     headline: Mapping[str, str],
     protocols: Mapping[str, Protocol],
-) -> list[dict[str, Any]]:
-    family = row.figures["task"]
+) -> tuple[SliceOfRow, ...]:
+    family = row.figures.task
     metric = _INSTEAD.get(headline[family], headline[family])
     if metric not in row.values:
-        return []
-    found = slice_figures(
+        return ()
+    return slice_figures(
         {metric: row.values[metric]},
         cases[family],
         study.task_data(family),
-        metrics=row.figures["metrics"],
+        metrics=row.figures.metrics,
         protocol=protocols[family],
     )
-    return [asdict(each) for each in found]
 
 
 # --------------------------------------------------------------------------- positions
 
 
-def place(row: Row, cases: Sequence[Case]) -> Placed | None:
+def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
     """Return where each target stands among its candidates, if it is there; None where a request has no candidates."""
     if not cases or any(case.request.candidates is None for case in cases):
         return None
     sets = [case.request.candidates or () for case in cases]
-    ranks = [record["rank"] for record in row.records]
+    ranks = [record.rank for record in row.records]
     # Retrieved candidates may lack the target: then it has no position.
     there = [n for n, (own, case) in enumerate(zip(sets, cases, strict=True)) if case.truth in own]
     if not there:
@@ -123,42 +143,42 @@ def place(row: Row, cases: Sequence[Case]) -> Placed | None:
     )
 
 
-def _hits(row: Row, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     """Return HR@1 from the stored answers, for a recipe whose cut-offs leave out 1."""
     standings = []
     for record, own in zip(row.records, sets, strict=True):
-        found = json.loads(record["parsed"]) or {"items": (), "scores": ()}
+        found = json.loads(record.parsed) or {"items": (), "scores": ()}
         answer = Ranking(
-            request_id=record["request_id"], items=tuple(found["items"]), scores=tuple(map(float, found["scores"]))
+            request_id=record.request_id, items=tuple(found["items"]), scores=tuple(map(float, found["scores"]))
         )
-        standings.append(ranking.standing(answer, record["truth"], len(own)))
+        standings.append(ranking.standing(answer, record.truth, len(own)))
     greater = np.array([standing.greater for standing in standings], dtype=np.int64)
     return ranking.hit_rate(greater, np.array([standing.tied for standing in standings], dtype=np.int64), 1)
 
 
-def by_position(placed: Placed) -> list[dict[str, Any]]:
+def by_position(placed: Placed) -> tuple[AtPosition, ...]:
     """Return HR@1 and the mean rank of each position, those without requests left out."""
     found = []
     for position in np.unique(placed.position):
         here = placed.position == position
         rank = placed.rank[here]
         found.append(
-            {
-                "position": int(position),
-                "n": int(here.sum()),
-                "hit": float(placed.hit[here].mean()),
-                "rank": float(rank.mean()),
-                "rank_sd": float(rank.std(ddof=1)) if len(rank) > 1 else None,
-            }
+            AtPosition(
+                position=int(position),
+                n=int(here.sum()),
+                hit=float(placed.hit[here].mean()),
+                rank=float(rank.mean()),
+                rank_sd=float(rank.std(ddof=1)) if len(rank) > 1 else None,
+            )
         )
-    return found
+    return tuple(found)
 
 
 def _trends(
-    rows: Sequence[Row], placed: Sequence[Placed | None], *, resamples: int, seed: int
-) -> list[dict[str, Any] | None]:
+    rows: Sequence[ResultRow], placed: Sequence[Placed | None], *, resamples: int, seed: int
+) -> list[Trend | None]:
     """Test the rows of language models for a trend over positions; p-values are Holm-adjusted over these rows."""
-    tested = [row.figures["arm"] != "baseline" and own is not None for row, own in zip(rows, placed, strict=True)]
+    tested = [row.figures.arm != "baseline" and own is not None for row, own in zip(rows, placed, strict=True)]
     # As for comparisons: enough draws that the smallest p stays small after Holm.
     resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
     found: list[tuple[float, float] | None] = [
@@ -169,10 +189,9 @@ def _trends(
     return [None if each is None else _trend_of(each[0], next(adjusted)) for each in found]
 
 
-def _trend_of(rho: float, p: float) -> dict[str, Any]:
+def _trend_of(rho: float, p: float) -> Trend:
     """Say which end of the list a row prefers: a rank that grows with the position favours early targets."""
-    prefers = ("early" if rho > 0 else "late") if p <= _ALPHA else None
-    return {"rho": rho, "p": p, "prefers": prefers}
+    return Trend(rho=rho, p=p, prefers=("early" if rho > 0 else "late") if p <= _ALPHA else None)
 
 
 def trend(
@@ -212,7 +231,7 @@ _TITLES = 3
 _STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
 
 
-def text_samples(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def text_samples(study: Study, rows: Sequence[ResultRow]) -> list[Sample]:
     """Return ``texts`` of results.json, family by family.
 
     Args:
@@ -220,28 +239,28 @@ def text_samples(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
         rows: Finished rows.
 
     Returns:
-        One mapping a request: ``task``, ``request_id``; ``user`` (id and name) and ``item`` (id, title and fields);
-        ``told``, what else there is to read, each with the templates whose questions show it (``by``); ``truth``; and
-        ``answers``, row id to the ``text`` that was read, or the ``error`` and the ``raw`` answer.
+        One a request, in the order of the draw.
     """
     return [
         sample for family in study.tasks if family_of(family).answer is Text for sample in _samples(study, family, rows)
     ]
 
 
-def _samples(study: Study, family: str, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    cases, own = study.cases(family), [row for row in rows if row.figures["task"] == family]
+def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Sample]:
+    cases, own = study.cases(family), [row for row in rows if row.figures.task == family]
     view = View(study.task_data(family))
     for place in drawn([case.request.id for case in cases], study.recipe.seed):
         case = cases[place]
-        yield {
-            "task": family,
-            "request_id": case.request.id,
-            **_about(study, family, case),
-            "told": list(_told(study, family, case.request, view)),
-            "truth": str(case.truth),
-            "answers": {row.figures["id"]: _answer(row.records[place]) for row in own},
-        }
+        dataset = study.task_data(family).dataset
+        yield Sample(
+            task=family,
+            request_id=case.request.id,
+            user=_user(dataset, case.request.user_id),
+            item=_product(dataset, str(case.request.item)),
+            told=tuple(_told(study, family, case.request, view)),
+            truth=str(case.truth),
+            answers={row.figures.id: _answer(row.records[place]) for row in own},
+        )
 
 
 def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
@@ -250,42 +269,40 @@ def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
     return [int(place) for place in order[:count]]
 
 
-def _about(study: Study, family: str, case: Case) -> dict[str, Any]:
-    """Say who and what a request is about, as questions write them."""
-    dataset, user_id, item_id = study.task_data(family).dataset, case.request.user_id, str(case.request.item)
+def _user(dataset: Dataset, user_id: str) -> User:
+    """Say whose request it is, as questions write it."""
+    return User(id=user_id, name=clean(dataset.users.get(user_id, {}).get("name", "")))
+
+
+def _product(dataset: Dataset, item_id: str) -> Product:
+    """Say what a request is about, as questions write it."""
     item = dataset.items[item_id]
-    return {
-        "user": {"id": user_id, "name": clean(dataset.users.get(user_id, {}).get("name", ""))},
-        "item": {
-            "id": item_id,
-            "title": clean(item.title),
-            "fields": {clean(name): _cut(clean(value)) for name, value in item.fields.items() if clean(value)},
-        },
-    }
+    fields = {clean(name): _cut(clean(value)) for name, value in item.fields.items() if clean(value)}
+    return Product(id=item_id, title=clean(item.title), fields=fields)
 
 
-def _told(study: Study, family: str, request: Request, view: View) -> Iterator[dict[str, Any]]:
+def _told(study: Study, family: str, request: Request, view: View) -> Iterator[Told]:
     """Yield the request's context, which baselines read too, and what else some template shows."""
     templates = study.eval_templates(family)
     for name, text in request.context.items():
-        yield {"name": name, "text": _cut(clean(text, len(text))), "by": _showing(templates, {name})}
+        yield Told(name=name, text=_cut(clean(text, len(text))), by=_showing(templates, {name}))
     dataset = study.task_data(family).dataset
     profile = _pairs(dataset.users.get(request.user_id, {}))
     if profile and (by := _showing(templates, {"profile"})) and "profile" not in request.context:
-        yield {"name": "profile", "text": _cut(profile), "by": by}
+        yield Told(name="profile", text=_cut(profile), by=by)
     if request.history and (by := _showing(templates, PAST)):
         titles = [clean(dataset.items[event.item_id].title) for event in request.history[-_TITLES:]]
         text = f"{len(request.history)}, the last of them: {'; '.join(titles)}"
-        yield {"name": "earlier items", "text": _cut(text), "by": by}
+        yield Told(name="earlier items", text=_cut(text), by=by)
     known = view.pair(request.user_id, str(request.item))
     for variable, name in _STATISTICS.items():
         by = _showing(templates, {variable})
         if by and (statistics := cast(Callable[[], Mapping[str, Any] | None], known[variable])()):
-            yield {"name": name, "text": _counted(statistics), "by": by}
+            yield Told(name=name, text=_counted(statistics), by=by)
 
 
-def _showing(templates: Sequence[Template], names: frozenset[str] | set[str]) -> list[str]:
-    return [template.id for template in templates if names & template.names("system", "user")]
+def _showing(templates: Sequence[Template], names: frozenset[str] | set[str]) -> tuple[str, ...]:
+    return tuple(template.id for template in templates if names & template.names("system", "user"))
 
 
 def _counted(statistics: Mapping[str, Any]) -> str:
@@ -299,12 +316,12 @@ def _pairs(fields: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {value}" for name, value in found.items() if value)
 
 
-def _answer(record: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(record: Prediction) -> Written:
     """Return what was read, or why nothing was."""
-    text = json.loads(record["parsed"])
+    text = json.loads(record.parsed)
     if text is not None:
-        return {"text": str(text)}
-    return {"text": None, "error": record["error"] or "", "raw": _cut(record["raw"] or "", _RAW)}
+        return Written(text=str(text))
+    return Written(text=None, error=record.error or "", raw=_cut(record.raw or "", _RAW))
 
 
 def _cut(text: str, limit: int = _INPUT) -> str:

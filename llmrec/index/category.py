@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmrec.durable import Json
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.index.numbers import shuffled
@@ -145,7 +146,7 @@ class _Filing:
     def read(settings: Mapping[str, Any]) -> _Filing:
         return _Filing(tuple(settings["fields"]), tuple(settings["separators"]), int(settings["levels"]))
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Json]:
         return {"fields": list(self.fields), "separators": list(self.separators), "levels": self.levels}
 
     def names(self, item: Item) -> Path:

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
+from llmrec.durable import Json
 from llmrec.index.table import ItemIndex
 
 Pieces = tuple[str, ...]
@@ -127,7 +127,7 @@ class Diagnostics:
         """Share of items that shared their code before it was repaired, where building the index showed it."""
         return self.figures.get("collisions")
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Json]:
         """Return the figures as JSON; of counts of single tokens, the number and the largest share are kept."""
         found = asdict(self)
         for level, entry in zip(self.levels, found["levels"], strict=True):

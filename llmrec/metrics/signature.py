@@ -29,7 +29,6 @@ _TEXT: Mapping[str, str] = {
     "Distinct": "words-lower",
     **dict.fromkeys(("FMR", "FCR", "DIV", "USR", "Hallucination", "CopyRate"), "words-lower"),
 }
-_LOWER = re.compile(rf"RMSE|MAE|LogLoss|ECE|DIV|Hallucination|CopyRate|(Gini|PopularityLift){_CUT}")
 _KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split", "llmrec")
 
 
@@ -64,11 +63,6 @@ class Signature:
 def kind_of(metric: str) -> Kind | None:
     """Return what kind of metric a name stands for; None for an unknown one."""
     return next((kind for kind, names in _NAMES.items() if names.fullmatch(metric)), None)
-
-
-def better(metric: str) -> Literal["higher", "lower"]:
-    """Say whether higher or lower figures of a metric are better."""
-    return "lower" if _LOWER.fullmatch(metric) else "higher"
 
 
 def signature(

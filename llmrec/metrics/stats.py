@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
+from llmrec.results import Better, Verdict
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 StatisticName = Literal["mean", "root_mean"]
 Method = Literal["percentile", "bca"]
-Better = Literal["higher", "lower"]
-Verdict = Literal["shown", "not shown", "contradicted"]
 
 # Indices drawn at a time: 4 MB of them, so that gathered values stay in the cache.
 _CHUNK = 1 << 19

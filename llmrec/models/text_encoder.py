@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from llmrec.durable import Json
 from llmrec.errors import ModelError, require
 from llmrec.models.load import has_cuda, quiet_libraries, resolve, weights_stamp
 from llmrec.models.tensors import load_whole
@@ -87,10 +88,12 @@ def _pooled(states: Any, mask: Any, first: bool) -> Any:
 
 def _longest(folder: str, model: Any) -> int:
     said = _settings(folder, "sentence_bert_config.json").get("max_seq_length")
-    return int(said or min(512, getattr(model.config, "max_position_embeddings", 512)))
+    if isinstance(said, int) and said:
+        return said
+    return int(min(512, getattr(model.config, "max_position_embeddings", 512)))
 
 
-def _settings(folder: str, name: str) -> dict[str, Any]:
+def _settings(folder: str, name: str) -> dict[str, Json]:
     file = Path(folder) / name
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from llmrec.durable import Json
 from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.recipe.comparisons import Benchmark, Suite
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
@@ -78,7 +79,7 @@ def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> 
 
 
 def _validated(
-    model: type[Page], values: dict[str, Any], lines: dict[KeyPath, int], file: Path, overrides: Sequence[str]
+    model: type[Page], values: dict[str, Json], lines: dict[KeyPath, int], file: Path, overrides: Sequence[str]
 ) -> Page:
     for override in overrides:
         _override(values, override)
@@ -112,7 +113,7 @@ def _find(path: Path, home: str) -> Path:
     raise RecipeError(f"page {path} does not exist; shipped are: {', '.join(names)}", kind="missing-file", at=path)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+def _read(file: Path) -> tuple[dict[str, Json], dict[KeyPath, int]]:
     try:
         text = file.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -156,7 +157,7 @@ def _mark(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], file
             _mark(value, (*path, index), lines, file)
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Json], above: Mapping[str, Any]) -> dict[str, Json]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -164,7 +165,7 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Json], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(

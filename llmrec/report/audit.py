@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, LlmrecError
-from llmrec.report.escape import flat
-from llmrec.report.records import Record, mended
+from llmrec.records import Record
+from llmrec.report.escape import flat, mended
 
 AUDIT = "audit.json"
 VERDICT = "This run leaks, so it gets no table."

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from llmrec.errors import LlmrecError
 from llmrec.registry import TASKS
-from llmrec.report.records import Results, Row
+from llmrec.results import Results, Row
 from llmrec.tasks.family import missing_controls
 
 # Signature fields that may differ between the metrics of one row.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmrec.report.records import Results, Row
+from llmrec.results import Results, Row
 
 ARMS = ("zero-shot", "few-shot", "tuned", "baseline")
 

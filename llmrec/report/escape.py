@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 # C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# What opens code, emphasis, strike-through, maths or a cell; a bracket only where it would close a link.
-_MARKDOWN = re.compile(r"[\\`*|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:])")
+# What opens code, emphasis, strike-through, maths or a cell; a bracket only where it would close a link. What
+# follows the end of the text is not known here.
+_MARKDOWN = re.compile(r"[\\`*|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=[(\[:]|$)")
 # What opens a list, a rule, an underlined heading or a definition at the start of a line.
 _BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=:]))")
 _CODE = re.compile(r"[A-Za-z0-9 ._:/@+=,|%-]+")
@@ -47,6 +49,19 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
+def mended(value: Any) -> Any:
+    """Replace lone surrogates, which no file can hold, in every string of a JSON value."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+    if isinstance(value, dict):
+        return {mended(key): mended(entry) for key, entry in value.items()}
+    return [mended(entry) for entry in value] if isinstance(value, list) else value
+
+
 def flat(text: str) -> str:
     """Return text on one line, with every hidden character written out."""
     return " ".join(visible(text).split())
@@ -63,6 +78,12 @@ def code(text: str) -> str:
     """Return untrusted text as a Markdown code span, or as a cell if it holds what a span cannot."""
     line = flat(text)
     return f"`{line}`" if _CODE.fullmatch(line) else cell(line)
+
+
+def fenced(text: str) -> str:
+    """Return untrusted YAML as a fenced Markdown block, the fence longer than any in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{visible(text.rstrip())}\n{fence}"
 
 
 def csv_cell(value: object) -> str:

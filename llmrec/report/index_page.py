@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from llmrec.durable import refuse_link, replacing
 from llmrec.index.diagnostics import Depth, Diagnostics, Entry, Group, Level
 from llmrec.report import index_summary as index_words
 from llmrec.report.escape import flat, page_json, plain
-from llmrec.report.page import environment, put_scripts
+from llmrec.report.page import put_scripts
+from llmrec.report.render import environment, style
 
-_HERE = Path(__file__).resolve().parent
 _LONGEST = 120  # characters of a title or code; the rest says little more
 
 
@@ -74,7 +74,7 @@ def html_page(content: IndexPage, *, inline_styles: Sequence[str]) -> str:
     nonce = hashlib.sha256(json.dumps(asdict(content)).encode()).hexdigest()[:32]
     return environment().get_template("index.html.j2").render(
         page=content, found=found, nonce=nonce, data=page_json(drawn), plotted=frozenset(drawn),
-        style=(_HERE / "style.css").read_text("utf-8"), inline_styles=inline_styles,
+        style=style(), inline_styles=inline_styles,
         sentence=index_words.sentence(found), figures=index_words.key_figures(found),
         level_title=index_words.level_title,
         groups={length: tuple(each) for length, each in groupby(content.groups, key=lambda group: group.length)},
@@ -88,10 +88,36 @@ def short(text: str, longest: int = _LONGEST) -> str:
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
-def plots(found: Diagnostics) -> dict[str, Any]:
+class Usage(TypedDict):
+    """How often each token of a level is used, and how often each would be if all were alike."""
+
+    title: str
+    counts: list[int]
+    available: int
+    even: float
+    items: int
+
+
+class Branching(TypedDict):
+    """What follows a prefix, by its length."""
+
+    title: str
+    x: list[int]
+    mean: list[float]
+    most: list[int]
+
+
+class Plot(TypedDict):
+    """Panels of one kind, side by side."""
+
+    kind: Literal["usage", "branching"]
+    panels: list[Usage] | list[Branching]
+
+
+def plots(found: Diagnostics) -> dict[str, Plot]:
     """Return every plot's data by the id of the element that holds it."""
     panels = [_panel(level, found.items) for level in found.levels if level.counts and level.counts[0] > 1]
-    drawn: dict[str, Any] = {}
+    drawn: dict[str, Plot] = {}
     if panels:
         drawn["usage"] = {"kind": "usage", "panels": panels}
     if len(found.depths) > 1:
@@ -99,7 +125,7 @@ def plots(found: Diagnostics) -> dict[str, Any]:
     return drawn
 
 
-def _panel(level: Level, items: int) -> dict[str, Any]:
+def _panel(level: Level, items: int) -> Usage:
     return {
         "title": plain(f"items of each {index_words.level_title(level)}"),
         "counts": list(level.counts),
@@ -109,7 +135,7 @@ def _panel(level: Level, items: int) -> dict[str, Any]:
     }
 
 
-def _branching(depths: Sequence[Depth]) -> list[dict[str, Any]]:
+def _branching(depths: Sequence[Depth]) -> list[Branching]:
     """Return what follows prefixes and what stands under them, by the length of the prefix."""
     lengths = [depth.length for depth in depths]
     return [

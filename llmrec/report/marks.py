@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.report.records import Comparison, Results, Row, Verdict
-from llmrec.report.wording import DASH, arm_label, facing, label
+from llmrec.report.wording import arm_label, facing, label
+from llmrec.results import Comparison, Results, Row, Verdict
 
 SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted": "✗"}
 """Signs beside the words, for the eye only."""
-OVER_ZERO_SHOT, OVER_BASELINE = "Beats zero-shot", "Beats best baseline"
-"""What the two marks claim of the row that carries them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +50,6 @@ def marks(results: Results, task: str) -> dict[str, Mark]:
         for row in rows
         if row.arm != "baseline"
     }
-
-
-def word(comparison: Comparison | None) -> str:
-    """Return a mark as a word; a dash where there is none."""
-    return DASH if comparison is None else comparison.verdict
 
 
 def has_marks(results: Results, task: str) -> bool:

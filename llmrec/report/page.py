@@ -6,36 +6,15 @@ nonce, and the nonce is a hash over the data, so that no title or model output c
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import FileSystemLoader, StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from llmrec.durable import refuse_link, replacing
-from llmrec.report import costs, marks, positions, slices, texts, wording
 from llmrec.report import index_summary as index_words
-from llmrec.report import marks as templates
-from llmrec.report import results as facts
-from llmrec.report.audit import (
-    VERDICT,
-    AuditLine,
-    LeakError,
-    audit_lines,
-    audit_sentence,
-    how_to_audit,
-    refusal,
-    refuse_leaks,
-)
-from llmrec.report.escape import cell, page_json, visible
-from llmrec.report.latex import latex
-from llmrec.report.markdown import audit_markdown, markdown_page
-from llmrec.report.plots import plots
-from llmrec.report.records import Results, lower
+from llmrec.report.audit import AuditLine, LeakError, audit_lines, how_to_audit, refuse_leaks
+from llmrec.report.render import html_page, latex, markdown_page, refused_pages
 from llmrec.report.results import Made, content_of, failure_reasons, mend_for, results_of
 from llmrec.report.table import csv_text
 
@@ -95,14 +74,8 @@ def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
     folder.mkdir(exist_ok=True)
     for kind in ("csv", "latex"):
         (folder / PAGES[kind]).unlink(missing_ok=True)
-    name, said = run_dir.resolve().name, refusal(audit)
-    parts = [f"# {cell(name)}", f"**{cell(VERDICT)}** {cell(said)}", "## Audit", *audit_markdown(audit, "")]
-    _put(folder / PAGES["markdown"], ("\n\n".join(parts) + "\n").encode())
-    page = environment().get_template("refused.html.j2").render(
-        name=name, verdict=VERDICT, advice=said, audit=audit, audited=audit_sentence(audit), mend="",
-        nonce=hashlib.sha256(repr(audit).encode()).hexdigest()[:32], style=(_HERE / "style.css").read_text("utf-8"),
-    )  # fmt: skip
-    _put(folder / PAGES["html"], page.encode())
+    for kind, text in refused_pages(run_dir.resolve().name, audit).items():
+        _put(folder / PAGES[kind], text.encode())
 
 
 def put_scripts(folder: Path) -> list[str]:
@@ -125,74 +98,3 @@ def _inline_styles(plotly: bytes) -> list[str]:
     """Return ids of style elements that plotly.js would add, which the page's policy forbids unless they exist."""
     marked = re.findall(rb'getElementById\("([0-9a-f]{64})"\)', plotly)
     return ["plotly.js-style-global", *(name.decode() for name in marked)]
-
-
-# --------------------------------------------------------------------------- HTML
-
-
-def html_page(
-    results: Results,
-    reasons: Mapping[str, Mapping[str, int]],
-    audit: Sequence[AuditLine] | None,
-    *,
-    mend: str,
-    inline_styles: Sequence[str],
-    item_index: str = "",
-) -> str:
-    """Render the page.
-
-    Args:
-        results: Checked results.
-        reasons: Row id to failure reason to count.
-        audit: Lines of the audit; None where there was none.
-        mend: The command that makes the audit.
-        inline_styles: Ids of empty style elements to put in the head.
-        item_index: A line on the run's index, whose page stands beside this one; empty where there is none.
-    """
-    drawn = plots(results)
-    parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), mend]
-    parts.append(item_index)
-    verdicts = {task: wording.verdict(results, task) for task in results.tasks}
-    return environment().get_template("page.html.j2").render(
-        results=results, reasons=reasons, nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
-        data=page_json(drawn), plotted=frozenset(drawn), style=(_HERE / "style.css").read_text("utf-8"),
-        inline_styles=inline_styles, verdicts=verdicts, summary=wording.summary(results),
-        winner={task: wording.winner_sentence(found) for task, found in verdicts.items()},
-        tuning={task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
-        signatures=facts.signatures(results), arms=costs.cost_by_arm(results), made=facts.made_data(results),
-        audit=audit, audited=audit_sentence(audit) if audit is not None else "", mend=mend,
-        item_index=item_index, index_page=index_words.PAGE,
-    )  # fmt: skip
-
-
-@functools.cache
-def environment() -> ImmutableSandboxedEnvironment:
-    """Return the template engine with everything that the templates call."""
-    environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    environment.globals.update(
-        interval=wording.interval, favours=wording.favours, detectable=wording.DETECTABLE, dash=wording.DASH,
-        signs=marks.SIGNS, marks_of=marks.marks, legend_of=marks.legend, rule_of=marks.rule,
-        spreads=templates.spreads, singles=templates.singles, single=templates.SINGLE,
-        position_rows=positions.shown_rows, bands=positions.bands, position_says=positions.sentences,
-        trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
-        text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
-        about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
-    )  # fmt: skip
-    environment.filters.update(
-        number=wording.number, share=wording.share, count=wording.count, rough=wording.rough, p=wording.p_value,
-        duration=wording.duration, label=wording.label, title_of=wording.title, short_template=wording.short_template,
-        clip=facts.clip, answer=facts.answer, dump=facts.dump, is_lower=lower, figure=wording.figure,
-    )  # fmt: skip
-    return environment
-
-
-def _shown(value: object) -> object:
-    """Write out control characters in every plain string that enters the page; finished markup stays as it is."""
-    return visible(value) if type(value) is str else value

@@ -5,13 +5,12 @@ Colours, fonts and layout are chosen by report.js, which knows the width and the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, TypedDict
 
 from llmrec.report.costs import cost_by_row
 from llmrec.report.escape import plain
 from llmrec.report.marks import best_baseline
 from llmrec.report.positions import bands, shown_rows
-from llmrec.report.records import Results, Row, lower
 from llmrec.report.wording import (
     arm_label,
     duration,
@@ -23,14 +22,127 @@ from llmrec.report.wording import (
     title,
     with_interval,
 )
+from llmrec.results import Better, Results, Row, better
 
 _LONGEST_LABEL = 48  # characters beside or above a mark; hovering shows the rest
 _LONGEST_LINE = 26  # of the two lines above a panel
 
 
-def plots(results: Results) -> dict[str, Any]:
+class Bar(TypedDict):
+    """One row with its interval."""
+
+    label: str
+    short: str
+    arm: str
+    value: float
+    low: float | None
+    high: float | None
+    text: str
+
+
+class Forest(TypedDict):
+    """Rows above each other, best first, and a reference line."""
+
+    kind: Literal["forest"]
+    metric: str
+    better: Better
+    rows: list[Bar]
+    reference: float | None
+
+
+class Series(TypedDict):
+    """One line over optimiser steps."""
+
+    name: str
+    kind: str
+    x: list[int]
+    y: list[float]
+
+
+class Lines(TypedDict):
+    """Lines of one unit."""
+
+    kind: Literal["lines"]
+    unit: str
+    series: list[Series]
+
+
+class StageBar(TypedDict):
+    """Seconds of one stage."""
+
+    label: str
+    short: str
+    seconds: float
+    text: str
+
+
+class BudgetPlot(TypedDict):
+    """Stages in the order in which they ran."""
+
+    kind: Literal["budget"]
+    stages: list[StageBar]
+
+
+class Curve(TypedDict):
+    """Values with their intervals."""
+
+    y: list[float]
+    low: list[float] | list[float | None]
+    high: list[float] | list[float | None]
+
+
+class Panel(TypedDict):
+    """A row by the position of the target."""
+
+    label: str
+    title: list[str]
+    arm: str
+    x: list[float]
+    names: list[str]
+    n: list[int]
+    hit: Curve
+    rank: Curve
+
+
+class Measure(TypedDict):
+    """Which curve of a panel is drawn, and its name."""
+
+    key: str
+    title: str
+
+
+class Positions(TypedDict):
+    """Panels beside each other, each with the control."""
+
+    kind: Literal["positions"]
+    panels: list[Panel]
+    control: Panel | None
+    measures: list[Measure]
+
+
+class Point(Bar):
+    """One row with the tokens that it cost a user."""
+
+    tokens: float
+
+
+class CostPlot(TypedDict):
+    """Quality against cost, and a reference line."""
+
+    kind: Literal["cost"]
+    metric: str
+    better: Better
+    points: list[Point]
+    reference: float | None
+    control: str | None
+
+
+Plot = Forest | Lines | BudgetPlot | Positions | CostPlot
+
+
+def plots(results: Results) -> dict[str, Plot]:
     """Return every plot's data by the id of the element that holds it."""
-    found: dict[str, Any] = {}
+    found: dict[str, Plot] = {}
     for place, task in enumerate(results.tasks, 1):
         found[f"forest-{place}"] = forest(results, task)
         positions, cost = by_position(results, task), quality_by_tokens(results, task)
@@ -47,10 +159,10 @@ def plots(results: Results) -> dict[str, Any]:
     return found
 
 
-def forest(results: Results, task: str) -> dict[str, Any]:
+def forest(results: Results, task: str) -> Forest:
     """Return a task's headline values with intervals, best first, and the best baseline as reference line."""
     metric = results.headline[task]
-    rows = []
+    rows: list[Bar] = []
     for row in results.standings(task):
         score = row.metrics.get(metric)
         if score is None or score.value is None:
@@ -71,13 +183,13 @@ def forest(results: Results, task: str) -> dict[str, Any]:
     return {
         "kind": "forest",
         "metric": plain(metric),
-        "better": "lower" if lower(metric) else "higher",
+        "better": better(metric),
         "rows": rows,
         "reference": control and control["value"],
     }
 
 
-def losses(results: Results) -> dict[str, Any]:
+def losses(results: Results) -> Lines:
     """Return the training loss and each task's validation loss by optimiser step."""
     log = results.training.log if results.training else ()
     names = dict.fromkeys(name for line in log for name in (line.valid_loss or {}))
@@ -88,21 +200,21 @@ def losses(results: Results) -> dict[str, Any]:
     return {"kind": "lines", "unit": "loss, nats a token", "series": series}
 
 
-def speed(results: Results) -> dict[str, Any]:
+def speed(results: Results) -> Lines:
     """Return training tokens a second by optimiser step."""
     log = results.training.log if results.training else ()
     points = [(line.step, line.tokens_per_second) for line in log]
     return {"kind": "lines", "unit": "tokens/s", "series": [_series("tokens/s", "speed", points)]}
 
 
-def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> dict[str, Any]:
+def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Series:
     kept = [(step, value) for step, value in points if value is not None]
     return {"name": plain(name), "kind": kind, "x": [step for step, _ in kept], "y": [value for _, value in kept]}
 
 
-def budget(results: Results) -> dict[str, Any]:
+def budget(results: Results) -> BudgetPlot:
     """Return seconds a stage, in the order in which the stages ran."""
-    stages = [
+    stages: list[StageBar] = [
         {
             "label": plain(entry.stage),
             "short": plain(entry.stage, _LONGEST_LABEL // 2),
@@ -114,7 +226,7 @@ def budget(results: Results) -> dict[str, Any]:
     return {"kind": "budget", "stages": stages}
 
 
-def by_position(results: Results, task: str) -> dict[str, Any]:
+def by_position(results: Results, task: str) -> Positions:
     """Return HR@1 and mean rank by position of every language-model row, and those of the best baseline beside each."""
     rows = shown_rows(results, task)
     return {
@@ -125,7 +237,7 @@ def by_position(results: Results, task: str) -> dict[str, Any]:
     }
 
 
-def _panel(row: Row) -> dict[str, Any]:
+def _panel(row: Row) -> Panel:
     """Return one row's curve, with arm and strategy in one line of its title and the template in the other."""
     own = bands(row)
     lines = (arm_label(row.arm, row.predictor), short_template(row))
@@ -141,11 +253,11 @@ def _panel(row: Row) -> dict[str, Any]:
     }
 
 
-def quality_by_tokens(results: Results, task: str) -> dict[str, Any] | None:
+def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
     """Return the headline values of language-model rows against tokens a user; None where no row used a token."""
     metric = results.headline[task]
     several = len({row.predictor for row in results.rows if row.task == task and row.arm != "baseline"}) > 1
-    points = []
+    points: list[Point] = []
     for cost in cost_by_row(results, task):
         score = cost.row.metrics.get(metric)
         if cost.row.arm == "baseline" or score is None or score.value is None or not cost.tokens_per_user:
@@ -169,8 +281,8 @@ def quality_by_tokens(results: Results, task: str) -> dict[str, Any] | None:
     return {
         "kind": "cost",
         "metric": plain(metric),
-        "better": "lower" if lower(metric) else "higher",
+        "better": better(metric),
         "points": points,
-        "reference": control and control.metrics[metric].value,
-        "control": control and plain(label(control), _LONGEST_LABEL // 2),
+        "reference": control.metrics[metric].value if control else None,
+        "control": plain(label(control), _LONGEST_LABEL // 2) if control else None,
     }

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from scipy.special import ndtri, stdtrit
 
 from llmrec.report.marks import best_baseline
-from llmrec.report.records import AtPosition, Results, Row, Trend
 from llmrec.report.wording import DASH, arm_label, label, listed, p_value
+from llmrec.results import AtPosition, Results, Row, Trend
 
 _A_BAND = 20  # requests
 _Z = float(ndtri(0.975))

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from llmrec.errors import DataError
 from llmrec.report.audit import AuditLine, audit_lines, refuse_leaks
 from llmrec.report.checks import check
-from llmrec.report.records import Results, mended
+from llmrec.report.escape import mended
 from llmrec.report.wording import count
+from llmrec.results import Results
 
 
 @dataclass(frozen=True)

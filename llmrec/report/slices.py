@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from llmrec.report.marks import best_baseline
-from llmrec.report.records import Metric, Results, Row, SliceOfRow, lower
+from llmrec.results import Metric, Results, Row, SliceOfRow, lower
 
 _NAMES = (
     (r"item:cold-below-(\d+)", "Cold items: fewer than {0} training interactions"),

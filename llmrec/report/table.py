@@ -1,4 +1,4 @@
-"""Results as Markdown tables, as CSV and as tables for the console."""
+"""Results as CSV and as tables for the console, and how finished cells become a Markdown table."""
 
 from __future__ import annotations
 
@@ -11,39 +11,27 @@ from rich.table import Table
 from rich.text import Text
 
 from llmrec.report.costs import cost_of
-from llmrec.report.escape import cell, csv_cell, flat
+from llmrec.report.escape import csv_cell, flat
 from llmrec.report.marks import (
-    OVER_BASELINE,
-    OVER_ZERO_SHOT,
-    SINGLE,
     Mark,
     best_baseline,
-    has_marks,
-    legend,
     marks,
-    rule,
     singles,
-    word,
 )
-from llmrec.report.records import Comparison, Metric, Results, Row, lower
 from llmrec.report.results import results_of
 from llmrec.report.wording import (
-    DASH,
-    DETECTABLE,
     UNDEFINED,
     count,
-    duration,
-    favours,
     figure,
     interval,
     label,
-    number,
     p_value,
     share,
     title,
     undefined,
     with_interval,
 )
+from llmrec.results import Metric, Results, Row
 
 CSV_COLUMNS = (
     "task", "row", "arm", "predictor", "template", "template_use", "shots", "engine", "inputs", "n", "metric", "value",
@@ -61,82 +49,6 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int
     """Lay out finished cells as a Markdown table; columns from ``numeric_from`` on are right-aligned."""
     rule = ["---" if place < numeric_from else "---:" for place in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
-
-
-def task_markdown(results: Results, task: str) -> str:
-    """Return a task's table, best row first, and the lines that say how to read it."""
-    names = results.metrics(task)
-    marked = marks(results, task) if has_marks(results, task) else {}
-    claims = [OVER_ZERO_SHOT, OVER_BASELINE] if marked else []
-    header = ["Row", names[0], *claims, *names[1:], "Template", "Shots", "Engine", "n", "Parsed", "Ties", "Tokens/s"]
-    best = {name: results.best(task, name) for name in names}
-    alone = singles(results, task)
-    rows = []
-    for row in results.standings(task):
-        first, *others = (_metric_cell(row, name, best[name], full=name == names[0]) for name in names)
-        rows.append(
-            [
-                f"{cell(label(row))} (baseline)" if row.arm == "baseline" else cell(label(row)),
-                first,
-                *(_mark_words(marked.get(row.id)) if marked else []),
-                *others,
-                _template(row, single=row.id in alone),
-                str(row.shots),
-                cell(row.engine),
-                count(row.n),
-                share(row.parse_rate),
-                share(row.tie_rate),
-                count(row.cost.tokens_per_second),
-                duration(row.cost.seconds),
-            ]
-        )
-    direction = "lower" if lower(names[0]) else "higher"
-    note = f"Ordered by {cell(names[0])} ({direction} is better), 95 % intervals in brackets, best of a column bold."
-    lines = [grid([cell(head) for head in (*header, "Time")], rows), note]
-    lines += [cell(line) for line in undefined(results, task)]
-    lines += [cell(line) for line in (results.detectable.get(task, ""), legend(results, task)) if line]
-    lines += [cell(rule(results))] if marked else []
-    return "\n\n".join(lines)
-
-
-def _mark_words(mark: Mark | None) -> list[str]:
-    return [DASH, DASH] if mark is None else [word(mark.zero_shot), word(mark.baseline)]
-
-
-def _template(row: Row, *, single: bool) -> str:
-    if not row.template:
-        return DASH
-    said = [part for part in (row.template_use, SINGLE if single else "") if part]
-    return cell(f"{row.template} ({', '.join(said)})" if said else row.template)
-
-
-def _metric_cell(row: Row, name: str, best: float | None, *, full: bool) -> str:
-    metric = row.metrics.get(name)
-    if metric is None or metric.value is None:
-        return figure(metric)
-    value = f"**{number(metric.value)}**" if metric.value == best else number(metric.value)
-    bounds = interval(metric.low, metric.high) if full else ""
-    return f"{value} {bounds}".rstrip()
-
-
-def comparisons_markdown(results: Results) -> str:
-    """Return the table of paired differences."""
-    rows = [
-        [cell(title(entry.task)), cell(entry.metric), *_sides(results, entry), *_finding(entry)]
-        for entry in results.comparisons
-    ]
-    header = ["Task", "Metric", "a", "b", "a − b", "p", "Verdict", "Detectable"]
-    notes = [favours([entry.metric for entry in results.comparisons]), rule(results), DETECTABLE]
-    return "\n\n".join([grid(header, rows, numeric_from=4), *map(cell, notes)])
-
-
-def _sides(results: Results, entry: Comparison) -> list[str]:
-    return [cell(label(results.row(side))) for side in (entry.a, entry.b)]
-
-
-def _finding(entry: Comparison) -> list[str]:
-    difference = with_interval(entry.value, entry.low, entry.high, sign=True)
-    return [difference, p_value(entry.p), entry.verdict, number(entry.detectable)]
 
 
 # --------------------------------------------------------------------------- CSV

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmrec.report.records import Results, Row, Sample, Told, Written
+from llmrec.records import Sample, Told, Written
 from llmrec.report.wording import listed
+from llmrec.results import Results, Row
 
 OPEN = 5
 """Requests of a task that stand open on the page, and that the Markdown page holds."""

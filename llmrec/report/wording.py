@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmrec.registry import TASKS
 from llmrec.report.escape import flat, visible
-from llmrec.report.records import Comparison, Metric, Results, Row, Verdict, lower
+from llmrec.results import Comparison, Metric, Results, Row, Verdict, lower
 from llmrec.tasks.family import family_of
 
 TRIVIAL = frozenset(

@@ -19,7 +19,8 @@ from llmrec.baselines.markov import FirstOrder, Markov, MarkovCooccurrence
 from llmrec.baselines.popular import Popularity, Random, RecentPopularity
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
-from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.ranking import Standing, hit_rate, standing
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Event, Item, Predictor, Ranking, Request
@@ -107,8 +108,8 @@ def test_chance_is_the_expectation_over_all_orders_and_no_draw(
         found = evaluate(model, cases, name="direct", kind=family_of("direct").answer, protocol=protocol)
         assert found.values["NDCG@10"] == pytest.approx(np.full(5, ndcg_at_10), abs=5e-5)
         assert found.values["HR@10"] == pytest.approx(np.full(5, hr_at_10))
-        assert found.figures["metrics"]["NDCG@10"]["value"] == pytest.approx(found.values["NDCG@10"][0])
-        assert found.figures["tie_rate"] == 1.0
+        assert found.figures.metrics["NDCG@10"].value == pytest.approx(found.values["NDCG@10"][0])
+        assert found.figures.tie_rate == 1.0
 
 
 def test_chance_over_a_catalogue_is_exact_though_its_list_is_cut() -> None:

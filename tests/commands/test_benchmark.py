@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 
 from llmrec.commands.compare.benchmark import Line, _add, _row, _values, points, run_benchmark
 from llmrec.commands.compare.benchmark_page import frontier, pages, picture
+from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
 from llmrec.errors import RecipeError
-from llmrec.evaluate.predictor import compare
+from llmrec.evaluate.compare import compare
 from llmrec.recipe.load import kind_of_page, load_benchmark
+from llmrec.results import Cost, Figure, Metric, Row
 from tests.tasks.task_data import make_split
 
 DATA = make_split()
@@ -124,22 +127,23 @@ def test_a_second_call_reuses_every_run(tmp_path: Path) -> None:
 
 
 def test_seeds_are_averaged_before_rows_are_compared() -> None:
-    def figures(value: float) -> dict[str, Any]:
-        metric = {"value": value, "low": value - 1, "high": value + 1}
-        cost = {"prompt_tokens": 10, "completion_tokens": 0, "forwards": 2, "seconds": 1.0}
-        return {
-            "arm": "tuned", "predictor": "label", "template": "direct/x", "shots": 0, "engine": "fake", "n": 2,
-            "parse_rate": 1.0, "metrics": {"NDCG@10": metric}, "cost": cost,
-        }  # fmt: skip
+    def figures(value: float) -> Row:
+        metric = Metric(value=value, low=value - 1, high=value + 1, signature="NDCG@10|x")
+        cost = Cost(prompt_tokens=10, completion_tokens=0, forwards=2, seconds=1.0)
+        return Row(
+            id="r", task="direct", arm="tuned", predictor="label", template="direct/x", shots=0, engine="fake", n=2,
+            parse_rate=1.0, metrics={"NDCG@10": metric}, cost=cost,
+        )  # fmt: skip
 
     line = Line(
         ("direct", "NDCG@10", ""), "label", "tuned", [figures(0.2), figures(0.4)],
         [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"],
     )  # fmt: skip
-    row = _row(line)
-    assert row["metrics"]["NDCG@10"]["value"] == pytest.approx(0.3)
-    assert row["metrics"]["NDCG@10"]["sd"] == pytest.approx(0.1 * 2**0.5)
-    assert row["seeds"] == 2 and row["tokens_per_request"] == 5
+    found = _row(line)
+    assert found.metrics["NDCG@10"].value == pytest.approx(0.3)
+    assert found.metrics["NDCG@10"].sd == pytest.approx(0.1 * 2**0.5)
+    assert "signature" not in found.metrics["NDCG@10"].as_json()
+    assert found.seeds == 2 and found.tokens_per_request == 5
     assert compare("NDCG@10", _values(line, "NDCG@10"), [0.0, 0.2], line.users, resamples=9, seed=0).value == (
         pytest.approx(0.2)
     )
@@ -198,51 +202,33 @@ def test_mistakes_are_found_before_anything_runs(runs: str, message: str, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_front_holds_what_nothing_cheaper_beats() -> None:
-    def row(name: str, tokens: float, value: float) -> dict[str, Any]:
-        return {
-            "name": name,
-            "tokens_per_request": tokens,
-            "metrics": {"HR@1": {"value": value}, "RMSE": {"value": value}},
-        }
+def row(name: str, tokens: float, value: float) -> BenchmarkLine:
+    metrics = {metric: Figure(value=value) for metric in ("HR@1", "RMSE")}
+    return BenchmarkLine(name=name, arm="zero-shot", tokens_per_request=tokens, metrics=metrics)
 
+
+def table(task: str, metric: str, rows: Sequence[BenchmarkLine]) -> BenchmarkTable:
+    return BenchmarkTable(task=task, metric=metric, signature="s", requests=5, users=5, rows=tuple(rows))
+
+
+def test_the_front_holds_what_nothing_cheaper_beats() -> None:
     rows = [row("a", 10, 0.3), row("b", 20, 0.2), row("c", 30, 0.5), row("d", 30, 0.4), row("e", 90, 0.5)]
-    assert [each["name"] for each in frontier(rows, "HR@1")] == ["a", "c"]
-    assert [each["name"] for each in frontier(rows, "RMSE")] == ["a", "b"]
+    assert [each.name for each in frontier(rows, "HR@1")] == ["a", "c"]
+    assert [each.name for each in frontier(rows, "RMSE")] == ["a", "b"]
 
 
 def test_names_of_the_front_do_not_cover_each_other() -> None:
-    def row(name: str, tokens: float, value: float) -> dict[str, Any]:
-        return {
-            "name": name, "arm": "zero-shot", "tokens_per_request": tokens, "metrics": {"HR@1": {"value": value}},
-        }  # fmt: skip
-
     rows = [row(f"a rather long name of row {n}", 1000 + 20 * n, 0.5 + 0.001 * n) for n in range(5)]
-    drawn = picture({"task": "direct", "metric": "HR@1", "rows": [*rows, row("far", 90000, 0.1)]})
+    drawn = picture(table("direct", "HR@1", [*rows, row("far", 90000, 0.1)]))
     heights = sorted(float(y) for y in re.findall(r'<text x="[0-9.]+" y="([0-9.]+)"[^>]*>a rather', drawn))
     assert len(heights) == 5 and min(b - a for a, b in pairwise(heights)) >= 14.9
 
 
 def test_no_name_becomes_markup(tmp_path: Path) -> None:
-    row = {
-        "name": "<script>x</script> | *a*", "arm": "zero-shot", "predictor": "p", "template": None, "run": "r",
-        "tokens_per_request": 10.0, "forwards_per_request": 1.0, "seconds_per_request": 0.1,
-        "metrics": {"HR@1": {"value": 0.5, "low": 0.4, "high": 0.6}},
-    }  # fmt: skip
-    table = {
-        "task": "direct", "metric": "HR@1", "signature": "s", "requests": 5, "users": 5,
-        "rows": [row, {**row, "name": "b&b", "tokens_per_request": 20.0}], "against_best_baseline": [], "pairs": [],
-    }  # fmt: skip
+    rows = [row("<script>x</script> | *a*", 10.0, 0.5), row("b&b", 20.0, 0.5)]
+    shown = (table("direct", "HR@1", rows),)
     found = pages(
-        {
-            "benchmark": "b",
-            "description": "<b>",
-            "command": "llmrec eval x",
-            "seconds": 1.0,
-            "missing": 0,
-            "machine": {},
-            "tables": [table],
-        }
+        BenchmarkResult(benchmark="b", description="<b>", command="llmrec eval x", seconds=1.0, missing=0, tables=shown)
     )
     assert "<script>" not in found["b.md"] and "<b>" not in found["b.md"]
     ET.fromstring(found["b-direct.svg"])
@@ -251,10 +237,6 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spread", [1e-6, 0.0079, 0.0725, 0.08, 0.5, 6.5, 7.9])
 def test_a_picture_has_a_few_lines_whatever_the_range(spread: float) -> None:
-    rows = [
-        {"name": name, "arm": "zero-shot", "tokens_per_request": tokens, "metrics": {"RMSE": {"value": value}}}
-        for name, tokens, value in (("a", 10.0, 1.0), ("b", 20.0, 1.0 + spread))
-    ]
-    drawn = ET.fromstring(picture({"task": "rating", "metric": "RMSE", "rows": rows}))
+    drawn = ET.fromstring(picture(table("rating", "RMSE", [row("a", 10.0, 1.0), row("b", 20.0, 1.0 + spread)])))
     ticks = [each for each in drawn.iter() if each.get("text-anchor") == "end" and each.get("x") == "76.0"]
     assert 2 <= len(ticks) <= 9

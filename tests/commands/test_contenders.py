@@ -12,7 +12,7 @@ import yaml
 
 from llmrec.baselines.validation import mean_ndcg, ranking_cases
 from llmrec.commands.compare import suite as suites
-from llmrec.commands.compare.leaderboard import leaderboard
+from llmrec.commands.compare.leaderboard import leaderboard, suite_result
 from llmrec.commands.compare.rows import Contenders
 from llmrec.commands.compare.suite import run_suite
 from llmrec.data.split import SplitDataset
@@ -60,7 +60,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ran(page: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("suite")
-    return folder, run_suite(Suite(**page), out=folder / "out", results=folder / "results").results
+    return folder, run_suite(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
 
 
 def _data(page: dict[str, Any]) -> SplitDataset:
@@ -107,10 +107,12 @@ def test_a_second_run_trains_nothing_and_a_changed_recipe_its_rows_alone(
         return genuine(suite, row, *rest)
 
     monkeypatch.setattr(suites, "_make", counted)
-    again = run_suite(Suite(**page), out=folder / "out", results=folder / "results").results
+    again = run_suite(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
     assert made == [] and again["rows"] == first["rows"]
     rows = [page["rows"][0], page["rows"][1] | {"overrides": ["train.steps=2"]}, page["rows"][2]]
-    changed = run_suite(Suite(**page | {"rows": rows}), out=folder / "out", results=folder / "results").results
+    changed = run_suite(
+        Suite(**page | {"rows": rows}), out=folder / "out", results=folder / "results"
+    ).results.as_json()
     assert made == ["small", "both"]
     assert changed["rows"][1]["parameters"]["steps"] == 2
 
@@ -126,7 +128,7 @@ def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
     for pair in results["pairs"]:
         figures = [rows[pair[side]]["tables"][pair["seen"]]["metrics"][pair["metric"]]["value"] for side in "ab"]
         assert pair["value"] == pytest.approx(figures[0] - figures[1])
-    assert "both over markov-1" in leaderboard([results], {})
+    assert "both over markov-1" in leaderboard([suite_result(results)], {})
     data = _data(page)
     known = set(data.train["item_id"].to_list())
     cold = sum(held.item_id not in known for held in data.holdouts("test"))

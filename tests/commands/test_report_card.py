@@ -29,8 +29,8 @@ from llmrec.commands.export.card import (
     render,
 )
 from llmrec.commands.export.snippets import Example, literal
-from llmrec.report.records import Results
 from llmrec.report.results import results_of
+from llmrec.results import Results
 
 Hostile = Callable[[dict[str, Any], list[str]], dict[str, Any]]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
+from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results, suite_result
 from llmrec.errors import DataError, LlmrecError
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
 from tests.report.reading import blocks
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _page(*suites: dict[str, Any]) -> str:
-    return leaderboard(suites or (made_suite(),), {"papers": made_reference()})
+    return leaderboard([suite_result(suite) for suite in suites or (made_suite(),)], {"papers": made_reference()})
 
 
 def _tables(text: str) -> list[list[str]]:
@@ -102,7 +102,7 @@ def test_only_suites_are_read_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(made_suite()))
     (tmp_path / "a.json").write_text('{"kind": "run"}')
     (tmp_path / "c.json").write_text("[1]")
-    assert [found["suite"] for found in read_results(tmp_path)] == ["films"]
+    assert [found.suite for found in read_results(tmp_path)] == ["films"]
     (tmp_path / "d.json").write_text("{")
     with pytest.raises(DataError, match=r"d\.json: is not JSON"):
         read_results(tmp_path)
@@ -122,11 +122,13 @@ def test_every_page_of_published_figures_in_the_repository_can_be_read(tmp_path:
 @pytest.mark.parametrize("texts", [SCRIPTS, FORMULAS, MARKDOWN], ids=["scripts", "formulas", "markdown"])
 def test_no_text_becomes_markup(texts: tuple[str, ...]) -> None:
     size = len(texts)
-    expected = blocks(leaderboard([hostile_suite([f"x{k}" for k in range(size)])], {"papers": made_reference()}))
+    expected = blocks(
+        leaderboard([suite_result(hostile_suite([f"x{k}" for k in range(size)]))], {"papers": made_reference()})
+    )
     shown = set()
     for start in range(0, size, 8):
         turned = [*texts[start:], *texts[:start]]
-        text = leaderboard([hostile_suite(turned)], {"papers": made_reference(turned[::-1])})
+        text = leaderboard([suite_result(hostile_suite(turned))], {"papers": made_reference(turned[::-1])})
         assert blocks(text) == expected
         assert not re.search(r"<[A-Za-z!/?]", text)
         shown |= {table[0].count(" | ") for table in _tables(text)}

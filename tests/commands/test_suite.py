@@ -54,7 +54,7 @@ def _again(folder: Path, **changed: Any) -> suites.Ran:
 
 
 def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: tuple[Path, suites.Ran]) -> None:
-    rows = {row["name"]: row for row in ran[1].results["rows"]}
+    rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     assert list(rows) == [row["baseline"] for row in PAGE["rows"]]
     for name, row in rows.items():
         assert set(row["tables"]) == {"excluded", "included"}
@@ -67,14 +67,14 @@ def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: t
 
 
 def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, suites.Ran]) -> None:
-    (chance,) = [row for row in ran[1].results["rows"] if row["name"] == "random"]
-    items = ran[1].results["data"]["items"]
+    (chance,) = [row for row in ran[1].results.as_json()["rows"] if row["name"] == "random"]
+    items = ran[1].results.as_json()["data"]["items"]
     assert chance["tables"]["included"]["metrics"]["HR@10"]["value"] == pytest.approx(10 / items)
     assert chance["seeds"] == [0] and all("sd" not in table["metrics"]["HR@10"] for table in chance["tables"].values())
 
 
 def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tuple[Path, suites.Ran]) -> None:
-    rows = {row["name"]: row for row in ran[1].results["rows"]}
+    rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     data = load_split(Suite(**PAGE).data, 0)
     expected = tune("item-knn", data, seed=0, grid={"decay": (0.8, 1.0), "history": (10,)})
     assert rows["item-knn"]["parameters"] == expected.parameters
@@ -84,7 +84,7 @@ def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tupl
 
 
 def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran]) -> None:
-    results = ran[1].results
+    results = ran[1].results.as_json()
     best = max(results["rows"], key=lambda row: row["tables"]["excluded"]["metrics"]["NDCG@10"]["value"])["name"]
     found = [line for line in results["comparisons"] if line["seen"] == "excluded"]
     assert {line["a"] for line in found} == {best} and len(found) == len(PAGE["rows"]) - 1
@@ -122,9 +122,9 @@ def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
 
     monkeypatch.setattr(suites, "_make", counted)
     again = _again(folder)
-    assert made == [] and again.results["rows"] == first.results["rows"]
+    assert made == [] and again.results.rows == first.results.rows
     rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}}]
-    assert _again(folder, rows=rows).results["rows"][-1]["parameters"] == {"penalty": 500.0}
+    assert _again(folder, rows=rows).results.rows[-1].parameters == {"penalty": 500.0}
     assert made == ["ease"]
     made.clear()
     _again(folder, bootstrap=61)
@@ -134,7 +134,7 @@ def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
 def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
     common = {"suite": "s", "data": {"source": "made-reviews"}, "bootstrap": 60}
     rating = Suite(**common, task="rating", rows=[{"baseline": "user-mean"}, {"baseline": "user-item-bias"}])
-    found = run_suite(rating, out=tmp_path / "a", results=tmp_path / "r").results
+    found = run_suite(rating, out=tmp_path / "a", results=tmp_path / "r").results.as_json()
     assert found["protocol"]["metrics"] == ["MAE", "RMSE"] and found["protocol"]["seen"] == ["rating"]
     assert {line["metric"] for line in found["comparisons"]} == {"RMSE"}
     liked = Suite(
@@ -143,7 +143,7 @@ def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
         liked=4,
         rows=[{"baseline": "like-ratio"}, {"baseline": "logistic"}],
     )
-    found = run_suite(liked, out=tmp_path / "b", results=tmp_path / "r").results
+    found = run_suite(liked, out=tmp_path / "b", results=tmp_path / "r").results.as_json()
     assert found["rows"][1]["parameters"]["liked"] == 4 and found["rows"][1]["chosen_by"] == "LogLoss"
     assert set(found["rows"][0]["tables"]) == {"yes-no"}
     assert 0 <= found["rows"][1]["tables"]["yes-no"]["metrics"]["AUC"]["value"] <= 1

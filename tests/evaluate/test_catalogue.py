@@ -21,8 +21,10 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import evaluate_catalogue, rank_catalogue
+from llmrec.evaluate.compare import compare
+from llmrec.evaluate.figures import Protocol
 from llmrec.evaluate.lists import Background
-from llmrec.evaluate.predictor import Protocol, compare, evaluate
+from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.ranking import standing
 from llmrec.metrics.signature import parse_signature
 from llmrec.recipe.schema import Split
@@ -228,16 +230,14 @@ def test_figures_equal_those_of_a_predictor_that_is_asked(data: SplitDataset) ->
         popular, cases, name="sequential", kind=family_of("sequential").answer, protocol=protocol(size, (1, 5, 10))
     )
     found = evaluate_catalogue(popular, cases, protocol(size, (1, 5, 10)))["excluded"]
-    for name, figure in asked.figures["metrics"].items():
-        mine = found.figures["metrics"][name]
-        assert [mine[key] for key in ("value", "low", "high")] == pytest.approx(
-            [figure[k] for k in ("value", "low", "high")]
-        )
+    for name, figure in asked.figures.metrics.items():
+        mine = found.figures.metrics[name]
+        assert [mine.value, mine.low, mine.high] == pytest.approx([figure.value, figure.low, figure.high])
         assert found.values[name] == pytest.approx(asked.values[name])
-    assert found.figures["tie_rate"] == asked.figures["tie_rate"]
-    assert found.figures["n"] == asked.figures["n"] == len(cases)
-    assert [record["rank"] for record in found.records] == [record["rank"] for record in asked.records]
-    assert found.records[0].keys() == asked.records[0].keys()
+    assert found.figures.tie_rate == asked.figures.tie_rate
+    assert found.figures.n == asked.figures.n == len(cases)
+    assert [record.rank for record in found.records] == [record.rank for record in asked.records]
+    assert found.records[0].as_json().keys() == asked.records[0].as_json().keys()
 
 
 def test_precision_map_and_auc_are_those_of_other_libraries(data: SplitDataset) -> None:
@@ -292,10 +292,10 @@ def test_signatures_name_the_convention_and_the_users(data: SplitDataset) -> Non
     found = evaluate_catalogue(popular, _cases(data), protocol(size, (10,)))
     assert set(found) == {"excluded", "included"}
     for seen, row in found.items():
-        sign = parse_signature(row.figures["metrics"]["NDCG@10"]["signature"])
+        sign = parse_signature(row.figures.metrics["NDCG@10"].signature)
         assert (sign.candidates, sign.seen, sign.users) == ("full", seen, "60")
-        assert row.figures["seen"] == seen
-        shown = json.loads(row.records[0]["parsed"])
+        assert row.figures.seen == seen
+        shown = json.loads(row.records[0].parsed)
         assert len(shown["items"]) == len(shown["scores"]) == 10
     only = evaluate_catalogue(popular, _cases(data), protocol(size), seen=("included",))
     assert set(only) == {"included"}
@@ -321,22 +321,20 @@ def test_list_metrics_stand_beside_the_others(data: SplitDataset) -> None:
     for scorer in (Popularity(), Random(seed=0)):
         scorer.fit(data)
         rows[scorer.name] = evaluate_catalogue(scorer, cases, protocol(size, (5, 10)), background=background)
-    popular, chance = (row["excluded"].figures["metrics"] for row in rows.values())
+    popular, chance = (row["excluded"].figures.metrics for row in rows.values())
     names = {"Coverage@10", "Novelty@10", "Gini@10", "PopularityLift@10", "ILD@10", "Serendipity@10"}
     assert names <= popular.keys()
-    assert popular["Coverage@10"]["value"] < chance["Coverage@10"]["value"] <= 1
-    assert popular["Gini@10"]["value"] > chance["Gini@10"]["value"]
-    assert popular["Novelty@10"]["value"] < chance["Novelty@10"]["value"]
+    assert popular["Coverage@10"].value < chance["Coverage@10"].value <= 1
+    assert popular["Gini@10"].value > chance["Gini@10"].value
+    assert popular["Novelty@10"].value < chance["Novelty@10"].value
     # Of a catalogue this small the history holds what is popular, and what is left is not.
-    whole, drawn = (row["included"].figures["metrics"]["PopularityLift@10"] for row in rows.values())
-    assert whole["low"] > 0 > drawn["high"]
-    assert popular["Serendipity@10"]["value"] == pytest.approx(
-        0.0, abs=0.01
-    )  # equal counts may be told apart otherwise
-    assert 0 < chance["ILD@10"]["value"] <= 1
-    assert chance["ILD@10"]["signature"].split("|")[:2] == ["ILD@10", "ties:seeded"]
-    assert "how:jaccard-genres" in chance["ILD@10"]["signature"]
-    assert chance["Coverage@10"]["low"] is None
+    whole, drawn = (row["included"].figures.metrics["PopularityLift@10"] for row in rows.values())
+    assert whole.low > 0 > drawn.high
+    assert popular["Serendipity@10"].value == pytest.approx(0.0, abs=0.01)  # equal counts may be told apart otherwise
+    assert 0 < chance["ILD@10"].value <= 1
+    assert chance["ILD@10"].signature.split("|")[:2] == ["ILD@10", "ties:seeded"]
+    assert "how:jaccard-genres" in chance["ILD@10"].signature
+    assert chance["Coverage@10"].low is None
     values = rows["random"]["excluded"].values
     assert {"Novelty@10", "ILD@10", "Serendipity@10"} <= values.keys()
     lead = compare("Novelty@10", values["Novelty@10"], rows["popularity"]["excluded"].values["Novelty@10"],
@@ -361,4 +359,4 @@ def test_a_history_free_world_has_no_lift(data: SplitDataset) -> None:
     popular.fit(data)
     bare = [Case(request=Request(id=f"r{k}", user_id=f"u{k}"), truth="i01") for k in range(3)]
     found = evaluate_catalogue(popular, bare, protocol(size, (10,)), background=Background.of(data))["excluded"]
-    assert found.figures["metrics"]["PopularityLift@10"]["value"] is None
+    assert found.figures.metrics["PopularityLift@10"].value is None

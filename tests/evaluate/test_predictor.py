@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.predictor import Protocol, compare, evaluate
+from llmrec.evaluate.compare import compare
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.stats import verdict
+from llmrec.results import Failure, Reliability
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Text, Unparsed
 
@@ -45,14 +48,14 @@ def test_rankings_with_a_tie_a_miss_and_a_failure() -> None:
         Unparsed(request_id="r3", reason="no label", raw="I cannot"),
     ]
     found = evaluate(Canned(answers), cases, name="direct", kind=family_of("direct").answer, protocol=PROTOCOL)
-    assert found.figures["metrics"]["HR@1"]["value"] == pytest.approx((1 + 0.5) / 4)
-    assert found.figures["metrics"]["HR@2"]["value"] == pytest.approx((1 + 1) / 4)
-    assert found.figures["metrics"]["NDCG@2"]["value"] == pytest.approx((1 + (1 + 1 / np.log2(3)) / 2) / 4)
-    assert found.figures["parse_rate"] == 0.75
-    assert found.figures["tie_rate"] == 0.25
-    assert found.figures["failures"] == [{"request_id": "r3", "reason": "no label", "raw": "I cannot"}]
-    assert [record["rank"] for record in found.records] == [1.0, 1.5, None, None]
-    assert found.figures["metrics"]["HR@1"]["signature"].startswith("HR@1|gain:binary|ties:expected|cand:uniform-4|")
+    assert found.figures.metrics["HR@1"].value == pytest.approx((1 + 0.5) / 4)
+    assert found.figures.metrics["HR@2"].value == pytest.approx((1 + 1) / 4)
+    assert found.figures.metrics["NDCG@2"].value == pytest.approx((1 + (1 + 1 / np.log2(3)) / 2) / 4)
+    assert found.figures.parse_rate == 0.75
+    assert found.figures.tie_rate == 0.25
+    assert found.figures.failures == (Failure(request_id="r3", reason="no label", raw="I cannot"),)
+    assert [record.rank for record in found.records] == [1.0, 1.5, None, None]
+    assert found.figures.metrics["HR@1"].signature.startswith("HR@1|gain:binary|ties:expected|cand:uniform-4|")
 
 
 def test_more_failures_never_raise_a_figure() -> None:
@@ -61,9 +64,11 @@ def test_more_failures_never_raise_a_figure() -> None:
     last = 2.0
     for failed in range(11):
         answers = [Unparsed(request_id=f"r{k}", reason="x") if k < failed else good[k] for k in range(10)]
-        value = evaluate(
-            Canned(answers), cases, name="sequential", kind=family_of("sequential").answer, protocol=PROTOCOL
-        ).figures["metrics"]["MRR"]["value"]
+        value = (
+            evaluate(Canned(answers), cases, name="sequential", kind=family_of("sequential").answer, protocol=PROTOCOL)
+            .figures.metrics["MRR"]
+            .value
+        )
         assert value < last or failed == 0
         last = value
 
@@ -79,9 +84,9 @@ def test_ratings_fall_back_and_count_it() -> None:
         protocol=PROTOCOL,
         fallback=lambda request: 5.0,
     )
-    assert found.figures["metrics"]["RMSE"]["value"] == pytest.approx(np.sqrt((1 + 9) / 2))
-    assert found.figures["metrics"]["MAE"]["value"] == pytest.approx(2.0)
-    assert found.figures["parse_rate"] == 0.5
+    assert found.figures.metrics["RMSE"].value == pytest.approx(np.sqrt((1 + 9) / 2))
+    assert found.figures.metrics["MAE"].value == pytest.approx(2.0)
+    assert found.figures.parse_rate == 0.5
     with pytest.raises(LlmrecError, match="fallback"):
         evaluate(Canned(answers), cases, name="rating", kind=family_of("rating").answer, protocol=PROTOCOL)
 
@@ -96,11 +101,11 @@ def test_texts_that_fail_are_empty_texts() -> None:
     found = evaluate(
         Canned(answers), cases, name="explanation", kind=family_of("explanation").answer, protocol=PROTOCOL
     )
-    assert found.figures["metrics"]["ROUGE-L"]["value"] == pytest.approx(0.5)
-    assert {"ROUGE-1", "ROUGE-2", "Distinct-1"} <= found.figures["metrics"].keys()
-    assert found.figures["metrics"]["Distinct-1"]["value"] == 1.0  # seven words, each once
-    assert found.figures["metrics"]["Distinct-2"]["low"] is None
-    assert json.loads(found.records[1]["parsed"]) is None
+    assert found.figures.metrics["ROUGE-L"].value == pytest.approx(0.5)
+    assert {"ROUGE-1", "ROUGE-2", "Distinct-1"} <= found.figures.metrics.keys()
+    assert found.figures.metrics["Distinct-1"].value == 1.0  # seven words, each once
+    assert found.figures.metrics["Distinct-2"].low is None
+    assert json.loads(found.records[1].parsed) is None
 
 
 def test_a_predictor_that_leaves_gaps_is_refused() -> None:
@@ -124,20 +129,20 @@ def test_yes_no_answers() -> None:
     ]
     answers = [said(0, 0.9), said(1, 0.2), said(2, 0.4), said(3, 0.4), Unparsed(request_id="r4", reason="x")]
     found = evaluate(Canned(answers), cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL)  # type: ignore[arg-type]
-    metrics = found.figures["metrics"]
+    metrics = found.figures.metrics
     # Yes .9 .4 .5 against no .2 .4: only .4 against .4 is a tie.
-    assert metrics["AUC"]["value"] == pytest.approx(5.5 / 6)
-    assert metrics["GAUC"]["value"] == pytest.approx((1 + 0.5) / 2)
-    assert metrics["GAUC"]["signature"].startswith("GAUC|how:users-alike|")
-    assert found.figures["users_left_out"] == 1
-    assert found.figures["parse_rate"] == 0.8
+    assert metrics["AUC"].value == pytest.approx(5.5 / 6)
+    assert metrics["GAUC"].value == pytest.approx((1 + 0.5) / 2)
+    assert metrics["GAUC"].signature.startswith("GAUC|how:users-alike|")
+    assert found.figures.users_left_out == 1
+    assert found.figures.parse_rate == 0.8
     losses = -np.log([0.9, 0.8, 0.4, 0.6, 0.5])
-    assert metrics["LogLoss"]["value"] == pytest.approx(losses.mean())
-    assert metrics["ECE"]["low"] is None
-    assert found.figures["tie_rate"] == 2 / 5
-    bins = found.figures["reliability"]
-    assert sum(each["n"] for each in bins) == 5 and {"n": 2, "said": 0.4, "so": 0.5} in bins
-    assert json.loads(found.records[0]["parsed"]) == 0.9
+    assert metrics["LogLoss"].value == pytest.approx(losses.mean())
+    assert metrics["ECE"].low is None
+    assert found.figures.tie_rate == 2 / 5
+    bins = found.figures.reliability
+    assert sum(each.n for each in bins) == 5 and Reliability(n=2, said=0.4, so=0.5) in bins
+    assert json.loads(found.records[0].parsed) == 0.9
     better = evaluate(
         Canned(answers),
         cases,
@@ -154,17 +159,17 @@ def test_yes_no_answers_of_one_class_have_no_auc() -> None:
     found = evaluate(
         Canned([said(k, 0.0) for k in range(3)]), cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL
     )  # type: ignore[arg-type]
-    assert found.figures["metrics"]["AUC"] == {
+    assert found.figures.metrics["AUC"].as_json() == {
         "value": None,
         "low": None,
         "high": None,
         "signature": PROTOCOL.sign("AUC"),
         "undefined": "all truths are of one class, so there is no pair of a yes and a no",
     }
-    assert found.figures["metrics"]["GAUC"]["value"] is None
-    assert found.figures["metrics"]["GAUC"]["undefined"] == "no user has both a yes and a no"
-    assert "undefined" not in found.figures["metrics"]["LogLoss"]
-    json.dumps(found.figures, allow_nan=False)
+    assert found.figures.metrics["GAUC"].value is None
+    assert found.figures.metrics["GAUC"].undefined == "no user has both a yes and a no"
+    assert "undefined" not in found.figures.metrics["LogLoss"].as_json()
+    json.dumps(found.figures.as_json(), allow_nan=False)
     with pytest.raises(LlmrecError, match="nothing to compare"):
         compare("GAUC", found.values["GAUC"], found.values["GAUC"], ["u"] * 3, resamples=10, seed=0)
 
@@ -187,7 +192,7 @@ def test_areas_of_two_rows_are_compared(metric: str) -> None:
     ]
     stored = [np.array(json.loads(json.dumps(list(row.values[metric])))) for row in rows]
     found = compare(metric, *stored, users, resamples=300, seed=0)
-    value = [row.figures["metrics"][metric]["value"] for row in rows]
+    value = [row.figures.metrics[metric].value for row in rows]
     assert found.value == pytest.approx(value[0] - value[1])
     assert verdict(found) == "shown"
     assert compare(metric, stored[0], stored[0], users, resamples=300, seed=0).value == 0
@@ -206,7 +211,7 @@ def test_a_no_that_was_said_surely_keeps_its_truth() -> None:
     )  # type: ignore[arg-type]
     stored = np.array(json.loads(json.dumps(list(found.values["AUC"]))))
     assert np.signbit(stored).tolist() == [True, False]
-    assert found.figures["metrics"]["AUC"]["value"] == 0.5
+    assert found.figures.metrics["AUC"].value == 0.5
 
 
 def test_few_users_are_compared_exactly() -> None:
@@ -221,9 +226,9 @@ def test_intervals_of_rare_hits_reach_further_up_than_down() -> None:
     answers: list[Answer] = [ranking(k, "abcd", [4, 3, 2, 1]) for k in range(100)]
     figure = evaluate(
         Canned(answers), cases, name="direct", kind=family_of("direct").answer, protocol=PROTOCOL
-    ).figures["metrics"]["HR@1"]
-    assert figure["value"] == 0.04
-    assert figure["high"] - 0.04 > 0.04 - figure["low"] > 0
+    ).figures.metrics["HR@1"]
+    assert figure.value == 0.04
+    assert (figure.high or 0) - 0.04 > 0.04 - (figure.low or 0) > 0
 
 
 def test_users_stand_in_the_signature_where_they_are_named() -> None:

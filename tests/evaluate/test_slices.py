@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.evaluate.slices import FEW, SliceRules, slice_figures, slices_of
 from llmrec.metrics.signature import parse_signature
+from llmrec.results import Metric
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Event, Item, Rating, Request
 
@@ -108,7 +110,7 @@ def test_every_case_is_in_one_slice_of_each_kind(rows: list[tuple[str, str, int]
 def test_figures_of_slices_are_means_of_their_cases() -> None:
     cases = [case(f"u{k % 4}", "a" if k % 3 else "c", k % 6) for k in range(90)]
     values = np.random.default_rng(0).random(90)
-    row = {"MRR": {"signature": PROTOCOL.sign("MRR", seen="included")}}
+    row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR", seen="included"))}
     figures = slice_figures({"MRR": values}, cases, split_of(TRAIN), metrics=row, protocol=PROTOCOL, rules=RULES)
     members = slices_of(cases, split_of(TRAIN), RULES)
     assert [figure.name for figure in figures] == list(members)
@@ -118,17 +120,17 @@ def test_figures_of_slices_are_means_of_their_cases() -> None:
         assert figure.small == (figure.n < FEW)
         if figure.n:
             metric = figure.metrics["MRR"]
-            assert metric["value"] == pytest.approx(values[own].mean())
-            assert metric["low"] <= metric["value"] <= metric["high"]
-            sign = parse_signature(metric["signature"])
+            assert metric.value == pytest.approx(values[own].mean())
+            assert metric.low <= metric.value <= metric.high
+            sign = parse_signature(metric.signature)
             assert (sign.slice, sign.seen) == (figure.name, "included")
-            assert metric["signature"] != row["MRR"]["signature"]
+            assert metric.signature != row["MRR"].signature
     assert sum(figure.users for figure in figures if figure.name.startswith("activity")) == 4
 
 
 def test_empty_and_small_slices_are_shown_and_marked() -> None:
     cases = [case("u0", "a", 1)] * 3
-    row = {"MRR": {"signature": PROTOCOL.sign("MRR")}}
+    row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR"))}
     figures = {
         figure.name: figure
         for figure in slice_figures(
@@ -154,11 +156,11 @@ def test_ratings_are_cut_by_the_rated_item_and_rmse_stays_a_root() -> None:
     figures = {
         figure.name: figure.metrics
         for figure in slice_figures(
-            row.values, cases, split_of(TRAIN), metrics=row.figures["metrics"], protocol=PROTOCOL, rules=RULES
+            row.values, cases, split_of(TRAIN), metrics=row.figures.metrics, protocol=PROTOCOL, rules=RULES
         )
     }
-    assert figures["item:warm-from-2"]["RMSE"]["value"] == pytest.approx(2.0)
-    assert figures["item:cold-below-2"]["RMSE"]["value"] == pytest.approx(1.0)
+    assert figures["item:warm-from-2"]["RMSE"].value == pytest.approx(2.0)
+    assert figures["item:cold-below-2"]["RMSE"].value == pytest.approx(1.0)
 
 
 def test_answers_about_no_item_have_no_item_slices() -> None:
@@ -170,6 +172,6 @@ def test_wrong_rules_and_lengths_are_errors() -> None:
     for wrong in ({"cold": 0}, {"head": 1.0}, {"history": (5, 5)}, {"activity": (0, 3)}):
         with pytest.raises(LlmrecError, match="slices:"):
             SliceRules(**wrong)  # type: ignore[arg-type]
-    row = {"MRR": {"signature": PROTOCOL.sign("MRR")}}
+    row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR"))}
     with pytest.raises(ValueError, match="2 values against 1 cases"):
         slice_figures({"MRR": np.ones(2)}, [case("u0", "a", 1)], split_of(TRAIN), metrics=row, protocol=PROTOCOL)

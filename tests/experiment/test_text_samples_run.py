@@ -177,7 +177,7 @@ def test_what_else_is_told_stands_where_a_template_shows_it(llama_folder: Path) 
     data = load_split(recipe.data, recipe.seed)
     users = {user: {"name": f"N {user}", "town": "Ulm\n<b>"} for user in data.users()}
     study = build_study(recipe, replace(data, dataset=replace(data.dataset, users=users)))
-    found = text_samples(study, [])
+    found = [sample.as_json() for sample in text_samples(study, [])]
     assert found and not any(sample["answers"] for sample in found)
     cases = {case.request.id: case.request for case in study.cases("explanation")}
     for sample in found:
@@ -204,7 +204,7 @@ def test_a_long_review_is_shortened_and_its_length_said(
     path = write(tmp_path / "long.json", rows)
     named = [f"model.name={llama_folder}", f"data.path={path}", "tasks.explanation=null", "tasks.review.shown=1200"]
     study = build_study(load_recipe("recipes/reviews/musical-instruments.yaml", [*named, "eval.users=3"]))
-    (sample, *_) = text_samples(study, [])
+    (sample, *_) = [found.as_json() for found in text_samples(study, [])]
     (review,) = sample["told"]
     assert len(review["text"]) < 430 and review["text"].endswith("more … (1200 characters)")
 

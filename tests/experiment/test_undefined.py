@@ -51,7 +51,7 @@ def test_a_suite_says_that_no_user_has_both_classes(tmp_path: Path) -> None:
     for _ in range(2):  # the second time with stored rows
         ran = run_suite(page, out=tmp_path / "out", results=tmp_path / "eval" / "results", say=lines.append)
     assert len(lines) == 4 and all(f"GAUC undefined ({OF_USERS})" in line and "AUC 0." in line for line in lines)
-    assert [line["metric"] for line in ran.results["comparisons"]] == ["AUC"]
+    assert [line.metric for line in ran.results.comparisons] == ["AUC"]
     assert ran.leaderboard is not None
     board = ran.leaderboard.read_text(encoding="utf-8")
     assert f"GAUC is undefined: {OF_USERS}." in board and NOTHING not in board
@@ -61,7 +61,7 @@ def test_a_suite_says_that_no_user_has_both_classes(tmp_path: Path) -> None:
 def test_a_suite_without_a_headline_compares_nothing_and_says_so(tmp_path: Path) -> None:
     page = suite(table(tmp_path, (5.0,)), pairs=[("like-ratio", "logistic")], split_seeds=[0, 1])
     ran = run_suite(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
-    assert ran.results["comparisons"] == [] and ran.results["pairs"] == []
+    assert ran.results.comparisons == () and ran.results.pairs == ()
     assert ran.leaderboard is not None
     board = ran.leaderboard.read_text(encoding="utf-8")
     assert f"AUC is undefined: {ONE_CLASS}. {NOTHING}" in board and "best row is better" not in board

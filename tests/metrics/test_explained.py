@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
-from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.evaluation import background_of
 from llmrec.metrics.copies import COPIED, alike, copied, library, words_of
 from llmrec.metrics.explained import (
@@ -30,9 +31,10 @@ from llmrec.metrics.explained import (
     named,
     unique_sentences,
 )
-from llmrec.metrics.signature import better, kind_of
+from llmrec.metrics.signature import kind_of
 from llmrec.metrics.stats import interval_of
 from llmrec.recipe.schema import Split
+from llmrec.results import better
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Item, Request, Text, Unparsed
 
@@ -239,13 +241,14 @@ def measured(texts: Sequence[str | None], held_against: Background | None) -> di
         protocol=PROTOCOL,
         background=held_against,
     )
-    json.dumps(found.figures, allow_nan=False)
+    figures = found.figures.as_json()
+    json.dumps(figures, allow_nan=False)
     assert set(found.values) == {"ROUGE-1", "ROUGE-2", "ROUGE-L"}
     rates = {
-        name: found.figures.get(name)
+        name: figures.get(name)
         for name in ("truth_copy_rate", "features_asked", "features_named", "truth_hallucination_rate")
     }
-    return {**found.figures["metrics"], "rates": rates}
+    return {**figures["metrics"], "rates": rates}
 
 
 def test_an_evaluation_holds_texts_against_training() -> None:

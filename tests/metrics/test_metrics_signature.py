@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.metrics.signature import Signature, better, kind_of, parse_signature, signature
+from llmrec.metrics.signature import Signature, kind_of, parse_signature, signature
+from llmrec.results import better
 
 RANKED = "NDCG@10|gain:binary|ties:expected|cand:uniform-20|seen:excluded|split:leave_one_out|llmrec:0.1.0"
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.report.escape import tex
-from llmrec.report.latex import latex
 from llmrec.report.page import write
+from llmrec.report.render import latex
 from llmrec.report.results import results_of
 from tests.report.made import hostile_results, made_results
 from tests.report.payloads import FORMULAS, LATEX, SCRIPTS

@@ -19,8 +19,8 @@ from scipy.stats import t
 from llmrec.report.page import write
 from llmrec.report.plots import by_position
 from llmrec.report.positions import bands, sentences, shown_rows, trend_words, wilson
-from llmrec.report.records import AtPosition, Row, Trend
 from llmrec.report.results import results_of
+from llmrec.results import AtPosition, Row, Trend
 
 Save = Callable[[dict[str, Any]], Path]
 

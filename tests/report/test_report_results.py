@@ -17,6 +17,7 @@ from llmrec.report.results import failure_reasons, read, results_of
 from llmrec.tasks.family import family_of
 from tests.report.made import HEADLINE
 
+ROOT = Path(__file__).resolve().parents[2]
 Save = Callable[[dict[str, Any]], Path]
 
 
@@ -50,6 +51,25 @@ def test_wrong_key_is_named_with_its_place(results: dict[str, Any], save: Save) 
     results["rows"][3]["metrics"]["RMSE"]["value"] = "much"
     with pytest.raises(DataError, match=re.escape("'rows[3].metrics.RMSE.value'")):
         write(save(results))
+
+
+RUNS = ("quickstart", "book-explanations", "p5-ids", "p5-t5-small")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_results_of_earlier_versions_are_read_and_nothing_of_them_is_lost(name: str) -> None:
+    content = json.loads((ROOT / "eval" / "results" / f"{name}.json").read_text("utf-8"))
+    found = results_of(content).as_json()
+    assert {key for key in content if key not in found} <= {"kind"}
+    assert found["rows"] == content["rows"] and found["comparisons"] == content["comparisons"]
+    assert found["training"] == content["training"] and found["machine"] == content["machine"]
+
+
+def test_results_that_are_too_early_are_refused_in_one_line() -> None:
+    content = json.loads((ROOT / "eval" / "results" / "quickstart.json").read_text("utf-8"))
+    del content["rows"][0]["metrics"]
+    with pytest.raises(DataError, match=r"^results\.json: key 'rows\[0\]\.metrics': field required\.$"):
+        results_of(content)
 
 
 def test_missing_predictions(run_dir: Path) -> None:

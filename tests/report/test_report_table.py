@@ -16,8 +16,8 @@ from rich.console import Console
 
 from llmrec.errors import LlmrecError
 from llmrec.report.escape import cell, csv_cell
-from llmrec.report.markdown import markdown_page
 from llmrec.report.page import PAGES, write
+from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
 from llmrec.report.table import CSV_COLUMNS, console_tables, csv_text
 from tests.report.payloads import FORMULAS, HIDDEN_FORMULAS

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.report.escape import visible
-from llmrec.report.records import Comparison, Results
 from llmrec.report.results import results_of
 from llmrec.report.wording import (
     duration,
@@ -23,6 +22,7 @@ from llmrec.report.wording import (
     verdict,
     winner_sentence,
 )
+from llmrec.results import Comparison, Results
 from llmrec.tasks.family import families
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.raters import ParsedRater, Writer
 from llmrec.tasks.family import family_of
@@ -95,9 +96,9 @@ def test_malformed_lists_stay_in_the_denominator_and_hold_candidates_alone() -> 
     found = evaluate(
         strategy("list", scripted("direct")), asked, name="direct", kind=family_of("direct").answer, protocol=protocol()
     )
-    assert found.figures["n"] == COUNT and len(found.records) == COUNT
-    assert found.figures["parse_rate"] == pytest.approx(read / COUNT) and 0.2 < read / COUNT < 0.9
-    lost = [n for n, record in enumerate(found.records) if record["error"]]
+    assert found.figures.n == COUNT and len(found.records) == COUNT
+    assert found.figures.parse_rate == pytest.approx(read / COUNT) and 0.2 < read / COUNT < 0.9
+    lost = [n for n, record in enumerate(found.records) if record.error]
     assert len(lost) == COUNT - read
     assert all(found.values["NDCG@10"][n] == 0.0 for n in lost) and len(found.values["NDCG@10"]) == COUNT
 
@@ -117,18 +118,18 @@ def test_malformed_ratings_and_texts_stay_in_the_denominator(family: str) -> Non
     predictor: Any = ParsedRater(asker) if family == "rating" else Writer(asker)
     kind = family_of(family).answer
     found = evaluate(predictor, asked, name=family, kind=kind, protocol=protocol(), fallback=lambda request: 3.0)
-    assert found.figures["n"] == COUNT and len(found.records) == COUNT
-    failed = sum(record["error"] is not None for record in found.records)
-    assert found.figures["parse_rate"] == pytest.approx(1 - failed / COUNT) and failed > 50
+    assert found.figures.n == COUNT and len(found.records) == COUNT
+    failed = sum(record.error is not None for record in found.records)
+    assert found.figures.parse_rate == pytest.approx(1 - failed / COUNT) and failed > 50
     metric = "RMSE" if family == "rating" else "ROUGE-L"
     assert len(found.values[metric]) == COUNT and all(map(math.isfinite, found.values[metric]))
     for record in found.records:
-        if family == "rating" and record["error"] is None:
-            assert 1.0 <= json.loads(record["parsed"]) <= 5.0
-        if family == "rating" and record["error"] is not None:
+        if family == "rating" and record.error is None:
+            assert 1.0 <= json.loads(record.parsed) <= 5.0
+        if family == "rating" and record.error is not None:
             assert found.values["RMSE"][found.records.index(record)] == 1.0
             break
-    json.dumps(found.records, ensure_ascii=True)
+    json.dumps([record.as_json() for record in found.records], ensure_ascii=True)
 
 
 @pytest.mark.parametrize(

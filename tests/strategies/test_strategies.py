@@ -17,7 +17,8 @@ from scipy.stats import spearmanr
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend, text_of
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.asking import Asker
 from llmrec.strategies.listwise import label_ranker, permutation_ranker
@@ -66,7 +67,7 @@ def test_a_model_that_picks_the_first_label_scores_chance(name: str, options: di
         protocol=PROTOCOL,
     )
     values = found.values["NDCG@10"]
-    assert found.figures["parse_rate"] == 1.0
+    assert found.figures.parse_rate == 1.0
     error = values.std() / math.sqrt(len(values))
     assert abs(values.mean() - CHANCE) <= 2.6 * error + 1e-9
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.counting import questions_of
 from llmrec.strategies.windows import window_places
@@ -121,7 +122,7 @@ def test_a_row_adds_forwards_up() -> None:
     found = evaluate(
         strategy("window", FakeBackend()), cases(8), name="direct", kind=family_of("direct").answer, protocol=protocol
     )
-    assert found.figures["cost"]["forwards"] == 32
+    assert found.figures.cost.forwards == 32
 
 
 def test_one_candidate_takes_no_comparison() -> None:

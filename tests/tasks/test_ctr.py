@@ -17,7 +17,8 @@ from llmrec.baselines.yes_no import LikeRatio
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
-from llmrec.evaluate.predictor import Evaluated, Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CtrSection, Split
 from llmrec.tasks.ctr import CtrTask, read_choice
@@ -55,7 +56,7 @@ def measured(cases: Sequence[Case], predictor: Any) -> Evaluated:
 
 
 def value(found: Evaluated, metric: str) -> float:
-    return float(found.figures["metrics"][metric]["value"])
+    return float(found.figures.metrics[metric].value)
 
 
 # --------------------------------------------------------------------------- cases
@@ -120,7 +121,7 @@ def test_the_like_ratio_knows_nothing_of_balanced_sets() -> None:
     found = measured(balanced().cases("test"), ratio)
     assert value(found, "GAUC") == 0.5
     assert value(found, "AUC") == pytest.approx(0.5, abs=1e-12)
-    assert found.figures["users_left_out"] == 0
+    assert found.figures.users_left_out == 0
     # Where sets are not balanced it does know something, or the test above would say nothing about balance. A user's
     # ratings are drawn from one distribution here, so that this takes users of different levels.
     frame = DATA.dataset.interactions.with_columns(
@@ -140,11 +141,11 @@ def test_an_oracle_a_yes_sayer_and_one_who_says_nothing() -> None:
     for said in (1.0, 0.3, None):
         found = measured(cases, Oracle(lambda request, said=said: said))  # type: ignore[misc]
         assert value(found, "AUC") == value(found, "GAUC") == 0.5
-        assert found.figures["parse_rate"] == (0.0 if said is None else 1.0)
+        assert found.figures.parse_rate == (0.0 if said is None else 1.0)
     # One who is right wherever it answers and mute elsewhere has half of the comparisons with the mute ones, no more.
     halves = measured(cases, Oracle(lambda request: truth[request.id] if request.id < "u20" else None))
     assert 0.5 < value(halves, "AUC") < 1.0
-    assert halves.figures["n"] == len(cases)
+    assert halves.figures.n == len(cases)
 
 
 # --------------------------------------------------------------------------- rows and prompts

@@ -14,7 +14,8 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 from llmrec import pipeline
 from llmrec.commands.export import export
 from llmrec.errors import RecipeError
-from llmrec.evaluate.predictor import Protocol, evaluate
+from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.predictor import evaluate
 from llmrec.models.load import weights_stamp
 from llmrec.models.rating_head import CONFIG, WEIGHTS, load_head
 from llmrec.recipe.load import load_recipe
@@ -152,7 +153,7 @@ def test_liked_items_above_others_with_a_fallback_among_them() -> None:
         fallback=lambda request: 3.0,
     )
     # Of 2 x 2 pairs, 4.5 stands above both, 3.0 below 3.5 and level with the fallback.
-    assert found.figures["metrics"]["LikedAUC"]["value"] == pytest.approx((2 + 0 + 0.5) / 4)
+    assert found.figures.metrics["LikedAUC"].value == pytest.approx((2 + 0 + 0.5) / 4)
     assert (found.figures["fallbacks"], found.figures["parse_rate"]) == (1, 0.75)
     alike = evaluate(Said(said[0]), cases[:1], name="rating", kind=family_of("rating").answer, protocol=protocol)
     assert alike.figures["metrics"]["LikedAUC"]["value"] is None

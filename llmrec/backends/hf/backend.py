@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -29,6 +29,13 @@ log = logging.getLogger(__name__)
 
 # Rows of logits that are turned into float32 at a time.
 _ROWS = 256
+
+
+class _Stopping(TypedDict, total=False):
+    """Where generation stops before the end of the turn."""
+
+    stop_strings: list[str]
+    tokenizer: Any
 
 
 class HFBackend:
@@ -217,7 +224,7 @@ class HFBackend:
     def _decode(self, prompts: list[list[int]], stop: str | None, max_tokens: int) -> list[Completion]:
         torch, tokenizer = self._torch, self.encoder.tokenizer
         rows, mask = self._left_padded(prompts)
-        options: dict[str, Any] = {"stop_strings": [stop], "tokenizer": tokenizer} if stop is not None else {}
+        options = _Stopping(stop_strings=[stop], tokenizer=tokenizer) if stop is not None else _Stopping()
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=rows,

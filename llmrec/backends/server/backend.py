@@ -27,6 +27,7 @@ from llmrec.backends.server.client import Ledger, Loop, Spending, Wire, usage
 from llmrec.backends.server.probe import Offers, probe
 from llmrec.backends.server.read import MARGIN, Labelled
 from llmrec.backends.server.requests import chat_body, completion_body, likelihood_body
+from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.guard import clean
 from llmrec.recipe.schema import ServerSection
@@ -166,7 +167,7 @@ class OpenAIBackend:
         if self.offers.exact and encoder is not None:
             ids = encoder.prompt(prompt)
             room = max(1, min(most + section.thinking_tokens, encoder.max_length - len(ids)))
-            keys: dict[str, Any] = {"stop": [prompt.stop]} if prompt.stop is not None else {}
+            keys: dict[str, Json] = {"stop": [prompt.stop]} if prompt.stop is not None else {}
             if self.offers.named:
                 keys["stop_token_ids"] = sorted(encoder.stop_ids)
             path, body = "/completions", completion_body(section, ids, room=room, **keys)
@@ -248,7 +249,7 @@ class OpenAIBackend:
 
         return ask
 
-    def _chat(self, prompt: Prompt, room: int, **keys: Any) -> dict[str, Any]:
+    def _chat(self, prompt: Prompt, room: int, **keys: Any) -> dict[str, Json]:
         control = self._encoder.control if self._encoder is not None else ()
         return chat_body(self._section, prompt, room=room, control=control, continues=self.offers.continues, **keys)
 

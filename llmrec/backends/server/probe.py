@@ -16,6 +16,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.server import read as remote_read
 from llmrec.backends.server.client import Refused, Wire, usage
 from llmrec.backends.server.requests import chat_body, completion_body, likelihood_body
+from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Message, Prompt, Segment
@@ -97,7 +98,7 @@ async def _labels(wire: Wire, section: ServerSection, ids: list[int]) -> tuple[i
         if not await _offered(wire, "/completions", body, lambda value: remote_read.top_labels(value, [("",)])):
             continue
         wanted = ids[:2]
-        keys = {"logprob_token_ids": wanted, "return_tokens_as_token_ids": True}
+        keys: dict[str, Json] = {"logprob_token_ids": wanted, "return_tokens_as_token_ids": True}
         read = partial(remote_read.named_labels, ids=wanted)
         return top, await _offered(wire, "/completions", body | {"logprobs": 1} | keys, read)
     return 0, False
@@ -135,7 +136,7 @@ async def _continues(wire: Wire) -> bool:
         return False
 
 
-async def _offered(wire: Wire, path: str, body: dict[str, Any], read: Callable[[Any], Any], *, count: int = 1) -> bool:
+async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any], Any], *, count: int = 1) -> bool:
     """Whether a server gives what a request asks for: it neither refuses nor leaves it out.
 
     An answer without its choices is a fault, which says nothing about what is offered.
@@ -155,7 +156,7 @@ async def _offered(wire: Wire, path: str, body: dict[str, Any], read: Callable[[
         return False
 
 
-async def _try(wire: Wire, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+async def _try(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any], T]) -> T:
     return await wire.ask(path, body, read, what=lambda: "a first question about what it offers")
 
 

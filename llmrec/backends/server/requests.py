@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmrec.durable import Json
 from llmrec.guard import neutralise
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Prompt
 
 
-def completion_body(section: ServerSection, ids: Sequence[int] | str, *, room: int, **keys: Any) -> dict[str, Any]:
+def completion_body(section: ServerSection, ids: Sequence[int] | str, *, room: int, **keys: Any) -> dict[str, Json]:
     """Return a request to continue token ids, or a text, greedily."""
     prompt = ids if isinstance(ids, str) else list(ids)
     return _with_extra(section, {"prompt": prompt, "max_tokens": room, **keys})
 
 
-def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> dict[str, Json]:
     """Return a request for the log-probabilities of whole rows of token ids."""
-    keys = {"prompt": [list(row) for row in rows], "max_tokens": 1, "echo": True, "logprobs": 1}
+    keys: dict[str, Json] = {"prompt": [list(row) for row in rows], "max_tokens": 1, "echo": True, "logprobs": 1}
     return {"model": section.model, "temperature": 0, **keys}
 
 
 def chat_body(
     section: ServerSection, prompt: Prompt, *, room: int, control: Sequence[str], continues: bool, **keys: Any
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Return a request to answer chat turns greedily.
 
     The given part of the answer stands in an assistant turn of its own, at the end. A server that is known to go on
@@ -47,6 +48,6 @@ def chat_body(
     return _with_extra(section, {"messages": turns, "max_tokens": room + section.thinking_tokens, **keys})
 
 
-def _with_extra(section: ServerSection, keys: dict[str, Any]) -> dict[str, Any]:
+def _with_extra(section: ServerSection, keys: dict[str, Json]) -> dict[str, Json]:
     body = {"model": section.model, "temperature": 0, **keys, **section.extra}
     return {name: value for name, value in body.items() if value is not None}

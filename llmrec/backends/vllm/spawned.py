@@ -17,10 +17,10 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import spawn
-from typing import Any
+from typing import TypeVar
 
 _MAIN = ("init_main_from_name", "init_main_from_path")
-_Prepare = Callable[[str], dict[str, Any]]
+_T = TypeVar("_T")
 
 
 class _Here(threading.local):
@@ -47,9 +47,9 @@ def without_main() -> Iterator[None]:
         _here.hidden = before
 
 
-def _hiding(prepare: _Prepare) -> _Prepare:
+def _hiding(prepare: Callable[[str], dict[str, _T]]) -> Callable[[str], dict[str, _T]]:
     @functools.wraps(prepare)
-    def prepared(name: str) -> dict[str, Any]:
+    def prepared(name: str) -> dict[str, _T]:
         told = prepare(name)
         return {key: value for key, value in told.items() if key not in _MAIN} if _here.hidden else told
 

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from llmrec import __version__, pipeline
 from llmrec.commands.compare.benchmark_page import pages
+from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.compare import compared, over_runs
-from llmrec.evaluate.predictor import LOWER_IS_BETTER
+from llmrec.evaluate.compare import Comparing, Standing, over_runs
 from llmrec.machine import machine, versions
 from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
 from llmrec.recipe.load import load_recipe, recipe_hash
+from llmrec.results import Figure, Results, Row, lower
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ class Line:
     table: Shared
     name: str
     label: str
-    figures: list[Mapping[str, Any]] = field(default_factory=list)
-    values: list[Mapping[str, Any]] = field(default_factory=list)
+    figures: list[Row] = field(default_factory=list)
+    values: list[Mapping[str, NDArray[np.float64]]] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
@@ -151,22 +152,22 @@ def _write(
     missing: int,
 ) -> dict[str, Path]:
     """Write what there is so far, and return the files by what they are."""
-    written = {
-        "kind": "benchmark",
-        "benchmark": benchmark.benchmark,
-        "description": benchmark.description,
-        "llmrec": __version__,
-        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["llmrec", *sys.argv[1:]]),
-        "benchmark_hash": recipe_hash(benchmark),
-        "versions": versions(),
-        "machine": machine(),
-        "seconds": spent,
-        "missing": missing,
-        "tables": [_table(benchmark, name, own) for name, own in _by_table(lines).items()],
-    }
+    written = BenchmarkResult(
+        kind="benchmark",
+        benchmark=benchmark.benchmark,
+        description=benchmark.description,
+        llmrec=__version__,
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        command=" ".join(["llmrec", *sys.argv[1:]]),
+        benchmark_hash=recipe_hash(benchmark),
+        versions=versions(),
+        machine=machine(),
+        seconds=spent,
+        missing=missing,
+        tables=tuple(_table(benchmark, name, own) for name, own in _by_table(lines).items()),
+    )
     file = results / f"{benchmark.benchmark}.json"
-    write_json(file, written)
+    write_json(file, written.as_json())
     made = {"results": file}
     for name, text in pages(written).items():
         path = results.parent / name
@@ -209,23 +210,23 @@ def _recipe(benchmark: Benchmark, point: Point) -> Any:
 
 
 def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
-    for row, made in zip(done.results["rows"], done.rows, strict=True):
-        family = row["task"]
-        headline = done.results["headline"][family]
-        if headline not in row["metrics"]:
+    results = Results.model_validate(done.results)
+    for row, made in zip(results.rows, done.rows, strict=True):
+        headline = results.headline[row.task]
+        if headline not in row.metrics:
             continue
-        baseline = row["arm"] == "baseline"
+        baseline = row.arm == "baseline"
         label = "" if baseline else point.label
-        parts = [row["predictor"], *([] if baseline else [row["template"].partition("/")[2], label])]
+        parts = [row.predictor, *([] if baseline else [(row.template or "").partition("/")[2], label])]
         yield Line(
             # The metric's signature holds split, candidates and whatever else two figures must share.
-            table=(family, headline, row["metrics"][headline]["signature"], row["candidates"]),
+            table=(row.task, headline, row.metrics[headline].signature, row.candidates),
             name=" · ".join(parts),
             label=label,
             figures=[row],
             values=[made.values],
-            users=[record["user_id"] for record in made.records],
-            requests=[record["request_id"] for record in made.records],
+            users=[record.user_id for record in made.records],
+            requests=[record.request_id for record in made.records],
         )
 
 
@@ -252,80 +253,66 @@ def _by_table(lines: Mapping[tuple[Shared, str], Line]) -> dict[Shared, list[Lin
 # --------------------------------------------------------------------------- tables
 
 
-def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> dict[str, Any]:
+def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> BenchmarkTable:
     family, metric, signature, candidates = name
     users = lines[0].users
     if any(line.requests != lines[0].requests for line in lines):
         raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}")
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = -1 if lower(metric) else 1
     # A figure that is not defined, such as the AUC of answers that are all alike, stands last.
-    rows = sorted((_row(line) for line in lines), key=lambda row: -sign * (_defined(row, metric) or 0.0))
-    rows.sort(key=lambda row: _defined(row, metric) is None)
-    by_name = {line.name: line for line in lines}
-    baselines = [row["name"] for row in rows if row["arm"] == "baseline"]
-    # A row whose figure is not defined is compared with none.
-    defined = {row["name"] for row in rows if _defined(row, metric) is not None}
-    asked = [(row["name"], baselines[0]) for row in rows if row["arm"] != "baseline"] if baselines else []
-    asked = [pair for pair in asked if defined.issuperset(pair)]
-    own = [pair for pair in benchmark.pairs if defined.issuperset(pair)]
-    return {
-        "task": family,
-        "metric": metric,
-        "signature": signature,
-        "candidates": candidates,
-        "requests": len(users),
-        "users": len(set(users)),
-        "rows": rows,
-        "best_baseline": baselines[0] if baselines else None,
-        "against_best_baseline": _compared(benchmark, metric, by_name, users, asked),
-        "pairs": _compared(benchmark, metric, by_name, users, own),
-    }
+    rows = sorted((_row(line) for line in lines), key=lambda row: -sign * (row.value(metric) or 0.0))
+    rows.sort(key=lambda row: row.value(metric) is None)
+    values = {line.name: _values(line, metric) for line in lines}
+    compared = Comparing(
+        metric, [Standing(row.name, row.value(metric), values[row.name]) for row in rows], users, benchmark.bootstrap
+    )
+    baselines = [row.name for row in rows if row.arm == "baseline"]
+    asked = [(row.name, baselines[0]) for row in rows if row.arm != "baseline"] if baselines else []
+    names = {row.name for row in rows}
+    return BenchmarkTable(
+        task=family,
+        metric=metric,
+        signature=signature,
+        candidates=candidates,
+        requests=len(users),
+        users=len(set(users)),
+        rows=tuple(rows),
+        best_baseline=baselines[0] if baselines else None,
+        against_best_baseline=tuple(compared.pairs(asked)),
+        pairs=tuple(compared.pairs([pair for pair in benchmark.pairs if names.issuperset(pair)])),
+    )
 
 
-def _defined(row: Mapping[str, Any], metric: str) -> float | None:
-    value: float | None = row["metrics"][metric]["value"]
-    return value
-
-
-def _row(line: Line) -> dict[str, Any]:
+def _row(line: Line) -> BenchmarkLine:
     first = line.figures[0]
-    metrics: dict[str, Any] = {}
-    for name in first["metrics"]:
-        figures = [row["metrics"][name] for row in line.figures]
-        kept = ("value", "low", "high", "undefined")
-        metrics[name] = over_runs([{key: figure[key] for key in kept if key in figure} for figure in figures])
-    cost = {key: float(np.mean([row["cost"].get(key) or 0 for row in line.figures])) for key in _COST}
-    requests = max(1, first["n"])
-    return {
-        "name": line.name,
-        "arm": first["arm"],
-        "predictor": first["predictor"],
-        "template": first["template"],
-        "run": line.label,
-        "shots": first["shots"],
-        "engine": first["engine"],
-        "seeds": len(line.figures),
-        "parse_rate": float(np.mean([row["parse_rate"] for row in line.figures])),
-        "metrics": metrics,
-        "tokens_per_request": (cost["prompt_tokens"] + cost["completion_tokens"]) / requests,
-        "forwards_per_request": cost["forwards"] / requests,
-        "seconds_per_request": cost["seconds"] / requests,
-    }
+    metrics = {name: over_runs([_bare(row.metrics[name]) for row in line.figures]) for name in first.metrics}
+    costs = [row.cost for row in line.figures]
+    tokens = _mean([cost.prompt_tokens for cost in costs]) + _mean([cost.completion_tokens for cost in costs])
+    requests = max(1, first.n)
+    return BenchmarkLine(
+        name=line.name,
+        arm=first.arm,
+        predictor=first.predictor,
+        template=first.template,
+        run=line.label,
+        shots=first.shots,
+        engine=first.engine,
+        seeds=len(line.figures),
+        parse_rate=_mean([row.parse_rate for row in line.figures]),
+        metrics=metrics,
+        tokens_per_request=tokens / requests,
+        forwards_per_request=_mean([cost.forwards for cost in costs]) / requests,
+        seconds_per_request=_mean([cost.seconds for cost in costs]) / requests,
+    )
 
 
-_COST = ("prompt_tokens", "completion_tokens", "forwards", "seconds")
+def _mean(values: Sequence[float | None]) -> float:
+    return float(np.mean([value or 0.0 for value in values]))
 
 
-def _compared(
-    benchmark: Benchmark,
-    metric: str,
-    lines: Mapping[str, Line],
-    users: Sequence[str],
-    pairs: Sequence[tuple[str, str]],
-) -> list[dict[str, Any]]:
-    """Compare pairs of rows by name; seeds are averaged before."""
-    named = [tuple((name, _values(lines[name], metric)) for name in pair) for pair in pairs]
-    return compared(metric, named, users, resamples=benchmark.bootstrap)
+def _bare(figure: Figure) -> Figure:
+    """Return a figure without its signature, which the table has."""
+    return Figure.model_validate(figure.model_dump(include={"value", "low", "high", "undefined"}, exclude_unset=True))
 
 
 def _values(line: Line, metric: str) -> NDArray[np.float64]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
 from llmrec.report.escape import cell, code, flat
-from llmrec.report.records import lower
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, UNDEFINED, title, undefined_lines
+from llmrec.results import Figure, lower
 
 _WIDTH, _HEIGHT = 960, 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 70, 64
@@ -22,151 +23,154 @@ _CHAR = 6.6
 _NAME = 15
 
 
-def pages(results: Mapping[str, Any]) -> dict[str, str]:
+def pages(results: BenchmarkResult) -> dict[str, str]:
     """Return a benchmark's page and pictures, by file name.
 
     Args:
         results: What `llmrec.commands.compare.benchmark` wrote.
     """
-    name = str(results["benchmark"])
-    names = _names(name, results["tables"])
-    found = {file: picture(table) for file, table in zip(names, results["tables"], strict=True) if _drawn(table)}
+    name = results.benchmark
+    names = _names(name, results.tables)
+    found = {file: picture(table) for file, table in zip(names, results.tables, strict=True) if _drawn(table)}
     return {f"{name}.md": page(results, names), **found}
 
 
-def page(results: Mapping[str, Any], names: Sequence[str]) -> str:
+def page(results: BenchmarkResult, names: Sequence[str]) -> str:
     """Return the Markdown page; ``names`` are the pictures' files, one a table."""
-    machine = results["machine"]
+    machine = results.machine
     where = f"{machine.get('cpu') or 'an unknown processor'}, {machine.get('cores') or 'unknown'} cores"
     lines = [
-        f"# {cell(str(results['benchmark']))}",
+        f"# {cell(results.benchmark)}",
         "",
-        f"{cell(str(results['description']))} {code(str(results['command']))}, {results['seconds'] / 60:.0f} min on "
+        f"{cell(results.description)} {code(results.command)}, {results.seconds / 60:.0f} min on "
         f"{cell(where)}. Written by that command; do not edit.",
         "",
         "A row is a predictor, its template and its run. Intervals are 95 % over users; *sd* is over training seeds. "
         "The last columns compare a row with the best baseline of its table on the same users, p Holm-adjusted over "
         "the table. Cost is per request: tokens read and written, model calls (a generated token is one), seconds.",
     ]
-    if results["missing"]:
-        lines += ["", f"**{results['missing']} runs are missing**: the same command goes on."]
-    for table, file in zip(results["tables"], names, strict=True):
+    if results.missing:
+        lines += ["", f"**{results.missing} runs are missing**: the same command goes on."]
+    for table, file in zip(results.tables, names, strict=True):
         lines += ["", *_section(table, file)]
     return "\n".join([*lines, ""])
 
 
-def _section(table: Mapping[str, Any], file: str) -> list[str]:
-    metric = str(table["metric"])
-    against = {entry["a"]: entry for entry in table["against_best_baseline"]}
-    others = [name for name in table["rows"][0]["metrics"] if name != metric][:3]
+def _section(table: BenchmarkTable, file: str) -> list[str]:
+    metric = table.metric
+    against = {entry.a: entry for entry in table.against_best_baseline}
+    others = [name for name in table.rows[0].metrics if name != metric][:3]
     rows = []
-    for row in table["rows"]:
-        own, compared = row["metrics"][metric], against.get(row["name"])
+    for row in table.rows:
+        own, compared = row.metrics[metric], against.get(row.name)
         rows.append(
             [
-                cell(row["name"]) + (" (baseline)" if row["arm"] == "baseline" else ""),
+                cell(row.name) + (" (baseline)" if row.arm == "baseline" else ""),
                 _figure(own),
-                *(_value(row["metrics"][name]["value"]) if name in row["metrics"] else DASH for name in others),
-                DASH
-                if compared is None
-                else f"{compared['value']:+.3f} [{compared['low']:+.3f}, {compared['high']:+.3f}]",
-                DASH if compared is None else cell(compared["verdict"]),
+                *(_value(row.value(name)) if name in row.metrics else DASH for name in others),
+                DASH if compared is None else f"{compared.value:+.3f} [{compared.low:+.3f}, {compared.high:+.3f}]",
+                DASH if compared is None else cell(compared.verdict),
                 *_cost(row),
             ]
         )
     header = ["Row", metric, *others, "less the best baseline", "better", "tokens", "calls", "seconds"]
     direction = "lower is better" if lower(metric) else "higher is better"
     lines = [
-        f"## {cell(title(table['task']))}: {cell(metric)}",
+        f"## {cell(title(table.task))}: {cell(metric)}",
         "",
-        f"{table['requests']:,} requests of {table['users']:,} users, {direction}; {code(table['signature'])}.",
+        f"{table.requests:,} requests of {table.users:,} users, {direction}; {code(table.signature)}.",
         "",
         grid([cell(name) for name in header], rows),
         *(part for line in _undefined(table, (metric, *others)) for part in ("", cell(line))),
     ]
-    if table["pairs"]:
+    if table.pairs:
         lines += ["", "Pairs named beforehand, Holm-adjusted among themselves:", ""]
         lines += [
-            f"- {cell(one['a'])} less {cell(one['b'])}: {one['value']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}], "
-            f"p {one['p']:.3f}, {cell(one['verdict'])}"
-            for one in table["pairs"]
+            f"- {cell(one.a)} less {cell(one.b)}: {one.value:+.4f} [{one.low:+.4f}, {one.high:+.4f}], "
+            f"p {one.p:.3f}, {cell(one.verdict)}"
+            for one in table.pairs
         ]
     if _drawn(table):
         lines += ["", f"![{cell(metric)} by tokens a request]({file})"]
     return lines
 
 
-def _names(name: str, tables: Sequence[Mapping[str, Any]]) -> list[str]:
+def _names(name: str, tables: Sequence[BenchmarkTable]) -> list[str]:
     """Return a file name for each table's picture: its family, and a number where a family has several."""
     found: list[str] = []
     for table in tables:
-        same = sum(own.startswith(f"{name}-{table['task']}") for own in found)
-        found.append(f"{name}-{table['task']}{f'-{same + 1}' if same else ''}.svg")
+        same = sum(own.startswith(f"{name}-{table.task}") for own in found)
+        found.append(f"{name}-{table.task}{f'-{same + 1}' if same else ''}.svg")
     return found
 
 
-def _figure(figure: Mapping[str, Any]) -> str:
-    text = _value(figure["value"])
-    if figure.get("low") is not None and figure.get("high") is not None:
-        text += f" [{figure['low']:.3f}, {figure['high']:.3f}]"
-    return text + (f" sd {figure['sd']:.3f}" if figure.get("sd") is not None else "")
+def _figure(figure: Figure) -> str:
+    text = _value(figure.value)
+    if figure.low is not None and figure.high is not None:
+        text += f" [{figure.low:.3f}, {figure.high:.3f}]"
+    return text + (f" sd {figure.sd:.3f}" if figure.sd is not None else "")
 
 
 def _value(value: float | None) -> str:
     return UNDEFINED if value is None else f"{value:.3f}"
 
 
-def _undefined(table: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+def _undefined(table: BenchmarkTable, metrics: Sequence[str]) -> list[str]:
     """Say which figures of a table are not defined, of which rows and why."""
-    rows = table["rows"]
-    figures = [(row["name"], name, row["metrics"][name]) for row in rows for name in metrics if name in row["metrics"]]
-    missing = [(row, name, figure.get("undefined", "")) for row, name, figure in figures if figure["value"] is None]
-    return undefined_lines(missing, len(rows), table["metric"])
+    rows = table.rows
+    figures = [(row.name, name, row.metrics[name]) for row in rows for name in metrics if name in row.metrics]
+    missing = [(row, name, figure.undefined) for row, name, figure in figures if figure.value is None]
+    return undefined_lines(missing, len(rows), table.metric)
 
 
-def _cost(row: Mapping[str, Any]) -> list[str]:
-    if row["arm"] == "baseline":
-        return [DASH, DASH, f"{row['seconds_per_request']:.3f}"]
-    tokens, calls = f"{row['tokens_per_request']:,.0f}", f"{row['forwards_per_request']:,.1f}"
-    return [tokens, calls, f"{row['seconds_per_request']:.2f}"]
+def _cost(row: BenchmarkLine) -> list[str]:
+    if row.arm == "baseline":
+        return [DASH, DASH, f"{row.seconds_per_request:.3f}"]
+    tokens, calls = f"{row.tokens_per_request:,.0f}", f"{row.forwards_per_request:,.1f}"
+    return [tokens, calls, f"{row.seconds_per_request:.2f}"]
 
 
 # --------------------------------------------------------------------------- the picture
 
 
-def _drawn(table: Mapping[str, Any]) -> bool:
+def _drawn(table: BenchmarkTable) -> bool:
     return len(_asked(table)) > 1
 
 
-def _asked(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _asked(table: BenchmarkTable) -> list[BenchmarkLine]:
     return [
         row
-        for row in table["rows"]
-        if row["arm"] != "baseline"
-        and row["tokens_per_request"] > 0
-        and row["metrics"][table["metric"]]["value"] is not None
+        for row in table.rows
+        if row.arm != "baseline" and row.tokens_per_request > 0 and row.value(table.metric) is not None
     ]
 
 
-def frontier(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
+def _at(row: BenchmarkLine, metric: str) -> float:
+    """Return a figure that is drawn: those that are not defined are not."""
+    value = row.value(metric)
+    assert value is not None, f"{row.name}: {metric} is not defined"
+    return value
+
+
+def frontier(rows: Sequence[BenchmarkLine], metric: str) -> list[BenchmarkLine]:
     """Return the rows that no other row beats at the same or a lower cost, cheapest first (the Pareto front)."""
     sign = -1 if lower(metric) else 1
     best, found = -math.inf, []
-    for row in sorted(rows, key=lambda row: (row["tokens_per_request"], -sign * row["metrics"][metric]["value"])):
-        value = sign * row["metrics"][metric]["value"]
+    for row in sorted(rows, key=lambda row: (row.tokens_per_request, -sign * _at(row, metric))):
+        value = sign * _at(row, metric)
         if value > best:
             best = value
             found.append(row)
     return found
 
 
-def picture(table: Mapping[str, Any]) -> str:
+def picture(table: BenchmarkTable) -> str:
     """Draw quality against tokens a request, on a logarithmic axis; the best baseline is a line, as it reads none."""
-    metric, rows = str(table["metric"]), _asked(table)
-    controls = [row for row in table["rows"] if row["arm"] == "baseline"]
+    metric, rows = table.metric, _asked(table)
+    controls = [row for row in table.rows if row.arm == "baseline" and row.value(metric) is not None]
     front = frontier(rows, metric)
-    tokens = [float(row["tokens_per_request"]) for row in rows]
-    values = [float(row["metrics"][metric]["value"]) for row in (*rows, *controls[:1])]
+    tokens = [float(row.tokens_per_request) for row in rows]
+    values = [float(_at(row, metric)) for row in (*rows, *controls[:1])]
     low, high = math.log10(min(tokens)) - 0.1, math.log10(max(tokens)) + 0.1
     pad = (max(values) - min(values)) * 0.12 or 0.01
     bottom, top = min(values) - pad, max(values) + pad
@@ -177,21 +181,21 @@ def picture(table: Mapping[str, Any]) -> str:
     def y(value: float) -> float:
         return _HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_text(24, 34, f"{title(table['task'])}: {metric} by tokens a request", size=18)]
+    parts = [_text(24, 34, f"{title(table.task)}: {metric} by tokens a request", size=18)]
     parts.append(_text(24, 54, "lower is better" if lower(metric) else "higher is better", ink=_SOFT))
     parts += _axes(low, high, bottom, top, x, y)
     for row in controls[:1]:
-        at = y(row["metrics"][metric]["value"])
+        at = y(_at(row, metric))
         parts.append(_path([(_LEFT, at), (_WIDTH - _RIGHT, at)], _RULE, dashed=True))
-        parts.append(_text(_LEFT + 6, at - 6, f"{row['name']}, no tokens", ink=_RULE))
+        parts.append(_text(_LEFT + 6, at - 6, f"{row.name}, no tokens", ink=_RULE))
     if len(front) > 1:
-        parts.append(_path([(x(r["tokens_per_request"]), y(r["metrics"][metric]["value"])) for r in front], _SOFT))
+        parts.append(_path([(x(r.tokens_per_request), y(_at(r, metric))) for r in front], _SOFT))
     for row in rows:
-        spot = x(row["tokens_per_request"]), y(row["metrics"][metric]["value"])
-        name = escape(f"{row['name']}: {row['metrics'][metric]['value']:.3f}, {row['tokens_per_request']:,.0f} tokens")
+        spot = x(row.tokens_per_request), y(_at(row, metric))
+        name = escape(f"{row.name}: {_at(row, metric):.3f}, {row.tokens_per_request:,.0f} tokens")
         parts.append(
             f'<circle cx="{spot[0]:.1f}" cy="{spot[1]:.1f}" r="{6 if row in front else 4}" '
-            f'fill="{_ARMS.get(row["arm"], _SOFT)}"><title>{name}</title></circle>'
+            f'fill="{_ARMS.get(row.arm, _SOFT)}"><title>{name}</title></circle>'
         )
     parts += _labels(front, metric, x, y)
     for place, (arm, ink) in enumerate(_ARMS.items()):
@@ -225,16 +229,16 @@ def _axes(low: float, high: float, bottom: float, top: float, x: Any, y: Any) ->
     return parts
 
 
-def _labels(front: Sequence[Mapping[str, Any]], metric: str, x: Any, y: Any) -> list[str]:
+def _labels(front: Sequence[BenchmarkLine], metric: str, x: Any, y: Any) -> list[str]:
     """Name the rows of the front, on the side where the frame leaves room, each above those that it would cover."""
     parts = []
     taken: list[tuple[float, float, float]] = []
     for row in front:
-        at, name = x(row["tokens_per_request"]), flat(row["name"])
+        at, name = x(row.tokens_per_request), flat(row.name)
         width = len(name) * _CHAR
         left = at + 10 + width > _WIDTH - _RIGHT
         begin = at - 10 - width if left else at + 10
-        height = y(row["metrics"][metric]["value"]) - 9
+        height = y(_at(row, metric)) - 9
         while any(abs(height - other) < _NAME and begin < to and start < begin + width for start, to, other in taken):
             height -= _NAME
         taken.append((begin, begin + width, height))

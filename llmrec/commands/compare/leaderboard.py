@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmrec.commands.compare.records import SuiteProtocol, SuiteResult
 from llmrec.errors import DataError, LlmrecError
-from llmrec.report.escape import cell, code, flat
-from llmrec.report.records import Number, Record, Verdict, lower, mended
+from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, UNDEFINED, undefined_lines
+from llmrec.results import Figure, lower
 
 _HEAD = """# Leaderboard
 
@@ -83,105 +84,12 @@ def load_reference(path: Path) -> Reference:
 # --------------------------------------------------------------------------- our own
 
 
-class Figure(Record):
-    """One number of a suite, or why there is none; ``sd`` over seeds, ``range`` over tie rules of the split."""
-
-    value: Number
-    low: Number = None
-    high: Number = None
-    sd: Number = None
-    range: tuple[float, float] | None = None
-    signature: str = ""
-    undefined: str = ""
-
-
-class Table(Record):
-    """A row's figures under one treatment of the history."""
-
-    metrics: dict[str, Figure]
-    tie_rate: Number = None
-
-
-class SuiteRow(Record):
-    """One baseline of a suite."""
-
-    name: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    tables: dict[str, Table]
-    seconds: dict[str, float] = Field(default_factory=dict)
-    memory_gb: Number = None
-
-
-class SuiteData(Record):
-    """Size of the data."""
-
-    users: int
-    items: int
-    interactions: int
-
-
-class SuiteMachine(Record):
-    """Where it ran."""
-
-    cpu: str | None = None
-    cores: int | None = None
-
-
-class SuiteProtocol(Record):
-    """What the rows of a suite share; ``metrics`` end with the one that tables are sorted by."""
-
-    split: str
-    candidates: str | None = None
-    seen: tuple[str, ...] = Field(min_length=1)
-    metrics: tuple[str, ...]
-    seeds: tuple[int, ...]
-    users: int
-
-
-class SuiteComparison(Record):
-    """The best row of a table, ``a``, against another, ``b``."""
-
-    seen: str
-    b: str
-    verdict: Verdict
-
-
-class SuitePair(Record):
-    """Two rows that a suite compares by name."""
-
-    seen: str
-    metric: str
-    a: str
-    b: str
-    value: Number = None
-    low: Number = None
-    high: Number = None
-    p: Number = None
-    verdict: Verdict
-
-
-class SuiteResult(Record):
-    """What `llmrec.commands.compare.suite` writes."""
-
-    suite: str
-    description: str = ""
-    command: str = ""
-    machine: SuiteMachine = SuiteMachine()
-    data: SuiteData
-    protocol: SuiteProtocol
-    rows: tuple[SuiteRow, ...]
-    comparisons: tuple[SuiteComparison, ...] = ()
-    pairs: tuple[SuitePair, ...] = ()
-    detectable: dict[str, str] = Field(default_factory=dict)
-    references: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
+def read_results(folder: Path) -> list[SuiteResult]:
     """Return every suite result in a folder; other files there are left alone.
 
     Raises:
-        DataError: If a file is not JSON.
+        DataError: If a file is not JSON, or a suite lacks something.
+        LlmrecError: If the rows of one table were measured under different protocols.
     """
     found = []
     for file in sorted(folder.glob("*.json")):
@@ -190,27 +98,29 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: is not JSON ({error}); write it again with `llmrec eval`") from error
         if isinstance(content, dict) and content.get("kind") == "suite":
-            found.append(content)
+            found.append(suite_result(content))
     return found
 
 
-def leaderboard(results: Sequence[Mapping[str, Any]], references: Mapping[str, Reference]) -> str:
+def leaderboard(results: Sequence[SuiteResult], references: Mapping[str, Reference]) -> str:
     """Return the Markdown page.
 
     Args:
-        results: What `llmrec.commands.compare.suite` wrote, one mapping a suite.
+        results: From `read_results`.
         references: Published pages by name.
-
-    Raises:
-        DataError: If a result lacks something.
-        LlmrecError: If the rows of one table were measured under different protocols.
     """
-    suites = sorted(map(_suite, results), key=lambda found: found.suite)
+    suites = sorted(results, key=lambda found: found.suite)
     pages = ([references[name] for name in found.references if name in references] for found in suites)
     return "\n".join([_HEAD, *map(_section, suites, pages)])
 
 
-def _suite(content: Mapping[str, Any]) -> SuiteResult:
+def suite_result(content: Mapping[str, object]) -> SuiteResult:
+    """Return what a suite wrote as checked records.
+
+    Raises:
+        DataError: If it lacks something.
+        LlmrecError: If the rows of one table were measured under different protocols.
+    """
     name = flat(str(content.get("suite")))
     try:
         found = SuiteResult.model_validate(mended(dict(content)))
@@ -255,7 +165,7 @@ def _one_protocol(found: SuiteResult, seen: str) -> None:
 def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
     data, protocol = found.data, found.protocol
     counts = f"{data.users:,} users, {data.items:,} items, {data.interactions:,} interactions"
-    where = f"{found.machine.cpu or 'an unknown processor'}, {found.machine.cores or 'unknown'} cores"
+    where = f"{found.machine.get('cpu') or 'an unknown processor'}, {found.machine.get('cores') or 'unknown'} cores"
     lines = [
         f"## {cell(found.suite)}",
         "",

@@ -157,12 +157,12 @@ class Contenders:
         model.fit(data)
         return model
 
-    def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, Any]]:
+    def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:
         """Return a row's recipe, and what of it tables show."""
         recipe = load_recipe(str(row.recipe), row.overrides)
         if recipe.tasks.sequential is None:
             raise RecipeError(f"{row.recipe}: a suite ranks the catalogue by tasks.sequential, which it lacks; add it")
-        shown = {
+        shown: dict[str, str | int] = {
             "model": recipe.model.name if recipe.model.shape is None else "from chance",
             "index": recipe.index.scheme if recipe.index else "title",
             "steps": recipe.train.steps,

@@ -20,15 +20,17 @@ import psutil
 from llmrec import __version__
 from llmrec.baselines.parameters import config_of
 from llmrec.baselines.tuning import Tuned, tune
-from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
+from llmrec.commands.compare.leaderboard import Reference, leaderboard, load_reference, read_results
+from llmrec.commands.compare.records import SuiteLine, SuitePair, SuiteProtocol, SuiteResult, Table, Trial
 from llmrec.commands.compare.rows import Contenders
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
 from llmrec.evaluate.catalogue import evaluate_catalogue
-from llmrec.evaluate.compare import Comparing, over_runs
+from llmrec.evaluate.compare import Comparing, Standing, over_runs
+from llmrec.evaluate.figures import Protocol
 from llmrec.evaluate.lists import cold_figures
-from llmrec.evaluate.predictor import Evaluated, Protocol, evaluate
+from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.claiming import SUITE
 from llmrec.experiment.results import describe
 from llmrec.experiment.resume import Bar, key_of, locked, read_stage
@@ -39,6 +41,7 @@ from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import recipe_hash
 from llmrec.registry import BASELINES, lookup
 from llmrec.resources import resource
+from llmrec.results import Figure
 from llmrec.tasks.family import Family, family_of
 from llmrec.types import Case, Interaction, Probability, Rating
 
@@ -56,7 +59,7 @@ _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 class Ran:
     """A finished suite: its results, the file that holds them, and the leaderboard, if there is one to write."""
 
-    results: dict[str, Any]
+    results: SuiteResult
     file: Path
     leaderboard: Path | None
 
@@ -89,16 +92,16 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
     with locked(out, SUITE):
         begin = time.monotonic()
         splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
-        rows: list[dict[str, Any]] = []
+        rows: list[Done] = []
         contenders = Contenders(suite, out)
         for place, row in enumerate(suite.rows):
             found = _row(suite, row, place, splits, contenders)
-            contenders.chosen[row.label] = found["parameters"]
+            contenders.chosen[row.label] = found.line.parameters
             rows.append(found)
-            say(_line(suite, found))
+            say(_line(suite, found.line))
         written = _results(suite, rows, splits[suite.split_seeds[0]], time.monotonic() - begin)
         file = results / f"{suite.suite}.json"
-        write_json(file, written)
+        write_json(file, written.as_json())
     page = None
     if results.name == "results":
         page = results.parent / "LEADERBOARD.md"
@@ -106,7 +109,23 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
     return Ran(written, file, page)
 
 
-def _reference(name: str) -> Any:
+@dataclass(frozen=True)
+class Done:
+    """A finished row, and its values by table, metric and request."""
+
+    line: SuiteLine
+    values: Mapping[str, Mapping[str, Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Once:
+    """One table of a row with one seed; for rankings also the figures of items without training interactions."""
+
+    found: Evaluated
+    cold: Mapping[str, float] | None = None
+
+
+def _reference(name: str) -> Reference:
     folder = resource("eval", "references")
     path = folder / f"{name}.yaml"
     if not path.is_file():
@@ -115,7 +134,7 @@ def _reference(name: str) -> Any:
     return load_reference(path)
 
 
-def _all_references() -> dict[str, Any]:
+def _all_references() -> dict[str, Reference]:
     return {page.stem: load_reference(page) for page in sorted(resource("eval", "references").glob("*.yaml"))}
 
 
@@ -127,9 +146,7 @@ def _family(suite: Suite) -> Family:
 # --------------------------------------------------------------------------- one row
 
 
-def _row(
-    suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], contenders: Contenders
-) -> dict[str, Any]:
+def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], contenders: Contenders) -> Done:
     """Return a stored row with the same key, or make it and store it."""
     path = contenders.folder / "rows" / f"{place:02d}-{row.label}.json"
     key = key_of(
@@ -142,14 +159,15 @@ def _row(
     )
     stored = read_stage(path, key)
     if stored is None:
-        stored = {"key": key, **_make(suite, row, splits, contenders)}
+        done = _make(suite, row, splits, contenders)
+        stored = {"key": key, **done.line.as_json(), "values": done.values}
         write_json(path, stored)
     else:
         log.info("suite: reusing %s", path)
-    return stored
+    return Done(SuiteLine.model_validate(stored), stored["values"])
 
 
-def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], contenders: Contenders) -> dict[str, Any]:
+def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], contenders: Contenders) -> Done:
     first = suite.split_seeds[0]
     fit, measure = partial(_fit, contenders, row), partial(_measure, contenders, row)
     seconds: dict[str, float] = {}
@@ -171,18 +189,18 @@ def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], conte
         seen: _table([run[seen] for run in runs], [run[seen] for run in (runs[0], *others)])
         for seen in tables_of(suite)
     }
-    return {
-        "name": row.label,
-        "baseline": row.baseline,
-        "parameters": dict(tuned.parameters),
-        "trials": [{"parameters": dict(trial.parameters), "value": trial.value} for trial in tuned.trials],
-        "chosen_by": tuned.metric,
-        "seeds": list(seeds),
-        "tables": {seen: {k: v for k, v in table.items() if k != "values"} for seen, table in tables.items()},
-        "values": {seen: table["values"] for seen, table in tables.items()},
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "memory_gb": round(memory[0] / 2**30, 2),
-    }
+    line = SuiteLine(
+        name=row.label,
+        baseline=row.baseline,
+        parameters=dict(tuned.parameters),
+        trials=tuple(Trial(parameters=dict(trial.parameters), value=trial.value) for trial in tuned.trials),
+        chosen_by=tuned.metric,
+        seeds=seeds,
+        tables=tables,
+        seconds={name: round(value, 2) for name, value in seconds.items()},
+        memory_gb=round(memory[0] / 2**30, 2),
+    )
+    return Done(line, {seen: _values([run[seen] for run in runs]) for seen in tables})
 
 
 def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset) -> Tuned:
@@ -209,7 +227,7 @@ def _fit(contenders: Contenders, row: SuiteRow, tuned: Tuned, data: SplitDataset
 
 def _measure(
     contenders: Contenders, row: SuiteRow, data: SplitDataset, seconds: dict[str, float], fit: Callable[[], Any]
-) -> dict[str, Any]:
+) -> dict[str, Once]:
     suite = contenders.suite
     begin = time.monotonic()
     predictor = fit()
@@ -224,18 +242,19 @@ def _measure(
     )
     begin = time.monotonic()
     cases = _cases(suite, data)
-    found: dict[str, Evaluated] = {}
+    found: dict[str, Once] = {}
     if suite.task == "ranking":
         background = contenders.background(data)
         with Bar(row.label, len(cases), quiet=row.recipe is None) as advance:
-            found |= evaluate_catalogue(
+            ranked = evaluate_catalogue(
                 predictor, cases, protocol, seen=suite.seen, background=background, progress=advance
             )
-        for each in found.values():
-            each.figures["cold"] = cold_figures(cases, background, each.values, metrics_of(suite))
+        for seen, each in ranked.items():
+            found[seen] = Once(each, cold_figures(cases, background, each.values, metrics_of(suite)))
     else:
         (table,) = tables_of(suite)
-        found[table] = evaluate(predictor, cases, name=suite.task, kind=_family(suite).answer, protocol=protocol)
+        measured = evaluate(predictor, cases, name=suite.task, kind=_family(suite).answer, protocol=protocol)
+        found[table] = Once(measured)
     seconds["answer"] = seconds.get("answer", 0.0) + time.monotonic() - begin
     return found
 
@@ -259,23 +278,27 @@ def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float |
     return float(held.rating >= threshold(scale_of(data), suite.liked))
 
 
-def _table(runs: Sequence[Any], splits: Sequence[Any]) -> dict[str, Any]:
+def _table(runs: Sequence[Once], splits: Sequence[Once]) -> Table:
     """Average a convention's figures over seeds; over tie rules of the split give the range."""
-    metrics: dict[str, Any] = {}
-    values: dict[str, list[float]] = {}
-    for name in runs[0].figures["metrics"]:
-        metrics[name] = over_runs([run.figures["metrics"][name] for run in runs])
-        if len(splits) > 1:
-            spread = [run.figures["metrics"][name]["value"] for run in splits]
-            metrics[name]["range"] = None if None in spread else [min(spread), max(spread)]
-        if name in runs[0].values:
-            values[name] = [float(v) for v in over_seeds([run.values[name] for run in runs]).values]
+    first = runs[0].found.figures
+    metrics = {name: over_runs([run.found.figures.metrics[name] for run in runs]) for name in first.metrics}
+    if len(splits) > 1:
+        for name, figure in metrics.items():
+            spread = [run.found.figures.metrics[name].value for run in splits]
+            known = [value for value in spread if value is not None]
+            ends = (min(known), max(known)) if len(known) == len(spread) else None
+            metrics[name] = figure.model_copy(update={"range": ends})
+    table = Table(metrics=metrics, tie_rate=float(np.mean([run.found.figures.tie_rate for run in runs])), n=first.n)
+    colds = [run.cold for run in runs if run.cold is not None]
+    return table.model_copy(update={"cold": _mean_of(colds)}) if colds else table
+
+
+def _values(runs: Sequence[Once]) -> dict[str, list[float]]:
+    """Return values by request, averaged over seeds."""
     return {
-        "metrics": metrics,
-        "tie_rate": float(np.mean([run.figures["tie_rate"] for run in runs])),
-        "n": runs[0].figures["n"],
-        **({"cold": _mean_of([run.figures["cold"] for run in runs])} if "cold" in runs[0].figures else {}),
-        "values": values,
+        name: [float(v) for v in over_seeds([run.found.values[name] for run in runs]).values]
+        for name in runs[0].found.figures.metrics
+        if name in runs[0].found.values
     }
 
 
@@ -305,53 +328,63 @@ def _peak() -> Iterator[list[float]]:
 # --------------------------------------------------------------------------- all rows
 
 
-def _results(suite: Suite, rows: Sequence[Mapping[str, Any]], data: SplitDataset, seconds: float) -> dict[str, Any]:
-    spent = sum(sum(row["seconds"].values()) for row in rows)
+def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: float) -> SuiteResult:
+    lines, metric = [row.line for row in rows], headline_of(suite)
     users = [case.request.user_id for case in _cases(suite, data)]
-    asked = Comparing(suite, rows, users, headline_of(suite))
-    compared = {seen: asked.best_with_others(seen) for seen in tables_of(suite)}
-    return {
-        "kind": "suite",
-        "suite": suite.suite,
-        "description": suite.description,
-        "llmrec": __version__,
-        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["llmrec", *sys.argv[1:]]),
-        "suite_hash": recipe_hash(suite),
-        "versions": versions(),
-        "machine": machine(),
-        "data": describe(data),
-        "protocol": {
-            "split": f"{data.kind}/{suite.split}",
-            "task": suite.task,
-            "candidates": "full" if suite.task == "ranking" else None,
-            "seen": list(tables_of(suite)),
-            "metrics": metrics_of(suite),
-            "seeds": list(suite.seeds),
-            "split_seeds": list(suite.split_seeds),
-            "users": len(set(users)),
-            "requests": rows[0]["tables"][tables_of(suite)[0]]["n"],
-        },
-        "rows": [{k: v for k, v in row.items() if k not in ("key", "values")} for row in rows],
-        "comparisons": [line for lines, _ in compared.values() for line in lines],
-        "pairs": [line for seen in tables_of(suite) for line in asked.pairs(seen)],
-        "detectable": {seen: line for seen, (_, line) in compared.items()},
-        "references": list(suite.references),
-        "seconds": max(seconds, spent),
-    }
+    best: list[SuitePair] = []
+    named: list[SuitePair] = []
+    detectable = {}
+    for seen in tables_of(suite):
+        standings = [
+            Standing(row.line.name, row.line.tables[seen].metrics[metric].value, np.array(row.values[seen][metric]))
+            for row in rows
+        ]
+        asked = Comparing(metric, standings, users, suite.bootstrap)
+        found, detectable[seen] = asked.best_with_others()
+        best += [SuitePair(seen=seen, metric=metric, **pair.as_json()) for pair in found]
+        named += [SuitePair(seen=seen, metric=metric, **pair.as_json()) for pair in asked.pairs(suite.pairs)]
+    return SuiteResult(
+        kind="suite",
+        suite=suite.suite,
+        description=suite.description,
+        llmrec=__version__,
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        command=" ".join(["llmrec", *sys.argv[1:]]),
+        suite_hash=recipe_hash(suite),
+        versions=versions(),
+        machine=machine(),
+        data=describe(data),
+        protocol=SuiteProtocol(
+            split=f"{data.kind}/{suite.split}",
+            task=suite.task,
+            candidates="full" if suite.task == "ranking" else None,
+            seen=tables_of(suite),
+            metrics=tuple(metrics_of(suite)),
+            seeds=suite.seeds,
+            split_seeds=suite.split_seeds,
+            users=len(set(users)),
+            requests=lines[0].tables[tables_of(suite)[0]].n,
+        ),
+        rows=tuple(lines),
+        comparisons=tuple(best),
+        pairs=tuple(named),
+        detectable=detectable,
+        references=suite.references,
+        seconds=max(seconds, sum(sum(line.seconds.values()) for line in lines)),
+    )
 
 
-def _line(suite: Suite, row: Mapping[str, Any]) -> str:
-    metrics = row["tables"][tables_of(suite)[0]]["metrics"]
+def _line(suite: Suite, row: SuiteLine) -> str:
+    metrics = row.tables[tables_of(suite)[0]].metrics
     shown = "  ".join(f"{name} {_shown(metrics[name])}" for name in metrics_of(suite))
-    return f"{row['name']:<20} {shown}  {sum(row['seconds'].values()):.0f} s"
+    return f"{row.name:<20} {shown}  {sum(row.seconds.values()):.0f} s"
 
 
-def _shown(figure: Mapping[str, Any]) -> str:
+def _shown(figure: Figure) -> str:
     """Return a figure for the terminal; one that is not defined with its reason, which older results do not say."""
-    if figure["value"] is not None:
-        return f"{figure['value']:.4f}"
-    return f"undefined ({figure['undefined']})" if figure.get("undefined") else "undefined"
+    if figure.value is not None:
+        return f"{figure.value:.4f}"
+    return f"undefined ({figure.undefined})" if figure.undefined else "undefined"
 
 
 def tables_of(suite: Suite) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ from llmrec.backends.encode import Encoder, Row
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.commands.export.card import Agreement, FamilyAgreement
 from llmrec.errors import DataError, LlmrecError, MissingExtra, RecipeError, require
-from llmrec.evaluate.predictor import compare, evaluate
+from llmrec.evaluate.compare import compare
+from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.evaluation import Evaluation
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.study import Study, build_study
@@ -171,7 +172,7 @@ def _figures(
         found = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
         # Where all truths are of one class, the area is not defined, and there is nothing to compare.
-        if (value := found.figures["metrics"][metric]["value"]) is not None:
+        if (value := found.figures.metrics[metric].value) is not None:
             values[family], headlines[family] = found.values[metric], float(value)
     return _Figures(losses, values, headlines, logits)
 

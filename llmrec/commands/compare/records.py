@@ -1,0 +1,167 @@
+"""The frozen records of what suites and benchmarks write, which the leaderboard and the pages read.
+
+As in `llmrec.results`, keys that no record has are ignored, and what later versions added is optional.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llmrec.records import DataInfo, Number, Record
+from llmrec.results import Fact, Figure, Pair, Verdict
+
+Setting = str | bool | int | float | list[float] | list[str] | None
+"""A parameter of a row."""
+
+
+class Trial(Record):
+    """A point of a grid, and its value on the validation split."""
+
+    parameters: dict[str, Setting]
+    value: Number
+
+
+class Table(Record):
+    """A row's figures under one treatment of the history.
+
+    Attributes:
+        n: Number of requests.
+        cold: Means over requests whose target has no training interaction, and their number.
+    """
+
+    metrics: dict[str, Figure]
+    tie_rate: Number = None
+    n: int = 0
+    cold: dict[str, float] | None = None
+
+
+class SuiteLine(Record):
+    """One row of a suite: a baseline, a tuned model or a mixture.
+
+    Attributes:
+        trials: What was tried on validation, none where there was nothing to choose.
+        chosen_by: The metric by which the parameters were chosen.
+        seconds: By what was done.
+    """
+
+    name: str
+    baseline: str | None = None
+    parameters: dict[str, Setting] = Field(default_factory=dict)
+    trials: tuple[Trial, ...] = ()
+    chosen_by: str = ""
+    seeds: tuple[int, ...] = ()
+    tables: dict[str, Table]
+    seconds: dict[str, float] = Field(default_factory=dict)
+    memory_gb: Number = None
+
+
+class Size(Record):
+    """Size of the data."""
+
+    users: int
+    items: int
+    interactions: int
+
+
+class SuiteProtocol(Record):
+    """What the rows of a suite share; ``metrics`` end with the one that tables are sorted by."""
+
+    split: str
+    task: str = ""
+    candidates: str | None = None
+    seen: tuple[str, ...] = Field(min_length=1)
+    metrics: tuple[str, ...]
+    seeds: tuple[int, ...]
+    split_seeds: tuple[int, ...] = ()
+    users: int
+    requests: int = 0
+
+
+class SuitePair(Record):
+    """Two rows of a table: the best one, ``a``, against another, ``b``, or two that the suite names."""
+
+    seen: str
+    metric: str = ""
+    a: str = ""
+    b: str
+    value: Number = None
+    low: Number = None
+    high: Number = None
+    p: Number = None
+    verdict: Verdict
+
+
+class SuiteResult(Record):
+    """The whole of a suite's file."""
+
+    kind: str = "suite"
+    suite: str
+    description: str = ""
+    llmrec: str = ""
+    created: str = ""
+    command: str = ""
+    suite_hash: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Fact] = Field(default_factory=dict)
+    data: DataInfo | Size
+    protocol: SuiteProtocol
+    rows: tuple[SuiteLine, ...]
+    comparisons: tuple[SuitePair, ...] = ()
+    pairs: tuple[SuitePair, ...] = ()
+    detectable: dict[str, str] = Field(default_factory=dict)
+    references: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+class BenchmarkLine(Record):
+    """One row of a benchmark's table, over all its seeds; ``run`` is empty for a baseline."""
+
+    name: str
+    arm: str
+    predictor: str = ""
+    template: str | None = None
+    run: str = ""
+    shots: int = 0
+    engine: str = ""
+    seeds: int = 1
+    parse_rate: Number = None
+    metrics: dict[str, Figure]
+    tokens_per_request: float = 0.0
+    forwards_per_request: float = 0.0
+    seconds_per_request: float = 0.0
+
+    def value(self, metric: str) -> float | None:
+        """Return a figure's value; None where it is not defined."""
+        return self.metrics[metric].value
+
+
+class BenchmarkTable(Record):
+    """Rows of one family and protocol, best first."""
+
+    task: str
+    metric: str
+    signature: str
+    candidates: str | None = None
+    requests: int
+    users: int
+    rows: tuple[BenchmarkLine, ...]
+    best_baseline: str | None = None
+    against_best_baseline: tuple[Pair, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+
+
+class BenchmarkResult(Record):
+    """The whole of a benchmark's file."""
+
+    kind: str = "benchmark"
+    benchmark: str
+    description: str
+    llmrec: str = ""
+    created: str = ""
+    command: str
+    benchmark_hash: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Fact] = Field(default_factory=dict)
+    seconds: float
+    missing: int
+    tables: tuple[BenchmarkTable, ...]

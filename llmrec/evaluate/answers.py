@@ -1,0 +1,225 @@
+"""Measures answers of each kind (rankings, ratings, texts, probabilities) against the truths of their cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.figures import Protocol, figure, mean_figure
+from llmrec.metrics import explained, probability
+from llmrec.metrics import ranking as rank_metrics
+from llmrec.metrics import rating as rating_metrics
+from llmrec.metrics import text as text_metrics
+from llmrec.metrics.stats import interval_of
+from llmrec.results import Metric, Rates, Reliability
+from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Text
+
+UNKNOWN = 0.5
+"""What a yes/no answer that cannot be read counts as, where there is no better fallback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What answers of one kind come to.
+
+    Attributes:
+        metrics: Figures by metric.
+        values: Per-request values by metric, shape (n,) each.
+        rates: What this kind has beside its metrics.
+        tie_rate: Share of answers that tie.
+        ranks: Expected rank of each target; None where it was left out. None where nothing is ranked.
+    """
+
+    metrics: dict[str, Metric]
+    values: dict[str, NDArray[np.float64]]
+    rates: Rates = field(default_factory=Rates)
+    tie_rate: float = 0.0
+    ranks: Sequence[float | None] | None = None
+
+
+Fallback = Callable[[Request], float] | None
+Measure = Callable[[Sequence[Case], Sequence[Answer], Protocol, Fallback], Found]
+
+
+def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
+    """Return what measures answers of a kind; ``background`` as `llmrec.evaluate.predictor.evaluate` takes it."""
+    texts: Measure = partial(_texts, background=background)
+    kinds: Mapping[type[Answer], Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
+    return kinds.get(kind, _rankings)
+
+
+def _figures(values: Mapping[str, NDArray[np.float64]], cases: Sequence[Case], protocol: Protocol) -> dict[str, Metric]:
+    users = [case.request.user_id for case in cases]
+    return {name: mean_figure(name, each, users, protocol, protocol.sign(name)) for name, each in values.items()}
+
+
+def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protocol, fallback: object) -> Found:
+    standings = []
+    for case, answer in zip(cases, answers, strict=True):
+        pool = len(case.request.candidates) if case.request.candidates is not None else protocol.catalogue
+        found = answer if isinstance(answer, Ranking) else Ranking(request_id=answer.request_id, items=(), scores=())
+        standings.append(rank_metrics.standing(found, str(case.truth), pool))
+    greater = np.array([s.greater for s in standings], dtype=np.int64)
+    tied = np.array([s.tied for s in standings], dtype=np.int64)
+    values = ranking_values(greater, tied, protocol.cutoffs)
+    ranks = ranks_of(greater, tied)
+    metrics = _figures(values, cases, protocol)
+    return Found(metrics=metrics, values=values, tie_rate=rank_metrics.tie_rate(tied), ranks=ranks)
+
+
+def ranking_values(
+    greater: NDArray[np.int64], tied: NDArray[np.int64], cutoffs: Sequence[int]
+) -> dict[str, NDArray[np.float64]]:
+    """Return the per-request values of every ranking metric, shape (n,) each, for one target a request."""
+    values: dict[str, NDArray[np.float64]] = {}
+    for k in cutoffs:
+        values[f"HR@{k}"] = rank_metrics.hit_rate(greater, tied, k)
+        if k > 1:
+            values[f"NDCG@{k}"] = rank_metrics.ndcg(greater, tied, k)
+    values["MRR"] = rank_metrics.reciprocal_rank(greater, tied)
+    return values
+
+
+def ranks_of(greater: NDArray[np.int64], tied: NDArray[np.int64]) -> list[float | None]:
+    """Return the expected rank of each target; None where it was left out."""
+    return [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
+
+
+def _ratings(
+    cases: Sequence[Case],
+    answers: Sequence[Answer],
+    protocol: Protocol,
+    fallback: Callable[[Request], float] | None,
+) -> Found:
+    truth = np.array([float(case.truth) for case in cases])
+    predicted = np.empty(len(cases))
+    for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
+        if isinstance(answer, Rating):
+            predicted[i] = answer.value
+        elif fallback is not None:
+            predicted[i] = fallback(case.request)
+        else:
+            raise LlmrecError(f"request {answer.request_id}: no rating could be read and no fallback was given")
+    values = {
+        "RMSE": rating_metrics.squared_error(predicted, truth),
+        "MAE": rating_metrics.absolute_error(predicted, truth),
+    }
+    figures = _figures(values, cases, protocol)
+    if (liked := protocol.liked) is not None:
+        users = [case.request.user_id for case in cases]
+        likes, sign = (truth >= liked).astype(np.float64), protocol.sign("LikedAUC", how=f"from-{liked:g}")
+        figures["LikedAUC"] = _auc_figure(predicted, likes, users, protocol, sign)
+    fallbacks = sum(not isinstance(answer, Rating) for answer in answers)
+    return Found(metrics=figures, values=values, rates=Rates(fallbacks=fallbacks))
+
+
+def _texts(
+    cases: Sequence[Case],
+    answers: Sequence[Answer],
+    protocol: Protocol,
+    fallback: object,
+    background: explained.Background | None = None,
+) -> Found:
+    written = [answer.text if isinstance(answer, Text) else "" for answer in answers]
+    truth = [str(case.truth) for case in cases]
+    values = dict(text_metrics.rouge(written, truth))
+    figures = _figures(values, cases, protocol)
+    users = [case.request.user_id for case in cases]
+    statistic = text_metrics.bleu4_statistic(written, truth, users)
+    bleu = interval_of(statistic, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
+    figures["BLEU-4"] = figure(bleu.value, bleu.low, bleu.high, protocol.sign("BLEU-4"))
+    # Resampling repeats texts, which distinct-n punishes by definition: it gets no interval.
+    for n in (1, 2):
+        name = f"Distinct-{n}"
+        figures[name] = figure(text_metrics.distinct_n(written, n), None, None, protocol.sign(name))
+    figures["USR"] = figure(explained.unique_sentences(written), None, None, protocol.sign("USR"))
+    if background is None:
+        return Found(metrics=figures, values=values)
+    sign = protocol.sign("CopyRate", how=f"rouge-l-{background.texts.threshold:g}")
+    figures["CopyRate"] = mean_figure("CopyRate", explained.copies(written, background), users, protocol, sign)
+    # Short texts recur by themselves: how often people's own do is what a copy rate is held against.
+    copied = float(explained.copies(truth, background).mean())
+    if (features := background.features) is None:
+        return Found(metrics=figures, values=values, rates=Rates(truth_copy_rate=copied))
+    items = [case.request.item or "" for case in cases]
+    named = explained.named(written, users, items, features)
+    how = f"features-{len(features.vocabulary)}"
+    signs = {name: protocol.sign(name, how=how) for name in ("FMR", "FCR", "DIV", "Hallucination")}
+    asked, held = [users[place] for place in named.known], int(named.counts[:, 0].sum())
+    taken = {"FCR": named.coverage, "DIV": named.diversity}
+    why = {
+        "FMR": "no request has a feature that its text should name",
+        "DIV": "a single text has no pair to compare",
+        "Hallucination": "no text names a feature",
+    }
+    figures |= {name: figure(taken.get(name), None, None, sign, why.get(name, "")) for name, sign in signs.items()}
+    if asked:
+        figures["FMR"] = mean_figure("FMR", named.match, asked, protocol, signs["FMR"])
+    if held:
+        rate = explained.hallucination_statistic(named.counts, users)
+        found = interval_of(rate, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
+        figures["Hallucination"] = figure(found.value, found.low, found.high, signs["Hallucination"])
+    # Few reviews of an item say all that there is to say: people's own texts name what no other does too.
+    rates = Rates(
+        truth_copy_rate=copied,
+        truth_hallucination_rate=explained.hallucination_rate(truth, items, features),
+        features_asked=len(asked),
+        features_named=held,
+    )
+    return Found(metrics=figures, values=values, rates=rates)
+
+
+def _probabilities(
+    cases: Sequence[Case],
+    answers: Sequence[Answer],
+    protocol: Protocol,
+    fallback: Callable[[Request], float] | None,
+) -> Found:
+    truth = np.array([float(case.truth) for case in cases])
+    said = np.full(len(cases), UNKNOWN)
+    for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
+        if isinstance(answer, Probability):
+            said[i] = answer.value
+        elif fallback is not None:
+            said[i] = fallback(case.request)
+    users = [case.request.user_id for case in cases]
+    signed = np.copysign(said, np.where(truth == 1, 1.0, -1.0))
+    loss = probability.log_loss(said, truth)
+    figures = {"AUC": _auc_figure(said, truth, users, protocol, protocol.sign("AUC"))}
+    figures["GAUC"], left_out = _gauc_figure(said, truth, users, protocol)
+    figures["LogLoss"] = mean_figure("LogLoss", loss, users, protocol, protocol.sign("LogLoss", how="clip-1e-15"))
+    # A resample of few answers a bin is further from its own mean than the answers are: no interval.
+    error = probability.calibration_error(said, truth)
+    figures["ECE"] = figure(error, None, None, protocol.sign("ECE", how=f"mass-{probability.BINS}"))
+    values = {"AUC": signed, "GAUC": signed, "LogLoss": loss}
+    bins = tuple(Reliability(**asdict(each)) for each in probability.reliability(said, truth))
+    _, own, sizes = np.unique(said, return_inverse=True, return_counts=True)
+    rates = Rates(users_left_out=left_out, reliability=bins)
+    return Found(metrics=figures, values=values, rates=rates, tie_rate=float((sizes[own] > 1).mean()))
+
+
+def _auc_figure(
+    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol, sign: str
+) -> Metric:
+    if truth.min() == truth.max():
+        return figure(None, None, None, sign, "all truths are of one class, so there is no pair of a yes and a no")
+    statistic = probability.auc_statistic(said, truth, users)
+    found = interval_of(statistic, len(set(users)), resamples=protocol.resamples, seed=protocol.seed)
+    return figure(found.value, found.low, found.high, sign)
+
+
+def _gauc_figure(
+    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol
+) -> tuple[Metric, int]:
+    """Return the figure over users who have both classes, and how many have not."""
+    within = probability.gauc(said, truth, users)
+    both, sign = within.weights > 0, protocol.sign("GAUC", how="users-alike")
+    if not both.any():
+        return figure(None, None, None, sign, "no user has both a yes and a no"), within.left_out
+    names = [name for name, kept in zip(within.users, both, strict=True) if kept]
+    return mean_figure("GAUC", within.values[both], names, protocol, sign), within.left_out

@@ -1,0 +1,165 @@
+"""Frozen records: their base, and what a run says of its data, its training and its texts.
+
+Figures are in `llmrec.results`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _finite(value: object) -> object:
+    """Turn NaN and the infinities, which JSON cannot hold, into None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+class Record(BaseModel):
+    """Frozen base; keys that it does not have are ignored, so that results may grow."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as files hold it: the keys that whoever made it has set, in the order of the fields."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class LogLine(Record):
+    """One logged optimiser step; losses are nats a target token."""
+
+    step: int
+    loss: Number = None
+    learning_rate: Number = None
+    valid_loss: dict[str, Number] | None = None
+    tokens_per_second: Number = None
+    seconds: Number = None
+
+
+class Training(Record):
+    """What was tuned, and how it went."""
+
+    rows: dict[str, int] = Field(default_factory=dict)
+    shares: dict[str, float] = Field(default_factory=dict)
+    loss_shares: dict[str, float] = Field(default_factory=dict)
+    dropped: dict[str, int] = Field(default_factory=dict)
+    method: str
+    steps: int
+    tokens: int
+    target_tokens: int
+    seconds: Number
+    seconds_before: Number = None
+    tokens_per_second: Number
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    log: tuple[LogLine, ...] = ()
+    adapter_sha256: str | None = None
+    merged_sha256: str | None = None
+
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """Tasks with a validation loss in the log."""
+        return tuple(dict.fromkeys(task for line in self.log for task in line.valid_loss or {}))
+
+
+class DataInfo(Record):
+    """One data set as it was used."""
+
+    name: str
+    users: int
+    items: int
+    interactions: int
+    density: Number = None
+    train: int
+    valid: int
+    test: int
+    fingerprint: str
+    split_fingerprint: str
+    split: str
+    noun: str = "items"
+    made: bool = False
+    derived: str = ""
+
+
+class Candidates(Record):
+    """Stored candidate sets, told apart by their digest."""
+
+    digest: str
+    count: int
+    kind: str
+    ceiling: float | None = None
+
+
+class Stage(Record):
+    """Wall-clock seconds of one stage."""
+
+    stage: str
+    seconds: float
+
+
+class Shown(Record):
+    """One prompt with its answer, kept for reading."""
+
+    task: str
+    arm: str
+    predictor: str
+    template: str | None = None
+    prompt: str
+    raw: str | None = None
+    parsed: Any = None
+    truth: Any = None
+
+
+class User(Record):
+    """Whose request it was; the name is empty where there is none."""
+
+    id: str
+    name: str = ""
+
+
+class Product(Record):
+    """What a text is about: an item with its further fields."""
+
+    id: str
+    title: str
+    fields: dict[str, str] = Field(default_factory=dict)
+
+
+class Told(Record):
+    """Something that a question can tell beside user and item, and the templates that do."""
+
+    name: str
+    text: str
+    by: tuple[str, ...] = ()
+
+
+class Written(Record):
+    """The text that a row wrote; None where its answer could not be read, with the reason and the raw answer."""
+
+    text: str | None
+    error: str = ""
+    raw: str = ""
+
+
+class Sample(Record):
+    """One request whose answer is a text, with the true one and those of the rows, by row id."""
+
+    task: str
+    request_id: str
+    user: User
+    item: Product
+    told: tuple[Told, ...] = ()
+    truth: str
+    answers: dict[str, Written]
+
+
+class SetAside(Record):
+    """Users of a table who are not asked about, and why."""
+
+    data: str
+    said: str
+    users: tuple[str, ...] = ()

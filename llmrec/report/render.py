@@ -1,0 +1,178 @@
+"""One view of the results in three forms, HTML, Markdown and LaTeX: templates, each of which escapes what it prints.
+
+Every plain string that a template prints is taken for text that others wrote and is escaped for its form. Markup that
+is finished (what macros give, and the filters marked so here) is printed as it is; it must not be joined with text
+inside an expression, which would escape that text for HTML alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import FileSystemLoader, StrictUndefined, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup
+
+from llmrec.report import costs, escape, marks, positions, slices, texts, wording
+from llmrec.report import index_summary as index_words
+from llmrec.report import results as facts
+from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
+from llmrec.report.plots import plots
+from llmrec.results import Results, lower
+
+_HERE = Path(__file__).resolve().parent
+Reasons = Mapping[str, Mapping[str, int]]
+"""Row id to failure reason to count."""
+_FIGURES: dict[str, Callable[..., str]] = {
+    "number": wording.number, "share": wording.share, "count": wording.count, "rough": wording.rough,
+    "p": wording.p_value, "duration": wording.duration,
+}  # fmt: skip
+
+
+def html_page(
+    results: Results,
+    reasons: Reasons,
+    audit: Sequence[AuditLine] | None,
+    *,
+    mend: str,
+    inline_styles: Sequence[str],
+    item_index: str = "",
+) -> str:
+    """Render the page.
+
+    Args:
+        results: Checked results.
+        reasons: Row id to failure reason to count.
+        audit: Lines of the audit; None where there was none.
+        mend: The command that makes the audit.
+        inline_styles: Ids of empty style elements to put in the head.
+        item_index: A line on the run's index, whose page stands beside this one; empty where there is none.
+    """
+    drawn = plots(results)
+    parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), mend]
+    parts.append(item_index)
+    return environment().get_template("page.html.j2").render(
+        **_view(results, reasons, audit, mend), nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
+        data=escape.page_json(drawn), plotted=frozenset(drawn), style=style(), inline_styles=inline_styles,
+        item_index=item_index, index_page=index_words.PAGE,
+    )  # fmt: skip
+
+
+def markdown_page(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, *, mend: str) -> str:
+    """Return what the HTML page says, without plots, example prompts and raw answers; see `html_page`."""
+    return _markdown().get_template("report.md.j2").render(**_view(results, reasons, audit, mend))
+
+
+def latex(results: Results) -> str:
+    """Return one table environment a task, with booktabs, in the order of the report, to be included in a paper.
+
+    The file needs no package but booktabs, and no engine with Unicode fonts.
+    """
+    return _latex().get_template("table.tex.j2").render(results=results, signatures=facts.signatures(results))
+
+
+def refused_pages(name: str, audit: Sequence[AuditLine]) -> dict[str, str]:
+    """Return the HTML and the Markdown page of a run that leaks: what leaks stands at their head."""
+    view = {
+        "name": name, "verdict": VERDICT, "advice": refusal(audit), "audit": audit, "audited": audit_sentence(audit),
+        "mend": "", "nonce": hashlib.sha256(repr(audit).encode()).hexdigest()[:32], "style": style(),
+    }  # fmt: skip
+    engines = {"html": environment(), "markdown": _markdown()}
+    names = {"html": "refused.html.j2", "markdown": "refused.md.j2"}
+    return {kind: engine.get_template(names[kind]).render(view) for kind, engine in engines.items()}
+
+
+def style() -> str:
+    """Return the style sheet of the pages."""
+    return (_HERE / "style.css").read_text("utf-8")
+
+
+def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, mend: str) -> dict[str, object]:
+    """Return what the HTML and the Markdown page are made from."""
+    verdicts = {task: wording.verdict(results, task) for task in results.tasks}
+    return {
+        "results": results, "reasons": reasons, "verdicts": verdicts, "summary": wording.summary(results),
+        "winner": {task: wording.winner_sentence(found) for task, found in verdicts.items()},
+        "tuning": {task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
+        "signatures": facts.signatures(results), "arms": costs.cost_by_arm(results), "made": facts.made_data(results),
+        "audit": audit, "audited": audit_sentence(audit) if audit is not None else "", "mend": mend,
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------------- template engines
+
+
+@functools.cache
+def environment() -> ImmutableSandboxedEnvironment:
+    """Return the template engine of HTML; control characters are written out."""
+    found = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: escape.visible(value) if type(value) is str else value,
+    )  # fmt: skip
+    return _filled(found)
+
+
+@functools.cache
+def _markdown() -> ImmutableSandboxedEnvironment:
+    found = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped(escape.cell),
+    )  # fmt: skip
+    _filled(found)
+    found.globals.update(interval=_finished(wording.interval), ranged=_finished(wording.with_interval))
+    found.filters.update({name: _finished(write) for name, write in _FIGURES.items()})
+    found.filters.update(code=_finished(escape.code), fenced=_finished(escape.fenced))
+    return found
+
+
+@functools.cache
+def _latex() -> ImmutableSandboxedEnvironment:
+    # LaTeX is full of braces, percent and hash signs.
+    found = ImmutableSandboxedEnvironment(
+        "<%", "%>", "<<", ">>", "<#", "#>", loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped(escape.tex),
+    )  # fmt: skip
+    _filled(found)
+    found.filters.update(
+        number=_finished(lambda value: escape.tex(wording.number(value).replace("−", "-")).replace("-", "$-$")),
+        breakable=_finished(lambda text: escape.tex(text).replace(r"\textbar{}", r"\textbar{}\allowbreak{}")),
+    )
+    return found
+
+
+def _escaped(form: Callable[[str], str]) -> Callable[[object], object]:
+    """Return what turns a printed value into finished markup of a form; numbers and finished markup stay."""
+
+    def finalize(value: object) -> object:
+        known = isinstance(value, Markup | Undefined | int | float)
+        return value if known else Markup(form(str(value)))
+
+    return finalize
+
+
+def _finished(write: Callable[..., str]) -> Callable[..., Markup]:
+    """Return a function whose text is printed as it is."""
+    return lambda *args, **named: Markup(write(*args, **named))
+
+
+def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironment:
+    """Give an engine everything that the templates call."""
+    found.globals.update(
+        interval=wording.interval, favours=wording.favours, detectable=wording.DETECTABLE, dash=wording.DASH,
+        signs=marks.SIGNS, marks_of=marks.marks, has_marks=marks.has_marks, legend_of=marks.legend,
+        rule_of=marks.rule, control_of=marks.best_baseline,
+        spreads=marks.spreads, singles=marks.singles, single=marks.SINGLE,
+        position_rows=positions.shown_rows, bands=positions.bands, position_says=positions.sentences,
+        trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
+        text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
+        about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
+    )  # fmt: skip
+    found.filters.update(_FIGURES)
+    found.filters.update(
+        label=wording.label, title_of=wording.title, short_template=wording.short_template, clip=facts.clip,
+        answer=facts.answer, dump=facts.dump, is_lower=lower, figure=wording.figure,
+    )  # fmt: skip
+    return found
