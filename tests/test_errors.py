@@ -7,6 +7,7 @@ import pickle
 import pytest
 
 from llmrec.errors import DataError, LlmrecError, MissingExtra, Place, RecipeError, require
+from llmrec.resources import resource
 from tests.facts import Facts, raises
 
 
@@ -46,3 +47,8 @@ def test_facts_survive_pickling_and_a_new_raise() -> None:
 def test_a_missing_package_is_told() -> None:
     with raises(MissingExtra, Facts("not-installed", says="pip install 'llmrec[train]'")):
         require("no_such_package", "train")
+
+
+def test_a_file_that_does_not_ship_is_told() -> None:
+    with raises(LlmrecError, Facts("missing-file", says="prompts/nothing")):
+        resource("prompts", "nothing")
