@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmrec.errors import did_you_mean
@@ -592,7 +592,9 @@ class ServerSection(Section):
         "auto", description="auto: completions of token ids where the tokenizer of model.name is the server's"
     )
     thinking_tokens: int = Field(0, ge=0, description="room for thinking before an answer, beside the answer's own")
-    extra: dict[str, JsonValue] = Field(default={}, description="further keys of every request; null takes one out")
+    extra: dict[str, Annotated[JsonValue, WithJsonSchema({})]] = Field(
+        default={}, description="further keys of every request; null takes one out"
+    )
     concurrency: Positive = Field(16, description="requests under way at a time")
     timeout: float = Field(120.0, gt=0, description="seconds that one attempt may take, its answer included")
     attempts: Positive = Field(8, description="at each request, the first one included")
