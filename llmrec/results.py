@@ -274,6 +274,10 @@ class Comparison(Pair, Compared):
     detectable: Number = None
 
 
+# Results of versions that did not say which of their tables a task read.
+_TABLES_OF_OLDER = {"explanation": "reviews"}
+
+
 class Results(Record):
     """The whole of results.json."""
 
@@ -287,6 +291,7 @@ class Results(Record):
     machine: dict[str, Fact] = Field(default_factory=dict)
     model: dict[str, str] = Field(default_factory=dict)
     data: dict[str, DataInfo | None]
+    tables: dict[str, str] = Field(default_factory=dict)
     candidates: dict[str, Candidates | None] = Field(default_factory=dict)
     training: Training | None = None
     rows: tuple[Row, ...]
@@ -347,6 +352,6 @@ class Results(Record):
         return min(values) if lower(metric) else max(values)
 
     def data_of(self, task: str) -> DataInfo | None:
-        """Return the data that a task was measured on: reviews, where given, for explanations."""
-        reviews = self.data.get("reviews") if task == "explanation" else None
-        return reviews or self.data.get("main")
+        """Return the data that a task was measured on."""
+        table = (self.tables or _TABLES_OF_OLDER).get(task, "main")
+        return self.data.get(table) or self.data.get("main")

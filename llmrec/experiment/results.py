@@ -94,6 +94,7 @@ def write_results(
         machine=machine(),
         model=dict(model),
         data={"main": describe(study.data), "reviews": describe(study.reviews) if study.reviews else None},
+        tables={family: study.table_name(family) for family in study.tasks},
         candidates=_candidates(study),
         training=Training.model_validate(record) if record else None,
         rows=tuple(

@@ -95,8 +95,12 @@ class Study:
         """The main data, and the second table where there is one."""
         return tuple(filter(None, (self.data, self.reviews)))
 
+    def table_name(self, family: str) -> str:
+        """Return the table that a family reads, as results call it: ``main``, or ``reviews`` for the second one."""
+        return "reviews" if family_of(family).second_table and self.reviews is not None else "main"
+
     def _table(self, family: str) -> SplitDataset:
-        return self.reviews if family_of(family).second_table and self.reviews is not None else self.data
+        return self.reviews if self.reviews is not None and self.table_name(family) == "reviews" else self.data
 
     def codes(self, family: str) -> ItemIndex | None:
         """Return the index of a family's items; a second table has items of its own, which no index holds."""
