@@ -1,4 +1,4 @@
-"""The main job: data, training, evaluation, report; each stage is reused where its inputs are unchanged."""
+"""The main job: its stages in order, each reused where its inputs are unchanged; see `run`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ from llmrec.report import page
 from llmrec.report.audit import AuditLine
 from llmrec.report.results import Made
 from llmrec.results import Arm
+from llmrec.tasks.family import family_of
+from llmrec.types import Text
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,9 @@ class Run:
 
 def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, may_train: bool = True) -> Run:
     """Run a whole recipe and return its results.
+
+    The stages: data and base model (`open_session`); plan, train and merge (`llmrec.experiment.training`); baselines,
+    then language-model rows (`llmrec.experiment.evaluation`); results, audit, report.
 
     Args:
         recipe: From `llmrec.load_recipe`.
@@ -205,7 +210,7 @@ def _preflight(recipe: Recipe) -> None:
         require("httpx", "openai")
     else:
         refuse_device(recipe.model, recipe.eval)
-    if recipe.tasks.explanation is not None:
+    if any(family_of(name).answer is Text for name in recipe.tasks.present()):
         require("sacrebleu", "text")
         require("rouge_score", "text")
     if recipe.train.method == "qlora" and "tuned" in recipe.eval.arms:

@@ -1,1 +1,1 @@
-"""Engines that continue prompts: generate, score, embed."""
+"""Engines that continue prompts: generate, score, search, embed; `encode` makes the token ids that they read."""

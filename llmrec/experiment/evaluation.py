@@ -34,7 +34,7 @@ from llmrec.recipe.schema import (
 from llmrec.records import Shown
 from llmrec.registry import POSITIONAL, STRATEGIES, lookup, options_of
 from llmrec.results import Arm, Calibration, Prediction, Row
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Asker, AsksFirst, Strategy
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
 from llmrec.tasks.fewshot import BY_TEXT
@@ -246,7 +246,7 @@ class Evaluation:
         options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
         measured = eval_section.debias == "measured" and spec.predictor in POSITIONAL
         asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
-        predictor = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options, **asked)
+        predictor: Strategy = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options, **asked)
         found = self._evaluate(spec, predictor, backend)
         return Made(found, predictor.engine, self._examples(spec, predictor, found))
 
@@ -301,15 +301,13 @@ class Evaluation:
 
         return fallback
 
-    def _examples(self, spec: RowSpec, predictor: Any, found: Evaluated) -> tuple[Shown, ...]:
+    def _examples(self, spec: RowSpec, predictor: Strategy, found: Evaluated) -> tuple[Shown, ...]:
         """Render the first prompts of a row, as they were asked, with their answers, for the report."""
         assert spec.template is not None
-        asker: Asker = predictor.asker
-        # A strategy of several questions shows the first of them.
-        first = getattr(predictor, "first_prompt", None)
+        first = predictor.first_prompt if isinstance(predictor, AsksFirst) else predictor.asker.prompt
         shown = []
         for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
-            prompt = first(case.request) if first is not None else asker.prompt(case.request)
+            prompt = first(case.request)
             shown.append(
                 Shown(
                     task=spec.family,

@@ -1,4 +1,4 @@
-"""Matches rankings with their relevant items: what the metrics of `several` are taken of.
+"""Matches rankings with their relevant items: what the metrics of `llmrec.metrics.multi_target` are taken of.
 
 A ranking is cut into blocks of equal scores. Every order of a block is equally likely, so that each of its ``tied``
 items is equally likely at each of the ranks ``greater + 1 .. greater + tied``.

@@ -1,1 +1,1 @@
-"""Results to one HTML page, Markdown, CSV, LaTeX and console tables; the model card and the leaderboard."""
+"""Results to one HTML page, Markdown, CSV, LaTeX and console tables."""

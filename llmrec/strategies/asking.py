@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 from llmrec.errors import BackendError
 from llmrec.tasks.task import Task, Want
@@ -15,6 +16,7 @@ from llmrec.types import (
     Capability,
     Completion,
     Cost,
+    Predictor,
     Probability,
     Prompt,
     Ranking,
@@ -75,6 +77,27 @@ class Asker:
             part = requests[start : start + self.batch]
             yield part, [self.prompt(request) for request in part]
             self.advance(len(part))
+
+
+class Strategy(Predictor, Protocol):
+    """A predictor over a language model, called into being with an `Asker` and the keys of ``eval`` that it takes.
+
+    Attributes:
+        asker: How it asks.
+        engine: The route that answered, such as ``"hf:tree"``; known once something was asked.
+    """
+
+    asker: Asker
+    engine: str
+
+
+@runtime_checkable
+class AsksFirst(Protocol):
+    """A strategy of several questions, which shows the first of them where a prompt is shown."""
+
+    def first_prompt(self, request: Request) -> Prompt:
+        """Return the first question about a request."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Cross-entropy on label rows only.
 
 The language-model head is the widest matrix of a small model; applying it to the rows that carry a label, a few
-hundred at a time, keeps both its cost and its memory proportional to the number of targets.
+hundred at a time, keeps both its cost and its memory proportional to the number of targets. Losses are summed here;
+`llmrec.train.sft` divides them by a step's targets. A rating head has a loss of its own (`llmrec.train.rating_head`).
 """
 
 from __future__ import annotations

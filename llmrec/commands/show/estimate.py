@@ -24,7 +24,6 @@ SHOWN = 3
 _SAMPLE = 24
 # Share of a plain matrix product's speed that a training step or a prefill reaches; measured on two cores.
 _EFFICIENCY = 0.45
-# Seconds to start one vLLM engine, and to load one hf model.
 # A strategy that is not among them counts one token.
 _ONE_TOKEN = 1
 _ANSWER_TOKENS = {
@@ -39,6 +38,7 @@ _ANSWER_TOKENS = {
     "list": 60,
     "text": 30,
 }
+# Seconds to start one vLLM engine, and to load one hf model.
 _START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
 
 
