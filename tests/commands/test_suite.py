@@ -98,9 +98,9 @@ def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path:
     signed = {}
     for diversity in (None, {"field": "category"}, {"encoder": "chance"}):
         ran = run_suite(Suite(**page, diversity=diversity), out=tmp_path / "out", results=tmp_path / "results")
-        metrics = ran.results["rows"][0]["tables"]["excluded"]["metrics"]
+        metrics = ran.results.rows[0].tables["excluded"].metrics
         assert listed | {"Serendipity@5", "RankAUC"} <= metrics.keys()
-        signed[str(diversity)] = metrics.get("ILD@5", {}).get("signature", "")
+        signed[str(diversity)] = metrics["ILD@5"].signature if "ILD@5" in metrics else ""
     plain, words, vectors = signed.values()
     assert plain == "" and "how:jaccard-category" in words and "how:cosine-chance" in vectors
     with pytest.raises(LlmrecError, match="no item has the field 'colour'"):

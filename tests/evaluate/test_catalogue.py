@@ -250,7 +250,7 @@ def test_precision_map_and_auc_are_those_of_other_libraries(data: SplitDataset) 
     table = {one.request.id: rng.permutation(len(items)).astype(float) for one in cases}
     found = evaluate_catalogue(Scored(items, table), cases, protocol(len(items), (1, 5, 10)))
     for seen, row in found.items():
-        figures = row.figures["metrics"]
+        figures = row.figures.metrics
         run, qrels, areas = {}, {}, []
         for one in cases:
             gone = {event.item_id for event in one.request.history} if seen == "excluded" else set()
@@ -262,10 +262,10 @@ def test_precision_map_and_auc_are_those_of_other_libraries(data: SplitDataset) 
         wanted = {f"{name}@{k}": kind @ k for name, kind in pairs for k in (5, 10)}
         theirs = measures.calc_aggregate(wanted.values(), qrels, run)
         for name, measure in wanted.items():
-            assert figures[name]["value"] == pytest.approx(theirs[measure], abs=1e-9), (seen, name)
-        assert figures["RankAUC"]["value"] == pytest.approx(np.mean(areas), abs=1e-12)
-        assert 0 < figures["RankAUC"]["low"] < figures["RankAUC"]["value"] < figures["RankAUC"]["high"] < 1
-        assert parse_signature(figures["RankAUC"]["signature"]).seen == seen
+            assert figures[name].value == pytest.approx(theirs[measure], abs=1e-9), (seen, name)
+        assert figures["RankAUC"].value == pytest.approx(np.mean(areas), abs=1e-12)
+        assert 0 < figures["RankAUC"].low < figures["RankAUC"].value < figures["RankAUC"].high < 1
+        assert parse_signature(figures["RankAUC"].signature).seen == seen
         # They follow from others, so nothing is compared by them, and there is no cut-off of 1.
         assert not {"RankAUC", "Precision@5", "MAP@5"} & row.values.keys() and "Precision@1" not in figures
 
@@ -276,14 +276,14 @@ def test_diversity_is_by_words_or_by_vectors(data: SplitDataset) -> None:
     vectors = np.random.default_rng(0).normal(size=(size, 4))
     background = replace(Background.of(data), vectors=vectors, encoder="an encoder")
     found = evaluate_catalogue(popular, _cases(data), protocol(size, (5,)), background=background)["included"]
-    figure = found.figures["metrics"]["ILD@5"]
-    assert "how:cosine-an-encoder" in figure["signature"]
+    figure = found.figures.metrics["ILD@5"]
+    assert "how:cosine-an-encoder" in figure.signature
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = []
     for record in found.records:
-        shown = [popular.items.index(item) for item in json.loads(record["parsed"])["items"]]
+        shown = [popular.items.index(item) for item in json.loads(record.parsed)["items"]]
         expected.append(np.mean([1 - unit[a] @ unit[b] for a, b in itertools.combinations(shown, 2)]))
-    assert figure["value"] == pytest.approx(np.mean(expected))
+    assert figure.value == pytest.approx(np.mean(expected))
 
 
 def test_signatures_name_the_convention_and_the_users(data: SplitDataset) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llmrec.errors import DataError, RecipeError
-from llmrec.experiment.evaluation import Evaluation, Row
+from llmrec.experiment.evaluation import Evaluation, ResultRow
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.study import Study, build_study
 from llmrec.experiment.training import training_key
@@ -150,21 +150,21 @@ def test_a_baseline_with_parameters_has_a_row_and_a_key_of_its_own(tmp_path: Pat
         recipe(f"tasks={{rating: {{baselines: [{names}, {{name: user-item-bias, user_penalty: 500}}]}}}}")
     )
 
-    def rows(study: Study) -> dict[str, Row]:
+    def rows(study: Study) -> dict[str, ResultRow]:
         found = Evaluation(study, None, tmp_path, Budget(), quiet=True).baselines()
-        return {row.figures["predictor"]: row for row in found}
+        return {row.figures.predictor: row for row in found}
 
     found = rows(study)
     plain, other = found["user-item-bias"], found["user-item-bias(user_penalty=500)"]
-    assert other.figures["id"] == "rating/baseline/user-item-bias(user_penalty=500)"
-    assert plain.figures["metrics"]["RMSE"]["value"] != other.figures["metrics"]["RMSE"]["value"]
+    assert other.figures.id == "rating/baseline/user-item-bias(user_penalty=500)"
+    assert plain.figures.metrics["RMSE"].value != other.figures.metrics["RMSE"].value
     stored = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
     assert len({row["key"] for row in stored.values()}) == len(stored) == 5
     # The same penalty as the default's under another name is the same model.
     same = rows(
         build_study(recipe(f"tasks={{rating: {{baselines: [{names}, {{name: user-item-bias, user_penalty: 5}}]}}}}"))
     )
-    assert same["user-item-bias(user_penalty=5)"].figures["metrics"] == plain.figures["metrics"]
+    assert same["user-item-bias(user_penalty=5)"].figures.metrics == plain.figures.metrics
 
 
 def test_a_page_is_the_same_whether_a_baseline_is_a_name_or_a_mapping_without_parameters() -> None:

@@ -154,6 +154,6 @@ def test_liked_items_above_others_with_a_fallback_among_them() -> None:
     )
     # Of 2 x 2 pairs, 4.5 stands above both, 3.0 below 3.5 and level with the fallback.
     assert found.figures.metrics["LikedAUC"].value == pytest.approx((2 + 0 + 0.5) / 4)
-    assert (found.figures["fallbacks"], found.figures["parse_rate"]) == (1, 0.75)
+    assert (found.figures.fallbacks, found.figures.parse_rate) == (1, 0.75)
     alike = evaluate(Said(said[0]), cases[:1], name="rating", kind=family_of("rating").answer, protocol=protocol)
-    assert alike.figures["metrics"]["LikedAUC"]["value"] is None
+    assert alike.figures.metrics["LikedAUC"].value is None
