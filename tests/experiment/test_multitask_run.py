@@ -113,7 +113,7 @@ def test_a_family_of_weight_0_is_neither_trained_nor_followed(llama_folder: Path
 
 
 def test_a_plan_follows_the_mixture(llama_folder: Path) -> None:
-    """One rating in ten is left, so that the two families differ in size."""
+    """One rating in ten is counted, so that the two families differ in size."""
     sizes = ("train.steps=8", "train.batch_tokens=3000", "train.max_row_tokens=1000")
     keys = ("tasks.sequential=null", "tasks.direct.templates=[after-history]", "tasks.rating.weight=7", *sizes)
     found = {}
@@ -121,7 +121,8 @@ def test_a_plan_follows_the_mixture(llama_folder: Path) -> None:
         study = build_study(recipe(llama_folder, *keys, f"train.mixture={mixture}"))
         train = study.data.train
         few = train["rating"].scatter([n for n in range(len(train)) if n % 10], None)
-        study = replace(study, data=replace(study.data, train=train.with_columns(rating=few)))
+        sized = build_study(study.recipe, replace(study.data, train=train.with_columns(rating=few)))
+        study = replace(study, tasks=sized.tasks, trained=study.tasks)
         rated, known = len(few.drop_nulls()), len(few)
         found[mixture] = dict(study.shares)
         expected = found[mixture]["rating"] / sum(found[mixture].values())
