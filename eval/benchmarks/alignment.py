@@ -36,7 +36,7 @@ from llmrec.machine import machine, versions
 from llmrec.models.load import load_model, release_memory
 from llmrec.pipeline import Session, open_session
 from llmrec.recipe.load import load_recipe, recipe_hash
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.tasks.base import keyed
 from llmrec.tasks.family import family_of
@@ -91,7 +91,7 @@ def ask(session: Session, folder: str, shows: Mapping[str, Sequence[Case]]) -> d
     backend = HFBackend(model, session.encoder)
     found: dict[str, dict[str, list[Answer]]] = {}
     for template in study.eval_templates("alignment"):
-        asker = Asker(backend=backend, task=study.tasks["alignment"], template=template.name)
+        asker = Prompting(backend=backend, task=study.tasks["alignment"], template=template.name)
         found[template.name] = {
             name: LikelihoodRanker(asker).answer([case.request for case in cases]) for name, cases in shows.items()
         }

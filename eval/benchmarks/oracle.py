@@ -23,7 +23,7 @@ from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.evaluate.catalogue import evaluate_catalogue
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.recipe.schema import DataSection
 from llmrec.resources import resource
 from llmrec.types import Case, Request
@@ -47,7 +47,7 @@ def figures(data: SplitDataset, counted: SplitDataset) -> dict[str, float]:
         )
         for held in data.holdouts("test")
     ]
-    protocol = Protocol(
+    protocol = EvalProtocol(
         split="leave_one_out/test",
         candidates="full",
         cutoffs=(5, 10),

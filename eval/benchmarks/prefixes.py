@@ -24,7 +24,7 @@ from llmrec.machine import machine, versions
 from llmrec.models.load import load_model, resolve
 from llmrec.recipe.load import load_recipe
 from llmrec.registry import STRATEGIES, lookup, options_of
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 
 RECIPE = "recipes/movielens-100k/rankers.yaml"
 NAMES = ("label", "permutation", "window", "setwise", "pairwise", "pointwise-yes")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in NAMES:
         backend._prefixes.drop()
         before, begin = backend._prefixes.read, time.perf_counter()
-        asker = Asker(backend=backend, task=task, template=template)
+        asker = Prompting(backend=backend, task=task, template=template)
         answers = lookup(STRATEGIES, name, "strategy")(asker, **options_of(name, recipe.eval)).answer(requests)
         took = time.perf_counter() - begin
         tokens, read = sum(answer.cost.prompt_tokens for answer in answers), backend._prefixes.read - before

@@ -37,7 +37,7 @@ from datasets import disable_progress_bars
 from eval.benchmarks import training_peers as peers
 from eval.benchmarks import training_windows as windows
 from eval.benchmarks.timing import alternated, at_most, faster
-from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.durable import write_json
 from llmrec.experiment.study import Study, build_study, encoder_of
 from llmrec.experiment.training import plan_training
@@ -122,7 +122,7 @@ def measure_rows(setting: Setting) -> dict[str, Any]:
     }
 
 
-def full_rows(study: Study, encoder: Encoder, setting: Setting) -> list[Row]:
+def full_rows(study: Study, encoder: Encoder, setting: Setting) -> list[TokenRow]:
     """Return the first user rows that have as many titles as asked."""
     task: Any = study.tasks["sequential"]
     full = (draw for draw in task.draws() if len(draw.events) == setting.window)
@@ -149,7 +149,7 @@ def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step]) -> Any:
     return trainer
 
 
-def equal_losses(folder: str, row: Row) -> dict[str, float]:
+def equal_losses(folder: str, row: TokenRow) -> dict[str, float]:
     """Return the mean loss of one user row, and of its positions one by one from full logits, in float32."""
     precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
     with torch.no_grad():
@@ -179,7 +179,7 @@ def measure_prompts(setting: Setting) -> dict[str, Any]:
         texts = [opening + "".join(titles[event.item_id] + "\n" for event in draw.events) for draw in draws]
         return encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def stream() -> list[Row | None]:
+    def stream() -> list[TokenRow | None]:
         return list(islice(RowStream(task, encoder, limit=10**6, seed=0), len(draws)))
 
     few = draws[: len(draws) // 8]

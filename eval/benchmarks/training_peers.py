@@ -16,28 +16,28 @@ from transformers import PrinterCallback
 from transformers.utils import logging as hf_logging
 from trl import SFTConfig, SFTTrainer
 
-from llmrec.backends.encode import IGNORED, Row
+from llmrec.backends.encode import IGNORED, TokenRow
 
 # TRL's rows in one optimiser step where they are padded, and the tokens of one packed row where they are not.
 BATCH, PACKED = 8, 1024
 
 
-def positions(row: Row) -> list[Row]:
+def positions(row: TokenRow) -> list[TokenRow]:
     """Return a row a target line: everything before the line as prompt, and the line alone with loss."""
     starts = [n for n in range(1, len(row.ids)) if row.labels[n] != IGNORED and row.ids[n - 1] in _ends(row)]
     stops = [*starts[1:], len(row.ids)]
     return [
-        Row(row.ids[:stop], (*[IGNORED] * start, *row.ids[start:stop]))
+        TokenRow(row.ids[:stop], (*[IGNORED] * start, *row.ids[start:stop]))
         for start, stop in zip(starts, stops, strict=True)
     ]
 
 
-def _ends(row: Row) -> frozenset[int]:
+def _ends(row: TokenRow) -> frozenset[int]:
     """Return the tokens that end a line: the row's last token, which is that of the last line."""
     return frozenset(row.ids[-1:])
 
 
-def trl_trainer(model: Any, tokenizer: Any, rows: Sequence[Row], *, packing: bool, bf16: bool) -> Any:
+def trl_trainer(model: Any, tokenizer: Any, rows: Sequence[TokenRow], *, packing: bool, bf16: bool) -> Any:
     """Return a trainer that goes over the rows once, with loss on completions alone and a learning rate of 0."""
     data = [
         {"input_ids": list(row.ids), "completion_mask": [int(label != IGNORED) for label in row.labels]} for row in rows
@@ -69,7 +69,7 @@ def work(trainer: Any) -> dict[str, int]:
     return {"steps": len(batches), "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 
 
-def mean_loss(model: Any, rows: Sequence[Row]) -> float:
+def mean_loss(model: Any, rows: Sequence[TokenRow]) -> float:
     """Return the mean loss over all targets from the model's own logits, one row at a time."""
     total, count = 0.0, 0
     with torch.no_grad():

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmrec.backends.encode import IGNORED, Row
+from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.train.loss import block_mask
 from llmrec.train.packing import stack, tree
 
 Losses = NDArray[np.float64]
 
 
-def packed_losses(model: Any, row: Row, band: int | None) -> Losses:
+def packed_losses(model: Any, row: TokenRow, band: int | None) -> Losses:
     """Return the loss of every target token of a user row, in nats."""
     packed = stack([tree([row], band)], 0)
     ids, places, ends = (torch.from_numpy(each) for each in (packed.ids, packed.places, packed.ends))
     return _losses(model, ids, places, block_mask(model, ends), packed.after, packed.wanted)
 
 
-def window_losses(model: Any, row: Row, window: int, *, moved: bool) -> Losses:
+def window_losses(model: Any, row: TokenRow, window: int, *, moved: bool) -> Losses:
     """Return the same from a row a line: the question, so many lines before it, and the line.
 
     Args:
@@ -63,7 +63,7 @@ def _losses(model: Any, ids: Any, places: Any, mask: Any, after: Any, wanted: An
     return losses.astype(np.float64)
 
 
-def compare(model: Any, rows: list[Row], window: int) -> dict[str, dict[str, float]]:
+def compare(model: Any, rows: list[TokenRow], window: int) -> dict[str, dict[str, float]]:
     """Return mean losses of targets with more lines before them than the window, and how far the ways are apart."""
     parts: dict[str, list[Losses]] = {"evaluation": [], "same places": [], "user row": [], "band": []}
     for row in rows:

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from llmrec.answering.index import refuse_new_tokens
-from llmrec.answering.questions import Posed, pose
-from llmrec.answering.strategy import Way
+from llmrec.answering.questions import TaskRequests, pose
+from llmrec.answering.strategy import Asking
 from llmrec.answering.task import task_of
 from llmrec.backends.encode import Encoder
 from llmrec.data.requests import RankRequest
@@ -18,13 +18,13 @@ from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.indexing import placed
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.catalogue import CatalogueRanker
 from llmrec.tasks.task import Want
 from llmrec.types import Backend, Item, Prompt, Ranking, Request, Unparsed
 
 
-class Whole:
+class CatalogueRanking:
     """Ranks a catalogue for requests that bring a history alone.
 
     Args:
@@ -37,7 +37,7 @@ class Whole:
     """
 
     def __init__(
-        self, bundle: Bundle, items: Mapping[str, Item], way: Way, encoder: Encoder, *, beams: int, exact: bool
+        self, bundle: Bundle, items: Mapping[str, Item], way: Asking, encoder: Encoder, *, beams: int, exact: bool
     ) -> None:
         self._bundle, self._items, self._way, self._encoder = bundle, items, way, encoder
         self._beams, self._exact = beams, exact
@@ -70,7 +70,7 @@ class Whole:
         failures = {n: reason for n, request in enumerate(posed.requests) if (reason := self._fault(posed, request))}
         able = [request for n, request in enumerate(posed.requests) if n not in failures]
         ranker = CatalogueRanker(
-            Asker(
+            Prompting(
                 backend=backend,
                 task=_Asked(posed, self._outputs),  # type: ignore[arg-type]
                 template=self._way.template,
@@ -102,7 +102,7 @@ class Whole:
             found.setdefault(title_key(item.title), []).append(item_id)
         return found
 
-    def _fault(self, posed: Posed, request: Request) -> str:
+    def _fault(self, posed: TaskRequests, request: Request) -> str:
         """Return why a request cannot be asked; empty if it can."""
         try:
             prompt = posed.task.prompt(request, template=self._way.template)
@@ -120,7 +120,7 @@ class Whole:
 class _Asked:
     """Prompts of the requests, answers of the catalogue."""
 
-    def __init__(self, posed: Posed, outputs: Any) -> None:
+    def __init__(self, posed: TaskRequests, outputs: Any) -> None:
         self._posed, self._outputs = posed, outputs
         self.catalogue: tuple[str, ...] = outputs.catalogue
 

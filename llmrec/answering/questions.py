@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmrec.answering.index import CodesByMention
-from llmrec.answering.strategy import Way
+from llmrec.answering.strategy import Asking
 from llmrec.answering.task import task_of
 from llmrec.data.hashing import hash64
 from llmrec.data.requests import RankRequest
@@ -20,14 +20,14 @@ NOBODY = "unknown"
 
 
 @dataclass(frozen=True)
-class Posed:
+class TaskRequests:
     """Requests as a task knows them, beside what was asked.
 
     Every mention of an item has an id of its own, so that two requests can give one item two titles. ``places`` says
     where the seeded order of its request puts a candidate.
     """
 
-    way: Way
+    way: Asking
     task: Task
     asked: Sequence[RankRequest]
     requests: Sequence[Request]
@@ -35,7 +35,7 @@ class Posed:
     places: Mapping[str, int]
 
 
-def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Way, index: ItemIndex | None = None) -> Posed:
+def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: ItemIndex | None = None) -> TaskRequests:
     """Give every mention of an item an id of its own, and requests the form that a task takes.
 
     ``index`` stands in for the bundle's, where more items were placed in it.
@@ -79,7 +79,7 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Way, index: ItemI
             )
         )
     codes = CodesByMention(index, items, requests) if index else None
-    return Posed(way, task_of(bundle, way.family, texts, codes), requests, posed, items, places)
+    return TaskRequests(way, task_of(bundle, way.family, texts, codes), requests, posed, items, places)
 
 
 def _seeded_order(request: RankRequest, seed: int) -> list[int]:

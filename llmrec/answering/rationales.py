@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmrec.answering.questions import NOBODY
-from llmrec.answering.strategy import TWO_STEP, Way
+from llmrec.answering.strategy import TWO_STEP, Asking
 from llmrec.answering.task import data_of
 from llmrec.backends.encode import Encoder
 from llmrec.data.requests import RankRequest
@@ -70,7 +70,7 @@ class Reasoner:
     """
 
     def __init__(
-        self, bundle: Bundle, way: Way, template: Template, encoder: Encoder, *, first: int, batch: int
+        self, bundle: Bundle, way: Asking, template: Template, encoder: Encoder, *, first: int, batch: int
     ) -> None:
         self.template, self.first = template, first
         self._bundle, self._way, self._encoder, self._batch = bundle, way, encoder, batch

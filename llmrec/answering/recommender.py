@@ -12,13 +12,13 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-from llmrec.answering.catalogue import Whole
+from llmrec.answering.catalogue import CatalogueRanking
 from llmrec.answering.checks import check_choices, engine_section, strategy_of
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.rationales import TOKENS, Reasoner, Reasons, rationale_template
 from llmrec.answering.requests import catalogue, notes_of, rank_requests
 from llmrec.answering.retrieval import Retriever, training_data
-from llmrec.answering.strategy import TWO_STEP, Way, choose_way
+from llmrec.answering.strategy import TWO_STEP, Asking, choose_way
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
@@ -86,7 +86,7 @@ class Recommender:
 
     options: RecommenderOptions
     bundle: Bundle
-    way: Way
+    way: Asking
     items: Mapping[str, Item] | None
     encoder: Encoder
     engines: Engines
@@ -94,7 +94,7 @@ class Recommender:
     weights: str
     store: AnswerStore | None
     budget: Budget
-    whole: Whole | None
+    whole: CatalogueRanking | None
     retriever: Retriever | None
     reasoner: Reasoner | None
     _lock: Lock = field(default_factory=Lock)
@@ -139,7 +139,9 @@ class Recommender:
         refuse_paired(bundle.folder, bundle.model, section)
         whole = None
         if options.whole and items:
-            whole = Whole(bundle, items, way, encoder, beams=max(options.beams, options.top or 1), exact=options.exact)
+            whole = CatalogueRanking(
+                bundle, items, way, encoder, beams=max(options.beams, options.top or 1), exact=options.exact
+            )
         answers = None if store is None else AnswerStore(store)
         engines = Engines(bundle.model, section, encoder, bundle.seed, budget, answers)
         engine = engines.engine_for(way.strategy)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmrec.answering.questions import Posed, pose
-from llmrec.answering.strategy import TWO_STEP, Way, choose_way
+from llmrec.answering.questions import TaskRequests, pose
+from llmrec.answering.strategy import TWO_STEP, Asking, choose_way
 from llmrec.backends.encode import Encoder, pieces
 from llmrec.data.assemble import read_items
 from llmrec.data.requests import RankRequest
@@ -23,12 +23,12 @@ from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.experiment.bundle import Bundle
 from llmrec.recipe.load import load_recipe
 from llmrec.registry import STRATEGIES, lookup
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.counting import questions_of
 from llmrec.strategies.listwise import list_room
 from llmrec.types import Answer, Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
 
-__all__ = ["ITEMS", "Way", "catalogue", "choose_way", "notes_of", "rank_requests"]
+__all__ = ["ITEMS", "Asking", "catalogue", "choose_way", "notes_of", "rank_requests"]
 
 ITEMS = "items.parquet"
 """The catalogue that an exported folder may carry."""
@@ -69,7 +69,7 @@ def rank_requests(
     bundle: Bundle,
     requests: Sequence[RankRequest],
     *,
-    way: Way,
+    way: Asking,
     backend: Backend,
     encoder: Encoder,
     batch: int,
@@ -101,7 +101,7 @@ def rank_requests(
     return answers
 
 
-def notes_of(way: Way, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:
+def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:
     """Return what there is to say about a ranking besides the request's own notes."""
     if isinstance(answer, Unparsed):
         return ()
@@ -127,7 +127,7 @@ class _Found:
     failure: str = ""
 
 
-def _answers(posed: Posed, part: range, backend: Backend, encoder: Encoder) -> Iterator[Ranking | Unparsed]:
+def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encoder) -> Iterator[Ranking | Unparsed]:
     found = {n: _Found() for n in part}
     # Lists are asked for by size: how long an answer may be is one number a call.
     calls: dict[int, list[Request]] = defaultdict(list)
@@ -147,7 +147,7 @@ def _answers(posed: Posed, part: range, backend: Backend, encoder: Encoder) -> I
         calls[size] += slices
         owners[size] += [n] * len(slices)
     for size, asked in calls.items():
-        asker = Asker(backend=backend, task=posed.task, template=posed.way.template, batch=len(asked))
+        asker = Prompting(backend=backend, task=posed.task, template=posed.way.template, batch=len(asked))
         strategy = lookup(STRATEGIES, posed.way.strategy, "strategy")(asker, **posed.way.options)
         answers = _two_steps(strategy, asked, encoder) if posed.way.strategy == TWO_STEP else strategy.answer(asked)
         for n, answer in zip(owners[size], answers, strict=True):
@@ -188,7 +188,7 @@ def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
     return ""
 
 
-def _longest(posed: Posed, request: Request, encoder: Encoder) -> Iterator[tuple[Prompt, list[int]]]:
+def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterator[tuple[Prompt, list[int]]]:
     """Yield the longest prompts of a request, each with the tokens of what can follow it.
 
     Raises:
@@ -215,7 +215,7 @@ def _longest(posed: Posed, request: Request, encoder: Encoder) -> Iterator[tuple
     yield prompt, [len(encoder.continuation(prompt, text, closed=True)) for text in texts]
 
 
-def _slices(posed: Posed, request: Request, encoder: Encoder) -> list[Request]:
+def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Request]:
     """Cut a request so that each part fits one forward; scores do not depend on what else is scored.
 
     Raises:
@@ -252,7 +252,7 @@ def _add(found: _Found, answer: Ranking | Unparsed) -> None:
         found.failure = answer.reason if answer.raw is None else f"{answer.reason}: {answer.raw[:_QUOTED]!r}"
 
 
-def _result(posed: Posed, n: int, found: _Found) -> Ranking | Unparsed:
+def _result(posed: TaskRequests, n: int, found: _Found) -> Ranking | Unparsed:
     request_id = posed.asked[n].id
     if not found.failure and not all(math.isfinite(score) for score in found.scores.values()):
         found.failure = "the model gave a score that is no finite number; try --dtype float32"

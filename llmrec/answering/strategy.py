@@ -28,7 +28,7 @@ _SHOWS_PROFILE = "with-profile"
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Asking:
     """How requests are put.
 
     Attributes:
@@ -61,7 +61,7 @@ def choose_way(
     template: str | None = None,
     strategy: str = "auto",
     settings: Sequence[str] = (),
-) -> Way:
+) -> Asking:
     """Choose a family, template and strategy that fit together and that the bundle has.
 
     Of several families, sequential goes first; the template is the one that the family was evaluated with, and under
@@ -96,7 +96,7 @@ def choose_way(
         if fits and (template is None or _named(template, family, templates[family])):
             name = _template(bundle, family, strategy, template)
             chosen = _strategy(bundle, family, strategy, name)
-            return Way(family, name, chosen, settings_of(chosen, settings))
+            return Asking(family, name, chosen, settings_of(chosen, settings))
     asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
         f"{family} with {' or '.join(family_of(family).strategies)}, templates {', '.join(templates[family])}"

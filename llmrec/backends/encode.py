@@ -34,7 +34,7 @@ _LARGE = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenRow:
     """Token ids and labels of one training row, equal in length.
 
     Attributes:
@@ -180,7 +180,7 @@ class Encoder:
                 "{scheme: title} gives every item a text of its own)"
             ) from None
 
-    def row(self, example: Example) -> Row:
+    def row(self, example: Example) -> TokenRow:
         """Return a training row: loss on target pieces, and on the end of turn where the row closes it."""
         ids = self.chat(example.messages)
         labels = [IGNORED] * len(ids)
@@ -191,7 +191,7 @@ class Encoder:
         if example.ends_turn or (labels[-1] != IGNORED and self._loses_end(text)):
             ids.append(self.end_id)
             labels.append(self.end_id)
-        return Row(tuple(ids), tuple(labels))
+        return TokenRow(tuple(ids), tuple(labels))
 
     def text(self, prompt: Prompt) -> str:
         """Return the prompt as the model reads it, for reports and logs."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import Protocol, figure, mean_figure
+from llmrec.evaluate.figures import EvalProtocol, figure, mean_figure
 from llmrec.metrics import explained, probability
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.metrics import rating as rating_metrics
@@ -43,7 +43,7 @@ class Found:
 
 
 Fallback = Callable[[Request], float] | None
-Measure = Callable[[Sequence[Case], Sequence[Answer], Protocol, Fallback], Found]
+Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], Found]
 
 
 def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
@@ -53,12 +53,14 @@ def measure_of(kind: type[Answer], background: explained.Background | None) -> M
     return kinds.get(kind, _rankings)
 
 
-def _figures(values: Mapping[str, NDArray[np.float64]], cases: Sequence[Case], protocol: Protocol) -> dict[str, Metric]:
+def _figures(
+    values: Mapping[str, NDArray[np.float64]], cases: Sequence[Case], protocol: EvalProtocol
+) -> dict[str, Metric]:
     users = [case.request.user_id for case in cases]
     return {name: mean_figure(name, each, users, protocol, protocol.sign(name)) for name, each in values.items()}
 
 
-def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: Protocol, fallback: object) -> Found:
+def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: object) -> Found:
     standings = []
     for case, answer in zip(cases, answers, strict=True):
         pool = len(case.request.candidates) if case.request.candidates is not None else protocol.catalogue
@@ -93,7 +95,7 @@ def ranks_of(greater: NDArray[np.int64], tied: NDArray[np.int64]) -> list[float 
 def _ratings(
     cases: Sequence[Case],
     answers: Sequence[Answer],
-    protocol: Protocol,
+    protocol: EvalProtocol,
     fallback: Callable[[Request], float] | None,
 ) -> Found:
     truth = np.array([float(case.truth) for case in cases])
@@ -121,7 +123,7 @@ def _ratings(
 def _texts(
     cases: Sequence[Case],
     answers: Sequence[Answer],
-    protocol: Protocol,
+    protocol: EvalProtocol,
     fallback: object,
     background: explained.Background | None = None,
 ) -> Found:
@@ -177,7 +179,7 @@ def _texts(
 def _probabilities(
     cases: Sequence[Case],
     answers: Sequence[Answer],
-    protocol: Protocol,
+    protocol: EvalProtocol,
     fallback: Callable[[Request], float] | None,
 ) -> Found:
     truth = np.array([float(case.truth) for case in cases])
@@ -204,7 +206,7 @@ def _probabilities(
 
 
 def _auc_figure(
-    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol, sign: str
+    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: EvalProtocol, sign: str
 ) -> Metric:
     if truth.min() == truth.max():
         return figure(None, None, None, sign, "all truths are of one class, so there is no pair of a yes and a no")
@@ -214,7 +216,7 @@ def _auc_figure(
 
 
 def _gauc_figure(
-    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: Protocol
+    said: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str], protocol: EvalProtocol
 ) -> tuple[Metric, int]:
     """Return the figure over users who have both classes, and how many have not."""
     within = probability.gauc(said, truth, users)

@@ -17,7 +17,7 @@ import numpy as np
 from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.answers import ranking_values, ranks_of
-from llmrec.evaluate.figures import Protocol, mean_figure
+from llmrec.evaluate.figures import EvalProtocol, mean_figure
 from llmrec.evaluate.lists import Lists, list_figures
 from llmrec.evaluate.predictor import Evaluated
 from llmrec.metrics import ranking as rank_metrics
@@ -113,7 +113,7 @@ def rank_catalogue(
 def evaluate_catalogue(
     scorer: CatalogueScorer,
     cases: Sequence[Case],
-    protocol: Protocol,
+    protocol: EvalProtocol,
     *,
     seen: Sequence[Seen] = BOTH,
     background: Background | None = None,
@@ -125,7 +125,7 @@ def evaluate_catalogue(
     Args:
         scorer: A fitted baseline, or anything that scores the catalogue.
         cases: Requests with an item as truth; candidates are not looked at.
-        protocol: See `Protocol`; its candidates become ``full``, and its users, if unsaid, their number.
+        protocol: See `EvalProtocol`; its candidates become ``full``, and its users, if unsaid, their number.
         seen: Which conventions to measure.
         background: What list metrics need, see `llmrec.evaluate.lists`; None leaves them out.
         batch: See `rank_catalogue`.
@@ -154,7 +154,7 @@ def evaluate_catalogue(
     }
 
 
-def whole(protocol: Protocol, cases: Sequence[Case]) -> Protocol:
+def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
     """Return a protocol as full ranking signs it: all candidates, and the number of users unless it says which."""
     users = protocol.users or str(len({case.request.user_id for case in cases}))
     return replace(protocol, candidates="full", users=users)
@@ -293,7 +293,7 @@ def _joined(parts: Sequence[Standings]) -> Standings:
 def _evaluated(
     items: Sequence[str],
     cases: Sequence[Case],
-    protocol: Protocol,
+    protocol: EvalProtocol,
     seen: str,
     place: Standings,
     seconds: float,

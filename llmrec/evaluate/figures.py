@@ -15,7 +15,7 @@ from llmrec.results import Metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Protocol:
+class EvalProtocol:
     """What makes figures comparable; it is written into every signature.
 
     Attributes:
@@ -68,7 +68,7 @@ def mean_figure(
     metric: str,
     per_request: NDArray[np.float64],
     users: Sequence[str],
-    protocol: Protocol,
+    protocol: EvalProtocol,
     signature: str,
 ) -> Metric:
     """Return the mean of per-request values (for RMSE its root) with its interval and signature."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import Protocol, figure, mean_figure
+from llmrec.evaluate.figures import EvalProtocol, figure, mean_figure
 from llmrec.metrics import beyond
 from llmrec.metrics.stats import by_user, interval_of
 
@@ -87,7 +87,7 @@ class Lists:
 
 
 def list_figures(
-    lists: Lists, cases: Sequence[Case], protocol: Protocol, background: Background
+    lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: Background
 ) -> tuple[dict[str, Metric], dict[str, NDArray[np.float64]]]:
     """Return the list metrics of a row, at 10 where the protocol cuts there, else at its largest cut-off.
 
@@ -179,7 +179,7 @@ def _lift(
     held: Sequence[NDArray[np.int64]],
     users: Sequence[str],
     background: Background,
-    protocol: Protocol,
+    protocol: EvalProtocol,
     signature: str,
 ) -> Metric:
     """Return the popularity lift over users with a history; a user's requests are resampled together."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.answers import measure_of
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.metrics import explained
 from llmrec.results import Cost, Failure, Measured, Prediction
 from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
@@ -46,7 +46,7 @@ def evaluate(
     *,
     name: str,
     kind: type[Answer],
-    protocol: Protocol,
+    protocol: EvalProtocol,
     fallback: Callable[[Request], float] | None = None,
     background: explained.Background | None = None,
 ) -> Evaluated:
@@ -57,7 +57,7 @@ def evaluate(
         cases: Requests with their truth; the predictor sees the requests only.
         name: What the table is called in messages, such as the family.
         kind: The answers that are wanted, which says what metrics apply.
-        protocol: See `Protocol`.
+        protocol: See `EvalProtocol`.
         fallback: For ratings and yes/no answers, what stands in for one that cannot be read, such as the user's mean;
             yes/no answers may do without, and then count 0.5.
         background: For explanations, the training texts and features that they are held against; None: the figures that

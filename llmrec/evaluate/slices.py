@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import Protocol, mean_figure
+from llmrec.evaluate.figures import EvalProtocol, mean_figure
 from llmrec.metrics.signature import parse_signature
 from llmrec.results import Metric, SliceOfRow
 
@@ -94,7 +94,7 @@ def slice_figures(
     data: SplitDataset,
     *,
     metrics: Mapping[str, Metric],
-    protocol: Protocol,
+    protocol: EvalProtocol,
     rules: SliceRules | None = None,
 ) -> tuple[SliceOfRow, ...]:
     """Average per-request values inside each slice, with intervals over the slice's users.

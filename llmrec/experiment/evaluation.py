@@ -19,7 +19,7 @@ from llmrec.baselines.parameters import make
 from llmrec.baselines.rating import UserMean
 from llmrec.data.split import SplitDataset
 from llmrec.durable import Json, write_json
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.resume import Bar, Budget, key_of, read_stage
@@ -34,7 +34,7 @@ from llmrec.recipe.schema import (
 from llmrec.records import Shown
 from llmrec.registry import POSITIONAL, STRATEGIES, lookup, options_of
 from llmrec.results import Arm, Calibration, Prediction, Row
-from llmrec.strategies.asking import Asker, AsksFirst, Strategy
+from llmrec.strategies.asking import AsksFirst, Prompting, Strategy
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
 from llmrec.tasks.fewshot import BY_TEXT
@@ -235,7 +235,7 @@ class Evaluation:
     def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Made:
         assert spec.template is not None
         task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
-        asker = Asker(
+        asker = Prompting(
             backend=backend,
             task=task,
             template=spec.template.name,
@@ -286,7 +286,7 @@ class Evaluation:
         """Return the cases of the validation split that a family's probabilities are put right on."""
         return self._study.cases(family, "valid") if self._study.tasks[family].calibrates else []
 
-    def protocol(self, family: str) -> Protocol:
+    def protocol(self, family: str) -> EvalProtocol:
         """Return the protocol of a family's table."""
         return protocol_of(self._study, family)
 
@@ -346,10 +346,10 @@ def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
     return options_of(strategy, section) | more
 
 
-def protocol_of(study: Study, family: str) -> Protocol:
+def protocol_of(study: Study, family: str) -> EvalProtocol:
     """Return the protocol of a family's table."""
     recipe, data, task = study.recipe, study.task_data(family), study.tasks[family]
-    return Protocol(
+    return EvalProtocol(
         split=f"{data.kind}/{recipe.eval.split}",
         candidates=_candidates(recipe.eval.candidates, family),
         cutoffs=recipe.eval.cutoffs,

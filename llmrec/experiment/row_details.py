@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.slices import slice_figures
 from llmrec.experiment.evaluation import ResultRow, protocol_of
 from llmrec.experiment.study import Study
@@ -106,7 +106,7 @@ def _slices(
     row: ResultRow,
     cases: Mapping[str, Sequence[Case]],
     headline: Mapping[str, str],
-    protocols: Mapping[str, Protocol],
+    protocols: Mapping[str, EvalProtocol],
 ) -> tuple[SliceOfRow, ...]:
     family = row.figures.task
     metric = _INSTEAD.get(headline[family], headline[family])

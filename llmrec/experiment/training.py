@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__
-from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.durable import replacing, write_json, write_text
 from llmrec.errors import RecipeError, require
 from llmrec.experiment import bundle, indexing
@@ -53,7 +53,7 @@ class Plan:
     steps: Steps
     rows: Mapping[str, int]
     dropped: Mapping[str, int]
-    valid: Mapping[str, list[Row]]
+    valid: Mapping[str, list[TokenRow]]
     loss_shares: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     classes = _classes(study, encoder, paired=paired)
     families: list[str] = []
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[TokenRow]:
         since = 0
         tasks, users = study.training_tasks, study.data.users()
         sources = Sources(tasks, study.training_examples, users, section, study.training_seed, paired)
@@ -150,11 +150,11 @@ def _classes(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes
     return Classes(encoder, task.scale)
 
 
-def _size(row: Row | None) -> int:
+def _size(row: TokenRow | None) -> int:
     return 0 if row is None else len(row.ids)
 
 
-def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[Row]:
+def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[TokenRow]:
     section, limit = study.recipe.train, study.recipe.model.max_length
     examples = study.tasks[family].examples("valid", section.valid_rows // max(len(study.tasks), 1))
     return followed(examples, encoder, limit, paired=paired)

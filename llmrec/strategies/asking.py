@@ -36,7 +36,7 @@ def _silent(done: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asker:
+class Prompting:
     """How a strategy asks.
 
     Attributes:
@@ -80,14 +80,14 @@ class Asker:
 
 
 class Strategy(Predictor, Protocol):
-    """A predictor over a language model, called into being with an `Asker` and the keys of ``eval`` that it takes.
+    """A predictor over a language model, made from a `Prompting` and the keys of ``eval`` that it takes.
 
     Attributes:
         asker: How it asks.
         engine: The route that answered, such as ``"hf:tree"``; known once something was asked.
     """
 
-    asker: Asker
+    asker: Prompting
     engine: str
 
 
@@ -110,7 +110,7 @@ class Scored:
     prompt_hash: str
 
 
-def scored(asker: Asker, requests: Sequence[Request], *, closed: bool | None) -> Iterator[Scored]:
+def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None) -> Iterator[Scored]:
     """Score every request's continuations, in order.
 
     ``closed`` as in `Backend.score`; None scores labels: open, unless one label starts another (``1`` and ``10``).
@@ -141,7 +141,7 @@ def is_nested(labels: tuple[str, ...]) -> bool:
 
 
 def generated(
-    asker: Asker,
+    asker: Prompting,
     requests: Sequence[Request],
     *,
     max_tokens: int,

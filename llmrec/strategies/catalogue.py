@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.strategies.asking import Asker, prompt_hash
+from llmrec.strategies.asking import Prompting, prompt_hash
 from llmrec.types import Answer, Cost, Found, Ranking, Request
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class CatalogueRanker:
 
     def __init__(
         self,
-        asker: Asker,
+        asker: Prompting,
         *,
         beams: int,
         exact: bool = False,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from llmrec.strategies.asking import Asker, generated
+from llmrec.strategies.asking import Prompting, generated
 from llmrec.strategies.rounds import Order, Question, Rounds, Said, Steps, by_score
 from llmrec.tasks.direct import candidate_labels
 from llmrec.types import Answer, Ranking, Request
@@ -20,7 +20,7 @@ def list_room(candidates: int) -> int:
     return sum(len(label) + 2 for label in candidate_labels(candidates)) + 1
 
 
-def label_ranker(asker: Asker, *, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
+def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
     """Rank candidates by the probability of their label as the next token: one forward an order (arXiv 2406.15657).
 
     Args:
@@ -36,7 +36,9 @@ def _at_once(request: Request) -> Steps:
     return by_score(said)
 
 
-def permutation_ranker(asker: Asker, *, depth: int, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
+def permutation_ranker(
+    asker: Prompting, *, depth: int, permutations: int = 1, training: Sequence[Request] = ()
+) -> Rounds:
     """Write the order label by label, each step choosing among the labels that are left: always a permutation.
 
     Each step takes the likeliest label behind the answer so far. After ``depth`` steps the rest follow in the order of
@@ -74,7 +76,7 @@ class ListRanker:
 
     name = "list"
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Prompting) -> None:
         asker.needs("generate")
         self.asker = replace(asker, want="ranking")
         self.engine = f"{asker.backend.name}:generate"

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import permutations as arrangements
 
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.rounds import Question, Rounds, Said, Steps, by_score, placed
 from llmrec.types import Request
 
 
-def pairwise_ranker(asker: Asker, *, all_pairs: int, depth: int) -> Rounds:
+def pairwise_ranker(asker: Prompting, *, all_pairs: int, depth: int) -> Rounds:
     """Ask about pairs, each in both orders, and average the two: what a position is worth cancels out.
 
     Up to ``all_pairs`` candidates every pair is asked, and an item's score is the number of others that it beats in

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.strategies.asking import Asker, Scored, cost_of, prompt_hash, score_in_chunks, scored
+from llmrec.strategies.asking import Prompting, Scored, cost_of, prompt_hash, score_in_chunks, scored
 from llmrec.strategies.rounds import by_score, joint_hash
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
@@ -29,7 +29,7 @@ class LikelihoodRanker:
 
     name = "likelihood"
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Prompting) -> None:
         asker.needs("score")
         self.asker = asker
         self.engine = ""
@@ -53,7 +53,7 @@ class PriorRanker:
 
     name = "likelihood-prior"
 
-    def __init__(self, asker: Asker, *, prior_weight: float) -> None:
+    def __init__(self, asker: Prompting, *, prior_weight: float) -> None:
         asker.needs("score")
         self.asker = asker
         self.engine = ""
@@ -104,7 +104,7 @@ class YesRanker:
 
     name = "pointwise-yes"
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Prompting) -> None:
         asker.needs("score")
         self.asker = asker
         self.engine = ""

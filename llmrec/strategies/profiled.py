@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import clean
-from llmrec.strategies.asking import Asker, cost_of
+from llmrec.strategies.asking import Prompting, cost_of
 from llmrec.strategies.listwise import label_ranker
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
@@ -21,7 +21,7 @@ class TwoStepRanker:
 
     name = "two-step"
 
-    def __init__(self, asker: Asker, *, permutations: int = 1) -> None:
+    def __init__(self, asker: Prompting, *, permutations: int = 1) -> None:
         """Set up.
 
         Args:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from llmrec.errors import BackendError, LlmrecError
-from llmrec.strategies.asking import Asker, cost_of, generated, prompt_hash, scored
+from llmrec.strategies.asking import Prompting, cost_of, generated, prompt_hash, scored
 from llmrec.tasks.rating import expected
 from llmrec.types import Answer, Case, Cost, HeadBackend, Predictor, Probability, Rating, Request, Text
 
@@ -26,7 +26,7 @@ class ExpectedRater:
 
     name = "expected"
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Prompting) -> None:
         asker.needs("score")
         self.asker = asker
         self.engine = ""
@@ -52,7 +52,7 @@ class ParsedRater:
 
     name = "parsed"
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Prompting) -> None:
         asker.needs("generate")
         self.asker = asker
         self.engine = f"{asker.backend.name}:generate"
@@ -68,7 +68,7 @@ class HeadRater:
 
     name = "head"
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Prompting) -> None:
         """Set up.
 
         Raises:
@@ -116,7 +116,7 @@ class YesNoJudge:
 
     name = "yes-no"
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Prompting) -> None:
         asker.needs("score")
         self.asker = asker
         self.engine = ""
@@ -145,7 +145,7 @@ class ParsedYesNoJudge:
 
     name = "parsed-yes-no"
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Prompting) -> None:
         asker.needs("generate")
         self.asker = asker
         self.engine = f"{asker.backend.name}:generate"
@@ -237,7 +237,7 @@ class Writer:
 
     name = "text"
 
-    def __init__(self, asker: Asker, *, max_tokens: int = 48) -> None:
+    def __init__(self, asker: Prompting, *, max_tokens: int = 48) -> None:
         asker.needs("generate")
         self.asker = asker
         self._max_tokens = max_tokens

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.strategies.asking import Asker, cost_of, is_nested, prompt_hash, score_in_chunks
+from llmrec.strategies.asking import Prompting, cost_of, is_nested, prompt_hash, score_in_chunks
 from llmrec.tasks.base import keyed
 from llmrec.tasks.task import Want
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
@@ -85,7 +85,7 @@ class Rounds:
     def __init__(
         self,
         name: str,
-        asker: Asker,
+        asker: Prompting,
         steps: Callable[[Request], Steps],
         *,
         want: Want = "one",

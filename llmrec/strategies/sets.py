@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from functools import partial
 
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.rounds import Question, Rounds, Said, Steps, mixed, placed
 from llmrec.types import Request
 
 
 def setwise_ranker(
-    asker: Asker, *, set_size: int, depth: int, permutations: int = 1, training: Sequence[Request] = ()
+    asker: Prompting, *, set_size: int, depth: int, permutations: int = 1, training: Sequence[Request] = ()
 ) -> Rounds:
     """Sort the top of the list in a heap whose nodes have ``set_size - 1`` children.
 

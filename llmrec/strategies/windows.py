@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.rounds import Question, Rounds, Steps, mixed, placed
 from llmrec.types import Request
 
 
 def window_ranker(
-    asker: Asker, *, window: int, window_step: int, permutations: int = 1, training: Sequence[Request] = ()
+    asker: Prompting, *, window: int, window_step: int, permutations: int = 1, training: Sequence[Request] = ()
 ) -> Rounds:
     """Order one window after the other, each overlapping the one before, so that good items move to the front.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from llmrec.backends.encode import IGNORED, Encoder, Row, pieces
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow, pieces
 from llmrec.models.traits import is_paired
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rating import Scale
@@ -27,7 +27,7 @@ _BUFFER_STEPS = 8
 
 
 def plan(
-    rows: Iterator[Row],
+    rows: Iterator[TokenRow],
     *,
     steps: int,
     batch_tokens: int,
@@ -49,7 +49,7 @@ def plan(
     table = RowTable()
     planned = Steps(table, band)
     while len(planned) < steps:
-        buffer: list[Row] = []
+        buffer: list[TokenRow] = []
         first, held = len(table), 0
         while held < _BUFFER_STEPS * batch_tokens and (row := next(rows, None)) is not None:
             buffer.append(row)
@@ -69,7 +69,7 @@ def plan(
     return planned
 
 
-def _cut(rows: Sequence[Row], batch_tokens: int) -> list[Step]:
+def _cut(rows: Sequence[TokenRow], batch_tokens: int) -> list[Step]:
     lengths = [len(row.ids) for row in rows]
     return [Step(tuple(rows[start:end])) for start, end in _spans(lengths, batch_tokens)]
 
@@ -89,7 +89,7 @@ def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
     return [*spans, (start, len(lengths))]
 
 
-def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = False) -> Row | None:
+def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = False) -> TokenRow | None:
     """Encode a row and cut it to ``limit`` tokens at its end; None if no target is left.
 
     A user row cut at its end is a shorter user row: the targets that remain see the same context as before. With
@@ -98,7 +98,7 @@ def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = Fal
     row = encoder.row(example)
     starts = tuple(start for start in _lines(example, encoder, len(row.ids)) if start < limit) if lines else ()
     if starts or len(row.ids) > limit:
-        row = Row(row.ids[:limit], row.labels[:limit], starts)
+        row = TokenRow(row.ids[:limit], row.labels[:limit], starts)
     return row if row.targets else None
 
 
@@ -113,7 +113,7 @@ def _lines(example: Example, encoder: Encoder, length: int) -> list[int]:
     return [start for start, text, fresh in zip(starts, texts, ended, strict=False) if fresh and text.strip("\n")]
 
 
-def padded(rows: Sequence[Row], pad: int) -> tuple[list[list[int]], list[list[int]]]:
+def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[list[int]]]:
     """Right-pad ids and labels to the longest row."""
     longest = max(len(row.ids) for row in rows)
     ids = [[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows]
@@ -121,7 +121,7 @@ def padded(rows: Sequence[Row], pad: int) -> tuple[list[list[int]], list[list[in
     return ids, labels
 
 
-def laid_out(model: Any, rows: Sequence[Row], pad: int) -> dict[str, Any]:
+def laid_out(model: Any, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:
     """Return rows as `llmrec.train.loss.rows_loss` takes them for this model, as lists of equal length."""
     weighted = {"weights": [row.weight for row in rows]} if any(row.weight != 1.0 for row in rows) else {}
     if is_paired(model.config):
@@ -138,7 +138,7 @@ class Classes:
     scale: Scale
     _texts: dict[tuple[int, ...], str] = field(default_factory=dict)
 
-    def row(self, row: Row) -> Row | None:
+    def row(self, row: TokenRow) -> TokenRow | None:
         """Return the row with places on the scale as labels; None if no target is left.
 
         A target that was cut with its row, so that it might be another one, bears no loss: the 1 of a 10.
@@ -148,10 +148,10 @@ class Classes:
             found = self._place(row.labels[start:end], last=end == len(row.ids))
             if found is not None:
                 labels[start] = found
-        made = Row(row.ids, tuple(labels), row.lines)
+        made = TokenRow(row.ids, tuple(labels), row.lines)
         return made if made.targets else None
 
-    def counts(self, rows: Iterable[Row]) -> list[int]:
+    def counts(self, rows: Iterable[TokenRow]) -> list[int]:
         """Return how often each value is a target of rows that `row` made, lowest first."""
         found = [0] * len(self.scale.values)
         for row in rows:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.errors import DataError
 from llmrec.tasks.base import keyed
 from llmrec.train.batches import fit_row
@@ -36,7 +36,7 @@ def branching_rows(
     limit: int,
     seed: int,
     lines: bool = False,
-) -> Iterator[tuple[str, Row | None]]:
+) -> Iterator[tuple[str, TokenRow | None]]:
     """Yield families and rows without end, the rows of a user one after the other, pass after pass over the users.
 
     The family that is furthest behind its share of tokens gives a row of every user, and another one does unless it is

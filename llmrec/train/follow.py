@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from llmrec.backends.encode import Row
+from llmrec.backends.encode import TokenRow
 from llmrec.durable import write_text
 from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import TrainSection
@@ -29,7 +29,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self,
         steps: int,
         tokens: int,
-        valid: Mapping[str, Sequence[Row]],
+        valid: Mapping[str, Sequence[TokenRow]],
         section: TrainSection,
         log_file: Path,
         *,

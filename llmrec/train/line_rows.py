@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.backends.encode import IGNORED, Encoder, Row, marked_pieces
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow, marked_pieces
 from llmrec.errors import BackendError
 from llmrec.prompts.template import Template
 from llmrec.tasks.base import Draw, keyed
@@ -68,7 +68,7 @@ class Gathered:
     labels: NDArray[np.int32]
     ends: NDArray[np.int64]
 
-    def rows(self, limit: int) -> list[Row | None]:
+    def rows(self, limit: int) -> list[TokenRow | None]:
         """Cut rows to ``limit`` tokens at their end, as `fit_row` does; None where no target is left."""
         starts, stops = self.ends[:-1], np.minimum(self.ends[1:], self.ends[:-1] + limit)
         seen = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
@@ -76,7 +76,7 @@ class Gathered:
         # One tuple of all rows, whose slices are tuples again: no Python number is made twice.
         ids, labels = tuple(self.ids.tolist()), tuple(self.labels.tolist())
         spans = zip(starts.tolist(), stops.tolist(), kept, strict=True)
-        return [Row(ids[start:stop], labels[start:stop]) if keep else None for start, stop, keep in spans]
+        return [TokenRow(ids[start:stop], labels[start:stop]) if keep else None for start, stop, keep in spans]
 
 
 class LineTable:
@@ -189,15 +189,15 @@ class RowStream:
         self._tables: dict[str, LineTable | None] = {}
         self.gathered = self.encoded = 0
 
-    def __iter__(self) -> Iterator[Row | None]:
+    def __iter__(self) -> Iterator[TokenRow | None]:
         draws, size, number = self._task.draws(), _FIRST_CHUNK, 0
         while chunk := list(islice(draws, size)):
             yield from self.encode(chunk, number)
             size, number = min(2 * size, _LARGEST_CHUNK), number + 1
 
-    def encode(self, draws: Sequence[Draw], number: int = 0) -> Iterator[Row | None]:
+    def encode(self, draws: Sequence[Draw], number: int = 0) -> Iterator[TokenRow | None]:
         """Yield the rows of drawn ones; ``number`` seeds which of them are compared."""
-        found: dict[int, Row | None] = {}
+        found: dict[int, TokenRow | None] = {}
         for template in {draw.template.id: draw.template for draw in draws}.values():
             places = [n for n, draw in enumerate(draws) if draw.template.id == template.id]
             rows = self._gather(template, [draws[n] for n in places], number)
@@ -208,10 +208,10 @@ class RowStream:
         for n, draw in enumerate(draws):
             yield found[n] if n in found else self._plain(draw)
 
-    def _plain(self, draw: Draw) -> Row | None:
+    def _plain(self, draw: Draw) -> TokenRow | None:
         return fit_row(self._task.example(draw), self._encoder, self._limit)
 
-    def _gather(self, template: Template, draws: Sequence[Draw], number: int) -> list[Row | None] | None:
+    def _gather(self, template: Template, draws: Sequence[Draw], number: int) -> list[TokenRow | None] | None:
         """Return gathered rows that a sample proves, or None: then they are to be encoded from their words."""
         if template.id not in self._tables:
             fits = takes_pieces(template)

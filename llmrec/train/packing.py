@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.backends.encode import IGNORED, Row
+from llmrec.backends.encode import IGNORED, TokenRow
 
 Ints = NDArray[np.int64]
 
@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 class Bin:
     """Rows of one masked row, how many columns it has, and how many lines before its own a token of a list sees."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TokenRow, ...]
     columns: int
     band: int | None = None
 
@@ -81,7 +81,7 @@ class Stacked:
     weights: NDArray[np.float32]
 
 
-def tree(rows: Sequence[Row], band: int | None = None) -> Packed:
+def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
     """Lay rows out as one masked row.
 
     What stands behind a row's last target but one token is not read: nothing is asked after it.
@@ -127,7 +127,7 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
     return Stacked(ids, places, ends, after, wanted, weights)
 
 
-def bins(rows: Sequence[Row], width: int, band: int | None = None) -> list[Bin]:
+def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[Bin]:
     """Distribute rows over masked rows of at most ``width`` columns: first-fit decreasing, over trees of rows.
 
     Rows that share half of the shorter one or more stay together as far as ``width`` allows. A row that is longer
@@ -171,7 +171,7 @@ class _Body(NamedTuple):
         until: Of every token from there on, the first place in the row that does not see it; empty without a cut.
     """
 
-    row: Row
+    row: TokenRow
     ids: Ints
     labels: Ints
     targets: Ints
@@ -186,7 +186,7 @@ class _Group(NamedTuple):
     columns: int
 
 
-def _sorted_bodies(rows: Sequence[Row], band: int | None) -> list[_Body]:
+def _sorted_bodies(rows: Sequence[TokenRow], band: int | None) -> list[_Body]:
     """Return rows in the order of their tokens, so that each shares the most with its neighbours."""
     bodies = []
     for row in rows:
@@ -199,7 +199,7 @@ def _sorted_bodies(rows: Sequence[Row], band: int | None) -> list[_Body]:
     return sorted(bodies, key=_order)
 
 
-def _until(row: Row, read: int, band: int | None) -> Ints:
+def _until(row: TokenRow, read: int, band: int | None) -> Ints:
     """Return for every token of the lines the first place that does not see it; empty where all see all.
 
     The last token of a line stands before the first of the next one, so its window is that of the next line.
@@ -224,7 +224,7 @@ def _order(body: _Body) -> tuple[bool, list[int]]:
     return len(body.until) > 0, body.ids.tolist()
 
 
-def _groups(rows: Sequence[Row], width: int, band: int | None) -> list[_Group]:
+def _groups(rows: Sequence[TokenRow], width: int, band: int | None) -> list[_Group]:
     groups: list[_Group] = []
     for body in _sorted_bodies(rows, band):
         if groups:

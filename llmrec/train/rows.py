@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
-from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.task import Task
@@ -45,7 +45,7 @@ class Sources:
 
 def streams(
     sources: Sources, shares: Mapping[str, float], encoder: Encoder
-) -> tuple[dict[str, Iterator[tuple[str, Row | None]]], dict[str, float]]:
+) -> tuple[dict[str, Iterator[tuple[str, TokenRow | None]]], dict[str, float]]:
     """Return streams of families and their rows, with weights; where rows are packed, families branch off together.
 
     A row is None where no target of it fits ``train.max_row_tokens``.
@@ -67,7 +67,7 @@ def streams(
     # A pool's rows are chosen for each family, before it is known which could share what they show.
     together = len(tasks) > 1 and section.examples is None
     alone = [family for family in shares if not together or family not in tasks]
-    found: dict[str, Iterator[tuple[str, Row | None]]]
+    found: dict[str, Iterator[tuple[str, TokenRow | None]]]
     found = {family: zip(repeat(family), _own(sources, family, encoder)) for family in alone}
     weights = {family: shares[family] for family in alone}
     if together:
@@ -79,7 +79,7 @@ def streams(
     return found, weights
 
 
-def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[Row | None]:
+def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[TokenRow | None]:
     """Return a family's training rows, without end."""
     task, section = sources.tasks[family], sources.section
     limit = section.max_row_tokens
@@ -93,7 +93,7 @@ def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[Row | None
     return (fit_row(example, encoder, limit, lines=lines) for example in sources.examples(family))
 
 
-def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[Row]:
+def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[TokenRow]:
     """Return the rows of held-out examples, to follow their loss; one without a target within ``limit`` is left out."""
     if paired:
         return [row for example in examples for row in target_rows(example, encoder, limit)]

@@ -1,20 +1,20 @@
 """Training rows of encoder-decoders: the encoder reads what stands before a target, the decoder learns the target.
 
-A row is a `Row` whose labels are one stretch at its end. What comes before is the source: to the token what evaluation
-asks with, since the prompt of a request and the beginning of a row are cut into the same pieces. The labels are what a
-search looks for: the answer with what closes it. So rows are planned, counted and cut into steps like those of any
-other model.
+A row is a `TokenRow` whose labels are one stretch at its end. What comes before is the source: to the token what
+evaluation asks with, since the prompt of a request and the beginning of a row are cut into the same pieces. The
+labels are what a search looks for: the answer with what closes it. So rows are planned, counted and cut into steps like
+those of any other model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmrec.backends.encode import IGNORED, Encoder, Row, pieces
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow, pieces
 from llmrec.types import Example
 
 
-def target_rows(example: Example, encoder: Encoder, limit: int) -> list[Row]:
+def target_rows(example: Example, encoder: Encoder, limit: int) -> list[TokenRow]:
     """Return a row for each target of an example that fits ``limit`` tokens.
 
     A list of n targets gives n rows, each with everything before its target as the source, as teacher forcing of one
@@ -22,7 +22,7 @@ def target_rows(example: Example, encoder: Encoder, limit: int) -> list[Row]:
     """
     question = encoder.chat(example.messages)
     last = len(example.answer) - 1
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     for place, segment in enumerate(example.answer):
         if segment.kind != "target":
             continue
@@ -30,16 +30,16 @@ def target_rows(example: Example, encoder: Encoder, limit: int) -> list[Row]:
         target = [*encoder.line(segment.text), *([encoder.end_id] if example.ends_turn and place == last else [])]
         if len(source) + len(target) > limit:
             break
-        rows.append(Row((*source, *target), (*[IGNORED] * len(source), *target)))
+        rows.append(TokenRow((*source, *target), (*[IGNORED] * len(source), *target)))
     return rows
 
 
-def cut(row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def cut(row: TokenRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return a row's source and target."""
     return row.ids[: -row.targets], row.labels[-row.targets :]
 
 
-def paired_inputs(rows: Sequence[Row], pad: int) -> dict[str, list[list[int]]]:
+def paired_inputs(rows: Sequence[TokenRow], pad: int) -> dict[str, list[list[int]]]:
     """Return right-padded sources with their mask, and labels, each of shape (rows, longest)."""
     halves = [cut(row) for row in rows]
     wide, deep = max(len(source) for source, _ in halves), max(len(target) for _, target in halves)

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from llmrec.backends.encode import IGNORED, Encoder, Row
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.durable import replacing, seal
 from llmrec.errors import RecipeError
 from llmrec.models.load import has_cuda
@@ -105,7 +105,7 @@ def train(
     model: Any,
     encoder: Encoder,
     steps: Sequence[Step],
-    valid: Mapping[str, Sequence[Row]],
+    valid: Mapping[str, Sequence[TokenRow]],
     section: TrainSection,
     *,
     folder: Path,
@@ -202,8 +202,8 @@ def check_packing(model: Any) -> None:
         RecipeError: If the model does not read the mask of packed rows.
     """
     begin, ends = (5, 6, 7, 8, 9), ((10, 11, 12), (13, 14, 15, 16), (17,))
-    rows = [Row((*begin, *end), (*[IGNORED] * len(begin), *end)) for end in (*ends, (18, 19))]
-    rows[-1] = Row(rows[-1].ids[3:], rows[-1].labels[3:])
+    rows = [TokenRow((*begin, *end), (*[IGNORED] * len(begin), *end)) for end in (*ends, (18, 19))]
+    rows[-1] = TokenRow(rows[-1].ids[3:], rows[-1].labels[3:])
     reads = takes_block_mask(model.config)
     if reads:
         device = model.device

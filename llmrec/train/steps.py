@@ -1,7 +1,7 @@
 """Planned steps, whose rows lie in flat arrays until a step is asked for.
 
-A row as a `Row` takes about fifty bytes a token, since every number in it is an object. Here a token takes five: its
-id, and whether it bears loss. Rows and steps are made from that when they are read, a step at a time.
+A row as a `TokenRow` takes about fifty bytes a token, since every number in it is an object. Here a token takes five:
+its id, and whether it bears loss. Rows and steps are made from that when they are read, a step at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import overload
 
 import numpy as np
 
-from llmrec.backends.encode import IGNORED, Row
+from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.train.packing import Bin
 
 
@@ -23,7 +23,7 @@ from llmrec.train.packing import Bin
 class Step:
     """The rows of one optimiser step; with ``bins``, how they are packed into masked rows."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TokenRow, ...]
     bins: tuple[Bin, ...] = ()
 
     @property
@@ -59,7 +59,7 @@ class RowTable:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def add(self, row: Row) -> None:
+    def add(self, row: TokenRow) -> None:
         """Put a row behind the others."""
         ids, labels = array("i", row.ids), array("i", row.labels)
         there = np.frombuffer(labels, dtype=np.int32)
@@ -72,7 +72,7 @@ class RowTable:
         self._learned += learned.tobytes()
         self._ends.append(len(self._ids))
 
-    def row(self, number: int, weight: float = 1.0) -> Row:
+    def row(self, number: int, weight: float = 1.0) -> TokenRow:
         """Return a row as it was added, with a weight."""
         start, end = self._ends[number], self._ends[number + 1]
         ids = self._ids[start:end]
@@ -80,7 +80,7 @@ class RowTable:
         if labels is None:
             learned = np.frombuffer(self._learned[start:end], dtype=np.bool_)
             labels = np.where(learned, np.frombuffer(ids, dtype=np.int32), IGNORED).tolist()
-        return Row(tuple(ids), tuple(labels), tuple(self._lines.get(number, ())), weight)
+        return TokenRow(tuple(ids), tuple(labels), tuple(self._lines.get(number, ())), weight)
 
     def tokens(self, number: int) -> int:
         """Return how many tokens a row has."""

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from llmrec import cli
 from llmrec.answering import recommender
 from llmrec.answering import requests as ranking
-from llmrec.answering.requests import Way, catalogue, choose_way, rank_requests
+from llmrec.answering.requests import Asking, catalogue, choose_way, rank_requests
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.hf.backend import HFBackend
@@ -50,9 +50,9 @@ from tests.answering.rank_cases import (
     records,
 )
 
-CONTINUE = Way("sequential", "continue-list", "likelihood")
-LABEL = Way("direct", "after-history", "label")
-LIST = Way("direct", "after-history", "list")
+CONTINUE = Asking("sequential", "continue-list", "likelihood")
+LABEL = Asking("direct", "after-history", "label")
+LIST = Asking("direct", "after-history", "list")
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_forged_turns_never_become_control_tokens(tools: tuple[bundle.Bundle, HF
         for name in known:
             strategy = "likelihood" if family == "sequential" else reader_of(known[name])
             seen.clear()
-            way = Way(family, name, strategy)
+            way = Asking(family, name, strategy)
             (answer,) = rank_requests(found, request, way=way, backend=Watching(), encoder=encoder, batch=8)
             assert isinstance(answer, Ranking), answer
             turns = 2 if known[name].system else 1
@@ -242,7 +242,9 @@ def test_forged_turns_never_become_control_tokens(tools: tuple[bundle.Bundle, HF
 
 
 @pytest.mark.parametrize("way", [CONTINUE, LABEL], ids=lambda way: way.strategy)
-def test_the_given_order_of_candidates_cannot_show(tools: tuple[bundle.Bundle, HFBackend, Encoder], way: Way) -> None:
+def test_the_given_order_of_candidates_cannot_show(
+    tools: tuple[bundle.Bundle, HFBackend, Encoder], way: Asking
+) -> None:
     found, backend, encoder = tools
     pool = list(TITLES.values())[:8]
     answers = []
@@ -256,7 +258,7 @@ def test_the_given_order_of_candidates_cannot_show(tools: tuple[bundle.Bundle, H
 @given(st.permutations(list(TITLES.values())[:6]), st.sampled_from([CONTINUE, LABEL]))
 @settings(max_examples=40, deadline=None)
 def test_ties_and_favoured_labels_follow_the_seed(
-    tools: tuple[bundle.Bundle, HFBackend, Encoder], pool: list[str], way: Way
+    tools: tuple[bundle.Bundle, HFBackend, Encoder], pool: list[str], way: Asking
 ) -> None:
     """A model that only likes first labels, or nothing, ranks by the hash of the request's id and not by the input."""
     found, _, encoder = tools
@@ -341,7 +343,7 @@ def test_every_template_serves_a_cold_user_and_a_profile(tools: tuple[bundle.Bun
     for family, known in found.templates.items():
         for name in known:
             strategy = "likelihood" if family == "sequential" else reader_of(known[name])
-            way = Way(family, name, strategy)
+            way = Asking(family, name, strategy)
             (answer,) = rank_requests(found, cold, way=way, backend=backend, encoder=encoder, batch=1)
             assert isinstance(answer, Ranking)
             assert ("Oslo" in texts[-1]) == ("profile" in known[name].names("system", "user"))
@@ -355,8 +357,8 @@ def test_the_way_follows_what_is_asked(tools: tuple[bundle.Bundle, HFBackend, En
     found = tools[0]
     assert choose_way(found) == CONTINUE
     assert choose_way(found, strategy="label") == choose_way(found, task="direct") == LABEL
-    assert choose_way(found, template="next-title") == Way("sequential", "next-title", "likelihood")
-    assert choose_way(found, template="direct/shortlist", strategy="list") == Way("direct", "shortlist", "list")
+    assert choose_way(found, template="next-title") == Asking("sequential", "next-title", "likelihood")
+    assert choose_way(found, template="direct/shortlist", strategy="list") == Asking("direct", "shortlist", "list")
     for wrong, part in (
         ({"task": "rating"}, "known: auto, sequential, direct"),
         ({"task": "sequental"}, "did you mean 'sequential'"),

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from llmrec.answering.rationales import TOKENS, Reasoner, Reasons, rationale_template
-from llmrec.answering.requests import Way
+from llmrec.answering.requests import Asking
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.commands.rank import run as rank_files
@@ -24,7 +24,7 @@ from tests.answering.rank_cases import Killed, dying, items_csv, jsonl, lines, o
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 
-LABEL = Way("direct", "after-history", "label")
+LABEL = Asking("direct", "after-history", "label")
 ASKED = """\
 user: A person chose these items, oldest first:
 Heat
@@ -45,7 +45,7 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(
-    plain: bundle.Bundle, encoder: Encoder, said: str, *records: dict[str, Any], way: Way = LABEL, **more: Any
+    plain: bundle.Bundle, encoder: Encoder, said: str, *records: dict[str, Any], way: Asking = LABEL, **more: Any
 ) -> tuple[list[Reasons], list[str]]:
     """Write about rankings that keep the order in which candidates were given."""
     prompts: list[str] = []
@@ -89,7 +89,7 @@ def test_as_much_of_the_history_as_the_ranking_showed(plain: bundle.Bundle, enco
 
 
 def test_what_two_step_wrote_is_shown(plain: bundle.Bundle, encoder: Encoder) -> None:
-    two = Way("direct", "with-profile", "two-step")
+    two = Asking("direct", "with-profile", "two-step")
     _, prompts = written(plain, encoder, "x", {"history": ["Heat"]}, way=two, raw="likes <|im_end|> noise")
     assert "profile likes <|im_end|> noise" in prompts[0]
     assert "im_end" not in written(plain, encoder, "x", {"history": ["Heat"]}, raw="<|im_end|>")[1][0]

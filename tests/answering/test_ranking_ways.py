@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.answering.requests import Way, choose_way, notes_of, rank_requests
+from llmrec.answering.requests import Asking, choose_way, notes_of, rank_requests
 from llmrec.answering.strategy import settings_of
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
@@ -23,7 +23,7 @@ from tests.servers.faulty import EVERYTHING, Behaviour, running
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 
-TWO = Way("direct", "with-profile", "two-step")
+TWO = Asking("direct", "with-profile", "two-step")
 POOL = ["Alien", "Jaws", "Rocky"]
 
 

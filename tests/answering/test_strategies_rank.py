@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.answering.requests import Way, choose_way, notes_of, rank_requests
+from llmrec.answering.requests import Asking, choose_way, notes_of, rank_requests
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.requests import RankRequest, read_request
@@ -34,10 +34,10 @@ def tools(llama_folder: Path) -> tuple[bundle.Bundle, HFBackend, Encoder]:
     return found, HFBackend(load_model(found.folder, found.model), encoder), encoder
 
 
-def way_of(name: str) -> Way:
+def way_of(name: str) -> Asking:
     if name.startswith("likelihood"):
-        return Way("sequential", "continue-list", name)
-    return Way("direct", "with-profile" if name == "two-step" else "shortlist", name)
+        return Asking("sequential", "continue-list", name)
+    return Asking("direct", "with-profile" if name == "two-step" else "shortlist", name)
 
 
 def requests(count: int, candidates: int) -> list[RankRequest]:
@@ -98,6 +98,6 @@ def test_small_questions_take_sets_that_no_prompt_holds(tools: tuple[bundle.Bund
 
 def test_a_strategy_chooses_its_family(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
     found = tools[0]
-    assert choose_way(found, strategy="window") == Way("direct", "after-history", "window")
+    assert choose_way(found, strategy="window") == Asking("direct", "after-history", "window")
     assert choose_way(found, strategy="likelihood-prior").family == "sequential"
     assert choose_way(found).strategy == "likelihood"

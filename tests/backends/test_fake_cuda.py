@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 
 from fake_cuda import FakeCuda, fake_cuda, on_cuda  # noqa: E402
 
-from llmrec.backends.encode import IGNORED, Encoder, Row  # noqa: E402
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow  # noqa: E402
 from llmrec.backends.hf.backend import HFBackend  # noqa: E402
 from llmrec.models.load import load_model, load_tokenizer  # noqa: E402
 from llmrec.recipe.schema import ModelSection  # noqa: E402
@@ -82,7 +82,7 @@ def test_asking_a_model_on_a_gpu(loaded: tuple[Any, Encoder]) -> None:
 
 def test_losses_of_a_model_on_a_gpu(loaded: tuple[Any, Encoder]) -> None:
     model, _ = loaded
-    rows = [Row((5, 6, 7, *end), (*[IGNORED] * 3, *end)) for end in ((10, 11), (12, 13, 14), (15,))]
+    rows = [TokenRow((5, 6, 7, *end), (*[IGNORED] * 3, *end)) for end in ((10, 11), (12, 13, 14), (15,))]
     ids, labels = (torch.tensor(each) for each in padded(rows, 0))
     packed = {name: torch.from_numpy(each) for name, each in asdict(stack([tree(rows)], 0)).items()}
     expected = [

@@ -19,7 +19,7 @@ from llmrec.baselines.markov import FirstOrder, Markov, MarkovCooccurrence
 from llmrec.baselines.popular import Popularity, Random, RecentPopularity
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.ranking import Standing, hit_rate, standing
 from llmrec.tasks.family import family_of
@@ -97,7 +97,7 @@ def test_chance_is_the_expectation_over_all_orders_and_no_draw(
     candidates: int, ndcg_at_10: float, hr_at_10: float
 ) -> None:
     pool = tuple(f"i{n:03d}" for n in range(candidates))
-    protocol = Protocol(split="s", candidates="c", cutoffs=(10,), resamples=50, seed=0, catalogue=200)
+    protocol = EvalProtocol(split="s", candidates="c", cutoffs=(10,), resamples=50, seed=0, catalogue=200)
     for seed in (0, 1):
         model = Random(seed=seed)
         model.fit(_trained(LETTERS, list("abcd")))

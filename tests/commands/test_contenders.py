@@ -13,7 +13,7 @@ import yaml
 from llmrec.baselines.validation import mean_ndcg, ranking_cases
 from llmrec.commands.compare import suite as suites
 from llmrec.commands.compare.leaderboard import leaderboard, suite_result
-from llmrec.commands.compare.rows import Contenders
+from llmrec.commands.compare.rows import SuiteModels
 from llmrec.commands.compare.suite import run_suite
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
@@ -88,7 +88,7 @@ def test_weights_are_chosen_on_validation_and_a_weight_alone_is_that_row(
     values = [trial["value"] for trial in both["trials"]]
     assert both["parameters"]["weights"] == both["trials"][int(np.argmax(values))]["parameters"]["weights"]
     data, suite = _data(page), Suite(**page)
-    contenders = Contenders(suite, folder / "out")
+    contenders = SuiteModels(suite, folder / "out")
     cases = ranking_cases(data)
     for row, value in zip(suite.rows[1::-1], values, strict=False):
         model = contenders.fit(row, data, 0)
@@ -148,7 +148,7 @@ def test_cold_figures_are_means_over_cold_targets_alone() -> None:
 
 def test_what_a_search_does_not_find_ties_at_the_bottom(page: dict[str, Any], ran: tuple[Path, dict[str, Any]]) -> None:
     data, suite = _data(page), Suite(**page)
-    model = Contenders(suite, ran[0] / "out").fit(suite.rows[1], data, 0)
+    model = SuiteModels(suite, ran[0] / "out").fit(suite.rows[1], data, 0)
     cases = ranking_cases(data, 5)
     scores = model.scores([case.request for case in cases])
     assert scores.shape == (5, len(data.dataset.items)) and model.items == tuple(sorted(data.dataset.items))

@@ -22,7 +22,7 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import evaluate_catalogue, rank_catalogue
 from llmrec.evaluate.compare import compare
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import Background
 from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.ranking import standing
@@ -51,8 +51,8 @@ def case(k: int, truth: str, history: str = "") -> Case:
     return Case(request=Request(id=f"r{k}", user_id=f"u{k}", history=events), truth=truth)
 
 
-def protocol(items: int, cutoffs: tuple[int, ...] = (1, 2)) -> Protocol:
-    return Protocol(
+def protocol(items: int, cutoffs: tuple[int, ...] = (1, 2)) -> EvalProtocol:
+    return EvalProtocol(
         split="leave_one_out/test", candidates="uniform-4", cutoffs=cutoffs, resamples=100, seed=0, catalogue=items
     )
 

@@ -10,14 +10,16 @@ import pytest
 
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.compare import compare
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.stats import verdict
 from llmrec.results import Failure, Reliability
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Text, Unparsed
 
-PROTOCOL = Protocol(split="leave_one_out", candidates="uniform-4", cutoffs=(1, 2), resamples=200, seed=0, catalogue=9)
+PROTOCOL = EvalProtocol(
+    split="leave_one_out", candidates="uniform-4", cutoffs=(1, 2), resamples=200, seed=0, catalogue=9
+)
 ITEMS = ("a", "b", "c", "d")
 
 
@@ -232,7 +234,7 @@ def test_intervals_of_rare_hits_reach_further_up_than_down() -> None:
 
 
 def test_users_stand_in_the_signature_where_they_are_named() -> None:
-    named = Protocol(split="loo", candidates="full", cutoffs=(1,), resamples=10, seed=0, catalogue=9, users="1000")
+    named = EvalProtocol(split="loo", candidates="full", cutoffs=(1,), resamples=10, seed=0, catalogue=9, users="1000")
     assert "|users:1000|" in named.sign("HR@1")
     assert "users" not in PROTOCOL.sign("HR@1")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.evaluate.slices import FEW, SliceRules, slice_figures, slices_of
 from llmrec.metrics.signature import parse_signature
@@ -19,7 +19,7 @@ from llmrec.results import Metric
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Event, Item, Rating, Request
 
-PROTOCOL = Protocol(split="loo/test", candidates="full", cutoffs=(1,), resamples=100, seed=0, catalogue=5)
+PROTOCOL = EvalProtocol(split="loo/test", candidates="full", cutoffs=(1,), resamples=100, seed=0, catalogue=5)
 RULES = SliceRules(cold=2, history=(2, 4), activity=(3,))
 
 

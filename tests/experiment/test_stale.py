@@ -24,7 +24,7 @@ from llmrec.models.load import load_tokenizer, weights_stamp
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection, ModelSection
 from llmrec.registry import STRATEGIES, lookup
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -206,7 +206,7 @@ def ask(store: AnswerStore, asked: Asked) -> tuple[int, int]:
     backend: CachedBackend = engines.get(asked.backend, str(asked.folder), weights_stamp(str(asked.folder)))
     try:
         lookup(STRATEGIES, asked.strategy, "strategy")(
-            Asker(backend=backend, task=task, template=asked.template, shots=asked.k)
+            Prompting(backend=backend, task=task, template=asked.template, shots=asked.k)
         ).answer(requests)
         ranked = backend.recalled
         prompts = [task.prompt(request, template=asked.template, shots=asked.k) for request in requests]

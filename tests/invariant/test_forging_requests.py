@@ -13,7 +13,7 @@ from forging_cases import COUNT, halves, harmless, payloads
 from test_role_forging import encoder, every_tokenizer, marks
 from tokenizer_families import tokenizer_of
 
-from llmrec.answering.requests import Way, rank_requests
+from llmrec.answering.requests import Asking, rank_requests
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.reading.request_file import open_requests
@@ -31,9 +31,9 @@ __all__ = ["encoder"]
 SIZE = 10
 CATALOGUE = {"known": Item(item_id="known", title="Heat (1995)", fields={"genres": "Crime"})}
 WAYS = (
-    Way("sequential", "profile-list", "likelihood"),
-    Way("direct", "after-history", "label"),
-    Way("direct", "profile-only", "list"),
+    Asking("sequential", "profile-list", "likelihood"),
+    Asking("direct", "after-history", "label"),
+    Asking("direct", "profile-only", "list"),
 )
 
 
@@ -116,7 +116,7 @@ def _read(fill: str, folder: Path) -> list[RankRequest]:
 
 
 @cache
-def _asked(fill: str, folder: Path, way: Way) -> Recorder:
+def _asked(fill: str, folder: Path, way: Asking) -> Recorder:
     """Return what an engine is asked for the requests of one fill."""
     requests = _read(fill, folder)
     backend = Recorder()

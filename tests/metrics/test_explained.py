@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.evaluation import background_of
 from llmrec.metrics.copies import COPIED, alike, copied, library, words_of
@@ -38,7 +38,7 @@ from llmrec.results import better
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Item, Request, Text, Unparsed
 
-PROTOCOL = Protocol(split="leave_one_out", candidates="none", cutoffs=(1,), resamples=100, seed=0, catalogue=2)
+PROTOCOL = EvalProtocol(split="leave_one_out", candidates="none", cutoffs=(1,), resamples=100, seed=0, catalogue=2)
 SOUND, BATTERY, LIFE, PRICE = ("sound",), ("battery",), ("battery", "life"), ("price",)
 VOCABULARY = frozenset([SOUND, BATTERY, LIFE, PRICE])
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import ModelError, RecipeError
 from llmrec.guard import control_tokens
@@ -84,12 +84,12 @@ def example(question: str, answer: str) -> Example:
     )
 
 
-def rows(encoder: Encoder, count: int = 6) -> list[Row]:
+def rows(encoder: Encoder, count: int = 6) -> list[TokenRow]:
     texts = [QUESTION.replace("31", str(n)) + " more" * (n % 3) for n in range(count)]
     return [row for n, text in enumerate(texts) for row in target_rows(example(text, ANSWERS[n % 2]), encoder, 200)]
 
 
-def tensors(some: Sequence[Row]) -> dict[str, Any]:
+def tensors(some: Sequence[TokenRow]) -> dict[str, Any]:
     return {name: torch.tensor(values) for name, values in paired_inputs(some, 0).items()}
 
 

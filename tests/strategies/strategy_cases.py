@@ -11,7 +11,7 @@ from typing import Any
 from llmrec.backends.fake import FakeBackend
 from llmrec.recipe.schema import EvalSection
 from llmrec.registry import STRATEGIES, lookup, options_of
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.types import Case, Event, Prompt, Request, Scores
 from tests.tasks.task_data import make_dataset, make_split, make_task
 
@@ -52,7 +52,7 @@ def strategy(name: str, backend: Any, *, batch: int = 16, shots: int = 0, **opti
     """Build a strategy as evaluation does, with the recipe's defaults where nothing else is said."""
     family = "sequential" if name in TITLED else "direct"
     template = "continue-list" if family == "sequential" else "after-history"
-    asker = Asker(backend=backend, task=task(family), template=template, batch=batch, shots=shots)
+    asker = Prompting(backend=backend, task=task(family), template=template, batch=batch, shots=shots)
     chosen = options_of(name, EvalSection())
     return lookup(STRATEGIES, name, "strategy")(asker, **chosen | options)
 

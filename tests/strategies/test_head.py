@@ -10,7 +10,7 @@ import pytest
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.raters import HeadRater
 from llmrec.types import Answer, Case, Cost, Message, Prompt, Rating, Read, Request, Segment
 
@@ -55,8 +55,8 @@ def requests(n: int) -> list[Request]:
     return [Request(id=f"r{k}", user_id="x" * (5 * k), item="i") for k in range(n)]
 
 
-def asker(backend: Any, **options: Any) -> Asker:
-    return Asker(backend=backend, task=Toy(), template="toy", **options)
+def asker(backend: Any, **options: Any) -> Prompting:
+    return Prompting(backend=backend, task=Toy(), template="toy", **options)
 
 
 def test_every_request_gets_its_own_rating_in_order() -> None:

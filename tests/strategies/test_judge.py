@@ -13,7 +13,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError, LlmrecError
 from llmrec.metrics.probability import calibration_error
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.raters import Calibrated, ParsedYesNoJudge, YesNoJudge, fit_curve
 from llmrec.tasks.ctr import read_choice
 from llmrec.types import Answer, Case, Example, Message, Probability, Prompt, Request, Segment, Unparsed
@@ -55,8 +55,8 @@ def requests(n: int = 3) -> list[Request]:
     return [Request(id=f"r{k}", user_id="u", item="i") for k in range(n)]
 
 
-def asker(backend: Any, task: Any = None) -> Asker:
-    return Asker(backend=backend, task=task or Asking(), template="t", batch=2)
+def asker(backend: Any, task: Any = None) -> Prompting:
+    return Prompting(backend=backend, task=task or Asking(), template="t", batch=2)
 
 
 def value(answer: Answer) -> float:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.raters import ParsedRater, Writer
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Ranking, Request, Unparsed
@@ -75,8 +75,8 @@ def scripted(family: str) -> FakeBackend:
     return Whole()
 
 
-def protocol(cutoff: int = 10) -> Protocol:
-    return Protocol(split="made", candidates="made-20", cutoffs=(cutoff,), resamples=20, seed=0, catalogue=60)
+def protocol(cutoff: int = 10) -> EvalProtocol:
+    return EvalProtocol(split="made", candidates="made-20", cutoffs=(cutoff,), resamples=20, seed=0, catalogue=60)
 
 
 def test_malformed_lists_stay_in_the_denominator_and_hold_candidates_alone() -> None:
@@ -114,7 +114,7 @@ def test_malformed_ratings_and_texts_stay_in_the_denominator(family: str) -> Non
         )
         for n in range(COUNT)
     ]
-    asker = Asker(backend=scripted(family), task=asking, template=asking.eval_templates[0], batch=64)
+    asker = Prompting(backend=scripted(family), task=asking, template=asking.eval_templates[0], batch=64)
     predictor: Any = ParsedRater(asker) if family == "rating" else Writer(asker)
     kind = family_of(family).answer
     found = evaluate(predictor, asked, name=family, kind=kind, protocol=protocol(), fallback=lambda request: 3.0)

@@ -8,7 +8,7 @@ import pytest
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import RecipeError
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.listwise import label_ranker
 from llmrec.strategies.profiled import TwoStepRanker
 from llmrec.types import Ranking
@@ -29,7 +29,12 @@ def asked(said: str) -> tuple[TwoStepRanker, FakeBackend, list[str], list[str]]:
         return -float(ord(label[-1]))
 
     backend = FakeBackend(complete, prefer)
-    return TwoStepRanker(Asker(backend=backend, task=task, template="with-profile", batch=4)), backend, first, second
+    return (
+        TwoStepRanker(Prompting(backend=backend, task=task, template="with-profile", batch=4)),
+        backend,
+        first,
+        second,
+    )
 
 
 def test_the_profile_stands_in_the_second_prompt_and_nowhere_before() -> None:
@@ -84,7 +89,7 @@ def test_what_a_model_says_of_a_user_can_forge_nothing() -> None:
 def test_a_template_without_a_place_for_it_is_refused() -> None:
     task = make_task("direct")
     with pytest.raises(RecipeError, match="with-profile"):
-        TwoStepRanker(Asker(backend=FakeBackend(), task=task, template="after-history"))
+        TwoStepRanker(Prompting(backend=FakeBackend(), task=task, template="after-history"))
 
 
 def test_an_unknown_profile_template_is_named() -> None:

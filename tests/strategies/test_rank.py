@@ -10,7 +10,7 @@ import pytest
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError, LlmrecError
-from llmrec.strategies.asking import Asker, prompt_hash
+from llmrec.strategies.asking import Prompting, prompt_hash
 from llmrec.strategies.listwise import ListRanker, label_ranker
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.strategies.raters import ExpectedRater, ParsedRater, Writer
@@ -59,8 +59,8 @@ def requests(n: int = 5) -> list[Request]:
     return [Request(id=f"r{k}", user_id="u", candidates=("i1", "i2", "i3", "i4"), item="i1") for k in range(n)]
 
 
-def asker(backend: Any, task: ToyTask | None = None, **options: Any) -> Asker:
-    return Asker(backend=backend, task=task or ToyTask(), template="t", batch=2, **options)  # type: ignore[arg-type]
+def asker(backend: Any, task: ToyTask | None = None, **options: Any) -> Prompting:
+    return Prompting(backend=backend, task=task or ToyTask(), template="t", batch=2, **options)  # type: ignore[arg-type]
 
 
 def test_likelihood_sorts_by_score_and_keeps_ties() -> None:

@@ -17,10 +17,10 @@ from scipy.stats import spearmanr
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend, text_of
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.recipe.schema import EvalSection
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.listwise import label_ranker, permutation_ranker
 from llmrec.tasks.family import family_of
 from llmrec.types import Prompt, Ranking, Request
@@ -40,7 +40,7 @@ from tests.strategies.strategy_cases import (
     title,
 )
 
-PROTOCOL = Protocol(split="made", candidates="made-20", cutoffs=(10,), resamples=200, seed=0, catalogue=60)
+PROTOCOL = EvalProtocol(split="made", candidates="made-20", cutoffs=(10,), resamples=200, seed=0, catalogue=60)
 CHANCE = sum(1 / math.log2(1 + rank) for rank in range(1, 11)) / 20
 
 
@@ -408,7 +408,7 @@ def test_recipes_that_say_nothing_are_refused() -> None:
 
 def test_the_hash_of_several_prompts_sees_each_of_them() -> None:
     (case,) = cases(1, 5)
-    asker = Asker(backend=FakeBackend(), task=task("direct"), template="after-history")
+    asker = Prompting(backend=FakeBackend(), task=task("direct"), template="after-history")
     hashes = {
         ranking(predictor, case.request).prompt_hash
         for predictor in (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.counting import questions_of
@@ -118,7 +118,7 @@ def test_a_generated_list_costs_a_forward_a_token() -> None:
 
 
 def test_a_row_adds_forwards_up() -> None:
-    protocol = Protocol(split="made", candidates="made", cutoffs=(10,), resamples=20, seed=0, catalogue=60)
+    protocol = EvalProtocol(split="made", candidates="made", cutoffs=(10,), resamples=20, seed=0, catalogue=60)
     found = evaluate(
         strategy("window", FakeBackend()), cases(8), name="direct", kind=family_of("direct").answer, protocol=protocol
     )

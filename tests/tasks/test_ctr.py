@@ -17,7 +17,7 @@ from llmrec.baselines.yes_no import LikeRatio
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CtrSection, Split
@@ -28,7 +28,7 @@ from llmrec.types import Answer, Case, Event, Item, Probability, Request, Unpars
 from tests.tasks.making import make
 
 DATA = split(make_dataset(hostile=False), Split(kind="last_share", valid=0.2, test=0.3), seed=0)
-PROTOCOL = Protocol(split="last_share/test", candidates="full", cutoffs=(10,), resamples=50, seed=0, catalogue=60)
+PROTOCOL = EvalProtocol(split="last_share/test", candidates="full", cutoffs=(10,), resamples=50, seed=0, catalogue=60)
 
 
 def balanced(data: SplitDataset = DATA, **section: Any) -> CtrTask:

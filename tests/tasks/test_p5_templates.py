@@ -26,7 +26,7 @@ from llmrec.data.split import SplitDataset, written
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.template import load_templates as read_templates
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.pointwise import LikelihoodRanker, YesRanker
 from llmrec.tasks.direct_answers import asks_for, fits, reader_of
 from llmrec.tasks.rating import learned_only
@@ -435,7 +435,7 @@ def test_ranking_by_the_text_of_items_gives_every_candidate_a_place(family: str)
             user = next(user for user in best if f"ser {user}" in text or f"Name of {user}" in text)
             return 0.0 if candidate == best[user] else -5.0 - (sum(map(ord, candidate)) % 97) / 100
 
-        asker = Asker(backend=FakeBackend(prefer=prefer), task=task, template=template.name)
+        asker = Prompting(backend=FakeBackend(prefer=prefer), task=task, template=template.name)
         answers = LikelihoodRanker(asker).answer([case.request for case in cases])
         for case, answer in zip(cases, answers, strict=True):
             assert isinstance(answer, Ranking) and answer.items[0] == case.truth
@@ -461,7 +461,7 @@ def test_ranking_by_yes_asks_about_each_candidate_by_itself() -> None:
                 -1.0 if answer.strip().casefold() == ("yes" if any(name in text for name in names) else "no") else -9.0
             )
 
-        asker = Asker(backend=FakeBackend(prefer=prefer), task=task, template=template.name)
+        asker = Prompting(backend=FakeBackend(prefer=prefer), task=task, template=template.name)
         (answer,) = YesRanker(asker).answer([case.request])
         assert isinstance(answer, Ranking) and answer.items[0] == truth
         assert sorted(answer.items) == sorted(case.request.candidates) and answer.scores[0] > 0 > answer.scores[1]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llmrec.backends.encode import IGNORED, Encoder, Row
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.experiment.study import build_study
 from llmrec.experiment.training import plan_training
 from llmrec.models.load import load_model, load_tokenizer
@@ -42,13 +42,13 @@ def example(titles: tuple[str, ...] = TITLES, lead: str = "", tail: str = "\n") 
     )
 
 
-def listed(lengths: list[int], question: int = 3) -> Row:
+def listed(lengths: list[int], question: int = 3) -> TokenRow:
     """A row of a question and lines of given lengths, all but the first line with loss."""
     starts = [question + sum(lengths[:n]) for n in range(len(lengths))]
     size = question + sum(lengths)
     ids = tuple(range(10, 10 + size))
     quiet = question + lengths[0]
-    return Row(ids, (*[IGNORED] * quiet, *ids[quiet:]), tuple(starts))
+    return TokenRow(ids, (*[IGNORED] * quiet, *ids[quiet:]), tuple(starts))
 
 
 def seen(packed: Any) -> Any:
@@ -75,7 +75,7 @@ def test_every_target_reads_the_question_and_so_many_lines(lengths: list[int], b
     st.integers(10, 60),
 )
 def test_rows_of_a_bin_stay_apart_and_are_counted(rows: list[list[int]], band: int, width: int) -> None:
-    made = [listed(lengths) for lengths in rows] + [Row((1, 2, 3), (IGNORED, 2, 3))]
+    made = [listed(lengths) for lengths in rows] + [TokenRow((1, 2, 3), (IGNORED, 2, 3))]
     for filled in bins(made, width, band):
         packed = tree(filled.rows, band)
         assert len(packed.ids) == filled.columns
@@ -119,7 +119,7 @@ def test_rows_know_where_their_lines_begin(lead: str, tail: str) -> None:
     assert fit_row(asked, encoder, 512) == plain
 
 
-def losses(model: Any, row: Row, band: int | None) -> list[float]:
+def losses(model: Any, row: TokenRow, band: int | None) -> list[float]:
     """The loss of every target of a packed row."""
     packed = stack([tree([row], band)], 0)
     found = []
@@ -131,7 +131,7 @@ def losses(model: Any, row: Row, band: int | None) -> list[float]:
     return found
 
 
-def one_by_one(model: Any, row: Row, band: int) -> list[float]:
+def one_by_one(model: Any, row: TokenRow, band: int) -> list[float]:
     """The same from a row a target that holds the question and the lines of its window alone, at their places."""
     line = np.searchsorted(np.array(row.lines), np.arange(len(row.ids)), side="right") - 1
     found = []

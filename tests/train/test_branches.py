@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.study import Study, build_study
 from llmrec.experiment.training import plan_training
@@ -25,14 +25,14 @@ def encoder() -> Encoder:
     return Encoder(make_tokenizer(), max_length=4096)
 
 
-def drawn(encoder: Encoder, weights: dict[str, float], count: int, **section: Any) -> list[tuple[str, Row | None]]:
+def drawn(encoder: Encoder, weights: dict[str, float], count: int, **section: Any) -> list[tuple[str, TokenRow | None]]:
     data = make_split()
     tasks = {family: make_task(family, data, **(ONE | section)) for family in weights}
     rows = branching_rows(tasks, weights, data.users(), encoder, limit=4096, seed=0)
     return list(islice(rows, count))
 
 
-def alike(one: Row, two: Row) -> float:
+def alike(one: TokenRow, two: TokenRow) -> float:
     shared = next((n for n, (a, b) in enumerate(zip(one.ids, two.ids, strict=False)) if a != b), len(two.ids))
     return shared / min(len(one.ids), len(two.ids))
 

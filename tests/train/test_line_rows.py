@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llmrec.experiment.training as training
-from llmrec.backends.encode import IGNORED, Encoder, Row
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.experiment.study import Study, build_study
 from llmrec.index.table import ItemIndex, token
 from llmrec.prompts.template import Template, load_templates
@@ -33,7 +33,7 @@ def encoder() -> Encoder:
     return Encoder(make_tokenizer(), max_length=2048)
 
 
-def from_words(task: SequentialTask, encoder: Encoder, limit: int, count: int) -> list[Row | None]:
+def from_words(task: SequentialTask, encoder: Encoder, limit: int, count: int) -> list[TokenRow | None]:
     return [fit_row(example, encoder, limit) for example in islice(task.examples("train"), count)]
 
 
@@ -121,9 +121,9 @@ def test_codes_one_behind_the_other(encoder: Encoder) -> None:
 class Moody(Encoder):
     """A tokenizer's lines that depend on what stands around them: no table can hold them."""
 
-    def row(self, example: Example) -> Row:
+    def row(self, example: Example) -> TokenRow:
         found = super().row(example)
-        return Row((*found.ids, len(found.ids)), (*found.labels, IGNORED))
+        return TokenRow((*found.ids, len(found.ids)), (*found.labels, IGNORED))
 
 
 def test_a_difference_ends_the_use_of_the_table(caplog: pytest.LogCaptureFixture) -> None:
@@ -188,7 +188,7 @@ def test_rows_are_cut_as_fit_row_cuts(learned: Sequence[Sequence[bool]], limit: 
     wanted = []
     for start, end in pairwise(ends):
         cut = slice(start, min(end, start + limit))
-        row = Row(tuple(ids[cut].tolist()), tuple(labels[cut].tolist()))
+        row = TokenRow(tuple(ids[cut].tolist()), tuple(labels[cut].tolist()))
         wanted.append(row if row.targets else None)
     assert Gathered(ids, labels, ends).rows(limit) == wanted
 

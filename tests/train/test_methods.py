@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.models.item_tokens import extended
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
@@ -67,10 +67,10 @@ class Case:
         return sft.train(self.model, self.encoder, self.steps, valid, self.train, **options).adapter_sha256
 
     @staticmethod
-    def _class(row: Row) -> Row:
+    def _class(row: TokenRow) -> TokenRow:
         """A class of the scale where the last target stood."""
         place = max(n for n, label in enumerate(row.labels) if label != -100)
-        return Row(row.ids[: place + 1], (*[-100] * place, place % 5))
+        return TokenRow(row.ids[: place + 1], (*[-100] * place, place % 5))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,7 +109,7 @@ def gradients(loss: Any, model: Any) -> torch.Tensor:
     return torch.cat([trained[name].grad.flatten().double() for name in sorted(trained)])
 
 
-def plain_loss(model: Any, row: Row, case: Case) -> Any:
+def plain_loss(model: Any, row: TokenRow, case: Case) -> Any:
     """Cross-entropy as a textbook writes it, in float32, or the head's loss on states that the model gives out."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids, labels = torch.tensor([row.ids]), torch.tensor(row.labels)

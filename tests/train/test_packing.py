@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.backends.encode import IGNORED, Encoder, Row
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.errors import RecipeError
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.models.traits import takes_block_mask
@@ -26,13 +26,13 @@ from llmrec.train.packing import Packed, Stacked, alike, bins, stack, tree
 from llmrec.train.steps import Step
 
 
-def row(ids: Sequence[int], first: int = 1, *, quiet: Sequence[int] = ()) -> Row:
+def row(ids: Sequence[int], first: int = 1, *, quiet: Sequence[int] = ()) -> TokenRow:
     """A row with loss from ``first`` on, but not at ``quiet`` places."""
     labels = [token if n >= first and n not in quiet else IGNORED for n, token in enumerate(ids)]
-    return Row(tuple(ids), tuple(labels))
+    return TokenRow(tuple(ids), tuple(labels))
 
 
-def branching(seed: int, count: int = 9) -> list[Row]:
+def branching(seed: int, count: int = 9) -> list[TokenRow]:
     """Rows of three beginnings: some part early, some late, one is the beginning of another, one stands twice."""
     rng = random.Random(seed)
     begins = [[7, 8, *[rng.randrange(10, 200) for _ in range(rng.randrange(1, 12))]] for _ in range(3)]
@@ -50,11 +50,11 @@ def tensors(packed: Stacked) -> dict[str, Any]:
     return {name: torch.from_numpy(getattr(packed, name)) for name in names}
 
 
-def as_packed(rows: Sequence[Row], width: int) -> dict[str, Any]:
+def as_packed(rows: Sequence[TokenRow], width: int) -> dict[str, Any]:
     return tensors(stack([tree(each.rows) for each in bins(rows, width)], pad=0))
 
 
-def as_plain(rows: Sequence[Row]) -> tuple[Any, Any]:
+def as_plain(rows: Sequence[TokenRow]) -> tuple[Any, Any]:
     ids, labels = padded(rows, 0)
     return torch.tensor(ids), torch.tensor(labels)
 
@@ -114,7 +114,7 @@ def test_rows_see_nothing_of_each_other(llama_folder: Path) -> None:
     first, second, stranger = row([*shared, 30, 31, 32], 5), row([*shared, 60, 61, 62], 5), row([90, 91, 92, 93], 1)
     changed = row([*shared, 60, 161, 162], 5)
 
-    def states(rows: list[Row]) -> tuple[Packed, Any]:
+    def states(rows: list[TokenRow]) -> tuple[Packed, Any]:
         packed = tree(rows)
         inputs = tensors(stack([packed], pad=0))
         mask = block_mask(model, inputs["ends"])
@@ -226,7 +226,7 @@ def test_models_that_ignore_masks_are_known() -> None:
     assert not takes_block_mask(kinds[0])
 
 
-def user_rows() -> list[Row]:
+def user_rows() -> list[TokenRow]:
     """What one user gives: a list, and questions about different items after the same history."""
     rng, rows = random.Random(5), []
     for _ in range(40):

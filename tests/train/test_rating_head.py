@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmrec.backends.encode import IGNORED, Encoder, Row
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.errors import ModelError
 from llmrec.models.load import load_model, load_tokenizer, weights_stamp
 from llmrec.models.rating_head import (
@@ -94,7 +94,7 @@ def test_half_a_rating_bears_no_loss(encoder: Encoder, kept: int, wanted: list[i
     row = encoder.row(example(3, "10"))
     start = next(place for place, label in enumerate(row.labels) if label != IGNORED)
     assert encoder.tokenizer.decode(list(row.ids[start : start + 2])) == "10"
-    cut = Row(row.ids[: start + kept], row.labels[: start + kept])
+    cut = TokenRow(row.ids[: start + kept], row.labels[: start + kept])
     made = Classes(encoder, TEN).row(cut)
     assert (made and [label for label in made.labels if label != IGNORED]) == wanted
 

@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 from llmrec import pipeline
 from llmrec.commands.export import export
 from llmrec.errors import RecipeError
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.models.load import weights_stamp
 from llmrec.models.rating_head import CONFIG, WEIGHTS, load_head
@@ -142,7 +142,7 @@ def test_liked_items_above_others_with_a_fallback_among_them() -> None:
     truths = [5.0, 4.0, 3.0, 1.0]
     cases = [Case(request=Request(id=f"r{k}", user_id=f"u{k}", item="i"), truth=t) for k, t in enumerate(truths)]
     said = [Rating(request_id=f"r{k}", value=v) for k, v in enumerate([4.5, 3.0, 3.5])]
-    protocol = Protocol(split="x", candidates="full", cutoffs=(1,), resamples=20, seed=0, catalogue=9, liked=4.0)
+    protocol = EvalProtocol(split="x", candidates="full", cutoffs=(1,), resamples=20, seed=0, catalogue=9, liked=4.0)
     predictor = Said(*said, Unparsed(request_id="r3", reason="no number"))
     found = evaluate(
         predictor,

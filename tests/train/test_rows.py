@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrec.backends.encode import IGNORED, Encoder, Row
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import ModelSection
 from llmrec.train.batches import fit_row, padded, plan
@@ -106,7 +106,7 @@ def test_padding_and_neighbours_change_no_loss(loaded: tuple[object, Encoder]) -
 
 
 def test_steps_hold_to_their_budget_and_lose_no_row() -> None:
-    rows = [Row(tuple(range(n)), (IGNORED,) * (n - 1) + (1,)) for n in range(5, 65)]
+    rows = [TokenRow(tuple(range(n)), (IGNORED,) * (n - 1) + (1,)) for n in range(5, 65)]
     steps = list(plan(iter(rows), steps=1000, batch_tokens=128, seed=0))
     assert sorted(len(row.ids) for step in steps for row in step.rows) == [len(row.ids) for row in rows]
     assert all(step.padded_tokens <= 128 for step in steps)
@@ -117,7 +117,7 @@ def test_steps_hold_to_their_budget_and_lose_no_row() -> None:
 
 
 def test_a_row_too_long_makes_a_step_of_its_own() -> None:
-    row = Row(tuple(range(300)), (1,) * 300)
+    row = TokenRow(tuple(range(300)), (1,) * 300)
     assert list(plan(iter([row]), steps=5, batch_tokens=128, seed=0)) == [Step((row,))]
 
 

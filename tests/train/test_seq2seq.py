@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 
-from llmrec.backends.encode import IGNORED, Encoder, Row
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
@@ -78,7 +78,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base"
 
 
-def rows_of(template: str, encoder: Encoder, count: int) -> list[Row]:
+def rows_of(template: str, encoder: Encoder, count: int) -> list[TokenRow]:
     return [row for e in islice(task(template).examples("train"), count) for row in target_rows(e, encoder, 200)]
 
 
@@ -138,7 +138,7 @@ def test_a_row_that_does_not_fit_is_dropped_whole(base: Path) -> None:
 # --------------------------------------------------------------------------- loss
 
 
-def tensors(rows: Sequence[Row]) -> dict[str, Any]:
+def tensors(rows: Sequence[TokenRow]) -> dict[str, Any]:
     return {name: torch.tensor(values) for name, values in paired_inputs(rows, 0).items()}
 
 
@@ -157,7 +157,7 @@ def test_padding_changes_nothing(base: Path) -> None:
     """Targets of unequal length side by side give what each gives alone."""
     encoder = encoder_of(base)
     rows = rows_of("bare-next-code", encoder, 4)
-    longer = Row((*rows[0].ids, 7, 9), (*rows[0].labels, 7, 9))
+    longer = TokenRow((*rows[0].ids, 7, 9), (*rows[0].labels, 7, 9))
     rows = [longer, *rows[1:], rows_of("next-code", encoder, 1)[0]]
     model = load_model(str(base), section(base)).eval()
     with torch.no_grad():

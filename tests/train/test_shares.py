@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmrec.backends.encode import IGNORED, Row
+from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.models.load import load_model
 from llmrec.recipe.schema import ModelSection
 from llmrec.tasks.mixture import interleave
@@ -22,9 +22,9 @@ from llmrec.train.shares import weighted
 from llmrec.train.steps import Step, Steps
 
 
-def row(length: int, targets: int, first: int) -> Row:
+def row(length: int, targets: int, first: int) -> TokenRow:
     ids = tuple(first + n % 200 for n in range(length))
-    return Row(ids, (*[IGNORED] * (length - targets), *ids[length - targets :]))
+    return TokenRow(ids, (*[IGNORED] * (length - targets), *ids[length - targets :]))
 
 
 def planned(chat_tokens: int, *, width: int | None = None, chat: float = 1.0) -> Steps:
@@ -36,7 +36,7 @@ def planned(chat_tokens: int, *, width: int | None = None, chat: float = 1.0) ->
     return plan((each for _, each in drawn), steps=160, batch_tokens=1536, seed=0, width=width)
 
 
-def family_of(each: Row) -> str:
+def family_of(each: TokenRow) -> str:
     return "chat" if each.ids[0] == 5 else "list"
 
 
@@ -83,7 +83,10 @@ def test_one_family_is_left_as_it_is() -> None:
 
 def test_a_weight_counts_a_row_so_often_in_loss_and_gradient(llama_folder: Path) -> None:
     model = load_model(str(llama_folder), ModelSection(name="x", dtype="float32"))
-    rows = [Row((5, 9, 30, 12), (-100, -100, 30, 12), weight=3.0), Row((5, 9, 44), (-100, -100, 44), weight=0.5)]
+    rows = [
+        TokenRow((5, 9, 30, 12), (-100, -100, 30, 12), weight=3.0),
+        TokenRow((5, 9, 44), (-100, -100, 44), weight=0.5),
+    ]
 
     def found(loss: torch.Tensor) -> torch.Tensor:
         model.zero_grad()

@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.backends.encode import IGNORED, Row
+from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.train.batches import plan
 from llmrec.train.packing import Bin
 from llmrec.train.steps import RowTable, Step, Steps
@@ -17,16 +17,16 @@ TOKENS = st.integers(0, 2**31 - 1)
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> Row:
+def rows(draw: st.DrawFn) -> TokenRow:
     """A row whose labels are its tokens, or classes, or nothing."""
     ids = draw(st.lists(TOKENS, min_size=1, max_size=12))
     labels = [draw(st.sampled_from((IGNORED, token, 3))) for token in ids]
     lines = draw(st.lists(st.integers(0, len(ids)), max_size=3))
-    return Row(tuple(ids), tuple(labels), tuple(lines))
+    return TokenRow(tuple(ids), tuple(labels), tuple(lines))
 
 
 @given(st.lists(rows(), max_size=8))
-def test_rows_come_out_as_they_went_in(drawn: list[Row]) -> None:
+def test_rows_come_out_as_they_went_in(drawn: list[TokenRow]) -> None:
     table = RowTable()
     for row in drawn:
         table.add(row)
@@ -36,7 +36,7 @@ def test_rows_come_out_as_they_went_in(drawn: list[Row]) -> None:
 
 
 def test_steps_come_out_as_they_went_in() -> None:
-    one, two, three = (Row((n, n + 1), (IGNORED, n + 1)) for n in (5, 7, 9))
+    one, two, three = (TokenRow((n, n + 1), (IGNORED, n + 1)) for n in (5, 7, 9))
     table = RowTable()
     for row in (one, two, three):
         table.add(row)
@@ -58,7 +58,7 @@ def test_steps_come_out_as_they_went_in() -> None:
 def test_planned_tokens_take_little_memory() -> None:
     rng = random.Random(0)
     drawn = (tuple(rng.randrange(50_000) for _ in range(200)) for _ in range(500))
-    steps = plan((Row(ids, ids) for ids in drawn), steps=500, batch_tokens=1000, seed=0)
+    steps = plan((TokenRow(ids, ids) for ids in drawn), steps=500, batch_tokens=1000, seed=0)
     table = steps.table
     held = sum(map(sys.getsizeof, (table._ids, table._learned, table._ends, steps._order, steps._ends)))
     assert held < 6 * sum(step.tokens for step in steps)

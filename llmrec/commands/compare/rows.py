@@ -23,7 +23,7 @@ from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, SemanticIndex
 from llmrec.registry import BASELINES, lookup
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
 from llmrec.types import CatalogueScorer, Request
 
@@ -44,7 +44,7 @@ _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
 
 
 @dataclass
-class Contenders:
+class SuiteModels:
     """Fits suite rows; what a mixture mixes is fitted once for a split and a seed, and kept until the suite is done.
 
     Attributes:
@@ -181,5 +181,5 @@ class Contenders:
         engines = Engines(recipe.model, recipe.eval, session.encoder, seed, session.budget, store)
         backend = engines.get("hf", str(folder / "merged"), training["merged_sha256"])
         task = session.study.tasks["sequential"]
-        asker = Asker(backend=backend, task=task, template=task.eval_templates[0], batch=recipe.eval.batch)
+        asker = Prompting(backend=backend, task=task, template=task.eval_templates[0], batch=recipe.eval.batch)
         return SearchedCatalogue(row.label, CatalogueRanker(asker, beams=row.depth, seen=True), task.catalogue)

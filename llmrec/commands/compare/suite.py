@@ -22,13 +22,13 @@ from llmrec.baselines.parameters import config_of
 from llmrec.baselines.tuning import Tuned, tune
 from llmrec.commands.compare.leaderboard import Reference, leaderboard, load_reference, read_results
 from llmrec.commands.compare.records import SuiteLine, SuitePair, SuiteProtocol, SuiteResult, Table, Trial
-from llmrec.commands.compare.rows import Contenders
+from llmrec.commands.compare.rows import SuiteModels
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
 from llmrec.evaluate.catalogue import evaluate_catalogue
 from llmrec.evaluate.compare import Comparing, Standing, over_runs
-from llmrec.evaluate.figures import Protocol
+from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.claiming import SUITE
@@ -93,7 +93,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         begin = time.monotonic()
         splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
         rows: list[Done] = []
-        contenders = Contenders(suite, out)
+        contenders = SuiteModels(suite, out)
         for place, row in enumerate(suite.rows):
             found = _row(suite, row, place, splits, contenders)
             contenders.chosen[row.label] = found.line.parameters
@@ -146,7 +146,7 @@ def _family(suite: Suite) -> Family:
 # --------------------------------------------------------------------------- one row
 
 
-def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], contenders: Contenders) -> Done:
+def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], contenders: SuiteModels) -> Done:
     """Return a stored row with the same key, or make it and store it."""
     path = contenders.folder / "rows" / f"{place:02d}-{row.label}.json"
     key = key_of(
@@ -167,7 +167,7 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
     return Done(SuiteLine.model_validate(stored), stored["values"])
 
 
-def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], contenders: Contenders) -> Done:
+def _make(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], contenders: SuiteModels) -> Done:
     first = suite.split_seeds[0]
     fit, measure = partial(_fit, contenders, row), partial(_measure, contenders, row)
     seconds: dict[str, float] = {}
@@ -217,7 +217,7 @@ def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset) -> Tuned:
     return tune(name, data, seed=suite.seeds[0], grid=grid | fixed)
 
 
-def _fit(contenders: Contenders, row: SuiteRow, tuned: Tuned, data: SplitDataset, seed: int, first: bool) -> Any:
+def _fit(contenders: SuiteModels, row: SuiteRow, tuned: Tuned, data: SplitDataset, seed: int, first: bool) -> Any:
     """Return a fitted row; tuning a baseline has fitted its chosen point with the first seed."""
     if first and tuned.model is not None:
         contenders.keep(row, data, seed, tuned.model)
@@ -226,13 +226,13 @@ def _fit(contenders: Contenders, row: SuiteRow, tuned: Tuned, data: SplitDataset
 
 
 def _measure(
-    contenders: Contenders, row: SuiteRow, data: SplitDataset, seconds: dict[str, float], fit: Callable[[], Any]
+    contenders: SuiteModels, row: SuiteRow, data: SplitDataset, seconds: dict[str, float], fit: Callable[[], Any]
 ) -> dict[str, Once]:
     suite = contenders.suite
     begin = time.monotonic()
     predictor = fit()
     seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin
-    protocol = Protocol(
+    protocol = EvalProtocol(
         split=f"{data.kind}/{suite.split}",
         candidates="full",
         cutoffs=suite.cutoffs,

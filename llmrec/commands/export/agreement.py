@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.backends.encode import Encoder, Row
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.commands.export.card import Agreement, FamilyAgreement
 from llmrec.errors import DataError, LlmrecError, MissingExtra, RecipeError, require
@@ -27,7 +27,7 @@ from llmrec.experiment.study import Study, build_study
 from llmrec.models.load import device, load_model, release_memory
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.registry import STRATEGIES, lookup
-from llmrec.strategies.asking import Asker
+from llmrec.strategies.asking import Prompting
 from llmrec.tasks.family import family_of
 from llmrec.train.batches import fit_row, padded
 from llmrec.train.lora import QUANTISED
@@ -135,7 +135,7 @@ def measure(
     )
 
 
-def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Row]:
+def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[TokenRow]:
     limit = study.recipe.model.max_length
     found = [fit_row(example, encoder, limit) for example in study.tasks[family].examples("valid", count)]
     rows = [row for row in found if row is not None]
@@ -148,7 +148,7 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Row]:
 
 
 def _figures(
-    model: Any, study: Study, encoder: Encoder, rows: Mapping[str, list[Row]], scored: Iterable[str]
+    model: Any, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
 ) -> _Figures:
     torch = require("torch", "train")
     # A quantised model is placed by its loader and must not be moved.
@@ -163,7 +163,7 @@ def _figures(
     protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
     for family in scored:
         template = study.eval_templates(family)[0]
-        asker = Asker(backend=backend, task=study.tasks[family], template=template.name)
+        asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
         predictor = lookup(STRATEGIES, strategy, "strategy")(asker)
@@ -181,7 +181,7 @@ def _eight_bit(model: Any) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
-def _loss(model: Any, rows: list[Row], pad: int) -> float:
+def _loss(model: Any, rows: list[TokenRow], pad: int) -> float:
     """Return the mean loss over a family's targets, in nats a token."""
     from llmrec.train.loss import label_loss
 
@@ -196,7 +196,7 @@ def _loss(model: Any, rows: list[Row], pad: int) -> float:
     return total / max(count, 1)
 
 
-def _logits(model: Any, rows: list[Row]) -> NDArray[np.float32]:
+def _logits(model: Any, rows: list[TokenRow]) -> NDArray[np.float32]:
     """Return the logits after the last token of each row, shape (rows, vocabulary)."""
     torch = require("torch", "train")
     found = [
@@ -206,7 +206,7 @@ def _logits(model: Any, rows: list[Row]) -> NDArray[np.float32]:
     return np.stack([each.float().cpu().numpy() for each in found])
 
 
-def _family(study: Study, family: str, rows: list[Row], before: _Figures, after: _Figures) -> FamilyAgreement:
+def _family(study: Study, family: str, rows: list[TokenRow], before: _Figures, after: _Figures) -> FamilyAgreement:
     entry = FamilyAgreement(
         family=family,
         rows=len(rows),
