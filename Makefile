@@ -52,7 +52,7 @@ quickstart: setup
 	@$(BIN)/llmrec run recipes/quickstart.yaml $(ARGS)
 
 test: setup
-	@$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check-resolution: setup
 	LLMREC_NETWORK=1 $(BIN)/pytest tests/test_resolution.py $(ARGS)

@@ -463,8 +463,8 @@ def test_a_killed_export_leaves_nothing_under_the_name_and_goes_on(run: Path, tm
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from llmrec.build import cards, export\n"
-        "cards.build = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from llmrec.commands.export import card_facts, export\n"
+        "card_facts.build = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "export.export(Path(sys.argv[1]), export.Options(out=Path(sys.argv[2]), users=0))\n"
     )
     out = tmp_path / "out"

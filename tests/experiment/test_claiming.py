@@ -121,7 +121,7 @@ def test_a_report_is_not_written_through_a_link(tmp_path: Path) -> None:
     (elsewhere / "index.html").write_text("mine")
     (run / "report").symlink_to(elsewhere)
     with pytest.raises(LlmrecError, match="report is a link"):
-        page._refuse(run)
+        page._refuse(run, ())
     assert (elsewhere / "index.html").read_text() == "mine"
 
 

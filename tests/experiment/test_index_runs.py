@@ -22,6 +22,7 @@ from llmrec.index.table import ItemIndex, build
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import IndexSection, Recipe
 from llmrec.registry import INDEXES
+from llmrec.tasks import rows, sequential
 from tests.answering import rank_cases
 
 pytest.importorskip("trl", reason="the train extra is not installed")
@@ -137,13 +138,14 @@ def test_the_audit_reads_codes(llama_folder: Path, monkeypatch: pytest.MonkeyPat
     assert leaks.questions(study, "sequential").verdict == "clean"
     task: Any = study.tasks["sequential"]
     held = {user: item for user, item in study.data.test.select("user_id", "item_id").iter_rows()}
-    real_steps = task._steps
+    real_steps = rows.steps
 
-    def telling(values: Any, events: Any) -> Any:
+    def telling(values: Any, events: Any, answered: Any) -> Any:
         secret = task._view.item(held[values["user_id"]]) if values["user_id"] in held else None
-        return [*([values | {"item": secret, "n": 0}] if secret else []), *real_steps(values, events)]
+        return [*([values | {"item": secret, "n": 0}] if secret else []), *real_steps(values, events, answered)]
 
-    monkeypatch.setattr(task, "_steps", telling)
+    for module in (rows, sequential):
+        monkeypatch.setattr(module, "steps", telling)
     found = leaks.training_rows(study, "sequential", 50)
     assert found.verdict == "leak" and any("held-out item" in example for example in found.examples)
     assert leaks.questions(study, "sequential").verdict == "leak"
