@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from llmrec.data.sources.made import COLUMNS, generate, main, to_csv
+from eval.benchmarks.make_reviews import COLUMNS, generate, main, to_csv
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
 from llmrec.data.stats import statistics
@@ -32,10 +32,10 @@ def test_the_shipped_file_is_made_again_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_the_command_in_the_readme_works(tmp_path: Path) -> None:
-    command = "python -m llmrec.data.sources.made"
+    command = "python -m eval.benchmarks.make_reviews"
     assert command in resource("recipes", "made", "README.md").read_text(encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "llmrec.data.sources.made"], capture_output=True, check=True, timeout=60
+        [sys.executable, "-m", "eval.benchmarks.make_reviews"], capture_output=True, check=True, timeout=60
     )
     assert done.stdout == resource("recipes", "made", "reviews.csv").read_bytes()
 
