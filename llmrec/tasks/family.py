@@ -112,7 +112,9 @@ def family_of(name: str) -> Family:
         RecipeError: If there is none; the message suggests the closest one.
     """
     if name not in TASKS:
-        raise RecipeError(f"unknown task {name!r}{did_you_mean(name, TASKS)}; known: {', '.join(sorted(TASKS))}")
+        raise RecipeError(
+            f"unknown task {name!r}{did_you_mean(name, TASKS)}; known: {', '.join(sorted(TASKS))}", kind="unknown-name"
+        )
     return _loaded(TASKS[name])
 
 
@@ -141,12 +143,18 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
             if name in known:
                 continue
             why = "does not answer this family" if name in table else f"is unknown{did_you_mean(name, known)}"
-            raise RecipeError(f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}")
+            raise RecipeError(
+                f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}",
+                kind="unknown-name",
+                column=f"tasks.{family}.{kind}",
+            )
     lacking = missing_controls(family, baselines)
     if lacking:
         raise RecipeError(
             f"tasks.{family}.baselines: the controls {', '.join(lacking)} must stand in the same table, or its figures "
-            "mean nothing; add them, or leave the key out for the default"
+            "mean nothing; add them, or leave the key out for the default",
+            kind="missing-value",
+            column=f"tasks.{family}.baselines",
         )
 
 

@@ -16,6 +16,7 @@ from llmrec.experiment.study import Study, build_study
 from llmrec.experiment.training import training_key
 from llmrec.recipe.load import dump, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
+from tests.facts import Facts, raises
 
 BASE = ("reviews=null", "data={source: made-reviews}", "eval.candidates.count=5", "eval.backend=hf")
 
@@ -103,14 +104,30 @@ def test_a_split_without_cases_is_found_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "facts"),
     [
-        ("tasks.sequential.strategies=[expected]", "'expected' does not answer this family; choose from likelihood"),
-        ("tasks.rating.baselines=[popularity]", "'popularity' does not answer this family"),
+        (
+            "tasks.sequential.strategies=[expected]",
+            Facts("unknown-name", column="tasks.sequential.strategies", says=("'expected'", "choose from likelihood")),
+        ),
+        (
+            "tasks.rating.baselines=[popularity]",
+            Facts("unknown-name", column="tasks.rating.baselines", says="'popularity'"),
+        ),
         (
             "tasks.rating.baselines=[user-mean, user-item-bias]",
-            r"tasks\.rating\.baselines: the controls global-mean, item-mean must stand in the same table",
+            Facts("missing-value", column="tasks.rating.baselines", says="global-mean, item-mean"),
         ),
+    ],
+)
+def test_a_name_that_does_not_fit_its_family_is_a_fact(override: str, facts: Facts) -> None:
+    with raises(RecipeError, facts):
+        build_study(recipe(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
         (
             "tasks.rating.baselines=[global-mean, user-mean, item-mean, {name: user-item-bias, user_penaltie: 1}]",
             r"tasks\.rating\.baselines: 'user-item-bias' has no parameter 'user_penaltie' \(did you mean",
