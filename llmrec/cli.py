@@ -119,27 +119,26 @@ def prompts(
 
     What is learned stands in «these marks». A template that the recipe does not train on is rendered where it is named.
     """
-    from llmrec.commands.show import estimate as dryrun
-    from llmrec.commands.show import prompts as prompt_diff
-    from llmrec.commands.show import prompts as prompt_listing
+    from llmrec.commands.show import estimate
+    from llmrec.commands.show import prompts as listing
     from llmrec.experiment import study as studies
     from llmrec.models.load import resolve
 
     loaded = _recipe(recipe, overrides)
     study = studies.build_study(loaded)
-    chosen = prompt_listing.named(study, template or (), sets or ())
+    chosen = listing.named(study, template or (), sets or ())
     if diff is None:
-        for line in prompt_listing.lines(study, chosen):
+        for line in listing.lines(study, chosen):
             say(line)
     encoder = studies.encoder_of(study, resolve(loaded.model, seed=loaded.seed))
     if diff is not None:
-        for line in prompt_diff.compare(study, encoder, *diff):
+        for line in listing.compare(study, encoder, *diff):
             say(line)
     elif template or sets:
-        for text in prompt_listing.rendered(study, encoder, chosen, count or 1):
+        for text in listing.rendered(study, encoder, chosen, count or 1):
             say(text + "\n")
     else:
-        for texts in dryrun.rendered(study, encoder, count or dryrun.SHOWN).values():
+        for texts in estimate.rendered(study, encoder, count or estimate.SHOWN).values():
             for text in texts:
                 say(text + "\n")
 
@@ -302,11 +301,11 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over an existing recipe or copy.")] = False,
 ) -> None:
     """Look at a table and write a recipe for it, saying which column was taken for what, and why."""
-    from llmrec.commands.init import start as starting
+    from llmrec.commands.init import start
     from llmrec.commands.init.roles import asked
 
     said = asked(user=user, item=item, rating=rating, time=time, title=title, text=text, fields=fields, dates=dates)
-    say(starting.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force).told)
+    say(start.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force).told)
 
 
 @app.command()

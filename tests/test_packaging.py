@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 import llmrec
 from llmrec import cli, registry, setup_env
-from llmrec.commands.doctor import packages as requirements
+from llmrec.commands.doctor import packages
 from llmrec.recipe.comparisons import Benchmark, Suite
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, TasksSection
@@ -119,10 +119,10 @@ def test_what_moves_fast_is_bounded_above_and_what_is_installed_is_inside(projec
     for requirement in project["project"]["optional-dependencies"][extra]:
         if _name(requirement) not in HEAVY:
             continue
-        (want,) = requirements.wanted([requirement])
+        (want,) = packages.wanted([requirement])
         assert "<" in want.specifier, requirement
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            assert not requirements.misfit(importlib.metadata.version(want.name), want.specifier), requirement
+            assert not packages.misfit(importlib.metadata.version(want.name), want.specifier), requirement
 
 
 # --------------------------------------------------------------------------- set-up

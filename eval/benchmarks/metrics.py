@@ -27,8 +27,7 @@ import polars as pl
 
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
-from llmrec.metrics import multi_target as several
-from llmrec.metrics import ranking
+from llmrec.metrics import multi_target, ranking
 from llmrec.metrics.judged import Pairs, judge, numbered, place
 
 USERS, ITEMS, DEPTH, CUTOFFS, ROUNDS = 6040, 3416, 100, (1, 5, 10, 20), 5
@@ -91,12 +90,12 @@ def several_of(run: pl.DataFrame, relevant: pl.DataFrame) -> dict[str, float]:
     )
     figures = {}
     for k in CUTOFFS:
-        figures[f"HR@{k}"] = float(several.hit_rate(judged, k).mean())
-        figures[f"Recall@{k}"] = float(several.recall(judged, k).mean())
-        figures[f"Precision@{k}"] = float(several.precision(judged, k).mean())
-        figures[f"NDCG@{k}"] = float(several.ndcg(judged, k).mean())
-        figures[f"MAP@{k}"] = float(several.average_precision(judged, k).mean())
-    figures["MRR"] = float(several.reciprocal_rank(judged).mean())
+        figures[f"HR@{k}"] = float(multi_target.hit_rate(judged, k).mean())
+        figures[f"Recall@{k}"] = float(multi_target.recall(judged, k).mean())
+        figures[f"Precision@{k}"] = float(multi_target.precision(judged, k).mean())
+        figures[f"NDCG@{k}"] = float(multi_target.ndcg(judged, k).mean())
+        figures[f"MAP@{k}"] = float(multi_target.average_precision(judged, k).mean())
+    figures["MRR"] = float(multi_target.reciprocal_rank(judged).mean())
     return figures
 
 

@@ -20,13 +20,12 @@ from llmrec.experiment.study import Study, folder_of
 from llmrec.index.diagnostics import Diagnostics, Entry, diagnose, examples, nearest, neighbours
 from llmrec.index.table import ItemIndex
 from llmrec.recipe.schema import Recipe
-from llmrec.report import index_page
-from llmrec.report import index_summary as index_words
+from llmrec.report import index_page, index_summary
 from llmrec.report.escape import flat
 from llmrec.report.wording import share
 
 _PAGE = "index.html"
-_FILES = {"index.json", "index.safetensors", index_words.DIAGNOSTICS, _PAGE, "plotly.min.js", "report.js"}
+_FILES = {"index.json", "index.safetensors", index_summary.DIAGNOSTICS, _PAGE, "plotly.min.js", "report.js"}
 _EXAMPLES = 20
 # Of one length of prefix, and items of each.
 _GROUPS, _MEMBERS = 8, 8
@@ -70,7 +69,7 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
         DataError: If the index cannot be built, or lacks an item that was asked for.
         LlmrecError: If the folder holds something else.
     """
-    folder = out if out is not None else folder_of(recipe, None) / index_words.FOLDER
+    folder = out if out is not None else folder_of(recipe, None) / index_summary.FOLDER
     if _holds_more(folder):
         raise LlmrecError(f"{folder} holds something other than an index, and would be replaced; name another --out")
     if recipe.index is None:
@@ -85,7 +84,7 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
     content = _content(recipe, data, built, found, items=items, seconds=seconds)
     with locked(folder_of(recipe, None)) if out is None else nullcontext():
         built.save(folder)
-        write_json(folder / index_words.DIAGNOSTICS, found.as_json())
+        write_json(folder / index_summary.DIAGNOSTICS, found.as_json())
         page = index_page.write(content, folder / _PAGE)
     return Indexed(data, built, found, seconds, folder, page, tuple(items))
 
@@ -110,7 +109,7 @@ def write_run(study: Study, folder: Path) -> str:
 
     An index that lies there already is left as it is. Returns the line on it for the run's report; nothing without one.
     """
-    where, page = folder / index_words.FOLDER, folder / "report" / index_words.PAGE
+    where, page = folder / index_summary.FOLDER, folder / "report" / index_summary.PAGE
     page.unlink(missing_ok=True)
     if study.index is None:
         return ""
@@ -118,19 +117,19 @@ def write_run(study: Study, folder: Path) -> str:
         study.index.save(where)
     found = diagnose(study.index, _counts(study.data))
     figures = found.as_json()
-    write_json(where / index_words.DIAGNOSTICS, figures)
+    write_json(where / index_summary.DIAGNOSTICS, figures)
     index_page.write(_content(study.recipe, study.data, study.index, found, run=True), page)
-    return index_words.line_of(figures)
+    return index_summary.line_of(figures)
 
 
 def summary(made: Indexed) -> dict[str, dict[str, str]]:
     """Return what the console shows: names with values, under a title."""
     found, titles = made.found, _titles(made.data)
-    figures = {name: _shown(value) for name, value in index_words.key_figures(found).items()}
+    figures = {name: _shown(value) for name, value in index_summary.key_figures(found).items()}
     tables = {f"index {found.scheme} of {flat(made.data.dataset.name)}": figures | {"Seconds": f"{made.seconds:.1f}"}}
     if found.levels:
         tables["levels"] = {
-            index_words.level_title(level): (
+            index_summary.level_title(level): (
                 f"{level.used:,} of {level.available:,} used, perplexity {level.perplexity:,.1f}, "
                 f"most used {share(level.share)}, never trained {level.untrained:,}"
             )

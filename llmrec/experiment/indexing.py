@@ -19,7 +19,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_json
 from llmrec.errors import DataError, require
 from llmrec.experiment.resume import key_of, read_stage
-from llmrec.index import table as indexes
+from llmrec.index import table
 from llmrec.index.numbers import user_tokens
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.index.table import Embed, ItemIndex
@@ -63,7 +63,7 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
     """
     embed = text_embedder(section.semantic.encoder) if section.scheme == "semantic" else None
     if section.scheme not in _SLOW:
-        return indexes.build(section, data, seed=seed)
+        return table.build(section, data, seed=seed)
     key = key_of(
         llmrec=__version__,
         revision=_REVISION,
@@ -78,7 +78,7 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
             return ItemIndex.load(folder)
         except DataError as error:
             log.warning("%s; it is built again", error)
-    built = indexes.build(section, data, seed=seed, embed=embed)
+    built = table.build(section, data, seed=seed, embed=embed)
     if embed is not None:
         built = replace(built, settings={**built.settings, _STAMP: embed.stamp})
     built.save(folder)

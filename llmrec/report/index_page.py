@@ -16,7 +16,7 @@ from typing import Literal, TypedDict
 
 from llmrec.durable import refuse_link, replacing
 from llmrec.index.diagnostics import Depth, Diagnostics, Entry, Group, Level
-from llmrec.report import index_summary as index_words
+from llmrec.report import index_summary
 from llmrec.report.escape import flat, page_json, plain
 from llmrec.report.page import put_scripts
 from llmrec.report.render import environment, style
@@ -75,8 +75,8 @@ def html_page(content: IndexPage, *, inline_styles: Sequence[str]) -> str:
     return environment().get_template("index.html.j2").render(
         page=content, found=found, nonce=nonce, data=page_json(drawn), plotted=frozenset(drawn),
         style=style(), inline_styles=inline_styles,
-        sentence=index_words.sentence(found), figures=index_words.key_figures(found),
-        level_title=index_words.level_title,
+        sentence=index_summary.sentence(found), figures=index_summary.key_figures(found),
+        level_title=index_summary.level_title,
         groups={length: tuple(each) for length, each in groupby(content.groups, key=lambda group: group.length)},
         short=short,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def plots(found: Diagnostics) -> dict[str, Plot]:
 
 def _panel(level: Level, items: int) -> Usage:
     return {
-        "title": plain(f"items of each {index_words.level_title(level)}"),
+        "title": plain(f"items of each {index_summary.level_title(level)}"),
         "counts": list(level.counts),
         "available": level.available,
         "even": sum(level.counts) / level.available,

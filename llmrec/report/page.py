@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from llmrec.durable import refuse_link, replacing
-from llmrec.report import index_summary as index_words
+from llmrec.report import index_summary
 from llmrec.report.audit import AuditLine, LeakError, audit_lines, how_to_audit, refuse_leaks
 from llmrec.report.render import html_page, latex, markdown_page, refused_pages
 from llmrec.report.results import Made, content_of, failure_reasons, mend_for, results_of
@@ -53,7 +53,7 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
         raise
     results = results_of(content, source=str(run_dir / "results.json"), mend=mend_for(run_dir))
     reasons, mend = failure_reasons(run_dir, results, predictions), how_to_audit(run_dir)
-    told = index_words.line(run_dir) if made is None or made.item_index is None else made.item_index
+    told = index_summary.line(run_dir) if made is None or made.item_index is None else made.item_index
     folder = run_dir / "report"
     refuse_link(folder)
     folder.mkdir(exist_ok=True)

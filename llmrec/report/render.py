@@ -16,8 +16,7 @@ from jinja2 import FileSystemLoader, StrictUndefined, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
-from llmrec.report import costs, escape, marks, positions, slices, texts, wording
-from llmrec.report import index_summary as index_words
+from llmrec.report import costs, escape, index_summary, marks, positions, slices, texts, wording
 from llmrec.report import results as facts
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
 from llmrec.report.plots import plots
@@ -57,7 +56,7 @@ def html_page(
     return environment().get_template("page.html.j2").render(
         **_view(results, reasons, audit, mend), nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
         data=escape.page_json(drawn), plotted=frozenset(drawn), style=style(), inline_styles=inline_styles,
-        item_index=item_index, index_page=index_words.PAGE,
+        item_index=item_index, index_page=index_summary.PAGE,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.commands.rank import run as rank_files
+from llmrec.commands.rank import run
 from llmrec.commands.rank.options import RankOptions
 from llmrec.data.reading.ranked import Ranked, write_part
 from llmrec.experiment import bundle
@@ -120,6 +120,6 @@ def _die() -> None:
 
 
 if __name__ == "__main__":
-    rank_files.PART = int(sys.argv[4])
-    rank_files.write_part = dying(int(sys.argv[5]), _die)
-    rank_files.rank_file(options(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), items=Path(sys.argv[6])))
+    run.PART = int(sys.argv[4])
+    run.write_part = dying(int(sys.argv[5]), _die)
+    run.rank_file(options(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), items=Path(sys.argv[6])))

@@ -26,7 +26,7 @@ from llmrec.answering.requests import Asking, catalogue, choose_way, rank_reques
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.commands.rank import run as rank_files
+from llmrec.commands.rank import run
 from llmrec.commands.rank.run import rank_file
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import LlmrecError, RecipeError
@@ -70,7 +70,7 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_files, "PART", 3)
+    monkeypatch.setattr(run, "PART", 3)
 
 
 def asked(*found: dict[str, Any]) -> list[RankRequest]:
@@ -446,7 +446,7 @@ def test_other_formats_too(
     chosen = options(llama_folder, tmp_path / "in.jsonl", tmp_path / name, items=tmp_path / "items.csv")
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rank_files, "write_part", dying(after, die))
+        patch.setattr(run, "write_part", dying(after, die))
         rank_file(chosen)
     # A part that was damaged while it waited is made again.
     (chosen.parts / "part-00000000.jsonl").write_text("{}\n", encoding="utf-8")
@@ -459,7 +459,7 @@ def test_a_kill_while_the_table_is_written(
 ) -> None:
     clean = uninterrupted(llama_folder, tmp_path, "out.csv")
     chosen = options(llama_folder, tmp_path / "in.jsonl", tmp_path / "out.csv", items=tmp_path / "items.csv")
-    stored = rank_files._stored
+    stored = run._stored
 
     def torn(folder: Path, parts: int) -> Iterator[Any]:
         for n, record in enumerate(stored(folder, parts)):
@@ -468,7 +468,7 @@ def test_a_kill_while_the_table_is_written(
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr(rank_files, "_stored", torn)
+        patch.setattr(run, "_stored", torn)
         with pytest.raises(Killed):
             rank_file(chosen)
     assert not chosen.out.exists()
@@ -491,7 +491,7 @@ def test_parts_of_other_models_and_options_are_not_used(
     for n, (model, change) in enumerate(changes):
         target = tmp_path / str(n) / "out.jsonl"
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(rank_files, "write_part", dying(2, die))
+            patch.setattr(run, "write_part", dying(2, die))
             rank_file(options(llama_folder, path, target, items=items))
         caplog.clear()
         with caplog.at_level(logging.WARNING):

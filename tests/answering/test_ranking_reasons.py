@@ -15,7 +15,7 @@ from llmrec.answering.rationales import TOKENS, Reasoner, Reasons, rationale_tem
 from llmrec.answering.requests import Asking
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.commands.rank import run as rank_files
+from llmrec.commands.rank import run
 from llmrec.commands.rank.run import rank_file
 from llmrec.data.requests import read_request
 from llmrec.experiment import bundle, engines
@@ -165,14 +165,14 @@ def test_rationales_stand_beside_their_items_and_move_nothing(llama_folder: Path
 def test_every_format_holds_them(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(rank_files, "PART", 3)
+    monkeypatch.setattr(run, "PART", 3)
     path, items = jsonl(tmp_path / "in.jsonl", records(5)), items_csv(tmp_path)
     plain = options(llama_folder, path, tmp_path / "out.jsonl", items=items, rationale=1)
     rank_file(plain)
     # This one is killed before its second part is stored: answers that were given then are remembered.
     other = replace(plain, out=tmp_path / name)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rank_files, "write_part", dying(1, die))
+        patch.setattr(run, "write_part", dying(1, die))
         rank_file(other)
     assert rank_file(other)["from_earlier_run"] == 3
     if name.endswith("csv"):

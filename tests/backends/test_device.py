@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llmrec.cli import app
 from llmrec.errors import ModelError, RecipeError
 from llmrec.experiment import engines
-from llmrec.models import load as models
+from llmrec.models import load
 from llmrec.recipe.schema import EvalSection, ModelSection
 
 torch = pytest.importorskip("torch")
@@ -25,9 +25,9 @@ AUTO, CPU, CUDA = (ModelSection(device=name) for name in ("auto", "cpu", "cuda")
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    models._nvidia_gpu.cache_clear()
+    load._nvidia_gpu.cache_clear()
     yield
-    models._nvidia_gpu.cache_clear()
+    load._nvidia_gpu.cache_clear()
 
 
 @pytest.fixture
@@ -53,17 +53,17 @@ def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
 def test_a_gpu_that_torch_cannot_use_is_refused(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(ModelError, match=r"nvidia-smi lists a GPU that torch .* driver .* CUDA 13.0.*model.device=cpu"):
-        models.device(AUTO)
+        load.device(AUTO)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ModelError, match=r"built for the CPU alone.*model.device=cpu"):
-        models.device(AUTO)
+        load.device(AUTO)
 
 
 def test_who_insists_on_the_cpu_gets_it(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.device(CPU) == "cpu"
+    assert load.device(CPU) == "cpu"
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert models.device(AUTO) == "cpu"
+        assert load.device(AUTO) == "cpu"
 
 
 def test_a_run_stops_at_once_and_not_after_hours_on_the_cpu(listed: None, tmp_path: Path) -> None:
@@ -78,16 +78,16 @@ def test_a_run_stops_at_once_and_not_after_hours_on_the_cpu(listed: None, tmp_pa
 def test_without_a_gpu_it_is_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert models.device(AUTO) == "cpu"
+    assert load.device(AUTO) == "cpu"
     with pytest.raises(ModelError, match="torch finds no GPU here"):
-        models.device(CUDA)
+        load.device(CUDA)
 
 
 def test_a_card_older_than_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (6, 1))
     with pytest.raises(ModelError, match=r"no kernels for Card, whose compute capability 6.1 is below 7.5"):
-        models.device(AUTO)
-    assert not models.has_cuda()
+        load.device(AUTO)
+    assert not load.has_cuda()
 
 
 @pytest.mark.parametrize(("capability", "dtype", "autocasts"), [((7, 5), "float16", False), ((8, 9), "bfloat16", True)])
@@ -98,8 +98,8 @@ def test_bfloat16_is_taken_where_it_is_native(
     from llmrec.train.precision import mixed_precision
 
     card(monkeypatch, capability)
-    assert models.device(AUTO) == models.device(CUDA) == "cuda"
-    assert models.dtype(AUTO) == getattr(torch, dtype)
+    assert load.device(AUTO) == load.device(CUDA) == "cuda"
+    assert load.dtype(AUTO) == getattr(torch, dtype)
     context = mixed_precision(SimpleNamespace(device=torch.device("cuda")))
     assert isinstance(context, nullcontext) is not autocasts
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.vllm import guard as vllm_guard
-from llmrec.backends.vllm import supervise as vllm_watch
+from llmrec.backends.vllm import supervise
 from llmrec.backends.vllm.supervise import EngineLost, Limits, Progress, Seen, Vigil, Watch
 from llmrec.errors import BackendError
 
@@ -252,7 +252,7 @@ def test_a_start_that_was_stopped_is_ended() -> None:
 
 @pytest.mark.parametrize("state", ["healthy", "stopped", "dead"])
 def test_close_takes_seconds_whatever_vllm_does(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
-    monkeypatch.setattr(vllm_watch, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(supervise, "CLOSE_SECONDS", 0.5)
     watch, child = opened(SLEEP)
     guard = watch._guard
     assert guard is not None

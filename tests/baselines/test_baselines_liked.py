@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from scipy.special import expit
 
-from llmrec.baselines import yes_no as liked
+from llmrec.baselines import yes_no
 from llmrec.baselines.rated import ratings
 from llmrec.baselines.tuning import tune
 from llmrec.baselines.yes_no import LikeRatio, Logistic
@@ -78,8 +78,8 @@ def test_no_training_row_tells_its_own_answer() -> None:
     for each in (data, other):
         known = ratings(each, "logistic")
         # The share of all ratings is the prior, which a single rating does move: it is held where it was.
-        shares = replace(liked._Shares.of(known, None), share=0.5)
-        tables.append((known, liked._others(known, (known.values >= 4).astype(float), shares)))
+        shares = replace(yes_no._Shares.of(known, None), share=0.5)
+        tables.append((known, yes_no._others(known, (known.values >= 4).astype(float), shares)))
     (known, before), (_, after) = tables
     user, item = data.train["user_id"][5], data.train["item_id"][5]
     own = (known.users == known.user_index[user]) & (known.items == known.item_index[item])
@@ -98,13 +98,13 @@ def test_the_weights_are_the_minimum_of_the_penalised_loss() -> None:
         margins = (2 * truth - 1) * (features @ weights[:-1] + weights[-1])
         return float(np.logaddexp(0, -margins).mean() + penalty / 800 * (weights[:-1] ** 2).sum())
 
-    free = liked._weights(features, truth, 1e-6)
+    free = yes_no._weights(features, truth, 1e-6)
     assert free == pytest.approx([1.0, -2.0, 0.0, 0.5], abs=0.45)
     for penalty in (1e-6, 1.0, 50.0):
-        found = liked._weights(features, truth, penalty)
+        found = yes_no._weights(features, truth, penalty)
         for step in rng.normal(0, 0.01, size=(20, 4)):
             assert loss(found + step, penalty) > loss(found, penalty) - 1e-12
-    assert np.abs(liked._weights(features, truth, 1e6)[:-1]).max() < 0.01
+    assert np.abs(yes_no._weights(features, truth, 1e6)[:-1]).max() < 0.01
 
 
 def test_logistic_regression_sees_the_item_and_beats_the_ratio() -> None:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from llmrec import machine
 from llmrec.commands.doctor import checks as doctor
 from llmrec.commands.doctor import packages as installed
-from llmrec.commands.doctor import packages as requirements
 from llmrec.commands.doctor.checks import Gpu, Gpus, Place
 from llmrec.commands.doctor.packages import Finding, Packages
 from llmrec.machine import Memory, Processor
@@ -186,7 +185,7 @@ def test_what_is_installed_here_is_read() -> None:
     ],
 )
 def test_misfit(version: str, specifier: str, expected: str) -> None:
-    assert requirements.misfit(version, specifier) == expected
+    assert installed.misfit(version, specifier) == expected
 
 
 numbers = st.lists(st.integers(0, 30), min_size=1, max_size=4).map(lambda parts: ".".join(map(str, parts)))
@@ -200,7 +199,7 @@ def test_versions_of_numbers_compare_as_numbers_do(version: str, operator: str, 
     missed = "another version"
     if operator != "!=":
         missed = "too old" if operator in (">=", ">") or ours < theirs else "too new"
-    assert requirements.misfit(version, operator + bound) == ("" if fits else missed)
+    assert installed.misfit(version, operator + bound) == ("" if fits else missed)
 
 
 def test_requirements_of_the_core_and_of_an_extra() -> None:
@@ -208,10 +207,10 @@ def test_requirements_of_the_core_and_of_an_extra() -> None:
         *("numpy>=2.0", "Types_PyYAML; extra == 'dev'", "torch[x]<3,>=2 ; extra == 'train'", "a>=1; os_name == 'x'"),
         *("b>=1; python_version > '3'", "no requirement at all"),
     )
-    assert requirements.extras(texts) == ["dev", "train"]
-    assert [want.name for want in requirements.wanted(texts)] == ["numpy", "b"]
-    assert [want.name for want in requirements.wanted(texts, "dev")] == ["types-pyyaml"]
-    (torch,) = requirements.wanted(texts, "train")
+    assert installed.extras(texts) == ["dev", "train"]
+    assert [want.name for want in installed.wanted(texts)] == ["numpy", "b"]
+    assert [want.name for want in installed.wanted(texts, "dev")] == ["types-pyyaml"]
+    (torch,) = installed.wanted(texts, "train")
     assert set(torch.specifier.split(",")) == {"<3", ">=2"}
 
 

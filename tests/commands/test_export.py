@@ -17,16 +17,14 @@ from typing import Any
 
 import pytest
 
-from llmrec.commands.export import card_facts as cards
-from llmrec.commands.export import export
+from llmrec.commands.export import card_facts, export
 from llmrec.commands.export import files as placing
 from llmrec.commands.export.export import Exported, Options
 from llmrec.commands.export.files import verify
 from llmrec.commands.rank.run import rank_file
 from llmrec.data.assemble import read_items
 from llmrec.errors import DataError, LlmrecError
-from llmrec.experiment import bundle
-from llmrec.experiment import runs as finished
+from llmrec.experiment import bundle, runs
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import ModelSection, Recipe
@@ -233,17 +231,17 @@ def test_a_base_model_is_named_without_the_folders_of_the_machine(
     hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
     converted = str(tmp_path / "cache" / "models" / "SmolLM2-135M-Instruct.Q4_1")
     for name in ("SmolLM2-135M-Instruct", hub, converted):
-        found = cards.origin(ModelSection(name=name), converted)
+        found = card_facts.origin(ModelSection(name=name), converted)
         assert (found.hub, found.licence) == (hub, "apache-2.0") and "quantised" in found.note
     snapshot = tmp_path / "hub" / "snapshots" / ("ab" * 20)
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# x\n", encoding="utf-8")
-    found = cards.origin(ModelSection(name="org/base", revision="main"), str(snapshot))
+    found = card_facts.origin(ModelSection(name="org/base", revision="main"), str(snapshot))
     assert (found.hub, found.revision, found.licence, found.languages) == ("org/base", "ab" * 20, "mit", ("en", "de"))
     assert not found.note
     (snapshot / "README.md").write_text("---\n[broken\n---\n", encoding="utf-8")
     (snapshot / "config.json").write_text('{"license": "gemma"}', encoding="utf-8")
-    found = cards.origin(ModelSection(name=str(snapshot)), str(snapshot))
+    found = card_facts.origin(ModelSection(name=str(snapshot)), str(snapshot))
     assert (found.hub, found.name, found.licence) == (None, "ab" * 20, "gemma")
 
 
@@ -314,11 +312,11 @@ def test_another_base_model_than_the_one_trained_on_is_refused(tmp_path: Path) -
 def test_an_altered_adapter_is_named_with_both_hashes(run: Path, tmp_path: Path) -> None:
     file = run / "adapter" / "adapter_model.safetensors"
     recorded = json.loads((run / "train.json").read_text(encoding="utf-8"))["adapter_sha256"]
-    assert finished.weights_sha256(run / "adapter") == recorded
+    assert runs.weights_sha256(run / "adapter") == recorded
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(LlmrecError) as error:
         write(run, tmp_path / "out")
-    assert recorded in str(error.value) and finished.weights_sha256(run / "adapter") in str(error.value)
+    assert recorded in str(error.value) and runs.weights_sha256(run / "adapter") in str(error.value)
 
 
 def test_an_adapter_goes_alone(run: Path, tmp_path: Path, llama_folder: Path) -> None:

@@ -14,7 +14,7 @@ from llmrec.experiment import index_report
 from llmrec.experiment.study import build_study
 from llmrec.index.table import ItemIndex
 from llmrec.recipe.load import load_recipe
-from llmrec.report import index_summary as index_words
+from llmrec.report import index_summary
 
 KINDS = ("Tools > Saws", "Tools > Drills", "Toys > Blocks", "Toys > Dolls", "Books > Maps")
 SCHEMES = ("title", "random", "sequential", "token", "collaborative", "category")
@@ -68,7 +68,7 @@ def test_every_scheme_is_written_and_told(recipe: Path, scheme: str) -> None:
     assert (figures["scheme"], figures["items"], figures["duplicates"]) == (scheme, 25, 0)
     assert figures["begun"] == 0 or not index.tokens
     page = Path("made/index.html").read_text(encoding="utf-8")
-    assert index_words.SCHEMES[scheme].partition(".")[0].replace("'", "&#39;") in page and "plot-data" in page
+    assert index_summary.SCHEMES[scheme].partition(".")[0].replace("'", "&#39;") in page and "plot-data" in page
     assert {path.name for path in Path("made").iterdir()} - {"index.safetensors"} == {
         "index.json", "diagnostics.json", "index.html", "plotly.min.js", "report.js",
     }  # fmt: skip
@@ -77,7 +77,7 @@ def test_every_scheme_is_written_and_told(recipe: Path, scheme: str) -> None:
 def test_shared_titles_are_counted(recipe: Path) -> None:
     made = index_report.index(load_recipe(recipe))
     assert made.found.collisions == 2 / 25
-    assert index_words.key_figures(made.found)["Items that shared a code before repair"] == "8 %"
+    assert index_summary.key_figures(made.found)["Items that shared a code before repair"] == "8 %"
 
 
 def test_it_lies_in_the_run_folder_and_is_written_again(recipe: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_run_keeps_its_index_with_its_page(recipe: Path, tmp_path: Path) -> No
     assert study.index is not None
     assert ItemIndex.load(folder / "index").digest == study.index.digest
     assert "Report of the run" in (folder / "report" / "item-index.html").read_text(encoding="utf-8")
-    assert index_words.line(folder).startswith("scheme random; 25 items")
+    assert index_summary.line(folder).startswith("scheme random; 25 items")
     stamp = (folder / "index" / "index.json").stat().st_ino
     index_report.write_run(study, folder)
     assert (folder / "index" / "index.json").stat().st_ino == stamp, "an index that is there is left as it is"
@@ -164,6 +164,6 @@ def test_another_recipe_leaves_no_page_of_the_one_before(recipe: Path, tmp_path:
     index_report.write_run(build_study(load_recipe(recipe, ["index.scheme=random"])), folder)
     index_report.write_run(build_study(load_recipe(recipe, ["index.scheme=token"])), folder)
     assert ItemIndex.load(folder / "index").scheme == "token"
-    assert index_words.line(folder).startswith("scheme token")
+    assert index_summary.line(folder).startswith("scheme token")
     index_report.write_run(build_study(load_recipe(recipe, ["index=null"])), folder)
-    assert index_words.line(folder) == "" and not (folder / "report" / "item-index.html").exists()
+    assert index_summary.line(folder) == "" and not (folder / "report" / "item-index.html").exists()

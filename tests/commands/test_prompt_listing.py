@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llmrec.backends.encode import Encoder
 from llmrec.cli import app
-from llmrec.commands.show import prompts as prompt_diff
+from llmrec.commands.show import prompts
 from llmrec.commands.show.prompts import WIDTH, fields, find, lines, named, rendered, rows
 from llmrec.errors import RecipeError
 from llmrec.experiment import bundle
@@ -134,7 +134,7 @@ def test_a_template_that_does_not_fit_the_recipe_says_why(encoder: Encoder) -> N
 
 
 def test_the_diff_shows_parts_and_the_prompt_of_one_event(study: Study, encoder: Encoder) -> None:
-    told = list(prompt_diff.compare(study, encoder, "rate-next", "m6-rate"))
+    told = list(prompts.compare(study, encoder, "rate-next", "m6-rate"))
     assert told[:2] == ["- rating/rate-next", "+ rating/m6-rate"]
     assert "use: seen -> named" in told and "set: none -> m6" in told
     assert "the same in both: version, shape, target" in told
@@ -148,7 +148,7 @@ def test_the_diff_shows_parts_and_the_prompt_of_one_event(study: Study, encoder:
 
 def test_a_list_and_a_chat_meet_at_one_event(study: Study, encoder: Encoder) -> None:
     left, right = find(study, "list-ratings"), find(study, "rate-next")
-    pair = prompt_diff._same_event(study, left, right)
+    pair = prompts._same_event(study, left, right)
     assert pair is not None
     one, other = pair
     assert (one.template, other.template) == ("rating/list-ratings", "rating/rate-next")
@@ -157,15 +157,15 @@ def test_a_list_and_a_chat_meet_at_one_event(study: Study, encoder: Encoder) -> 
 
 
 def test_templates_that_cannot_be_rendered_are_compared_by_source(study: Study, encoder: Encoder) -> None:
-    told = " ".join(" ".join(prompt_diff.compare(study, encoder, "next-title", "next-code")).split())
+    told = " ".join(" ".join(prompts.compare(study, encoder, "next-title", "next-code")).split())
     assert "The prompts are not compared: sequential/next-code writes items as codes" in told
     assert "target - {{ item.title }} + {{ item.code }}" in told
     with pytest.raises(RecipeError, match="different questions"):
-        list(prompt_diff.compare(study, encoder, "rate-next", "next-title"))
+        list(prompts.compare(study, encoder, "rate-next", "next-title"))
 
 
 def test_a_template_beside_itself_differs_in_nothing(study: Study, encoder: Encoder) -> None:
-    told = list(prompt_diff.compare(study, encoder, "rate-next", "rate-next"))
+    told = list(prompts.compare(study, encoder, "rate-next", "rate-next"))
     assert not any(line.startswith(("  - ", "  + ")) for line in told)
     assert "  the same in both" in told
 
@@ -173,11 +173,11 @@ def test_a_template_beside_itself_differs_in_nothing(study: Study, encoder: Enco
 def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     with pytest.raises(RecipeError, match="finished"):
-        list(prompt_diff.compare(study, encoder, "rate-next", str(tmp_path)))
+        list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
     known = study.templates["rating"]
     older = {**known, "rate-next": replace(known["rate-next"], user="Rate {{ item.title }}.", version=7)}
     bundle.write(replace(study, templates={**study.templates, "rating": older}), tmp_path / "merged")
-    told = list(prompt_diff.compare(study, encoder, "rate-next", str(tmp_path)))
+    told = list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
     assert told[:2] == [f"- rating/rate-next, as trained in {tmp_path}", "+ rating/rate-next, as it is now"]
     assert "version: 7 -> 1" in told and "  - Rate {{ item.title }}." in told
     assert any(line.startswith("  - Rate ") and "{" not in line for line in told)
@@ -188,10 +188,10 @@ def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encode
     stored["templates"]["rating"] = [t for t in stored["templates"]["rating"] if t["name"] != "rate-next"]
     file.write_text(json.dumps(stored), "utf-8")
     with pytest.raises(RecipeError, match="records no template rating/rate-next"):
-        list(prompt_diff.compare(study, encoder, "rate-next", str(tmp_path)))
+        list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
     file.write_text("[]", "utf-8")
     with pytest.raises(RecipeError, match="that can be read"):
-        list(prompt_diff.compare(study, encoder, "rate-next", str(tmp_path)))
+        list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
 
 
 # --------------------------------------------------------------------------- the command

@@ -12,7 +12,7 @@ import pytest
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.reading.typed import has_markup, plain
-from llmrec.data.sources import counts as published
+from llmrec.data.sources import counts
 from llmrec.data.sources.counts import PUBLISHED
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
@@ -286,9 +286,7 @@ def test_published_counts(beauty: Path, monkeypatch: pytest.MonkeyPatch, caplog:
     assert read(2014, beauty).provenance["published"].startswith(told + "2 users / 2 items / 3 interactions")
     assert told in caplog.text
     assert "published" not in read(2014, write(beauty / "x" / "mine.json", jsonl(REVIEWS))).provenance
-    monkeypatch.setattr(
-        published, "PUBLISHED", {("amazon-2014", "reviews_Beauty_5.json"): published.Counts(2, None, 3, "p")}
-    )
+    monkeypatch.setattr(counts, "PUBLISHED", {("amazon-2014", "reviews_Beauty_5.json"): counts.Counts(2, None, 3, "p")})
     assert read(2014, beauty).provenance["published"] == "as published: 2 users / 3 interactions (p)"
 
 

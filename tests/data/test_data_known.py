@@ -20,7 +20,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.reading import blocks as streams
 from llmrec.data.reading import pieces
 from llmrec.data.reading.files import Member, captured, plain_name
-from llmrec.data.sources import counts as published
+from llmrec.data.sources import counts
 from llmrec.data.sources import known as sets
 from llmrec.data.sources.counts import PUBLISHED, Counts, comparison
 from llmrec.data.sources.spec import Form, Known
@@ -651,14 +651,14 @@ def test_agreement_is_said_without_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     same = {("movielens-1m", "ratings.dat"): Counts(2, 3, 4, "a page")}
-    monkeypatch.setattr(published, "PUBLISHED", same)
+    monkeypatch.setattr(counts, "PUBLISHED", same)
     data = read("movielens-1m", folder(tmp_path, ML_1M), filter={"min_rating": 2})
     assert data.provenance["published"] == "as published: 2 users / 3 items / 4 interactions (a page)"
     assert data.interactions.height == 3 and not caplog.records  # counts are taken before the filter
 
 
 def test_repeats_count_as_published_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "PUBLISHED", {("movielens-1m", "ratings.dat"): Counts(2, 3, 5, "a page")})
+    monkeypatch.setattr(counts, "PUBLISHED", {("movielens-1m", "ratings.dat"): Counts(2, 3, 5, "a page")})
     twice = {**ML_1M, "ratings.dat": ML_1M["ratings.dat"] + b"1::10::2::978400000\n"}
     data = read("movielens-1m", folder(tmp_path, twice), duplicates="keep_last")
     assert data.provenance["published"].startswith("as published") and data.interactions.height == 4

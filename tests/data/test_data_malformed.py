@@ -25,7 +25,7 @@ from malformed_readers import Case, Grid, Reader, Refused
 from malformed_rows import READ_OLD_MACS, asked, headers, objects, rows, sequences
 from malformed_sets import readers
 
-from llmrec.data.reading import parquet as arrow
+from llmrec.data.reading import parquet
 from llmrec.errors import DataError, LlmrecError, RecipeError
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
@@ -98,7 +98,7 @@ WATCH = _Watch()
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Run in an empty folder, where a canary would show; with less room for Parquet, so that its bombs are quick."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(arrow, "FREE_BYTES", 2**27)
+    monkeypatch.setattr(parquet, "FREE_BYTES", 2**27)
     logging.disable(logging.WARNING)
     previous = signal.signal(signal.SIGALRM, WATCH.ring)
     yield

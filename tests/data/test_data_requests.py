@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.data.assemble import digest_items, read_items
-from llmrec.data.reading import request_file as request_files
+from llmrec.data.reading import request_file
 from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_ranked
 from llmrec.data.reading.request_file import Raw, open_requests
 from llmrec.data.requests import RankRequest, identity, read_request
@@ -222,7 +222,7 @@ def rows_of(path: Path) -> list[Raw]:
 
 
 def test_json_lines_fail_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_files, "LONGEST", 200)
+    monkeypatch.setattr(request_file, "LONGEST", 200)
     lines = [
         b'\xef\xbb\xbf{"candidates": ["1"]}',
         b"",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.data import derived as extraction
+from llmrec.data import derived
 from llmrec.data.dataset import Dataset
 from llmrec.data.derived import pseudonyms, sentences
 from llmrec.data.sources.table import load
@@ -256,16 +256,16 @@ def test_phrases_are_kept_on_disk_and_a_damaged_file_is_made_again(
 ) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     texts = ["The acoustic guitar has a warm tone.", "", "A cheap cable with gold plugs."]
-    found = extraction.keyphrases(texts)
+    found = derived.keyphrases(texts)
     assert found[1] == () and any("guitar" in phrase for phrase in found[0])
     (kept,) = (tmp_path / "keyphrases").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(extraction, "_of", lambda *_: pytest.fail("extracted again"))
-        assert extraction.keyphrases(texts) == found
+        patch.setattr(derived, "_of", lambda *_: pytest.fail("extracted again"))
+        assert derived.keyphrases(texts) == found
     for damage in ("{", json.dumps([["one"]]), "7"):
         kept.write_text(damage, encoding="utf-8")
-        assert extraction.keyphrases(texts) == found
-    assert extraction.keyphrases(texts[:1]) == found[:1]
+        assert derived.keyphrases(texts) == found
+    assert derived.keyphrases(texts[:1]) == found[:1]
 
 
 def test_without_the_package_the_install_command_is_printed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from llmrec import pipeline
 from llmrec.commands.compare.benchmark import points
 from llmrec.commands.export.export import Options, export
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.experiment import runs as starting
+from llmrec.experiment import runs
 from llmrec.experiment.study import Study, build_study, encoder_of
 from llmrec.experiment.training import Plan, plan_training, training_key
 from llmrec.recipe.load import load_benchmark, load_recipe
@@ -323,7 +323,7 @@ def test_items_of_alignment_must_be_held_out_in_both_stages() -> None:
         recipe("m", *keys, *more)
         for more in ((), (), ("tasks.alignment=null",), ("seed=1", "data.source=movielens-100k"))
     )
-    starting._nothing_seen(one, same, Path("one"))
+    runs._nothing_seen(one, same, Path("one"))
     for first in (without, seeded):
         with pytest.raises(RecipeError, match=r"tasks\.alignment\.held_out"):
-            starting._nothing_seen(first, one, Path("one"))
+            runs._nothing_seen(first, one, Path("one"))

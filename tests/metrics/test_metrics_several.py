@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.metrics import multi_target as several
-from llmrec.metrics import ranking
+from llmrec.metrics import multi_target, ranking
 from llmrec.metrics.judged import Judged, Pairs, judge, numbered, place
 
 
@@ -32,67 +31,79 @@ def _one(scores: dict[int, float], gains: dict[int, float]) -> Judged:
 
 def test_two_relevant_items_without_ties() -> None:
     judged = _one({10: 5.0, 11: 4.0, 12: 3.0, 13: 2.0}, {11: 1.0, 13: 1.0})  # ranks 2 and 4
-    assert several.hit_rate(judged, 1)[0] == 0.0
-    assert several.hit_rate(judged, 2)[0] == 1.0
-    assert several.recall(judged, 3)[0] == 0.5
-    assert several.precision(judged, 4)[0] == 0.5
-    assert several.precision(judged, 10)[0] == pytest.approx(0.2)
-    assert several.reciprocal_rank(judged)[0] == 0.5
-    assert several.average_precision(judged)[0] == pytest.approx((1 / 2 + 2 / 4) / 2)
-    assert several.average_precision(judged, 3)[0] == pytest.approx(1 / 2 / 2)
+    assert multi_target.hit_rate(judged, 1)[0] == 0.0
+    assert multi_target.hit_rate(judged, 2)[0] == 1.0
+    assert multi_target.recall(judged, 3)[0] == 0.5
+    assert multi_target.precision(judged, 4)[0] == 0.5
+    assert multi_target.precision(judged, 10)[0] == pytest.approx(0.2)
+    assert multi_target.reciprocal_rank(judged)[0] == 0.5
+    assert multi_target.average_precision(judged)[0] == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert multi_target.average_precision(judged, 3)[0] == pytest.approx(1 / 2 / 2)
     ideal = 1 + 1 / math.log2(3)
-    assert several.ndcg(judged, 10)[0] == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / ideal)
+    assert multi_target.ndcg(judged, 10)[0] == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / ideal)
     # Of the four pairs of a relevant and another item, 13 loses both and 11 loses one.
-    assert several.auc(judged, 4)[0] == pytest.approx(1 / 4)
+    assert multi_target.auc(judged, 4)[0] == pytest.approx(1 / 4)
 
 
 def test_a_tied_block_with_two_relevant_items() -> None:
     # One item above, then a block of three with two relevant ones: the other is at rank 2, 3 or 4.
     judged = _one({0: 9.0, 1: 5.0, 2: 5.0, 3: 5.0}, {1: 1.0, 3: 1.0})
-    assert several.hit_rate(judged, 2)[0] == pytest.approx(2 / 3)
-    assert several.hit_rate(judged, 3)[0] == pytest.approx(1.0)
-    assert several.recall(judged, 2)[0] == pytest.approx((2 / 3) / 2)
-    assert several.reciprocal_rank(judged)[0] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    assert multi_target.hit_rate(judged, 2)[0] == pytest.approx(2 / 3)
+    assert multi_target.hit_rate(judged, 3)[0] == pytest.approx(1.0)
+    assert multi_target.recall(judged, 2)[0] == pytest.approx((2 / 3) / 2)
+    assert multi_target.reciprocal_rank(judged)[0] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
     orders = [(1 / 3 + 2 / 4) / 2, (1 / 2 + 2 / 4) / 2, (1 / 2 + 2 / 3) / 2]
-    assert several.average_precision(judged)[0] == pytest.approx(np.mean(orders))
+    assert multi_target.average_precision(judged)[0] == pytest.approx(np.mean(orders))
     # 2 and 3 tie with each other: half; 0 is above both.
-    assert several.auc(judged, 4)[0] == pytest.approx((0 + 0 + 0.5 + 0.5) / 4)
+    assert multi_target.auc(judged, 4)[0] == pytest.approx((0 + 0 + 0.5 + 0.5) / 4)
 
 
 def test_graded_gains() -> None:
     judged = _one({0: 3.0, 1: 2.0, 2: 1.0}, {0: 1.0, 2: 3.0, 9: 2.0})  # 9 is not ranked
     ideal = 3 + 2 / math.log2(3) + 1 / 2
-    assert several.ndcg(judged, 3)[0] == pytest.approx((1 + 3 / 2) / ideal)
-    assert several.ndcg(judged, 1)[0] == pytest.approx(1 / 3)
-    assert several.recall(judged, 3)[0] == pytest.approx(2 / 3)
-    assert several.average_precision(judged)[0] == pytest.approx((1 + 2 / 3) / 3)
+    assert multi_target.ndcg(judged, 3)[0] == pytest.approx((1 + 3 / 2) / ideal)
+    assert multi_target.ndcg(judged, 1)[0] == pytest.approx(1 / 3)
+    assert multi_target.recall(judged, 3)[0] == pytest.approx(2 / 3)
+    assert multi_target.average_precision(judged)[0] == pytest.approx((1 + 2 / 3) / 3)
 
 
 def test_requests_do_not_touch_each_other() -> None:
     ranked = _pairs([(2, 0, 1.0), (0, 1, 3.0), (0, 0, 1.0), (2, 1, 2.0)])
     judged = judge(ranked, _pairs([(0, 0, 1.0), (2, 1, 1.0), (3, 0, 1.0)]), 4)
-    assert several.reciprocal_rank(judged).tolist() == [0.5, 0.0, 1.0, 0.0]
+    assert multi_target.reciprocal_rank(judged).tolist() == [0.5, 0.0, 1.0, 0.0]
     assert judged.total.tolist() == [1, 0, 1, 1]
     assert judged.ranked.tolist() == [2, 0, 2, 0]
-    for metric in (several.hit_rate, several.recall, several.precision, several.ndcg, several.average_precision):
+    for metric in (
+        multi_target.hit_rate,
+        multi_target.recall,
+        multi_target.precision,
+        multi_target.ndcg,
+        multi_target.average_precision,
+    ):
         assert metric(judged, 3)[[1, 3]].tolist() == [0.0, 0.0]
-    assert several.auc(judged, 2)[[0, 2]].tolist() == [0.0, 1.0]
-    assert np.isnan(several.auc(judged, [2, 2, 2, 1])[[1, 3]]).all()  # no relevant item; no other item
+    assert multi_target.auc(judged, 2)[[0, 2]].tolist() == [0.0, 1.0]
+    assert np.isnan(multi_target.auc(judged, [2, 2, 2, 1])[[1, 3]]).all()  # no relevant item; no other item
 
 
 def test_nothing_ranked_and_nothing_relevant() -> None:
     for ranked, relevant in (([], [(0, 1, 1.0)]), ([(0, 1, 1.0)], []), ([], [])):
         judged = judge(_pairs(ranked), _pairs(relevant), 2)
-        for metric in (several.hit_rate, several.recall, several.precision, several.ndcg, several.average_precision):
+        for metric in (
+            multi_target.hit_rate,
+            multi_target.recall,
+            multi_target.precision,
+            multi_target.ndcg,
+            multi_target.average_precision,
+        ):
             assert metric(judged, 5).tolist() == [0.0, 0.0]
-        assert several.reciprocal_rank(judged).tolist() == [0.0, 0.0]
+        assert multi_target.reciprocal_rank(judged).tolist() == [0.0, 0.0]
 
 
 def test_what_is_not_ranked_ties_below_what_is() -> None:
     judged = _one({0: 1.0}, {1: 1.0})  # pool of 4: 1, 2 and 3 are left out
-    assert several.auc(judged, 4)[0] == pytest.approx((0 + 0.5 + 0.5) / 3)
+    assert multi_target.auc(judged, 4)[0] == pytest.approx((0 + 0.5 + 0.5) / 3)
     with pytest.raises(ValueError, match="fewer items"):
-        several.auc(judged, 1)
+        multi_target.auc(judged, 1)
 
 
 # ------------------------------------------------------------------ errors
@@ -115,14 +126,14 @@ def test_malformed_tables_are_errors() -> None:
     with pytest.raises(ValueError, match="alike"):
         judge(Pairs(np.array([0]), np.array([1, 2]), np.array([1.0])), good, 1)
     with pytest.raises(ValueError, match="at least 1"):
-        several.ndcg(judge(good, good, 1), 0)
+        multi_target.ndcg(judge(good, good, 1), 0)
     with pytest.raises(ValueError, match="twice"):
         place(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), np.array([1]))
 
 
 def test_infinite_scores_are_ranked() -> None:
     judged = _one({0: math.inf, 1: -math.inf, 2: 0.0}, {2: 1.0})
-    assert several.reciprocal_rank(judged)[0] == 0.5
+    assert multi_target.reciprocal_rank(judged)[0] == 0.5
 
 
 def test_ids_become_places() -> None:
@@ -137,12 +148,12 @@ def test_ids_become_places() -> None:
 
 Metric = Callable[[Judged, int], NDArray[np.float64]]
 _METRICS: dict[str, Metric] = {
-    "hit": several.hit_rate,
-    "recall": several.recall,
-    "precision": several.precision,
-    "ndcg": several.ndcg,
-    "map": several.average_precision,
-    "mrr": several.reciprocal_rank,
+    "hit": multi_target.hit_rate,
+    "recall": multi_target.recall,
+    "precision": multi_target.precision,
+    "ndcg": multi_target.ndcg,
+    "map": multi_target.average_precision,
+    "mrr": multi_target.reciprocal_rank,
 }
 _GAINS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0]), min_size=1, max_size=6)
 
@@ -182,8 +193,8 @@ def test_the_expectation_equals_all_orders_of_the_tied_blocks(
     for name, metric in _METRICS.items():
         assert metric(judged, k)[0] == pytest.approx(np.mean([one[name] for one in each]), abs=1e-12), name
     whole = [_by_hand(order, wanted, 99) for order in orders]
-    assert several.average_precision(judged)[0] == pytest.approx(np.mean([one["map"] for one in whole]), abs=1e-12)
-    assert several.reciprocal_rank(judged)[0] == pytest.approx(np.mean([one["mrr"] for one in whole]), abs=1e-12)
+    assert multi_target.average_precision(judged)[0] == pytest.approx(np.mean([one["map"] for one in whole]), abs=1e-12)
+    assert multi_target.reciprocal_rank(judged)[0] == pytest.approx(np.mean([one["mrr"] for one in whole]), abs=1e-12)
 
 
 @settings(deadline=None)
@@ -193,7 +204,7 @@ def test_auc_equals_counting_pairs(gains: list[float], data: st.DataObject) -> N
     yes = [score for score, gain in zip(scores, gains, strict=True) if gain]
     no = [score for score, gain in zip(scores, gains, strict=True) if not gain]
     judged = _one(dict(enumerate(map(float, scores))), {item: gain for item, gain in enumerate(gains) if gain})
-    found = several.auc(judged, len(gains))[0]
+    found = multi_target.auc(judged, len(gains))[0]
     if yes and no:
         assert found == pytest.approx(np.mean([(a > b) + (a == b) / 2 for a in yes for b in no]), abs=1e-12)
     else:
@@ -229,7 +240,7 @@ def test_users_items_and_rows_may_be_renamed_and_reordered(seed: int, levels: in
             values = metric(before, k)
             assert ((values >= 0) & (values <= 1)).all()
             assert metric(after, k)[users] == pytest.approx(values, abs=1e-12)
-    assert several.auc(after, 50)[users] == pytest.approx(several.auc(before, 50), abs=1e-12)
+    assert multi_target.auc(after, 50)[users] == pytest.approx(multi_target.auc(before, 50), abs=1e-12)
 
 
 @given(scores=st.lists(st.integers(0, 4), min_size=3, max_size=10), k=st.integers(1, 10), data=st.data())
@@ -244,7 +255,7 @@ def test_swapping_a_relevant_item_upwards_never_lowers_a_metric(scores: list[int
     low, high = _one(before, wanted), _one(after, wanted)
     for name, metric in _METRICS.items():
         assert metric(high, k)[0] >= metric(low, k)[0] - 1e-12, name
-    assert several.auc(high, len(scores))[0] >= several.auc(low, len(scores))[0] - 1e-12
+    assert multi_target.auc(high, len(scores))[0] >= multi_target.auc(low, len(scores))[0] - 1e-12
 
 
 def test_one_target_is_the_same_in_both_forms() -> None:
@@ -257,10 +268,10 @@ def test_one_target_is_the_same_in_both_forms() -> None:
         for k in (1, 3, 10):
             for name in ("hit_rate", "precision", "ndcg", "average_precision", "reciprocal_rank"):
                 one = getattr(ranking, name)(greater, tied, k)
-                assert getattr(several, name)(judged, k) == pytest.approx(one, abs=1e-12), name
+                assert getattr(multi_target, name)(judged, k) == pytest.approx(one, abs=1e-12), name
         full = np.where(tied > 0, ranking.auc(greater, np.maximum(tied, 1), 50), 0)
         ranked_all = (tied > 0) & (judged.ranked == 50)
-        assert several.auc(judged, 50)[ranked_all] == pytest.approx(full[ranked_all])
+        assert multi_target.auc(judged, 50)[ranked_all] == pytest.approx(full[ranked_all])
 
 
 def test_blocks_of_thousands_keep_their_precision() -> None:
@@ -271,10 +282,10 @@ def test_blocks_of_thousands_keep_their_precision() -> None:
     for rank in range(1, n - relevant + 2):
         exact += chance / rank
         chance *= (n - rank - relevant + 1) / (n - rank)
-    assert several.reciprocal_rank(judged)[0] == pytest.approx(exact, abs=1e-12)
+    assert multi_target.reciprocal_rank(judged)[0] == pytest.approx(exact, abs=1e-12)
     misses = math.prod((n - relevant - shown) / (n - shown) for shown in range(10))
-    assert several.hit_rate(judged, 10)[0] == pytest.approx(1 - misses, abs=1e-9)
-    assert several.recall(judged, 10)[0] == pytest.approx(10 / n)
+    assert multi_target.hit_rate(judged, 10)[0] == pytest.approx(1 - misses, abs=1e-9)
+    assert multi_target.recall(judged, 10)[0] == pytest.approx(10 / n)
 
 
 @pytest.mark.parametrize("graded", [False, True])
@@ -292,15 +303,15 @@ def test_tie_free_runs_equal_trec_eval(graded: bool) -> None:
     for request, item, gain in zip(relevant.request, relevant.item, relevant.value, strict=True):
         qrels.setdefault(f"q{request}", {})[f"d{item}"] = int(gain)
     wanted = {
-        measures.Success @ 5: several.hit_rate(judged, 5),
-        measures.R @ 10: several.recall(judged, 10),
-        measures.P @ 10: several.precision(judged, 10),
-        measures.P @ 100: several.precision(judged, 100),
-        measures.nDCG @ 5: several.ndcg(judged, 5),
-        measures.nDCG @ 20: several.ndcg(judged, 20),
-        measures.AP @ 10: several.average_precision(judged, 10),
-        measures.AP: several.average_precision(judged),
-        measures.RR: several.reciprocal_rank(judged),
+        measures.Success @ 5: multi_target.hit_rate(judged, 5),
+        measures.R @ 10: multi_target.recall(judged, 10),
+        measures.P @ 10: multi_target.precision(judged, 10),
+        measures.P @ 100: multi_target.precision(judged, 100),
+        measures.nDCG @ 5: multi_target.ndcg(judged, 5),
+        measures.nDCG @ 20: multi_target.ndcg(judged, 20),
+        measures.AP @ 10: multi_target.average_precision(judged, 10),
+        measures.AP: multi_target.average_precision(judged),
+        measures.RR: multi_target.reciprocal_rank(judged),
     }
     found = {(row.measure, row.query_id): row.value for row in measures.iter_calc(list(wanted), qrels, run)}
     assert len(found) == 9000

@@ -16,8 +16,7 @@ from llmrec.errors import DataError
 from llmrec.index.diagnostics import diagnose, examples, neighbours
 from llmrec.index.table import ItemIndex, own_token, token
 from llmrec.registry import INDEXES
-from llmrec.report import index_page, page
-from llmrec.report import index_summary as index_words
+from llmrec.report import index_page, index_summary, page
 from tests.report.payloads import FORMULAS, SCRIPTS
 from tests.report.test_report_browser import CHROMIUM, _browse, _without_policy
 from tests.report.test_report_page import Tree
@@ -115,21 +114,21 @@ def test_tokens_of_single_items_are_not_plotted() -> None:
         "items of each &lt;a_…&gt;",
         "items of each &lt;b_…&gt;",
     ]
-    assert index_words.HYBRID in index_words.sentence(found)
+    assert index_summary.HYBRID in index_summary.sentence(found)
     tokens = tuple(own_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
     assert index_page.plots(alone) == {}
 
 
 def test_every_scheme_has_its_sentence() -> None:
-    assert set(index_words.SCHEMES) == set(INDEXES)
+    assert set(index_summary.SCHEMES) == set(INDEXES)
 
 
 def test_faults_are_said() -> None:
     found = diagnose(tree_index(40))
-    assert index_words.key_figures(found)["Codes that are the start of another"] == "0"
+    assert index_summary.key_figures(found)["Codes that are the start of another"] == "0"
     broken = replace(found, begun=3, duplicates=2)
-    rows = index_words.key_figures(broken)
+    rows = index_summary.key_figures(broken)
     assert "not prefix-free" in rows["Codes that are the start of another"] and rows["Duplicate codes"] == "2"
 
 
@@ -189,7 +188,7 @@ def with_index(run_dir: Path, index: ItemIndex) -> None:
     (run_dir / "index").mkdir()
     figures = diagnose(index).as_json()
     (run_dir / "index" / "diagnostics.json").write_text(json.dumps(figures), "utf-8")
-    index_page.write(content(index, {}, run=True), run_dir / "report" / index_words.PAGE)
+    index_page.write(content(index, {}, run=True), run_dir / "report" / index_summary.PAGE)
 
 
 def test_a_run_with_an_index_links_to_its_page(run_dir: Path) -> None:
@@ -203,12 +202,12 @@ def test_a_run_with_an_index_links_to_its_page(run_dir: Path) -> None:
 
 def test_codes_of_text_have_a_line_too(run_dir: Path) -> None:
     with_index(run_dir, numbered(12))
-    assert index_words.line(run_dir) == "scheme sequential; 12 items; characters of a code: 4"
+    assert index_summary.line(run_dir) == "scheme sequential; 12 items; characters of a code: 4"
 
 
 def test_a_run_without_the_page_has_no_link(run_dir: Path) -> None:
     with_index(run_dir, tree_index(40))
-    (run_dir / "report" / index_words.PAGE).unlink()
+    (run_dir / "report" / index_summary.PAGE).unlink()
     assert "item-index" not in page.write(run_dir)["html"].read_text("utf-8")
 
 

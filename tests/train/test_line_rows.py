@@ -19,7 +19,7 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.tasks.base import Draw
 from llmrec.tasks.sequential import SequentialTask
-from llmrec.train import line_rows as pieces
+from llmrec.train import line_rows
 from llmrec.train.batches import fit_row
 from llmrec.train.line_rows import Gathered, LineTable, RowStream, takes_pieces
 from llmrec.types import Event, Example
@@ -129,7 +129,7 @@ class Moody(Encoder):
 def test_a_difference_ends_the_use_of_the_table(caplog: pytest.LogCaptureFixture) -> None:
     task, moody = make_task("sequential", templates=("continue-list",)), Moody(make_tokenizer(), max_length=2048)
     stream = RowStream(task, moody, limit=4000, seed=0)
-    with caplog.at_level("WARNING", logger=pieces.__name__):
+    with caplog.at_level("WARNING", logger=line_rows.__name__):
         rows = list(islice(stream, 300))
     assert rows == from_words(task, moody, 4000, 300)
     assert stream.gathered == 0
@@ -142,7 +142,7 @@ class Forbidding(Encoder):
 
     def piece(self, text: str) -> tuple[int, ...]:
         if "Film #59" in text:
-            raise pieces.BackendError(text)
+            raise line_rows.BackendError(text)
         return super().piece(text)
 
 
@@ -152,7 +152,7 @@ def test_a_line_that_cannot_be_tokenised_is_an_error_only_where_its_row_is_reach
     first = next(n for n, row in enumerate(examples) if any(item == "i59" for _, item in row.pairs))
     stream = iter(RowStream(task, strict, limit=4000, seed=0))
     assert list(islice(stream, first)) == [fit_row(example, strict, 4000) for example in examples[:first]]
-    with pytest.raises(pieces.BackendError, match="Film #59"):
+    with pytest.raises(line_rows.BackendError, match="Film #59"):
         next(stream)
 
 
@@ -205,11 +205,11 @@ def test_a_plan_is_the_same_with_and_without(encoder: Encoder, monkeypatch: pyte
     study = build_study(load_recipe("recipes/quickstart.yaml", [*base, "train.steps=25", "train.max_row_tokens=160"]))
     encoder = Encoder(encoder.tokenizer, max_length=2048)
     with_pieces = planned(study, encoder)
-    monkeypatch.setattr(pieces, "takes_pieces", lambda template: False)
+    monkeypatch.setattr(line_rows, "takes_pieces", lambda template: False)
     assert planned(study, encoder) == with_pieces
     assert with_pieces[1]["sequential"] > 5
     monkeypatch.undo()
-    monkeypatch.setattr(pieces.LineTable, "gather", lambda self, draws: 1 / 0)
+    monkeypatch.setattr(line_rows.LineTable, "gather", lambda self, draws: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         planned(study, encoder)
 

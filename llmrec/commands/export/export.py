@@ -16,11 +16,8 @@ from pathlib import Path
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
-from llmrec.commands.export import agreement, card
-from llmrec.commands.export import card_facts as cards
+from llmrec.commands.export import agreement, card, card_facts, safety
 from llmrec.commands.export import files as export_files
-from llmrec.commands.export import safety as hub
-from llmrec.commands.export import safety as vetting
 from llmrec.commands.export.card import Agreement
 from llmrec.commands.export.files import (
     SUMS,
@@ -122,7 +119,7 @@ def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda t
     require("peft", "train")
     _consistent(options)
     if options.push:
-        hub.check(options.push)
+        safety.check(options.push)
     if options.force or not ours(options.out):
         refuse(options.out, force=options.force, ours=ours)
     with locked(run) if os.access(run, os.W_OK) and (run / "train.json").is_file() else nullcontext():
@@ -131,7 +128,7 @@ def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda t
     if not options.push:
         return done
     say(f"uploading to {options.push}")
-    address = hub.push(done.folder, options.push, list(done.files), private=options.private)
+    address = safety.push(done.folder, options.push, list(done.files), private=options.private)
     return replace(done, address=address)
 
 
@@ -205,7 +202,7 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
                 found = agreement.measure(study, encoder, base, adapter, draft, dtype, users=options.users, say=say)
         if options.with_items and study is not None:
             put_items(study, draft)
-        facts = cards.Facts(
+        facts = card_facts.Facts(
             run=source.folder,
             recipe=recipe,
             record=source.record,
@@ -217,17 +214,17 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
             agreement=found,
             notes=notes,
         )
-        written = cards.build(facts, _wishes(options))
+        written = card_facts.build(facts, _wishes(options))
         write_text(draft / "README.md", card.render(written))
-        cards.put_licence(written, origin, draft)
-        vetting.inspect(draft, (source.folder, Path(base), Path(origin), options.out.parent), own_code=written.own_code)
+        card_facts.put_licence(written, origin, draft)
+        safety.inspect(draft, (source.folder, Path(base), Path(origin), options.out.parent), own_code=written.own_code)
         files = seal(draft)
     return Exported(folder=options.out, dtype=dtype, files=files, agreement=found, notes=notes)
 
 
-def _wishes(options: Options) -> cards.Wishes:
+def _wishes(options: Options) -> card_facts.Wishes:
     name = options.out.name
-    return cards.Wishes(
+    return card_facts.Wishes(
         name=options.push.rpartition("/")[2] if options.push else name,
         address=options.push or name,
         adapter_only=options.adapter_only,
@@ -315,7 +312,7 @@ def _check_room(source: Source, base: str, dtype: str, options: Options) -> None
     if options.adapter_only:
         needed = sum(file.stat().st_size for file in folder.iterdir())
     else:
-        needed = vetting.elements(folder) * _BYTES[dtype]
+        needed = safety.elements(folder) * _BYTES[dtype]
     place = options.out.absolute().parent
     while not place.exists():
         place = place.parent
@@ -351,7 +348,7 @@ def _put_weights(
             copy_files(merged, draft, TOKENIZER)
         else:
             load_tokenizer(base, source.recipe.model).save_pretrained(draft)
-        vetting.keep_only(draft, allowed(source.recipe))
+        safety.keep_only(draft, allowed(source.recipe))
     for name in ("config.json", "tokenizer_config.json"):
         drop_places(draft / name)
 
@@ -365,7 +362,7 @@ def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft
     if source.record["method"] == "full":
         return
     if source.merged is not None:
-        if vetting.same_weights(source.folder / "merged", draft):
+        if safety.same_weights(source.folder / "merged", draft):
             return
     elif study is not None and training_key(study, base) == source.record["key"]:
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.backends.encode import Encoder
-from llmrec.commands.export import card_facts as cards
+from llmrec.commands.export import card_facts
 from llmrec.durable import sha256_of, write_json, write_text
 from llmrec.errors import LlmrecError
 from llmrec.experiment import bundle
@@ -77,7 +77,7 @@ def put_adapter(source: Source, base: str, draft: Path) -> None:
     adapter = source.folder / "adapter"
     shutil.copyfile(adapter / "adapter_model.safetensors", draft / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    origin = cards.origin(source.recipe.model, base)
+    origin = card_facts.origin(source.recipe.model, base)
     config |= {"base_model_name_or_path": origin.hub or origin.name, "revision": origin.revision}
     write_json(draft / "adapter_config.json", config)
     copy_head(adapter, draft)

@@ -26,19 +26,19 @@ def finish(done: Any) -> None:
 
 def show_dry_run(study: Any) -> None:
     """Print rendered prompts, training rows, and an estimate of time and memory."""
-    from llmrec.commands.show import estimate as dryrun
+    from llmrec.commands.show import estimate
     from llmrec.experiment.study import encoder_of
     from llmrec.models.load import resolve
 
     base = resolve(study.recipe.model, seed=study.recipe.seed)
     encoder = encoder_of(study, base)
-    for texts in dryrun.rendered(study, encoder).values():
+    for texts in estimate.rendered(study, encoder).values():
         for text in texts:
             say(text + "\n")
-    rows = dryrun.train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
+    rows = estimate.train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
     if rows:
         show("training rows", {name: json.dumps(value) for name, value in rows.items()})
-    found = dryrun.estimate(study, encoder, base, rows)
+    found = estimate.estimate(study, encoder, base, rows)
     arms = {
         f"{arm}: about": f"{count:,} tokens"
         + (f", {found.eval_seconds[arm]:.0f} s" if arm in found.eval_seconds else "")

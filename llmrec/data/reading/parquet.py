@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmrec.data.reading import limits as opening
+from llmrec.data.reading import limits
 from llmrec.data.reading.limits import reason, shortened
 from llmrec.data.reading.text import Table, column_names
 from llmrec.errors import DataError
@@ -67,7 +67,7 @@ def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
 
 
 def _room(stored: int) -> int:
-    return min(opening.MAX_BYTES, max(FREE_BYTES, opening.MAX_RATIO * stored))
+    return min(limits.MAX_BYTES, max(FREE_BYTES, limits.MAX_RATIO * stored))
 
 
 def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:

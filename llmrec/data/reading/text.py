@@ -21,7 +21,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from llmrec.data.reading import limits as opening
+from llmrec.data.reading import limits
 from llmrec.data.reading.limits import no_file, reason, require_file, shown, stranger, unpack
 from llmrec.errors import DataError, Place, did_you_mean
 
@@ -78,13 +78,13 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
     packed = path.suffix.lower() == ".gz"
     try:
         size = path.stat().st_size
-        if size > opening.MAX_BYTES:
-            raise DataError.at(path, "too-large", f" has {size} bytes, more than {opening.MAX_BYTES}; split it")
+        if size > limits.MAX_BYTES:
+            raise DataError.at(path, "too-large", f" has {size} bytes, more than {limits.MAX_BYTES}; split it")
         with path.open("rb") as stream:
             head = stream.read(_HEAD)
             if text and not packed:
                 recognised(str(path), head)
-            stored = head + stream.read(opening.MAX_BYTES)
+            stored = head + stream.read(limits.MAX_BYTES)
     except OSError as error:
         raise DataError.at(path, "unreadable", f" cannot be read ({reason(error)}); {_MEND}") from error
     if packed and not stored:
