@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import polars as pl
 from pydantic import Field
 from scipy import sparse
 
+from llmrec.errors import RecipeError
 from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Ranking, Request, Unparsed
 
@@ -65,13 +67,17 @@ class Baseline(Generic[C, M]):
     Attributes:
         name: As recipes and tables call it.
         stochastic: Whether another seed gives other figures.
-        GRID: Values by parameter that `tuning.tune` tries, all combinations of them.
+        GRID: Values by parameter that `tuning.tune` tries: numbers ascending, the default among them.
+        FITS: How many points tuning may fit; None: as many as its search meets.
+        AT_ANSWER: Parameters that are read when answering and not by ``fit``: see `with_config`.
         Config: Its parameters with their defaults and bounds.
     """
 
     name: str
     stochastic: ClassVar[bool] = False
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    FITS: ClassVar[int | None] = None
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset()
     Config: type[C]
 
     def __init__(self, config: C | None = None, *, seed: int = 0) -> None:
@@ -84,6 +90,32 @@ class Baseline(Generic[C, M]):
         self._config: C = config or self.Config()
         self._seed = seed
         self._model: M | None = None
+
+    @property
+    def config(self) -> C:
+        """The parameters."""
+        return self._config
+
+    def with_config(self, config: C) -> Self:
+        """Return a copy under another config that shares what ``fit`` stored: it answers as if fitted with that config.
+
+        Raises:
+            RecipeError: If a parameter outside `AT_ANSWER` differs, which takes another fit.
+        """
+        before, after = self._config.model_dump(), config.model_dump()
+        fixed = [key for key in after if after[key] != before[key] and key not in self.AT_ANSWER]
+        if fixed:
+            known = ", ".join(sorted(self.AT_ANSWER)) or "none"
+            raise RecipeError(
+                f"the baseline {self.name!r} was fitted with "
+                f"{', '.join(f'{key}={before[key]!r}' for key in fixed)}, and a fitted model is used again under other "
+                f"values of the parameters of its answers only ({known}); fit it anew",
+                kind="contradiction",
+                column=fixed[0],
+            )
+        other = copy.copy(self)
+        other._config = config
+        return other
 
     @property
     def _fitted(self) -> M:

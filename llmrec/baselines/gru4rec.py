@@ -31,6 +31,7 @@ class GRU4Rec(SequenceNetwork[GRU4RecConfig]):
     name = "gru4rec"
     Config = GRU4RecConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"dim": (64, 128), "dropout": (0.35, 0.5)}
+    FITS: ClassVar[int] = 12
 
     def _build(self, items: int) -> Any:
         nn = require("torch", "baselines").nn

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
-from llmrec.baselines.validation import mean_ndcg, ranking_cases
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import require
 from llmrec.models.load import cpu_has_bf16
 from llmrec.recipe.schema import Positive, Section
@@ -73,7 +73,7 @@ class NeuralConfig(Section):
     quiet: bool = Field(False, description="no progress line on the standard error")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trained:
     """A network with what it needs to score."""
 
@@ -83,6 +83,12 @@ class Trained:
     encode: Encode
     max_len: int
     epochs: int
+    name: str = "network"
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return self.catalogue.ids
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Score every item after each history, shape (n, items); sequences of one length go through together."""
@@ -160,7 +166,7 @@ def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, confi
                 progress.update(task, advance=1, loss=f"loss {mean:.3f}")
                 if not cases:
                     continue
-                value = mean_ndcg(catalogue.ids, model.scores, cases)
+                value = mean_ndcgs(model, cases)["excluded"]
                 log.info("epoch %d: loss %.4f, validation NDCG@10 %.4f", epoch, mean, value)
                 since += 1
                 if value > best:

@@ -42,6 +42,7 @@ class SASRec(SequenceNetwork[SASRecConfig]):
     name = "sasrec"
     Config = SASRecConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"dim": (64, 128), "dropout": (0.35, 0.5)}
+    FITS: ClassVar[int] = 12
 
     def _build(self, items: int) -> Any:
         nn, dim = require("torch", "baselines").nn, self._config.dim

@@ -1,17 +1,18 @@
-"""Chooses a baseline's parameters on the validation split, from a small declared grid."""
+"""Chooses a baseline's parameters on the validation split, once for each table that the baseline stands in."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from llmrec.baselines.parameters import make
+from llmrec.baselines.parameters import config_of, make
+from llmrec.baselines.search import Grid, borders, explore
 from llmrec.baselines.validation import (
     mean_log_loss,
-    mean_ndcg,
+    mean_ndcgs,
     ranking_cases,
     rating_cases,
     root_mean_squared_error,
@@ -29,15 +30,33 @@ log = logging.getLogger(__name__)
 
 RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
 
+# Validation requests that points are ranked by, an unbiased sample of a larger split.
+_CASES = 10_000
+
 Parameters = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One point of a grid and its figure on the validation split."""
+    """One point of a grid and its figures on the validation split, by table."""
 
     parameters: Parameters
-    value: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What tuning chose for a table.
+
+    Attributes:
+        parameters: The best point, by name of the baseline's parameters.
+        border: Those whose value stands at an end of the grid; see `llmrec.baselines.search.borders`.
+        model: The best point as it was fitted, so that nobody need fit it again with this seed; None where nothing was.
+    """
+
+    parameters: Parameters
+    border: tuple[str, ...] = ()
+    model: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +64,48 @@ class Tuned:
     """What tuning chose.
 
     Attributes:
-        parameters: The best point, by name of the baseline's parameters.
-        trials: Every point, in the order of the grid.
-        metric: ``NDCG@10`` over the whole catalogue with the history excluded, higher is better; for ratings
-            ``RMSE`` and for yes/no answers ``LogLoss``, lower is better.
-        model: The best point as it was fitted, so that nobody need fit it again with this seed; None where nothing was.
+        choices: By table.
+        trials: Every point, in the order that they were tried.
+        metric: ``NDCG@10`` over the whole catalogue, higher is better; for ratings ``RMSE`` and for yes/no answers
+            ``LogLoss``, lower is better.
     """
 
-    parameters: Parameters
+    choices: Mapping[str, Choice]
     trials: tuple[Trial, ...]
     metric: str
-    model: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def parameters(self) -> Parameters:
+        """What was chosen for the first table."""
+        return next(iter(self.choices.values())).parameters
 
 
-def tune(name: str, data: SplitDataset, *, seed: int, grid: Mapping[str, tuple[Any, ...]] | None = None) -> Tuned:
-    """Fit a baseline at every point of its grid and keep the best on the validation split.
+def tune(
+    name: str,
+    data: SplitDataset,
+    *,
+    seed: int,
+    tables: Sequence[str] = ("excluded",),
+    grid: Grid | None = None,
+    known: Sequence[Trial] = (),
+    kept: Callable[[Sequence[Trial]], None] = lambda trials: None,
+) -> Tuned:
+    """Fit a baseline at points of its grid and keep the best on the validation split.
 
-    Training interactions are learned from and validation interactions measured; the test split is not looked at. Of
-    equal points the first is kept.
+    Training interactions are learned from and validation interactions measured; the test split is not looked at. Each
+    fitted point is judged for every table. Of equal points the first is kept. How a grid is searched says
+    `llmrec.baselines.search.explore`; where the class limits its fits (``FITS``), the search ends with them.
 
     Args:
         name: Of the baseline.
         data: The split.
         seed: Of every fit.
-        grid: Values by parameter, all combinations of which are tried; None for the baseline's own ``GRID``. An
-            empty one is the single point of its defaults.
+        tables: What to choose for. Of rankings, whether items of the history can be ranked: ``excluded``, ``included``
+            or both. A rating or a yes/no answer has one table, whatever its name.
+        grid: Values by parameter; None for the baseline's own ``GRID``. An empty one is the single point of its
+            defaults.
+        known: Points that an earlier call has tried with the same data and seed; they are not fitted again.
+        kept: Is given all points after each new one.
 
     Raises:
         RecipeError: If there is no such baseline or parameter, or it writes texts, which have no such figure.
@@ -77,43 +113,121 @@ def tune(name: str, data: SplitDataset, *, seed: int, grid: Mapping[str, tuple[A
     """
     made = lookup(BASELINES, name, "baseline")
     if name in WRITERS:
-        raise RecipeError(f"the baseline {name!r} writes texts and has nothing to tune; leave it out of the tuning")
-    metric, measure = _measured(name, data)
-    trials: list[Trial] = []
-    best: tuple[Trial, Any] | None = None
-    for parameters in points(made.GRID if grid is None else grid):
-        model = make(name, parameters, seed=seed)
-        model.fit(data)
-        value = measure(model, parameters)
-        trials.append(Trial(parameters, value))
-        log.info("%s %s: validation %s %.4f", name, parameters, metric, value)
-        if best is None or (value > best[0].value if metric == RANKED else value < best[0].value):
-            best = trials[-1], model
-    assert best is not None  # an empty grid has one point
-    kept, model = best
-    return Tuned(parameters=kept.parameters, trials=tuple(trials), metric=metric, model=model)
+        raise RecipeError(
+            f"the baseline {name!r} writes texts and has nothing to tune; leave it out of the tuning",
+            kind="contradiction",
+        )
+    metric, measure = _measured(name, data, tables)
+    declared: Grid = made.GRID if grid is None else grid
+    single = {key: values[0] for key, values in declared.items() if len(values) == 1}
+    defaults = config_of(name, single, f"grid of {name}").model_dump()
+    search = _Search(name, data, seed, metric, measure, kept, made.FITS, list(known))
+    explore(declared, defaults, tables, search.judge)
+    choices = {}
+    for table in tables:
+        best = search.best(table)
+        choices[table] = Choice(best.parameters, borders(made.Config, declared, best.parameters), search.model(best))
+    return Tuned(choices=choices, trials=tuple(search.trials), metric=metric)
 
 
-def _measured(name: str, data: SplitDataset) -> tuple[str, Callable[[Any, Parameters], float]]:
+def fitted(name: str, parameters: Parameters, data: SplitDataset, *, seed: int, like: Sequence[Any] = ()) -> Any:
+    """Return a fitted baseline.
+
+    Args:
+        name: Of the baseline.
+        parameters: Its parameters.
+        data: The split.
+        seed: Of the fit.
+        like: Baselines of this name that were fitted on the same data with the same seed. Where one differs only in
+            parameters that have no part in fitting, nothing is fitted again.
+    """
+    made = lookup(BASELINES, name, "baseline")
+    model = make(name, parameters, seed=seed)
+    for other in like:
+        if other.config.model_dump(exclude=made.AT_ANSWER) == model.config.model_dump(exclude=made.AT_ANSWER):
+            return other.with_config(model.config)
+    model.fit(data)
+    return model
+
+
+@dataclass
+class _Search:
+    """Fits and judges points, each once, and holds on to the best ones as they were fitted."""
+
+    name: str
+    data: SplitDataset
+    seed: int
+    metric: str
+    measure: Callable[[Any, Parameters], Mapping[str, float]]
+    kept: Callable[[Sequence[Trial]], None]
+    fits: int | None
+    trials: list[Trial]
+    _models: dict[str, tuple[Trial, Any]] = field(default_factory=dict)
+    _last: Any = None
+
+    def judge(self, point: dict[str, Any]) -> Mapping[str, float] | None:
+        """Return the figures of a point, higher is better; None if it would be one fit too many."""
+        trial = next((trial for trial in self.trials if dict(trial.parameters) == point), None)
+        if trial is None:
+            if self.fits is not None and len(self._fits() | {self._fit_of(point)}) > self.fits:
+                return None
+            trial = self._try(point)
+        return {table: self._sign() * value for table, value in trial.values.items()}
+
+    def best(self, table: str) -> Trial:
+        """Return the first of the best points for a table."""
+        return max(self.trials, key=lambda trial: self._sign() * trial.values[table])
+
+    def model(self, trial: Trial) -> Any:
+        """Return the model of one of the best points, None if it was fitted in an earlier call."""
+        return next((model for other, model in self._models.values() if other is trial), None)
+
+    def _try(self, point: dict[str, Any]) -> Trial:
+        like = [self._last, *(model for _, model in self._models.values())]
+        model = fitted(self.name, point, self.data, seed=self.seed, like=[each for each in like if each is not None])
+        trial = Trial(point, self.measure(model, point))
+        log.info("%s %s: validation %s %s", self.name, point, self.metric, trial.values)
+        self.trials.append(trial)
+        for table in trial.values:
+            if self.best(table) is trial:
+                self._models[table] = trial, model
+        self._last = model
+        self.kept(self.trials)
+        return trial
+
+    def _sign(self) -> int:
+        return 1 if self.metric == RANKED else -1
+
+    def _fits(self) -> set[str]:
+        return {self._fit_of(trial.parameters) for trial in self.trials}
+
+    def _fit_of(self, point: Parameters) -> str:
+        answering = lookup(BASELINES, self.name, "baseline").AT_ANSWER
+        return json.dumps({key: value for key, value in point.items() if key not in answering}, sort_keys=True)
+
+
+def _measured(
+    name: str, data: SplitDataset, tables: Sequence[str]
+) -> tuple[str, Callable[[Any, Parameters], Mapping[str, float]]]:
     """Return the metric that a baseline is chosen by, and how a fitted point is measured."""
     rates, judges = (
         any(name in known.baselines for known in families().values() if known.answer is answer)
         for answer in (Rating, Probability)
     )
-    cases = rating_cases(data) if rates or judges else ranking_cases(data)
+    cases = rating_cases(data) if rates or judges else ranking_cases(data, _CASES)
     if not cases:
         raise DataError(
             f"{data.dataset.name}: the split {data.kind} holds no {'ratings' if rates or judges else 'interactions'} "
-            f"out for validation, which tuning {name!r} needs; set data.split.valid above 0, or use leave_one_out"
+            f"out for validation, which tuning {name!r} needs; set data.split.valid above 0, or use leave_one_out",
+            kind="empty",
+            column="data.split.valid",
         )
+    (only, *_) = tables
     if rates:
-        return RATED, lambda model, parameters: root_mean_squared_error(model, cases)
+        return RATED, lambda model, parameters: {only: root_mean_squared_error(model, cases)}
     if judges:
         scale = scale_of(data)
-        return JUDGED, lambda model, parameters: mean_log_loss(model, cases, threshold(scale, parameters.get("liked")))
-    return RANKED, lambda model, parameters: mean_ndcg(model.items, model.scores, cases)
-
-
-def points(grid: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Return every combination of a grid's values; one empty point for an empty grid."""
-    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+        return JUDGED, lambda model, parameters: {
+            only: mean_log_loss(model, cases, threshold(scale, parameters.get("liked")))
+        }
+    return RANKED, lambda model, parameters: mean_ndcgs(model, cases, tables)

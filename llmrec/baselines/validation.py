@@ -9,17 +9,14 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.data.split import request_id
+from llmrec.evaluate.catalogue import conventions, rank_catalogue
 from llmrec.metrics.probability import log_loss
 from llmrec.metrics.ranking import ndcg
 from llmrec.metrics.rating import rmse
-from llmrec.types import Case, Predictor, Probability, Rating, Request
+from llmrec.types import Case, CatalogueScorer, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:
-    from llmrec.baselines.base import Scorer
     from llmrec.data.split import SplitDataset
-
-# Cells of a block of dense scores: 32 MB of float64.
-_CELLS = 1 << 22
 
 
 def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
@@ -59,38 +56,22 @@ def rating_cases(data: SplitDataset) -> list[Case]:
     ]
 
 
-def mean_ndcg(items: Sequence[str], scorer: Scorer, cases: Sequence[Case], k: int = 10) -> float:
-    """Return NDCG@k over the whole catalogue, items of the history excluded, ties in expectation.
-
-    The target itself can always be ranked, also where the history holds it.
+def mean_ndcgs(
+    scorer: CatalogueScorer, cases: Sequence[Case], seen: Sequence[str] = ("excluded",), k: int = 10
+) -> dict[str, float]:
+    """Return NDCG@k over the whole catalogue, ties in expectation, as the test measures it.
 
     Args:
-        items: The catalogue in column order.
-        scorer: Requests -> one score per request and item, shape (n, items).
+        scorer: A fitted model that scores the catalogue.
         cases: Requests with the item that was held out.
+        seen: Whether items of the history can be ranked: ``excluded``, ``included`` or both. The target always can.
         k: The cut-off.
+
+    Returns:
+        The means by convention.
     """
-    index = {item: place for place, item in enumerate(items)}
-    block = max(1, _CELLS // max(1, len(index)))
-    greater, tied = [], []
-    for start in range(0, len(cases), block):
-        part = cases[start : start + block]
-        # A copy: what a scorer returns may be its own.
-        scores = np.array(scorer([case.request for case in part]))
-        targets = np.array([index[str(case.truth)] for case in part])
-        own = scores[np.arange(len(part)), targets]
-        seen = [
-            (row, index[event.item_id])
-            for row, case in enumerate(part)
-            for event in case.request.history
-            if event.item_id in index
-        ]
-        rows, columns = np.array(seen, dtype=np.int64).reshape(-1, 2).T
-        scores[rows, columns] = -np.inf
-        scores[np.arange(len(part)), targets] = own
-        greater.append((scores > own[:, None]).sum(axis=1))
-        tied.append((scores == own[:, None]).sum(axis=1))
-    return float(ndcg(np.concatenate(greater), np.concatenate(tied), k).mean())
+    ranked = rank_catalogue(scorer, cases, cutoffs=(), seen=conventions(seen))
+    return {each: float(ndcg(found.greater, found.tied, k).mean()) for each, found in ranked.items()}
 
 
 def root_mean_squared_error(predictor: Predictor, cases: Sequence[Case]) -> float:

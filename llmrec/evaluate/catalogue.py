@@ -32,6 +32,19 @@ if TYPE_CHECKING:
 Seen = Literal["excluded", "included"]
 BOTH: tuple[Seen, ...] = ("excluded", "included")
 
+
+def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
+    """Return what says whether items of the history can be ranked.
+
+    Raises:
+        ValueError: If a name is neither ``excluded`` nor ``included``.
+    """
+    found = tuple(each for name in names for each in BOTH if each == name)
+    if len(found) != len(names):
+        raise ValueError(f"the history is excluded or included, not {', '.join(names)}")
+    return found
+
+
 # Cells of a batch of scores: 64 MB of float64, and about three times that while its lists are cut out.
 _CELLS = 1 << 23
 # Cells that stay in a processor's cache through the passes that cut out lists.

@@ -152,10 +152,11 @@ def test_users_of_equal_counts_do_not_blow_up_the_regression(users: int) -> None
 
 
 def test_tuning_takes_the_lowest_log_loss() -> None:
-    found = tune("logistic", _data(), seed=0, grid={"penalty": (1.0, 1e7), "liked": (4.0,)})
+    grid: dict[str, tuple[float, ...]] = {"penalty": (1.0, 1e7), "liked": (4.0,)}
+    found = tune("logistic", _data(), seed=0, tables=("yes-no",), grid=grid)
     assert found.metric == "LogLoss"
     assert found.parameters == {"penalty": 1.0, "liked": 4.0}
-    assert found.trials[0].value < found.trials[1].value
+    assert found.trials[0].values["yes-no"] < found.trials[1].values["yes-no"]
 
 
 def test_a_penalty_of_nothing_is_refused() -> None:

@@ -75,7 +75,7 @@ def test_the_order_of_the_history_counts(made: Any) -> None:
 @pytest.mark.parametrize("made", MODELS)
 def test_the_best_epoch_is_kept(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.1, 0.3, 0.2, 0.25, 0.05, 0.9])
-    monkeypatch.setattr(neural, "mean_ndcg", lambda *args: next(values))
+    monkeypatch.setattr(neural, "mean_ndcgs", lambda *args: {"excluded": next(values)})
     model = made(made.Config(dim=8, epochs=6, patience=3, quiet=True))
     model.fit(_ring())
     assert model._model.epochs == 2

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from numpy.typing import NDArray
 
 from llmrec.baselines import tuning
+from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import Markov
-from llmrec.baselines.mf import MF
 from llmrec.baselines.popular import Popularity, RecentPopularity
-from llmrec.baselines.tuning import points, tune
-from llmrec.baselines.validation import mean_ndcg, ranking_cases, rating_cases
+from llmrec.baselines.search import points
+from llmrec.baselines.tuning import fitted, tune
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
@@ -100,23 +103,26 @@ def test_the_best_point_of_the_grid_is_chosen(kind: str) -> None:
     found = tune("recent-popularity", data, seed=0)
     assert [dict(trial.parameters) for trial in found.trials] == points(RecentPopularity.GRID)
     assert found.metric == "NDCG@10"
-    assert max(trial.value for trial in found.trials) > min(trial.value for trial in found.trials)
-    (best,) = {trial.value for trial in found.trials if trial.parameters == found.parameters}
-    assert best == max(trial.value for trial in found.trials)
+    values = [trial.values["excluded"] for trial in found.trials]
+    assert max(values) > min(values)
+    (best,) = {trial.values["excluded"] for trial in found.trials if trial.parameters == found.parameters}
+    assert best == max(values)
     model = RecentPopularity(RecentPopularity.Config(**found.parameters))
     model.fit(data)
-    assert mean_ndcg(model.items, model.scores, ranking_cases(data)) == best
+    assert mean_ndcgs(model, ranking_cases(data)) == {"excluded": best}
 
 
 def test_ratings_are_tuned_to_the_lowest_error() -> None:
-    found = tune("mf", _data(), seed=0)
-    assert found.metric == "RMSE" and [dict(trial.parameters) for trial in found.trials] == points(MF.GRID)
-    assert {t.value for t in found.trials if t.parameters == found.parameters} == {min(t.value for t in found.trials)}
+    grid = {"factors": (2, 5), "penalty": (0.05, 0.15)}
+    found = tune("mf", _data(), seed=0, tables=("rating",), grid=grid)
+    assert found.metric == "RMSE" and [dict(trial.parameters) for trial in found.trials] == points(grid)
+    values = {trial.values["rating"] for trial in found.trials}
+    assert {t.values["rating"] for t in found.trials if t.parameters == found.parameters} == {min(values)}
 
 
 def test_of_equal_points_the_first_is_kept_and_a_grid_can_be_given() -> None:
-    found = tune("markov", _data(), seed=0, grid={"decay": (0.8, 0.8), "order": (2,)})
-    assert len(found.trials) == 2 and found.trials[0].value == found.trials[1].value
+    found = tune("item-knn", _data(), seed=0, grid={"history": (20, 30), "decay": (1.0,)})
+    assert len(found.trials) == 2 and found.trials[0].values == found.trials[1].values
     assert found.parameters is found.trials[0].parameters
     assert points({}) == [{}] and tune("popularity", _data(), seed=0).parameters == {}
 
@@ -146,7 +152,22 @@ def test_the_measure_is_that_of_full_ranking(made: Any, kind: str) -> None:
     assert {(c.request.user_id, c.truth) for c in cases} == set(data.valid.select("user_id", "item_id").iter_rows())
     found = rank_catalogue(model, cases, cutoffs=(), seen=("excluded",))["excluded"]
     expected = ndcg(found.greater, found.tied, 10).mean()
-    assert mean_ndcg(model.items, model.scores, cases) == pytest.approx(expected, abs=1e-12)
+    assert mean_ndcgs(model, cases)["excluded"] == pytest.approx(expected, abs=1e-12)
+
+
+@dataclass
+class _Fixed:
+    """Gives every request the same scores of three items."""
+
+    values: NDArray[np.float64]
+    name: str = "fixed"
+    items: tuple[str, ...] = ("a", "b", "c")
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        return self.values
+
+    def answer(self, requests: Sequence[Request]) -> list[Any]:
+        raise NotImplementedError
 
 
 def test_a_target_that_stands_in_the_history_can_still_be_ranked() -> None:
@@ -155,7 +176,7 @@ def test_a_target_that_stands_in_the_history_can_still_be_ranked() -> None:
 
     def value(truth: str) -> float:
         case = Case(request=Request(id="r", user_id="u", history=history), truth=truth)
-        return mean_ndcg("abc", lambda requests: scores, [case], k=2)
+        return mean_ndcgs(_Fixed(scores), [case], k=2)["excluded"]
 
     # Of a and b only the target remains, so each is first; c stands alone as well.
     assert value("a") == 1.0 and value("c") == 1.0
@@ -177,3 +198,47 @@ def test_validation_cases_show_what_was_known_before_and_no_more() -> None:
 def test_the_grid_of_the_shipped_settings_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Markov, "GRID", {"order": (1,)})
     assert [dict(trial.parameters) for trial in tuning.tune("markov", _data(), seed=0).trials] == [{"order": 1}]
+
+
+# ------------------------------------------------------------------ one choice a table
+
+
+def test_each_convention_chooses_for_itself_from_the_same_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = _data()
+    grid: dict[str, tuple[Any, ...]] = {"history": (1, 2, 5, 20), "decay": (0.3, 0.6, 1.0)}
+    fits = []
+    genuine = ItemKNN.fit
+    monkeypatch.setattr(ItemKNN, "fit", lambda self, data: (fits.append(1), genuine(self, data))[1])
+    found = tune("item-knn", data, seed=0, tables=("excluded", "included"), grid=grid)
+    assert len(found.trials) == 12 and len(fits) <= 12
+    for table, choice in found.choices.items():
+        assert choice.parameters == max(found.trials, key=lambda trial: trial.values[table]).parameters
+        model = choice.model
+        assert model.config == ItemKNN.Config(**choice.parameters)
+        best = max(trial.values[table] for trial in found.trials)
+        assert mean_ndcgs(model, ranking_cases(data), (table,)) == {table: best}
+    assert all(set(trial.values) == {"excluded", "included"} for trial in found.trials)
+
+
+def test_points_of_an_earlier_call_are_not_fitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, kept = _data(), []
+    grid: dict[str, tuple[Any, ...]] = {"order": (1, 2, 5)}
+    whole = tune("markov", data, seed=0, grid=grid, kept=lambda trials: kept.append(tuple(trials)))
+    assert [len(trials) for trials in kept] == [1, 2, 3] and kept[-1] == whole.trials
+    monkeypatch.setattr(Markov, "fit", lambda self, data: pytest.fail("fitted again"))
+    again = tune("markov", data, seed=0, grid=grid, known=kept[-1])
+    assert again == whole and again.choices["excluded"].model is None
+
+
+def test_a_baseline_may_limit_its_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Markov, "FITS", 2)
+    monkeypatch.setattr(Markov, "AT_ANSWER", frozenset())
+    found = tune("markov", _data(), seed=0, grid={"order": (1, 2, 5)})
+    assert [trial.parameters["order"] for trial in found.trials] == [1, 2]
+
+
+def test_what_has_no_part_in_fitting_is_not_fitted_again() -> None:
+    data = _data()
+    first = fitted("ease", {"penalty": 10.0}, data, seed=0)
+    assert fitted("ease", {"penalty": 10.0}, data, seed=0, like=[first])._model is first._model
+    assert fitted("ease", {"penalty": 20.0}, data, seed=0, like=[first])._model is not first._model

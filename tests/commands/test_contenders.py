@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llmrec.baselines.validation import mean_ndcg, ranking_cases
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.commands.compare import suite as suites
 from llmrec.commands.compare.leaderboard import leaderboard, suite_result
 from llmrec.commands.compare.rows import SuiteModels
@@ -70,7 +70,7 @@ def _data(page: dict[str, Any]) -> SplitDataset:
 def test_a_tuned_model_and_a_mixture_stand_in_the_table_of_the_baselines(ran: tuple[Path, dict[str, Any]]) -> None:
     rows = {row["name"]: row for row in ran[1]["rows"]}
     assert list(rows) == ["markov-1", "small", "both"]
-    assert rows["small"]["parameters"] == {"model": "from chance", "index": "token", "steps": 30}
+    assert rows["small"]["tables"]["excluded"]["parameters"] == {"model": "from chance", "index": "token", "steps": 30}
     for row in rows.values():
         for seen, table in row["tables"].items():
             assert (
@@ -85,14 +85,17 @@ def test_weights_are_chosen_on_validation_and_a_weight_alone_is_that_row(
 ) -> None:
     folder, results = ran
     both = results["rows"][2]
-    values = [trial["value"] for trial in both["trials"]]
-    assert both["parameters"]["weights"] == both["trials"][int(np.argmax(values))]["parameters"]["weights"]
+    for seen, table in both["tables"].items():
+        values = [trial["values"][seen] for trial in both["trials"]]
+        assert table["parameters"] == both["trials"][int(np.argmax(values))]["parameters"]
     data, suite = _data(page), Suite(**page)
     contenders = SuiteModels(suite, folder / "out")
     cases = ranking_cases(data)
-    for row, value in zip(suite.rows[1::-1], values, strict=False):
-        model = contenders.fit(row, data, 0)
-        assert mean_ndcg(model.items, model.scores, cases) == pytest.approx(value)
+    for row, trial in zip(suite.rows[1::-1], both["trials"], strict=False):
+        for seen, value in trial["values"].items():
+            chosen = results["rows"][suite.rows.index(row)]["tables"][seen]["parameters"]
+            model = contenders.fit(row, data, 0, seen, chosen)
+            assert mean_ndcgs(model, cases, (seen,))[seen] == pytest.approx(value)
 
 
 def test_a_second_run_trains_nothing_and_a_changed_recipe_its_rows_alone(
@@ -100,13 +103,13 @@ def test_a_second_run_trains_nothing_and_a_changed_recipe_its_rows_alone(
 ) -> None:
     folder, first = ran
     made: list[str] = []
-    genuine = suites._make
+    genuine = suites.make_row
 
     def counted(suite: Suite, row: Any, *rest: Any) -> dict[str, Any]:
         made.append(row.label)
         return genuine(suite, row, *rest)
 
-    monkeypatch.setattr(suites, "_make", counted)
+    monkeypatch.setattr(suites, "make_row", counted)
     again = run_suite(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
     assert made == [] and again["rows"] == first["rows"]
     rows = [page["rows"][0], page["rows"][1] | {"overrides": ["train.steps=2"]}, page["rows"][2]]
@@ -114,7 +117,7 @@ def test_a_second_run_trains_nothing_and_a_changed_recipe_its_rows_alone(
         Suite(**page | {"rows": rows}), out=folder / "out", results=folder / "results"
     ).results.as_json()
     assert made == ["small", "both"]
-    assert changed["rows"][1]["parameters"]["steps"] == 2
+    assert changed["rows"][1]["tables"]["included"]["parameters"]["steps"] == 2
 
 
 def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
@@ -148,7 +151,7 @@ def test_cold_figures_are_means_over_cold_targets_alone() -> None:
 
 def test_what_a_search_does_not_find_ties_at_the_bottom(page: dict[str, Any], ran: tuple[Path, dict[str, Any]]) -> None:
     data, suite = _data(page), Suite(**page)
-    model = SuiteModels(suite, ran[0] / "out").fit(suite.rows[1], data, 0)
+    model = SuiteModels(suite, ran[0] / "out").fit(suite.rows[1], data, 0, "excluded", {})
     cases = ranking_cases(data, 5)
     scores = model.scores([case.request for case in cases])
     assert scores.shape == (5, len(data.dataset.items)) and model.items == tuple(sorted(data.dataset.items))

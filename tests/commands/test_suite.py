@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from llmrec import cli
+from llmrec.baselines.knn import ItemKNN
+from llmrec.baselines.markov import Markov
 from llmrec.baselines.tuning import tune
 from llmrec.commands.compare import suite as suites
 from llmrec.commands.compare.benchmark import _recipe, points
@@ -76,11 +78,51 @@ def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, suites.Ran]) -> Non
 def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tuple[Path, suites.Ran]) -> None:
     rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     data = load_split(Suite(**PAGE).data, 0)
-    expected = tune("item-knn", data, seed=0, grid={"decay": (0.8, 1.0), "history": (10,)})
-    assert rows["item-knn"]["parameters"] == expected.parameters
-    assert [trial["value"] for trial in rows["item-knn"]["trials"]] == [trial.value for trial in expected.trials]
-    assert rows["item-knn"]["chosen_by"] == "NDCG@10" and len(rows["item-knn"]["trials"]) == 2
-    assert rows["ease"]["trials"] == [] and rows["ease"]["parameters"] == {}
+    grid = ItemKNN.GRID | {"history": (10,)}
+    expected = tune("item-knn", data, seed=0, tables=("excluded", "included"), grid=grid)
+    row = rows["item-knn"]
+    for seen, choice in expected.choices.items():
+        assert row["tables"][seen]["parameters"] == choice.parameters
+        assert row["tables"][seen]["border"] == list(choice.border)
+    assert [trial["values"] for trial in row["trials"]] == [dict(trial.values) for trial in expected.trials]
+    assert row["chosen_by"] == "NDCG@10" and len(row["trials"]) >= 2
+    assert rows["ease"]["trials"] == [] and rows["ease"]["tables"]["excluded"]["parameters"] == {}
+
+
+def test_each_table_has_the_parameters_that_were_chosen_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = PAGE | {"seeds": [0], "split_seeds": [0], "rows": [{"baseline": "item-knn"}, {"baseline": "markov-1"}]}
+    monkeypatch.setattr(ItemKNN, "GRID", {"history": (1, 2, 5, 30), "decay": (0.2, 0.6, 1.0)})
+    row = run_suite(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results.rows[0]
+    chosen = {seen: row.parameters_of(seen) for seen in row.tables}
+    assert chosen["excluded"] != chosen["included"]
+    for seen, parameters in chosen.items():
+        alone = page | {"seen": [seen], "rows": [{"baseline": "item-knn", "parameters": parameters}]}
+        found = run_suite(Suite(**alone), out=tmp_path / seen, results=tmp_path / "r").results.rows[0]
+        assert found.tables[seen].metrics == row.tables[seen].metrics
+
+
+def test_a_killed_row_does_not_fit_its_points_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = PAGE | {"seeds": [0], "split_seeds": [0], "rows": [{"baseline": "markov"}]}
+    monkeypatch.setattr(Markov, "GRID", {"order": (1, 2, 3, 5)})
+    monkeypatch.setattr(Markov, "AT_ANSWER", frozenset())
+    fits: list[int] = []
+    genuine = Markov.fit
+
+    def fit(self: Markov, data: Any) -> None:
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        fits.append(self.config.order)
+        genuine(self, data)
+
+    monkeypatch.setattr(Markov, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
+    fits.clear()
+    monkeypatch.setattr(Markov, "fit", lambda self, data: (fits.append(self.config.order), genuine(self, data))[1])
+    row = run_suite(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows[0]
+    assert [trial.parameters["order"] for trial in row.trials] == [1, 2, 3, 5]
+    # The points 1 and 2 are known; a chosen one of them is fitted once more for the test.
+    assert fits[:2] == [3, 5] and fits.count(1) + fits.count(2) <= 2
 
 
 def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran]) -> None:
@@ -114,17 +156,17 @@ def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
 ) -> None:
     folder, first = ran
     made: list[str] = []
-    genuine = suites._make
+    genuine = suites.make_row
 
     def counted(suite: Suite, row: Any, *rest: Any) -> dict[str, Any]:
         made.append(row.baseline)
         return genuine(suite, row, *rest)
 
-    monkeypatch.setattr(suites, "_make", counted)
+    monkeypatch.setattr(suites, "make_row", counted)
     again = _again(folder)
     assert made == [] and again.results.rows == first.results.rows
     rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}}]
-    assert _again(folder, rows=rows).results.rows[-1].parameters == {"penalty": 500.0}
+    assert _again(folder, rows=rows).results.rows[-1].parameters_of("excluded") == {"penalty": 500.0}
     assert made == ["ease"]
     made.clear()
     _again(folder, bootstrap=61)
@@ -144,7 +186,9 @@ def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
         rows=[{"baseline": "like-ratio"}, {"baseline": "logistic"}],
     )
     found = run_suite(liked, out=tmp_path / "b", results=tmp_path / "r").results.as_json()
-    assert found["rows"][1]["parameters"]["liked"] == 4 and found["rows"][1]["chosen_by"] == "LogLoss"
+    assert (
+        found["rows"][1]["tables"]["yes-no"]["parameters"]["liked"] == 4 and found["rows"][1]["chosen_by"] == "LogLoss"
+    )
     assert set(found["rows"][0]["tables"]) == {"yes-no"}
     assert 0 <= found["rows"][1]["tables"]["yes-no"]["metrics"]["AUC"]["value"] <= 1
 

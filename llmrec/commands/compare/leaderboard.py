@@ -23,7 +23,8 @@ from llmrec.results import Figure, lower
 _HEAD = """# Leaderboard
 
 Written by `llmrec eval SUITE` from `eval/results/` and `eval/references/`; do not edit. Rankings are of the whole
-catalogue, with the exact expectation over ties; parameters are chosen on validation only. A table holds one protocol.
+catalogue, with the exact expectation over ties. Parameters are chosen on validation, for each table by itself. A table
+holds one protocol.
 Published figures are as printed by their source; nobody but the source vouches for them.
 """
 _HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
@@ -235,10 +236,14 @@ def _ours(found: SuiteResult, seen: str) -> str:
         cells.append(f"{_bold(figures[last].value, best[last])}{_spread(figures[last])}")
         cells += [_range(figures[last])] if ranged else []
         cells += [verdicts.get(row.name, DASH)] if verdicts else []
-        chosen = ", ".join(f"{name} {value}" for name, value in row.parameters.items()) or "none"
+        border = row.tables[seen].border
+        chosen = ", ".join(
+            f"{name} {value}{' (end of its grid)' if name in border else ''}"
+            for name, value in row.parameters_of(seen).items()
+        )
         ties = DASH if row.tables[seen].tie_rate is None else f"{row.tables[seen].tie_rate:.1%}"
         memory = DASH if row.memory_gb is None else f"{row.memory_gb:.1f}"
-        table.append([cell(row.name), *cells, ties, cell(chosen), f"{sum(row.seconds.values()):.0f}", memory])
+        table.append([cell(row.name), *cells, ties, cell(chosen or "none"), f"{sum(row.seconds.values()):.0f}", memory])
     return _left([*header, "ties", "parameters", "seconds", "GB"], table)
 
 

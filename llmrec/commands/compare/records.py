@@ -15,10 +15,16 @@ Setting = str | bool | int | float | list[float] | list[str] | None
 
 
 class Trial(Record):
-    """A point of a grid, and its value on the validation split."""
+    """A point of a grid, and its values on the validation split.
+
+    Attributes:
+        values: By table.
+        value: Of the first table; what results of 0.1 have.
+    """
 
     parameters: dict[str, Setting]
-    value: Number
+    values: dict[str, Number] = Field(default_factory=dict)
+    value: Number = None
 
 
 class Table(Record):
@@ -27,9 +33,13 @@ class Table(Record):
     Attributes:
         n: Number of requests.
         cold: Means over requests whose target has no training interaction, and their number.
+        parameters: What was chosen for this table; None: see the row.
+        border: Parameters whose value stands at an end of its grid.
     """
 
     metrics: dict[str, Figure]
+    parameters: dict[str, Setting] | None = None
+    border: tuple[str, ...] = ()
     tie_rate: Number = None
     n: int = 0
     cold: dict[str, float] | None = None
@@ -39,6 +49,7 @@ class SuiteLine(Record):
     """One row of a suite: a baseline, a tuned model or a mixture.
 
     Attributes:
+        parameters: Of all tables, where they do not say their own: of results of 0.1.
         trials: What was tried on validation, none where there was nothing to choose.
         chosen_by: The metric by which the parameters were chosen.
         seconds: By what was done.
@@ -53,6 +64,11 @@ class SuiteLine(Record):
     tables: dict[str, Table]
     seconds: dict[str, float] = Field(default_factory=dict)
     memory_gb: Number = None
+
+    def parameters_of(self, table: str) -> dict[str, Setting]:
+        """Return what was chosen for a table."""
+        own = self.tables[table].parameters
+        return self.parameters if own is None else own
 
 
 class Size(Record):

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.backends.cache import AnswerStore
-from llmrec.baselines.parameters import make
-from llmrec.baselines.tuning import RANKED, Trial, Tuned
-from llmrec.baselines.validation import mean_ndcg, ranking_cases
+from llmrec.baselines.tuning import RANKED, Choice, Trial, Tuned, fitted
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
@@ -50,53 +49,60 @@ class SuiteModels:
     Attributes:
         suite: The suite.
         folder: Where models and their rankings are kept, so that a killed suite goes on.
-        chosen: Parameters of the baselines' rows that are done, by label.
+        chosen: Parameters of the rows that are done, by label and table.
     """
 
     suite: Suite
     folder: Path
-    chosen: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    _fitted: dict[tuple[str, str, int], Any] = field(default_factory=dict)
+    chosen: dict[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    _fitted: dict[tuple[str, str, int], list[Any]] = field(default_factory=dict)
     _backgrounds: dict[str, Background] = field(default_factory=dict)
 
-    def fit(self, row: SuiteRow, data: SplitDataset, seed: int, parameters: Mapping[str, Any] | None = None) -> Any:
+    def fit(self, row: SuiteRow, data: SplitDataset, seed: int, table: str, parameters: Mapping[str, Any]) -> Any:
         """Return a fitted row.
 
         Args:
             row: The row.
             data: The split to fit it on.
-            seed: Of everything in it that has chance; the parts of a mixture have the same.
-            parameters: What was chosen for it; by default what its finished row says, or its own. Of a mixture, its
-                ``weights``.
+            seed: Of everything random in it; the parts of a mixture have the same.
+            table: For which its figures are; the parts of a mixture have what was chosen for that one.
+            parameters: What was chosen for it; of a mixture, its ``weights``.
         """
         if row.mix:
-            parts = [self._probabilities(self._row(label), data, seed) for label in row.mix]
-            weights = parameters["weights"] if parameters else row.weights[0]
-            return Mixture(row.label, sorted(data.dataset.items), parts, weights)
-        key = (row.label, data.fingerprint, seed)
-        if key in self._fitted:
-            return self._fitted[key]
-        model = self._tuned(row, data, seed) if row.recipe else self._baseline(row, data, seed, parameters)
+            parts = [self._probabilities(self._row(label), data, seed, table) for label in row.mix]
+            return Mixture(row.label, sorted(data.dataset.items), parts, parameters["weights"])
+        known = self._fitted.get((row.label, data.fingerprint, seed), [])
+        if row.baseline is None:
+            model = known[0] if known else self._tuned(row, data, seed)
+        else:
+            model = fitted(row.baseline, parameters, data, seed=seed, like=known)
         self.keep(row, data, seed, model)
         return model
 
     def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
         """Remember a fitted row that a mixture will ask for; others would only take memory."""
         if any(row.label in other.mix for other in self.suite.rows):
-            self._fitted[(row.label, data.fingerprint, seed)] = model
+            known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
+            if not any(model is each for each in known):
+                known.append(model)
 
-    def choose(self, row: SuiteRow, data: SplitDataset) -> Tuned:
+    def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
         """Choose the weights of a mixture on the validation split; a tuned model has nothing left to choose."""
         if not row.mix:
-            return Tuned(parameters=dict(self._recipe(row)[1]), trials=(), metric="nothing to choose")
+            only = Choice(dict(self._recipe(row)[1]))
+            return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
         cases, trials = ranking_cases(data, _CHOOSING), []
         for weights in row.weights:
             parameters = {"weights": list(weights)}
-            model = self.fit(row, data, self.suite.seeds[0], parameters)
-            trials.append(Trial(parameters, mean_ndcg(model.items, model.scores, cases)))
-            log.info("%s %s: validation %s %.4f", row.label, weights, RANKED, trials[-1].value)
-        best = max(trials, key=lambda trial: trial.value)
-        return Tuned(parameters=best.parameters, trials=tuple(trials), metric=RANKED)
+            values: dict[str, float] = {}
+            for together in self._alike(row, tables):
+                model = self.fit(row, data, self.suite.seeds[0], together[0], parameters)
+                values |= mean_ndcgs(model, cases, together)
+            trials.append(Trial(parameters, values))
+            log.info("%s %s: validation %s %s", row.label, weights, RANKED, values)
+        best = {table: max(trials, key=lambda trial: trial.values[table]) for table in tables}
+        choices = {table: Choice(trial.parameters) for table, trial in best.items()}
+        return Tuned(choices=choices, trials=tuple(trials), metric=RANKED)
 
     def inputs(self, row: SuiteRow) -> Any:
         """Return what a row's figures depend on beside its own keys: the recipe, or the mixed rows and theirs."""
@@ -131,15 +137,22 @@ class SuiteModels:
     def _row(self, label: str) -> SuiteRow:
         return next(row for row in self.suite.rows if row.label == label)
 
+    def _alike(self, row: SuiteRow, tables: Sequence[str]) -> list[list[str]]:
+        """Return tables, those together for which every part of a mixture has the same parameters."""
+        found: dict[str, list[str]] = {}
+        for table in tables:
+            found.setdefault(str([self.chosen[label][table] for label in row.mix]), []).append(table)
+        return list(found.values())
+
     def _probabilities(
-        self, row: SuiteRow, data: SplitDataset, seed: int
+        self, row: SuiteRow, data: SplitDataset, seed: int, table: str
     ) -> Callable[[Sequence[Request]], NDArray[np.float64]]:
         """Return what turns requests into probabilities of items, shape (n, items).
 
         Raises:
             RecipeError: If the scores of a row cannot be read as such.
         """
-        model = self.fit(row, data, seed)
+        model = self.fit(row, data, seed, table, self.chosen[row.label][table])
         if row.baseline is None:
             found: Callable[[Sequence[Request]], NDArray[np.float64]] = model.scores
             return found
@@ -149,13 +162,6 @@ class SuiteModels:
                 f"choose from {', '.join(_PROBABILITIES)}"
             )
         return lambda requests: _PROBABILITIES[str(row.baseline)](model.scores(requests))
-
-    def _baseline(self, row: SuiteRow, data: SplitDataset, seed: int, parameters: Mapping[str, Any] | None) -> Any:
-        if parameters is None:
-            parameters = self.chosen.get(row.label, row.parameters)
-        model = make(str(row.baseline), parameters, seed=seed)
-        model.fit(data)
-        return model
 
     def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:
         """Return a row's recipe, and what of it tables show."""

@@ -1,0 +1,91 @@
+"""The search of a grid: small ones whole, large ones one parameter after another, and the ends of each ladder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from llmrec.baselines.search import SMALL, borders, explore, ladder, points
+from llmrec.recipe.schema import Section
+
+LADDER = tuple(range(12))
+
+
+class _Judge:
+    """Figures of points by a function for each table; remembers what was asked."""
+
+    def __init__(self, most: int | None = None, **tables: Callable[[Mapping[str, Any]], float]) -> None:
+        self.seen: dict[str, dict[str, float]] = {}
+        self._tables, self._most = tables, most
+
+    def __call__(self, point: dict[str, Any]) -> Mapping[str, float] | None:
+        if str(point) not in self.seen:
+            if len(self.seen) == self._most:
+                return None
+            self.seen[str(point)] = {name: value(point) for name, value in self._tables.items()}
+        return self.seen[str(point)]
+
+    def best(self, table: str) -> str:
+        return max(self.seen, key=lambda point: self.seen[point][table])
+
+
+def test_a_small_grid_is_tried_whole() -> None:
+    grid = {"a": (1, 2, 3), "b": ("x", "y")}
+    judge = _Judge(t=lambda point: 0.0)
+    explore(grid, {"a": 1, "b": "x"}, ["t"], judge)
+    assert list(judge.seen) == [str(point) for point in points(grid)] and len(judge.seen) <= SMALL
+
+
+@given(peak=st.tuples(st.sampled_from(LADDER), st.sampled_from(LADDER), st.sampled_from("xyz")), start=st.data())
+def test_the_peak_of_a_smooth_figure_is_found_with_few_points(peak: tuple[int, int, str], start: Any) -> None:
+    grid: dict[str, tuple[Any, ...]] = {"a": LADDER, "b": LADDER, "c": ("x", "y", "z")}
+    begin = {name: start.draw(st.sampled_from(values)) for name, values in grid.items()}
+    judge = _Judge(t=lambda p: -((p["a"] - peak[0]) ** 2) - 2 * (p["b"] - peak[1]) ** 2 - 3 * (p["c"] != peak[2]))
+    explore(grid, begin, ["t"], judge)
+    assert judge.best("t") == str(dict(zip("abc", peak, strict=True)))
+    assert len(judge.seen) < 60  # of 432
+
+
+def test_each_table_has_a_search_of_its_own() -> None:
+    grid = {"a": LADDER, "b": LADDER}
+    judge = _Judge(
+        one=lambda p: -abs(p["a"] - 2) - abs(p["b"] - 9), other=lambda p: -abs(p["a"] - 10) - abs(p["b"] - 1)
+    )
+    explore(grid, {"a": 5, "b": 5}, ["one", "other"], judge)
+    assert judge.best("one") == str({"a": 2, "b": 9}) and judge.best("other") == str({"a": 10, "b": 1})
+
+
+def test_the_search_goes_past_one_worse_value() -> None:
+    bumpy = {5: 1.0, 6: 0.9, 7: 2.0}
+    judge = _Judge(t=lambda p: bumpy.get(p["a"], 0.0))
+    explore({"a": LADDER, "b": (0, 1)}, {"a": 5, "b": 0}, ["t"], judge)
+    assert "'a': 7" in judge.best("t")
+
+
+def test_it_ends_with_the_last_fit_that_is_allowed() -> None:
+    judge = _Judge(5, t=lambda p: float(p["a"]))
+    explore({"a": LADDER, "b": LADDER}, {"a": 0, "b": 0}, ["t"], judge)
+    assert len(judge.seen) == 5
+
+
+def test_where_the_search_begins_is_taken_into_the_ladder() -> None:
+    assert ladder((1, 3, 5), 4) == (1, 3, 4, 5) and ladder((1, 3), 3) == (1, 3)
+    assert ladder(("x", "y"), None) == ("x", "y", None)
+
+
+class _Config(Section):
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    order: Annotated[int, Field(gt=0)] = 3
+    kind: str = "x"
+
+
+def test_an_end_of_the_grid_is_a_border_unless_nothing_lies_beyond() -> None:
+    grid: dict[str, tuple[Any, ...]] = {"decay": (0.5, 0.8, 1.0), "order": (1, 3, 5), "kind": ("x", "y")}
+    assert borders(_Config, grid, {"decay": 0.5, "order": 5, "kind": "x"}) == ("decay", "order")
+    assert borders(_Config, grid, {"decay": 1.0, "order": 1, "kind": "y"}) == ()
+    assert borders(_Config, grid, {"decay": 0.8, "order": 3, "kind": "y"}) == ()
+    assert borders(_Config, {"order": (3,)}, {"order": 3}) == ()
