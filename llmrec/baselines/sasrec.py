@@ -41,7 +41,13 @@ class SASRec(SequenceNetwork[SASRecConfig]):
 
     name = "sasrec"
     Config = SASRecConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"dim": (64, 128), "dropout": (0.35, 0.5)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "dropout": (0.1, 0.2, 0.35, 0.5, 0.65, 0.8),
+        "dim": (32, 64, 128, 256),
+        "learning_rate": (3e-4, 1e-3, 3e-3),
+        "layers": (1, 2, 3),
+        "patience": (5, 10),
+    }
     FITS: ClassVar[int] = 12
 
     def _build(self, items: int) -> Any:
