@@ -8,7 +8,15 @@ the catalogue for every test event whose item no training history holds:
 - ``unseen``: among the unseen items alone. With r of K places reserved for them, as TIGER's cold-start test does with
   a share of K (Rajput et al., NeurIPS 2023, section 4.3), HR@K of these events is HR@r of this ranking.
 
-Chance is r out of the unseen items. What reserved places cost the other events is measured on a sample of them.
+The events fall on few items, and one item may have many of them, so three things stand beside the share of hits:
+
+- intervals by a bootstrap over items, not events, since the events of an item rise and fall together;
+- the same rankings with the histories of the events exchanged at random: what the model reaches without knowing whose
+  history it reads. Its share, and the share of exchanges that reach the true one's hits, is the test of the model;
+- the best list that is the same for every event, chosen from the answers themselves: how far popularity alone can go.
+
+Chance, r out of the unseen items, assumes that all of them are asked for equally often; they are not. What reserved
+places cost the other events is measured on a sample of them.
 """
 
 from __future__ import annotations
@@ -22,12 +30,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.durable import write_json
 from llmrec.experiment.resume import locked
 from llmrec.machine import machine, versions
+from llmrec.metrics.stats import interval
 from llmrec.models.load import load_model
 from llmrec.pipeline import open_session
 from llmrec.recipe.load import load_recipe, recipe_hash
@@ -37,16 +45,28 @@ RECIPE = "recipes/sequences/generative-codes.yaml"
 DEPTHS = (10, 50, 100, 500)
 RESERVED = (1, 2, 5, 10)
 K = 10
+RESAMPLES = 10_000
 
 
 def ranks(
-    backend: Any, task: Any, template: str, cases: Sequence[Case], items: Sequence[str], depth: int
+    backend: Any,
+    task: Any,
+    template: str,
+    cases: Sequence[Case],
+    items: Sequence[str],
+    depth: int,
+    wanted: Sequence[str],
 ) -> NDArray[np.int64]:
-    """Return the rank of each case's item among ``items``, from 1; ``depth`` + 1 where the search did not find it."""
+    """Return where the search of ``items`` puts the wanted ones for each case.
+
+    Returns:
+        Ranks from 1, ``depth`` + 1 where the search did not find an item, shape (cases, wanted).
+    """
     texts = dict(zip(task.catalogue, task.continuations(cases[0].request, template=template), strict=True))
     written = [texts[item] for item in items]
     places = {item: place for place, item in enumerate(items)}
-    found = np.full(len(cases), depth + 1)
+    column = {item: place for place, item in enumerate(wanted)}
+    found = np.full((len(cases), len(wanted)), depth + 1)
     for start in range(0, len(cases), 64):
         part = cases[start : start + 64]
         prompts = [task.prompt(case.request, template=template) for case in part]
@@ -55,25 +75,39 @@ def ranks(
             for case in part
         ]
         answers = backend.search(prompts, written, k=min(depth, len(items)), width=depth, excluded=seen)
-        for row, (case, answer) in enumerate(zip(part, answers, strict=True)):
-            ranked = [items[place] for place in answer.items]
-            if case.truth in ranked:
-                found[start + row] = ranked.index(str(case.truth)) + 1
+        for row, answer in enumerate(answers, start=start):
+            for rank, place in enumerate(answer.items, start=1):
+                if items[place] in column:
+                    found[row, column[items[place]]] = rank
     return found
 
 
-def share(found: NDArray[np.int64], k: int, chance: float) -> dict[str, float]:
-    """Return the share of ranks of at most k beside chance, and how likely so many are by chance alone."""
-    hits = int((found <= k).sum())
-    test = binomtest(hits, len(found), chance, alternative="greater")
-    ends = binomtest(hits, len(found)).proportion_ci(method="wilson")
+def share(found: NDArray[np.int64], truth: NDArray[np.int64], k: int, chance: float) -> dict[str, float]:
+    """Return the share of events whose item is among the first k, and what it has to stand beside.
+
+    Args:
+        found: Ranks of the asked items for the history of each event, shape (events, items).
+        truth: Column of each event's item, shape (events,).
+        k: The cut-off.
+        chance: The share by which a random order finds an item.
+    """
+    near = found <= k
+    hits = near[np.arange(len(truth)), truth]
+    over_items = interval(
+        hits.astype(np.float64), resamples=RESAMPLES, seed=0, users=[str(item) for item in truth], widen=True
+    )
+    rng = np.random.default_rng(0)
+    exchanged = np.array([near[rng.permutation(len(truth)), truth].sum() for _ in range(RESAMPLES)])
+    counts = np.sort(np.bincount(truth, minlength=found.shape[1]))[::-1]
     return {
-        "hits": hits,
-        "HR": hits / len(found),
-        "low": float(ends.low),
-        "high": float(ends.high),
+        "hits": int(hits.sum()),
+        "HR": float(hits.mean()),
+        "low": over_items.low,
+        "high": over_items.high,
         "chance": chance,
-        "p_by_chance": float(test.pvalue),
+        "exchanged_histories": float(exchanged.mean() / len(truth)),
+        "p_over_exchanged": float((1 + (exchanged >= hits.sum()).sum()) / (1 + RESAMPLES)),
+        "best_constant_list": float(counts[:k].sum() / len(truth)),
     }
 
 
@@ -82,8 +116,11 @@ def show(found: Mapping[str, Any]) -> str:
     lines = [f"{found['events']} events, {found['unseen_items']} unseen items of {found['items']}"]
     for name in ("all", "unseen"):
         for at, each in found[name].items():
-            figures = f"HR {each['HR']:.4f}, chance {each['chance']:.4f}, p {each['p_by_chance']:.2g}"
-            lines.append(f"{name:7} {at:5} {each['hits']:4} hits, {figures}")
+            lines.append(
+                f"{name:7} {at:5} {each['hits']:4} hits, HR {each['HR']:.4f} [{each['low']:.4f}, {each['high']:.4f}], "
+                f"chance {each['chance']:.4f}, exchanged histories {each['exchanged_histories']:.4f} "
+                f"(p {each['p_over_exchanged']:.4f}), best constant list {each['best_constant_list']:.4f}"
+            )
     lines.append(f"MRR among the unseen {found['unseen_MRR']:.4f}, chance {found['unseen_MRR_chance']:.4f}")
     return "\n".join([*lines, *(f"{name}: {value}" for name, value in found["warm"].items())])
 
@@ -110,9 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warm = [case for case in cases if case.truth in trained][: asked.warm]
     backend = HFBackend(load_model(str(session.folder / "merged"), recipe.model), session.encoder)
     template = task.eval_templates[0]
-    everything = ranks(backend, task, template, cold, task.catalogue, max(DEPTHS))
-    alone = ranks(backend, task, template, cold, unseen, len(unseen))
-    others = ranks(backend, task, template, warm, task.catalogue, 100)
+    everything = ranks(backend, task, template, cold, task.catalogue, max(DEPTHS), unseen)
+    alone = ranks(backend, task, template, cold, unseen, len(unseen), unseen)
+    column = {item: place for place, item in enumerate(unseen)}
+    truth = np.array([column[str(case.truth)] for case in cold])
+    wanted = sorted({str(case.truth) for case in warm})
+    places = ranks(backend, task, template, warm, task.catalogue, 100, wanted)
+    others = places[np.arange(len(warm)), [wanted.index(str(case.truth)) for case in warm]]
+    own = alone[np.arange(len(cold)), truth]
     found = {
         "command": "python -m eval.benchmarks.cold TARGET",
         "what": "test events of Amazon 2014 Toys whose item no training history holds; one training seed",
@@ -122,10 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train_seconds": round(training["seconds"], 1),
         "items": len(task.catalogue),
         "unseen_items": len(unseen),
+        "resamples": RESAMPLES,
         "events": len(cold),
-        "all": {f"@{depth}": share(everything, depth, depth / len(task.catalogue)) for depth in DEPTHS},
-        "unseen": {f"@{r}": share(alone, r, r / len(unseen)) for r in RESERVED},
-        "unseen_MRR": float((1 / alone).mean()),
+        "asked_items": len(set(truth.tolist())),
+        "most_asked_item_events": int(np.bincount(truth).max()),
+        "all": {f"@{depth}": share(everything, truth, depth, depth / len(task.catalogue)) for depth in DEPTHS},
+        "unseen": {f"@{r}": share(alone, truth, r, r / len(unseen)) for r in RESERVED},
+        "unseen_MRR": float((1 / own).mean()),
         "unseen_MRR_chance": float((1 / np.arange(1, len(unseen) + 1)).mean()),
         "warm": {
             "events": len(warm),
