@@ -76,6 +76,7 @@ class Suite(Section):
     diversity: DiversitySection | None = Field(None, description="ranking: how ILD compares items; None: no ILD")
     bootstrap: Positive = 2000
     users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
+    min_history: int = Field(0, ge=0, description="leave out requests of users with fewer known events")
     rows: tuple[SuiteRow, ...] = Field(min_length=1)
     pairs: tuple[tuple[str, str], ...] = Field(
         (), description="rows to compare beside the best with all others: is the first better than the second"

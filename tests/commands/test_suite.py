@@ -26,6 +26,7 @@ from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_s
 from llmrec.registry import BASELINES
 from llmrec.resources import resource
 from llmrec.tasks.family import family_of
+from tests.facts import Facts, raises
 
 PAGE: dict[str, Any] = {
     "suite": "made",
@@ -99,6 +100,20 @@ def test_each_table_has_the_parameters_that_were_chosen_for_it(tmp_path: Path, m
         alone = page | {"seen": [seen], "rows": [{"baseline": "item-knn", "parameters": parameters}]}
         found = run_suite(Suite(**alone), out=tmp_path / seen, results=tmp_path / "r").results.rows[0]
         assert found.tables[seen].metrics == row.tables[seen].metrics
+
+
+def test_requests_of_users_without_a_history_can_be_left_out(tmp_path: Path) -> None:
+    by_time = {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.2, "test": 0.4}}
+    page = PAGE | {"seeds": [0], "split_seeds": [0], "data": by_time, "rows": [{"baseline": "popularity"}]}
+    data = load_split(Suite(**page).data, 0)
+    lengths = [len(data.history(held.user_id, "test")) for held in data.holdouts("test")]
+    assert 0 in lengths
+    for least in (0, 1):
+        found = run_suite(Suite(**page, min_history=least), out=tmp_path / "out", results=tmp_path / "r").results
+        assert found.protocol.requests == sum(length >= least for length in lengths)
+        assert found.protocol.min_history == least
+    with raises(RecipeError, Facts("too-few", column="min_history")):
+        run_suite(Suite(**page, min_history=10_000), out=tmp_path / "out", results=tmp_path / "r")
 
 
 def test_a_killed_row_does_not_fit_its_points_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,7 @@ class SuiteProtocol(Record):
     metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     split_seeds: tuple[int, ...] = ()
+    min_history: int = 0
     users: int
     requests: int = 0
 

@@ -181,6 +181,7 @@ def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: fl
             metrics=tuple(metrics_of(suite)),
             seeds=suite.seeds,
             split_seeds=suite.split_seeds,
+            min_history=suite.min_history,
             users=len(set(users)),
             requests=lines[0].tables[tables_of(suite)[0]].n,
         ),

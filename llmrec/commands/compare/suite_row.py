@@ -21,6 +21,7 @@ from llmrec.commands.compare.records import SuiteLine, Table, Trial
 from llmrec.commands.compare.rows import SuiteModels
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.durable import write_json
+from llmrec.errors import RecipeError
 from llmrec.evaluate.catalogue import conventions, evaluate_catalogue
 from llmrec.evaluate.compare import over_runs
 from llmrec.evaluate.figures import EvalProtocol
@@ -209,14 +210,26 @@ def _measure(
 
 
 def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
-    """Return the held-out interactions of the suite's users as requests; those without a truth are left out."""
+    """Return the held-out interactions of the suite's users as requests, less those that have no truth.
+
+    Raises:
+        RecipeError: If no user has as long a history as the suite asks for.
+    """
     cases = []
     for held in data.holdouts(suite.split)[: suite.users]:
         truth = _truth(suite, data, held)
         if truth is None:
             continue  # there is nothing to compare an answer with
         request = request_of(data, held, suite.split, item=None if suite.task == "ranking" else held.item_id)
-        cases.append(Case(request=request, truth=truth))
+        if len(request.history) >= suite.min_history:
+            cases.append(Case(request=request, truth=truth))
+    if not cases:
+        raise RecipeError(
+            f"suite {suite.suite}: no held-out interaction of its users has {suite.min_history} known events before "
+            "it; lower min_history",
+            kind="too-few",
+            column="min_history",
+        )
     return cases
 
 
