@@ -1,0 +1,74 @@
+"""The page of what was run follows from the committed results, and names all of them that say how good something is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eval.benchmarks.experiments import read, write
+from llmrec.errors import DataError
+from llmrec.resources import resource
+from tests.facts import Facts, raises
+
+FOLDER = resource("eval")
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    page = write(read(FOLDER / "experiments.yaml", FOLDER / "results"))
+    assert (FOLDER / "EXPERIMENTS.md").read_text(encoding="utf-8") == page
+
+
+def test_no_suite_benchmark_or_run_is_left_out() -> None:
+    named = {entry["result"] for entry in yaml.safe_load((FOLDER / "experiments.yaml").read_text(encoding="utf-8"))}
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (FOLDER / "results").glob("*.json")}
+    assert {name for name, found in results.items() if found.get("kind") or "headline" in found} <= named
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ({"kind": "suite", "protocol": {"users": 943, "seeds": [0, 1, 2]}, "seconds": 3600.0}, (943, 3, 1.0, False)),
+        ({"kind": "suite", "protocol": {"users": 166, "seeds": [0, 1, 2]}, "seconds": 0.0}, (166, 3, 0.0, True)),
+        (
+            {
+                "kind": "benchmark",
+                "seconds": 7200.0,
+                "tables": [
+                    {"users": 400, "rows": [{"arm": "tuned", "seeds": 3}, {"arm": "zero-shot", "seeds": 1}]},
+                    {"users": 300, "rows": [{"arm": "tuned", "seeds": 2}]},
+                ],
+            },
+            (300, 2, 2.0, True),
+        ),
+        (
+            {
+                "command": "c",
+                "seeds": [0, 1, 2],
+                "rows": [{"users": 250}],
+                "runs": [{"train_seconds": 1800.0}, {"train_seconds": 1800.0}],
+            },
+            (250, 3, 1.0, False),
+        ),
+    ],
+)
+def test_users_seeds_and_hours_are_those_of_the_result(
+    tmp_path: Path, result: dict[str, Any], expected: tuple[int, int, float, bool]
+) -> None:
+    (tmp_path / "e.yaml").write_text("- {result: some, cut: nothing}", encoding="utf-8")
+    (tmp_path / "some.json").write_text(json.dumps(result), encoding="utf-8")
+    (found,) = read(tmp_path / "e.yaml", tmp_path)
+    assert (found.cases, found.seeds, found.hours, found.exploratory) == expected
+    assert ("exploratory |" in write([found])) == expected[3]
+
+
+def test_a_result_that_is_missing_or_says_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("- {result: some, cut: nothing}", encoding="utf-8")
+    with raises(DataError, Facts("missing-file", file="some.json")):
+        read(tmp_path / "e.yaml", tmp_path)
+    (tmp_path / "some.json").write_text('{"kind": "suite"}', encoding="utf-8")
+    with raises(DataError, Facts("missing-key", file="some.json")):
+        read(tmp_path / "e.yaml", tmp_path)
