@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote suites record experiments
+.PHONY: help setup quickstart test check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make experiments  write the list of what was run, eval/EXPERIMENTS.md"
+	@echo "make figures      write figures and generated pages from eval/results/, and check that each has a source"
 	@echo "make docs         write the command-line reference, docs/cli.md"
 	@echo "make pictures     draw the pictures of docs/indexes/"
 	@echo "make setup        only make .venv"
@@ -136,4 +137,7 @@ experiments: setup
 	$(BIN)/python -m eval.benchmarks.experiments
 
 record: setup
-	$(BIN)/python -m eval.benchmarks.record runs/quickstart eval/results/quickstart.json README.md
+	$(BIN)/python -m eval.benchmarks.record runs/quickstart eval/results/quickstart.json README.md recipes/quickstart.yaml
+
+figures: setup
+	$(BIN)/python -m eval.benchmarks.figures --write

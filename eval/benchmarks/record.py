@@ -1,23 +1,41 @@
 """Keeps a run's results in the repository: ``make record`` after ``make quickstart``.
 
 ``python -m eval.benchmarks.record RUN TARGET`` writes them without prompts, texts and raw answers, which hold other
-people's data; with a README as third argument its table of the quickstart too.
+people's data; with a README as third argument its table of the quickstart too, and with the recipe's page as fourth
+what that page sets, so that a test can say that the page has changed since.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from llmrec.recipe.load import load_recipe, recipe_hash
+from llmrec.report.marks import rule
+from llmrec.results import Results
+
 START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
 LOWER = ("RMSE", "MAE")
+FEW_USERS = 200
+"""With fewer users, or fewer than three training seeds, what a page says is called exploratory."""
 
 
-def main(run: Path, target: Path, readme: Path | None = None) -> None:
-    """Write the results, and the table where there is a README."""
+def main(run: Path, target: Path, readme: Path | None = None, page: Path | None = None) -> None:
+    """Write the results, and the table where there is a README.
+
+    Raises:
+        SystemExit: If the recipe's page is not what was run.
+    """
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    if page is not None:
+        if recipe_hash(load_recipe(page)) != results["recipe_hash"]:
+            raise SystemExit(f"{run} was made with another recipe than {page}; run it again")
+        results["recipe_page"] = yaml.safe_load(page.read_text(encoding="utf-8"))
     results["examples"] = []
     results.pop("texts", None)
     for row in results["rows"]:
@@ -29,6 +47,28 @@ def main(run: Path, target: Path, readme: Path | None = None) -> None:
     before, _, rest = text.partition(START)
     after = rest.partition(END)[2]
     readme.write_text(f"{before}{START}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+
+
+def changed_since(results: dict[str, Any], page: Path) -> list[str]:
+    """Return the keys of a recipe's page that have changed since its results were recorded, defaults left out.
+
+    Names and descriptions change nothing.
+    """
+    then, now = (dict(_flat(each)) for each in (results["recipe_page"], yaml.safe_load(page.read_text("utf-8"))))
+    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    return [
+        f"{key} was {then.get(key, 'not set')}, is {now.get(key, 'not set')}"
+        for key in different
+        if key not in {"name", "description"}
+    ]
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def table(results: dict[str, Any]) -> str:
@@ -58,19 +98,33 @@ def table(results: dict[str, Any]) -> str:
             ", ".join(f"{name} {number:.3f}" for number, name in classic),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _how(results), *(f"\n{note}" for note in results["notes"])])
+
+
+def _how(results: dict[str, Any]) -> str:
+    """Say how the figures came about, from the run alone."""
+    tasks = list(results["headline"])
+    asked = {row["task"]: row["predictor"] for row in reversed(results["rows"]) if row["arm"] == "zero-shot"}
+    users = {row["task"]: row["users"] for row in results["rows"]}
+    few = [task for task in tasks if users[task] < FEW_USERS]
     machine = results["machine"]
+    machine_said = f"{machine['cores']} cores ({machine['cpu']}), {machine['gpu'] or 'no GPU'}"
     stages = ", ".join(f"{entry['stage']} {entry['seconds']:.0f} s" for entry in results["budget"])
-    lines += [
-        "",
-        f"Strategies: expected rating, title likelihood, label distribution, generated text. Ranking over "
-        f"{results['candidates']['main']['count']} stored candidates; one training seed; 95 % intervals of single "
-        f"differences, verdicts Holm-adjusted over all {len(results['comparisons'])} comparisons of the run. "
-        f"{machine['cores']} cores ({machine['cpu']}), {machine['gpu'] or 'no GPU'}. Seconds, after the set-up: "
-        f"{stages}; {results['seconds']:.0f} s in all.",
-        *(f"\n{note}" for note in results["notes"] if "no real reviews" in note),
+    said = [
+        f"`{results['command']}` with llmrec {results['llmrec']}, recipe {results['recipe_hash']}",
+        f"Asked by {_listed([f'{asked[task]} ({task})' for task in tasks])}",
+        f"Training rows: {', '.join(f'{task} {count}' for task, count in results['training']['rows'].items())}",
+        rule(Results.model_validate(results)).rstrip("."),
+        "Exploratory, with one training seed"
+        + (f", and fewer than {FEW_USERS} users for {_listed(few)}" if few else ""),
+        f"{machine_said}. Seconds by stage: {stages}; {results['seconds']:.0f} s in all",
     ]
-    return "\n".join(lines)
+    return f"{'. '.join(said)}."
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:4]))
+    main(*(Path(argument) for argument in sys.argv[1:5]))

@@ -1,21 +1,25 @@
 """What a mean rating that leaves the row's own rating out tells of that rating, by the step to which it is rounded.
 
-``python -m eval.benchmarks.shown_means`` on MovieLens-100K; docs/m6.md has the table. Of two readers of the shown mean
-one does not know the item, and has the correlation of mean and rating. The other knows by heart, for each item and each
-shown mean, the commonest rating of these training rows.
+``python -m eval.benchmarks.shown_means eval/results/shown_means.json`` on MovieLens-100K; docs/m6.md has the table. Of
+two readers of the shown mean one does not know the item, and has the correlation of mean and rating. The other knows by
+heart, for each item and each shown mean, the commonest rating of these training rows.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import polars as pl
 
+from llmrec.durable import write_json
 from llmrec.experiment.study import load_split
+from llmrec.machine import machine, versions
 from llmrec.recipe.schema import DataSection
 
 STEPS = (0.1, 0.5, 1.0)
-BANDS = ((2, 5), (6, 20), (21, 100), (101, 10_000))
+BANDS = {"2-5": (2, 5), "6-20": (6, 20), "21-100": (21, 100), "more": (101, 10_000)}
 
 
 def rounded(total: pl.Expr, count: pl.Expr, step: float) -> pl.Expr:
@@ -29,24 +33,42 @@ def by_heart(rows: pl.DataFrame, *known: str) -> float:
     return float(counts["len"].sum() / len(rows))
 
 
-def main() -> None:
-    """Print a line a step."""
+def main(target: Path) -> None:
+    """Write what each step tells."""
     data = load_split(DataSection(source="movielens-100k"), seed=0)
     sums = data.train.group_by("item_id").agg(pl.len().alias("count"), pl.col("rating").sum().alias("total"))
     train = data.train.join(sums, on="item_id").filter(pl.col("count") > 1)
     held = pl.concat([data.valid, data.test]).join(sums, on="item_id")
     others, rest = pl.col("total") - pl.col("rating"), pl.col("count") - 1
+    steps = {}
     for step in STEPS:
         shown = train.with_columns(mean=rounded(others, rest, step))
         asked = held.with_columns(mean=rounded(pl.col("total"), pl.col("count"), step))
-        correlations = [float(rows.select(pl.corr("mean", "rating")).item()) for rows in (shown, asked)]
-        parts = []
-        for low, high in BANDS:
-            band = shown.filter(pl.col("count").is_between(low, high))
-            parts.append(f"{low}-{high}: {by_heart(band, 'item_id', 'mean'):.2f}/{by_heart(band, 'item_id'):.2f}")
-        train_r, held_r = correlations
-        sys.stdout.write(f"step {step}: correlation {train_r:.3f} train, {held_r:.3f} held out; {'; '.join(parts)}\n")
+        steps[str(step)] = {
+            "correlation": {
+                name: rows.select(pl.corr("mean", "rating")).item()
+                for name, rows in (("training", shown), ("held out", asked))
+            },
+            "by_heart": {name: by_heart(band, "item_id", "mean") for name, band in _bands(shown)},
+        }
+    bands = dict(_bands(train))
+    result = {
+        "command": "python -m eval.benchmarks.shown_means eval/results/shown_means.json",
+        "what": "a mean rating without the row's own: what it tells of that rating, and how often an item's commonest "
+        "rating at the same mean is right; MovieLens-100K, by the training ratings of the item",
+        "steps": steps,
+        "no_mean": {name: by_heart(band, "item_id") for name, band in bands.items()},
+        "share_of_rows": {name: len(band) / len(train) for name, band in bands.items()},
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(target, result)
+
+
+def _bands(rows: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    for name, (low, high) in BANDS.items():
+        yield name, rows.filter(pl.col("count").is_between(low, high))
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

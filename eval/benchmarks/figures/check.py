@@ -1,0 +1,133 @@
+"""Compares the figures of README.md and docs/ with the results that they are bound to, and writes them again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from eval.benchmarks.figures.generated import wanted
+from eval.benchmarks.figures.pages import figures, masked, read
+from eval.benchmarks.figures.pointers import PointerError, Results
+from eval.benchmarks.record import changed_since
+
+EXCEPTIONS = "eval/figures.yaml"
+ELSEWHERE = {"docs/cli.md"}
+"""Pages that are generated and that another test compares whole."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Figures without a committed source.
+
+    Attributes:
+        page: The page.
+        text: What it says, to the letter. The first line of a table means all of the table, ``*`` all of the page.
+        reason: Why there is no source.
+    """
+
+    page: str
+    text: str
+    reason: str
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Return the stretches of a page that this covers."""
+        if self.text == "*":
+            return [(0, len(text))]
+        words = r"\s+".join(map(re.escape, self.text.split()))
+        table = r".*(?:\n\|.*)*" if self.text.startswith("|") else ""
+        return [found.span() for found in re.finditer(words + table, text)]
+
+
+def named(root: Path) -> list[str]:
+    """Return the pages whose figures must have a source."""
+    docs = (path.relative_to(root).as_posix() for path in sorted((root / "docs").rglob("*.md")))
+    return ["README.md", *(name for name in docs if name not in ELSEWHERE)]
+
+
+def exceptions(root: Path) -> list[Allowed]:
+    """Return the committed exceptions."""
+    content = yaml.safe_load((root / EXCEPTIONS).read_text(encoding="utf-8"))
+    return [Allowed(**each) for each in content or []]
+
+
+def faults(root: Path) -> list[str]:
+    """Return what is wrong in a checkout, a line each; nothing if every figure is what its source says."""
+    allowed, results, found = exceptions(root), Results(root), []
+    pages = named(root)
+    found += [f"{EXCEPTIONS}: there is no page {each.page}" for each in allowed if each.page not in pages]
+    found += [f"{EXCEPTIONS}: {each.text!r} has no reason" for each in allowed if not each.reason.strip()]
+    for name in pages:
+        text = (root / name).read_text(encoding="utf-8")
+        found += _page(name, text, [each for each in allowed if each.page == name], results)
+    for name, text in wanted(root).items():
+        path = root / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            found.append(f"{name}: is not what its generator writes from the committed results; run make figures")
+    found += [
+        f"README.md: the table was recorded with another recipes/quickstart.yaml: {each}; run make quickstart record"
+        for each in changed_since(results.file("quickstart"), root / "recipes" / "quickstart.yaml")
+    ]
+    return found
+
+
+def _page(name: str, text: str, allowed: Sequence[Allowed], results: Results) -> Iterator[str]:
+    places = []
+    plain = masked(text)
+    for each in allowed:
+        covered = each.places(text)
+        places += covered
+        if not any(figures(plain, *place) for place in covered):
+            yield f"{EXCEPTIONS}: {name} has no figure in {each.text!r} any more; take the exception out"
+    page = read(text, places)
+    yield from (f"{name}, {fault}" for fault in page.faults)
+    for figure in page.unbound:
+        yield f"{_where(name, text, figure.start)}: {figure} has no source; bind it, or put a parameter in backticks"
+    for bound in page.bound:
+        where = f"{_where(name, text, bound.figure.start)}: {bound.figure}"
+        try:
+            written = bound.figure.written(results.value(bound.expression))
+        except PointerError as error:
+            yield f"{where}: {error}"
+            continue
+        if written != f"{bound.figure.sign}{bound.figure.digits}":
+            yield f"{where} is {written} in {bound.expression}"
+
+
+def _where(name: str, text: str, place: int) -> str:
+    return f"{name}, line {text.count(chr(10), 0, place) + 1}"
+
+
+def write(root: Path) -> list[str]:
+    """Write bound figures and generated pages from the results; return the files that changed.
+
+    Raises:
+        PointerError: If a pointer leads to nothing; then no page is written.
+    """
+    results, made = Results(root), {}
+    allowed = exceptions(root)
+    for name in named(root):
+        text = (root / name).read_text(encoding="utf-8")
+        places = [place for each in allowed if each.page == name for place in each.places(text)]
+        new = text
+        for bound in sorted(read(text, places).bound, key=lambda each: -each.figure.start):
+            written = bound.figure.written(results.value(bound.expression))
+            new = f"{new[: bound.figure.start]}{written}{new[bound.figure.end :]}"
+        made[name] = (text, new)
+    changed = _put(root, {name: new for name, (old, new) in made.items() if new != old})
+    # Generated parts stand inside pages that may just have been written.
+    stale = {name: text for name, text in wanted(root).items() if _old(root / name) != text}
+    return sorted({*changed, *_put(root, stale)})
+
+
+def _old(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _put(root: Path, texts: dict[str, str]) -> list[str]:
+    for name, text in texts.items():
+        (root / name).write_text(text, encoding="utf-8")
+    return list(texts)

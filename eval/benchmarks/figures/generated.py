@@ -1,0 +1,67 @@
+"""Pages, parts of pages and pictures that are written from committed results, as their generators write them now."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks import index_collisions, record, scaling, search_plots
+from llmrec.commands.compare.benchmark_page import pages
+from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
+from llmrec.commands.compare.records import BenchmarkResult
+
+TIMED = ("search", "search_vllm", "training")
+"""Results that docs/performance.md shows."""
+
+
+def wanted(root: Path) -> dict[str, str]:
+    """Return the content of everything that is generated, by its place in the checkout.
+
+    The command-line reference is not among it: a test asks the program for that.
+
+    Args:
+        root: A checkout, whose results are read; around generated parts its pages are kept as they are.
+    """
+    results = root / "eval" / "results"
+    references = {path.stem: load_reference(path) for path in sorted((root / "eval" / "references").glob("*.yaml"))}
+    found = {"eval/LEADERBOARD.md": leaderboard(read_results(results), references)}
+    for path in sorted(results.glob("*.json")):
+        content = _read(path)
+        if content.get("kind") == "benchmark":
+            made = pages(BenchmarkResult.model_validate(content))
+            found |= {f"eval/{name}": text for name, text in made.items()}
+    files = [results / f"{name}.json" for name in TIMED]
+    for file in files:
+        found |= {f"docs/performance/{goal.picture}": search_plots.draw(goal) for goal in search_plots.goals(file)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        performance = search_plots.page(files, "performance")
+    found["docs/generative/scaling.svg"] = scaling.picture(_read(results / "scaling.json"))
+    parts = {
+        "docs/performance.md": {"performance:figures": performance},
+        "docs/indexes/README.md": {
+            "collisions:table": index_collisions.collisions_table(_read(results / "index_collisions.json")["rows"]),
+            "leak:table": index_collisions.leak_table(_read(results / "index_leak.json")),
+        },
+        "README.md": {"quickstart:table": record.table(_read(results / "quickstart.json"))},
+    }
+    for name, own in parts.items():
+        text = (root / name).read_text(encoding="utf-8")
+        for mark, part in own.items():
+            text = _put(text, mark, part)
+        found[name] = text
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _put(text: str, mark: str, part: str) -> str:
+    """Return a page with what stands between two marks replaced; as it was if it has none."""
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, found, rest = text.partition(start)
+    return f"{before}{start}\n\n{part}\n\n{end}{rest.partition(end)[2]}" if found else text

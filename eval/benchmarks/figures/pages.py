@@ -1,0 +1,292 @@
+"""Figures on a page, and the comments that bind them.
+
+**A figure** is a number with a decimal point, a count with separators of thousands, a percentage, a number like 2e-16,
+a whole number of milliseconds, seconds, minutes or hours, or of times (faster, slower, longer, as, the). None is: what
+stands in a code block, in backticks, in a heading, in the target of a link or in a generated part; a version (three
+numbers, or after the name of a program); the number of a section or of a paper; the level of the intervals (95 %). So a
+parameter goes in backticks.
+
+**A comment binds** figures, in their order, to expressions of `pointers`, one a line or with ``;`` between them:
+
+    Tuning gains +.163 [+.138, +.187]. <!-- figures: $pair/{value,low,high} -->
+
+At the end of a line it binds what stands before it on that line. On lines of its own it binds the paragraph, list or
+table that follows. ``a/{b,c}`` is ``a/b; a/c``. ``$name = TEXT`` makes an abbreviation for the rest of the page.
+
+Over a table a line names a row by its first cell, then the expressions of the other cells, with ``|`` between cells;
+where several rows begin alike, lines go to them in their order.
+After ``each: CELLS`` rows give what stands for $1, $2 there; $0 is the row's name:
+
+    <!-- figures
+    each: $beauty[name=$1]/tables/excluded/metrics/{HR@5,NDCG@5} | $beauty[name=$1]/seconds/fit
+    SASRec, full softmax: sasrec
+    decayed Markov: markov
+    -->
+
+The decimals that are printed decide how a value is rounded, half to even. A sign is printed or not: without one the
+value must not be negative. A percentage is compared with a hundred times the value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import ROUND_HALF_EVEN, Decimal
+from itertools import pairwise
+
+FIGURE = re.compile(
+    r"(?<![\w.,/])(?P<sign>(?<![\d\w)])[−+-])?"
+    r"(?P<digits>\d+(?:\.\d+)?e-?\d+|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+(?=(?: to \d+)? ?%)"
+    r"|\d+(?=(?: to \d+)? (?:ms|s|seconds?|minutes?|hours?)\b)"
+    r"|\d+(?=(?: to \d+)? times (?:as|faster|slower|longer|the)\b))(?![\d+]|\.\d|\w(?<!K))(?P<percent> ?%)?"
+)
+NO_FIGURE = re.compile(
+    r"(?:Apache|License|Python|torch|bitsandbytes|capability|[Ss]ection|[Tt]able|[Ee]quation|arXiv) \d+(?:\.\d+)*"
+    r"|\b\d{4}\.\d{5}\b|\b95 %"
+)
+FENCE = re.compile(r"^(```|~~~).*?^\1 *$", re.M | re.S)
+HIDDEN = (
+    re.compile(r"`[^`\n]+`"),
+    re.compile(r"(?<=\])\([^)\n]*\)"),
+    re.compile(r"https?://\S+"),
+    re.compile(r"^#+ .*$", re.M),
+    NO_FIGURE,
+)
+GENERATED = re.compile(r"<!-- (?P<name>[\w-]+:[\w-]+) -->.*?<!-- /(?P=name) -->", re.S)
+COMMENT = re.compile(r"<!--.*?-->", re.S)
+BINDING = re.compile(r"<!-- figures:?\s(?P<body>.*?)-->", re.S)
+BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+class BindingError(Exception):
+    """A comment that does not fit what it binds."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure as it is printed.
+
+    Attributes:
+        start: Where its text begins on the page.
+        end: Where it ends, the sign of percentages left out.
+        sign: As printed, or empty.
+        digits: Without sign.
+        percent: Whether it is a percentage.
+    """
+
+    start: int
+    end: int
+    sign: str
+    digits: str
+    percent: bool
+
+    def __str__(self) -> str:
+        """Return the figure as printed."""
+        return f"{self.sign}{self.digits}{' %' if self.percent else ''}"
+
+    def written(self, value: Decimal) -> str:
+        """Return a value in the form of this figure."""
+        value = value * 100 if self.percent else value
+        if "e" in self.digits:
+            mantissa = self.digits.partition("e")[0]
+            places = len(mantissa.partition(".")[2])
+            text = f"{abs(value):.{places}e}"
+            head, _, power = text.partition("e")
+            return f"{self._sign(value)}{head}e{int(power)}"
+        places = len(self.digits.partition(".")[2])
+        rounded = value.quantize(Decimal(1).scaleb(-places), rounding=ROUND_HALF_EVEN)
+        text = f"{abs(rounded):,}" if "," in self.digits or abs(rounded) >= 10_000 else str(abs(rounded))
+        if self.digits.startswith(".") and text.startswith("0."):
+            text = text[1:]
+        return f"{self._sign(rounded)}{text}"
+
+    def _sign(self, value: Decimal) -> str:
+        if value < 0:
+            return self.sign if self.sign in {"−", "-"} else "−"
+        return "+" if self.sign == "+" else ""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A figure and the expression that it must equal."""
+
+    figure: Figure
+    expression: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page holds, and what is wrong with its comments."""
+
+    bound: tuple[Bound, ...]
+    unbound: tuple[Figure, ...]
+    faults: tuple[str, ...]
+
+
+@dataclass
+class _Names:
+    known: dict[str, str] = field(default_factory=dict)
+
+    def put(self, text: str) -> str:
+        """Return a text with the abbreviations written out."""
+        for _ in range(5):
+            text, count = re.subn(r"\$([A-Za-z_]\w*)", self._one, text)
+            if not count:
+                return text
+        raise BindingError(f"abbreviations go round in a circle: {text}")
+
+    def _one(self, match: re.Match[str]) -> str:
+        if match[1] not in self.known:
+            raise BindingError(f"${match[1]} is not known here")
+        return self.known[match[1]]
+
+
+def masked(text: str) -> str:
+    """Return the page with everything blanked that can hold no figure; places stay."""
+    for pattern in (FENCE, GENERATED, COMMENT, *HIDDEN):
+        text = pattern.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+    return text
+
+
+def figures(plain: str, start: int = 0, end: int | None = None) -> list[Figure]:
+    """Return the figures of a masked page between two places."""
+    return [
+        Figure(found.start(), found.end("digits"), found["sign"] or "", found["digits"], bool(found["percent"]))
+        for found in FIGURE.finditer(plain, start, len(plain) if end is None else end)
+    ]
+
+
+def read(text: str, excepted: Sequence[tuple[int, int]] = ()) -> Page:
+    """Return the figures of a page with what binds them.
+
+    Args:
+        text: The page.
+        excepted: Stretches whose figures need no source.
+    """
+    plain = masked(text)
+    for start, end in excepted:
+        plain = plain[:start] + re.sub(r"[^\n]", " ", plain[start:end]) + plain[end:]
+    code = FENCE.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+    names, bound, faults = _Names(), [], []
+    for comment in BINDING.finditer(code):
+        line = text.rfind("\n", 0, comment.start()) + 1
+        alone = not text[line : comment.start()].strip()
+        try:
+            lines = _lines(comment["body"], names)
+            if not alone:
+                start = max([line, *(each.end() for each in BINDING.finditer(text, line, comment.start()))])
+                bound += _in_order(lines, figures(plain, start, comment.start()), names)
+                continue
+            start, end = _block(text, comment.end())
+            if text[start:end].lstrip().startswith("|"):
+                bound += _table(lines, text, plain, (start, end), names)
+            elif lines:
+                bound += _in_order(lines, _free(text, plain, start, end), names)
+        except BindingError as error:
+            faults.append(f"line {text.count(chr(10), 0, comment.start()) + 1}: {error}")
+    places = {each.figure.start for each in bound}
+    unbound = tuple(each for each in figures(plain) if each.start not in places)
+    return Page(tuple(bound), unbound, tuple(faults))
+
+
+def _lines(body: str, names: _Names) -> list[str]:
+    """Return the lines that bind; abbreviations are kept aside."""
+    kept = []
+    for line in body.splitlines():
+        made = re.match(r"\s*\$([A-Za-z_]\w*) = (\S.*?)\s*$", line)
+        if made:
+            names.known[made[1]] = made[2]
+        elif line.strip():
+            kept.append(line.strip())
+    return kept
+
+
+def _block(text: str, at: int) -> tuple[int, int]:
+    """Return the stretch after a comment, up to an empty line."""
+    start = text.find("\n", at) + 1
+    end = text.find("\n\n", start)
+    return start, len(text) if end < 0 else end
+
+
+def _free(text: str, plain: str, start: int, end: int) -> list[Figure]:
+    """Return the figures of a block, but for lines that end with a comment of their own."""
+    found, at = [], start
+    for line in text[start:end].splitlines(keepends=True):
+        if not BINDING.search(line):
+            found += figures(plain, at, at + len(line))
+        at += len(line)
+    return found
+
+
+def expressions(text: str, names: _Names) -> list[str]:
+    """Return the expressions of a text, braces written out."""
+    found = []
+    for part in re.split(r";(?![^\[]*\])", names.put(text)):
+        found += list(_spread(part.strip())) if part.strip() not in {"", "-"} else []
+    return found
+
+
+def _spread(text: str) -> Iterator[str]:
+    match = BRACES.search(text)
+    if match is None:
+        yield text
+        return
+    for each in match[1].split(","):
+        yield from _spread(text[: match.start()] + each.strip() + text[match.end() :])
+
+
+def _pair(found: Sequence[Figure], wanted: Sequence[str], where: str) -> list[Bound]:
+    if len(found) != len(wanted):
+        shown = ", ".join(map(str, found)) or "none"
+        raise BindingError(f"{where}: {len(found)} figures ({shown}), {len(wanted)} expressions ({'; '.join(wanted)})")
+    return [Bound(figure, expression) for figure, expression in zip(found, wanted, strict=True)]
+
+
+def _in_order(lines: Sequence[str], found: Sequence[Figure], names: _Names) -> list[Bound]:
+    return _pair(found, [each for line in lines for each in expressions(line, names)], "in order")
+
+
+def _table(lines: Sequence[str], text: str, plain: str, place: tuple[int, int], names: _Names) -> list[Bound]:
+    rows: dict[str, list[list[tuple[int, int]]]] = {}
+    at, bound = place[0], []
+    for number, line in enumerate(text[place[0] : place[1]].splitlines(keepends=True)):
+        cells = _cells(line, plain[at : at + len(line)], at)
+        if number > 1:
+            name = re.sub(r"[*`]", "", text[cells[0][0] : cells[0][1]]).strip()
+            rows.setdefault(name, []).append(cells[1:])
+        at += len(line)
+    template = ""
+    for line in lines:
+        label, _, rest = line.rpartition(": ") if ": " in line else (line.removesuffix(":"), "", "")
+        if label == "each":
+            template = rest
+            continue
+        if not rows.get(label):
+            raise BindingError(f"no (further) row of the table is called {label!r}; there are {', '.join(rows)}")
+        said = [each.strip() for each in _split(rest)]
+        cells_said = _split(_filled(template, [label, *said])) if template else said
+        for cell, expected in zip(rows[label].pop(0), cells_said, strict=False):
+            found = figures(plain, *cell)
+            if found or not template:
+                bound += _pair(found, expressions(expected, names), f"row {label!r}")
+    return bound
+
+
+def _filled(template: str, values: Sequence[str]) -> str:
+    """Return a row's cells from those after ``each``; what the row does not give is empty."""
+    return re.sub(r"\$(\d)", lambda found: values[int(found[1])] if int(found[1]) < len(values) else "", template)
+
+
+def _split(text: str) -> list[str]:
+    return re.split(r" \| ?|\|$", text) if text else []
+
+
+def _cells(line: str, plain: str, at: int) -> list[tuple[int, int]]:
+    """Return the places of a row's cells."""
+    bars = [place for place, letter in enumerate(line) if letter == "|" and not _escaped(line, place)]
+    return [(at + left + 1, at + right) for left, right in pairwise(bars)]
+
+
+def _escaped(line: str, place: int) -> bool:
+    return line[place - 1 : place] == "\\" or line.count("`", 0, place) % 2 == 1

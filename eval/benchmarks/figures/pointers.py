@@ -1,0 +1,206 @@
+"""Pointers into committed results, and the small sums that may be made of them.
+
+A pointer is ``FILE:path``: FILE is ``eval/results/FILE.json``, or with ``references/`` before it
+``eval/references/FILE.yaml``. A path is keys with ``/`` between them; a key that has a blank or a slash in it stands in
+brackets. A list is entered by what an entry holds, never by its place: ``rows[name=sasrec]``, ``pairs[a=items &
+seen=excluded]`` (a value is compared as text, an inner key is written ``metrics.n``). ``*`` is every entry. An object
+with a ``value`` stands for that.
+
+    generative-beauty:rows[name=items]/tables/excluded/metrics/HR@5
+    cold:warm/[HR@10, 1 reserved]
+
+Between pointers and numbers there may be ``+ - * /`` with blanks around them, and parentheses. Functions: ``abs(x)``;
+``min max sum mean count`` of a pointer, which may then stand for several values; ``chance(k, n)``, the exact NDCG@k of
+a random order of n candidates with one target. Nothing else: results are read, never run. Numbers alone are no source.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal, localcontext
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TOKEN = re.compile(
+    r"\s*(?:(?P<call>abs|min|max|sum|mean|count|chance)\(|(?P<number>\d+(?:\.\d+)?)(?=[\s),]|$)"
+    r"|(?P<sign>[-+*/(),])(?=\s|\(|$|\)|\w|\[)|(?P<pointer>[\w./-]+:(?:\[[^\]]*\]|[^\s()\[\]])+))"
+)
+STEP = re.compile(r"\[(?P<inside>[^\]]*)\]|(?P<key>[^/\[\]]+)|/")
+
+
+class PointerError(Exception):
+    """A pointer that leads nowhere, or a sum that cannot be read."""
+
+
+class Results:
+    """The committed results of a checkout, read once each."""
+
+    def __init__(self, root: Path) -> None:
+        """Take the root of the checkout."""
+        self.root = root
+        self.file = functools.cache(self._file)
+
+    def _file(self, name: str) -> Any:
+        place = f"eval/{name}.yaml" if name.startswith("references/") else f"eval/results/{name}.json"
+        path = self.root / place
+        if not path.exists():
+            raise PointerError(f"there is no {place}")
+        # JSON is YAML too, but read a hundred times faster.
+        text = path.read_text(encoding="utf-8")
+        return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+
+    def find(self, pointer: str) -> list[Decimal]:
+        """Return the numbers that a pointer leads to, in order."""
+        name, _, path = pointer.partition(":")
+        found = [self.file(name)]
+        for match in STEP.finditer(path):
+            if match["key"] is not None:
+                found = [inner for each in found for inner in _enter(each, match["key"], pointer)]
+            elif match["inside"] is not None:
+                found = [inner for each in found for inner in _select(each, match["inside"], pointer)]
+        return [_number(each, pointer) for each in found]
+
+    def value(self, text: str) -> Decimal:
+        """Return what an expression comes to.
+
+        Raises:
+            PointerError: If it cannot be read, or a pointer leads to nothing or to several values.
+        """
+        tokens = list(_tokens(text))
+        if not any(kind == "pointer" or (kind, said) == ("call", "chance") for kind, said in tokens):
+            raise PointerError(f"{text!r} names no result")
+        with localcontext(prec=40):
+            reader = _Reader(tokens, self.find, text)
+            value = reader.sum()
+            reader.end()
+        return value
+
+
+def _tokens(text: str) -> Iterator[tuple[str, str]]:
+    at = 0
+    while text[at:].strip():
+        match = TOKEN.match(text, at)
+        if match is None:
+            raise PointerError(f"cannot read {text[at:].strip()!r} in {text!r}")
+        kind = str(match.lastgroup)
+        yield kind, match[kind]
+        at = match.end()
+
+
+class _Reader:
+    """Sums, products, parentheses and the functions, left to right."""
+
+    def __init__(self, tokens: list[tuple[str, str]], find: Callable[[str], list[Decimal]], text: str) -> None:
+        self.tokens = tokens
+        self.find = find
+        self.text = text
+
+    def _next(self) -> tuple[str, str]:
+        return self.tokens.pop(0) if self.tokens else ("end", "")
+
+    def _expect(self, sign: str) -> None:
+        if self._next() != ("sign", sign):
+            raise PointerError(f"{sign!r} is missing in {self.text!r}")
+
+    def end(self) -> None:
+        if self.tokens:
+            raise PointerError(f"{self.tokens[0][1]!r} is one too many in {self.text!r}")
+
+    def sum(self) -> Decimal:
+        value = self._product()
+        while self.tokens and self.tokens[0] in {("sign", "+"), ("sign", "-")}:
+            sign = self._next()[1]
+            value = value + self._product() if sign == "+" else value - self._product()
+        return value
+
+    def _product(self) -> Decimal:
+        value = self._one()
+        while self.tokens and self.tokens[0] in {("sign", "*"), ("sign", "/")}:
+            sign = self._next()[1]
+            value = value * self._one() if sign == "*" else value / self._one()
+        return value
+
+    def _one(self) -> Decimal:
+        kind, said = self._next()
+        if kind == "number":
+            return Decimal(said)
+        if kind == "pointer":
+            found = self.find(said)
+            if len(found) != 1:
+                raise PointerError(f"{said} leads to {len(found)} values")
+            return found[0]
+        if (kind, said) == ("sign", "("):
+            value = self.sum()
+            self._expect(")")
+            return value
+        if kind != "call":
+            raise PointerError(f"a pointer is missing in {self.text!r}")
+        value = self._call(said)
+        self._expect(")")
+        return value
+
+    def _call(self, name: str) -> Decimal:
+        if name == "abs":
+            return abs(self.sum())
+        if name == "chance":
+            cutoff = self.sum()
+            self._expect(",")
+            return chance(int(cutoff), int(self.sum()))
+        kind, said = self._next()
+        if kind != "pointer":
+            raise PointerError(f"{name}() takes a pointer: {self.text!r}")
+        found = self.find(said)
+        if name == "count":
+            return Decimal(len(found))
+        if not found:
+            raise PointerError(f"{said} leads to nothing")
+        if name == "mean":
+            return sum(found, Decimal(0)) / len(found)
+        return {"min": min, "max": max, "sum": sum}[name](found)  # type: ignore[operator,no-any-return]
+
+
+def chance(cutoff: int, candidates: int) -> Decimal:
+    """Return the exact NDCG@cutoff of a random order with one target among so many candidates."""
+    ranks = range(2, min(cutoff, candidates) + 2)
+    gains = (Decimal(2).ln() / Decimal(rank).ln() for rank in ranks)
+    return sum(gains, Decimal(0)) / candidates
+
+
+def _enter(value: Any, key: str, pointer: str) -> list[Any]:
+    if key == "*":
+        return list(value.values()) if isinstance(value, dict) else list(value)
+    if not isinstance(value, dict) or key not in value:
+        known = ", ".join(map(str, value)) if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise PointerError(f"{pointer} leads to nothing: no {key!r} in {known[:200]}")
+    return [value[key]]
+
+
+def _select(value: Any, inside: str, pointer: str) -> list[Any]:
+    if "=" not in inside or isinstance(value, dict):
+        return _enter(value, inside, pointer)
+    if not isinstance(value, list):
+        raise PointerError(f"{pointer} leads to nothing: [{inside}] asks for a list")
+    wanted = [condition.strip().partition("=")[::2] for condition in inside.split(" & ")]
+    found = [each for each in value if all(str(_inner(each, key)) == said for key, said in wanted)]
+    if not found:
+        raise PointerError(f"{pointer} leads to nothing: no entry has {inside}")
+    return found
+
+
+def _inner(value: Any, key: str) -> Any:
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _number(value: Any, pointer: str) -> Decimal:
+    if isinstance(value, dict) and "value" in value:
+        value = value["value"]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PointerError(f"{pointer} leads to no number")
+    return Decimal(str(value))
