@@ -120,6 +120,21 @@ def test_a_second_run_trains_nothing_and_a_changed_recipe_its_rows_alone(
     assert changed["rows"][1]["tables"]["included"]["parameters"]["steps"] == 2
 
 
+def test_a_row_whose_model_an_earlier_call_trained_has_the_seconds_of_that_training(
+    page: dict[str, Any], tmp_path: Path
+) -> None:
+    suite = Suite(**page | {"rows": page["rows"][1:2], "pairs": []})
+    run_suite(suite, out=tmp_path / "out", results=tmp_path / "results")
+    (train,) = (tmp_path / "out").rglob("train.json")
+    spent = json.loads(train.read_text())
+    spent["seconds"] = 5000.0
+    train.write_text(json.dumps(spent))
+    for row in (tmp_path / "out" / "rows").iterdir():
+        row.unlink()
+    (again,) = run_suite(suite, out=tmp_path / "out", results=tmp_path / "results").results.rows
+    assert 5000 < again.seconds["fit"] < 5300
+
+
 def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
     page: dict[str, Any], ran: tuple[Path, dict[str, Any]]
 ) -> None:

@@ -50,11 +50,13 @@ class SuiteModels:
         suite: The suite.
         folder: Where models and their rankings are kept, so that a killed suite goes on.
         chosen: Parameters of the rows that are done, by label and table.
+        earlier: Seconds of training that earlier calls spent on the models of this one.
     """
 
     suite: Suite
     folder: Path
     chosen: dict[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    earlier: float = 0.0
     _fitted: dict[tuple[str, str, int], list[Any]] = field(default_factory=dict)
     _backgrounds: dict[str, Background] = field(default_factory=dict)
 
@@ -182,7 +184,9 @@ class SuiteModels:
         recipe = recipe.model_copy(update={"eval": section})
         folder = self.folder / "models" / f"{row.label}-{seed}-{data.fingerprint[:8]}"
         session = open_session(recipe, folder, data=data)
-        training = session.trained() or session.train()
+        reused = session.trained()
+        training = reused or session.train()
+        self.earlier += training["seconds" if reused else "seconds_before"]
         store = AnswerStore(folder / "answers.sqlite")
         engines = Engines(recipe.model, recipe.eval, session.encoder, seed, session.budget, store)
         backend = engines.get("hf", str(folder / "merged"), training["merged_sha256"])

@@ -162,13 +162,13 @@ def _measured(
         together.setdefault(f"{table if row.mix else ''}{dict(choice.parameters)}", []).append(table)
     for tables in together.values():
         choice = tuned.choices[tables[0]]
-        begin = time.monotonic()
+        begin, before = time.monotonic(), contenders.earlier
         if first and choice.model is not None:
             model = choice.model
             contenders.keep(row, data, seed, model)
         else:
             model = contenders.fit(row, data, seed, tables[0], choice.parameters)
-        seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin
+        seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin + contenders.earlier - before
         found |= _measure(contenders, row, data, seconds, model, tables)
     return {table: found[table] for table in tuned.choices}
 

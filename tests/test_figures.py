@@ -1,0 +1,280 @@
+"""Figures of README.md, docs/ and the generated pages are what the committed results say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from eval.benchmarks import record
+from eval.benchmarks.figures.check import EXCEPTIONS, faults, named, write
+from eval.benchmarks.figures.pages import figures, masked, read
+from eval.benchmarks.figures.pointers import PointerError, Results, chance
+from llmrec.metrics.ranking import ndcg
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("docs", "eval", "recipes"):
+        shutil.copytree(ROOT / name, copy / name)
+    shutil.copy(ROOT / "README.md", copy)
+    return copy
+
+
+@pytest.fixture
+def checkout(copied: Path) -> Iterator[Path]:
+    """A copy of what is checked, to plant edits in; put right again afterwards."""
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.suffix in {".md", ".json", ".yaml", ".svg"}}
+    yield copied
+    for path, content in before.items():
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
+
+
+def plant(root: Path, name: str, old: str, new: str) -> None:
+    text = (root / name).read_text(encoding="utf-8")
+    assert old in text
+    (root / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_every_figure_is_what_its_source_says() -> None:
+    assert faults(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "says"),
+    [
+        ("README.md", "| 1.061 |", "| 1.051 |", "README.md: is not what its generator writes"),
+        ("README.md", "## Two commands", "It is 12 % better.\n\n## Two commands", "12 % has no source"),
+        ("docs/families/rating.md", "by .041 [", "by .031 [", ".031 is .041 in rating_users:"),
+        ("docs/families/rating.md", "$pair[b=user-item-bias]", "$pair[b=user-bias]", "leads to nothing"),
+        ("docs/indexes/README.md", "| 0.0524 |", "| 0.0534 |", "docs/indexes/README.md: is not what its generator"),
+        ("docs/performance.md", "16.2 times", "18.2 times", "docs/performance.md: is not what its generator writes"),
+        ("docs/performance/search-vllm-codes.svg", "<svg", "<svg ", "search-vllm-codes.svg: is not what its generator"),
+        ("eval/LEADERBOARD.md", "| 0.0717 |", "| 0.0817 |", "eval/LEADERBOARD.md: is not what its generator writes"),
+        ("eval/multitask.md", "0.", "1.", "eval/multitask.md: is not what its generator writes"),
+        (EXCEPTIONS, "page: docs/indexes/random.md", "page: docs/indexes/title.md", "has no figure in"),
+        (EXCEPTIONS, "text: the collaborative", "text: a collaborative", "no figure in 'a collaborative hybrid"),
+    ],
+)
+def test_a_planted_edit_is_found(checkout: Path, name: str, old: str, new: str, says: str) -> None:
+    plant(checkout, name, old, new)
+    found = faults(checkout)
+    assert any(says in fault for fault in found), found
+
+
+def test_another_result_is_found_and_written(checkout: Path) -> None:
+    results = checkout / "eval" / "results" / "rating_users.json"
+    content = json.loads(results.read_text())
+    for pair in content["comparisons"]:
+        pair["value"] *= 2
+    results.write_text(json.dumps(content))
+    pages = {name: (checkout / name).read_text(encoding="utf-8") for name in named(checkout)}
+    assert len([fault for fault in faults(checkout) if "rating_users:" in fault]) == 4
+    assert write(checkout) == ["docs/families/rating.md", "docs/m6.md"]
+    assert faults(checkout) == []
+    for name, text in pages.items():
+        now = (checkout / name).read_text(encoding="utf-8")
+        assert re.sub(r"\.(041|080|092|083|161|183)\b", "", now) == re.sub(r"\.(041|080|092|083|161|183)\b", "", text)
+
+
+def test_writing_what_is_right_changes_nothing(checkout: Path) -> None:
+    assert write(checkout) == []
+
+
+def test_the_command_says_what_is_wrong_and_puts_it_right(checkout: Path) -> None:
+    plant(checkout, "docs/families/rating.md", "by .041 [", "by .031 [")
+    command = [sys.executable, "-m", "eval.benchmarks.figures", "--root", str(checkout)]
+    done = subprocess.run([*command, "--check"], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1 and done.stdout.startswith("docs/families/rating.md, line ")
+    done = subprocess.run([*command, "--write"], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "written: docs/families/rating.md\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("NDCG@10 .578, RMSE 1.061 and +0.169 [−.02, +.4]", [".578", "1.061", "+0.169", "−.02", "+.4"]),
+        ("22,363 users, 12 % of 94.8K, p 2e-16 (.0361–.0467)", ["22,363", "12 %", "94.8", "2e-16", ".0361", ".0467"]),
+        ("in 78 seconds, 13 to 16 minutes, 3 times faster", ["78", "13", "16", "3"]),
+        ("943 users, three times, 20 candidates, `0.25` and `lr 1e-4`", []),
+        ("Python 3.11, vllm 0.32.0, section 4.1, [a](b.5.md), arXiv 2305.06474, 95 % intervals", []),
+        ("# 1.5\n```sh\nrun 0.5\n```\n<!-- 0.5 -->\n<!-- a:table -->\n0.5\n<!-- /a:table -->", []),
+    ],
+)
+def test_what_counts_as_a_figure(text: str, found: list[str]) -> None:
+    assert [str(figure) for figure in figures(masked(text))] == found
+
+
+@pytest.mark.parametrize(
+    ("printed", "value", "written"),
+    [
+        (".57", ".5749", ".57"),
+        (".123", ".1225", ".122"),
+        ("0.57", "-.0349", "−0.03"),
+        ("+.57", ".1", "+.10"),
+        ("−.57", "-.1", "−.10"),
+        (".57", "1.234", "1.23"),
+        ("57", "-.4", "0"),
+        ("1,234", "98765.4", "98,765"),
+        ("2e-16", "1.95e-17", "2e-17"),
+        ("57 %", ".1234", "12"),
+    ],
+)
+def test_the_printed_decimals_decide_how_a_value_is_rounded(printed: str, value: str, written: str) -> None:
+    (figure,) = figures(f"{printed} minutes")
+    assert figure.written(Decimal(value)) == written
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    (tmp_path / "eval" / "results").mkdir(parents=True)
+    rows = [{"name": "a", "n": 2, "HR@5": {"value": 0.25}}, {"name": "b, c", "n": 6, "HR@5": {"value": 0.5}}]
+    (tmp_path / "eval" / "results" / "made.json").write_text(json.dumps({"rows": rows, "with blank": True, "x": 1e-3}))
+    return Results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("made:rows[name=a]/HR@5", "0.25"),
+        ("made:rows[name=b, c & n=6]/HR@5/value", "0.5"),
+        ("made:x * 1000 + 2", "3"),
+        ("(made:rows[name=a]/n - made:rows[name=b, c]/n) / 8", "-0.5"),
+        ("abs(made:rows[name=a]/n - 3)", "1"),
+        ("min(made:rows/*/n) + max(made:rows/*/n) + sum(made:rows/*/n) + mean(made:rows/*/n)", "20"),
+        ("count(made:rows/*/n)", "2"),
+    ],
+)
+def test_pointers_and_sums(results: Results, expression: str, value: str) -> None:
+    assert results.value(expression) == Decimal(value)
+
+
+@pytest.mark.parametrize(
+    ("expression", "says"),
+    [
+        ("other:rows", "there is no eval/results/other.json"),
+        ("made:rows[name=d]/n", "no entry has name=d"),
+        ("made:rows/0/n", "no '0'"),
+        ("made:rows/*/n", "leads to 2 values"),
+        ("made:[with blank]", "leads to no number"),
+        ("1 / 2", "names no result"),
+        ("made:x +", "a pointer is missing"),
+        ("made:x made:x", "one too many"),
+        ("(made:x", "')' is missing"),
+        ("__import__('os')", "cannot read"),
+        ("made:x ** 2", "cannot read"),
+    ],
+)
+def test_what_leads_to_nothing_or_is_no_sum_is_refused(results: Results, expression: str, says: str) -> None:
+    with pytest.raises(PointerError, match=re.escape(says)):
+        results.value(expression)
+
+
+@pytest.mark.parametrize(("cutoff", "candidates"), [(10, 20), (10, 100), (5, 3)])
+def test_chance_is_what_the_metric_gives_a_tied_ranking(cutoff: int, candidates: int) -> None:
+    assert float(chance(cutoff, candidates)) == pytest.approx(ndcg([0], [candidates], cutoff)[0])
+
+
+def bound(text: str) -> list[tuple[str, str]]:
+    page = read(text)
+    assert not page.faults
+    return [(str(each.figure), each.expression) for each in page.bound]
+
+
+def test_comments_bind_the_line_before_them_or_the_block_after_them() -> None:
+    text = (
+        "<!-- figures: a:x; a:{y,z} -->\nIt is .1 [.2, .3].\n\nAnd .4. <!-- figures\n$p = b:rows[name=q; r]\n$p/v -->\n"
+        "- .5 <!-- figures: $p/w -->\n- .6\n"
+    )
+    assert bound(text) == [
+        (".1", "a:x"),
+        (".2", "a:y"),
+        (".3", "a:z"),
+        (".4", "b:rows[name=q; r]/v"),
+        (".5", "b:rows[name=q; r]/w"),
+    ]
+    assert [str(figure) for figure in read(text).unbound] == [".6"]
+
+
+TABLE = """<!-- figures
+each: a:rows[name=$1]/v | a:[$0]/{low,high}
+one: x
+**two**: y, z
+-->
+| | V | Interval |
+|---|---|---|
+| one | .1 | [.2, .3] |
+| two | .4 | |
+| **`three`** | .5 | |
+"""
+
+
+def test_comments_bind_the_rows_of_a_table() -> None:
+    text = TABLE.replace("**two**", "two")
+    assert bound(text) == [
+        (".1", "a:rows[name=x]/v"),
+        (".2", "a:[one]/low"),
+        (".3", "a:[one]/high"),
+        (".4", "a:rows[name=y, z]/v"),
+    ]
+    assert [str(figure) for figure in read(text).unbound] == [".5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (TABLE, "no (further) row of the table is called '**two**'"),
+        (TABLE.replace("**two**: y, z\n", "one: x\n"), "no (further) row of the table is called 'one'"),
+        (TABLE.replace("**two**: y, z\n", "").replace("{low,high}", "low"), "row 'one': 2 figures (.2, .3), 1 expr"),
+        ("<!-- figures: a:x; a:y -->\nIt is .1.", "1 figures (.1), 2 expressions"),
+        ("It is .1. <!-- figures: $q/x -->", "$q is not known here"),
+    ],
+)
+def test_a_comment_that_does_not_fit_is_a_fault(text: str, says: str) -> None:
+    (fault,) = read(text).faults
+    assert says in fault
+
+
+def test_what_is_excepted_needs_no_source_and_is_not_counted() -> None:
+    text = "<!-- figures: a:x -->\nTheirs .2, ours .1."
+    start = text.index("Theirs")
+    page = read(text, [(start, start + len("Theirs .2"))])
+    assert [(str(each.figure), each.expression) for each in page.bound] == [(".1", "a:x")]
+    assert not page.unbound and not page.faults
+
+
+def test_a_recipe_that_has_changed_makes_the_table_stale(checkout: Path) -> None:
+    plant(checkout, "recipes/quickstart.yaml", "steps: 240", "steps: 250")
+    (fault,) = faults(checkout)
+    assert "train.steps was 240, is 250" in fault and "make quickstart record" in fault
+    plant(checkout, "recipes/quickstart.yaml", "steps: 250", "steps: 240")
+    plant(checkout, "recipes/quickstart.yaml", "description: >-", "description: >- \n  Another.")
+    assert faults(checkout) == []
+
+
+def test_a_run_is_recorded_with_its_page_and_refused_with_another(tmp_path: Path) -> None:
+    page = ROOT / "recipes" / "quickstart.yaml"
+    kept = json.loads((ROOT / "eval" / "results" / "quickstart.json").read_text())
+    told = {"machine": {**kept["machine"], "gpu": "a card"}, "notes": ["made: a note of the run"]}
+    (tmp_path / "results.json").write_text(json.dumps({**kept, **told}))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{record.START}\n{record.END}\n")
+    record.main(tmp_path, tmp_path / "kept.json", readme, page)
+    assert json.loads((tmp_path / "kept.json").read_text())["recipe_page"] == kept["recipe_page"]
+    text = readme.read_text()
+    assert "a card" in text and "no GPU" not in text and "made: a note of the run" in text
+    other = tmp_path / "other.yaml"
+    other.write_text(page.read_text().replace("steps: 240", "steps: 250"))
+    with pytest.raises(SystemExit, match="made with another recipe"):
+        record.main(tmp_path, tmp_path / "kept.json", readme, other)
