@@ -15,14 +15,13 @@ from typing import Any
 
 import yaml
 
+from eval.benchmarks.experiments import USERS
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.report.marks import rule
 from llmrec.results import Results
 
 START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
 LOWER = ("RMSE", "MAE")
-FEW_USERS = 200
-"""With fewer users, or fewer than three training seeds, what a page says is called exploratory."""
 
 
 def main(run: Path, target: Path, readme: Path | None = None, page: Path | None = None) -> None:
@@ -106,7 +105,7 @@ def _how(results: dict[str, Any]) -> str:
     tasks = list(results["headline"])
     asked = {row["task"]: row["predictor"] for row in reversed(results["rows"]) if row["arm"] == "zero-shot"}
     users = {row["task"]: row["users"] for row in results["rows"]}
-    few = [task for task in tasks if users[task] < FEW_USERS]
+    few = [task for task in tasks if users[task] < USERS]
     machine = results["machine"]
     machine_said = f"{machine['cores']} cores ({machine['cpu']}), {machine['gpu'] or 'no GPU'}"
     stages = ", ".join(f"{entry['stage']} {entry['seconds']:.0f} s" for entry in results["budget"])
@@ -116,7 +115,7 @@ def _how(results: dict[str, Any]) -> str:
         f"Training rows: {', '.join(f'{task} {count}' for task, count in results['training']['rows'].items())}",
         rule(Results.model_validate(results)).rstrip("."),
         "Exploratory, with one training seed"
-        + (f", and fewer than {FEW_USERS} users for {_listed(few)}" if few else ""),
+        + (f", and fewer than {USERS} users for {_listed(few)}" if few else ""),
         f"{machine_said}. Seconds by stage: {stages}; {results['seconds']:.0f} s in all",
     ]
     return f"{'. '.join(said)}."

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import index_collisions, record, scaling, search_plots
+from eval.benchmarks import experiments, index_collisions, record, scaling, search_plots
 from llmrec.commands.compare.benchmark_page import pages
 from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
 from llmrec.commands.compare.records import BenchmarkResult
@@ -28,6 +28,8 @@ def wanted(root: Path) -> dict[str, str]:
     results = root / "eval" / "results"
     references = {path.stem: load_reference(path) for path in sorted((root / "eval" / "references").glob("*.yaml"))}
     found = {"eval/LEADERBOARD.md": leaderboard(read_results(results), references)}
+    listed = experiments.read(root / "eval" / "experiments.yaml", results)
+    found["eval/EXPERIMENTS.md"] = experiments.write(listed)
     for path in sorted(results.glob("*.json")):
         content = _read(path)
         if content.get("kind") == "benchmark":
