@@ -114,8 +114,7 @@ def _how(results: dict[str, Any]) -> str:
         f"Asked by {_listed([f'{asked[task]} ({task})' for task in tasks])}",
         f"Training rows: {', '.join(f'{task} {count}' for task, count in results['training']['rows'].items())}",
         rule(Results.model_validate(results)).rstrip("."),
-        "Exploratory, with one training seed"
-        + (f", and fewer than {USERS} users for {_listed(few)}" if few else ""),
+        "Exploratory, with one training seed" + (f", and fewer than {USERS} users for {_listed(few)}" if few else ""),
         f"{machine_said}. Seconds by stage: {stages}; {results['seconds']:.0f} s in all",
     ]
     return f"{'. '.join(said)}."
