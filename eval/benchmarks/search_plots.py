@@ -291,9 +291,9 @@ def _windows(section: dict[str, Any]) -> str:
             rows.append(f"| {name} | {mean} | {each['from_evaluation']:+.4f} | {apart} | {places} |")
     return "\n".join(
         [
-            f"{section['losses']['targets']['late']:.0f} target tokens; exploratory. Evaluation reads a row a target. At "
-            "the same places its tokens stand where the user's row has them, with a gap behind the question; what then is left "
-            "between it and the band is what states of earlier lines carry on (hidden-state leakage).",
+            f"{section['losses']['targets']['late']:.0f} target tokens; exploratory. Evaluation reads a row a target. "
+            "At the same places its tokens stand where the user's row has them, with a gap behind the question; what "
+            "then is left between it and the band is what states of earlier lines carry on (hidden-state leakage).",
             "",
             *rows,
         ]
