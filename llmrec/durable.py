@@ -95,7 +95,9 @@ def refuse_link(path: Path) -> None:
         LlmrecError: If the path is one.
     """
     if path.is_symlink():
-        raise LlmrecError(f"{path} is a link, and llmrec writes to no other place through it; remove the link")
+        raise LlmrecError(
+            f"{path} is a link, and llmrec writes to no other place through it; remove the link", kind="unsafe", at=path
+        )
 
 
 def _remove(path: Path) -> None:

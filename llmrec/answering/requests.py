@@ -57,7 +57,10 @@ def catalogue(bundle: Bundle, items: Path | None) -> Mapping[str, Item] | None:
             return load(recipe.data, seed=recipe.seed).items
         except DataError as error:
             raise DataError(
-                f"{error}. This is the data of the run {bundle.run}; or name a table with --items"
+                f"{error}. This is the data of the run {bundle.run}; or name a table with --items",
+                kind=error.kind,
+                at=error.place,
+                column=error.column,
             ) from None
     carried = Path(bundle.folder) / ITEMS
     if carried.is_file():
@@ -228,7 +231,9 @@ def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Req
         if length + max(tails) > encoder.max_length:
             raise DataError(
                 f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the "
-                f"{encoder.max_length} that fit; shorten its texts, give fewer candidates, or raise --max-length"
+                f"{encoder.max_length} that fit; shorten its texts, give fewer candidates, or raise --max-length",
+                kind="too-large",
+                column="--max-length",
             )
     if not posed.way.by_title or sum(tails) <= _SLICE:
         return [request]

@@ -33,13 +33,21 @@ def training_data(bundle: Bundle) -> SplitDataset:
     if bundle.run is None:
         raise DataError(
             f"--retrieve learns from the interactions of a run, and {bundle.folder} carries none; name the run folder "
-            "with --model, or give each request its candidates"
+            "with --model, or give each request its candidates",
+            kind="unsupported",
+            at=bundle.folder,
+            column="--retrieve",
         )
     recipe = load_recipe(str(bundle.run / "recipe.yaml"))
     try:
         return load_tables(recipe)[0]
     except DataError as error:
-        raise DataError(f"{error}. This is the data of the run {bundle.run}, which --retrieve learns from") from None
+        raise DataError(
+            f"{error}. This is the data of the run {bundle.run}, which --retrieve learns from",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from None
 
 
 class Retriever:

@@ -83,7 +83,9 @@ def choose_way(
         tuned = ", ".join(bundle.tasks.present())
         raise RecipeError(
             f"{bundle.folder} was tuned on {tuned}, which rank nothing; tune on tasks.sequential or tasks.direct, or "
-            "name a pretrained model with --model"
+            "name a pretrained model with --model",
+            kind="unsupported",
+            at=bundle.folder,
         )
     strategies = [name for family in ranking for name in family_of(family).strategies]
     one_of("task", task, ("auto", *ranking))
@@ -102,7 +104,11 @@ def choose_way(
         f"{family} with {' or '.join(family_of(family).strategies)}, templates {', '.join(templates[family])}"
         for family in here
     )
-    raise RecipeError(f"{' '.join(filter(None, asked))} do not go together for {bundle.folder}, which has: {known}")
+    raise RecipeError(
+        f"{' '.join(filter(None, asked))} do not go together for {bundle.folder}, which has: {known}",
+        kind="contradiction",
+        at=bundle.folder,
+    )
 
 
 def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
@@ -138,27 +144,39 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
         name, equals, text = setting.partition("=")
         key = name.strip().removeprefix("eval.")
         if not equals or not key:
-            raise RecipeError(f"--set {setting!r} is not of the form key=value, such as eval.permutations=3")
+            raise RecipeError(
+                f"--set {setting!r} is not of the form key=value, such as eval.permutations=3",
+                kind="syntax",
+                column="--set",
+            )
         if key in ("debias", "debias_questions"):
             raise RecipeError(
                 f"--set eval.{key}: what a position is worth is measured on training questions, and requests bring "
-                "none; average over orders of the candidates instead (--set eval.permutations=4)"
+                "none; average over orders of the candidates instead (--set eval.permutations=4)",
+                kind="unsupported",
+                column=f"eval.{key}",
             )
         if key in _OWN_OPTIONS:
-            raise RecipeError(f"--set eval.{key}: a search has an option for it; write {_OWN_OPTIONS[key]}")
+            raise RecipeError(
+                f"--set eval.{key}: a search has an option for it; write {_OWN_OPTIONS[key]}",
+                kind="unsupported",
+                column=f"eval.{key}",
+            )
         if key not in known:
             takes = ", ".join(f"eval.{each}" for each in known) or "none"
             raise RecipeError(
                 f"--set eval.{key}: the strategy {strategy!r} does not take it{did_you_mean(key, known)}; it takes "
-                f"{takes}"
+                f"{takes}",
+                kind="unknown-key",
+                column=f"eval.{key}",
             )
         if key in values:
-            raise RecipeError(f"--set eval.{key}: it stands twice; keep one")
+            raise RecipeError(f"--set eval.{key}: it stands twice; keep one", kind="duplicate", column=f"eval.{key}")
         values[key] = _value(text)
     try:
         return EvalSection(**values)
     except ValidationError as error:
-        raise RecipeError("; ".join(explained(error, "--set eval."))) from None
+        raise RecipeError("; ".join(explained(error, "--set eval.")), kind="bad-value", column="--set") from None
 
 
 def explained(error: ValidationError, prefix: str) -> list[str]:
@@ -179,7 +197,11 @@ def one_of(what: str, name: str, known: Sequence[str]) -> None:
     """
     if name not in known:
         names = ", ".join(dict.fromkeys(known))
-        raise RecipeError(f"--{what}: unknown {what} {name!r}{did_you_mean(name, known)}; known: {names}")
+        raise RecipeError(
+            f"--{what}: unknown {what} {name!r}{did_you_mean(name, known)}; known: {names}",
+            kind="unknown-name",
+            column=f"--{what}",
+        )
 
 
 def _value(text: str) -> Any:
@@ -207,7 +229,10 @@ def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> 
         could = ", ".join(name for name, each in known.items() if each.shows_profile) or "none"
         raise RecipeError(
             f"--template {asked}: two-step puts what it learned of the user into the profile, which this template does "
-            f"not show; those of {bundle.folder} that do: {could}"
+            f"not show; those of {bundle.folder} that do: {could}",
+            kind="contradiction",
+            at=bundle.folder,
+            column="--template",
         )
     return shows[0]
 

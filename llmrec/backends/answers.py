@@ -157,7 +157,9 @@ class AnswerStore:
         except sqlite3.DatabaseError as error:
             self.close()
             raise BackendError(
-                f"the answer cache {self._path} cannot be used: {error}; fix this, or move it away"
+                f"the answer cache {self._path} cannot be used: {error}; fix this, or move it away",
+                kind="unreadable",
+                at=self._path,
             ) from error
 
     def _circumstance(self, error: sqlite3.DatabaseError) -> bool:

@@ -161,7 +161,11 @@ class CachedBackend:
         def compute(missing: list[int]) -> Iterator[_Lot]:
             engine = self._engine()
             if not isinstance(engine, HeadBackend):
-                raise BackendError(f"backend {self.name!r} reads no rating head; set eval.backend=hf")
+                raise BackendError(
+                    f"backend {self.name!r} reads no rating head; set eval.backend=hf",
+                    kind="unsupported",
+                    column="eval.backend",
+                )
             return _together(missing, engine.rate([prompts[i] for i in missing]))
 
         return [Read(**answer) for answer in self._answers(keys, compute)]

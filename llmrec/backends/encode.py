@@ -103,7 +103,9 @@ class Encoder:
         if len(ids) >= self.max_length:
             raise BackendError(
                 f"a prompt of {len(ids)} tokens does not fit model.max_length={self.max_length}; "
-                "show less history (tasks.<family>.history), fewer shots (eval.shots.k), or raise model.max_length"
+                "show less history (tasks.<family>.history), fewer shots (eval.shots.k), or raise model.max_length",
+                kind="too-large",
+                column="model.max_length",
             )
         return ids
 
@@ -120,7 +122,9 @@ class Encoder:
         if len(ids) + longest > self.max_length:
             raise BackendError(
                 f"a prompt of {len(ids)} tokens and a candidate of {longest} do not fit model.max_length="
-                f"{self.max_length}; show less history (tasks.<family>.history), or raise model.max_length"
+                f"{self.max_length}; show less history (tasks.<family>.history), or raise model.max_length",
+                kind="too-large",
+                column="model.max_length",
             )
         return tails
 
@@ -177,7 +181,10 @@ class Encoder:
         except DataError as error:
             raise DataError(
                 f"{error} (items are counted from 0 as their texts were given; an index such as index: "
-                "{scheme: title} gives every item a text of its own)"
+                "{scheme: title} gives every item a text of its own)",
+                kind=error.kind,
+                at=error.place,
+                column=error.column,
             ) from None
 
     def row(self, example: Example) -> TokenRow:
@@ -228,7 +235,9 @@ class Encoder:
                 self._pieces.clear()
             known = tuple(self.tokenizer.encode(neutralise(text, self.control), add_special_tokens=False))
             if any(i in self._control_ids for i in known):
-                raise BackendError(f"the text {text!r} would become a control token; remove it from the data")
+                raise BackendError(
+                    f"the text {text!r} would become a control token; remove it from the data", kind="unsafe"
+                )
             self._pieces[text] = known
         return known
 
@@ -242,7 +251,8 @@ class Encoder:
         if self._marks(ids) != self._scaffold[roles]:
             raise BackendError(
                 "a prompt holds other control tokens than its chat template writes, so some title, review or user "
-                f"text forges one; the turns begin {messages[-1].text[:120]!r}"
+                f"text forges one; the turns begin {messages[-1].text[:120]!r}",
+                kind="unsafe",
             )
         return ids
 
@@ -292,7 +302,9 @@ class Encoder:
                     return int(i)
         if eos is None:
             raise BackendError(
-                "the tokenizer has neither an end-of-turn nor an end-of-text token; choose another model"
+                "the tokenizer has neither an end-of-turn nor an end-of-text token; choose another model",
+                kind="unsupported",
+                column="model.name",
             )
         return eos
 

@@ -49,7 +49,9 @@ def search(
         if len(ids) + (deep := catalogues[prompt.stop].depth) > encoder.max_length:
             raise BackendError(
                 f"a prompt of {len(ids)} tokens and an answer of {deep} do not fit model.max_length="
-                f"{encoder.max_length}; show less history (tasks.<family>.history), or raise model.max_length"
+                f"{encoder.max_length}; show less history (tasks.<family>.history), or raise model.max_length",
+                kind="too-large",
+                column="model.max_length",
             )
     reader, found = make(), [Found(items=(), scores=(), certified=False, width=0)] * len(prompts)
     for stop, catalogue in catalogues.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llmrec.errors import RecipeError, did_you_mean
+from llmrec.errors import ErrorKind, RecipeError, did_you_mean
 from llmrec.recipe.schema import Section
 from llmrec.registry import BASELINES, lookup
 
@@ -39,7 +39,9 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
                 problems.append(f"{key} of {name!r}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}")
             else:
                 problems.append(f"{name!r}: {message}")
-        raise RecipeError(f"{where}: {'; '.join(problems)}") from None
+        unknown = error.errors()[0]["type"] == "extra_forbidden"
+        kind: ErrorKind = "unknown-key" if unknown else "bad-value"
+        raise RecipeError(f"{where}: {'; '.join(problems)}", kind=kind, column=where) from None
 
 
 def make(name: str, parameters: Mapping[str, Any], *, seed: int, where: str = "parameters") -> Any:

@@ -41,7 +41,10 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
     if rated.is_empty():
         raise DataError(
             f"the baseline {name!r} needs ratings, and the training interactions of {data.dataset.name!r} have none; "
-            "name the rating column under data.columns.rating, or leave the rating task out"
+            "name the rating column under data.columns.rating, or leave the rating task out",
+            kind="missing-column",
+            at=data.dataset.name,
+            column="rating",
         )
     # A canonical order of sums, so that the order of rows in the file cannot move the last bits.
     rated = rated.sort("user_id", "item_id", "rating")

@@ -52,7 +52,9 @@ def retrieve(data: SplitDataset, split: SplitName, section: CandidateSection, *,
             if len(items) < section.count:
                 raise DataError(
                     f"user {request.user_id!r} has touched all but {len(items)} of {len(model.items)} items; set "
-                    "eval.candidates.count to at most that"
+                    "eval.candidates.count to at most that",
+                    kind="too-few",
+                    column="eval.candidates.count",
                 )
             sets[request.id] = shuffled(items, request.id, seed)
     found = CandidateSets.of(f"retrieved-{name}", section.count, seed, sets)
@@ -78,7 +80,10 @@ def check_retriever(name: str, where: str) -> None:
     known = RANKERS
     if name not in known:
         raise RecipeError(
-            f"{where}: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from {', '.join(known)}"
+            f"{where}: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from "
+            f"{', '.join(known)}",
+            kind="unknown-name",
+            column=where,
         )
 
 

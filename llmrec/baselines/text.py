@@ -154,7 +154,10 @@ def _texts(data: SplitDataset, name: str) -> _Texts:
     if not kept:
         raise DataError(
             f"the baseline {name!r} needs texts, and the training interactions of {data.dataset.name!r} have none; "
-            "name the text column under data.columns.text, or leave the explanation task out"
+            "name the text column under data.columns.text, or leave the explanation task out",
+            kind="missing-column",
+            at=data.dataset.name,
+            column="text",
         )
     users, items, texts = zip(*kept, strict=True)
     return _Texts(users=users, items=items, texts=texts)

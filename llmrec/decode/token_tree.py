@@ -108,7 +108,9 @@ class Catalogue:
             found = tensors.load_file(file)
             return Catalogue(starts=tuple(int(each) for each in found.pop("starts")), **found)
         except Exception as error:
-            raise DataError(f"the catalogue {file} cannot be read ({error}); make it again") from error
+            raise DataError(
+                f"the catalogue {file} cannot be read ({error}); make it again", kind="damaged", at=file
+            ) from error
 
 
 def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[Ints, Ints]:
@@ -122,11 +124,13 @@ def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[I
         flat = np.fromiter(chain.from_iterable(paths), dtype=np.int32, count=int(lengths.sum()))
         table[np.arange(table.shape[1]) < lengths[:, None]] = flat
     if len(table) == 0:
-        raise DataError("the catalogue holds no item; give it some")
+        raise DataError("the catalogue holds no item; give it some", kind="empty")
     if lengths.min() == 0:
-        raise DataError(f"item {int(lengths.argmin())} of the catalogue has no tokens; give it a code")
+        raise DataError(
+            f"item {int(lengths.argmin())} of the catalogue has no tokens; give it a code", kind="missing-value"
+        )
     if int(table[:, 0].min()) < 0 or table.min() < -1:
-        raise DataError("the catalogue holds a negative token id")
+        raise DataError("the catalogue holds a negative token id", kind="bad-value")
     return table, lengths
 
 
@@ -173,12 +177,15 @@ def _refuse_ambiguous(table: Ints, lengths: Ints, order: NDArray[np.int64], fres
     equal = np.flatnonzero(~fresh)
     if len(equal):
         one, two = sorted((int(order[equal[0] - 1]), int(order[equal[0]])))
-        raise DataError(f"items {one} and {two} of the catalogue have the same tokens; give each its own code")
+        raise DataError(
+            f"items {one} and {two} of the catalogue have the same tokens; give each its own code", kind="duplicate"
+        )
     for place in np.flatnonzero(lengths[:-1] < lengths[1:]):
         size = int(lengths[place])
         if np.array_equal(table[place, :size], table[place + 1, :size]):
             one, two = int(order[place]), int(order[place + 1])
             raise DataError(
                 f"the tokens of item {one} of the catalogue begin those of item {two}; end codes by a line break or "
-                "the end of the turn"
+                "the end of the turn",
+                kind="duplicate",
             )

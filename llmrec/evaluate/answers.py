@@ -106,7 +106,9 @@ def _ratings(
         elif fallback is not None:
             predicted[i] = fallback(case.request)
         else:
-            raise LlmrecError(f"request {answer.request_id}: no rating could be read and no fallback was given")
+            raise LlmrecError(
+                f"request {answer.request_id}: no rating could be read and no fallback was given", kind="missing-value"
+            )
     values = {
         "RMSE": rating_metrics.squared_error(predicted, truth),
         "MAE": rating_metrics.absolute_error(predicted, truth),

@@ -101,11 +101,13 @@ def rank_catalogue(
         LlmrecError: If there are no cases, or scores are not finite or not one a request and item.
     """
     if not cases:
-        raise LlmrecError("there is no case to rank; lower the filters or choose another split")
+        raise LlmrecError("there is no case to rank; lower the filters or choose another split", kind="empty")
     items = scorer.items
     index = {item: place for place, item in enumerate(items)}
     if not items or len(index) != len(items):
-        raise LlmrecError(f"{scorer.name}: the catalogue is empty or names an item twice; this is a defect in it")
+        raise LlmrecError(
+            f"{scorer.name}: the catalogue is empty or names an item twice; this is a defect in it", kind="defect"
+        )
     length = min(max(cutoffs, default=0), len(items))
     names = hash64("list ties", seed, items) if length else np.zeros(0, dtype=np.uint64)
     parts: dict[str, list[Standings]] = {each: [] for each in seen}
@@ -153,7 +155,8 @@ def evaluate_catalogue(
     if len(scorer.items) != protocol.catalogue:
         raise LlmrecError(
             f"{scorer.name} scores {len(scorer.items)} items, but the catalogue has {protocol.catalogue}; over fewer "
-            "items a target ranks higher by itself, so fit it on the same data that the cases come from"
+            "items a target ranks higher by itself, so fit it on the same data that the cases come from",
+            kind="mismatch",
         )
     protocol = whole(protocol, cases)
     start = time.monotonic()
@@ -199,7 +202,8 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
     if scores.shape != (len(cases), items):
         raise LlmrecError(
             f"{scorer.name} gave scores of shape {scores.shape} for {len(cases)} requests and {items} items; this is a "
-            "defect in it"
+            "defect in it",
+            kind="defect",
         )
     if scores.dtype.kind != "f":
         scores = scores.astype(np.float64)
@@ -209,7 +213,8 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
         raise LlmrecError(
             f"request {cases[row].request.id!r}: {scorer.name} gave item {scorer.items[column]!r} the score "
             f"{scores[row, column]}, which has no rank. A model gives such scores when its sums overflow or it did not "
-            "converge; lower its learning rate or compute in float32"
+            "converge; lower its learning rate or compute in float32",
+            kind="bad-value",
         )
     return scores
 

@@ -119,7 +119,7 @@ def _compare_auc(
 ) -> Difference:
     truth = ~np.signbit(a[0])
     if any(not np.array_equal(truth, ~np.signbit(each)) for each in (*a, *b)):
-        raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired")
+        raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired", kind="mismatch")
     if metric == "AUC":
         first, second = ([probability.auc_statistic(np.abs(each), truth, users) for each in seeds] for seeds in (a, b))
 
@@ -133,7 +133,7 @@ def _compare_auc(
     )
     both = np.isfinite(left)
     if not both.any():
-        raise LlmrecError("GAUC: no user has both a yes and a no, so there is nothing to compare")
+        raise LlmrecError("GAUC: no user has both a yes and a no, so there is nothing to compare", kind="too-few")
     return signflip(left[both], right[both], resamples=resamples, seed=seed)
 
 

@@ -67,7 +67,11 @@ class Background:
         if field is not None:
             words = tuple(_words(data.dataset.items[item].fields.get(field, "")) for item in items)
             if not any(words):
-                raise LlmrecError(f"{data.dataset.name}: no item has the field {field!r}; name one that items have")
+                raise LlmrecError(
+                    f"{data.dataset.name}: no item has the field {field!r}; name one that items have",
+                    kind="unknown-name",
+                    at=data.dataset.name,
+                )
         return Background(items, counts, int(data.train["user_id"].n_unique()), words, field)
 
 
@@ -101,7 +105,10 @@ def list_figures(
         LlmrecError: If the background is of another catalogue.
     """
     if tuple(lists.items) != background.items:
-        raise LlmrecError("list metrics need counts of the same catalogue in the same order; build them from one split")
+        raise LlmrecError(
+            "list metrics need counts of the same catalogue in the same order; build them from one split",
+            kind="mismatch",
+        )
     k = min(_USUAL if _USUAL in protocol.cutoffs else max(protocol.cutoffs), lists.numbers.shape[1])
     index = {item: place for place, item in enumerate(background.items)}
     held = [_places([event.item_id for event in case.request.history], index) for case in cases]

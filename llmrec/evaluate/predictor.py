@@ -67,13 +67,17 @@ def evaluate(
         LlmrecError: If there are no cases, or the predictor leaves a request out.
     """
     if not cases:
-        raise LlmrecError(f"{name}: the split holds no case to evaluate; lower the filters or choose another split")
+        raise LlmrecError(
+            f"{name}: the split holds no case to evaluate; lower the filters or choose another split", kind="empty"
+        )
     start = time.monotonic()
     answers = predictor.answer([case.request for case in cases])
     seconds = time.monotonic() - start
     asked = [case.request.id for case in cases]
     if [answer.request_id for answer in answers] != asked:
-        raise LlmrecError(f"predictor {predictor.name!r} did not answer every request in order; this is a defect in it")
+        raise LlmrecError(
+            f"predictor {predictor.name!r} did not answer every request in order; this is a defect in it", kind="defect"
+        )
     answers = [answer if isinstance(answer, (kind, Unparsed)) else _foreign(answer) for answer in answers]
     found = measure_of(kind, background)(cases, answers, protocol, fallback)
     failures = [answer for answer in answers if isinstance(answer, Unparsed)]

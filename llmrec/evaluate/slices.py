@@ -45,10 +45,15 @@ class SliceRules:
 
     def __post_init__(self) -> None:
         if self.cold < 1 or not 0 < self.head < 1:
-            raise LlmrecError(f"slices: cold must be at least 1 and head between 0 and 1, not {self.cold}, {self.head}")
+            raise LlmrecError(
+                f"slices: cold must be at least 1 and head between 0 and 1, not {self.cold}, {self.head}",
+                kind="bad-value",
+            )
         for name, edges in (("history", self.history), ("activity", self.activity)):
             if list(edges) != sorted(set(edges)) or any(edge < 1 for edge in edges):
-                raise LlmrecError(f"slices: {name} must hold rising numbers from 1, not {list(edges)}")
+                raise LlmrecError(
+                    f"slices: {name} must hold rising numbers from 1, not {list(edges)}", kind="bad-value", column=name
+                )
 
 
 def slices_of(

@@ -48,7 +48,11 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
     """
     recipe, stored = folder / "recipe.yaml", folder / "results.json"
     if not recipe.is_file() or not stored.is_file():
-        raise LlmrecError(f"{folder} holds no finished run (recipe.yaml and results.json); finish it with `llmrec run`")
+        raise LlmrecError(
+            f"{folder} holds no finished run (recipe.yaml and results.json); finish it with `llmrec run`",
+            kind="missing-file",
+            at=folder,
+        )
     with locked(folder):
         study = build_study(load_recipe(str(recipe)))
         results = json.loads(stored.read_text(encoding="utf-8"))

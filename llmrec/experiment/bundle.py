@@ -93,7 +93,11 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
     """
     run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
     if run is not None and not (run / "merged" / "config.json").is_file():
-        raise ModelError(f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first")
+        raise ModelError(
+            f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
+            kind="missing-file",
+            at=run,
+        )
     asked = (model or ModelSection()).model_copy(update={"name": str(run / "merged") if run else name})
     folder = resolve(asked)
     stored = Path(folder) / FILE
@@ -104,7 +108,10 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         if found["format"] != _FORMAT:
             raise ModelError(
                 f"{stored} is of format {found['format']} and this llmrec reads format {_FORMAT}; "
-                f"use llmrec {found['llmrec']}, or export the run again"
+                f"use llmrec {found['llmrec']}, or export the run again",
+                kind="wrong-format",
+                at=stored,
+                column="format",
             )
         templates = {
             family: {entry["name"]: Template(**entry) for entry in entries}
@@ -124,11 +131,17 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
             tuned=True,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise ModelError(f"{stored} cannot be read ({type(error).__name__}: {error}); export the run again") from error
+        raise ModelError(
+            f"{stored} cannot be read ({type(error).__name__}: {error}); export the run again",
+            kind="damaged",
+            at=stored,
+        ) from error
     except ModelError:
         raise
     except LlmrecError as error:
-        raise ModelError(f"{stored}: {error}; export the run again") from error
+        raise ModelError(
+            f"{stored}: {error}; export the run again", kind=error.kind, at=stored, column=error.column
+        ) from error
 
 
 def _plain(folder: str, model: ModelSection) -> Bundle:

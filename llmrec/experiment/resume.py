@@ -76,14 +76,18 @@ def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Ite
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LlmrecError(
-            f"the run folder {folder} cannot be made: {error.strerror}; choose another with --out"
+            f"the run folder {folder} cannot be made: {error.strerror}; choose another with --out",
+            kind="unreadable",
+            at=folder,
         ) from None
     with open_lock(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise LlmrecError(
-                f"another run is writing to {folder}; wait for it, or choose a folder with --out"
+                f"another run is writing to {folder}; wait for it, or choose a folder with --out",
+                kind="busy",
+                at=folder,
             ) from None
         if own:
             mark(file)

@@ -31,7 +31,11 @@ class Source:
 def open_run(run: Path) -> Source:
     """Read a run folder and prove that its adapter is the one that training recorded."""
     if not (run / "recipe.yaml").is_file():
-        raise LlmrecError(f"{run} is no run folder, since it holds no recipe.yaml; name one such as runs/quickstart")
+        raise LlmrecError(
+            f"{run} is no run folder, since it holds no recipe.yaml; name one such as runs/quickstart",
+            kind="missing-file",
+            at=run,
+        )
     recipe = load_recipe(run / "recipe.yaml")
     path = run / "train.json"
     try:
@@ -39,20 +43,29 @@ def open_run(run: Path) -> Source:
         recorded, method, steps = str(record["adapter_sha256"]), str(record["method"]), int(record["steps"])
     except FileNotFoundError:
         raise LlmrecError(
-            f"{run} holds no finished training (train.json); finish it with `llmrec train` first"
+            f"{run} holds no finished training (train.json); finish it with `llmrec train` first",
+            kind="missing-file",
+            at=path,
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise LlmrecError(f"{path} is no training record ({error!r}); train again with `llmrec train`") from error
+        raise LlmrecError(
+            f"{path} is no training record ({error!r}); train again with `llmrec train`", kind="damaged", at=path
+        ) from error
     if method != recipe.train.method or steps != recipe.train.steps:
         raise LlmrecError(
             f"{run / 'recipe.yaml'} says {recipe.train.method} for {recipe.train.steps} steps, but {path} records "
-            f"{method} for {steps}: another recipe was tried on this folder since. Run the one that trained it again"
+            f"{method} for {steps}: another recipe was tried on this folder since. Run the one that trained it again",
+            kind="mismatch",
+            at=path,
+            column="train",
         )
     found = weights_sha256(run / "adapter")
     if found != recorded:
         raise LlmrecError(
             f"the weights in {run / 'adapter'} are not those that training recorded: their sha256 is {found}, and "
-            f"{path} says {recorded}. Put the right files back, or train again with `llmrec train`"
+            f"{path} says {recorded}. Put the right files back, or train again with `llmrec train`",
+            kind="damaged",
+            at=run / "adapter",
         )
     return Source(run, recipe, record, _sound(run / "merged", record))
 
@@ -96,7 +109,12 @@ def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
         return base
     run = Path(study.recipe.train.start).expanduser()
     if run.resolve() == folder.resolve():
-        raise RecipeError(f"train.start: {run} is this run's own folder; give this run another one with --out or name")
+        raise RecipeError(
+            f"train.start: {run} is this run's own folder; give this run another one with --out or name",
+            kind="contradiction",
+            at=run,
+            column="train.start",
+        )
     source = earlier(run)
     _same_model(source.recipe, study.recipe, run)
     _nothing_seen(source.recipe, study.recipe, run)
@@ -105,7 +123,10 @@ def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
         raise RecipeError(
             f"train.start: the tokenizer of {merged} is not that of model.name {study.recipe.model.name} with the "
             "tokens of this recipe's index, so the same text would be other tokens; train both stages from one model "
-            "with one index"
+            "with one index",
+            kind="mismatch",
+            at=merged,
+            column="train.start",
         )
     _same_index(source, study, run)
     return str(merged)
@@ -120,11 +141,14 @@ def earlier(run: Path) -> Source:
     try:
         source = open_run(run)
     except LlmrecError as error:
-        raise RecipeError(f"train.start: {error}") from error
+        raise RecipeError(f"train.start: {error}", kind=error.kind, at=error.place, column="train.start") from error
     if source.merged is None:
         raise RecipeError(
             f"train.start: {run / 'merged'} is not what training left there; make it again with `llmrec train` of that "
-            "run's recipe"
+            "run's recipe",
+            kind="damaged",
+            at=run / "merged",
+            column="train.start",
         )
     return source
 
@@ -135,7 +159,10 @@ def _same_model(first: Recipe, second: Recipe, run: Path) -> None:
         if ours != theirs:
             raise RecipeError(
                 f"train.start: {run} was tuned with model.{key} {theirs!r} and this recipe has {ours!r}; its other "
-                "arms would be of another model; give both the same"
+                "arms would be of another model; give both the same",
+                kind="mismatch",
+                at=run,
+                column="train.start",
             )
 
 
@@ -145,7 +172,10 @@ def _same_index(source: Source, study: Study, run: Path) -> None:
     if (theirs and theirs.scheme) != (ours and ours.scheme):
         raise RecipeError(
             f"train.start: {run} was tuned with {f'index.scheme={theirs.scheme}' if theirs else 'no index'}, and this "
-            f"recipe has {f'index.scheme={ours.scheme}' if ours else 'none'}; give both the same"
+            f"recipe has {f'index.scheme={ours.scheme}' if ours else 'none'}; give both the same",
+            kind="mismatch",
+            at=run,
+            column="train.start",
         )
     if theirs is None or study.index is None or (theirs.scheme == "title" and theirs.ids == "text"):
         return
@@ -154,7 +184,10 @@ def _same_index(source: Source, study: Study, run: Path) -> None:
         raise RecipeError(
             f"train.start: {run} was tuned on codes of other items than this recipe's index gives, so what it learned "
             "of a code would be told of another item; write items as titles (index.scheme=title, or no index), or use "
-            "the same data, index and seed in both stages"
+            "the same data, index and seed in both stages",
+            kind="mismatch",
+            at=run,
+            column="train.start",
         )
 
 
@@ -166,7 +199,10 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path) -> None:
             if same and (_held(theirs), first.seed) != (_held(ours), second.seed):
                 raise RecipeError(
                     f"train.start: {run} was trained on {ours.path or ours.source} too, with another filter, split or "
-                    "seed, so it may have learned what is held out here; give both stages the same"
+                    "seed, so it may have learned what is held out here; give both stages the same",
+                    kind="mismatch",
+                    at=run,
+                    column="train.start",
                 )
     codes = (first.tasks.alignment, second.tasks.alignment)
     if codes[1] is not None and second.index == first.index and second.index is not None:
@@ -174,7 +210,10 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path) -> None:
         if told != codes[1].held_out or first.seed != second.seed:
             raise RecipeError(
                 f"train.start: {run} did not hold out the items that tasks.alignment asks about here; give both stages "
-                "the same tasks.alignment.held_out and seed"
+                "the same tasks.alignment.held_out and seed",
+                kind="mismatch",
+                at=run,
+                column="train.start",
             )
 
 

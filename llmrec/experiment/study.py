@@ -179,7 +179,9 @@ def _check_parameters(family: str, baseline: BaselineSection) -> None:
     if "liked" in baseline.parameters:
         raise RecipeError(
             f"{key}: what is a yes is said once, for every row of the table; set tasks.{family}.liked, not liked of "
-            f"{baseline.name!r}"
+            f"{baseline.name!r}",
+            kind="contradiction",
+            column=key,
         )
 
 
@@ -219,11 +221,17 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
             if study.tasks[family].cases(recipe.eval.split):
                 raise DataError(
                     f"tasks.{family}: the profiles of {name} name what is held out for every user that could be asked "
-                    "about; write them from training interactions alone"
+                    "about; write them from training interactions alone",
+                    kind="empty",
+                    at=name,
+                    column=f"tasks.{family}",
                 )
             raise DataError(
                 f"tasks.{family}: the {recipe.eval.split} split of {name} holds no case; "
-                "hold out more (data.split), or evaluate another split (eval.split)"
+                "hold out more (data.split), or evaluate another split (eval.split)",
+                kind="empty",
+                at=name,
+                column="eval.split",
             )
     return study
 
@@ -298,12 +306,20 @@ def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
     rows, own = data.dataset.interactions, family_of(family)
     if own.lacking and own.column and rows[own.column].null_count() == len(rows):
         where = "reviews" if own.second_table and recipe.reviews else "data"
-        raise DataError(f"tasks.{family} {own.lacking.format(data=data.dataset.name, where=where)}")
+        raise DataError(
+            f"tasks.{family} {own.lacking.format(data=data.dataset.name, where=where)}",
+            kind="missing-column",
+            at=data.dataset.name,
+            column=own.column,
+        )
     sets = recipe.eval.candidates
     if own.ranks_for_users and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
         raise DataError(
             f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
-            f"{sets.count}; lower it"
+            f"{sets.count}; lower it",
+            kind="too-few",
+            at=data.dataset.name,
+            column="eval.candidates.count",
         )
 
 

@@ -78,14 +78,18 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
                 if section.examples is not None:
                     raise RecipeError(
                         f"train.examples: one of the {section.examples} rows of tasks.{family} is longer than "
-                        f"train.max_row_tokens={section.max_row_tokens}; raise it, or show less history"
+                        f"train.max_row_tokens={section.max_row_tokens}; raise it, or show less history",
+                        kind="too-large",
+                        column="train.max_row_tokens",
                     )
                 dropped[family] += 1
                 since += 1
                 if since > _PATIENCE:
                     raise RecipeError(
                         f"no training row fits train.max_row_tokens={section.max_row_tokens}: {_PATIENCE} rows of "
-                        f"tasks.{family} in a row were longer; raise it, or show less history"
+                        f"tasks.{family} in a row were longer; raise it, or show less history",
+                        kind="too-large",
+                        column="train.max_row_tokens",
                     )
                 continue
             since = 0
@@ -138,14 +142,18 @@ def _classes(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes
     if paired:
         raise RecipeError(
             f"tasks.rating.head: {study.recipe.model.name} is an encoder-decoder, and a head reads the states of a "
-            "decoder alone; drop the section and 'head' from tasks.rating.strategies, or choose another model"
+            "decoder alone; drop the section and 'head' from tasks.rating.strategies, or choose another model",
+            kind="unsupported",
+            column="tasks.rating.head",
         )
     task = study.tasks["rating"]
     assert isinstance(task, RatingTask)
     if other := [template.id for template in task.training_templates if learned_only(template)]:
         raise RecipeError(
             f"tasks.rating.templates: {other[0]} is answered by yes or no, and tasks.rating.head learns ratings alone; "
-            "leave it out, or drop the head"
+            "leave it out, or drop the head",
+            kind="contradiction",
+            column="tasks.rating.templates",
         )
     return Classes(encoder, task.scale)
 

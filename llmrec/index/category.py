@@ -127,13 +127,18 @@ class _Filing:
         if not known:
             raise DataError(
                 f"{name}: the items have no fields, so none can be their category; name columns in data.columns.fields "
-                "or use another index.scheme"
+                "or use another index.scheme",
+                kind="missing-column",
+                at=name,
+                column="data.columns.fields",
             )
         for field in section.fields:
             if field not in known:
                 raise RecipeError(
                     f"index.category.fields: the items have no field {field!r}{did_you_mean(field, known)}; "
-                    f"there are {', '.join(known)}"
+                    f"there are {', '.join(known)}",
+                    kind="unknown-name",
+                    column="index.category.fields",
                 )
         fields = section.fields or (known[0],)
         found = [

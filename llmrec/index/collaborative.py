@@ -107,7 +107,9 @@ class Collaborative:
         if not known["item_token"] and start + len(items) > room:
             raise DataError(
                 f"index collaborative: of {len(items)} new items {room - start} find a place among known tokens; "
-                "build the index again with these items, or with a higher index.collaborative.leaf"
+                "build the index again with these items, or with a higher index.collaborative.leaf",
+                kind="exhausted",
+                column="index.collaborative.leaf",
             )
         codes, first = {}, len(index.codes)
         for place, name in enumerate(shuffled(items, int(known["seed"]))):
@@ -162,7 +164,9 @@ def _need_room(shape: CollaborativeIndex, warm: int, cold: int) -> None:
         if count > most:
             raise RecipeError(
                 f"index.collaborative: {count} {what} do not fit a tree of clusters={shape.clusters}, "
-                f"depth={shape.depth} and leaf={shape.leaf}, which holds {most}; raise one of them"
+                f"depth={shape.depth} and leaf={shape.leaf}, which holds {most}; raise one of them",
+                kind="too-few",
+                column="index.collaborative",
             )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from llmrec.data.reading.limits import enumerated, reason, require_file, shown
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import decode, read_bytes, user_path
-from llmrec.errors import DataError
+from llmrec.errors import DataError, Place
 from llmrec.guard import clean, is_item_token, without_item_tokens
 from llmrec.index.table import LETTERS, Embed, ItemIndex, token
 from llmrec.recipe.schema import IndexSection
@@ -60,7 +60,10 @@ class External:
         if missing:
             raise DataError(
                 f"{path}: {len(missing)} of {len(items)} items have no code, such as {enumerated(missing[:3])}; "
-                "add them, or drop them from the data"
+                "add them, or drop them from the data",
+                kind="missing-value",
+                at=path,
+                column=_CODE,
             )
         known = {item: codes[item] for item in items}
         spare = {item: list(codes[item]) for item in sorted(codes.keys() - known.keys())}
@@ -87,7 +90,8 @@ class External:
         if missing:
             raise DataError(
                 f"index external: its file had no code for {len(missing)} new items, such as "
-                f"{enumerated(missing[:3])}; add them to the file and build the index again"
+                f"{enumerated(missing[:3])}; add them to the file and build the index again",
+                kind="missing-value",
             )
         codes = {item: tuple(spare[item]) for item in sorted(items)}
         tokens = {piece for pieces in codes.values() for piece in pieces} if index.tokens else set()
@@ -100,11 +104,13 @@ class _Row:
     """One code as it stands in a file.
 
     Attributes:
-        where: The place, as errors name it.
+        place: The file, and the row of a table.
+        where: The same with the item, as errors name it.
         item: Its item.
         code: A text as a table holds it, or a list.
     """
 
+    place: Place
     where: str
     item: str
     code: str | list[object]
@@ -120,20 +126,31 @@ def _object(path: Path) -> tuple[list[_Row], str]:
     def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if twice:
-            raise DataError(f"{path}: the item {shown(twice[0])} stands there twice; keep one")
+            raise DataError(
+                f"{path}: the item {shown(twice[0])} stands there twice; keep one",
+                kind="duplicate",
+                at=path,
+                column=_ITEM,
+            )
         return dict(pairs)
 
     try:
         found = json.loads(decode(str(path), raw, header=0), object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({reason(error)}); write one object of lists by item id") from error
+        raise DataError(
+            f"{path} is not JSON ({reason(error)}); write one object of lists by item id", kind="syntax", at=path
+        ) from error
     if not isinstance(found, dict) or not found:
-        raise DataError(f"{path} holds no JSON object of codes; write one object of lists by item id")
+        raise DataError(
+            f"{path} holds no JSON object of codes; write one object of lists by item id", kind="wrong-format", at=path
+        )
     for item, code in found.items():
         where = f"{path}, item {shown(item)}"
         if not isinstance(code, str | list):
-            raise DataError(f"{where}: {shown(code)} is no code; write {_FORMS}")
-        rows.append(_Row(where, item, code))
+            raise DataError(
+                f"{where}: {shown(code)} is no code; write {_FORMS}", kind="bad-value", at=path, column=_CODE
+            )
+        rows.append(_Row(Place(str(path)), where, item, code))
     return rows, sha256
 
 
@@ -143,24 +160,48 @@ def _table(path: Path) -> tuple[list[_Row], str]:
         if column in table.unusable:
             raise DataError(
                 f"{path}: the column {column} is of type {table.unusable[column]}; write numbers with blanks between "
-                "them, lists of item tokens, or a JSON object of lists"
+                "them, lists of item tokens, or a JSON object of lists",
+                kind="bad-value",
+                at=path,
+                column=column,
             )
         if column not in table.frame.columns:
             raise DataError(
                 f"{path}: a table of codes needs the columns {_ITEM} and {_CODE}, and there is no {column} among "
-                f"{enumerated(table.frame.columns)}; rename one"
+                f"{enumerated(table.frame.columns)}; rename one",
+                kind="missing-column",
+                at=path,
+                column=column,
             )
     first: dict[str, int] = {}
     rows: list[_Row] = []
     for number, (item, code) in enumerate(table.frame.select(_ITEM, _CODE).iter_rows()):
-        where = f"{table.where(number)}, item {shown(item)}"
+        place = table.where(number)
+        where = f"{place}, item {shown(item)}"
         if item is None or not str(item).strip():
-            raise DataError(f"{table.where(number)}: there is no {_ITEM}; add it, or remove the row")
+            raise DataError(
+                f"{place}: there is no {_ITEM}; add it, or remove the row",
+                kind="missing-value",
+                at=place,
+                column=_ITEM,
+            )
         item = str(item)
         if item in first:
-            raise DataError(f"{where} stands in row {first[item] + 1} too; keep one")
+            raise DataError(
+                f"{where} stands in row {first[item] + 1} too; keep one",
+                kind="duplicate",
+                at=place,
+                column=_ITEM,
+            )
         first[item] = number
-        rows.append(_Row(where, item, list(code) if isinstance(code, list) else "" if code is None else str(code)))
+        rows.append(
+            _Row(
+                place,
+                where,
+                item,
+                list(code) if isinstance(code, list) else "" if code is None else str(code),
+            )
+        )
     return rows, table.sha256
 
 
@@ -186,7 +227,10 @@ def _kind(rows: Sequence[_Row]) -> Kind:
         other = next(place for place, kind in enumerate(kinds) if kind != kinds[0])
         raise DataError(
             f"{rows[other].where}: the code {shown(rows[other].code)} is made of {kinds[other]}, and that of item "
-            f"{shown(rows[0].item)} of {kinds[0]}; write all codes of a file in one way"
+            f"{shown(rows[0].item)} of {kinds[0]}; write all codes of a file in one way",
+            kind="contradiction",
+            at=rows[other].place,
+            column=_CODE,
         )
     return kinds[0]
 
@@ -195,16 +239,28 @@ def _kind_of(row: _Row) -> Kind:
     code = row.code
     if isinstance(code, str):
         if not code.strip():
-            raise DataError(f"{row.where}: the code is empty; add it, or remove the row")
+            raise DataError(
+                f"{row.where}: the code is empty; add it, or remove the row",
+                kind="missing-value",
+                at=row.place,
+                column=_CODE,
+            )
         if _TOKENS.fullmatch(code):
             return "tokens"
         return "numbers" if _NUMBERS.fullmatch(code.strip()) else "text"
     if not code:
-        raise DataError(f"{row.where}: the code is empty; add it, or remove the item")
+        raise DataError(
+            f"{row.where}: the code is empty; add it, or remove the item",
+            kind="missing-value",
+            at=row.place,
+            column=_CODE,
+        )
     if all(isinstance(piece, int) and not isinstance(piece, bool) for piece in code):
         return "numbers"
     if not all(isinstance(piece, str) for piece in code):
-        raise DataError(f"{row.where}: {shown(code)} is no code; write {_FORMS}")
+        raise DataError(
+            f"{row.where}: {shown(code)} is no code; write {_FORMS}", kind="bad-value", at=row.place, column=_CODE
+        )
     return "tokens" if all(_TOKENS.fullmatch(str(piece)) for piece in code) else "text"
 
 
@@ -221,24 +277,47 @@ def _pieces(row: _Row, kind: Kind) -> Pieces:
         pieces = re.findall(r"<[^<>\s]+>", code if isinstance(code, str) else "".join(map(str, code)))
         wrong = next((piece for piece in pieces if not is_item_token(piece)), None)
         if wrong is not None:
-            raise DataError(f"{row.where}: {shown(wrong)} is no item token; write it as {token(0, 12)} or <item_12>")
+            raise DataError(
+                f"{row.where}: {shown(wrong)} is no item token; write it as {token(0, 12)} or <item_12>",
+                kind="bad-value",
+                at=row.place,
+                column=_CODE,
+            )
         return tuple(pieces)
     numbers = re.findall("[0-9]+", code) if isinstance(code, str) else [str(number) for number in code]
     wrong = next((n for n in numbers if not n.isdecimal() or len(n) > _MOST), None)
     if wrong is not None:
-        raise DataError(f"{row.where}: {shown(wrong)} is no number of a token; use 0 to {10**_MOST - 1}")
+        raise DataError(
+            f"{row.where}: {shown(wrong)} is no number of a token; use 0 to {10**_MOST - 1}",
+            kind="bad-value",
+            at=row.place,
+            column=_CODE,
+        )
     if len(numbers) > len(LETTERS):
-        raise DataError(f"{row.where}: the code has {len(numbers)} levels, more than {len(LETTERS)}; shorten it")
+        raise DataError(
+            f"{row.where}: the code has {len(numbers)} levels, more than {len(LETTERS)}; shorten it",
+            kind="too-large",
+            at=row.place,
+            column=_CODE,
+        )
     return tuple(token(level, int(number)) for level, number in enumerate(numbers))
 
 
 def _line(row: _Row, text: str) -> str:
     line = clean(text, len(text))
     if not line or len(text.strip().splitlines()) != 1:
-        raise DataError(f"{row.where}: the code {shown(text)} is no single line of text; write it anew")
+        raise DataError(
+            f"{row.where}: the code {shown(text)} is no single line of text; write it anew",
+            kind="bad-value",
+            at=row.place,
+            column=_CODE,
+        )
     if without_item_tokens(line) != line:
         raise DataError(
-            f"{row.where}: the code {shown(text)} spells out an item token among text; write one or the other"
+            f"{row.where}: the code {shown(text)} spells out an item token among text; write one or the other",
+            kind="bad-value",
+            at=row.place,
+            column=_CODE,
         )
     return line
 
@@ -257,7 +336,10 @@ def _told_apart(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -
         if other != row.item:
             raise DataError(
                 f"{row.where}: the code {shown(''.join(codes[row.item]))} is that of item {shown(other)} too; give "
-                "each item one of its own, for instance by a further number"
+                "each item one of its own, for instance by a further number",
+                kind="duplicate",
+                at=row.place,
+                column=_CODE,
             )
     if kind == "text":
         return
@@ -267,7 +349,10 @@ def _told_apart(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -
         if shorter is not None:
             raise DataError(
                 f"{row.where}: its code {''.join(pieces)} begins with that of item {shown(first[shorter])}, "
-                f"{''.join(shorter)}, which could then never be told to have ended; lengthen the shorter one"
+                f"{''.join(shorter)}, which could then never be told to have ended; lengthen the shorter one",
+                kind="duplicate",
+                at=row.place,
+                column=_CODE,
             )
 
 

@@ -129,7 +129,8 @@ def _more(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     if digits and start + len(items) > 10 ** (digits * levels):
         raise DataError(
             f"index {index.scheme}: {len(items)} more items from number {start} on do not fit into {levels} tokens of "
-            f"{digits} digits; build the index again with them, and tune again"
+            f"{digits} digits; build the index again with them, and tune again",
+            kind="exhausted",
         )
     codes = {item: _cut(number, digits, levels) if digits else (str(number),) for item, number in numbers.items()}
     return index.adding(codes, next=start + len(items))

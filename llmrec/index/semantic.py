@@ -87,7 +87,9 @@ class Semantic:
         if x.shape[1] != width:
             raise DataError(
                 f"index semantic: it was built on vectors of {width} numbers, and this text encoder gives "
-                f"{x.shape[1]}; use {index.settings['semantic']['encoder']!r} again"
+                f"{x.shape[1]}; use {index.settings['semantic']['encoder']!r} again",
+                kind="mismatch",
+                column="index.semantic.encoder",
             )
         x = encode(arrays, x) if arrays else x
         spare = len(index.tokens) - codebooks.shape[0] * codebooks.shape[1]
@@ -101,7 +103,9 @@ class Semantic:
         for name, vector in zip(names, x, strict=True):
             place = next((p for c in _by_distance(vector, codebooks) if held[p := _pieces(c)] < room), None)
             if place is None:
-                raise DataError(f"index semantic: no code is left for item {name!r}; build the index again")
+                raise DataError(
+                    f"index semantic: no code is left for item {name!r}; build the index again", kind="exhausted"
+                )
             codes[name] = (*place, token(levels, held[place])) if spare else place
             held[place] += 1
         return index.adding(codes)
@@ -139,7 +143,9 @@ def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...
         if name not in known:
             raise RecipeError(
                 f"index.semantic.fields: no item has a field {name!r}{did_you_mean(name, known)}; the data has "
-                f"{', '.join(known) or 'no fields'}"
+                f"{', '.join(known) or 'no fields'}",
+                kind="unknown-name",
+                column="index.semantic.fields",
             )
     return section.fields or known
 
@@ -153,13 +159,21 @@ def _text(item: Item, fields: Sequence[str]) -> str:
 def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
     """Return vectors of length 1, shape (n, d)."""
     if embed is None:
-        raise DataError("index semantic: it is built from texts, and no text encoder was given; pass embed=")
+        raise DataError(
+            "index semantic: it is built from texts, and no text encoder was given; pass embed=",
+            kind="missing-value",
+            column="embed",
+        )
     x = np.array(embed(texts), np.float32, order="C")
     if x.ndim != 2 or len(x) != len(texts) or not x.size:
-        raise DataError(f"index semantic: the text encoder gave an array of {x.shape} for {len(texts)} texts")
+        raise DataError(
+            f"index semantic: the text encoder gave an array of {x.shape} for {len(texts)} texts", kind="defect"
+        )
     wrong = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if len(wrong):
-        raise DataError(f"index semantic: the text encoder gave no finite vector for the text {texts[wrong[0]]!r}")
+        raise DataError(
+            f"index semantic: the text encoder gave no finite vector for the text {texts[wrong[0]]!r}", kind="defect"
+        )
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return x
 
@@ -173,7 +187,9 @@ def _quantised(
         if 0 < section.balance < 1:
             raise RecipeError(
                 f"index.semantic.balance: {section.balance:g} of an even share leaves no room for all items; say 1 or "
-                "more, or 0 for no bound"
+                "more, or 0 for no bound",
+                kind="bad-value",
+                column="index.semantic.balance",
             )
         vectors, found = x, residual_kmeans(x, section.levels, section.codes, balance=section.balance, seed=seed)
         rest = x - reconstructed(found.codes, found.codebooks)
@@ -219,7 +235,9 @@ def _moved(vectors: Floats, found: Quantised) -> Ints:
         if len(rows) > len(codebook):
             raise RecipeError(
                 f"index.semantic.repair: last_level cannot tell {len(rows)} items of equal first numbers apart with "
-                f"{len(codebook)} codes; use extra_level, more codes or levels, or a tighter index.semantic.balance"
+                f"{len(codebook)} codes; use extra_level, more codes or levels, or a tighter index.semantic.balance",
+                kind="contradiction",
+                column="index.semantic.repair",
             )
         if len(np.unique(moved[rows])) < len(rows):
             # A row's own norm is left out: it is the same wherever the item goes.

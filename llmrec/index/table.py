@@ -103,21 +103,29 @@ class ItemIndex:
         known = set(self.tokens)
         wrong = [name for name in self.vocabulary if not is_item_token(name)]
         if wrong:
-            raise DataError(f"index {self.scheme}: {wrong[0]!r} is no item token; write it as {token(0, 12)}")
+            raise DataError(
+                f"index {self.scheme}: {wrong[0]!r} is no item token; write it as {token(0, 12)}", kind="bad-value"
+            )
         for item, pieces in self.codes.items():
             text = "".join(pieces)
             if not text.strip() or text != text.strip() or len(text.splitlines()) != 1:
-                raise DataError(f"index {self.scheme}: the code {text!r} of item {item!r} is no line of text")
+                raise DataError(
+                    f"index {self.scheme}: the code {text!r} of item {item!r} is no line of text", kind="bad-value"
+                )
             if self.tokens and not known.issuperset(pieces):
-                raise DataError(f"index {self.scheme}: the code {text!r} of item {item!r} holds an unknown token")
+                raise DataError(
+                    f"index {self.scheme}: the code {text!r} of item {item!r} holds an unknown token", kind="bad-value"
+                )
         if len(self._items) != len(self.codes):
             seen: dict[str, str] = {}
             for item, pieces in self.codes.items():
                 other = seen.setdefault(_key("".join(pieces)), item)
                 if other != item:
-                    raise DataError(f"index {self.scheme}: items {other!r} and {item!r} share the code {pieces}")
+                    raise DataError(
+                        f"index {self.scheme}: items {other!r} and {item!r} share the code {pieces}", kind="duplicate"
+                    )
         if len(set(self.vocabulary)) != len(self.tokens) + len(self.users):
-            raise DataError(f"index {self.scheme}: two users share a token, or a user and an item do")
+            raise DataError(f"index {self.scheme}: two users share a token, or a user and an item do", kind="duplicate")
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -133,7 +141,8 @@ class ItemIndex:
         if item not in self.codes:
             raise DataError(
                 f"index {self.scheme}: there is no item {item!r}{did_you_mean(item, self.codes)}; place new items with "
-                "extend()"
+                "extend()",
+                kind="unknown-name",
             )
         text = "".join(self.codes[item])
         return Code(text) if self.tokens else text
@@ -210,12 +219,17 @@ class ItemIndex:
         """
         file, arrays = folder / _CODES, folder / _ARRAYS
         if not file.is_file():
-            raise DataError(f"{folder} holds no index ({_CODES}); build it with `llmrec index`")
+            raise DataError(
+                f"{folder} holds no index ({_CODES}); build it with `llmrec index`", kind="missing-file", at=folder
+            )
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["format"] != _FORMAT:
                 raise DataError(
-                    f"{file} is of format {found['format']}, and this llmrec reads {_FORMAT}; build the index again"
+                    f"{file} is of format {found['format']}, and this llmrec reads {_FORMAT}; build the index again",
+                    kind="wrong-format",
+                    at=file,
+                    column="format",
                 )
             return ItemIndex(
                 scheme=str(found["scheme"]),
@@ -230,7 +244,9 @@ class ItemIndex:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{file} cannot be read ({type(error).__name__}: {error}); build the index again"
+                f"{file} cannot be read ({type(error).__name__}: {error}); build the index again",
+                kind="damaged",
+                at=file,
             ) from error
 
 

@@ -167,7 +167,7 @@ def _sorted(
         total = value.sum()
     if np.isnan(total) and np.isnan(value).any():
         where = int(request[np.flatnonzero(np.isnan(value))[0]])
-        raise LlmrecError(f"request number {where}: a score is not a number, so it has no rank")
+        raise LlmrecError(f"request number {where}: a score is not a number, so it has no rank", kind="bad-value")
     later = request[1:] > request[:-1]
     if not (later | ((request[1:] == request[:-1]) & (value[1:] <= value[:-1]))).all():
         order = np.lexsort((-value, request))

@@ -67,7 +67,8 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
         if math.isnan(score):
             raise LlmrecError(
                 f"request {ranking.request_id!r}: the score of item {item!r} is not a number, so it has no rank. "
-                "A model gives such scores when its sums overflow; set model.dtype to float32 and run again."
+                "A model gives such scores when its sums overflow; set model.dtype to float32 and run again.",
+                kind="bad-value",
             )
     if target not in items and not ranking.unlisted:
         return Standing(greater=pool, tied=0, missing=True)

@@ -45,7 +45,9 @@ def add_item_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     if written != ids:
         raise ModelError(
             f"the tokenizer {type(tokenizer).__name__} does not write item tokens such as {tokens[0]} as one id each; "
-            "choose another model, or an index of numbers or titles"
+            "choose another model, or an index of numbers or titles",
+            kind="unsupported",
+            column="model.name",
         )
     return ids
 

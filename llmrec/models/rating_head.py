@@ -148,7 +148,9 @@ def load_head(folder: Path) -> RatingHead | None:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"the rating head in {folder} cannot be read ({type(error).__name__}: {reason}); train again with "
-            "`llmrec train`"
+            "`llmrec train`",
+            kind="damaged",
+            at=folder,
         ) from error
     return RatingHead(shape, linear)
 

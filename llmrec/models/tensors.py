@@ -51,7 +51,10 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
         faults = "; ".join(f"{what}: {_named(names)}" for what, names in parts.items() if names)
         raise ModelError(
             f"the weights in {folder} do not fit its config.json ({type(model).__name__}): {faults}. Put config.json "
-            "and the safetensors files back as save_pretrained wrote them together, or name another model"
+            "and the safetensors files back as save_pretrained wrote them together, or name another model",
+            kind="damaged",
+            at=folder,
+            column="model.name",
         )
     if beside:
         log.warning("%s: tensors that %s does not have are not read: %s", folder, type(model).__name__, _named(beside))

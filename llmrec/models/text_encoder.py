@@ -57,7 +57,10 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0][:300]}; name a folder or hub "
-            "model saved with save_pretrained (safetensors) as index.semantic.encoder"
+            "model saved with save_pretrained (safetensors) as index.semantic.encoder",
+            kind="damaged",
+            at=folder,
+            column="index.semantic.encoder",
         ) from error
     model.to("cuda" if has_cuda() else "cpu")
     if tokenizer.pad_token is None:

@@ -118,7 +118,9 @@ def refuse_words(model: str) -> NoReturn:
     """
     raise RecipeError(
         f"model.whole_words: only an encoder-decoder such as T5 has an encoder to add them in, and {model} is none; "
-        "set model.whole_words=false, or choose another model"
+        "set model.whole_words=false, or choose another model",
+        kind="contradiction",
+        column="model.whole_words",
     )
 
 
@@ -130,7 +132,9 @@ def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     """Read token ids for the encoder, and hand it their embeddings with those of their words."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
-        raise ModelError("an encoder with whole-word embeddings reads token ids, and was given embeddings")
+        raise ModelError(
+            "an encoder with whole-word embeddings reads token ids, and was given embeddings", kind="unsupported"
+        )
     words, tokens = getattr(encoder, _NAME), encoder.get_input_embeddings()(ids)
     places = numbers(words.kinds[ids]).clamp(max=words.num_embeddings - 1)
     given = {**kwargs, "input_ids": None, "inputs_embeds": tokens + words(places).to(tokens.dtype)}
@@ -181,13 +185,17 @@ def load_words(model: Any, folder: Path) -> None:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"the whole-word embeddings in {folder} cannot be read ({type(error).__name__}: {reason}); train again "
-            "with `llmrec train`"
+            "with `llmrec train`",
+            kind="damaged",
+            at=folder,
         ) from error
     shape = tuple(_base(model).get_encoder().get_input_embeddings().weight.shape)
     if (len(kinds), table.shape[-1]) != shape or table.dim() != 2:
         raise ModelError(
             f"the whole-word embeddings in {folder} are for {len(kinds)} tokens of width {table.shape[-1]}, and the "
-            f"model has {shape[0]} of width {shape[1]}; train again with `llmrec train`"
+            f"model has {shape[0]} of width {shape[1]}; train again with `llmrec train`",
+            kind="mismatch",
+            at=folder,
         )
     attach(model, table, kinds)
 

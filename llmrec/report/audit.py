@@ -51,7 +51,9 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
         of = str(content["results_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise DataError(
-            f"{path}: cannot be read ({flat(str(error))}); write it again with: {how_to_audit(run_dir)}"
+            f"{path}: cannot be read ({flat(str(error))}); write it again with: {how_to_audit(run_dir)}",
+            kind="damaged",
+            at=path,
         ) from error
     if of != sha256_of(run_dir / "results.json"):
         return None
@@ -86,7 +88,7 @@ def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
         LeakError: If there is a leak.
     """
     if said := refusal(lines):
-        raise LeakError(f"{run_dir / AUDIT}: {VERDICT[0].lower()}{VERDICT[1:]} {said}")
+        raise LeakError(f"{run_dir / AUDIT}: {VERDICT[0].lower()}{VERDICT[1:]} {said}", kind="leak", at=run_dir / AUDIT)
 
 
 def refusal(lines: Sequence[AuditLine]) -> str:

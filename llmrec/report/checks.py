@@ -24,22 +24,38 @@ def check(results: Results, *, source: str = "results.json") -> None:
             together.
     """
     if not results.rows:
-        raise LlmrecError(f"{source}: 'rows' is empty, so there is nothing to report; evaluate at least one task")
+        raise LlmrecError(
+            f"{source}: 'rows' is empty, so there is nothing to report; evaluate at least one task",
+            kind="empty",
+            at=source,
+            column="rows",
+        )
     doubled = [row_id for row_id, count in Counter(row.id for row in results.rows).items() if count > 1]
     if doubled:
-        raise LlmrecError(f"{source}: row id {doubled[0]!r} appears more than once; give every row its own id")
+        raise LlmrecError(
+            f"{source}: row id {doubled[0]!r} appears more than once; give every row its own id",
+            kind="duplicate",
+            at=source,
+            column="rows",
+        )
     for task in results.tasks:
         rows = [row for row in results.rows if row.task == task]
         metric = results.headline.get(task)
         if metric is None or not any(metric in row.metrics for row in rows):
             raise LlmrecError(
                 f"{source}: key 'headline' must name, for task {task!r}, a metric that its rows carry; "
-                f"it holds {metric!r}"
+                f"it holds {metric!r}",
+                kind="bad-value",
+                at=source,
+                column="headline",
             )
         if not any(row.arm == "baseline" for row in rows):
             raise LlmrecError(
                 f"{source}: task {task!r} has no row with arm 'baseline', and a result without its controls means "
-                f"nothing; list some under tasks.{task}.baselines in the recipe and evaluate again"
+                f"nothing; list some under tasks.{task}.baselines in the recipe and evaluate again",
+                kind="missing-value",
+                at=source,
+                column=f"tasks.{task}.baselines",
             )
         _check_controls(task, metric, rows, source)
         _check_protocol(task, rows, source)
@@ -55,7 +71,10 @@ def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) ->
         raise LlmrecError(
             f"{source}: task {task!r} lacks the controls {', '.join(lacking) or 'of any kind'}, measured by its "
             f"headline metric {metric!r}, so there is nothing to hold the other rows against; name them under "
-            f"tasks.{task}.baselines in the recipe and evaluate again"
+            f"tasks.{task}.baselines in the recipe and evaluate again",
+            kind="missing-value",
+            at=source,
+            column=f"tasks.{task}.baselines",
         )
 
 
@@ -67,7 +86,11 @@ def _check_protocol(task: str, rows: Sequence[Row], source: str) -> None:
         for name, signature in _signatures(row):
             other, first = seen.setdefault(name, (row.id, signature))
             if signature != first:
-                raise LlmrecError(_mixed(task, f"{other!r} ({first})", f"{row.id!r} ({signature})", source))
+                raise LlmrecError(
+                    _mixed(task, f"{other!r} ({first})", f"{row.id!r} ({signature})", source),
+                    kind="mismatch",
+                    at=source,
+                )
     _same_fields(task, rows, source)
     _same_slices(task, rows, source)
 
@@ -90,7 +113,10 @@ def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
         one, two = (f"{row_id!r} ({_digest(digest)})" for digest, row_id in list(digests.items())[:2])
         raise LlmrecError(
             f"{source}: rows of task {task!r} ranked different candidate sets, {one} and {two}, so they cannot share a "
-            "table; evaluate both again in one run"
+            "table; evaluate both again in one run",
+            kind="mismatch",
+            at=source,
+            column="candidates",
         )
 
 
@@ -101,7 +127,10 @@ def _check_candidates(results: Results, source: str) -> None:
         if known and row.candidates is not None and row.candidates not in known:
             raise LlmrecError(
                 f"{source}: row {row.id!r} ranked candidate sets ({_digest(row.candidates)}) that key 'candidates' "
-                "does not list; evaluate it again in this run"
+                "does not list; evaluate it again in this run",
+                kind="mismatch",
+                at=source,
+                column="candidates",
             )
 
 
@@ -124,7 +153,11 @@ def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
             for other, first in kinds.items():
                 if not (own <= other or other <= own):
                     one = f"{first!r} ({key}:{','.join(sorted(other))})"
-                    raise LlmrecError(_mixed(task, one, f"{row_id!r} ({key}:{','.join(sorted(own))})", source))
+                    raise LlmrecError(
+                        _mixed(task, one, f"{row_id!r} ({key}:{','.join(sorted(own))})", source),
+                        kind="mismatch",
+                        at=source,
+                    )
             kinds.setdefault(frozenset(own), row_id)
 
 
@@ -142,7 +175,7 @@ def _same_slices(task: str, rows: Sequence[Row], source: str) -> None:
             other, n = sizes.setdefault(part.name, (row.id, part.n))
             if n != part.n:
                 one, two = f"{other!r} (slice {part.name!r}, n = {n})", f"{row.id!r} (n = {part.n})"
-                raise LlmrecError(_mixed(task, one, two, source))
+                raise LlmrecError(_mixed(task, one, two, source), kind="mismatch", at=source)
 
 
 def _mixed(task: str, one: str, two: str, source: str) -> str:
@@ -160,5 +193,8 @@ def _check_comparisons(results: Results, source: str) -> None:
             if task_of.get(side) != comparison.task:
                 raise LlmrecError(
                     f"{source}: comparisons[{position}] names row {side!r}, which task {comparison.task!r} does not "
-                    f"have; drop the comparison or evaluate again"
+                    f"have; drop the comparison or evaluate again",
+                    kind="unknown-name",
+                    at=source,
+                    column="comparisons",
                 )

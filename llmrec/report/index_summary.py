@@ -122,7 +122,9 @@ def line(run_dir: Path) -> str:
         return line_of(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path}: cannot be read ({flat(str(error))}); run the recipe again, which writes it anew"
+            f"{path}: cannot be read ({flat(str(error))}); run the recipe again, which writes it anew",
+            kind="damaged",
+            at=path,
         ) from error
 
 

@@ -55,20 +55,26 @@ def results_of(content: Results | Mapping[str, Any], *, source: str = "results.j
         try:
             content = Results.model_validate(mended(dict(content)))
         except (ValidationError, RecursionError) as error:
-            raise DataError(f"{source}: {_first_problem(error)}. {mend}".strip()) from error
+            raise _unfit(error, source, mend) from error
     check(content, source=source)
     return content
 
 
-def _first_problem(error: ValidationError | RecursionError) -> str:
+def _unfit(error: ValidationError | RecursionError, source: str, mend: str) -> DataError:
     """Name the first key that is wrong, and what is wrong with it."""
     if isinstance(error, RecursionError):
-        return "it is nested too deeply to be a results file"
+        deep = "it is nested too deeply to be a results file"
+        return DataError(f"{source}: {deep}. {mend}".strip(), kind="wrong-format", at=source)
     problem = error.errors(include_url=False, include_context=False)[0]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = str(problem["msg"])
-    return f"key {place!r}: {message[:1].lower()}{message[1:]}{more}"
+    return DataError(
+        f"{source}: key {place!r}: {message[:1].lower()}{message[1:]}{more}. {mend}".strip(),
+        kind="missing-key" if problem["type"] == "missing" else "bad-value",
+        at=source,
+        column=place,
+    )
 
 
 # --------------------------------------------------------------------------- files
@@ -102,11 +108,15 @@ def content_of(run_dir: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}", kind="unreadable", at=path) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not valid JSON ({error}). {mend}") from error
+        raise DataError(f"{path}: is not valid JSON ({error}). {mend}", kind="syntax", at=path) from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__} where an object is expected. {mend}")
+        raise DataError(
+            f"{path}: holds a {type(content).__name__} where an object is expected. {mend}",
+            kind="wrong-format",
+            at=path,
+        )
     return content
 
 
@@ -128,7 +138,7 @@ def failure_reasons(
     """
     path, mend = run_dir / "predictions.parquet", mend_for(run_dir)
     if predictions is None and not path.is_file():
-        raise DataError(f"{path}: no such file. {mend}")
+        raise DataError(f"{path}: no such file. {mend}", kind="missing-file", at=path)
     try:
         if predictions is None:
             predictions = pl.read_parquet(path, columns=["row_id", "error"])
@@ -136,7 +146,9 @@ def failure_reasons(
         counts = predictions.group_by("row_id", "error", maintain_order=True).len()
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise DataError(f"{path}: is not a readable predictions file ({reason}). {mend}") from error
+        raise DataError(
+            f"{path}: is not a readable predictions file ({reason}). {mend}", kind="damaged", at=path
+        ) from error
     total: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
     for row_id, reason, many in counts.iter_rows():
@@ -147,7 +159,9 @@ def failure_reasons(
         if total[row.id] != row.n:
             raise DataError(
                 f"{path}: holds {total[row.id]} predictions of row {row.id!r}, results.json says n = {row.n}; the two "
-                f"files are not of one run. {mend}"
+                f"files are not of one run. {mend}",
+                kind="mismatch",
+                at=path,
             )
     return {
         row_id: dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))) for row_id, found in reasons.items()

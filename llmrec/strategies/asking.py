@@ -65,7 +65,11 @@ class Prompting:
         """
         if capability not in self.backend.capabilities:
             offered = ", ".join(sorted(self.backend.capabilities))
-            raise BackendError(f"backend {self.backend.name!r} cannot {capability}; it offers {offered}")
+            raise BackendError(
+                f"backend {self.backend.name!r} cannot {capability}; it offers {offered}",
+                kind="unsupported",
+                column="eval.backend",
+            )
 
     def prompt(self, request: Request) -> Prompt:
         """Render a request."""

@@ -83,7 +83,9 @@ class CatalogueRanker:
         if not task.writes_alike(self.asker.template):
             raise RecipeError(
                 f"template {self.asker.template}: its answer depends on the request, and a search writes the catalogue "
-                "once for all; let the answer show the item alone"
+                "once for all; let the answer show the item alone",
+                kind="unsupported",
+                at=self.asker.template,
             )
         groups: dict[str, list[str]] = {}
         for item, text in zip(task.catalogue, task.continuations(request, template=self.asker.template), strict=True):
@@ -121,7 +123,9 @@ def _refuse_candidates(request: Request) -> None:
     if request.candidates is not None:
         raise LlmrecError(
             f"request {request.id}: the strategy 'search' ranks the whole catalogue, and this request has candidates "
-            "of its own; use the strategy 'likelihood'"
+            "of its own; use the strategy 'likelihood'",
+            kind="contradiction",
+            column="candidates",
         )
 
 

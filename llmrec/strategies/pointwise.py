@@ -177,5 +177,9 @@ def ranked(found: Scored) -> Ranking:
 
 def _candidates(request: Request) -> tuple[str, ...]:
     if request.candidates is None:
-        raise LlmrecError(f"request {request.id} has no candidates to rank; give it a candidate set")
+        raise LlmrecError(
+            f"request {request.id} has no candidates to rank; give it a candidate set",
+            kind="missing-value",
+            column="candidates",
+        )
     return request.candidates

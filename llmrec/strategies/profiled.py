@@ -37,7 +37,9 @@ class TwoStepRanker:
         if not task.shows_profile(asker.template):
             raise RecipeError(
                 f"template {asker.template}: the strategy two-step puts what it learned of the user into the profile, "
-                "which this template does not show; use with-profile, or another that names `profile`"
+                "which this template does not show; use with-profile, or another that names `profile`",
+                kind="contradiction",
+                at=asker.template,
             )
         self.asker = asker
         self._second = label_ranker(asker, permutations=permutations)

@@ -78,7 +78,9 @@ class HeadRater:
         if "rate" not in backend.capabilities or not isinstance(backend, HeadBackend):
             raise BackendError(
                 f"tasks.rating.strategies: backend {backend.name!r} reads no rating head; set eval.backend=hf, or drop "
-                "'head'"
+                "'head'",
+                kind="unsupported",
+                column="tasks.rating.strategies",
             )
         self.asker = asker
         self.engine = ""
@@ -196,7 +198,9 @@ class Calibrated:
         if not known:
             raise LlmrecError(
                 f"tasks.ctr.calibrate: {self.name} gave no answer to the {len(cases)} validation cases that could be "
-                "read; set it to none, or hold more out (data.split.valid)"
+                "read; set it to none, or hold more out (data.split.valid)",
+                kind="too-few",
+                column="tasks.ctr.calibrate",
             )
         self.curve = fit_curve([value for value, _ in known], [float(truth) for _, truth in known])
 

@@ -189,7 +189,9 @@ class Rounds:
             if not usable:
                 raise LlmrecError(
                     f"eval.debias: no training question has {size} candidates, as many as a request shows; set it to "
-                    "none, or lower eval.candidates.count"
+                    "none, or lower eval.candidates.count",
+                    kind="too-few",
+                    column="eval.debias",
                 )
             posed = [self._pose(request, Question((request.candidates or ())[:size])) for request in usable]
             found = self._score(posed)
@@ -255,5 +257,9 @@ def _left(question: Question) -> tuple[str, ...]:
 
 def _with_candidates(request: Request) -> Request:
     if not request.candidates:
-        raise LlmrecError(f"request {request.id} has no candidates to rank; give it a candidate set")
+        raise LlmrecError(
+            f"request {request.id} has no candidates to rank; give it a candidate set",
+            kind="missing-value",
+            column="candidates",
+        )
     return request

@@ -46,7 +46,9 @@ class AlignmentTask(Task):
         if index is None:
             raise RecipeError(
                 "tasks.alignment: it teaches what codes mean, and there is no index; add one to the recipe, such as "
-                "index: {scheme: semantic}, or drop the task"
+                "index: {scheme: semantic}, or drop the task",
+                kind="missing-key",
+                column="index",
             )
         self._data, self._seed, self._candidates = data, seed, inputs.candidates
         self._chosen = choose(self.family, section, inputs.templates, index)
@@ -54,7 +56,11 @@ class AlignmentTask(Task):
         self.held = hold_out(data.dataset.items, section.held_out, seed=seed)
         self._trained = tuple(item for item in sorted(data.dataset.items) if item not in self.held.items)
         if not self._trained:
-            raise RecipeError(f"tasks.alignment.held_out: {section.held_out:g} leaves no item to train on; lower it")
+            raise RecipeError(
+                f"tasks.alignment.held_out: {section.held_out:g} leaves no item to train on; lower it",
+                kind="too-few",
+                column="tasks.alignment.held_out",
+            )
         self._named = {request_name(item, seed): item for item in sorted(self.held.items)}
         for template in inputs.templates.values():
             self._check(template)
@@ -85,14 +91,20 @@ class AlignmentTask(Task):
         """
         part = self.held.part(split)
         if self._candidates is None:
-            raise RecipeError("tasks.alignment ranks stored candidates; draw them first (llmrec.tasks.held_items)")
+            raise RecipeError(
+                "tasks.alignment ranks stored candidates; draw them first (llmrec.tasks.held_items)",
+                kind="missing-value",
+                column="candidates",
+            )
         found = []
         for item in part:
             name = request_name(item, self._seed)
             if name not in self._candidates.sets:
                 raise DataError(
                     "tasks.alignment: the stored candidates have no set for a held-out item; they were drawn for "
-                    "another split, seed or data set, so draw them again"
+                    "another split, seed or data set, so draw them again",
+                    kind="mismatch",
+                    column="tasks.alignment",
                 )
             request = Request(id=name, user_id=name, candidates=self._candidates.sets[name])
             found.append(Case(request=request, truth=item))
@@ -121,7 +133,9 @@ class AlignmentTask(Task):
         if len(drawn) < shots:
             raise DataError(
                 f"tasks.alignment: {shots} few-shot examples are asked for, but only {len(self._trained)} items are "
-                "trained on, the one in question included; lower eval.shots.k"
+                "trained on, the one in question included; lower eval.shots.k",
+                kind="too-few",
+                column="eval.shots.k",
             )
         return Drawn(tuple(Window(NOBODY, (Event(item_id=item),)) for item in drawn), ())
 
@@ -165,11 +179,18 @@ class AlignmentTask(Task):
             RecipeError: Naming the template and what is wrong.
         """
         if template.shape == "list":
-            raise RecipeError(f"template {template.id}: alignment templates ask for one answer; use shape: chat")
+            raise RecipeError(
+                f"template {template.id}: alignment templates ask for one answer; use shape: chat",
+                kind="unsupported",
+                at=template.id,
+                column="shape",
+            )
         if template.asks_with_code == template.answers_with_code:
             raise RecipeError(
                 f"template {template.id}: an alignment template shows item.code and asks for item.title, or shows "
-                "item.title and asks for item.code; write item.code in one of user and target"
+                "item.title and asks for item.code; write item.code in one of user and target",
+                kind="bad-value",
+                at=template.id,
             )
         asked = {"noun", "item"} | ({"fields"} if template.answers_with_code else set())
         template.check(turns=asked, lead=(), target={"noun", "item"})
@@ -204,14 +225,20 @@ class AlignmentTask(Task):
         if item is None:
             raise DataError(
                 f"request {request.id!r}: the alignment task asks about one item, and this is none of its cases; set "
-                "Request.item"
+                "Request.item",
+                kind="missing-value",
+                column="item",
             )
         return item
 
 
 def _asked(request: Request) -> Sequence[str]:
     if not request.candidates:
-        raise DataError(f"request {request.id!r}: the alignment task ranks candidates; set Request.candidates")
+        raise DataError(
+            f"request {request.id!r}: the alignment task ranks candidates; set Request.candidates",
+            kind="missing-value",
+            column="candidates",
+        )
     return request.candidates
 
 

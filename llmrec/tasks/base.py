@@ -73,7 +73,9 @@ class View:
             entry = self.data.dataset.items.get(item_id)
             if entry is None:
                 raise DataError(
-                    f"{self.data.dataset.name}: there is no item {item_id!r}; ask about items of the catalogue"
+                    f"{self.data.dataset.name}: there is no item {item_id!r}; ask about items of the catalogue",
+                    kind="unknown-name",
+                    at=self.data.dataset.name,
                 )
             title = clean(entry.title) or clean(item_id) or "untitled"
             known = Fields({name: clean(text) for name, text in sorted(entry.fields.items())}, title=title)
@@ -209,7 +211,11 @@ def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> I
         DataError: If there is no user to train on.
     """
     if not users:
-        raise DataError(f"tasks.{family}: no user has enough training interactions; use more data or drop the task")
+        raise DataError(
+            f"tasks.{family}: no user has enough training interactions; use more data or drop the task",
+            kind="too-few",
+            column=f"tasks.{family}",
+        )
     done = 0
     number = 0
     while limit is None or done < limit:
@@ -300,7 +306,11 @@ def asked_item(request: Request, family: str) -> str:
         DataError: If it names none.
     """
     if request.item is None:
-        raise DataError(f"request {request.id!r}: the {family} task asks about one item; set Request.item")
+        raise DataError(
+            f"request {request.id!r}: the {family} task asks about one item; set Request.item",
+            kind="missing-value",
+            column="item",
+        )
     return request.item
 
 
@@ -316,7 +326,9 @@ def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) ->
     if name not in sets.sets:
         raise DataError(
             f"tasks.{family}: the stored candidates have no set for {name!r}; they were drawn for another split, seed "
-            "or data set, so draw them again"
+            "or data set, so draw them again",
+            kind="mismatch",
+            column=f"tasks.{family}",
         )
     return sets.sets[name]
 

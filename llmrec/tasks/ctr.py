@@ -81,7 +81,10 @@ class CtrTask(Task):
         if not self._events:
             raise DataError(
                 f"tasks.ctr: {data.dataset.name} has no ratings to call a yes or a no; drop the task or name "
-                "data.columns.rating"
+                "data.columns.rating",
+                kind="missing-column",
+                at=data.dataset.name,
+                column="rating",
             )
         self.liked = threshold(scale_of(data), section.liked)
         self._chosen = choose(self.family, section, templates, inputs.index)
@@ -148,7 +151,9 @@ class CtrTask(Task):
         if found and not kept:
             raise DataError(
                 f"tasks.ctr.balance: no user of the {split} split has both a yes and a no, which a balanced set takes; "
-                "hold out several events a user (data.split.kind=last_share), or set tasks.ctr.balance=none"
+                "hold out several events a user (data.split.kind=last_share), or set tasks.ctr.balance=none",
+                kind="too-few",
+                column="tasks.ctr.balance",
             )
         return kept
 
@@ -227,7 +232,10 @@ class CtrTask(Task):
         yes, no = (chosen.answer({"answer": answer}) for answer in (YES, NO))
         if yes == no:
             raise RecipeError(
-                f"template {chosen.id}: its target is {yes!r} for a yes and for a no; write it with {{{{ answer }}}}"
+                f"template {chosen.id}: its target is {yes!r} for a yes and for a no; write it with {{{{ answer }}}}",
+                kind="bad-value",
+                at=chosen.id,
+                column="target",
             )
         return yes, no
 

@@ -118,7 +118,11 @@ class DirectTask(Task):
             RecipeError: If the task was built without candidate sets.
         """
         if self._candidates is None:
-            raise RecipeError("tasks.direct ranks stored candidates; draw them first (llmrec.data.candidates.draw)")
+            raise RecipeError(
+                "tasks.direct ranks stored candidates; draw them first (llmrec.data.candidates.draw)",
+                kind="missing-value",
+                column="candidates",
+            )
         return [
             Case(
                 request=request_of(
@@ -190,7 +194,9 @@ class DirectTask(Task):
         if name not in known:
             raise RecipeError(
                 f"tasks.direct.profile.template: there is no prompts/profile/{name}.yaml{did_you_mean(name, known)}; "
-                f"known: {', '.join(known)}"
+                f"known: {', '.join(known)}",
+                kind="unknown-name",
+                column="tasks.direct.profile.template",
             )
         template = known[name]
         template.check(turns=ABOUT_USER | {"history"}, lead=(), target={"text"})
@@ -362,13 +368,19 @@ class DirectTask(Task):
             return want
         pool = _asked(request)
         if len(pool) != 1:
-            raise DataError(f"request {request.id!r}: a yes or no is about one candidate, and it has {len(pool)}")
+            raise DataError(
+                f"request {request.id!r}: a yes or no is about one candidate, and it has {len(pool)}",
+                kind="bad-value",
+                column="candidates",
+            )
         if asks == "label" and template.name not in self._asks_yes:
             one, yes = (template.turns(self._values(request.user_id, (), pool, want)) for want in ("one", "yes"))
             if one == yes:
                 raise RecipeError(
                     f"template {template.id} has no words for the strategy 'pointwise-yes'; ask its question under "
-                    '{% if want == "yes" %}, or choose another template'
+                    '{% if want == "yes" %}, or choose another template',
+                    kind="unsupported",
+                    at=template.id,
                 )
             self._asks_yes.add(template.name)
         return "yes"
@@ -384,7 +396,11 @@ def candidate_labels(count: int) -> tuple[str, ...]:
 
 def _asked(request: Request) -> tuple[str, ...]:
     if not request.candidates:
-        raise DataError(f"request {request.id!r}: the direct task ranks candidates; set Request.candidates")
+        raise DataError(
+            f"request {request.id!r}: the direct task ranks candidates; set Request.candidates",
+            kind="missing-value",
+            column="candidates",
+        )
     return request.candidates
 
 

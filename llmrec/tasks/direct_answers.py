@@ -47,13 +47,21 @@ def check_words(template: Template) -> None:
         RecipeError: If there are any, if the template is a list, or if it writes other words than yes and no.
     """
     if template.shape == "list":
-        raise RecipeError(f"template {template.id}: direct templates ask for one answer; use shape: chat")
+        raise RecipeError(
+            f"template {template.id}: direct templates ask for one answer; use shape: chat",
+            kind="unsupported",
+            at=template.id,
+            column="shape",
+        )
     asks, asked = asks_for(template), ABOUT_USER | {"history"}
     if asks == "yes":
         template.check(turns=asked | {"item", "item_id", "fields"}, lead=(), target={"answer"})
         if [template.answer({"answer": answer}).strip().casefold() for answer in (YES, NO)] != ["yes", "no"]:
             raise RecipeError(
-                f"template {template.id}: its target is another word than yes or no; write it with {{{{ answer }}}}"
+                f"template {template.id}: its target is another word than yes or no; write it with {{{{ answer }}}}",
+                kind="bad-value",
+                at=template.id,
+                column="target",
             )
     elif asks == "item":
         template.check(turns=asked | USER_STATS | {"candidates"}, lead=(), target={"noun", "item"})
@@ -73,7 +81,10 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
             raise RecipeError(
                 f"tasks.direct.strategies: {template.id} {_WORDS[asks_for(template)]}, and none of "
                 f"{', '.join(strategies)} reads that; add {reader_of(template)}, or name another template in "
-                "tasks.direct.eval_templates"
+                "tasks.direct.eval_templates",
+                kind="contradiction",
+                at=template.id,
+                column="tasks.direct.strategies",
             )
     for strategy in strategies:
         if not any(fits(template, strategy) for template in templates):
@@ -88,5 +99,7 @@ def refuse(template: Template, strategy: str) -> None:
     """
     raise RecipeError(
         f"the strategy {strategy!r} does not read the answers of template {template.id}, which "
-        f"{_WORDS[asks_for(template)]}; use {reader_of(template)!r}, or another template"
+        f"{_WORDS[asks_for(template)]}; use {reader_of(template)!r}, or another template",
+        kind="contradiction",
+        at=template.id,
     )

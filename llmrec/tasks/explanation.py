@@ -53,7 +53,12 @@ class ExplanationTask(Task):
         self._view = View(data, inputs.index)
         for template in templates.values():
             if template.shape == "list":
-                raise RecipeError(f"template {template.id}: explanation templates ask for one text; use shape: chat")
+                raise RecipeError(
+                    f"template {template.id}: explanation templates ask for one text; use shape: chat",
+                    kind="unsupported",
+                    at=template.id,
+                    column="shape",
+                )
             asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "rating", "feature", "headline"}
             # An answer of both is asked for without the rating.
             shown = asked - {"rating"} if _rates(template) else asked
@@ -62,14 +67,20 @@ class ExplanationTask(Task):
         if not self._events:
             raise DataError(
                 f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; name data.columns.text, "
-                "give a reviews table, or drop the task"
+                "give a reviews table, or drop the task",
+                kind="missing-column",
+                at=data.dataset.name,
+                column="text",
             )
         rated = [template.id for template in self._chosen.asking if _rates(template)]
         unrated = sum(event.rating is None for events in self._events.values() for event in events)
         if rated and unrated:
             raise DataError(
                 f"tasks.explanation: the template {rated[0]} writes a rating before the text, and {unrated} training "
-                f"texts of {data.dataset.name} have none; name other templates under tasks.explanation.templates"
+                f"texts of {data.dataset.name} have none; name other templates under tasks.explanation.templates",
+                kind="missing-value",
+                at=data.dataset.name,
+                column="tasks.explanation.templates",
             )
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events)

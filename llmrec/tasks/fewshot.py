@@ -77,16 +77,22 @@ class ShotPool:
     ) -> None:
         if choice not in _CHOICES:
             raise RecipeError(
-                f"unknown shot choice {choice!r}{did_you_mean(choice, _CHOICES)}; known: {', '.join(_CHOICES)}"
+                f"unknown shot choice {choice!r}{did_you_mean(choice, _CHOICES)}; known: {', '.join(_CHOICES)}",
+                kind="unknown-name",
+                column="eval.shots.choice",
             )
         if choice == "balanced" and label is None:
             raise RecipeError(
                 f"eval.shots.choice: 'balanced' evens out the answers of examples, and those of tasks.{family} are no "
-                "few labels; choose another, or drop the task"
+                "few labels; choose another, or drop the task",
+                kind="contradiction",
+                column="eval.shots.choice",
             )
         if choice in BY_TEXT and vectors is None:
             raise RecipeError(
-                f"eval.shots.choice: {choice!r} compares texts of items, and there is no text encoder here"
+                f"eval.shots.choice: {choice!r} compares texts of items, and there is no text encoder here",
+                kind="unsupported",
+                column="eval.shots.choice",
             )
         self._vectors, self._label = vectors, label
         self._family = family
@@ -184,7 +190,9 @@ class ShotPool:
     def _too_few(self, count: int) -> DataError:
         return DataError(
             f"tasks.{self._family}: {count} few-shot examples are asked for, but only {len(self._users)} users "
-            "have training interactions to draw them from; lower eval.shots.k"
+            "have training interactions to draw them from; lower eval.shots.k",
+            kind="too-few",
+            column="eval.shots.k",
         )
 
     def _balanced(self, request: Request, count: int) -> list[tuple[str, int]]:

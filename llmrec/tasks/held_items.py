@@ -88,8 +88,11 @@ def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> Ca
     alone = len({held.groups[item] for item in part})
     if alone < count:
         raise DataError(
-            f"tasks.alignment.held_out: it holds {len(part)} of {len(held.groups)} items out for the {split} split, of "
-            f"{alone} titles, fewer than the {count} candidates of a question; raise it, or lower eval.candidates.count"
+            f"tasks.alignment.held_out: it holds {len(part)} of {len(held.groups)} items out for the {split} split, "
+            f"of {alone} titles, fewer than the {count} candidates of a question; raise it, or lower "
+            "eval.candidates.count",
+            kind="too-few",
+            column="tasks.alignment.held_out",
         )
     targets = {request_name(item, seed): item for item in part}
     return draw_among(targets, {item: held.groups[item] for item in part}, count=count, seed=seed, kind=KIND)

@@ -85,13 +85,20 @@ class Past:
     ) -> None:
         self.history, self._rule, self._dataset, self._vectors = section.history, section.past, dataset, vectors
         if self._rule == "relevant" and vectors is None:
-            raise RecipeError("tasks: past=relevant compares items by their texts, and there is no text encoder here")
+            raise RecipeError(
+                "tasks: past=relevant compares items by their texts, and there is no text encoder here",
+                kind="unsupported",
+                column="past",
+            )
         if self._rule == "summary":
             blind = [template.id for template in templates if not template.shows_profile]
             if blind:
                 raise RecipeError(
                     f"tasks: past=summary writes what earlier events were like into the profile, which the template "
-                    f"{blind[0]} does not show; choose templates that do, or another rule"
+                    f"{blind[0]} does not show; choose templates that do, or another rule",
+                    kind="contradiction",
+                    at=blind[0],
+                    column="past",
                 )
 
     def show(self, events: Sequence[Event], about: Sequence[str] = ()) -> Shown:

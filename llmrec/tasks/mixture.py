@@ -62,7 +62,11 @@ def interleave(
     """
     order = sorted(name for name, weight in weights.items() if weight > 0)
     if not order:
-        raise RecipeError("every task has weight 0, so there is nothing to train on; set tasks.<family>.weight")
+        raise RecipeError(
+            "every task has weight 0, so there is nothing to train on; set tasks.<family>.weight",
+            kind="bad-value",
+            column="tasks",
+        )
     random.Random(seed).shuffle(order)
     return _interleave({name: streams[name] for name in order}, weights, size)
 

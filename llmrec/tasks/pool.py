@@ -70,7 +70,9 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
     if len(chosen) < count:
         raise RecipeError(
             f"train.examples: tasks.{task.family} has only {len(chosen)} different training rows, and {count} are "
-            "asked for; lower it, or leave it out"
+            "asked for; lower it, or leave it out",
+            kind="too-few",
+            column="train.examples",
         )
     return tuple(chosen[place] for place in sorted(chosen))
 
@@ -120,7 +122,9 @@ class Negatives:
         if free < count:
             raise DataError(
                 f"user {user!r} leaves only {free} of {len(self._catalogue)} items untouched, fewer than the {count} "
-                f"negatives asked for; set eval.candidates.count to at most {free + 1}"
+                f"negatives asked for; set eval.candidates.count to at most {free + 1}",
+                kind="too-few",
+                column="eval.candidates.count",
             )
         taken: dict[str, None] = {}
         for _ in range(8 * count):

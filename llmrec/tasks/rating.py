@@ -273,7 +273,10 @@ def _refuse_learned(template: Template) -> None:
     if learned_only(template):
         raise RecipeError(
             f"tasks.rating.eval_templates: {template.id} asks whether a rating is so many stars, which is learned and "
-            "not evaluated; name templates that ask for the number, such as name-item"
+            "not evaluated; name templates that ask for the number, such as name-item",
+            kind="contradiction",
+            at=template.id,
+            column="tasks.rating.eval_templates",
         )
 
 
@@ -317,7 +320,12 @@ def find_scale(data: SplitDataset) -> Scale:
     """
     ratings = data.train["rating"].drop_nulls().unique().to_list()
     if not ratings:
-        raise DataError(f"tasks.rating: {data.dataset.name} has no ratings; drop the task or name data.columns.rating")
+        raise DataError(
+            f"tasks.rating: {data.dataset.name} has no ratings; drop the task or name data.columns.rating",
+            kind="missing-column",
+            at=data.dataset.name,
+            column="rating",
+        )
     low, high = data.dataset.rating_scale or (min(ratings), max(ratings))
     whole = all(float(value).is_integer() for value in (*ratings, low, high))
     step = 1.0 if whole or high - low > _MOST_LABELS // 2 else 0.5
@@ -325,7 +333,9 @@ def find_scale(data: SplitDataset) -> Scale:
     if last - first >= _MOST_LABELS:
         raise DataError(
             f"tasks.rating: the scale from {low:g} to {high:g} has {last - first + 1} steps, more than {_MOST_LABELS}; "
-            "rescale the ratings"
+            "rescale the ratings",
+            kind="too-large",
+            column="rating",
         )
     values = tuple(step * number for number in range(first, last + 1))
     return Scale(values, tuple(f"{value:.0f}" if step == 1.0 else f"{value:.1f}" for value in values))

@@ -68,7 +68,10 @@ class ReviewTask(Task):
         if not data.dataset.reviews:
             raise DataError(
                 f"tasks.{self.family}: {data.dataset.name} has no reviews; use a source of reviews, such as "
-                "amazon-reviews, or drop the task"
+                "amazon-reviews, or drop the task",
+                kind="unsupported",
+                at=data.dataset.name,
+                column=f"tasks.{self.family}",
             )
         self._chosen = choose(self.family, section, templates, inputs.index, reviews=True)
         self._view = View(data, inputs.index)
@@ -82,7 +85,10 @@ class ReviewTask(Task):
         if not self._events:
             raise DataError(
                 f"tasks.{self.family}: no training interaction of {data.dataset.name} has a review and a "
-                f"{self.target}; drop the task"
+                f"{self.target}; drop the task",
+                kind="missing-value",
+                at=data.dataset.name,
+                column=f"tasks.{self.family}",
             )
         self._shots = inputs.shots(
             self.family, self._events, label=None if scale is None else lambda event: scale.label(event.rating or 0.0)
@@ -96,7 +102,11 @@ class ReviewTask(Task):
             RecipeError: If headlines are asked for.
         """
         if self._scale is None:
-            raise RecipeError(f"tasks.{self.family}: its templates write headlines, which have no scale")
+            raise RecipeError(
+                f"tasks.{self.family}: its templates write headlines, which have no scale",
+                kind="unsupported",
+                column=f"tasks.{self.family}",
+            )
         return self._scale
 
     @property
@@ -142,7 +152,11 @@ class ReviewTask(Task):
         only_one(self.family, want)
         chosen, item = self._chosen.get(template), asked_item(request, self.family)
         if not request.context.get("review"):
-            raise DataError(f"request {request.id!r}: the {self.family} task reads a review; set context['review']")
+            raise DataError(
+                f"request {request.id!r}: the {self.family} task reads a review; set context['review']",
+                kind="missing-value",
+                column="review",
+            )
         turns: list[tuple[Message, ...]] = []
         for shot in self.draw_shots(request, shots).windows:
             event = shot.events[-1]
@@ -241,7 +255,12 @@ def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
     targets: dict[Target, str] = {}
     for template in templates.values():
         if template.shape == "list":
-            raise RecipeError(f"template {template.id}: a review has one answer; use shape: chat")
+            raise RecipeError(
+                f"template {template.id}: a review has one answer; use shape: chat",
+                kind="unsupported",
+                at=template.id,
+                column="shape",
+            )
         named = template.names("target")
         written: Target = "rating" if "rating" in named and "headline" not in named else "headline"
         targets[written] = template.id
@@ -249,7 +268,9 @@ def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
     if len(targets) > 1:
         raise RecipeError(
             f"templates {' and '.join(sorted(targets.values()))}: the one writes a headline and the other a rating; "
-            "those of one family write the same, headlines under prompts/review and ratings under prompts/stars"
+            "those of one family write the same, headlines under prompts/review and ratings under prompts/stars",
+            kind="contradiction",
+            column="target",
         )
     return family, next(iter(targets))
 

@@ -82,7 +82,9 @@ class SequentialTask(Task):
         if section.window < least:
             raise RecipeError(
                 f"tasks.sequential.window is {section.window}, which leaves no target after {section.warm_up} items of "
-                f"warm_up; set it to at least {least}"
+                f"warm_up; set it to at least {least}",
+                kind="bad-value",
+                column="tasks.sequential.window",
             )
         events = {user: data.train_events(user) for user in data.users()}
         self._events = {user: past for user, past in events.items() if len(past) >= least}
@@ -163,7 +165,9 @@ class SequentialTask(Task):
         """
         if want != "one":
             raise RecipeError(
-                "tasks.sequential cannot answer with a list; use the strategy 'likelihood', or the direct task"
+                "tasks.sequential cannot answer with a list; use the strategy 'likelihood', or the direct task",
+                kind="unsupported",
+                column="tasks.sequential",
             )
         chosen = self._chosen.get(template)
         drawn = self.draw_shots(request, shots)
@@ -234,7 +238,10 @@ class SequentialTask(Task):
         if bare and some is not None and not isinstance(self._view.item(some)["code"], Code):
             raise RecipeError(
                 f"tasks.sequential.templates: {bare[0]} writes codes one behind the other, and those of this index are "
-                "ordinary text; use index: {scheme: token}, collaborative or semantic, or the template continue-codes"
+                "ordinary text; use index: {scheme: token}, collaborative or semantic, or the template continue-codes",
+                kind="contradiction",
+                at=bare[0],
+                column="tasks.sequential.templates",
             )
 
     def _catalogue(self, name: str) -> Mapping[str, tuple[str, ...]]:

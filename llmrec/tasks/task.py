@@ -126,7 +126,11 @@ class Task(Protocol):
         Raises:
             RecipeError: If the family ranks no catalogue.
         """
-        raise RecipeError(f"tasks.{self.family} ranks no catalogue; tasks.sequential does")
+        raise RecipeError(
+            f"tasks.{self.family} ranks no catalogue; tasks.sequential does",
+            kind="unsupported",
+            column=f"tasks.{self.family}",
+        )
 
     def writes_alike(self, template: str) -> bool:
         """Whether a template writes an item in the same way for every request, so that a search can."""
@@ -138,7 +142,11 @@ class Task(Protocol):
         Raises:
             RecipeError: If the family asks about no candidates.
         """
-        raise RecipeError(f"tasks.{self.family} lists no candidates, so that no position can be measured")
+        raise RecipeError(
+            f"tasks.{self.family} lists no candidates, so that no position can be measured",
+            kind="unsupported",
+            column=f"tasks.{self.family}",
+        )
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return those of the strategies that a template's answers are read by, for the tuned or the base model."""
@@ -182,7 +190,11 @@ class Task(Protocol):
         Raises:
             RecipeError: If the family asks for no profile.
         """
-        raise RecipeError(f"tasks.{self.family} asks for no profile; tasks.direct does")
+        raise RecipeError(
+            f"tasks.{self.family} asks for no profile; tasks.direct does",
+            kind="unsupported",
+            column=f"tasks.{self.family}",
+        )
 
     @property
     def profile_tokens(self) -> int:
@@ -191,7 +203,11 @@ class Task(Protocol):
 
     def profile_prompt(self, request: Request) -> Prompt:
         """Ask what a user likes: of the request it shows the history alone."""
-        raise RecipeError(f"tasks.{self.family} asks for no profile; tasks.direct does")
+        raise RecipeError(
+            f"tasks.{self.family} asks for no profile; tasks.direct does",
+            kind="unsupported",
+            column=f"tasks.{self.family}",
+        )
 
     def shows_profile(self, template: str) -> bool:
         """Whether a template has a place for a profile."""
@@ -205,4 +221,8 @@ def only_one(family: str, want: Want) -> None:
         RecipeError: If anything else is wanted.
     """
     if want != "one":
-        raise RecipeError(f"tasks.{family} asks for one answer and lists no candidates; use the direct task")
+        raise RecipeError(
+            f"tasks.{family} asks for one answer and lists no candidates; use the direct task",
+            kind="unsupported",
+            column=f"tasks.{family}",
+        )

@@ -51,7 +51,7 @@ class Chosen:
         left = [template for template in whole if template.use != "unseen" and not self.lacks(template)]
         if not left:
             lacking = "; ".join(sorted({self.lacks(template) or "it is unseen in training" for template in whole}))
-            raise RecipeError(f"no template of the set {name!r} can train here: {lacking}")
+            raise RecipeError(f"no template of the set {name!r} can train here: {lacking}", kind="unsupported")
         return left
 
     def lacks(self, template: Template) -> str:
@@ -76,10 +76,14 @@ class Chosen:
         bare = name.rpartition("/")[2]
         if bare not in self.every:
             known = ", ".join(self.every)
-            raise RecipeError(f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}")
+            raise RecipeError(
+                f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}", kind="unknown-name"
+            )
         found = self.every[bare]
         if lacking := self.lacks(found):
-            raise RecipeError(f"template {found.id} {lacking}, or choose another template")
+            raise RecipeError(
+                f"template {found.id} {lacking}, or choose another template", kind="unsupported", at=found.id
+            )
         return found
 
 
@@ -112,7 +116,10 @@ def choose(
         if template.use == "unseen":
             raise RecipeError(
                 f"tasks.{family}.templates: {template.id} is an unseen template, kept to measure new wordings; "
-                "name it in eval_templates instead"
+                "name it in eval_templates instead",
+                kind="contradiction",
+                at=template.id,
+                column=f"tasks.{family}.templates",
             )
     seen = [template for template in templates.values() if template.use == "seen" and not template.bare]
     seen = [template for template in seen if reviews or not template.needs]
@@ -121,6 +128,10 @@ def choose(
     plain = [template for template in seen if not template.writes_codes]
     train = tuple(named or (coded if index is not None and coded else plain))
     if not train:
-        raise RecipeError(f"tasks.{family}: there is no seen template; add one under prompts/{family}")
+        raise RecipeError(
+            f"tasks.{family}: there is no seen template; add one under prompts/{family}",
+            kind="missing-file",
+            column=f"tasks.{family}",
+        )
     evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)
     return Chosen(templates, train, evaluate, index is not None, reviews)

@@ -74,5 +74,7 @@ def branching_rows(
                 yield family, row
         if sum(served.values()) == before:
             names = ", ".join(served)
-            raise DataError(f"tasks {names}: no user has enough training interactions; use more data or drop a task")
+            raise DataError(
+                f"tasks {names}: no user has enough training interactions; use more data or drop a task", kind="too-few"
+            )
         number += 1

@@ -104,7 +104,9 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             self._progress.stop()
             raise LlmrecError(
                 f"training: the loss is {logs['loss']} at step {step}; "
-                "lower train.learning_rate, or set model.dtype=float32"
+                "lower train.learning_rate, or set model.dtype=float32",
+                kind="failed",
+                column="train.learning_rate",
             )
         due = step % self._section.valid_every == 0 or step == state.max_steps
         self._record(

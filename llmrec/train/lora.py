@@ -115,7 +115,9 @@ def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
             return peft.get_peft_model(base, config)
     except ValueError as error:
         raise RecipeError(
-            f"train.lora.targets {targets}: {error}; known linear layers: {_block_linears(base)}"
+            f"train.lora.targets {targets}: {error}; known linear layers: {_block_linears(base)}",
+            kind="unknown-name",
+            column="train.lora.targets",
         ) from error
 
 
@@ -177,7 +179,11 @@ def _quantization(model: ModelSection, train: TrainSection) -> Any:
     require("bitsandbytes", "quant")
     if train.method == "lora8":
         if device(model) == "cpu":
-            raise RecipeError("train.method 'lora8' needs a CUDA GPU; use 'qlora', which runs on the CPU too")
+            raise RecipeError(
+                "train.method 'lora8' needs a CUDA GPU; use 'qlora', which runs on the CPU too",
+                kind="unsupported",
+                column="train.method",
+            )
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,

@@ -61,7 +61,11 @@ def streams(
     section, seed = sources.section, sources.seed
     packing = section.packing == "tree"
     if packing and sources.paired:
-        raise RecipeError("train.packing: an encoder-decoder reads no packed rows; set train.packing=none")
+        raise RecipeError(
+            "train.packing: an encoder-decoder reads no packed rows; set train.packing=none",
+            kind="contradiction",
+            column="train.packing",
+        )
     tasks = {family: task for family in shares if isinstance(task := sources.tasks[family], Branching)}
     tasks = {family: task for family, task in tasks.items() if packing and task.branches}
     # A pool's rows are chosen for each family, before it is known which could share what they show.

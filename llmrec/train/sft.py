@@ -97,7 +97,8 @@ def _one_process() -> None:
     if processes not in ("", "0", "1"):
         raise RecipeError(
             f"training runs in one process on one GPU, and WORLD_SIZE={processes} says that a launcher started "
-            "several; start llmrec without torchrun or accelerate launch"
+            "several; start llmrec without torchrun or accelerate launch",
+            kind="unsupported",
         )
 
 
@@ -158,7 +159,9 @@ def train(
     except (RuntimeError, ValueError) as error:
         if not section.report_to:
             raise
-        raise RecipeError(f"train.report_to {list(section.report_to)}: {error}") from error
+        raise RecipeError(
+            f"train.report_to {list(section.report_to)}: {error}", kind="bad-value", column="train.report_to"
+        ) from error
     trainer.remove_callback(PrinterCallback)
     trainer.by = by
     checkpoint = newest(folder / "checkpoints")
@@ -220,7 +223,9 @@ def check_packing(model: Any) -> None:
     if not reads:
         raise RecipeError(
             f"train.packing: models of type {model.config.model_type} do not read the mask that keeps packed rows "
-            "apart; set train.packing=none"
+            "apart; set train.packing=none",
+            kind="unsupported",
+            column="train.packing",
         )
 
 

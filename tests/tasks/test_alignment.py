@@ -21,7 +21,7 @@ from task_data import (
 )
 
 from llmrec.backends.encode import Encoder
-from llmrec.errors import DataError, RecipeError
+from llmrec.errors import DataError, ErrorKind, RecipeError
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.prompts.template import Template
 from llmrec.prompts.template import load_templates as read_templates
@@ -31,6 +31,7 @@ from llmrec.tasks.held_items import draw_held, hold_out, request_name
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Code, Event, Item, Ranking, Request, Unparsed
 from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
 from tests.tasks.making import make
 
 DATA = make_split(make_dataset(hostile=False))
@@ -89,7 +90,7 @@ def test_namesakes_are_held_out_together_and_never_candidates_of_each_other() ->
 
 
 def test_too_few_held_out_items_are_an_error_that_names_the_key() -> None:
-    with pytest.raises(DataError, match=r"tasks\.alignment\.held_out: it holds .* raise it, or lower eval\.candidates"):
+    with raises(DataError, Facts("too-few", column="tasks.alignment.held_out", says="eval.candidates.count")):
         draw_held(hold_out(catalogue(100), 0.1, seed=0), "test", count=20, seed=0)
 
 
@@ -229,7 +230,7 @@ def test_shots_show_trained_pairs_alone(task: AlignmentTask) -> None:
     own = Request(id="own", user_id="", item=shown[0])
     everything = len(TITLE) - len(task.held.items) - 1
     assert shown[0] not in [w.events[0].item_id for w in task.draw_shots(own, everything).windows]
-    with pytest.raises(DataError, match=r"lower eval\.shots\.k"):
+    with raises(DataError, Facts("too-few", column="eval.shots.k")):
         task.draw_shots(own, everything + 1)
 
 
@@ -269,19 +270,19 @@ def built(words: dict[str, Template] | None = None, **section: Any) -> Alignment
 
 
 def test_errors_name_the_mend(task: AlignmentTask) -> None:
-    with pytest.raises(RecipeError, match=r"there is no index; add one to the recipe, such as index: \{scheme"):
+    with raises(RecipeError, Facts("missing-key", column="index", says="index: {scheme: semantic}")):
         make(AlignmentTask, DATA, AlignmentSection(), load_templates("alignment"), seed=0)
-    with pytest.raises(RecipeError, match=r"held_out: 1 leaves no item to train on; lower it"):
+    with raises(RecipeError, Facts("too-few", column="tasks.alignment.held_out")):
         built(held_out=1.0)
-    with pytest.raises(RecipeError, match="draw them first"):
+    with raises(RecipeError, Facts("missing-value", column="candidates", says="llmrec.tasks.held_items")):
         built().cases("test")
-    with pytest.raises(DataError, match="for another split, seed or data set"):
+    with raises(DataError, Facts("mismatch", column="tasks.alignment")):
         task.cases("valid")
-    with pytest.raises(DataError, match=r"none of its cases; set Request\.item"):
+    with raises(DataError, Facts("missing-value", column="item", says="set Request.item")):
         task.prompt(Request(id="q", user_id=""), template="code-to-title")
-    with pytest.raises(DataError, match=r"set Request\.candidates"):
+    with raises(DataError, Facts("missing-value", column="candidates", says="set Request.candidates")):
         task.continuations(Request(id="q", user_id=""), template="code-to-title")
-    with pytest.raises(RecipeError, match="alignment/decode is an unseen template"):
+    with raises(RecipeError, Facts("contradiction", "alignment/decode", column="tasks.alignment.templates")):
         built(templates=("decode",))
 
 
@@ -291,24 +292,25 @@ def one(user: str, target: str, **more: Any) -> dict[str, Template]:
 
 
 @pytest.mark.parametrize(
-    ("user", "target", "problem"),
+    ("user", "target", "key", "named"),
     [
-        ("{{ item.title }}", "{{ item.title }}", "write item.code in one of user and target"),
-        ("{{ item.code }}", "{{ item.code }}", "write item.code in one of user and target"),
-        ("{{ item.code }} {{ item.title }}", "{{ item.title }}", "key user: unknown field 'title'; known: code"),
-        ("{{ item.code }} {{ item.genres }}", "{{ item.title }}", "key user: unknown field 'genres'; known: code"),
-        ("{{ item.code }}{% for f in fields %}{{ f.value }}{% endfor %}", "{{ item.title }}", "variable 'fields'"),
-        ("{{ history }} {{ item.title }}", "{{ item.code }}", "unknown variable 'history'"),
-        ("{{ item.title }}", "{{ item.code }} {{ item.title }}", "key target: unknown field 'title'; known: code"),
+        ("{{ item.title }}", "{{ item.title }}", None, "item.code"),
+        ("{{ item.code }}", "{{ item.code }}", None, "item.code"),
+        ("{{ item.code }} {{ item.title }}", "{{ item.title }}", "user", "'title'"),
+        ("{{ item.code }} {{ item.genres }}", "{{ item.title }}", "user", "'genres'"),
+        ("{{ item.code }}{% for f in fields %}{{ f.value }}{% endfor %}", "{{ item.title }}", "user", "'fields'"),
+        ("{{ history }} {{ item.title }}", "{{ item.code }}", "user", "'history'"),
+        ("{{ item.title }}", "{{ item.code }} {{ item.title }}", "target", "'title'"),
     ],
 )
-def test_a_question_cannot_show_its_answer(user: str, target: str, problem: str) -> None:
-    with pytest.raises(RecipeError, match=problem):
+def test_a_question_cannot_show_its_answer(user: str, target: str, key: str | None, named: str) -> None:
+    kind: ErrorKind = "unknown-name" if key else "bad-value"
+    with raises(RecipeError, Facts(kind, "alignment/x", column=key, says=named)):
         built(one(f"Answer this: {user}", target), eval_templates=())
 
 
 def test_a_list_is_refused() -> None:
-    with pytest.raises(RecipeError, match="use shape: chat"):
+    with raises(RecipeError, Facts("unsupported", "alignment/x", column="shape", says="shape: chat")):
         built(one("{{ item.title }}", "{{ item.code }}", shape="list", tail="\n"), eval_templates=())
 
 

@@ -25,6 +25,7 @@ from llmrec.tasks.ctr import CtrTask, read_choice
 from llmrec.tasks.family import family_of
 from llmrec.tasks.pool import pool
 from llmrec.types import Answer, Case, Event, Item, Probability, Request, Unparsed
+from tests.facts import Facts, raises
 from tests.tasks.making import make
 
 DATA = split(make_dataset(hostile=False), Split(kind="last_share", valid=0.2, test=0.3), seed=0)
@@ -105,10 +106,10 @@ def test_an_interaction_without_a_rating_is_no_case() -> None:
 
 def test_a_balanced_set_takes_several_events_a_user() -> None:
     data = split(make_dataset(hostile=False), Split(), seed=0)
-    with pytest.raises(DataError, match=r"data\.split\.kind=last_share"):
+    with raises(DataError, Facts("too-few", column="tasks.ctr.balance", says="data.split.kind=last_share")):
         balanced(data).cases("test")
     bare = make_dataset().restrict(make_dataset().interactions.with_columns(rating=pl.lit(None, pl.Float64)))
-    with pytest.raises(DataError, match=r"tasks\.ctr: small has no ratings"):
+    with raises(DataError, Facts("missing-column", "small", column="rating", says="data.columns.rating")):
         make_task("ctr", split(bare, Split(), seed=0))
 
 
@@ -237,9 +238,9 @@ def test_answers_are_what_the_template_writes() -> None:
     assert targets(row)[0] in ("I say Yes.", "I say No.") and task.kind(row) in targets(row)[0]
     said = task.parse("I say no.", request, template="own")
     assert isinstance(said, Probability) and said.value == 0.0
-    with pytest.raises(RecipeError, match=r"for a yes and for a no"):
+    with raises(RecipeError, Facts("bad-value", "ctr/own", column="target", says="{{ answer }}")):
         make(CtrTask, DATA, CtrSection(), template("Perhaps"), seed=0).continuations(request, template="own")
-    with pytest.raises(RecipeError, match="key target: unknown variable 'item'"):
+    with raises(RecipeError, Facts("unknown-name", "ctr/own", column="target", says="'item'")):
         make(CtrTask, DATA, CtrSection(), template("{{ item.title }} {{ answer }}"), seed=0)
 
 

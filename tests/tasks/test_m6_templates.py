@@ -31,6 +31,7 @@ from llmrec.prompts.template import Template
 from llmrec.recipe.schema import RatingSection, Split
 from llmrec.tasks.rating import RatingTask
 from llmrec.types import Example, Item, Request
+from tests.facts import Facts, raises
 from tests.tasks.making import make
 
 DATA = make_split(make_dataset(hostile=False))
@@ -250,7 +251,7 @@ def test_a_list_may_not_show_statistics_of_the_user() -> None:
         listed = Template(
             family="rating", name="x", version=1, use="seen", shape="list", target="{{ rating }}", tail="\n", **words
         )
-        with pytest.raises(RecipeError, match="user_stats"):
+        with raises(RecipeError, Facts("unknown-name", "rating/x", column=part, says="'user_stats'")):
             make(RatingTask, DATA, RatingSection(), {"x": listed}, seed=0)
 
 

@@ -31,6 +31,7 @@ from llmrec.strategies.pointwise import LikelihoodRanker, YesRanker
 from llmrec.tasks.direct_answers import asks_for, fits, reader_of
 from llmrec.tasks.rating import learned_only
 from llmrec.types import Example, Probability, Ranking, Request
+from tests.facts import Facts, raises
 from tests.tasks.making import make
 
 FAMILIES = ("rating", "ctr", "sequential", "direct", "explanation", "review", "stars")
@@ -198,7 +199,7 @@ def test_one_template_of_each_of_p5s_families_is_held_out(name: str) -> None:
 def test_a_further_set_is_named_with_its_number() -> None:
     template = template_set("p5")["3-3"]
     assert template.sets == {"p5": "3-3", "p5-yelp": "3-2"}
-    with pytest.raises(RecipeError, match="also is 'p5-yelp'"):
+    with raises(RecipeError, Facts("bad-value", column="also", says="'p5-yelp 3-2'")):
         replace(template, also="p5-yelp")
 
 
@@ -274,7 +275,7 @@ def test_a_named_set_trains_on_what_is_not_held_out_and_on_nothing_else(family: 
     wanted = {template.id for template in mine if template.use != "unseen"}
     if not wanted:
         assert (family, name) == ("review", "p5-yelp")
-        with pytest.raises(RecipeError, match="unknown template 'p5-yelp'"):
+        with raises(RecipeError, Facts("unknown-name", says="'p5-yelp'")):
             asked_by(family, (name,))
         return
     assert {row.template for row in training_rows(family, name)} == wanted
@@ -294,11 +295,11 @@ def test_a_set_that_shows_what_the_data_lack_leaves_that_out() -> None:
     made = make(task, data(), section, load_templates("direct"), seed=0)
     assert {row.template for row in islice(made.examples("train"), 100)} == {"direct/name-title", "direct/user-title"}
     task, kind = CLASSES["sequential"]
-    with pytest.raises(RecipeError, match=r"no template of the set 'p5' can train here: .*there is no index"):
+    with raises(RecipeError, Facts("unsupported", says=("'p5'", "index: {scheme: semantic}"))):
         make(task, data(), kind(templates=("p5",)), load_templates("sequential"), seed=0)
     bare = make_split(replace(data().dataset, reviews={}))
     task, kind = CLASSES["explanation"]
-    with pytest.raises(RecipeError, match=r"no template of the set 'p5' can train here: .*has none"):
+    with raises(RecipeError, Facts("unsupported", says=("'p5'", "amazon-reviews"))):
         make(task, bare, kind(templates=("p5",)), load_templates("explanation"), seed=0)
 
 
@@ -468,7 +469,7 @@ def test_ranking_by_yes_asks_about_each_candidate_by_itself() -> None:
         alone = replace(case.request, candidates=(truth,))
         assert task.continuations(alone, template=template.name) == ("Yes", "No")
         assert task.parse("No.", alone, template=template.name) == Probability(request_id=alone.id, value=0.0)
-        with pytest.raises(DataError, match="about one candidate, and it has 10"):
+        with raises(DataError, Facts("bad-value", column="candidates")):
             task.prompt(case.request, template=template.name)
 
 
@@ -486,27 +487,19 @@ def test_likes_and_dislikes_are_written_and_read_as_such() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "strategies", "message"),
+    ("template", "strategies", "key", "says"),
     [
-        (
-            "name-among",
-            ("label", "list"),
-            r"name-among answers with the item itself, and none of label, list .*likelihood",
-        ),
-        ("item-name", ("label",), r"item-name answers yes or no to one item, and none of label .*add pointwise-yes"),
-        ("item-name", ("pointwise-yes", "likelihood"), r"'likelihood' does not read .*item-name.* use 'pointwise-yes'"),
-        (
-            "shortlist",
-            ("label", "likelihood"),
-            r"'likelihood' does not read .*shortlist, which answers with a cand.*label",
-        ),
-        ("name-among", ("likelihood", "pointwise-yes"), r"'pointwise-yes' does not read .*name-among"),
+        ("name-among", ("label", "list"), "tasks.direct.strategies", ("label, list", "add likelihood")),
+        ("item-name", ("label",), "tasks.direct.strategies", ("label", "add pointwise-yes")),
+        ("item-name", ("pointwise-yes", "likelihood"), None, ("'likelihood'", "use 'pointwise-yes'")),
+        ("shortlist", ("label", "likelihood"), None, ("'likelihood'", "use 'label'")),
+        ("name-among", ("likelihood", "pointwise-yes"), None, ("'pointwise-yes'", "use 'likelihood'")),
     ],
 )
 def test_strategies_that_do_not_read_an_answer_are_refused(
-    template: str, strategies: tuple[str, ...], message: str
+    template: str, strategies: tuple[str, ...], key: str | None, says: tuple[str, ...]
 ) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with raises(RecipeError, Facts("contradiction", f"direct/{template}", column=key, says=says)):
         asked_by("direct", (), eval_templates=(template,), strategies=strategies)
 
 
@@ -531,36 +524,45 @@ def test_each_template_is_asked_by_the_strategies_that_read_it() -> None:
     assert [fits(found["shortlist"], name) for name in ("label", "likelihood", "pointwise-yes")] == [True, False, True]
     request = task.cases("test")[0].request
     for want in ("ranking", "yes"):
-        with pytest.raises(RecipeError, match="user-among, which answers with the item itself"):
+        with raises(RecipeError, Facts("contradiction", "direct/user-among", says="'likelihood'")):
             task.prompt(replace(request, candidates=request.candidates[:1]), template="user-among", want=want)
-    with pytest.raises(RecipeError, match="user-title, which answers yes or no"):
+    with raises(RecipeError, Facts("contradiction", "direct/user-title", says="'pointwise-yes'")):
         task.prompt(replace(request, candidates=request.candidates[:1]), template="user-title", want="ranking")
 
 
 def test_a_rating_that_is_only_learned_is_not_evaluated() -> None:
-    with pytest.raises(RecipeError, match=r"eval_templates: rating/whether-name-title .* such as name-item"):
+    with raises(
+        RecipeError,
+        Facts("contradiction", "rating/whether-name-title", column="tasks.rating.eval_templates", says="name-item"),
+    ):
         asked_by("rating", eval_templates=("whether-name-title",))
     task = asked_by("rating")
-    with pytest.raises(RecipeError, match="learned and not evaluated"):
+    with raises(
+        RecipeError,
+        Facts("contradiction", "rating/whether-user-item", column="tasks.rating.eval_templates", says="name-item"),
+    ):
         task.prompt(task.cases("test")[0].request, template="whether-user-item")
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        ({"target": "{% if answer == 'Yes' %}sure{% else %}never{% endif %}"}, "another word than yes or no"),
+        (
+            {"target": "{% if answer == 'Yes' %}sure{% else %}never{% endif %}"},
+            Facts("bad-value", "direct/own", column="target", says="{{ answer }}"),
+        ),
         (
             {"user": "{% for c in candidates %}{{ c.title }}{% endfor %} {{ item.title }}?"},
-            "unknown variable 'candidates'",
+            Facts("unknown-name", "direct/own", column="user", says="'candidates'"),
         ),
-        ({"target": "{{ item.title }}"}, "unknown variable 'item'"),
+        ({"target": "{{ item.title }}"}, Facts("unknown-name", "direct/own", column="user", says="'item'")),
     ],
 )
-def test_a_direct_template_shows_no_answer_of_its_own(changes: dict[str, str], message: str) -> None:
+def test_a_direct_template_shows_no_answer_of_its_own(changes: dict[str, str], facts: Facts) -> None:
     """A question about one item lists none, and one that the item answers does not name it."""
     own = replace(load_templates("direct")["name-title"], name="own", **changes)
     task, kind = CLASSES["direct"]
-    with pytest.raises(RecipeError, match=message):
+    with raises(RecipeError, facts):
         make(task, data(), kind(), {**load_templates("direct"), "own": own}, seed=0)
 
 

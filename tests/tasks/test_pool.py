@@ -13,6 +13,7 @@ from task_data import EVERY, make_dataset, make_split, make_task
 from llmrec.errors import RecipeError
 from llmrec.tasks.pool import pool, training_examples
 from llmrec.types import Example, Message, Segment
+from tests.facts import Facts, raises
 
 DATA = make_split(make_dataset(hostile=False), kind="last_share")
 
@@ -79,5 +80,5 @@ def test_a_class_that_runs_out_is_made_up_for_by_the_other() -> None:
     task: Any = Lopsided(3, 50)
     counts = Counter(task.kind(row) for row in pool(task, 16))
     assert counts == {"yes": 3, "no": 13}
-    with pytest.raises(RecipeError, match="only 53 different training rows, and 54 are asked for"):
+    with raises(RecipeError, Facts("too-few", column="train.examples", says=("53", "54"))):
         pool(task, 54)

@@ -14,6 +14,7 @@ from llmrec.recipe.schema import RatingSection
 from llmrec.tasks.fewshot import ShotPool
 from llmrec.tasks.history import ItemVectors, Past
 from llmrec.types import Event, Item, Request
+from tests.facts import Facts, raises
 from tests.tasks.making import make
 from tests.tasks.task_data import CLASSES, load_templates, make_split, prompt_text
 
@@ -76,12 +77,12 @@ def test_summary_tells_of_the_events_that_are_not_shown_and_of_no_other() -> Non
 def test_summary_needs_a_place_in_the_templates() -> None:
     templates = load_templates("direct")
     past("summary", templates=[templates["with-profile"]])
-    with pytest.raises(RecipeError, match=r"direct/after-history does not show"):
+    with raises(RecipeError, Facts("contradiction", "direct/after-history", column="past", says="past=summary")):
         past("summary", templates=[templates["with-profile"], templates["after-history"]])
 
 
 def test_relevant_needs_an_encoder() -> None:
-    with pytest.raises(RecipeError, match="no text encoder"):
+    with raises(RecipeError, Facts("unsupported", column="past", says="past=relevant")):
         Past(RatingSection(past="relevant"), DATA.dataset, None, ())
 
 
@@ -194,7 +195,7 @@ def test_an_answer_that_nobody_else_gives_leaves_its_turn_to_the_next() -> None:
         w.events[-1].rating for w in made.draw(Request(id="r", user_id="me", history=history), history, 4, 4).windows
     ]
     assert Counter(answers) == {2.0: 2, 4.0: 2}
-    with pytest.raises(DataError, match=r"lower eval\.shots\.k"):
+    with raises(DataError, Facts("too-few", column="eval.shots.k")):
         made.draw(Request(id="r", user_id="me", history=history), history, 7, 4)
 
 
@@ -209,14 +210,14 @@ def test_balanced_finds_the_few_others_beside_one_who_has_nearly_all() -> None:
 
 @pytest.mark.parametrize("choice", ["nearest", "diverse"])
 def test_texts_of_nobody_else_are_too_few(choice: str) -> None:
-    with pytest.raises(DataError, match=r"lower eval\.shots\.k"):
+    with raises(DataError, Facts("too-few", column="eval.shots.k")):
         pool(choice, {"me": POOL["me"]}).draw(*ask(), 1, 4)
 
 
 def test_balanced_needs_few_answers_and_texts_need_an_encoder() -> None:
-    with pytest.raises(RecipeError, match="no few labels"):
+    with raises(RecipeError, Facts("contradiction", column="eval.shots.choice", says="'balanced'")):
         pool("balanced")
-    with pytest.raises(RecipeError, match="no text encoder"):
+    with raises(RecipeError, Facts("unsupported", column="eval.shots.choice", says="'nearest'")):
         ShotPool("rating", POOL, seed=0, choice="nearest", least=1)
 
 

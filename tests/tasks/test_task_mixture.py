@@ -13,6 +13,7 @@ from llmrec.errors import RecipeError
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.mixture import shares
 from llmrec.types import Example
+from tests.facts import Facts, raises
 
 
 class Stub:
@@ -62,7 +63,7 @@ def test_order_is_fixed_and_weight_0_gives_no_rows() -> None:
     assert one == two
     assert collections.Counter(row.task for row in one) == {"rating": 10, "direct": 20}
     assert list(islice(mixture(dict(reversed(tasks.items())), 3), 30)) == one
-    with pytest.raises(RecipeError, match="weight 0"):
+    with raises(RecipeError, Facts("bad-value", column="tasks", says="tasks.<family>.weight")):
         mixture({"rating": (tasks["rating"][0], 0.0)}, 0)
 
 

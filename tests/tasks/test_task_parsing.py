@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from task_data import HOSTILE, load_templates, make_dataset, make_split, make_task
 
 from llmrec.data.dataset import Dataset
+from llmrec.errors import DataError
 from llmrec.index.titles import title_key
 from llmrec.tasks.direct import candidate_labels
 from llmrec.tasks.parsing import read_line, read_number, read_ranking
 from llmrec.tasks.rating import expected, find_scale
 from llmrec.types import Ranking, Rating, Request
+from tests.facts import Facts, raises
 
 TITLES = [
     "Toy Story (1995)",
@@ -255,7 +257,7 @@ def test_scales() -> None:
     assert scaled([2.0, 4.0], None) == ("2", "3", "4")
     assert scaled([-9.7, 9.2], (-10, 10))[:2] == ("-10.0", "-9.5")
     assert len(scaled([0.3, 99.2], (0, 100))) == 101
-    with pytest.raises(Exception, match="rescale the ratings"):
+    with raises(DataError, Facts("too-large", column="rating")):
         scaled([1.0, 1000.0], None)
 
 

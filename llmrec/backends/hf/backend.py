@@ -147,7 +147,9 @@ class HFBackend:
         if self._head is None:
             raise BackendError(
                 "this model has no rating head: it was not tuned with tasks.rating.head; drop 'head' from "
-                "tasks.rating.strategies, or tune it so"
+                "tasks.rating.strategies, or tune it so",
+                kind="unsupported",
+                column="tasks.rating.strategies",
             )
         torch, encoded = self._torch, [self.encoder.prompt(prompt) for prompt in prompts]
         found: list[Read | None] = [None] * len(prompts)

@@ -111,7 +111,9 @@ class OpenAIBackend:
         if "score" not in self.capabilities:
             raise BackendError(
                 f"the server {self._section.url} gives no log-probabilities of {self._section.model}, so nothing can "
-                f"be scored; {_WRITTEN} (tasks.<family>.strategies)"
+                f"be scored; {_WRITTEN} (tasks.<family>.strategies)",
+                kind="unsupported",
+                at=self._section.url,
             )
         route = self._exact_scores if self.offers.exact else self._chat_scores
         asked = zip(_questions(prompts), candidates, strict=True)
@@ -132,7 +134,11 @@ class OpenAIBackend:
         Raises:
             BackendError: Always.
         """
-        raise BackendError("the openai backend does not search; use eval.backend=hf or vllm for the strategy 'search'")
+        raise BackendError(
+            "the openai backend does not search; use eval.backend=hf or vllm for the strategy 'search'",
+            kind="unsupported",
+            column="eval.backend",
+        )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Refused.
@@ -140,7 +146,11 @@ class OpenAIBackend:
         Raises:
             BackendError: Always.
         """
-        raise BackendError("the openai backend generates and scores; for embeddings use the hf backend")
+        raise BackendError(
+            "the openai backend generates and scores; for embeddings use the hf backend",
+            kind="unsupported",
+            column="eval.backend",
+        )
 
     def close(self) -> None:
         """Close all connections; calling it twice is harmless."""
@@ -153,7 +163,7 @@ class OpenAIBackend:
 
     def _each(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> Iterator[tuple[int, T]]:
         if self._loop is None:
-            raise BackendError("this client was closed; build a new one")
+            raise BackendError("this client was closed; build a new one", kind="closed")
         try:
             for found in self._loop.each(jobs, self._section.concurrency):
                 # Booked before it is handed on: after a kill in between it is asked again, and both are spent.
@@ -193,7 +203,9 @@ class OpenAIBackend:
         raise BackendError(
             f"the server {self._section.url} gives log-probabilities of the first token alone, and {asked.named()} "
             f"asks for those of longer texts, such as {texts[0]!r}; scores of one-token labels (label, expected) and "
-            f"{_WRITTEN} (tasks.<family>.strategies)"
+            f"{_WRITTEN} (tasks.<family>.strategies)",
+            kind="unsupported",
+            at=self._section.url,
         )
 
     async def _named(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
@@ -235,7 +247,10 @@ class OpenAIBackend:
                 f"the server {self._section.url} is asked by chat, which gives log-probabilities of the first token "
                 f"alone, and {asked.named()} asks for those of whole texts, such as {texts[0]!r}; {_WRITTEN} "
                 "(tasks.<family>.strategies). Where model.name is the model that the server has, "
-                "eval.server.chat=completions may score them"
+                "eval.server.chat=completions may score them",
+                kind="unsupported",
+                at=self._section.url,
+                column="eval.server.chat",
             )
         body = self._chat(asked.prompt, 1, logprobs=True, top_logprobs=self.offers.top)
 

@@ -28,7 +28,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from llmrec.errors import BackendError, require
+from llmrec.errors import BackendError, ErrorKind, require
 from llmrec.guard import clean
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Cost
@@ -93,12 +93,16 @@ class Spending:
         if section.max_tokens_budget is not None and used >= section.max_tokens_budget:
             raise BackendError(
                 f"the budget eval.server.max_tokens_budget={section.max_tokens_budget:,} is used up: "
-                f"{total.prompt_tokens:,} tokens were read and {total.completion_tokens:,} written; {kept}"
+                f"{total.prompt_tokens:,} tokens were read and {total.completion_tokens:,} written; {kept}",
+                kind="exhausted",
+                column="eval.server.max_tokens_budget",
             )
         if section.max_cost is not None and self.money >= section.max_cost:
             raise BackendError(
                 f"the budget eval.server.max_cost={section.max_cost:g} is used up: {self.money:.4g} was spent on "
-                f"{total.prompt_tokens:,} tokens read and {total.completion_tokens:,} written; {kept}"
+                f"{total.prompt_tokens:,} tokens read and {total.completion_tokens:,} written; {kept}",
+                kind="exhausted",
+                column="eval.server.max_cost",
             )
 
     def count(self, cost: Cost) -> None:
@@ -132,8 +136,8 @@ _MENDS: Mapping[int, str] = {
 class Refused(BackendError):
     """An answer that another attempt would not change."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, status: int, *, kind: ErrorKind, at: str) -> None:
+        super().__init__(message, kind=kind, at=at)
         self.status = status
 
     @property
@@ -212,7 +216,10 @@ class Wire:
                     raise BackendError(
                         f"{self._url}{path} asks to wait {fault.wait:.0f} s before {what()}, longer than "
                         f"eval.server.longest_wait={self._section.longest_wait:g}; what was answered is kept, run the "
-                        "same command again later, or raise that key"
+                        "same command again later, or raise that key",
+                        kind="unreachable",
+                        at=f"{self._url}{path}",
+                        column="eval.server.longest_wait",
                     ) from None
                 continue
             self.attempts["ok"] += 1
@@ -220,7 +227,9 @@ class Wire:
         seen = ", ".join(f"{kind} ({count})" for kind, count in Counter(faults).most_common())
         raise BackendError(
             f"{self._url}{path} did not answer {what()} in {len(faults)} attempts: {seen}; what was answered is kept, "
-            "run the same command again to continue, or raise eval.server.attempts or eval.server.timeout"
+            "run the same command again to continue, or raise eval.server.attempts or eval.server.timeout",
+            kind="unreachable",
+            at=f"{self._url}{path}",
         )
 
     async def close(self) -> None:
@@ -250,7 +259,12 @@ class Wire:
         if status != 200:
             mend = _MENDS.get(status, "see eval.server in the recipe")
             said = self._words(_message(response.text))
-            raise Refused(f"{self._url}{path} refused {what()} with status {status}: {said}; {mend}", status)
+            raise Refused(
+                f"{self._url}{path} refused {what()} with status {status}: {said}; {mend}",
+                status,
+                kind="failed",
+                at=f"{self._url}{path}",
+            )
         try:
             value = json.loads(response.content)
         except (ValueError, RecursionError):
@@ -273,7 +287,10 @@ class Wire:
         elif body is not None and self._spending.capped:
             raise BackendError(
                 f"{self._url} does not say how many tokens an answer used, so no budget can be kept; leave "
-                "eval.server.max_tokens_budget and max_cost out, and set a limit at the server"
+                "eval.server.max_tokens_budget and max_cost out, and set a limit at the server",
+                kind="unsupported",
+                at=self._url,
+                column="eval.server.max_tokens_budget",
             )
 
     def _pause(self, attempt: int, asked: float | None) -> float:
@@ -337,10 +354,16 @@ def _key(section: ServerSection) -> str | None:
     if not key:
         raise BackendError(
             f"eval.server.key_env: the environment variable {section.key_env} is not set; export it, or leave the key "
-            "out for a server that takes none"
+            "out for a server that takes none",
+            kind="missing-value",
+            column="eval.server.key_env",
         )
     if not key.isascii() or not key.isprintable():
-        raise BackendError(f"eval.server.key_env: {section.key_env} holds characters that no key has; set it again")
+        raise BackendError(
+            f"eval.server.key_env: {section.key_env} holds characters that no key has; set it again",
+            kind="bad-value",
+            column="eval.server.key_env",
+        )
     return key
 
 

@@ -65,7 +65,10 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
         if section.chat == "completions":
             raise BackendError(
                 f"eval.server.chat: token ids cannot be continued at {section.url}: {found}; set model.name to the "
-                "model that the server has, or eval.server.chat=chat"
+                "model that the server has, or eval.server.chat=chat",
+                kind="mismatch",
+                at=section.url,
+                column="eval.server.chat",
             )
         log.info("%s is asked by chat: %s", section.url, found)
     return Offers(exact=False, top=await _chat_top(wire, section), continues=await _continues(wire))

@@ -118,7 +118,10 @@ class VLLMBackend:
         except Exception as error:
             # RuntimeError for a process that died, but also its own VLLMError, ZMQError, and what libraries raise.
             raise BackendError(
-                f"vLLM could not start on {folder}: {_line(error)}; try eval.backend=hf, or llmrec doctor"
+                f"vLLM could not start on {folder}: {_line(error)}; try eval.backend=hf, or llmrec doctor",
+                kind="failed",
+                at=folder,
+                column="eval.backend",
             ) from error
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
@@ -193,7 +196,7 @@ class VLLMBackend:
     def _block(self) -> int:
         """Tokens of a block of the prefix cache."""
         if self._engine is None:
-            raise BackendError("this vLLM engine was closed; build a new one")
+            raise BackendError("this vLLM engine was closed; build a new one", kind="closed")
         return int(self._engine.llm_engine.vllm_config.cache_config.block_size)
 
     def search(
@@ -226,7 +229,11 @@ class VLLMBackend:
         Raises:
             BackendError: Always.
         """
-        raise BackendError("the vllm backend generates and scores; for embeddings use the hf backend")
+        raise BackendError(
+            "the vllm backend generates and scores; for embeddings use the hf backend",
+            kind="unsupported",
+            column="eval.backend",
+        )
 
     def close(self) -> None:
         """End the engine's processes and free their memory, in a few seconds even where they are dead or stopped."""
@@ -237,7 +244,7 @@ class VLLMBackend:
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
         if self._engine is None:
-            raise BackendError("this vLLM engine was closed; build a new one")
+            raise BackendError("this vLLM engine was closed; build a new one", kind="closed")
         engine = self._engine
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         try:
@@ -247,7 +254,8 @@ class VLLMBackend:
             raise BackendError(
                 f"the vLLM engine {_line(error)}; run the same command again to continue"
                 if isinstance(error, EngineLost)
-                else f"the vLLM engine failed: {_line(error)}; run the same command again to continue"
+                else f"the vLLM engine failed: {_line(error)}; run the same command again to continue",
+                kind="failed",
             ) from error
         except BaseException:
             self.close()
@@ -356,7 +364,9 @@ def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:
     if tuple(answer.token_ids) != tail:
         raise BackendError(
             "vLLM did not follow the forced tokens, so the scores would be wrong; set eval.scorer=hf and report "
-            "the vLLM version"
+            "the vLLM version",
+            kind="defect",
+            column="eval.scorer",
         )
     return float(sum(step[token].logprob for step, token in zip(answer.logprobs, tail, strict=True)))
 

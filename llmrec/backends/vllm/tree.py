@@ -175,7 +175,9 @@ def answered(outputs: Sequence[Any], asked: Sequence[Ask]) -> Answers:
         if tuple(said.token_ids[: len(ask.forced)]) != ask.forced:
             raise BackendError(
                 "vLLM did not follow the forced tokens, so the scores would be wrong; set eval.scorer=hf and report "
-                "the vLLM version"
+                "the vLLM version",
+                kind="defect",
+                column="eval.scorer",
             )
         forced = [float(step[token].logprob) for step, token in zip(said.logprobs, ask.forced, strict=False)]
         values.append(forced + [float(said.logprobs[-1][token].logprob) for token in ask.ids])

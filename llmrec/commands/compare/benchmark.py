@@ -139,7 +139,9 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line])
         near = "" if unknown is None else did_you_mean(unknown, rows)
         raise RecipeError(
             f"benchmark {benchmark.benchmark}, pairs: {why}{near}; all runs are done and written, so mend the pair and "
-            "run the same command again"
+            "run the same command again",
+            kind="unknown-name",
+            column="pairs",
         )
 
 
@@ -192,7 +194,9 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
         if other is not point:
             raise RecipeError(
                 f"benchmark {benchmark.benchmark}: the runs {other.label!r} and {point.label!r} would share the folder "
-                f"{point.folder}; give one another name, and no value twice in a grid or in seeds"
+                f"{point.folder}; give one another name, and no value twice in a grid or in seeds",
+                kind="duplicate",
+                column="runs",
             )
 
 
@@ -203,7 +207,12 @@ def _recipe(benchmark: Benchmark, point: Point) -> Any:
     try:
         return load_recipe(point.run.recipe or benchmark.recipe, overrides)
     except RecipeError as error:
-        raise RecipeError(f"benchmark {benchmark.benchmark}, run {point.label!r}: {error}") from None
+        raise RecipeError(
+            f"benchmark {benchmark.benchmark}, run {point.label!r}: {error}",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from None
 
 
 # --------------------------------------------------------------------------- rows
@@ -237,7 +246,7 @@ def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
         lines[(line.table, line.name)] = line
         return
     if known.requests != line.requests:
-        raise RecipeError(f"{line.name}: two runs of one table {_UNEQUAL}")
+        raise RecipeError(f"{line.name}: two runs of one table {_UNEQUAL}", kind="mismatch")
     if line.label:
         known.figures += line.figures
         known.values += line.values
@@ -257,7 +266,7 @@ def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> Benchma
     family, metric, signature, candidates = name
     users = lines[0].users
     if any(line.requests != lines[0].requests for line in lines):
-        raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}")
+        raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}", kind="mismatch")
     sign = -1 if lower(metric) else 1
     # A figure that is not defined, such as the AUC of answers that are all alike, stands last.
     rows = sorted((_row(line) for line in lines), key=lambda row: -sign * (row.value(metric) or 0.0))

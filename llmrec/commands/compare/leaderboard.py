@@ -79,7 +79,11 @@ def load_reference(path: Path) -> Reference:
     try:
         return Reference.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, ValueError) as error:
-        raise DataError(f"{path}: not a page of published figures ({error}); see the other pages beside it") from error
+        raise DataError(
+            f"{path}: not a page of published figures ({error}); see the other pages beside it",
+            kind="wrong-format",
+            at=path,
+        ) from error
 
 
 # --------------------------------------------------------------------------- our own
@@ -97,7 +101,9 @@ def read_results(folder: Path) -> list[SuiteResult]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: is not JSON ({error}); write it again with `llmrec eval`") from error
+            raise DataError(
+                f"{file}: is not JSON ({error}); write it again with `llmrec eval`", kind="syntax", at=file
+            ) from error
         if isinstance(content, dict) and content.get("kind") == "suite":
             found.append(suite_result(content))
     return found
@@ -129,7 +135,10 @@ def suite_result(content: Mapping[str, object]) -> SuiteResult:
         problem = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, problem["loc"]))
         raise DataError(
-            f"suite {name!r}: key {flat(place)!r}: {problem['msg']}; write it again with `llmrec eval`"
+            f"suite {name!r}: key {flat(place)!r}: {problem['msg']}; write it again with `llmrec eval`",
+            kind="bad-value",
+            at=name,
+            column=flat(place),
         ) from error
     for seen in found.protocol.seen:
         _one_protocol(found, seen)
@@ -148,7 +157,9 @@ def _one_protocol(found: SuiteResult, seen: str) -> None:
         )
     ):
         raise DataError(
-            f"suite {found.suite!r}: a row of table {seen!r} lacks figures; write it again with `llmrec eval`"
+            f"suite {found.suite!r}: a row of table {seen!r} lacks figures; write it again with `llmrec eval`",
+            kind="missing-value",
+            at=found.suite,
         )
     for name in metrics:
         signatures = {row.tables[seen].metrics[name].signature: row.name for row in found.rows}
@@ -156,7 +167,9 @@ def _one_protocol(found: SuiteResult, seen: str) -> None:
             (one, first), (two, second) = list(signatures.items())[:2]
             raise LlmrecError(
                 f"suite {found.suite!r}: rows of table {seen!r} were measured under different protocols, {first!r} "
-                f"({one}) and {second!r} ({two}), so they cannot share it; run the suite again"
+                f"({one}) and {second!r} ({two}), so they cannot share it; run the suite again",
+                kind="mismatch",
+                at=found.suite,
             )
 
 

@@ -161,7 +161,9 @@ class SuiteModels:
         if row.baseline not in _PROBABILITIES:
             raise RecipeError(
                 f"suite {self.suite.suite}: the scores of {row.baseline} are no probabilities, so it cannot be mixed; "
-                f"choose from {', '.join(_PROBABILITIES)}"
+                f"choose from {', '.join(_PROBABILITIES)}",
+                kind="unsupported",
+                at=self.suite.suite,
             )
         return lambda requests: _PROBABILITIES[str(row.baseline)](model.scores(requests))
 
@@ -169,7 +171,12 @@ class SuiteModels:
         """Return a row's recipe, and what of it tables show."""
         recipe = load_recipe(str(row.recipe), row.overrides)
         if recipe.tasks.sequential is None:
-            raise RecipeError(f"{row.recipe}: a suite ranks the catalogue by tasks.sequential, which it lacks; add it")
+            raise RecipeError(
+                f"{row.recipe}: a suite ranks the catalogue by tasks.sequential, which it lacks; add it",
+                kind="missing-key",
+                at=str(row.recipe),
+                column="tasks.sequential",
+            )
         shown: dict[str, str | int] = {
             "model": recipe.model.name if recipe.model.shape is None else "from chance",
             "index": recipe.index.scheme if recipe.index else "title",

@@ -80,7 +80,10 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         if row.baseline not in able:
             raise RecipeError(
                 f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}; choose from "
-                f"{', '.join(able)}"
+                f"{', '.join(able)}",
+                kind="unsupported",
+                at=suite.suite,
+                column="rows",
             )
         config_of(row.baseline, row.parameters, f"suite {suite.suite}: parameters")
     pages = {name: _reference(name) for name in suite.references}
@@ -109,7 +112,11 @@ def _reference(name: str) -> Reference:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(page.stem for page in folder.glob("*.yaml")))
-        raise RecipeError(f"references: there is no page {name!r} under eval/references; known: {known}")
+        raise RecipeError(
+            f"references: there is no page {name!r} under eval/references; known: {known}",
+            kind="unknown-name",
+            column="references",
+        )
     return load_reference(path)
 
 

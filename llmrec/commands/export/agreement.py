@@ -109,7 +109,10 @@ def measure(
     except (MissingExtra, RecipeError) as error:
         raise LlmrecError(
             f"what the merge changed cannot be measured here: {error}. Export on a machine that can, or with "
-            "--check-users 0; the card then says that it was not measured"
+            "--check-users 0; the card then says that it was not measured",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
         ) from error
     say("measuring the adapter on its own base")
     before = _figures(live, study, encoder, rows, scored)
@@ -122,7 +125,11 @@ def measure(
     found = [_family(study, family, rows[family], before, after) for family in families]
     logit = float(np.abs(before.logits - after.logits).max())
     if not math.isfinite(sum((logit, *(number for entry in found for number in entry.loss)))):
-        raise LlmrecError(f"the weights give figures that are not numbers as {dtype}; export with --dtype bfloat16")
+        raise LlmrecError(
+            f"the weights give figures that are not numbers as {dtype}; export with --dtype bfloat16",
+            kind="bad-value",
+            column="--dtype",
+        )
     side = {"qlora": "the adapter on the base in NF4", "lora8": "the adapter on the base in 8 bits"}
     what = side.get(recipe.train.method, "the adapter on the base, float32")
     what = "the trained weights, float32" if recipe.train.method == "full" else what
@@ -142,7 +149,10 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Token
     if not rows:
         raise DataError(
             f"tasks.{family}: the validation split of {study.task_data(family).dataset.name} gives no row to measure "
-            "the export with; hold some out (data.split), or give --check-users 0"
+            "the export with; hold some out (data.split), or give --check-users 0",
+            kind="empty",
+            at=study.task_data(family).dataset.name,
+            column="data.split",
         )
     return rows
 

@@ -147,14 +147,22 @@ def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
 def _consistent(options: Options) -> None:
     if not options.out.name or not options.out.name.isprintable():
         raise LlmrecError(
-            f"--out {str(options.out)!r} names no folder to be made; write one, such as --out films-model"
+            f"--out {str(options.out)!r} names no folder to be made; write one, such as --out films-model",
+            kind="bad-value",
+            column="--out",
         )
     if options.dtype not in ("auto", *_BYTES):
         raise LlmrecError(
-            f"--dtype {options.dtype!r} is unknown{did_you_mean(options.dtype, _BYTES)}; known: {', '.join(_BYTES)}"
+            f"--dtype {options.dtype!r} is unknown{did_you_mean(options.dtype, _BYTES)}; known: {', '.join(_BYTES)}",
+            kind="unknown-name",
+            column="--dtype",
         )
     if options.adapter_only and options.dtype != "auto":
-        raise LlmrecError("--dtype is for merged weights, and --adapter-only writes none; leave one of them out")
+        raise LlmrecError(
+            "--dtype is for merged weights, and --adapter-only writes none; leave one of them out",
+            kind="contradiction",
+            column="--dtype",
+        )
 
 
 # --------------------------------------------------------------------------- the folder
@@ -167,7 +175,9 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
     if is_paired(load_config(base, recipe.model)):
         raise LlmrecError(
             f"{source.folder} holds an encoder-decoder, and an export's card and measurement ask causal language "
-            f"models; use the folder {source.folder / 'merged'}, which transformers and `llmrec rank` load"
+            f"models; use the folder {source.folder / 'merged'}, which transformers and `llmrec rank` load",
+            kind="unsupported",
+            at=source.folder,
         )
     dtype = options.dtype
     if dtype == "auto":
@@ -186,7 +196,11 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
                 why = "holds rows of item tokens, for which the published base model has no place"
                 if recipe.train.start is not None:
                     why = "goes on from the tuned model of another run (train.start), not from the published base model"
-                raise LlmrecError(f"--adapter-only: this adapter {why}; leave the option out to write the whole model")
+                raise LlmrecError(
+                    f"--adapter-only: this adapter {why}; leave the option out to write the whole model",
+                    kind="unsupported",
+                    column="--adapter-only",
+                )
             put_adapter(source, base, draft)
         else:
             _put_weights(source, base, study, dtype, draft, say)
@@ -244,7 +258,9 @@ def _base(source: Source, origin: str) -> str:
         return origin
     if source.recipe.index is None or not (source.folder / "base" / "config.json").is_file():
         raise LlmrecError(
-            f"{source.folder / 'base'} is gone, which the adapter was trained on; run `llmrec train` again"
+            f"{source.folder / 'base'} is gone, which the adapter was trained on; run `llmrec train` again",
+            kind="missing-file",
+            at=source.folder / "base",
         )
     return str(source.folder / "base")
 
@@ -254,7 +270,12 @@ def _origin(source: Source) -> str:
     try:
         return resolve(source.recipe.model, seed=source.recipe.seed)
     except ModelError as error:
-        raise ModelError(f"the base model of {source.folder} is needed for the export: {error}") from error
+        raise ModelError(
+            f"the base model of {source.folder} is needed for the export: {error}",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from error
 
 
 def _study(source: Source, options: Options) -> Study | None:
@@ -268,7 +289,10 @@ def _study(source: Source, options: Options) -> Study | None:
             return None
         raise DataError(
             f"{error} (an export reads the data of the run; without it, give {' and '.join(needed)}; the card then "
-            "says so)"
+            "says so)",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
         ) from error
 
 
@@ -320,7 +344,9 @@ def _check_room(source: Source, base: str, dtype: str, options: Options) -> None
     if free < needed + _SLACK:
         raise LlmrecError(
             f"{place} has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; "
-            "make room, choose another --out, or a smaller --dtype"
+            "make room, choose another --out, or a smaller --dtype",
+            kind="exhausted",
+            at=place,
         )
 
 
@@ -368,5 +394,8 @@ def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft
         return
     raise LlmrecError(
         f"the adapter in {source.folder} was not trained on the model that is now in {base}, or nothing is left to "
-        "tell by; put the base model back (model.name, model.revision), or train again with `llmrec train`"
+        "tell by; put the base model back (model.name, model.revision), or train again with `llmrec train`",
+        kind="mismatch",
+        at=source.folder,
+        column="model.name",
     )

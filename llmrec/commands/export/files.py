@@ -73,7 +73,12 @@ def settle_generation(draft: Path, encoder: Encoder) -> None:
 def put_adapter(source: Source, base: str, draft: Path) -> None:
     """Copy the adapter, with the base model named as the recipe names it."""
     if source.record["method"] == "full":
-        raise LlmrecError(f"{source.folder} tuned every weight, so it has no adapter; leave out --adapter-only")
+        raise LlmrecError(
+            f"{source.folder} tuned every weight, so it has no adapter; leave out --adapter-only",
+            kind="unsupported",
+            at=source.folder,
+            column="--adapter-only",
+        )
     adapter = source.folder / "adapter"
     shutil.copyfile(adapter / "adapter_model.safetensors", draft / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -98,7 +103,11 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
     elif study is not None:
         told = bundle.describe(study)
     else:
-        raise LlmrecError(f"{stored} is gone and the data cannot be read; train again with `llmrec train`")
+        raise LlmrecError(
+            f"{stored} is gone and the data cannot be read; train again with `llmrec train`",
+            kind="missing-file",
+            at=stored,
+        )
     write_json(draft / bundle.FILE, {**told, "made_from": made_from})
 
 
@@ -112,7 +121,11 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
     if told.get("index") is None or (told["index"] == "title" and not titles):
         return
     if not index.is_dir():
-        raise LlmrecError(f"{index} is gone, which says what the model's codes mean; train again with `llmrec train`")
+        raise LlmrecError(
+            f"{index} is gone, which says what the model's codes mean; train again with `llmrec train`",
+            kind="missing-file",
+            at=index,
+        )
     shutil.copytree(index, draft / FOLDER)
 
 
@@ -205,11 +218,15 @@ def refuse(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise LlmrecError(f"{target} exists already; choose another --out, or replace it with --force")
+        raise LlmrecError(
+            f"{target} exists already; choose another --out, or replace it with --force", kind="exists", at=target
+        )
     if target.is_symlink() or not target.is_dir() or not ours(target):
         raise LlmrecError(
             f"{target} was not written by `llmrec export`, or was changed since, so --force does not replace it; "
-            "remove it yourself, or choose another --out"
+            "remove it yourself, or choose another --out",
+            kind="exists",
+            at=target,
         )
 
 
@@ -264,4 +281,8 @@ def _plain(name: str) -> str:
 
 def _unwritable(target: Path, error: OSError) -> LlmrecError:
     reason = error.strerror or str(error)
-    return LlmrecError(f"the export to {target} cannot be written: {reason}; mend this, or choose another --out")
+    return LlmrecError(
+        f"the export to {target} cannot be written: {reason}; mend this, or choose another --out",
+        kind="unreadable",
+        at=target,
+    )

@@ -38,15 +38,23 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
         name = file.relative_to(folder).as_posix()
         known = file.suffix in _SUFFIXES or file.name in _NAMES or (own_code and file.suffix == ".py")
         if file.is_symlink() or not known:
-            raise LlmrecError(f"the export would hold {name}, which is no kind of file that is handed out")
+            raise LlmrecError(
+                f"the export would hold {name}, which is no kind of file that is handed out", kind="unsafe", at=name
+            )
         text = _text(file)
         for secret in secrets:
             if secret in text:
-                raise LlmrecError(f"{name} would hold a secret that stands in the environment; take it out of the run")
+                raise LlmrecError(
+                    f"{name} would hold a secret that stands in the environment; take it out of the run",
+                    kind="unsafe",
+                    at=name,
+                )
         for path in paths if file.name not in _VOCABULARIES else ():
             if re.search(rf"(?<![\w./~-]){re.escape(path)}(?![\w-])", text):
                 raise LlmrecError(
-                    f"{name} would hold the path {path} of this machine; take it out of the recipe or the templates"
+                    f"{name} would hold the path {path} of this machine; take it out of the recipe or the templates",
+                    kind="unsafe",
+                    at=name,
                 )
 
 
@@ -136,12 +144,22 @@ def check(name: str) -> None:
     except errors.HFValidationError:
         well_formed = False
     if not well_formed:
-        raise LlmrecError(f"--push {name!r} is no hub name; write USER/NAME, such as --push ada/films-recommender")
+        raise LlmrecError(
+            f"--push {name!r} is no hub name; write USER/NAME, such as --push ada/films-recommender",
+            kind="bad-value",
+            column="--push",
+        )
     if require("huggingface_hub.constants", "train").HF_HUB_OFFLINE:
-        raise LlmrecError("--push needs the hub, and HF_HUB_OFFLINE switches it off; unset it, or leave out --push")
+        raise LlmrecError(
+            "--push needs the hub, and HF_HUB_OFFLINE switches it off; unset it, or leave out --push",
+            kind="unreachable",
+            column="--push",
+        )
     if not hub.get_token():
         raise LlmrecError(
-            "--push needs a token of the hub with write access; set HF_TOKEN or run `hf auth login`, then export again"
+            "--push needs a token of the hub with write access; set HF_TOKEN or run `hf auth login`, then export again",
+            kind="missing-value",
+            column="--push",
         )
 
 
@@ -163,7 +181,9 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
         if private and not api.repo_info(name).private:
             raise LlmrecError(
                 f"{name} exists on the hub and is public, and --push uploads to private repositories unless --public "
-                f"is given; choose another name or say --public. The folder {folder} is complete"
+                f"is given; choose another name or say --public. The folder {folder} is complete",
+                kind="contradiction",
+                column="--push",
             )
         with warnings.catch_warnings():
             # The catalogue of an export belongs beside its model, in a model repository.
@@ -180,7 +200,9 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
         token = hub.get_token() or ""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[0] if lines else type(error).__name__).replace(token or "\0", "[token]")
-        raise LlmrecError(f"the upload to {name} failed: {reason[:300]}. {mend}") from error
+        raise LlmrecError(
+            f"the upload to {name} failed: {reason[:300]}. {mend}", kind="unreachable", column="--push"
+        ) from error
     return address
 
 

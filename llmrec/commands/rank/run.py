@@ -19,7 +19,7 @@ from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_rank
 from llmrec.data.reading.request_file import Raw, RequestFile, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_json, write_text
-from llmrec.errors import DataError, LlmrecError
+from llmrec.errors import DataError, LlmrecError, Place
 from llmrec.experiment.claiming import LOCK
 from llmrec.experiment.resume import Budget, key_of, locked, read_stage
 from llmrec.types import Ranking, Unparsed
@@ -126,12 +126,16 @@ def _check_out(options: RankOptions) -> None:
     out = options.out
     kind_of(out)
     if out.is_dir():
-        raise DataError(f"--out {out} is a folder; name a file")
+        raise DataError(f"--out {out} is a folder; name a file", kind="unreadable", at=out)
     for given in (options.requests, options.items):
         if given is not None and given.exists() and given.resolve() == out.resolve():
-            raise DataError(f"--out {out} is one of the files that are read; name another")
+            raise DataError(f"--out {out} is one of the files that are read; name another", kind="exists", at=out)
     if out.exists() and not options.summary.exists() and not options.parts.exists():
-        raise DataError(f"--out {out} exists and was not written by `llmrec rank`; remove it, or name another file")
+        raise DataError(
+            f"--out {out} exists and was not written by `llmrec rank`; remove it, or name another file",
+            kind="exists",
+            at=out,
+        )
 
 
 def _check_titled(options: RankOptions, source: RequestFile, recommender: Recommender) -> None:
@@ -142,7 +146,12 @@ def _check_titled(options: RankOptions, source: RequestFile, recommender: Recomm
     """
     for raw in islice(source, options.limit) if recommender.items == {} else ():
         if raw.record is not None and (fault := recommender.untitled(raw.record)):
-            raise DataError(f"{source.path}, line {raw.line} {fault}")
+            raise DataError(
+                f"{source.path}, line {raw.line} {fault}",
+                kind="unknown-name",
+                at=Place(str(source.path), line=raw.line),
+                column="item_id",
+            )
 
 
 def _finished(options: RankOptions, key: str) -> dict[str, Any] | None:
@@ -233,5 +242,7 @@ def _stored(folder: Path, parts: int) -> Iterator[Ranked]:
         path = folder / _part(number)
         records = read_part(path)
         if records is None:
-            raise LlmrecError(f"{path} was changed while it waited; run the same command again")
+            raise LlmrecError(
+                f"{path} was changed while it waited; run the same command again", kind="damaged", at=path
+            )
         yield from records

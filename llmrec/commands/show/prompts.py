@@ -40,7 +40,8 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
         if name not in known_sets:
             raise RecipeError(
                 f"unknown template set {name!r}{did_you_mean(name, known_sets)}; this recipe's families have "
-                f"{', '.join(known_sets) or 'none'}"
+                f"{', '.join(known_sets) or 'none'}",
+                kind="unknown-name",
             )
     return [template for template in every if template.id in wanted or not template.sets.keys().isdisjoint(sets)]
 
@@ -54,16 +55,23 @@ def find(study: Study, name: str) -> Template:
     every = {template.id: template for known in study.templates.values() for template in known.values()}
     found = [template for template in every.values() if name in (template.id, template.name)]
     if len(found) > 1:
-        raise RecipeError(f"template {name!r}: say which of {', '.join(template.id for template in found)}")
+        raise RecipeError(
+            f"template {name!r}: say which of {', '.join(template.id for template in found)}", kind="ambiguous", at=name
+        )
     if not found:
         family = name.rpartition("/")[0]
         if family and family not in study.templates:
             raise RecipeError(
                 f"template {name!r}: this recipe has no family {family!r}{did_you_mean(family, study.templates)}; its "
-                f"families are {', '.join(study.templates)}"
+                f"families are {', '.join(study.templates)}",
+                kind="unknown-name",
             )
         close = did_you_mean(name, [*every, *(template.name for template in every.values())])
-        raise RecipeError(f"unknown template {name!r}{close}; `llmrec prompts RECIPE` lists those of its families")
+        raise RecipeError(
+            f"unknown template {name!r}{close}; `llmrec prompts RECIPE` lists those of its families",
+            kind="unknown-name",
+            at=name,
+        )
     return found[0]
 
 
@@ -197,7 +205,9 @@ def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator
     stored = folder.is_dir()
     other = recorded(folder, one) if stored else find(study, second)
     if one.family != other.family:
-        raise RecipeError(f"{one.id} and {other.id} answer different questions; compare templates of one family")
+        raise RecipeError(
+            f"{one.id} and {other.id} answer different questions; compare templates of one family", kind="contradiction"
+        )
     # Read from the older to the newer.
     left, right = (other, one) if stored else (one, other)
     yield f"- {left.id}{f', as trained in {second}' if stored else ''}"
@@ -217,7 +227,9 @@ def recorded(folder: Path, template: Template) -> Template:
     if not found:
         raise RecipeError(
             f"{folder} holds no {FILE}, which says what templates a model was trained with; give a run folder whose "
-            "training is finished, or an exported one"
+            "training is finished, or an exported one",
+            kind="missing-file",
+            at=folder,
         )
     try:
         entries = {
@@ -226,13 +238,17 @@ def recorded(folder: Path, template: Template) -> Template:
         if template.name not in entries:
             raise RecipeError(
                 f"{found[0]} records no template {template.id}{did_you_mean(template.name, entries)}; it has "
-                f"{', '.join(entries)}"
+                f"{', '.join(entries)}",
+                kind="missing-key",
+                at=found[0],
             )
         return Template(**entries[template.name])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"{found[0]} records no templates of {template.family} that can be read ({type(error).__name__}: {error}); "
-            "give the folder of a run that trained this family"
+            "give the folder of a run that trained this family",
+            kind="damaged",
+            at=found[0],
         ) from error
 
 

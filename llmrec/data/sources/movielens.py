@@ -164,7 +164,7 @@ def _locate(what: _Published, section: DataSection) -> _Found:
             raise DataError(
                 f"{what.name} is not on this machine: {error}. There are these ways to it: {what.ways}",
                 kind=error.kind,
-                at=error.file,
+                at=error.place,
             ) from error
     found = _in_archive(what, archive)
     if found is None:
