@@ -19,6 +19,7 @@ from llmrec.experiment.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.types import Case, Example, Segment
+from tests.facts import Facts, raises
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -214,11 +215,25 @@ def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -
 
 
 def test_a_recipe_without_codes_is_refused() -> None:
-    with pytest.raises(
-        RecipeError, match=r"tasks\.alignment: .* there is no index; add one .* index: \{scheme: semantic"
+    with raises(
+        RecipeError,
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/align-semantic.yaml",
+            column="tasks.alignment",
+            says="index: {scheme: semantic}",
+        ),
     ):
         recipe("none", "index=null")
-    with pytest.raises(RecipeError, match=r"index\.scheme: 'title' .* nothing to teach; choose another scheme"):
+    with raises(
+        RecipeError,
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/align-semantic.yaml",
+            column="index.scheme",
+            says=("'title'", "such as semantic"),
+        ),
+    ):
         recipe("none", "index={scheme: title}")
 
 

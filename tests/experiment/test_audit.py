@@ -26,6 +26,7 @@ from llmrec.recipe.schema import Split
 from llmrec.report.results import read
 from llmrec.tasks.fewshot import Drawn, Window
 from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
+from tests.facts import Facts, raises
 
 SETTINGS = (
     "data={source: made-reviews, noun: products}",
@@ -421,10 +422,13 @@ def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
 def test_a_run_that_leaks_gets_no_table(tmp_path: Path) -> None:
     of = write_json(tmp_path / "results.json", {})
     audit.write(tmp_path, [Check("candidates", "3 in 10 sets", "leak", ("request a|b",))], of=of)
-    with pytest.raises(LlmrecError, match=r"this run leaks, so it gets no table. candidates: 3 in 10 sets .*a\|b"):
+    with raises(
+        LlmrecError,
+        Facts("leak", "audit.json", says=("this run leaks, so it gets no table", "candidates: 3 in 10 sets", "a|b")),
+    ):
         read(tmp_path)
 
 
 def test_an_unfinished_run_cannot_be_audited(tmp_path: Path) -> None:
-    with pytest.raises(LlmrecError, match="no finished run"):
+    with raises(LlmrecError, Facts("missing-file", "test_an_unfinished_run_cannot_0", says="`llmrec run`")):
         audit.audit(tmp_path)

@@ -11,6 +11,7 @@ from llmrec.errors import ModelError
 from llmrec.experiment import bundle
 from llmrec.experiment.study import build_study
 from llmrec.recipe.load import load_recipe
+from tests.facts import Facts, raises
 
 STUDY = ("data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5")
 
@@ -50,10 +51,18 @@ def test_a_plain_model_gets_the_ranking_families(llama_folder: Path) -> None:
     assert set(found.templates) == {"sequential", "direct"}
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', '{"format": 9, "llmrec": "2.0"}'])
-def test_a_damaged_file_is_named(folder: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "facts"),
+    [
+        ("{", Facts("damaged", bundle.FILE)),
+        ("[]", Facts("damaged", bundle.FILE)),
+        ('{"format": 1}', Facts("damaged", bundle.FILE, says="'templates'")),
+        ('{"format": 9, "llmrec": "2.0"}', Facts("wrong-format", bundle.FILE, says="use llmrec 2.0")),
+    ],
+)
+def test_a_damaged_file_is_named(folder: Path, damage: str, facts: Facts) -> None:
     (folder / bundle.FILE).write_text(damage, encoding="utf-8")
-    with pytest.raises(ModelError, match=r"llmrec\.json"):
+    with raises(ModelError, facts):
         bundle.read(str(folder))
 
 
@@ -61,11 +70,11 @@ def test_a_template_that_breaks_the_grammar_is_refused(folder: Path) -> None:
     stored = json.loads((folder / bundle.FILE).read_text(encoding="utf-8"))
     stored["templates"]["sequential"][0]["user"] = "{{ ().__class__ }}"
     (folder / bundle.FILE).write_text(json.dumps(stored), encoding="utf-8")
-    with pytest.raises(ModelError, match="export the run again"):
+    with raises(ModelError, Facts("syntax", "llmrec.json", column="user", says="export the run again")):
         bundle.read(str(folder))
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: x\n", encoding="utf-8")
-    with pytest.raises(ModelError, match="llmrec train"):
+    with raises(ModelError, Facts("missing-file", "test_an_unfinished_run_is_refu0", says="`llmrec train`")):
         bundle.read(str(tmp_path))

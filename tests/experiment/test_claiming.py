@@ -16,6 +16,7 @@ from llmrec.experiment.resume import locked
 from llmrec.index.table import ItemIndex
 from llmrec.report import page
 from tests.answering.rank_cases import jsonl, options, records
+from tests.facts import Facts, raises
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_somebodys_folder_of_parts_is_refused_and_kept(asked, tmp_path: Path, re
     mine = tmp_path / "o.jsonl.parts" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(LlmrecError, match=r"o\.jsonl\.parts holds mine\.txt, which llmrec did not write"):
+    with raises(LlmrecError, Facts("exists", says="mine.txt")):
         rank_file(asked(restart=restart))
     assert mine.read_text() == "mine"
     assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
@@ -41,7 +42,7 @@ def test_a_folder_of_parts_that_is_a_link_is_refused(asked, tmp_path: Path, rest
     elsewhere.mkdir()
     (elsewhere / "keep.txt").write_text("keep")
     (tmp_path / "o.jsonl.parts").symlink_to(elsewhere)
-    with pytest.raises(LlmrecError, match=r"o\.jsonl\.parts is a link"):
+    with raises(LlmrecError, Facts("unsafe", tmp_path / "o.jsonl.parts")):
         rank_file(asked(restart=restart))
     assert [path.name for path in elsewhere.iterdir()] == ["keep.txt"]
 
@@ -67,14 +68,14 @@ def test_a_lock_that_is_a_link_is_neither_followed_nor_emptied(tmp_path: Path) -
     precious.write_text("precious")
     run.mkdir()
     (run / LOCK).symlink_to(precious)
-    with pytest.raises(LlmrecError, match=r"\.lock is a link"), locked(run):
+    with raises(LlmrecError, Facts("unsafe", run / LOCK)), locked(run):
         pass
     assert precious.read_text() == "precious"
 
 
 def test_a_lock_with_words_of_somebody_keeps_them(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text("mine")
-    with pytest.raises(LlmrecError, match=r"holds \.lock, which llmrec did not write"), locked(tmp_path, RUN):
+    with raises(LlmrecError, Facts("exists", tmp_path, says=LOCK)), locked(tmp_path, RUN):
         pass
     with locked(tmp_path):
         pass
@@ -85,7 +86,7 @@ def test_a_lock_with_words_of_somebody_keeps_them(tmp_path: Path) -> None:
 def test_a_run_does_not_take_over_somebodys_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "mine.txt").write_text("mine")
-    with pytest.raises(LlmrecError, match=f"holds {name}, which llmrec did not write"), locked(tmp_path, RUN):
+    with raises(LlmrecError, Facts("exists", tmp_path, says=name)), locked(tmp_path, RUN):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {name}
 
@@ -110,7 +111,7 @@ def test_a_link_under_a_runs_own_name_is_refused(tmp_path: Path, name: str) -> N
     with locked(run, RUN):
         pass
     (run / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(LlmrecError, match="is a link"), locked(run, RUN):
+    with raises(LlmrecError, Facts("unsafe", run / name)), locked(run, RUN):
         pass
 
 
@@ -120,7 +121,7 @@ def test_a_report_is_not_written_through_a_link(tmp_path: Path) -> None:
         folder.mkdir()
     (elsewhere / "index.html").write_text("mine")
     (run / "report").symlink_to(elsewhere)
-    with pytest.raises(LlmrecError, match="report is a link"):
+    with raises(LlmrecError, Facts("unsafe", run / "report")):
         page._refuse(run, ())
     assert (elsewhere / "index.html").read_text() == "mine"
 
@@ -136,7 +137,7 @@ def test_a_draft_takes_nobodys_name(tmp_path: Path) -> None:
 def test_a_link_to_a_folder_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "merged").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(LlmrecError, match="merged is a link"), replacing(tmp_path / "merged") as draft:
+    with raises(LlmrecError, Facts("unsafe", tmp_path / "merged")), replacing(tmp_path / "merged") as draft:
         draft.mkdir()
     assert (tmp_path / "merged").is_symlink()
 

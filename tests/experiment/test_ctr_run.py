@@ -22,6 +22,7 @@ from llmrec.experiment.study import Study, build_study
 from llmrec.experiment.training import plan_training, training_key
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
+from tests.facts import Facts, raises
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -130,7 +131,10 @@ def test_calibration_moves_probabilities_and_no_order(
         assert one["metrics"]["GAUC"]["value"] == pytest.approx(other["metrics"]["GAUC"]["value"])
         assert one["metrics"]["LogLoss"]["value"] != other["metrics"]["LogLoss"]["value"]
         assert one["inputs"].endswith("scaled by answers to the validation split")
-    with pytest.raises(RecipeError, match=r"tasks\.ctr\.calibrate"):
+    with raises(
+        RecipeError,
+        Facts("contradiction", "recipes/quickstart.yaml", column="tasks.ctr.calibrate", says="eval.split=valid"),
+    ):
         recipe(llama_folder, "tasks.ctr.calibrate=valid", "eval.split=valid")
 
 
@@ -199,9 +203,9 @@ def test_a_pool_is_trained_on_whole_or_not_at_all(llama_folder: Path) -> None:
     from llmrec.recipe.schema import ModelSection
 
     encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=999)
-    with pytest.raises(RecipeError, match=r"train\.examples: one of the 4 rows of tasks\.ctr is longer"):
+    with raises(RecipeError, Facts("too-large", column="train.max_row_tokens", says="tasks.ctr")):
         plan_training(build_study(recipe(llama_folder, "train.max_row_tokens=40")), encoder)
-    with pytest.raises(RecipeError, match=r"train\.examples: tasks\.ctr has only \d+ different"):
+    with raises(RecipeError, Facts("too-few", column="train.examples", says="tasks.ctr")):
         plan_training(build_study(recipe(llama_folder, "train.examples=100000")), encoder)
     again = [list(plan_training(build_study(recipe(llama_folder)), encoder).steps) for _ in range(2)]
     assert again[0] == again[1]  # what a killed run goes on with

@@ -23,6 +23,7 @@ from llmrec.report.plots import losses
 from llmrec.report.results import read
 from llmrec.resources import resource
 from tests.conftest import make_model
+from tests.facts import Facts, raises
 from tests.review_files import records, write
 
 pytest.importorskip("trl", reason="the train extra is not installed")
@@ -90,10 +91,16 @@ def test_only_and_without_say_who_is_trained() -> None:
 
 def test_a_rating_head_may_stand_beside_families_that_are_left_out() -> None:
     head = ("tasks.rating.strategies=[head, expected]", "tasks.rating.head={alpha: 0.5}")
-    with pytest.raises(RecipeError, match=r"train.only=\[rating\]"):
+    with raises(
+        RecipeError,
+        Facts("contradiction", "recipes/quickstart.yaml", column="tasks.rating.head", says="train.only=[rating]"),
+    ):
         recipe("m", *head)
     assert recipe("m", *head, "train.only=[rating]").trained() == {"rating": 1.0}
-    with pytest.raises(RecipeError, match="trained on ratings alone"):
+    with raises(
+        RecipeError,
+        Facts("contradiction", "recipes/quickstart.yaml", column="tasks.rating.head", says="train.only=[rating]"),
+    ):
         recipe("m", *head, "train.without=[rating]")
 
 
@@ -228,7 +235,7 @@ def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, 
     exported = export(done.folder, Options(out=tmp_path / "out", users=0))
     weights = load_file(exported.folder / "model.safetensors")
     assert all(weights[name].allclose(two[name], atol=1e-6) for name in two)
-    with pytest.raises(LlmrecError, match=r"train\.start"):
+    with raises(LlmrecError, Facts("unsupported", column="--adapter-only", says="train.start")):
         export(done.folder, Options(out=tmp_path / "adapter", users=0, adapter_only=True))
 
 
@@ -275,12 +282,12 @@ def test_an_altered_unfinished_or_own_folder_is_refused(stage_one: Path, llama_f
         shutil.copytree(stage_one, folder)
     (unfinished / "train.json").unlink()
     (altered / "merged" / "generation_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(RecipeError, match="holds no finished training"):
+    with raises(RecipeError, Facts("missing-file", "train.json", column="train.start", says="`llmrec train`")):
         opened(unfinished)
-    with pytest.raises(RecipeError, match="not what training left there"):
+    with raises(RecipeError, Facts("damaged", altered / "merged", column="train.start", says="`llmrec train`")):
         opened(altered)
     (tmp_path / "r").mkdir(exist_ok=True)
-    with pytest.raises(RecipeError, match="own folder"):
+    with raises(RecipeError, Facts("contradiction", tmp_path / "r", column="train.start", says="--out")):
         opened(tmp_path / "r")
 
 
@@ -296,7 +303,7 @@ def test_another_tokenizer_is_refused(stage_one: Path, tmp_path: Path) -> None:
     config = json.loads((other / "tokenizer.json").read_text("utf-8"))
     config["model"]["merges"] = config["model"]["merges"][:-5]
     (other / "tokenizer.json").write_text(json.dumps(config), "utf-8")
-    with pytest.raises(RecipeError, match="tokenizer"):
+    with raises(RecipeError, Facts("mismatch", moved / "merged", column="train.start", says="model.name")):
         pipeline.open_session(recipe(other, *OWN, f"train.start={moved}"), tmp_path / "r", quiet=True)
 
 
@@ -313,7 +320,7 @@ def test_codes_must_mean_the_same_items(llama_folder: Path, tmp_path: Path) -> N
     pipeline.train(numbers, tmp_path / "numbers", quiet=True)
     start = f"train.start={tmp_path / 'numbers'}"
     other = recipe(llama_folder, *coded, "index={scheme: sequential, first: 2001}", start)
-    with pytest.raises(RecipeError, match="codes of other items"):
+    with raises(RecipeError, Facts("mismatch", "numbers", column="train.start", says=("index.scheme=title",))):
         pipeline.open_session(other, tmp_path / "r", quiet=True)
 
 
@@ -325,5 +332,5 @@ def test_items_of_alignment_must_be_held_out_in_both_stages() -> None:
     )
     runs._nothing_seen(one, same, Path("one"))
     for first in (without, seeded):
-        with pytest.raises(RecipeError, match=r"tasks\.alignment\.held_out"):
+        with raises(RecipeError, Facts("mismatch", "one", column="train.start", says="tasks.alignment.held_out")):
             runs._nothing_seen(first, one, Path("one"))

@@ -32,6 +32,7 @@ from llmrec.tasks.rows import chat_example
 from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Probability, Prompt, Request, SplitName
+from tests.facts import Facts, raises
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -220,7 +221,9 @@ def test_it_is_audited(done: pipeline.Run) -> None:
 
 
 def test_its_section_is_closed_and_its_controls_stand(known: None, llama_folder: Path) -> None:
-    with pytest.raises(RecipeError, match=r"unknown key 'tasks\.fam'.*fame"):
+    with raises(
+        RecipeError, Facts("unknown-key", "recipes/quickstart.yaml", column="tasks.fam", says="did you mean 'fame'")
+    ):
         load_recipe("recipes/quickstart.yaml", ["tasks.fam={}"])
-    with pytest.raises(RecipeError, match="usres"):
+    with raises(RecipeError, Facts("unknown-key", "recipes/quickstart.yaml", column="tasks.usres")):
         recipe(llama_folder, "tasks={fame: {usres: 3}}")

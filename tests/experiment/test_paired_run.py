@@ -14,6 +14,7 @@ from llmrec.cli import app
 from llmrec.errors import RecipeError
 from llmrec.pipeline import Run, open_session, run
 from llmrec.recipe.schema import Recipe
+from tests.facts import Facts, raises
 
 RECIPE: dict[str, Any] = {
     "name": "paired",
@@ -77,7 +78,7 @@ def test_a_dry_run_counts_rows_and_weights(tmp_path: Path) -> None:
 
 def test_what_cannot_serve_it_is_refused_by_name(ran: Run, tmp_path: Path) -> None:
     recipe = Recipe(**{**RECIPE, "eval": {**RECIPE["eval"], "scorer": "vllm"}})
-    with pytest.raises(RecipeError, match=r"encoder-decoder, which vLLM does not serve; set eval\.backend=hf"):
+    with raises(RecipeError, Facts("unsupported", column="eval.backend", says="eval.backend=hf")):
         open_session(recipe, tmp_path / "out", quiet=True)
     done = CliRunner().invoke(app, ["export", str(ran.folder), "--out", str(tmp_path / "exported")])
     assert done.exit_code != 0 and "holds an encoder-decoder" in str(done.exception)

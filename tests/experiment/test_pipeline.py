@@ -20,6 +20,7 @@ from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment import study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
+from tests.facts import Facts, raises
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 pytest.importorskip("rouge_score", reason="the text extra is not installed")
@@ -230,30 +231,39 @@ def test_a_profile_that_tells_an_answer_does_not_end_the_run(
 
 
 def test_eval_without_an_adapter_says_what_to_do(llama_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="llmrec train"):
+    with raises(RecipeError, Facts("missing-file", tmp_path, column="eval.arms", says="`llmrec train`")):
         pipeline.run(recipe(llama_folder), tmp_path, quiet=True, may_train=False)
 
 
 def test_two_runs_do_not_share_a_folder(llama_folder: Path, tmp_path: Path) -> None:
     from llmrec.experiment.resume import locked
 
-    with locked(tmp_path), pytest.raises(LlmrecError, match="another run"):
+    with locked(tmp_path), raises(LlmrecError, Facts("busy", tmp_path, says="--out")):
         pipeline.run(recipe(llama_folder), tmp_path, quiet=True)
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "facts"),
     [
-        ("tasks.rating.strategies=[expcted]", "did you mean 'expected'"),
-        ("tasks.rating.baselines=[user-men]", "did you mean 'user-mean'"),
-        ("tasks.rating.templates=[list-rating]", "did you mean 'list-ratings'"),
-        ("tasks.rating.templates=[judge-one]", "unseen"),
-        ("data.source=movielens-100", "did you mean 'movielens-100k'"),
-        ("eval.candidates.count=100", "eval.candidates.count"),
+        (
+            "tasks.rating.strategies=[expcted]",
+            Facts("unknown-name", column="tasks.rating.strategies", says="did you mean 'expected'"),
+        ),
+        (
+            "tasks.rating.baselines=[user-men]",
+            Facts("unknown-name", column="tasks.rating.baselines", says="did you mean 'user-mean'"),
+        ),
+        ("tasks.rating.templates=[list-rating]", Facts("unknown-name", says="did you mean 'list-ratings'")),
+        (
+            "tasks.rating.templates=[judge-one]",
+            Facts("contradiction", "rating/judge-one", column="tasks.rating.templates", says="eval_templates"),
+        ),
+        ("data.source=movielens-100", Facts("unknown-name", says="did you mean 'movielens-100k'")),
+        ("eval.candidates.count=100", Facts("too-few", column="eval.candidates.count", says="at most 29")),
     ],
 )
-def test_wrong_names_are_found_by_check(llama_folder: Path, override: str, message: str) -> None:
+def test_wrong_names_are_found_by_check(llama_folder: Path, override: str, facts: Facts) -> None:
     from llmrec.experiment.study import build_study
 
-    with pytest.raises(LlmrecError, match=message):
+    with raises(LlmrecError, facts):
         build_study(recipe(llama_folder, override))
