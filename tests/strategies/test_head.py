@@ -13,6 +13,7 @@ from llmrec.errors import BackendError
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.raters import HeadRater
 from llmrec.types import Answer, Case, Cost, Message, Prompt, Rating, Read, Request, Segment
+from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 
@@ -71,7 +72,9 @@ def test_every_request_gets_its_own_rating_in_order() -> None:
 
 
 def test_engines_without_a_head_are_named_with_the_mend() -> None:
-    with pytest.raises(BackendError, match=r"'fake' reads no rating head; set eval\.backend=hf"):
+    with raises(
+        BackendError, Facts("unsupported", column="tasks.rating.strategies", says=("'fake'", "eval.backend=hf"))
+    ):
         HeadRater(asker(FakeBackend()))
 
 
@@ -108,7 +111,7 @@ def test_a_batch_reads_what_one_prompt_alone_gives(backend: Any) -> None:
 
 def test_a_model_without_a_head_says_so(backend: Any) -> None:
     backend._head = None
-    with pytest.raises(BackendError, match=r"no rating head.*tasks\.rating\.head"):
+    with raises(BackendError, Facts("unsupported", column="tasks.rating.strategies", says="tasks.rating.head")):
         backend.rate([Toy().prompt(request, template="toy") for request in requests(1)])
 
 

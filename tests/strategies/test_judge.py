@@ -17,6 +17,7 @@ from llmrec.strategies.asking import Prompting
 from llmrec.strategies.raters import Calibrated, ParsedYesNoJudge, YesNoJudge, fit_curve
 from llmrec.tasks.ctr import read_choice
 from llmrec.types import Answer, Case, Example, Message, Probability, Prompt, Request, Segment, Unparsed
+from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -217,7 +218,7 @@ def test_a_calibrated_judge_keeps_failures_and_order() -> None:
     # Of two that said yes one was right; of two that said no none was wrong.
     assert value(yes) == pytest.approx(0.5, abs=0.1) and value(no) < 0.3
     silent = ParsedYesNoJudge(asker(FakeBackend(complete=lambda text: "hm")))
-    with pytest.raises(LlmrecError, match=r"tasks\.ctr\.calibrate"):
+    with raises(LlmrecError, Facts("too-few", column="tasks.ctr.calibrate", says="data.split.valid")):
         Calibrated(silent, cases)
 
 
@@ -226,5 +227,5 @@ def test_a_backend_that_cannot_is_refused_at_the_door() -> None:
         capabilities = frozenset({"embed"})  # type: ignore[assignment]
 
     for judge in (YesNoJudge, ParsedYesNoJudge):
-        with pytest.raises(BackendError, match="'fake' cannot"):
+        with raises(BackendError, Facts("unsupported", column="eval.backend", says="'fake'")):
             judge(asker(Mute()))

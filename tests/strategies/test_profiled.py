@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import RecipeError
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.listwise import label_ranker
 from llmrec.strategies.profiled import TwoStepRanker
 from llmrec.types import Ranking
+from tests.facts import Facts, raises
 from tests.tasks.task_data import make_task
 
 
@@ -88,11 +87,13 @@ def test_what_a_model_says_of_a_user_can_forge_nothing() -> None:
 
 def test_a_template_without_a_place_for_it_is_refused() -> None:
     task = make_task("direct")
-    with pytest.raises(RecipeError, match="with-profile"):
+    with raises(RecipeError, Facts("contradiction", "after-history", says="with-profile")):
         TwoStepRanker(Prompting(backend=FakeBackend(), task=task, template="after-history"))
 
 
 def test_an_unknown_profile_template_is_named() -> None:
     task = make_task("direct", profile={"template": "like"})
-    with pytest.raises(RecipeError, match="did you mean 'likes'"):
+    with raises(
+        RecipeError, Facts("unknown-name", column="tasks.direct.profile.template", says="did you mean 'likes'")
+    ):
         _ = task.profile_template

@@ -15,6 +15,7 @@ from llmrec.strategies.listwise import ListRanker, label_ranker
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.strategies.raters import ExpectedRater, ParsedRater, Writer
 from llmrec.types import Answer, Case, Example, Message, Prompt, Ranking, Rating, Request, Segment, Text, Unparsed
+from tests.facts import Facts, raises
 
 LETTERS = "ABCD"
 
@@ -139,9 +140,11 @@ def test_refusals() -> None:
     class Mute(FakeBackend):
         capabilities = frozenset({"embed"})  # type: ignore[assignment]
 
-    with pytest.raises(BackendError, match=r"'fake' cannot score; it offers embed"):
+    with raises(
+        BackendError, Facts("unsupported", column="eval.backend", says=("'fake' cannot score", "offers embed"))
+    ):
         LikelihoodRanker(asker(Mute()))
-    with pytest.raises(LlmrecError, match="candidate"):
+    with raises(LlmrecError, Facts("missing-value", column="candidates")):
         LikelihoodRanker(asker(FakeBackend())).answer([Request(id="r", user_id="u")])
 
 

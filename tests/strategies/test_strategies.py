@@ -25,6 +25,7 @@ from llmrec.strategies.listwise import label_ranker, permutation_ranker
 from llmrec.tasks.family import family_of
 from llmrec.types import Prompt, Ranking, Request
 from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
 from tests.strategies.strategy_cases import (
     DIRECT,
     SCORED,
@@ -292,7 +293,7 @@ def test_questions_for_the_correction_hold_nothing_that_is_held_out() -> None:
 
 def test_a_correction_needs_questions_as_large_as_the_requests() -> None:
     (case,) = cases(1, 20)
-    with pytest.raises(LlmrecError, match=r"eval\.debias: no training question has 20 candidates"):
+    with raises(LlmrecError, Facts("too-few", column="eval.debias", says=("20 candidates", "eval.candidates.count"))):
         strategy("label", FakeBackend(), training=task("direct").questions(4)).answer([case.request])
 
 
@@ -356,9 +357,11 @@ def test_templates_without_words_for_yes_are_refused() -> None:
     blind.__dict__.update(direct.__dict__, _asks_yes=set())
     blind._chosen = replace(direct._chosen, every={**direct._chosen.every, "after-history": plain})
     one = Request(id="r", user_id="s", candidates=("i20",))
-    with pytest.raises(RecipeError, match=r"direct/after-history has no words for the strategy 'pointwise-yes'"):
+    with raises(
+        RecipeError, Facts("unsupported", "direct/after-history", says=("'pointwise-yes'", '{% if want == "yes" %}'))
+    ):
         blind.prompt(one, template="after-history", want="yes")
-    with pytest.raises(LlmrecError, match="about one candidate, and it has 2"):
+    with raises(LlmrecError, Facts("bad-value", column="candidates", says="it has 2")):
         direct.prompt(replace(one, candidates=("i20", "i21")), template="after-history", want="yes")
 
 
@@ -393,7 +396,7 @@ def test_examples_show_as_many_candidates_as_the_question(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*SCORED, *TITLED])
 def test_a_request_without_candidates_is_refused(name: str) -> None:
-    with pytest.raises(LlmrecError, match="candidate"):
+    with raises(LlmrecError, Facts("missing-value", column="candidates")):
         strategy(name, FakeBackend()).answer([Request(id="r", user_id="s")])
 
 
