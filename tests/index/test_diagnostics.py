@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llmrec.errors import DataError
 from llmrec.index.diagnostics import Depth, Spread, diagnose, examples, nearest, neighbours
 from llmrec.index.table import ItemIndex, own_token, token
+from tests.facts import Facts, raises
 
 TOKENS = (*(token(0, n) for n in range(3)), *(token(1, n) for n in range(4)))
 
@@ -140,7 +141,7 @@ def test_nearest_items_share_the_longest_prefix() -> None:
     assert [entry.item for entry in nearest(index, "i0", {}, most=1)] == ["i1"]
     assert [entry.item for entry in nearest(index, "i2", {})] == ["i0", "i1", "i4"]
     assert nearest(index, "i3", {}) == ()
-    with pytest.raises(DataError, match="no item 'i9'"):
+    with raises(DataError, Facts("unknown-name", says="'i9'")):
         nearest(index, "i9", {})
 
 
@@ -149,7 +150,7 @@ def test_examples_are_those_asked_for_and_others_at_equal_steps() -> None:
     assert [entry.item for entry in examples(index, {}, 3, ["i7"])] == ["i7", "i0", "i4"]
     assert [entry.item for entry in examples(index, TITLES, 99)] == [f"i{n}" for n in range(10)]
     assert [entry.title for entry in examples(index, TITLES, 1, ["i1", "i3"])] == ["Aliens", "i3"]
-    with pytest.raises(DataError, match="no item 'i99'"):
+    with raises(DataError, Facts("unknown-name", says="did you mean 'i9'")):
         examples(index, {}, 3, ["i99"])
 
 

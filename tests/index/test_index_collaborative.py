@@ -25,6 +25,7 @@ from llmrec.index.collaborative import cluster_qr
 from llmrec.index.table import ItemIndex, build, own_token, token
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
+from tests.facts import Facts, raises
 
 
 def chosen(histories: Mapping[str, Sequence[str]], more: Sequence[str] = ()) -> SplitDataset:
@@ -243,9 +244,14 @@ def test_a_star_and_a_clique_end() -> None:
 
 def test_a_tree_that_is_too_small_is_refused_with_its_keys() -> None:
     data = chosen({"u": [f"i{n:03d}" for n in range(13)]}, [f"n{n}" for n in range(13)])
-    with pytest.raises(RecipeError, match=r"13 items do not fit .*clusters=2, depth=2 and leaf=3, which holds 12"):
+    with raises(
+        RecipeError,
+        Facts("too-few", column="index.collaborative", says=("13 items", "clusters=2, depth=2 and leaf=3", "holds 12")),
+    ):
         coded(data, clusters=2, leaf=3, depth=2)
-    with pytest.raises(RecipeError, match=r"13 items without training .* which holds 12"):
+    with raises(
+        RecipeError, Facts("too-few", column="index.collaborative", says=("13 items without training", "holds 12"))
+    ):
         coded(data, clusters=2, leaf=4, depth=2)
     assert coded(data, clusters=2, leaf=5, depth=2).figures["depth"] == 2
 
@@ -289,7 +295,10 @@ def test_new_items_without_room_are_refused() -> None:
     index = coded(mixed(), clusters=3, leaf=8)
     room = 8 * sum(3**level for level in range(int(index.settings["levels"]))) - 2
     proper(index.extend(new(room)))
-    with pytest.raises(DataError, match=rf"of {room + 1} new items {room} find a place .* index\.collaborative\.leaf"):
+    with raises(
+        DataError,
+        Facts("exhausted", column="index.collaborative.leaf", says=(f"of {room + 1} new items", f" {room} find")),
+    ):
         index.extend(new(room + 1))
 
 

@@ -13,12 +13,13 @@ from catalogues import embed, made, other_held_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.errors import DataError
+from llmrec.errors import DataError, ErrorKind
 from llmrec.guard import is_item_token
 from llmrec.index.table import ItemIndex, build, own_token, token
 from llmrec.recipe.schema import IndexSection
 from llmrec.registry import INDEXES
 from llmrec.types import Code, Item
+from tests.facts import Facts, raises
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "title": {"scheme": "title"},
@@ -142,36 +143,44 @@ def test_spaces_between_tokens_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "tokens", "what"),
+    ("codes", "tokens", "kind", "says"),
     [
-        ({"i": ("1",), "j": ("1",)}, (), "'i' and 'j' share the code"),
-        ({"i": ("one  two",), "j": ("one two",)}, (), "share the code"),
-        ({"i": ("",)}, (), "is no line of text"),
-        ({"i": ("a\nb",)}, (), "is no line of text"),
-        ({"i": (" a",)}, (), "is no line of text"),
-        ({"i": ("<a_1>",)}, ("<a_2>",), "holds an unknown token"),
-        ({"i": ("<a_1>", "x")}, ("<a_1>",), "holds an unknown token"),
-        ({"i": ("x",)}, ("x",), "'x' is no item token"),
+        ({"i": ("1",), "j": ("1",)}, (), "duplicate", "'i' and 'j'"),
+        ({"i": ("one  two",), "j": ("one two",)}, (), "duplicate", "'i' and 'j'"),
+        ({"i": ("",)}, (), "bad-value", "item 'i'"),
+        ({"i": ("a\nb",)}, (), "bad-value", "item 'i'"),
+        ({"i": (" a",)}, (), "bad-value", "item 'i'"),
+        ({"i": ("<a_1>",)}, ("<a_2>",), "bad-value", "'<a_1>' of item 'i'"),
+        ({"i": ("<a_1>", "x")}, ("<a_1>",), "bad-value", "'<a_1>x' of item 'i'"),
+        ({"i": ("x",)}, ("x",), "bad-value", ("'x'", "<a_12>")),
     ],
 )
 def test_a_table_that_does_not_tell_items_apart_is_refused(
-    codes: dict[str, tuple[str, ...]], tokens: tuple[str, ...], what: str
+    codes: dict[str, tuple[str, ...]], tokens: tuple[str, ...], kind: ErrorKind, says: str | tuple[str, ...]
 ) -> None:
-    with pytest.raises(DataError, match=what):
+    with raises(DataError, Facts(kind, says=says)):
         ItemIndex("x", codes, tokens=tokens)
 
 
 def test_an_unknown_item_is_named_with_the_closest_known() -> None:
-    with pytest.raises(DataError, match=r"no item 'i00' \(did you mean 'i0\d\d'\?\)"):
+    with raises(DataError, Facts("unknown-name", says=("'i00' (did you mean 'i0", "extend()"))):
         index_of("random").encode("i00")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 9}', '{"format": 1, "scheme": "x", "codes": 3}'])
-def test_a_torn_or_foreign_file_is_one_clear_error(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"format": 9}', "wrong-format"),
+        ('{"format": 1, "scheme": "x", "codes": 3}', "damaged"),
+    ],
+)
+def test_a_torn_or_foreign_file_is_one_clear_error(tmp_path: Path, content: str, kind: ErrorKind) -> None:
     (tmp_path / "index.json").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=r"index\.json .*build the index again"):
+    with raises(DataError, Facts(kind, "index.json", says="build the index again")):
         ItemIndex.load(tmp_path)
-    with pytest.raises(DataError, match="holds no index"):
+    with raises(DataError, Facts("missing-file", "nowhere", says="`llmrec index`")):
         ItemIndex.load(tmp_path / "nowhere")
 
 

@@ -13,10 +13,11 @@ import pytest
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.durable import sha256_of
-from llmrec.errors import DataError
+from llmrec.errors import DataError, ErrorKind
 from llmrec.index.table import ItemIndex, build
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Code, Item
+from tests.facts import Facts, raises
 
 
 def catalogue(names: Sequence[str]) -> SplitDataset:
@@ -126,60 +127,69 @@ def test_the_order_of_the_file_does_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "what"),
+    ("codes", "kind", "column", "says"),
     [
-        ({"x": [1], "y": [2]}, r"codes\.json: 1 of 3 items have no code, such as z; add them"),
-        ({"x": [1], "y": [2], "z": [1]}, r"item 'z': the code '<a_1>' is that of item 'x' too"),
-        ({"x": ["A b"], "y": "A  b", "z": "C"}, r"item 'y': the code 'A b' is that of item 'x' too"),
-        ({"x": [1], "y": [2], "z": [1, 3]}, r"item 'z': its code <a_1><b_3> begins with that of item 'x', <a_1>"),
-        ({"x": [1, 3], "y": [2], "z": [1]}, r"item 'x': its code .* begins with that of item 'z'.* lengthen"),
-        ({"x": [1], "y": [2], "z": "<a_3>"}, r"item 'z': the code '<a_3>' is made of tokens, and .*'x' of numbers"),
-        ({"x": "3 17", "y": "3 1", "z": "3 x"}, r"item 'z': the code '3 x' is made of text, and .* of numbers"),
-        ({"x": [1], "y": [], "z": [2]}, r"item 'y': the code is empty"),
-        ({"x": "a", "y": " ", "z": "b"}, r"item 'y': the code is empty"),
-        ({"x": [1], "y": 2, "z": [3]}, r"item 'y': 2 is no code; write a list of numbers"),
-        ({"x": [1], "y": [1, "b"], "z": [3]}, r"item 'y': \[1, 'b'\] is no code"),
-        ({"x": [1], "y": [True], "z": [3]}, r"item 'y': \[True\] is no code"),
-        ({"x": [1], "y": [1.5], "z": [3]}, r"item 'y': \[1\.5\] is no code"),
-        ({"x": [1], "y": [-1], "z": [3]}, r"item 'y': '-1' is no number of a token; use 0 to"),
-        ({"x": [1], "y": [10**12], "z": [3]}, r"item 'y': '1000000000000' is no number of a token"),
-        ({"x": [1], "y": [1] * 27, "z": [3]}, r"item 'y': the code has 27 levels, more than 26"),
-        ({"x": "<a_1>", "y": "<c1_2>", "z": "<a_2>"}, r"item 'y': '<c1_2>' is no item token; write it as <a_12>"),
-        ({"x": "Heat <a_1>", "y": "b", "z": "c"}, r"item 'x': the code 'Heat <a_1>' spells out an item token"),
-        ({"x": ["two\nlines"], "y": "b", "z": "c"}, r"item 'x': .* is no single line of text"),
-        ({}, r"codes\.json holds no JSON object"),
-        ([["x", 1]], r"codes\.json holds no JSON object"),
-        ('{"x": [1], "x": [2]}', r"codes\.json: the item 'x' stands there twice"),
-        ("{", r"codes\.json is not JSON"),
+        ({"x": [1], "y": [2]}, "missing-value", "code", "1 of 3 items have no code, such as z"),
+        ({"x": [1], "y": [2], "z": [1]}, "duplicate", "code", ("item 'z'", "'<a_1>'", "item 'x'")),
+        ({"x": ["A b"], "y": "A  b", "z": "C"}, "duplicate", "code", ("item 'y'", "'A b'", "item 'x'")),
+        ({"x": [1], "y": [2], "z": [1, 3]}, "duplicate", "code", ("item 'z'", "<a_1><b_3>", "item 'x', <a_1>")),
+        ({"x": [1, 3], "y": [2], "z": [1]}, "duplicate", "code", ("item 'x'", "<a_1><b_3>", "item 'z', <a_1>")),
+        ({"x": [1], "y": [2], "z": "<a_3>"}, "contradiction", "code", ("item 'z'", "tokens", "item 'x' of numbers")),
+        ({"x": "3 17", "y": "3 1", "z": "3 x"}, "contradiction", "code", ("item 'z'", "text", "of numbers")),
+        ({"x": [1], "y": [], "z": [2]}, "missing-value", "code", "item 'y'"),
+        ({"x": "a", "y": " ", "z": "b"}, "missing-value", "code", "item 'y'"),
+        ({"x": [1], "y": 2, "z": [3]}, "bad-value", "code", ("item 'y': 2", "write a list of numbers")),
+        ({"x": [1], "y": [1, "b"], "z": [3]}, "bad-value", "code", "item 'y': [1, 'b']"),
+        ({"x": [1], "y": [True], "z": [3]}, "bad-value", "code", "item 'y': [True]"),
+        ({"x": [1], "y": [1.5], "z": [3]}, "bad-value", "code", "item 'y': [1.5]"),
+        ({"x": [1], "y": [-1], "z": [3]}, "bad-value", "code", ("item 'y': '-1'", "use 0 to 999999999")),
+        ({"x": [1], "y": [10**12], "z": [3]}, "bad-value", "code", "item 'y': '1000000000000'"),
+        ({"x": [1], "y": [1] * 27, "z": [3]}, "too-large", "code", ("item 'y'", "27 levels, more than 26")),
+        (
+            {"x": "<a_1>", "y": "<c1_2>", "z": "<a_2>"},
+            "bad-value",
+            "code",
+            ("item 'y': '<c1_2>'", "write it as <a_12>"),
+        ),
+        ({"x": "Heat <a_1>", "y": "b", "z": "c"}, "bad-value", "code", ("item 'x'", "'Heat <a_1>'")),
+        ({"x": ["two\nlines"], "y": "b", "z": "c"}, "bad-value", "code", "item 'x'"),
+        ({}, "wrong-format", None, "one object of lists by item id"),
+        ([["x", 1]], "wrong-format", None, "one object of lists by item id"),
+        ('{"x": [1], "x": [2]}', "duplicate", "item_id", "'x'"),
+        ("{", "syntax", None, "one object of lists by item id"),
     ],
 )
-def test_mistakes_in_json_are_named(tmp_path: Path, codes: object, what: str) -> None:
-    with pytest.raises(DataError, match=what):
+def test_mistakes_in_json_are_named(
+    tmp_path: Path, codes: object, kind: ErrorKind, column: str | None, says: str | tuple[str, ...]
+) -> None:
+    with raises(DataError, Facts(kind, "codes.json", column=column, says=says)):
         read(as_json(tmp_path, codes))
 
 
 def test_mistakes_in_tables_are_named_with_their_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"codes\.tsv, row 3 \(line 4\), item 'x' stands in row 1 too; keep one"):
+    with raises(DataError, Facts("duplicate", "codes.tsv", row=3, line=4, column="item_id", says="item 'x'")):
         read(as_table(tmp_path, ("1", "2", "3"), "xyx"))
-    with pytest.raises(DataError, match=r"row 2 \(line 3\), item 'y': the code '<a_1>' is that of item 'x' too"):
+    with raises(
+        DataError, Facts("duplicate", "codes.tsv", row=2, line=3, column="code", says=("item 'y'", "item 'x'"))
+    ):
         read(as_table(tmp_path, ("1", "1", "3")))
-    with pytest.raises(DataError, match=r"row 2 \(line 3\), item 'y': the code is empty"):
+    with raises(DataError, Facts("missing-value", "codes.tsv", row=2, line=3, column="code", says="item 'y'")):
         read(as_table(tmp_path, ("1", "", "3")))
-    with pytest.raises(DataError, match=r"row 2 \(line 3\): there is no item_id"):
+    with raises(DataError, Facts("missing-value", "codes.tsv", row=2, line=3, column="item_id")):
         read(as_table(tmp_path, ("1", "2", "3"), ("x", "", "z")))
-    with pytest.raises(DataError, match=r"there is no code among item_id, codes; rename one"):
+    with raises(DataError, Facts("missing-column", "codes.tsv", column="code", says="item_id, codes")):
         path = as_table(tmp_path, ("1", "2", "3"))
         path.write_text(path.read_text().replace("code", "codes"))
         read(path)
     table = tmp_path / "codes.parquet"
     pl.DataFrame({"item_id": ["x", "y", "z"], "code": [[1], [2], [3]]}).write_parquet(table)
-    with pytest.raises(DataError, match=r"the column code is of type .*list.*; write numbers with blanks"):
+    with raises(DataError, Facts("bad-value", "codes.parquet", column="code", says="numbers with blanks")):
         read(table)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for name in ("none.json", "none.csv"):
-        with pytest.raises(DataError, match=rf"{name} does not exist; check index\.path"):
+        with raises(DataError, Facts("missing-file", name, says="index.path")):
             read(tmp_path / name)
 
 
@@ -195,7 +205,7 @@ def test_further_items_of_the_file_wait_for_an_extension(tmp_path: Path) -> None
     two = one.extend({name: Item(item_id=name, title=name) for name in "vw"})
     assert two.encode("w") == "<a_4><b_4>" and two.tokens == (*index.tokens, "<a_4>", "<b_4>")
     assert all(two.codes[item] == pieces for item, pieces in TOKENS.items()) and two.settings["spare"] == {}
-    with pytest.raises(DataError, match=r"no code for 1 new items, such as q; add them to the file"):
+    with raises(DataError, Facts("missing-value", says="such as q")):
         two.extend({"q": Item(item_id="q", title="q")})
 
 

@@ -16,6 +16,7 @@ from llmrec.index.numbers import user_tokens
 from llmrec.index.table import ItemIndex, build, own_token, user_token
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Code, Item
+from tests.facts import Facts, raises
 from tests.index.test_index_plain import histories
 
 
@@ -41,7 +42,7 @@ def test_more_items_take_the_next_numbers_until_there_are_none() -> None:
     assert len(index.codes) == 8 and index.tokens == tuple(f"<a_{n}>" for n in range(10))
     one = index.extend({"new": Item(item_id="new", title="new")})
     assert one.codes["new"] == ("<a_9>",) and one.tokens == index.tokens
-    with pytest.raises(DataError, match="1 more items from number 10 on do not fit into 1 tokens of 1 digits"):
+    with raises(DataError, Facts("exhausted", says=("1 more items from number 10 on", "1 tokens of 1 digits"))):
         one.extend({"newer": Item(item_id="newer", title="newer")})
 
 
@@ -89,7 +90,7 @@ def test_an_index_without_users_reads_as_before(tmp_path: Path) -> None:
 def test_two_users_or_a_user_and_an_item_cannot_share_a_token() -> None:
     index = ItemIndex("token", {"a": (own_token(0),)}, tokens=(own_token(0),))
     for users in ({"u": user_token(0), "v": user_token(0)}, {"u": own_token(0)}):
-        with pytest.raises(DataError, match="two users share a token, or a user and an item do"):
+        with raises(DataError, Facts("duplicate")):
             replace(index, users=users)
-    with pytest.raises(DataError, match="'u' is no item token"):
+    with raises(DataError, Facts("bad-value", says=("'u'", "<a_12>"))):
         replace(index, users={"u": "u"})

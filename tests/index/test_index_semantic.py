@@ -21,6 +21,7 @@ from llmrec.index.rqvae import encode
 from llmrec.index.table import ItemIndex, build, own_token, token
 from llmrec.recipe.schema import IndexSection, Split
 from llmrec.types import Item
+from tests.facts import Facts, raises
 
 REPAIRS = ("extra_level", "last_level")
 
@@ -113,7 +114,9 @@ def test_the_last_level_is_assigned_at_the_least_total_distance() -> None:
 
 
 def test_more_items_of_equal_first_pieces_than_codes_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(RecipeError, match=r"tell 9 items .* with 4 codes; use extra_level"):
+    with raises(
+        RecipeError, Facts("contradiction", column="index.semantic.repair", says=("9 items", "4 codes", "extra_level"))
+    ):
         index_of(titled(["a"] * 9), repair="last_level", codes=4, balance=0)
 
 
@@ -177,26 +180,29 @@ def test_the_encoder_reads_titles_and_fields() -> None:
     assert seen == ["a", "Lip Balm. categories: Skin > Lips", "Soap"]
     index.extend({"d": Item(item_id="d", title="Oil", fields={"brand": "X", "categories": "Hair"})}, embed=listening)
     assert seen == ["Oil. categories: Hair"]
-    with pytest.raises(RecipeError, match=r"no item has a field 'category' \(did you mean 'categories'\?\)"):
+    with raises(
+        RecipeError,
+        Facts("unknown-name", column="index.semantic.fields", says="'category' (did you mean 'categories'?)"),
+    ):
         index_of(data, fields=("category",))
 
 
 @pytest.mark.parametrize(
-    ("embed", "what"),
+    ("embed", "facts"),
     [
-        (None, "no text encoder was given"),
-        (lambda texts: hashed(texts)[:1], r"an array of \(1, 12\) for 3 texts"),
-        (lambda texts: hashed(texts)[0], r"an array of \(12,\) for 3 texts"),
-        (lambda texts: hashed(texts) * np.array([[1], [np.nan], [1]]), "no finite vector for the text 'b'"),
+        (None, Facts("missing-value", column="embed")),
+        (lambda texts: hashed(texts)[:1], Facts("defect", says="(1, 12) for 3 texts")),
+        (lambda texts: hashed(texts)[0], Facts("defect", says="(12,) for 3 texts")),
+        (lambda texts: hashed(texts) * np.array([[1], [np.nan], [1]]), Facts("defect", says="'b'")),
     ],
 )
-def test_vectors_that_cannot_be_used_are_refused(embed: Any, what: str) -> None:
-    with pytest.raises(DataError, match=what):
+def test_vectors_that_cannot_be_used_are_refused(embed: Any, facts: Facts) -> None:
+    with raises(DataError, facts):
         index_of(titled(["a", "b", "c"]), embed=embed)
 
 
 def test_a_bound_below_an_even_share_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"balance: 0\.5 of an even share"):
+    with raises(RecipeError, Facts("bad-value", column="index.semantic.balance", says="0.5")):
         index_of(titled(["a", "b", "c"]), balance=0.5)
 
 
@@ -243,18 +249,19 @@ def test_a_further_item_gets_the_next_count_of_the_nearest_code_and_then_the_nea
 def test_a_full_index_says_so(repair: str) -> None:
     index = index_of(titled(["a", "b", "c", "d"]), repair=repair, codes=2, levels=2, balance=2)
     new = {f"n{n:02d}": Item(item_id=f"n{n:02d}", title=str(n)) for n in range(16)}
-    with pytest.raises(DataError, match="no code is left for item 'n"):
+    with raises(DataError, Facts("exhausted", says="item 'n")):
         index.extend(new, embed=hashed)
 
 
 def test_another_encoder_and_none_are_refused_for_further_items() -> None:
     index = index_of(titled(["a", "b", "c"]))
     new = {"n": Item(item_id="n", title="b")}
-    with pytest.raises(
-        DataError, match=r"vectors of 12 numbers, and this text encoder gives 5; use 'all-MiniLM-L6-v2'"
+    with raises(
+        DataError,
+        Facts("mismatch", column="index.semantic.encoder", says=("12 numbers", "gives 5", "'all-MiniLM-L6-v2'")),
     ):
         index.extend(new, embed=lambda texts: hashed(texts, 5))
-    with pytest.raises(DataError, match="no text encoder was given"):
+    with raises(DataError, Facts("missing-value", column="embed")):
         index.extend(new)
 
 
