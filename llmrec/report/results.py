@@ -14,7 +14,7 @@ import polars as pl
 import yaml
 from pydantic import ValidationError
 
-from llmrec.errors import DataError
+from llmrec.errors import DataError, ErrorKind
 from llmrec.report.audit import AuditLine, audit_lines, refuse_leaks
 from llmrec.report.checks import check
 from llmrec.report.escape import mended
@@ -108,7 +108,8 @@ def content_of(run_dir: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}", kind="unreadable", at=path) from error
+        kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}", kind=kind, at=path) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not valid JSON ({error}). {mend}", kind="syntax", at=path) from error
     if not isinstance(content, dict):

@@ -17,6 +17,7 @@ from llmrec.index.diagnostics import diagnose, examples, neighbours
 from llmrec.index.table import ItemIndex, own_token, token
 from llmrec.registry import INDEXES
 from llmrec.report import index_page, index_summary, page
+from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, SCRIPTS
 from tests.report.test_report_browser import CHROMIUM, _browse, _without_policy
 from tests.report.test_report_page import Tree
@@ -215,5 +216,5 @@ def test_a_run_without_the_page_has_no_link(run_dir: Path) -> None:
 def test_figures_that_cannot_be_read_are_an_error(run_dir: Path, content: str) -> None:
     with_index(run_dir, tree_index(40))
     (run_dir / "index" / "diagnostics.json").write_text(content, "utf-8")
-    with pytest.raises(DataError, match=r"diagnostics\.json: cannot be read .* run the recipe again"):
+    with raises(DataError, Facts("damaged", run_dir / "index" / "diagnostics.json", says="run the recipe again")):
         page.write(run_dir)

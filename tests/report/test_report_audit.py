@@ -14,6 +14,7 @@ from llmrec.errors import DataError
 from llmrec.report.audit import AuditLine, LeakError, audit_lines, audit_sentence
 from llmrec.report.page import PAGES, write
 from llmrec.report.results import read
+from tests.facts import Facts, raises
 from tests.report.made import NASTY, made_audit, save_run
 
 Save = Callable[[dict[str, Any]], Path]
@@ -60,8 +61,13 @@ def test_the_audit_of_other_results_is_not_shown(results: dict[str, Any], tmp_pa
 
 def test_a_run_that_leaks_gets_no_table(results: dict[str, Any], tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", results, made_audit(LEAK))
-    with pytest.raises(
-        LeakError, match=r"this run leaks, so it gets no table\. training rows of direct: 2 held-out"
+    with raises(
+        LeakError,
+        Facts(
+            "leak",
+            "audit.json",
+            says=("this run leaks, so it gets no table", "training rows of direct: 2 held-out pairs"),
+        ),
     ) as e:
         write(folder)
     assert "u1, i7" in str(e.value) and "\x1b" not in str(e.value) and "\n" not in str(e.value)
@@ -82,7 +88,7 @@ def test_a_leak_that_is_found_later_takes_the_tables_away(results: dict[str, Any
     pages = write(folder)
     assert all(page.is_file() for page in pages.values()) and set(pages) == set(PAGES)
     save_run(folder, results, made_audit(LEAK, LEAK | {"name": "another"}))
-    with pytest.raises(LeakError, match="and 1 more"):
+    with raises(LeakError, Facts("leak", "audit.json", says="and 1 more")):
         write(folder)
     assert not pages["csv"].exists() and not pages["latex"].exists()
     assert all("This run leaks" in pages[kind].read_text("utf-8") for kind in ("html", "markdown"))
@@ -97,7 +103,7 @@ def test_a_leak_that_is_found_later_takes_the_tables_away(results: dict[str, Any
 def test_an_audit_that_cannot_be_read_is_no_clean_audit(results: dict[str, Any], save: Save, content: bytes) -> None:
     folder = save(results)
     (folder / "audit.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"audit\.json: cannot be read .*llmrec audit"):
+    with raises(DataError, Facts("damaged", folder / "audit.json", says=f"llmrec audit {folder}")):
         write(folder)
     assert not (folder / "report").exists()
 

@@ -13,6 +13,7 @@ from llmrec.errors import LlmrecError
 from llmrec.report.page import write
 from llmrec.report.results import results_of
 from llmrec.report.slices import in_words, slice_table
+from tests.facts import Facts, raises
 from tests.report.made import SLICES
 
 Save = Callable[[dict[str, Any]], Path]
@@ -91,7 +92,7 @@ def test_auc_is_sliced_by_another_metric_and_tasks_without_slices_have_no_table(
 def test_slices_of_different_cases_are_refused(results: dict[str, Any]) -> None:
     row = next(row for row in results["rows"] if row["task"] == "direct" and row["arm"] == "tuned")
     row["slices"][1]["n"] = 185
-    with pytest.raises(LlmrecError, match=r"slice 'item:warm-from-5', n = 186.*n = 185"):
+    with raises(LlmrecError, Facts("mismatch", "results.json", says=("slice 'item:warm-from-5', n = 186", "n = 185"))):
         results_of(results)
 
 
@@ -99,7 +100,7 @@ def test_thresholds_of_slices_must_agree(results: dict[str, Any]) -> None:
     row = next(row for row in results["rows"] if row["task"] == "direct" and row["arm"] == "tuned")
     metric = row["slices"][1]["metrics"]["NDCG@10"]
     metric["signature"] = metric["signature"].replace("warm-from-5", "warm-from-3")
-    with pytest.raises(LlmrecError, match="different protocols"):
+    with raises(LlmrecError, Facts("mismatch", "results.json", says=(row["id"], "slice:item:warm-from-5"))):
         results_of(results)
 
 

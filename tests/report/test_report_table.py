@@ -20,6 +20,7 @@ from llmrec.report.page import PAGES, write
 from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
 from llmrec.report.table import CSV_COLUMNS, console_tables, csv_text
+from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, HIDDEN_FORMULAS
 
 STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -149,10 +150,12 @@ def test_markdown_orders_rows_and_marks_the_best(results: dict[str, Any]) -> Non
 def test_tables_refuse_mixed_protocols(results: dict[str, Any], save: Save) -> None:
     results["rows"][0]["metrics"]["RMSE"]["signature"] += "|other:yes"
     for make in (_markdown, csv_text, console_tables):
-        with pytest.raises(LlmrecError, match="different protocols"):
+        with raises(
+            LlmrecError, Facts("mismatch", "results.json", says=("|other:yes", "rating/few-shot/expected/half-stars"))
+        ):
             make(results)
     folder = save(results)
-    with pytest.raises(LlmrecError, match="different protocols"):
+    with raises(LlmrecError, Facts("mismatch", folder / "results.json", says="|other:yes")):
         write(folder)
     assert not [name for name in PAGES.values() if (folder / "report" / name).exists()]
 

@@ -17,6 +17,7 @@ import pytest
 
 from llmrec.errors import DataError
 from llmrec.report.page import write
+from tests.facts import Facts, raises
 from tests.report.payloads import MARKDOWN, SCRIPTS
 from tests.report.reading import blocks
 
@@ -175,7 +176,7 @@ def test_what_is_made_or_derived_is_said(told: dict[str, Any], save: Save) -> No
 
 def test_a_damaged_sample_is_an_error_with_its_key(told: dict[str, Any], save: Save) -> None:
     del told["texts"][3]["truth"]
-    with pytest.raises(DataError, match=r"key 'texts\[3\]\.truth'"):
+    with raises(DataError, Facts("missing-key", "results.json", column="texts[3].truth")):
         write(save(told))
 
 
