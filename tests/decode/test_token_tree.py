@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llmrec.decode.token_tree import ROOT, Catalogue
 from llmrec.errors import DataError
+from tests.facts import Facts, raises
 
 END = 9
 PATHS = st.lists(st.lists(st.integers(0, 3), max_size=4).map(lambda path: (*path, END)), min_size=1, unique=True)
@@ -52,17 +53,17 @@ def test_an_array_of_equally_long_paths_is_read_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("paths", "what"),
+    ("paths", "facts"),
     [
-        ([], "holds no item"),
-        ([(1,), ()], "item 1 of the catalogue has no tokens"),
-        ([(1, 2), (3,), (1, 2)], "items 0 and 2 of the catalogue have the same tokens"),
-        ([(1, 2, 3), (5,), (1, 2)], "the tokens of item 2 of the catalogue begin those of item 0"),
-        ([(1, -3)], "negative token id"),
+        ([], Facts("empty")),
+        ([(1,), ()], Facts("missing-value", says="item 1 ")),
+        ([(1, 2), (3,), (1, 2)], Facts("duplicate", says="items 0 and 2 ")),
+        ([(1, 2, 3), (5,), (1, 2)], Facts("duplicate", says=("item 2 of", "of item 0"))),
+        ([(1, -3)], Facts("bad-value")),
     ],
 )
-def test_ambiguous_or_empty_paths_are_refused(paths: list[tuple[int, ...]], what: str) -> None:
-    with pytest.raises(DataError, match=what):
+def test_ambiguous_or_empty_paths_are_refused(paths: list[tuple[int, ...]], facts: Facts) -> None:
+    with raises(DataError, facts):
         Catalogue.of(paths)
 
 
@@ -72,7 +73,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     again = Catalogue.load(tmp_path / "catalogue.safetensors")
     assert again.starts == tree.starts and [again.path(place) for place in range(3)] == [(1, 2, 9), (1, 9), (3, 9)]
     (tmp_path / "torn").write_bytes(b"x")
-    with pytest.raises(DataError, match="make it again"):
+    with raises(DataError, Facts("damaged", tmp_path / "torn", says="make it again")):
         Catalogue.load(tmp_path / "torn")
 
 

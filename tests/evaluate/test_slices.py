@@ -18,6 +18,7 @@ from llmrec.metrics.signature import parse_signature
 from llmrec.results import Metric
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Event, Item, Rating, Request
+from tests.facts import Facts, raises
 
 PROTOCOL = EvalProtocol(split="loo/test", candidates="full", cutoffs=(1,), resamples=100, seed=0, catalogue=5)
 RULES = SliceRules(cold=2, history=(2, 4), activity=(3,))
@@ -169,8 +170,13 @@ def test_answers_about_no_item_have_no_item_slices() -> None:
 
 
 def test_wrong_rules_and_lengths_are_errors() -> None:
-    for wrong in ({"cold": 0}, {"head": 1.0}, {"history": (5, 5)}, {"activity": (0, 3)}):
-        with pytest.raises(LlmrecError, match="slices:"):
+    for wrong, key in (
+        ({"cold": 0}, None),
+        ({"head": 1.0}, None),
+        ({"history": (5, 5)}, "history"),
+        ({"activity": (0, 3)}, "activity"),
+    ):
+        with raises(LlmrecError, Facts("bad-value", column=key, says=str(next(iter(wrong))))):
             SliceRules(**wrong)  # type: ignore[arg-type]
     row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR"))}
     with pytest.raises(ValueError, match="2 values against 1 cases"):

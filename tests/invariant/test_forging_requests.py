@@ -25,6 +25,7 @@ from llmrec.index.table import ItemIndex
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import DirectSection, ModelSection, SequentialSection, TasksSection
 from llmrec.types import Item, Prompt, Ranking, Scores
+from tests.facts import Facts, raises
 
 __all__ = ["encoder"]
 
@@ -181,5 +182,5 @@ def _same(encoder: Encoder, prompt: Prompt, other: Prompt) -> None:
 def test_what_is_no_text_is_refused() -> None:
     for text in ("Heat\0", "Heat\ud800"):
         for record in ({"candidates": [{"title": text}]}, {"candidates": ["known"], "profile": text}):
-            with pytest.raises(DataError, match="no text"):
+            with raises(DataError, Facts("encoding")):
                 read_request(record, 1, CATALOGUE)

@@ -41,6 +41,7 @@ from llmrec.guard import clean, control_tokens, neutralise
 from llmrec.models.load import load_tokenizer, resolve
 from llmrec.recipe.schema import ModelSection
 from llmrec.types import Message, Prompt, Role, Segment
+from tests.facts import Facts, raises
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
 SHARE = 1 if EXHAUSTIVE else 40
@@ -258,7 +259,7 @@ def test_a_token_that_is_a_word_is_refused_and_not_broken() -> None:
     tokenizer = tokenizer_of("qwen").__class__(tokenizer_object=tokenizer_of("qwen").backend_tokenizer, eos_token="END")
     encoder = Encoder(tokenizer, max_length=999)
     assert neutralise("THE END", encoder.control) == "THE END"
-    with pytest.raises(llmrec.errors.BackendError, match="would become a control token"):
+    with raises(llmrec.errors.BackendError, Facts("unsafe", says="'THE END'")):
         encoder.piece("THE END")
 
 

@@ -24,6 +24,7 @@ from llmrec.metrics.ranking import (
     tie_rate,
 )
 from llmrec.types import Ranking
+from tests.facts import Facts, raises
 
 
 def _ranking(scores: dict[str, float]) -> Ranking:
@@ -109,7 +110,7 @@ def test_tie_rate_counts_targets_that_share_a_score() -> None:
 
 @pytest.mark.parametrize("where", ["target", "other"])
 def test_a_nan_score_is_an_error(where: str) -> None:
-    with pytest.raises(LlmrecError, match=r"request 'r'.*not a number.*float32"):
+    with raises(LlmrecError, Facts("bad-value", says=("request 'r'", "model.dtype to float32"))):
         standing(_ranking({"target": 1.0, "other": 2.0} | {where: math.nan}), "target", pool=2)
 
 

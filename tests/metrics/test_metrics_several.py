@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from llmrec.errors import LlmrecError
 from llmrec.metrics import multi_target, ranking
 from llmrec.metrics.judged import Judged, Pairs, judge, numbered, place
+from tests.facts import Facts, raises
 
 
 def _pairs(rows: Sequence[tuple[int, int, float]]) -> Pairs:
@@ -111,7 +112,7 @@ def test_what_is_not_ranked_ties_below_what_is() -> None:
 
 def test_malformed_tables_are_errors() -> None:
     good = _pairs([(0, 1, 1.0)])
-    with pytest.raises(LlmrecError, match="request number 0: a score is not a number"):
+    with raises(LlmrecError, Facts("bad-value", says="request number 0")):
         judge(_pairs([(0, 1, math.nan), (0, 2, 1.0)]), good, 1)
     with pytest.raises(ValueError, match="twice in the ranking"):
         judge(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), good, 1)
