@@ -41,7 +41,7 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
                 problems.append(f"{name!r}: {message}")
         unknown = error.errors()[0]["type"] == "extra_forbidden"
         kind: ErrorKind = "unknown-key" if unknown else "bad-value"
-        raise RecipeError(f"{where}: {'; '.join(problems)}", kind=kind, column=where) from None
+        raise RecipeError(f"{where}: {'; '.join(problems)}", kind=kind, column=where.rpartition(": ")[2]) from None
 
 
 def make(name: str, parameters: Mapping[str, Any], *, seed: int, where: str = "parameters") -> Any:

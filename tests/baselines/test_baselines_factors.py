@@ -9,6 +9,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import MissingExtra
 from llmrec.types import Event, Item, Request
+from tests.facts import Facts, raises
 
 pytest.importorskip("implicit")
 
@@ -100,5 +101,5 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPat
     for name in [name for name in sys.modules if name.split(".")[0] == "implicit"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "implicit", None)
-    with pytest.raises(MissingExtra, match=r"implicit.*llmrec\[baselines\]"):
+    with raises(MissingExtra, Facts("not-installed", says=("'implicit'", "pip install 'llmrec[baselines]'"))):
         ALS().fit(_blocks())

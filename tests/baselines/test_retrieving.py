@@ -16,6 +16,7 @@ from llmrec.pipeline import run
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import CandidateSection
 from llmrec.types import Ranking, Request
+from tests.facts import Facts, raises
 from tests.tasks.task_data import make_split
 
 DATA = make_split()
@@ -75,7 +76,7 @@ def test_the_ceiling_counts_targets_among_their_candidates() -> None:
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(RecipeError, match="item-knn"):
+    with raises(RecipeError, Facts("unknown-name", column="eval.candidates.retriever", says="item-knn")):
         retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="item-kn"), seed=0)
     with pytest.raises(ValueError, match=r"eval\.candidates\.retriever"):
         CandidateSection(kind="retrieved")

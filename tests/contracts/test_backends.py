@@ -15,6 +15,7 @@ from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.errors import BackendError, DataError
 from llmrec.types import Backend, Message, Prompt, Segment
 from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
 from tests.servers.client import section
 from tests.servers.faulty import Behaviour, running
 
@@ -119,7 +120,7 @@ def test_embeds_or_says_that_it_does_not(backend: Backend) -> None:
         assert vectors.shape[0] == 3
         assert vectors[0].tolist() == vectors[2].tolist() != vectors[1].tolist()
     else:
-        with pytest.raises(BackendError, match="hf"):
+        with raises(BackendError, Facts("unsupported", column="eval.backend", says="hf")):
             backend.embed(["Heat"])
 
 
@@ -146,7 +147,7 @@ def test_a_search_finds_what_scores_say_is_best(backend: Backend) -> None:
 def test_a_search_refuses_texts_that_are_equal(backend: Backend) -> None:
     if "search" not in backend.capabilities or backend.name == "fake":
         pytest.skip(f"{backend.name} has no tokens")
-    with pytest.raises(DataError, match=r"items 0 and 2 of the catalogue have the same tokens.*scheme: title"):
+    with raises(DataError, Facts("duplicate", says=("items 0 and 2", "{scheme: title}"))):
         backend.search(PROMPTS, ["Heat", "Fargo", "Heat"], k=1, width=1)
 
 
