@@ -240,7 +240,7 @@ class SequentialTask(Task):
                 f"tasks.sequential.templates: {bare[0]} writes codes one behind the other, and those of this index are "
                 "ordinary text; use index: {scheme: token}, collaborative or semantic, or the template continue-codes",
                 kind="contradiction",
-                at=bare[0],
+                at=f"{self.family}/{bare[0]}",
                 column="tasks.sequential.templates",
             )
 

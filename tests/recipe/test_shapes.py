@@ -86,7 +86,12 @@ def test_bare_codes_take_item_tokens_alone(name: str) -> None:
     codes = indexes()
     assert load_templates("sequential")[name].bare
     assert task(name, codes["tokens"]).eval_templates == (name,)
-    with pytest.raises(RecipeError, match=rf"{name} writes codes one behind the other, and those of this index are"):
+    with raises(
+        RecipeError,
+        Facts(
+            "contradiction", f"sequential/{name}", column="tasks.sequential.templates", says="index: {scheme: token}"
+        ),
+    ):
         task(name, codes["numbers"])
 
 
