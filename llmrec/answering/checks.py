@@ -116,4 +116,4 @@ def _server(options: RecommenderOptions) -> ServerSection:
         problem = "; ".join(explained(error, "eval.server."))
         for key, option in _SERVER.items():
             problem = problem.replace(f"eval.server.{key}:", f"{option}:")
-        raise RecipeError(problem, kind="bad-value") from None
+        raise RecipeError(problem, kind="bad-value", column=problem.partition(":")[0]) from None

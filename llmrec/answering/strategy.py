@@ -176,7 +176,9 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
     try:
         return EvalSection(**values)
     except ValidationError as error:
-        raise RecipeError("; ".join(explained(error, "--set eval.")), kind="bad-value", column="--set") from None
+        problems = explained(error, "--set eval.")
+        column = problems[0].removeprefix("--set ").partition(":")[0]
+        raise RecipeError("; ".join(problems), kind="bad-value", column=column) from None
 
 
 def explained(error: ValidationError, prefix: str) -> list[str]:

@@ -49,6 +49,7 @@ from tests.answering.rank_cases import (
     parquet,
     records,
 )
+from tests.facts import Facts, raises
 
 CONTINUE = Asking("sequential", "continue-list", "likelihood")
 LABEL = Asking("direct", "after-history", "label")
@@ -359,19 +360,19 @@ def test_the_way_follows_what_is_asked(tools: tuple[bundle.Bundle, HFBackend, En
     assert choose_way(found, strategy="label") == choose_way(found, task="direct") == LABEL
     assert choose_way(found, template="next-title") == Asking("sequential", "next-title", "likelihood")
     assert choose_way(found, template="direct/shortlist", strategy="list") == Asking("direct", "shortlist", "list")
-    for wrong, part in (
-        ({"task": "rating"}, "known: auto, sequential, direct"),
-        ({"task": "sequental"}, "did you mean 'sequential'"),
-        ({"strategy": "lable"}, "did you mean 'label'"),
-        ({"template": "shortlst"}, "did you mean 'shortlist'"),
-        ({"task": "sequential", "strategy": "label"}, "do not go together"),
-        ({"task": "direct", "template": "next-title"}, "do not go together"),
-        ({"template": "sequential/shortlist"}, "do not go together"),
+    for wrong, facts in (
+        ({"task": "rating"}, Facts("unknown-name", column="--task", says="known: auto, sequential, direct")),
+        ({"task": "sequental"}, Facts("unknown-name", column="--task", says="did you mean 'sequential'")),
+        ({"strategy": "lable"}, Facts("unknown-name", column="--strategy", says="did you mean 'label'")),
+        ({"template": "shortlst"}, Facts("unknown-name", column="--template", says="did you mean 'shortlist'")),
+        ({"task": "sequential", "strategy": "label"}, Facts("contradiction", says="--strategy label")),
+        ({"task": "direct", "template": "next-title"}, Facts("contradiction", says="--template next-title")),
+        ({"template": "sequential/shortlist"}, Facts("contradiction", says="--template sequential/shortlist")),
     ):
-        with pytest.raises(RecipeError, match=part):
+        with raises(RecipeError, facts):
             choose_way(found, **wrong)
     rater = bundle.Bundle(**{**vars(found), "tasks": TasksSection(rating=RatingSection())})
-    with pytest.raises(RecipeError, match="rank nothing"):
+    with raises(RecipeError, Facts("unsupported", says=("rating", "--model"))):
         choose_way(rater)
 
 
@@ -581,7 +582,7 @@ def test_two_processes_cannot_share_an_output(llama_folder: Path, tmp_path: Path
 
     path = jsonl(tmp_path / "in.jsonl", records(2))
     chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items_csv(tmp_path))
-    with locked(chosen.parts), pytest.raises(LlmrecError, match="another run"):
+    with locked(chosen.parts), raises(LlmrecError, Facts("busy", chosen.parts, says="--out")):
         rank_file(chosen)
 
 

@@ -19,6 +19,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.experiment import bundle, engines
 from llmrec.types import Event, Request
 from tests.answering.rank_cases import Killed, dying, jsonl, lines, make_run, options
+from tests.facts import Facts, raises
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 
@@ -176,11 +177,11 @@ def die() -> None:
 
 def test_what_cannot_retrieve_says_so(llama_folder: Path, run: Path, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "in.jsonl", [{"history": ["1"]}])
-    with pytest.raises(DataError, match="carries none; name the run folder with --model"):
+    with raises(DataError, Facts("unsupported", run / "merged", column="--retrieve", says="--model")):
         rank_file(options(run / "merged", path, tmp_path / "o.jsonl", retrieve="item-knn"))
-    with pytest.raises(RecipeError, match="did you mean 'item-knn'"):
+    with raises(RecipeError, Facts("unknown-name", column="--retrieve", says="did you mean 'item-knn'")):
         rank_file(options(run, path, tmp_path / "o.jsonl", retrieve="item-kn"))
-    with pytest.raises(RecipeError, match="nothing is left to retrieve"):
+    with raises(RecipeError, Facts("contradiction", column="--retrieve")):
         rank_file(options(run, path, tmp_path / "o.jsonl", retrieve="item-knn", candidates="all"))
     assert not (tmp_path / "o.jsonl").exists()
     # Without the option, a request without candidates fails as it always did.

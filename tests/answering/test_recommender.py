@@ -20,6 +20,7 @@ from llmrec.experiment import engines
 from llmrec.experiment.resume import Budget
 from llmrec.types import Ranking, Unparsed
 from tests.answering.rank_cases import items_csv, jsonl, lines, make_run, options, records
+from tests.facts import Facts, raises
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 
@@ -179,28 +180,28 @@ def test_a_closed_recommender_loads_nothing_anew(llama_folder: Path, tmp_path: P
     request = recommender.read({"candidates": ["1", "2"]})
     recommender.close()
     recommender.close()
-    with pytest.raises(LlmrecError, match="is closed"):
+    with raises(LlmrecError, Facts("closed")):
         recommender.answer([request])
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "facts"),
     [
-        ({"batch": 0}, "--batch 0 is less than 1"),
-        ({"max_length": 15}, "--max-length 15 is less than 16"),
-        ({"rationale": -1}, "--rationale -1 is less than 0"),
-        ({"dtype": "float8"}, "known: auto, float32, bfloat16, float16"),
-        ({"candidates": "al"}, "did you mean 'all'"),
+        ({"batch": 0}, Facts("bad-value", column="--batch", says="less than 1")),
+        ({"max_length": 15}, Facts("bad-value", column="--max-length", says="less than 16")),
+        ({"rationale": -1}, Facts("bad-value", column="--rationale", says="less than 0")),
+        ({"dtype": "float8"}, Facts("unknown-name", column="--dtype", says="known: auto, float32, bfloat16, float16")),
+        ({"candidates": "al"}, Facts("unknown-name", column="--candidates", says="did you mean 'all'")),
     ],
 )
-def test_options_are_checked_without_a_command_line(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_options_are_checked_without_a_command_line(changes: dict[str, Any], facts: Facts) -> None:
+    with raises(RecipeError, facts):
         Recommender.open(RecommenderOptions(model="nowhere", **changes))
 
 
 def test_a_recommender_that_fails_to_open_leaves_nothing(llama_folder: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(llama_folder, tmp_path / "model")
-    with pytest.raises(LlmrecError, match="none is known"):
+    with raises(LlmrecError, Facts("missing-key", column="--items")):
         Recommender.open(
             RecommenderOptions(model=str(copied), candidates="all", backend="hf"), store=tmp_path / "a.sqlite"
         )
