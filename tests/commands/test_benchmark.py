@@ -20,6 +20,7 @@ from llmrec.errors import RecipeError
 from llmrec.evaluate.compare import compare
 from llmrec.recipe.load import kind_of_page, load_benchmark
 from llmrec.results import Cost, Figure, Metric, Row
+from tests.facts import Facts, raises
 from tests.tasks.task_data import make_split
 
 DATA = make_split()
@@ -153,7 +154,9 @@ def test_a_pair_that_no_table_holds_is_named(tmp_path: Path) -> None:
     page = load_benchmark(
         write(tmp_path, "  - {name: zero-shot}\n", 'pairs: [["label · after-history · zero-sho", "popularity"]]\n')
     )
-    with pytest.raises(RecipeError, match=r"no row 'label · after-history · zero-sho'.*did you mean 'label"):
+    with raises(
+        RecipeError, Facts("unknown-name", column="pairs", says="did you mean 'label · after-history · zero-shot'")
+    ):
         run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
     assert json.loads((tmp_path / "eval" / "results" / "small.json").read_text(encoding="utf-8"))["missing"] == 0
 
@@ -174,30 +177,36 @@ def test_a_figure_that_is_not_defined_stands_in_the_table_and_in_no_picture(tmp_
 def test_rows_about_other_items_of_the_same_users_are_no_seeds_of_one() -> None:
     lines: dict[Any, Line] = {}
     _add(lines, Line(("rating", "RMSE", ""), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
-    with pytest.raises(RecipeError, match="different items"):
+    with raises(RecipeError, Facts("mismatch", says="eval.users")):
         _add(lines, Line(("rating", "RMSE", ""), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
 
 
 def test_runs_of_different_cases_do_not_share_a_table(tmp_path: Path) -> None:
     runs = "  - {name: few, overrides: [eval.users=10]}\n  - {name: many}\n"
-    with pytest.raises(RecipeError, match="different users"):
+    with raises(RecipeError, Facts("mismatch", says="eval.users")):
         run_benchmark(
             load_benchmark(write(tmp_path, runs)), out=tmp_path / "runs", results=tmp_path / "results", quiet=True
         )
 
 
 @pytest.mark.parametrize(
-    ("runs", "message"),
+    ("runs", "facts"),
     [
-        ("  - {name: a}\n  - {name: a}\n", "two runs are called 'a'"),
-        ("  - {name: a, grid: {eval.shots.k: []}}\n", "has no values"),
-        ("  - {name: a b}\n  - {name: a-b}\n", "would share the folder a-b"),
-        ("  - {name: a, seeds: [1, 1]}\n", "would share the folder"),
-        ("  - {name: a, overrides: [eval.shot.k=1]}\n", "run 'a'"),
+        ("  - {name: a}\n  - {name: a}\n", Facts("contradiction", "bench.yaml", column="runs", says="'a'")),
+        (
+            "  - {name: a, grid: {eval.shots.k: []}}\n",
+            Facts("contradiction", "bench.yaml", column="runs", says=("grid of 'a'", "eval.shots.k")),
+        ),
+        ("  - {name: a b}\n  - {name: a-b}\n", Facts("duplicate", column="runs", says=("'a b'", "'a-b'"))),
+        ("  - {name: a, seeds: [1, 1]}\n", Facts("duplicate", column="runs", says="a-seed1")),
+        (
+            "  - {name: a, overrides: [eval.shot.k=1]}\n",
+            Facts("unknown-key", "recipe.yaml", column="eval.shot", says=("run 'a'", "did you mean 'shots'")),
+        ),
     ],
 )
-def test_mistakes_are_found_before_anything_runs(runs: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=message):
+def test_mistakes_are_found_before_anything_runs(runs: str, facts: Facts, tmp_path: Path) -> None:
+    with raises(RecipeError, facts):
         run_benchmark(load_benchmark(write(tmp_path, runs)), out=tmp_path / "runs", results=tmp_path, quiet=True)
     assert not (tmp_path / "runs").exists()
 

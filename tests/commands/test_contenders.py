@@ -22,6 +22,7 @@ from llmrec.experiment.study import load_split
 from llmrec.recipe.comparisons import Suite
 from llmrec.strategies.catalogue import Mixture, from_counts, from_logits
 from llmrec.types import Case, Event, Request
+from tests.facts import Facts, raises
 
 RECIPE: dict[str, Any] = {
     "name": "small",
@@ -198,7 +199,7 @@ def test_a_row_that_makes_no_sense_is_refused(page: dict[str, Any], row: dict[st
 
 def test_scores_that_are_no_probabilities_are_not_mixed(page: dict[str, Any], tmp_path: Path) -> None:
     rows = [{"baseline": "ease", "tune": False}, {"mix": ["ease"], "weights": [[1]], "name": "m"}]
-    with pytest.raises(RecipeError, match="cannot be mixed"):
+    with raises(RecipeError, Facts("unsupported", "made", says=("ease", "choose from popularity"))):
         run_suite(Suite(**page | {"rows": rows, "pairs": []}), out=tmp_path / "out", results=tmp_path / "results")
 
 

@@ -32,6 +32,7 @@ from llmrec.resources import resource
 from tests.answering import rank_cases
 from tests.commands.fake_hub import Hub, serving
 from tests.conftest import make_model
+from tests.facts import Facts, raises
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
@@ -170,9 +171,7 @@ def test_ids_are_ranked_by_their_titles_or_not_at_all(run: Path, tmp_path: Path)
     assert sorted(known["titles"]) == sorted(items[item].title for item in pool)
     assert asked(tmp_path / "films", past, pool) == known
     for history, candidates in ((past, pool), (titled(past), pool), (past, [titled(item) for item in pool])):
-        with pytest.raises(
-            DataError, match=r"in\.jsonl, line 1 names the item '[^']+', .*bare carries no table.*--items"
-        ):
+        with raises(DataError, Facts("unknown-name", tmp_path / "in.jsonl", line=1, column="item_id", says="--items")):
             asked(tmp_path / "bare", history, candidates)
     assert asked(tmp_path / "bare", titled(past), [titled(item) for item in pool]) == known
     table = tmp_path / "films" / "items.parquet"
@@ -218,7 +217,7 @@ def test_a_secret_or_a_path_in_a_recipe_stops_the_export(
     monkeypatch.setenv("LLMREC_CACHE", "/srv/secret/place")
     changed = load_recipe(run / "recipe.yaml").model_copy(update={"description": f"Made {what}."})
     (run / "recipe.yaml").write_text(dump(changed), encoding="utf-8")
-    with pytest.raises(LlmrecError, match=r"README\.md would hold") as error:
+    with raises(LlmrecError, Facts("unsafe", "README.md")) as error:
         write(run, tmp_path / "films")
     assert TOKEN not in str(error.value)
     assert not (tmp_path / "films").exists()
@@ -299,10 +298,10 @@ def test_another_base_model_than_the_one_trained_on_is_refused(tmp_path: Path) -
     base = make_model(tmp_path / "base")
     run = trained(base, tmp_path / "run")
     make_model(base, seed=5)
-    with pytest.raises(LlmrecError, match="was not trained on the model"):
+    with raises(LlmrecError, Facts("mismatch", run, column="model.name", says="`llmrec train`")):
         write(run, tmp_path / "out", dtype="bfloat16")
     shutil.rmtree(run / "merged")
-    with pytest.raises(LlmrecError, match="was not trained on the model"):
+    with raises(LlmrecError, Facts("mismatch", run, column="model.name", says="`llmrec train`")):
         write(run, tmp_path / "out")
     make_model(base)
     write(run, tmp_path / "out")
@@ -339,7 +338,7 @@ def test_fully_tuned_weights_are_exported(llama_folder: Path, tmp_path: Path) ->
     assert write(run, tmp_path / "out").dtype == "bfloat16"
     done = write(run, tmp_path / "exact", dtype="float32", users=2)
     assert done.agreement is not None and done.agreement.logit < 1e-4
-    with pytest.raises(LlmrecError, match="no adapter"):
+    with raises(LlmrecError, Facts("unsupported", column="--adapter-only")):
         write(run, tmp_path / "adapter", adapter_only=True)
 
 
@@ -368,19 +367,19 @@ def test_what_a_quantised_run_loses_is_measured(llama_folder: Path, tmp_path: Pa
 
 
 def test_runs_that_cannot_be_exported_say_why(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(LlmrecError, match="no run folder"):
+    with raises(LlmrecError, Facts("missing-file", tmp_path, says="recipe.yaml")):
         write(tmp_path, tmp_path / "out")
     other = load_recipe(run / "recipe.yaml", ["train.steps=7"])
     (run / "recipe.yaml").write_text(dump(other), encoding="utf-8")
-    with pytest.raises(LlmrecError, match="another recipe"):
+    with raises(LlmrecError, Facts("mismatch", run / "train.json", column="train", says="lora for 7 steps")):
         write(run, tmp_path / "out")
     (run / "train.json").write_text("{", encoding="utf-8")
-    with pytest.raises(LlmrecError, match="no training record"):
+    with raises(LlmrecError, Facts("damaged", run / "train.json", says="`llmrec train`")):
         write(run, tmp_path / "out")
     (run / "train.json").unlink()
-    with pytest.raises(LlmrecError, match="no finished training"):
+    with raises(LlmrecError, Facts("missing-file", run / "train.json", says="`llmrec train`")):
         write(run, tmp_path / "out")
-    with pytest.raises(LlmrecError, match=r"did you mean 'bfloat16'"):
+    with raises(LlmrecError, Facts("unknown-name", column="--dtype", says="did you mean 'bfloat16'")):
         write(run, tmp_path / "out", dtype="bfloat")
     assert not list(tmp_path.glob("out*"))
 
@@ -397,7 +396,7 @@ def test_data_that_is_gone_is_needed_for_the_check_and_the_items_only(tmp_path: 
         ({}, "give --no-items;"),
         ({"users": 3, "with_items": False}, "give --check-users 0;"),
     ):
-        with pytest.raises(LlmrecError, match=mend):
+        with raises(LlmrecError, Facts("missing-file", table, says=mend)):
             write(run, tmp_path / "out", **options)
     done = write(run, tmp_path / "out", with_items=False)
     assert done.agreement is None and "could not be read" in done.notes[0]
@@ -431,28 +430,28 @@ def test_the_same_command_finds_its_finished_work(run: Path, tmp_path: Path) -> 
         *({"dtype": "bfloat16"}, {"adapter_only": True}),
     ]
     for change in changes:
-        with pytest.raises(LlmrecError, match="--force"):
+        with raises(LlmrecError, Facts("exists", out, says="--force")):
             write(run, out, **change)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     (run / "results.json").write_text(json.dumps({**results, "notes": ["measured again"]}), encoding="utf-8")
-    with pytest.raises(LlmrecError, match="--force"):
+    with raises(LlmrecError, Facts("exists", out, says="--force")):
         write(run, out)
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == written
 
 
 def test_an_existing_folder_is_replaced_by_force_alone(run: Path, tmp_path: Path) -> None:
     write(run, tmp_path / "out")
-    with pytest.raises(LlmrecError, match="--force"):
+    with raises(LlmrecError, Facts("exists", tmp_path / "out", says="--force")):
         write(run, tmp_path / "out", licence="mit")
     (tmp_path / "out" / "README.md").write_text("edited", encoding="utf-8")
-    with pytest.raises(LlmrecError, match="--force"):
+    with raises(LlmrecError, Facts("exists", tmp_path / "out", says="--force")):
         write(run, tmp_path / "out")
     write(run, tmp_path / "out", force=True, licence="mit")
     assert verify(tmp_path / "out") and (tmp_path / "out" / "LICENSE").is_file()
     (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")
     (tmp_path / "link").symlink_to(tmp_path / "out")
     for place in (tmp_path / "out", tmp_path / "link", run):
-        with pytest.raises(LlmrecError, match="was not written by"):
+        with raises(LlmrecError, Facts("exists", place, says=("`llmrec export`", "remove it yourself"))):
             write(run, place, force=True)
     assert (tmp_path / "out" / "mine.txt").is_file() and (run / "train.json").is_file()
 
@@ -489,7 +488,7 @@ def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
     fill(tmp_path / f"out.llmrec-old-{gone}", "whole")
     fill(tmp_path / f"output.llmrec-tmp-{gone}", "another name")
     with (
-        pytest.raises(LlmrecError, match="--force"),
+        raises(LlmrecError, Facts("exists", tmp_path / "out", says="--force")),
         placing.placing(tmp_path / "out", force=False, ours=lambda _: True),
     ):
         pass
@@ -505,11 +504,11 @@ def test_an_error_on_the_way_leaves_nothing(run: Path, tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(export, "write_text", full)
-        with pytest.raises(LlmrecError, match="No space left on device"):
+        with raises(LlmrecError, Facts("unreadable", tmp_path / "out", says="No space left on device")):
             write(run, tmp_path / "out")
         assert not list(tmp_path.glob("out*"))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=50_000_000))
-    with pytest.raises(LlmrecError, match=r"0\.05 GB free"):
+    with raises(LlmrecError, Facts("exhausted", tmp_path, says=("0.05 GB free", "--dtype"))):
         write(run, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -615,12 +614,18 @@ def _is_public(hub: Hub) -> None:
     hub.repositories["me/films"] = False
 
 
-@pytest.mark.parametrize(("prepare", "message"), [(_refuses, "507"), (_is_public, "is public")])
+@pytest.mark.parametrize(
+    ("prepare", "facts"),
+    [
+        (_refuses, Facts("unreachable", column="--push", says=("507", "hf upload me/films"))),
+        (_is_public, Facts("contradiction", column="--push", says=("me/films", "--public"))),
+    ],
+)
 def test_a_push_that_fails_keeps_the_folder(
-    run: Path, tmp_path: Path, hub: Hub, prepare: Callable[[Hub], None], message: str
+    run: Path, tmp_path: Path, hub: Hub, prepare: Callable[[Hub], None], facts: Facts
 ) -> None:
     prepare(hub)
-    with pytest.raises(LlmrecError, match=message) as error:
+    with raises(LlmrecError, facts) as error:
         write(run, tmp_path / "out", push="me/films")
     assert TOKEN not in str(error.value) and "complete" in str(error.value)
     assert verify(tmp_path / "out") and not hub.files
@@ -628,7 +633,7 @@ def test_a_push_that_fails_keeps_the_folder(
 
 def test_an_unreachable_hub_is_one_error(run: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(LlmrecError, match="hf upload me/films"):
+    with raises(LlmrecError, Facts("unreachable", column="--push", says="hf upload me/films")):
         write(run, tmp_path / "out", push="me/films")
     assert verify(tmp_path / "out")
 
@@ -636,13 +641,13 @@ def test_an_unreachable_hub_is_one_error(run: Path, tmp_path: Path, hub: Hub, mo
 def test_what_a_push_lacks_is_found_before_any_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    with pytest.raises(LlmrecError, match="HF_HUB_OFFLINE"):
+    with raises(LlmrecError, Facts("unreachable", column="--push", says="HF_HUB_OFFLINE")):
         write(run, tmp_path / "out", push="me/films")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(LlmrecError, match="HF_TOKEN"):
+    with raises(LlmrecError, Facts("missing-value", column="--push", says=("HF_TOKEN", "`hf auth login`"))):
         write(run, tmp_path / "out", push="me/films")
     for name in ("films", "me/my/films", "me/ films"):
-        with pytest.raises(LlmrecError, match="USER/NAME"):
+        with raises(LlmrecError, Facts("bad-value", column="--push", says="USER/NAME")):
             write(run, tmp_path / "out", push=name)
     assert not list(tmp_path.glob("out*"))

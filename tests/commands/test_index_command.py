@@ -15,6 +15,7 @@ from llmrec.experiment.study import build_study
 from llmrec.index.table import ItemIndex
 from llmrec.recipe.load import load_recipe
 from llmrec.report import index_summary
+from tests.facts import Facts, raises
 
 KINDS = ("Tools > Saws", "Tools > Drills", "Toys > Blocks", "Toys > Dolls", "Books > Maps")
 SCHEMES = ("title", "random", "sequential", "token", "collaborative", "category")
@@ -128,7 +129,7 @@ def test_no_other_folder_is_replaced(recipe: Path) -> None:
     precious.mkdir()
     (precious / "notes.txt").write_text("mine", encoding="utf-8")
     for out in (precious, precious / "notes.txt"):
-        with pytest.raises(LlmrecError, match="holds something other than an index"):
+        with raises(LlmrecError, Facts("exists", out, says="--out")):
             index_report.index(load_recipe(recipe), out)
     assert (precious / "notes.txt").read_text(encoding="utf-8") == "mine"
     (recipe.parent / "empty").mkdir()

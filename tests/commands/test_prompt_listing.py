@@ -19,6 +19,7 @@ from llmrec.experiment import bundle
 from llmrec.experiment.study import Study, build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
+from tests.facts import Facts, raises
 
 SETTINGS = (
     "data={source: made-reviews, noun: products}",
@@ -160,7 +161,7 @@ def test_templates_that_cannot_be_rendered_are_compared_by_source(study: Study, 
     told = " ".join(" ".join(prompts.compare(study, encoder, "next-title", "next-code")).split())
     assert "The prompts are not compared: sequential/next-code writes items as codes" in told
     assert "target - {{ item.title }} + {{ item.code }}" in told
-    with pytest.raises(RecipeError, match="different questions"):
+    with raises(RecipeError, Facts("contradiction", says=("rating/rate-next", "sequential/next-title"))):
         list(prompts.compare(study, encoder, "rate-next", "next-title"))
 
 
@@ -172,7 +173,7 @@ def test_a_template_beside_itself_differs_in_nothing(study: Study, encoder: Enco
 
 def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
-    with pytest.raises(RecipeError, match="finished"):
+    with raises(RecipeError, Facts("missing-file", tmp_path, says=bundle.FILE)):
         list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
     known = study.templates["rating"]
     older = {**known, "rate-next": replace(known["rate-next"], user="Rate {{ item.title }}.", version=7)}
@@ -187,10 +188,10 @@ def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encode
     stored = json.loads(file.read_text("utf-8"))
     stored["templates"]["rating"] = [t for t in stored["templates"]["rating"] if t["name"] != "rate-next"]
     file.write_text(json.dumps(stored), "utf-8")
-    with pytest.raises(RecipeError, match="records no template rating/rate-next"):
+    with raises(RecipeError, Facts("missing-key", file, says=("rating/rate-next", "it has list-ratings"))):
         list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
     file.write_text("[]", "utf-8")
-    with pytest.raises(RecipeError, match="that can be read"):
+    with raises(RecipeError, Facts("damaged", file, says="rating")):
         list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
 
 

@@ -160,7 +160,7 @@ def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path:
         signed[str(diversity)] = metrics["ILD@5"].signature if "ILD@5" in metrics else ""
     plain, words, vectors = signed.values()
     assert plain == "" and "how:jaccard-category" in words and "how:cosine-chance" in vectors
-    with pytest.raises(LlmrecError, match="no item has the field 'colour'"):
+    with raises(LlmrecError, Facts("unknown-name", "made-reviews", says="'colour'")):
         run_suite(Suite(**page, diversity={"field": "colour"}), out=tmp_path / "out", results=tmp_path / "results")
     with pytest.raises(ValueError, match="write one of field and encoder"):
         Suite(**page, diversity={})
@@ -209,20 +209,30 @@ def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "facts"),
     [
-        ({"rows": [{"baseline": "user-mean"}]}, "'user-mean' does not answer the task ranking; choose from random"),
+        (
+            {"rows": [{"baseline": "user-mean"}]},
+            Facts("unsupported", "made", column="rows", says=("'user-mean'", "choose from random")),
+        ),
         (
             {"rows": [{"baseline": "ease", "parameters": {"penalti": 5}}]},
-            r"parameters: 'ease' has no parameter 'penalti' \(did you mean 'penalty'\?\); it takes penalty, dtype",
+            Facts(
+                "unknown-key",
+                column="parameters",
+                says=("'penalti' (did you mean 'penalty'?)", "it takes penalty, dtype"),
+            ),
         ),
-        ({"references": ["nowhere"]}, "there is no page 'nowhere' under eval/references; known: amazon14-beauty"),
+        (
+            {"references": ["nowhere"]},
+            Facts("unknown-name", column="references", says=("'nowhere'", "known: amazon14-beauty")),
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_measured(
-    tmp_path: Path, changed: dict[str, Any], said: str
+    tmp_path: Path, changed: dict[str, Any], facts: Facts
 ) -> None:
-    with pytest.raises(RecipeError, match=said):
+    with raises(RecipeError, facts):
         _again(tmp_path, **changed)
     assert not (tmp_path / "out" / "rows").exists()
 

@@ -80,7 +80,7 @@ def load_reference(path: Path) -> Reference:
         return Reference.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise DataError(
-            f"{path}: not a page of published figures ({error}); see the other pages beside it",
+            f"{path}: not a page of published figures ({flat(str(error))}); see the other pages beside it",
             kind="wrong-format",
             at=path,
         ) from error
@@ -136,7 +136,7 @@ def suite_result(content: Mapping[str, object]) -> SuiteResult:
         place = ".".join(map(str, problem["loc"]))
         raise DataError(
             f"suite {name!r}: key {flat(place)!r}: {problem['msg']}; write it again with `llmrec eval`",
-            kind="bad-value",
+            kind="missing-key" if problem["type"] == "missing" else "bad-value",
             at=name,
             column=flat(place),
         ) from error
