@@ -22,6 +22,7 @@ from llmrec.backends.fake import FakeBackend
 from llmrec.backends.server.read import completion
 from llmrec.errors import BackendError
 from llmrec.types import Completion, Cost, Message, Prompt, Scores, Segment
+from tests.facts import Facts, raises
 
 IDENTITY = {
     "engine": "fake",
@@ -291,7 +292,7 @@ def test_half_a_letter_of_a_server_is_read_as_a_question_mark() -> None:
 
 def test_a_table_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "answers.sqlite").mkdir()
-    with pytest.raises(BackendError, match=r"answers\.sqlite"):
+    with raises(BackendError, Facts("unreadable", "answers.sqlite")):
         AnswerStore(tmp_path / "answers.sqlite")
 
 

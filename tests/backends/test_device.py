@@ -16,6 +16,7 @@ from llmrec.errors import ModelError, RecipeError
 from llmrec.experiment import engines
 from llmrec.models import load
 from llmrec.recipe.schema import EvalSection, ModelSection
+from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch")
 
@@ -52,10 +53,15 @@ def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
 
 def test_a_gpu_that_torch_cannot_use_is_refused(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(ModelError, match=r"nvidia-smi lists a GPU that torch .* driver .* CUDA 13.0.*model.device=cpu"):
+    with raises(
+        ModelError,
+        Facts("unsupported", column="model.device", says=("driver must be one for CUDA 13.0", "model.device=cpu")),
+    ):
         load.device(AUTO)
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(ModelError, match=r"built for the CPU alone.*model.device=cpu"):
+    with raises(
+        ModelError, Facts("unsupported", column="model.device", says=("built for the CPU alone", "model.device=cpu"))
+    ):
         load.device(AUTO)
 
 
@@ -79,13 +85,13 @@ def test_without_a_gpu_it_is_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert load.device(AUTO) == "cpu"
-    with pytest.raises(ModelError, match="torch finds no GPU here"):
+    with raises(ModelError, Facts("unsupported", column="model.device", says="`llmrec doctor`")):
         load.device(CUDA)
 
 
 def test_a_card_older_than_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (6, 1))
-    with pytest.raises(ModelError, match=r"no kernels for Card, whose compute capability 6.1 is below 7.5"):
+    with raises(ModelError, Facts("unsupported", column="model.device", says=("Card", "6.1 is below 7.5"))):
         load.device(AUTO)
     assert not load.has_cuda()
 
@@ -109,7 +115,7 @@ def test_a_vllm_for_gpus_is_not_asked_to_run_on_the_cpu(monkeypatch: pytest.Monk
     section = EvalSection(backend="vllm")
     monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0"})
     engines.refuse_device(AUTO, section)
-    with pytest.raises(RecipeError, match=r"eval\.backend=hf"):
+    with raises(RecipeError, Facts("unsupported", column="eval.backend", says="eval.backend=hf")):
         engines.refuse_device(CPU, section)
     engines.refuse_device(CPU, EvalSection(backend="hf"))
     monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0+cpu"})

@@ -15,6 +15,7 @@ from llmrec.errors import BackendError
 from llmrec.models.load import load_tokenizer
 from llmrec.recipe.schema import ModelSection
 from llmrec.types import Message, Prompt, Segment
+from tests.facts import Facts, raises
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,10 @@ def test_base_models_need_no_chat_template(llama_folder: Path) -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(encoder: Encoder) -> None:
-    with pytest.raises(BackendError, match=r"max_length=400.*history"):
+    with raises(
+        BackendError,
+        Facts("too-large", column="model.max_length", says=("model.max_length=400", "tasks.<family>.history")),
+    ):
         encoder.prompt(asked("Heat " * 500))
 
 

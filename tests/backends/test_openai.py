@@ -15,6 +15,7 @@ from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.errors import BackendError
 from llmrec.types import Message, Prompt, Segment
 from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
 from tests.servers.client import question, section, turns
 from tests.servers.faulty import EVERYTHING, Behaviour, FaultyServer, answer_to, logprob, running
 
@@ -66,7 +67,10 @@ def test_another_tokenizer_is_asked_by_chat_or_refused(encoder: Encoder) -> None
         assert not backend.offers.exact
         assert backend.generate([asked], max_tokens=6)[0].text == answer_to(turns(asked))
         backend.close()
-        with pytest.raises(BackendError, match=r"eval\.server\.chat: .* the server counts 3; set model\.name"):
+        with raises(
+            BackendError,
+            Facts("mismatch", server.url, column="eval.server.chat", says=("the server counts 3", "set model.name")),
+        ):
             OpenAIBackend(section(server.url, chat="completions"), encoder)
 
 
@@ -76,7 +80,9 @@ def test_chat_is_asked_where_completions_cannot_be_trusted(encoder: Encoder, wit
         backend = OpenAIBackend(section(server.url), encoder)
         backend.close()
         assert not backend.offers.exact
-        with pytest.raises(BackendError, match=r"eval\.server\.chat"):
+        with raises(
+            BackendError, Facts("mismatch", server.url, column="eval.server.chat", says="eval.server.chat=chat")
+        ):
             OpenAIBackend(section(server.url, chat="completions"), encoder)
 
 
@@ -295,7 +301,7 @@ def test_no_scores_where_the_server_gives_no_probabilities(encoder: Encoder) -> 
         with running(exact(encoder, *without)) as server:
             backend = OpenAIBackend(section(server.url, chat=chat_route), encoder)
             assert backend.capabilities == {"generate"}
-            with pytest.raises(BackendError, match=r"gives no log-probabilities.*list, parsed and text"):
+            with raises(BackendError, Facts("unsupported", server.url, says="list, parsed and text")):
                 backend.score([question("a")], [LABELS], closed=False)
             backend.close()
 
@@ -303,13 +309,23 @@ def test_no_scores_where_the_server_gives_no_probabilities(encoder: Encoder) -> 
 def test_titles_are_not_scored_by_first_tokens(encoder: Encoder) -> None:
     with running(exact(encoder, "echo")) as server:
         backend = OpenAIBackend(section(server.url), encoder)
-        with pytest.raises(BackendError, match=r"first token alone.*such as 'Heat'; .*label.*list, parsed and text"):
+        with raises(
+            BackendError, Facts("unsupported", server.url, says=("'Heat'", "label, expected", "list, parsed and text"))
+        ):
             backend.score([question("a")], [TITLES])
         backend.close()
     with running(Behaviour()) as server:
         backend = OpenAIBackend(section(server.url))
         for texts, closed in ((TITLES, True), (("Toy Story", "Heat"), False), (("1.5", "2"), False)):
-            with pytest.raises(BackendError, match=r"asked by chat.*request 1 of 1 \('a'\).*list, parsed and text"):
+            with raises(
+                BackendError,
+                Facts(
+                    "unsupported",
+                    server.url,
+                    column="eval.server.chat",
+                    says=("request 1 of 1 ('a')", "list, parsed and text"),
+                ),
+            ):
                 backend.score([question("a")], [texts], closed=closed)
         backend.close()
 
@@ -350,9 +366,9 @@ def test_log_probabilities_that_are_missing_are_malformed(read: Callable[[Any], 
 def test_what_it_does_not_do_is_refused() -> None:
     with running(Behaviour()) as server:
         backend = OpenAIBackend(section(server.url))
-        with pytest.raises(BackendError, match=r"does not search; use eval\.backend=hf"):
+        with raises(BackendError, Facts("unsupported", column="eval.backend", says="eval.backend=hf")):
             backend.search([question("a")], ["b"], k=1, width=1)
-        with pytest.raises(BackendError, match="use the hf backend"):
+        with raises(BackendError, Facts("unsupported", column="eval.backend", says="the hf backend")):
             backend.embed(["a"])
         assert backend.generate([], max_tokens=4) == []
         backend.close()
@@ -362,7 +378,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent(encoder: Encoder
     with running(exact(encoder)) as server:
         backend = OpenAIBackend(section(server.url), encoder)
         before = len(server.bodies)
-        with pytest.raises(BackendError, match=r"does not fit model\.max_length=512"):
+        with raises(BackendError, Facts("too-large", column="model.max_length", says="model.max_length=512")):
             backend.generate([question("x " * 600)], max_tokens=4)
         backend.close()
     assert len(server.bodies) == before

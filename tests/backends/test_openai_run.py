@@ -12,10 +12,11 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.errors import BackendError, RecipeError
+from llmrec.errors import BackendError, ErrorKind, RecipeError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection, Recipe, ServerSection
 from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
 from tests.servers.client import question, section
 from tests.servers.faulty import EVERYTHING, Behaviour, FaultyServer, running
 
@@ -53,22 +54,24 @@ def server() -> Iterator[FaultyServer]:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "kind", "key", "says"),
     [
-        ("{model: m, url: 'https://user:%s@host/v1'}", "no user, password or parameters"),
-        ("{model: m, url: 'https://host/v1?key=%s'}", "no user, password or parameters"),
-        ("{model: m, url: 'ftp://host/%s'}", "http://host:port/v1"),
-        ("{model: m, key_env: %s}", "never the key itself"),
-        ("{model: m, key: %s}", "did you mean 'key_env'"),
-        ("{model: m, extra: {api_key: %s}}", "'api_key' is not for a recipe to set"),
-        ("{model: m, extra: {a: [{b: {auth_Key: %s}}]}}", "'auth_Key' is not for a recipe to set"),
-        ("{model: m, extra: {Authorization: %s}}", "not for a recipe to set"),
-        ("{model: m, timeout: %s}", r"eval\.server\.timeout: input should be a valid number"),
+        ("{model: m, url: 'https://user:%s@host/v1'}", "contradiction", "url", "no user, password or parameters"),
+        ("{model: m, url: 'https://host/v1?key=%s'}", "contradiction", "url", "no user, password or parameters"),
+        ("{model: m, url: 'ftp://host/%s'}", "contradiction", "url", "http://host:port/v1"),
+        ("{model: m, key_env: %s}", "contradiction", "key_env", "such as OPENAI_API_KEY"),
+        ("{model: m, key: %s}", "unknown-key", "key", "did you mean 'key_env'"),
+        ("{model: m, extra: {api_key: %s}}", "contradiction", "extra", "'api_key'"),
+        ("{model: m, extra: {a: [{b: {auth_Key: %s}}]}}", "contradiction", "extra", "'auth_Key'"),
+        ("{model: m, extra: {Authorization: %s}}", "contradiction", "extra", "'Authorization'"),
+        ("{model: m, timeout: %s}", "bad-value", "timeout", "number"),
     ],
 )
-def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(override: str, said: str) -> None:
+def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(
+    override: str, kind: ErrorKind, key: str, says: str
+) -> None:
     for changes in (f"eval.server={override % SECRET}", f"eval={{backend: openai, server: {override % SECRET}}}"):
-        with pytest.raises(RecipeError, match=said) as caught:
+        with raises(RecipeError, Facts(kind, column=f"eval.server.{key}", says=says)) as caught:
             load_recipe("recipes/quickstart.yaml", [*SMALL, changes])
         assert SECRET not in str(caught.value)
 
@@ -80,17 +83,17 @@ def test_what_is_asked_is_no_further_key(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "key", "says"),
     [
-        (["eval.backend=openai"], r"eval\.server: .*set both"),
-        (["eval.server={model: m}", "eval.backend=hf"], r"no other backend reads it"),
-        (["eval.server={model: m}", "eval.arms=[tuned]"], r"eval\.arms: .*export it, serve it"),
-        (["eval.server={model: m}", "eval.scorer=hf"], r"eval\.scorer: "),
-        (["eval.server={model: m, max_cost: 1}"], r"set eval\.server\.price_in"),
+        (["eval.backend=openai"], "eval.server", "such as server: {url: 'http://127.0.0.1:8000/v1', model: films}"),
+        (["eval.server={model: m}", "eval.backend=hf"], "eval.server", "eval.backend=openai"),
+        (["eval.server={model: m}", "eval.arms=[tuned]"], "eval.arms", "arms: [zero-shot]"),
+        (["eval.server={model: m}", "eval.scorer=hf"], "eval.scorer", ()),
+        (["eval.server={model: m, max_cost: 1}"], "eval.server.max_cost", "eval.server.price_in and price_out"),
     ],
 )
-def test_sections_that_disagree(overrides: list[str], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_sections_that_disagree(overrides: list[str], key: str, says: str | tuple[str, ...]) -> None:
+    with raises(RecipeError, Facts("contradiction", column=key, says=says)):
         load_recipe("recipes/quickstart.yaml", [*SMALL, *overrides])
 
 
@@ -119,10 +122,10 @@ def test_the_variable_of_the_key_must_be_set(server: FaultyServer, monkeypatch: 
         monkeypatch.delenv("FILMS_KEY", raising=False)
         if value is not None:
             monkeypatch.setenv("FILMS_KEY", value)
-        with pytest.raises(BackendError, match=r"key_env: the environment variable FILMS_KEY is not set"):
+        with raises(BackendError, Facts("missing-value", column="eval.server.key_env", says="FILMS_KEY is not set")):
             OpenAIBackend(section(server.url, key_env="FILMS_KEY"))
     monkeypatch.setenv("FILMS_KEY", SECRET + "\nX-Other: 1")
-    with pytest.raises(BackendError, match="holds characters that no key has") as caught:
+    with raises(BackendError, Facts("bad-value", column="eval.server.key_env", says="FILMS_KEY")) as caught:
         OpenAIBackend(section(server.url, key_env="FILMS_KEY"))
     assert SECRET not in str(caught.value)
 
@@ -132,7 +135,10 @@ def test_no_message_and_no_log_holds_the_key(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("FILMS_KEY", SECRET + "-old")
-    with pytest.raises(BackendError, match=r"status 401: Incorrect API key provided: Bearer \*\*\*") as caught:
+    with raises(
+        BackendError,
+        Facts("failed", f"{server.url}/chat/completions", says=("status 401", "Bearer ***", "eval.server.key_env")),
+    ) as caught:
         OpenAIBackend(section(server.url, key_env="FILMS_KEY"))
     told = "".join(traceback.format_exception(caught.value))
     assert caught.value.__cause__ is None
@@ -192,7 +198,7 @@ def test_a_server_without_probabilities_ends_the_run_with_what_works(llama_folde
     offers = EVERYTHING - {"logprobs", "named", "echo", "chat logprobs"}
     with running(Behaviour(offers=offers)) as plain:
         keyless = (f"eval.server={{url: '{plain.url}', model: films}}",)
-        with pytest.raises(BackendError, match=r"gives no log-probabilities of films.*list, parsed and text"):
+        with raises(BackendError, Facts("unsupported", says=("films", "list, parsed and text"))):
             pipeline.run(recipe(llama_folder, plain.url, *keyless), tmp_path / "run", quiet=True)
         works = ("tasks.rating.strategies=[parsed]", "tasks.sequential=null", *keyless)
         done = pipeline.run(recipe(llama_folder, plain.url, *works), tmp_path / "run", quiet=True)
