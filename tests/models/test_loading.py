@@ -18,6 +18,7 @@ from llmrec.models.text_encoder import encode_texts
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train.lora import load_trainable
 from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
 
 
 def settle(folder: Path, **values: Any) -> None:
@@ -85,7 +86,15 @@ def test_a_configuration_of_other_weights_is_refused(
 @pytest.mark.parametrize("load", [load_model, check_weights])
 def test_a_renamed_tensor_is_named_by_both_names(folder: Path, load: Any) -> None:
     rewrite(folder, rename)
-    with pytest.raises(ModelError, match=r"missing: model\.layers\.0\.mlp\.up_proj\.weight; without.*mlp\.top\.weight"):
+    with raises(
+        ModelError,
+        Facts(
+            "damaged",
+            folder,
+            column="model.name",
+            says=("missing: model.layers.0.mlp.up_proj.weight", "mlp.top.weight"),
+        ),
+    ):
         load(str(folder), section(folder))
 
 
@@ -94,7 +103,9 @@ def test_a_quantised_base_with_a_renamed_tensor_is_refused(folder: Path) -> None
     train = TrainSection(method="qlora")
     load_trainable(str(folder), section(folder), train)
     rewrite(folder, rename)
-    with pytest.raises(ModelError, match=r"missing: model\.layers\.0\.mlp\.up_proj\.weight"):
+    with raises(
+        ModelError, Facts("damaged", folder, column="model.name", says="missing: model.layers.0.mlp.up_proj.weight")
+    ):
         load_trainable(str(folder), section(folder), train)
 
 
@@ -103,7 +114,10 @@ def test_an_encoder_decoder_with_a_missing_tensor_is_refused(tmp_path: Path) -> 
     T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).save_pretrained(tmp_path)
     load_model(str(tmp_path), section(tmp_path))
     rewrite(tmp_path, lambda tensors: tensors.pop("encoder.block.1.layer.0.SelfAttention.q.weight"))
-    with pytest.raises(ModelError, match=r"missing: encoder\.block\.1\.layer\.0\.SelfAttention\.q\.weight"):
+    with raises(
+        ModelError,
+        Facts("damaged", tmp_path, column="model.name", says="missing: encoder.block.1.layer.0.SelfAttention.q.weight"),
+    ):
         load_model(str(tmp_path), section(tmp_path))
 
 
@@ -130,11 +144,11 @@ def test_a_text_encoder_may_leave_out_its_pooler_and_carry_other_heads(bert: Pat
 @pytest.mark.parametrize(
     ("layers", "named"),
     [
-        (3, r"missing: encoder\.layer\.2\.attention"),
-        (1, r"without a place: bert\.encoder\.layer\.1\.attention"),
+        (3, "missing: encoder.layer.2.attention"),
+        (1, "without a place: bert.encoder.layer.1.attention"),
     ],
 )
 def test_a_text_encoder_of_another_depth_is_refused(bert: Path, layers: int, named: str) -> None:
     settle(bert, num_hidden_layers=layers)
-    with pytest.raises(ModelError, match=named):
+    with raises(ModelError, Facts("damaged", bert, says=named)):
         encode_texts(str(bert), ["Heat"])

@@ -42,6 +42,7 @@ from llmrec.train.seq2seq import paired_inputs, target_rows
 from llmrec.train.whole_words import put_on
 from llmrec.types import Example, Message, Prompt, Segment
 from tests.conftest import make_model
+from tests.facts import Facts, raises
 
 SHAPE = ShapeSection(kind="encoder-decoder", layers=1, width=16, heads=2, feedforward=32, dropout=0.0)
 # What training sees and what is asked: ids of several pieces, which stand beside other text.
@@ -324,13 +325,15 @@ def test_a_folder_without_a_table_has_none(base: Path) -> None:
 def test_a_table_that_is_damaged_or_of_another_model_is_named(base: Path, tmp_path: Path) -> None:
     model = load_model(str(base), section(base))
     (tmp_path / WEIGHTS).write_bytes(b"no tensors")
-    with pytest.raises(ModelError, match=r"whole-word embeddings in .* cannot be read .*llmrec train"):
+    with raises(ModelError, Facts("damaged", tmp_path, says="`llmrec train`")):
         load_words(model, tmp_path)
     save_file({"table": torch.zeros(3, 16)}, tmp_path / WEIGHTS)
-    with pytest.raises(ModelError, match="cannot be read"):
+    with raises(ModelError, Facts("damaged", tmp_path)):
         load_words(model, tmp_path)
     save_file({"table": torch.zeros(3, 8), "kinds": torch.zeros(9, dtype=torch.int32)}, tmp_path / WEIGHTS)
-    with pytest.raises(ModelError, match="for 9 tokens of width 8, and the model has 259 of width 16"):
+    with raises(
+        ModelError, Facts("mismatch", tmp_path, says=("9 tokens of width 8", "259 of width 16", "`llmrec train`"))
+    ):
         load_words(model, tmp_path)
     assert words_of(model) is None
 
@@ -420,9 +423,7 @@ def test_tables_are_seeded(base: Path) -> None:
 def test_decoders_are_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "llama")
     model = load_model(str(folder), section(folder))
-    with pytest.raises(
-        RecipeError, match=r"model\.whole_words: only an encoder-decoder .* set model\.whole_words=false"
-    ):
+    with raises(RecipeError, Facts("contradiction", column="model.whole_words", says="model.whole_words=false")):
         attach(model, torch.zeros(3, 4), [0])
     assert words_of(model) is None
     with pytest.raises(ValidationError, match=r"model\.whole_words: a decoder has no encoder"):
@@ -433,7 +434,7 @@ def test_decoders_are_refused(tmp_path: Path) -> None:
 
 def test_embeddings_in_place_of_ids_are_refused(base: Path) -> None:
     model = with_words(base)
-    with pytest.raises(ModelError, match="reads token ids"):
+    with raises(ModelError, Facts("unsupported")):
         model.get_encoder()(inputs_embeds=torch.zeros(1, 2, 16))
 
 

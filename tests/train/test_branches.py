@@ -15,6 +15,7 @@ from llmrec.experiment.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.train.branches import Branching, branching_rows
 from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
 from tests.tasks.task_data import make_split, make_task
 
 ONE = {"templates": ("one-history",), "history": 12}
@@ -87,7 +88,7 @@ def test_every_row_of_a_list_family_is_a_window() -> None:
 def test_users_whom_no_family_knows_are_an_error(encoder: Encoder) -> None:
     tasks = {family: make_task(family, **ONE) for family in ("sequential", "rating")}
     rows = branching_rows(tasks, {"sequential": 1.0, "rating": 1.0}, ["nobody"], encoder, limit=100, seed=0)
-    with pytest.raises(DataError, match="rating, sequential: no user"):
+    with raises(DataError, Facts("too-few", says="rating, sequential")):
         next(rows)
 
 
@@ -111,5 +112,5 @@ def test_a_packed_plan_computes_fewer_tokens_for_as_many_rows(encoder: Encoder) 
 
 
 def test_packing_an_encoder_decoder_is_refused(encoder: Encoder) -> None:
-    with pytest.raises(RecipeError, match=r"train\.packing: an encoder-decoder"):
+    with raises(RecipeError, Facts("contradiction", column="train.packing", says="train.packing=none")):
         plan_training(study("tree", "one-history"), encoder, paired=True)

@@ -23,6 +23,7 @@ from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss
 from llmrec.types import Code, Example, Message, Prompt, Segment
 from tests.conftest import make_model, make_tokenizer
+from tests.facts import Facts, raises
 
 FILMS = ("Toy Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Rocky", "Heat Story")
 TITLES = {f"i{n}": title for n, title in enumerate(FILMS)}
@@ -199,7 +200,7 @@ def test_a_tokenizer_that_cuts_tokens_is_refused() -> None:
         def encode(self, text: str, **_: Any) -> list[int]:
             return list(range(len(text)))
 
-    with pytest.raises(ModelError, match=r"Cutting does not write item tokens such as <a_0> as one id"):
+    with raises(ModelError, Facts("unsupported", column="model.name", says=("Cutting", "<a_0>"))):
         add_item_tokens(Cutting(), INDEX.tokens)
 
 

@@ -24,6 +24,7 @@ from llmrec.train.batches import fit_row
 from llmrec.train.line_rows import Gathered, LineTable, RowStream, takes_pieces
 from llmrec.types import Event, Example
 from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
 from tests.tasks.making import make
 from tests.tasks.task_data import make_task
 
@@ -142,7 +143,7 @@ class Forbidding(Encoder):
 
     def piece(self, text: str) -> tuple[int, ...]:
         if "Film #59" in text:
-            raise line_rows.BackendError(text)
+            raise line_rows.BackendError("Film #59", kind="unsafe")
         return super().piece(text)
 
 
@@ -152,7 +153,7 @@ def test_a_line_that_cannot_be_tokenised_is_an_error_only_where_its_row_is_reach
     first = next(n for n, row in enumerate(examples) if any(item == "i59" for _, item in row.pairs))
     stream = iter(RowStream(task, strict, limit=4000, seed=0))
     assert list(islice(stream, first)) == [fit_row(example, strict, 4000) for example in examples[:first]]
-    with pytest.raises(line_rows.BackendError, match="Film #59"):
+    with raises(line_rows.BackendError, Facts("unsafe", says="Film #59")):
         next(stream)
 
 

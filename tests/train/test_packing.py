@@ -24,6 +24,7 @@ from llmrec.train.batches import padded, plan
 from llmrec.train.loss import block_mask, label_loss, packed_loss
 from llmrec.train.packing import Packed, Stacked, alike, bins, stack, tree
 from llmrec.train.steps import Step
+from tests.facts import Facts, raises
 
 
 def row(ids: Sequence[int], first: int = 1, *, quiet: Sequence[int] = ()) -> TokenRow:
@@ -283,8 +284,8 @@ def test_models_that_do_not_read_the_mask_are_refused(llama_folder: Path, monkey
     with monkeypatch.context() as patch:
         # A model that puts a plain causal mask in place of ours.
         patch.setattr("llmrec.train.loss.block_mask", lambda model, ends: None)
-        with pytest.raises(RecipeError, match=r"train\.packing: models of type llama"):
+        with raises(RecipeError, Facts("unsupported", column="train.packing", says=("llama", "train.packing=none"))):
             sft.check_packing(model)
     model.config.layer_types = ["sliding_attention", "full_attention"]
-    with pytest.raises(RecipeError, match=r"set train\.packing=none"):
+    with raises(RecipeError, Facts("unsupported", column="train.packing", says="train.packing=none")):
         sft.check_packing(model)

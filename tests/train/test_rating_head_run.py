@@ -13,7 +13,7 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 
 from llmrec import pipeline
 from llmrec.commands.export import export
-from llmrec.errors import RecipeError
+from llmrec.errors import ErrorKind, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.models.load import weights_stamp
@@ -22,6 +22,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Rating, Request, Unparsed
+from tests.facts import Facts, raises
 
 SMALL = (
     "data={source: made-reviews, noun: products, split: {kind: last_share}}",
@@ -106,19 +107,21 @@ def test_an_export_has_the_head(ran: pipeline.Run, llama_folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "kind", "key", "says"),
     [
-        (["eval.backend=vllm"], r"'vllm' reads no rating head; set eval\.backend=hf"),
-        (["eval.backend=fake"], r"set eval\.backend=hf"),
-        (["tasks.rating.head=null"], "the strategy 'head' asks it"),
-        (["tasks.rating.strategies=[expected]"], "the strategy 'head' asks it"),
-        (["tasks.sequential={}"], "set the weight of sequential to 0"),
-        (["tasks.rating.weight=0", "eval.arms=[zero-shot]"], "give rating a weight"),
-        (["tasks.rating.head.alpha=2"], "alpha"),
+        (["eval.backend=vllm"], "contradiction", None, ("'vllm'", "set eval.backend=hf")),
+        (["eval.backend=fake"], "contradiction", None, ("'fake'", "set eval.backend=hf")),
+        (["tasks.rating.head=null"], "contradiction", None, "the strategy 'head'"),
+        (["tasks.rating.strategies=[expected]"], "contradiction", None, "the strategy 'head'"),
+        (["tasks.sequential={}"], "contradiction", None, "set the weight of sequential to 0"),
+        (["tasks.rating.weight=0", "eval.arms=[zero-shot]"], "contradiction", None, "give rating a weight"),
+        (["tasks.rating.head.alpha=2"], "bad-value", "tasks.rating.head.alpha", ()),
     ],
 )
-def test_what_has_no_meaning_is_refused(change: Sequence[str], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_what_has_no_meaning_is_refused(
+    change: Sequence[str], kind: ErrorKind, key: str | None, says: str | tuple[str, ...]
+) -> None:
+    with raises(RecipeError, Facts(kind, column=key, says=says)):
         recipe("any", *change)
 
 

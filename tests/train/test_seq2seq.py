@@ -28,6 +28,7 @@ from llmrec.train.batches import plan
 from llmrec.train.loss import paired_loss
 from llmrec.train.seq2seq import cut, paired_inputs, target_rows
 from llmrec.types import Example, Item, Message, Prompt, Segment
+from tests.facts import Facts, raises
 from tests.tasks.making import make
 
 ITEMS = 20
@@ -290,7 +291,7 @@ def test_packing_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     encoder = encoder_of(base)
     model = lora.load_trainable(str(base), section(base), train)
     planned = plan(iter(rows_of("bare-next-code", encoder, 9)), steps=1, batch_tokens=256, seed=0, width=128)
-    with pytest.raises(RecipeError, match=r"train\.packing: models of type t5"):
+    with raises(RecipeError, Facts("unsupported", column="train.packing", says=("t5", "train.packing=none"))):
         sft.train(model, encoder, planned, {}, train, folder=tmp_path, seed=0, quiet=True)
 
 
