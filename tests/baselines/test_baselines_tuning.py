@@ -132,11 +132,11 @@ def test_what_cannot_be_tuned_is_said() -> None:
     data = _data()
     with raises(RecipeError, Facts("unknown-name", says="did you mean 'markov'")):
         tune("marcov", data, seed=0)
-    with raises(RecipeError, Facts("unsupported", says="'frequent-text'")):
+    with raises(RecipeError, Facts("contradiction", says="'frequent-text'")):
         tune("frequent-text", data, seed=0)
-    with raises(DataError, Facts("empty", "toy", column="data.split", says=("no interactions", "data.split.valid"))):
+    with raises(DataError, Facts("empty", "toy", column="data.split.valid", says="no interactions")):
         tune("markov", replace(data, valid=data.valid.clear()), seed=0)
-    with raises(DataError, Facts("empty", "toy", column="data.split", says=("no ratings", "data.split.valid"))):
+    with raises(DataError, Facts("empty", "toy", column="data.split.valid", says="no ratings")):
         tune("mf", replace(data, valid=data.valid.with_columns(pl.lit(None, pl.Float64).alias("rating"))), seed=0)
 
 
