@@ -127,7 +127,9 @@ class Example:
         answer: The answer's segments; loss is taken on those of kind ``target`` only. A *user row* has
             one target per position, an ordinary row has one in all.
         ends_turn: Whether the row closes the assistant's turn, with loss on the closing token.
-        pairs: The (user_id, item_id) pairs that the row shows, for the leak audit.
+        pairs: The (user_id, item_id) pairs that the row shows as interactions, for the leak audit.
+        negatives: The items that it shows as ones that the user did not choose. They are drawn without knowing what is
+            held out, so that a held-out item may be among them.
     """
 
     id: str
@@ -138,6 +140,7 @@ class Example:
     answer: tuple[Segment, ...]
     ends_turn: bool
     pairs: tuple[tuple[str, str], ...] = ()
+    negatives: tuple[str, ...] = ()
 
 
 # --------------------------------------------------------------------------- requests and answers

@@ -1,4 +1,4 @@
-"""The audit of a run: the checks of `llmrec.experiment.leaks` and `.probes`, written to ``audit.json``."""
+"""The audit of a run: the checks of the modules named leaks and of `.probes`, written to ``audit.json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.durable import sha256_of, write_json
 from llmrec.errors import LlmrecError
-from llmrec.experiment import leaks, leaks_alignment, probes
+from llmrec.experiment import leaks, leaks_alignment, leaks_rows, probes
 from llmrec.experiment.leaks import Check
 from llmrec.experiment.resume import key_of, locked, read_stage
 from llmrec.experiment.study import Study, build_study
@@ -84,10 +84,16 @@ def examine(
     training = results.get("training")
     for family in study.tasks:
         if family in study.shares:
-            yield leaks.training_rows(study, family, _rows_of(training, family))
-        yield leaks.questions(study, family)
+            yield leaks_rows.training_rows(study, family, _rows_of(training, family))
+            yield leaks_rows.rows_drawn_again(study, family, _rows_of(training, family))
+            if split == "test":
+                yield leaks_rows.validation_rows_drawn_again(study, family)
+        yield leaks_rows.questions(study, family)
         if "few-shot" in study.recipe.eval.arms:
-            yield leaks.shots(study, family)
+            yield leaks_rows.shots(study, family)
+            yield leaks_rows.shots_drawn_again(study, family)
+        if (positions := leaks_rows.positions_drawn_again(study, family)) is not None:
+            yield positions
     yield from leaks.candidate_sets(study)
     yield from leaks_alignment.checks(study, _rows_of(training, "alignment"))
     yield from leaks.stored_rows(results["rows"], predictions, study)

@@ -39,6 +39,7 @@ from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
 from llmrec.tasks.fewshot import BY_TEXT
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
+from llmrec.tasks.pool import NEGATIVES
 from llmrec.types import Case, Predictor, Rating, Request
 
 log = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ class Evaluation:
             cases=[case.request.id for case in self._cases[spec.family]],
             seed=recipe.seed,
             **_nearness(spec, study),
+            **_drawing(spec, recipe.eval),
         )
 
     def _digest(self, family: str) -> str | None:
@@ -337,6 +339,13 @@ def _nearness(spec: RowSpec, study: Study) -> dict[str, str]:
     near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
     relevant = spec.template is not None and study.section(spec.family).past == "relevant"
     return {"encoder": study.recipe.encoder} if near or relevant else {}
+
+
+def _drawing(spec: RowSpec, section: EvalSection) -> dict[str, int]:
+    """Return what says how negatives are drawn, where solved examples or questions about positions show any."""
+    measured = section.debias == "measured" and spec.predictor in POSITIONAL
+    shows = family_of(spec.family).lists and spec.template is not None and (spec.shots or measured)
+    return {"negatives": NEGATIVES} if shows else {}
 
 
 def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:

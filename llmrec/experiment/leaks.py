@@ -1,16 +1,16 @@
-"""Looks for held-out data where it must not be: training rows, examples, questions, candidates, fitted baselines.
+"""Looks for held-out data where it must not be: the split, profiles, candidates, fitted baselines, the item index.
 
-Every check reads what the run really used (rendered rows, drawn sets, stored answers), not what the code that made it
-promises. A check returns what it found; nothing here repairs anything.
+Every check reads what the run really used (drawn sets, stored answers), not what the code that made it promises. A
+check returns what it found; nothing here repairs anything. What is rendered is looked at in
+`llmrec.experiment.leaks_rows`.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -21,18 +21,10 @@ from llmrec.baselines.parameters import make
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.study import Study
-from llmrec.experiment.told import NAMED, sentence, told, users
-from llmrec.index.table import ItemIndex
-from llmrec.prompts.template import Template, clean
-from llmrec.tasks.direct_answers import asks_for
-from llmrec.tasks.family import Family, families, family_of
-from llmrec.types import Case, Example, Message, Segment
+from llmrec.experiment.told import sentence, told, users
+from llmrec.tasks.family import families
 
 _SHOWN = 5
-# A text this short ("good", "love it") is written by many people about many things.
-_TELLING = 24
-# Of longer texts the beginning is looked for: prompts cut them.
-_TEXT = 120
 # Chance of a false alarm of one statistical check.
 _ALARM = 1e-4
 _SCORED = 50
@@ -64,7 +56,7 @@ def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
     return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
 
 
-# --------------------------------------------------------------------------- the split
+# --------------------------------------------------------------------------- the split and the users
 
 
 def training_interactions(data: SplitDataset) -> Check:
@@ -83,176 +75,6 @@ def training_interactions(data: SplitDataset) -> Check:
             for user, item in late.select("user_id", "item_id").iter_rows()
         ]
     return verdict(f"training interactions of {data.dataset.name}", f"{len(train):,} interactions", places)
-
-
-# --------------------------------------------------------------------------- rendered text
-
-
-class _Secrets:
-    """What must not be shown about a user: titles and texts of what is held out, less what training tells anyway.
-
-    With an index, for templates that write codes, it is codes and not titles.
-    """
-
-    def __init__(self, data: SplitDataset, index: ItemIndex | None = None) -> None:
-        items = data.dataset.items
-        written = data.dataset.titles if index is None else {item: clean(index.encode(item)) for item in items}
-
-        def parts(user: str, item: str, text: str | None) -> list[str]:
-            review = data.dataset.reviews.get((user, item))
-            told = [text or "", *([review.text, review.headline, review.sentence] if review else [])]
-            return [clean(part, len(part)) for part in told]
-
-        known: dict[str, set[str]] = defaultdict(set)
-        wrote: dict[str, list[str]] = defaultdict(list)
-        for frame in (data.train, data.known):
-            for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
-                known[user].add(written[item])
-                wrote[user] += parts(user, item, text)
-        self.titles: dict[str, dict[str, str]] = defaultdict(dict)
-        self.texts: dict[str, dict[str, str]] = defaultdict(dict)
-        for frame in (data.valid, data.test):
-            for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
-                title = written[item]
-                if title not in known[user]:
-                    self.titles[user][title] = item
-                for whole in parts(user, item, text):
-                    said = whole[:_TEXT]
-                    # Some write the same sentences about everything: what training tells is no secret.
-                    if len(said) >= _TELLING and not any(said in earlier for earlier in wrote[user]):
-                        self.texts[user][said] = item
-
-    def shown(self, user: str, segments: Iterable[Segment], *, texts: bool = True) -> Iterator[str]:
-        """Yield each held-out item of a user that data segments show, by its whole title or by its text."""
-        titles, written = self.titles.get(user, {}), self.texts.get(user, {})
-        for segment in segments:
-            if segment.kind == "text":
-                continue
-            said = clean(segment.text)
-            if said in titles:
-                yield f"user {user}, title of held-out item {titles[said]}"
-            if texts:
-                yield from (
-                    f"user {user}, text about held-out item {item}" for text, item in written.items() if text in said
-                )
-
-
-def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> Iterator[Segment]:
-    for message in messages:
-        yield from message.segments
-    yield from answer
-
-
-def training_rows(study: Study, family: str, count: int) -> Check:
-    """Held-out pairs in the training rows of a family: those that a row declares, and those that its text shows."""
-    data = study.task_data(family)
-    both = [study.data, *([study.reviews] if study.reviews else [])]
-    held = frozenset().union(*(each.held_out for each in both))
-    titles, codes = _Secrets(data), _Secrets(data, study.index) if study.index is not None else None
-    coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
-    places = []
-    for example in islice(study.training_examples(family), count):
-        template = study.templates[family][example.template.rpartition("/")[2]]
-        places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
-        shows_ids = "item_id" in template.names("system", "user", "lead", "target")
-        if codes is not None and (template.writes_codes or (coded_ids and shows_ids)):
-            places += [f"row {example.id}: {what}" for what in _told(example, codes)]
-        if codes is None or template.writes_titles or not template.writes_codes:
-            places += [f"row {example.id}: {what}" for what in _told(example, titles)]
-    return verdict(f"training rows of {family}", f"{count:,} rows", places)
-
-
-def _told(example: Example, secrets: _Secrets) -> Iterator[str]:
-    yield from secrets.shown(example.user_id, _segments(example.messages, example.answer))
-
-
-def questions(study: Study, family: str) -> Check:
-    """Whether a question shows its own answer: in the history, a profile, or anywhere in the rendered prompt."""
-    cases, places = study.cases(family), []
-    titles = frozenset(study.task_data(family).dataset.titles.values() if family_of(family).answers_with_items else ())
-    for case in cases:
-        request, truth = case.request, str(case.truth)
-        if family_of(family).ranks_for_users and any(event.item_id == truth for event in request.history):
-            places.append(f"request {request.id}: the history holds the target")
-        places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case, titles)]
-        if request.item is not None and any(event.item_id == request.item for event in request.history):
-            places.append(f"request {request.id}: the history holds the item that is asked about")
-    names = ", ".join(template.name for template in study.eval_templates(family))
-    return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", places)
-
-
-def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
-    """Yield the templates whose prompt shows the answer; ``titles``: the catalogue's, where it is an item."""
-    data, request = study.task_data(family), case.request
-    own = family_of(family)
-    ranked = own.answers_with_items
-    secret = data.dataset.titles[str(case.truth)] if ranked else clean(str(case.truth))[:_TEXT]
-    # A review may well hold the words of its headline: reading them there is the task.
-    if own.quotes or (not ranked and len(secret) < _TELLING):
-        return
-    # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
-    if not ranked and any(secret in clean(event.text or "") for event in request.history):
-        return
-    others = {data.dataset.titles[event.item_id] for event in request.history}
-    for template in study.eval_templates(family):
-        asked = request
-        if own.lists and asks_for(template) == "yes":
-            if (other := _other_than(case, data)) is None:
-                continue
-            asked = replace(request, candidates=(other,))
-        prompt = study.tasks[family].prompt(asked, template=template.name)
-        # Among the candidates the answer stands as it must.
-        listed = asked.candidates is not None and str(case.truth) in asked.candidates and own.lists
-        codes, shows_titles = _secret_forms(own, template)
-        if codes and not listed and study.index is not None:
-            code = clean(study.index.encode(str(case.truth)))
-            if any(
-                s.kind != "text" and clean(s.text) == code for s in _segments(prompt.messages, prompt.answer_prefix)
-            ):
-                yield f"the prompt of {template.id} shows the answer"
-        if not shows_titles:
-            continue
-        for segment in _segments(prompt.messages, prompt.answer_prefix):
-            if segment.kind == "text":
-                continue
-            said = clean(segment.text)
-            if said in others or (listed and said == secret):
-                continue  # a namesake in the history
-            # A title may be part of another ("Alien", "Aliens"); in any other text it is named.
-            if said == secret or (said not in titles and len(secret) >= NAMED and secret in said):
-                yield f"the prompt of {template.id} shows the answer"
-                break
-
-
-def _other_than(case: Case, data: SplitDataset) -> str | None:
-    """Return a candidate that is not called what the answer is: asked about it, a prompt must not name the answer."""
-    titles, truth = data.dataset.titles, str(case.truth)
-    return next((item for item in case.request.candidates or () if titles[item] != titles[truth]), None)
-
-
-def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
-    """Say whether the answer's code and whether its title must not stand in a prompt of a template."""
-    if family.candidates == "items":
-        # The question shows the one form, and the other one is the answer.
-        return template.answers_with_code, not template.answers_with_code
-    return template.writes_codes, template.writes_titles or not template.writes_codes
-
-
-def shots(study: Study, family: str) -> Check:
-    """Held-out pairs in the few-shot examples of the evaluated requests."""
-    recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
-    places: list[str] = []
-    secrets, cases = _Secrets(data), study.cases(family)
-    for case in cases:
-        for window in task.draw_shots(case.request, recipe.eval.shots.k).windows:
-            places += [
-                f"request {case.request.id}: example of user {window.user_id} shows held-out item {event.item_id}"
-                for event in window.events
-                if (window.user_id, event.item_id) in data.held_out
-            ]
-            told = [Segment("item", event.text) for event in window.events if event.text]
-            places += [f"request {case.request.id}: {what}" for what in secrets.shown(window.user_id, told)]
-    return verdict(f"few-shot examples of {family}", f"{len(cases):,} requests", places)
 
 
 def profiles(data: SplitDataset) -> Check:
@@ -378,20 +200,40 @@ def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, st
 # --------------------------------------------------------------------------- what was fitted
 
 
-def redrawn(data: SplitDataset, split: str, seed: int = 1) -> SplitDataset:
-    """Return the data with a split's held-out items drawn anew from the catalogue; all else stays as it is.
+def redrawn(
+    data: SplitDataset, split: str, seed: int = 1, toward: Mapping[str, Sequence[str]] | None = None
+) -> SplitDataset:
+    """Return the data with a split's held-out items, ratings and texts drawn anew; all else stays as it is.
 
-    Dealing the same items out among other users would leave every count of items as it was, and miss a prior that
-    counted them.
+    Items are drawn from the catalogue: dealing the same items out among other users would leave every count of items as
+    it was, and miss a prior that counted them.
+
+    Args:
+        data: The split data.
+        split: ``valid`` or ``test``.
+        seed: Of the draw.
+        toward: Some users' held-out items are drawn from these.
     """
-    rng, items = np.random.default_rng(seed), sorted(data.dataset.items)
-    parts = {"valid": data.valid, "test": data.test}
+    rng, items, ratings = np.random.default_rng(seed), sorted(data.dataset.items), data.train["rating"].drop_nulls()
+    parts, pools = {"valid": data.valid, "test": data.test}, toward or {}
     frame = parts[split]
-    drawn = pl.Series("item_id", [items[place] for place in rng.integers(len(items), size=len(frame))], pl.String)
-    parts[split] = frame.with_columns(drawn)
+    found = [items[place] for place in rng.integers(len(items), size=len(frame))]
+    for row, user in enumerate(frame["user_id"]):
+        if pool := pools.get(user):
+            found[row] = pool[int(rng.integers(len(pool)))]
+    stars = frame["rating"].to_list()
+    if len(ratings):
+        drawn = ratings.gather(rng.integers(len(ratings), size=len(frame))).to_list()
+        stars = [None if old is None else new for old, new in zip(stars, drawn, strict=True)]
+    texts = [None if text is None else f"redrawn {row}" for row, text in enumerate(frame["text"])]
+    parts[split] = frame.with_columns(
+        pl.Series("item_id", found, pl.String),
+        pl.Series("rating", stars, pl.Float64),
+        pl.Series("text", texts, pl.String),
+    )
     held = frozenset(pl.concat([*parts.values()]).select("user_id", "item_id").iter_rows())
-    columns = data.train.columns
-    whole = pl.concat([part.select(columns) for part in (data.train, data.known, *parts.values())])
+    names = data.train.columns
+    whole = pl.concat([part.select(names) for part in (data.train, data.known, *parts.values())])
     dataset = replace(data.dataset, interactions=whole)
     return replace(data, dataset=dataset, valid=parts["valid"], test=parts["test"], held_out=held)
 

@@ -22,6 +22,7 @@ from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
+from llmrec.tasks.pool import NEGATIVES
 from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.train.batches import Classes, plan
 from llmrec.train.rows import Sources, followed, streams
@@ -191,6 +192,7 @@ def training_key(study: Study, folder: str) -> str:
         train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints", "start"}),
         seed=recipe.seed,
         **_nearness(study),
+        **_drawing(study),
     )
 
 
@@ -198,6 +200,11 @@ def _nearness(study: Study) -> dict[str, str]:
     """Return what says which items read alike, where that decides what a row shows of a history."""
     rules = {study.section(family).past for family in study.tasks}
     return {"encoder": study.recipe.encoder} if "relevant" in rules else {}
+
+
+def _drawing(study: Study) -> dict[str, int]:
+    """Return what says how negatives are drawn, where rows show any."""
+    return {"negatives": NEGATIVES} if any(family_of(family).lists for family in study.tasks) else {}
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:

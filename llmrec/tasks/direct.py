@@ -94,13 +94,14 @@ class DirectTask(Task):
         refuse_test(split)
         if split == "valid":
             for held in held_out(self._data, "valid")[:limit]:
-                name = request_id(held.user_id, held.item_id)
+                name, past = request_id(held.user_id, held.item_id), self._data.history(held.user_id, "valid")
                 stored = self._candidates.sets.get(name) if self._candidates else None
                 # Retrieved candidates may lack the item, and then there is nothing to learn from them.
                 if stored is None or held.item_id not in stored:
                     rng = keyed("direct valid", self._seed, name)
-                    stored = self._pool(held.user_id, held.item_id, self._count, rng)
-                past, event = self._data.history(held.user_id, "valid"), Event(item_id=held.item_id)
+                    had = [event.item_id for event in past]
+                    stored = self._pool(held.user_id, held.item_id, self._count, rng, had)
+                event = Event(item_id=held.item_id)
                 yield self._example(self._chosen.train[0], f"direct/valid/{name}", held.user_id, past, event, stored)
             return
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
@@ -167,8 +168,8 @@ class DirectTask(Task):
     def questions(self, count: int) -> list[Request]:
         """Return questions about training events, as many as asked for, with candidates as evaluation has them.
 
-        They hold nothing of what is held out: the chosen item is a training event, and the others were touched by the
-        user in no split.
+        They do not depend on what is held out: the chosen item is a training event, and the others are drawn among all
+        items that the user has not had in training.
         """
         users = sorted(self._events)
         keyed("direct questions", self._seed, "order").shuffle(users)
@@ -278,8 +279,8 @@ class DirectTask(Task):
 
     # ----------------------------------------------------------------------- building blocks
 
-    def _pool(self, user: str, item: str, count: int, rng: random.Random) -> tuple[str, ...]:
-        pool = [item, *self._negatives.draw(user, count - 1, rng)]
+    def _pool(self, user: str, item: str, count: int, rng: random.Random, had: Sequence[str] = ()) -> tuple[str, ...]:
+        pool = [item, *self._negatives.draw(user, count - 1, rng, but=(item, *had))]
         rng.shuffle(pool)
         return tuple(pool)
 
@@ -323,19 +324,21 @@ class DirectTask(Task):
         shown = self._past.show(past, pool)
         values = self._values(user, shown.events, pool, "one", shown.context({}))
         answer = self._chosen_one(template, values, pool, event.item_id)
-        return chat_example(template, row, user, values, answer, past=shown.events, event=event)
+        made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
+        return replace(made, negatives=tuple(item for item in pool if item != event.item_id))
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return a row about the event's item, answered yes, or one as likely about a negative, answered no."""
         rng = keyed("direct yes or no", self._seed, row)
         yes = rng.random() < 0.5
-        item = event.item_id if yes else self._negatives.draw(user, 1, rng)[0]
+        had = [event.item_id, *(each.item_id for each in past)]
+        item = event.item_id if yes else self._negatives.draw(user, 1, rng, but=had)[0]
         shown = self._past.show(past, [item])
         values = self._asking(template, user, shown.events, (item,), "yes", shown.context({}))
         answer = values | {"answer": YES if yes else NO}
         made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         # A negative is no interaction of the user's, and the event is not shown.
-        return made if yes else replace(made, pairs=made.pairs[:-1])
+        return made if yes else replace(made, pairs=made.pairs[:-1], negatives=(item,))
 
     def _solved(
         self, template: Template, user: str, events: tuple[Event, ...], pool: tuple[str, ...], want: str

@@ -1,10 +1,10 @@
-"""Items that a user has nothing to do with, and pools of a few fixed rows (TALLRec, section 4)."""
+"""Items that a user has not had in training, and pools of a few fixed rows (TALLRec, section 4)."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from itertools import count as numbers
 from typing import Protocol, runtime_checkable
@@ -89,8 +89,15 @@ def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Exam
         yield from order
 
 
+NEGATIVES = 2
+"""Raised whenever `Negatives` draws others than before: stored models and rows that depend on them are made anew."""
+
+
 class Negatives:
-    """Draws items that a user touched in no split, so that no held-out pair stands in a training text.
+    """Draws items that a user has not had in training.
+
+    What is held out is not known here: a held-out item is drawn like any other, as it would be at serving time. If it
+    never were, the item that a user is never shown as a negative would be the answer.
 
     Args:
         data: The split data.
@@ -102,27 +109,33 @@ class Negatives:
         self._bag = list(self._catalogue)
         if kind == "popularity":
             self._bag = sorted([*self._bag, *data.train["item_id"].to_list()])
-        self._interactions = data.dataset.interactions
+        self._train = data.train
 
     @cached_property
-    def _touched(self) -> Mapping[str, frozenset[str]]:
+    def _trained(self) -> Mapping[str, frozenset[str]]:
         by_user: dict[str, set[str]] = {}
-        for user, item in self._interactions.select("user_id", "item_id").iter_rows():
+        for user, item in self._train.select("user_id", "item_id").iter_rows():
             by_user.setdefault(user, set()).add(item)
         return {user: frozenset(items) for user, items in by_user.items()}
 
-    def draw(self, user: str, count: int, rng: random.Random) -> list[str]:
+    def draw(self, user: str, count: int, rng: random.Random, *, but: Collection[str] = ()) -> list[str]:
         """Return ``count`` different items.
 
+        Args:
+            user: Whose training items are left out.
+            count: How many.
+            rng: Random numbers.
+            but: Further items that are left out.
+
         Raises:
-            DataError: If the user left fewer untouched.
+            DataError: If fewer are left.
         """
-        touched = self._touched.get(user, frozenset())
-        free = len(self._catalogue) - len(touched)
+        had = self._trained.get(user, frozenset()).union(but)
+        free = len(self._catalogue) - len(had)
         if free < count:
             raise DataError(
-                f"user {user!r} leaves only {free} of {len(self._catalogue)} items untouched, fewer than the {count} "
-                f"negatives asked for; set eval.candidates.count to at most {free + 1}",
+                f"user {user!r} has had {len(had)} of {len(self._catalogue)} items, which leaves {free}, fewer than "
+                f"the {count} negatives asked for; set eval.candidates.count to at most {free + 1}",
                 kind="too-few",
                 column="eval.candidates.count",
             )
@@ -131,10 +144,10 @@ class Negatives:
             if len(taken) == count:
                 break
             item = self._bag[rng.randrange(len(self._bag))]
-            if item not in touched:
+            if item not in had:
                 taken.setdefault(item)
         if len(taken) < count:
-            rest = [item for item in self._bag if item not in touched and item not in taken]
+            rest = [item for item in self._bag if item not in had and item not in taken]
             while len(taken) < count:
                 item = rng.choice(rest)
                 taken[item] = None

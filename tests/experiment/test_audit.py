@@ -19,7 +19,8 @@ from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
 from llmrec.experiment import audit, probes
-from llmrec.experiment.leaks import Check, _ordered, _Secrets
+from llmrec.experiment.leaks import Check, _ordered
+from llmrec.experiment.leaks_rows import _Secrets
 from llmrec.experiment.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Split

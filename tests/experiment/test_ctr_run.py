@@ -16,7 +16,8 @@ import pytest
 from llmrec import pipeline
 from llmrec.errors import RecipeError
 from llmrec.experiment.evaluation import Evaluation, RowSpec
-from llmrec.experiment.leaks import training_interactions, training_rows
+from llmrec.experiment.leaks import training_interactions
+from llmrec.experiment.leaks_rows import training_rows
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.study import Study, build_study
 from llmrec.experiment.training import plan_training, training_key
