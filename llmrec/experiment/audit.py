@@ -120,6 +120,7 @@ def _baselines(study: Study, kept: Path) -> Check:
         candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},
         split=study.recipe.eval.split,
         seed=study.recipe.seed,
+        redrawn=leaks.REDRAWN,
     )
     stored = read_stage(kept, key)
     if stored is None:

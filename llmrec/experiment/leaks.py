@@ -28,6 +28,8 @@ _SHOWN = 5
 # Chance of a false alarm of one statistical check.
 _ALARM = 1e-4
 _SCORED = 50
+REDRAWN = 2
+"""Raised whenever `redrawn` changes more than before: what was found of baselines is found out again."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +19,20 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
-from llmrec.experiment import audit, probes
-from llmrec.experiment.leaks import Check, _ordered
+from llmrec.experiment import audit, leaks_rows, probes
+from llmrec.experiment.leaks import Check, _ordered, redrawn
 from llmrec.experiment.leaks_rows import _Secrets
 from llmrec.experiment.study import Study, build_study
+from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Split
 from llmrec.report.results import read
 from llmrec.tasks.fewshot import Drawn, Window
+from llmrec.tasks.pool import Negatives
+from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
 from tests.facts import Facts, raises
+from tests.tasks.knowing import Knowing
 
 SETTINGS = (
     "data={source: made-reviews, noun: products}",
@@ -323,6 +328,187 @@ def test_12_a_baseline_that_learned_from_what_is_held_out(study: Study, monkeypa
         honest(self, replace(data, train=pl.concat([data.train, data.test.select(data.train.columns)])))
 
     monkeypatch.setattr(Popularity, "fit", fit)
+    assert "baselines that learned from held-out interactions" in leaking(examine(study))
+
+
+# --------------------------------------------------------------------------- what may depend on held-out interactions
+
+DRAWN = "training rows of direct that depend on held-out interactions"
+SHOTS = "few-shot examples of direct that depend on held-out interactions"
+VALID = "validation rows of direct that depend on test interactions"
+POSITIONS = "position questions of direct that depend on held-out interactions"
+
+
+def rebuilt(study: Study, *named: str) -> Study:
+    """The same study, made again by the code as it is patched."""
+    return build_study(load_recipe("recipes/quickstart.yaml", [*SETTINGS, *named]))
+
+
+def test_13_negatives_that_are_drawn_knowing_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they once were: no row shows a held-out item, and that is how it is told."""
+    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
+    knowing = rebuilt(study, "eval.arms=[zero-shot, few-shot]", "eval.debias=measured")
+    checks = examine(knowing)
+    assert leaking(checks) == {DRAWN, SHOTS, VALID, POSITIONS}
+    assert checks["training rows of direct"].verdict == "clean"
+    # Held-out items are drawn anew among what rows show as negatives, so that few rows are enough.
+    assert leaks_rows.rows_drawn_again(knowing, "direct", 2).verdict == "leak"
+    for family in ("sequential", "rating", "explanation"):
+        assert leaks_rows.rows_drawn_again(knowing, family, ROWS).verdict == "clean"
+
+
+@pytest.mark.parametrize("templates", ["user-title", "name-title"])
+def test_13_a_no_that_is_drawn_knowing_what_is_held_out(
+    study: Study, templates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = f"tasks.direct={{templates: [{templates}], strategies: [pointwise-yes]}}"
+    # Every other example is a no.
+    named = (asking, "eval.arms=[zero-shot, few-shot]", "eval.shots.k=2")
+    assert leaking(examine(rebuilt(study, *named))) == set()
+    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
+    assert {DRAWN, SHOTS} <= leaking(examine(rebuilt(study, *named)))
+
+
+def test_14_negatives_by_a_popularity_that_counts_held_out_interactions(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Negatives):
+        def __init__(self, data: SplitDataset, kind: str) -> None:
+            super().__init__(data, kind)
+            self._bag = sorted([*self._bag, *data.dataset.interactions["item_id"].to_list()])
+
+    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Counting)
+    assert DRAWN in leaking(examine(rebuilt(study, "eval.candidates.kind=popularity")))
+
+
+def test_15_rows_in_an_order_that_knows_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row says anything; which comes first does."""
+    honest = SequentialTask.examples
+
+    def examples(self: SequentialTask, split: Any, limit: int | None = None) -> Iterator[Example]:
+        last = dict(self._data.test.select("user_id", "item_id").iter_rows())
+        rows = list(islice(honest(self, "train"), ROWS))
+        yield from sorted(rows, key=lambda row: last.get(row.user_id, ""))
+
+    monkeypatch.setattr(SequentialTask, "examples", examples)
+    found = leaking(examine(rebuilt(study, "tasks.direct=null")))
+    assert "training rows of sequential that depend on held-out interactions" in found
+
+
+def test_16_packed_rows_that_branch_off_are_made_again_too(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = [f"tasks.{family}={{templates: [one-history]}}" for family in ("sequential", "rating")]
+    packed = (*named, "tasks.direct=null", "tasks.explanation=null", "train.packing=tree")
+    assert leaking(examine(rebuilt(study, *packed))) == set()
+    honest = SequentialTask.branch
+
+    def branch(self: SequentialTask, number: int, user: str) -> Example | None:
+        row, last = honest(self, number, user), dict(self._data.test.select("user_id", "item_id").iter_rows())
+        # It counts its user's name by what is held out.
+        return row and replace(row, user_id=f"{user} {last.get(user, '')}")
+
+    monkeypatch.setattr(SequentialTask, "branch", branch)
+    assert leaking(examine(rebuilt(study, *packed))) == {
+        "training rows of sequential that depend on held-out interactions"
+    }
+
+
+def drawn_held_out(study: Study) -> tuple[int, Example, str]:
+    """The first row of direct that shows a held-out item as a negative: its place, itself and the item."""
+    for place, row in enumerate(islice(study.training_examples("direct"), ROWS)):
+        for item in row.negatives:
+            if (row.user_id, item) in study.data.held_out:
+                return place, row, item
+    raise AssertionError("no row shows a held-out item")
+
+
+def test_a_held_out_item_may_be_a_negative_and_nothing_else(study: Study) -> None:
+    place, row, item = drawn_held_out(study)
+    said, turn = Segment("item", title(study, item)), row.messages[-1]
+    assert said in turn.segments
+    asked = replace(turn, segments=(*turn.segments, said))
+
+    def checked(changed: Example) -> Check:
+        def examples(split: str, limit: int | None = None) -> Iterator[Example]:
+            for n, each in enumerate(study.tasks["direct"].examples(split, limit)):  # type: ignore[arg-type]
+                yield changed if n == place else each
+
+        return leaks_rows.training_rows(with_task(study, "direct", examples=examples), "direct", place + 1)
+
+    assert checked(row).verdict == "clean"
+    shown = f"user {row.user_id}, title of held-out item {item}"
+    for changed in (
+        replace(row, messages=(*row.messages[:-1], asked)),
+        replace(row, answer=(said, *row.answer)),
+        replace(row, negatives=tuple(each for each in row.negatives if each != item)),
+        replace(row, pairs=(*row.pairs, (row.user_id, item))),
+    ):
+        found = checked(changed)
+        pair = f"row {row.id}: pair {(row.user_id, item)}"
+        assert found.verdict == "leak" and found.examples[0] in (f"row {row.id}: {shown}", pair)
+
+
+def test_a_text_about_a_held_out_item_leaks_where_the_item_is_a_negative_too(study: Study) -> None:
+    """The title of a negative is in the catalogue; what its user wrote about it is not."""
+    place, row, item = drawn_held_out(study)
+    text = "I had waited for this one, and it was worth the wait."
+    data = study.data
+    written = pl.when((pl.col("user_id") == row.user_id) & (pl.col("item_id") == item)).then(pl.lit(text))
+    valid, test = (frame.with_columns(text=written.otherwise(pl.col("text"))) for frame in (data.valid, data.test))
+    quoted = (*row.messages, Message("user", (Segment("item", f"Earlier: {text}"),)))
+    told = replace(study, data=replace(data, valid=valid, test=test))
+
+    def examples(split: str, limit: int | None = None) -> Iterator[Example]:
+        for n, each in enumerate(study.tasks["direct"].examples(split, limit)):  # type: ignore[arg-type]
+            yield replace(row, messages=quoted) if n == place else each
+
+    found = leaks_rows.training_rows(with_task(told, "direct", examples=examples), "direct", place + 1)
+    assert found.examples == (f"row {row.id}: user {row.user_id}, text about held-out item {item}",)
+
+
+def test_a_template_that_names_its_item_twice_may_name_a_negative_twice(study: Study) -> None:
+    twice = "Would {{ user_name }} take {{ item.title }}? Think of {{ item.title }}."
+    words = {"family": "direct", "version": 1, "use": "seen", "shape": "chat"}
+    template = Template(name="twice", user=twice, target="{{ answer }}", **words)  # type: ignore[arg-type]
+    user, item = held(study)
+    said = Segment("item", title(study, item))
+
+    def often(times: int) -> list[str]:
+        turn = Message("user", (Segment("text", "Would "), *[said] * times))
+        row = Example(
+            id="r", user_id=user, task="direct", template=template.id, messages=(turn,), ends_turn=True,
+            answer=(Segment("target", "No"),), negatives=(item,),
+        )  # fmt: skip
+        return list(leaks_rows._told(row, leaks_rows._Secrets(study.data), template))
+
+    assert often(2) == [] and len(often(3)) == 1
+
+
+def test_redrawn_holdouts_are_others_in_all_but_their_users(study: Study) -> None:
+    data = study.data
+    (user, _), only = held(study), min(data.dataset.items)
+    other = redrawn(data, "test", toward={user: [only]})
+    assert other.test["user_id"].equals(data.test["user_id"]) and other.test.schema == data.test.schema
+    for column in ("item_id", "rating", "text"):
+        moved = (other.test[column] != data.test[column]).mean()
+        assert moved is not None and moved > 0.5, column
+    assert dict(other.test.select("user_id", "item_id").iter_rows())[user] == only
+    assert other.train.equals(data.train) and other.valid.equals(data.valid)
+    assert other.held_out == {
+        *other.valid["user_id", "item_id"].iter_rows(),
+        *other.test["user_id", "item_id"].iter_rows(),
+    }
+
+
+def test_12_a_baseline_that_learned_from_held_out_ratings(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of all ratings is what it was while the items alone are others."""
+    from llmrec.baselines.rating import GlobalMean
+
+    honest = GlobalMean.fit
+
+    def fit(self: GlobalMean, data: SplitDataset) -> None:
+        honest(self, replace(data, train=pl.concat([data.train, data.test.select(data.train.columns)])))
+
+    monkeypatch.setattr(GlobalMean, "fit", fit)
     assert "baselines that learned from held-out interactions" in leaking(examine(study))
 
 
