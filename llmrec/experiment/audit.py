@@ -86,7 +86,7 @@ def examine(
         if family in study.shares:
             yield leaks_rows.training_rows(study, family, _rows_of(training, family))
             yield leaks_rows.rows_drawn_again(study, family, _rows_of(training, family))
-            if split == "test":
+            if split == "test" and study.recipe.train.valid_rows:
                 yield leaks_rows.validation_rows_drawn_again(study, family)
         yield leaks_rows.questions(study, family)
         if "few-shot" in study.recipe.eval.arms:

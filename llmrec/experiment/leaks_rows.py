@@ -267,7 +267,7 @@ def rows_drawn_again(study: Study, family: str, count: int) -> Check:
 
 
 def validation_rows_drawn_again(study: Study, family: str) -> Check:
-    """Rows that validation losses are computed on, which choose a checkpoint, that move with test interactions."""
+    """Rows that validation losses are computed on, and that move with test interactions, which no choice may see."""
     limit = study.recipe.train.valid_rows // max(len(study.tasks), 1)
     rows = list(study.tasks[family].examples("valid", limit))
     toward = _toward(study, family, map(_shown, rows))
@@ -343,10 +343,12 @@ def _again(
     study: Study, family: str, toward: Mapping[str, Sequence[str]], seed: int, splits: Sequence[str] = ("valid", "test")
 ) -> Task:
     """Return a family's task over data whose held-out interactions are others; candidates and codes stay."""
+    own = study.task_data(family).dataset.items
 
     def other(data: SplitDataset) -> SplitDataset:
         for split in splits:
-            data = redrawn(data, split, toward=toward)
+            # Another table has users and items of its own.
+            data = redrawn(data, split, toward=toward if data.dataset.items is own else None)
         return data
 
     reviews = None if study.reviews is None else other(study.reviews)

@@ -22,7 +22,7 @@ from llmrec.errors import LlmrecError
 from llmrec.experiment import audit, leaks_rows, probes
 from llmrec.experiment.leaks import Check, _ordered, redrawn
 from llmrec.experiment.leaks_rows import _Secrets
-from llmrec.experiment.study import Study, build_study
+from llmrec.experiment.study import Study, _tasks, build_study
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Split
@@ -410,6 +410,18 @@ def test_16_packed_rows_that_branch_off_are_made_again_too(study: Study, monkeyp
     assert leaking(examine(rebuilt(study, *packed))) == {
         "training rows of sequential that depend on held-out interactions"
     }
+
+
+def test_two_tables_of_the_same_users_and_other_items_are_made_again(study: Study) -> None:
+    """Items that rows of one table show are in the catalogue of no other."""
+    data = study.data
+    items = {f"other {item}": replace(entry, item_id=f"other {item}") for item, entry in data.dataset.items.items()}
+    frame = data.dataset.interactions.with_columns(pl.concat_str(pl.lit("other "), "item_id").alias("item_id"))
+    renamed = split(replace(data.dataset, name="other", interactions=frame, items=items), Split(), seed=0)
+    both = replace(study, reviews=renamed)
+    assert both.task_data("explanation").dataset.items is items
+    for family in study.tasks:
+        assert leaks_rows.rows_drawn_again(replace(both, tasks=_tasks(both, 0)), family, 20).verdict == "clean"
 
 
 def drawn_held_out(study: Study) -> tuple[int, Example, str]:
