@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from eval.benchmarks.negatives import Knowing
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
@@ -32,7 +33,6 @@ from llmrec.tasks.pool import Negatives
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
 from tests.facts import Facts, raises
-from tests.tasks.knowing import Knowing
 
 SETTINGS = (
     "data={source: made-reviews, noun: products}",
