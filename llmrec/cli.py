@@ -295,6 +295,9 @@ def init(
     dates: Annotated[
         str | None, typer.Option("--dates", help="Order in dates such as 03/04/2024: day-first or month-first.")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Column of the parts train, valid and test; none: draw a split.")
+    ] = None,
     mend: Annotated[
         Path | None, typer.Option("--mend", help="Write a copy of the table with its faults mended, and use that.")
     ] = None,
@@ -304,7 +307,9 @@ def init(
     from llmrec.commands.init import start
     from llmrec.commands.init.roles import asked
 
-    said = asked(user=user, item=item, rating=rating, time=time, title=title, text=text, fields=fields, dates=dates)
+    said = asked(
+        user=user, item=item, rating=rating, time=time, title=title, text=text, fields=fields, dates=dates, split=split
+    )
     say(start.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force).told)
 
 

@@ -225,12 +225,27 @@ class Row(Measured, Asked):
 
 
 class Prediction(Record):
-    """One request of a row, as predictions.parquet holds it.
+    """One request of a row, as predictions.parquet holds it; docs/results.md has the columns.
+
+    What has a default is None in rows of before it was stored, and where it does not bear on the answer.
 
     Attributes:
         parsed: What was read, as JSON.
         rank: Expected rank of the target; None where it was left out, or nothing was ranked.
         error: Why the answer could not be read; None where it could.
+        above: Items that score strictly higher than the target; the pool for one that was left out.
+        tied: Items with the target's score, the target included; 0 for one that was left out.
+        pool: The candidates of the request; without candidates the catalogue.
+        value: The rating or P(yes) that is measured, what stands in for an unread answer included.
+        copied: Whether the text is a training text again.
+        feature: The feature that the text should name.
+        feature_named: Whether it does.
+        features: The features of training texts that it names.
+        unsupported: How many of these no training text of the item holds.
+        truth_copied: As ``copied``, of the true text.
+        truth_features: How many features the true text names.
+        truth_unsupported: As ``unsupported``, of the true text.
+        forwards: Model calls.
     """
 
     request_id: str
@@ -239,10 +254,23 @@ class Prediction(Record):
     parsed: str
     raw: str | None
     prompt_hash: str | None
-    rank: float | None
+    rank: float | None = None
     error: str | None
     prompt_tokens: int
     completion_tokens: int
+    above: int | None = None
+    tied: int | None = None
+    pool: int | None = None
+    value: Number = None
+    copied: bool | None = None
+    feature: str | None = None
+    feature_named: bool | None = None
+    features: tuple[str, ...] | None = None
+    unsupported: int | None = None
+    truth_copied: bool | None = None
+    truth_features: int | None = None
+    truth_unsupported: int | None = None
+    forwards: int | None = None
 
 
 class Pair(Record):

@@ -218,7 +218,8 @@ def _measured(
     if not cases:
         raise DataError(
             f"{data.dataset.name}: the split {data.kind} holds no {'ratings' if rates or judges else 'interactions'} "
-            f"out for validation, which tuning {name!r} needs; set data.split.valid above 0, or use leave_one_out",
+            f"out for validation, which tuning {name!r} needs; set data.split.valid above 0, give a valid part, or use "
+            "leave_one_out",
             kind="empty",
             at=data.dataset.name,
             column="data.split.valid",

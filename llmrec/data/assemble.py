@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from llmrec.data.dataset import Dataset, conform
+from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform
 from llmrec.data.hashing import digest_strings
 from llmrec.data.reading.columns import check_usable, find, ids, one_per_item, texts
 from llmrec.data.reading.limits import ID_LIMIT, enumerated, require_file, shown
@@ -23,7 +23,7 @@ from llmrec.types import Item
 log = logging.getLogger(__name__)
 
 _PAIR = ["user_id", "item_id"]
-_ROW = "_row"
+_ROW, _PART = "_row", "_part"
 # What tables write where there is no user, and the share of all rows that nobody has among so many users.
 _NOBODY = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
 _LARGE, _SEVERAL = 0.2, 20
@@ -40,6 +40,7 @@ def assemble(
     noun: str,
     scale: tuple[float, float] | None,
     provenance: Mapping[str, str],
+    parts: pl.Series | None = None,
 ) -> Dataset:
     """Check interactions and bind them to their items.
 
@@ -53,11 +54,13 @@ def assemble(
         noun: What the source calls its items, where the recipe says nothing of its own.
         scale: The source's own rating scale; the recipe's goes first, and what the data shows is last.
         provenance: See `Dataset`.
+        parts: The part of every row, as its place in `PARTS`, where the source has a split of its own.
 
     Raises:
         DataError: If a pair is repeated, a rating is off the scale, an item has no entry, or there is one item only.
     """
     frame = conform(interactions).with_row_index(_ROW)
+    frame = frame.with_columns(pl.lit(0, pl.Int8).alias(_PART) if parts is None else parts.alias(_PART))
     _short_ids(table, frame)
     _one_for_many(table, frame)
     frame = _without_repeats(section, table, frame)
@@ -73,12 +76,17 @@ def assemble(
     return Dataset(
         name=name,
         noun=noun if section.noun == default else section.noun,
-        interactions=frame.drop(_ROW),
+        interactions=frame.drop(_ROW, _PART),
         items={item_id: items[item_id] for item_id in kept.sort()},
         users={user: users[user] for user in sorted(users) if user in present},
         rating_scale=scale,
         provenance=provenance,
+        given=GivenSplit(_pairs(frame, "valid"), _pairs(frame, "test")) if parts is not None else None,
     )
+
+
+def _pairs(frame: pl.DataFrame, part: str) -> frozenset[tuple[str, str]]:
+    return frozenset(frame.filter(pl.col(_PART) == PARTS.index(part)).select(_PAIR).iter_rows())
 
 
 def _short_ids(table: Table, frame: pl.DataFrame) -> None:
@@ -113,17 +121,21 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
     if again.is_empty():
         return frame
     if section.duplicates == "error":
-        row, user, item = again.select(_ROW, *_PAIR).row(0)
-        first = frame.filter((pl.col("user_id") == user) & (pl.col("item_id") == item))[_ROW][0]
+        row, part, user, item = again.select(_ROW, _PART, *_PAIR).row(0)
+        first = frame.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
+        where = f"row {first[_ROW] + 1}" if not table.parts else str(table.where(first[_ROW]))
+        names, kept = "", "the latest of each"
+        if first[_PART] != part:
+            names = f", in the parts {PARTS[first[_PART]]} and {PARTS[part]}"
+            kept = "that of test before that of valid and train, and of one part the latest"
         raise DataError.at(
             table.where(row),
             "duplicate",
-            f" repeats user {shown(user)} with item {shown(item)} of row {first + 1} "
-            f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep the latest of "
-            "each",
+            f" repeats user {shown(user)} with item {shown(item)} of {where}{names} "
+            f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep {kept}",
         )
-    # The latest in time; within one moment, and without timestamps, the last in the file.
-    latest = frame.sort("timestamp", _ROW).unique(subset=_PAIR, keep="last", maintain_order=True)
+    # What is held out first; then the latest in time; within one moment, and without timestamps, the last in the file.
+    latest = frame.sort(_PART, "timestamp", _ROW).unique(subset=_PAIR, keep="last", maintain_order=True)
     return latest.sort(_ROW)
 
 

@@ -25,6 +25,9 @@ SCHEMA: Mapping[str, pl.DataType] = {
 }
 """The interaction columns. The last three may hold nulls; a column that is null throughout was not in the source."""
 
+PARTS = ("train", "valid", "test")
+"""The parts of a split; of a pair that a source has in several, the last one counts."""
+
 
 def conform(frame: pl.DataFrame) -> pl.DataFrame:
     """Return the interaction columns of a frame in their order and types; missing optional ones become nulls.

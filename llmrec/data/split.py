@@ -87,10 +87,14 @@ class SplitDataset:
 
         For ``train`` and ``valid`` these are the training events, for ``test`` the validation events follow them.
         A held-out user of a user-disjoint split brings the events before the held-out one. With ``global_time``
-        all events before the split's period are known, and none inside it. With ``given`` it is what the source says.
+        all events before the split's period are known, and none inside it. With ``given`` it is what the source says,
+        whatever the time of the held-out event.
         """
         past = self._events["known"].get(user_id, ()) + self._events["train"].get(user_id, ())
-        return past + self._events["valid"].get(user_id, ()) if split == "test" else past
+        if split == "test":
+            past += self._events["valid"].get(user_id, ())
+        # A source may hold out what is older than its training rows.
+        return past if self.kind != "given" else tuple(sorted(past, key=lambda event: event.timestamp or 0.0))
 
     def holdouts(self, split: SplitName) -> tuple[Interaction, ...]:
         """Return a split's held-out interactions by a seeded hash, so that the first n are an unbiased sample.
@@ -331,6 +335,12 @@ def _need(dataset: Dataset, section: Split, valid: pl.DataFrame, test: pl.DataFr
                 "raise the share or use more data",
                 f"data.split.{name}",
             )
+
+
+def earlier(train: pl.DataFrame, held: pl.DataFrame) -> int:
+    """Count held-out interactions that are earlier than a training interaction of their user; 0 without timestamps."""
+    last = train.group_by("user_id").agg(pl.col("timestamp").max().alias("_last"))
+    return held.join(last, on="user_id").filter(pl.col("timestamp") < pl.col("_last")).height
 
 
 def request_id(user_id: str, item_id: str) -> str:

@@ -32,14 +32,14 @@ class Found:
         values: Per-request values by metric, shape (n,) each.
         rates: What this kind has beside its metrics.
         tie_rate: Share of answers that tie.
-        ranks: Expected rank of each target; None where it was left out. None where nothing is ranked.
+        columns: What each answer came to, one value a request, by the fields of `llmrec.results.Prediction`.
     """
 
     metrics: dict[str, Metric]
     values: dict[str, NDArray[np.float64]]
     rates: Rates = field(default_factory=Rates)
     tie_rate: float = 0.0
-    ranks: Sequence[float | None] | None = None
+    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
 
 Fallback = Callable[[Request], float] | None
@@ -61,17 +61,17 @@ def _figures(
 
 
 def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: object) -> Found:
-    standings = []
+    standings, pools = [], []
     for case, answer in zip(cases, answers, strict=True):
         pool = len(case.request.candidates) if case.request.candidates is not None else protocol.catalogue
         found = answer if isinstance(answer, Ranking) else Ranking(request_id=answer.request_id, items=(), scores=())
         standings.append(rank_metrics.standing(found, str(case.truth), pool))
+        pools.append(pool)
     greater = np.array([s.greater for s in standings], dtype=np.int64)
     tied = np.array([s.tied for s in standings], dtype=np.int64)
     values = ranking_values(greater, tied, protocol.cutoffs)
-    ranks = ranks_of(greater, tied)
-    metrics = _figures(values, cases, protocol)
-    return Found(metrics=metrics, values=values, tie_rate=rank_metrics.tie_rate(tied), ranks=ranks)
+    metrics, columns = _figures(values, cases, protocol), standing_columns(greater, tied, np.array(pools))
+    return Found(metrics=metrics, values=values, tie_rate=rank_metrics.tie_rate(tied), columns=columns)
 
 
 def ranking_values(
@@ -87,9 +87,12 @@ def ranking_values(
     return values
 
 
-def ranks_of(greater: NDArray[np.int64], tied: NDArray[np.int64]) -> list[float | None]:
-    """Return the expected rank of each target; None where it was left out."""
-    return [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
+def standing_columns(
+    greater: NDArray[np.int64], tied: NDArray[np.int64], pool: NDArray[np.int64]
+) -> dict[str, Sequence[object]]:
+    """Return what the stored predictions say of where each target stands: its block, and its expected rank."""
+    ranks = [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
+    return {"rank": ranks, "above": greater.tolist(), "tied": tied.tolist(), "pool": pool.tolist()}
 
 
 def _ratings(
@@ -119,7 +122,8 @@ def _ratings(
         likes, sign = (truth >= liked).astype(np.float64), protocol.sign("LikedAUC", how=f"from-{liked:g}")
         figures["LikedAUC"] = _auc_figure(predicted, likes, users, protocol, sign)
     fallbacks = sum(not isinstance(answer, Rating) for answer in answers)
-    return Found(metrics=figures, values=values, rates=Rates(fallbacks=fallbacks))
+    columns = {"value": predicted.tolist()}
+    return Found(metrics=figures, values=values, rates=Rates(fallbacks=fallbacks), columns=columns)
 
 
 def _texts(
@@ -145,13 +149,17 @@ def _texts(
     if background is None:
         return Found(metrics=figures, values=values)
     sign = protocol.sign("CopyRate", how=f"rouge-l-{background.texts.threshold:g}")
-    figures["CopyRate"] = mean_figure("CopyRate", explained.copies(written, background), users, protocol, sign)
+    copies = explained.copies(written, background)
+    figures["CopyRate"] = mean_figure("CopyRate", copies, users, protocol, sign)
     # Short texts recur by themselves: how often people's own do is what a copy rate is held against.
-    copied = float(explained.copies(truth, background).mean())
+    own = explained.copies(truth, background)
+    columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (own == 1).tolist()}
     if (features := background.features) is None:
-        return Found(metrics=figures, values=values, rates=Rates(truth_copy_rate=copied))
+        rates = Rates(truth_copy_rate=float(own.mean()))
+        return Found(metrics=figures, values=values, rates=rates, columns=columns)
     items = [case.request.item or "" for case in cases]
     named = explained.named(written, users, items, features)
+    told = explained.named(truth, users, items, features)
     how = f"features-{len(features.vocabulary)}"
     signs = {name: protocol.sign(name, how=how) for name in ("FMR", "FCR", "DIV", "Hallucination")}
     asked, held = [users[place] for place in named.known], int(named.counts[:, 0].sum())
@@ -170,12 +178,27 @@ def _texts(
         figures["Hallucination"] = figure(found.value, found.low, found.high, signs["Hallucination"])
     # Few reviews of an item say all that there is to say: people's own texts name what no other does too.
     rates = Rates(
-        truth_copy_rate=copied,
-        truth_hallucination_rate=explained.hallucination_rate(truth, items, features),
+        truth_copy_rate=float(own.mean()),
+        truth_hallucination_rate=told.hallucination,
         features_asked=len(asked),
         features_named=held,
     )
-    return Found(metrics=figures, values=values, rates=rates)
+    columns |= _feature_columns(named, [features.asked.get(pair) for pair in zip(users, items, strict=True)])
+    columns |= {f"truth_{name}": told.counts[:, place].astype(int).tolist() for place, name in enumerate(_COUNTED)}
+    return Found(metrics=figures, values=values, rates=rates, columns=columns)
+
+
+_COUNTED = ("features", "unsupported")
+
+
+def _feature_columns(named: explained.Named, asked: Sequence[tuple[str, ...] | None]) -> dict[str, Sequence[object]]:
+    match = dict(zip(named.known.tolist(), named.match.tolist(), strict=True))
+    return {
+        "feature": [" ".join(words) if words else None for words in asked],
+        "feature_named": [match[place] == 1 if place in match else None for place in range(len(asked))],
+        "features": [sorted(" ".join(words) for words in found) for found in named.found],
+        "unsupported": named.counts[:, 1].astype(int).tolist(),
+    }
 
 
 def _probabilities(
@@ -204,7 +227,8 @@ def _probabilities(
     bins = tuple(Reliability(**asdict(each)) for each in probability.reliability(said, truth))
     _, own, sizes = np.unique(said, return_inverse=True, return_counts=True)
     rates = Rates(users_left_out=left_out, reliability=bins)
-    return Found(metrics=figures, values=values, rates=rates, tie_rate=float((sizes[own] > 1).mean()))
+    ties = float((sizes[own] > 1).mean())
+    return Found(metrics=figures, values=values, rates=rates, tie_rate=ties, columns={"value": said.tolist()})
 
 
 def _auc_figure(

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.answers import ranking_values, ranks_of
+from llmrec.evaluate.answers import ranking_values, standing_columns
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
 from llmrec.evaluate.lists import Lists, list_figures
 from llmrec.evaluate.predictor import Evaluated
@@ -352,9 +352,9 @@ def _more_values(place: Standings, cutoffs: Sequence[int]) -> dict[str, NDArray[
 
 
 def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> list[Prediction]:
-    ranks = ranks_of(place.greater, place.tied)
+    columns = standing_columns(place.greater, place.tied, place.pool)
     records = []
-    for case, rank, numbers, scores in zip(cases, ranks, place.lists.tolist(), place.scores.tolist(), strict=True):
+    for row, (case, numbers, scores) in enumerate(zip(cases, place.lists.tolist(), place.scores.tolist(), strict=True)):
         shown = [(items[number], score) for number, score in zip(numbers, scores, strict=True) if number >= 0]
         parsed = {"items": [item for item, _ in shown], "scores": [score for _, score in shown]}
         records.append(
@@ -365,10 +365,11 @@ def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> l
                 parsed=json.dumps(parsed, ensure_ascii=False),
                 raw=None,
                 prompt_hash=None,
-                rank=rank,
                 error=None,
                 prompt_tokens=0,
                 completion_tokens=0,
+                forwards=0,
+                **{name: each[row] for name, each in columns.items()},
             )
         )
     return records

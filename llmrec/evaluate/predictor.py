@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,8 +99,10 @@ def evaluate(
         ),
         **found.rates.as_json(),
     )
-    ranks = found.ranks if found.ranks is not None else [None] * len(cases)
-    records = [_record(case, answer, rank) for case, answer, rank in zip(cases, answers, ranks, strict=True)]
+    records = [
+        _record(case, answer, {name: each[place] for name, each in found.columns.items()})
+        for place, (case, answer) in enumerate(zip(cases, answers, strict=True))
+    ]
     return Evaluated(figures, found.values, records)
 
 
@@ -114,7 +117,7 @@ def _foreign(answer: Answer) -> Unparsed:
     )
 
 
-def _record(case: Case, answer: Answer, rank: float | None) -> Prediction:
+def _record(case: Case, answer: Answer, found: Mapping[str, Any]) -> Prediction:
     parsed: object = None
     if isinstance(answer, Ranking):
         parsed = {"items": list(answer.items), "scores": [float(score) for score in answer.scores]}
@@ -129,8 +132,9 @@ def _record(case: Case, answer: Answer, rank: float | None) -> Prediction:
         parsed=json.dumps(parsed, ensure_ascii=False),
         raw=answer.raw,
         prompt_hash=answer.prompt_hash,
-        rank=rank,
         error=answer.reason if isinstance(answer, Unparsed) else None,
         prompt_tokens=answer.cost.prompt_tokens,
         completion_tokens=answer.cost.completion_tokens,
+        forwards=answer.cost.forwards,
+        **found,
     )

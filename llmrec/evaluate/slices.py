@@ -74,7 +74,7 @@ def slices_of(
     """
     rules = rules or SliceRules()
     found: dict[str, NDArray[np.bool_]] = {}
-    items = [_item_of(case, data) for case in cases]
+    items = [item_of(case, data) for case in cases]
     if cases and all(item is not None for item in items):
         counts = dict(data.train.group_by("item_id").len().iter_rows())
         held = np.array([counts.get(item, 0) for item in items], dtype=np.int64)
@@ -143,7 +143,8 @@ def slice_figures(
 # --------------------------------------------------------------------------- parts
 
 
-def _item_of(case: Case, data: SplitDataset) -> str | None:
+def item_of(case: Case, data: SplitDataset) -> str | None:
+    """Return the item of the catalogue that a case is about: that of its request, or its truth."""
     for item in (case.request.item, case.truth):
         if isinstance(item, str) and item in data.dataset.items:
             return item

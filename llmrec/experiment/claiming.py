@@ -19,8 +19,8 @@ LOCK = ".lock"
 _MARK = "llmrec works in this folder: it writes, replaces and removes its own files there\n"
 RUN = (
     *("recipe.yaml", "candidates", "index", "base", "base.json", "checkpoints", "adapter", "merged", "train.json"),
-    *("train_log.jsonl", "answers.sqlite", "rows", "predictions.parquet", "results.json", "report"),
-    *("audit.json", "audit-baselines.json"),
+    *("train_log.jsonl", "answers.sqlite", "rows", "predictions.parquet", "items.parquet"),
+    *("results.json", "report", "audit.json", "audit-baselines.json"),
 )
 """What a run writes into its folder."""
 SUITE = ("rows", "models")

@@ -213,6 +213,8 @@ class Evaluation:
             bootstrap=recipe.eval.bootstrap,
             cases=[case.request.id for case in self._cases[spec.family]],
             seed=recipe.seed,
+            # Rows of before a column was stored have nothing to put there.
+            columns=sorted(Prediction.model_fields),
             **_nearness(spec, study),
             **_drawing(spec, recipe.eval),
         )

@@ -18,7 +18,7 @@ import polars as pl
 from scipy.stats import chi2, rankdata
 
 from llmrec.baselines.parameters import make
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, earlier, request_id
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, told, users
@@ -76,7 +76,11 @@ def training_interactions(data: SplitDataset) -> Check:
             f"user {user}, item {item} is trained on and later than what is held out"
             for user, item in late.select("user_id", "item_id").iter_rows()
         ]
-    return verdict(f"training interactions of {data.dataset.name}", f"{len(train):,} interactions", places)
+    name, looked = f"training interactions of {data.dataset.name}", f"{len(train):,} interactions"
+    if not places and data.kind == "given" and (early := earlier(data.train, pl.concat([data.valid, data.test]))):
+        found = f"none is held out; {early:,} held-out ones are earlier than a training interaction of their user"
+        return Check(name, f"{found}: histories show what came later", "notice", figures={"earlier": early})
+    return verdict(name, looked, places)
 
 
 def profiles(data: SplitDataset) -> Check:

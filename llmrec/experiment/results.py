@@ -1,4 +1,4 @@
-"""Assembles results.json and predictions.parquet from finished rows."""
+"""Assembles results.json from finished rows, and has their predictions written beside it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import polars as pl
 from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
-from llmrec.durable import replacing, write_json
+from llmrec.durable import write_json
 from llmrec.evaluate.compare import compare
 from llmrec.evaluate.figures import statistic_of
 from llmrec.experiment.evaluation import ResultRow
+from llmrec.experiment.predictions import write_items, write_predictions
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.row_details import breakdowns, text_samples
 from llmrec.experiment.study import Study
@@ -35,24 +36,6 @@ from llmrec.tasks.family import families, family_of, ranking_families
 _FOR_EACH_PAIR = 100
 # Figures whose differences have no standard error in closed form, so that none can be said to be detectable.
 _NO_REACH = frozenset({"AUC", "GAUC"})
-
-_SCHEMA: Mapping[str, Any] = {
-    "row_id": pl.String,
-    "task": pl.String,
-    "arm": pl.String,
-    "predictor": pl.String,
-    "template": pl.String,
-    "request_id": pl.String,
-    "user_id": pl.String,
-    "truth": pl.String,
-    "parsed": pl.String,
-    "raw": pl.String,
-    "prompt_hash": pl.String,
-    "rank": pl.Float64,
-    "error": pl.String,
-    "prompt_tokens": pl.Int64,
-    "completion_tokens": pl.Int64,
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,7 @@ def write_results(
     budget: Budget,
     folder: Path,
 ) -> Written:
-    """Write ``results.json`` and ``predictions.parquet`` to the run folder, each atomically.
+    """Write ``results.json``, ``predictions.parquet`` and ``items.parquet`` to the run folder, each atomically.
 
     ``budget`` holds what each stage cost when it last ran: a stage that this invocation reused keeps its figure.
     """
@@ -115,7 +98,8 @@ def write_results(
         ),
         notes=tuple(notes(study)),
     ).as_json()
-    predictions = write_predictions(rows, folder / "predictions.parquet")
+    predictions = write_predictions(study, rows, folder / "predictions.parquet")
+    write_items(study, folder / "items.parquet")
     return Written(results, write_json(folder / "results.json", results), predictions)
 
 
@@ -219,23 +203,6 @@ def reach(headlines: Mapping[str, str], rows: Sequence[ResultRow], compared: Seq
 
 def _users(row: ResultRow) -> list[str]:
     return [record.user_id for record in row.records]
-
-
-def write_predictions(rows: Sequence[ResultRow], path: Path) -> pl.DataFrame:
-    """Write one line per row and request, and return them."""
-    lines = [
-        {
-            "row_id": row.figures.id,
-            **{key: getattr(row.figures, key) for key in ("task", "arm", "predictor", "template")},
-            **dict(record),
-        }
-        for row in rows
-        for record in row.records
-    ]
-    frame = pl.DataFrame(lines, schema=dict(_SCHEMA))
-    with replacing(path) as draft:
-        frame.write_parquet(draft)
-    return frame
 
 
 def describe(data: SplitDataset) -> DataInfo:

@@ -233,6 +233,13 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
                 at=name,
                 column="eval.split",
             )
+        if study.tasks[family].calibrates and not study.cases(family, "valid"):
+            raise DataError(
+                f"tasks.{family}.calibrate: {study.task_data(family).dataset.name} holds out nothing for validation, "
+                "which it fits; set it to none, or hold some out (data.split.valid, or a valid part of a given split)",
+                kind="empty",
+                column=f"tasks.{family}.calibrate",
+            )
     return study
 
 

@@ -192,12 +192,6 @@ def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -
     return statistic
 
 
-def hallucination_rate(texts: Sequence[str], items: Sequence[str], features: Features) -> float | None:
-    """Return the share of features without support among those that texts hold; None where they hold none."""
-    held, made_up = hallucinated(features_of(texts, features.vocabulary), items, features.of_item).sum(axis=0)
-    return float(made_up / held) if held else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
     """What a row's texts do with features.
@@ -208,6 +202,7 @@ class Named:
         coverage: FCR.
         diversity: DIV; None for a single text.
         counts: Features held, and of these without support, shape (n, 2).
+        found: The features that each text holds, n of them.
     """
 
     known: NDArray[np.intp]
@@ -215,6 +210,13 @@ class Named:
     coverage: float
     diversity: float | None
     counts: NDArray[np.float64]
+    found: Sequence[frozenset[Words]]
+
+    @property
+    def hallucination(self) -> float | None:
+        """The share of features without support among those that the texts hold; None where they hold none."""
+        held, made_up = self.counts.sum(axis=0)
+        return float(made_up / held) if held else None
 
 
 def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: Features) -> Named:
@@ -229,6 +231,7 @@ def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], feat
         coverage=feature_coverage(found, features.vocabulary),
         diversity=feature_diversity(found),
         counts=hallucinated(found, items, features.of_item),
+        found=found,
     )
 
 

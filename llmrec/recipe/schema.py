@@ -46,6 +46,9 @@ class Columns(Section):
     time: str | None = Field(None, description="number or ISO date; absent means file order is time order")
     title: str | None = Field(None, description="item title, in this table or in the items table")
     text: str | None = Field(None, description="review or explanation text of the interaction")
+    split: str | None = Field(
+        None, description="for data.split.kind=given: the part of each row; train, valid, validation, val, dev or test"
+    )
     fields: tuple[str, ...] = Field((), description="further item columns that templates may show")
 
 
@@ -65,11 +68,20 @@ class Split(Section):
     test: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
 
 
+class Files(Section):
+    """One table a part of a published split, for ``data.split.kind: given``; each as ``data.path`` names one."""
+
+    train: str
+    valid: str | None = None
+    test: str
+
+
 class DataSection(Section):
     """Where interactions come from."""
 
     source: str = Field(description="name of a data set, such as movielens-100k, or table; docs/data.md lists them")
     path: str | None = Field(None, description="file or folder; for table also hf://dataset-name[:split]")
+    files: Files | None = Field(None, description="table: one file a part in place of path, with split.kind given")
     items: str | None = Field(None, description="table of items, joined on the item column")
     columns: Columns = Columns()
     filter: Filter = Filter()
@@ -79,6 +91,27 @@ class DataSection(Section):
     rating_scale: tuple[float, float] | None = Field(
         None, description="lowest and highest rating; None: seen in the data"
     )
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> DataSection:
+        if self.files is not None and self.source != "table":
+            raise ValueError(
+                f"data.files: only the source 'table' reads a file a part, not {self.source!r}; set data.source=table, "
+                "or drop the key"
+            )
+        if self.files is not None and self.path is not None:
+            raise ValueError("data.files: data.path names a table beside the files of the parts; keep one of them")
+        if self.files is not None and self.columns.split is not None:
+            raise ValueError(
+                "data.columns.split: data.files says already which part a row belongs to; keep one of them"
+            )
+        for key, value in (("data.files", self.files), ("data.columns.split", self.columns.split)):
+            if value is not None and self.split.kind != "given":
+                raise ValueError(
+                    f"{key}: it says which rows are held out, and data.split.kind={self.split.kind} draws them anew; "
+                    "set data.split.kind=given, or drop the key"
+                )
+        return self
 
 
 # --------------------------------------------------------------------------- item index

@@ -198,7 +198,7 @@ class Calibrated:
         if not known:
             raise LlmrecError(
                 f"tasks.ctr.calibrate: {self.name} gave no answer to the {len(cases)} validation cases that could be "
-                "read; set it to none, or hold more out (data.split.valid)",
+                "read; set it to none, or hold more out (data.split.valid, or the valid part of a given split)",
                 kind="too-few",
                 column="tasks.ctr.calibrate",
             )

@@ -176,6 +176,25 @@ def write_clicks(path: Path, seed: int = 0) -> Path:
     return _write(path, [("visitor", "sku", "ts", "channel"), *rows], ",")
 
 
+def write_parts(path: Path, seed: int = 0) -> Path:
+    """Write first orders of a product with the part of a published split: by time, 70, 10 and 20 percent."""
+    once = {(o.customer_id, o.product.product_id): o for o in reversed(orders(seed))}
+    kept = sorted(once.values(), key=lambda o: o.order_id)
+    rows = [
+        (
+            o.customer_id,
+            o.product.product_id,
+            o.product.name,
+            f"{o.stars:.0f}",
+            o.at.strftime("%Y-%m-%dT%H:%M"),
+            "train" if place < 0.7 * len(kept) else "valid" if place < 0.8 * len(kept) else "test",
+        )
+        for place, o in enumerate(kept)
+    ]
+    head = ("customer_id", "product_id", "product_name", "stars", "ordered_at", "part")
+    return _write(path, [head, *rows], ",")
+
+
 def write_products(path: Path, seed: int = 0) -> Path:
     """Write the table of products that goes with the clicks."""
     rows = [(p.product_id, p.name, p.category, f"{p.price:.2f}") for p in products(seed)]
@@ -196,6 +215,7 @@ def write_all(folder: Path) -> None:
     write_european(folder / "bestellungen.csv")
     write_clicks(folder / "clicks.csv")
     write_products(folder / "products.csv")
+    write_parts(folder / "published.csv")
 
 
 if __name__ == "__main__":

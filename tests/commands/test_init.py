@@ -211,6 +211,50 @@ def test_titles_in_a_table_beside_are_pointed_out(folder: Path) -> None:
     assert load_recipe("clicks.yaml").data.columns.title is None
 
 
+def test_a_column_of_parts_becomes_the_split(folder: Path) -> None:
+    said = llmrec("init", "published.csv")
+    assert "part split its values; train 612, valid 88, test 174" in squeezed(said)
+    recipe = load_recipe("published.yaml")
+    assert recipe.data.split.kind == "given" and recipe.data.columns.split == "part"
+    data = build_study(recipe).data
+    assert (data.train.height, data.valid.height, data.test.height) == (612, 88, 174)
+    # Not taken: a split is drawn anew, and the column is no field of products.
+    assert "leave_one_out" not in llmrec("init", "published.csv", "--name", "drawn", "--split", "none")
+    drawn = load_recipe("drawn.yaml")
+    assert drawn.data.split.kind == "leave_one_out" and drawn.data.columns.split is None
+    assert drawn.data.columns.fields == ()
+    error = llmrec("init", "published.csv", "--name", "wrong", "--split", "stars")
+    assert error.startswith("error: published.csv: column 'stars' cannot be the split") and "train, valid" in error
+
+
+def test_words_that_are_no_parts_are_no_split(folder: Path) -> None:
+    frame = pl.read_csv("published.csv")
+    for name, words in {
+        "blank.csv": pl.when(pl.int_range(pl.len()) == 3).then(None).otherwise(pl.col("part")),
+        "other.csv": pl.when(pl.int_range(pl.len()) == 3).then(pl.lit("holdout")).otherwise(pl.col("part")),
+        "untested.csv": pl.when(pl.col("part") == "test").then(pl.lit("valid")).otherwise(pl.col("part")),
+    }.items():
+        frame.with_columns(words.alias("part")).write_csv(name)
+        init(name)
+        assert load_recipe(f"{name.removesuffix('.csv')}.yaml").data.split.kind == "leave_one_out"
+
+
+def test_a_mended_copy_keeps_the_parts(folder: Path) -> None:
+    frame = pl.read_csv("published.csv")
+    frame.with_columns(pl.col("ordered_at").str.replace(r"(\d+)-(\d+)-(\d+)T", "$3.$2.$1 ")).write_csv("dotted.csv")
+    assert "--mend" in llmrec("init", "dotted.csv")
+    init("dotted.csv", mend=Path("copy.csv"))
+    assert build_study(load_recipe("dotted.yaml")).data.test.height == 174
+
+
+def test_a_file_of_tests_beside_a_file_of_training_is_pointed_out(folder: Path) -> None:
+    frame = pl.read_csv("published.csv")
+    for part in ("train", "test"):
+        frame.filter(pl.col("part") == part).drop("part").write_csv(f"shop-{part}.csv")
+    assert "shop-test.csv lies beside it" in llmrec("init", "shop-train.csv")
+    assert "lies beside it" not in llmrec("init", "shop-test.csv")
+
+
 def test_a_headline_is_not_taken_for_a_title(folder: Path) -> None:
     """A column called title that differs within an item must not be read as one, which an unset title would do."""
     frame = pl.read_csv("orders.csv").rename({"comment": "title"}).drop("product_name")

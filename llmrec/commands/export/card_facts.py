@@ -232,13 +232,17 @@ def _data(facts: Facts) -> tuple[DataFacts, ...]:
 
 
 def _hub(section: DataSection) -> str | None:
-    path = section.path or ""
+    path = section.path or (section.files.train if section.files else "")
     return path.removeprefix("hf://").partition(":")[0] if path.startswith("hf://") else None
 
 
 def _split(section: Split) -> str:
     kind = section.kind.replace("_", " ")
-    return kind if section.kind == "leave_one_out" else f"{kind} (valid {section.valid:g}, test {section.test:g})"
+    return (
+        kind
+        if section.kind in ("leave_one_out", "given")
+        else f"{kind} (valid {section.valid:g}, test {section.test:g})"
+    )
 
 
 def _filters(section: Filter) -> str:

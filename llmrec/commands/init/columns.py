@@ -17,6 +17,7 @@ from llmrec.commands.init.profile import (
     looks_like_ids,
     looks_like_ratings,
     no_id,
+    parts_in,
     profile,
     repeats,
     shell,
@@ -25,6 +26,7 @@ from llmrec.commands.init.profile import (
 )
 from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles, check_asked
 from llmrec.data.reading.text import Table
+from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError
 
 _GOES = 0.95
@@ -62,6 +64,8 @@ class _Guess:
 
     def roles(self) -> Roles:
         self._entities()
+        split = self._one("split", self._split)
+        self._check_split(split)
         time = self._one("time", self._time)
         rating = self._one("rating", self._rating)
         title = self._one("title", self._title)
@@ -70,7 +74,7 @@ class _Guess:
         idle = {c: self._idle(held) for c, held in self._profiles.items() if c not in self._why}
         listed = {c: self._idle_item(held) for c, held in self._items.items() if c not in {**self._why, **idle}}
         why = {**idle, **listed, **self._why}
-        return Roles(self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items)
+        return Roles(self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items, split)
 
     def _one(self, role: str, find: Callable[[], str | None]) -> str | None:
         said = self._asked.of(role)
@@ -222,6 +226,34 @@ class _Guess:
         return next(iter(self._profiles.values())).rows
 
     # ----------------------------------------------------------------------- the rest
+
+    def _split(self) -> str | None:
+        """The column, if there is just one, whose every row names a part of a split, train and test among them."""
+        found = {}
+        for held in self._free():
+            sizes = parts_in(held)
+            if sum(sizes.values()) == held.rows and sizes["train"] and sizes["test"]:
+                found[held.name] = ", ".join(f"{part} {n}" for part, n in sizes.items() if n)
+        for name, counted in found.items():
+            self._why[name] = (
+                f"its values; {counted}" if len(found) == 1 else f"could be the split; --split {shell(name)}"
+            )
+        return next(iter(found)) if len(found) == 1 else None
+
+    def _check_split(self, column: str | None) -> None:
+        """Refuse a column that was named and says something else."""
+        if column is None:
+            return
+        held = self._profiles[column]
+        if sum(parts_in(held).values()) < held.rows:
+            other = next(cell for cell in held.cells.unique(maintain_order=True) if part_of(cell) is None)
+            raise DataError.at(
+                self._name,
+                "bad-value",
+                f": column {shown(column)!r} cannot be the split, since it says {shown(other)!r}; every row has to say "
+                f"one of {', '.join(SPELLED)}, or name another --split",
+                column,
+            )
 
     def _time(self) -> str | None:
         scored = []

@@ -268,7 +268,7 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
         item_column: The item's column there; the copy calls it the same.
     """
     profiles = roles.profiles
-    others = (roles.user, roles.rating, roles.time, roles.title, roles.text, *roles.fields)
+    others = (roles.user, roles.rating, roles.time, roles.title, roles.text, roles.split, *roles.fields)
     if item_column != roles.item and item_column in others:
         raise DataError.at(
             table.name,
@@ -284,7 +284,7 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
         columns[roles.rating] = held.numbers.values.cast(pl.Int64) if held.whole else held.numbers.values
     if roles.time is not None:
         columns[roles.time] = profiles[roles.time].times.values
-    for name in (roles.title, roles.text, *roles.fields):
+    for name in (roles.title, roles.text, roles.split, *roles.fields):
         if name is not None and name in profiles and name not in columns and name != roles.item:
             columns[name] = profiles[name].cells
     frame = pl.DataFrame([values.alias(name) for name, values in columns.items()])

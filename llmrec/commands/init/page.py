@@ -89,7 +89,7 @@ def _data(page: Page) -> list[str]:
     if page.items is not None:
         lines.append(f"  items: {scalar(page.items)}")
     lines.append("  columns:")
-    for key in ("user", "item", "rating", "time", "title", "text"):
+    for key in ("user", "item", "rating", "time", "title", "text", "split"):
         value = getattr(columns, key)
         if value is not None:
             lines.append(_line(f"    {key}: {scalar(value)}", page.why.get(key, "")))
@@ -102,7 +102,9 @@ def _data(page: Page) -> list[str]:
         remark = f"the table is large and sparse; this keeps {plan.facts.users} users and {plan.facts.items} items"
         lines.append(_line(f"  filter: {{user_core: {plan.core}, item_core: {plan.core}}}", remark))
     if plan.split != "leave_one_out":
-        lines.append(_line(f"  split: {{kind: {plan.split}}}", "no user has 3 different items, as leave_one_out needs"))
+        given = "the column of the split says what is held out"
+        remark = given if plan.split == "given" else "no user has 3 different items, as leave_one_out needs"
+        lines.append(_line(f"  split: {{kind: {plan.split}}}", remark))
     lines.append(_line(f"  noun: {scalar(plan.noun)}", "what prompts call the items, in the plural; use your own word"))
     if page.duplicates:
         lines.append(_line("  duplicates: keep_last", page.duplicates))

@@ -36,8 +36,10 @@ class Facts:
         items: Different items.
         repeats: Rows whose user and item stand in another row too.
         history: Different items of a user: fewest, median, most.
-        able: Users with at least 3 different items, of whom leave-one-out can hold out two.
-        teachable: Users with at least 4, who leave two or more to learn an order from.
+        able: Users with at least 3 different items, of whom leave-one-out can hold out two; where a column says what
+            is held out, users with test rows and training rows.
+        teachable: Users with at least 4, who leave two or more to learn an order from; where a column says what is
+            held out, users with two or more training rows.
         with_texts: Rows with a text.
         with_title: Share of rows with a title.
         levels: Different ratings, those of rows that the core filter drops included, lowest first: a recipe's scale
@@ -121,6 +123,9 @@ def figures(roles: Roles, cores: int = 1) -> Facts:
     sizes = once.group_by("user_id").len()["len"]
     texts = profiles[roles.text].cells.gather(rows) if roles.text else None
     ratings = profiles[roles.rating].numbers.values.gather(rows).drop_nulls() if roles.rating else None
+    able, teachable = int((sizes >= 3).sum()), int((sizes >= 4).sum())
+    if roles.split is not None:
+        able, teachable = _held(profiles[roles.user].cells.gather(rows), profiles[roles.split].cells.gather(rows))
     title = roles.items.get(roles.title or "") or profiles.get(roles.title or "") or profiles[roles.item]
     fields = [roles.items.get(name) or profiles[name] for name in roles.fields]
     return Facts(
@@ -129,8 +134,8 @@ def figures(roles: Roles, cores: int = 1) -> Facts:
         items=once["item_id"].n_unique(),
         repeats=len(rows) - once.height,
         history=(_int(sizes.min()), _float(sizes.median()), _int(sizes.max())),
-        able=int((sizes >= 3).sum()),
-        teachable=int((sizes >= 4).sum()),
+        able=able,
+        teachable=teachable,
         with_texts=int((texts != "").sum()) if texts is not None else 0,
         with_title=title.filled / title.rows if roles.title else 0.0,
         levels=tuple(ratings.unique().sort().to_list()) if ratings is not None else (),
@@ -139,6 +144,14 @@ def figures(roles: Roles, cores: int = 1) -> Facts:
         field_tokens=sum(map(_tokens, (held.cells for held in fields))),
         text_tokens=_tokens(texts) if texts is not None else 0.0,
     )
+
+
+def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
+    """Count users with training and test rows, and users with two or more training rows."""
+    said = parts.str.strip_chars().str.to_lowercase()
+    learned = users.filter(said == "train").value_counts()
+    tested = users.filter(said == "test").unique()
+    return int(tested.is_in(learned[users.name].implode()).sum()), int((learned["count"] >= 2).sum())
 
 
 def _tokens(cells: pl.Series) -> float:
@@ -176,7 +189,7 @@ def decide(roles: Roles, names: tuple[str, ...], *, whole: bool, backend: str) -
     count = min(20, facts.items, facts.items - facts.history[2] + 1) if facts.able else 20
     plan = Plan(
         tasks=_tasks(roles, facts, count),
-        split="leave_one_out" if facts.able else "global_time",
+        split="given" if roles.split else "leave_one_out" if facts.able else "global_time",
         core=cores,
         noun=next((noun for name in names if (noun := noun_of(name))), "items"),
         scale=_scale(facts.levels) if whole else None,
@@ -208,6 +221,10 @@ def labels(levels: tuple[float, ...]) -> int:
 def _tasks(roles: Roles, facts: Facts, count: int) -> dict[str, tuple[bool, str]]:
     order = f"in order of {roles.time}" if roles.time else "in the order of the rows, since there is no time"
     few = f"{facts.able} of {facts.users} users have 3 or more different items"
+    short = "needs users with 4 or more different items: 2 are held out, 2 show an order"
+    if roles.split is not None:
+        few = f"{facts.able} of {facts.users} users have test rows and training rows"
+        short = "needs users with 2 or more training rows, which show an order"
     found: dict[str, tuple[bool, str]] = {}
     if roles.rating is None:
         found["rating"] = (False, "needs a column of ratings")
@@ -222,7 +239,7 @@ def _tasks(roles: Roles, facts: Facts, count: int) -> dict[str, tuple[bool, str]
     if not facts.able:
         found["sequential"] = found["direct"] = (False, f"needs users with a history: {few}")
     elif not facts.teachable:
-        found["sequential"] = (False, "needs users with 4 or more different items: 2 are held out, 2 show an order")
+        found["sequential"] = (False, short)
     else:
         found["sequential"] = (True, f"{few}, {order}")
     if facts.able:

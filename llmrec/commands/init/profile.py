@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 
 from llmrec.commands.init.forms import READABLE, DateOrder, Numbers, Times, numbers, times
 from llmrec.commands.init.words import Named, named
+from llmrec.data.dataset import PARTS
 from llmrec.data.reading.columns import texts
 from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
 from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table, delimited, json_lines
+from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean
 
@@ -230,6 +232,16 @@ def looks_like_ratings(held: Profile) -> bool:
     levels = held.levels
     halves = all(float(2 * level).is_integer() for level in levels)
     return 3 <= len(levels) <= 21 and halves and levels[0] >= 0 and 3 <= levels[-1] <= 10
+
+
+def parts_in(held: Profile) -> dict[str, int]:
+    """Count the rows that name each part of a split, in any of its spellings."""
+    sizes = dict.fromkeys(PARTS, 0)
+    # A column of many values is none of parts, and need not be looked at.
+    for cell, count in held.cells.value_counts().iter_rows() if held.distinct <= 3 * len(SPELLED) else ():
+        if (part := part_of(cell)) is not None:
+            sizes[part] += count
+    return sizes
 
 
 def repeats(held: Profile) -> str:

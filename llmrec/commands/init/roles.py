@@ -9,7 +9,7 @@ from llmrec.commands.init.forms import ORDERS, DateOrder
 from llmrec.commands.init.profile import Profile, shown
 from llmrec.errors import DataError, did_you_mean
 
-ROLES = ("user", "item", "rating", "time", "title", "text")
+ROLES = ("user", "item", "rating", "time", "title", "text", "split")
 NONE = "none"
 """What stands for "leave it out" where a column is asked for."""
 
@@ -26,6 +26,7 @@ class Asked:
     text: str | None = None
     fields: tuple[str, ...] | None = None
     dates: DateOrder | None = None
+    split: str | None = None
 
     def of(self, role: str) -> str | None:
         """Return what was said of a role."""
@@ -43,6 +44,7 @@ def asked(
     text: str | None = None,
     fields: str | None = None,
     dates: str | None = None,
+    split: str | None = None,
 ) -> Asked:
     """Read what stands on a command line: ``fields`` with commas between them, ``dates`` as one of two words.
 
@@ -57,7 +59,7 @@ def asked(
             column="dates",
         )
     listed = None if fields is None else tuple(part for part in map(str.strip, fields.split(",")) if part)
-    return Asked(user, item, rating, time, title, text, listed, order)
+    return Asked(user, item, rating, time, title, text, listed, order, split)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Roles:
         why: A reason for every column of both tables, used or not.
         profiles: Every column of the table of interactions by name.
         items: Every column of the table of items by name; empty where there is none.
+        split: The column that says train, valid or test, if any.
     """
 
     user: str
@@ -87,6 +90,7 @@ class Roles:
     why: Mapping[str, str]
     profiles: Mapping[str, Profile] = field(repr=False)
     items: Mapping[str, Profile] = field(repr=False, default_factory=dict)
+    split: str | None = None
 
     def taken_for(self, column: str) -> str:
         """Return what a column was taken for, in the words of a recipe; ``-`` for one that is not used."""

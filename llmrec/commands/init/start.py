@@ -192,6 +192,7 @@ def _again(roles: Roles, item_column: str) -> Asked:
         title=(item_column if roles.title == roles.item else roles.title) or NONE,
         text=roles.text or NONE,
         fields=roles.fields,
+        split=roles.split or NONE,
     )
 
 
@@ -209,6 +210,7 @@ def _page(
         title=title,
         text=roles.text,
         fields=roles.fields,
+        split=roles.split,
     )
     why = {role: roles.why.get(column, "") for role in ROLES if (column := getattr(roles, role)) is not None}
     if title is not None and roles.title is None:
@@ -324,6 +326,12 @@ def _hints(path: Path, roles: Roles, items: Path | None, used: Peek, plan: Plan)
         hints.append(
             f"requests have {plan.candidates} candidates instead of 20: one user has had {plan.facts.history[2]} "
             f"of {plan.facts.items} items"
+        )
+    beside = path.with_name(path.name.replace("train", "test"))
+    if "train" in path.name and beside.is_file() and roles.split is None:
+        hints.append(
+            f"{beside.name} lies beside it: if both are a published split, write data.files and data.split.kind=given "
+            "in place of data.path (docs/own-data.md)"
         )
     if not used.whole:
         hints.append("only a part of the table was read; `llmrec check` reads it whole")

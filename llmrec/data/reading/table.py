@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import polars as pl
+
+from llmrec.data.reading.limits import reason
 from llmrec.data.reading.parquet import parquet
 from llmrec.data.reading.text import Table, check_path, delimited, json_lines, read_bytes
 from llmrec.errors import DataError
@@ -38,3 +42,39 @@ def read_table(path: Path) -> Table:
     if suffix[0] in _JSON_LINES:
         return json_lines(name, raw, sha256)
     return delimited(name, raw, separator=_SEPARATORS[suffix[0]], sha256=sha256)
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """Return tables of the same columns as one, the rows of each behind those before; errors name the file of a row.
+
+    Raises:
+        DataError: If a column is not in all of them, or holds values that do not go together.
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        for one, other in ((first, table), (table, first)):
+            absent = [name for name in one.frame.columns if name not in other.frame.columns]
+            if absent:
+                raise DataError.at(
+                    other.name,
+                    "missing-column",
+                    f" has no column {absent[0]!r}, which {one.name} has; write the same columns into the file of "
+                    "every part",
+                    absent[0],
+                )
+    columns = first.frame.columns
+    try:
+        frame = pl.concat([table.frame.select(columns) for table in tables], how="vertical_relaxed")
+    except pl.exceptions.PolarsError as error:
+        raise DataError.at(
+            "; ".join(table.name for table in tables),
+            "bad-value",
+            f": a column has values of different types in these files ({reason(error)}); write it alike in all",
+        ) from error
+    return Table(
+        "; ".join(table.name for table in tables),
+        frame,
+        "; ".join(table.sha256 for table in tables),
+        unusable={name: held for table in tables for name, held in table.unusable.items()},
+        parts=tuple(tables),
+    )

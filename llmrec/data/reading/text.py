@@ -49,6 +49,7 @@ class Table:
         lines: The line of each row, or None if row n is in line n + ``header``.
         header: Lines before the first row.
         unusable: Columns that are left out, with what they hold.
+        parts: The tables of which this one is made, one behind the other; empty for a single file.
     """
 
     name: str
@@ -57,9 +58,14 @@ class Table:
     lines: Sequence[int] | None = None
     header: int = 0
     unusable: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[Table, ...] = ()
 
     def where(self, index: int) -> Place:
         """Return the place of a row, by its 0-based index."""
+        for part in self.parts:
+            if index < part.frame.height:
+                return part.where(index)
+            index -= part.frame.height
         line = self.lines[index] if self.lines is not None else index + 1 + self.header
         return Place(self.name, index + 1, line)
 

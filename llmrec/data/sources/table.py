@@ -13,13 +13,14 @@ import polars as pl
 
 from llmrec.data import dataset as filters
 from llmrec.data.assemble import assemble, catalogue
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.reading.columns import find, ids, numbers, one_per_item, texts, times
 from llmrec.data.reading.limits import reason
 from llmrec.data.reading.parquet import from_arrow
-from llmrec.data.reading.table import read_table
+from llmrec.data.reading.table import joined, read_table
 from llmrec.data.reading.text import Table, json_lines, read_bytes, user_path
 from llmrec.data.sources.movielens import movielens_100k, movielens_small
+from llmrec.data.sources.parts import parts_of, told
 from llmrec.errors import DataError, require
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.registry import SOURCES, lookup
@@ -54,27 +55,30 @@ def load(section: DataSection, *, seed: int) -> Dataset:
 
 def located(section: DataSection) -> DataSection:
     """Return a section whose path is where the data lies: its own, or one under the folder that LLMREC_DATA names."""
-    folder, path = os.environ.get("LLMREC_DATA"), section.path
-    if not folder or path is None or Path(path).exists():
+    folder = os.environ.get("LLMREC_DATA")
+    if not folder:
         return section
-    under = Path(folder) / path
-    return section.model_copy(update={"path": str(under)}) if under.exists() else section
+
+    def under(path: str | None) -> str | None:
+        found = None if path is None or Path(path).exists() else Path(folder) / path
+        return str(found) if found is not None and found.exists() else path
+
+    files = section.files
+    if files is not None:
+        files = files.model_copy(update={part: under(getattr(files, part)) for part in PARTS})
+    return section.model_copy(update={"path": under(section.path), "files": files})
 
 
 def table(section: DataSection, *, seed: int) -> Dataset:
     """Load a CSV, TSV, JSON Lines or Parquet table, or a dataset from the Hugging Face hub.
 
+    With ``data.split.kind: given`` a column of the table, or one file a part, says what is held out.
+
     Raises:
         DataError: If a file, column or row cannot be used; the message names it.
         MissingExtra: If a hub dataset is asked for and ``datasets`` is not installed.
     """
-    if section.path is None:
-        raise DataError(
-            "source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]",
-            kind="missing-key",
-            column="data.path",
-        )
-    main = _read(section.path)
+    main = _main(section)
     columns = section.columns
     user = find(main, columns.user, "user_id", "data.columns.user") or ""
     item = find(main, columns.item, "item_id", "data.columns.item") or ""
@@ -92,15 +96,17 @@ def table(section: DataSection, *, seed: int) -> Dataset:
         series["text"] = given.set(given.str.strip_chars() == "", None)
     listed = _read(section.items) if section.items is not None else None
     tables = [main] if listed is None else [main, listed]
+    frame, parts = pl.DataFrame(series), parts_of(section, main)
     return assemble(
         section,
         main,
-        pl.DataFrame(series),
+        frame,
         catalogue(section, main, item_ids, listed),
         {},
-        name=_name(section.path),
+        name=_name(section),
         noun="items",
         scale=None,
+        parts=parts,
         provenance={
             "source": "table",
             "path": "; ".join(each.name for each in tables),
@@ -108,14 +114,31 @@ def table(section: DataSection, *, seed: int) -> Dataset:
             "rows": str(main.frame.height),
             "made": "no",
             "licence": "as the owner of the table says",
+            **(told(parts, frame) if parts is not None else {}),
         },
     )
 
 
-def _name(path: str) -> str:
-    return (
-        path.removeprefix(_HUB).partition(":")[0] if path.startswith(_HUB) else Path(path).name.split(".")[0] or "table"
-    )
+def _main(section: DataSection) -> Table:
+    """Read the table of interactions, or the files of its parts as one."""
+    if section.files is not None:
+        return joined([_read(path) for part in PARTS if (path := getattr(section.files, part)) is not None])
+    if section.path is None:
+        raise DataError(
+            "source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]",
+            kind="missing-key",
+            column="data.path",
+        )
+    return _read(section.path)
+
+
+def _name(section: DataSection) -> str:
+    """Return what the data is called: a hub's name, the file without its ending, or the folder of several files."""
+    path = section.path or (section.files.train if section.files else "")
+    if path.startswith(_HUB):
+        return path.removeprefix(_HUB).partition(":")[0]
+    name = Path(path).absolute().parent.name if section.files else Path(path).name.split(".")[0]
+    return name or "table"
 
 
 def _read(path: str) -> Table:
