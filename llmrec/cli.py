@@ -211,11 +211,18 @@ def evaluate(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart, or a folder such as eval/results."),
+    ],
 ) -> None:
-    """Write a run's report again from its results."""
+    """Write a run's report again from its results, or the leaderboard and the benchmarks' pages from theirs."""
     from llmrec import pipeline
+    from llmrec.commands.compare import pages
 
+    if pages.holds_results(folder):
+        say("\n".join(f"page: {path}" for path in pages.rewrite(folder)))
+        return
     say(f"report: {pipeline.report(folder)}")
 
 

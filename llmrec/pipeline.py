@@ -17,6 +17,7 @@ from llmrec.durable import replacing, write_text
 from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment import audit, index_report
 from llmrec.experiment.claiming import RUN
+from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
 from llmrec.experiment.evaluation import Evaluation, ResultRow
 from llmrec.experiment.indexing import with_tokens
@@ -178,6 +179,7 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: Spl
     folder.mkdir(parents=True, exist_ok=True)
     with budget.stage("data"):
         study = build_study(recipe, data)
+        refuse_unknown(study)
         write_text(folder / "recipe.yaml", dump(recipe))
         if study.candidates is not None:
             with replacing(folder / "candidates" / f"{recipe.eval.split}.parquet") as draft:

@@ -274,15 +274,34 @@ class Prediction(Record):
 
 
 class Pair(Record):
-    """A paired difference a - b; p is corrected for all pairs that it was tested with."""
+    """A paired difference a - b, planned or exploratory.
+
+    Attributes:
+        low: Lower end of the interval: of a planned comparison at the level of its own Holm step, ``level``, else at an
+            unadjusted 95 %.
+        high: Upper end.
+        level: Coverage of the interval; None in results of earlier versions, which have 95 %.
+        p: Corrected for all pairs that it was tested with; None for an exploratory comparison.
+        p_raw: Before correction; None in results of earlier versions.
+        verdict: None for an exploratory comparison, which makes no claim.
+        detectable: The smallest true difference that would be found in 80 of 100 repetitions.
+    """
 
     a: str
     b: str
     value: Number
     low: Number
     high: Number
-    p: Number
-    verdict: Verdict
+    level: Number = None
+    p: Number = None
+    p_raw: Number = None
+    verdict: Verdict | None = None
+    detectable: Number = None
+
+    @property
+    def earlier(self) -> bool:
+        """Whether an earlier version tested it, in the families of tests that it had then."""
+        return self.verdict is not None and self.p_raw is None
 
 
 class Compared(Record):
@@ -293,13 +312,7 @@ class Compared(Record):
 
 
 class Comparison(Pair, Compared):
-    """A paired difference a - b on one metric of a task.
-
-    Attributes:
-        detectable: The smallest true difference that would be shown in 80 of 100 repetitions.
-    """
-
-    detectable: Number = None
+    """A paired difference a - b on one metric of a task."""
 
 
 # Results of versions that did not say which of their tables a task read.

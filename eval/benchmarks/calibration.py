@@ -1,6 +1,10 @@
-"""How often do the tests call two equal arms different? ``python -m eval.benchmarks.calibration OUT.json``.
+"""How often do the tests call equal arms different? ``python -m eval.benchmarks.calibration OUT.json``.
 
-Each comparison draws two arms from one distribution (A/A) over the same made users, so every difference that is
+Two tables. The first is of single comparisons, the second of whole families of planned ones, which are Holm-adjusted
+together: a family counts if any of its comparisons is called significant. With ``single`` or ``families`` as a second
+argument only that table is made, and the other one of OUT.json stays.
+
+Each single comparison draws two arms from one distribution (A/A) over the same made users, so every difference that is
 called real is a false positive. At a level of 5 %, 1,000 comparisons give 5 % +- 1.4 % (two standard errors) for a test
 that keeps its level. Where few users differ, no outcome has a p just below 5 %, and a valid test stays below the level;
 by how much is known for each comparison (`llmrec.metrics.significance.attainable`) and stands beside it.
@@ -8,59 +12,71 @@ by how much is known for each comparison (`llmrec.metrics.significance.attainabl
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.baselines.parameters import make
+from llmrec.data.split import request_of
 from llmrec.durable import write_json
+from llmrec.evaluate.catalogue import evaluate_catalogue
+from llmrec.evaluate.compare import Contrast, Standing
+from llmrec.evaluate.figures import EvalProtocol
+from llmrec.experiment.study import load_split
 from llmrec.machine import machine, versions
-from llmrec.metrics.significance import attainable, signflip
-from llmrec.metrics.stats import StatisticName, paired, verdict
+from llmrec.metrics.multiple import ALPHA, enough, holm
+from llmrec.metrics.significance import attainable, flip_p, signflip
+from llmrec.metrics.stats import Difference, StatisticName, paired, verdict
+from llmrec.recipe.load import load_suite
+from llmrec.results import better
+from llmrec.types import Case
 
 COMPARISONS, RESAMPLES, SLACK = 1000, 1999, 0.014
 USERS = (30, 1000)
 Arm = NDArray[np.float64]
 
 
-def normal(n: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
-    """Values that never tie, with a part that both arms share."""
+def normal(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
+    """Values that never tie, with a part that all arms share."""
     user = rng.normal(size=n)
-    return user + rng.normal(0, 0.5, n), user + rng.normal(0, 0.5, n)
+    return [user + rng.normal(0, 0.5, n) for _ in range(arms)]
 
 
-def ties(n: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
+def ties(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
     """Few different values, so that many users tie."""
     user = rng.integers(0, 3, n)
-    return user + rng.integers(0, 3, n) / 2, user + rng.integers(0, 3, n) / 2
+    return [user + rng.integers(0, 3, n) / 2 for _ in range(arms)]
 
 
-def hits(n: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
+def hits(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
     """HR@10: 0 or 1, about 9 % hits."""
     chance = rng.beta(0.4, 4, size=n)
-    return (rng.random(n) < chance).astype(np.float64), (rng.random(n) < chance).astype(np.float64)
+    return [(rng.random(n) < chance).astype(np.float64) for _ in range(arms)]
 
 
-def ndcg(n: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
+def ndcg(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
     """NDCG@10: mostly 0, else one of ten values."""
     chance = rng.beta(0.4, 2, size=n)
 
     def arm() -> Arm:
         return np.where(rng.random(n) < chance, 1 / np.log2(rng.integers(1, 11, n) + 1), 0.0)
 
-    return arm(), arm()
+    return [arm() for _ in range(arms)]
 
 
-def squared_errors(n: int, rng: np.random.Generator) -> tuple[Arm, Arm]:
+def squared_errors(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
     """Squared errors with a heavy tail, compared as RMSE."""
     user = rng.gamma(1, 1, n)
-    return user * rng.exponential(1, n), user * rng.exponential(1, n)
+    return [user * rng.exponential(1, n) for _ in range(arms)]
 
 
-KINDS: Mapping[str, tuple[Callable[[int, np.random.Generator], tuple[Arm, Arm]], StatisticName]] = {
+KINDS: Mapping[str, tuple[Callable[..., list[Arm]], StatisticName]] = {
     "normal": (normal, "mean"),
     "ties": (ties, "mean"),
     "hits": (hits, "mean"),
@@ -90,7 +106,7 @@ def calibrate(kind: str, users: int, *, comparisons: int, resamples: int, bootst
     level = 0.0
     for trial in range(comparisons):
         a, b = make(users, rng)
-        found = signflip(a, b, resamples=resamples, seed=trial, statistic=statistic)
+        found = signflip(a, b, resamples=resamples, seed=trial, statistic=statistic).at()
         level += attainable(a - b)
         wrong["flip_p"] += found.p <= 0.05
         wrong["flip_interval"] += not found.low <= 0 <= found.high
@@ -111,23 +127,160 @@ def keeps(row: Mapping[str, Any], slack: float = SLACK) -> bool:
     return all(low <= row[name] <= high for name in ("flip_p", "flip_interval"))
 
 
-def main(target: Path) -> None:
-    """Calibrate every kind with few and many users, and write the table."""
-    rows = []
+# --------------------------------------------------------------------------- families of planned comparisons
+
+# The task families of a run: the kind of their values, and the metric that these stand for.
+TASKS: Mapping[str, str] = {"squared errors": "RMSE", "ndcg": "NDCG@10", "normal": "ROUGE-L"}
+CONTROLS = 4
+MODELS: Mapping[str, Mapping[str, float]] = {
+    "als": {"factors": 64, "alpha": 5.0},
+    "bpr": {"regularization": 0.0003, "decay": 0.8},
+}
+"""Rows whose seeds 0 and 1 are compared on MovieLens-100K, with the parameters that the suite chose on validation."""
+REAL = ("NDCG@10", "HR@10")
+Values = Mapping[tuple[str, str], tuple[Arm, Arm]]
+"""Values by user of two seeds, by model and treatment of the history."""
+
+
+def run_like(n: int, controls: int, rng: np.random.Generator) -> list[Contrast]:
+    """Return the planned comparisons of a run in which nothing has an effect.
+
+    Each family has a tuned row, which is compared with an untuned one and with the best of the controls. With one
+    control all comparisons are true nulls. With several the best is picked on the very values that it is compared by.
+    """
+    found = []
+    for kind, metric in TASKS.items():
+        tuned, untuned, *others = KINDS[kind][0](n, rng, 2 + controls)
+        best = (min if metric == "RMSE" else max)(others, key=lambda arm: float(arm.mean()))
+        users = [str(user) for user in range(n)]
+        a, b, c = (Standing(name, 0.0, arm) for name, arm in (("tuned", tuned), ("untuned", untuned), ("best", best)))
+        found += [Contrast(metric, a, b, users), Contrast(metric, a, c, users)]
+    return found
+
+
+def real_values() -> dict[str, Values]:
+    """Fit each of `MODELS` with two seeds and return its values by user, by metric."""
+    suite = load_suite("eval/suites/movielens-100k.yaml")
+    data = load_split(suite.data, 0)
+    cases = [
+        Case(request=request_of(data, held, "test", item=None), truth=held.item_id) for held in data.holdouts("test")
+    ]
+    protocol = EvalProtocol(
+        split=f"{data.kind}/test", candidates="full", cutoffs=suite.cutoffs, resamples=10, seed=0,
+        catalogue=len(data.dataset.items),
+    )  # fmt: skip
+    found: dict[str, dict[tuple[str, str], tuple[Arm, Arm]]] = {metric: {} for metric in REAL}
+    for name, parameters in MODELS.items():
+        seeds = []
+        for seed in (0, 1):
+            model = make(name, parameters, seed=seed)
+            model.fit(data)
+            seeds.append(evaluate_catalogue(model, cases, protocol))
+        for metric in REAL:
+            for seen in seeds[0]:
+                one, two = (np.asarray(each[seen].values[metric]) for each in seeds)
+                found[metric][name, seen] = (one, two)
+    return dict(found)
+
+
+def swapped(values: Values, metric: str, rng: np.random.Generator) -> list[Contrast]:
+    """Draw users with replacement and swap each one's two values by a coin.
+
+    Two seeds of one row need not be equal: one may have come out better. After the swap a user's first value is as
+    likely to be either seed's, for every user by itself, so that the two arms are exchangeable and every difference is
+    chance: a true null on real values. A model's coin is the same for both treatments of the history, as its two
+    rankings of a user are alike.
+    """
+    n = len(next(iter(values.values()))[0])
+    drawn = rng.integers(0, n, n)
+    users = [str(user) for user in range(n)]
+    coins = {name: rng.random(n) < 0.5 for name in MODELS}
+    found = []
+    for (name, seen), (one, two) in values.items():
+        first = np.where(coins[name], one[drawn], two[drawn])
+        second = np.where(coins[name], two[drawn], one[drawn])
+        a, b = Standing(f"{name} {seen} a", 0.0, first), Standing(f"{name} {seen} b", 0.0, second)
+        found.append(Contrast(metric, a, b, users))
+    return found
+
+
+def familywise(
+    draw: Callable[[np.random.Generator], list[Contrast]], *, repetitions: int, resamples: int
+) -> dict[str, Any]:
+    """Test families without any effect and count those in which something is called significant.
+
+    Args:
+        draw: Makes the comparisons of one repetition.
+        repetitions: Number of families.
+        resamples: Of each comparison; what a family's smallest level needs is drawn in any case.
+
+    Returns:
+        The rate, its parts by the direction of what was called significant, and the highest rate that exact tests of
+        these values could have reached, on average. Verdicts are those of `llmrec.evaluate.compare.planned`, which are
+        decided by p alone; intervals, which follow them, are not drawn.
+    """
+    rng = np.random.default_rng(17)
+    wrong = dict.fromkeys(["any", "better", "worse"], 0)
+    reached, size = 0.0, 0
+    for trial in range(repetitions):
+        contrasts = draw(rng)
+        size = len(contrasts)
+        each = [contrast.a.values - contrast.b.values for contrast in contrasts]
+        adjusted = holm([flip_p(values, resamples=enough(resamples, size), seed=trial) for values in each])
+        verdicts = {
+            verdict(Difference(mean, mean, mean, p), better(contrast.metric))
+            for contrast, mean, p in zip(contrasts, (float(values.mean()) for values in each), adjusted, strict=True)
+        }
+        wrong["any"] += bool(verdicts - {"not shown"})
+        wrong["better"] += "shown" in verdicts
+        wrong["worse"] += "contradicted" in verdicts
+        levels = [attainable(values, alpha=ALPHA / size) for values in each]
+        reached += 1 - float(np.prod([1 - level for level in levels]))
+    rates = {name: count / repetitions for name, count in wrong.items()}
+    return {"comparisons": size, "attainable": reached / repetitions, **rates}
+
+
+def families(repetitions: int = COMPARISONS) -> Iterator[dict[str, Any]]:
+    """Yield the family-wise error of simulated runs, and of two seeds of real rows."""
+    for users in USERS:
+        for controls in (1, CONTROLS):
+            found = familywise(partial(run_like, users, controls), repetitions=repetitions, resamples=RESAMPLES)
+            yield {"values": "simulated", "users": users, "controls": controls, **found}
+    for metric, values in real_values().items():
+        users = len(next(iter(values.values()))[0])
+        found = familywise(partial(swapped, values, metric), repetitions=repetitions, resamples=RESAMPLES)
+        yield {"values": "two seeds of als and of bpr", "metric": metric, "users": users, **found}
+
+
+def singles() -> Iterator[dict[str, Any]]:
+    """Yield the rates of single comparisons, of every kind with few and many users."""
     for users in USERS:
         for kind in KINDS:
             row = calibrate(kind, users, comparisons=COMPARISONS, resamples=RESAMPLES)
-            row["keeps_level"] = keeps(row)
-            rows.append(row)
+            yield {**row, "keeps_level": keeps(row)}
+
+
+def main(target: Path, part: str = "") -> None:
+    """Make both tables, or the one that is asked for, and write them."""
+    kept = json.loads(target.read_text(encoding="utf-8")) if part else {}
+    tables = {"single": ("rows", singles), "families": ("families", families)}
+    made: dict[str, Any] = {}
+    for name, (key, table) in tables.items():
+        if part not in ("", name):
+            made[key] = kept[key]
+            continue
+        made[key] = []
+        for row in table():
+            made[key].append(row)
             sys.stdout.write(f"{row}\n")
             sys.stdout.flush()
     result = {
         "command": "python -m eval.benchmarks.calibration eval/results/calibration.json",
-        "what": "share of A/A comparisons that are called different at a level of 5 %",
+        "what": "share of A/A comparisons called different at a level of 5 %, and of families with any that is",
         "comparisons": COMPARISONS,
         "resamples": RESAMPLES,
         "slack": SLACK,
-        "rows": rows,
+        **made,
         "machine": machine(),
         "versions": versions(),
     }
@@ -135,4 +288,4 @@ def main(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:3])

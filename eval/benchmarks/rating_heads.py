@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.durable import write_json
-from llmrec.evaluate.compare import judged
+from llmrec.evaluate.compare import Contrast, Standing
+from llmrec.evaluate.compare import planned as tested
 from llmrec.machine import machine, versions
-from llmrec.metrics.significance import over_seeds, signflip
+from llmrec.metrics.significance import over_seeds
 from llmrec.metrics.stats import interval
 from llmrec.pipeline import run
 from llmrec.recipe.load import load_recipe, recipe_hash
@@ -117,15 +118,14 @@ def planned(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def compared(rows: Sequence[Answered], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return differences of RMSE over seeds, a less b, with Holm-adjusted p over all pairs."""
+    """Return differences of RMSE over seeds, a less b, all pairs tested as one family."""
     if len({row.requests for row in rows}) > 1:
         raise ValueError("the runs were not asked the same; give all of them the same overrides")
     users = rows[0].users
-    found = [
-        signflip(errors(rows, a), errors(rows, b), users=users, resamples=RESAMPLES, seed=0, statistic="root_mean")
-        for a, b in pairs
-    ]
-    return [pair.as_json() for pair in judged(pairs, found, "lower")]
+    each = {name: errors(rows, name) for name in {name for pair in pairs for name in pair}}
+    standings = {name: Standing(name, float(np.sqrt(values.mean())), values) for name, values in each.items()}
+    contrasts = [Contrast("RMSE", standings[a], standings[b], users) for a, b in pairs]
+    return [pair.as_json() for pair in tested(contrasts, resamples=RESAMPLES)]
 
 
 def main(target: Path, seeds: Sequence[int], ways: Sequence[str], out: Path, overrides: Sequence[str]) -> None:

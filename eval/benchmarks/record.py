@@ -17,7 +17,9 @@ import yaml
 
 from eval.benchmarks.experiments import USERS
 from llmrec.recipe.load import load_recipe, recipe_hash
+from llmrec.recipe.schema import Recipe
 from llmrec.report.marks import rule
+from llmrec.report.wording import outcome
 from llmrec.results import Results
 
 START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
@@ -32,7 +34,8 @@ def main(run: Path, target: Path, readme: Path | None = None, page: Path | None 
     """
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     if page is not None:
-        if recipe_hash(load_recipe(page)) != results["recipe_hash"]:
+        # Keys that are newer than the run have their defaults in both.
+        if recipe_hash(load_recipe(page)) != recipe_hash(Recipe.model_validate(results["recipe"])):
             raise SystemExit(f"{run} was made with another recipe than {page}; run it again")
         results["recipe_page"] = yaml.safe_load(page.read_text(encoding="utf-8"))
     results["examples"] = []
@@ -89,7 +92,7 @@ def table(results: dict[str, Any]) -> str:
             reverse=metric not in LOWER,
         )
         better = "lower is better" if metric in LOWER else "higher is better"
-        difference = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {pair['verdict']}"
+        difference = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {outcome(pair.get('verdict'))}"
         cells = [
             f"{task}, {metric} ({better}), {rows[0]['n']}",
             *(value.get(arm, "–") for arm in ("zero-shot", "few-shot", "tuned")),

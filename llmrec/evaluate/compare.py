@@ -1,4 +1,4 @@
-"""Compares rows over the same users: two of them, the best with every other, and pairs that were named beforehand."""
+"""Compares rows over the same users: planned comparisons, tested as one family, and exploratory ones, which are not."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import statistic_of
 from llmrec.metrics import probability
-from llmrec.metrics.significance import detectable, detectable_line, signflip
-from llmrec.metrics.stats import Difference, holm, paired_of, verdict
-from llmrec.results import Better, Figure, Pair, better, lower
+from llmrec.metrics.multiple import Decision, decide, enough
+from llmrec.metrics.significance import detectable, detectable_from, detectable_line, signflip
+from llmrec.metrics.stats import Difference, Sampled, paired_of, verdict
+from llmrec.results import Figure, Pair, Verdict, better, lower
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,51 +32,129 @@ class Standing:
     values: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """Two rows that are to be compared, a less b, on one metric over the same requests of ``users``."""
+
+    metric: str
+    a: Standing
+    b: Standing
+    users: Sequence[str]
+
+    def sampled(self, *, resamples: int, seed: int) -> Sampled:
+        """Return the difference with its resamples; see `compare`."""
+        return sampled(self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed)
+
+    def detectable(self, found: Sampled, comparisons: int) -> float | None:
+        """Return the smallest true difference that would be found in 80 of 100 repetitions.
+
+        Args:
+            found: What `sampled` gives; AUC, which is no mean over users, has its standard error from the resamples.
+            comparisons: How many are corrected together.
+        """
+        if self.metric == "AUC":
+            error = float(np.std(found.draws, ddof=1)) if len(found.draws) > 1 else 0.0
+            return detectable_from(error, len(set(self.users)), comparisons=comparisons)
+        one, other, users = _means(self.metric, self.a.values, self.b.values, self.users)
+        return detectable(one, other, comparisons=comparisons, users=users, statistic=statistic_of(self.metric))
+
+
 @dataclass(frozen=True)
-class Comparing:
-    """What the comparisons of one table share.
+class Contrasts:
+    """The rows of one table, and which of them are to be compared.
 
     Attributes:
         metric: What rows are compared by.
         rows: The rows of the table.
         users: The user of each request.
-        resamples: Of the intervals and tests.
     """
 
     metric: str
     rows: Sequence[Standing]
     users: Sequence[str]
-    resamples: int
 
-    def best_with_others(self) -> tuple[list[Pair], str]:
-        """Pair the best row with every other, p-values Holm-adjusted; say what the comparisons could have shown."""
+    def best_with_others(self) -> list[Contrast]:
+        """Pair the best row with every other."""
         rows = [row for row in self.rows if row.value is not None]
-        if len(rows) < 2:
-            return [], ""
         sign = -1 if lower(self.metric) else 1
-        best = max(rows, key=lambda row: sign * (row.value or 0.0))
-        others = [row for row in rows if row is not best]
-        found = self._compared([(best, row) for row in others])
-        if self.metric == "AUC":
-            return found, ""  # no mean over users, so it has no such line
-        statistic = statistic_of(self.metric)
-        small = [
-            detectable(best.values, row.values, comparisons=len(others), users=self.users, statistic=statistic)
-            for row in others
-        ]
-        return found, detectable_line(self.metric, small, users=len(set(self.users)), comparisons=len(others))
+        best = max(rows, key=lambda row: sign * (row.value or 0.0), default=None)
+        return [Contrast(self.metric, best, row, self.users) for row in rows if best is not None and row is not best]
 
-    def pairs(self, names: Iterable[tuple[str, str]]) -> list[Pair]:
-        """Compare pairs by name, p-values Holm-adjusted among them."""
+    def named(self, names: Iterable[tuple[str, str]]) -> list[Contrast]:
+        """Pair rows by name; those whose figure is not defined are compared with none."""
         rows: Mapping[str, Standing] = {row.name: row for row in self.rows}
-        asked = [(rows[a], rows[b]) for a, b in names]
-        return self._compared([pair for pair in asked if None not in (pair[0].value, pair[1].value)])
+        asked = [Contrast(self.metric, rows[a], rows[b], self.users) for a, b in names]
+        return [pair for pair in asked if None not in (pair.a.value, pair.b.value)]
 
-    def _compared(self, pairs: Sequence[tuple[Standing, Standing]]) -> list[Pair]:
-        found = [
-            compare(self.metric, a.values, b.values, self.users, resamples=self.resamples, seed=0) for a, b in pairs
-        ]
-        return judged([(a.name, b.name) for a, b in pairs], found, better(self.metric))
+
+def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
+    """Test what was planned beforehand as one family, whatever tables its rows stand in.
+
+    p-values are Holm-adjusted over all of them, and each interval is at the level of its own Holm step, so that it
+    leaves out 0 exactly if the adjusted p is at most .05; see `llmrec.metrics.multiple.decide`.
+
+    Args:
+        contrasts: All planned comparisons of a file.
+        resamples: The number asked for; the smallest level of the family may need more.
+        seed: Seeds them.
+    """
+    found = [each.sampled(resamples=enough(resamples, len(contrasts)), seed=seed) for each in contrasts]
+    return [
+        Pair(
+            a=contrast.a.name,
+            b=contrast.b.name,
+            value=decision.value,
+            low=decision.low,
+            high=decision.high,
+            level=decision.level,
+            p=decision.p,
+            p_raw=decision.p_raw,
+            verdict=_verdict(contrast, decision),
+            detectable=contrast.detectable(drawn, len(contrasts)),
+        )
+        for contrast, drawn, decision in zip(contrasts, found, decide(found), strict=True)
+    ]
+
+
+def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
+    """Describe differences that nobody planned: each with an unadjusted 95 % interval, without p and verdict."""
+    pairs = []
+    for contrast in contrasts:
+        drawn = contrast.sampled(resamples=resamples, seed=seed)
+        found = drawn.at()
+        pairs.append(
+            Pair(
+                a=contrast.a.name,
+                b=contrast.b.name,
+                value=found.value,
+                low=found.low,
+                high=found.high,
+                detectable=contrast.detectable(drawn, 1),
+            )
+        )
+    return pairs
+
+
+def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -> str:
+    """Say what the comparisons of one table could have shown: the planned ones, and those that are exploratory.
+
+    Args:
+        metric: What the rows of the table are compared by.
+        pairs: Its comparisons of both kinds.
+        users: Number of users.
+        comparisons: How many planned comparisons the file holds.
+    """
+    lines = []
+    for many in dict.fromkeys((comparisons, 0)):
+        found = [pair.detectable for pair in pairs if (pair.verdict is not None) == (many > 0)]
+        if found:
+            lines.append(detectable_line(metric, found, users=users, comparisons=many))
+    return " ".join(lines)
+
+
+def _verdict(contrast: Contrast, found: Decision) -> Verdict:
+    difference = Difference(found.value, found.low, found.high, found.p)
+    return verdict(difference, better(contrast.metric))
 
 
 def compare(
@@ -87,6 +166,19 @@ def compare(
     resamples: int,
     seed: int,
 ) -> Difference:
+    """Compare two rows by themselves, with an unadjusted 95 % interval; see `sampled`."""
+    return sampled(metric, a, b, users, resamples=resamples, seed=seed).at()
+
+
+def sampled(
+    metric: str,
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    users: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> Sampled:
     """Pair two rows over the same requests of ``users``, a less b.
 
     Means are compared by flipping signs over users, see `significance`; RMSE as a root mean of squared errors; GAUC
@@ -107,50 +199,49 @@ def compare(
     Raises:
         LlmrecError: If rows of AUC or GAUC have different truths, or no user has both classes.
     """
-    left, right = np.atleast_2d(a), np.atleast_2d(b)
-    if metric in ("AUC", "GAUC"):
-        return _compare_auc(metric, left, right, users, resamples=resamples, seed=seed)
-    first, second = left.mean(axis=0), right.mean(axis=0)
-    return signflip(first, second, users=users, resamples=resamples, seed=seed, statistic=statistic_of(metric))
-
-
-def _compare_auc(
-    metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
-) -> Difference:
-    truth = ~np.signbit(a[0])
-    if any(not np.array_equal(truth, ~np.signbit(each)) for each in (*a, *b)):
-        raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired", kind="mismatch")
     if metric == "AUC":
-        first, second = ([probability.auc_statistic(np.abs(each), truth, users) for each in seeds] for seeds in (a, b))
+        return _sampled_auc(np.atleast_2d(a), np.atleast_2d(b), users, resamples=resamples, seed=seed)
+    first, second, owners = _means(metric, a, b, users)
+    return signflip(first, second, users=owners, resamples=resamples, seed=seed, statistic=statistic_of(metric))
 
-        def difference(rows: NDArray[np.intp]) -> NDArray[np.float64]:
-            one, other = (np.mean([auc(rows) for auc in seeds], axis=0) for seeds in (first, second))
-            return one - other  # type: ignore[no-any-return]
 
-        return paired_of(difference, len(set(users)), resamples=resamples, seed=seed)
-    left, right = (
-        np.mean([probability.gauc(np.abs(each), truth, users).values for each in seeds], axis=0) for seeds in (a, b)
+def _means(
+    metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[str] | None]:
+    """Return the values of two rows, averaged over seeds, and whose they are; of GAUC there is one for each user."""
+    left, right = np.atleast_2d(a), np.atleast_2d(b)
+    if metric != "GAUC":
+        return left.mean(axis=0), right.mean(axis=0), users
+    truth = _truth(metric, left, right)
+    first, second = (
+        np.mean([probability.gauc(np.abs(each), truth, users).values for each in seeds], axis=0)
+        for seeds in (left, right)
     )
-    both = np.isfinite(left)
+    both = np.isfinite(first)
     if not both.any():
         raise LlmrecError("GAUC: no user has both a yes and a no, so there is nothing to compare", kind="too-few")
-    return signflip(left[both], right[both], resamples=resamples, seed=seed)
+    return first[both], second[both], None
 
 
-def judged(pairs: Sequence[tuple[str, str]], found: Sequence[Difference], better: Better) -> list[Pair]:
-    """Return differences of named rows, p-values Holm-adjusted among them."""
-    return [
-        Pair(
-            a=one,
-            b=other,
-            value=difference.value,
-            low=difference.low,
-            high=difference.high,
-            p=p,
-            verdict=verdict(difference, better, p=p),
-        )
-        for (one, other), difference, p in zip(pairs, found, holm([each.p for each in found]), strict=True)
-    ]
+def _sampled_auc(
+    a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
+) -> Sampled:
+    truth = _truth("AUC", a, b)
+    first, second = ([probability.auc_statistic(np.abs(each), truth, users) for each in seeds] for seeds in (a, b))
+
+    def difference(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        one, other = (np.mean([auc(rows) for auc in seeds], axis=0) for seeds in (first, second))
+        return one - other  # type: ignore[no-any-return]
+
+    return paired_of(difference, len(set(users)), resamples=resamples, seed=seed)
+
+
+def _truth(metric: str, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return the truths that both rows hold in the signs of their values."""
+    truth: NDArray[np.bool_] = ~np.signbit(a[0])
+    if any(not np.array_equal(truth, ~np.signbit(each)) for each in (*a, *b)):
+        raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired", kind="mismatch")
+    return truth
 
 
 def over_runs(figures: Sequence[Figure]) -> Figure:

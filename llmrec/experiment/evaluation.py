@@ -83,6 +83,22 @@ class ResultRow:
     examples: Sequence[Shown] = ()
 
 
+def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
+    """Yield the rows that a study's arm will have."""
+    for family, task in study.tasks.items():
+        section = study.section(family)
+        if arm == "baseline":
+            yield from (RowSpec(task.family, arm, baseline.label) for baseline in section.baselines)
+            continue
+        if arm == "tuned" and section.weight == 0:
+            continue
+        for template in study.eval_templates(family):
+            for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
+                yield RowSpec(
+                    task.family, arm, strategy, template, study.recipe.eval.shots.k if arm == "few-shot" else 0
+                )
+
+
 class Evaluation:
     """Evaluates a study's rows, reusing those that an earlier run finished from the same inputs."""
 
@@ -113,7 +129,9 @@ class Evaluation:
             engines: Where backends come from.
         """
         planned = [
-            (spec, engines.engine_for(spec.predictor), *weights[arm]) for arm in weights for spec in self._specs(arm)
+            (spec, engines.engine_for(spec.predictor), *weights[arm])
+            for arm in weights
+            for spec in specs_of(self._study, arm)
         ]
         # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
         order = sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
@@ -131,16 +149,6 @@ class Evaluation:
 
             rows[spec.id] = self._row(spec, engine, engines.identity(engine, digest), make)
         return [rows[spec.id] for spec, *_ in planned]
-
-    def _specs(self, arm: Arm) -> Iterator[RowSpec]:
-        recipe = self._study.recipe
-        for family, task in self._study.tasks.items():
-            section = self._study.section(family)
-            if arm == "tuned" and section.weight == 0:
-                continue
-            for template in self._study.eval_templates(family):
-                for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
-                    yield RowSpec(task.family, arm, strategy, template, recipe.eval.shots.k if arm == "few-shot" else 0)
 
     def _row(
         self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], Made]

@@ -16,8 +16,7 @@ from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json
-from llmrec.evaluate.compare import compare
-from llmrec.evaluate.figures import statistic_of
+from llmrec.experiment.comparing import compare_rows
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.predictions import write_items, write_predictions
 from llmrec.experiment.resume import Budget
@@ -25,17 +24,10 @@ from llmrec.experiment.row_details import breakdowns, text_samples
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
 from llmrec.machine import machine, versions
-from llmrec.metrics.significance import detectable, detectable_line
-from llmrec.metrics.stats import Difference, holm, verdict
 from llmrec.recipe.load import recipe_hash
 from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
-from llmrec.results import Comparison, Results, better
-from llmrec.tasks.family import families, family_of, ranking_families
-
-# A drawn p is never below 1 / resamples: with so many a comparison, the smallest one stays .01 after Holm.
-_FOR_EACH_PAIR = 100
-# Figures whose differences have no standard error in closed form, so that none can be said to be detectable.
-_NO_REACH = frozenset({"AUC", "GAUC"})
+from llmrec.results import Results
+from llmrec.tasks.family import families, ranking_families
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ def write_results(
     headlines = {
         name: family.headline_at(recipe.eval.cutoffs) for name, family in families().items() if name in study.tasks
     }
-    compared = comparisons(study, rows)
+    compared, detectable = compare_rows(study, rows)
     record = {key: value for key, value in training.items() if key != "key"} if training else None
     results = Results(
         llmrec=__version__,
@@ -86,7 +78,7 @@ def write_results(
         ),
         headline=headlines,
         comparisons=tuple(compared),
-        detectable=reach(headlines, rows, compared),
+        detectable=detectable,
         budget=tuple(Stage(stage=stage, seconds=seconds) for stage, seconds in spent.items()),
         seconds=sum(spent.values()),
         examples=tuple(example for row in rows for example in row.examples),
@@ -110,99 +102,6 @@ def _spent_before(path: Path, hashed: str) -> dict[str, float]:
         return {e["stage"]: float(e["seconds"]) for e in earlier["budget"]} if earlier["recipe_hash"] == hashed else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def planned(study: Study, rows: Sequence[ResultRow]) -> list[tuple[str, str, ResultRow, ResultRow]]:
-    """Return what is compared with what, as (family, headline metric, a, b).
-
-    A row whose figure is not defined is compared with none. Every tuned and few-shot row is paired with its zero-shot
-    row, that of a rating head with those of every strategy, since the base model has no head; the tuned rows of a head,
-    or else of the first strategy that the recipe names, with every baseline; and every other row of a language model
-    with the best baseline. Which one is best is seen on the same requests, which is to the baseline's advantage.
-    """
-    found: list[tuple[str, str, ResultRow, ResultRow]] = []
-    for family in study.tasks:
-        metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
-        own = [row for row in rows if row.figures.task == family and _has(row, metric)]
-        controls = [row for row in own if row.figures.arm == "baseline"]
-        best = best_of(controls, metric)
-        arms = {(r.figures.arm, r.figures.predictor, r.figures.template): r for r in own}
-        for (arm, predictor, template), row in arms.items():
-            zero = [row for (kind, _, asked), row in arms.items() if (kind, asked) == ("zero-shot", template)]
-            if predictor != "head":
-                zero = [row for row in zero if row.figures.predictor == predictor]
-            if arm in ("tuned", "few-shot"):
-                found.extend((family, metric, row, other) for other in zero)
-            if arm == "tuned" and predictor in ("head", study.section(family).strategies[0]):
-                found.extend((family, metric, row, control) for control in controls)
-            elif arm != "baseline" and best is not None:
-                found.append((family, metric, row, best))
-    return found
-
-
-def _has(row: ResultRow, metric: str) -> bool:
-    """Whether a row has values by request of a metric, and a figure that is defined."""
-    return metric in row.values and row.figures.metrics[metric].value is not None
-
-
-def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row with the best figure; None where no row has one."""
-    scored = [row for row in rows if row.figures.metrics[metric].value is not None]
-    sign = 1 if better(metric) == "lower" else -1
-    return min(scored, key=lambda row: sign * (row.figures.metrics[metric].value or 0.0), default=None)
-
-
-def comparisons(study: Study, rows: Sequence[ResultRow]) -> list[Comparison]:
-    """Compare what is `planned`; p-values are Holm-adjusted over all pairs of the run.
-
-    ``detectable`` is the smallest true difference that a comparison would show in 80 of 100 repetitions.
-    """
-    recipe = study.recipe
-    pairs = planned(study, rows)
-    resamples = max(recipe.eval.bootstrap, _FOR_EACH_PAIR * len(pairs))
-    found: list[Difference] = [
-        compare(metric, a.values[metric], b.values[metric], _users(a), resamples=resamples, seed=recipe.seed)
-        for _, metric, a, b in pairs
-    ]
-    adjusted = holm([difference.p for difference in found]) if found else []
-    return [
-        Comparison(
-            task=family,
-            metric=metric,
-            a=a.figures.id,
-            b=b.figures.id,
-            value=difference.value,
-            low=difference.low,
-            high=difference.high,
-            p=p,
-            verdict=verdict(difference, better(metric), p=p),
-            detectable=_detectable(metric, a, b, len(pairs)),
-        )
-        for (family, metric, a, b), difference, p in zip(pairs, found, adjusted, strict=True)
-    ]
-
-
-def _detectable(metric: str, a: ResultRow, b: ResultRow, pairs: int) -> float | None:
-    if metric in _NO_REACH:
-        return None
-    return detectable(
-        a.values[metric], b.values[metric], comparisons=pairs, statistic=statistic_of(metric), users=_users(a)
-    )
-
-
-def reach(headlines: Mapping[str, str], rows: Sequence[ResultRow], compared: Sequence[Comparison]) -> dict[str, str]:
-    """Say for each task in one line what its comparisons could have shown."""
-    found = {}
-    for family, metric in headlines.items():
-        own = [entry.detectable for entry in compared if entry.task == family]
-        users = next((len(set(_users(row))) for row in rows if row.figures.task == family), 0)
-        if own and metric not in _NO_REACH:
-            found[family] = detectable_line(metric, own, users=users, comparisons=len(compared))
-    return found
-
-
-def _users(row: ResultRow) -> list[str]:
-    return [record.user_id for record in row.records]
 
 
 def describe(data: SplitDataset) -> DataInfo:

@@ -24,7 +24,7 @@ from llmrec.experiment.evaluation import ResultRow, protocol_of
 from llmrec.experiment.study import Study
 from llmrec.guard import clean
 from llmrec.metrics import ranking
-from llmrec.metrics.stats import holm
+from llmrec.metrics.multiple import holm
 from llmrec.prompts.template import Template
 from llmrec.records import Product, Sample, Told, User, Written
 from llmrec.results import AtPosition, Prediction, SliceOfRow, Trend

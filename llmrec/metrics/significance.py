@@ -1,4 +1,4 @@
-"""Paired tests by flipping signs, averages over seeds, and how small a difference a comparison could have shown.
+"""Paired tests by flipping signs, averages over seeds, and how small a difference a comparison could find.
 
 If two arms do equally well, swapping a user's two results changes nothing, so that every pattern of swaps is equally
 likely. The test counts how many patterns give a difference at least as large as the observed one (Fisher 1935; for
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import gammaln, stdtrit
 
-from llmrec.metrics.stats import Difference, StatisticName, by_user, finite, root_or_not
+from llmrec.metrics.stats import Sampled, StatisticName, by_user, finite, root_or_not
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -39,9 +39,8 @@ def signflip(
     seed: int,
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
-    level: float = 0.95,
-) -> Difference:
-    """Compare two arms over the same requests, a less b: the difference, its interval and the two-sided p.
+) -> Sampled:
+    """Compare two arms over the same requests, a less b: the difference, the two-sided p, and halves for intervals.
 
     Args:
         a: Values of the first arm, shape (n,).
@@ -50,7 +49,6 @@ def signflip(
         seed: Seeds them.
         statistic: ``root_mean`` for squared errors, whose comparison is one of RMSE.
         users: Whose request each value is; all requests of a user are swapped together. None means one each.
-        level: Coverage aimed at.
 
     Raises:
         ValueError: If the arms differ in length, are empty or hold values that are not finite.
@@ -60,8 +58,7 @@ def signflip(
     if statistic == "mean":
         value = float((left - right).sum() / sizes.sum())
     draws = _halves(left, right, sizes, statistic, resamples, seed)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(value, float(low), float(high), flip_p(left - right, resamples=resamples, seed=seed))
+    return Sampled(value, flip_p(left - right, resamples=resamples, seed=seed), draws)
 
 
 def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
@@ -99,11 +96,11 @@ def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
     """Return the largest p up to alpha that `flip_p` could have given for these absolute differences.
 
     The test calls equal arms different with just this chance. Where few users differ it is far below alpha, and 0 if no
-    outcome at all could have been shown: of 5 users who differ alike, even 5 of one sign have a p of 0.06.
+    outcome at all could have been significant: of 5 users who differ alike, even 5 of one sign have a p of 0.06.
 
     Args:
         differences: One value a user, shape (n,).
-        alpha: Largest p that counts as shown.
+        alpha: Largest p that counts as significant.
 
     Returns:
         A level in [0, alpha]; alpha where there are more patterns than `EXACT`, which leave no gaps.
@@ -176,7 +173,8 @@ def detectable(
 
     ``(t(1 - alpha / (2 m)) + t(power)) sd / sqrt(n)`` with the standard deviation of the n users' differences,
     quantiles of Student's t with n - 1 degrees of freedom, and m comparisons: alpha / m is the level that Holm asks of
-    the smallest p, so the figure is on the safe side. Where the true difference is smaller, "not shown" says little.
+    the smallest p, so the figure is on the safe side. Where the true difference is smaller, no significant difference
+    says little.
 
     Args:
         a: Values of the first arm, shape (n,).
@@ -196,8 +194,25 @@ def detectable(
     sd = float(np.std(influence, ddof=1)) if n > 1 else 0.0
     if sd <= 1e-12 * (float(np.abs(influence).max(initial=0.0)) + 1e-300):
         return None
-    reach = stdtrit(n - 1, 1 - alpha / (2 * comparisons)) + stdtrit(n - 1, power)
-    return float(reach * sd / math.sqrt(n))
+    return detectable_from(sd / math.sqrt(n), n, comparisons=comparisons, alpha=alpha, power=power)
+
+
+def detectable_from(
+    error: float, users: int, *, comparisons: int = 1, alpha: float = 0.05, power: float = 0.8
+) -> float | None:
+    """Return what `detectable` does from the standard error of a difference, for figures that are no means.
+
+    Args:
+        error: Standard error of the difference, such as the standard deviation of its resamples.
+        users: Number of users behind it.
+        comparisons: See `detectable`.
+        alpha: See `detectable`.
+        power: See `detectable`.
+    """
+    if users < 2 or error <= 0:
+        return None
+    reach = stdtrit(users - 1, 1 - alpha / (2 * comparisons)) + stdtrit(users - 1, power)
+    return float(reach * error)
 
 
 def detectable_line(metric: str, found: Sequence[float | None], *, users: int, comparisons: int) -> str:
@@ -207,16 +222,19 @@ def detectable_line(metric: str, found: Sequence[float | None], *, users: int, c
         metric: Name of the metric.
         found: `detectable` of each comparison.
         users: Number of users.
-        comparisons: How many comparisons were corrected together.
+        comparisons: How many were planned and corrected together; 0 for exploratory ones, whose intervals stand alone.
     """
     known = sorted(value for value in found if value is not None)
     if not known:
         return f"What difference in {metric} {users:,} users could show cannot be said: all of them differ alike."
     reach = f"{known[0]:.2g}" if f"{known[0]:.2g}" == f"{known[-1]:.2g}" else f"{known[0]:.2g} to {known[-1]:.2g}"
-    pairs = "1 comparison" if comparisons == 1 else f"{comparisons} comparisons"
+    pairs = "1 planned comparison" if comparisons == 1 else f"{comparisons} planned comparisons"
+    start, what = (f"With {users:,} users and {pairs}", "be significant")
+    if not comparisons:
+        start, what = (f"With {users:,} users", "leave 0 outside an unadjusted 95 % interval")
     return (
-        f"With {users:,} users and {pairs}, a true difference in {metric} of {reach} would be shown in 80 of 100 "
-        "repetitions; smaller ones mostly would not."
+        f"{start}, a true difference in {metric} of {reach} would {what} in 80 of 100 repetitions; smaller ones mostly "
+        "would not, so that no significant difference does not mean equal."
     )
 
 

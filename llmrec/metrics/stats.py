@@ -52,6 +52,26 @@ class Difference:
     p: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A difference with its resamples, before it is known which level its interval is asked for.
+
+    Attributes:
+        value: A figure of arm a less the same figure of arm b.
+        p: Two-sided, for no difference.
+        draws: The resampled differences, whose percentiles are the ends of intervals.
+    """
+
+    value: float
+    p: float
+    draws: NDArray[np.float64]
+
+    def at(self, level: float = 0.95) -> Difference:
+        """Return the difference with its interval at a level of coverage."""
+        low, high = np.quantile(self.draws, _tails(level))
+        return Difference(self.value, float(low), float(high), self.p)
+
+
 def interval(
     values: ArrayLike,
     *,
@@ -162,27 +182,10 @@ def paired(
     return _difference(difference, sums.size, resamples, seed, method, left_out, level)
 
 
-def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int, level: float = 0.95) -> Difference:
+def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sampled:
     """Bootstrap a difference that is itself a function of resampled users, such as that of two corpus BLEUs."""
-    return _difference(difference, n, resamples, seed, "percentile", np.empty(0), level)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm, 1979), in the order given.
-
-    The i-th smallest of m is multiplied by ``m - i + 1``, kept from falling below a smaller one's, and capped at 1.
-
-    Raises:
-        ValueError: If a p-value is outside [0, 1].
-    """
-    p = np.asarray(p_values, dtype=np.float64)
-    if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"p-values must lie in [0, 1]: {list(p_values)}")
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return [float(value) for value in adjusted]
+    draws = _resample(difference, n, resamples, seed)
+    return Sampled(_at_all(difference, n), _p_of(draws), draws)
 
 
 def verdict(
@@ -267,10 +270,14 @@ def _difference(
     level: float,
 ) -> Difference:
     draws = _resample(difference, n, resamples, seed)
-    below, above = int(np.sum(draws <= 0)), int(np.sum(draws >= 0))
-    p = min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))
     value = _at_all(difference, n)
-    return Difference(value, *_bounds(draws, value, left_out, method, _tails(level)), p)
+    return Difference(value, *_bounds(draws, value, left_out, method, _tails(level)), _p_of(draws))
+
+
+def _p_of(draws: NDArray[np.float64]) -> float:
+    """Return twice the smaller share of resamples at or beyond 0, counting the observed one."""
+    below, above = int(np.sum(draws <= 0)), int(np.sum(draws >= 0))
+    return min(1.0, 2 * (min(below, above) + 1) / (len(draws) + 1))
 
 
 def times_drawn(rows: NDArray[np.intp], n: int) -> NDArray[np.float64]:

@@ -79,7 +79,7 @@ class Suite(Section):
     min_history: int = Field(0, ge=0, description="leave out requests of users with fewer known events")
     rows: tuple[SuiteRow, ...] = Field(min_length=1)
     pairs: tuple[tuple[str, str], ...] = Field(
-        (), description="rows to compare beside the best with all others: is the first better than the second"
+        (), description="planned comparisons: names of rows, is the first better than the second in every table"
     )
     references: tuple[str, ...] = Field((), description="names of eval/references files to print beside")
 
@@ -125,7 +125,7 @@ class Benchmark(Section):
     runs: tuple[BenchmarkRun, ...] = Field(min_length=1)
     bootstrap: Positive = 2000
     pairs: tuple[tuple[str, str], ...] = Field(
-        (), description="rows to compare, by name: is the first better than the second; a name says family and row"
+        (), description="planned comparisons: names of rows as the page has them, is the first better than the second"
     )
 
     @model_validator(mode="after")

@@ -678,6 +678,10 @@ def _names(value: Any) -> list[str]:
     return [name for key, each in value.items() for name in (key, *_names(each))] if isinstance(value, dict) else []
 
 
+BEST_BASELINE = "best-baseline"
+"""What `EvalSection.planned` calls a family's best control."""
+
+
 class EvalSection(Section):
     """What is measured, on whom, and by which engine."""
 
@@ -693,6 +697,11 @@ class EvalSection(Section):
     shots: ShotSection = ShotSection()
     cutoffs: tuple[Positive, ...] = Field((1, 5, 10), min_length=1, description="ranks at which HR and NDCG are cut")
     bootstrap: Positive = Field(2000, description="resamples over users for the 95 % intervals")
+    planned: tuple[tuple[str, str], ...] | None = Field(
+        None,
+        description="pairs of row ids to test: is the first better than the second; FAMILY/best-baseline is a family's "
+        "best control; None: the tuned row of each family with its untuned row and with its best control",
+    )
     batch: Positive = Field(64, description="requests handed to a backend at a time")
     gpu_memory: float | None = Field(
         None,

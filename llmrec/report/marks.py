@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.report.wording import arm_label, facing, label
+from llmrec.report.wording import EARLIER, arm_label, facing, label
 from llmrec.results import Comparison, Results, Row, Verdict
 
 SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted": "✗"}
@@ -14,7 +14,7 @@ SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted":
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """The two marks of one row; None where the pair was not compared, or would be the row itself.
+    """The two marks of one row; None where the pair was not planned, or would be the row itself.
 
     Attributes:
         zero_shot: ``row - zero-shot`` with the same strategy and template.
@@ -39,7 +39,7 @@ def marks(results: Results, task: str) -> dict[str, Mark]:
     zero = {(row.predictor, row.template): row.id for row in rows if row.arm == "zero-shot"}
     found: dict[tuple[str, str], Comparison] = {}
     for entry in results.comparisons:
-        if entry.task == task and entry.metric == results.headline[task]:
+        if entry.task == task and entry.metric == results.headline[task] and entry.verdict is not None:
             found[entry.a, entry.b] = entry
             found[entry.b, entry.a] = facing(entry, entry.b)
     return {
@@ -65,18 +65,36 @@ def legend(results: Results, task: str) -> str:
     against = f", and with that of the best baseline, {label(control)}" if control else ""
     return (
         f"Marks compare the {results.headline[task]} of a language-model row with that of the zero-shot row of the "
-        f"same strategy and template{against}. A pair without a mark was not compared."
+        f"same strategy and template{against}. Only planned comparisons have marks."
     )
 
 
+def planned(results: Results, task: str | None = None) -> list[Comparison]:
+    """Return the comparisons with a verdict, of one task or of all."""
+    return [entry for entry in results.comparisons if entry.verdict is not None and task in (None, entry.task)]
+
+
+def exploratory(results: Results, task: str | None = None) -> list[Comparison]:
+    """Return the comparisons without a verdict, of one task or of all."""
+    return [entry for entry in results.comparisons if entry.verdict is None and task in (None, entry.task)]
+
+
 def rule(results: Results) -> str:
-    """Say in words when a difference is shown, contradicted or not shown."""
-    number = len(results.comparisons)
-    pairs = "the only comparison" if number == 1 else f"all {number} comparisons of this run"
+    """Say in words when a difference is significant, and what is said of one that is not."""
+    found = planned(results)
+    if not found:
+        return ""
+    pairs = "the only planned comparison" if len(found) == 1 else f"all {len(found)} planned comparisons"
+    if any(entry.earlier for entry in found):
+        pairs = f"all {len(found)} comparisons of that run"
+    start = (
+        f"Significantly better or worse: p, corrected by Holm's method over {pairs}, is at most .05. No significant "
+        "difference: this run cannot tell, which does not mean equal."
+    )
+    if any(entry.earlier for entry in found):
+        return f"{start} {EARLIER}"
     return (
-        "Shown: the first is better, the paired 95 % interval of the difference leaves out 0 and p, corrected by "
-        f"Holm's method over {pairs}, is at most .05. Contradicted: it is worse, by the same rule. Not shown: this run "
-        "cannot tell."
+        f"{start} Each interval is at the level of its Holm step, so that it leaves out 0 exactly if p is at most .05."
     )
 
 

@@ -162,7 +162,8 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
     found.globals.update(
         interval=wording.interval, favours=wording.favours, detectable=wording.DETECTABLE, dash=wording.DASH,
         signs=marks.SIGNS, marks_of=marks.marks, has_marks=marks.has_marks, legend_of=marks.legend,
-        rule_of=marks.rule, control_of=marks.best_baseline,
+        rule_of=marks.rule, control_of=marks.best_baseline, planned_of=marks.planned,
+        exploratory_of=marks.exploratory, exploratory_note=wording.EXPLORATORY,
         spreads=marks.spreads, singles=marks.singles, single=marks.SINGLE,
         position_rows=positions.shown_rows, bands=positions.bands, position_says=positions.sentences,
         trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
@@ -172,6 +173,7 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
     found.filters.update(_FIGURES)
     found.filters.update(
         label=wording.label, title_of=wording.title, short_template=wording.short_template, clip=facts.clip,
-        answer=facts.answer, dump=facts.dump, is_lower=lower, figure=wording.figure,
+        answer=facts.answer, dump=facts.dump, is_lower=lower, figure=wording.figure, outcome=wording.outcome,
+        coverage=wording.coverage,
     )  # fmt: skip
     return found

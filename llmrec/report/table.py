@@ -16,15 +16,19 @@ from llmrec.report.marks import (
     Mark,
     best_baseline,
     marks,
+    planned,
+    rule,
     singles,
 )
 from llmrec.report.results import results_of
 from llmrec.report.wording import (
     UNDEFINED,
     count,
+    coverage,
     figure,
     interval,
     label,
+    outcome,
     p_value,
     share,
     title,
@@ -96,7 +100,8 @@ def _csv_undefined(metric: Metric) -> str | None:
 def _csv_marks(mark: Mark | None, control: Row | None) -> tuple[object, ...]:
     zero, base = (mark.zero_shot, mark.baseline) if mark else (None, None)
     name = control.id if base and control else None
-    return (zero and zero.verdict, zero and zero.p, name, base and base.verdict, base and base.p)
+    said = [outcome(entry.verdict) if entry else None for entry in (zero, base)]
+    return (said[0], zero and zero.p, name, said[1], base and base.p)
 
 
 def _csv_costs(row: Row) -> tuple[object, ...]:
@@ -108,14 +113,14 @@ def _csv_costs(row: Row) -> tuple[object, ...]:
 
 
 def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
-    """Return one rich table a task, and one of comparisons if there are any, for the end of a run.
+    """Return one rich table a task, and one of planned comparisons if there are any, for the end of a run.
 
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.
     """
     found = results_of(results)
     tables = [_task_table(found, task) for task in found.tasks]
-    return [*tables, _comparison_table(found)] if found.comparisons else tables
+    return [*tables, _comparison_table(found)] if planned(found) else tables
 
 
 def _plain(text: str, style: str = "") -> Text:
@@ -150,18 +155,21 @@ def _task_table(results: Results, task: str) -> Table:
 
 def _comparison_table(results: Results) -> Table:
     styles = {"shown": "green", "not shown": "yellow", "contradicted": "red"}
-    table = Table(title="Comparisons", title_justify="left", header_style="bold")
+    lines = [rule(results), *results.detectable.values()]
+    notes = _plain("\n".join(line for line in lines if line))
+    table = Table(title="Planned comparisons", title_justify="left", header_style="bold", caption=notes)
     for head in ("Metric", "a", "b"):
         table.add_column(head, overflow="fold")
-    for head in ("a − b, 95 %", "p"):
+    for head in ("a − b", "Interval", "p"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("Verdict", no_wrap=True)
-    for entry in results.comparisons:
+    table.add_column("a is")
+    for entry in planned(results):
         table.add_row(
             _plain(entry.metric),
             *(_plain(label(results.row(side))) for side in (entry.a, entry.b)),
             Text(with_interval(entry.value, entry.low, entry.high, sign=True)),
+            Text(coverage(entry.level)),
             Text(p_value(entry.p)),
-            Text(entry.verdict, style=styles[entry.verdict]),
+            Text(outcome(entry.verdict), style=styles.get(entry.verdict or "", "")),
         )
     return table

@@ -19,7 +19,23 @@ TRIVIAL = frozenset(
 """Controls that only count: no neighbours, no factors, no weights."""
 DASH = "–"
 UNDEFINED = "undefined"
-DETECTABLE = "Detectable: the smallest true difference that the comparison would show in 80 of 100 repetitions."
+DETECTABLE = (
+    "Detectable: the smallest true difference that the comparison would find in 80 of 100 repetitions. No significant "
+    "difference does not mean equal."
+)
+EXPLORATORY = (
+    "Exploratory: not planned beforehand, so that these differences have unadjusted 95 % intervals, no p and no "
+    "verdict; they suggest what to test and prove nothing."
+)
+EARLIER = (
+    "Tested by an earlier version of llmrec, in the families of tests that it had then: intervals are unadjusted 95 %, "
+    "and one may leave out 0 where p is above .05."
+)
+_OUTCOMES: dict[Verdict, str] = {
+    "shown": "significantly better",
+    "contradicted": "significantly worse",
+    "not shown": "no significant difference",
+}
 
 
 def title(task: str) -> str:
@@ -28,10 +44,14 @@ def title(task: str) -> str:
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
-    """Return a metric with three decimals, or one from 10 on; a dash where there is none."""
+    """Return a metric with three decimals, or one from 10 on; a dash where there is none.
+
+    With ``sign`` it is a difference or an end of its interval: one that is not 0 is not written as 0.
+    """
     if value is None:
         return DASH
-    text = f"{value:{'+' if sign else ''}.{3 if abs(value) < 10 else 1}f}"
+    digits = 3 if abs(value) < 10 else 1
+    text = _signed(value, digits) if sign else f"{value:.{digits}f}"
     return text.replace("-", "−")
 
 
@@ -87,6 +107,28 @@ def share(value: float | None) -> str:
     if value < 1 and text == "100.0":
         return "> 99.9 %"
     return "< 0.1 %" if value > 0 and text == "0.0" else f"{text.removesuffix('.0')} %"
+
+
+def outcome(verdict: Verdict | None) -> str:
+    """Return a verdict as people read it, of the first row against the second; files keep the older words."""
+    return "exploratory" if verdict is None else _OUTCOMES[verdict]
+
+
+def coverage(level: float | None) -> str:
+    """Return the coverage of an interval, such as ``98.3 %``; results that do not say have 95 %."""
+    return f"{100 * (0.95 if level is None else level):.4g} %"
+
+
+def difference(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
+    """Return a difference with its interval, both with their sign; an end that is not 0 is never written as 0."""
+    if value is None or low is None or high is None:
+        return DASH
+    return f"{_signed(value, digits)} [{_signed(low, digits)}, {_signed(high, digits)}]"
+
+
+def _signed(value: float, digits: int) -> str:
+    text = f"{value:+.{digits}f}"
+    return text if value == 0 or float(text) != 0 else f"{value:+.1g}"
 
 
 def p_value(value: float | None) -> str:
@@ -157,8 +199,8 @@ class TaskVerdict:
         best: The first row; None if no row has a value.
         rival: The best row of the other side: a baseline if a model is first, a model if a baseline is.
         lead: The comparison ``best - rival``, if it was computed.
-        tuned: The comparison of the best tuned row with its zero-shot row, as ``tuned - zero-shot``.
-        pairs: All comparisons of a tuned with a zero-shot row, in the same direction.
+        tuned: The comparison of a tuned with a zero-shot row, as ``tuned - zero-shot``: the planned one, or where there
+            is none that of the best tuned row.
     """
 
     task: str
@@ -167,7 +209,6 @@ class TaskVerdict:
     rival: Row | None
     lead: Comparison | None
     tuned: Comparison | None
-    pairs: tuple[Comparison, ...]
 
     @property
     def control(self) -> str:
@@ -181,7 +222,7 @@ def facing(comparison: Comparison, first: str) -> Comparison:
     """Return a comparison as ``first - other``."""
     if comparison.a == first:
         return comparison
-    turned: dict[Verdict, Verdict] = {"shown": "contradicted", "contradicted": "shown", "not shown": "not shown"}
+    turned: dict[Verdict | None, Verdict | None] = {"shown": "contradicted", "contradicted": "shown"}
     negative = {key: None if value is None else -value for key, value in _numbers(comparison).items()}
     return comparison.model_copy(
         update={
@@ -190,7 +231,7 @@ def facing(comparison: Comparison, first: str) -> Comparison:
             "value": negative["value"],
             "low": negative["high"],
             "high": negative["low"],
-            "verdict": turned[comparison.verdict],
+            "verdict": turned.get(comparison.verdict, comparison.verdict),
         }
     )
 
@@ -215,9 +256,9 @@ def verdict(results: Results, task: str) -> TaskVerdict:
         if {arms[entry.a], arms[entry.b]} == {"tuned", "zero-shot"}
     ]
     order = {row.id: place for place, row in enumerate(results.standings(task))}
-    pairs.sort(key=lambda entry: (order[entry.a], order[entry.b]))
+    pairs.sort(key=lambda entry: (entry.verdict is None, order[entry.a], order[entry.b]))
     tuned = pairs[0] if pairs else None
-    return TaskVerdict(task=task, metric=metric, best=best, rival=rival, lead=lead, tuned=tuned, pairs=tuple(pairs))
+    return TaskVerdict(task=task, metric=metric, best=best, rival=rival, lead=lead, tuned=tuned)
 
 
 def winner_sentence(found: TaskVerdict) -> str:
@@ -227,42 +268,35 @@ def winner_sentence(found: TaskVerdict) -> str:
     score = found.best.metrics[found.metric]
     what = f"{found.metric} {with_interval(score.value, score.low, score.high)}"
     if found.best.arm == "baseline":
-        start = f"A {found.control} wins: {label(found.best)}, with {what}."
+        start = f"A {found.control} has the best figure: {label(found.best)}, with {what}."
     else:
-        start = f"A language-model row wins: {label(found.best)}, with {what}."
+        start = f"A language-model row has the best figure: {label(found.best)}, with {what}."
     if found.rival is None:
         return start
     other = "language-model row" if found.best.arm == "baseline" else "baseline"
     reach = f" The best {other}, {label(found.rival)}, reaches {number(found.rival.metrics[found.metric].value)}"
     if found.lead is None:
         return f"{start}{reach}."
-    return f"{start}{reach}; the difference, {_difference(found.lead)}, is {_as_word(found.lead.verdict)}."
+    return f"{start}{reach}; the difference: {_difference(found.lead)}, {outcome(found.lead.verdict)}."
 
 
 def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
-    """Say whether the tuned row beat its zero-shot row, with interval and verdict."""
+    """Say whether the tuned row is better than its zero-shot row, with interval and verdict."""
     if found.tuned is None:
         tuned = any(row.task == found.task and row.arm == "tuned" for row in rows)
         return "No tuned row was compared with a zero-shot row." if tuned else "This run has no tuned row."
-    change = f"{_difference(found.tuned)}, verdict: {found.tuned.verdict}"
-    start = {
-        "shown": "Tuning beat zero-shot",
-        "not shown": "It is not shown that tuning beat zero-shot",
-        "contradicted": "Tuning made it worse than zero-shot",
+    what = {
+        "shown": "The tuned row is significantly better than zero-shot",
+        "not shown": "There is no significant difference between the tuned row and zero-shot",
+        "contradicted": "The tuned row is significantly worse than zero-shot",
+        None: "The tuned row less zero-shot, exploratory",
     }[found.tuned.verdict]
-    shown = sum(entry.verdict == "shown" for entry in found.pairs)
-    more = f" Over all {len(found.pairs)} pairs it is shown in {shown}." if len(found.pairs) > 1 else ""
-    return f"{start}: {change}.{more}"
+    return f"{what}: {_difference(found.tuned)}."
 
 
 def _difference(comparison: Comparison) -> str:
     text = f"{comparison.metric} {with_interval(comparison.value, comparison.low, comparison.high, sign=True)}"
     return f"{text} (lower is better)" if lower(comparison.metric) else text
-
-
-def _as_word(outcome: str) -> str:
-    """Write a lead's verdict; the first row cannot be shown to be worse on the metric that made it first."""
-    return {"shown": "shown", "not shown": "not shown to be more than chance", "contradicted": "contradicted"}[outcome]
 
 
 def summary(results: Results) -> str:
@@ -285,22 +319,16 @@ def _what_ran(results: Results) -> str:
 
 
 def _tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
-    tested = [found for found in verdicts if found.tuned]
+    tested = [found for found in verdicts if found.tuned and found.tuned.verdict is not None]
     if not tested:
-        return "Tuned and zero-shot rows were not compared."
+        return "No comparison of tuned with zero-shot rows was planned."
+    names: tuple[Verdict, ...] = ("shown", "contradicted", "not shown")
     groups = {
-        name: [title(found.task) for found in tested if found.tuned and found.tuned.verdict == name]
-        for name in ("shown", "not shown", "contradicted")
+        name: [title(found.task) for found in tested if found.tuned and found.tuned.verdict == name] for name in names
     }
-    parts = [f"tuning beat zero-shot in {len(groups['shown'])} of {len(tested)} tasks ({listed(groups['shown'])})"]
-    if not groups["shown"]:
-        parts = [f"tuning is not shown to beat zero-shot in any of {len(tested)} tasks"]
-    elif groups["not shown"]:
-        parts.append(f"this is not shown in {listed(groups['not shown'])}")
-    if groups["contradicted"]:
-        parts.append(f"it made {listed(groups['contradicted'])} worse")
-    text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}."
+    several = "the only task" if len(tested) == 1 else f"{len(tested)} tasks"
+    parts = [f"{outcome(name)} in {listed(found)}" for name, found in groups.items() if found]
+    return f"Tuned against zero-shot, over {several}: {'; '.join(parts)}."
 
 
 def _control_tally(verdicts: Sequence[TaskVerdict]) -> str:

@@ -15,9 +15,11 @@ import pytest
 
 from llmrec.commands.compare.benchmark import Line, _add, _row, _values, points, run_benchmark
 from llmrec.commands.compare.benchmark_page import frontier, pages, picture
+from llmrec.commands.compare.pages import rewrite
 from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
 from llmrec.errors import RecipeError
 from llmrec.evaluate.compare import compare
+from llmrec.metrics.multiple import holm
 from llmrec.recipe.load import kind_of_page, load_benchmark
 from llmrec.results import Cost, Figure, Metric, Row
 from tests.facts import Facts, raises
@@ -65,8 +67,9 @@ def test_a_grid_is_every_combination_and_every_seed(tmp_path: Path) -> None:
 
 def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     page = write(
-        tmp_path, RUNS, 'pairs: [["pointwise-yes · after-history · zero-shot", "label · after-history · zero-shot"]]\n'
-    )
+        tmp_path, RUNS, 'pairs: [["pointwise-yes · after-history · zero-shot", "label · after-history · zero-shot"], '
+        '["expected · list-ratings · zero-shot", "global-mean"]]\n'
+    )  # fmt: skip
     told: list[str] = []
     made = run_benchmark(
         load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", say=told.append, quiet=True
@@ -93,11 +96,18 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     assert pair["value"] == pytest.approx(
         few[pair["a"]]["metrics"]["NDCG@10"]["value"] - few[pair["b"]]["metrics"]["NDCG@10"]["value"]
     )
+    assert not any({"p", "verdict"} & set(entry) for entry in table["against_best_baseline"])
     rating = next(table for table in results["tables"] if table["task"] == "rating")
+    tested = [*table["pairs"], *rating["pairs"]]
+    assert [one["p"] for one in tested] == holm([one["p_raw"] for one in tested])  # one family over both tables
+    assert all((one["low"] <= 0 <= one["high"]) == (one["p"] > 0.05) for one in tested)
+    assert all("2 planned comparisons" in each["detectable"] for each in (table, rating))
     assert [r["metrics"]["RMSE"]["value"] for r in rating["rows"]] == sorted(
         r["metrics"]["RMSE"]["value"] for r in rating["rows"]
     )
     text = made["page"].read_text(encoding="utf-8")
+    assert "exploratory: the interval is an unadjusted 95 %" in text and table["detectable"] in text
+    assert rewrite(tmp_path / "eval" / "results")[0].read_text(encoding="utf-8") == text
     assert "label · after-history · zero-shot" in text and "(small-direct.svg)" in text
     assert results["missing"] == 0 and "runs are missing" not in text
     ET.fromstring((tmp_path / "eval" / "small-direct.svg").read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background, cold_figures
 from llmrec.experiment.study import load_split
+from llmrec.metrics.multiple import holm
 from llmrec.recipe.comparisons import Suite
 from llmrec.strategies.catalogue import Mixture, from_counts, from_logits
 from llmrec.types import Case, Event, Request
@@ -147,7 +148,11 @@ def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
     for pair in results["pairs"]:
         figures = [rows[pair[side]]["tables"][pair["seen"]]["metrics"][pair["metric"]]["value"] for side in "ab"]
         assert pair["value"] == pytest.approx(figures[0] - figures[1])
-    assert "both over markov-1" in leaderboard([suite_result(results)], {})
+    raw = [pair["p_raw"] for pair in results["pairs"]]
+    assert [pair["p"] for pair in results["pairs"]] == holm(raw)  # one family over both tables
+    assert all((pair["low"] <= 0 <= pair["high"]) == (pair["p"] > 0.05) for pair in results["pairs"])
+    assert all("2 planned comparisons" in line for line in results["detectable"].values())
+    assert "both less markov-1" in leaderboard([suite_result(results)], {})
     data = _data(page)
     known = set(data.train["item_id"].to_list())
     cold = sum(held.item_id not in known for held in data.holdouts("test"))

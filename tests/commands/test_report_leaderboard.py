@@ -36,7 +36,7 @@ def _tables(text: str) -> list[list[str]]:
 def test_rows_stand_in_order_with_intervals_spread_and_verdicts() -> None:
     ours = _tables(_page())[0]
     assert ours[0] == (
-        "| predictor | HR@5 | NDCG@5 | HR@10 | NDCG@10 | over tie rules | best row is better | ties | parameters | "
+        "| predictor | HR@5 | NDCG@5 | HR@10 | NDCG@10 | over tie rules | best row less this one | ties | parameters | "
         "seconds | GB |"
     )
     assert ours[2] == (
@@ -44,8 +44,32 @@ def test_rows_stand_in_order_with_intervals_spread_and_verdicts() -> None:
         "| – | 25.0% | neighbours 20 | 3 | 0.5 |"
     )
     assert [line.split(" | ")[0] for line in ours[2:]] == ["| sasrec", "| item-knn", "| popularity", "| random"]
-    assert [line.split(" | ")[6] for line in ours[2:]] == ["–", "not shown", "shown", "shown"]
-    assert "best row is better" not in _tables(_page(made_suite() | {"comparisons": []}))[0][0]
+    assert [line.split(" | ")[6] for line in ours[2:]] == [
+        "–", "+0.0300 [+0.0100, +0.0500]", "+0.0700 [+0.0500, +0.0900]", "+0.1100 [+0.0900, +0.1300]",
+    ]  # fmt: skip
+    assert "best row less this one" not in _tables(_page(made_suite() | {"comparisons": []}))[0][0]
+
+
+def test_planned_pairs_have_the_level_of_their_step_and_plain_words() -> None:
+    text = _page()
+    assert "The 2 planned comparisons have p Holm-adjusted over all tables of the file" in text
+    assert "sasrec less item-knn: +0.0300 [+0.0001, +0.0600] (97.5 %), p 0.040, significantly better" in text
+    assert "sasrec less item-knn: +0.0300 [-0.0100, +0.0600] (97.5 %), p 0.100, no significant difference" in text
+    assert "exploratory: unadjusted 95 % intervals, no p and no verdict" in text
+
+
+def test_pairs_of_earlier_versions_are_corrected_anew_over_the_file() -> None:
+    """Each table was corrected by itself: .03 alone in its table is .06 over the file, and its verdict falls."""
+    suite = made_suite()
+    for pair, p in zip(suite["pairs"], (0.03, 0.04), strict=True):
+        pair.update(p=p, verdict="shown", low=0.001)
+        del pair["p_raw"], pair["level"]
+    text = _page(suite)
+    assert text.count("(95 %), p 0.060, no significant difference") == 2 and "An earlier version wrote" in text
+    for pair, p in zip(suite["pairs"], (0.001, 0.04), strict=True):
+        pair.update(p=p)
+    text = _page(suite)
+    assert "p 0.002, significantly better" in text and "p 0.040, significantly better" in text
 
 
 def test_lower_is_better_for_ratings() -> None:

@@ -145,8 +145,8 @@ def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran])
     best = max(results["rows"], key=lambda row: row["tables"]["excluded"]["metrics"]["NDCG@10"]["value"])["name"]
     found = [line for line in results["comparisons"] if line["seen"] == "excluded"]
     assert {line["a"] for line in found} == {best} and len(found) == len(PAGE["rows"]) - 1
-    assert all(line["value"] >= 0 and line["verdict"] in ("shown", "not shown") for line in found)
-    assert "would be shown" in results["detectable"]["excluded"] or results["detectable"]["excluded"]
+    assert all(line["value"] >= 0 and not {"p", "verdict"} & set(line) for line in found)  # picked on test
+    assert "an unadjusted 95 % interval" in results["detectable"]["excluded"]
 
 
 def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path: Path) -> None:

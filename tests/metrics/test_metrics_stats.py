@@ -9,7 +9,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.metrics.stats import Difference, holm, interval, interval_of, paired, paired_of, verdict
+from llmrec.metrics.multiple import holm
+from llmrec.metrics.stats import Difference, interval, interval_of, paired, paired_of, verdict
 
 _VALUES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=40)
 
@@ -169,7 +170,7 @@ def test_bca_of_a_difference_is_that_of_its_values() -> None:
 
 def test_a_paired_callable_sees_both_arms_on_the_same_draw() -> None:
     values = np.random.default_rng(0).random(60)
-    found = paired_of(lambda rows: values[rows].mean(1) - values[rows].mean(1), 60, resamples=100, seed=0)
+    found = paired_of(lambda rows: values[rows].mean(1) - values[rows].mean(1), 60, resamples=100, seed=0).at()
     assert found == Difference(0.0, 0.0, 0.0, 1.0)
 
 
@@ -239,7 +240,7 @@ def test_users_with_unequal_numbers_of_requests_equal_counting_one_by_one(
             out.append(root(means[0]) - root(means[1]))
         return np.array(out)
 
-    slow = paired_of(figure, len(names), resamples=200, seed=3)
+    slow = paired_of(figure, len(names), resamples=200, seed=3).at()
     fast = paired(a, b, resamples=200, seed=3, statistic=statistic, users=users)
     assert [fast.value, fast.low, fast.high, fast.p] == pytest.approx([slow.value, slow.low, slow.high, slow.p])
 

@@ -97,7 +97,7 @@ def test_intervals_of_a_corpus_bleu(sacrebleu: object) -> None:
     assert found.value == pytest.approx(bleu4(TEXTS, REFERENCES))
     assert 0 <= found.low < found.value < found.high <= 1
     perfect = bleu4_statistic(REFERENCES, REFERENCES)
-    lead = paired_of(lambda rows: perfect(rows) - statistic(rows), len(TEXTS), resamples=500, seed=0)
+    lead = paired_of(lambda rows: perfect(rows) - statistic(rows), len(TEXTS), resamples=500, seed=0).at()
     assert lead.value == pytest.approx(1 - found.value)
     assert lead.low > 0 and lead.p < 0.05
 

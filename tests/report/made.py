@@ -139,11 +139,14 @@ def _comparison(task: str, one: dict[str, Any], two: dict[str, Any]) -> dict[str
     half = 0.05 * max(one["metrics"][metric]["value"], 0.5)
     gain = -value if metric == "RMSE" else value
     verdict = "shown" if gain > half else "contradicted" if gain < -half else "not shown"
-    return {
-        "task": task, "metric": metric, "a": one["id"], "b": two["id"], "value": value,
-        "low": value - half, "high": value + half, "p": 0.0004 if verdict != "not shown" else 0.31, "verdict": verdict,
-        "detectable": 1.3 * half,
+    p = 0.0004 if verdict != "not shown" else 0.31
+    found = {
+        "task": task, "metric": metric, "a": one["id"], "b": two["id"], "value": value, "low": value - half,
+        "high": value + half, "detectable": 1.3 * half,
     }  # fmt: skip
+    if one["arm"] == "few-shot":
+        return found  # exploratory
+    return {**found, "level": 0.975, "p": p, "p_raw": p / 2, "verdict": verdict}
 
 
 def _log(rng: np.random.Generator) -> list[dict[str, Any]]:

@@ -44,10 +44,17 @@ def made_suite() -> dict[str, Any]:
         ],
         "comparisons": [
             {
-                "seen": s, "metric": "NDCG@10", "a": "sasrec", "b": name,
-                "verdict": "not shown" if name == "item-knn" else "shown",
+                "seen": s, "metric": "NDCG@10", "a": "sasrec", "b": name, "value": 0.12 - level, "low": 0.1 - level,
+                "high": 0.14 - level,
             }
-            for s in seen for name in LEVELS if name != "sasrec"
+            for s in seen for name, level in LEVELS.items() if name != "sasrec"
+        ],
+        "pairs": [
+            {
+                "seen": s, "metric": "NDCG@10", "a": "sasrec", "b": "item-knn", "value": 0.03, "low": low, "high": 0.06,
+                "level": 0.975, "p": 2 * raw, "p_raw": raw, "verdict": verdict,
+            }
+            for s, low, raw, verdict in (("excluded", 0.0001, 0.02, "shown"), ("included", -0.01, 0.05, "not shown"))
         ],
         "detectable": {s: "With 943 users a true difference of 0.01 would be shown." for s in seen},
         "references": ["papers"], "seconds": 130.0,
@@ -81,8 +88,8 @@ def hostile_suite(texts: Sequence[str]) -> dict[str, Any]:
         row["tables"] = {seen[name]: table for name, table in row["tables"].items()}
         for table in row["tables"].values():
             table["metrics"] = {metrics[name]: figure for name, figure in table["metrics"].items()}
-    for entry in found["comparisons"]:
-        entry.update(b=names[entry["b"]], seen=seen[entry["seen"]])
+    for entry in (*found["comparisons"], *found["pairs"]):
+        entry.update(a=names[entry["a"]], b=names[entry["b"]], seen=seen[entry["seen"]])
     found["protocol"].update(
         split=f"leave_one_out {next(stream)}", metrics=list(metrics.values()), seen=list(seen.values())
     )

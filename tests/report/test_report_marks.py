@@ -17,6 +17,7 @@ from llmrec.report.results import results_of
 from llmrec.report.table import csv_text
 
 Save = Callable[[dict[str, Any]], Path]
+BETTER, WORSE = "significantly better", "significantly worse"
 TUNED = "sequential/tuned/likelihood/continue-list"
 FEW = "sequential/few-shot/likelihood/continue-list"
 
@@ -43,9 +44,9 @@ def test_a_row_is_marked_against_its_zero_shot_row_and_the_best_baseline(results
         "contradicted",
         "sequential/baseline/markov-1",
     )
-    # The few-shot row was not compared with a baseline, and a zero-shot row is nobody's rival but the baseline's.
-    assert found[FEW].zero_shot is not None and found[FEW].zero_shot.verdict == "not shown"
-    assert found[FEW].baseline is None
+    # What is exploratory makes no mark, and a zero-shot row is nobody's rival but the baseline's.
+    assert any(entry["a"] == FEW for entry in results["comparisons"])
+    assert found[FEW].zero_shot is None and found[FEW].baseline is None
     assert found["sequential/zero-shot/likelihood/continue-list"].zero_shot is None
 
 
@@ -53,7 +54,9 @@ def test_a_comparison_that_stands_the_other_way_round_is_turned(results: dict[st
     before = marks(results_of(results), "sequential")[TUNED]
     for entry in results["comparisons"]:
         entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
-        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(entry["verdict"], "not shown")
+        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(
+            entry.get("verdict"), entry.get("verdict")
+        )
     assert marks(results_of(results), "sequential")[TUNED] == before
 
 
@@ -75,22 +78,26 @@ def test_marks_stand_in_words_in_every_form(results: dict[str, Any], save: Save)
     pages = write(save(results))
     html = pages["html"].read_text("utf-8")
     row = _row_of(html, 2, "likelihood", "tuned", "<bdi>continue-list")
-    assert re.search(r'class="sig shown"><span aria-hidden="true">✓</span> over zero-shot<span class="vh">: shown', row)
-    assert re.search(r'class="sig contradicted"><span aria-hidden="true">✗</span> over baseline.*?: contradicted', row)
+    assert re.search(
+        r'class="sig shown"><span aria-hidden="true">✓</span> over zero-shot<span class="vh">: signif', row
+    )
+    assert re.search(
+        r'class="sig contradicted"><span aria-hidden="true">✗</span> over baseline.*?: significantly worse', row
+    )
     assert "sig" not in _row_of(html, 2, "markov-1", "baseline")
     assert html.count('href="#verdicts"') == 4 and html.count('id="verdicts"') == 1
     text = pages["markdown"].read_text("utf-8").split("### Next item")[1]
     assert "| NDCG@10 | Beats zero-shot | Beats best baseline | HR@1 |" in text
-    assert re.search(r"\| tuned · likelihood · continue-list \| 0\.500 \[[^|]*\| shown \| contradicted \|", text)
-    assert re.search(r"\| few-shot · likelihood · continue-list \| 0\.320 \[[^|]*\| not shown \| – \|", text)
+    assert re.search(rf"\| tuned · likelihood · continue-list \| 0\.500 \[[^|]*\| {BETTER} \| {WORSE} \|", text)
+    assert re.search(r"\| few-shot · likelihood · continue-list \| 0\.320 \[[^|]*\| – \| – \|", text)
     assert re.search(r"\| markov-1 \(baseline\) \| [^|]*\| – \| – \|", text)
     tex = pages["latex"].read_text("utf-8").split(r"\label{tab:llmrec-2}")[1].split(r"\end{table}")[0]
-    assert re.search(r"tuned \S+ likelihood \S+ continue-list &[^&]*& shown & contradicted &", tex)
+    assert re.search(rf"tuned \S+ likelihood \S+ continue-list &[^&]*& {BETTER} & {WORSE} &", tex)
     lines = {
         line["row"]: line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["metric"] == "NDCG@10"
     }
     assert [lines[TUNED][key] for key in ("beats_zero_shot", "beats_best_baseline", "best_baseline")] == [
-        *("shown", "contradicted"), "sequential/baseline/markov-1",
+        *(BETTER, WORSE), "sequential/baseline/markov-1",
     ]  # fmt: skip
     assert float(lines[TUNED]["beats_zero_shot_p"]) == 0.0004
     assert lines["sequential/baseline/markov-1"]["beats_zero_shot"] == ""
@@ -100,10 +107,10 @@ def test_the_legend_says_what_is_compared_and_the_rule_by_what(results: dict[str
     found = results_of(results)
     said = legend(found, "sequential")
     assert "NDCG@10 of a language-model row" in said and "markov-1" in said
-    assert "Holm's method over all 12 comparisons of this run, is at most .05" in rule(found)
+    assert "Holm's method over all 8 planned comparisons, is at most .05" in rule(found)
     results["comparisons"] = results["comparisons"][:1]
     found = results_of(results)
-    assert "over the only comparison" in rule(found)
+    assert "over the only planned comparison" in rule(found)
     assert legend(found, "sequential") == "" and not has_marks(found, "sequential") and has_marks(found, "rating")
 
 
@@ -113,9 +120,25 @@ def test_comparisons_say_what_they_could_have_shown(results: dict[str, Any], sav
     html = pages["html"].read_text("utf-8").split('id="comparisons"')[1].split("</section>")[0]
     assert '<td class="num">0.042</td>' in html and "80 of 100 repetitions" in html
     assert "| 0.042 |" in pages["markdown"].read_text("utf-8").split("## Comparisons")[1]
+    assert "does not mean equal" in html
+
+
+def test_exploratory_comparisons_stand_apart_without_p_and_verdict(results: dict[str, Any], save: Save) -> None:
+    pages = write(save(results))
+    html = pages["html"].read_text("utf-8").split('id="comparisons"')[1].split("</section>")[0]
+    tested, described = html.split('id="exploratory-caption"')
+    assert "8 planned comparisons" in tested and "4 exploratory comparisons" in tested
+    assert tested.count("badge") == 8 and "badge" not in described and "few-shot" in described
+    assert "97.5 %" in tested and "unadjusted 95" in described
+    text = pages["markdown"].read_text("utf-8").split("### Exploratory")[1].split("## Training")[0]
+    assert text.count("few-shot") == 4 and "significant" not in text and "no p and no verdict" in text
+
+
+def test_results_of_earlier_versions_say_how_they_were_tested(results: dict[str, Any], save: Save) -> None:
     for entry in results["comparisons"]:
-        entry["detectable"] = None
-    assert "Detectable" not in write(save(results))["html"].read_text("utf-8")
+        entry.pop("p_raw", None)
+    text = write(save(results))["markdown"].read_text("utf-8")
+    assert "Tested by an earlier version of llmrec" in text and "level of its own Holm step" not in text
 
 
 # --------------------------------------------------------------------------- templates

@@ -90,7 +90,7 @@ def test_every_section_is_there_in_order(run_dir: Path) -> None:
         *("Templates", "Slices"), *("Templates", "Position", "Slices") * 2, *("Templates", "Slices"),
     ]  # fmt: skip
     for said in (
-        "A trivial control wins: markov-1",
+        "A trivial control has the best figure: markov-1",
         "made data",
         "5f3c1a9b" * 8,
         "a3" * 32,
@@ -168,7 +168,7 @@ def test_a_run_without_training_comparisons_or_examples(results: dict[str, Any],
     text = pages["html"].read_text("utf-8")
     assert not re.search("<h3>(Position|Slices)", text) and "Marks compare" not in text
     assert not re.search("#### (Position|Slices)|## Comparisons|Beats", pages["markdown"].read_text("utf-8"))
-    for said in ("Nothing was trained", "No rows were compared", "No examples were kept", "could be read", "None."):
+    for said in ("Nothing was trained", "No comparison was planned", "No examples were kept", "could be read", "None."):
         assert said in text
     assert len(re.findall("<section ", text)) == 13
 

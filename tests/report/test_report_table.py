@@ -144,7 +144,7 @@ def test_markdown_orders_rows_and_marks_the_best(results: dict[str, Any]) -> Non
     assert rows[-1].startswith("| zero-shot · expected · half-stars | 1.310")
     assert sum("(baseline)" in row for row in rows) == 4
     assert "| rating/unseen-half-stars (unseen) |" in text
-    assert "contradicted" in text.split("## Comparisons")[1].split("## ")[0]
+    assert "significantly worse" in text.split("## Comparisons")[1].split("## ")[0]
 
 
 def test_tables_refuse_mixed_protocols(results: dict[str, Any], save: Save) -> None:

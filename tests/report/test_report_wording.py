@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from llmrec.report.escape import visible
 from llmrec.report.results import results_of
 from llmrec.report.wording import (
+    difference,
     duration,
     facing,
     number,
+    outcome,
     p_value,
     share,
     summary,
@@ -34,11 +36,12 @@ def _said(results: Results, task: str) -> str:
 def test_a_trivial_control_that_wins_is_named_as_one(results: dict[str, Any]) -> None:
     found = results_of(results)
     assert _said(found, "sequential") == (
-        "A trivial control wins: markov-1, with NDCG@10 0.560 [0.521, 0.603]. The best language-model row, "
-        "tuned · likelihood · continue-list, reaches 0.500; the difference, NDCG@10 +0.060 [+0.035, +0.085], is shown. "
-        "Tuning beat zero-shot: NDCG@10 +0.190 [+0.165, +0.215], verdict: shown."
+        "A trivial control has the best figure: markov-1, with NDCG@10 0.560 [0.521, 0.603]. The best "
+        "language-model row, tuned · likelihood · continue-list, reaches 0.500; the difference: NDCG@10 +0.060 "
+        "[+0.035, +0.085], significantly better. The tuned row is significantly better than zero-shot: NDCG@10 +0.190 "
+        "[+0.165, +0.215]."
     )
-    assert "A classic baseline wins: user-item-bias" in _said(found, "rating")
+    assert "A classic baseline has the best figure: user-item-bias" in _said(found, "rating")
     assert "A baseline is ahead of every language-model row in 2 of 4 tasks" in summary(found)
     assert "markov-1, a trivial control" in summary(found)
 
@@ -49,32 +52,33 @@ def test_every_trivial_ranking_control_is_called_trivial(results: dict[str, Any]
     best = copy.deepcopy(control) | {"id": f"direct/baseline/{name}", "predictor": name}
     best["metrics"]["NDCG@10"]["value"] = 0.99
     results["rows"] = [*(row for row in results["rows"] if row["id"] != best["id"]), best]
-    assert f"A trivial control wins: {name}, with NDCG@10 0.990" in _said(results_of(results), "direct")
+    assert f"A trivial control has the best figure: {name}, with NDCG@10 0.990" in _said(results_of(results), "direct")
 
 
 def test_user_mean_is_trivial(results: dict[str, Any]) -> None:
     row = next(row for row in results["rows"] if row["predictor"] == "user-mean")
     row["metrics"]["RMSE"]["value"] = 0.5
-    assert "A trivial control wins: user-mean" in _said(results_of(results), "rating")
+    assert "A trivial control has the best figure: user-mean" in _said(results_of(results), "rating")
 
 
 def test_a_model_that_wins_is_set_against_the_best_baseline(results: dict[str, Any]) -> None:
     said = _said(results_of(results), "direct")
-    assert said.startswith("A language-model row wins: tuned · label · pick-one, with NDCG@10 0.520 [0.484, 0.560].")
-    assert (
-        "The best baseline, item-knn, reaches 0.470; the difference, NDCG@10 +0.050 [+0.024, +0.076], is shown." in said
+    assert said.startswith(
+        "A language-model row has the best figure: tuned · label · pick-one, with NDCG@10 0.520 [0.484, 0.560]."
     )
+    assert "item-knn, reaches 0.470; the difference: NDCG@10 +0.050 [+0.024, +0.076], significantly better." in said
 
 
 @pytest.mark.parametrize(
     ("outcome", "start", "tally"),
     [
-        ("shown", "Tuning beat zero-shot:", "Tuning beat zero-shot in 4 of 4 tasks"),
-        ("not shown", "It is not shown that tuning beat zero-shot:", "this is not shown in Pick from candidates"),
-        ("contradicted", "Tuning made it worse than zero-shot:", "it made Pick from candidates worse"),
+        ("shown", "The tuned row is significantly better than", "over 4 tasks: significantly better in"),
+        ("not shown", "There is no significant difference", "no significant difference in Pick from candidates"),
+        ("contradicted", "The tuned row is significantly worse than", "significantly worse in Pick from candidates"),
+        (None, "The tuned row less zero-shot, exploratory", "over 3 tasks: significantly better in"),
     ],
 )
-def test_each_verdict_has_its_own_words(results: dict[str, Any], outcome: str, start: str, tally: str) -> None:
+def test_each_verdict_has_its_own_words(results: dict[str, Any], outcome: str | None, start: str, tally: str) -> None:
     entry = next(entry for entry in results["comparisons"] if entry["task"] == "direct" and "zero-shot" in entry["b"])
     entry["verdict"] = outcome
     found = results_of(results)
@@ -86,7 +90,9 @@ def test_a_turned_comparison_reads_the_same(results: dict[str, Any]) -> None:
     before = _said(results_of(results), "rating")
     for entry in results["comparisons"]:
         entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
-        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(entry["verdict"], "not shown")
+        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(
+            entry.get("verdict"), entry.get("verdict")
+        )
     assert _said(results_of(results), "rating") == before
 
 
@@ -107,15 +113,33 @@ def test_nothing_tuned_is_said(results: dict[str, Any]) -> None:
     results.update(comparisons=[], training=None)
     found = results_of(results)
     assert tuning_sentence(verdict(found, "rating"), found.rows) == "This run has no tuned row."
-    assert "was not tuned" in summary(found) and "were not compared" in summary(found)
+    assert "was not tuned" in summary(found) and "No comparison of tuned with zero-shot rows was planned" in summary(
+        found
+    )
 
 
-def test_several_pairs_are_counted_not_picked(results: dict[str, Any]) -> None:
+def test_what_was_not_planned_makes_no_sentence(results: dict[str, Any]) -> None:
+    """A better tuned row that nobody planned to test does not take the planned one's part."""
+    before = _said(results_of(results), "direct")
     rows = {row["arm"]: row for row in results["rows"] if row["task"] == "direct"}
     unseen = next(row for row in results["rows"] if row["task"] == "direct" and "unseen" in row["id"])
     entry = next(entry for entry in results["comparisons"] if entry["task"] == "direct")
-    results["comparisons"].append({**entry, "a": unseen["id"], "b": rows["zero-shot"]["id"], "verdict": "not shown"})
-    assert "Over all 2 pairs it is shown in 1." in _said(results_of(results), "direct")
+    kept = {key: value for key, value in entry.items() if key not in ("p", "p_raw", "verdict", "level")}
+    results["comparisons"].insert(0, {**kept, "a": unseen["id"], "b": rows["zero-shot"]["id"], "value": 0.4})
+    assert _said(results_of(results), "direct") == before
+
+
+def test_a_verdict_has_one_wording_everywhere() -> None:
+    assert [outcome(word) for word in ("shown", "contradicted", "not shown", None)] == [
+        "significantly better", "significantly worse", "no significant difference", "exploratory",
+    ]  # fmt: skip
+
+
+def test_an_end_that_is_not_0_is_not_printed_as_0() -> None:
+    assert number(0.0002, sign=True) == "+0.0002" and number(-0.0002, sign=True) == "−0.0002"
+    assert number(0.0, sign=True) == "+0.000"
+    assert difference(0.01, 0.00003, 0.02, 3) == "+0.010 [+3e-05, +0.020]"
+    assert difference(0.01, 0.0, 0.02, 4) == "+0.0100 [+0.0000, +0.0200]" and difference(0.1, None, 0.2) == "–"
 
 
 def test_every_family_has_a_title(results: dict[str, Any]) -> None:

@@ -20,11 +20,11 @@ from llmrec.commands.compare.benchmark_page import pages
 from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.compare import Comparing, Standing, over_runs
+from llmrec.evaluate.compare import Contrasts, Standing, exploratory, over_runs, planned, reach
 from llmrec.machine import machine, versions
 from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
 from llmrec.recipe.load import load_recipe, recipe_hash
-from llmrec.results import Figure, Results, Row, lower
+from llmrec.results import Figure, Pair, Results, Row, lower
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _write(
         machine=machine(),
         seconds=spent,
         missing=missing,
-        tables=tuple(_table(benchmark, name, own) for name, own in _by_table(lines).items()),
+        tables=_tables(benchmark, _by_table(lines)),
     )
     file = results / f"{benchmark.benchmark}.json"
     write_json(file, written.as_json())
@@ -262,7 +262,45 @@ def _by_table(lines: Mapping[tuple[Shared, str], Line]) -> dict[Shared, list[Lin
 # --------------------------------------------------------------------------- tables
 
 
-def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> BenchmarkTable:
+def _tables(benchmark: Benchmark, lines: Mapping[Shared, Sequence[Line]]) -> tuple[BenchmarkTable, ...]:
+    """Return all tables; the planned pairs of all of them are tested as one family."""
+    tables = [_table(name, own) for name, own in lines.items()]
+    contrasts = [_contrasts(table, own) for table, own in zip(tables, lines.values(), strict=True)]
+    meant = [
+        (place, pair)
+        for place, own in enumerate(contrasts)
+        for pair in own.named([names for names in benchmark.pairs if {row.name for row in own.rows}.issuperset(names)])
+    ]
+    tested = planned([pair for _, pair in meant], resamples=benchmark.bootstrap)
+    found = []
+    for place, (table, own) in enumerate(zip(tables, contrasts, strict=True)):
+        pairs = [pair for (at, _), pair in zip(meant, tested, strict=True) if at == place]
+        against = _against(table, own, pairs, benchmark.bootstrap)
+        every = [*pairs, *(pair for pair in against if pair.verdict is None)]
+        line = reach(table.metric, every, users=table.users, comparisons=len(tested))
+        update = {"against_best_baseline": tuple(against), "pairs": tuple(pairs), "detectable": line}
+        found.append(BenchmarkTable(**{**dict(table), **update}))
+    return tuple(found)
+
+
+def _against(table: BenchmarkTable, own: Contrasts, pairs: Sequence[Pair], resamples: int) -> list[Pair]:
+    """Compare every row of a language model with the best baseline, without a verdict unless the pair is planned."""
+    if table.best_baseline is None:
+        return []
+    known = {(pair.a, pair.b): pair for pair in pairs}
+    asked = own.named([(row.name, table.best_baseline) for row in table.rows if row.arm != "baseline"])
+    found = {pair.a: pair for pair in exploratory(asked, resamples=resamples)}
+    return [known.get((each.a.name, each.b.name), found[each.a.name]) for each in asked]
+
+
+def _contrasts(table: BenchmarkTable, lines: Sequence[Line]) -> Contrasts:
+    values = {line.name: _values(line, table.metric) for line in lines}
+    standings = [Standing(row.name, row.value(table.metric), values[row.name]) for row in table.rows]
+    return Contrasts(table.metric, standings, lines[0].users)
+
+
+def _table(name: Shared, lines: Sequence[Line]) -> BenchmarkTable:
+    """Return a table without its comparisons."""
     family, metric, signature, candidates = name
     users = lines[0].users
     if any(line.requests != lines[0].requests for line in lines):
@@ -271,13 +309,6 @@ def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> Benchma
     # A figure that is not defined, such as the AUC of answers that are all alike, stands last.
     rows = sorted((_row(line) for line in lines), key=lambda row: -sign * (row.value(metric) or 0.0))
     rows.sort(key=lambda row: row.value(metric) is None)
-    values = {line.name: _values(line, metric) for line in lines}
-    compared = Comparing(
-        metric, [Standing(row.name, row.value(metric), values[row.name]) for row in rows], users, benchmark.bootstrap
-    )
-    baselines = [row.name for row in rows if row.arm == "baseline"]
-    asked = [(row.name, baselines[0]) for row in rows if row.arm != "baseline"] if baselines else []
-    names = {row.name for row in rows}
     return BenchmarkTable(
         task=family,
         metric=metric,
@@ -286,9 +317,7 @@ def _table(benchmark: Benchmark, name: Shared, lines: Sequence[Line]) -> Benchma
         requests=len(users),
         users=len(set(users)),
         rows=tuple(rows),
-        best_baseline=baselines[0] if baselines else None,
-        against_best_baseline=tuple(compared.pairs(asked)),
-        pairs=tuple(compared.pairs([pair for pair in benchmark.pairs if names.issuperset(pair)])),
+        best_baseline=next((row.name for row in rows if row.arm == "baseline"), None),
     )
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
+from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable, retested
+from llmrec.commands.compare.told import about_detectable, planned_line, planned_note
 from llmrec.report.escape import cell, code, flat
 from llmrec.report.table import grid
-from llmrec.report.wording import DASH, UNDEFINED, title, undefined_lines
-from llmrec.results import Figure, lower
+from llmrec.report.wording import DASH, UNDEFINED, difference, title, undefined_lines
+from llmrec.results import Figure, Pair, lower
 
 _WIDTH, _HEIGHT = 960, 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 70, 64
@@ -46,17 +47,21 @@ def page(results: BenchmarkResult, names: Sequence[str]) -> str:
         f"{cell(where)}. Written by that command; do not edit.",
         "",
         "A row is a predictor, its template and its run. Intervals are 95 % over users; *sd* is over training seeds. "
-        "The last columns compare a row with the best baseline of its table on the same users, p Holm-adjusted over "
-        "the table. Cost is per request: tokens read and written, model calls (a generated token is one), seconds.",
+        "*Less the best baseline* compares a row with the best baseline of its table on the same users. It is "
+        "exploratory: the interval is an unadjusted 95 %, without p and verdict. Cost is per request: tokens read and "
+        "written, model calls (a generated token is one), seconds.",
     ]
+    tested = retested([table.pairs for table in results.tables])
+    if many := sum(map(len, tested)):
+        lines += ["", planned_note(many, earlier=any(pair.earlier for pairs in tested for pair in pairs))]
     if results.missing:
         lines += ["", f"**{results.missing} runs are missing**: the same command goes on."]
-    for table, file in zip(results.tables, names, strict=True):
-        lines += ["", *_section(table, file)]
+    for table, file, pairs in zip(results.tables, names, tested, strict=True):
+        lines += ["", *_section(table, file, pairs)]
     return "\n".join([*lines, ""])
 
 
-def _section(table: BenchmarkTable, file: str) -> list[str]:
+def _section(table: BenchmarkTable, file: str, pairs: Sequence[Pair]) -> list[str]:
     metric = table.metric
     against = {entry.a: entry for entry in table.against_best_baseline}
     others = [name for name in table.rows[0].metrics if name != metric][:3]
@@ -68,12 +73,11 @@ def _section(table: BenchmarkTable, file: str) -> list[str]:
                 cell(row.name) + (" (baseline)" if row.arm == "baseline" else ""),
                 _figure(own),
                 *(_value(row.value(name)) if name in row.metrics else DASH for name in others),
-                DASH if compared is None else f"{compared.value:+.3f} [{compared.low:+.3f}, {compared.high:+.3f}]",
-                DASH if compared is None else cell(compared.verdict),
+                DASH if compared is None else difference(compared.value, compared.low, compared.high),
                 *_cost(row),
             ]
         )
-    header = ["Row", metric, *others, "less the best baseline", "better", "tokens", "calls", "seconds"]
+    header = ["Row", metric, *others, "less the best baseline", "tokens", "calls", "seconds"]
     direction = "lower is better" if lower(metric) else "higher is better"
     lines = [
         f"## {cell(title(table.task))}: {cell(metric)}",
@@ -83,13 +87,11 @@ def _section(table: BenchmarkTable, file: str) -> list[str]:
         grid([cell(name) for name in header], rows),
         *(part for line in _undefined(table, (metric, *others)) for part in ("", cell(line))),
     ]
-    if table.pairs:
-        lines += ["", "Pairs named beforehand, Holm-adjusted among themselves:", ""]
-        lines += [
-            f"- {cell(one.a)} less {cell(one.b)}: {one.value:+.4f} [{one.low:+.4f}, {one.high:+.4f}], "
-            f"p {one.p:.3f}, {cell(one.verdict)}"
-            for one in table.pairs
-        ]
+    every = [*table.pairs, *table.against_best_baseline]
+    reach = table.detectable or about_detectable(metric, every, users=table.users)
+    lines += ["", cell(reach)] if every else []
+    if pairs:
+        lines += ["", "Planned comparisons:", "", *(f"- {planned_line(pair, 'less')}" for pair in pairs)]
     if _drawn(table):
         lines += ["", f"![{cell(metric)} by tokens a request]({file})"]
     return lines

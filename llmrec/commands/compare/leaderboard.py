@@ -13,11 +13,12 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmrec.commands.compare.records import SuiteProtocol, SuiteResult
+from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
+from llmrec.commands.compare.told import planned_line, planned_note
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
-from llmrec.report.wording import DASH, UNDEFINED, undefined_lines
+from llmrec.report.wording import DASH, UNDEFINED, difference, undefined_lines
 from llmrec.results import Figure, lower
 
 _HEAD = """# Leaderboard
@@ -29,8 +30,8 @@ Published figures are as printed by their source; nobody but the source vouches 
 """
 _HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
 _RULE = (
-    "*Best row is better*: whether the paired difference to the best row is shown, with p corrected by Holm's method "
-    "over the table."
+    "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these differences "
+    "are exploratory: unadjusted 95 % intervals, no p and no verdict."
 )
 
 
@@ -187,14 +188,17 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         f"seeds {', '.join(map(str, protocol.seeds))}. {code(found.command)}, {found.seconds / 60:.0f} min on "
         f"{cell(where)}.",
     ]
+    tested = _tested(found)
+    if many := sum(map(len, tested.values())):
+        lines += ["", planned_note(many, earlier=any(pair.earlier for pairs in tested.values() for pair in pairs))]
     for seen in protocol.seen:
         heading = _HEADINGS.get(seen, f"Items of the history {seen}")
         lines += ["", f"### {cell(heading)}", "", _ours(found, seen)]
-        verdicts = _verdicts(found, seen)
-        lines += ["", _RULE] if verdicts else []
+        lines += ["", _RULE] if _less(found, seen) else []
         lines += [part for line in _undefined(found, seen) for part in ("", cell(line))]
         lines += ["", cell(found.detectable[seen])] if found.detectable.get(seen) else []
-        lines += _pairs(found, seen)
+        if tested[seen]:
+            lines += ["", "Planned comparisons:", "", *_pairs(tested[seen])]
         same = [row for page in references for row in page.rows if row.seen == seen and _fits(page, protocol)]
         if same:
             lines += ["", "Published under the same protocol:", "", _published(same, protocol.metrics)]
@@ -205,19 +209,15 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _pairs(found: SuiteResult, seen: str) -> list[str]:
-    """Return one line for each pair of rows that the suite compares by name."""
-    asked = [
-        pair for pair in found.pairs if pair.seen == seen and None not in (pair.value, pair.low, pair.high, pair.p)
-    ]
-    if not asked:
-        return []
-    lines = [
-        f"- {cell(pair.a)} over {cell(pair.b)}: {cell(pair.metric)} {pair.value:+.4f} [{pair.low:+.4f}, "
-        f"{pair.high:+.4f}], p {pair.p:.3f}, {pair.verdict}"
-        for pair in asked
-    ]
-    return ["", "Pairs named beforehand, Holm-adjusted among themselves:", "", *lines]
+def _tested(found: SuiteResult) -> dict[str, list[SuitePair]]:
+    """Return the planned comparisons of each table, tested as one family over the file."""
+    asked = [pair for pair in found.pairs if None not in (pair.value, pair.low, pair.high, pair.p)]
+    tables = [[pair for pair in asked if pair.seen == seen] for seen in found.protocol.seen]
+    return dict(zip(found.protocol.seen, retested(tables), strict=True))
+
+
+def _pairs(tested: Sequence[SuitePair]) -> list[str]:
+    return [f"- {cell(pair.metric)}: {planned_line(pair, 'less')}" for pair in tested]
 
 
 def _undefined(found: SuiteResult, seen: str) -> list[str]:
@@ -239,16 +239,16 @@ def _ours(found: SuiteResult, seen: str) -> str:
     rows = sorted(found.rows, key=lambda row: _place(row.tables[seen].metrics[last].value, last))
     best = {name: _best([row.tables[seen].metrics[name].value for row in rows], name) for name in (*others, last)}
     ranged = any(row.tables[seen].metrics[last].range for row in rows)
-    verdicts = _verdicts(found, seen)
+    less = _less(found, seen)
     header = ["predictor", *others, last, *(["over tie rules"] if ranged else [])]
-    header += ["best row is better"] if verdicts else []
+    header += ["best row less this one"] if less else []
     table = []
     for row in rows:
         figures = row.tables[seen].metrics
         cells = [_bold(figures[name].value, best[name]) for name in others]
         cells.append(f"{_bold(figures[last].value, best[last])}{_spread(figures[last])}")
         cells += [_range(figures[last])] if ranged else []
-        cells += [verdicts.get(row.name, DASH)] if verdicts else []
+        cells += [less.get(row.name, DASH)] if less else []
         border = row.tables[seen].border
         chosen = ", ".join(
             f"{name} {value}{' (end of its grid)' if name in border else ''}"
@@ -260,12 +260,14 @@ def _ours(found: SuiteResult, seen: str) -> str:
     return _left([*header, "ties", "parameters", "seconds", "GB"], table)
 
 
-def _verdicts(found: SuiteResult, seen: str) -> dict[str, str]:
-    """Return, by row name, whether the best row is shown to be better; nothing where two rows have one name."""
+def _less(found: SuiteResult, seen: str) -> dict[str, str]:
+    """Return, by row name, the best row's figure less the row's; nothing where two rows have one name."""
     names = [row.name for row in found.rows]
     if len(set(names)) < len(names):
         return {}
-    return {entry.b: entry.verdict for entry in found.comparisons if entry.seen == seen}
+    return {
+        entry.b: difference(entry.value, entry.low, entry.high, 4) for entry in found.comparisons if entry.seen == seen
+    }
 
 
 def _place(value: float | None, metric: str) -> tuple[bool, float]:

@@ -5,11 +5,16 @@ As in `llmrec.results`, keys that no record has are ignored, and what later vers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 from pydantic import Field
 
+from llmrec.metrics.multiple import ALPHA, at_most, holm
 from llmrec.records import DataInfo, Number, Record
-from llmrec.results import Fact, Figure, Pair, Verdict
+from llmrec.results import Fact, Figure, Pair
 
+AnyPair = TypeVar("AnyPair", bound=Pair)
 Setting = str | bool | int | float | list[float] | list[str] | None
 """A parameter of a row."""
 
@@ -94,18 +99,18 @@ class SuiteProtocol(Record):
     requests: int = 0
 
 
-class SuitePair(Record):
-    """Two rows of a table: the best one, ``a``, against another, ``b``, or two that the suite names."""
+class SuitePair(Pair):
+    """Two rows of a table: the best one, ``a``, against another, ``b``, which is exploratory, or two that are planned.
+
+    Results of earlier versions tell the verdict on the best row alone.
+    """
 
     seen: str
     metric: str = ""
     a: str = ""
-    b: str
     value: Number = None
     low: Number = None
     high: Number = None
-    p: Number = None
-    verdict: Verdict
 
 
 class SuiteResult(Record):
@@ -153,7 +158,13 @@ class BenchmarkLine(Record):
 
 
 class BenchmarkTable(Record):
-    """Rows of one family and protocol, best first."""
+    """Rows of one family and protocol, best first.
+
+    Attributes:
+        against_best_baseline: Exploratory, unless a pair is planned.
+        pairs: The planned comparisons of this table, tested as one family with those of all other tables.
+        detectable: What these comparisons could have shown.
+    """
 
     task: str
     metric: str
@@ -165,6 +176,7 @@ class BenchmarkTable(Record):
     best_baseline: str | None = None
     against_best_baseline: tuple[Pair, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    detectable: str = ""
 
 
 class BenchmarkResult(Record):
@@ -182,3 +194,22 @@ class BenchmarkResult(Record):
     seconds: float
     missing: int
     tables: tuple[BenchmarkTable, ...]
+
+
+def retested(tables: Sequence[Sequence[AnyPair]]) -> list[list[AnyPair]]:
+    """Return the planned pairs of a file's tables, tested as one family over all of them.
+
+    Earlier versions corrected p in each table by itself and stored nothing else: p before correction is then taken at
+    the largest value that it can have had (`at_most`), which errs on the side of no difference, and the intervals stay
+    the unadjusted ones that were stored.
+    """
+    if not any(pair.earlier for table in tables for pair in table):
+        return [list(table) for table in tables]
+    raw = [at_most([1.0 if pair.p is None else pair.p for pair in table]) for table in tables]
+    corrected = iter(holm([p for table in raw for p in table]))
+    return [[_with(pair, next(corrected)) for pair in table] for table in tables]
+
+
+def _with(pair: AnyPair, p: float) -> AnyPair:
+    """Return a pair with another corrected p, which can take its verdict away."""
+    return pair.model_copy(update={"p": p, "verdict": pair.verdict if p <= ALPHA else "not shown"})

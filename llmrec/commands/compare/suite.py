@@ -31,7 +31,7 @@ from llmrec.commands.compare.suite_row import (
 from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
-from llmrec.evaluate.compare import Comparing, Standing
+from llmrec.evaluate.compare import Contrast, Contrasts, Standing, exploratory, planned, reach
 from llmrec.experiment.claiming import SUITE
 from llmrec.experiment.results import describe
 from llmrec.experiment.resume import key_of, locked, read_stage
@@ -157,18 +157,26 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
 def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: float) -> SuiteResult:
     lines, metric = [row.line for row in rows], headline_of(suite)
     users = [case.request.user_id for case in cases_of(suite, data)]
-    best: list[SuitePair] = []
-    named: list[SuitePair] = []
-    detectable = {}
+    meant: list[tuple[str, Contrast]] = []
+    described: list[SuitePair] = []
     for seen in tables_of(suite):
         standings = [
             Standing(row.line.name, row.line.tables[seen].metrics[metric].value, np.array(row.values[seen][metric]))
             for row in rows
         ]
-        asked = Comparing(metric, standings, users, suite.bootstrap)
-        found, detectable[seen] = asked.best_with_others()
-        best += [SuitePair(seen=seen, metric=metric, **pair.as_json()) for pair in found]
-        named += [SuitePair(seen=seen, metric=metric, **pair.as_json()) for pair in asked.pairs(suite.pairs)]
+        table = Contrasts(metric, standings, users)
+        meant += [(seen, pair) for pair in table.named(suite.pairs)]
+        found = exploratory(table.best_with_others(), resamples=suite.bootstrap)
+        described += [SuitePair(seen=seen, metric=metric, **pair.as_json()) for pair in found]
+    tested = planned([pair for _, pair in meant], resamples=suite.bootstrap)
+    named = [
+        SuitePair(seen=seen, metric=metric, **pair.as_json()) for (seen, _), pair in zip(meant, tested, strict=True)
+    ]
+    people = len(set(users))
+    detectable = {
+        seen: reach(metric, [p for p in (*named, *described) if p.seen == seen], users=people, comparisons=len(named))
+        for seen in tables_of(suite)
+    }
     return SuiteResult(
         kind="suite",
         suite=suite.suite,
@@ -193,7 +201,7 @@ def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: fl
             requests=lines[0].tables[tables_of(suite)[0]].n,
         ),
         rows=tuple(lines),
-        comparisons=tuple(best),
+        comparisons=tuple(described),
         pairs=tuple(named),
         detectable=detectable,
         references=suite.references,

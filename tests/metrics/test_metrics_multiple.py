@@ -1,0 +1,110 @@
+"""Families of tests: Holm's steps, and intervals that say what the corrected p says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.metrics.multiple import ALPHA, at_most, decide, enough, holm, holm_levels
+from llmrec.metrics.significance import signflip
+from llmrec.metrics.stats import Sampled, StatisticName
+
+_P = st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.0125, 0.02, 0.025, 0.03, 0.05, 0.3, 1.0]), min_size=1, max_size=8)
+
+
+def test_levels_by_hand() -> None:
+    # .01 <= .05 / 4 and .015 <= .05 / 3 are rejected, .03 > .05 / 2 is not, and the procedure stops there.
+    assert holm_levels([0.04, 0.015, 0.01, 0.03]) == pytest.approx([0.025, 0.05 / 3, 0.0125, 0.025])
+    assert holm([0.04, 0.015, 0.01, 0.03]) == pytest.approx([0.06, 0.045, 0.04, 0.06])
+    assert holm_levels([0.001, 0.04]) == [0.025, 0.05]
+    assert holm_levels([]) == []
+
+
+def test_the_level_of_the_largest_step_so_far_would_not_do() -> None:
+    """Both adjusted p are .04, reached at the first step; .03 is above that step's level, .025, yet is rejected."""
+    assert holm([0.02, 0.03]) == pytest.approx([0.04, 0.04])
+    assert holm_levels([0.02, 0.03]) == [0.025, 0.05]
+
+
+@given(_P)
+def test_a_p_is_at_most_its_level_exactly_if_the_adjusted_one_is_at_most_alpha(p_values: list[float]) -> None:
+    for p, adjusted, level in zip(p_values, holm(p_values), holm_levels(p_values), strict=True):
+        assert (adjusted <= ALPHA) == (p <= level + 1e-15)
+
+
+@given(_P)
+def test_what_is_taken_back_is_never_below_what_was_there(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    found = at_most(adjusted)
+    assert all(back >= p - 1e-12 for back, p in zip(found, p_values, strict=True))
+    assert all(again >= p - 1e-12 for again, p in zip(holm(found), adjusted, strict=True))
+
+
+def test_what_is_taken_back_is_exact_where_steps_rise() -> None:
+    assert at_most(holm([0.01, 0.2, 0.03])) == pytest.approx([0.01, 0.2, 0.03])
+    assert at_most([0.0105]) == [0.0105]  # a pair alone in its table
+
+
+def test_resamples_suffice_for_the_smallest_level() -> None:
+    assert enough(2000, 1) == 2000 and enough(2000, 6) == 4800 and enough(10_000, 6) == 10_000
+    for comparisons in (1, 7, 40):
+        assert enough(1, comparisons) * ALPHA / comparisons / 2 == pytest.approx(20)
+
+
+def _family(rng: np.random.Generator) -> list[Sampled]:
+    """Return a family of up to seven comparisons of few or many users, with effects about as large as is found."""
+    found = []
+    for _ in range(int(rng.integers(1, 8))):
+        n, effect = int(rng.integers(2, 60)), rng.normal(0, 3)
+        kind = rng.integers(0, 4)
+        if kind == 0:
+            a, b = rng.normal(effect / n**0.5, 1, n), np.zeros(n)
+        elif kind == 1:
+            a, b = ((rng.random(n) < share).astype(float) for share in rng.uniform(0, 0.6, 2))
+        elif kind == 2:
+            a, b = rng.integers(0, 3, n) / 2 + effect / 10, rng.integers(0, 3, n) / 2
+        else:
+            a, b = rng.exponential(1, n) * np.exp(effect / 8), rng.exponential(1, n)
+        statistic: StatisticName = "root_mean" if kind == 3 else "mean"
+        found.append(
+            signflip(a, b, resamples=int(rng.choice([60, 300])), seed=int(rng.integers(99)), statistic=statistic)
+        )
+    return found
+
+
+def test_verdict_and_interval_never_disagree() -> None:
+    """500 families, with too few resamples on purpose, so that halves and counted p disagree at the border at times."""
+    rng = np.random.default_rng(5)
+    significant, moved, number = 0, 0, 0
+    for _ in range(500):
+        family = _family(rng)
+        for sampled, found in zip(family, decide(family), strict=True):
+            outside = not found.low <= 0 <= found.high
+            assert outside == (found.p <= ALPHA), found
+            assert found.low <= found.high and (not outside or (found.low > 0) == (found.value > 0))
+            plain = sampled.at(found.level)
+            moved += (plain.low, plain.high) != (found.low, found.high)
+            significant, number = significant + outside, number + 1
+    assert 0.1 < significant / number < 0.9 and 0 < moved / number < 0.2
+
+
+def test_an_interval_that_has_no_border_to_settle_is_the_plain_one() -> None:
+    rng = np.random.default_rng(1)
+    family = [signflip(rng.normal(mean, 1, 80), np.zeros(80), resamples=3000, seed=0) for mean in (1.0, 0.9, 0.0)]
+    for sampled, found, level in zip(family, decide(family), (0.05 / 3, 0.025, 0.05), strict=True):
+        assert (found.low, found.high) == (sampled.at(1 - level).low, sampled.at(1 - level).high)
+        assert found.level == pytest.approx(1 - level) and found.p_raw == sampled.p
+
+
+def test_ends_move_to_the_side_that_the_p_is_on() -> None:
+    draws = np.array([-0.1, -0.05, 0.02, 0.3, 0.5, 0.6])
+    (found,) = decide([Sampled(0.3, 0.01, draws)])
+    assert found.low == 0.02 and found.high > 0.3
+    (found,) = decide([Sampled(-0.3, 0.01, -draws)])
+    assert found.high == -0.02
+    (found,) = decide([Sampled(0.3, 0.2, draws + 1)])
+    assert found.low == 0.0 and found.high > 1
+    (found,) = decide([Sampled(0.3, 0.01, np.array([-0.1, -0.2]))])
+    assert 0 < found.low <= found.high == 0.3
