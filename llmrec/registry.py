@@ -93,6 +93,7 @@ BASELINES: Mapping[str, str] = {
     "popularity": "llmrec.baselines.popular:Popularity",
     "recent-popularity": "llmrec.baselines.popular:RecentPopularity",
     "item-knn": "llmrec.baselines.knn:ItemKNN",
+    "rp3beta": "llmrec.baselines.knn:RP3Beta",
     "markov": "llmrec.baselines.markov:Markov",
     "markov-1": "llmrec.baselines.markov:FirstOrder",
     "markov-cooccurrence": "llmrec.baselines.markov:MarkovCooccurrence",
@@ -111,6 +112,8 @@ BASELINES: Mapping[str, str] = {
     "logistic": "llmrec.baselines.yes_no:Logistic",
     "frequent-text": "llmrec.baselines.text:FrequentText",
     "nearest-text": "llmrec.baselines.text:NearestText",
+    "first-sentence": "llmrec.baselines.text:FirstSentence",
+    "text-ridge": "llmrec.baselines.text:TextRidge",
 }
 
 # The keys of the recipe's eval section that a strategy is handed, as keyword arguments of the same names.

@@ -34,6 +34,9 @@ _CELLS = 1 << 22
 _FILLER = 2.0**-20
 
 
+DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
+"""How fast a history fades, from the last event alone, nearly, to all alike: what tuning tries."""
+
 Decay = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0)]
 
@@ -281,15 +284,26 @@ class Warm:
         return whole
 
 
-def pairs(histories: Sequence[NDArray[np.int64]], columns: int, dtype: type = np.float64) -> Any:
-    """Return which items stand in each history as 0 or 1, sparse, shape (b, columns)."""
-    lengths = [len(history) for history in histories]
-    rows = np.repeat(np.arange(len(histories)), lengths)
-    items = np.concatenate([np.empty(0, dtype=np.int64), *histories])
-    found = sparse.csr_array((np.ones(len(items), dtype=dtype), (rows, items)), shape=(len(histories), columns))
-    found.sum_duplicates()
-    found.data[:] = 1
-    return found
+def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, dtype: type = np.float64) -> Any:
+    """Weigh the items of each history by ``decay**age``, the last one by 1; an item that occurs twice counts as late.
+
+    Args:
+        histories: As `Warm.histories` gives them.
+        columns: Number of items.
+        decay: Factor from one item to the one before; 1 gives 1 for each item of a history.
+        dtype: Of the weights.
+
+    Returns:
+        Sparse matrix of shape (b, columns).
+    """
+    # Turned round, so that the first place of an item is its latest; columns come sorted, whatever else is asked.
+    latest = [np.unique(history[::-1], return_index=True) for history in histories]
+    items = np.concatenate([np.empty(0, dtype=np.int64), *(found for found, _ in latest)])
+    ages = np.concatenate([np.empty(0, dtype=np.int64), *(ages for _, ages in latest)])
+    ends = np.cumsum([0, *(len(found) for found, _ in latest)])
+    return sparse.csr_array(
+        ((decay ** ages.astype(np.float64)).astype(dtype), items, ends), shape=(len(latest), columns)
+    )
 
 
 def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay: float) -> Any:

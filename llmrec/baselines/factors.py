@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import AboveZero, Catalogue, Decay, Log, ScoredBaseline, Warm, pairs, recent
+from llmrec.baselines.base import DECAYS, AboveZero, Catalogue, Decay, Log, ScoredBaseline, Warm, fading, recent
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive, Section
 
@@ -46,20 +46,37 @@ class ALSConfig(Section):
     regularization: float = Field(1.0, ge=0, description="ridge penalty of the vectors")
     alpha: AboveZero = Field(10.0, description="confidence of an interaction, above 1 for more than that of none")
     iterations: Positive = Field(15, description="rounds over users and items")
+    user: Literal["mean", "solve"] = Field(
+        "mean",
+        description="the user's vector: mean of the history's item vectors, or solve for it by least squares, as in "
+        "training",
+    )
+    decay: Decay = Field(
+        0.8, description="factor of a weight or confidence from one item of the history to the one before"
+    )
     threads: int = Field(1, ge=0, description="of the solver, 0: all cores; they do not change the result")
 
 
 class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     """Factorises the binary training matrix by weighted least squares (Hu et al., ICDM 2008).
 
-    A training interaction has confidence ``alpha``, everything else 1. A user's vector is the least squares solution
-    for the history under the trained item vectors (their equation 4), the same step that training makes.
+    A training interaction has confidence ``alpha``, everything else 1. With ``user=solve`` a user's vector is the least
+    squares solution for the history under the trained item vectors (their equation 4), the same step that training
+    makes, in which an item of age a has confidence ``alpha * decay**a``. With ``user=mean`` it is the mean of the
+    history's item vectors, an item of age a weighing ``decay**a``.
     """
 
     name = "als"
     stochastic = True
     Config = ALSConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"factors": (64, 128, 256), "alpha": (5.0, 20.0)}
+    GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "factors": (32, 64, 128, 256, 512),
+        "alpha": (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0),
+        "regularization": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+        "user": ("mean", "solve"),
+        "decay": DECAYS,
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"user", "decay"})
 
     def fit(self, data: SplitDataset) -> None:
         """Alternate between users' and items' vectors.
@@ -84,9 +101,12 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
         """Return the products of user and item vectors for every request, shape (n, items)."""
         model = self._fitted
         histories = model.warm.histories(requests)
-        have = sparse.csr_matrix(pairs(histories, len(model.vectors), np.float32))
-        with _pinned():
-            users = model.library.recalculate_user(np.arange(len(requests)), have)
+        have = fading(histories, len(model.vectors), self._config.decay, np.float32)
+        if self._config.user == "mean":
+            users = _means(have, model.vectors)
+        else:
+            with _pinned():
+                users = model.library.recalculate_user(np.arange(len(requests)), sparse.csr_matrix(have))
         return model.warm.spread(users @ model.vectors.T, histories)
 
 
@@ -117,7 +137,11 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     name = "bpr"
     stochastic = True
     Config = BPRConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"regularization": (0.0003, 0.001, 0.003), "decay": (0.8, 1.0)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "regularization": (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01),
+        "decay": DECAYS,
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"decay"})
 
     def fit(self, data: SplitDataset) -> None:
         """Draw pairs and follow the gradient.
@@ -143,9 +167,15 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
         """Return the products of the histories' mean vectors and item vectors, shape (n, items)."""
         model = self._fitted
         weights = recent(requests, model.warm.catalogue, _WINDOW, self._config.decay)[:, model.warm.places]
-        whole = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
-        users = (sparse.diags_array(1 / whole) @ weights) @ model.vectors
+        users = _means(weights, model.vectors)
         return model.warm.spread(users @ model.vectors.T, model.warm.histories(requests))
+
+
+def _means(weights: Any, vectors: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+    """Return weighted means of vectors, shape (b, factors); 0 where nothing has a weight."""
+    whole = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
+    means: NDArray[np.floating[Any]] = (sparse.diags_array(1 / whole) @ weights) @ vectors
+    return means
 
 
 def _training(data: SplitDataset) -> tuple[Warm, Any]:

@@ -30,7 +30,12 @@ class GRU4Rec(SequenceNetwork[GRU4RecConfig]):
 
     name = "gru4rec"
     Config = GRU4RecConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"dim": (64, 128), "dropout": (0.35, 0.5)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "dim": (32, 64, 128, 256),
+        "layers": (1, 2),
+        "dropout": (0.1, 0.2, 0.35, 0.5, 0.6, 0.7),
+        "learning_rate": (0.0003, 0.001, 0.003),
+    }
     FITS: ClassVar[int] = 12
 
     def _build(self, items: int) -> Any:

@@ -1,79 +1,193 @@
-"""Item-based nearest neighbours."""
+"""Item neighbours: by asymmetric cosines between items, and by random walks of three steps over users and items."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
 from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
     from llmrec.types import Request
 
-# What is left of an item's cosine to itself after rounding is below this share of it.
-_ROUNDING = 1e-12
+# Catalogue numbers whose pairs are counted together. Fixed, so that sums do not depend on what else is asked.
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """Training matrix with columns of length 1, shape (users, items), which items it holds, and their popularity."""
+class _Readers:
+    """The binary training matrix, shape (users, items), and how popular its items are."""
 
     catalogue: Catalogue
-    units: Any
-    trained: NDArray[np.float64]
+    binary: Any
     popular: NDArray[np.float64]
+
+    @staticmethod
+    def of(data: SplitDataset) -> _Readers:
+        catalogue = Catalogue.of(data)
+        log = Log.of(data, catalogue)
+        return _Readers(catalogue, log.binary(len(catalogue.ids)), counts(log, catalogue))
+
+
+def _votes(
+    weights: Any, matrix: Any, similar: Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], Any]
+) -> NDArray[np.float64]:
+    """Sum the similarities of the history's items to every other item.
+
+    Pairs are counted for the items of these histories only: a large catalogue could not hold all of them.
+
+    Args:
+        weights: Of the items of each history, sparse, shape (b, items).
+        matrix: Training users and items, sparse, shape (users, items).
+        similar: Products of two columns, and the numbers of the history's item and of the other one -> similarities.
+
+    Returns:
+        Sums, shape (b, items); an item is no neighbour of itself.
+    """
+    total = np.zeros(weights.shape)
+    by_item, weights = matrix.T.tocsr(), weights.tocsc()
+    for start in range(0, weights.shape[1], _BLOCK):
+        part = weights[:, start : start + _BLOCK]
+        asked = np.flatnonzero(np.diff(part.indptr))
+        if not len(asked):
+            continue
+        both = (by_item[start + asked] @ matrix).tocoo()
+        other = both.col != start + asked[both.row]
+        rows, columns = both.row[other], both.col[other]
+        values = similar(both.data[other], start + asked[rows], columns)
+        near = sparse.csr_array((values, (rows, columns)), shape=both.shape)
+        total += (part[:, asked].tocsr() @ near).toarray()
+    return total
 
 
 class ItemKNNConfig(Section):
     """Parameters of `ItemKNN`."""
 
     history: Positive = Field(20, description="how many of the latest events count")
-    decay: Decay = Field(0.8, description="factor from one event to the one before; 1 weighs all alike")
+    decay: Decay = Field(0.7, description="factor from one event to the one before; 1 weighs all alike")
+    asymmetry: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="exponent that the scored item's length has, the history's item having the rest; 0.5: the cosine",
+    )
+    weighting: Literal["none", "user-idf", "tf-idf"] = Field(
+        "none",
+        description="of the training matrix; user-idf: users count less the more items they have; tf-idf: popular "
+        "items count less in a user's row, and rows have length 1",
+    )
+    shrinkage: float = Field(0.0, ge=0, description="what is added to the divisor, which lowers figures of rare items")
 
 
-class ItemKNN(ScoredBaseline[ItemKNNConfig, _Columns]):
-    """Scores an item by its cosine to the latest items of the history (Sarwar et al., WWW 2001, section 3.1).
+class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
+    """Scores an item by its likeness to the latest items of the history, over all neighbours.
 
-    ``score(i) = sum_j decay**age(j) * cos(i, j)`` over the last ``history`` events j, on the binary matrix of
-    training users and items, over all neighbours. An item is no neighbour of itself. Items without any neighbour in
+    ``score(i) = sum_j decay**age(j) * x_i . x_j / (|x_i|**(2 a) * |x_j|**(2 (1 - a)) + shrinkage)`` over the last
+    ``history`` events j, for the columns x of the training matrix of users and items. With ``a = .5`` and without
+    shrinkage these are cosines (Sarwar et al., WWW 2001, section 3.1); other ``asymmetry`` a is the asymmetric cosine
+    (Aiolli, RecSys 2013, equation 3), and shrinkage as in Bell and Koren (ICDM 2007). The matrix is binary; with
+    ``weighting=user-idf`` user u counts ``ln(1 + items / n_u)`` for n_u items, and with ``tf-idf`` item i in it counts
+    ``ln(1 + users / n_i)``, rows scaled to length 1. An item is no neighbour of itself. Items without any neighbour in
     the history, and so every item for an empty history, are ordered by popularity.
     """
 
     name = "item-knn"
     Config = ItemKNNConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"history": (10, 20, 50), "decay": (0.8, 1.0)}
+    GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "decay": DECAYS,
+        "history": (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200),
+        "asymmetry": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "weighting": ("none", "user-idf", "tf-idf"),
+        "shrinkage": (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0),
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ItemKNNConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
-        """Normalise the columns of the binary training matrix."""
-        catalogue = Catalogue.of(data)
-        log = Log.of(data, catalogue)
-        binary = log.binary(len(catalogue.ids))
-        readers = np.asarray(binary.sum(axis=0)).ravel()
-        units = binary @ sparse.diags_array(1 / np.sqrt(np.maximum(readers, 1)))
-        self._model = _Columns(
-            catalogue=catalogue,
-            units=units.tocsr(),
-            trained=(readers > 0).astype(np.float64),
-            popular=counts(log, catalogue),
-        )
+        """Note who had what."""
+        self._model = _Readers.of(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the sums of cosines for every request, shape (n, items)."""
-        model = self._fitted
-        weights = recent(requests, model.catalogue, self._config.history, self._config.decay)
-        # Through the users instead of an item-by-item matrix, which a large catalogue could not hold.
-        with_self = ((weights @ model.units.T) @ model.units).toarray()
-        # Each item's cosine to itself is 1.
-        own = (weights @ sparse.diags_array(model.trained)).toarray()
-        scores = with_self - own
-        scores[scores <= _ROUNDING * own] = 0.0
-        return filled(scores, model.popular)
+        """Return the sums of similarities for every request, shape (n, items)."""
+        model, config = self._fitted, self._config
+        matrix = _weighed(model.binary, config.weighting)
+        squares = np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel()
+        shares = np.power(squares, config.asymmetry), np.power(squares, 1 - config.asymmetry)
+
+        def similar(both: NDArray[np.float64], past: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
+            return both / (shares[0][item] * shares[1][past] + config.shrinkage)
+
+        weights = recent(requests, model.catalogue, config.history, config.decay)
+        return filled(_votes(weights, matrix, similar), model.popular)
+
+
+class RP3BetaConfig(Section):
+    """Parameters of `RP3Beta`."""
+
+    history: Positive = Field(100, description="how many of the latest events count")
+    decay: Decay = Field(0.8, description="factor from one event to the one before; 1 weighs all alike")
+    alpha: float = Field(0.8, ge=0, description="exponent of the chances of the second and third step")
+    beta: float = Field(0.6, ge=0, description="exponent of the popularity by which a score is divided")
+
+
+class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
+    """Scores an item by the chance of a random walk of three steps, less its popularity (Paudel et al., TiiS 2016).
+
+    The walk goes from the user to an item j of the history, to a user u who had it, and to another item i of that
+    user: ``score(i) = sum_j w_j sum_u (1 / n_j * 1 / n_u)**alpha / n_i**beta``, for n_j training users of an item and
+    n_u training items of a user (their P3alpha, divided by popularity: RP3beta, section 3.3). The first step, which the
+    paper has uniform over the history, goes to the last ``history`` events with ``w_j = decay**age(j)``. A walk that
+    comes back to j does not count. Items that no walk reaches are ordered by popularity.
+    """
+
+    name = "rp3beta"
+    Config = RP3BetaConfig
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "decay": DECAYS,
+        "alpha": (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0),
+        "beta": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "history": (1, 2, 3, 5, 10, 20, 50, 100, 200),
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(RP3BetaConfig.model_fields)
+
+    def fit(self, data: SplitDataset) -> None:
+        """Note who had what."""
+        self._model = _Readers.of(data)
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return the chances of the walks by popularity for every request, shape (n, items)."""
+        model, config = self._fitted, self._config
+        of_user = np.asarray(model.binary.sum(axis=1)).ravel()
+        of_item = np.maximum(np.asarray(model.binary.sum(axis=0)).ravel(), 1)
+        # Each of the two columns of a product has the root of what the user between them counts.
+        matrix = sparse.diags_array(np.power(of_user, -config.alpha / 2)) @ model.binary
+
+        def similar(both: NDArray[np.float64], past: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
+            return both * np.power(of_item[past], -config.alpha) * np.power(of_item[item], -config.beta)
+
+        weights = recent(requests, model.catalogue, config.history, config.decay)
+        return filled(_votes(weights, matrix, similar), model.popular)
+
+
+def _weighed(binary: Any, weighting: str) -> Any:
+    """Return the training matrix under a weighting, sparse, of the same shape."""
+    if weighting == "none":
+        return binary
+    users, items = binary.shape
+    if weighting == "user-idf":
+        # At least 1 item: a user is there for an interaction.
+        return (sparse.diags_array(np.log1p(items / np.asarray(binary.sum(axis=1)).ravel())) @ binary).tocsr()
+    readers = np.maximum(np.asarray(binary.sum(axis=0)).ravel(), 1)
+    rows = (binary @ sparse.diags_array(np.log1p(users / readers))).tocsr()
+    lengths = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
+    return (sparse.diags_array(1 / lengths) @ rows).tocsr()

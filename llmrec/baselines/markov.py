@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import Catalogue, Decay, Log, NoParameters, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, NoParameters, ScoredBaseline, counts, filled, recent
 from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
 
     name = "markov"
     Config = MarkovConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"order": (3, 10, 20), "decay": (0.7, 0.85)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "order": (1, 2, 3, 5, 7, 10, 15, 20, 30),
+        "decay": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
+    }
 
     def fit(self, data: SplitDataset) -> None:
         """Count the steps of every user's training sequence."""
@@ -105,7 +108,12 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
 
     name = "markov-cooccurrence"
     Config = MarkovCooccurrenceConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"transition": (0.3, 1.0, 3.0), "decay": (0.8, 0.9)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "transition": (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+        "decay": DECAYS,
+        "history": (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100),
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(MarkovCooccurrenceConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
         """Count transitions and co-occurrences of every user's training sequence."""
@@ -120,7 +128,7 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
         together.eliminate_zeros()
         self._model = _Counted(
             catalogue=catalogue,
-            after=self._config.transition * _steps(log, size, 1, 1.0),
+            after=_steps(log, size, 1, 1.0),
             together=together,
             popular=popular,
         )
@@ -128,7 +136,7 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the sum for every request and item, shape (n, items)."""
         model = self._fitted
-        last = recent(requests, model.catalogue, 1, 1.0) @ model.after
+        last = self._config.transition * (recent(requests, model.catalogue, 1, 1.0) @ model.after)
         total = recent(requests, model.catalogue, self._config.history, self._config.decay) @ model.together + last
         return filled(total.toarray(), model.popular)
 

@@ -1,7 +1,8 @@
 """Matrix factorisation of ratings: biases and a product of vectors, by least squares or by gradient descent.
 
 Unknown users and items fall back to the biases: an unknown item's is 0, an unknown user's comes from the ratings in the
-request's history. Every prediction is clipped to the rating scale.
+request's history. What the model misses in the latest ratings of that history is added, fading with their age
+(`rated.rate_lately`), and every prediction is clipped to the rating scale.
 """
 
 from __future__ import annotations
@@ -14,13 +15,22 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import AboveZero, Baseline
-from llmrec.baselines.rated import Ratings, bias_of_history, rate, ratings, ridge_biases
-from llmrec.recipe.schema import Positive, Section
+from llmrec.baselines.base import DECAYS, AboveZero, Baseline
+from llmrec.baselines.rated import (
+    RECENCIES,
+    Ratings,
+    RecencyConfig,
+    bias_of_history,
+    rate_lately,
+    ratings,
+    ridge_biases,
+)
+from llmrec.recipe.schema import Positive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmrec.baselines.rated import OfItems
     from llmrec.data.split import SplitDataset
     from llmrec.types import Answer, Request
 
@@ -38,26 +48,32 @@ class _Factors:
     users: NDArray[np.float64]
     items: NDArray[np.float64]
 
-    def answer(self, requests: Sequence[Request], user_penalty: float) -> list[Answer]:
+    def answer(self, requests: Sequence[Request], user_penalty: float, config: RecencyConfig) -> list[Answer]:
         known = self.known
 
         def of_item(item: str) -> float:
             place = known.item_index.get(item)
             return 0.0 if place is None else float(self.item_bias[place])
 
-        def predict(user: str, item: str, request: Request) -> float:
-            row, column = known.user_index.get(user), known.item_index.get(item)
+        def of_user(request: Request) -> OfItems:
+            row = known.user_index.get(request.user_id)
             if row is None:
-                return known.mean + bias_of_history(request, known.mean, of_item, user_penalty) + of_item(item)
-            own = known.mean + float(self.user_bias[row])
-            if column is None:
-                return own
-            return own + of_item(item) + float(self.users[row] @ self.items[column])
+                bias = bias_of_history(request, known.mean, of_item, user_penalty)
+                level, vector = known.mean + bias, np.zeros(self.items.shape[1])
+            else:
+                level, vector = known.mean + float(self.user_bias[row]), self.users[row]
 
-        return rate(requests, known.scale, predict)
+            def of_items(items: Sequence[str]) -> NDArray[np.float64]:
+                places = np.array([known.item_index.get(item, -1) for item in items])
+                found = self.item_bias[places] + self.items[places] @ vector
+                return np.asarray(level + np.where(places >= 0, found, 0.0), dtype=np.float64)
+
+            return of_items
+
+        return rate_lately(requests, known.scale, of_user, config)
 
 
-class MFConfig(Section):
+class MFConfig(RecencyConfig):
     """Parameters of `MF`."""
 
     factors: Positive = Field(10, description="length k of a vector")
@@ -77,7 +93,13 @@ class MF(Baseline[MFConfig, _Factors]):
     name = "mf"
     stochastic = True
     Config = MFConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"factors": (5, 10), "penalty": (0.05, 0.1, 0.15)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "factors": (1, 2, 3, 5, 10, 20, 50),
+        "penalty": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
+        "recency": RECENCIES,
+        "decay": DECAYS,
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
     def fit(self, data: SplitDataset) -> None:
         """Alternate between users and items.
@@ -101,10 +123,10 @@ class MF(Baseline[MFConfig, _Factors]):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
-        return self._fitted.answer(requests, self._config.user_penalty)
+        return self._fitted.answer(requests, self._config.user_penalty, self._config)
 
 
-class SVDConfig(Section):
+class SVDConfig(RecencyConfig):
     """Parameters of `SVD`."""
 
     factors: Positive = Field(50, description="length k of a vector")
@@ -124,7 +146,14 @@ class SVD(Baseline[SVDConfig, _Factors]):
     name = "svd"
     stochastic = True
     Config = SVDConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"factors": (10, 50), "penalty": (0.03, 0.06, 0.1)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "factors": (5, 10, 20, 50, 100, 200),
+        "penalty": (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3),
+        "epochs": (10, 20, 30, 40, 60, 80, 120),
+        "recency": RECENCIES,
+        "decay": DECAYS,
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
     def fit(self, data: SplitDataset) -> None:
         """Descend.
@@ -155,7 +184,7 @@ class SVD(Baseline[SVDConfig, _Factors]):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
-        return self._fitted.answer(requests, self._config.user_penalty)
+        return self._fitted.answer(requests, self._config.user_penalty, self._config)
 
 
 def _step(

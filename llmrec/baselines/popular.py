@@ -110,7 +110,9 @@ class RecentPopularity(_SameForAll[RecentPopularityConfig]):
 
     name = "recent-popularity"
     Config = RecentPopularityConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"half_life": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "half_life": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    }
 
     def fit(self, data: SplitDataset) -> None:
         """Sum the weights of every item's training interactions."""

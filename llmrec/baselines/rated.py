@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
+from llmrec.baselines.base import Decay
 from llmrec.data.split import scale_of
 from llmrec.errors import DataError
+from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Rating, Request, Unparsed
 
 if TYPE_CHECKING:
@@ -17,14 +20,36 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
+    #: Items -> what a model predicts of them for the user of one request, not clipped, shape (n,).
+    OfItems = Callable[[Sequence[str]], NDArray[np.float64]]
+
+RECENCIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
+"""Weights of the latest ratings that tuning tries."""
+
+# A fading mean is drawn towards 0 as if by this many events more.
+_PRIOR = 2.0
+
+
+class RecencyConfig(Section):
+    """How far the latest ratings of a history move a prediction."""
+
+    recency: float = Field(
+        0.6, ge=0, description="weight of the fading mean of what the model misses in the history's ratings; 0: none"
+    )
+    decay: Decay = Field(0.7, description="factor from one rating of the history to the one before")
+
 
 @dataclass(frozen=True)
 class Ratings:
-    """Training ratings as numbers, with their mean and the scale they are clipped to."""
+    """Training ratings as numbers, with their mean and the scale they are clipped to.
+
+    ``order`` says which comes first: it rises along the sequence of each user.
+    """
 
     users: NDArray[np.int64]
     items: NDArray[np.int64]
     values: NDArray[np.float64]
+    order: NDArray[np.int64]
     user_index: Mapping[str, int]
     item_index: Mapping[str, int]
     mean: float
@@ -37,7 +62,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
     Raises:
         DataError: If the training interactions carry no ratings.
     """
-    rated = data.train.drop_nulls("rating").select("user_id", "item_id", "rating")
+    rated = data.train.drop_nulls("rating").select("user_id", "item_id", "rating").with_row_index("order")
     if rated.is_empty():
         raise DataError(
             f"the baseline {name!r} needs ratings, and the training interactions of {data.dataset.name!r} have none; "
@@ -47,7 +72,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
             column="rating",
         )
     # A canonical order of sums, so that the order of rows in the file cannot move the last bits.
-    rated = rated.sort("user_id", "item_id", "rating")
+    rated = rated.sort("user_id", "item_id", "rating", "order")
     user_names, users = np.unique(np.array(rated["user_id"].to_list(), dtype=object), return_inverse=True)
     item_names, items = np.unique(np.array(rated["item_id"].to_list(), dtype=object), return_inverse=True)
     values = rated["rating"].to_numpy().astype(np.float64)
@@ -55,6 +80,7 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
         users=users.astype(np.int64),
         items=items.astype(np.int64),
         values=values,
+        order=rated["order"].to_numpy().astype(np.int64),
         user_index={user: place for place, user in enumerate(user_names.tolist())},
         item_index={item: place for place, item in enumerate(item_names.tolist())},
         mean=float(values.mean()),
@@ -93,6 +119,38 @@ def rate(
         value = min(high, max(low, predict(request.user_id, request.item, request)))
         answers.append(Rating(request_id=request.id, value=value))
     return answers
+
+
+def rate_lately(
+    requests: Sequence[Request],
+    scale: tuple[float, float],
+    model: Callable[[Request], OfItems],
+    config: RecencyConfig,
+) -> list[Answer]:
+    """Answer with what a model predicts plus what it misses lately in the history of the same request.
+
+    A user's level drifts (Koren, CACM 2010, section 4, where ``b_user`` is a function of time). Here it moves by
+    ``recency * sum_t decay**age(t) * e(t) / (sum_t decay**age(t) + 2)`` for the errors e of the model on the rated
+    events t of the history, the latest one of age 0.
+
+    Args:
+        requests: With their histories, which may be those of unknown users.
+        scale: Answers are clipped to it.
+        model: What predicts for the user of a request.
+        config: Weight and decay.
+    """
+
+    def predict(user: str, item: str, request: Request) -> float:
+        of_items = model(request)
+        value = float(of_items([item])[0])
+        rated = [(event.item_id, event.rating) for event in request.history if event.rating is not None]
+        if not rated or not config.recency:
+            return value
+        errors = np.array([rating for _, rating in rated]) - of_items([name for name, _ in rated])
+        weights = config.decay ** np.arange(len(rated) - 1, -1, -1, dtype=np.float64)
+        return value + config.recency * float((weights * errors).sum() / (weights.sum() + _PRIOR))
+
+    return rate(requests, scale, predict)
 
 
 def bias_of_history(request: Request, mean: float, of_item: Callable[[str], float], user_penalty: float) -> float:

@@ -13,14 +13,23 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import AboveZero, Baseline, NoParameters
-from llmrec.baselines.rated import Ratings, bias_of_history, rate, ratings, ridge_biases
-from llmrec.recipe.schema import Section
+from llmrec.baselines.base import DECAYS, AboveZero, Baseline, NoParameters
+from llmrec.baselines.rated import (
+    RECENCIES,
+    Ratings,
+    RecencyConfig,
+    bias_of_history,
+    rate,
+    rate_lately,
+    ratings,
+    ridge_biases,
+)
 from llmrec.types import Answer, Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmrec.baselines.rated import OfItems
     from llmrec.data.split import SplitDataset
 
 
@@ -86,7 +95,7 @@ class ItemMean(_Means):
         return rate(requests, model.scale, lambda user, item, request: model.by_item.get(item, model.mean))
 
 
-class UserItemBiasConfig(Section):
+class UserItemBiasConfig(RecencyConfig):
     """Parameters of `UserItemBias`."""
 
     user_penalty: AboveZero = Field(5.0, description="ridge penalty of user biases")
@@ -94,16 +103,22 @@ class UserItemBiasConfig(Section):
 
 
 class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
-    """Predicts ``mean + b_user + b_item`` (Koren et al., IEEE Computer 2009, equation 3).
+    """Predicts ``mean + b_user + b_item`` (Koren et al., IEEE Computer 2009, equation 3) and what that misses lately.
 
     The biases minimise the squared error on the training ratings plus ``user_penalty * sum(b_user**2)`` and
     ``item_penalty * sum(b_item**2)``. Solving for one side with the other one fixed is closed, and alternating goes
-    to the only minimum.
+    to the only minimum. What is added for the latest ratings of the history is that of `rated.rate_lately`.
     """
 
     name = "user-item-bias"
     Config = UserItemBiasConfig
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"user_penalty": (2.0, 5.0, 10.0), "item_penalty": (1.0, 3.0)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "user_penalty": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0),
+        "item_penalty": (0.3, 1.0, 3.0, 5.0, 10.0, 20.0),
+        "recency": RECENCIES,
+        "decay": DECAYS,
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"recency", "decay"})
 
     def fit(self, data: SplitDataset) -> None:
         """Solve for the biases.
@@ -127,13 +142,14 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
         def of_item(item: str) -> float:
             return model.by_item.get(item, 0.0)
 
-        def predict(user: str, item: str, request: Request) -> float:
-            own = model.by_user.get(user)
+        def of_user(request: Request) -> OfItems:
+            own = model.by_user.get(request.user_id)
             if own is None:
                 own = bias_of_history(request, model.mean, of_item, self._config.user_penalty)
-            return model.mean + own + of_item(item)
+            level = model.mean + own
+            return lambda items: np.array([level + of_item(item) for item in items])
 
-        return rate(requests, model.scale, predict)
+        return rate_lately(requests, model.scale, of_user, self._config)
 
 
 def _means(known: Ratings) -> _Levels:

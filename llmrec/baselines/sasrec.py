@@ -46,7 +46,6 @@ class SASRec(SequenceNetwork[SASRecConfig]):
         "dim": (32, 64, 128, 256),
         "learning_rate": (3e-4, 1e-3, 3e-3),
         "layers": (1, 2, 3),
-        "patience": (5, 10),
     }
     FITS: ClassVar[int] = 12
 

@@ -1,4 +1,4 @@
-"""Text controls: what can be had without writing a word, by TF-IDF vectors of short texts."""
+"""Text controls: what can be had without a language model, by TF-IDF vectors of texts or by copying."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from scipy import sparse
+from scipy.sparse.linalg import LinearOperator, lsqr
 
-from llmrec.baselines.base import Baseline, NoParameters
+from llmrec.baselines.base import AboveZero, Baseline, NoParameters
+from llmrec.baselines.rated import rate, ratings
 from llmrec.errors import DataError
+from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Answer, Request, Text, Unparsed
 
 if TYPE_CHECKING:
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 
 
 _WORD = re.compile(r"\w+")
+# A sentence ends with a mark that white space follows, or with the text.
+_SENTENCE = re.compile(r"\s*(\S.*?(?:[.!?]+[\"')\]]*(?=\s)|$))", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -29,26 +35,36 @@ class TfIdf:
     """A vocabulary with weights ``ln((1 + n) / (1 + df)) + 1`` over n texts (Salton and Buckley, 1988, smoothed).
 
     Attributes:
-        index: Column of each word, words in sorted order.
-        weights: Inverse document frequency of each word, shape (words,).
+        index: Column of each word or sequence of words, in sorted order.
+        weights: Inverse document frequency of each, shape (words,).
+        longest: Words of the longest sequence; 1: single words.
     """
 
     index: Mapping[str, int]
     weights: NDArray[np.float64]
+    longest: int = 1
 
     @staticmethod
-    def of(texts: Sequence[str]) -> TfIdf:
-        """Learn the vocabulary and its weights."""
-        frequency = Counter(word for text in texts for word in set(_words(text)))
-        words = sorted(frequency)
+    def of(texts: Sequence[str], *, longest: int = 1, least: int = 1) -> TfIdf:
+        """Learn the vocabulary and its weights.
+
+        Args:
+            texts: To learn from.
+            longest: Words of the longest sequence.
+            least: In how many texts a word or sequence must stand.
+        """
+        frequency = Counter(word for text in texts for word in set(_grams(text, longest)))
+        words = sorted(word for word, count in frequency.items() if count >= least)
         have = np.array([frequency[word] for word in words], dtype=np.float64)
         return TfIdf(
-            index={word: place for place, word in enumerate(words)}, weights=np.log((1 + len(texts)) / (1 + have)) + 1
+            index={word: place for place, word in enumerate(words)},
+            weights=np.log((1 + len(texts)) / (1 + have)) + 1,
+            longest=longest,
         )
 
     def vectors(self, texts: Sequence[str]) -> Any:
         """Return one row of length 1 a text, sparse, shape (n, words); 0 for a text without a known word."""
-        places = [[self.index[word] for word in _words(text) if word in self.index] for text in texts]
+        places = [[self.index[word] for word in _grams(text, self.longest) if word in self.index] for text in texts]
         rows = np.repeat(np.arange(len(texts)), [len(row) for row in places])
         columns = np.array([place for row in places for place in row], dtype=np.int64)
         matrix = sparse.csr_array((self.weights[columns], (rows, columns)), shape=(len(texts), len(self.index)))
@@ -57,8 +73,14 @@ class TfIdf:
         return (sparse.diags_array(1 / np.where(lengths > 0, lengths, 1.0)) @ matrix).tocsr()
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+def _grams(text: str, longest: int) -> list[str]:
+    """Return the words of a text, and its sequences of up to ``longest`` words."""
+    words = _WORD.findall(text.lower())
+    return [
+        " ".join(words[start : start + size])
+        for size in range(1, longest + 1)
+        for start in range(len(words) - size + 1)
+    ]
 
 
 @dataclass(frozen=True)
@@ -98,9 +120,7 @@ class FrequentText(Baseline[NoParameters, str]):
         Raises:
             DataError: If the training interactions carry no texts.
         """
-        known = _texts(data, self.name)
-        model = TfIdf.of(known.texts)
-        self._model = _most_frequent(known.texts, model.vectors(known.texts))
+        self._model = _frequent(data, self.name)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Write the text for each request's item."""
@@ -145,7 +165,119 @@ class NearestText(Baseline[NoParameters, _Library]):
         return [_write(request, _nearest(request, library)) for request in requests]
 
 
+class FirstSentence(Baseline[NoParameters, str]):
+    """Writes the first sentence of the review that the request shows; the most frequent training text without one.
+
+    The lead of a text is the usual control of summaries (Nenkova, AAAI 2005).
+    """
+
+    name = "first-sentence"
+    Config = NoParameters
+
+    def fit(self, data: SplitDataset) -> None:
+        """Find the text for requests without a review.
+
+        Raises:
+            DataError: If the training interactions carry no texts.
+        """
+        self._model = _frequent(data, self.name)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Copy the sentence for each request's item."""
+        fallback = self._fitted
+        return [_write(request, first_sentence(request.context.get("review", "")) or fallback) for request in requests]
+
+
+def first_sentence(text: str) -> str:
+    """Return what comes before the first full stop, question or exclamation mark, with it; all of it without one."""
+    found = _SENTENCE.match(text)
+    return found.group(1).strip() if found else ""
+
+
+# --------------------------------------------------------------------------- ratings from texts
+
+
+class TextRidgeConfig(Section):
+    """Parameters of `TextRidge`."""
+
+    penalty: AboveZero = Field(1.0, description="ridge penalty of the weights of words")
+    words: Positive = Field(2, description="words of the longest sequence that has a weight")
+    least: Positive = Field(2, description="in how many training reviews a word or sequence must stand")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A vocabulary, the weights of its words, what a review of average words has, and the scale."""
+
+    model: TfIdf
+    weights: NDArray[np.float64]
+    average: float
+    mean: float
+    scale: tuple[float, float]
+
+
+class TextRidge(Baseline[TextRidgeConfig, _Read]):
+    """Reads a rating off a review by ridge regression on the TF-IDF vector of its words and sequences of words.
+
+    ``rating = mean + w . (x - average x)`` with ``w`` the minimum of the squared error over the training reviews plus
+    ``penalty * |w|**2`` (Hoerl and Kennard, 1970; of words for ratings: Pang and Lee, ACL 2005). The request shows the
+    review; one without a review, or without a known word, gets the mean. Neither user nor item is looked at.
+    """
+
+    name = "text-ridge"
+    Config = TextRidgeConfig
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "penalty": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        "words": (1, 2, 3),
+        "least": (1, 2, 3, 5, 10),
+    }
+
+    def fit(self, data: SplitDataset) -> None:
+        """Solve for the weights of words.
+
+        Raises:
+            DataError: If the training interactions carry no ratings, or the data has no reviews of them.
+        """
+        known, config, reviews = ratings(data, self.name), self._config, data.dataset.reviews
+        users, items = list(known.user_index), list(known.item_index)
+        pairs = [(users[user], items[item]) for user, item in zip(known.users, known.items, strict=True)]
+        rows = [row for row, pair in enumerate(pairs) if pair in reviews and reviews[pair].text]
+        if not rows:
+            raise DataError(
+                f"the baseline {self.name!r} reads reviews, and {data.dataset.name!r} has none of training; "
+                "use a source of reviews, such as amazon-reviews, or leave the stars task out",
+                kind="missing-value",
+            )
+        texts, values = [reviews[pairs[row]].text for row in rows], known.values[rows]
+        model = TfIdf.of(texts, longest=config.words, least=config.least)
+        vectors, mean = model.vectors(texts), float(values.mean())
+        centre = np.asarray(vectors.mean(axis=0)).ravel()
+        # Centred without being dense: least squares on vectors less their mean, row by row.
+        centred = LinearOperator(
+            vectors.shape,
+            matvec=lambda weights: vectors @ weights - centre @ weights,
+            rmatvec=lambda errors: vectors.T @ errors - centre * errors.sum(),
+            dtype=np.float64,
+        )
+        found = lsqr(centred, values - mean, damp=float(np.sqrt(config.penalty)), atol=1e-8, btol=1e-8, iter_lim=1000)
+        weights = np.asarray(found[0], dtype=np.float64)
+        self._model = _Read(model, weights, float(centre @ weights), mean, known.scale)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Predict the rating of each request's review."""
+        read = self._fitted
+        vectors = read.model.vectors([request.context.get("review", "") for request in requests])
+        moved = np.where(np.diff(vectors.indptr) > 0, vectors @ read.weights - read.average, 0.0)
+        values = iter((read.mean + moved)[[request.item is not None for request in requests]].tolist())
+        return rate(requests, read.scale, lambda user, item, request: float(next(values)))
+
+
 # --------------------------------------------------------------------------- parts
+
+
+def _frequent(data: SplitDataset, name: str) -> str:
+    texts = _texts(data, name).texts
+    return _most_frequent(texts, TfIdf.of(texts).vectors(texts))
 
 
 def _texts(data: SplitDataset, name: str) -> _Texts:

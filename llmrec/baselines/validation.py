@@ -45,11 +45,21 @@ def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
 
 
 def rating_cases(data: SplitDataset) -> list[Case]:
-    """Return the validation ratings as requests, in the order of the split; its test interactions are not looked at."""
+    """Return the validation ratings as requests, in the order of the split; its test interactions are not looked at.
+
+    Where the data has a review of a rating, the request shows its text under ``review``.
+    """
+    reviews = data.dataset.reviews
     rated = data.valid.drop_nulls("rating").select("user_id", "item_id", "rating")
     return [
         Case(
-            request=Request(id=request_id(user, item), user_id=user, item=item, history=data.history(user, "valid")),
+            request=Request(
+                id=request_id(user, item),
+                user_id=user,
+                item=item,
+                history=data.history(user, "valid"),
+                context={"review": reviews[user, item].text} if (user, item) in reviews else {},
+            ),
             truth=rating,
         )
         for user, item, rating in rated.iter_rows()

@@ -286,7 +286,7 @@ class RatingSection(TaskSection):
     """Predict a rating."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
-    baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias")
+    baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias", "svd")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
     per_user: Positive | None = Field(None, description="most questions of one user, by seed; None: all")
     head: HeadSection | None = Field(None, description="for the strategy head: what the tuned arm is trained to")
@@ -375,7 +375,7 @@ class ReviewSection(TaskSection):
     """Write the headline of a review."""
 
     strategies: tuple[str, ...] = ("text",)
-    baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text")
+    baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text", "first-sentence")
     shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
     max_tokens: Positive = 16
 
@@ -384,7 +384,9 @@ class StarsSection(TaskSection):
     """Read a rating off a review."""
 
     strategies: tuple[str, ...] = ("expected", "parsed")
-    baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias")
+    baselines: tuple[BaselineSection, ...] = named(
+        "global-mean", "user-mean", "item-mean", "user-item-bias", "svd", "text-ridge"
+    )
     shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
 
 

@@ -30,7 +30,7 @@ from llmrec.tasks.base import (
     text_of,
     told_rows,
 )
-from llmrec.tasks.family import WRITERS, Family
+from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.rows import chat_example, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
@@ -252,7 +252,7 @@ FAMILY = Family(
     answer=Text,
     headline="ROUGE-L",
     strategies=("text",),
-    baselines=WRITERS,
+    baselines=("frequent-text", "nearest-text"),
     controls=("frequent-text",),
     column="text",
     lacking=(

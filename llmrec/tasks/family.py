@@ -19,8 +19,8 @@ from llmrec.tasks.task import Task
 from llmrec.types import Answer, Ranking
 
 RANKERS = (
-    *("random", "popularity", "recent-popularity", "item-knn", "markov-1", "markov", "markov-cooccurrence"),
-    *("ease", "als", "bpr", "gru4rec", "sasrec"),
+    *("random", "popularity", "recent-popularity", "item-knn", "rp3beta", "markov-1", "markov"),
+    *("markov-cooccurrence", "ease", "als", "bpr", "gru4rec", "sasrec"),
 )
 """Baselines that rank items for users."""
 RANKING_CONTROLS = ("random", "popularity", "item-knn", "markov-1")
@@ -28,8 +28,8 @@ RATERS = ("global-mean", "user-mean", "item-mean", "user-item-bias", "mf", "svd"
 """Baselines that predict ratings."""
 RATING_CONTROLS = ("global-mean", "user-mean", "item-mean", "user-item-bias")
 
-WRITERS = ("frequent-text", "nearest-text")
-"""Baselines that write texts."""
+WRITERS = ("frequent-text", "nearest-text", "first-sentence")
+"""Baselines that write texts; the last one copies from the review that a request shows."""
 NO_RATINGS = "needs ratings, and {data} has none; name the column with {where}.columns.rating"
 
 

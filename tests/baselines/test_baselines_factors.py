@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import polars as pl
 import pytest
@@ -58,7 +60,7 @@ def test_planted_blocks_are_found_for_users_who_were_never_seen(model: ALS | BPR
 
 
 def test_the_vector_of_als_is_the_least_squares_solution_for_the_history() -> None:
-    model = ALS(ALS.Config(factors=8, regularization=0.7, alpha=5.0))
+    model = ALS(ALS.Config(factors=8, regularization=0.7, alpha=5.0, user="solve", decay=1.0))
     model.fit(_blocks())
     assert model._model is not None
     vectors = model._model.vectors.astype(np.float64)
@@ -70,8 +72,35 @@ def test_the_vector_of_als_is_the_least_squares_solution_for_the_history() -> No
     np.testing.assert_allclose(found, vectors @ user, atol=1e-4)
 
 
-def test_the_history_and_not_the_user_decides() -> None:
-    model = ALS(ALS.Config(factors=8))
+def test_late_events_have_more_confidence_where_the_vector_is_solved_for() -> None:
+    model = ALS(ALS.Config(factors=8, regularization=0.7, alpha=5.0, user="solve", decay=0.6))
+    model.fit(_blocks())
+    assert model._model is not None
+    vectors = model._model.vectors.astype(np.float64)
+    mine = vectors[[2, 7, 15]]
+    confidence = 5.0 * np.array([0.36, 0.6, 1.0])
+    left = vectors.T @ vectors + (mine.T * (confidence - 1)) @ mine + 0.7 * np.eye(8)
+    user = np.linalg.solve(left, confidence @ mine)
+    # An item that comes back is as old as its last event; an unknown one has no age.
+    (found,) = model.scores([_request(7, 2, 7, 99, 15)])
+    np.testing.assert_allclose(found, vectors @ user, atol=1e-4)
+
+
+def test_the_mean_of_als_fades_with_the_history() -> None:
+    model = ALS(ALS.Config(factors=8, decay=0.5))
+    model.fit(_blocks())
+    assert model._model is not None
+    vectors = model._model.vectors.astype(np.float64)
+    user = (0.25 * vectors[2] + 0.5 * vectors[7] + vectors[15]) / 1.75
+    found, empty = model.scores([_request(7, 2, 7, 99, 15), _request()])
+    np.testing.assert_allclose(found, vectors @ user, atol=1e-5)
+    popular = model._model.warm.popular
+    assert np.array_equal(np.argsort(empty, kind="stable"), np.argsort(popular, kind="stable"))
+
+
+@pytest.mark.parametrize("user", ["mean", "solve"])
+def test_the_history_and_not_the_user_decides(user: Literal["mean", "solve"]) -> None:
+    model = ALS(ALS.Config(factors=8, user=user))
     model.fit(_blocks())
     one, other, moved = model.scores([_request(1, 2, user="u00"), _request(1, 2), _request(11, 12, user="u00")])
     np.testing.assert_allclose(one, other, atol=1e-6)

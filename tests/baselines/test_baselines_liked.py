@@ -77,16 +77,23 @@ def test_no_training_row_tells_its_own_answer() -> None:
     tables = []
     for each in (data, other):
         known = ratings(each, "logistic")
-        # The share of all ratings is the prior, which a single rating does move: it is held where it was.
-        shares = replace(yes_no._Shares.of(known, None), share=0.5)
-        tables.append((known, yes_no._others(known, (known.values >= 4).astype(float), shares)))
+        # Share and mean of all ratings are the prior, which a single rating does move: they are held where they were.
+        found = replace(yes_no._Counts.of(known, None), share=0.5, mean=3.0)
+        features = yes_no._others(known, (known.values >= 4).astype(float), found)
+        tables.append((known, np.column_stack([features, yes_no._before(known, found, 0.7)])))
     (known, before), (_, after) = tables
     user, item = data.train["user_id"][5], data.train["item_id"][5]
     own = (known.users == known.user_index[user]) & (known.items == known.item_index[item])
     assert own.sum() == 1
-    assert np.array_equal(before[own], after[own])
+    np.testing.assert_allclose(before[own], after[own], atol=1e-12)
     near = (known.users == known.user_index[user]) & ~own
-    assert (before[near] != after[near]).any()
+    # Every feature of the user, and none that is fading of ratings before.
+    assert np.abs(before[near] - after[near]).max(axis=0)[[0, 5]].min() > 1e-3
+    earlier = near & (known.order < known.order[own])
+    assert earlier.any() and np.array_equal(before[earlier, 6], after[earlier, 6])
+    assert np.abs(before[near & ~earlier, 6] - after[near & ~earlier, 6]).max() > 1e-3
+    same = (known.items == known.item_index[item]) & ~own
+    assert np.abs(before[same] - after[same]).max(axis=0)[[2, 4]].min() > 1e-3
 
 
 def test_the_weights_are_the_minimum_of_the_penalised_loss() -> None:
@@ -98,13 +105,66 @@ def test_the_weights_are_the_minimum_of_the_penalised_loss() -> None:
         margins = (2 * truth - 1) * (features @ weights[:-1] + weights[-1])
         return float(np.logaddexp(0, -margins).mean() + penalty / 800 * (weights[:-1] ** 2).sum())
 
-    free = yes_no._weights(features, truth, 1e-6)
+    free = yes_no._weights(features, truth, np.full(3, 1e-6))
     assert free == pytest.approx([1.0, -2.0, 0.0, 0.5], abs=0.45)
     for penalty in (1e-6, 1.0, 50.0):
-        found = yes_no._weights(features, truth, penalty)
+        found = yes_no._weights(features, truth, np.full(3, penalty))
         for step in rng.normal(0, 0.01, size=(20, 4)):
             assert loss(found + step, penalty) > loss(found, penalty) - 1e-12
-    assert np.abs(yes_no._weights(features, truth, 1e6)[:-1]).max() < 0.01
+    assert np.abs(yes_no._weights(features, truth, np.full(3, 1e6))[:-1]).max() < 0.01
+
+
+def test_features_of_a_request_by_hand() -> None:
+    data = _data()
+    model = Logistic(Logistic.Config(features="recent", decay=0.5))
+    model.fit(data)
+    train = data.train
+    mean = float(train["rating"].mean())  # type: ignore[arg-type]
+
+    def level(item: str) -> float:
+        mine = train.filter(pl.col("item_id") == item)["rating"]
+        return float((mine - mean).sum()) / (len(mine) + 3) if len(mine) else 0.0
+
+    left = [5.0 - mean - level("i00"), 1.0 - mean - level("i01")]
+    row = model._row(_asked(5.0, 1.0, item="i07"))
+    assert row[1] == pytest.approx(np.log(3)) and row[4] == pytest.approx(level("i07"))
+    assert row[5:] == pytest.approx([sum(left) / 12, (0.5 * left[0] + left[1]) / 3.5])
+    assert model._row(_asked(item="unknown"))[4:] == [0.0, 0.0, 0.0]
+
+
+def test_fading_residuals_before_a_rating_are_those_of_its_request() -> None:
+    """A training row has the features of a request whose history is what came before it."""
+    data = _data(users=20)
+    known = ratings(data, "logistic")
+    found = yes_no._Counts.of(known, None)
+    fading = yes_no._before(known, found, 0.6)
+    model = Logistic(Logistic.Config(features="recent", decay=0.6))
+    model.fit(data)
+    for user in ("u003", "u011"):
+        events = data.train_events(user)
+        for place, event in enumerate(events):
+            row = (known.users == known.user_index[user]) & (known.items == known.item_index[event.item_id])
+            request = Request(id="r", user_id=user, history=events[:place], item=event.item_id)
+            assert fading[row].tolist() == pytest.approx([model._row(request)[6]])
+
+
+def test_ids_tell_items_apart_that_are_counted_alike_and_leave_strangers_alone() -> None:
+    data = _data()
+    plain, ids = (Logistic(Logistic.Config(features=kind, id_penalty=1.0)) for kind in ("counts", "ids"))  # type: ignore[arg-type]
+    for model in (plain, ids):
+        model.fit(data)
+    assert ids._model is not None and set(ids._model.of_items) == set(data.train["item_id"])
+    assert max(map(abs, ids._model.of_users.values())) > 0.1
+    first, second = (replace(_asked(5.0, 1.0), user_id=user) for user in ("u001", "u002"))
+    assert _value(ids.answer([first])[0]) != _value(ids.answer([second])[0])
+    assert _value(plain.answer([first])[0]) == _value(plain.answer([second])[0])
+    stranger = _value(ids.answer([_asked(5.0, item="unknown")])[0])
+    assert stranger == pytest.approx(
+        expit(
+            (np.array(ids._row(_asked(5.0, item="unknown"))) - ids._model.mean) / ids._model.scale @ ids._model.weights
+            + ids._model.bias
+        )
+    )
 
 
 def test_logistic_regression_sees_the_item_and_beats_the_ratio() -> None:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmrec.baselines.base import TOP, filled
+from llmrec.baselines.base import TOP, fading, filled
 from llmrec.baselines.ease import EASE
-from llmrec.baselines.knn import ItemKNN
+from llmrec.baselines.knn import ItemKNN, RP3Beta
 from llmrec.baselines.markov import FirstOrder, Markov, MarkovCooccurrence
 from llmrec.baselines.popular import Popularity, Random, RecentPopularity
 from llmrec.data.dataset import Dataset
@@ -170,7 +170,7 @@ def test_cosines_by_hand() -> None:
 
 def test_later_items_of_the_history_weigh_more() -> None:
     pairs = {"u1": list("ax"), "u2": list("by")}
-    model = ItemKNN()
+    model = ItemKNN(ItemKNN.Config(decay=0.8))
     model.fit(_trained(pairs, list("abxy")))
     assert _ask(model, "ab", "xy").items == ("y", "x")
     assert _ask(model, "ba", "xy").items == ("x", "y")
@@ -205,6 +205,118 @@ def test_knn_equals_dense_cosines(sequences: dict[str, list[str]], history: str,
             if past != item and both:
                 expected += decay**age * both / math.sqrt(len(readers[item]) * len(readers[past]))
         assert score == pytest.approx(expected, rel=1e-6, abs=1e-4)  # the rest is the filler
+
+
+def _matrix(sequences: dict[str, list[str]], catalogue: str) -> np.ndarray:
+    return np.array([[float(item in items) for item in catalogue] for _, items in sorted(sequences.items())])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sequences=_SEQUENCES,
+    history=st.text("abcdefz", max_size=10),
+    asymmetry=st.floats(0, 1),
+    shrinkage=st.floats(0, 20),
+    weighting=st.sampled_from(("none", "user-idf", "tf-idf")),
+)
+def test_asymmetric_and_shrunk_cosines_equal_the_dense_ones(
+    sequences: dict[str, list[str]],
+    history: str,
+    asymmetry: float,
+    shrinkage: float,
+    weighting: Literal["none", "user-idf", "tf-idf"],
+) -> None:
+    config = ItemKNN.Config(history=4, decay=0.5, asymmetry=asymmetry, shrinkage=shrinkage, weighting=weighting)
+    model = ItemKNN(config)
+    model.fit(_trained(sequences, list("abcdefz")))
+    matrix = _matrix(sequences, "abcdefz")
+    if weighting == "user-idf":
+        matrix *= np.log(1 + 7 / matrix.sum(axis=1, keepdims=True))
+    if weighting == "tf-idf":
+        matrix *= np.log(1 + len(sequences) / np.maximum(matrix.sum(axis=0), 1))
+        matrix /= np.sqrt((matrix**2).sum(axis=1, keepdims=True))
+    found = _scores(_ask(model, history, "abcdefz"))
+    for place, item in enumerate("abcdefz"):
+        expected = 0.0
+        for age, past in enumerate(reversed(history[-4:])):
+            own, other = matrix[:, place], matrix[:, "abcdefz".index(past)]
+            if past != item and own @ other:
+                divisor = (own @ own) ** asymmetry * (other @ other) ** (1 - asymmetry) + shrinkage
+                expected += 0.5**age * (own @ other) / divisor
+        assert found[item] == pytest.approx(expected, rel=1e-6, abs=1e-4)  # the rest is the filler
+
+
+def test_which_side_of_a_cosine_the_exponent_belongs_to() -> None:
+    # a was had by all four, d by three of them, c by two: with 0 only the history's item divides, with 1 the other.
+    first, last = (ItemKNN(ItemKNN.Config(asymmetry=exponent)) for exponent in (0.0, 1.0))
+    for model in (first, last):
+        model.fit(_trained(LETTERS, list("abcd")))
+    assert _scores(_ask(first, "a", "cd")) == pytest.approx({"d": 3 / 4, "c": 2 / 4}, abs=1e-5)
+    assert _scores(_ask(last, "a", "cd")) == pytest.approx({"d": 1.0, "c": 1.0}, abs=1e-5)
+
+
+def test_items_are_counted_in_blocks_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = _trained(LETTERS, list("abcd"))
+    requests = [Request(id=text, user_id="u", history=tuple(Event(item_id=i) for i in text)) for text in ("abd", "c")]
+    for made in (ItemKNN, RP3Beta):
+        model = made()
+        model.fit(data)
+        whole = model.scores(requests)
+        monkeypatch.setattr("llmrec.baselines.knn._BLOCK", 1)
+        np.testing.assert_allclose(model.scores(requests), whole, rtol=1e-12)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("settings_", [{"asymmetry": -0.1}, {"asymmetry": 1.1}, {"shrinkage": -1.0}])
+def test_knn_likeness_out_of_range_is_an_error(settings_: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="should be"):
+        ItemKNN(ItemKNN.Config(**settings_))  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ rp3beta
+
+
+def test_walks_of_three_steps_by_hand() -> None:
+    """With the exponents 1 and 0 a score is a chance: from a to one of its four users, then to one of the user's items.
+    c is reached through u1, who has four items, and u3, who has three: (1/4 + 1/3) / 4."""
+    model = RP3Beta(RP3Beta.Config(alpha=1.0, beta=0.0))
+    model.fit(_trained(LETTERS, list("abcdz")))
+    expected = {"b": (1 / 4 + 1 / 3 + 1 / 3) / 4, "c": (1 / 4 + 1 / 3) / 4, "d": (1 / 4 + 1 / 3 + 1 / 2) / 4, "z": 0.0}
+    assert _scores(_ask(model, "a", "bcdz")) == pytest.approx(expected, abs=1e-6)
+    less = model.with_config(RP3Beta.Config(alpha=1.0, beta=1.0))
+    popular = {"b": 3, "c": 2, "d": 3, "z": 1}
+    assert _scores(_ask(less, "a", "bcdz")) == pytest.approx({i: s / popular[i] for i, s in expected.items()}, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sequences=_SEQUENCES,
+    history=st.text("abcdefz", max_size=10),
+    alpha=st.floats(0, 2),
+    beta=st.floats(0, 1),
+    decay=st.floats(0.1, 1),
+)
+def test_walks_equal_those_of_dense_matrices(
+    sequences: dict[str, list[str]], history: str, alpha: float, beta: float, decay: float
+) -> None:
+    model = RP3Beta(RP3Beta.Config(history=4, decay=decay, alpha=alpha, beta=beta))
+    model.fit(_trained(sequences, list("abcdefz")))
+    matrix = _matrix(sequences, "abcdefz")
+    readers = np.maximum(matrix.sum(axis=0), 1)
+    to_user = (matrix / readers) ** alpha * (matrix > 0)
+    to_item = (matrix / matrix.sum(axis=1, keepdims=True)) ** alpha * (matrix > 0)
+    walks = to_user.T @ to_item / readers**beta
+    np.fill_diagonal(walks, 0.0)
+    found = _scores(_ask(model, history, "abcdefz"))
+    for place, item in enumerate("abcdefz"):
+        steps = [decay**age * walks["abcdefz".index(past), place] for age, past in enumerate(reversed(history[-4:]))]
+        assert found[item] == pytest.approx(sum(steps), rel=1e-6, abs=1e-4)  # the rest is the filler
+
+
+@pytest.mark.parametrize("settings_", [{"alpha": -0.1}, {"beta": -1.0}, {"decay": 0.0}, {"history": 0}])
+def test_walk_settings_out_of_range_are_errors(settings_: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="should be"):
+        RP3Beta(RP3Beta.Config(**settings_))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ markov
@@ -316,7 +428,7 @@ def test_cooccurrence_settings_out_of_range_are_errors(settings_: dict[str, floa
 
 def _votes(name: str, sequences: dict[str, list[str]], history: str) -> set[str]:
     """What a counting baseline has seen beside the items of a history: after the last of them, or with any of them."""
-    if name == "item-knn":
+    if name in ("item-knn", "rp3beta"):
         with_them = {item for items in sequences.values() if set(items) & set(history) for item in items}
         return with_them - set(history)
     reach = 1 if name == "markov-1" else 3
@@ -333,11 +445,12 @@ def _votes(name: str, sequences: dict[str, list[str]], history: str) -> set[str]
     return found - set(history)
 
 
-_COUNTING = {
+_COUNTING: dict[str, Any] = {
     "markov-1": FirstOrder(),
     "markov": Markov(Markov.Config(order=3, decay=0.3)),
     "markov-cooccurrence": MarkovCooccurrence(MarkovCooccurrence.Config(history=10, decay=0.5)),
-    "item-knn": ItemKNN(ItemKNN.Config(history=10, decay=0.5)),
+    "item-knn": ItemKNN(ItemKNN.Config(history=10, decay=0.5, asymmetry=0.7, weighting="tf-idf", shrinkage=2.0)),
+    "rp3beta": RP3Beta(RP3Beta.Config(history=10, decay=0.5)),
 }
 
 
@@ -390,7 +503,7 @@ def test_a_filler_keeps_every_order_up_to_a_hundred_million_interactions(
 def test_ease_by_hand() -> None:
     """Three items, readers {a, b} and {b, c}: X'X = [[1, 1, 0], [1, 2, 1], [0, 1, 1]]; with the penalty 1 its inverse
     is [[5, -2, 1], [-2, 4, -2], [1, -2, 5]] / 8, so B[a, b] = 2/4, B[a, c] = -1/5, B[b, a] = B[b, c] = 2/5."""
-    model = EASE(EASE.Config(penalty=1.0))
+    model = EASE(EASE.Config(penalty=1.0, decay=1.0))
     model.fit(_trained({"u1": list("ab"), "u2": list("bc")}, list("abc")))
     assert _scores(_ask(model, "a", "abc")) == pytest.approx({"a": 0.0, "b": 1 / 2, "c": -1 / 5})
     assert _scores(_ask(model, "b", "abc")) == pytest.approx({"a": 2 / 5, "b": 0.0, "c": 2 / 5})
@@ -406,7 +519,7 @@ def test_ease_equals_the_closed_form_by_a_plain_inverse(dtype: Literal["float32"
     sequences = {f"u{n}": [names[k] for k in rng.choice(1100, 20, replace=False)] for n in range(400)}
     sequences["u0"] = names
     data = _trained(sequences, [*names, "cold"])
-    model = EASE(EASE.Config(penalty=50.0, dtype=dtype))
+    model = EASE(EASE.Config(penalty=50.0, decay=1.0, dtype=dtype))
     model.fit(data)
     binary = np.array([[item in set(items) for item in names] for _, items in sorted(sequences.items())], dtype=float)
     inverse = np.linalg.inv(binary.T @ binary + 50.0 * np.eye(1100))
@@ -418,6 +531,25 @@ def test_ease_equals_the_closed_form_by_a_plain_inverse(dtype: Literal["float32"
     scores = dict(zip(model.items, found.tolist(), strict=True))
     assert [scores[name] for name in names] == pytest.approx(weights[history].sum(axis=0), abs=close)
     assert scores["cold"] < min(scores[name] for name in names)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_the_history_of_ease_fades(decay: float) -> None:
+    """The weights of the test by hand; the item z, which nobody had, has no age, and a is as old as its last event."""
+    model = EASE(EASE.Config(penalty=1.0, decay=decay))
+    model.fit(_trained({"u1": list("ab"), "u2": list("bc")}, list("abcz")))
+    expected = {"a": 2 / 5 * decay, "b": 1 / 2, "c": 2 / 5 * decay - 1 / 5}
+    assert _scores(_ask(model, "abza", "abc")) == pytest.approx(expected)
+
+
+@given(histories=st.lists(st.lists(st.integers(0, 6), max_size=12), max_size=4), decay=st.floats(0.1, 1))
+def test_fading_weights_equal_counting_one_by_one(histories: list[list[int]], decay: float) -> None:
+    arrays = [np.array(history, dtype=np.int64) for history in histories]
+    found = fading(arrays, 7, decay).toarray()
+    assert found.shape == (len(histories), 7)
+    for history, row in zip(histories, found, strict=True):
+        ages = {item: history[::-1].index(item) for item in history}
+        assert row.tolist() == pytest.approx([decay ** ages[item] if item in ages else 0.0 for item in range(7)])
 
 
 def test_ease_settings_out_of_range_are_errors() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -60,13 +61,13 @@ def test_what_is_unknown_falls_back_to_the_item_and_then_to_the_global_mean() ->
 
 
 def test_an_unknown_user_is_judged_by_the_history_of_the_request() -> None:
-    user, bias = UserMean(), UserItemBias(UserItemBias.Config(user_penalty=1.0))
+    user, bias = UserMean(), UserItemBias(UserItemBias.Config(user_penalty=1.0, recency=0.0))
     user.fit(_trained(ROWS))
     bias.fit(_trained(ROWS))
     past = (Event(item_id="a", rating=2.0), Event(item_id="b", rating=1.0), Event(item_id="c"))
     assert _value(user, "u9", "b", *past) == 1.5
     assert _value(bias, "u9", "b", *past) < _value(bias, "u9", "b") - 0.5
-    # A known user's level is learned in training and does not move with the request.
+    # A known user's level is learned in training, and without recency it does not move with the request.
     assert _value(user, "u1", "b", *past) == 4.0
     assert _value(bias, "u1", "b", *past) == _value(bias, "u1", "b")
 
@@ -215,9 +216,9 @@ def test_a_batch_of_one_rating_is_the_step_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("made", [MF, SVD])
-def test_factors_fall_back_to_biases(made: type[MF] | type[SVD]) -> None:
+def test_factors_fall_back_to_biases(made: Any) -> None:
     known, _ = _low_rank()
-    model = made()
+    model = made(made.Config(recency=0.0))
     model.fit(_trained(known))
     assert model._model is not None
     found = model._model
@@ -229,6 +230,48 @@ def test_factors_fall_back_to_biases(made: type[MF] | type[SVD]) -> None:
     past = (Event(item_id="i03", rating=1.0), Event(item_id="i04"))
     expected = mean + item + (1.0 - mean - item) / (1 + 5.0)
     assert _value(model, "nobody", "i03", *past) == pytest.approx(np.clip(expected, 1, 5))
+
+
+@pytest.mark.parametrize("made", [UserItemBias, MF, SVD])
+def test_what_a_model_misses_lately_is_added_and_fades(made: Any) -> None:
+    known, _ = _low_rank()
+    flat = made(made.Config(recency=0.0))
+    flat.fit(_trained(known))
+    model = flat.with_config(made.Config(recency=0.5, decay=0.6))
+    past = [Event(item_id="i03", rating=2.0), Event(item_id="i07"), Event(item_id="new", rating=4.0)]
+    for user in ("u05", "nobody"):
+        # Nobody's level comes from the same history, so the plain model is asked with it.
+        plain = [_value(flat, user, item, *past) for item in ("i03", "new", "i11")]
+        errors = [2.0 - plain[0], 4.0 - plain[1]]
+        expected = plain[2] + 0.5 * (0.6 * errors[0] + errors[1]) / (0.6 + 1 + 2)
+        assert min(plain) > 1.0 and max(plain) < 5.0 and 1.0 < expected < 5.0
+        assert _value(model, user, "i11", *past) == pytest.approx(expected)
+        assert _value(model, user, "i11") == _value(flat, user, "i11")
+        # Turned round, the other rating is the late one.
+        assert _value(model, user, "i11", *past[::-1]) < _value(model, user, "i11", *past)
+
+
+def test_recency_follows_a_user_whose_level_drifts() -> None:
+    """Users rise by two stars between their first and their last rating."""
+    rng = np.random.default_rng(2)
+    level = rng.normal(0, 0.4, 30)
+    error: dict[float, list[float]] = {0.0: [], 1.0: []}
+    rows: Rows = []
+    pasts: dict[str, list[Event]] = {}
+    asked: dict[str, tuple[str, float]] = {}
+    for user in range(60):
+        items = rng.permutation(30)[:12].tolist()
+        drift = np.linspace(-1, 1, 12) * (1 if user % 2 else -1)
+        values = [float(np.clip(3 + level[i] + d, 1, 5)) for i, d in zip(items, drift, strict=True)]
+        rows += [(f"u{user:02d}", f"i{i:02d}", v) for i, v in zip(items[:-1], values[:-1], strict=True)]
+        pasts[f"u{user:02d}"] = [Event(item_id=f"i{i:02d}", rating=v) for i, v in zip(items, values, strict=True)][:-1]
+        asked[f"u{user:02d}"] = (f"i{items[-1]:02d}", values[-1])
+    model = UserItemBias()
+    model.fit(_trained(rows))
+    for recency, found in error.items():
+        one = model.with_config(UserItemBias.Config(recency=recency))
+        found += [abs(_value(one, user, item, *pasts[user]) - value) for user, (item, value) in asked.items()]
+    assert np.mean(error[1.0]) < 0.8 * np.mean(error[0.0])
 
 
 @pytest.mark.parametrize("made", [MF, SVD])

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.baselines.text import FrequentText, NearestText, TfIdf
-from llmrec.data.dataset import Dataset
+from llmrec.baselines.text import FirstSentence, FrequentText, NearestText, TextRidge, TfIdf, first_sentence
+from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset
-from llmrec.types import Event, Item, Request, Text
+from llmrec.errors import DataError
+from llmrec.types import Event, Item, Rating, Request, Text, Unparsed
+from tests.facts import Facts, raises
 
 Rows = list[tuple[str, str, str | None]]
 TITLES = {"lamp": "Bright desk lamp", "bulb": "Bright bulb", "sofa": "Soft grey sofa", "rug": "Soft rug"}
@@ -41,7 +45,9 @@ def _trained(rows: Rows) -> SplitDataset:
     )
 
 
-def _write(model: FrequentText | NearestText, user: str, item: str, history: str = "", **context: str) -> str:
+def _write(
+    model: FrequentText | NearestText | FirstSentence, user: str, item: str, history: str = "", **context: str
+) -> str:
     past = (Event(item_id="sofa", text=history),) if history else ()
     (answer,) = model.answer([Request(id="r", user_id=user, item=item, history=past, context=context)])
     assert isinstance(answer, Text)
@@ -119,3 +125,93 @@ def test_vectors_have_length_one_or_are_empty(texts: list[str]) -> None:
     matrix = TfIdf.of(texts).vectors(texts).toarray()
     for row, text in zip(matrix, texts, strict=True):
         assert (row**2).sum() == pytest.approx(1.0 if text.split() else 0.0)
+
+
+# ------------------------------------------------------------------ first-sentence
+
+
+@pytest.mark.parametrize(
+    ("review", "sentence"),
+    [
+        ("Works well. I like it.", "Works well."),
+        ("Is it 3.5 mm? Yes!", "Is it 3.5 mm?"),
+        ('  He said "great!" And left.', 'He said "great!"'),
+        ("no mark at all", "no mark at all"),
+        ("Wow!!! What a thing", "Wow!!!"),
+        ("Ends here.", "Ends here."),
+    ],
+)
+def test_the_first_sentence_ends_with_its_mark(review: str, sentence: str) -> None:
+    model = FirstSentence()
+    model.fit(_trained(ROWS))
+    assert _write(model, "nobody", "rug", review=review) == first_sentence(review) == sentence
+
+
+def test_without_a_review_the_most_frequent_text_is_written() -> None:
+    model = FirstSentence()
+    model.fit(_trained(ROWS))
+    assert _write(model, "ann", "rug") == _write(model, "ann", "rug", review=" \n ") == "Good value."
+
+
+# ------------------------------------------------------------------ text-ridge
+
+
+def _reviewed(texts: list[str], ratings: list[float]) -> SplitDataset:
+    rows = [(f"u{n:02d}", "lamp", rating) for n, rating in enumerate(ratings)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating"], orient="row")
+    data = _trained([])
+    reviews = {(f"u{n:02d}", "lamp"): Review(text=text) for n, text in enumerate(texts)}
+    whole = Dataset("toy", "things", frame, data.dataset.items, rating_scale=(1.0, 5.0), reviews=reviews)
+    return replace(data, dataset=whole, train=whole.interactions.sort("user_id"))
+
+
+def _stars(model: TextRidge, review: str | None) -> float:
+    context = {} if review is None else {"review": review}
+    (answer,) = model.answer([Request(id="r", user_id="u", item="lamp", context=context)])
+    assert isinstance(answer, Rating)
+    return answer.value
+
+
+REVIEWS = ["good and bright", "not good", "bad", "very good", "not bad at all", "so bright", "not so good", "very bad"]
+STARS = [5.0, 2.0, 1.0, 5.0, 4.0, 4.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("penalty", [0.1, 1.0, 10.0])
+def test_the_weights_of_words_solve_the_ridge_problem(penalty: float) -> None:
+    model = TextRidge(TextRidge.Config(penalty=penalty, least=1))
+    model.fit(_reviewed(REVIEWS, STARS))
+    tfidf = TfIdf.of(REVIEWS, longest=2)
+    assert "not good" in tfidf.index and "good" in tfidf.index and "not so good" not in tfidf.index
+    vectors, stars = tfidf.vectors(REVIEWS).toarray(), np.array(STARS)
+    centred = vectors - vectors.mean(axis=0)
+    normal = centred.T @ centred + penalty * np.eye(centred.shape[1])
+    exact = np.linalg.solve(normal, centred.T @ (stars - stars.mean()))
+    for text in (*REVIEWS, "bad and so bright"):
+        (row,) = tfidf.vectors([text]).toarray()
+        expected = stars.mean() + (row - vectors.mean(axis=0)) @ exact
+        assert _stars(model, text) == pytest.approx(np.clip(expected, 1, 5), abs=1e-5)
+
+
+def test_sequences_of_words_tell_what_words_do_not() -> None:
+    two, one = (TextRidge(TextRidge.Config(penalty=0.1, least=1, words=words)) for words in (2, 1))
+    for model in (two, one):
+        model.fit(_reviewed(REVIEWS, STARS))
+    errors = [sum(abs(_stars(model, t) - s) for t, s in zip(REVIEWS, STARS, strict=True)) for model in (two, one)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_without_a_known_word_the_mean_is_predicted_and_rare_words_have_no_weight() -> None:
+    model = TextRidge()
+    model.fit(_reviewed(REVIEWS, STARS))
+    mean = sum(STARS) / len(STARS)
+    for review in (None, "", "never seen", "all"):
+        assert _stars(model, review) == pytest.approx(mean)
+    assert _stars(model, "very good") > mean + 0.3
+    unasked = model.answer([Request(id="a", user_id="u", item=None), Request(id="b", user_id="u", item="lamp")])
+    assert isinstance(unasked[0], Unparsed) and isinstance(unasked[1], Rating)
+
+
+def test_data_without_reviews_is_refused() -> None:
+    data = _reviewed(REVIEWS, STARS)
+    with raises(DataError, Facts("missing-value", says=("text-ridge", "toy", "amazon-reviews"))):
+        TextRidge().fit(replace(data, dataset=replace(data.dataset, reviews={})))

@@ -16,7 +16,7 @@ from llmrec.baselines.popular import Popularity, RecentPopularity
 from llmrec.baselines.search import points
 from llmrec.baselines.tuning import fitted, tune
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases, rating_cases
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.catalogue import rank_catalogue
@@ -49,7 +49,9 @@ class _Blind:
     def __init__(self, data: SplitDataset) -> None:
         self._data = data
         whole = data.dataset
-        self.dataset = _Table(name=whole.name, items=whole.items, rating_scale=whole.rating_scale)
+        self.dataset = _Table(
+            name=whole.name, items=whole.items, rating_scale=whole.rating_scale, reviews=whole.reviews
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in ("test", "held_out", "holdouts", "fingerprint"):
@@ -69,19 +71,30 @@ class _Table:
         raise AssertionError(f"tuning looked at {name!r} of the whole table")
 
 
-TUNED = ("recent-popularity", "item-knn", "markov", "markov-cooccurrence", "ease", "user-item-bias", "mf", "popularity")
+# A few points of each, whatever its own grid is.
+TUNED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "recent-popularity": {"half_life": (0.05, 0.2)},
+    "item-knn": {"history": (5, 20), "decay": (0.5, 1.0)},
+    "rp3beta": {"beta": (0.0, 0.6)},
+    "markov": {"order": (1, 3)},
+    "markov-cooccurrence": {"transition": (0.1, 1.0)},
+    "ease": {"penalty": (10.0, 100.0)},
+    "user-item-bias": {"recency": (0.0, 1.0)},
+    "mf": {"factors": (2, 5)},
+    "popularity": {},
+}
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("name", sorted(TUNED))
 def test_tuning_does_not_look_at_the_test_split(name: str) -> None:
     data = _data()
     blind: Any = _Blind(data)
     garbage = data.test.with_columns(
         pl.lit("nobody").alias("user_id"), pl.lit("i00").alias("item_id"), pl.lit(-99.0).alias("rating")
     )
-    expected = tune(name, data, seed=0)
-    assert tune(name, blind, seed=0) == expected
-    assert tune(name, replace(data, test=garbage), seed=0) == expected
+    expected = tune(name, data, seed=0, grid=TUNED[name])
+    assert tune(name, blind, seed=0, grid=TUNED[name]) == expected
+    assert tune(name, replace(data, test=garbage), seed=0, grid=TUNED[name]) == expected
 
 
 def test_stopping_and_tuning_together_do_not_look_at_the_test_split() -> None:
@@ -138,6 +151,15 @@ def test_what_cannot_be_tuned_is_said() -> None:
         tune("markov", replace(data, valid=data.valid.clear()), seed=0)
     with raises(DataError, Facts("empty", "toy", column="data.split.valid", says="no ratings")):
         tune("mf", replace(data, valid=data.valid.with_columns(pl.lit(None, pl.Float64).alias("rating"))), seed=0)
+
+
+def test_ratings_are_asked_with_their_reviews() -> None:
+    data = _data()
+    user, item, _ = data.valid.select("user_id", "item_id", "rating").row(0)
+    reviews = {(user, item): Review(text="Fine."), ("u00", "elsewhere"): Review(text="Other.")}
+    cases = rating_cases(replace(data, dataset=replace(data.dataset, reviews=reviews)))
+    assert [case.request.context for case in cases if case.request.user_id == user] == [{"review": "Fine."}]
+    assert all(not case.request.context for case in rating_cases(data))
 
 
 # ------------------------------------------------------------------ the measure itself

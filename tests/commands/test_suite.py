@@ -180,7 +180,7 @@ def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
     monkeypatch.setattr(suites, "make_row", counted)
     again = _again(folder)
     assert made == [] and again.results.rows == first.results.rows
-    rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}}]
+    rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}, "tune": False}]
     assert _again(folder, rows=rows).results.rows[-1].parameters_of("excluded") == {"penalty": 500.0}
     assert made == ["ease"]
     made.clear()
@@ -220,7 +220,7 @@ def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
             Facts(
                 "unknown-key",
                 column="parameters",
-                says=("'penalti' (did you mean 'penalty'?)", "it takes penalty, dtype"),
+                says=("'penalti' (did you mean 'penalty'?)", "it takes penalty, decay, dtype"),
             ),
         ),
         (

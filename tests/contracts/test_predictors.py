@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from llmrec.baselines import base as ranked
 from llmrec.baselines.base import Trainable
 from llmrec.baselines.parameters import make
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.catalogue import rank_catalogue
@@ -45,8 +45,10 @@ from tests.facts import Facts, raises
 NEEDS = {"als": "implicit", "bpr": "implicit", "sasrec": "torch", "gru4rec": "torch"}
 ALL = tuple(name for name in BASELINES if find_spec(NEEDS.get(name, "numpy")) is not None)
 RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
-RATING = family_of("rating").baselines
-TEXT = family_of("explanation").baselines
+# What reads the review that a request shows.
+READING = ("text-ridge", "first-sentence")
+RATING = tuple(dict.fromkeys([*family_of("rating").baselines, *family_of("stars").baselines]))
+TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = family_of("ctr").baselines
 # Their validation split chooses when to stop.
 STOPPING = {"sasrec", "gru4rec"}
@@ -82,7 +84,8 @@ def _dataset(order_seed: int | None = None) -> Dataset:
         rows = [rows[place] for place in np.random.default_rng(order_seed).permutation(len(rows))]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
     items = {f"i{n}": Item(item_id=f"i{n}", title=f"Title {WORDS[n % 6]} {n}") for n in range(30)}
-    return Dataset(name="toy", noun="things", interactions=frame, items=items, rating_scale=(1.0, 5.0))
+    reviews = {(row[0], row[1]): Review(text=f"It is {row[4]}. {WORDS[int(row[2])]}!") for row in rows if row[4]}
+    return Dataset(name="toy", noun="things", interactions=frame, items=items, rating_scale=(1.0, 5.0), reviews=reviews)
 
 
 def _split(kind: str, order_seed: int | None = None) -> SplitDataset:
@@ -129,7 +132,8 @@ def _requests(name: str, data: SplitDataset) -> list[Request]:
             candidates = dict.fromkeys([*others[:5], held.item_id, *others[5:]])
             requests.append(replace(base, candidates=tuple(candidates) if place % 3 else None))
         else:
-            requests.append(replace(base, item=held.item_id))
+            context = {"review": f"A {WORDS[place % 6]} {WORDS[place % 5]} thing. Odd!"} if name in READING else {}
+            requests.append(replace(base, item=held.item_id, context=context))
     assert len(requests) >= 7
     return requests
 
@@ -194,12 +198,53 @@ def test_a_ranking_baseline_scores_the_catalogue(name: str, data: SplitDataset) 
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_grid_has_at_most_six_points_inside_the_bounds(name: str) -> None:
+def test_a_grid_is_a_ladder_through_the_default_inside_the_bounds(name: str) -> None:
     made = lookup(BASELINES, name, "baseline")
     assert isinstance(made.stochastic, bool)
-    assert math.prod(len(values) for values in made.GRID.values()) <= 6
-    for place in range(max((len(values) for values in made.GRID.values()), default=0)):
-        made.Config(**{key: values[min(place, len(values) - 1)] for key, values in made.GRID.items()})
+    for key, values in made.GRID.items():
+        assert getattr(made.Config(), key) in values
+        assert len(set(values)) == len(values) > 1
+        if not all(isinstance(value, str) for value in values):
+            assert list(values) == sorted(values)
+        for value in values:
+            assert getattr(made.Config(**{key: value}), key) == value
+    assert set(made.Config.model_fields) >= made.AT_ANSWER
+
+
+def _others(name: str) -> list[dict[str, Any]]:
+    """Configs that differ from that of the suite in one parameter of the answers each, and one in all of them."""
+    made = lookup(BASELINES, name, "baseline")
+    ends = [{key: made.GRID[key][place] for key in made.GRID if key in made.AT_ANSWER} for place in (0, -1)]
+    return [{key: value} for end in ends for key, value in end.items()] + ends
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_another_config_of_the_answers_is_another_fit_exactly(name: str, data: SplitDataset) -> None:
+    requests, predictor = _requests(name, data), _fitted(name, data)
+    before = predictor.answer(requests)
+    # What is not tuned and yet read when answering would go untested.
+    assert lookup(BASELINES, name, "baseline").GRID.keys() >= predictor.AT_ANSWER
+    moved = False
+    for parameters in _others(name):
+        config = type(predictor._config)(**SETTINGS.get(name, {}) | parameters)
+        found = predictor.with_config(config).answer(requests)
+        assert found == _fitted(name, data, **parameters).answer(requests)
+        moved = moved or found != before
+    assert moved == bool(predictor.AT_ANSWER)
+    assert predictor.answer(requests) == before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_parameter_of_the_fit_takes_another_fit(name: str, data: SplitDataset) -> None:
+    predictor = _fitted(name, data)
+    grid, config = predictor.GRID, predictor._config
+    for key in sorted(set(grid) - predictor.AT_ANSWER):
+        other = next(value for value in grid[key] if value != getattr(config, key))
+        with raises(RecipeError, Facts("contradiction", column=key, says=f"{name}' was fitted with {key}=")):
+            predictor.with_config(config.model_copy(update={key: other}))
+    unfitted = type(predictor)(config).with_config(config)
+    with pytest.raises(RuntimeError, match="fit"):
+        unfitted.answer([_for(name)])
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -334,11 +379,15 @@ def _renamed(data: SplitDataset, column: str, names: dict[str, str]) -> SplitDat
     def rename(frame: pl.DataFrame) -> pl.DataFrame:
         return frame.with_columns(pl.col(column).replace_strict(names)).sort("user_id", maintain_order=True)
 
-    items = data.dataset.items
+    items, reviews = data.dataset.items, data.dataset.reviews
+    reviews = {
+        (names.get(user, user), item) if column == "user_id" else (user, names[item]): review
+        for (user, item), review in reviews.items()
+    }
     if column == "item_id":
         items = {names[item]: replace(entry, item_id=names[item]) for item, entry in items.items()}
     frames: dict[str, Any] = {name: rename(getattr(data, name)) for name in ("train", "valid", "test", "known")}
-    whole = replace(data.dataset, interactions=rename(data.dataset.interactions), items=items)
+    whole = replace(data.dataset, interactions=rename(data.dataset.interactions), items=items, reviews=reviews)
     return replace(data, dataset=whole, held_out=frozenset(), **frames)
 
 
@@ -384,10 +433,16 @@ def _permuted(data: SplitDataset) -> SplitDataset:
         turned = frame.select(pl.col(columns).gather((pl.int_range(pl.len()) + 1) % pl.len()))
         return frame.select("user_id", "timestamp").hstack(turned).select(frame.columns)
 
-    valid, test = turn(data.valid), turn(data.test)
+    valid, test, held = turn(data.valid), turn(data.test), data.held_out
     return replace(
         data,
-        dataset=replace(data.dataset, interactions=pl.concat([data.train, data.known, valid, test])),
+        dataset=replace(
+            data.dataset,
+            interactions=pl.concat([data.train, data.known, valid, test]),
+            reviews={
+                pair: Review(text="warm warm odd") if pair in held else r for pair, r in data.dataset.reviews.items()
+            },
+        ),
         valid=valid,
         test=test,
         held_out=frozenset(pl.concat([valid, test]).select("user_id", "item_id").iter_rows()),
@@ -432,7 +487,14 @@ class _Sealed:
 @pytest.mark.parametrize("name", ALL)
 def test_fit_looks_at_training_rows_and_the_catalogue_only(name: str, data: SplitDataset) -> None:
     whole = data.dataset
-    catalogue = _Sealed(name=whole.name, items=whole.items, users=whole.users, rating_scale=whole.rating_scale)
+    trained = set(data.train.select("user_id", "item_id").iter_rows())
+    catalogue = _Sealed(
+        name=whole.name,
+        items=whole.items,
+        users=whole.users,
+        rating_scale=whole.rating_scale,
+        reviews={pair: review for pair, review in whole.reviews.items() if pair in trained},
+    )
     sealed: Any = _Sealed(dataset=catalogue, kind=data.kind, seed=data.seed, train=data.train)
     requests, settings = _requests(name, data), _blind(name)
     assert _fitted(name, sealed, **settings).answer(requests) == _fitted(name, data, **settings).answer(requests)

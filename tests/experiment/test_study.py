@@ -224,7 +224,7 @@ def test_a_baseline_with_parameters_has_a_row_and_a_key_of_its_own(tmp_path: Pat
 
 
 def test_a_page_is_the_same_whether_a_baseline_is_a_name_or_a_mapping_without_parameters() -> None:
-    names = ("global-mean", "user-mean", "item-mean", "user-item-bias")
+    names = ("global-mean", "user-mean", "item-mean", "user-item-bias", "svd")
     plain = recipe(f"tasks={{rating: {{baselines: [{', '.join(names)}]}}}}")
     mapped = recipe(f"tasks={{rating: {{baselines: [{', '.join(f'{{name: {name}}}' for name in names)}]}}}}")
     assert plain == mapped == recipe("tasks={rating: {}}") and recipe_hash(plain) == recipe_hash(mapped)
