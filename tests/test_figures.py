@@ -18,6 +18,7 @@ from eval.benchmarks.figures.check import EXCEPTIONS, faults, named, write
 from eval.benchmarks.figures.pages import figures, masked, read
 from eval.benchmarks.figures.pointers import PointerError, Results, chance
 from llmrec.metrics.ranking import ndcg
+from llmrec.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -267,7 +268,9 @@ def test_a_recipe_that_has_changed_makes_the_table_stale(checkout: Path) -> None
 def test_a_run_is_recorded_with_its_page_and_refused_with_another(tmp_path: Path) -> None:
     page = ROOT / "recipes" / "quickstart.yaml"
     kept = json.loads((ROOT / "eval" / "results" / "quickstart.json").read_text())
-    told = {"machine": {**kept["machine"], "gpu": "a card"}, "notes": ["made: a note of the run"]}
+    # A run of this page today, whatever the defaults were when the kept one was made.
+    today = {"recipe": load_recipe(str(page)).model_dump(mode="json")}
+    told = today | {"machine": {**kept["machine"], "gpu": "a card"}, "notes": ["made: a note of the run"]}
     (tmp_path / "results.json").write_text(json.dumps({**kept, **told}))
     readme = tmp_path / "README.md"
     readme.write_text(f"{record.START}\n{record.END}\n")

@@ -66,7 +66,7 @@ class NeuralConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW")
     epochs: Positive = Field(100, description="passes over the training sequences, at most")
     patience: Positive | None = Field(
-        5,
+        10,
         description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
         "a look at the validation split",
     )

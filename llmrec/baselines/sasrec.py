@@ -15,7 +15,7 @@ from llmrec.recipe.schema import Positive
 class SASRecConfig(NeuralConfig):
     """Parameters of `SASRec`."""
 
-    dim: Positive = Field(128, description="length of item vectors and hidden states; a multiple of heads")
+    dim: Positive = Field(64, description="length of item vectors and hidden states; a multiple of heads")
     layers: Positive = Field(2, description="blocks of attention and feed-forward")
     heads: Positive = Field(2, description="attention heads")
 
