@@ -17,10 +17,10 @@ from typing import Any
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split
 from llmrec.durable import write_json, write_text
-from llmrec.experiment.indexing import text_embedder
 from llmrec.index.diagnostics import diagnose
 from llmrec.index.table import ItemIndex, build
 from llmrec.machine import machine, versions
+from llmrec.models.embedder import text_embedder
 from llmrec.recipe.schema import DataSection, IndexSection, Split
 
 SCHEMES: dict[str, dict[str, Any]] = {

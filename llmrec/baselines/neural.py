@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
-from llmrec.baselines.validation import mean_ndcgs, ranking_cases
+from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import require
 from llmrec.models.load import cpu_has_bf16
 from llmrec.recipe.schema import Positive, Section

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,15 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec import __version__
-from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
-from llmrec.durable import replacing, write_json
-from llmrec.errors import DataError, require
+from llmrec.durable import write_json
+from llmrec.errors import DataError
 from llmrec.experiment.resume import key_of, read_stage
 from llmrec.index import table
 from llmrec.index.numbers import user_tokens
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.index.table import Embed, ItemIndex
+from llmrec.models.embedder import text_embedder
 from llmrec.recipe.schema import IndexSection, ModelSection, SemanticIndex
 from llmrec.resources import cache_dir
 from llmrec.tasks.held_items import HeldItems
@@ -112,15 +111,6 @@ CHANCE = "chance"
 
 
 @lru_cache(maxsize=4)
-def text_embedder(name: str) -> Embedder:
-    """Return what turns texts into vectors by a text encoder of this name."""
-    if name == CHANCE:
-        return Embedder(CHANCE, CHANCE)
-    from llmrec.models.text_encoder import find_encoder
-
-    return Embedder(*find_encoder(name))
-
-
 def embed_of(index: ItemIndex) -> Embed | None:
     """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None where it needed none."""
     told = index.settings.get("semantic")
@@ -142,48 +132,6 @@ def placed(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     if all(item in index.codes for item in items):
         return index
     return index.extend(items, embed=embed_of(index))
-
-
-class Embedder:
-    """An `Embed` that remembers on disk the vectors of texts that it was given together."""
-
-    def __init__(self, folder: str, stamp: str) -> None:
-        """Set up.
-
-        Args:
-            folder: The text encoder.
-            stamp: A hash over its weights and tokenizer.
-        """
-        self.stamp = stamp
-        self._folder = folder
-
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector of length 1 for each text, shape (n, d)."""
-        if self._folder == CHANCE:
-            return _by_chance(texts)
-        tensors = require("safetensors.numpy", "train")
-        digest = hashlib.sha256("\0".join([self.stamp, *texts]).encode()).hexdigest()[:32]
-        file = cache_dir() / "vectors" / f"{digest}.safetensors"
-        if file.is_file():
-            try:
-                found: NDArray[np.float32] = tensors.load_file(file)["vectors"]
-                return found
-            except Exception as error:
-                log.warning("%s cannot be read (%s); the texts are embedded again", file, error)
-        from llmrec.models.text_encoder import encode_texts
-
-        vectors = encode_texts(self._folder, texts)
-        with replacing(file) as draft:
-            tensors.save_file({"vectors": vectors}, draft)
-        return vectors
-
-
-def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:
-    """Return a direction for each text that depends on nothing but its hash, shape (n, width)."""
-    hashed = hash64("chance", 0, texts)
-    rows = np.stack([np.random.default_rng(int(seed)).standard_normal(width) for seed in hashed])
-    found: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    return found
 
 
 # --------------------------------------------------------------------------- the base model

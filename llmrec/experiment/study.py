@@ -17,10 +17,11 @@ from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError, RecipeError
-from llmrec.experiment.indexing import build_index, text_embedder
+from llmrec.experiment.indexing import build_index
 from llmrec.experiment.told import Told, told, users
 from llmrec.index.semantic import item_vectors
 from llmrec.index.table import ItemIndex
+from llmrec.models.embedder import text_embedder
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
 from llmrec.prompts.template import Template, load_templates

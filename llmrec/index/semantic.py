@@ -81,7 +81,7 @@ class Semantic:
             DataError: If there is no encoder, its vectors are not those of the index, or every code is full.
         """
         names, arrays = sorted(items), dict(index.arrays)
-        x = _vectors([_text(items[name], index.settings["fields"]) for name in names], embed)
+        x = _vectors([item_text(items[name], index.settings["fields"]) for name in names], embed)
         codebooks = arrays.pop("codebooks")
         width = arrays["encoder.0.weight"].shape[1] if arrays else codebooks.shape[2]
         if x.shape[1] != width:
@@ -129,7 +129,7 @@ def item_vectors(items: Sequence[Item], fields: Sequence[str], embed: Embed | No
     Raises:
         DataError: If there is no encoder, or its vectors cannot be used.
     """
-    return _vectors([_text(item, fields) for item in items], embed)
+    return _vectors([item_text(item, fields) for item in items], embed)
 
 
 def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...
     return section.fields or known
 
 
-def _text(item: Item, fields: Sequence[str]) -> str:
+def item_text(item: Item, fields: Sequence[str]) -> str:
     """Return what is said of an item as one line: ``title. categories: Skin Care``; its id where that is nothing."""
     said = [f"{name}: {value}" for name in fields if (value := clean(item.fields.get(name, ""), TEXT_LIMIT))]
     return ". ".join(part for part in (clean(item.title), *said) if part) or item.item_id

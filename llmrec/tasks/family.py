@@ -20,7 +20,7 @@ from llmrec.types import Answer, Ranking
 
 RANKERS = (
     *("random", "popularity", "recent-popularity", "item-knn", "rp3beta", "markov-1", "markov"),
-    *("markov-cooccurrence", "ease", "als", "bpr", "gru4rec", "sasrec"),
+    *("markov-cooccurrence", "transitions", "transitions-text", "content", "ease", "als", "bpr", "gru4rec", "sasrec"),
 )
 """Baselines that rank items for users."""
 RANKING_CONTROLS = ("random", "popularity", "item-knn", "markov-1")

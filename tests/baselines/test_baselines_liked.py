@@ -9,7 +9,7 @@ from scipy.special import expit
 
 from llmrec.baselines import yes_no
 from llmrec.baselines.rated import ratings
-from llmrec.baselines.tuning import tune
+from llmrec.baselines.tuning.tune import tune
 from llmrec.baselines.yes_no import LikeRatio, Logistic
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split, threshold

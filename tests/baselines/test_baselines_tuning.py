@@ -9,13 +9,12 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
-from llmrec.baselines import tuning
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import Markov
 from llmrec.baselines.popular import Popularity, RecentPopularity
-from llmrec.baselines.search import points
-from llmrec.baselines.tuning import fitted, tune
-from llmrec.baselines.validation import mean_ndcgs, ranking_cases, rating_cases
+from llmrec.baselines.tuning.search import points
+from llmrec.baselines.tuning.tune import fitted, tune
+from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
@@ -220,7 +219,7 @@ def test_validation_cases_show_what_was_known_before_and_no_more() -> None:
 
 def test_the_grid_of_the_shipped_settings_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Markov, "GRID", {"order": (1,)})
-    assert [dict(trial.parameters) for trial in tuning.tune("markov", _data(), seed=0).trials] == [{"order": 1}]
+    assert [dict(trial.parameters) for trial in tune("markov", _data(), seed=0).trials] == [{"order": 1}]
 
 
 # ------------------------------------------------------------------ one choice a table

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llmrec.baselines.validation import mean_ndcgs, ranking_cases
+from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.commands.compare import suite as suites
 from llmrec.commands.compare.leaderboard import leaderboard, suite_result
 from llmrec.commands.compare.rows import SuiteModels

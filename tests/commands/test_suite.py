@@ -13,7 +13,7 @@ import yaml
 from llmrec import cli
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import Markov
-from llmrec.baselines.tuning import tune
+from llmrec.baselines.tuning.tune import tune
 from llmrec.commands.compare import suite as suites
 from llmrec.commands.compare.benchmark import _recipe, points
 from llmrec.commands.compare.suite import run_suite

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.backends.cache import AnswerStore
-from llmrec.baselines.tuning import RANKED, Choice, Trial, Tuned, fitted
-from llmrec.baselines.validation import mean_ndcgs, ranking_cases
+from llmrec.baselines.tuning.tune import RANKED, Choice, Trial, Tuned, fitted
+from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.experiment.engines import Engines
-from llmrec.experiment.indexing import text_embedder
 from llmrec.index.semantic import item_fields, item_vectors
+from llmrec.models.embedder import text_embedder
 from llmrec.pipeline import open_session
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import load_recipe

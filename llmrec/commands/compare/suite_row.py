@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from llmrec.baselines.search import Grid
-from llmrec.baselines.tuning import Choice, Tuned, tune
-from llmrec.baselines.tuning import Trial as Tried
+from llmrec.baselines.tuning.search import Grid
+from llmrec.baselines.tuning.tune import Choice, Tuned, tune
+from llmrec.baselines.tuning.tune import Trial as Tried
 from llmrec.commands.compare.records import SuiteLine, Table, Trial
 from llmrec.commands.compare.rows import SuiteModels
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmrec.baselines.parameters import config_of, make
-from llmrec.baselines.search import Grid, borders, explore
-from llmrec.baselines.validation import (
+from llmrec.baselines.tuning.search import Grid, borders, explore
+from llmrec.baselines.tuning.validation import (
     mean_log_loss,
     mean_ndcgs,
     ranking_cases,
@@ -50,7 +50,7 @@ class Choice:
 
     Attributes:
         parameters: The best point, by name of the baseline's parameters.
-        border: Those whose value stands at an end of the grid; see `llmrec.baselines.search.borders`.
+        border: Those whose value stands at an end of the grid; see `llmrec.baselines.tuning.search.borders`.
         model: The best point as it was fitted, so that nobody need fit it again with this seed; None where nothing was.
     """
 
@@ -94,7 +94,7 @@ def tune(
 
     Training interactions are learned from and validation interactions measured; the test split is not looked at. Each
     fitted point is judged for every table. Of equal points the first is kept. How a grid is searched says
-    `llmrec.baselines.search.explore`; where the class limits its fits (``FITS``), the search ends with them.
+    `llmrec.baselines.tuning.search.explore`; where the class limits its fits (``FITS``), the search ends with them.
 
     Args:
         name: Of the baseline.

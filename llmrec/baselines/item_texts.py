@@ -1,0 +1,66 @@
+"""What is said of items as vectors: by latent semantic analysis, or by a pretrained text encoder as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.baselines.text import TfIdf
+from llmrec.errors import DataError
+from llmrec.index.semantic import item_fields, item_text, item_vectors
+from llmrec.models.embedder import text_embedder
+from llmrec.recipe.schema import SemanticIndex
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.types import Item
+
+LSA = "lsa"
+
+# Dimensions of latent semantic analysis, and how its directions are found.
+_WIDTH, _MORE, _ROUNDS = 128, 16, 6
+
+
+def text_vectors(items: Sequence[Item], encoder: str) -> NDArray[np.floating[Any]]:
+    """Return vectors of length 1 of the titles and fields of items, shape (n, d).
+
+    Args:
+        items: The items.
+        encoder: ``lsa``, which learns from these texts alone (Deerwester et al., JASIS 1990, over TF-IDF), or a text
+            encoder: a name or a folder.
+
+    Raises:
+        DataError: If no item has a title or a field.
+        ModelError: If there is no such encoder.
+    """
+    fields = item_fields(items, SemanticIndex())
+    if not any(item.title or item.fields for item in items):
+        raise DataError("no item has a title or a field, which this baseline reads", kind="missing-value")
+    if encoder != LSA:
+        return item_vectors(items, fields, text_embedder(encoder))
+    return _latent([item_text(item, fields) for item in items])
+
+
+def _latent(texts: Sequence[str]) -> NDArray[np.float64]:
+    """Return the projections of TF-IDF vectors on their leading singular directions, of length 1.
+
+    The directions are found by subspace iteration from a fixed start (Halko et al., SIAM Review 2011, algorithm 4.4),
+    so that equal texts have equal vectors in every run.
+    """
+    matrix = TfIdf.of(texts, least=2).vectors(texts)
+    width = min(_WIDTH, *matrix.shape)
+    if width < 1:
+        return np.zeros((len(texts), 1))
+    start = np.random.default_rng(0).standard_normal((matrix.shape[1], min(width + _MORE, matrix.shape[1])))
+    basis = matrix @ start
+    for _ in range(_ROUNDS):
+        basis = matrix @ np.linalg.qr(matrix.T @ np.linalg.qr(basis)[0])[0]
+    rows = (matrix.T @ np.linalg.qr(basis)[0]).T
+    directions = np.linalg.svd(rows, full_matrices=False)[2][:width]
+    found = matrix @ directions.T
+    lengths = np.linalg.norm(found, axis=1, keepdims=True)
+    vectors: NDArray[np.float64] = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 1e-9)
+    return vectors

@@ -1,0 +1,288 @@
+"""Steps between items, normalised and also read backwards; what resembles the items of a history in text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+from scipy import sparse
+
+from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.item_texts import text_vectors
+from llmrec.recipe.schema import Positive, Section
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+    from llmrec.types import Request
+
+# Steps are counted up to so many places apart, and so many neighbours in text are kept of an item.
+_FURTHEST = 20
+_NEIGHBOURS = 100
+# Rows of a block of likenesses between all items.
+_BLOCK = 1024
+# Directions that vary less than this share of the first one are noise.
+_LEAST = 1e-3
+_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What was counted in training.
+
+    Attributes:
+        catalogue: The numbering.
+        gaps: Steps of 1, 2, ... places, each sparse, shape (items, items).
+        popular: Training interactions of each item, shape (items,).
+        near: Likeness in text to the nearest items, above 0, sparse, shape (items, items); None without text.
+        made: Matrices of the last parameters that were asked for, by what they are.
+    """
+
+    catalogue: Catalogue
+    gaps: tuple[Any, ...]
+    popular: NDArray[np.float64]
+    near: Any = None
+    made: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
+
+    def kept(self, name: str, key: Any, make: Any) -> Any:
+        """Return a matrix, made anew where its parameters are not those of the last call."""
+        if name not in self.made or self.made[name][0] != key:
+            self.made[name] = key, make()
+        return self.made[name][1]
+
+
+class TransitionsConfig(Section):
+    """Parameters of `Transitions`."""
+
+    reach: int = Field(10, ge=1, le=_FURTHEST, description="how many places apart a step may be")
+    fade: Decay = Field(0.7, description="factor from a step to one that is a place longer")
+    backward: float = Field(0.5, ge=0, le=1, description="what a step counts in the other direction")
+    smoothing: float = Field(1.0, gt=0, description="what is added to the steps from an item before they are divided")
+    leaving: float = Field(0.25, ge=0, le=1, description="exponent of the steps from an item by which its votes divide")
+    arriving: float = Field(0.1, ge=0, le=1, description="exponent of the popularity of the item that is voted for")
+    history: Positive = Field(10, description="how many of the latest events vote")
+    decay: Decay = Field(0.6, description="factor from one event to the one before")
+
+
+class Transitions(ScoredBaseline[TransitionsConfig, _Steps]):
+    """Scores an item by the steps that lead to it from the latest items of the history, in either direction.
+
+    With ``F_d`` the number of times that an item followed another ``d`` places later in one training sequence, steps
+    are ``S = sum_d fade**(d - 1) F_d``, read both ways ``R = S + backward * S'``, and normalised ``A[i, j] = R[i, j] /
+    ((sum_k R[i, k] + smoothing)**leaving * (n_j + 1)**arriving)`` for n_j training interactions of item j. Then
+    ``score(j) = sum_i decay**age(i) * A[i, j]`` over the last ``history`` events i. It counts and trains nothing; on
+    sparse shop data it is the strongest row without text. Popularity orders what has no votes, and breaks ties.
+
+    The parts are old: item-to-item counts with powers of both degrees (Deshpande and Karypis, TOIS 2004, section 4),
+    and rules over several places with fading (Ludewig and Jannach, UMUAI 2018, section 3.1.2).
+    """
+
+    name = "transitions"
+    Config = TransitionsConfig
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "fade": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "reach": (1, 2, 3, 5, 7, 10, 15, 20),
+        "backward": _SHARES,
+        "leaving": (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0),
+        "arriving": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        "smoothing": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        "decay": DECAYS,
+        "history": (1, 2, 3, 5, 7, 10, 15, 20, 30, 50),
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsConfig.model_fields)
+
+    def fit(self, data: SplitDataset) -> None:
+        """Count the steps of every length."""
+        self._model = _counted(data)
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return the votes for every request and item, shape (n, items)."""
+        model, config = self._fitted, self._config
+        votes = recent(requests, model.catalogue, config.history, config.decay) @ _normalised(model, config)
+        return filled(votes.toarray(), model.popular)
+
+
+class TransitionsTextConfig(TransitionsConfig):
+    """Parameters of `TransitionsText`."""
+
+    encoder: str = Field("lsa", description="lsa, or a text encoder such as all-MiniLM-L6-v2: a name or a folder")
+    text: float = Field(0.3, ge=0, description="weight of the items that resemble the latest ones")
+    sharpness: float = Field(8.0, gt=0, description="exponent of likenesses before they become shares")
+    text_history: Positive = Field(3, description="how many of the latest events count for their text")
+    text_decay: Decay = Field(0.5, description="factor from one of them to the one before")
+    onward: float = Field(0.5, ge=0, description="weight of the items that resemble those that are stepped to")
+
+
+class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
+    """Adds to `Transitions` what resembles the items of the history, and what resembles the items that follow them.
+
+    With T the likenesses in text, ``max(cos, 0)**sharpness`` of the 100 nearest items, rows scaled to sum 1, an item
+    has ``score(j) = sum_i w_i (A + onward * A T)[i, j] + text * sum_i v_i T[i, j]``, where ``w_i = decay**age(i)`` over
+    the last ``history`` events and ``v_i = text_decay**age(i)`` over the last ``text_history``. Items that nobody has
+    chosen have a score too. The encoder is fixed: nothing is learned about texts from interactions.
+    """
+
+    name = "transitions-text"
+    Config = TransitionsTextConfig
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "text": (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0, 3.0, 5.0),
+        "onward": (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0),
+        "sharpness": (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0),
+        "text_decay": DECAYS,
+        "text_history": (1, 2, 3, 5, 10, 20),
+        **Transitions.GRID,
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsTextConfig.model_fields) - {"encoder"}
+
+    def fit(self, data: SplitDataset) -> None:
+        """Count the steps, and find each item's neighbours in text.
+
+        Raises:
+            DataError: If no item has a text.
+            ModelError: If there is no such encoder.
+        """
+        steps = _counted(data)
+        vectors = text_vectors([data.dataset.items[item] for item in steps.catalogue.ids], self._config.encoder)
+        self._model = _Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, _NEIGHBOURS))
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return the votes and likenesses for every request and item, shape (n, items)."""
+        model, config = self._fitted, self._config
+        steps = _normalised(model, config)
+        alike = model.kept("alike", config.sharpness, lambda: _shares(model.near, config.sharpness))
+        total = recent(requests, model.catalogue, config.history, config.decay) @ steps
+        if config.onward:
+            # Products of the rows of these requests only: the whole product of both matrices would be large.
+            total = total + config.onward * (total @ alike)
+        last = recent(requests, model.catalogue, config.text_history, config.text_decay)
+        return filled((total + config.text * (last @ alike)).toarray(), model.popular)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Whitened vectors of all items, of length 1, shape (items, d), and popularity."""
+
+    catalogue: Catalogue
+    vectors: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    popular: NDArray[np.float64]
+
+
+class ContentConfig(Section):
+    """Parameters of `Content`."""
+
+    encoder: str = Field("lsa", description="lsa, or a text encoder such as all-MiniLM-L6-v2: a name or a folder")
+    whitening: float = Field(
+        0.5, ge=0, le=1, description="exponent that evens out the directions of the vectors; 1: all vary alike"
+    )
+    history: Positive = Field(20, description="how many of the latest events count")
+    decay: Decay = Field(0.7, description="factor from one event to the one before")
+
+
+class Content(ScoredBaseline[ContentConfig, _Texts]):
+    """Scores an item by how much its text resembles that of the latest items of the history.
+
+    Vectors of a fixed text encoder are centred and turned onto their principal directions; direction k with standard
+    deviation s_k is divided by ``s_k**whitening`` (after Su et al., arXiv 2103.15316, who whiten wholly). Then
+    ``score(j) = v_j . sum_i decay**age(i) v_i`` for vectors of length 1, over the last ``history`` events i. Nothing is
+    learned from interactions, so that it ranks items that nobody has chosen.
+    """
+
+    name = "content"
+    Config = ContentConfig
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "whitening": _SHARES,
+        "decay": DECAYS,
+        "history": (1, 2, 3, 5, 10, 20, 50, 100),
+    }
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ContentConfig.model_fields) - {"encoder"}
+
+    def fit(self, data: SplitDataset) -> None:
+        """Read the texts of all items.
+
+        Raises:
+            DataError: If no item has a text.
+            ModelError: If there is no such encoder.
+        """
+        catalogue = Catalogue.of(data)
+        vectors = text_vectors([data.dataset.items[item] for item in catalogue.ids], self._config.encoder)
+        centred = np.asarray(vectors - vectors.mean(axis=0), dtype=np.float64)
+        _, lengths, turned = np.linalg.svd(centred, full_matrices=False)
+        log = Log.of(data, catalogue)
+        self._model = _Texts(catalogue, centred @ turned.T, lengths, counts(log, catalogue))
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return the likenesses for every request and item, shape (n, items)."""
+        model, config = self._fitted, self._config
+        known = model.spread > model.spread.max(initial=0.0) * _LEAST
+        vectors = model.vectors[:, known] / model.spread[known] ** config.whitening
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+        weights = recent(requests, model.catalogue, config.history, config.decay)
+        likeness = (weights @ vectors) @ vectors.T
+        # From 1 on, so that popularity, which orders equal ones and decides for an empty history, adds the same to all.
+        return filled(1 + likeness - likeness.min(axis=1, keepdims=True, initial=0.0), model.popular)
+
+
+def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
+    """Return the cosines to the nearest other items where they are above 0, sparse, shape (items, items).
+
+    Args:
+        vectors: Of length 1, shape (items, d).
+        count: How many are kept of an item, and those that are as near as the last of them.
+    """
+    items = len(vectors)
+    count = min(count, items - 1)
+    parts = [sparse.csr_array((0, items))]
+    for start in range(0, items if count > 0 else 0, _BLOCK):
+        cosines = np.asarray(vectors[start : start + _BLOCK] @ vectors.T, dtype=np.float64)
+        cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))] = -np.inf
+        border = np.partition(cosines, items - count, axis=1)[:, items - count, None]
+        parts.append(sparse.csr_array(np.where(cosines >= np.maximum(border, 1e-9), cosines, 0.0)))
+    found = sparse.vstack(parts, format="csr")
+    return found if found.shape[0] == items else sparse.csr_array((items, items))
+
+
+def _counted(data: SplitDataset) -> _Steps:
+    catalogue = Catalogue.of(data)
+    log, size = Log.of(data, catalogue), len(catalogue.ids)
+    gaps = []
+    for gap in range(1, _FURTHEST + 1):
+        same = log.users[gap:] == log.users[:-gap]
+        places = log.items[:-gap][same], log.items[gap:][same]
+        found = sparse.csr_array((np.ones(int(same.sum())), places), shape=(size, size))
+        found.sum_duplicates()
+        gaps.append(found)
+    return _Steps(catalogue, tuple(gaps), counts(log, catalogue))
+
+
+def _normalised(model: _Steps, config: TransitionsConfig) -> Any:
+    """Return the normalised steps both ways, sparse, shape (items, items)."""
+    shape = config.reach, config.fade, config.backward
+
+    def summed() -> Any:
+        steps = model.gaps[0]
+        for gap in range(1, config.reach):
+            steps = steps + config.fade**gap * model.gaps[gap]
+        return (steps + config.backward * steps.T).tocsr()
+
+    both = model.kept("steps", shape, summed)
+
+    def divided() -> Any:
+        leaving = (np.asarray(both.sum(axis=1)).ravel() + config.smoothing) ** -config.leaving
+        arriving = (model.popular + 1) ** -config.arriving
+        return (sparse.diags_array(leaving) @ both @ sparse.diags_array(arriving)).tocsr()
+
+    return model.kept("divided", (*shape, config.smoothing, config.leaving, config.arriving), divided)
+
+
+def _shares(near: Any, sharpness: float) -> Any:
+    """Return likenesses to a power, rows scaled to sum 1."""
+    found = near.copy()
+    found.data = found.data**sharpness
+    total = np.asarray(found.sum(axis=1)).ravel()
+    return (sparse.diags_array(np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)) @ found).tocsr()

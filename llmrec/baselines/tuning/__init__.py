@@ -1,0 +1,1 @@
+"""Chooses the parameters of baselines on the validation split."""

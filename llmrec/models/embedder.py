@@ -1,0 +1,71 @@
+"""A text encoder by name that remembers on disk what it has read."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.data.hashing import hash64
+from llmrec.durable import replacing
+from llmrec.errors import require
+from llmrec.models.text_encoder import encode_texts, find_encoder
+from llmrec.resources import cache_dir
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+CHANCE = "chance"
+"""Names no encoder: every text gets a direction at random, for tests and controls."""
+
+
+def text_embedder(name: str) -> Embedder:
+    """Return what turns texts into vectors by a text encoder of this name."""
+    if name == CHANCE:
+        return Embedder(CHANCE, CHANCE)
+    return Embedder(*find_encoder(name))
+
+
+class Embedder:
+    """An `Embed` that remembers on disk the vectors of texts that it was given together."""
+
+    def __init__(self, folder: str, stamp: str) -> None:
+        """Set up.
+
+        Args:
+            folder: The text encoder.
+            stamp: A hash over its weights and tokenizer.
+        """
+        self.stamp = stamp
+        self._folder = folder
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector of length 1 for each text, shape (n, d)."""
+        if self._folder == CHANCE:
+            return _by_chance(texts)
+        tensors = require("safetensors.numpy", "train")
+        digest = hashlib.sha256("\0".join([self.stamp, *texts]).encode()).hexdigest()[:32]
+        file = cache_dir() / "vectors" / f"{digest}.safetensors"
+        if file.is_file():
+            try:
+                found: NDArray[np.float32] = tensors.load_file(file)["vectors"]
+                return found
+            except Exception as error:
+                log.warning("%s cannot be read (%s); the texts are embedded again", file, error)
+        vectors = encode_texts(self._folder, texts)
+        with replacing(file) as draft:
+            tensors.save_file({"vectors": vectors}, draft)
+        return vectors
+
+
+def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:
+    """Return a direction for each text that depends on nothing but its hash, shape (n, width)."""
+    hashed = hash64("chance", 0, texts)
+    rows = np.stack([np.random.default_rng(int(seed)).standard_normal(width) for seed in hashed])
+    found: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return found
