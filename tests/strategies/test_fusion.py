@@ -1,0 +1,196 @@
+"""Fusion of rankers: planted parts get the weights they deserve, and no fusion is below its best part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.catalogue import rank_catalogue
+from llmrec.metrics.ranking import ndcg
+from llmrec.strategies.fusion import Fusion, Kind, Part, Weights, combined, feature, share
+from llmrec.types import Answer, Case, Event, Ranking, Request
+from tests.facts import Facts, raises
+
+ITEMS = tuple(f"i{n:02d}" for n in range(40))
+USERS = 400
+
+
+@dataclass
+class _Table:
+    """Scores that stand in a table, a row a request."""
+
+    name: str
+    rows: dict[str, NDArray[np.float64]]
+    items: tuple[str, ...] = ITEMS
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        return np.array([self.rows[request.id] for request in requests])
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        raise NotImplementedError
+
+
+def _cases(rng: np.random.Generator, chances: NDArray[np.float64], *, had: int = 3) -> list[Case]:
+    """Cases whose target is drawn by these chances, shape (n, items), among the items that are not in the history."""
+    cases = []
+    for row, each in enumerate(chances):
+        history = rng.choice(len(ITEMS), size=had, replace=False)
+        free = each.copy()
+        free[history] = 0
+        truth = rng.choice(len(ITEMS), p=free / free.sum())
+        events = tuple(Event(item_id=ITEMS[place]) for place in history)
+        cases.append(Case(request=Request(id=f"r{row}", user_id=f"u{row}", history=events), truth=ITEMS[truth]))
+    return cases
+
+
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    found = np.exp(values - values.max(axis=1, keepdims=True))
+    return np.asarray(found / found.sum(axis=1, keepdims=True))
+
+
+def _part(name: str, values: NDArray[np.float64], kind: Kind = "logits") -> Part:
+    return Part(name, _Table(name, {f"r{row}": each for row, each in enumerate(values)}), kind)
+
+
+def _value(scorer: Fusion, cases: Sequence[Case], seen: str) -> float:
+    found = rank_catalogue(scorer, cases, cutoffs=(), seen=(seen,))[seen]  # type: ignore[arg-type]
+    return float(ndcg(found.greater, found.tied, 10).mean())
+
+
+def test_a_part_that_knows_nothing_gets_no_weight_and_the_truth_gets_all_of_it() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, (USERS, len(ITEMS)))
+    cases = _cases(rng, _softmax(logits))
+    noise = rng.normal(0, 1.5, (USERS, len(ITEMS)))
+    fusion = Fusion("both", [_part("truth", logits), _part("noise", noise)], filtered=True)
+    fusion.fit(cases)
+    weights = fusion.weights
+    assert weights is not None
+    known = {each.name: each.value for each in fusion.tried}
+    assert known["logit"] > known["noise"] + 0.1
+    if weights.form == "logit":
+        assert weights.low[1] < 0 < weights.high[1] and weights.low[0] < 1 < weights.high[0]
+    else:
+        assert weights.parts[1] < 0.1 * weights.parts[0]
+
+
+@pytest.mark.parametrize("form", ["logit", "pool"])
+def test_maximum_likelihood_finds_the_weights_that_made_the_data(form: str) -> None:
+    rng = np.random.default_rng(1)
+    many = 3000
+    one, other = rng.normal(0, 1.5, (many, len(ITEMS))), rng.normal(0, 1.5, (many, len(ITEMS)))
+    made = _softmax(1.2 * one + 0.6 * other) if form == "logit" else 0.7 * _softmax(one) + 0.3 * _softmax(other)
+    # Without a history nothing is hidden, so that the chances are those of the form.
+    cases = _cases(rng, made, had=0)
+    fusion = Fusion("both", [_part("one", one), _part("other", other)], filtered=True)
+    fusion.fit(cases)
+    from llmrec.strategies import fusion as module
+
+    known = module._Known.of(fusion, cases)
+    rows = np.arange(many)
+    found = known.logit(rows) if form == "logit" else known.pool(rows)
+    assert found.parts == pytest.approx((1.2, 0.6) if form == "logit" else (0.7, 0.3), abs=0.06)
+    if form == "logit":
+        low, high = known.limits(found, [case.request.user_id for case in cases])
+        assert low[0] < 1.2 < high[0] and low[1] < 0.6 < high[1] and high[0] - low[0] < 0.2
+
+
+def test_a_repeated_item_is_worth_what_validation_says() -> None:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 1.0, (2000, len(ITEMS)))
+    cases = _cases(rng, _softmax(logits), had=5)
+    # The parts put items of the history first; no target is one.
+    had = np.zeros_like(logits, dtype=bool)
+    for row, case in enumerate(cases):
+        had[row, [ITEMS.index(event.item_id) for event in case.request.history]] = True
+    parts = [_part("one", logits + 4 * had), _part("noise", rng.normal(0, 1, logits.shape) + 2 * had)]
+    open_, filtered = Fusion("open", parts, filtered=False), Fusion("filtered", parts, filtered=True)
+    open_.fit(cases[:1000])
+    filtered.fit(cases[:1000])
+    assert open_.weights is not None and open_.weights.repeat < -3
+    assert filtered.weights is not None and filtered.weights.repeat == 0
+    gap = _value(open_, cases[1000:], "included") - _value(filtered, cases[1000:], "excluded")
+    assert abs(gap) < 0.01
+
+
+@given(seed=st.integers(0, 50), noise=st.floats(0.2, 4))
+@settings(max_examples=12, deadline=None)
+def test_on_validation_no_fusion_is_below_its_best_part(seed: int, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, (100, len(ITEMS)))
+    cases = _cases(rng, _softmax(logits))
+    parts = [_part("one", logits + rng.normal(0, noise, logits.shape)), _part("two", rng.normal(0, 1, logits.shape))]
+    parts.append(_part("counts", np.floor(_softmax(logits + rng.normal(0, 1, logits.shape)) * 20), "counts"))
+    fusion = Fusion("all", parts, filtered=True)
+    fusion.fit(cases)
+    best = max(each.value for each in fusion.tried)
+    assert best >= max(each.value for each in fusion.tried if each.form == "alone")
+    assert fusion.weights is not None
+    assert fusion.weights.form == next(each for each in fusion.tried if each.value == best).form
+
+
+def test_one_part_alone_ranks_as_it_does_itself() -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 1, (60, len(ITEMS)))
+    cases = _cases(rng, _softmax(3 * logits))
+    fusion = Fusion("both", [_part("one", logits), _part("two", -logits)], filtered=True)
+    fusion.weights = Weights("alone", (1.0, 0.0))
+    found = fusion.scores([case.request for case in cases])
+    assert np.array_equal(found, logits)
+
+
+def test_candidates_are_ranked_and_parts_normalised_over_them() -> None:
+    counts, logits = np.array([[8.0, 0.0, 2.0, 0.0, *[5.0] * 36]]), np.linspace(0, 1, 40)[None]
+    fusion = Fusion("both", [_part("counts", counts, "counts"), _part("logits", logits)], filtered=True)
+    fusion.weights = Weights("pool", (0.5, 0.5))
+    request = Request(id="r0", user_id="u", history=(), candidates=("i02", "i00", "i03"))
+    (answer,) = fusion.answer([request])
+    assert isinstance(answer, Ranking) and answer.items == ("i00", "i02", "i03")
+    shares = np.array([0.8, 0.2, 0.0])
+    chances = _softmax(logits[:, [0, 2, 3]])[0]
+    assert np.exp(answer.scores) == pytest.approx(0.5 * shares + 0.5 * chances)
+    with raises(LlmrecError, Facts("missing-value")):
+        fusion.answer([Request(id="r0", user_id="u", history=())])
+
+
+def test_what_a_search_did_not_find_has_the_chance_of_its_last_beam() -> None:
+    scores = np.array([[0.5, 0.2, 0.0, 0.0]])
+    assert np.exp(feature(scores, "beams", None)) == pytest.approx(np.array([[0.5, 0.2, 0.2, 0.2]]))
+    assert share(scores, "beams", None) == pytest.approx(np.array([[0.5, 0.2, 0.2, 0.2]]) / 1.1)
+
+
+def test_shares_leave_out_what_cannot_be_ranked() -> None:
+    hidden = np.array([[True, False, False]])
+    for kind in ("counts", "logits"):
+        found = share(np.array([[9.0, 1.0, 1.0]]), kind, hidden)
+        assert found == pytest.approx(np.array([[0.0, 0.5, 0.5]]))
+    assert share(np.zeros((1, 4)), "counts", None) == pytest.approx(np.full((1, 4), 0.25))
+
+
+def test_scores_do_not_depend_on_what_else_is_asked() -> None:
+    rng = np.random.default_rng(5)
+    one, two = rng.normal(0, 1, (6, 40)), rng.random((6, 40))
+    had = rng.random((6, 40)) < 0.1
+    for weights in (Weights("logit", (0.7, 0.4), -2.0), Weights("pool", (0.6, 0.4), -2.0)):
+        whole = combined(weights, [one, two], ["logits", "counts"], had, hide=False)
+        alone = combined(weights, [one[2:3], two[2:3]], ["logits", "counts"], had[2:3], hide=False)
+        assert np.array_equal(whole[2:3], alone)
+
+
+def test_too_few_users_and_other_catalogues_are_refused() -> None:
+    rng = np.random.default_rng(6)
+    logits = rng.normal(0, 1, (5, len(ITEMS)))
+    fusion = Fusion("both", [_part("one", logits), _part("two", logits)], filtered=True)
+    with raises(LlmrecError, Facts("too-few")):
+        fusion.fit(_cases(rng, _softmax(logits)))
+    with raises(LlmrecError, Facts("mismatch")):
+        Fusion("both", [_part("one", logits)], filtered=True)
+    with pytest.raises(RuntimeError, match="before fit"):
+        fusion.scores([])
