@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -71,6 +71,8 @@ class Baseline(Generic[C, M]):
         name: As recipes and tables call it.
         stochastic: Whether another seed gives other figures.
         GRID: Values by parameter that `tuning.tune` tries: numbers ascending, the default among them.
+        SCORES: How the scores of a ranker are read where several are joined: at least 0, as shares of one another, or
+            on a scale of logarithms, where a difference of 1 is a factor.
         FITS: How many points tuning may fit; None: as many as its search meets.
         AT_ANSWER: Parameters that are read when answering and not by ``fit``: see `with_config`.
         Config: Its parameters with their defaults and bounds.
@@ -79,6 +81,7 @@ class Baseline(Generic[C, M]):
     name: str
     stochastic: ClassVar[bool] = False
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    SCORES: ClassVar[Literal["counts", "logits"]] = "counts"
     FITS: ClassVar[int | None] = None
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()
     Config: type[C]

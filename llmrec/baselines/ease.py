@@ -53,6 +53,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
 
     name = "ease"
     Config = EASEConfig
+    SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "penalty": (10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2000.0),
         "decay": DECAYS,

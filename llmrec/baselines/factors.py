@@ -69,6 +69,7 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     name = "als"
     stochastic = True
     Config = ALSConfig
+    SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "factors": (32, 64, 128, 256, 512),
         "alpha": (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0),
@@ -137,6 +138,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     name = "bpr"
     stochastic = True
     Config = BPRConfig
+    SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "regularization": (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01),
         "decay": DECAYS,

@@ -111,6 +111,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
     """A network over the history: it needs ``_build`` and ``_encode``."""
 
     stochastic = True
+    SCORES = "logits"
 
     def fit(self, data: SplitDataset) -> None:
         """Train the network.

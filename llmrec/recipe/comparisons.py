@@ -25,13 +25,20 @@ class SuiteRow(Section):
     weights: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...] = Field(
         (), max_length=6, description="mix: declared weights of its rows, one of which is chosen on validation"
     )
+    fuse: tuple[str, ...] = Field(
+        (), description="names of rows above, joined with weights from validation users that chose nothing else"
+    )
     name: str = Field("", description="empty: the baseline's or the recipe's name, or that of the mixed rows")
 
     @model_validator(mode="after")
     def _one_kind(self) -> SuiteRow:
-        kinds = [name for name in ("baseline", "recipe", "mix") if getattr(self, name)]
+        kinds = [name for name in ("baseline", "recipe", "mix", "fuse") if getattr(self, name)]
         if len(kinds) != 1:
-            raise ValueError(f"rows: each row has one of baseline, recipe and mix; this one has {kinds or 'none'}")
+            raise ValueError(
+                f"rows: each row has one of baseline, recipe, mix and fuse; this one has {kinds or 'none'}"
+            )
+        if len(self.fuse) == 1:
+            raise ValueError(f"rows: a fusion joins two rows or more; this one has {self.fuse[0]} alone")
         if bool(self.mix) != bool(self.weights) or any(len(each) != len(self.mix) for each in self.weights):
             raise ValueError("rows.weights: a mix needs lists of weights, each with one number for each of its rows")
         return self
@@ -40,7 +47,12 @@ class SuiteRow(Section):
     def label(self) -> str:
         """The row's name in tables and files."""
         stem = (self.recipe or "").rpartition("/")[2].removesuffix(".yaml")
-        return self.name or self.baseline or stem or "+".join(self.mix)
+        return self.name or self.baseline or stem or "+".join(self.parts)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the rows that it is made of."""
+        return self.mix or self.fuse
 
 
 class DiversitySection(Section):
@@ -76,6 +88,9 @@ class Suite(Section):
     diversity: DiversitySection | None = Field(None, description="ranking: how ILD compares items; None: no ILD")
     bootstrap: Positive = 2000
     users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
+    reserved: float = Field(
+        0.5, gt=0, lt=1, description="share of validation users that weigh fusions and choose no parameter or epoch"
+    )
     min_history: int = Field(0, ge=0, description="leave out requests of users with fewer known events")
     rows: tuple[SuiteRow, ...] = Field(min_length=1)
     pairs: tuple[tuple[str, str], ...] = Field(
@@ -89,10 +104,10 @@ class Suite(Section):
         for row in self.rows:
             if self.task != "ranking" and row.baseline is None:
                 raise ValueError(f"rows: {row.label} ranks the catalogue, which is the task ranking, not {self.task}")
-            for part in row.mix:
+            for part in row.parts:
                 if part not in known:
-                    raise ValueError(f"rows: {row.label} mixes {part!r}, which is no row above it; write it before")
-            if row.label in known and (row.mix or row.recipe):
+                    raise ValueError(f"rows: {row.label} joins {part!r}, which is no row above it; write it before")
+            if row.label in known and (row.parts or row.recipe):
                 raise ValueError(f"rows: two rows are called {row.label!r}; give one another name")
             known.add(row.label)
         for pair in self.pairs:

@@ -191,7 +191,7 @@ def test_a_mixture_is_the_weighted_sum_of_probabilities() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"baseline": "ease", "recipe": "x"}, "one of baseline, recipe and mix"),
+        ({"baseline": "ease", "recipe": "x"}, "one of baseline, recipe, mix and fuse"),
         ({"mix": ["markov-1"], "weights": [[1, 1]]}, "one number for each"),
         ({"mix": ["ease"], "weights": [[1]]}, "no row above"),
         ({"mix": ["markov-1"], "weights": [[-1]]}, "greater than or equal"),

@@ -11,11 +11,14 @@ import pytest
 import yaml
 
 from llmrec import cli
+from llmrec.baselines.factors import ALS
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import Markov
+from llmrec.baselines.tuning import tune as tuning
 from llmrec.baselines.tuning.tune import tune
 from llmrec.commands.compare import suite as suites
 from llmrec.commands.compare.benchmark import _recipe, points
+from llmrec.commands.compare.leaderboard import leaderboard
 from llmrec.commands.compare.suite import run_suite
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
@@ -25,6 +28,7 @@ from llmrec.recipe.comparisons import Suite
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
 from llmrec.registry import BASELINES
 from llmrec.resources import resource
+from llmrec.strategies.fusion import Fusion
 from llmrec.tasks.family import family_of
 from tests.facts import Facts, raises
 
@@ -138,6 +142,52 @@ def test_a_killed_row_does_not_fit_its_points_again(tmp_path: Path, monkeypatch:
     assert [trial.parameters["order"] for trial in row.trials] == [1, 2, 3, 5]
     # The points 1 and 2 are known; a chosen one of them is fitted once more for the test.
     assert fits[:2] == [3, 5] and fits.count(1) + fits.count(2) <= 2
+
+
+def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"baseline": "popularity"}, {"baseline": "item-knn"}, {"baseline": "als", "parameters": {"factors": 8}}]
+    rows += [{"name": "all", "fuse": ["popularity", "item-knn", "als"]}]
+    page = PAGE | {"seeds": [0, 1], "split_seeds": [0], "rows": rows, "pairs": [["all", "item-knn"]]}
+    chose, weighed = set(), set()
+    genuine, fit = tuning.ranking_cases, Fusion.fit
+    monkeypatch.setattr(ItemKNN, "GRID", {"history": (1, 5, 30), "decay": (0.5, 1.0)})
+    monkeypatch.setattr(ALS, "GRID", {"alpha": (1.0, 10.0)})
+
+    def choosing(data: Any, limit: int | None = None) -> list[Any]:
+        cases = genuine(data, limit)
+        chose.update(case.request.user_id for case in cases)
+        return cases
+
+    def weighing(self: Fusion, cases: Any) -> None:
+        weighed.update(case.request.user_id for case in cases)
+        fit(self, cases)
+
+    monkeypatch.setattr(tuning, "ranking_cases", choosing)
+    monkeypatch.setattr(Fusion, "fit", weighing)
+    ran = run_suite(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
+    assert chose and weighed and not chose & weighed
+    board = leaderboard([ran.results], {})
+    fused = ran.results.rows[-1]
+    assert fused.seeds == (0, 1) and {pair.a for pair in ran.results.pairs} == {"all"}
+    for seen in ("excluded", "included"):
+        best = max(trial.values[seen] for trial in fused.trials if seen in trial.values)
+        (kept,) = [trial for trial in fused.trials if trial.values.get(seen) == best][:1]
+        assert fused.parameters_of(seen)["form"] == kept.parameters["form"]
+        weights = fused.tables[seen].fusion
+        assert weights is not None and [part.name for part in weights.parts] == rows[-1]["fuse"]
+        assert (weights.repeat is None) == (seen == "excluded") and "Weights of all (" in board
+    # Nothing is reserved where nothing is fused.
+    chose.clear()
+    run_suite(Suite(**page | {"rows": rows[:3], "pairs": []}), out=tmp_path / "other", results=tmp_path / "r")
+    data = load_split(Suite(**PAGE).data, 0)
+    assert chose == set(data.valid["user_id"])
+
+
+def test_a_fusion_names_rows_above_it() -> None:
+    with pytest.raises(ValueError, match="no row above it"):
+        Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity", "ease"]}]})
+    with pytest.raises(ValueError, match="two rows or more"):
+        Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity"]}]})
 
 
 def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran]) -> None:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.metrics.ranking import ndcg
-from llmrec.strategies.fusion import Fusion, Kind, Part, Weights, combined, feature, share
+from llmrec.strategies.fusion import Fusion, Part, _known
+from llmrec.strategies.fusion_weights import Kind, Weights, combined, feature, share
 from llmrec.types import Answer, Case, Event, Ranking, Request
 from tests.facts import Facts, raises
 
@@ -91,9 +92,7 @@ def test_maximum_likelihood_finds_the_weights_that_made_the_data(form: str) -> N
     cases = _cases(rng, made, had=0)
     fusion = Fusion("both", [_part("one", one), _part("other", other)], filtered=True)
     fusion.fit(cases)
-    from llmrec.strategies import fusion as module
-
-    known = module._Known.of(fusion, cases)
+    known = _known(fusion, cases)
     rows = np.arange(many)
     found = known.logit(rows) if form == "logit" else known.pool(rows)
     assert found.parts == pytest.approx((1.2, 0.6) if form == "logit" else (0.7, 0.3), abs=0.06)

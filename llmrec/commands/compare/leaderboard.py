@@ -197,6 +197,7 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         lines += ["", _RULE] if _less(found, seen) else []
         lines += [part for line in _undefined(found, seen) for part in ("", cell(line))]
         lines += ["", cell(found.detectable[seen])] if found.detectable.get(seen) else []
+        lines += [part for line in _fusions(found, seen) for part in ("", line)]
         if tested[seen]:
             lines += ["", "Planned comparisons:", "", *_pairs(tested[seen])]
         same = [row for page in references for row in page.rows if row.seen == seen and _fits(page, protocol)]
@@ -207,6 +208,25 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         heading = "### Published, treatment of the history not stated"
         lines += ["", heading, "", _published(unknown, protocol.metrics)]
     return "\n".join([*lines, ""])
+
+
+def _fusions(found: SuiteResult, seen: str) -> list[str]:
+    """Say the weights of every fusion of a table in one line."""
+    lines = []
+    for row in found.rows:
+        fusion = row.tables[seen].fusion
+        if fusion is None:
+            continue
+        parts = [
+            f"{cell(part.name)} {part.weight:.2f}" + ("" if part.low is None else f" [{part.low:.2f}, {part.high:.2f}]")
+            for part in fusion.parts
+            if part.weight is not None and (part.weight or fusion.form == "logit")
+        ]
+        if fusion.repeat:
+            parts.append(f"an item of the history {fusion.repeat:+.2f} (logarithm)")
+        what = {"logit": "exponents, 95 % over users", "pool": "shares", "alone": "the best part alone"}[fusion.form]
+        lines.append(f"Weights of {cell(row.name)} ({what}): {', '.join(parts)}.")
+    return lines
 
 
 def _tested(found: SuiteResult) -> dict[str, list[SuitePair]]:

@@ -32,6 +32,29 @@ class Trial(Record):
     value: Number = None
 
 
+class PartWeight(Record):
+    """The weight of a part of a fusion, with 95 % limits over users where it has any."""
+
+    name: str
+    weight: Number
+    low: Number = None
+    high: Number = None
+
+
+class FusionWeights(Record):
+    """What a fusion was fitted to with the first seed.
+
+    Attributes:
+        form: ``logit``, ``pool`` or ``alone``; see `llmrec.strategies.fusion`.
+        parts: One a part.
+        repeat: Logarithm of what an item of the history is worth beside another; None where none can be ranked.
+    """
+
+    form: str
+    parts: tuple[PartWeight, ...]
+    repeat: Number = None
+
+
 class Table(Record):
     """A row's figures under one treatment of the history.
 
@@ -40,11 +63,13 @@ class Table(Record):
         cold: Means over requests whose target has no training interaction, and their number.
         parameters: What was chosen for this table; None: see the row.
         border: Parameters whose value stands at an end of its grid.
+        fusion: The weights of a fusion; None for any other row.
     """
 
     metrics: dict[str, Figure]
     parameters: dict[str, Setting] | None = None
     border: tuple[str, ...] = ()
+    fusion: FusionWeights | None = None
     tie_rate: Number = None
     n: int = 0
     cold: dict[str, float] | None = None

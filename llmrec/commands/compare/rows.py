@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.tuning.tune import RANKED, Choice, Trial, Tuned, fitted
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
+from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
@@ -24,16 +27,19 @@ from llmrec.recipe.schema import Recipe, SemanticIndex
 from llmrec.registry import BASELINES, lookup
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
+from llmrec.strategies.fusion import Fusion, Part
+from llmrec.strategies.fusion_weights import Kind
 from llmrec.types import CatalogueScorer, Request
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
 # Validation users by whom the weights of a mixture are chosen, an unbiased sample: each costs every part a search.
 _CHOOSING = 5000
+# Scores of a part that fusions are fitted to, requests times items: 120 MB in single precision.
+_WEIGHING = 30_000_000
 # How the scores of a baseline become probabilities of the next item.
 _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("popularity", "recent-popularity", "item-knn", "markov-1", "markov"), from_counts),
@@ -59,6 +65,7 @@ class SuiteModels:
     earlier: float = 0.0
     _fitted: dict[tuple[str, str, int], list[Any]] = field(default_factory=dict)
     _backgrounds: dict[str, Background] = field(default_factory=dict)
+    _split: dict[str, tuple[SplitDataset, SplitDataset]] = field(default_factory=dict)
 
     def fit(self, row: SuiteRow, data: SplitDataset, seed: int, table: str, parameters: Mapping[str, Any]) -> Any:
         """Return a fitted row.
@@ -70,6 +77,8 @@ class SuiteModels:
             table: For which its figures are; the parts of a mixture have what was chosen for that one.
             parameters: What was chosen for it; of a mixture, its ``weights``.
         """
+        if row.fuse:
+            return self._fused(row, data, seed, table)
         if row.mix:
             parts = [self._probabilities(self._row(label), data, seed, table) for label in row.mix]
             return Mixture(row.label, sorted(data.dataset.items), parts, parameters["weights"])
@@ -77,23 +86,25 @@ class SuiteModels:
         if row.baseline is None:
             model = known[0] if known else self._tuned(row, data, seed)
         else:
-            model = fitted(row.baseline, parameters, data, seed=seed, like=known)
+            model = fitted(row.baseline, parameters, self.choosing(data), seed=seed, like=known)
         self.keep(row, data, seed, model)
         return model
 
     def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
         """Remember a fitted row that a mixture will ask for; others would only take memory."""
-        if any(row.label in other.mix for other in self.suite.rows):
+        if any(row.label in other.parts for other in self.suite.rows):
             known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
             if not any(model is each for each in known):
                 known.append(model)
 
     def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
         """Choose the weights of a mixture on the validation split; a tuned model has nothing left to choose."""
+        if row.fuse:
+            return self._weighed(row, data, tables)
         if not row.mix:
             only = Choice(dict(self._recipe(row)[1]))
             return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
-        cases, trials = ranking_cases(data, _CHOOSING), []
+        cases, trials = ranking_cases(self.choosing(data), _CHOOSING), []
         for weights in row.weights:
             parameters = {"weights": list(weights)}
             values: dict[str, float] = {}
@@ -110,13 +121,28 @@ class SuiteModels:
         """Return what a row's figures depend on beside its own keys: the recipe, or the mixed rows and theirs."""
         if row.recipe:
             return self._recipe(row)[0].model_dump(mode="json")
-        return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.mix]
+        return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
 
     def stochastic(self, row: SuiteRow) -> bool:
         """Whether another seed gives other figures."""
         if row.baseline is not None:
             return bool(lookup(BASELINES, row.baseline, "baseline").stochastic)
-        return not row.mix or any(self.stochastic(self._row(label)) for label in row.mix)
+        return not row.parts or any(self.stochastic(self._row(label)) for label in row.parts)
+
+    def choosing(self, data: SplitDataset) -> SplitDataset:
+        """Return a split with the validation rows of the users that choose parameters and epochs."""
+        if not any(row.fuse for row in self.suite.rows):
+            return data
+        return self._halves(data)[0]
+
+    def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
+        """Return a split with the validation rows of the users that choose, and with those of users that weigh."""
+        if data.fingerprint not in self._split:
+            users = data.valid["user_id"].to_list()
+            weighs = hash64("reserved", data.seed, users) < np.uint64(self.suite.reserved * 2**64)
+            parts = (data.valid.filter(~weighs), data.valid.filter(weighs))
+            self._split[data.fingerprint] = (replace(data, valid=parts[0]), replace(data, valid=parts[1]))
+        return self._split[data.fingerprint]
 
     def background(self, data: SplitDataset) -> Background:
         """Return what list metrics need of a split, made once.
@@ -138,6 +164,38 @@ class SuiteModels:
 
     def _row(self, label: str) -> SuiteRow:
         return next(row for row in self.suite.rows if row.label == label)
+
+    def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
+        """Fit a fusion for each table; its forms are what was tried."""
+        choices, trials = {}, []
+        for table in tables:
+            model = self._fused(row, data, self.suite.seeds[0], table)
+            choices[table] = Choice({"form": model.fitted.form}, model=model)
+            trials += [Trial({"form": each.form, "of": each.name}, {table: each.value}) for each in model.tried]
+        return Tuned(choices=choices, trials=tuple(trials), metric=RANKED)
+
+    def _fused(self, row: SuiteRow, data: SplitDataset, seed: int, table: str) -> Fusion:
+        """Return a fitted fusion of rows as they were chosen for a table.
+
+        Raises:
+            RecipeError: If the scores of a part cannot be read.
+        """
+        parts = []
+        for label in row.fuse:
+            part = self._row(label)
+            if part.parts:
+                raise RecipeError(
+                    f"suite {self.suite.suite}: {row.label} joins {label}, which is itself joined; name its rows",
+                    kind="unsupported",
+                    column="rows.fuse",
+                )
+            model = self.fit(part, data, seed, table, self.chosen[label][table])
+            kind: Kind = "beams" if part.baseline is None else lookup(BASELINES, part.baseline, "baseline").SCORES
+            parts.append(Part(label, model, kind))
+        found = Fusion(row.label, parts, filtered=table == "excluded")
+        found.fit(ranking_cases(self._halves(data)[1], max(1, _WEIGHING // len(data.dataset.items))))
+        log.info("%s, %s: %s", row.label, table, found.fitted)
+        return found
 
     def _alike(self, row: SuiteRow, tables: Sequence[str]) -> list[list[str]]:
         """Return tables, those together for which every part of a mixture has the same parameters."""

@@ -135,7 +135,7 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         packages={name: version for name, version in versions().items() if name in _MATTERS},
         row=row.model_dump(),
         grid=grid_of(suite, row) if row.baseline else None,
-        parts=[contenders.chosen[label] for label in row.mix],
+        parts=[contenders.chosen[label] for label in row.parts],
         inputs=contenders.inputs(row) if row.baseline is None else None,
         data={seed: data.fingerprint for seed, data in splits.items()},
         protocol=suite.model_dump(exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}),

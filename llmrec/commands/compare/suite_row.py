@@ -17,7 +17,7 @@ import psutil
 from llmrec.baselines.tuning.search import Grid
 from llmrec.baselines.tuning.tune import Choice, Tuned, tune
 from llmrec.baselines.tuning.tune import Trial as Tried
-from llmrec.commands.compare.records import SuiteLine, Table, Trial
+from llmrec.commands.compare.records import FusionWeights, PartWeight, SuiteLine, Table, Trial
 from llmrec.commands.compare.rows import SuiteModels
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.durable import write_json
@@ -31,6 +31,7 @@ from llmrec.experiment.resume import Bar, read_stage
 from llmrec.metrics.significance import over_seeds
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.registry import BASELINES, lookup
+from llmrec.strategies.fusion import Fusion
 from llmrec.tasks.family import Family, family_of
 from llmrec.types import Case, Interaction, Probability, Rating
 
@@ -90,7 +91,7 @@ def make_row(
     with _peak() as memory:
         begin = time.monotonic()
         tuned = (
-            _tuned(suite, row, splits[first], tried)
+            _tuned(suite, row, contenders.choosing(splits[first]), tried)
             if row.baseline
             else contenders.choose(row, splits[first], tables_of(suite))
         )
@@ -103,7 +104,7 @@ def make_row(
     tables = {}
     for name, choice in tuned.choices.items():
         table = _table([run[name] for run in runs], [run[name] for run in (runs[0], *others)])
-        chosen = {"parameters": dict(choice.parameters), "border": choice.border}
+        chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": _weights(choice.model)}
         tables[name] = table.model_copy(update=chosen)
     line = SuiteLine(
         name=row.label,
@@ -116,6 +117,19 @@ def make_row(
         memory_gb=round(memory[0] / 2**30, 2),
     )
     return Done(line, {seen: _values([run[seen] for run in runs]) for seen in tables})
+
+
+def _weights(model: Any) -> FusionWeights | None:
+    """Return the weights of a fusion, None of any other model."""
+    if not isinstance(model, Fusion):
+        return None
+    found = model.fitted
+    low, high = found.low or (None,) * len(found.parts), found.high or (None,) * len(found.parts)
+    parts = [
+        PartWeight(name=part.name, weight=weight, low=least, high=most)
+        for part, weight, least, most in zip(model.parts, found.parts, low, high, strict=False)
+    ]
+    return FusionWeights(form=found.form, parts=tuple(parts), repeat=None if model.filtered else found.repeat)
 
 
 def grid_of(suite: Suite, row: SuiteRow) -> Grid:
@@ -159,7 +173,7 @@ def _measured(
     together: dict[str, list[str]] = {}
     # A mixture has parts of its own for each table, whatever its weights are.
     for table, choice in tuned.choices.items():
-        together.setdefault(f"{table if row.mix else ''}{dict(choice.parameters)}", []).append(table)
+        together.setdefault(f"{table if row.parts else ''}{dict(choice.parameters)}", []).append(table)
     for tables in together.values():
         choice = tuned.choices[tables[0]]
         begin, before = time.monotonic(), contenders.earlier
