@@ -189,7 +189,9 @@ class SuiteModels:
                     kind="unsupported",
                     column="rows.fuse",
                 )
-            model = self.fit(part, data, seed, table, self.chosen[label][table])
+            # What has no randomness is fitted once for all seeds.
+            of = seed if self.stochastic(part) else self.suite.seeds[0]
+            model = self.fit(part, data, of, table, self.chosen[label][table])
             kind: Kind = "beams" if part.baseline is None else lookup(BASELINES, part.baseline, "baseline").SCORES
             parts.append(Part(label, model, kind))
         found = Fusion(row.label, parts, filtered=table == "excluded")
