@@ -131,7 +131,7 @@ def test_classic_baselines_on_a_published_split_of_ratings(movielens: Path, tmp_
     assert found.protocol.split == "given/test" and found.protocol.requests == found.data.test
     assert (found.data.users, found.data.items, found.data.interactions) == (943, 1682, 100_000)
     error = {row.name: row.tables["rating"].metrics["RMSE"].value or 0.0 for row in found.rows}
-    assert error["user-item-bias"] < 0.97 < 1.0 < error["user-mean"] < 1.07 < error["global-mean"] < 1.16
+    assert error["user-item-bias"] < 0.98 < 1.0 < error["user-mean"] < 1.07 < error["global-mean"] < 1.16
 
 
 def test_classic_rankings_on_a_published_split(movielens: Path, tmp_path: Path) -> None:

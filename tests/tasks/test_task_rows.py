@@ -362,7 +362,7 @@ def test_data_without_ratings_or_texts() -> None:
 def test_too_few_items_for_negatives() -> None:
     data = make_split(make_dataset(items=26))
     task = make_task("direct", data, stored=False)
-    with raises(DataError, Facts("too-few", column="eval.candidates.count", says="at most 17")):
+    with raises(DataError, Facts("too-few", column="eval.candidates.count", says="at most 19")):
         list(islice(task.examples("train"), 200))
 
 
