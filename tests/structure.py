@@ -1,4 +1,6 @@
-"""What must stay true of the package's structure, beside the layers that import-linter proves: ``make lint`` runs it.
+"""What must stay true of the package's structure and of docs/design.md: ``make lint`` runs it.
+
+The layers themselves are import-linter's; here they are compared with the page.
 
 ``python -m tests.structure`` prints every breach and ends with exit code 1; without one it prints the counts.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +133,31 @@ def without_kind(trees: dict[str, ast.Module]) -> Iterator[tuple[str, int, str]]
                 yield module, node.lineno, ast.unparse(node)
 
 
+def stale(page: str, known: dict[str, Path], trees: dict[str, ast.Module]) -> Iterator[str]:
+    """Yield what docs/design.md names and nobody defines: ``folder/name.py``, with ``:Class.function`` or without."""
+    for module, function in re.findall(r"`((?:\w+/)*\w+\.py)(?::([\w.]+))?`", page):
+        if (ROOT / module).is_file():
+            continue
+        name = ".".join(("llmrec", *Path(module).with_suffix("").parts)).removesuffix(".__init__")
+        if name not in known:
+            yield f"docs/design.md: there is no {module}"
+            continue
+        node: ast.AST | None = trees[name]
+        for part in function.split(".") if function else ():
+            inside = ast.iter_child_nodes(node) if node else ()
+            node = next((each for each in inside if getattr(each, "name", None) == part), None)
+        if node is None:
+            yield f"docs/design.md: {module} has no {function}"
+
+
+def layers() -> tuple[str, str]:
+    """Return the layers as docs/design.md has them, and as import-linter checks them."""
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("## Layers")[2]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (checked,) = [each for each in settings["tool"]["importlinter"]["contracts"] if each["type"] == "layers"]
+    return page.split("```")[1].strip(), "\n".join(checked["layers"]).replace("llmrec.", "")
+
+
 def breaches() -> tuple[list[str], str]:
     """Return what is broken, a line each, and the counts in one line."""
     known = modules()
@@ -155,6 +183,10 @@ def breaches() -> tuple[list[str], str]:
         f"{known[name].relative_to(ROOT).as_posix()}:{line}: {said[:60]!r} has no kind"
         for name, line, said in without_kind(trees)
     ]
+    problems += stale((ROOT / "docs" / "design.md").read_text(encoding="utf-8"), known, trees)
+    written, checked = layers()
+    if written != checked:
+        problems.append("docs/design.md: its layers are not those of pyproject.toml")
     problems += [f"import circle: {', '.join(group)}" for group in circles(graph)]
     folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in known.values() if path.stem != "__init__")
     problems += [

@@ -1,4 +1,9 @@
-"""The audit of a run: the checks of the modules named leaks and of `.probes`, written to ``audit.json``."""
+"""The audit of a run: which checks there are (`examine`), and what they found, written to ``audit.json``.
+
+Training rows, examples and prompts are checked in `llmrec.experiment.leaks_rows`, those of the alignment task in
+`llmrec.experiment.leaks_alignment`; the split, candidates, answers and fitted models in `llmrec.experiment.leaks`.
+`llmrec.experiment.probes` looks for what may explain a figure besides skill.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The language-model head is the widest matrix of a small model; applying it to the rows that carry a label, a few
 hundred at a time, keeps both its cost and its memory proportional to the number of targets. Losses are summed here;
-`llmrec.train.sft` divides them by a step's targets. A rating head has a loss of its own (`llmrec.train.rating_head`).
+`llmrec.train.sft` divides them by a step's targets. Of a rating head the loss is `llmrec.train.rating_head.HeadLoss`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable, retested
-from llmrec.commands.compare.told import about_detectable, planned_line, planned_note
+from llmrec.commands.compare.wording import about_detectable, planned_line, planned_note
 from llmrec.report.escape import cell, code, flat
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, UNDEFINED, difference, title, undefined_lines

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
-from llmrec.commands.compare.told import planned_line, planned_note
+from llmrec.commands.compare.wording import planned_line, planned_note
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid

@@ -1,4 +1,7 @@
-"""Runs a suite: one protocol, one data set, many predictors; each row tuned on validation, kept, and written down."""
+"""Runs a suite: one protocol, one data set, many predictors; its rows are made in `llmrec.commands.compare.suite_row`.
+
+A finished row is kept, so that a killed suite does not make it again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Makes one row of a suite: tuned on validation for each table, fitted with every seed, and measured."""
+"""Makes one row of a suite: tuned on validation for each table, fitted with every seed, and measured.
+
+`llmrec.baselines.tuning.tune` chooses a baseline's parameters, `llmrec.commands.compare.rows` what other rows need.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pages of suites and benchmarks say of planned comparisons, in the same words."""
+"""Planned comparisons in words, the same on the pages of suites and of benchmarks."""
 
 from __future__ import annotations
 
