@@ -176,9 +176,9 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
         weights = fused.tables[seen].fusion
         assert weights is not None and [part.name for part in weights.parts] == rows[-1]["fuse"]
         assert (weights.repeat is None) == (seen == "excluded") and "Weights of all (" in board
-    # Nothing is reserved where nothing is fused.
+    # Nothing is reserved where nothing is fused, so that rows are chosen anew.
     chose.clear()
-    run_suite(Suite(**page | {"rows": rows[:3], "pairs": []}), out=tmp_path / "other", results=tmp_path / "r")
+    run_suite(Suite(**page | {"rows": rows[:3], "pairs": []}), out=tmp_path / "out", results=tmp_path / "r")
     data = load_split(Suite(**PAGE).data, 0)
     assert chose == set(data.valid["user_id"])
 

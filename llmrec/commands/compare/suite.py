@@ -49,7 +49,7 @@ from llmrec.types import Probability
 log = logging.getLogger(__name__)
 
 # What has no say in a row's figures.
-_SILENT = {"suite", "description", "data", "rows", "references", "pairs"}
+_SILENT = {"suite", "description", "data", "rows", "references", "pairs", "reserved"}
 _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 
 
@@ -136,12 +136,16 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
     key = key_of(
         llmrec=__version__,
         packages={name: version for name, version in versions().items() if name in _MATTERS},
-        row=row.model_dump(),
+        # Without defaults, so that a key which is new here does not make finished rows anew.
+        row=row.model_dump(exclude_defaults=True),
         grid=grid_of(suite, row) if row.baseline else None,
         parts=[contenders.chosen[label] for label in row.parts],
         inputs=contenders.inputs(row) if row.baseline is None else None,
         data={seed: data.fingerprint for seed, data in splits.items()},
-        protocol=suite.model_dump(exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}),
+        reserved=suite.reserved if any(other.fuse for other in suite.rows) else None,
+        protocol=suite.model_dump(
+            exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}, exclude_defaults=True
+        ),
     )
     stored = read_stage(path, key)
     if stored is None:
