@@ -20,6 +20,7 @@ from llmrec.durable import write_text
 from llmrec.errors import DataError
 from llmrec.report.escape import cell, code
 from llmrec.report.table import grid
+from llmrec.report.wording import DASH
 
 USERS, SEEDS = 200, 3
 """The least number of users and of seeds behind a claim."""
@@ -42,7 +43,7 @@ class Experiment:
         command: What made it.
         cases: Number of users, or of what else is counted.
         unit: What is counted.
-        seeds: Of the rows that have any.
+        seeds: Of the rows that have any; 0 where none has.
         hours: Spent.
         cut: What was left out, and why.
     """
@@ -58,7 +59,7 @@ class Experiment:
     @property
     def exploratory(self) -> bool:
         """Whether it is too small for a claim."""
-        return self.cases < USERS or self.seeds < SEEDS
+        return self.cases < USERS or 0 < self.seeds < SEEDS
 
 
 def read(page: Path, results: Path) -> list[Experiment]:
@@ -84,7 +85,7 @@ def write(experiments: Sequence[Experiment]) -> str:
         [
             code(each.result),
             f"{each.cases:,} {cell(each.unit)}",
-            str(each.seeds),
+            str(each.seeds or DASH),
             f"{each.hours:.2f}",
             "exploratory" if each.exploratory else "",
             cell(each.cut),
@@ -123,7 +124,8 @@ def _benchmark(result: Mapping[str, Any]) -> tuple[int, int, float]:
 
 
 def _run(result: Mapping[str, Any]) -> tuple[int, int, float]:
-    return min(row.get("users") or row["n"] for row in result["rows"]), 1, result["seconds"]
+    tuned = any(row["arm"] != "baseline" for row in result["rows"])
+    return min(row.get("users") or row["n"] for row in result["rows"]), int(tuned), result["seconds"]
 
 
 def _script(result: Mapping[str, Any]) -> tuple[int, int, float]:
