@@ -81,6 +81,11 @@ class Fusion:
         return self.parts[0].scorer.items
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts."""
+        return tuple(part.name for part in self.parts)
+
+    @property
     def fitted(self) -> Weights:
         """What ``fit`` found.
 
@@ -107,7 +112,7 @@ class Fusion:
                 f"{len(set(users))}; reserve more users for them",
                 kind="too-few",
             )
-        known, names = _known(self, cases), [part.name for part in self.parts]
+        known, names = _known(self, cases), self.names
         folds = (hash64("fusion folds", 0, users) % np.uint64(FOLDS)).astype(np.int64)
         values: dict[tuple[Form, str], NDArray[np.float64]] = {}
         for fold in range(FOLDS):

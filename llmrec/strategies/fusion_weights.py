@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Kind = Literal["counts", "logits", "beams"]
 """What scores are: at least 0 and read as shares; on a scale of logarithms; or probabilities of found items only."""
 
-Form = Literal["logit", "pool", "alone"]
+Form = Literal["logit", "pool", "ridge", "alone"]
 
 CUT = 10
 

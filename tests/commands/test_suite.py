@@ -183,6 +183,25 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
     assert chose == set(data.valid["user_id"])
 
 
+def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
+    common = {"suite": "s", "data": {"source": "made-reviews"}, "bootstrap": 60}
+    rated = [{"baseline": "user-mean"}, {"baseline": "item-mean"}, {"name": "both", "fuse": ["user-mean", "item-mean"]}]
+    found = run_suite(Suite(**common, task="rating", rows=rated), out=tmp_path / "a", results=tmp_path / "r").results
+    weights = found.rows[-1].tables["rating"].fusion
+    assert weights is not None and weights.form in ("ridge", "alone") and found.rows[-1].chosen_by == "RMSE"
+    assert found.rows[-1].trials[0].values["rating"] > 0
+    judged = [
+        {"baseline": "like-ratio"},
+        {"baseline": "logistic", "tune": False},
+        {"name": "both", "fuse": ["like-ratio", "logistic"]},
+    ]
+    split = {"data": {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.3, "test": 0.2}}}
+    page = Suite(**common | split, task="ctr", liked=4, rows=judged)
+    found = run_suite(page, out=tmp_path / "b", results=tmp_path / "r").results
+    weights = found.rows[-1].tables["yes-no"].fusion
+    assert weights is not None and weights.form in ("logit", "alone") and found.rows[-1].chosen_by == "LogLoss"
+
+
 def test_a_fusion_names_rows_above_it() -> None:
     with pytest.raises(ValueError, match="no row above it"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity", "ease"]}]})

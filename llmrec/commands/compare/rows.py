@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.backends.cache import AnswerStore
-from llmrec.baselines.tuning.tune import RANKED, Choice, Trial, Tuned, fitted
-from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
+from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned, fitted
+from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.hashing import hash64
-from llmrec.data.split import SplitDataset
+from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.experiment.engines import Engines
@@ -26,10 +26,12 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, SemanticIndex
 from llmrec.registry import BASELINES, lookup
 from llmrec.strategies.asking import Prompting
+from llmrec.strategies.blend import Blend
 from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
 from llmrec.strategies.fusion import Fusion, Part
 from llmrec.strategies.fusion_weights import Kind
-from llmrec.types import CatalogueScorer, Request
+from llmrec.tasks.family import Family, family_of
+from llmrec.types import Case, CatalogueScorer, Probability, Ranking, Rating, Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,6 +48,11 @@ _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
     "markov-cooccurrence": from_counts,
     **dict.fromkeys(("sasrec", "gru4rec"), from_logits),
 }
+
+
+def family(suite: Suite) -> Family:
+    """Return the family whose predictors a suite compares; what ranks the catalogue is asked as the next item is."""
+    return family_of("sequential" if suite.task == "ranking" else suite.task)
 
 
 @dataclass
@@ -168,19 +175,20 @@ class SuiteModels:
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
         """Fit a fusion for each table; its forms are what was tried."""
         choices, trials = {}, []
+        metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
         for table in tables:
             model = self._fused(row, data, self.suite.seeds[0], table)
             choices[table] = Choice({"form": model.fitted.form}, model=model)
-            trials += [Trial({"form": each.form, "of": each.name}, {table: each.value}) for each in model.tried]
-        return Tuned(choices=choices, trials=tuple(trials), metric=RANKED)
+            trials += [Trial({"form": each.form, "of": each.name}, {table: abs(each.value)}) for each in model.tried]
+        return Tuned(choices=choices, trials=tuple(trials), metric=metric)
 
-    def _fused(self, row: SuiteRow, data: SplitDataset, seed: int, table: str) -> Fusion:
+    def _fused(self, row: SuiteRow, data: SplitDataset, seed: int, table: str) -> Fusion | Blend:
         """Return a fitted fusion of rows as they were chosen for a table.
 
         Raises:
-            RecipeError: If the scores of a part cannot be read.
+            RecipeError: If a part is itself joined.
         """
-        parts = []
+        models = {}
         for label in row.fuse:
             part = self._row(label)
             if part.parts:
@@ -191,13 +199,30 @@ class SuiteModels:
                 )
             # What has no randomness is fitted once for all seeds.
             of = seed if self.stochastic(part) else self.suite.seeds[0]
-            model = self.fit(part, data, of, table, self.chosen[label][table])
-            kind: Kind = "beams" if part.baseline is None else lookup(BASELINES, part.baseline, "baseline").SCORES
-            parts.append(Part(label, model, kind))
-        found = Fusion(row.label, parts, filtered=table == "excluded")
-        found.fit(ranking_cases(self._halves(data)[1], max(1, _WEIGHING // len(data.dataset.items))))
+            models[label] = self.fit(part, data, of, table, self.chosen[label][table])
+        weighing = self._halves(data)[1]
+        if family(self.suite).answer is Ranking:
+            parts = [Part(label, model, self._kind(label)) for label, model in models.items()]
+            found: Fusion | Blend = Fusion(row.label, parts, filtered=table == "excluded")
+            found.fit(ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items))))
+        else:
+            found = Blend(row.label, list(models.items()), judges=family(self.suite).answer is Probability)
+            found.fit(self._rated(weighing))
         log.info("%s, %s: %s", row.label, table, found.fitted)
         return found
+
+    def _kind(self, label: str) -> Kind:
+        """Return how the scores of a row are read."""
+        name = self._row(label).baseline
+        return "beams" if name is None else lookup(BASELINES, name, "baseline").SCORES
+
+    def _rated(self, data: SplitDataset) -> list[Case]:
+        """Return the validation ratings as cases, with 1 or 0 for a yes or a no where that is asked."""
+        cases = rating_cases(data)
+        if family(self.suite).answer is Rating:
+            return cases
+        least = threshold(scale_of(data), self.suite.liked)
+        return [replace(case, truth=float(float(case.truth) >= least)) for case in cases]
 
     def _alike(self, row: SuiteRow, tables: Sequence[str]) -> list[list[str]]:
         """Return tables, those together for which every part of a mixture has the same parameters."""

@@ -19,12 +19,11 @@ from llmrec import __version__
 from llmrec.baselines.parameters import config_of
 from llmrec.commands.compare.leaderboard import Reference, leaderboard, load_reference, read_results
 from llmrec.commands.compare.records import SuiteLine, SuitePair, SuiteProtocol, SuiteResult
-from llmrec.commands.compare.rows import SuiteModels
+from llmrec.commands.compare.rows import SuiteModels, family
 from llmrec.commands.compare.suite_row import (
     Done,
     Trials,
     cases_of,
-    family,
     grid_of,
     headline_of,
     make_row,

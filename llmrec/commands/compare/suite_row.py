@@ -21,7 +21,7 @@ from llmrec.baselines.tuning.search import Grid
 from llmrec.baselines.tuning.tune import Choice, Tuned, tune
 from llmrec.baselines.tuning.tune import Trial as Tried
 from llmrec.commands.compare.records import FusionWeights, PartWeight, SuiteLine, Table, Trial
-from llmrec.commands.compare.rows import SuiteModels
+from llmrec.commands.compare.rows import SuiteModels, family
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.durable import write_json
 from llmrec.errors import RecipeError
@@ -34,8 +34,8 @@ from llmrec.experiment.resume import Bar, read_stage
 from llmrec.metrics.significance import over_seeds
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.registry import BASELINES, lookup
+from llmrec.strategies.blend import Blend
 from llmrec.strategies.fusion import Fusion
-from llmrec.tasks.family import Family, family_of
 from llmrec.types import Case, Interaction, Probability, Rating
 
 # What the one table of these tasks is called; rankings have one for each treatment of the history.
@@ -124,15 +124,16 @@ def make_row(
 
 def _weights(model: Any) -> FusionWeights | None:
     """Return the weights of a fusion, None of any other model."""
-    if not isinstance(model, Fusion):
+    if not isinstance(model, Fusion | Blend):
         return None
     found = model.fitted
     low, high = found.low or (None,) * len(found.parts), found.high or (None,) * len(found.parts)
     parts = [
-        PartWeight(name=part.name, weight=weight, low=least, high=most)
-        for part, weight, least, most in zip(model.parts, found.parts, low, high, strict=False)
+        PartWeight(name=name, weight=weight, low=least, high=most)
+        for name, weight, least, most in zip(model.names, found.parts, low, high, strict=False)
     ]
-    return FusionWeights(form=found.form, parts=tuple(parts), repeat=None if model.filtered else found.repeat)
+    repeat = found.repeat if isinstance(model, Fusion) and not model.filtered else None
+    return FusionWeights(form=found.form, parts=tuple(parts), repeat=repeat)
 
 
 def grid_of(suite: Suite, row: SuiteRow) -> Grid:
@@ -303,11 +304,6 @@ def _peak() -> Iterator[list[float]]:
     finally:
         over.set()
         watcher.join()
-
-
-def family(suite: Suite) -> Family:
-    """Return the family whose predictors a suite compares; what ranks the catalogue is asked as the next item is."""
-    return family_of("sequential" if suite.task == "ranking" else suite.task)
 
 
 def tables_of(suite: Suite) -> tuple[str, ...]:
