@@ -16,14 +16,12 @@ from typing import Any
 
 import yaml
 
+from llmrec.commands.compare.wording import SEEDS, USERS
 from llmrec.durable import write_text
 from llmrec.errors import DataError
 from llmrec.report.escape import cell, code
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH
-
-USERS, SEEDS = 200, 3
-"""The least number of users and of seeds behind a claim."""
 
 _HEAD = f"""# Experiments
 

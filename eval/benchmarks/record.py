@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from eval.benchmarks.experiments import USERS
+from llmrec.commands.compare.wording import USERS
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.report.marks import rule

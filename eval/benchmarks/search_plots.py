@@ -252,7 +252,9 @@ def _rows(section: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"In float32 the mean loss of a user row is that of its positions, one by one and from full logits, within "
-            f"{max(apart, 1e-7):.0e} nats. TRL's losses are means over its steps. With packing it warned of: {warned}.",
+            f"{max(apart, 1e-7):.0e} nats. TRL's losses are means over its steps. With packing it warned of: {warned}. "
+            "It was given a row a position; the same row a user with labels of one's own, which it can take too, was "
+            "not timed.",
             "",
             *rows,
         ]

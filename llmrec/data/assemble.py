@@ -155,10 +155,11 @@ def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> 
 def _scale(
     section: DataSection, table: Table, frame: pl.DataFrame, scale: tuple[float, float] | None
 ) -> tuple[float, float] | None:
-    ratings = frame["rating"].drop_nulls()
-    if ratings.is_empty():
+    """Return the scale that the recipe or the source names; else it is that of the training ratings, see `scale_of`."""
+    named = section.rating_scale or scale
+    if named is None or frame["rating"].drop_nulls().is_empty():
         return None
-    low, high = section.rating_scale or scale or (_number(ratings.min()), _number(ratings.max()))
+    low, high = named
     if section.rating_scale is not None and not low < high:
         raise DataError(
             f"data.rating_scale is ({low:g}, {high:g}); give the lowest rating and then the highest one",
@@ -176,10 +177,6 @@ def _scale(
             "rating",
         )
     return float(low), float(high)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
 
 
 log = logging.getLogger(__name__)

@@ -100,8 +100,8 @@ def _sets(kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]])
 def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, seed: int) -> CandidateSets:
     """Draw the candidates of every held-out interaction of a split.
 
-    Negatives are items that the user touched in no split; ``popularity`` draws them without replacement with
-    chances proportional to 1 + their number of *training* interactions. The order is shuffled, so that the
+    Negatives are items that the user has not touched; see `touched`. ``popularity`` draws them without replacement
+    with chances proportional to 1 + their number of *training* interactions. The order is shuffled, so that the
     target's position is uniform.
 
     Args:
@@ -117,11 +117,10 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
     place = {item: index for index, item in enumerate(catalogue)}
     weights = _weights(data, place, section.kind)
     total = np.cumsum(weights)
-    by_user = data.dataset.interactions.group_by("user_id").agg(pl.col("item_id").unique())
-    touched = {user: {place[item] for item in items} for user, items in by_user.iter_rows()}
+    had = {user: {place[item] for item in items} for user, items in touched(data, split).items()}
     sets: dict[str, tuple[str, ...]] = {}
     for held in data.holdouts(split):
-        banned = touched[held.user_id]
+        banned = had[held.user_id]
         if len(catalogue) - len(banned) < section.count - 1:
             raise DataError(
                 f"user {held.user_id!r} has touched {len(banned)} of {len(catalogue)} items, so only "
@@ -135,6 +134,18 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
         chosen = [place[held.item_id], *_negatives(numbers, weights, total, banned, section.count - 1)]
         sets[name] = tuple(catalogue[index] for index in numbers.shuffled(chosen))
     return _sets(section.kind, section.count, seed, sets)
+
+
+def touched(data: SplitDataset, split: SplitName) -> Mapping[str, frozenset[str]]:
+    """Return by user the items that are no negatives of a split's requests.
+
+    For ``test`` these are the items of all splits. For ``valid`` those of test are not among them: what is chosen on
+    validation would else depend on which items are tested, an item that is never a negative.
+    """
+    frames = (data.train, data.known, data.valid) if split == "valid" else (data.dataset.interactions,)
+    frame = pl.concat([each.select("user_id", "item_id") for each in frames])
+    by_user = frame.group_by("user_id").agg(pl.col("item_id").unique())
+    return {user: frozenset(items) for user, items in by_user.iter_rows()}
 
 
 def draw_among(

@@ -99,7 +99,8 @@ class Dataset:
         interactions: Columns of `SCHEMA`, in file order. Where there are no timestamps, this order is the time order.
         items: The catalogue: exactly one entry for every item that has an interaction.
         users: Profile fields by user; may be empty.
-        rating_scale: Lowest and highest rating; None without ratings.
+        rating_scale: Lowest and highest rating, as the recipe or the source names them; None where neither does, and
+            without ratings. What held-out ratings show is no scale: `llmrec.data.split.scale_of` takes training's.
         provenance: Where the data came from: source, path, sha256, rows, made ("yes" or "no"), licence.
         given: The source's own split, which ``data.split.kind=given`` takes; None where it has none.
         reviews: Reviews by (user_id, item_id), held-out ones included; empty where the source has none.

@@ -384,10 +384,21 @@ def threshold(scale: tuple[float, float], liked: float | None) -> float:
 
 
 def scale_of(data: SplitDataset) -> tuple[float, float]:
-    """Return the lowest and the highest rating that the data says there are, or else those of training."""
+    """Return the lowest and the highest rating that the recipe or the source names, or else those of training.
+
+    Raises:
+        DataError: If training has no ratings.
+    """
     if data.dataset.rating_scale is not None:
         return data.dataset.rating_scale
     values = data.train["rating"].drop_nulls().to_numpy()
+    if not len(values):
+        raise DataError(
+            f"{data.dataset.name} has no training ratings; name data.columns.rating, or drop what needs ratings",
+            kind="missing-column",
+            at=data.dataset.name,
+            column="rating",
+        )
     return float(values.min()), float(values.max())
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import polars as pl
 
-from llmrec.data.split import SplitDataset
+from llmrec.data.split import SplitDataset, scale_of
 from llmrec.types import Event
 
 _QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
@@ -38,7 +38,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
         "items": items,
         "interactions": rows.height,
         "density": rows.select("user_id", "item_id").n_unique() / (users * items),
-        "rating_scale": list(dataset.rating_scale) if dataset.rating_scale else None,
+        "rating_scale": list(scale_of(data)) if data.train["rating"].null_count() < data.train.height else None,
         "ratings": _histogram(rows),
         "interactions_per_user": _per(rows, "user_id"),
         "interactions_per_item": _per(rows, "item_id"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llmrec import __version__
+from llmrec.data.split import SplitDataset, scale_of
 from llmrec.durable import Json, write_json
 from llmrec.errors import LlmrecError, ModelError
 from llmrec.experiment.indexing import stored_index
@@ -66,7 +67,7 @@ def describe(study: Study) -> dict[str, Json]:
         "max_length": recipe.model.max_length,
         "seed": recipe.seed,
         "noun": study.data.dataset.noun,
-        "rating_scale": study.data.dataset.rating_scale,
+        "rating_scale": _scale(study.data),
         "index": recipe.index.scheme if recipe.index else None,
         "tasks": recipe.tasks.model_dump(mode="json", exclude_none=True),
         "templates": {
@@ -74,6 +75,10 @@ def describe(study: Study) -> dict[str, Json]:
             for family, known in study.templates.items()
         },
     }
+
+
+def _scale(data: SplitDataset) -> tuple[float, float] | None:
+    return scale_of(data) if data.train["rating"].null_count() < data.train.height else None
 
 
 def write(study: Study, folder: Path) -> None:

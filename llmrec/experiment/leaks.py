@@ -18,6 +18,7 @@ import polars as pl
 from scipy.stats import chi2, rankdata
 
 from llmrec.baselines.parameters import make
+from llmrec.data.candidates import touched
 from llmrec.data.split import SplitDataset, earlier, request_id
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.study import Study
@@ -100,10 +101,8 @@ def candidate_sets(study: Study) -> list[Check]:
     data, sets, split = study.data, study.candidates, study.recipe.eval.split
     if sets is None:
         return []
-    by_user: dict[str, set[str]] = defaultdict(set)
-    for user, item in data.dataset.interactions.select("user_id", "item_id").iter_rows():
-        by_user[user].add(item)
-    lacking, repeated, touched, positions = [], [], [], []
+    by_user = touched(data, split)
+    lacking, repeated, taken, positions = [], [], [], []
     for held in data.holdouts(split):
         name = request_id(held.user_id, held.item_id)
         items = sets.sets.get(name, ())
@@ -112,9 +111,7 @@ def candidate_sets(study: Study) -> list[Check]:
         else:
             positions.append(items.index(held.item_id))
         repeated += [f"request {name}: {item}" for item, times in Counter(items).items() if times > 1]
-        touched += [
-            f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]
-        ]
+        taken += [f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]]
     looked = f"{len(sets.sets):,} candidate sets"
     if study.recipe.eval.candidates.kind == "retrieved":
         # Without the target, or with what the user takes later, a retriever's set is as it would be in use.
@@ -123,7 +120,7 @@ def candidate_sets(study: Study) -> list[Check]:
     else:
         about = [
             verdict("candidate sets without the target", looked, lacking),
-            verdict("negatives that the user interacted with", looked, touched),
+            verdict("negatives that the user interacted with", looked, taken),
         ]
     return [
         *about,

@@ -89,7 +89,7 @@ class DataSection(Section):
     noun: str = Field("items", description="what the items are called in prompts, in the plural")
     duplicates: Literal["error", "keep_last"] = Field("error", description="what to do with repeated rows")
     rating_scale: tuple[float, float] | None = Field(
-        None, description="lowest and highest rating; None: seen in the data"
+        None, description="lowest and highest rating; None: the source's own, or those of training"
     )
 
     @model_validator(mode="after")

@@ -326,7 +326,7 @@ def find_scale(data: SplitDataset) -> Scale:
             at=data.dataset.name,
             column="rating",
         )
-    low, high = data.dataset.rating_scale or (min(ratings), max(ratings))
+    low, high = scale_of(data)
     whole = all(float(value).is_integer() for value in (*ratings, low, high))
     step = 1.0 if whole or high - low > _MOST_LABELS // 2 else 0.5
     first, last = math.floor(low / step), math.ceil(high / step)

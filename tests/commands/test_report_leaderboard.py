@@ -72,6 +72,42 @@ def test_pairs_of_earlier_versions_are_corrected_anew_over_the_file() -> None:
     assert "p 0.002, significantly better" in text and "p 0.040, significantly better" in text
 
 
+def test_a_section_says_how_its_parameters_came_about() -> None:
+    suite = made_suite()
+    row = suite["rows"][2]
+    assert "An earlier version" not in _page() and "Parameters are chosen" not in _page()
+    row |= {"baseline": "item-knn", "trials": [{"parameters": {"neighbours": k}, "value": 0.1} for k in (10, 20)]}
+    text = _page(suite)
+    assert "among at most 2 points a row and by the figures of the table excluded alone, for all tables" in text
+    for table in row["tables"].values():
+        table["parameters"] = {"neighbours": 20}
+    text = _page(suite)
+    assert "for each table by itself" in text and "An earlier version" not in text
+    suite["rows"][3]["baseline"] = "sasrec"
+    assert "Not tuned in this suite, which names their parameters: sasrec." in _page(suite)
+
+
+@pytest.mark.parametrize(
+    ("users", "seeds", "said"),
+    [
+        (943, [0, 1, 2], ""),
+        (943, [0], "Exploratory, with 1 training seed of at least 3"),
+        (166, [0, 1, 2], "Exploratory, with 166 users of at least 200:"),
+        (40, [0, 1], "Exploratory, with 40 users of at least 200 and 2 training seeds of at least 3"),
+    ],
+)
+def test_few_users_or_seeds_make_a_section_exploratory(users: int, seeds: list[int], said: str) -> None:
+    suite = made_suite()
+    suite["protocol"] |= {"users": users, "seeds": seeds}
+    text = _page(suite)
+    assert said in text and ("Exploratory, with" in text) == bool(said)
+
+
+def test_random_of_an_earlier_version_is_one_draw() -> None:
+    assert "drew `random` once" in _page(made_suite() | {"llmrec": "0.1.0"})
+    assert "drew `random` once" not in _page(made_suite() | {"llmrec": "0.2.0"})
+
+
 def test_lower_is_better_for_ratings() -> None:
     suite = made_suite()
     suite["protocol"].update(seen=["rating"], metrics=["RMSE"], candidates=None)

@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import delimited
 from llmrec.data.sources.table import load
-from llmrec.data.split import split
+from llmrec.data.split import scale_of, split
+from llmrec.data.stats import statistics
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.recipe.schema import Columns, DataSection, Filter
+from llmrec.recipe.schema import Columns, DataSection, Filter, Split
+from llmrec.tasks.rating import find_scale
 from tests.facts import Facts, raises
 
 HEAD = "user_id,item_id,rating,timestamp\n"
@@ -50,7 +52,7 @@ def fails(path: Path, facts: Facts, **keys: object) -> None:
 def test_csv(tmp_path: Path, name: str) -> None:
     data = load(section(write(tmp_path, GOOD, name)), seed=0)
     assert data.interactions.rows()[0] == ("a", "x", 5.0, 1.0, None)
-    assert data.rating_scale == (2.0, 5.0)
+    assert data.rating_scale is None
     assert {item.title for item in data.items.values()} == {"x", "y", "z"}
     assert data.provenance["rows"] == "4" and data.provenance["made"] == "no"
     assert len(data.provenance["sha256"]) == 64
@@ -451,6 +453,18 @@ def test_too_few_to_split(tmp_path: Path) -> None:
     data = load(section(write(tmp_path, HEAD + "a,x,5,1\nb,y,4,2\n")), seed=0)
     with raises(DataError, Facts("too-few", "data", column="data.split.kind")):
         split(data, section("x").split, seed=0)
+
+
+def test_a_held_out_rating_sets_no_scale(tmp_path: Path) -> None:
+    rows = ["user_id,item_id,rating,timestamp", *(f"{u},{i},{2 + i % 3},{i}" for u in "abc" for i in range(4))]
+    rows += ["a,v,1,8", "a,t,9,9"]  # validation and test of a: the lowest and the highest rating of all
+    data = load(section(write(tmp_path, "\n".join(rows))), seed=0)
+    parts = split(data, Split(), seed=0)
+    assert {9.0} <= set(parts.test["rating"]) and {1.0} <= set(parts.valid["rating"])
+    assert scale_of(parts) == (2.0, 4.0) and find_scale(parts).labels == ("2", "3", "4")
+    assert statistics(parts)["rating_scale"] == [2.0, 4.0]
+    named = split(load(section(tmp_path / "data.csv", rating_scale=(0, 10)), seed=0), Split(), seed=0)
+    assert scale_of(named) == (0.0, 10.0)
 
 
 def test_the_rating_scale(tmp_path: Path) -> None:

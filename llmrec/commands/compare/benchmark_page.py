@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable, retested
-from llmrec.commands.compare.wording import about_detectable, planned_line, planned_note
+from llmrec.commands.compare.wording import SEEDS, about_detectable, drawn, planned_line, planned_note, standing
 from llmrec.report.escape import cell, code, flat
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, UNDEFINED, difference, title, undefined_lines
@@ -54,6 +54,8 @@ def page(results: BenchmarkResult, names: Sequence[str]) -> str:
     tested = retested([table.pairs for table in results.tables])
     if many := sum(map(len, tested)):
         lines += ["", planned_note(many, earlier=any(pair.earlier for pairs in tested for pair in pairs))]
+    names_of = [row.name for table in results.tables for row in table.rows]
+    lines += ["", chance] if (chance := drawn(results.llmrec, names_of)) else []
     if results.missing:
         lines += ["", f"**{results.missing} runs are missing**: the same command goes on."]
     for table, file, pairs in zip(results.tables, names, tested, strict=True):
@@ -79,10 +81,12 @@ def _section(table: BenchmarkTable, file: str, pairs: Sequence[Pair]) -> list[st
         )
     header = ["Row", metric, *others, "less the best baseline", "tokens", "calls", "seconds"]
     direction = "lower is better" if lower(metric) else "higher is better"
+    small = standing(table.users, min((row.seeds for row in table.rows if row.arm == "tuned"), default=SEEDS))
     lines = [
         f"## {cell(title(table.task))}: {cell(metric)}",
         "",
         f"{table.requests:,} requests of {table.users:,} users, {direction}; {code(table.signature)}.",
+        *(["", small] if small else []),
         "",
         grid([cell(name) for name in header], rows),
         *(part for line in _undefined(table, (metric, *others)) for part in ("", cell(line))),

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
-from llmrec.commands.compare.wording import planned_line, planned_note
+from llmrec.commands.compare.wording import drawn, planned_line, planned_note, standing
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
@@ -24,8 +24,8 @@ from llmrec.results import Figure, lower
 _HEAD = """# Leaderboard
 
 Written by `llmrec eval SUITE` from `eval/results/` and `eval/references/`; do not edit. Rankings are of the whole
-catalogue, with the exact expectation over ties. Parameters are chosen on validation, for each table by itself. A table
-holds one protocol.
+catalogue, with the exact expectation over ties. A table holds one protocol, and each section says how the parameters
+of its rows came about.
 Published figures are as printed by their source; nobody but the source vouches for them.
 """
 _HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
@@ -188,6 +188,9 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         f"seeds {', '.join(map(str, protocol.seeds))}. {code(found.command)}, {found.seconds / 60:.0f} min on "
         f"{cell(where)}.",
     ]
+    said = [*_chosen(found), standing(protocol.users, len(protocol.seeds))]
+    lines += [part for line in said if line for part in ("", cell(line))]
+    lines += ["", chance] if (chance := drawn(found.llmrec, [row.name for row in found.rows])) else []
     tested = _tested(found)
     if many := sum(map(len, tested.values())):
         lines += ["", planned_note(many, earlier=any(pair.earlier for pairs in tested.values() for pair in pairs))]
@@ -226,6 +229,30 @@ def _fusions(found: SuiteResult, seen: str) -> list[str]:
             parts.append(f"an item of the history {fusion.repeat:+.2f} (logarithm)")
         what = {"logit": "exponents, 95 % over users", "pool": "shares", "alone": "the best part alone"}[fusion.form]
         lines.append(f"Weights of {cell(row.name)} ({what}): {', '.join(parts)}.")
+    return lines
+
+
+def _chosen(found: SuiteResult) -> list[str]:
+    """Say how the parameters of a suite's rows came about."""
+    seen = found.protocol.seen
+    tuned = [row for row in found.rows if row.trials]
+    lines = []
+    if any(row.tables[seen[0]].parameters is None for row in tuned):
+        most = max(len(row.trials) for row in tuned)
+        both = f" and by the figures of the table {seen[0]} alone, for all tables" if len(seen) > 1 else ""
+        lines.append(
+            f"An earlier version chose the parameters on validation, among at most {most} points a row{both}. It did "
+            "not note which values stand at an end of their grid."
+        )
+    elif tuned:
+        lines.append("Parameters are chosen on validation, for each table by itself.")
+    given = [
+        row.name
+        for row in found.rows
+        if row.baseline and not row.trials and set(row.parameters_of(seen[0])) - {"liked"}
+    ]
+    if given:
+        lines.append(f"Not tuned in this suite, which names their parameters: {', '.join(given)}.")
     return lines
 
 

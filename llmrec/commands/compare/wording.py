@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from llmrec.metrics.significance import detectable_from, detectable_line
 from llmrec.report.escape import cell
@@ -10,6 +10,8 @@ from llmrec.report.wording import coverage, difference, outcome, p_value
 from llmrec.results import Pair
 
 _NORMAL = 1.96
+USERS, SEEDS = 200, 3
+"""The least number of users and of training seeds behind a claim."""
 
 
 def planned_line(pair: Pair, between: str) -> str:
@@ -21,6 +23,34 @@ def planned_line(pair: Pair, between: str) -> str:
     """
     found = f"{difference(pair.value, pair.low, pair.high, 4)} ({coverage(pair.level)})"
     return f"{cell(pair.a)} {between} {cell(pair.b)}: {found}, p {cell(p_value(pair.p))}, {outcome(pair.verdict)}"
+
+
+def standing(users: int, seeds: int) -> str:
+    """Say that a table is exploratory, with what it has too few of; nothing where it has enough.
+
+    Args:
+        users: Whose requests it holds.
+        seeds: Of its rows that learn with any randomness.
+    """
+    few = [f"{users:,} users of at least {USERS}"] if users < USERS else []
+    few += [f"{seeds} training {'seed' if seeds == 1 else 'seeds'} of at least {SEEDS}"] if seeds < SEEDS else []
+    if not few:
+        return ""
+    return (
+        f"Exploratory, with {' and '.join(few)}: figures and verdicts describe this run; nothing is claimed from them."
+    )
+
+
+def drawn(version: str, rows: Collection[str]) -> str:
+    """Say that a row ``random`` is one draw; nothing where there is none, or where it is the exact expectation.
+
+    Args:
+        version: Of llmrec, which wrote the results.
+        rows: Names of the rows.
+    """
+    if "random" not in rows or not version.startswith("0.1."):
+        return ""
+    return "An earlier version drew `random` once: it may stand above or below chance, and no row is to be read by it."
 
 
 def planned_note(comparisons: int, *, earlier: bool) -> str:
