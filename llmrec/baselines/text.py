@@ -138,6 +138,7 @@ class NearestText(Baseline[NoParameters, _Library]):
 
     name = "nearest-text"
     Config = NoParameters
+    READS = "texts"
 
     def fit(self, data: SplitDataset) -> None:
         """Index the training texts.
@@ -173,6 +174,7 @@ class FirstSentence(Baseline[NoParameters, str]):
 
     name = "first-sentence"
     Config = NoParameters
+    READS = "texts"
 
     def fit(self, data: SplitDataset) -> None:
         """Find the text for requests without a review.
@@ -226,6 +228,7 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
 
     name = "text-ridge"
     Config = TextRidgeConfig
+    READS = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "penalty": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
         "words": (1, 2, 3),

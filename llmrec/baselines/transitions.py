@@ -128,6 +128,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
 
     name = "transitions-text"
     Config = TransitionsTextConfig
+    READS = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "text": (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0, 3.0, 5.0),
         "onward": (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0),
@@ -194,6 +195,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
 
     name = "content"
     Config = ContentConfig
+    READS = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "whitening": _SHARES,
         "decay": DECAYS,

@@ -50,6 +50,18 @@ def test_rows_stand_in_order_with_intervals_spread_and_verdicts() -> None:
     assert "best row less this one" not in _tables(_page(made_suite() | {"comparisons": []}))[0][0]
 
 
+def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
+    suite = made_suite()
+    for row, reads in zip(suite["rows"], ("events", "texts", "language model", "events"), strict=True):
+        row["reads"] = reads
+    lines = [line.split(" | ")[0].removeprefix("| ") for line in _tables(_page(suite))[0][2:]]
+    assert lines == [
+        *("*events alone*", "sasrec", "random"),
+        *("*texts, by an encoder that is not trained here*", "popularity"),
+        *("*a pretrained language model, tuned here*", "item-knn"),
+    ]
+
+
 def test_planned_pairs_have_the_level_of_their_step_and_plain_words() -> None:
     text = _page()
     assert "The 2 planned comparisons have p Holm-adjusted over all tables of the file" in text

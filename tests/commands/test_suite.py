@@ -168,6 +168,7 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
     assert chose and weighed and not chose & weighed
     board = leaderboard([ran.results], {})
     fused = ran.results.rows[-1]
+    assert [row.reads for row in ran.results.rows] == ["events"] * 4
     assert fused.seeds == (0, 1) and {pair.a for pair in ran.results.pairs} == {"all"}
     for seen in ("excluded", "included"):
         best = max(trial.values[seen] for trial in fused.trials if seen in trial.values)

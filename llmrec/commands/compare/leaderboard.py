@@ -13,7 +13,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
+from llmrec.commands.compare.records import Reads, SuitePair, SuiteProtocol, SuiteResult, retested
 from llmrec.commands.compare.wording import drawn, planned_line, planned_note, standing
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
@@ -28,6 +28,12 @@ catalogue, with the exact expectation over ties. A table holds one protocol, and
 of its rows came about.
 Published figures are as printed by their source; nobody but the source vouches for them.
 """
+# What rows know items by; each kind stands apart, since a claim for one is made against the best of those above it.
+_KINDS: Mapping[Reads, str] = {
+    "events": "events alone",
+    "texts": "texts, by an encoder that is not trained here",
+    "language model": "a pretrained language model, tuned here",
+}
 _HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
 _RULE = (
     "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these differences "
@@ -289,8 +295,13 @@ def _ours(found: SuiteResult, seen: str) -> str:
     less = _less(found, seen)
     header = ["predictor", *others, last, *(["over tie rules"] if ranged else [])]
     header += ["best row less this one"] if less else []
-    table = []
-    for row in rows:
+    table: list[list[str]] = []
+    kinds = [kind for kind in _KINDS if any(row.reads == kind for row in rows)]
+    if len(kinds) > 1:
+        rows.sort(key=lambda row: kinds.index(row.reads or kinds[0]))
+    for place, row in enumerate(rows):
+        if len(kinds) > 1 and row.reads and (place == 0 or row.reads != rows[place - 1].reads):
+            table.append([f"*{_KINDS[row.reads]}*", *[""] * (len(header) + 3)])
         figures = row.tables[seen].metrics
         cells = [_bold(figures[name].value, best[name]) for name in others]
         cells.append(f"{_bold(figures[last].value, best[last])}{_spread(figures[last])}")

@@ -6,7 +6,7 @@ As in `llmrec.results`, keys that no record has are ignored, and what later vers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
@@ -17,6 +17,11 @@ from llmrec.results import Fact, Figure, Pair
 AnyPair = TypeVar("AnyPair", bound=Pair)
 Setting = str | bool | int | float | list[float] | list[str] | None
 """A parameter of a row."""
+
+
+Reads = Literal["events", "texts", "language model"]
+"""What a row knows items by: events of users alone; texts too, through a fixed encoder that learned nothing from these
+data; or through a language model whose pretrained weights were tuned on them."""
 
 
 class Trial(Record):
@@ -80,6 +85,7 @@ class SuiteLine(Record):
 
     Attributes:
         parameters: Of all tables, where they do not say their own: of results of 0.1.
+        reads: What it knows items by; None in results of 0.1.
         trials: What was tried on validation, none where there was nothing to choose.
         chosen_by: The metric by which the parameters were chosen.
         seconds: By what was done.
@@ -87,6 +93,7 @@ class SuiteLine(Record):
 
     name: str
     baseline: str | None = None
+    reads: Reads | None = None
     parameters: dict[str, Setting] = Field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
     chosen_by: str = ""

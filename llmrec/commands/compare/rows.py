@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned, fitted
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
+from llmrec.commands.compare.records import Reads
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.errors import RecipeError
@@ -129,6 +130,18 @@ class SuiteModels:
         if row.recipe:
             return self._recipe(row)[0].model_dump(mode="json")
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
+
+    def reads(self, row: SuiteRow) -> Reads:
+        """Return what a row knows items by; one that is joined knows what its parts know."""
+        if row.parts:
+            return max((self.reads(self._row(label)) for label in row.parts), key=get_args(Reads).index)
+        if row.baseline is not None:
+            return lookup(BASELINES, row.baseline, "baseline").READS  # type: ignore[no-any-return]
+        recipe = self._recipe(row)[0]
+        if recipe.model.shape is None:
+            return "language model"
+        # From scratch: the rows of its items start from the vectors of their texts, or at random.
+        return "texts" if recipe.index is None or recipe.index.tokens == "vectors" else "events"
 
     def stochastic(self, row: SuiteRow) -> bool:
         """Whether another seed gives other figures."""

@@ -112,6 +112,7 @@ def make_row(
     line = SuiteLine(
         name=row.label,
         baseline=row.baseline,
+        reads=contenders.reads(row),
         trials=tuple(Trial(parameters=dict(trial.parameters), values=dict(trial.values)) for trial in tuned.trials),
         chosen_by=tuned.metric,
         seeds=seeds,
