@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,11 +105,6 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
 # --------------------------------------------------------------------------- vectors of texts
 
 
-CHANCE = "chance"
-"""An encoder that says nothing: the control of what text adds to codes."""
-
-
-@lru_cache(maxsize=4)
 def embed_of(index: ItemIndex) -> Embed | None:
     """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None where it needed none."""
     told = index.settings.get("semantic")

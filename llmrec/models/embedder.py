@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHANCE = "chance"
-"""Names no encoder: every text gets a direction at random, for tests and controls."""
+"""An encoder that says nothing: the control of what text adds to codes."""
 
 
+@lru_cache(maxsize=4)
 def text_embedder(name: str) -> Embedder:
     """Return what turns texts into vectors by a text encoder of this name."""
     if name == CHANCE:
