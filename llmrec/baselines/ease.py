@@ -55,7 +55,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
     Config = EASEConfig
     SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "penalty": (10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2000.0),
+        "penalty": (10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0),
         "decay": DECAYS,
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"decay"})

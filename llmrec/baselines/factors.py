@@ -71,9 +71,9 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     Config = ALSConfig
     SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "factors": (32, 64, 128, 256, 512),
+        "factors": (4, 8, 16, 32, 64, 128, 256, 512),
         "alpha": (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0),
-        "regularization": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+        "regularization": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
         "user": ("mean", "solve"),
         "decay": DECAYS,
     }
@@ -140,7 +140,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     Config = BPRConfig
     SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "regularization": (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01),
+        "regularization": (0.0, 0.000001, 0.000003, 0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01),
         "decay": DECAYS,
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"decay"})

@@ -154,7 +154,7 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
     Config = RP3BetaConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "decay": DECAYS,
-        "alpha": (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0),
+        "alpha": (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0),
         "beta": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "history": (1, 2, 3, 5, 10, 20, 50, 100, 200),
     }

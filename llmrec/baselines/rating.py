@@ -113,8 +113,8 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
     name = "user-item-bias"
     Config = UserItemBiasConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "user_penalty": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0),
-        "item_penalty": (0.3, 1.0, 3.0, 5.0, 10.0, 20.0),
+        "user_penalty": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0),
+        "item_penalty": (0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 20.0),
         "recency": RECENCIES,
         "decay": DECAYS,
     }

@@ -42,10 +42,10 @@ class SASRec(SequenceNetwork[SASRecConfig]):
     name = "sasrec"
     Config = SASRecConfig
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "dropout": (0.1, 0.2, 0.35, 0.5, 0.65, 0.8),
+        "dropout": (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8),
         "dim": (32, 64, 128, 256),
         "learning_rate": (3e-4, 1e-3, 3e-3),
-        "layers": (1, 2, 3),
+        "layers": (1, 2, 3, 4),
     }
     FITS: ClassVar[int] = 12
 

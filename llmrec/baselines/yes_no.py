@@ -170,7 +170,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
     Config = LogisticConfig
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "features": ("counts", "recent", "ids"),
-        "penalty": (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0),
+        "penalty": (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0),
         "decay": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0),
         "id_penalty": (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
     }
