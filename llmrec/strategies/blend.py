@@ -15,10 +15,8 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
-from llmrec.strategies.fusion import FOLDS, Tried
-from llmrec.strategies.fusion_weights import Weights
+from llmrec.strategies.fusion_weights import FOLDS, Tried, Weighed, Weights, folds_of, limits_of
 from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ class _Line:
         return np.asarray(self.intercept + features @ self.weights)
 
 
-class Blend:
+class Blend(Weighed):
     """Answers with what several predictors of one kind say."""
 
     def __init__(self, name: str, parts: Sequence[tuple[str, Predictor]], *, judges: bool) -> None:
@@ -57,9 +55,8 @@ class Blend:
         """
         if len(parts) < 2:
             raise LlmrecError(f"{name}: a blend needs two or more parts", kind="mismatch")
-        self.name, self.parts, self._judges = name, tuple(parts), judges
-        self.weights: Weights | None = None
-        self.tried: tuple[Tried, ...] = ()
+        super().__init__(name)
+        self.parts, self._judges = tuple(parts), judges
         self._line: _Line | None = None
         self._bounds = (-np.inf, np.inf)
         self._mute: NDArray[np.float64] = np.zeros(len(parts))
@@ -68,17 +65,6 @@ class Blend:
     def names(self) -> tuple[str, ...]:
         """Of the parts."""
         return tuple(name for name, _ in self.parts)
-
-    @property
-    def fitted(self) -> Weights:
-        """What ``fit`` found.
-
-        Raises:
-            RuntimeError: If it was not called.
-        """
-        if self.weights is None:
-            raise RuntimeError(f"the blend {self.name!r} was asked before fit() was called")
-        return self.weights
 
     def fit(self, cases: Sequence[Case]) -> None:
         """Fit the weights, and keep the form with the least cross-fitted error.
@@ -91,12 +77,7 @@ class Blend:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
         """
         users = [case.request.user_id for case in cases]
-        if len(set(users)) < 2 * FOLDS:
-            raise LlmrecError(
-                f"{self.name}: weights need validation cases of at least {2 * FOLDS} users, and there are "
-                f"{len(set(users))}; reserve more users for them",
-                kind="too-few",
-            )
+        folds = folds_of(self.name, users)
         said = self._said([case.request for case in cases])
         self._mute = np.array(
             [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in said.T]
@@ -104,7 +85,6 @@ class Blend:
         features = self._features(said)
         truth = np.array([float(case.truth) for case in cases])
         self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
-        folds = (hash64("fusion folds", 0, users) % np.uint64(FOLDS)).astype(np.int64)
         forms = [("logit" if self._judges else "ridge", penalty) for penalty in _PENALTIES]
         forms += [("alone", float(place)) for place in range(len(self.parts))]
         errors: dict[tuple[str, float], float] = {}
@@ -188,9 +168,5 @@ class Blend:
             scores, curvature = wide * (chance - truth)[:, None], (wide * (chance * (1 - chance))[:, None]).T @ wide
         else:
             scores, curvature = wide * (values - truth)[:, None], wide.T @ wide
-        _, cluster = np.unique(np.array(users), return_inverse=True)
-        sums = np.zeros((cluster.max() + 1, wide.shape[1]))
-        np.add.at(sums, cluster, scores)
-        inverse = np.linalg.pinv(curvature)
-        errors = 1.96 * np.sqrt(np.maximum(np.diag(inverse @ (sums.T @ sums) @ inverse), 0.0))[1:]
-        return tuple((line.weights - errors).tolist()), tuple((line.weights + errors).tolist())
+        low, high = limits_of(np.array([line.intercept, *line.weights]), scores, curvature, users)
+        return low[1:], high[1:]

@@ -20,15 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
-from llmrec.strategies.fusion_weights import CELLS, Form, Kind, Known, Weights, combined, forms
+from llmrec.strategies.fusion_weights import (
+    CELLS,
+    FOLDS,
+    Form,
+    Kind,
+    Known,
+    Tried,
+    Weighed,
+    Weights,
+    combined,
+    folds_of,
+    forms,
+)
 from llmrec.types import Answer, Case, CatalogueScorer, Ranking, Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -46,16 +55,7 @@ class Part:
     kind: Kind
 
 
-@dataclass(frozen=True)
-class Tried:
-    """A form with its NDCG on users that its weights do not know."""
-
-    form: Form
-    name: str
-    value: float
-
-
-class Fusion:
+class Fusion(Weighed):
     """Ranks by several rankers at once; it is a `CatalogueScorer` and a `Predictor`."""
 
     def __init__(self, name: str, parts: Sequence[Part], *, filtered: bool) -> None:
@@ -71,9 +71,8 @@ class Fusion:
         """
         if len(parts) < 2 or any(part.scorer.items != parts[0].scorer.items for part in parts):
             raise LlmrecError(f"{name}: a fusion needs two or more parts over one catalogue", kind="mismatch")
-        self.name, self.parts, self.filtered = name, tuple(parts), filtered
-        self.weights: Weights | None = None
-        self.tried: tuple[Tried, ...] = ()
+        super().__init__(name)
+        self.parts, self.filtered = tuple(parts), filtered
 
     @property
     def items(self) -> tuple[str, ...]:
@@ -85,17 +84,6 @@ class Fusion:
         """Of the parts."""
         return tuple(part.name for part in self.parts)
 
-    @property
-    def fitted(self) -> Weights:
-        """What ``fit`` found.
-
-        Raises:
-            RuntimeError: If it was not called.
-        """
-        if self.weights is None:
-            raise RuntimeError(f"the fusion {self.name!r} was asked before fit() was called")
-        return self.weights
-
     def fit(self, cases: Sequence[Case]) -> None:
         """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
 
@@ -106,14 +94,8 @@ class Fusion:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
         """
         users = [case.request.user_id for case in cases]
-        if len(set(users)) < 2 * FOLDS:
-            raise LlmrecError(
-                f"{self.name}: weights need validation cases of at least {2 * FOLDS} users, and there are "
-                f"{len(set(users))}; reserve more users for them",
-                kind="too-few",
-            )
+        folds = folds_of(self.name, users)
         known, names = _known(self, cases), self.names
-        folds = (hash64("fusion folds", 0, users) % np.uint64(FOLDS)).astype(np.int64)
         values: dict[tuple[Form, str], NDArray[np.float64]] = {}
         for fold in range(FOLDS):
             inside, outside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)

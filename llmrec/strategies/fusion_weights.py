@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy.optimize import minimize
 
+from llmrec.data.hashing import hash64
+from llmrec.errors import LlmrecError
 from llmrec.metrics.ranking import ndcg
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ Kind = Literal["counts", "logits", "beams"]
 
 Form = Literal["logit", "pool", "ridge", "alone"]
 
-CUT = 10
+FOLDS, CUT = 5, 10
 
 # What a share cannot be below, before its logarithm is taken.
 _FLOOR = 1e-6
@@ -48,6 +50,70 @@ class Weights:
     repeat: float = 0.0
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A form with its figure on users that its weights do not know, higher is better."""
+
+    form: Form
+    name: str
+    value: float
+
+
+class Weighed:
+    """What is made of parts: its weights once they are fitted, and the forms that were tried."""
+
+    def __init__(self, name: str) -> None:
+        """Set up, under the name of its row."""
+        self.name = name
+        self.weights: Weights | None = None
+        self.tried: tuple[Tried, ...] = ()
+
+    @property
+    def fitted(self) -> Weights:
+        """What ``fit`` found.
+
+        Raises:
+            RuntimeError: If it was not called.
+        """
+        if self.weights is None:
+            raise RuntimeError(f"{self.name!r} was asked before fit() was called")
+        return self.weights
+
+
+def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
+    """Return the fold of each case; all cases of a user have one.
+
+    Raises:
+        LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+    """
+    if len(set(users)) < 2 * FOLDS:
+        raise LlmrecError(
+            f"{name}: weights need validation cases of at least {2 * FOLDS} users, and there are {len(set(users))}; "
+            "reserve more users for them",
+            kind="too-few",
+        )
+    return (hash64("fusion folds", 0, users) % np.uint64(FOLDS)).astype(np.int64)
+
+
+def limits_of(
+    values: NDArray[np.float64], scores: NDArray[np.float64], curvature: NDArray[np.float64], users: Sequence[str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return 95 % limits of fitted values, robust and clustered over users (White, Econometrica 1982).
+
+    Args:
+        values: Where the likelihood is highest, shape (k,).
+        scores: Gradient of each case there, shape (n, k).
+        curvature: Of all cases, shape (k, k).
+        users: Whose case each is.
+    """
+    _, cluster = np.unique(np.array(users), return_inverse=True)
+    sums = np.zeros((cluster.max() + 1, len(values)))
+    np.add.at(sums, cluster, scores)
+    inverse = np.linalg.pinv(curvature)
+    errors = 1.96 * np.sqrt(np.maximum(np.diag(inverse @ (sums.T @ sums) @ inverse), 0.0))
+    return tuple((values - errors).tolist()), tuple((values + errors).tolist())
 
 
 def combined(
@@ -213,12 +279,7 @@ class Known:
         values = np.array([*weights.parts, *([] if self.filtered else [weights.repeat])])
         _, _, both = self._likelihood(values, np.arange(len(self.truth)), curvature=True)
         scores, curvature = both[: -len(values)], both[-len(values) :]
-        _, cluster = np.unique(np.array(users), return_inverse=True)
-        sums = np.zeros((cluster.max() + 1, len(values)))
-        np.add.at(sums, cluster, scores)
-        inverse = np.linalg.pinv(curvature)
-        errors = 1.96 * np.sqrt(np.maximum(np.diag(inverse @ (sums.T @ sums) @ inverse), 0.0))
-        return tuple((values - errors).tolist()), tuple((values + errors).tolist())
+        return limits_of(values, scores, curvature, users)
 
     def pool(self, rows: NDArray[np.int64]) -> Weights:
         """Return the weights of the linear pool by maximum likelihood, with what an item of the history is worth."""

@@ -19,6 +19,7 @@ from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, UNDEFINED, difference, undefined_lines
+from llmrec.resources import resource
 from llmrec.results import Figure, lower
 
 _HEAD = """# Leaderboard
@@ -75,6 +76,11 @@ class Reference(Page):
     counts: Mapping[str, int]
     protocol: Protocol
     rows: tuple[Published, ...]
+
+
+def all_references() -> dict[str, Reference]:
+    """Return every page of published figures by its name."""
+    return {page.stem: load_reference(page) for page in sorted(resource("eval", "references").glob("*.yaml"))}
 
 
 def load_reference(path: Path) -> Reference:

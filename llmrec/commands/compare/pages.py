@@ -8,12 +8,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llmrec.commands.compare.benchmark_page import pages
-from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
+from llmrec.commands.compare.leaderboard import all_references, leaderboard, read_results
 from llmrec.commands.compare.records import BenchmarkResult
 from llmrec.durable import write_text
 from llmrec.errors import DataError
 from llmrec.report.escape import mended
-from llmrec.resources import resource
 
 
 def holds_results(folder: Path) -> bool:
@@ -34,8 +33,7 @@ def rewrite(folder: Path) -> list[Path]:
     written: dict[str, str] = {}
     suites = read_results(folder)
     if suites:
-        known = sorted(resource("eval", "references").glob("*.yaml"))
-        written["LEADERBOARD.md"] = leaderboard(suites, {page.stem: load_reference(page) for page in known})
+        written["LEADERBOARD.md"] = leaderboard(suites, all_references())
     for file, content in _contents(folder).items():
         if content.get("kind") != "benchmark":
             continue

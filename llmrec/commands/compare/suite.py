@@ -17,7 +17,7 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.baselines.parameters import config_of
-from llmrec.commands.compare.leaderboard import Reference, leaderboard, load_reference, read_results
+from llmrec.commands.compare.leaderboard import Reference, all_references, leaderboard, load_reference, read_results
 from llmrec.commands.compare.records import SuiteLine, SuitePair, SuiteProtocol, SuiteResult
 from llmrec.commands.compare.rows import SuiteModels, family
 from llmrec.commands.compare.suite_row import (
@@ -105,7 +105,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
     page = None
     if results.name == "results":
         page = results.parent / "LEADERBOARD.md"
-        write_text(page, leaderboard(read_results(results), pages | _all_references()))
+        write_text(page, leaderboard(read_results(results), pages | all_references()))
     return Ran(written, file, page)
 
 
@@ -120,10 +120,6 @@ def _reference(name: str) -> Reference:
             column="references",
         )
     return load_reference(path)
-
-
-def _all_references() -> dict[str, Reference]:
-    return {page.stem: load_reference(page) for page in sorted(resource("eval", "references").glob("*.yaml"))}
 
 
 # --------------------------------------------------------------------------- one row
