@@ -92,7 +92,7 @@ class SuiteModels:
             return Mixture(row.label, sorted(data.dataset.items), parts, parameters["weights"])
         known = self._fitted.get((row.label, data.fingerprint, seed), [])
         if row.baseline is None:
-            model = known[0] if known else self._tuned(row, data, seed)
+            model = known[0] if known else self._tuned(row, self.choosing(data), seed)
         else:
             model = fitted(row.baseline, parameters, self.choosing(data), seed=seed, like=known)
         self.keep(row, data, seed, model)
