@@ -11,6 +11,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import MissingExtra
 from llmrec.types import Event, Item, Request
+from tests.baselines.trained import all_trained
 from tests.facts import Facts, raises
 
 pytest.importorskip("implicit")
@@ -27,16 +28,7 @@ def _blocks(seed: int = 0) -> SplitDataset:
     frame = pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row")
     items = {f"i{n:02d}": Item(item_id=f"i{n:02d}", title="t") for n in range(40)}
     data = Dataset(name="blocks", noun="things", interactions=frame, items=items)
-    none = data.interactions.clear()
-    return SplitDataset(
-        dataset=data,
-        kind="leave_one_out",
-        seed=0,
-        train=data.interactions,
-        valid=none,
-        test=none,
-        held_out=frozenset(),
-    )
+    return all_trained(data)
 
 
 def _request(*places: int, user: str = "nobody") -> Request:

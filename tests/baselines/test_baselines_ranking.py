@@ -24,6 +24,7 @@ from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.ranking import Standing, hit_rate, standing
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Event, Item, Predictor, Ranking, Request
+from tests.baselines.trained import all_trained
 
 
 def _trained(sequences: dict[str, list[str]], catalogue: list[str]) -> SplitDataset:
@@ -34,16 +35,7 @@ def _trained(sequences: dict[str, list[str]], catalogue: list[str]) -> SplitData
     )
     items = {item: Item(item_id=item, title=item) for item in catalogue}
     data = Dataset(name="toy", noun="things", interactions=frame, items=items)
-    none = data.interactions.clear()
-    return SplitDataset(
-        dataset=data,
-        kind="leave_one_out",
-        seed=0,
-        train=data.interactions,
-        valid=none,
-        test=none,
-        held_out=frozenset(),
-    )
+    return all_trained(data)
 
 
 def _ask(predictor: Predictor, history: str, candidates: str | None) -> Ranking:

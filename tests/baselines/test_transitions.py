@@ -16,6 +16,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.types import Event, Item, Request
+from tests.baselines.trained import all_trained
 from tests.facts import Facts, raises
 
 SEQUENCES = {"u1": "abcd", "u2": "abd", "u3": "bca", "u4": "ad"}
@@ -35,16 +36,7 @@ def _data(titles: dict[str, str] = TITLES) -> SplitDataset:
     schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Float64}
     items = {item: Item(item_id=item, title=title) for item, title in titles.items()}
     data = Dataset(name="toy", noun="things", interactions=pl.DataFrame(rows, schema=schema, orient="row"), items=items)
-    none = data.interactions.clear()
-    return SplitDataset(
-        dataset=data,
-        kind="leave_one_out",
-        seed=0,
-        train=data.interactions,
-        valid=none,
-        test=none,
-        held_out=frozenset(),
-    )
+    return all_trained(data)
 
 
 def _request(history: str) -> Request:
