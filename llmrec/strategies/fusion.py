@@ -24,7 +24,6 @@ from llmrec.errors import LlmrecError
 from llmrec.strategies.fusion_weights import (
     CELLS,
     FOLDS,
-    Form,
     Kind,
     Known,
     Tried,
@@ -95,19 +94,16 @@ class Fusion(Weighed):
         """
         users = [case.request.user_id for case in cases]
         folds = folds_of(self.name, users)
-        known, names = _known(self, cases), self.names
-        values: dict[tuple[Form, str], NDArray[np.float64]] = {}
+        known = _known(self, cases)
+        fits = forms(known, self.names)
+        values = {form: np.zeros(len(cases)) for form in fits}
         for fold in range(FOLDS):
             inside, outside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-            for form, part, weights in forms(known, inside, names):
-                found = known.ndcg(weights, outside)
-                values.setdefault((form, part), np.zeros(len(cases)))[outside] = found
+            for form, fit in fits.items():
+                values[form][outside] = known.ndcg(fit(inside), outside)
         self.tried = tuple(Tried(form, part, float(found.mean())) for (form, part), found in values.items())
         best = max(self.tried, key=lambda each: each.value)
-        everyone = np.arange(len(cases))
-        (self.weights,) = (
-            w for form, part, w in forms(known, everyone, names) if (form, part) == (best.form, best.name)
-        )
+        self.weights = fits[best.form, best.name](np.arange(len(cases)))
         if best.form == "logit":
             low, high = known.limits(self.weights, users)
             self.weights = Weights("logit", self.weights.parts, self.weights.repeat, low, high)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -337,14 +338,12 @@ def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(found / found.sum())
 
 
-def forms(known: Known, rows: NDArray[np.int64], names: Sequence[str]) -> list[tuple[Form, str, Weights]]:
-    """Return every form as fitted on some of the cases."""
-    count = len(names)
-    found: list[tuple[Form, str, Weights]] = [
-        ("logit", "logit", known.logit(rows)),
-        ("pool", "pool", known.pool(rows)),
-    ]
-    for place, name in enumerate(names):
-        alone = tuple(float(place == each) for each in range(count))
-        found.append(("alone", name, Weights("alone", alone, 0.0 if known.filtered else known.alone(place, rows))))
-    return found
+def forms(known: Known, names: Sequence[str]) -> dict[tuple[Form, str], Callable[[NDArray[np.int64]], Weights]]:
+    """Return what fits each form to some of the cases, by form and name; a part alone has that of the part."""
+
+    def alone(place: int, rows: NDArray[np.int64]) -> Weights:
+        weights = tuple(float(place == each) for each in range(len(names)))
+        return Weights("alone", weights, 0.0 if known.filtered else known.alone(place, rows))
+
+    parts = {("alone", name): partial(alone, place) for place, name in enumerate(names)}
+    return {("logit", "logit"): known.logit, ("pool", "pool"): known.pool, **parts}  # type: ignore[dict-item]
