@@ -18,6 +18,9 @@ class SuiteRow(Section):
     baseline: str | None = None
     parameters: dict[str, Value] = Field(default={}, description="of the baseline; they stay as they are")
     tune: bool = Field(True, description="choose among the baseline's declared grid on validation")
+    grid: dict[str, Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(
+        default={}, description="values of the baseline's parameters to choose among, in place of its declared ones"
+    )
     recipe: str | None = Field(None, description="a recipe page; its model is tuned on the suite's data and searched")
     overrides: tuple[str, ...] = Field((), description="recipe: changed keys, such as index.scheme=random")
     depth: Positive = Field(100, description="recipe: items that the search finds; the others tie behind them")
@@ -39,6 +42,12 @@ class SuiteRow(Section):
             )
         if len(self.fuse) == 1:
             raise ValueError(f"rows: a fusion joins two rows or more; this one has {self.fuse[0]} alone")
+        if twice := sorted(set(self.grid) & set(self.parameters)):
+            raise ValueError(
+                f"rows: {twice[0]} stands under parameters, which stay as they are, and under grid; drop one"
+            )
+        if self.grid and not (self.baseline and self.tune):
+            raise ValueError("rows: a grid belongs to a row with a baseline that is tuned; drop it")
         if bool(self.mix) != bool(self.weights) or any(len(each) != len(self.mix) for each in self.weights):
             raise ValueError("rows.weights: a mix needs lists of weights, each with one number for each of its rows")
         return self

@@ -16,7 +16,8 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 from llmrec.errors import LlmrecError
-from llmrec.strategies.fusion_weights import FOLDS, Tried, Weighed, Weights, folds_of, limits_of
+from llmrec.metrics.stats import StatisticName
+from llmrec.strategies.fusion_weights import FOLDS, Tried, Weighed, Weights, folds_of, left_out, limits_of
 from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:
@@ -66,12 +67,13 @@ class Blend(Weighed):
         """Of the parts."""
         return tuple(name for name, _ in self.parts)
 
-    def fit(self, cases: Sequence[Case]) -> None:
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False) -> None:
         """Fit the weights, and keep the form with the least cross-fitted error.
 
         Args:
             cases: Validation cases of users that no part has learned from or was chosen by: with a rating as truth, or
                 with 1 for yes and 0 for no.
+            dissect: Fit the best form once more without each part, for the attribute ``without``.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
@@ -87,14 +89,8 @@ class Blend(Weighed):
         self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
         forms = [("logit" if self._judges else "ridge", penalty) for penalty in _PENALTIES]
         forms += [("alone", float(place)) for place in range(len(self.parts))]
-        errors: dict[tuple[str, float], float] = {}
-        for form, setting in forms:
-            found = np.empty(len(truth))
-            for fold in range(FOLDS):
-                inside, outside = folds != fold, folds == fold
-                line = self._fit(form, setting, features[inside], truth[inside])
-                found[outside] = self._error(line.of(features[outside]), truth[outside])
-            errors[form, setting] = float(found.mean())
+        crossed = {each: self._crossed(*each, features, truth, folds) for each in forms}
+        errors = {each: float(found.mean()) for each, found in crossed.items()}
         names = self.names
         self.tried = tuple(
             Tried(form, names[int(setting)] if form == "alone" else f"penalty {setting:g}", -error)  # type: ignore[arg-type]
@@ -104,6 +100,17 @@ class Blend(Weighed):
         self._line = self._fit(form, setting, features, truth)
         low, high = self._limits(self._line, features, truth, users) if form != "alone" else ((), ())
         self.weights = Weights(form, tuple(self._line.weights.tolist()), 0.0, low, high)  # type: ignore[arg-type]
+        if dissect and form != "alone":
+            rest = [
+                self._crossed(form, setting, np.delete(features, place, axis=1), truth, folds)
+                for place in range(len(names))
+            ]
+            # Values of ratings are squared errors.
+            statistic: StatisticName = "mean" if self._judges else "root_mean"
+            self.without = tuple(
+                left_out(name, values, crossed[form, setting], users, statistic)
+                for name, values in zip(names, rest, strict=True)
+            )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer every request with a rating or a probability; see `Predictor.answer`."""
@@ -128,6 +135,22 @@ class Blend(Weighed):
     def _features(self, said: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return answers with the part's mean over the cases of the fit where it is mute."""
         return np.where(np.isnan(said), self._mute, said)
+
+    def _crossed(
+        self,
+        form: str,
+        setting: float,
+        features: NDArray[np.float64],
+        truth: NDArray[np.float64],
+        folds: NDArray[np.int64],
+    ) -> NDArray[np.float64]:
+        """Return the error of each case under weights that were fitted to the other folds, shape (n,)."""
+        found = np.empty(len(truth))
+        for fold in range(FOLDS):
+            inside, outside = folds != fold, folds == fold
+            line = self._fit(form, setting, features[inside], truth[inside])
+            found[outside] = self._error(line.of(features[outside]), truth[outside])
+        return found
 
     def _fit(self, form: str, setting: float, features: NDArray[np.float64], truth: NDArray[np.float64]) -> _Line:
         count = features.shape[1]

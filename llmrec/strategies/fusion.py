@@ -23,7 +23,6 @@ import numpy as np
 from llmrec.errors import LlmrecError
 from llmrec.strategies.fusion_weights import (
     CELLS,
-    FOLDS,
     Kind,
     Known,
     Tried,
@@ -32,6 +31,7 @@ from llmrec.strategies.fusion_weights import (
     combined,
     folds_of,
     forms,
+    left_out,
 )
 from llmrec.types import Answer, Case, CatalogueScorer, Ranking, Request
 
@@ -83,11 +83,12 @@ class Fusion(Weighed):
         """Of the parts."""
         return tuple(part.name for part in self.parts)
 
-    def fit(self, cases: Sequence[Case]) -> None:
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False) -> None:
         """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users that no part has learned from or was chosen by.
+            dissect: Fit the best form once more without each part, for the attribute ``without``.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
@@ -96,17 +97,18 @@ class Fusion(Weighed):
         folds = folds_of(self.name, users)
         known = _known(self, cases)
         fits = forms(known, self.names)
-        values = {form: np.zeros(len(cases)) for form in fits}
-        for fold in range(FOLDS):
-            inside, outside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-            for form, fit in fits.items():
-                values[form][outside] = known.ndcg(fit(inside), outside)
+        values = {form: known.crossed(fit, folds) for form, fit in fits.items()}
         self.tried = tuple(Tried(form, part, float(found.mean())) for (form, part), found in values.items())
         best = max(self.tried, key=lambda each: each.value)
         self.weights = fits[best.form, best.name](np.arange(len(cases)))
         if best.form == "logit":
             low, high = known.limits(self.weights, users)
             self.weights = Weights("logit", self.weights.parts, self.weights.repeat, low, high)
+        if dissect and best.form != "alone":
+            self.without = tuple(
+                left_out(name, values[best.form, best.name], known.without(place).crossed_as(best.form, folds), users)
+                for place, name in enumerate(self.names)
+            )
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return log-probabilities, shape (n, items); see `CatalogueScorer.scores`."""

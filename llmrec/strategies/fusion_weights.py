@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
 from llmrec.metrics.ranking import ndcg
+from llmrec.metrics.stats import StatisticName, paired
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,12 +23,17 @@ Kind = Literal["counts", "logits", "beams"]
 
 Form = Literal["logit", "pool", "ridge", "alone"]
 
+Fit = Callable[["NDArray[np.int64]"], "Weights"]
+"""Fits a form to some of the cases."""
+
 FOLDS, CUT = 5, 10
 
 # What a share cannot be below, before its logarithm is taken.
 _FLOOR = 1e-6
 # Ridge penalty of the standardised weights of a logit, for the whole sample.
 _PENALTY = 1.0
+# Of the limits of what a part is worth.
+_RESAMPLES = 1000
 # Takes an item below all others.
 _NEVER = -1e9
 CELLS = 1 << 24
@@ -62,14 +68,39 @@ class Tried:
     value: float
 
 
+@dataclass(frozen=True)
+class Without:
+    """What the cross-fitted figure loses when a part is left out and the others are weighed anew.
+
+    Attributes:
+        name: Of the part.
+        loss: Above 0 for a part that is of use: how far NDCG@10 falls without it, or RMSE or log-loss rises.
+        low: 95 % limit over users.
+        high: As ``low``.
+    """
+
+    name: str
+    loss: float
+    low: float
+    high: float
+
+
 class Weighed:
-    """What is made of parts: its weights once they are fitted, and the forms that were tried."""
+    """What is made of parts: its weights once they are fitted, and the forms that were tried.
+
+    Attributes:
+        name: Of its row.
+        weights: None before ``fit``.
+        tried: Forms with their cross-fitted figures.
+        without: What each part is worth, where ``fit`` was asked to dissect and the best form has several parts.
+    """
 
     def __init__(self, name: str) -> None:
         """Set up, under the name of its row."""
         self.name = name
         self.weights: Weights | None = None
         self.tried: tuple[Tried, ...] = ()
+        self.without: tuple[Without, ...] = ()
 
     @property
     def fitted(self) -> Weights:
@@ -219,6 +250,12 @@ class Known:
 
     # ----------------------------------------------------------------------- forms
 
+    def without(self, place: int) -> Known:
+        """Return the same cases with one part left out."""
+        features = [each for other, each in enumerate(self.features()) if other != place]
+        raw, kinds = ([each for n, each in enumerate(of) if n != place] for of in (self.raw, self.kinds))
+        return Known(raw, kinds, self.had, self.truth, self.filtered, features)  # type: ignore[arg-type]
+
     def logit(self, rows: NDArray[np.int64]) -> Weights:
         """Return the weights of the conditional logit by maximum likelihood, with a small ridge penalty."""
         features = self.features()
@@ -332,13 +369,37 @@ class Known:
             tied.append((found == own).sum(axis=1))
         return np.asarray(ndcg(np.concatenate(greater), np.concatenate(tied), CUT))
 
+    def crossed(self, fit: Fit, folds: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return NDCG@10 of each case under weights that were fitted to the other folds, shape (n,)."""
+        found = np.zeros(len(self.truth))
+        for fold in range(FOLDS):
+            outside = np.flatnonzero(folds == fold)
+            found[outside] = self.ndcg(fit(np.flatnonzero(folds != fold)), outside)
+        return found
+
+    def crossed_as(self, form: Form, folds: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return what `crossed` gives for a form of several parts."""
+        return self.crossed(self.logit if form == "logit" else self.pool, folds)
+
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
     found = np.exp(values - values.max())
     return np.asarray(found / found.sum())
 
 
-def forms(known: Known, names: Sequence[str]) -> dict[tuple[Form, str], Callable[[NDArray[np.int64]], Weights]]:
+def left_out(
+    name: str,
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    users: Sequence[str],
+    statistic: StatisticName = "mean",
+) -> Without:
+    """Return what is lost without a part, the first figure less the second, from the values of each case."""
+    found = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
+    return Without(name, found.value, found.low, found.high)
+
+
+def forms(known: Known, names: Sequence[str]) -> dict[tuple[Form, str], Fit]:
     """Return what fits each form to some of the cases, by form and name; a part alone has that of the part."""
 
     def alone(place: int, rows: NDArray[np.int64]) -> Weights:

@@ -82,6 +82,27 @@ def test_a_part_that_knows_nothing_gets_no_weight_and_the_truth_gets_all_of_it()
         assert weights.parts[1] < 0.1 * weights.parts[0]
 
 
+def test_a_part_is_worth_what_is_lost_without_it() -> None:
+    rng = np.random.default_rng(4)
+    one, other, noise = (rng.normal(0, 1.5, (800, len(ITEMS))) for _ in range(3))
+    cases = _cases(rng, _softmax(one + 0.5 * other))
+    fusion = Fusion("all", [_part("one", one), _part("other", other), _part("noise", noise)], filtered=True)
+    fusion.fit(cases)
+    assert fusion.without == ()
+    fusion.fit(cases, dissect=True)
+    (first, second, third) = fusion.without
+    assert [each.name for each in fusion.without] == ["one", "other", "noise"]
+    assert first.loss > second.loss > 0.02 and first.low > 0 and second.low > 0
+    assert third.low < 0.005 and abs(third.loss) < 0.01
+    # Without its strongest part, what is left does as well as a fusion of the others.
+    rest = Fusion("rest", fusion.parts[1:], filtered=True)
+    rest.fit(cases)
+    values = {each.form: each.value for each in rest.tried}
+    whole = {each.form: each.value for each in fusion.tried}
+    form = fusion.fitted.form
+    assert first.loss == pytest.approx(whole[form] - values[form], abs=1e-4)
+
+
 @pytest.mark.parametrize("form", ["logit", "pool"])
 def test_maximum_likelihood_finds_the_weights_that_made_the_data(form: str) -> None:
     rng = np.random.default_rng(1)

@@ -35,6 +35,12 @@ _KINDS: Mapping[Reads, str] = {
     "texts": "texts, by an encoder that is not trained here",
     "language model": "a pretrained language model, tuned here",
 }
+_FORMS = {
+    "logit": "a conditional logit: exponents, 95 % over users",
+    "ridge": "a ridge regression, 95 % over users",
+    "pool": "a linear pool: shares",
+    "alone": "the best part alone",
+}
 _HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
 _RULE = (
     "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these differences "
@@ -226,22 +232,39 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
 
 
 def _fusions(found: SuiteResult, seen: str) -> list[str]:
-    """Say the weights of every fusion of a table in one line."""
-    lines = []
+    """Show the weights of every fusion of a table, what each part is worth, and what the fusion costs."""
+    rows, blocks = {row.name: row for row in found.rows}, []
     for row in found.rows:
         fusion = row.tables[seen].fusion
         if fusion is None:
             continue
-        parts = [
-            f"{cell(part.name)} {part.weight:.2f}" + ("" if part.low is None else f" [{part.low:.2f}, {part.high:.2f}]")
-            for part in fusion.parts
-            if part.weight is not None and (part.weight or fusion.form == "logit")
+        repeat = fusion.repeat
+        worth = f" An item of the history is worth {repeat:+.2f} (logarithm)." if repeat else ""
+        spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
+        blocks.append(
+            f"Weights of {cell(row.name)} ({_FORMS[fusion.form]}).{worth} Its parts took {spent:.0f} s with their "
+            f"tuning and seeds, the fusion itself {sum(row.seconds.values()):.0f} s."
+        )
+        if fusion.form == "alone":
+            blocks[-1] += f" It is {cell(next(part.name for part in fusion.parts if part.weight))}."
+            continue
+        table = [
+            [
+                cell(part.name),
+                _limited(part.weight, part.low, part.high, 2),
+                _limited(part.loss, part.loss_low, part.loss_high, 4),
+            ]
+            for part in sorted(fusion.parts, key=lambda part: -(part.loss or 0.0))
         ]
-        if fusion.repeat:
-            parts.append(f"an item of the history {fusion.repeat:+.2f} (logarithm)")
-        what = {"logit": "exponents, 95 % over users", "pool": "shares", "alone": "the best part alone"}[fusion.form]
-        lines.append(f"Weights of {cell(row.name)} ({what}): {', '.join(parts)}.")
-    return lines
+        blocks.append(_left(["part", "weight", "lost without it, on validation"], table))
+    return blocks
+
+
+def _limited(value: float | None, low: float | None, high: float | None, digits: int) -> str:
+    if value is None:
+        return DASH
+    shown = f"{value:.{digits}f}"
+    return shown if low is None or high is None else f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _chosen(found: SuiteResult) -> list[str]:

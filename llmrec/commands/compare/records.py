@@ -38,12 +38,22 @@ class Trial(Record):
 
 
 class PartWeight(Record):
-    """The weight of a part of a fusion, with 95 % limits over users where it has any."""
+    """The weight of a part of a fusion, with 95 % limits over users where it has any.
+
+    Attributes:
+        loss: What the cross-fitted validation figure loses without the part; see
+            `llmrec.strategies.fusion_weights.Without`. None where the fusion is one part alone.
+        loss_low: Its 95 % limit over users.
+        loss_high: As ``loss_low``.
+    """
 
     name: str
     weight: Number
     low: Number = None
     high: Number = None
+    loss: Number = None
+    loss_low: Number = None
+    loss_high: Number = None
 
 
 class FusionWeights(Record):

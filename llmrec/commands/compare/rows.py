@@ -190,12 +190,14 @@ class SuiteModels:
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
         for table in tables:
-            model = self._fused(row, data, self.suite.seeds[0], table)
+            model = self._fused(row, data, self.suite.seeds[0], table, dissect=True)
             choices[table] = Choice({"form": model.fitted.form}, model=model)
             trials += [Trial({"form": each.form, "of": each.name}, {table: abs(each.value)}) for each in model.tried]
         return Tuned(choices=choices, trials=tuple(trials), metric=metric)
 
-    def _fused(self, row: SuiteRow, data: SplitDataset, seed: int, table: str) -> Fusion | Blend:
+    def _fused(
+        self, row: SuiteRow, data: SplitDataset, seed: int, table: str, *, dissect: bool = False
+    ) -> Fusion | Blend:
         """Return a fitted fusion of rows as they were chosen for a table.
 
         Raises:
@@ -217,10 +219,10 @@ class SuiteModels:
         if family(self.suite).answer is Ranking:
             parts = [Part(label, model, self._kind(label)) for label, model in models.items()]
             found: Fusion | Blend = Fusion(row.label, parts, filtered=table == "excluded")
-            found.fit(ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items))))
+            found.fit(ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items))), dissect=dissect)
         else:
             found = Blend(row.label, list(models.items()), judges=family(self.suite).answer is Probability)
-            found.fit(self._rated(weighing))
+            found.fit(self._rated(weighing), dissect=dissect)
         log.info("%s, %s: %s", row.label, table, found.fitted)
         return found
 

@@ -88,6 +88,9 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
                 column="rows",
             )
         config_of(row.baseline, row.parameters, f"suite {suite.suite}: parameters")
+        for name, values in row.grid.items():
+            for value in values:
+                config_of(row.baseline, {**row.parameters, name: value}, f"suite {suite.suite}: grid")
     pages = {name: _reference(name) for name in suite.references}
     with locked(out, SUITE):
         begin = time.monotonic()

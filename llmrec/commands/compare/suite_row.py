@@ -129,8 +129,9 @@ def _weights(model: Any) -> FusionWeights | None:
         return None
     found = model.fitted
     low, high = found.low or (None,) * len(found.parts), found.high or (None,) * len(found.parts)
+    losses = {each.name: {"loss": each.loss, "loss_low": each.low, "loss_high": each.high} for each in model.without}
     parts = [
-        PartWeight(name=name, weight=weight, low=least, high=most)
+        PartWeight(name=name, weight=weight, low=least, high=most, **losses.get(name, {}))
         for name, weight, least, most in zip(model.names, found.parts, low, high, strict=False)
     ]
     repeat = found.repeat if isinstance(model, Fusion) and not model.filtered else None
@@ -138,13 +139,18 @@ def _weights(model: Any) -> FusionWeights | None:
 
 
 def grid_of(suite: Suite, row: SuiteRow) -> Grid:
-    """Return the declared grid, with the row's own parameters fixed."""
-    declared = lookup(BASELINES, str(row.baseline), "baseline").GRID if row.tune else {}
+    """Return the declared grid, with the values that the row names itself, and its parameters fixed."""
+    declared = {**lookup(BASELINES, str(row.baseline), "baseline").GRID, **_ascending(row.grid)} if row.tune else {}
     grid = {name: values for name, values in declared.items() if name not in row.parameters}
     fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in row.parameters.items()}
     if family(suite).answer is Probability:
         fixed["liked"] = (suite.liked,)
     return grid | fixed
+
+
+def _ascending(grid: Grid) -> Grid:
+    numbers = {name: all(isinstance(value, int | float) for value in values) for name, values in grid.items()}
+    return {name: tuple(sorted(values)) if numbers[name] else values for name, values in grid.items()}
 
 
 def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset, tried: Trials) -> Tuned:
