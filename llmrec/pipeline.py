@@ -135,7 +135,8 @@ class Session:
         engines = Engines(recipe.model, recipe.eval, self.encoder, recipe.seed, self.budget, store)
         rows: list[ResultRow] = evaluation.baselines()
         try:
-            rows += evaluation.arms({arm: self._weights(arm, training) for arm in _by_model(recipe.eval.arms)}, engines)
+            weights = {arm: self._weights(arm, training) for arm in _by_model(recipe.eval.arms)}
+            rows += evaluation.arms(weights, engines, rows)
         finally:
             engines.close()
             store.close()

@@ -17,6 +17,10 @@ Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
 Better = Literal["higher", "lower"]
 
+Reads = Literal["events", "texts", "language model"]
+"""What a row knows items by: events of users alone; texts too, through a fixed encoder that learned nothing from these
+data; or through a language model whose pretrained weights were tuned on them."""
+
 _LOWER = re.compile(r"RMSE|MAE|LogLoss|ECE|DIV|Hallucination|CopyRate|(Gini|PopularityLift)@[1-9]\d*")
 
 
@@ -206,14 +210,51 @@ class Asked(Record):
     candidates: str | None = None
 
 
+class PartWeight(Record):
+    """The weight of a part of a fusion, with 95 % limits over users where it has any.
+
+    Attributes:
+        loss: What the cross-fitted validation figure loses without the part; see
+            `llmrec.strategies.fusion_weights.Without`. None where the fusion is one part alone.
+        loss_low: Its 95 % limit over users.
+        loss_high: As ``loss_low``.
+    """
+
+    name: str
+    weight: Number
+    low: Number = None
+    high: Number = None
+    loss: Number = None
+    loss_low: Number = None
+    loss_high: Number = None
+
+
+class FusionWeights(Record):
+    """What a fusion was fitted to, in a suite with the first seed.
+
+    Attributes:
+        form: ``logit``, ``pool`` or ``alone``; see `llmrec.strategies.fusion`.
+        parts: One a part.
+        repeat: Logarithm of what an item of the history is worth beside another; None where none can be ranked.
+    """
+
+    form: str
+    parts: tuple[PartWeight, ...]
+    repeat: Number = None
+
+
 class Row(Measured, Asked):
     """One predictor on one task.
 
     Attributes:
         users: Number of users whose requests it answered; None in results that do not say.
+        reads: What it knows items by; None in results that do not say.
+        fusion: The weights of a fusion; None for any other row.
     """
 
     users: int | None = None
+    reads: Reads | None = None
+    fusion: FusionWeights | None = None
     slices: tuple[SliceOfRow, ...] = ()
     by_position: tuple[AtPosition, ...] = ()
     position_trend: Trend | None = None

@@ -17,7 +17,7 @@ from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split
 from llmrec.durable import write_json
 from llmrec.experiment.indexing import build_index
-from llmrec.experiment.leaks import redrawn
+from llmrec.experiment.leaks.checks import redrawn
 from llmrec.experiment.probes import code_arithmetic
 from llmrec.index.numbers import user_order
 from llmrec.index.table import ItemIndex

@@ -120,6 +120,19 @@ class SplitDataset:
         return {"valid": _in_hash_order(self.valid, self.seed), "test": _in_hash_order(self.test, self.seed)}
 
 
+def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset]:
+    """Return a split with the validation rows of users that choose, and one with those of users that weigh.
+
+    What is joined by weights must not have been chosen by the users that weigh it: neither a parameter nor an epoch.
+
+    Args:
+        data: The split.
+        share: Share of the users that weigh, by a seeded hash of the user.
+    """
+    weighs = hash64("reserved", data.seed, data.valid["user_id"].to_list()) < np.uint64(share * 2**64)
+    return replace(data, valid=data.valid.filter(~weighs)), replace(data, valid=data.valid.filter(weighs))
+
+
 def _by_user(frame: pl.DataFrame) -> dict[str, tuple[Event, ...]]:
     events: dict[str, list[Event]] = {}
     for user, item, rating, timestamp, text in frame.select(*SCHEMA).iter_rows():

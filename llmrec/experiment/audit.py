@@ -1,7 +1,8 @@
 """The audit of a run: which checks there are (`examine`), and what they found, written to ``audit.json``.
 
-Training rows, examples and prompts are checked in `llmrec.experiment.leaks_rows`, those of the alignment task in
-`llmrec.experiment.leaks_alignment`; the split, candidates, answers and fitted models in `llmrec.experiment.leaks`.
+Training rows, examples and prompts are checked in `llmrec.experiment.leaks.rows`, those of the alignment task in
+`llmrec.experiment.leaks.alignment`; the split, candidates, answers and fitted models in
+`llmrec.experiment.leaks.checks`.
 `llmrec.experiment.probes` looks for what may explain a figure besides skill.
 """
 
@@ -20,8 +21,11 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.durable import sha256_of, write_json
 from llmrec.errors import LlmrecError
-from llmrec.experiment import leaks, leaks_alignment, leaks_rows, probes
-from llmrec.experiment.leaks import Check
+from llmrec.experiment import probes
+from llmrec.experiment.leaks import alignment as leaks_alignment
+from llmrec.experiment.leaks import checks as leaks
+from llmrec.experiment.leaks import rows as leaks_rows
+from llmrec.experiment.leaks.checks import Check
 from llmrec.experiment.resume import key_of, locked, read_stage
 from llmrec.experiment.study import Study, build_study
 from llmrec.machine import versions

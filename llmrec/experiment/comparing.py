@@ -9,7 +9,8 @@ import numpy as np
 
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned, reach
-from llmrec.experiment.evaluation import ResultRow, specs_of
+from llmrec.experiment.evaluation import ResultRow
+from llmrec.experiment.row_specs import specs_of
 from llmrec.experiment.study import Study
 from llmrec.recipe.schema import BEST_BASELINE
 from llmrec.results import Arm, Comparison, Pair, lower
@@ -64,7 +65,8 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
     """Yield what was planned before any row was seen: what ``eval.planned`` names, or the default.
 
     By default the tuned row of each family, under its scored strategy and first template, is compared with the untuned
-    row of the same strategy and template, and with each of `_rivals`.
+    row of the same strategy and template, and with each of `_rivals`; and the fusion with the tuned row, where there is
+    one, with the fusion without it.
 
     The scored strategy is a rating head where there is one, else the first that the recipe names. The base model has no
     head and is asked by the first strategy that it can answer. A row whose figure is not defined is compared with none.
@@ -81,17 +83,27 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
             yield Versus(family, metric, tuned, row)
         for rival in _rivals(own, metric):
             yield Versus(family, metric, tuned, rival)
+        yield from _added(family, metric, own)
 
 
 def _rivals(own: Sequence[ResultRow], metric: str) -> list[ResultRow]:
-    """Return the controls that a claim for the tuned model must face: the best single one.
+    """Return the controls that a claim for the tuned model must face: the best single one, and their fusion.
 
     Which one is best is seen on the very requests that it is tested on, to the control's advantage: the test is
-    conservative for a claim that the model is better, and not for one that it is worse. The best fusion of controls
-    belongs here too, as a second rival, as soon as a run has such rows.
+    conservative for a claim that the model is better, and not for one that it is worse.
     """
-    best = best_of([row for row in own if row.figures.arm == "baseline"], metric)
-    return [] if best is None else [best]
+    controls = [row for row in own if row.figures.arm == "baseline"]
+    best = best_of([row for row in controls if row.figures.fusion is None], metric)
+    return [*([] if best is None else [best]), *(row for row in controls if row.figures.fusion is not None)]
+
+
+def _added(family: str, metric: str, own: Sequence[ResultRow]) -> Iterator[Versus]:
+    """Yield the fusion with the tuned model against the same fusion without it: what the model adds."""
+    joined = [row for row in own if row.figures.fusion is not None]
+    for row in joined:
+        if row.figures.arm == "tuned":
+            yield from (Versus(family, metric, row, each) for each in joined if each.figures.arm == "baseline")
+            return
 
 
 def exploratory_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,43 @@ from llmrec.durable import Json, write_json
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import Engines
+from llmrec.experiment.fusing import (
+    FUSION,
+    NOTHING,
+    Recalled,
+    Weighing,
+    join,
+    joins_model,
+    kind_of,
+    parsed_of,
+    reads_of,
+    remembered,
+    weights_of,
+    widest,
+)
 from llmrec.experiment.resume import Bar, Budget, key_of, read_stage
+from llmrec.experiment.row_specs import (
+    RowSpec,
+    asking_of,
+    drawing,
+    inputs_of,
+    left_out,
+    nearness,
+    profile_of,
+    protocol_of,
+    specs_of,
+)
 from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background, background
-from llmrec.prompts.template import Template
 from llmrec.recipe.schema import (
     BaselineSection,
-    CandidateSection,
-    EvalSection,
 )
 from llmrec.records import Shown
 from llmrec.registry import POSITIONAL, STRATEGIES, lookup, options_of
-from llmrec.results import Arm, Calibration, Prediction, Row
+from llmrec.results import Arm, Calibration, Prediction, Reads, Row
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
-from llmrec.tasks.fewshot import BY_TEXT
-from llmrec.tasks.held_items import KIND as HELD_ITEMS
-from llmrec.tasks.pool import NEGATIVES
 from llmrec.types import Case, Predictor, Rating, Request
 
 log = logging.getLogger(__name__)
@@ -49,28 +68,12 @@ _EXAMPLES = 2
 
 @dataclass(frozen=True)
 class Made:
-    """A row as it was made: what answered, and prompts to show."""
+    """A row as it was made: what answered, prompts to show, and what was said to the users that weigh fusions."""
 
     found: Evaluated
     engine: str
     examples: tuple[Shown, ...] = ()
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """One row to be: which arm, how it asks, and of which model."""
-
-    family: str
-    arm: Arm
-    predictor: str
-    template: Template | None = None
-    shots: int = 0
-
-    @property
-    def id(self) -> str:
-        """A name that is unique in a run."""
-        parts = [self.family, self.arm, self.predictor]
-        return "/".join([*parts, self.template.name] if self.template else parts)
+    weighing: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,22 +84,7 @@ class ResultRow:
     values: Mapping[str, NDArray[np.float64]]
     records: Sequence[Prediction] = ()
     examples: Sequence[Shown] = ()
-
-
-def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
-    """Yield the rows that a study's arm will have."""
-    for family, task in study.tasks.items():
-        section = study.section(family)
-        if arm == "baseline":
-            yield from (RowSpec(task.family, arm, baseline.label) for baseline in section.baselines)
-            continue
-        if arm == "tuned" and section.weight == 0:
-            continue
-        for template in study.eval_templates(family):
-            for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
-                yield RowSpec(
-                    task.family, arm, strategy, template, study.recipe.eval.shots.k if arm == "few-shot" else 0
-                )
+    weighing: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Evaluation:
@@ -110,28 +98,37 @@ class Evaluation:
         self._quiet = quiet
         self._fitted: dict[tuple[int, str, str], Any] = {}
         self._backgrounds: dict[str, Background] = {}
+        self._weighing = Weighing(study)
 
     def baselines(self) -> list[ResultRow]:
-        """Fit and evaluate every family's classic predictors."""
+        """Fit and evaluate every family's classic predictors, and their fusion."""
         rows = []
         with self._budget.stage("baselines"):
             for family in self._study.tasks:
+                own = []
                 for baseline in self._study.section(family).baselines:
                     spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
-                    rows.append(self._row(spec, "numpy", None, partial(self._baseline, spec, baseline)))
+                    own.append(self._row(spec, "numpy", None, partial(self._baseline, spec, baseline)))
+                rows += [*own, *self._joined(RowSpec(own[0].figures.task, "baseline", FUSION), own)]
         return rows
 
-    def arms(self, weights: Mapping[Arm, tuple[str, str]], engines: Engines) -> list[ResultRow]:
+    def arms(
+        self, weights: Mapping[Arm, tuple[str, str]], engines: Engines, baselines: Sequence[ResultRow] = ()
+    ) -> list[ResultRow]:
         """Evaluate language-model arms; rows of one model and one engine run one after the other.
 
         Args:
+            baselines: What `baselines` gave, to be joined with the rows of a language model where that is asked for.
             weights: For each arm its model folder and the hash that stands for the weights in it.
             engines: Where backends come from.
         """
+        controls = {
+            family: [row for row in baselines if row.figures.task == family and row.figures.predictor != FUSION]
+            for family in self._study.tasks
+        }
+        specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
         planned = [
-            (spec, engines.engine_for(spec.predictor), *weights[arm])
-            for arm in weights
-            for spec in specs_of(self._study, arm)
+            (spec, engines.engine_for(spec.predictor), *weights[arm]) for spec, arm in specs if spec.predictor != FUSION
         ]
         # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
         order = sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
@@ -148,7 +145,34 @@ class Evaluation:
                 return made
 
             rows[spec.id] = self._row(spec, engine, engines.identity(engine, digest), make)
-        return [rows[spec.id] for spec, *_ in planned]
+        found = []
+        for place, (spec, _) in enumerate(specs):
+            # A fusion stands behind the row of a language model that it joins with the baselines.
+            before = specs[place - 1][0]
+            joined = spec.predictor == FUSION
+            found += self._joined(spec, [*controls[spec.family], rows[before.id]]) if joined else [rows[spec.id]]
+        return found
+
+    def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
+        """Return the row of a fusion, none where nobody weighs it."""
+        cases = self._weighing.cases(spec.family, model=spec.arm != "baseline")
+        able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
+        if not cases or len(able) < 2:
+            return []
+        family = family_of(spec.family)
+        model = join([part_of(row) for row in able], cases, family.answer)
+        found = self._measured(spec, model)
+        users = len({case.request.user_id for case in cases})
+        figures = Row(
+            **spec.asked,
+            engine="numpy",
+            inputs=f"what {len(able)} rows answer, weighed by {users} users of the validation split",
+            candidates=self._digest(spec.family),
+            reads=widest([row.figures.reads for row in able]),
+            fusion=weights_of(model),
+            **found.figures.as_json(),
+        )
+        return [ResultRow(figures, found.values, found.records)]
 
     def _row(
         self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], Made]
@@ -168,15 +192,10 @@ class Evaluation:
             made = make()
             found = made.found
             figures = Row(
-                id=spec.id,
-                task=spec.family,
-                arm=spec.arm,
-                predictor=spec.predictor,
-                template=spec.template.id if spec.template else None,
-                template_use=spec.template.use if spec.template else None,
-                shots=spec.shots,
+                **spec.asked,
                 engine=made.engine,
-                inputs=_inputs(spec, self._study) + _left_out(spec, self._study),
+                reads=self._reads(spec),
+                inputs=inputs_of(spec, self._study) + left_out(spec, self._study),
                 candidates=self._digest(spec.family),
                 **found.figures.as_json(),
             )
@@ -186,6 +205,7 @@ class Evaluation:
                 "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
                 "records": [record.as_json() for record in found.records],
                 "examples": [example.as_json() for example in made.examples],
+                "weighing": dict(made.weighing),
             }
             write_json(path, stored)
         else:
@@ -195,6 +215,7 @@ class Evaluation:
             {metric: np.array(numbers) for metric, numbers in stored["values"].items()},
             [Prediction.model_validate(record) for record in stored["records"]],
             [Shown.model_validate(example) for example in stored["examples"]],
+            stored["weighing"],
         )
 
     def _key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
@@ -216,15 +237,16 @@ class Evaluation:
             noun=study.task_data(spec.family).dataset.noun,
             split=recipe.eval.split,
             asking=asking_of(spec.predictor, recipe.eval) if spec.template else None,
-            profile=_profile(study, spec.family) if spec.predictor == "two-step" else None,
+            profile=profile_of(study, spec.family) if spec.predictor == "two-step" else None,
             cutoffs=recipe.eval.cutoffs,
             bootstrap=recipe.eval.bootstrap,
             cases=[case.request.id for case in self._cases[spec.family]],
             seed=recipe.seed,
             # Rows of before a column was stored have nothing to put there.
             columns=sorted(Prediction.model_fields),
-            **_nearness(spec, study),
-            **_drawing(spec, recipe.eval),
+            weighing=[case.request.id for case in self._weighers(spec)],
+            **nearness(spec, study),
+            **drawing(spec, recipe.eval),
         )
 
     def _digest(self, family: str) -> str | None:
@@ -240,9 +262,25 @@ class Evaluation:
             # Families that read the same data share it.
             where = f"tasks.{spec.family}.baselines"
             predictor = make(baseline.name, {**baseline.parameters, **options}, seed=seed, where=where)
-            predictor.fit(data)
+            predictor.fit(self._weighing.choosing(baseline.name, data))
             self._fitted[key] = predictor
-        return Made(self._evaluate(spec, self._fitted[key]), "numpy")
+        return Made(self._evaluate(spec, self._fitted[key]), "numpy", weighing=self._said(spec, self._fitted[key]))
+
+    def _weighers(self, spec: RowSpec) -> list[Case]:
+        """Return the validation cases that a row answers too, so that it can be joined with others."""
+        if spec.template is not None and not joins_model(self._study, spec.family, spec.predictor):
+            return []
+        return self._weighing.cases(spec.family, model=spec.template is not None) if spec.predictor != NOTHING else []
+
+    def _said(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
+        """Return what a row says to the users that weigh fusions, by request id."""
+        requests = [case.request for case in self._weighers(spec)]
+        return {each.request_id: remembered(each) for each in predictor.answer(requests)} if requests else {}
+
+    def _reads(self, spec: RowSpec) -> Reads:
+        if spec.template is not None:
+            return "language model"
+        return reads_of(spec.predictor.partition("(")[0])
 
     def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Made:
         assert spec.template is not None
@@ -260,25 +298,15 @@ class Evaluation:
         asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
         predictor: Strategy = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options, **asked)
         found = self._evaluate(spec, predictor, backend)
-        return Made(found, predictor.engine, self._examples(spec, predictor, found))
+        return Made(found, predictor.engine, self._examples(spec, predictor, found), self._said(spec, predictor))
 
     def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
-        family = family_of(spec.family)
-        fallback = self._user_mean() if family.answer is Rating else None
         cases = self._calibrating(spec.family)
         calibrated = Calibrated(predictor, cases) if cases else None
         # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
         # The engine's start, which falls into the first row that asks it anything, is a stage of its own.
         before = backend.recalled_seconds - backend.start_seconds if backend is not None else 0.0
-        found = evaluate(
-            calibrated or predictor,
-            self._cases[spec.family],
-            name=spec.family,
-            kind=family.answer,
-            protocol=self.protocol(spec.family),
-            fallback=fallback,
-            background=self._background(spec.family) if family.grounded else None,
-        )
+        found = self._measured(spec, calibrated or predictor)
         figures = found.figures
         if backend is not None:
             spent = (figures.cost.seconds or 0.0) + backend.recalled_seconds - backend.start_seconds - before
@@ -287,6 +315,18 @@ class Evaluation:
             curve = Calibration(n=len(cases), **asdict(calibrated.curve))
             figures = figures.model_copy(update={"calibration": curve})
         return replace(found, figures=figures)
+
+    def _measured(self, spec: RowSpec, predictor: Predictor) -> Evaluated:
+        family = family_of(spec.family)
+        return evaluate(
+            predictor,
+            self._cases[spec.family],
+            name=spec.family,
+            kind=family.answer,
+            protocol=self.protocol(spec.family),
+            fallback=self._user_mean() if family.answer is Rating else None,
+            background=self._background(spec.family) if family.grounded else None,
+        )
 
     def _background(self, family: str) -> Background:
         """What texts are held against; features where the interactions have a column of them."""
@@ -335,49 +375,15 @@ class Evaluation:
         return tuple(shown)
 
     def _progress(self, spec: RowSpec) -> Bar:
-        total = len(self._cases[spec.family]) + len(self._calibrating(spec.family))
+        total = len(self._cases[spec.family]) + len(self._calibrating(spec.family)) + len(self._weighers(spec))
         return Bar(spec.id, total, quiet=self._quiet)
 
 
-def _profile(study: Study, family: str) -> str:
-    """Return the hash of the words of a two-step ranking's first step."""
-    return study.tasks[family].profile_template.sha
-
-
-def _nearness(spec: RowSpec, study: Study) -> dict[str, str]:
-    """Return what says which items read alike, where that decides what a prompt shows."""
-    near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
-    relevant = spec.template is not None and study.section(spec.family).past == "relevant"
-    return {"encoder": study.recipe.encoder} if near or relevant else {}
-
-
-def _drawing(spec: RowSpec, section: EvalSection) -> dict[str, int]:
-    """Return what says how negatives are drawn, where solved examples or questions about positions show any."""
-    measured = section.debias == "measured" and spec.predictor in POSITIONAL
-    shows = family_of(spec.family).lists and spec.template is not None and (spec.shots or measured)
-    return {"negatives": NEGATIVES} if shows else {}
-
-
-def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
-    """Return every key of the eval section that can change a strategy's answers, with its value."""
-    measured = strategy in POSITIONAL and section.debias != "none"
-    more = {"debias": section.debias, "debias_questions": section.debias_questions} if measured else {}
-    return options_of(strategy, section) | more
-
-
-def protocol_of(study: Study, family: str) -> EvalProtocol:
-    """Return the protocol of a family's table."""
-    recipe, data, task = study.recipe, study.task_data(family), study.tasks[family]
-    return EvalProtocol(
-        split=f"{data.kind}/{recipe.eval.split}",
-        candidates=_candidates(recipe.eval.candidates, family),
-        cutoffs=recipe.eval.cutoffs,
-        resamples=recipe.eval.bootstrap,
-        seed=recipe.seed,
-        catalogue=len(data.dataset.items),
-        users=task.users_kind,
-        liked=task.liked_from,
-    )
+def part_of(row: ResultRow) -> Recalled:
+    """Return a finished row as a part of a fusion."""
+    name = row.figures.predictor
+    kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
+    return Recalled(name, row.figures.reads or "events", kind, {**row.weighing, **parsed_of(row.records)})
 
 
 def background_of(data: SplitDataset) -> Background:
@@ -394,27 +400,6 @@ def background_of(data: SplitDataset) -> Background:
     told += [(user, item, review.text) for user, item, review in reviews if review is not None]
     users, items, texts = zip(*told, strict=True)
     return background(users, items, texts, features)
-
-
-def _candidates(sets: CandidateSection, family: str) -> str:
-    if family_of(family).candidates == "items":
-        return f"{HELD_ITEMS}-{sets.count}"
-    kind = f"retrieved-{sets.retriever}" if sets.kind == "retrieved" else sets.kind
-    return "full" if kind == "catalogue" else f"{kind}-{sets.count}"
-
-
-def _left_out(spec: RowSpec, study: Study) -> str:
-    return "; trained on other families alone" if spec.arm == "tuned" and spec.family not in study.shares else ""
-
-
-def _inputs(spec: RowSpec, study: Study) -> str:
-    task = study.tasks[spec.family]
-    fitted = "; scaled by answers to the validation split" if task.calibrates else ""
-    if spec.template is not None:
-        return task.shows(spec.template, spec.shots) + fitted
-    if family_of(spec.family).candidates == "items":
-        return "the candidates"
-    return f"training interactions and the request's history{fitted}"
 
 
 def _title(item: str, family: str, study: Study) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
-from llmrec.experiment.leaks import Check
+from llmrec.experiment.leaks.checks import Check
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template, load_templates

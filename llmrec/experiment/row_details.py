@@ -20,7 +20,8 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.slices import slice_figures
-from llmrec.experiment.evaluation import ResultRow, protocol_of
+from llmrec.experiment.evaluation import ResultRow
+from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study
 from llmrec.guard import clean
 from llmrec.metrics import ranking

@@ -684,6 +684,21 @@ BEST_BASELINE = "best-baseline"
 """What `EvalSection.planned` calls a family's best control."""
 
 
+class FusionSection(Section):
+    """Rows that join others, with weights from validation users."""
+
+    controls: bool = Field(True, description="join the baselines of each family: the control that decides")
+    reserved: float = Field(
+        0.5, gt=0, lt=1, description="share of validation users that weigh, and choose no epoch of a baseline"
+    )
+    model_users: int = Field(
+        0,
+        ge=0,
+        description="of them, how many the rows of a language model answer too, to be joined with the baselines; "
+        "0: none, and such rows are not joined",
+    )
+
+
 class EvalSection(Section):
     """What is measured, on whom, and by which engine."""
 
@@ -704,6 +719,7 @@ class EvalSection(Section):
         description="pairs of row ids to test: is the first better than the second; FAMILY/best-baseline is a family's "
         "best control; None: the tuned row of each family with its untuned row and with its best control",
     )
+    fusion: FusionSection = FusionSection()
     batch: Positive = Field(64, description="requests handed to a backend at a time")
     gpu_memory: float | None = Field(
         None,

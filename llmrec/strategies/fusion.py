@@ -25,13 +25,8 @@ from llmrec.strategies.fusion_weights import (
     CELLS,
     Kind,
     Known,
-    Tried,
     Weighed,
-    Weights,
     combined,
-    folds_of,
-    forms,
-    left_out,
 )
 from llmrec.types import Answer, Case, CatalogueScorer, Ranking, Request
 
@@ -93,22 +88,7 @@ class Fusion(Weighed):
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
         """
-        users = [case.request.user_id for case in cases]
-        folds = folds_of(self.name, users)
-        known = _known(self, cases)
-        fits = forms(known, self.names)
-        values = {form: known.crossed(fit, folds) for form, fit in fits.items()}
-        self.tried = tuple(Tried(form, part, float(found.mean())) for (form, part), found in values.items())
-        best = max(self.tried, key=lambda each: each.value)
-        self.weights = fits[best.form, best.name](np.arange(len(cases)))
-        if best.form == "logit":
-            low, high = known.limits(self.weights, users)
-            self.weights = Weights("logit", self.weights.parts, self.weights.repeat, low, high)
-        if dissect and best.form != "alone":
-            self.without = tuple(
-                left_out(name, values[best.form, best.name], known.without(place).crossed_as(best.form, folds), users)
-                for place, name in enumerate(self.names)
-            )
+        self._choose(_known(self, cases), [case.request.user_id for case in cases], dissect=dissect)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return log-probabilities, shape (n, items); see `CatalogueScorer.scores`."""
@@ -144,7 +124,7 @@ class Fusion(Weighed):
     def _joined(self, raw: Sequence[NDArray[Any]], had: NDArray[np.bool_], *, hide: bool) -> NDArray[np.float64]:
         """Return log-probabilities from scores of shape (n, m) and whether the items are in the history."""
         kinds = [part.kind for part in self.parts]
-        return np.asarray(combined(self.fitted, raw, kinds, had, hide=hide), dtype=np.float64)
+        return np.asarray(combined(self.fitted, raw, kinds, had, had if hide else None), dtype=np.float64)
 
 
 def _known(fusion: Fusion, cases: Sequence[Case]) -> Known:
@@ -164,7 +144,8 @@ def _known(fusion: Fusion, cases: Sequence[Case]) -> Known:
         )
         for part in fusion.parts
     ]
-    return Known(raw, [part.kind for part in fusion.parts], had, truth, fusion.filtered)
+    out = had if fusion.filtered else None
+    return Known(raw, [part.kind for part in fusion.parts], had, truth, out, not fusion.filtered)
 
 
 def _history(fusion: Fusion, requests: Sequence[Request]) -> NDArray[np.bool_]:

@@ -113,6 +113,27 @@ class Weighed:
             raise RuntimeError(f"{self.name!r} was asked before fit() was called")
         return self.weights
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts."""
+        raise NotImplementedError
+
+    def _choose(self, known: Known, users: Sequence[str], *, dissect: bool) -> None:
+        """Keep the form of a ranking with the best cross-fitted NDCG@10, fitted to all cases."""
+        folds, fits = folds_of(self.name, users), forms(known, self.names)
+        values = {form: known.crossed(fit, folds) for form, fit in fits.items()}
+        self.tried = tuple(Tried(form, part, float(found.mean())) for (form, part), found in values.items())
+        best = max(self.tried, key=lambda each: each.value)
+        self.weights = fits[best.form, best.name](np.arange(len(users)))
+        if best.form == "logit":
+            low, high = known.limits(self.weights, users)
+            self.weights = Weights("logit", self.weights.parts, self.weights.repeat, low, high)
+        if dissect and best.form != "alone":
+            self.without = tuple(
+                left_out(name, values[best.form, best.name], known.without(place).crossed_as(best.form, folds), users)
+                for place, name in enumerate(self.names)
+            )
+
 
 def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
     """Return the fold of each case; all cases of a user have one.
@@ -149,7 +170,11 @@ def limits_of(
 
 
 def combined(
-    weights: Weights, raw: Sequence[NDArray[Any]], kinds: Sequence[Kind], had: NDArray[np.bool_], *, hide: bool
+    weights: Weights,
+    raw: Sequence[NDArray[Any]],
+    kinds: Sequence[Kind],
+    had: NDArray[np.bool_],
+    out: NDArray[np.bool_] | None,
 ) -> NDArray[np.floating[Any]]:
     """Return what a fusion says of items, higher is better, shape (n, m).
 
@@ -158,9 +183,8 @@ def combined(
         raw: Scores of each part, shape (n, m).
         kinds: How they are read.
         had: Whether an item is in the history, shape (n, m).
-        hide: Leave items of the history out of what parts are normalised over.
+        out: What is left out of what parts are normalised over, shape (n, m); None: nothing.
     """
-    out = had if hide else None
     total: NDArray[np.floating[Any]] = np.zeros(had.shape, dtype=np.float32 if weights.form == "logit" else np.float64)
     for weight, scores, kind in zip(weights.parts, raw, kinds, strict=True):
         if not weight:
@@ -223,28 +247,25 @@ class Known:
     Attributes:
         raw: Scores of each part, shape (n, items), in single precision.
         kinds: How they are read.
-        had: Whether an item is in the history, the target never where the history is filtered, shape (n, items).
+        had: Whether an item is in the history, shape (n, items).
         truth: Column of the target, shape (n,).
-        filtered: Items of the history cannot be ranked.
+        out: What cannot be ranked, shape (n, items), never the target; None: all can be.
+        repeats: Items of the history can be ranked, so that what one is worth is fitted.
     """
 
     raw: list[NDArray[np.float32]]
     kinds: list[Kind]
     had: NDArray[np.bool_]
     truth: NDArray[np.int64]
-    filtered: bool
+    out: NDArray[np.bool_] | None
+    repeats: bool
     _features: list[NDArray[np.float32]] = field(default_factory=list)
-
-    @property
-    def out(self) -> NDArray[np.bool_] | None:
-        """The items that cannot be ranked."""
-        return self.had if self.filtered else None
 
     def features(self) -> list[NDArray[np.float32]]:
         """Return the parts on a scale of logarithms, and whether an item is in the history where that can be."""
         if not self._features:
             self._features = [feature(raw, kind, self.out) for raw, kind in zip(self.raw, self.kinds, strict=True)]
-            if not self.filtered:
+            if self.repeats:
                 self._features.append(self.had.astype(np.float32))
         return self._features
 
@@ -254,7 +275,7 @@ class Known:
         """Return the same cases with one part left out."""
         features = [each for other, each in enumerate(self.features()) if other != place]
         raw, kinds = ([each for n, each in enumerate(of) if n != place] for of in (self.raw, self.kinds))
-        return Known(raw, kinds, self.had, self.truth, self.filtered, features)  # type: ignore[arg-type]
+        return Known(raw, kinds, self.had, self.truth, self.out, self.repeats, features)  # type: ignore[arg-type]
 
     def logit(self, rows: NDArray[np.int64]) -> Weights:
         """Return the weights of the conditional logit by maximum likelihood, with a small ridge penalty."""
@@ -268,7 +289,7 @@ class Known:
         start = np.full(len(features), 1.0 / len(self.raw))
         found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 100}).x / scales
         parts = tuple(float(weight) for weight in found[: len(self.raw)])
-        return Weights("logit", parts, 0.0 if self.filtered else float(found[-1]))
+        return Weights("logit", parts, float(found[-1]) if self.repeats else 0.0)
 
     def _likelihood(
         self, weights: NDArray[np.float64], rows: NDArray[np.int64], *, curvature: bool = False
@@ -290,8 +311,8 @@ class Known:
             total = np.zeros(parts[0].shape, dtype=np.float32)
             for weight, values in zip(weights, parts, strict=True):
                 total += np.float32(weight) * values
-            if self.filtered:
-                total[self.had[part]] = -np.inf
+            if self.out is not None:
+                total[self.out[part]] = -np.inf
             total -= total.max(axis=1, keepdims=True)
             chances = np.exp(total)
             sums = chances.sum(axis=1, keepdims=True)
@@ -314,7 +335,7 @@ class Known:
 
     def limits(self, weights: Weights, users: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return 95 % limits of a logit's weights, robust and clustered over users (White, Econometrica 1982)."""
-        values = np.array([*weights.parts, *([] if self.filtered else [weights.repeat])])
+        values = np.array([*weights.parts, *([weights.repeat] if self.repeats else [])])
         _, _, both = self._likelihood(values, np.arange(len(self.truth)), curvature=True)
         scores, curvature = both[: -len(values)], both[-len(values) :]
         return limits_of(values, scores, curvature, users)
@@ -326,16 +347,16 @@ class Known:
         def loss(free: NDArray[np.float64]) -> float:
             shares = _softmax(free[: own.shape[1]])
             mixed = own @ shares
-            if not self.filtered:
+            if self.repeats:
                 worth = np.exp(free[-1])
                 mixed = mixed * np.where(self.had[rows, self.truth[rows]], worth, 1.0)
                 mixed = mixed / (1 + (worth - 1) * (seen @ shares))
             return float(-np.log(np.maximum(mixed, 1e-300)).sum())
 
-        start = np.zeros(own.shape[1] + (not self.filtered))
+        start = np.zeros(own.shape[1] + self.repeats)
         found = minimize(loss, start, method="L-BFGS-B", bounds=[(-12, 12)] * len(start)).x
         shares = _softmax(found[: own.shape[1]])
-        return Weights("pool", tuple(float(each) for each in shares), 0.0 if self.filtered else float(found[-1]))
+        return Weights("pool", tuple(float(each) for each in shares), float(found[-1]) if self.repeats else 0.0)
 
     def alone(self, place: int, rows: NDArray[np.int64]) -> float:
         """Return what is added to the scores of items of the history for a part alone: nothing, or all others first."""
@@ -360,10 +381,10 @@ class Known:
         greater, tied = [], []
         for start in range(0, len(rows), block):
             part = rows[start : start + block]
-            raw, had = [each[part] for each in self.raw], self.had[part]
-            found = combined(weights, raw, self.kinds, had, hide=self.filtered)
-            if self.filtered:
-                found = np.where(had, -np.inf, found)
+            out = None if self.out is None else self.out[part]
+            found = combined(weights, [each[part] for each in self.raw], self.kinds, self.had[part], out)
+            if out is not None:
+                found = np.where(out, -np.inf, found)
             own = found[np.arange(len(part)), self.truth[part]][:, None]
             greater.append((found > own).sum(axis=1))
             tied.append((found == own).sum(axis=1))
@@ -404,7 +425,7 @@ def forms(known: Known, names: Sequence[str]) -> dict[tuple[Form, str], Fit]:
 
     def alone(place: int, rows: NDArray[np.int64]) -> Weights:
         weights = tuple(float(place == each) for each in range(len(names)))
-        return Weights("alone", weights, 0.0 if known.filtered else known.alone(place, rows))
+        return Weights("alone", weights, known.alone(place, rows) if known.repeats else 0.0)
 
     parts = {("alone", name): partial(alone, place) for place, name in enumerate(names)}
     return {("logit", "logit"): known.logit, ("pool", "pool"): known.pool, **parts}  # type: ignore[dict-item]

@@ -25,7 +25,7 @@ from llmrec.commands.init.roles import Asked, asked
 from llmrec.commands.init.start import init
 from llmrec.data.reading.text import Table
 from llmrec.errors import LlmrecError
-from llmrec.experiment.leaks_rows import questions
+from llmrec.experiment.leaks.rows import questions
 from llmrec.experiment.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns

@@ -14,7 +14,8 @@ import pytest
 from llmrec import pipeline
 from llmrec.data.candidates import CandidateSets
 from llmrec.errors import RecipeError
-from llmrec.experiment import audit, leaks_alignment
+from llmrec.experiment import audit
+from llmrec.experiment.leaks import alignment as leaks_alignment
 from llmrec.experiment.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
@@ -190,7 +191,7 @@ def test_the_audit_finds_what_is_planted(study: Study) -> None:
 
 
 def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -> None:
-    from llmrec.experiment.leaks_rows import questions
+    from llmrec.experiment.leaks.rows import questions
 
     task: Any = study.tasks["alignment"]
     truth = {case.request.id: str(case.truth) for case in task.cases("test")}
@@ -271,7 +272,7 @@ def test_a_model_card_can_show_a_question(done: tuple[Recipe, pipeline.Run]) -> 
 @pytest.mark.parametrize("form", ["title", "code"])
 @pytest.mark.parametrize("name", ["titles-to-code", "codes-to-title"])
 def test_the_audit_reads_both_forms_where_a_template_writes_both(name: str, form: str) -> None:
-    from llmrec.experiment.leaks_rows import questions, training_rows
+    from llmrec.experiment.leaks.rows import questions, training_rows
 
     study = build_study(recipe("none", f"tasks.sequential.templates=[{name}]", "tasks.alignment=null"))
     task, index = study.tasks["sequential"], study.index

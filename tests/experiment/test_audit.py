@@ -20,9 +20,10 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
-from llmrec.experiment import audit, leaks_rows, probes
-from llmrec.experiment.leaks import Check, _ordered, redrawn
-from llmrec.experiment.leaks_rows import _Secrets
+from llmrec.experiment import audit, probes
+from llmrec.experiment.leaks import rows as leaks_rows
+from llmrec.experiment.leaks.checks import Check, _ordered, redrawn
+from llmrec.experiment.leaks.rows import _Secrets
 from llmrec.experiment.study import Study, _tasks, build_study
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe

@@ -10,7 +10,8 @@ import pytest
 from llmrec.errors import RecipeError
 from llmrec.evaluate.figures import statistic_of
 from llmrec.experiment.comparing import compare_rows, planned_of, refuse_unknown
-from llmrec.experiment.evaluation import ResultRow, RowSpec, specs_of
+from llmrec.experiment.evaluation import ResultRow
+from llmrec.experiment.row_specs import RowSpec, specs_of
 from llmrec.experiment.study import Study, build_study
 from llmrec.metrics.multiple import holm
 from llmrec.recipe.load import load_recipe

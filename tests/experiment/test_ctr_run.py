@@ -15,10 +15,11 @@ import pytest
 
 from llmrec import pipeline
 from llmrec.errors import RecipeError
-from llmrec.experiment.evaluation import Evaluation, RowSpec
-from llmrec.experiment.leaks import training_interactions
-from llmrec.experiment.leaks_rows import training_rows
+from llmrec.experiment.evaluation import Evaluation
+from llmrec.experiment.leaks.checks import training_interactions
+from llmrec.experiment.leaks.rows import training_rows
 from llmrec.experiment.resume import Budget
+from llmrec.experiment.row_specs import RowSpec
 from llmrec.experiment.study import Study, build_study
 from llmrec.experiment.training import plan_training, training_key
 from llmrec.recipe.load import load_recipe

@@ -15,7 +15,7 @@ from llmrec.commands.compare.suite import run_suite
 from llmrec.data.hashing import hash64
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError, LlmrecError
-from llmrec.experiment.leaks import training_interactions
+from llmrec.experiment.leaks.checks import training_interactions
 from llmrec.experiment.study import build_study
 from llmrec.pipeline import run
 from llmrec.recipe.comparisons import Suite

@@ -15,7 +15,9 @@ from llmrec.commands.export import export
 from llmrec.commands.rank.run import rank_file
 from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.experiment import audit, leaks, leaks_rows
+from llmrec.experiment import audit
+from llmrec.experiment.leaks import checks as leaks
+from llmrec.experiment.leaks import rows as leaks_rows
 from llmrec.experiment.study import build_study
 from llmrec.index.numbers import SequentialNumbers
 from llmrec.index.table import ItemIndex, build

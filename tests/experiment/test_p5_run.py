@@ -18,7 +18,7 @@ from llmrec.commands.show.estimate import eval_tokens
 from llmrec.data.requests import read_request
 from llmrec.errors import RecipeError
 from llmrec.experiment import bundle
-from llmrec.experiment.leaks_rows import questions, training_rows
+from llmrec.experiment.leaks.rows import questions, training_rows
 from llmrec.experiment.study import Study, build_study, encoder_of
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.prompts.template import load_templates

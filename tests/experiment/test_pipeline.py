@@ -151,8 +151,9 @@ def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) ->
     from llmrec.backends.answers import AnswerStore
     from llmrec.backends.encode import Encoder
     from llmrec.experiment.engines import Engines
-    from llmrec.experiment.evaluation import Evaluation, RowSpec
+    from llmrec.experiment.evaluation import Evaluation
     from llmrec.experiment.resume import Budget
+    from llmrec.experiment.row_specs import RowSpec
     from llmrec.experiment.study import build_study
     from llmrec.models.load import load_tokenizer
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llmrec import pipeline
-from llmrec.experiment.leaks import profiles
-from llmrec.experiment.leaks_rows import _Secrets, questions, shots, training_rows
+from llmrec.experiment.leaks.checks import profiles
+from llmrec.experiment.leaks.rows import _Secrets, questions, shots, training_rows
 from llmrec.experiment.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe

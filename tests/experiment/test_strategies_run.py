@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmrec import pipeline
-from llmrec.experiment.evaluation import asking_of
+from llmrec.experiment.row_specs import asking_of
 from llmrec.experiment.study import build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from llmrec.errors import DataError, RecipeError
-from llmrec.experiment.evaluation import Evaluation, ResultRow, RowSpec
+from llmrec.experiment.evaluation import Evaluation, ResultRow
 from llmrec.experiment.resume import Budget
+from llmrec.experiment.row_specs import RowSpec
 from llmrec.experiment.study import Study, build_study
 from llmrec.experiment.training import training_key
 from llmrec.recipe.load import dump, load_recipe, recipe_hash

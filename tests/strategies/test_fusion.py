@@ -199,8 +199,8 @@ def test_scores_do_not_depend_on_what_else_is_asked() -> None:
     one, two = rng.normal(0, 1, (6, 40)), rng.random((6, 40))
     had = rng.random((6, 40)) < 0.1
     for weights in (Weights("logit", (0.7, 0.4), -2.0), Weights("pool", (0.6, 0.4), -2.0)):
-        whole = combined(weights, [one, two], ["logits", "counts"], had, hide=False)
-        alone = combined(weights, [one[2:3], two[2:3]], ["logits", "counts"], had[2:3], hide=False)
+        whole = combined(weights, [one, two], ["logits", "counts"], had, None)
+        alone = combined(weights, [one[2:3], two[2:3]], ["logits", "counts"], had[2:3], None)
         assert np.array_equal(whole[2:3], alone)
 
 

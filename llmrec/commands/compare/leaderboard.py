@@ -13,14 +13,14 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmrec.commands.compare.records import Reads, SuitePair, SuiteProtocol, SuiteResult, retested
+from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
 from llmrec.commands.compare.wording import drawn, planned_line, planned_note, standing
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, UNDEFINED, difference, undefined_lines
 from llmrec.resources import resource
-from llmrec.results import Figure, lower
+from llmrec.results import Figure, Reads, lower
 
 _HEAD = """# Leaderboard
 

@@ -6,22 +6,17 @@ As in `llmrec.results`, keys that no record has are ignored, and what later vers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from pydantic import Field
 
 from llmrec.metrics.multiple import ALPHA, at_most, holm
 from llmrec.records import DataInfo, Number, Record
-from llmrec.results import Fact, Figure, Pair
+from llmrec.results import Fact, Figure, FusionWeights, Pair, Reads
 
 AnyPair = TypeVar("AnyPair", bound=Pair)
 Setting = str | bool | int | float | list[float] | list[str] | None
 """A parameter of a row."""
-
-
-Reads = Literal["events", "texts", "language model"]
-"""What a row knows items by: events of users alone; texts too, through a fixed encoder that learned nothing from these
-data; or through a language model whose pretrained weights were tuned on them."""
 
 
 class Trial(Record):
@@ -35,39 +30,6 @@ class Trial(Record):
     parameters: dict[str, Setting]
     values: dict[str, Number] = Field(default_factory=dict)
     value: Number = None
-
-
-class PartWeight(Record):
-    """The weight of a part of a fusion, with 95 % limits over users where it has any.
-
-    Attributes:
-        loss: What the cross-fitted validation figure loses without the part; see
-            `llmrec.strategies.fusion_weights.Without`. None where the fusion is one part alone.
-        loss_low: Its 95 % limit over users.
-        loss_high: As ``loss_low``.
-    """
-
-    name: str
-    weight: Number
-    low: Number = None
-    high: Number = None
-    loss: Number = None
-    loss_low: Number = None
-    loss_high: Number = None
-
-
-class FusionWeights(Record):
-    """What a fusion was fitted to with the first seed.
-
-    Attributes:
-        form: ``logit``, ``pool`` or ``alone``; see `llmrec.strategies.fusion`.
-        parts: One a part.
-        repeat: Logarithm of what an item of the history is worth beside another; None where none can be ranked.
-    """
-
-    form: str
-    parts: tuple[PartWeight, ...]
-    repeat: Number = None
 
 
 class Table(Record):

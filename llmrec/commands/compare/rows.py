@@ -13,9 +13,7 @@ import numpy as np
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned, fitted
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
-from llmrec.commands.compare.records import Reads
-from llmrec.data.hashing import hash64
-from llmrec.data.split import SplitDataset, scale_of, threshold
+from llmrec.data.split import SplitDataset, halves, scale_of, threshold
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.experiment.engines import Engines
@@ -26,6 +24,7 @@ from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, SemanticIndex
 from llmrec.registry import BASELINES, lookup
+from llmrec.results import Reads
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.blend import Blend
 from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
@@ -158,10 +157,7 @@ class SuiteModels:
     def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
         """Return a split with the validation rows of the users that choose, and with those of users that weigh."""
         if data.fingerprint not in self._split:
-            users = data.valid["user_id"].to_list()
-            weighs = hash64("reserved", data.seed, users) < np.uint64(self.suite.reserved * 2**64)
-            parts = (data.valid.filter(~weighs), data.valid.filter(weighs))
-            self._split[data.fingerprint] = (replace(data, valid=parts[0]), replace(data, valid=parts[1]))
+            self._split[data.fingerprint] = halves(data, self.suite.reserved)
         return self._split[data.fingerprint]
 
     def background(self, data: SplitDataset) -> Background:

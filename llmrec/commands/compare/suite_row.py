@@ -20,7 +20,7 @@ import psutil
 from llmrec.baselines.tuning.search import Grid
 from llmrec.baselines.tuning.tune import Choice, Tuned, tune
 from llmrec.baselines.tuning.tune import Trial as Tried
-from llmrec.commands.compare.records import FusionWeights, PartWeight, SuiteLine, Table, Trial
+from llmrec.commands.compare.records import SuiteLine, Table, Trial
 from llmrec.commands.compare.rows import SuiteModels, family
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.durable import write_json
@@ -30,12 +30,11 @@ from llmrec.evaluate.compare import over_runs
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, evaluate
+from llmrec.experiment.fusing import weights_of
 from llmrec.experiment.resume import Bar, read_stage
 from llmrec.metrics.significance import over_seeds
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.registry import BASELINES, lookup
-from llmrec.strategies.blend import Blend
-from llmrec.strategies.fusion import Fusion
 from llmrec.types import Case, Interaction, Probability, Rating
 
 # What the one table of these tasks is called; rankings have one for each treatment of the history.
@@ -107,7 +106,7 @@ def make_row(
     tables = {}
     for name, choice in tuned.choices.items():
         table = _table([run[name] for run in runs], [run[name] for run in (runs[0], *others)])
-        chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": _weights(choice.model)}
+        chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": weights_of(choice.model)}
         tables[name] = table.model_copy(update=chosen)
     line = SuiteLine(
         name=row.label,
@@ -121,21 +120,6 @@ def make_row(
         memory_gb=round(memory[0] / 2**30, 2),
     )
     return Done(line, {seen: _values([run[seen] for run in runs]) for seen in tables})
-
-
-def _weights(model: Any) -> FusionWeights | None:
-    """Return the weights of a fusion, None of any other model."""
-    if not isinstance(model, Fusion | Blend):
-        return None
-    found = model.fitted
-    low, high = found.low or (None,) * len(found.parts), found.high or (None,) * len(found.parts)
-    losses = {each.name: {"loss": each.loss, "loss_low": each.low, "loss_high": each.high} for each in model.without}
-    parts = [
-        PartWeight(name=name, weight=weight, low=least, high=most, **losses.get(name, {}))
-        for name, weight, least, most in zip(model.names, found.parts, low, high, strict=False)
-    ]
-    repeat = found.repeat if isinstance(model, Fusion) and not model.filtered else None
-    return FusionWeights(form=found.form, parts=tuple(parts), repeat=repeat)
 
 
 def grid_of(suite: Suite, row: SuiteRow) -> Grid:

@@ -15,7 +15,7 @@ from itertools import count as numbers
 from itertools import islice, zip_longest
 
 from llmrec.data.split import SplitDataset
-from llmrec.experiment.leaks import Check, redrawn, verdict
+from llmrec.experiment.leaks.checks import Check, redrawn, verdict
 from llmrec.experiment.study import Study, build_task
 from llmrec.experiment.told import NAMED
 from llmrec.index.table import ItemIndex

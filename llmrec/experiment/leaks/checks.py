@@ -2,7 +2,7 @@
 
 Every check reads what the run really used (drawn sets, stored answers), not what the code that made it promises. A
 check returns what it found; nothing here repairs anything. What is rendered is looked at in
-`llmrec.experiment.leaks_rows`.
+`llmrec.experiment.leaks.rows`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 
-from llmrec.experiment.leaks import Check, verdict
+from llmrec.experiment.leaks.checks import Check, verdict
 from llmrec.experiment.study import Study
 from llmrec.guard import clean, without_item_tokens
 from llmrec.index.titles import shown

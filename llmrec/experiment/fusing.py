@@ -1,0 +1,203 @@
+"""Rows that join others: the parts answer validation users too, and what they say there weighs them.
+
+The mathematics is in `llmrec.strategies`: `CandidateFusion` for rankings, `Blend` for ratings and yes/no answers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+from llmrec.baselines.neural import NeuralConfig
+from llmrec.baselines.retrieve import retrieve
+from llmrec.data.candidates import draw
+from llmrec.data.split import SplitDataset, halves
+from llmrec.durable import Json
+from llmrec.experiment.study import Study, build_task
+from llmrec.registry import BASELINES, lookup
+from llmrec.results import FusionWeights, PartWeight, Prediction, Reads
+from llmrec.strategies.blend import Blend
+from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
+from llmrec.strategies.fusion import Fusion
+from llmrec.strategies.fusion_weights import FOLDS, Kind, Weights
+from llmrec.tasks.family import family_of
+from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Unparsed
+
+log = logging.getLogger(__name__)
+
+FUSION = "fusion"
+"""What the row of a fusion is called."""
+
+NOTHING = "random"
+"""The baseline that knows nothing and is no part of a fusion."""
+
+
+def fusible(study: Study, family: str) -> bool:
+    """Whether the baselines of a family are to be joined: two or more that say something, judged by other users."""
+    own, section = family_of(family), study.recipe.eval
+    parts = [each for each in study.section(family).baselines if each.name != NOTHING]
+    able = own.ranks_for_users or own.answer in (Rating, Probability)
+    return able and section.fusion.controls and len(parts) >= 2 and section.split == "test"
+
+
+def joins_model(study: Study, family: str, strategy: str) -> bool:
+    """Whether the rows of a language model under a strategy are joined with the baselines of the family."""
+    first = ("head", study.section(family).strategies[0])
+    return study.recipe.eval.fusion.model_users > 0 and strategy in first and fusible(study, family)
+
+
+class Weighing:
+    """The validation users of a study who weigh its fusions, and what its rows answer them."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._cases: dict[str, list[Case]] = {}
+        self._choosing: dict[int, SplitDataset] = {}
+
+    def cases(self, family: str, *, model: bool = False) -> list[Case]:
+        """Return the cases that weigh a family's fusion; none where it has no fusion.
+
+        A fusion needs validation users who are not evaluated, and two baselines that say something.
+
+        Args:
+            family: A chosen family.
+            model: Those that the rows of a language model answer too, the first ones.
+        """
+        if family not in self._cases:
+            self._cases[family] = self._drawn(family)
+        most = self._study.recipe.eval.fusion.model_users if model else None
+        return _of_first_users(self._cases[family], most)
+
+    def choosing(self, name: str, data: SplitDataset) -> SplitDataset:
+        """Return what a baseline is fitted on: one that chooses its epoch does so without the users that weigh."""
+        if not self._study.recipe.eval.fusion.controls or not issubclass(
+            lookup(BASELINES, name, "baseline").Config, NeuralConfig
+        ):
+            return data
+        if id(data) not in self._choosing:
+            self._choosing[id(data)] = halves(data, self._study.recipe.eval.fusion.reserved)[0]
+        return self._choosing[id(data)]
+
+    def _drawn(self, family: str) -> list[Case]:
+        study, section, own = self._study, self._study.recipe.eval.fusion, family_of(family)
+        if not fusible(study, family):
+            return []
+        data = study.task_data(family)
+        task = study.tasks[family]
+        if own.ranks_for_users and study.candidates is not None:
+            make = retrieve if study.recipe.eval.candidates.kind == "retrieved" else draw
+            sets = make(study.data, "valid", study.recipe.eval.candidates, seed=study.recipe.seed)
+            asked = replace(study, candidates=sets)
+            task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
+        weigh = set(halves(data, section.reserved)[1].valid["user_id"].to_list()) - study.set_aside(family)
+        cases = [case for case in task.cases("valid") if case.request.user_id in weigh]
+        found = len({case.request.user_id for case in cases})
+        if found < 2 * FOLDS:
+            log.warning(
+                "%s: no fusion of the baselines, which needs %d validation users to weigh it; there are %d",
+                *(family, 2 * FOLDS, found),
+            )
+            return []
+        return cases
+
+
+@dataclass
+class Recalled:
+    """A part of a fusion that gives the answers which it gave before.
+
+    Attributes:
+        name: In tables.
+        reads: What it knows items by.
+        kind: How the scores of its rankings are read.
+        said: What was parsed of its answers, by request id; see `remembered`.
+    """
+
+    name: str
+    reads: Reads
+    kind: Kind
+    said: Mapping[str, Any] = field(repr=False)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Return the answers; one that could not be read stays unread."""
+        return [_answer(request.id, self.said[request.id]) for request in requests]
+
+
+def remembered(answer: Answer) -> Json:
+    """Return what a part said, as it stands in files: items with scores, a number, or None."""
+    if isinstance(answer, Ranking):
+        return {"items": list(answer.items), "scores": [float(score) for score in answer.scores]}
+    return answer.value if isinstance(answer, Rating | Probability) else None
+
+
+def _answer(request: str, said: Any) -> Answer:
+    if isinstance(said, dict):
+        return Ranking(request_id=request, items=tuple(said["items"]), scores=tuple(said["scores"]))
+    if said is None:
+        return Unparsed(request_id=request, reason="the part gave no answer that could be read")
+    return Rating(request_id=request, value=float(said))
+
+
+def join(parts: Sequence[Recalled], cases: Sequence[Case], answer: type[Answer]) -> CandidateFusion | Blend:
+    """Fit a fusion of parts to the cases that weigh it.
+
+    Args:
+        parts: Two or more, each with answers to all cases.
+        cases: Validation cases; of yes/no answers with 1 or 0 as truth.
+        answer: What the family answers with.
+    """
+    found: CandidateFusion | Blend
+    if answer is Ranking:
+        found = CandidateFusion(FUSION, [Voice(part.name, part, part.kind) for part in parts])
+    else:
+        found = Blend(FUSION, [(part.name, part) for part in parts], judges=answer is Probability)
+    found.fit(cases, dissect=True)
+    return found
+
+
+def weights_of(model: Any) -> FusionWeights | None:
+    """Return the weights of a fusion as records have them, None of any other model."""
+    if not isinstance(model, Fusion | CandidateFusion | Blend):
+        return None
+    found = model.fitted
+    low, high = found.low or (None,) * len(found.parts), found.high or (None,) * len(found.parts)
+    losses = {each.name: {"loss": each.loss, "loss_low": each.low, "loss_high": each.high} for each in model.without}
+    parts = [
+        PartWeight(name=name, weight=weight, low=least, high=most, **losses.get(name, {}))
+        for name, weight, least, most in zip(model.names, found.parts, low, high, strict=False)
+    ]
+    return FusionWeights(form=found.form, parts=tuple(parts), repeat=found.repeat or None)
+
+
+def weights_from(record: FusionWeights) -> Weights:
+    """Return the weights of a fusion of rankings from its record."""
+    parts = tuple(float(part.weight or 0.0) for part in record.parts)
+    return Weights(record.form, parts, record.repeat or 0.0)  # type: ignore[arg-type]
+
+
+def widest(reads: Sequence[Reads | None]) -> Reads:
+    """Return what a joined row knows items by: what any of its parts does."""
+    order = get_args(Reads)
+    return max((each or order[0] for each in reads), key=order.index)
+
+
+def kind_of(baseline: str) -> Kind:
+    """Return how the scores of a baseline are read."""
+    return lookup(BASELINES, baseline, "baseline").SCORES  # type: ignore[no-any-return]
+
+
+def reads_of(baseline: str) -> Reads:
+    """Return what a baseline knows items by."""
+    return lookup(BASELINES, baseline, "baseline").READS  # type: ignore[no-any-return]
+
+
+def parsed_of(records: Sequence[Prediction]) -> dict[str, Json]:
+    """Return what was parsed of stored answers, by request id."""
+    return {record.request_id: json.loads(record.parsed) for record in records}
+
+
+def _of_first_users(cases: Sequence[Case], most: int | None) -> list[Case]:
+    users = set(list(dict.fromkeys(case.request.user_id for case in cases))[:most])
+    return [case for case in cases if case.request.user_id in users]

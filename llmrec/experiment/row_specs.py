@@ -1,0 +1,133 @@
+"""What rows a study has, and what of its recipe bears on each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmrec.durable import Json
+from llmrec.evaluate.figures import EvalProtocol
+from llmrec.experiment.fusing import FUSION, fusible, joins_model
+from llmrec.experiment.study import Study
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import CandidateSection, EvalSection
+from llmrec.registry import POSITIONAL, options_of
+from llmrec.results import Arm
+from llmrec.tasks.family import family_of
+from llmrec.tasks.fewshot import BY_TEXT
+from llmrec.tasks.held_items import KIND as HELD_ITEMS
+from llmrec.tasks.pool import NEGATIVES
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row to be: which arm, how it asks, and of which model."""
+
+    family: str
+    arm: Arm
+    predictor: str
+    template: Template | None = None
+    shots: int = 0
+
+    @property
+    def id(self) -> str:
+        """A name that is unique in a run."""
+        parts = [self.family, self.arm, self.predictor]
+        return "/".join([*parts, self.template.name] if self.template else parts)
+
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """What its record says of how it asks."""
+        return {
+            "id": self.id,
+            "task": self.family,
+            "arm": self.arm,
+            "predictor": self.predictor,
+            "template": self.template.id if self.template else None,
+            "template_use": self.template.use if self.template else None,
+            "shots": self.shots,
+        }
+
+
+def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
+    """Yield the rows that a study's arm will have."""
+    for family, task in study.tasks.items():
+        section = study.section(family)
+        if arm == "baseline":
+            yield from (RowSpec(task.family, arm, baseline.label) for baseline in section.baselines)
+            if fusible(study, family):
+                yield RowSpec(task.family, arm, FUSION)
+            continue
+        if arm == "tuned" and section.weight == 0:
+            continue
+        for template in study.eval_templates(family):
+            for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
+                shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
+                yield RowSpec(task.family, arm, strategy, template, shots)
+                if joins_model(study, family, strategy):
+                    yield RowSpec(task.family, arm, FUSION, template, shots)
+
+
+def profile_of(study: Study, family: str) -> str:
+    """Return the hash of the words of a two-step ranking's first step."""
+    return study.tasks[family].profile_template.sha
+
+
+def nearness(spec: RowSpec, study: Study) -> dict[str, str]:
+    """Return what says which items read alike, where that decides what a prompt shows."""
+    near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
+    relevant = spec.template is not None and study.section(spec.family).past == "relevant"
+    return {"encoder": study.recipe.encoder} if near or relevant else {}
+
+
+def drawing(spec: RowSpec, section: EvalSection) -> dict[str, int]:
+    """Return what says how negatives are drawn, where solved examples or questions about positions show any."""
+    measured = section.debias == "measured" and spec.predictor in POSITIONAL
+    shows = family_of(spec.family).lists and spec.template is not None and (spec.shots or measured)
+    return {"negatives": NEGATIVES} if shows else {}
+
+
+def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
+    """Return every key of the eval section that can change a strategy's answers, with its value."""
+    measured = strategy in POSITIONAL and section.debias != "none"
+    more = {"debias": section.debias, "debias_questions": section.debias_questions} if measured else {}
+    return options_of(strategy, section) | more
+
+
+def protocol_of(study: Study, family: str) -> EvalProtocol:
+    """Return the protocol of a family's table."""
+    recipe, data, task = study.recipe, study.task_data(family), study.tasks[family]
+    return EvalProtocol(
+        split=f"{data.kind}/{recipe.eval.split}",
+        candidates=_candidates(recipe.eval.candidates, family),
+        cutoffs=recipe.eval.cutoffs,
+        resamples=recipe.eval.bootstrap,
+        seed=recipe.seed,
+        catalogue=len(data.dataset.items),
+        users=task.users_kind,
+        liked=task.liked_from,
+    )
+
+
+def _candidates(sets: CandidateSection, family: str) -> str:
+    if family_of(family).candidates == "items":
+        return f"{HELD_ITEMS}-{sets.count}"
+    kind = f"retrieved-{sets.retriever}" if sets.kind == "retrieved" else sets.kind
+    return "full" if kind == "catalogue" else f"{kind}-{sets.count}"
+
+
+def left_out(spec: RowSpec, study: Study) -> str:
+    """Say that a family was no part of training, where it was not."""
+    return "; trained on other families alone" if spec.arm == "tuned" and spec.family not in study.shares else ""
+
+
+def inputs_of(spec: RowSpec, study: Study) -> str:
+    """Say what a row was given."""
+    task = study.tasks[spec.family]
+    fitted = "; scaled by answers to the validation split" if task.calibrates else ""
+    if spec.template is not None:
+        return task.shows(spec.template, spec.shots) + fitted
+    if family_of(spec.family).candidates == "items":
+        return "the candidates"
+    return f"training interactions and the request's history{fitted}"
