@@ -15,7 +15,7 @@ from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_text
 from llmrec.errors import MissingExtra, RecipeError, require
-from llmrec.experiment import audit, index_report
+from llmrec.experiment import audit, fused, index_report
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
@@ -145,6 +145,7 @@ class Session:
             model = {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
         else:
             model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
+        fused.write(self.study, rows, self.folder)
         return rows, write_results(self.study, rows, training, model, self.budget, self.folder)
 
     def audit(self, written: Written) -> tuple[AuditLine, ...]:

@@ -38,6 +38,13 @@ def check_choices(options: RecommenderOptions) -> None:
             kind="contradiction",
             column="--retrieve",
         )
+    if options.whole and options.fuse != "none":
+        raise RecipeError(
+            "--candidates all is answered by a search of the model alone, and --fuse joins rankings of candidates; "
+            "give each request its own, or have them found with --retrieve",
+            kind="contradiction",
+            column="--fuse",
+        )
     if options.whole and options.backend == "openai":
         raise RecipeError(
             "--backend openai: a server does not search; rank --candidates all with --backend hf or vllm",

@@ -64,6 +64,13 @@ class RecommenderOptions:
         str | None, About(metavar="NAME", help="A recommender that finds candidates for requests without.")
     ] = None
     k: Annotated[int, About(least=1, help="With --retrieve: candidates a request.")] = 20
+    fuse: Annotated[
+        str,
+        About(
+            choices=("none", "model", "baselines"),
+            help="Join the model with the run's baselines, or rank by those alone, as the run weighed them.",
+        ),
+    ] = "none"
     rationale: Annotated[
         int, About(metavar="N", least=0, help="Also write a sentence on why, for the first N items.")
     ] = 0

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmrec.answering.catalogue import CatalogueRanking
 from llmrec.answering.checks import check_choices, engine_section, strategy_of
+from llmrec.answering.fused import Fuser, fusion_of
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.rationales import TOKENS, Reasoner, Reasons, rationale_template
 from llmrec.answering.requests import catalogue, notes_of, rank_requests
@@ -80,6 +81,7 @@ class Recommender:
         store: Where answers are remembered; None: nowhere.
         budget: Where seconds are booked, by stage.
         whole: Ranks the whole catalogue, where that is asked.
+        fuser: Joins the model with the baselines of its run, where that is asked.
         retriever: Finds candidates for requests without, where that is asked.
         reasoner: Writes rationales, where they are asked for.
     """
@@ -95,6 +97,7 @@ class Recommender:
     store: AnswerStore | None
     budget: Budget
     whole: CatalogueRanking | None
+    fuser: Fuser | None
     retriever: Retriever | None
     reasoner: Reasoner | None
     _lock: Lock = field(default_factory=Lock)
@@ -129,7 +132,9 @@ class Recommender:
             strategy=strategy_of(options),
             settings=options.settings,
         )
+        fused = None if options.fuse == "none" else fusion_of(bundle, way, options.fuse)
         items, retriever = _items(options, bundle)
+        fuser = None if fused is None else Fuser(fused, training_data(bundle, "--fuse"))
         encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=_window(options, bundle))
         reasoner = None
         if options.rationale:
@@ -148,7 +153,20 @@ class Recommender:
         # A server answers with weights of its own; the folder gives the tokenizer alone.
         weights = "" if engine == "openai" else weights_stamp(bundle.folder)
         return cls(
-            options, bundle, way, items, encoder, engines, engine, weights, answers, budget, whole, retriever, reasoner
+            options,
+            bundle,
+            way,
+            items,
+            encoder,
+            engines,
+            engine,
+            weights,
+            answers,
+            budget,
+            whole,
+            fuser,
+            retriever,
+            reasoner,
         )
 
     @property
@@ -168,6 +186,7 @@ class Recommender:
             "top": options.top,
             "batch": options.batch,
             "whole": (options.beams, options.exact) if options.whole else None,
+            "fused": self.fuser.identity if self.fuser else None,
             "retrieved": self.retriever.identity if self.retriever else None,
             "rationale": (reasoner.template.sha, reasoner.first, TOKENS) if reasoner else None,
         }
@@ -219,16 +238,29 @@ class Recommender:
             asked = [self._fitting(request) for request in self._retrieved(requests)]
             able = [request for request in asked if isinstance(request, RankRequest)]
             advance(len(asked) - len(able))
-            backend = self.engines.get(self.engine, self.bundle.folder, self.weights)
-            # What a killed run had asked already costs what it cost then.
-            before = backend.recalled_seconds
-            ranked = self._ranked(able, backend, advance)
-            self.budget.add("ranking", backend.recalled_seconds - before)
-            found = iter(zip(ranked, self._reasons(able, ranked, backend), strict=True))
+            if self.fuser is not None and not self.fuser.asks_model and self.reasoner is None:
+                ranked = self.fuser.join(able, None)
+                advance(len(able))
+                found = iter([(each, Reasons()) for each in ranked])
+            else:
+                found = iter(self._with_model(able, advance))
         return [
             Answered(answer=each) if isinstance(each, Unparsed) else self._answered(each, *next(found))
             for each in asked
         ]
+
+    def _with_model(
+        self, requests: Sequence[RankRequest], advance: Callable[[int], None]
+    ) -> list[tuple[Ranking | Unparsed, Reasons]]:
+        backend = self.engines.get(self.engine, self.bundle.folder, self.weights)
+        # What a killed run had asked already costs what it cost then.
+        before = backend.recalled_seconds
+        ranked = self._ranked(requests, backend, advance)
+        self.budget.add("ranking", backend.recalled_seconds - before)
+        if self.fuser is not None:
+            with self.budget.stage("fusing"):
+                ranked = self.fuser.join(requests, ranked)
+        return list(zip(ranked, self._reasons(requests, ranked, backend), strict=True))
 
     def close(self) -> None:
         """Stop the engine and close the store."""

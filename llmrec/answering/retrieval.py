@@ -4,46 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
+from llmrec.answering.naming import Naming
 from llmrec.answering.questions import NOBODY
 from llmrec.baselines.retrieve import best, shuffled
-from llmrec.data.requests import Past, RankRequest
+from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.study import load_tables
-from llmrec.prompts.template import clean
 from llmrec.recipe.load import load_recipe
 from llmrec.registry import BASELINES, lookup
-from llmrec.types import CatalogueScorer, Event, Item, Request
+from llmrec.types import CatalogueScorer, Item, Request
 
 # What retrieves where nothing in the history is known: it needs no history.
 _FALLBACK = "popularity"
 _NAMED = 3
 
 
-def training_data(bundle: Bundle) -> SplitDataset:
+def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
     """Return a run's data as its training saw it.
+
+    Args:
+        bundle: The model.
+        option: What learns from them, for messages.
 
     Raises:
         DataError: If the model is no run, or its data cannot be read.
     """
     if bundle.run is None:
         raise DataError(
-            f"--retrieve learns from the interactions of a run, and {bundle.folder} carries none; name the run folder "
+            f"{option} learns from the interactions of a run, and {bundle.folder} carries none; name the run folder "
             "with --model, or give each request its candidates",
             kind="unsupported",
             at=bundle.folder,
-            column="--retrieve",
+            column=option,
         )
     recipe = load_recipe(str(bundle.run / "recipe.yaml"))
     try:
         return load_tables(recipe)[0]
     except DataError as error:
         raise DataError(
-            f"{error}. This is the data of the run {bundle.run}, which --retrieve learns from",
+            f"{error}. This is the data of the run {bundle.run}, which {option} learns from",
             kind=error.kind,
             at=error.place,
             column=error.column,
@@ -64,6 +67,7 @@ class Retriever:
     def __init__(self, name: str, data: SplitDataset, items: Mapping[str, Item], *, count: int, seed: int) -> None:
         self.name, self.count = name, count
         self._data, self._items, self._seed = data, items, seed
+        self._naming = Naming(data)
         self._models: dict[str, CatalogueScorer] = {}
 
     @property
@@ -77,7 +81,7 @@ class Retriever:
         Items of the history are left out, and the order is a shuffle by a hash of the request's id, so that it does not
         tell the retriever's.
         """
-        known = {n: self._known(request) for n, request in enumerate(requests) if not request.candidates}
+        known = {n: self._naming.known(request) for n, request in enumerate(requests) if not request.candidates}
         filled = list(requests)
         for cold, name in ((False, self.name), (True, _FALLBACK)):
             places = [n for n, (events, _) in known.items() if cold == (not events)]
@@ -97,32 +101,6 @@ class Retriever:
             notes.append("retrieval: no known item in the history, so the most popular items are the candidates")
         items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in order)
         return replace(request, candidates=items, retrieved=len(items), notes=tuple(notes))
-
-    def _known(self, request: RankRequest) -> tuple[tuple[Event, ...], list[str]]:
-        """Return the events of a history whose items the data has, under its ids, and the names of the others."""
-        events: list[Event] = []
-        strange: dict[str, None] = {}
-        for past in request.history:
-            item = self._called(past, request)
-            if item is None:
-                strange.setdefault(past.item.item_id)
-            else:
-                events.append(Event(item_id=item, rating=past.rating, timestamp=past.timestamp))
-        return tuple(events), list(strange)
-
-    def _called(self, past: Past, request: RankRequest) -> str | None:
-        """Return what the data calls an item: by its id, or by its title where only one item has that."""
-        if past.item.item_id not in request.titled and past.item.item_id in self._data.dataset.items:
-            return past.item.item_id
-        return self._by_title.get(past.item.title)
-
-    @cached_property
-    def _by_title(self) -> Mapping[str, str | None]:
-        found: dict[str, str | None] = {}
-        for item_id, item in self._data.dataset.items.items():
-            title = clean(item.title)
-            found[title] = None if title in found else item_id
-        return found
 
     def _fitted(self, name: str) -> CatalogueScorer:
         if name not in self._models:

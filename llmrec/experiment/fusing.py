@@ -22,7 +22,7 @@ from llmrec.results import FusionWeights, PartWeight, Prediction, Reads
 from llmrec.strategies.blend import Blend
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
 from llmrec.strategies.fusion import Fusion
-from llmrec.strategies.fusion_weights import FOLDS, Kind, Weights
+from llmrec.strategies.fusion_weights import FOLDS, Kind
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Unparsed
 
@@ -49,13 +49,19 @@ def joins_model(study: Study, family: str, strategy: str) -> bool:
     return study.recipe.eval.fusion.model_users > 0 and strategy in first and fusible(study, family)
 
 
+def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
+    """Return what a baseline is fitted on: one that chooses its epoch does so without the users that weigh."""
+    stops = issubclass(lookup(BASELINES, name, "baseline").Config, NeuralConfig)
+    return halves(data, reserved)[0] if stops else data
+
+
 class Weighing:
     """The validation users of a study who weigh its fusions, and what its rows answer them."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
         self._cases: dict[str, list[Case]] = {}
-        self._choosing: dict[int, SplitDataset] = {}
+        self._choosing: dict[tuple[int, str], SplitDataset] = {}
 
     def cases(self, family: str, *, model: bool = False) -> list[Case]:
         """Return the cases that weigh a family's fusion; none where it has no fusion.
@@ -72,14 +78,13 @@ class Weighing:
         return _of_first_users(self._cases[family], most)
 
     def choosing(self, name: str, data: SplitDataset) -> SplitDataset:
-        """Return what a baseline is fitted on: one that chooses its epoch does so without the users that weigh."""
-        if not self._study.recipe.eval.fusion.controls or not issubclass(
-            lookup(BASELINES, name, "baseline").Config, NeuralConfig
-        ):
+        """Return what a baseline is fitted on; see `choosing`."""
+        section = self._study.recipe.eval.fusion
+        if not section.controls:
             return data
-        if id(data) not in self._choosing:
-            self._choosing[id(data)] = halves(data, self._study.recipe.eval.fusion.reserved)[0]
-        return self._choosing[id(data)]
+        if (id(data), name) not in self._choosing:
+            self._choosing[id(data), name] = choosing(name, data, section.reserved)
+        return self._choosing[id(data), name]
 
     def _drawn(self, family: str) -> list[Case]:
         study, section, own = self._study, self._study.recipe.eval.fusion, family_of(family)
@@ -169,12 +174,6 @@ def weights_of(model: Any) -> FusionWeights | None:
         for name, weight, least, most in zip(model.names, found.parts, low, high, strict=False)
     ]
     return FusionWeights(form=found.form, parts=tuple(parts), repeat=found.repeat or None)
-
-
-def weights_from(record: FusionWeights) -> Weights:
-    """Return the weights of a fusion of rankings from its record."""
-    parts = tuple(float(part.weight or 0.0) for part in record.parts)
-    return Weights(record.form, parts, record.repeat or 0.0)  # type: ignore[arg-type]
 
 
 def widest(reads: Sequence[Reads | None]) -> Reads:

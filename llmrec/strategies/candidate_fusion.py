@@ -1,7 +1,8 @@
-"""Fusion of rankers that answer with candidate sets: classic ones, and strategies that ask a language model.
+"""Fusion of rankers that answer with lists: classic ones, and strategies that ask a language model.
 
 The forms, and how they are chosen, are those of `llmrec.strategies.fusion`; what parts say is normalised over the
-candidates of a request.
+candidates of a request. Where the whole catalogue is ranked, parts answer with their best items, and the candidates are
+all that any of them names; to a part that does not name one it is worth as little as the last that it names.
 """
 
 from __future__ import annotations
@@ -70,26 +71,33 @@ class CandidateFusion(Weighed):
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
         """
-        cases = [case for case in cases if str(case.truth) in (case.request.candidates or ())]
-        known = self._known(cases)
-        self._choose(known, [case.request.user_id for case in cases], dissect=dissect)
+        requests = [case.request for case in cases]
+        said = [part.predictor.answer(requests) for part in self.parts]
+        sets = _sets(requests, said)
+        able = [place for place, case in enumerate(cases) if str(case.truth) in sets[place]]
+        known = self._known(
+            [cases[place] for place in able],
+            [sets[place] for place in able],
+            [[answers[place] for place in able] for answers in said],
+        )
+        self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates of each request; see `Predictor.answer`. A request without candidates is not answered."""
+        """Rank the candidates of each request; see `Predictor.answer`."""
         weights, kinds = self.fitted, [part.kind for part in self.parts]
         said = [part.predictor.answer(requests) for part in self.parts]
         answers: list[Answer] = []
-        for place, request in enumerate(requests):
-            candidates = request.candidates
+        for place, (request, candidates) in enumerate(zip(requests, _sets(requests, said), strict=True)):
             if not candidates:
-                answers.append(Unparsed(request_id=request.id, reason="the request has no candidates"))
+                answers.append(Unparsed(request_id=request.id, reason="no part has an answer for the request"))
                 continue
             # One request at a time, so that no other one changes a digit.
             rows = [
                 _scores(each[place], candidates, part.kind)[None] for each, part in zip(said, self.parts, strict=True)
             ]
-            (found,) = combined(weights, rows, kinds, _had(request)[None], None).astype(np.float64)
-            order = np.lexsort((np.array(candidates), -found)).tolist()
+            had = _had(request, candidates)[None]
+            (found,) = combined(weights, rows, kinds, had, None).astype(np.float64)
+            order = np.argsort(-found, kind="stable").tolist()
             answers.append(
                 Ranking(
                     request_id=request.id,
@@ -99,33 +107,48 @@ class CandidateFusion(Weighed):
             )
         return answers
 
-    def _known(self, cases: Sequence[Case]) -> Known:
-        """Return the cases with what the parts say, sets of fewer candidates being filled up."""
-        requests = [case.request for case in cases]
-        sets = [request.candidates or () for request in requests]
+    def _known(self, cases: Sequence[Case], sets: Sequence[Sequence[str]], said: Sequence[Sequence[Answer]]) -> Known:
+        """Return cases with what the parts say, sets of fewer candidates being filled up."""
         shape = len(cases), max(map(len, sets), default=0)
         out, had = np.ones(shape, dtype=bool), np.zeros(shape, dtype=bool)
-        for row, (request, candidates) in enumerate(zip(requests, sets, strict=True)):
+        for row, (case, candidates) in enumerate(zip(cases, sets, strict=True)):
             out[row, : len(candidates)] = False
-            had[row, : len(candidates)] = _had(request)
+            had[row, : len(candidates)] = _had(case.request, candidates)
         raw = []
-        for part in self.parts:
+        for part, answers in zip(self.parts, said, strict=True):
             found = np.zeros(shape, dtype=np.float32)
-            for row, (answer, candidates) in enumerate(zip(part.predictor.answer(requests), sets, strict=True)):
+            for row, (answer, candidates) in enumerate(zip(answers, sets, strict=True)):
                 scores = _scores(answer, candidates, part.kind)
                 # What fills up must not be the greatest score, which the others are compared with.
-                found[row] = scores.min(initial=np.inf) if part.kind == "logits" else 0
+                found[row] = scores.min() if part.kind == "logits" else 0
                 found[row, : len(candidates)] = scores
             raw.append(found)
-        truth = np.array(
-            [candidates.index(str(case.truth)) for case, candidates in zip(cases, sets, strict=True)], dtype=np.int64
+        truth = [candidates.index(str(case.truth)) for case, candidates in zip(cases, sets, strict=True)]
+        return Known(
+            raw,
+            [part.kind for part in self.parts],
+            had,
+            np.array(truth, dtype=np.int64),
+            out if out.any() else None,
+            bool(had.any()),
         )
-        return Known(raw, [part.kind for part in self.parts], had, truth, out if out.any() else None, bool(had.any()))
 
 
-def _had(request: Request) -> NDArray[np.bool_]:
+def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
+    """Return the candidates of each request, or all items that any part names.
+
+    They are sorted, since sums depend on their order in the last digit.
+    """
+    return [
+        sorted(request.candidates or ())
+        or sorted({item for answers in said if isinstance(each := answers[place], Ranking) for item in each.items})
+        for place, request in enumerate(requests)
+    ]
+
+
+def _had(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:
     seen = {event.item_id for event in request.history}
-    return np.array([item in seen for item in request.candidates or ()], dtype=bool)
+    return np.array([item in seen for item in candidates], dtype=bool)
 
 
 def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np.float64]:

@@ -1,0 +1,116 @@
+"""Fusions as they are kept, in a run and in an exported folder: which rows they join, and with which weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from llmrec.durable import Json, write_json
+from llmrec.errors import ModelError
+from llmrec.experiment.evaluation import ResultRow
+from llmrec.experiment.fusing import kind_of
+from llmrec.experiment.study import Study
+from llmrec.records import Record
+from llmrec.results import Arm, FusionWeights
+from llmrec.strategies.fusion_weights import Kind, Weights
+from llmrec.tasks.family import family_of
+
+FILE = "fusions.json"
+"""Where a run and an exported folder hold them."""
+
+_FORMAT = 1
+
+
+class FusedPart(Record):
+    """A part: a baseline with its parameters, or a strategy that asks the model, which has no baseline."""
+
+    name: str
+    baseline: str | None = None
+    parameters: dict[str, Json] = Field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        """How its scores are read."""
+        return "logits" if self.baseline is None else kind_of(self.baseline)
+
+
+class Fused(Record):
+    """A fusion of rankings.
+
+    Attributes:
+        id: Of its row.
+        family: Whose requests it answers.
+        arm: Of its language model; ``baseline`` where it has none.
+        template: Which the language model is asked by.
+        parts: In the order of the weights.
+        fitted: The weights.
+        seed: Of the baselines.
+        reserved: Share of validation users that weighed, and chose no epoch of a baseline.
+    """
+
+    id: str
+    family: str
+    arm: Arm
+    template: str | None = None
+    parts: tuple[FusedPart, ...]
+    fitted: FusionWeights
+    seed: int
+    reserved: float
+
+    def weights(self) -> Weights:
+        """Return the weights as a fusion takes them."""
+        parts = tuple(float(part.weight or 0.0) for part in self.fitted.parts)
+        return Weights(self.fitted.form, parts, self.fitted.repeat or 0.0)  # type: ignore[arg-type]
+
+
+def fused_of(study: Study, row: ResultRow) -> Fused | None:
+    """Return the fusion behind a row that ranks; None of any other row."""
+    figures = row.figures
+    if figures.fusion is None:
+        return None
+    known = {each.label: each for each in study.section(figures.task).baselines}
+    parts = [
+        FusedPart(name=part.name, baseline=known[part.name].name, parameters=known[part.name].parameters)
+        if part.name in known
+        else FusedPart(name=part.name)
+        for part in figures.fusion.parts
+    ]
+    return Fused(
+        id=figures.id,
+        family=figures.task,
+        arm=figures.arm,
+        template=figures.template,
+        parts=tuple(parts),
+        fitted=figures.fusion,
+        seed=study.recipe.seed,
+        reserved=study.recipe.eval.fusion.reserved,
+    )
+
+
+def write(study: Study, rows: Sequence[ResultRow], folder: Path) -> None:
+    """Write the fusions of rankings among a run's rows; a file of an earlier run does not stay."""
+    ranks = [row for row in rows if family_of(row.figures.task).ranks_for_users]
+    found = [fused for row in ranks if (fused := fused_of(study, row)) is not None]
+    write_json(folder / FILE, {"format": _FORMAT, "fusions": [fused.model_dump(mode="json") for fused in found]})
+
+
+def read(folder: Path) -> list[Fused]:
+    """Return the fusions of a run or an exported folder; none where it has no such file.
+
+    Raises:
+        ModelError: If the file cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    try:
+        return [Fused.model_validate(each) for each in json.loads(path.read_text(encoding="utf-8"))["fusions"]]
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({type(error).__name__}); run `llmrec eval` on its recipe again",
+            kind="damaged",
+            at=path,
+        ) from error

@@ -1,0 +1,145 @@
+"""Fusion of lists: planted parts get the weights they deserve, whatever else is asked beside a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.errors import LlmrecError
+from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
+from llmrec.strategies.fusion_weights import Kind, Weights
+from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
+from tests.facts import Facts, raises
+
+USERS, SIZE = 400, 12
+
+
+@dataclass
+class _Says:
+    """Ranks by scores that stand in a table, a row a request; what is left out of a list is its worst."""
+
+    name: str
+    rows: NDArray[np.float64]
+    bare: bool = False
+    keeps: int = SIZE
+    mute: frozenset[str] = frozenset()
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        found: list[Answer] = []
+        for request in requests:
+            if request.id in self.mute:
+                found.append(Unparsed(request_id=request.id, reason="mute"))
+                continue
+            known = {f"i{place:02d}": score for place, score in enumerate(self.rows[int(request.id)])}
+            pool = list(request.candidates or known)
+            order = sorted(pool, key=lambda item: -known[item])[: self.keeps]
+            scores = () if self.bare else tuple(float(known[item]) for item in order)
+            found.append(Ranking(request_id=request.id, items=tuple(order), scores=scores))
+        return found
+
+
+def _cases(rng: np.random.Generator, logits: NDArray[np.float64], *, whole: bool = False) -> list[Case]:
+    cases = []
+    for row, each in enumerate(logits):
+        chances = np.exp(each - each.max())
+        truth = int(rng.choice(SIZE, p=chances / chances.sum()))
+        # Sets of several sizes, in an order that says nothing.
+        others = [place for place in rng.permutation(SIZE).tolist() if place != truth]
+        pool = [truth, *others[: SIZE - 1 - row % 3]]
+        candidates = tuple(f"i{place:02d}" for place in sorted(pool, key=lambda place: (place * 7) % SIZE))
+        request = Request(
+            id=str(row), user_id=f"u{row}", history=(Event(item_id="x"),), candidates=None if whole else candidates
+        )
+        cases.append(Case(request=request, truth=f"i{truth:02d}"))
+    return cases
+
+
+def _voice(name: str, rows: NDArray[np.float64], kind: Kind = "logits", **more: bool) -> Voice:
+    return Voice(name, _Says(name, rows, **more), kind)
+
+
+def test_a_part_that_knows_nothing_gets_no_weight_and_the_truth_gets_all_of_it() -> None:
+    rng = np.random.default_rng(0)
+    truth, noise = rng.normal(0, 2, (USERS, SIZE)), rng.normal(0, 2, (USERS, SIZE))
+    cases = _cases(rng, truth)
+    fusion = CandidateFusion("both", [_voice("truth", truth), _voice("noise", noise)])
+    fusion.fit(cases, dissect=True)
+    weights = fusion.fitted
+    assert weights.form in ("logit", "pool", "alone")
+    assert weights.parts[0] > 0.8 and abs(weights.parts[1]) < 0.15
+    known = {each.name: each.value for each in fusion.tried}
+    assert known["truth"] > known["noise"] + 0.2
+    if fusion.without:
+        assert fusion.without[0].loss > 0.2 and abs(fusion.without[1].loss) < 0.02
+
+
+def test_two_halves_of_the_truth_are_better_than_either_also_by_their_places_alone() -> None:
+    rng = np.random.default_rng(1)
+    one, other = rng.normal(0, 1.5, (USERS, SIZE)), rng.normal(0, 1.5, (USERS, SIZE))
+    cases = _cases(rng, one + other)
+    for bare in (False, True):
+        fusion = CandidateFusion("both", [_voice("one", one, bare=bare), _voice("other", other, bare=bare)])
+        fusion.fit(cases)
+        known = {each.name: each.value for each in fusion.tried}
+        assert max(known["logit"], known["pool"]) > max(known["one"], known["other"]) + 0.03
+        assert fusion.fitted.form != "alone"
+
+
+def test_neither_other_requests_nor_the_order_of_candidates_change_a_digit() -> None:
+    rng = np.random.default_rng(2)
+    one, other = rng.normal(0, 1.5, (USERS, SIZE)), rng.gamma(1.0, 1.0, (USERS, SIZE))
+    cases = _cases(rng, one)
+    fusion = CandidateFusion("both", [_voice("one", one), _voice("other", other, "counts")])
+    for weights in (Weights("logit", (0.9, 0.4), -0.3), Weights("pool", (0.7, 0.3), 0.0)):
+        fusion.weights = weights
+        requests = [case.request for case in cases[:60]]
+        together = fusion.answer(requests)
+        assert [fusion.answer([request])[0] for request in requests] == together
+        turned = [replace(each, candidates=tuple(reversed(each.candidates or ()))) for each in requests]
+        for first, second in zip(together, fusion.answer(turned), strict=True):
+            assert isinstance(first, Ranking) and isinstance(second, Ranking)
+            assert first.items == second.items
+            assert first.scores == pytest.approx(second.scores, rel=1e-12)
+
+
+def test_without_candidates_all_that_a_part_names_is_ranked() -> None:
+    rng = np.random.default_rng(3)
+    one, other = rng.normal(0, 2, (USERS, SIZE)), rng.normal(0, 2, (USERS, SIZE))
+    cases = _cases(rng, one + other, whole=True)
+    parts = [Voice(name, _Says(name, rows, keeps=5), "logits") for name, rows in (("one", one), ("other", other))]
+    fusion = CandidateFusion("both", parts)
+    fusion.fit(cases)
+    (answer,) = fusion.answer([cases[0].request])
+    assert isinstance(answer, Ranking)
+    lists = [each.predictor.answer([cases[0].request])[0] for each in parts]
+    named = {item for each in lists if isinstance(each, Ranking) for item in each.items}
+    assert set(answer.items) == named and 5 <= len(named) <= 10
+
+
+def test_a_mute_part_says_the_same_of_all_and_a_request_without_any_list_is_not_answered() -> None:
+    rng = np.random.default_rng(4)
+    one, other = rng.normal(0, 2, (USERS, SIZE)), rng.normal(0, 2, (USERS, SIZE))
+    cases = _cases(rng, one)
+    mute = Voice("other", _Says("other", other, mute=frozenset({"0", "1"})), "logits")
+    fusion = CandidateFusion("both", [_voice("one", one), mute], Weights("logit", (1.0, 1.0)))
+    (answer,) = fusion.answer([cases[0].request])
+    (alone,) = fusion.parts[0].predictor.answer([cases[0].request])
+    assert isinstance(answer, Ranking) and isinstance(alone, Ranking) and answer.items == alone.items
+    silent = CandidateFusion("none", [mute, mute], Weights("logit", (1.0, 1.0)))
+    (left,) = silent.answer([replace(cases[1].request, candidates=None)])
+    assert isinstance(left, Unparsed)
+
+
+def test_too_few_users_or_parts_are_refused() -> None:
+    rng = np.random.default_rng(5)
+    rows = rng.normal(0, 1, (USERS, SIZE))
+    with raises(LlmrecError, Facts(kind="mismatch")):
+        CandidateFusion("one", [_voice("one", rows)])
+    with raises(LlmrecError, Facts(kind="mismatch")):
+        CandidateFusion("two", [_voice("one", rows), _voice("other", rows)], Weights("logit", (1.0,)))
+    fusion = CandidateFusion("few", [_voice("one", rows), _voice("other", rows)])
+    with raises(LlmrecError, Facts(kind="too-few")):
+        fusion.fit(_cases(rng, rows)[:9])
