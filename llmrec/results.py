@@ -7,7 +7,7 @@ optional, so that results of any version can be read.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, JsonValue
 
@@ -419,6 +419,17 @@ class Results(Record):
             return (False, value if lower(metric) else -value, row.id)
 
         return tuple(sorted((row for row in self.rows if row.task == task), key=key))
+
+    def kinds(self, task: str) -> tuple[tuple[Reads | None, tuple[Row, ...]], ...]:
+        """Return a task's rows by what they know items by, each kind as `standings` orders it.
+
+        One group under None where no row says, or all know items by the same.
+        """
+        rows = self.standings(task)
+        found = [(kind, tuple(row for row in rows if row.reads == kind)) for kind in get_args(Reads)]
+        found = [(kind, own) for kind, own in found if own]
+        whole = sum(len(own) for _, own in found) == len(rows) and len(found) > 1
+        return tuple(found) if whole else ((None, rows),)
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """Return a task's metric names, the headline one first."""

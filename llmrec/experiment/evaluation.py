@@ -19,6 +19,7 @@ from llmrec.baselines.parameters import make
 from llmrec.baselines.rating import UserMean
 from llmrec.data.split import SplitDataset
 from llmrec.durable import Json, write_json
+from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import Engines
@@ -55,7 +56,7 @@ from llmrec.recipe.schema import (
 )
 from llmrec.records import Shown
 from llmrec.registry import POSITIONAL, STRATEGIES, lookup, options_of
-from llmrec.results import Arm, Calibration, Prediction, Reads, Row
+from llmrec.results import Arm, Calibration, FusionWeights, Prediction, Reads, Row
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
@@ -74,6 +75,7 @@ class Made:
     engine: str
     examples: tuple[Shown, ...] = ()
     weighing: Mapping[str, Any] = field(default_factory=dict)
+    fusion: FusionWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class ResultRow:
     records: Sequence[Prediction] = ()
     examples: Sequence[Shown] = ()
     weighing: Mapping[str, Any] = field(default_factory=dict)
+    key: str = ""
 
 
 class Evaluation:
@@ -159,20 +162,23 @@ class Evaluation:
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
         if not cases or len(able) < 2:
             return []
-        family = family_of(spec.family)
-        model = join([part_of(row) for row in able], cases, family.answer)
-        found = self._measured(spec, model)
-        users = len({case.request.user_id for case in cases})
-        figures = Row(
-            **spec.asked,
-            engine="numpy",
-            inputs=f"what {len(able)} rows answer, weighed by {users} users of the validation split",
-            candidates=self._digest(spec.family),
-            reads=widest([row.figures.reads for row in able]),
-            fusion=weights_of(model),
-            **found.figures.as_json(),
+        key = key_of(
+            llmrec=__version__, row=spec.id, parts=[row.key for row in able], cases=[case.request.id for case in cases]
         )
-        return [ResultRow(figures, found.values, found.records)]
+
+        def make() -> Made:
+            model = join([part_of(row) for row in able], cases, family_of(spec.family).answer)
+            return Made(self._measured(spec, model), "numpy", fusion=weights_of(model))
+
+        users = len({case.request.user_id for case in cases})
+        inputs = f"what {len(able)} rows answer, weighed by {users} users of the validation split"
+        try:
+            return [self._stored(spec, key, make, inputs, widest([row.figures.reads for row in able]))]
+        except LlmrecError as error:
+            if error.kind != "too-few":
+                raise
+            log.warning("%s: no such row: %s", spec.id, error)
+            return []
 
     def _row(
         self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], Made]
@@ -185,8 +191,12 @@ class Evaluation:
             identity: See `Engines.identity`; None for a baseline.
             make: Makes it.
         """
+        inputs = inputs_of(spec, self._study) + left_out(spec, self._study)
+        return self._stored(spec, self._key(spec, engine, identity), make, inputs, self._reads(spec))
+
+    def _stored(self, spec: RowSpec, key: str, make: Callable[[], Made], inputs: str, reads: Reads) -> ResultRow:
+        """Return the stored row with a key, or make it and store it."""
         path = self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
-        key = self._key(spec, engine, identity)
         stored = read_stage(path, key)
         if stored is None:
             made = make()
@@ -194,9 +204,10 @@ class Evaluation:
             figures = Row(
                 **spec.asked,
                 engine=made.engine,
-                reads=self._reads(spec),
-                inputs=inputs_of(spec, self._study) + left_out(spec, self._study),
+                reads=reads,
+                inputs=inputs,
                 candidates=self._digest(spec.family),
+                **({"fusion": made.fusion} if made.fusion else {}),
                 **found.figures.as_json(),
             )
             stored = {
@@ -216,6 +227,7 @@ class Evaluation:
             [Prediction.model_validate(record) for record in stored["records"]],
             [Shown.model_validate(example) for example in stored["examples"]],
             stored["weighing"],
+            key,
         )
 
     def _key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:

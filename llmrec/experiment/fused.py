@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
-from llmrec.durable import Json, write_json
+from llmrec.durable import write_json
 from llmrec.errors import ModelError
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.fusing import kind_of
@@ -29,7 +29,7 @@ class FusedPart(Record):
 
     name: str
     baseline: str | None = None
-    parameters: dict[str, Json] = Field(default_factory=dict)
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:

@@ -22,6 +22,7 @@ from llmrec.report.marks import (
 )
 from llmrec.report.results import results_of
 from llmrec.report.wording import (
+    KINDS,
     UNDEFINED,
     count,
     coverage,
@@ -140,7 +141,11 @@ def _task_table(results: Results, task: str) -> Table:
     for head in ("Parsed", "Ties", "Tok/s"):
         table.add_column(head, justify="right", no_wrap=True)
     best = {name: results.best(task, name) for name in names}
-    for row in results.standings(task):
+    for kind, row in [(kind, row) for kind, own in results.kinds(task) for row in (None, *own)]:
+        if row is None:
+            if kind:
+                table.add_row(_plain(KINDS[kind], "italic"))
+            continue
         cells = [_plain(label(row), "dim" if row.arm == "baseline" else "")]
         for place, name in enumerate(names):
             metric = row.metrics.get(name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmrec.registry import TASKS
 from llmrec.report.escape import flat, visible
-from llmrec.results import Comparison, Metric, Results, Row, Verdict, lower
+from llmrec.results import Comparison, Metric, Reads, Results, Row, Verdict, lower
 from llmrec.tasks.family import family_of
 
 TRIVIAL = frozenset(
@@ -36,6 +36,23 @@ _OUTCOMES: dict[Verdict, str] = {
     "contradicted": "significantly worse",
     "not shown": "no significant difference",
 }
+
+
+KINDS: Mapping[Reads | None, str] = {
+    "events": "events alone",
+    "texts": "texts too, by an encoder that is not trained here",
+    "language model": "a language model",
+    None: "",
+}
+"""What rows know items by; each kind stands apart, since a claim for one is made against the best of those above it."""
+
+FORMS: Mapping[str, str] = {
+    "logit": "a conditional logit: exponents",
+    "ridge": "a ridge regression",
+    "pool": "a linear pool: shares",
+    "alone": "one part alone",
+}
+"""What a fusion can be; see `llmrec.strategies.fusion`."""
 
 
 def title(task: str) -> str:

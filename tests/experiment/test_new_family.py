@@ -199,7 +199,7 @@ def done(known: None, llama_folder: Path, tmp_path_factory: pytest.TempPathFacto
 def test_it_trains_and_evaluates(done: pipeline.Run) -> None:
     rows = {row["id"]: row for row in json.loads((done.folder / "results.json").read_text())["rows"]}
     asked = [f"fame/{arm}/{strategy}/ask" for arm in ("zero-shot", "tuned") for strategy in ("yes-no", "shy")]
-    assert set(rows) == {"fame/baseline/like-ratio", "fame/baseline/half(value=0.4)", *asked}
+    assert set(rows) == {"fame/baseline/like-ratio", "fame/baseline/half(value=0.4)", "fame/baseline/fusion", *asked}
     assert all(row["metrics"]["AUC"]["value"] is not None and row["parse_rate"] == 1.0 for row in rows.values())
     assert rows["fame/baseline/half(value=0.4)"]["metrics"]["AUC"]["value"] == 0.5
     predictions = pl.read_parquet(done.folder / "predictions.parquet")

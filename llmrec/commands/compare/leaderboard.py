@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,7 +18,7 @@ from llmrec.commands.compare.wording import drawn, planned_line, planned_note, s
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
-from llmrec.report.wording import DASH, UNDEFINED, difference, undefined_lines
+from llmrec.report.wording import DASH, FORMS, KINDS, UNDEFINED, difference, undefined_lines
 from llmrec.resources import resource
 from llmrec.results import Figure, Reads, lower
 
@@ -29,18 +29,6 @@ catalogue, with the exact expectation over ties. A table holds one protocol, and
 of its rows came about.
 Published figures are as printed by their source; nobody but the source vouches for them.
 """
-# What rows know items by; each kind stands apart, since a claim for one is made against the best of those above it.
-_KINDS: Mapping[Reads, str] = {
-    "events": "events alone",
-    "texts": "texts, by an encoder that is not trained here",
-    "language model": "a pretrained language model, tuned here",
-}
-_FORMS = {
-    "logit": "a conditional logit: exponents, 95 % over users",
-    "ridge": "a ridge regression, 95 % over users",
-    "pool": "a linear pool: shares",
-    "alone": "the best part alone",
-}
 _HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
 _RULE = (
     "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these differences "
@@ -242,8 +230,8 @@ def _fusions(found: SuiteResult, seen: str) -> list[str]:
         worth = f" An item of the history is worth {repeat:+.2f} (logarithm)." if repeat else ""
         spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
         blocks.append(
-            f"Weights of {cell(row.name)} ({_FORMS[fusion.form]}).{worth} Its parts took {spent:.0f} s with their "
-            f"tuning and seeds, the fusion itself {sum(row.seconds.values()):.0f} s."
+            f"Weights of {cell(row.name)} ({FORMS[fusion.form]}; 95 % over users).{worth} Its parts took {spent:.0f} s "
+            f"with their tuning and seeds, the fusion itself {sum(row.seconds.values()):.0f} s."
         )
         if fusion.form == "alone":
             blocks[-1] += f" It is {cell(next(part.name for part in fusion.parts if part.weight))}."
@@ -325,12 +313,12 @@ def _ours(found: SuiteResult, seen: str) -> str:
     header = ["predictor", *others, last, *(["over tie rules"] if ranged else [])]
     header += ["best row less this one"] if less else []
     table: list[list[str]] = []
-    kinds = [kind for kind in _KINDS if any(row.reads == kind for row in rows)]
+    kinds = [kind for kind in get_args(Reads) if any(row.reads == kind for row in rows)]
     if len(kinds) > 1:
         rows.sort(key=lambda row: kinds.index(row.reads or kinds[0]))
     for place, row in enumerate(rows):
         if len(kinds) > 1 and row.reads and (place == 0 or row.reads != rows[place - 1].reads):
-            table.append([f"*{_KINDS[row.reads]}*", *[""] * (len(header) + 3)])
+            table.append([f"*{KINDS[row.reads]}*", *[""] * (len(header) + 3)])
         figures = row.tables[seen].metrics
         cells = [_bold(figures[name].value, best[name]) for name in others]
         cells.append(f"{_bold(figures[last].value, best[last])}{_spread(figures[last])}")

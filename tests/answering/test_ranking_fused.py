@@ -1,0 +1,90 @@
+"""`llmrec rank --fuse`: the lists of a fusion are those that its run evaluated, to the last digit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from llmrec import pipeline
+from llmrec.commands.rank.run import rank_file
+from llmrec.errors import RecipeError
+from llmrec.experiment.study import build_study
+from llmrec.recipe.load import load_recipe
+from tests.answering.rank_cases import jsonl, lines, options
+from tests.facts import Facts, raises
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+
+SMALL = (
+    *("data={source: made-reviews, noun: products}", "reviews=null", "model.dtype=float32"),
+    *("train.steps=2", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1"),
+    "tasks={sequential: {templates: [continue-list], baselines: [random, popularity, {name: item-knn, history: 5}, "
+    "markov-1, markov]}}",
+    *("eval.users=12", "eval.candidates.count=6", "eval.bootstrap=50", "eval.backend=hf", "eval.arms=[tuned]"),
+    "eval.fusion.model_users=24",
+)
+
+
+@pytest.fixture(scope="module")
+def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
+    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL])
+    return pipeline.run(recipe, tmp_path_factory.mktemp("run") / "r", quiet=True)
+
+
+def requests_of(run: pipeline.Run) -> list[dict[str, Any]]:
+    """The requests of the run's test split, as people write them."""
+    study = build_study(load_recipe(run.folder / "recipe.yaml"))
+    return [
+        {
+            "id": case.request.id,
+            "user_id": case.request.user_id,
+            "history": [
+                {"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp}
+                for event in case.request.history
+            ],
+            "candidates": list(case.request.candidates or ()),
+        }
+        for case in study.cases("sequential")
+    ]
+
+
+def lists_of(run: pipeline.Run, row: str) -> dict[str, dict[str, Any]]:
+    found = pl.read_parquet(run.folder / "predictions.parquet").filter(pl.col("row_id") == row)
+    return {request: json.loads(parsed) for request, parsed in found.select("request_id", "parsed").iter_rows()}
+
+
+@pytest.mark.parametrize(
+    ("fuse", "row"),
+    [("baselines", "sequential/baseline/fusion"), ("model", "sequential/tuned/fusion/continue-list")],
+)
+def test_the_lists_are_those_of_the_evaluation(run: pipeline.Run, tmp_path: Path, fuse: str, row: str) -> None:
+    asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
+    rank_file(options(run.folder, asked, tmp_path / "out.jsonl", fuse=fuse, batch=64))
+    known, found = lists_of(run, row), lines(tmp_path / "out.jsonl")
+    assert len(found) == len(known) == 12
+    for line in found:
+        assert [line["items"], line["scores"]] == list(known[line["request_id"]].values())
+
+
+def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:
+    rows = {row["id"]: row for row in run.results["rows"]}
+    alone, joined = rows["sequential/baseline/fusion"], rows["sequential/tuned/fusion/continue-list"]
+    names = ["popularity", "item-knn(history=5)", "markov-1", "markov"]
+    assert [part["name"] for part in alone["fusion"]["parts"]] == names
+    assert [part["name"] for part in joined["fusion"]["parts"]] == [*names, "likelihood"]
+    assert (alone["reads"], joined["reads"]) == ("events", "language model")
+    pairs = {(each["a"], each["b"]) for each in run.results["comparisons"] if "verdict" in each}
+    assert (joined["id"], alone["id"]) in pairs
+    assert ("sequential/tuned/likelihood/continue-list", alone["id"]) in pairs
+
+
+def test_what_was_not_weighed_is_refused(run: pipeline.Run, tmp_path: Path) -> None:
+    asked = jsonl(tmp_path / "requests.jsonl", requests_of(run)[:2])
+    with raises(RecipeError, Facts(kind="missing-value", column="--fuse")):
+        rank_file(options(run.folder, asked, tmp_path / "o.jsonl", fuse="model", strategy="likelihood-prior"))
+    with raises(RecipeError, Facts(kind="contradiction", column="--fuse")):
+        rank_file(options(run.folder, asked, tmp_path / "o.jsonl", fuse="model", candidates="all"))
