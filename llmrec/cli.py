@@ -227,6 +227,22 @@ def report(
 
 
 @app.command()
+def fuse(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs over the same cases.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")],
+) -> None:
+    """Join the rows of finished runs: one list from many, with weights from users of the validation split.
+
+    Nothing is asked again. Each family gets the fusion of rows that know events alone, of those that read texts too,
+    and of all with the language models, beside the rows themselves and compared with them.
+    """
+    from llmrec import pipeline
+    from llmrec.commands.show.console import finish
+
+    finish(pipeline.fuse(runs, out))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder, such as runs/quickstart.")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")],

@@ -15,11 +15,13 @@ from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.data.split import SplitDataset
 from llmrec.durable import replacing, write_text
 from llmrec.errors import MissingExtra, RecipeError, require
-from llmrec.experiment import audit, fused, index_report
+from llmrec.experiment import audit, index_report
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
 from llmrec.experiment.evaluation import Evaluation, ResultRow
+from llmrec.experiment.fusion import stored
+from llmrec.experiment.fusion.runs import fuse_runs
 from llmrec.experiment.indexing import with_tokens
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
@@ -97,6 +99,12 @@ def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> di
         return open_session(recipe, folder, quiet=quiet).train()
 
 
+def fuse(runs: Sequence[Path], out: Path) -> Run:
+    """Join the rows of finished runs, and write results and report as a run has them; see `fuse_runs`."""
+    made = fuse_runs(runs, out)
+    return Run(out, made.written.results, made.rows, page.write(out)["html"])
+
+
 def report(folder: Path) -> Path:
     """Write the report of a run folder and return the page's path."""
     return page.write(folder)["html"]
@@ -145,7 +153,7 @@ class Session:
             model = {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
         else:
             model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
-        fused.write(self.study, rows, self.folder)
+        stored.write(self.study, rows, self.folder)
         return rows, write_results(self.study, rows, training, model, self.budget, self.folder)
 
     def audit(self, written: Written) -> tuple[AuditLine, ...]:

@@ -14,8 +14,8 @@ from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.experiment.bundle import Bundle
-from llmrec.experiment.fused import Fused, FusedPart, read
-from llmrec.experiment.fusing import FUSION, choosing
+from llmrec.experiment.fusion.parts import FUSION, choosing
+from llmrec.experiment.fusion.stored import Fused, FusedPart, read
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
 from llmrec.types import Answer, Predictor, Ranking, Request, Unparsed
 

@@ -23,7 +23,7 @@ from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import Engines
-from llmrec.experiment.fusing import (
+from llmrec.experiment.fusion.parts import (
     FUSION,
     NOTHING,
     Recalled,
@@ -221,14 +221,7 @@ class Evaluation:
             write_json(path, stored)
         else:
             log.info("evaluation: reusing row %s", spec.id)
-        return ResultRow(
-            Row.model_validate(stored["figures"]),
-            {metric: np.array(numbers) for metric, numbers in stored["values"].items()},
-            [Prediction.model_validate(record) for record in stored["records"]],
-            [Shown.model_validate(example) for example in stored["examples"]],
-            stored["weighing"],
-            key,
-        )
+        return row_of(stored)
 
     def _key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
         study, recipe = self._study, self._study.recipe
@@ -389,6 +382,18 @@ class Evaluation:
     def _progress(self, spec: RowSpec) -> Bar:
         total = len(self._cases[spec.family]) + len(self._calibrating(spec.family)) + len(self._weighers(spec))
         return Bar(spec.id, total, quiet=self._quiet)
+
+
+def row_of(stored: Mapping[str, Any]) -> ResultRow:
+    """Return a row as it was stored."""
+    return ResultRow(
+        Row.model_validate(stored["figures"]),
+        {metric: np.array(numbers) for metric, numbers in stored["values"].items()},
+        [Prediction.model_validate(record) for record in stored["records"]],
+        [Shown.model_validate(example) for example in stored["examples"]],
+        stored["weighing"],
+        stored["key"],
+    )
 
 
 def part_of(row: ResultRow) -> Recalled:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmrec.durable import Json
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.experiment.fusing import FUSION, fusible, joins_model
+from llmrec.experiment.fusion.parts import FUSION, fusible, joins_model
 from llmrec.experiment.study import Study
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CandidateSection, EvalSection

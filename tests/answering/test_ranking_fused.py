@@ -11,7 +11,7 @@ import pytest
 
 from llmrec import pipeline
 from llmrec.commands.rank.run import rank_file
-from llmrec.errors import RecipeError
+from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.study import build_study
 from llmrec.recipe.load import load_recipe
 from tests.answering.rank_cases import jsonl, lines, options
@@ -88,3 +88,42 @@ def test_what_was_not_weighed_is_refused(run: pipeline.Run, tmp_path: Path) -> N
         rank_file(options(run.folder, asked, tmp_path / "o.jsonl", fuse="model", strategy="likelihood-prior"))
     with raises(RecipeError, Facts(kind="contradiction", column="--fuse")):
         rank_file(options(run.folder, asked, tmp_path / "o.jsonl", fuse="model", candidates="all"))
+
+
+# --------------------------------------------------------------------------- runs that are finished
+
+
+def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
+    run: pipeline.Run, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake")
+    other = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL, *more])
+    second = pipeline.run(other, tmp_path / "second", quiet=True)
+
+    def fail(*args: Any, **named: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("llmrec.experiment.engines.load_model", fail)
+    made = pipeline.fuse([run.folder, second.folder], tmp_path / "joined")
+    rows = {row["id"]: row for row in made.results["rows"]}
+    joined = rows["sequential/tuned/fusion with models"]
+    names = [part["name"] for part in joined["fusion"]["parts"]]
+    assert names == ["popularity", "item-knn(history=5)", "markov-1", "markov", "likelihood", "likelihood"]
+    # Baselines that both runs made alike stand once; those of the language models stand beside each other.
+    assert sum(row["arm"] == "baseline" for row in rows.values()) == 6
+    assert {row["arm"] for row in rows.values()} == {"baseline", "tuned", "zero-shot"}
+    alone = rows["sequential/baseline/fusion"]
+    pairs = {(each["a"], each["b"]) for each in made.results["comparisons"] if "verdict" in each}
+    assert (joined["id"], alone["id"]) in pairs
+    assert made.report.is_file() and "What <bdi>fusion" in made.report.read_text(encoding="utf-8")
+    assert pl.read_parquet(tmp_path / "joined" / "predictions.parquet").height == 12 * len(rows)
+
+
+def test_runs_over_other_cases_are_not_joined(run: pipeline.Run, llama_folder: Path, tmp_path: Path) -> None:
+    more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake", "eval.users=11")
+    other = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL, *more])
+    second = pipeline.run(other, tmp_path / "second", quiet=True)
+    with raises(DataError, Facts(kind="mismatch")):
+        pipeline.fuse([run.folder, second.folder], tmp_path / "joined")
+    with raises(DataError, Facts(kind="missing-file")):
+        pipeline.fuse([run.folder, tmp_path], tmp_path / "joined")

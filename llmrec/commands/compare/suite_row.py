@@ -30,7 +30,7 @@ from llmrec.evaluate.compare import over_runs
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, evaluate
-from llmrec.experiment.fusing import weights_of
+from llmrec.experiment.fusion.parts import weights_of
 from llmrec.experiment.resume import Bar, read_stage
 from llmrec.metrics.significance import over_seeds
 from llmrec.recipe.comparisons import Suite, SuiteRow

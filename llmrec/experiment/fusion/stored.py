@@ -11,7 +11,7 @@ from pydantic import Field, JsonValue, ValidationError
 from llmrec.durable import write_json
 from llmrec.errors import ModelError
 from llmrec.experiment.evaluation import ResultRow
-from llmrec.experiment.fusing import kind_of
+from llmrec.experiment.fusion.parts import kind_of
 from llmrec.experiment.study import Study
 from llmrec.records import Record
 from llmrec.results import Arm, FusionWeights

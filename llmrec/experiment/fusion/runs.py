@@ -1,0 +1,171 @@
+"""Joins the rows of finished runs: fusions of what was already answered, in a folder like that of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from llmrec.errors import DataError
+from llmrec.evaluate.predictor import evaluate
+from llmrec.experiment.claiming import RUN
+from llmrec.experiment.evaluation import ResultRow, part_of, row_of
+from llmrec.experiment.fusion.parts import FUSION, Weighing, join, weights_of
+from llmrec.experiment.results import Written, write_results
+from llmrec.experiment.resume import Budget, locked
+from llmrec.experiment.row_specs import protocol_of
+from llmrec.experiment.study import Study, build_study
+from llmrec.recipe.load import load_recipe
+from llmrec.results import Reads, Results, Row
+from llmrec.tasks.family import family_of
+from llmrec.types import Case
+
+# What fusions of rows up to a kind are called.
+_NAMES: dict[Reads, str] = {
+    "events": FUSION,
+    "texts": f"{FUSION} with texts",
+    "language model": f"{FUSION} with models",
+}
+
+
+@dataclass(frozen=True)
+class FusedRuns:
+    """What was written, and the rows behind it."""
+
+    written: Written
+    rows: Sequence[ResultRow]
+
+
+def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
+    """Join the rows of runs over the same cases, and write results as a run has them.
+
+    Every family gets the fusion of its rows that know events alone, of those that read texts too, and of all. Their
+    weights come from the validation users whom all parts answered, so that the three can be compared.
+
+    Args:
+        runs: Folders of finished runs; the first one's recipe says what is held out and whom it was asked about.
+        out: A folder of its own.
+
+    Raises:
+        DataError: If a run is not finished, is about other data or cases, or no rows can be joined.
+    """
+    study = build_study(load_recipe(runs[0] / "recipe.yaml"))
+    budget, weighing = Budget(), Weighing(study)
+    with locked(out, RUN), budget.stage("fusing"):
+        found = [_rows(run, study) for run in runs]
+        rows = _distinct(list(zip([run.resolve().name for run in runs], found, strict=True)))
+        joined: list[ResultRow] = []
+        for family in study.tasks:
+            own = [row for row in rows if row.figures.task == family]
+            joined += _fusions(study, weighing, family, own)
+        if not joined:
+            raise DataError(
+                f"{', '.join(map(str, runs))}: no two rows answered the same validation users, who weigh a fusion; run "
+                "the recipes again with eval.fusion.controls=true, and eval.fusion.model_users=200 for the rows of a "
+                "language model",
+                kind="empty",
+                at=runs[0],
+                column="eval.fusion",
+            )
+        model = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))["model"]
+        every = [*rows, *joined]
+        return FusedRuns(write_results(study, every, None, model, budget, out), every)
+
+
+def _rows(run: Path, study: Study) -> list[ResultRow]:
+    """Return the rows of a run that are no fusions.
+
+    Raises:
+        DataError: If it is not finished, or is about other data or cases.
+    """
+    path = run / "results.json"
+    if not path.is_file() or not (run / "rows").is_dir():
+        raise DataError(
+            f"{run} is no finished run: it has no results.json with rows/ beside it; run its recipe",
+            kind="missing-file",
+            at=run,
+        )
+    results = Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    data = results.data["main"]
+    if data is None or data.split_fingerprint != study.data.fingerprint:
+        raise DataError(
+            f"{run} was measured on another table or split than the first run, so that their rows cannot be joined",
+            kind="mismatch",
+            at=run,
+            column="data",
+        )
+    rows = []
+    for figures in results.rows:
+        stored = run / "rows" / (figures.id.replace("/", ".") + ".json")
+        if figures.fusion is not None or figures.task not in study.tasks:
+            continue
+        if not stored.is_file():
+            raise DataError(f"{stored} is missing; run the recipe of {run} again", kind="missing-file", at=stored)
+        row = row_of(json.loads(stored.read_text(encoding="utf-8")))
+        asked = [case.request.id for case in study.cases(figures.task)]
+        if [record.request_id for record in row.records] != asked or not _same_sets(row, study):
+            raise DataError(
+                f"{run}: {figures.id} was asked about other users or candidates than the first run asks about; run "
+                "both with one eval.users, eval.candidates and seed",
+                kind="mismatch",
+                at=run,
+                column="eval",
+            )
+        rows.append(row)
+    return rows
+
+
+def _same_sets(row: ResultRow, study: Study) -> bool:
+    sets = study.sets(row.figures.task)
+    return row.figures.candidates == (sets.digest if sets is not None else None)
+
+
+def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
+    """Return all rows under ids of their own; a row that two runs made alike stands once."""
+    rows: dict[str, ResultRow] = {}
+    for name, own in found:
+        for row in own:
+            known = rows.get(row.figures.id)
+            if known is None:
+                rows[row.figures.id] = row
+            elif known.figures.metrics != row.figures.metrics:
+                predictor = f"{row.figures.predictor} of {name}"
+                family, arm, _, *template = row.figures.id.split("/")
+                figures = row.figures.model_copy(
+                    update={"id": "/".join([family, arm, predictor, *template]), "predictor": predictor}
+                )
+                rows[figures.id] = replace(row, figures=figures)
+    return list(rows.values())
+
+
+def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[ResultRow]) -> Iterator[ResultRow]:
+    able = [row for row in rows if row.weighing]
+    cases = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in able)]
+    for place, kind in enumerate(kinds := get_args(Reads)):
+        parts = [row for row in able if kinds.index(row.figures.reads or kinds[0]) <= place]
+        if len(parts) >= 2 and any((row.figures.reads or kinds[0]) == kind for row in parts) and cases:
+            yield _fused(study, family, kind, parts, cases)
+
+
+def _fused(study: Study, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]) -> ResultRow:
+    own = family_of(family)
+    model = join([part_of(row) for row in parts], cases, own.answer)
+    found = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
+    arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
+    arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
+    users = len({case.request.user_id for case in cases})
+    figures = Row(
+        id=f"{family}/{arm}/{_NAMES[kind]}",
+        task=family,
+        arm=arm,
+        predictor=_NAMES[kind],
+        engine="numpy",
+        inputs=f"what {len(parts)} rows answer, weighed by {users} users of the validation split",
+        candidates=parts[0].figures.candidates,
+        reads=kind,
+        fusion=weights_of(model),
+        **found.figures.as_json(),
+    )
+    return ResultRow(figures, found.values, found.records)
