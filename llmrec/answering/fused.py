@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llmrec.answering.naming import Naming
 from llmrec.answering.strategy import Asking
@@ -80,7 +79,7 @@ class Fuser:
         return any(part.baseline is None for part in self._fused.parts)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Everything that decides how rankings are joined."""
         return {"fused": self._fused.model_dump(mode="json"), "data": self._data.fingerprint}
 

@@ -82,10 +82,10 @@ class SuiteModels:
             data: The split to fit it on.
             seed: Of everything random in it; the parts of a mixture have the same.
             table: For which its figures are; the parts of a mixture have what was chosen for that one.
-            parameters: What was chosen for it; of a mixture, its ``weights``.
+            parameters: What was chosen for it; of a mixture, its ``weights``, of a fusion the table of its ``parts``.
         """
         if row.fuse:
-            return self._fused(row, data, seed, table)
+            return self._fused(row, data, seed, table, parameters["parts"])
         if row.mix:
             parts = [self._probabilities(self._row(label), data, seed, table) for label in row.mix]
             return Mixture(row.label, sorted(data.dataset.items), parts, parameters["weights"])
@@ -182,19 +182,39 @@ class SuiteModels:
         return next(row for row in self.suite.rows if row.label == label)
 
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Fit a fusion for each table; its forms are what was tried."""
+        """Fit a fusion for each table; its forms are what was tried.
+
+        Its parts have the parameters that were chosen for the table, or for another one: where items of the history
+        can be ranked, the fusion itself says what they are worth, and its parts need not.
+        """
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
         for table in tables:
-            model = self._fused(row, data, self.suite.seeds[0], table, dissect=True)
-            choices[table] = Choice({"form": model.fitted.form}, model=model)
-            trials += [Trial({"form": each.form, "of": each.name}, {table: abs(each.value)}) for each in model.tried]
+            found = {}
+            for of in dict.fromkeys((table, *tables)):
+                model = self._fused(row, data, self.suite.seeds[0], table, of)
+                found[of] = model
+                trials += [
+                    Trial({"form": each.form, "of": each.name, "parts": of}, {table: abs(each.value)})
+                    for each in model.tried
+                ]
+            best = max(found, key=lambda of: max(each.value for each in found[of].tried))
+            model = self._fused(row, data, self.suite.seeds[0], table, best, dissect=True)
+            choices[table] = Choice({"form": model.fitted.form, "parts": best}, model=model)
         return Tuned(choices=choices, trials=tuple(trials), metric=metric)
 
     def _fused(
-        self, row: SuiteRow, data: SplitDataset, seed: int, table: str, *, dissect: bool = False
+        self, row: SuiteRow, data: SplitDataset, seed: int, table: str, of: str, *, dissect: bool = False
     ) -> Fusion | Blend:
-        """Return a fitted fusion of rows as they were chosen for a table.
+        """Return a fitted fusion of rows.
+
+        Args:
+            row: The fusion.
+            data: The split.
+            seed: Of its parts.
+            table: What it is for.
+            of: The table for which the parameters of its parts were chosen.
+            dissect: See `Fusion.fit`.
 
         Raises:
             RecipeError: If a part is itself joined.
@@ -209,8 +229,8 @@ class SuiteModels:
                     column="rows.fuse",
                 )
             # What has no randomness is fitted once for all seeds.
-            of = seed if self.stochastic(part) else self.suite.seeds[0]
-            models[label] = self.fit(part, data, of, table, self.chosen[label][table])
+            fitted_with = seed if self.stochastic(part) else self.suite.seeds[0]
+            models[label] = self.fit(part, data, fitted_with, of, self.chosen[label][of])
         weighing = self._halves(data)[1]
         if family(self.suite).answer is Ranking:
             parts = [Part(label, model, self._kind(label)) for label, model in models.items()]
