@@ -256,6 +256,10 @@ def export(
     with_items: Annotated[
         bool, typer.Option("--with-items/--no-items", help="Whether the catalogue goes in; it may have an owner.")
     ] = True,
+    with_interactions: Annotated[
+        bool,
+        typer.Option("--with-interactions", help="Training interactions too, so that `rank --fuse` works there."),
+    ] = False,
     check_users: Annotated[
         int, typer.Option("--check-users", min=0, help="Validation cases a task on which the export is checked.")
     ] = 50,
@@ -275,6 +279,7 @@ def export(
         dtype=dtype,
         adapter_only=adapter_only,
         with_items=with_items,
+        with_interactions=with_interactions,
         users=check_users,
         licence=licence,
         base_licence=base_licence,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llmrec.answering.naming import Naming
@@ -13,6 +14,7 @@ from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.experiment.bundle import Bundle
+from llmrec.experiment.fusion.carried import carried
 from llmrec.experiment.study import load_tables
 from llmrec.recipe.load import load_recipe
 from llmrec.registry import BASELINES, lookup
@@ -24,7 +26,7 @@ _NAMED = 3
 
 
 def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
-    """Return a run's data as its training saw it.
+    """Return a run's data as its training saw it, or the interactions that an exported folder carries.
 
     Args:
         bundle: The model.
@@ -34,9 +36,11 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
         DataError: If the model is no run, or its data cannot be read.
     """
     if bundle.run is None:
+        if (found := carried(Path(bundle.folder), seed=bundle.seed)) is not None:
+            return found
         raise DataError(
             f"{option} learns from the interactions of a run, and {bundle.folder} carries none; name the run folder "
-            "with --model, or give each request its candidates",
+            "with --model, or export it with --with-interactions",
             kind="unsupported",
             at=bundle.folder,
             column=option,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import polars as pl
 import pytest
 
 from llmrec import pipeline
+from llmrec.commands.export.export import Options, export
 from llmrec.commands.rank.run import rank_file
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.study import build_study
@@ -68,6 +70,23 @@ def test_the_lists_are_those_of_the_evaluation(run: pipeline.Run, tmp_path: Path
     assert len(found) == len(known) == 12
     for line in found:
         assert [line["items"], line["scores"]] == list(known[line["request_id"]].values())
+
+
+def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run, tmp_path: Path) -> None:
+    asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
+    bare = Options(out=tmp_path / "bare", dtype="float32", users=0, licence="mit", base_licence="mit")
+    with raises(RecipeError, Facts(kind="missing-value", column="--fuse")):
+        export(run.folder, bare)
+        rank_file(options(bare.out, asked, tmp_path / "o.jsonl", fuse="baselines"))
+    export(run.folder, replace(bare, out=tmp_path / "whole", with_interactions=True))
+    carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
+    # Users go out under numbers.
+    assert all(name.isdigit() for name in carried["user_id"]) and set(carried["part"]) == {"train", "valid"}
+    for fuse, row in (("baselines", "sequential/baseline/fusion"), ("model", "sequential/tuned/fusion/continue-list")):
+        rank_file(options(tmp_path / "whole", asked, tmp_path / f"{fuse}.jsonl", fuse=fuse, batch=64))
+        known = lists_of(run, row)
+        for line in lines(tmp_path / f"{fuse}.jsonl"):
+            assert [line["items"], line["scores"]] == list(known[line["request_id"]].values())
 
 
 def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:

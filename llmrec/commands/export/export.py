@@ -39,6 +39,7 @@ from llmrec.commands.export.files import (
 from llmrec.durable import sha256_of, write_text
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
 from llmrec.experiment import bundle
+from llmrec.experiment.fusion.carried import carry
 from llmrec.experiment.resume import key_of, locked
 from llmrec.experiment.runs import Source, earlier, open_run
 from llmrec.experiment.study import Study
@@ -62,6 +63,8 @@ class Options:
         dtype: Of the weights; ``auto``: the one that the run was evaluated in.
         adapter_only: Write the adapter instead of a whole model.
         with_items: Put the catalogue into the folder, without which `llmrec rank` knows no ids.
+        with_interactions: Put the training interactions and the run's fusions into the folder, for ``llmrec rank
+            --fuse`` and ``--retrieve``.
         users: Validation cases a family on which the export is checked; 0: none.
         licence: Of the tuned weights and the card.
         base_licence: Of the base model, where it does not say itself.
@@ -74,6 +77,7 @@ class Options:
     dtype: str = "auto"
     adapter_only: bool = False
     with_items: bool = True
+    with_interactions: bool = False
     users: int
     licence: str | None = None
     base_licence: str | None = None
@@ -182,7 +186,7 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
     dtype = options.dtype
     if dtype == "auto":
         dtype = source.merged or str(torch_dtype(recipe.model)).removeprefix("torch.")
-    notes = _notes(source, base, study)
+    notes = _notes(source, base, study, options)
     made_from = _made_from(source, base, study, dtype, options)
     if not options.force and export_files.made_from(options.out) == made_from:
         say(f"{options.out} is complete already; --force writes it again")
@@ -216,6 +220,15 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
                 found = agreement.measure(study, encoder, base, adapter, draft, dtype, users=options.users, say=say)
         if options.with_items and study is not None:
             put_items(study, draft)
+        if options.with_interactions:
+            if study is None:
+                raise DataError(
+                    f"--with-interactions: the data of {source.folder} is gone; bring it back, or drop the option",
+                    kind="missing-file",
+                    at=source.folder,
+                    column="--with-interactions",
+                )
+            carry(study.data, draft / "items.parquet", source.folder, draft)
         facts = card_facts.Facts(
             run=source.folder,
             recipe=recipe,
@@ -296,12 +309,20 @@ def _study(source: Source, options: Options) -> Study | None:
         ) from error
 
 
-def _notes(source: Source, base: str, study: Study | None) -> tuple[str, ...]:
+def _notes(source: Source, base: str, study: Study | None, options: Options) -> tuple[str, ...]:
     """Say what could not be confirmed, and whom the folder names."""
     index = source.recipe.index
     named = index is not None and index.ids == "tokens"
     users = ("The folder index/ holds the ids of the training users, each with its token.",) if named else ()
-    return (*_unconfirmed(source, base, study), *users)
+    events = (
+        (
+            "interactions.parquet holds the training interactions, of users under numbers; whoever knows some of a "
+            "user's items may find out the others.",
+        )
+        if options.with_interactions
+        else ()
+    )
+    return (*_unconfirmed(source, base, study), *users, *events)
 
 
 def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, ...]:
@@ -327,6 +348,7 @@ def _made_from(source: Source, base: str, study: Study | None, dtype: str, optio
         data=[each.dataset.fingerprint for each in (study.data, study.reviews) if each] if study else None,
         dtype=dtype,
         users=options.users,
+        interactions=options.with_interactions,
         wishes=asdict(_wishes(options)),
     )
 

@@ -21,7 +21,8 @@ from llmrec.tasks.family import family_of
 FILE = "fusions.json"
 """Where a run and an exported folder hold them."""
 
-_FORMAT = 1
+FORMAT = 1
+"""Of the file."""
 
 
 class FusedPart(Record):
@@ -94,7 +95,7 @@ def write(study: Study, rows: Sequence[ResultRow], folder: Path) -> None:
     """Write the fusions of rankings among a run's rows; a file of an earlier run does not stay."""
     ranks = [row for row in rows if family_of(row.figures.task).ranks_for_users]
     found = [fused for row in ranks if (fused := fused_of(study, row)) is not None]
-    write_json(folder / FILE, {"format": _FORMAT, "fusions": [fused.model_dump(mode="json") for fused in found]})
+    write_json(folder / FILE, {"format": FORMAT, "fusions": [fused.model_dump(mode="json") for fused in found]})
 
 
 def read(folder: Path) -> list[Fused]:
