@@ -123,7 +123,7 @@ def _baselines(study: Study, kept: Path) -> Check:
     key = key_of(
         llmrec=__version__,
         packages={name: version for name, version in versions().items() if name in _FITTING},
-        baselines={family: [each.label for each in study.section(family).baselines] for family in used},
+        baselines={family: [each.label for each in study.baselines(family)] for family in used},
         data={family: data.fingerprint for family, data in used.items()},
         cases={family: [case.request.id for case in study.cases(family)] for family in used},
         candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},

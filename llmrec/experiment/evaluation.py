@@ -109,7 +109,7 @@ class Evaluation:
         with self._budget.stage("baselines"):
             for family in self._study.tasks:
                 own = []
-                for baseline in self._study.section(family).baselines:
+                for baseline in self._study.baselines(family):
                     spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
                     own.append(self._row(spec, "numpy", None, partial(self._baseline, spec, baseline)))
                 rows += [*own, *self._joined(RowSpec(own[0].figures.task, "baseline", FUSION), own)]

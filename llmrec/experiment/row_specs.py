@@ -55,7 +55,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
     for family, task in study.tasks.items():
         section = study.section(family)
         if arm == "baseline":
-            yield from (RowSpec(task.family, arm, baseline.label) for baseline in section.baselines)
+            yield from (RowSpec(task.family, arm, baseline.label) for baseline in study.baselines(family))
             if fusible(study, family):
                 yield RowSpec(task.family, arm, FUSION)
             continue

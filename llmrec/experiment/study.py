@@ -25,7 +25,8 @@ from llmrec.models.embedder import text_embedder
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection
+from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
+from llmrec.registry import BASELINES, lookup
 from llmrec.tasks.family import check_names, family_of
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
 from llmrec.tasks.history import ItemVectors
@@ -33,6 +34,9 @@ from llmrec.tasks.mixture import shares
 from llmrec.tasks.pool import training_examples
 from llmrec.tasks.task import Task, TaskInputs
 from llmrec.types import Case, Example, Item, SplitName
+
+# Ranks by texts alone, in seconds and without a download.
+_BY_TEXT = "content"
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,19 @@ class Study:
     def sets(self, family: str) -> CandidateSets | None:
         """Return the stored candidate sets that a family ranks."""
         return {"items": self.aligned, "users": self.candidates, None: None}[family_of(family).candidates]
+
+    def baselines(self, family: str) -> tuple[BaselineSection, ...]:
+        """Return a family's baselines: those of the recipe, and where items have texts one that ranks by them.
+
+        What a language model makes of texts is more than their likeness only if it beats that.
+        """
+        known = self.section(family).baselines
+        items = self.task_data(family).dataset.items.values()
+        ranks = family_of(family).ranks_for_users
+        if not ranks or not any(item.fields or item.title != item.item_id for item in items):
+            return known
+        reads = any(lookup(BASELINES, each.name, "baseline").READS == "texts" for each in known)
+        return known if reads else (*known, *named(_BY_TEXT))
 
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
         """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.

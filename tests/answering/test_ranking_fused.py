@@ -31,6 +31,9 @@ SMALL = (
 )
 
 
+BASELINES = ["popularity", "item-knn(history=5)", "markov-1", "markov", "content"]
+
+
 @pytest.fixture(scope="module")
 def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
     recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL])
@@ -92,10 +95,10 @@ def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run,
 def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:
     rows = {row["id"]: row for row in run.results["rows"]}
     alone, joined = rows["sequential/baseline/fusion"], rows["sequential/tuned/fusion/continue-list"]
-    names = ["popularity", "item-knn(history=5)", "markov-1", "markov"]
+    names = BASELINES
     assert [part["name"] for part in alone["fusion"]["parts"]] == names
     assert [part["name"] for part in joined["fusion"]["parts"]] == [*names, "likelihood"]
-    assert (alone["reads"], joined["reads"]) == ("events", "language model")
+    assert (alone["reads"], joined["reads"]) == ("texts", "language model")
     pairs = {(each["a"], each["b"]) for each in run.results["comparisons"] if "verdict" in each}
     assert (joined["id"], alone["id"]) in pairs
     assert ("sequential/tuned/likelihood/continue-list", alone["id"]) in pairs
@@ -127,11 +130,11 @@ def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
     rows = {row["id"]: row for row in made.results["rows"]}
     joined = rows["sequential/tuned/fusion with models"]
     names = [part["name"] for part in joined["fusion"]["parts"]]
-    assert names == ["popularity", "item-knn(history=5)", "markov-1", "markov", "likelihood", "likelihood"]
+    assert names == [*BASELINES, "likelihood", "likelihood"]
     # Baselines that both runs made alike stand once; those of the language models stand beside each other.
-    assert sum(row["arm"] == "baseline" for row in rows.values()) == 6
+    assert sum(row["arm"] == "baseline" for row in rows.values()) == 8
     assert {row["arm"] for row in rows.values()} == {"baseline", "tuned", "zero-shot"}
-    alone = rows["sequential/baseline/fusion"]
+    alone = rows["sequential/baseline/fusion with texts"]
     pairs = {(each["a"], each["b"]) for each in made.results["comparisons"] if "verdict" in each}
     assert (joined["id"], alone["id"]) in pairs
     assert made.report.is_file() and "What <bdi>fusion" in made.report.read_text(encoding="utf-8")

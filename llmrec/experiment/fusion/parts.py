@@ -38,7 +38,7 @@ NOTHING = "random"
 def fusible(study: Study, family: str) -> bool:
     """Whether the baselines of a family are to be joined: two or more that say something, judged by other users."""
     own, section = family_of(family), study.recipe.eval
-    parts = [each for each in study.section(family).baselines if each.name != NOTHING]
+    parts = [each for each in study.baselines(family) if each.name != NOTHING]
     able = own.ranks_for_users or own.answer in (Rating, Probability)
     return able and section.fusion.controls and len(parts) >= 2 and section.split == "test"
 

@@ -72,7 +72,7 @@ def fused_of(study: Study, row: ResultRow) -> Fused | None:
     figures = row.figures
     if figures.fusion is None:
         return None
-    known = {each.label: each for each in study.section(figures.task).baselines}
+    known = {each.label: each for each in study.baselines(figures.task)}
     parts = [
         FusedPart(name=part.name, baseline=known[part.name].name, parameters=known[part.name].parameters)
         if part.name in known

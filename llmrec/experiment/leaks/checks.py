@@ -247,7 +247,7 @@ def baselines(study: Study) -> Check:
     asked: dict[tuple[int, str], list[str]] = defaultdict(list)
     made = {}
     for family in study.tasks:
-        for baseline in study.section(family).baselines:
+        for baseline in study.baselines(family):
             asked[(id(study.task_data(family)), baseline.label)].append(family)
             made[baseline.label] = baseline
     places: list[str] = []
