@@ -78,7 +78,7 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     assert len(told) == 5 and {table["task"] for table in results["tables"]} == {"direct", "rating"}
     table = next(table for table in results["tables"] if table["task"] == "direct")
     names = [row["name"] for row in table["rows"]]
-    assert len(set(names)) == len(names) == 5 + 2 * 5  # each baseline once, each strategy in each run
+    assert len(set(names)) == len(names) == 6 + 2 * 5  # each baseline and their fusion once, each strategy in each run
     assert sum(name.endswith("k=2, choice=recent") for name in names) == 2
     values = [row["metrics"]["NDCG@10"]["value"] for row in table["rows"]]
     assert values == sorted(values, reverse=True)
@@ -180,7 +180,7 @@ def test_a_figure_that_is_not_defined_stands_in_the_table_and_in_no_picture(tmp_
     (tmp_path / "recipe.yaml").write_text(f"{head}tasks: {{ctr: {{liked: 4}}}}\neval:{tail}", encoding="utf-8")
     made = run_benchmark(load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
     (table,) = json.loads(made["results"].read_text(encoding="utf-8"))["tables"]
-    assert [row["metrics"]["AUC"]["value"] for row in table["rows"]] == [None] * 4
+    assert [row["metrics"]["AUC"]["value"] for row in table["rows"]] == [None] * 5
     assert set(made) == {"results", "page"} and "yes-no" in made["page"].read_text(encoding="utf-8")
 
 

@@ -158,9 +158,9 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
         chose.update(case.request.user_id for case in cases)
         return cases
 
-    def weighing(self: Fusion, cases: Any) -> None:
+    def weighing(self: Fusion, cases: Any, **more: bool) -> None:
         weighed.update(case.request.user_id for case in cases)
-        fit(self, cases)
+        fit(self, cases, **more)
 
     monkeypatch.setattr(tuning, "ranking_cases", choosing)
     monkeypatch.setattr(Fusion, "fit", weighing)

@@ -93,7 +93,7 @@ def test_models_and_rows_from_other_negatives_are_made_again(monkeypatch: pytest
         return trained + [evaluation._key(spec, "hf", None) for spec in specs]
 
     now = keys()
-    for module in ("training", "evaluation"):
+    for module in ("training", "row_specs"):
         monkeypatch.setattr(f"llmrec.experiment.{module}.NEGATIVES", 1)
     then = keys()
     same = [one == two for one, two in zip(now, then, strict=True)]
@@ -216,7 +216,7 @@ def test_a_baseline_with_parameters_has_a_row_and_a_key_of_its_own(tmp_path: Pat
     assert other.figures.id == "rating/baseline/user-item-bias(user_penalty=500)"
     assert plain.figures.metrics["RMSE"].value != other.figures.metrics["RMSE"].value
     stored = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
-    assert len({row["key"] for row in stored.values()}) == len(stored) == 5
+    assert len({row["key"] for row in stored.values()}) == len(stored) == 6
     # The same penalty as the default's under another name is the same model.
     same = rows(
         build_study(recipe(f"tasks={{rating: {{baselines: [{names}, {{name: user-item-bias, user_penalty: 5}}]}}}}"))
