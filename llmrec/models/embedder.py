@@ -13,7 +13,7 @@ import numpy as np
 from llmrec.data.hashing import hash64
 from llmrec.durable import replacing
 from llmrec.errors import require
-from llmrec.models.text_encoder import encode_texts, find_encoder
+from llmrec.models.text_encoder import BATCH_TOKENS, DTYPE, encode_texts, find_encoder
 from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
@@ -61,8 +61,13 @@ class Embedder:
                 log.warning("%s cannot be read (%s); the texts are embedded again", file, error)
         vectors = encode_texts(self._folder, texts)
         with replacing(file) as draft:
-            tensors.save_file({"vectors": vectors}, draft)
+            tensors.save_file({"vectors": vectors}, draft, metadata=self.record)
         return vectors
+
+    @property
+    def record(self) -> dict[str, str]:
+        """How vectors are made: a hash over the encoder's weights and tokenizer, numbers, and tokens read together."""
+        return {"stamp": self.stamp, "dtype": DTYPE, "batch_tokens": str(BATCH_TOKENS)}
 
 
 def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:

@@ -21,7 +21,11 @@ from llmrec.recipe.schema import ModelSection
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
+"""Tokens that are read together, padding included."""
+DTYPE = "float32"
+"""Of weights and vectors."""
+
 # What fewer texts take is over before a bar could be read.
 _MANY = 2000
 
@@ -105,7 +109,7 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     """Group texts by length, so that little is padded; longest first, so that memory runs out at once or never."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if batches and (len(batches[-1]) + 1) * max(1, lengths[batches[-1][0]]) <= _BATCH_TOKENS:
+        if batches and (len(batches[-1]) + 1) * max(1, lengths[batches[-1][0]]) <= BATCH_TOKENS:
             batches[-1].append(row)
         else:
             batches.append([row])

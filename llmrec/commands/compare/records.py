@@ -60,6 +60,7 @@ class SuiteLine(Record):
         reads: What it knows items by; None in results of 0.1.
         trials: What was tried on validation, none where there was nothing to choose.
         chosen_by: The metric by which the parameters were chosen.
+        encoder: How a text encoder made its vectors, where it reads texts with one; see `Embedder.record`.
         seconds: By what was done.
     """
 
@@ -69,6 +70,7 @@ class SuiteLine(Record):
     parameters: dict[str, Setting] = Field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
     chosen_by: str = ""
+    encoder: dict[str, str] = Field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     tables: dict[str, Table]
     seconds: dict[str, float] = Field(default_factory=dict)

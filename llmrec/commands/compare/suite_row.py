@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from llmrec.baselines.item_texts import LSA
 from llmrec.baselines.tuning.search import Grid
 from llmrec.baselines.tuning.tune import Choice, Tuned, tune
 from llmrec.baselines.tuning.tune import Trial as Tried
@@ -33,6 +34,7 @@ from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.fusion.parts import weights_of
 from llmrec.experiment.resume import Bar, read_stage
 from llmrec.metrics.significance import over_seeds
+from llmrec.models.embedder import text_embedder
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.registry import BASELINES, lookup
 from llmrec.types import Case, Interaction, Probability, Rating
@@ -114,12 +116,19 @@ def make_row(
         reads=contenders.reads(row),
         trials=tuple(Trial(parameters=dict(trial.parameters), values=dict(trial.values)) for trial in tuned.trials),
         chosen_by=tuned.metric,
+        **_encoder(row),
         seeds=seeds,
         tables=tables,
         seconds={name: round(value, 2) for name, value in seconds.items()},
         memory_gb=round(memory[0] / 2**30, 2),
     )
     return Done(line, {seen: _values([run[seen] for run in runs]) for seen in tables})
+
+
+def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
+    """Return how the text encoder that a row names makes its vectors, by the key of the record; nothing without one."""
+    name = row.parameters.get("encoder", LSA)
+    return {} if name == LSA else {"encoder": text_embedder(str(name)).record}
 
 
 def grid_of(suite: Suite, row: SuiteRow) -> Grid:
