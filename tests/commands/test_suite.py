@@ -294,6 +294,10 @@ def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
             ),
         ),
         (
+            {"rows": [{"baseline": "ease", "grid": {"penalti": [5]}}]},
+            Facts("unknown-key", column="grid", says="'penalti' (did you mean 'penalty'?)"),
+        ),
+        (
             {"references": ["nowhere"]},
             Facts("unknown-name", column="references", says=("'nowhere'", "known: amazon14-beauty")),
         ),
@@ -305,6 +309,20 @@ def test_what_cannot_run_is_refused_before_anything_is_measured(
     with raises(RecipeError, facts):
         _again(tmp_path, **changed)
     assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_a_row_names_the_values_to_choose_among(tmp_path: Path) -> None:
+    row = {"baseline": "item-knn", "grid": {"history": [20, 5], "decay": [1.0]}, "parameters": {"shrinkage": 0.0}}
+    page = PAGE | {"split_seeds": [0], "rows": [*PAGE["rows"][:1], row]}
+    (_, found) = run_suite(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows
+    assert {trial.parameters["history"] for trial in found.trials} <= {5, 20}
+    assert {(trial.parameters["decay"], trial.parameters["shrinkage"]) for trial in found.trials} == {(1.0, 0.0)}
+    for wrong, said in (
+        ({"grid": {"history": [5]}, "parameters": {"history": 5}}, "drop one"),
+        ({"tune": False}, "drop it"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Suite(**page | {"rows": [row | wrong]})
 
 
 def test_the_command_writes_results_and_the_leaderboard_beside_them(
