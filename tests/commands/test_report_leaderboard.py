@@ -149,6 +149,22 @@ def test_published_rows_stand_beside_the_protocol_that_they_share() -> None:
     assert "Published" not in _page(other).split("## films")[1]
 
 
+def test_published_rows_on_other_interactions_stand_apart_with_their_counts() -> None:
+    counts = {"users": 943, "items": 1682}
+    other = made_reference().model_copy(update={"counts": counts, "data": "all films"})
+    text = leaderboard([suite_result(made_suite())], {"papers": made_reference(), "all": other})
+    assert text == _page()  # a suite prints the pages that it names
+    suite = made_suite() | {"references": ["papers", "all"]}
+    text = leaderboard([suite_result(suite)], {"papers": made_reference(), "all": other})
+    apart = "but on other interactions (all films: 943 users, 1,682 items)"
+    assert text.count(f"Published under the same protocol, {apart}:\n") == 2
+    assert text.count(f"### Published, treatment of the history not stated, {apart}\n") == 1
+    assert text.count("Published under the same protocol:\n") == 2
+    suite["data"]["items"] = 1682
+    text = leaderboard([suite_result(suite)], {"papers": made_reference(), "all": other})
+    assert text.count("other interactions") == 0 and len(_tables(text)[1]) == 2 + 2 * 3
+
+
 def test_mixed_protocols_are_refused() -> None:
     suite = made_suite()
     figure = suite["rows"][2]["tables"]["included"]["metrics"]["HR@5"]

@@ -67,7 +67,7 @@ class Reference(Page):
 
     reference: str
     data: str
-    counts: Mapping[str, int]
+    counts: Mapping[Literal["users", "items", "interactions"], int]
     protocol: Protocol
     rows: tuple[Published, ...]
 
@@ -209,14 +209,23 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         lines += [part for line in _fusions(found, seen) for part in ("", line)]
         if tested[seen]:
             lines += ["", "Planned comparisons:", "", *_pairs(tested[seen])]
-        same = [row for page in references for row in page.rows if row.seen == seen and _fits(page, protocol)]
-        if same:
-            lines += ["", "Published under the same protocol:", "", _published(same, protocol.metrics)]
-    unknown = [row for page in references for row in page.rows if row.seen == "unknown" and _fits(page, protocol)]
-    if unknown:
-        heading = "### Published, treatment of the history not stated"
-        lines += ["", heading, "", _published(unknown, protocol.metrics)]
+        lines += _beside(found, references, seen, "Published under the same protocol", ":")
+    lines += _beside(found, references, "unknown", "### Published, treatment of the history not stated", "")
     return "\n".join([*lines, ""])
+
+
+def _beside(found: SuiteResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
+    """Show published rows of one treatment of the history; those on other interactions stand apart, page by page."""
+    fitting = [page for page in references if _fits(page, found.protocol)]
+    same = [row for page in fitting if _same_data(page, found) for row in page.rows if row.seen == seen]
+    lines = ["", f"{heading}{end}", "", _published(same, found.protocol.metrics)] if same else []
+    for page in fitting:
+        rows = [row for row in page.rows if row.seen == seen]
+        if rows and not _same_data(page, found):
+            counts = ", ".join(f"{count:,} {cell(what)}" for what, count in page.counts.items())
+            lines += ["", f"{heading}, but on other interactions ({cell(page.data)}: {counts}){end}"]
+            lines += ["", _published(rows, found.protocol.metrics)]
+    return lines
 
 
 def _fusions(found: SuiteResult, seen: str) -> list[str]:
@@ -302,6 +311,11 @@ def _fits(page: Reference, protocol: SuiteProtocol) -> bool:
     # A suite without candidates has one table, and its references name that.
     kind = protocol.candidates or protocol.seen[0]
     return page.protocol.candidates == kind and page.protocol.split in protocol.split
+
+
+def _same_data(page: Reference, found: SuiteResult) -> bool:
+    """Whether a page counts as many users, items and interactions as the suite read."""
+    return all(getattr(found.data, what) == count for what, count in page.counts.items())
 
 
 def _ours(found: SuiteResult, seen: str) -> str:
