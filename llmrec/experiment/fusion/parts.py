@@ -16,6 +16,7 @@ from llmrec.baselines.retrieve import retrieve
 from llmrec.data.candidates import draw
 from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
+from llmrec.errors import DataError
 from llmrec.experiment.study import Study, build_task
 from llmrec.registry import BASELINES, lookup
 from llmrec.results import FusionWeights, PartWeight, Prediction, Reads
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 FUSION = "fusion"
 """What the row of a fusion is called."""
+
+# Users that weigh, at most: more move no weight by much, and every baseline answers them.
+_MOST = 5000
 
 NOTHING = "random"
 """The baseline that knows nothing and is no part of a fusion."""
@@ -98,7 +102,12 @@ class Weighing:
             asked = replace(study, candidates=sets)
             task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
         weigh = set(halves(data, section.reserved)[1].valid["user_id"].to_list()) - study.set_aside(family)
-        cases = [case for case in task.cases("valid") if case.request.user_id in weigh]
+        try:
+            able = task.cases("valid")
+        except DataError as error:
+            log.warning("%s: no fusion of the baselines: %s", family, error)
+            return []
+        cases = _of_first_users([case for case in able if case.request.user_id in weigh], _MOST)
         found = len({case.request.user_id for case in cases})
         if found < 2 * FOLDS:
             log.warning(
