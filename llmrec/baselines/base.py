@@ -77,6 +77,8 @@ class Baseline(Generic[C, M]):
             on a scale of logarithms, where a difference of 1 is a factor.
         FITS: How many points tuning may fit; None: as many as its search meets.
         AT_ANSWER: Parameters that are read when answering and not by ``fit``: see `with_config`.
+        looked_at: Users whose validation interactions chose something of it, an epoch or a parameter; they do not weigh
+            it in a fusion.
         Config: Its parameters with their defaults and bounds.
     """
 
@@ -88,6 +90,7 @@ class Baseline(Generic[C, M]):
     FITS: ClassVar[int | None] = None
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()
     Config: type[C]
+    looked_at: frozenset[str] = frozenset()
 
     def __init__(self, config: C | None = None, *, seed: int = 0) -> None:
         """Set up.

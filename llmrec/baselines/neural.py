@@ -83,6 +83,7 @@ class Trained:
     encode: Encode
     max_len: int
     epochs: int
+    looked_at: frozenset[str] = frozenset()
     name: str = "network"
 
     @property
@@ -120,6 +121,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
             MissingExtra: If torch is not installed.
         """
         self._model = train(data, self._build, self._encode, self._config, self._seed)
+        self.looked_at = self._model.looked_at
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits after each history, shape (n, items)."""
@@ -178,7 +180,8 @@ def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, confi
         if kept is not None:
             network.load_state_dict(kept[1])
     network.eval()
-    return Trained(catalogue, warm, network, encode, config.max_len, kept[0] if kept else config.epochs)
+    looked_at = frozenset(case.request.user_id for case in cases)
+    return Trained(catalogue, warm, network, encode, config.max_len, kept[0] if kept else config.epochs, looked_at)
 
 
 def _epoch(network: Any, encode: Encode, batches: Iterator[_Batch], optimiser: Any, loss: Any) -> float:

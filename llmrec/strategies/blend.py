@@ -78,6 +78,7 @@ class Blend(Weighed):
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
         """
+        self._refuse(self.parts, cases)
         users = [case.request.user_id for case in cases]
         folds = folds_of(self.name, users)
         said = self._said([case.request for case in cases])

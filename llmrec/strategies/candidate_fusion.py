@@ -71,6 +71,7 @@ class CandidateFusion(Weighed):
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
         """
+        self._refuse([(part.name, part.predictor) for part in self.parts], cases)
         requests = [case.request for case in cases]
         said = [part.predictor.answer(requests) for part in self.parts]
         sets = _sets(requests, said)

@@ -86,8 +86,10 @@ class Fusion(Weighed):
             dissect: Fit the best form once more without each part, for the attribute ``without``.
 
         Raises:
+            LlmrecError: If a part says that one of these users has chosen its parameters or its epoch.
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
         """
+        self._refuse([(part.name, part.scorer) for part in self.parts], cases)
         self._choose(_known(self, cases), [case.request.user_id for case in cases], dissect=dissect)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:

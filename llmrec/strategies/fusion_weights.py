@@ -14,6 +14,7 @@ from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
 from llmrec.metrics.ranking import ndcg
 from llmrec.metrics.stats import StatisticName, paired
+from llmrec.types import Case
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -117,6 +118,21 @@ class Weighed:
     def names(self) -> tuple[str, ...]:
         """Of the parts."""
         raise NotImplementedError
+
+    def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
+        """Refuse to weigh parts by users who chose something of them.
+
+        Raises:
+            LlmrecError: If a part has looked at one of the users, as it says itself.
+        """
+        users = {case.request.user_id for case in cases}
+        for name, part in parts:
+            if seen := users & getattr(part, "looked_at", frozenset()):
+                raise LlmrecError(
+                    f"{self.name}: {len(seen)} of {len(users)} users that are to weigh {name} have chosen its "
+                    "parameters or its epoch, so that it would seem better than it is; hold some back (llmrec.data.split.halves)",
+                    kind="leak",
+                )
 
     def _choose(self, known: Known, users: Sequence[str], *, dissect: bool) -> None:
         """Keep the form of a ranking with the best cross-fitted NDCG@10, fitted to all cases."""

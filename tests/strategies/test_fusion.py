@@ -11,9 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from llmrec.baselines.popular import Popularity
+from llmrec.baselines.sasrec import SASRec
+from llmrec.baselines.tuning.tune import tune
+from llmrec.baselines.tuning.validation import ranking_cases
+from llmrec.data.split import halves
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import rank_catalogue
+from llmrec.experiment.study import load_split
 from llmrec.metrics.ranking import ndcg
+from llmrec.recipe.schema import DataSection
 from llmrec.strategies.fusion import Fusion, Part, _known
 from llmrec.strategies.fusion_weights import Kind, Weights, combined, feature, share
 from llmrec.types import Answer, Case, Event, Ranking, Request
@@ -101,6 +108,27 @@ def test_a_part_is_worth_what_is_lost_without_it() -> None:
     whole = {each.form: each.value for each in fusion.tried}
     form = fusion.fitted.form
     assert first.loss == pytest.approx(whole[form] - values[form], abs=1e-4)
+
+
+def test_users_that_chose_an_epoch_or_a_parameter_of_a_part_do_not_weigh_it() -> None:
+    data = load_split(DataSection(source="made-reviews"), 0)
+    choose, weigh = halves(data, 0.5)
+    config = SASRec.Config(dim=8, layers=1, heads=1, epochs=2, quiet=True)
+    for whole in (True, False):
+        network = SASRec(config, seed=0)
+        network.fit(data if whole else choose)
+        tuned = (
+            tune("item-knn", data if whole else choose, seed=0, grid={"decay": (0.5, 1.0)}).choices["excluded"].model
+        )
+        for name, part in (("network", network), ("tuned", tuned)):
+            counting = Popularity(seed=0)
+            counting.fit(data)
+            fusion = Fusion("both", [Part("popularity", counting, "counts"), Part(name, part, "logits")], filtered=True)
+            if whole:
+                with raises(LlmrecError, Facts(kind="leak", says=(name, "hold some back"))):
+                    fusion.fit(ranking_cases(weigh))
+            else:
+                fusion.fit(ranking_cases(weigh))
 
 
 @pytest.mark.parametrize("form", ["logit", "pool"])

@@ -126,7 +126,10 @@ def tune(
     choices = {}
     for table in tables:
         best = search.best(table)
-        choices[table] = Choice(best.parameters, borders(made.Config, declared, best.parameters), search.model(best))
+        model = search.model(best)
+        if model is not None and len(search.trials) > 1:
+            model.looked_at |= frozenset(data.valid["user_id"].to_list())
+        choices[table] = Choice(best.parameters, borders(made.Config, declared, best.parameters), model)
     return Tuned(choices=choices, trials=tuple(search.trials), metric=metric)
 
 
