@@ -130,7 +130,8 @@ class Weighed:
             if seen := users & getattr(part, "looked_at", frozenset()):
                 raise LlmrecError(
                     f"{self.name}: {len(seen)} of {len(users)} users that are to weigh {name} have chosen its "
-                    "parameters or its epoch, so that it would seem better than it is; hold some back (llmrec.data.split.halves)",
+                    "parameters or its epoch, so that it would seem better than it is; hold some back "
+                    "(llmrec.data.split.halves)",
                     kind="leak",
                 )
 
