@@ -17,7 +17,8 @@ from scipy.special import expit, logit
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics.stats import StatisticName
-from llmrec.strategies.fusion_weights import FOLDS, Tried, Weighed, Weights, folds_of, left_out, limits_of
+from llmrec.strategies.fusion_weights import FOLDS, Tried, Weights, folds_of, left_out, limits_of
+from llmrec.strategies.weighed import Weighed
 from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.strategies.fusion_weights import Kind, Known, Weighed, Weights, combined
+from llmrec.strategies.fusion_cases import Known
+from llmrec.strategies.fusion_weights import Kind, Weights, combined
+from llmrec.strategies.weighed import Weighed
 from llmrec.types import Answer, Case, Predictor, Ranking, Request, Unparsed
 
 if TYPE_CHECKING:

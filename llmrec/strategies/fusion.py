@@ -21,13 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.strategies.fusion_weights import (
-    CELLS,
-    Kind,
-    Known,
-    Weighed,
-    combined,
-)
+from llmrec.strategies.fusion_cases import Known
+from llmrec.strategies.fusion_weights import CELLS, Kind, combined
+from llmrec.strategies.weighed import Weighed
 from llmrec.types import Answer, Case, CatalogueScorer, Ranking, Request
 
 if TYPE_CHECKING:

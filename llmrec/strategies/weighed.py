@@ -1,0 +1,88 @@
+"""What rankers of catalogues, of lists, and blends share: parts, weights, and how the form is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from llmrec.errors import LlmrecError
+from llmrec.strategies.fusion_cases import Known, forms
+from llmrec.strategies.fusion_weights import Tried, Weights, Without, folds_of, left_out
+from llmrec.types import Case
+
+# Cases that say what a part is worth, times items: each part takes the fits of all folds. At least so many cases.
+_DISSECTED, _LEAST = 12_000_000, 500
+
+
+class Weighed:
+    """What is made of parts: its weights once they are fitted, and the forms that were tried.
+
+    Attributes:
+        name: Of its row.
+        weights: None before ``fit``.
+        tried: Forms with their cross-fitted figures.
+        without: What each part is worth, where ``fit`` was asked to dissect and the best form has several parts.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Set up, under the name of its row."""
+        self.name = name
+        self.weights: Weights | None = None
+        self.tried: tuple[Tried, ...] = ()
+        self.without: tuple[Without, ...] = ()
+
+    @property
+    def fitted(self) -> Weights:
+        """What ``fit`` found.
+
+        Raises:
+            RuntimeError: If it was not called.
+        """
+        if self.weights is None:
+            raise RuntimeError(f"{self.name!r} was asked before fit() was called")
+        return self.weights
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts."""
+        raise NotImplementedError
+
+    def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
+        """Refuse to weigh parts by users who chose something of them.
+
+        Raises:
+            LlmrecError: If a part has looked at one of the users, as it says itself.
+        """
+        users = {case.request.user_id for case in cases}
+        for name, part in parts:
+            if seen := users & getattr(part, "looked_at", frozenset()):
+                raise LlmrecError(
+                    f"{self.name}: {len(seen)} of {len(users)} users that are to weigh {name} have chosen its "
+                    "parameters or its epoch, so that it would seem better than it is; hold some back "
+                    "(llmrec.data.split.halves)",
+                    kind="leak",
+                )
+
+    def _choose(self, known: Known, users: Sequence[str], *, dissect: bool) -> None:
+        """Keep the form of a ranking with the best cross-fitted NDCG@10, fitted to all cases."""
+        folds, fits, every = folds_of(self.name, users), forms(known, self.names), np.arange(len(users))
+        whole = {form: fit(every, None) for form, fit in fits.items()}
+        values = {form: known.crossed(fit, whole[form], folds) for form, fit in fits.items()}
+        self.tried = tuple(Tried(form, part, float(found.mean())) for (form, part), found in values.items())
+        best = max(self.tried, key=lambda each: each.value)
+        self.weights = whole[best.form, best.name]
+        if best.form == "logit":
+            low, high = known.limits(self.weights, users)
+            self.weights = Weights("logit", self.weights.parts, self.weights.repeat, low, high)
+        if dissect and best.form != "alone":
+            few = known.first(max(_LEAST, _DISSECTED // known.had.shape[1]))
+            fit, count = few.logit if best.form == "logit" else few.pool, len(few.truth)
+            all_parts = few.crossed(fit, self.weights, folds[:count])
+            rest = [
+                few.crossed(partial(fit, off=place), self.weights, folds[:count]) for place in range(len(self.names))
+            ]
+            self.without = tuple(
+                left_out(name, all_parts, each, users[:count]) for name, each in zip(self.names, rest, strict=True)
+            )
