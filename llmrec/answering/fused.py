@@ -13,7 +13,7 @@ from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.experiment.bundle import Bundle
-from llmrec.experiment.fusion.parts import FUSION, choosing
+from llmrec.experiment.fusion.parts import choosing
 from llmrec.experiment.fusion.stored import Fused, FusedPart, read
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
 from llmrec.types import Answer, Predictor, Ranking, Request, Unparsed
@@ -49,7 +49,8 @@ def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
         asked = [each for each in found if each.template == name and each.parts[-1].name == way.strategy]
         found = [each for each in asked if each.arm == ("tuned" if bundle.tuned else "zero-shot")]
     if found:
-        return found[0]
+        # Of the fusions of baselines the last one joins the most.
+        return found[-1]
     known = ", ".join(each.id for each in own) or "none"
     more = "eval.fusion.model_users=200 and " if joined == "model" else ""
     raise RecipeError(
@@ -97,7 +98,7 @@ class Fuser:
         for n, each in enumerate(ranked or ()):
             answers[str(n)] = self._naming.answered(each, requests[n]) if isinstance(each, Ranking) else each
         parts = [Voice(part.name, self._predictor(part, answers), part.kind) for part in self._fused.parts]
-        fusion = CandidateFusion(FUSION, parts, self._fused.weights())
+        fusion = CandidateFusion(self._fused.id, parts, self._fused.weights())
         numbered = [replace(request, id=str(n)) for n, request in enumerate(asked)]
         found: list[Ranking | Unparsed] = []
         for n, answer in enumerate(fusion.answer(numbered)):

@@ -24,10 +24,11 @@ from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.fusion.parts import (
-    FUSION,
+    FUSIONS,
     NOTHING,
     Recalled,
     Weighing,
+    fusible,
     join,
     joins_model,
     kind_of,
@@ -112,7 +113,10 @@ class Evaluation:
                 for baseline in self._study.baselines(family):
                     spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
                     own.append(self._row(spec, "numpy", None, partial(self._baseline, spec, baseline)))
-                rows += [*own, *self._joined(RowSpec(own[0].figures.task, "baseline", FUSION), own)]
+                rows += own
+                for kind in fusible(self._study, family):
+                    parts = [row for row in own if widest([row.figures.reads, kind]) == kind]
+                    rows += self._joined(RowSpec(own[0].figures.task, "baseline", FUSIONS[kind]), parts)
         return rows
 
     def arms(
@@ -126,13 +130,11 @@ class Evaluation:
             engines: Where backends come from.
         """
         controls = {
-            family: [row for row in baselines if row.figures.task == family and row.figures.predictor != FUSION]
+            family: [row for row in baselines if row.figures.task == family and row.figures.fusion is None]
             for family in self._study.tasks
         }
         specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
-        planned = [
-            (spec, engines.engine_for(spec.predictor), *weights[arm]) for spec, arm in specs if spec.predictor != FUSION
-        ]
+        planned = [(spec, engines.engine_for(spec.predictor), *weights[arm]) for spec, arm in specs if not spec.joins]
         # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
         order = sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
         rows = {}
@@ -152,8 +154,7 @@ class Evaluation:
         for place, (spec, _) in enumerate(specs):
             # A fusion stands behind the row of a language model that it joins with the baselines.
             before = specs[place - 1][0]
-            joined = spec.predictor == FUSION
-            found += self._joined(spec, [*controls[spec.family], rows[before.id]]) if joined else [rows[spec.id]]
+            found += self._joined(spec, [*controls[spec.family], rows[before.id]]) if spec.joins else [rows[spec.id]]
         return found
 
     def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
@@ -167,7 +168,7 @@ class Evaluation:
         )
 
         def make() -> Made:
-            model = join([part_of(row) for row in able], cases, family_of(spec.family).answer)
+            model = join(spec.predictor, [part_of(row) for row in able], cases, family_of(spec.family).answer)
             return Made(self._measured(spec, model), "numpy", fusion=weights_of(model))
 
         users = len({case.request.user_id for case in cases})

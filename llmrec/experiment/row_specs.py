@@ -8,7 +8,7 @@ from typing import Any
 
 from llmrec.durable import Json
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.experiment.fusion.parts import FUSION, fusible, joins_model
+from llmrec.experiment.fusion.parts import FUSIONS, fusible, joins_model
 from llmrec.experiment.study import Study
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CandidateSection, EvalSection
@@ -37,6 +37,11 @@ class RowSpec:
         return "/".join([*parts, self.template.name] if self.template else parts)
 
     @property
+    def joins(self) -> bool:
+        """Whether it joins other rows and asks nobody."""
+        return self.predictor in FUSIONS.values()
+
+    @property
     def asked(self) -> Mapping[str, Any]:
         """What its record says of how it asks."""
         return {
@@ -56,8 +61,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
         section = study.section(family)
         if arm == "baseline":
             yield from (RowSpec(task.family, arm, baseline.label) for baseline in study.baselines(family))
-            if fusible(study, family):
-                yield RowSpec(task.family, arm, FUSION)
+            yield from (RowSpec(task.family, arm, FUSIONS[kind]) for kind in fusible(study, family))
             continue
         if arm == "tuned" and section.weight == 0:
             continue
@@ -66,7 +70,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
                 shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
                 yield RowSpec(task.family, arm, strategy, template, shots)
                 if joins_model(study, family, strategy):
-                    yield RowSpec(task.family, arm, FUSION, template, shots)
+                    yield RowSpec(task.family, arm, FUSIONS["language model"], template, shots)
 
 
 def profile_of(study: Study, family: str) -> str:

@@ -31,6 +31,7 @@ SMALL = (
 )
 
 
+CONTROLS, JOINED = "sequential/baseline/fusion with texts", "sequential/tuned/fusion with models/continue-list"
 BASELINES = ["popularity", "item-knn(history=5)", "markov-1", "markov", "content"]
 
 
@@ -64,7 +65,7 @@ def lists_of(run: pipeline.Run, row: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("fuse", "row"),
-    [("baselines", "sequential/baseline/fusion"), ("model", "sequential/tuned/fusion/continue-list")],
+    [("baselines", CONTROLS), ("model", JOINED)],
 )
 def test_the_lists_are_those_of_the_evaluation(run: pipeline.Run, tmp_path: Path, fuse: str, row: str) -> None:
     asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
@@ -85,7 +86,7 @@ def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run,
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
     # Users go out under numbers.
     assert all(name.isdigit() for name in carried["user_id"]) and set(carried["part"]) == {"train", "valid"}
-    for fuse, row in (("baselines", "sequential/baseline/fusion"), ("model", "sequential/tuned/fusion/continue-list")):
+    for fuse, row in (("baselines", CONTROLS), ("model", JOINED)):
         rank_file(options(tmp_path / "whole", asked, tmp_path / f"{fuse}.jsonl", fuse=fuse, batch=64))
         known = lists_of(run, row)
         for line in lines(tmp_path / f"{fuse}.jsonl"):
@@ -94,14 +95,15 @@ def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run,
 
 def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:
     rows = {row["id"]: row for row in run.results["rows"]}
-    alone, joined = rows["sequential/baseline/fusion"], rows["sequential/tuned/fusion/continue-list"]
+    events, alone, joined = rows["sequential/baseline/fusion"], rows[CONTROLS], rows[JOINED]
+    assert [part["name"] for part in events["fusion"]["parts"]] == BASELINES[:-1] and events["reads"] == "events"
     names = BASELINES
     assert [part["name"] for part in alone["fusion"]["parts"]] == names
     assert [part["name"] for part in joined["fusion"]["parts"]] == [*names, "likelihood"]
     assert (alone["reads"], joined["reads"]) == ("texts", "language model")
     pairs = {(each["a"], each["b"]) for each in run.results["comparisons"] if "verdict" in each}
-    assert (joined["id"], alone["id"]) in pairs
-    assert ("sequential/tuned/likelihood/continue-list", alone["id"]) in pairs
+    for control in (events, alone):
+        assert {(joined["id"], control["id"]), ("sequential/tuned/likelihood/continue-list", control["id"])} <= pairs
 
 
 def test_what_was_not_weighed_is_refused(run: pipeline.Run, tmp_path: Path) -> None:

@@ -73,9 +73,16 @@ def test_every_arm_and_task_has_its_rows(done: tuple[Recipe, pipeline.Run]) -> N
         row["predictor"] for row in rows if row["task"] == "direct"
     }
     # A control is one with any parameters.
-    assert {"random", "popularity", "item-knn(history=5)", "markov-1", "markov(order=3)", "content", "fusion"} == {
-        row["predictor"] for row in rows if row["task"] == "sequential" and row["arm"] == "baseline"
-    }
+    assert {
+        "random",
+        "popularity",
+        "item-knn(history=5)",
+        "markov-1",
+        "markov(order=3)",
+        "content",
+        "fusion",
+        "fusion with texts",
+    } == {row["predictor"] for row in rows if row["task"] == "sequential" and row["arm"] == "baseline"}
     for row in rows:
         assert row["n"] == 6
         assert all(figure["signature"] for figure in row["metrics"].values())

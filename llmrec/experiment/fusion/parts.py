@@ -29,8 +29,12 @@ from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Un
 
 log = logging.getLogger(__name__)
 
-FUSION = "fusion"
-"""What the row of a fusion is called."""
+FUSIONS: Mapping[Reads, str] = {
+    "events": "fusion",
+    "texts": "fusion with texts",
+    "language model": "fusion with models",
+}
+"""What the row of a fusion is called, by the widest kind among its parts."""
 
 # Users that weigh, at most: more move no weight by much, and every baseline answers them.
 _MOST = 5000
@@ -39,18 +43,24 @@ NOTHING = "random"
 """The baseline that knows nothing and is no part of a fusion."""
 
 
-def fusible(study: Study, family: str) -> bool:
-    """Whether the baselines of a family are to be joined: two or more that say something, judged by other users."""
+def fusible(study: Study, family: str) -> tuple[Reads, ...]:
+    """Return the kinds of fusions of a family's baselines, judged by users that do not weigh them.
+
+    Of those that know events alone, and of all where one reads texts too; each of two or more that say something.
+    """
     own, section = family_of(family), study.recipe.eval
-    parts = [each for each in study.baselines(family) if each.name != NOTHING]
     able = own.ranks_for_users or own.answer in (Rating, Probability)
-    return able and section.fusion.controls and len(parts) >= 2 and section.split == "test"
+    if not able or not section.fusion.controls or section.split != "test":
+        return ()
+    reads = [reads_of(each.name) for each in study.baselines(family) if each.name != NOTHING]
+    kinds: list[Reads] = ["events"] if reads.count("events") > 1 else []
+    return (*kinds, "texts") if "texts" in reads and len(reads) > 1 else tuple(kinds)
 
 
 def joins_model(study: Study, family: str, strategy: str) -> bool:
     """Whether the rows of a language model under a strategy are joined with the baselines of the family."""
     first = ("head", study.section(family).strategies[0])
-    return study.recipe.eval.fusion.model_users > 0 and strategy in first and fusible(study, family)
+    return study.recipe.eval.fusion.model_users > 0 and strategy in first and bool(fusible(study, family))
 
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
@@ -154,19 +164,20 @@ def _answer(request: str, said: Any) -> Answer:
     return Rating(request_id=request, value=float(said))
 
 
-def join(parts: Sequence[Recalled], cases: Sequence[Case], answer: type[Answer]) -> CandidateFusion | Blend:
+def join(name: str, parts: Sequence[Recalled], cases: Sequence[Case], answer: type[Answer]) -> CandidateFusion | Blend:
     """Fit a fusion of parts to the cases that weigh it.
 
     Args:
+        name: Of its row.
         parts: Two or more, each with answers to all cases.
         cases: Validation cases; of yes/no answers with 1 or 0 as truth.
         answer: What the family answers with.
     """
     found: CandidateFusion | Blend
     if answer is Ranking:
-        found = CandidateFusion(FUSION, [Voice(part.name, part, part.kind) for part in parts])
+        found = CandidateFusion(name, [Voice(part.name, part, part.kind) for part in parts])
     else:
-        found = Blend(FUSION, [(part.name, part) for part in parts], judges=answer is Probability)
+        found = Blend(name, [(part.name, part) for part in parts], judges=answer is Probability)
     found.fit(cases, dissect=True)
     return found
 

@@ -12,7 +12,7 @@ from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.evaluation import ResultRow, part_of, row_of
-from llmrec.experiment.fusion.parts import FUSION, Weighing, join, weights_of
+from llmrec.experiment.fusion.parts import FUSIONS, Weighing, join, weights_of
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.row_specs import protocol_of
@@ -21,13 +21,6 @@ from llmrec.recipe.load import load_recipe
 from llmrec.results import Reads, Results, Row
 from llmrec.tasks.family import family_of
 from llmrec.types import Case
-
-# What fusions of rows up to a kind are called.
-_NAMES: dict[Reads, str] = {
-    "events": FUSION,
-    "texts": f"{FUSION} with texts",
-    "language model": f"{FUSION} with models",
-}
 
 
 @dataclass(frozen=True)
@@ -151,16 +144,16 @@ def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[Resul
 
 def _fused(study: Study, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]) -> ResultRow:
     own = family_of(family)
-    model = join([part_of(row) for row in parts], cases, own.answer)
+    model = join(FUSIONS[kind], [part_of(row) for row in parts], cases, own.answer)
     found = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
     users = len({case.request.user_id for case in cases})
     figures = Row(
-        id=f"{family}/{arm}/{_NAMES[kind]}",
+        id=f"{family}/{arm}/{FUSIONS[kind]}",
         task=family,
         arm=arm,
-        predictor=_NAMES[kind],
+        predictor=FUSIONS[kind],
         engine="numpy",
         inputs=f"what {len(parts)} rows answer, weighed by {users} users of the validation split",
         candidates=parts[0].figures.candidates,
