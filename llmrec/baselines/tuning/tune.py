@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
 
-# Validation requests that points are ranked by, an unbiased sample of a larger split.
-_CASES = 10_000
+# Validation requests that points are ranked by, an unbiased sample of a larger split: a point takes so many scores, and
+# so many requests at most.
+_SCORES, _CASES = 60_000_000, 10_000
 
 Parameters = Mapping[str, Any]
 
@@ -217,7 +218,8 @@ def _measured(
         any(name in known.baselines for known in families().values() if known.answer is answer)
         for answer in (Rating, Probability)
     )
-    cases = rating_cases(data) if rates or judges else ranking_cases(data, _CASES)
+    limit = min(_CASES, max(1, _SCORES // len(data.dataset.items)))
+    cases = rating_cases(data) if rates or judges else ranking_cases(data, limit)
     if not cases:
         raise DataError(
             f"{data.dataset.name}: the split {data.kind} holds no {'ratings' if rates or judges else 'interactions'} "
