@@ -236,10 +236,11 @@ def _fusions(found: SuiteResult, seen: str) -> list[str]:
         if fusion is None:
             continue
         repeat = fusion.repeat
+        limits = "; 95 % over users" if any(part.low is not None for part in fusion.parts) else ""
         worth = f" An item of the history is worth {repeat:+.2f} (logarithm)." if repeat else ""
         spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
         blocks.append(
-            f"Weights of {cell(row.name)} ({FORMS[fusion.form]}; 95 % over users).{worth} Its parts took {spent:.0f} s "
+            f"Weights of {cell(row.name)} ({FORMS[fusion.form]}{limits}).{worth} Its parts took {spent:.0f} s "
             f"with their tuning and seeds, the fusion itself {sum(row.seconds.values()):.0f} s."
         )
         if fusion.form == "alone":
