@@ -363,7 +363,7 @@ def test_prompts_are_made_of_rendered_templates_only() -> None:
     # The audit makes segments of what a prompt may not show; they are compared, never asked. A list that is written
     # label by label holds labels alone, and a server is probed with words of our own.
     makers = {"prompts/template.py", "prompts/values.py", "tasks/rows.py", "backends/encode.py"} | {
-        *("experiment/leaks.py", "experiment/leaks_rows.py", "strategies/rounds.py", "backends/server/probe.py"),
+        *("experiment/leaks/rows.py", "strategies/rounds.py", "backends/server/probe.py"),
     }
     found = {
         name

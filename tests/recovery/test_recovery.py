@@ -69,7 +69,7 @@ def part(whole: Chain, target: Path, *names: str) -> Chain:
 
 def test_the_outcome_of_the_small_recipe_is_worth_comparing(expected: dict[str, Any]) -> None:
     assert expected["steps"] == list(range(7))
-    assert len(expected["results"]["rows"]) == 20
+    assert len(expected["results"]["rows"]) == 24
     assert len(expected["predictions"]) > 300
     assert {"index.html", "report.md", "table.csv"} <= set(expected["report"])
     assert expected["drafts"] == []
