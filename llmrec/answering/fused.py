@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from llmrec.answering.naming import Naming
@@ -13,21 +13,10 @@ from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.experiment.bundle import Bundle
-from llmrec.experiment.fusion.parts import choosing
+from llmrec.experiment.fusion.parts import Recalled, choosing
 from llmrec.experiment.fusion.stored import Fused, FusedPart, read
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
-from llmrec.types import Answer, Predictor, Ranking, Request, Unparsed
-
-
-@dataclass
-class _Given:
-    """Gives the answers that a model has given."""
-
-    name: str
-    answers: dict[str, Answer]
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        return [self.answers[request.id] for request in requests]
+from llmrec.types import Answer, Predictor, Ranking, Unparsed
 
 
 def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
@@ -114,7 +103,7 @@ class Fuser:
 
     def _predictor(self, part: FusedPart, answers: dict[str, Answer]) -> Predictor:
         if part.baseline is None:
-            return _Given(part.name, answers)
+            return Recalled(part.name, "language model", part.kind, answers)
         if part.name not in self._baselines:
             model = make(part.baseline, part.parameters, seed=self._fused.seed)
             model.fit(choosing(part.baseline, self._data, self._fused.reserved))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -62,9 +63,9 @@ class Naming:
     def _names(self, request: RankRequest) -> Sequence[str]:
         found = [self._called(item, request) for item in request.candidates]
         # Two titles may lead to one item, and then neither does.
-        once = {name for name in found if name is not None and found.count(name) == 1}
+        times = Counter(found)
         return [
-            name if name in once and name is not None else f"\0{item.item_id}"
+            name if name is not None and times[name] == 1 else f"\0{item.item_id}"
             for name, item in zip(found, request.candidates, strict=True)
         ]
 

@@ -28,13 +28,14 @@ from llmrec.experiment.fusion.parts import (
     NOTHING,
     Recalled,
     Weighing,
+    answers_of,
     fusible,
     join,
     joins_model,
     kind_of,
-    parsed_of,
     reads_of,
     remembered,
+    weighed_by,
     weights_of,
     widest,
 )
@@ -171,10 +172,8 @@ class Evaluation:
             model = join(spec.predictor, [part_of(row) for row in able], cases, family_of(spec.family).answer)
             return Made(self._measured(spec, model), "numpy", fusion=weights_of(model))
 
-        users = len({case.request.user_id for case in cases})
-        inputs = f"what {len(able)} rows answer, weighed by {users} users of the validation split"
         try:
-            return [self._stored(spec, key, make, inputs, widest([row.figures.reads for row in able]))]
+            return [self._stored(spec, key, make, weighed_by(able, cases), widest([row.figures.reads for row in able]))]
         except LlmrecError as error:
             if error.kind != "too-few":
                 raise
@@ -401,7 +400,7 @@ def part_of(row: ResultRow) -> Recalled:
     """Return a finished row as a part of a fusion."""
     name = row.figures.predictor
     kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
-    return Recalled(name, row.figures.reads or "events", kind, {**row.weighing, **parsed_of(row.records)})
+    return Recalled(name, row.figures.reads or "events", kind, answers_of(row.weighing, row.records))
 
 
 def background_of(data: SplitDataset) -> Background:

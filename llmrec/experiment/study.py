@@ -223,8 +223,7 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     templates = {family: load_templates(family, family_of(family).prompts) for family in families}
     candidates = None
     if recipe.eval.candidates.kind != "catalogue" and any(family_of(family).ranks_for_users for family in families):
-        make = retrieve if recipe.eval.candidates.kind == "retrieved" else draw
-        candidates = make(data, recipe.eval.split, recipe.eval.candidates, seed=recipe.seed)
+        candidates = draw_sets(recipe, data, recipe.eval.split)
     held, aligned = _aligned(recipe, data)
     index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
@@ -259,6 +258,12 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
                 column=f"tasks.{family}.calibrate",
             )
     return study
+
+
+def draw_sets(recipe: Recipe, data: SplitDataset, split: SplitName) -> CandidateSets:
+    """Draw or retrieve the candidate sets of a split, as the recipe says."""
+    make = retrieve if recipe.eval.candidates.kind == "retrieved" else draw
+    return make(data, split, recipe.eval.candidates, seed=recipe.seed)
 
 
 def _tasks(study: Study, seed: int) -> dict[str, Task]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from llmrec.data.split import SplitDataset, halves, scale_of, threshold
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.experiment.engines import Engines
+from llmrec.experiment.fusion.parts import kind_of, reads_of, widest
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.models.embedder import text_embedder
 from llmrec.pipeline import open_session
@@ -133,9 +134,9 @@ class SuiteModels:
     def reads(self, row: SuiteRow) -> Reads:
         """Return what a row knows items by; one that is joined knows what its parts know."""
         if row.parts:
-            return max((self.reads(self._row(label)) for label in row.parts), key=get_args(Reads).index)
+            return widest([self.reads(self._row(label)) for label in row.parts])
         if row.baseline is not None:
-            return lookup(BASELINES, row.baseline, "baseline").READS  # type: ignore[no-any-return]
+            return reads_of(row.baseline)
         recipe = self._recipe(row)[0]
         if recipe.model.shape is None:
             return "language model"
@@ -245,7 +246,7 @@ class SuiteModels:
     def _kind(self, label: str) -> Kind:
         """Return how the scores of a row are read."""
         name = self._row(label).baseline
-        return "beams" if name is None else lookup(BASELINES, name, "baseline").SCORES
+        return "beams" if name is None else kind_of(name)
 
     def _rated(self, data: SplitDataset) -> list[Case]:
         """Return the validation ratings as cases, with 1 or 0 for a yes or a no where that is asked."""

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from llmrec.baselines.neural import NeuralConfig
-from llmrec.baselines.retrieve import retrieve
-from llmrec.data.candidates import draw
 from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
 from llmrec.errors import DataError
-from llmrec.experiment.study import Study, build_task
+from llmrec.experiment.study import Study, build_task, draw_sets
 from llmrec.registry import BASELINES, lookup
 from llmrec.results import FusionWeights, PartWeight, Prediction, Reads
 from llmrec.strategies.blend import Blend
@@ -107,9 +105,7 @@ class Weighing:
         data = study.task_data(family)
         task = study.tasks[family]
         if own.ranks_for_users and study.candidates is not None:
-            make = retrieve if study.recipe.eval.candidates.kind == "retrieved" else draw
-            sets = make(study.data, "valid", study.recipe.eval.candidates, seed=study.recipe.seed)
-            asked = replace(study, candidates=sets)
+            asked = replace(study, candidates=draw_sets(study.recipe, study.data, "valid"))
             task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
         weigh = set(halves(data, section.reserved)[1].valid["user_id"].to_list()) - study.set_aside(family)
         try:
@@ -136,17 +132,17 @@ class Recalled:
         name: In tables.
         reads: What it knows items by.
         kind: How the scores of its rankings are read.
-        said: What was parsed of its answers, by request id; see `remembered`.
+        answers: By request id; see `answers_of`.
     """
 
     name: str
     reads: Reads
     kind: Kind
-    said: Mapping[str, Any] = field(repr=False)
+    answers: Mapping[str, Answer] = field(repr=False)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the answers; one that could not be read stays unread."""
-        return [_answer(request.id, self.said[request.id]) for request in requests]
+        return [self.answers[request.id] for request in requests]
 
 
 def remembered(answer: Answer) -> Json:
@@ -212,9 +208,16 @@ def reads_of(baseline: str) -> Reads:
     return lookup(BASELINES, baseline, "baseline").READS  # type: ignore[no-any-return]
 
 
-def parsed_of(records: Sequence[Prediction]) -> dict[str, Json]:
-    """Return what was parsed of stored answers, by request id."""
-    return {record.request_id: json.loads(record.parsed) for record in records}
+def answers_of(said: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
+    """Return answers by request id: those that are `remembered`, and those that a row's records hold."""
+    known = {**said, **{record.request_id: json.loads(record.parsed) for record in records}}
+    return {request: _answer(request, each) for request, each in known.items()}
+
+
+def weighed_by(parts: Sequence[object], cases: Sequence[Case]) -> str:
+    """Say what the row of a fusion was given."""
+    users = len({case.request.user_id for case in cases})
+    return f"what {len(parts)} rows answer, weighed by {users} users of the validation split"
 
 
 def _of_first_users(cases: Sequence[Case], most: int | None) -> list[Case]:

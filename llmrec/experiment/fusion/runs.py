@@ -12,7 +12,7 @@ from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.evaluation import ResultRow, part_of, row_of
-from llmrec.experiment.fusion.parts import FUSIONS, Weighing, join, weights_of
+from llmrec.experiment.fusion.parts import FUSIONS, Weighing, join, weighed_by, weights_of, widest
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.row_specs import protocol_of
@@ -136,9 +136,9 @@ def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRo
 def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[ResultRow]) -> Iterator[ResultRow]:
     able = [row for row in rows if row.weighing]
     cases = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in able)]
-    for place, kind in enumerate(kinds := get_args(Reads)):
-        parts = [row for row in able if kinds.index(row.figures.reads or kinds[0]) <= place]
-        if len(parts) >= 2 and any((row.figures.reads or kinds[0]) == kind for row in parts) and cases:
+    for kind in get_args(Reads):
+        parts = [row for row in able if widest([row.figures.reads, kind]) == kind]
+        if cases and len(parts) >= 2 and widest([row.figures.reads for row in parts]) == kind:
             yield _fused(study, family, kind, parts, cases)
 
 
@@ -148,14 +148,13 @@ def _fused(study: Study, family: str, kind: Reads, parts: Sequence[ResultRow], c
     found = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
-    users = len({case.request.user_id for case in cases})
     figures = Row(
         id=f"{family}/{arm}/{FUSIONS[kind]}",
         task=family,
         arm=arm,
         predictor=FUSIONS[kind],
         engine="numpy",
-        inputs=f"what {len(parts)} rows answer, weighed by {users} users of the validation split",
+        inputs=weighed_by(parts, cases),
         candidates=parts[0].figures.candidates,
         reads=kind,
         fusion=weights_of(model),
