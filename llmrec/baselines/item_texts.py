@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,35 @@ LSA = "lsa"
 
 # Dimensions of latent semantic analysis, and how its directions are found.
 _WIDTH, _MORE, _ROUNDS = 128, 16, 6
+# Directions that vary less than this share of the first one are noise.
+_LEAST = 1e-3
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Centred vectors on their principal directions, shape (n, d), and how far they spread along each, shape (d,)."""
+
+    vectors: NDArray[np.float64]
+    spread: NDArray[np.float64]
+
+    @staticmethod
+    def of(vectors: NDArray[np.floating[Any]]) -> Turned:
+        """Centre vectors and turn them."""
+        centred = np.asarray(vectors - vectors.mean(axis=0), dtype=np.float64)
+        _, lengths, turned = np.linalg.svd(centred, full_matrices=False)
+        return Turned(centred @ turned.T, lengths)
+
+    def whitened(self, exponent: float) -> NDArray[np.float64]:
+        """Return vectors of length 1 with direction k divided by ``spread_k**exponent``, shape (n, at most d).
+
+        After Su et al. (arXiv 2103.15316), who whiten wholly; directions that hardly vary are left out.
+        """
+        known = self.spread > self.spread.max(initial=0.0) * _LEAST
+        if not known.any():
+            return np.zeros((len(self.vectors), 1))
+        vectors = self.vectors[:, known] / self.spread[known] ** exponent
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
 
 def text_vectors(items: Sequence[Item], encoder: str) -> NDArray[np.floating[Any]]:

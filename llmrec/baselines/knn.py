@@ -67,7 +67,9 @@ def _votes(
         rows, columns = both.row[other], both.col[other]
         values = similar(both.data[other], start + asked[rows], columns)
         near = sparse.csr_array((values, (rows, columns)), shape=both.shape)
-        total += (part[:, asked].tocsr() @ near).toarray()
+        votes = (part[:, asked].tocsr() @ near).tocoo()
+        # Few items of a large catalogue have votes from one block; a dense sum would pass over all of them.
+        total[votes.row, votes.col] += votes.data
     return total
 
 

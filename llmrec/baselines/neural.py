@@ -11,9 +11,9 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -25,7 +25,7 @@ from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import require
 from llmrec.models.load import cpu_has_bf16
 from llmrec.recipe.schema import Positive, Section
-from llmrec.types import Request
+from llmrec.types import Case, CatalogueScorer, Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,6 +71,11 @@ class NeuralConfig(Section):
         "a look at the validation split",
     )
     quiet: bool = Field(False, description="no progress line on the standard error")
+
+    @property
+    def half(self) -> bool:
+        """Whether products with the item table are in bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and cpu_has_bf16())
 
 
 @dataclass
@@ -156,32 +161,55 @@ def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, confi
         torch.manual_seed(seed)
         network = build(len(warm.places))
         model = Trained(catalogue, warm, network, encode, config.max_len, 0)
-        half = config.precision == "bfloat16" or (config.precision == "auto" and cpu_has_bf16())
-        whole = partial(_full, half=half)
+        whole = partial(over_all, half=config.half)
         loss = whole if config.negatives is None else _Sampled(warm, config.negatives, seed)
-        optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        best, kept, since = -math.inf, None, 0
         rng = np.random.default_rng(seed)
-        with _bar(config) as progress:
-            task = progress.add_task("training", total=config.epochs, loss="", best="")
-            for epoch in range(1, config.epochs + 1):
-                mean = _epoch(network, encode, _batches(sequences, config.batch, rng), optimiser, loss)
-                progress.update(task, advance=1, loss=f"loss {mean:.3f}")
-                if not cases:
-                    continue
-                value = mean_ndcgs(model, cases)["excluded"]
-                log.info("epoch %d: loss %.4f, validation NDCG@10 %.4f", epoch, mean, value)
-                since += 1
-                if value > best:
-                    best, kept, since = value, (epoch, copy.deepcopy(network.state_dict())), 0
-                progress.update(task, best=f"NDCG@10 {value:.4f}, best {best:.4f}")
-                if config.patience is not None and since >= config.patience:
-                    break
-        if kept is not None:
-            network.load_state_dict(kept[1])
-    network.eval()
+        batches = partial(_batches, sequences, config.batch, rng)
+        epoch = until_best(model, cases, config, lambda optimiser: _epoch(network, encode, batches(), optimiser, loss))
     looked_at = frozenset(case.request.user_id for case in cases)
-    return Trained(catalogue, warm, network, encode, config.max_len, kept[0] if kept else config.epochs, looked_at)
+    return replace(model, epochs=epoch, looked_at=looked_at)
+
+
+class Learner(CatalogueScorer, Protocol):
+    """A scorer with a torch network that learns."""
+
+    network: Any
+
+
+def until_best(model: Learner, cases: Sequence[Case], config: NeuralConfig, learn: Callable[[Any], float]) -> int:
+    """Train until validation NDCG@10 has not risen for ``patience`` epochs, and keep the best epoch's weights.
+
+    Args:
+        model: Scores with the network as it stands.
+        cases: Validation cases that decide; without any, all epochs are trained and the last one is kept.
+        config: How to train.
+        learn: Passes once over the training data with an optimiser, and returns the mean loss.
+
+    Returns:
+        The epoch that was kept, from 1.
+    """
+    torch, network = require("torch", "baselines"), model.network
+    optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    best, kept, since = -math.inf, None, 0
+    with _bar(config) as progress:
+        task = progress.add_task("training", total=config.epochs, loss="", best="")
+        for epoch in range(1, config.epochs + 1):
+            mean = learn(optimiser)
+            progress.update(task, advance=1, loss=f"loss {mean:.3f}")
+            if not cases:
+                continue
+            value = mean_ndcgs(model, cases)["excluded"]
+            log.info("epoch %d: loss %.4f, validation NDCG@10 %.4f", epoch, mean, value)
+            since += 1
+            if value > best:
+                best, kept, since = value, (epoch, copy.deepcopy(network.state_dict())), 0
+            progress.update(task, best=f"NDCG@10 {value:.4f}, best {best:.4f}")
+            if config.patience is not None and since >= config.patience:
+                break
+    if kept is not None:
+        network.load_state_dict(kept[1])
+    network.eval()
+    return kept[0] if kept else config.epochs
 
 
 def _epoch(network: Any, encode: Encode, batches: Iterator[_Batch], optimiser: Any, loss: Any) -> float:
@@ -260,7 +288,9 @@ def _of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterato
 # --------------------------------------------------------------------------- losses
 
 
-def _full(vectors: Any, table: Any, targets: Any, *, half: bool = False) -> tuple[float, Any, Any]:
+def over_all(
+    vectors: Any, table: Any, targets: Any, *, half: bool = False, hidden: Any = None
+) -> tuple[float, Any, Any]:
     """Return the mean cross-entropy over all items and its gradients.
 
     Each block of logits becomes its gradient while it is in the cache: (softmax - one-hot) / n. No logits outlive
@@ -271,6 +301,8 @@ def _full(vectors: Any, table: Any, targets: Any, *, half: bool = False) -> tupl
         table: Item vectors, shape (items, d).
         targets: Item numbers, shape (n,).
         half: Multiply in bfloat16; the softmax stays in the precision of ``vectors``.
+        hidden: Items that are left out of the softmax unless they are the target, shape (n, k), with repetitions; None:
+            none are.
     """
     torch = require("torch", "baselines")
     of_vectors, of_table, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
@@ -279,7 +311,11 @@ def _full(vectors: Any, table: Any, targets: Any, *, half: bool = False) -> tupl
     block = max(1, _CELLS // len(table))
     for start in range(0, len(vectors), block):
         rows, wanted = left[start : start + block], targets[start : start + block, None]
-        share = torch.softmax((rows @ right.T).to(vectors.dtype), dim=-1)
+        logits = (rows @ right.T).to(vectors.dtype)
+        if hidden is not None:
+            own = logits.gather(-1, wanted)
+            logits.scatter_(-1, hidden[start : start + block], -math.inf).scatter_(-1, wanted, own)
+        share = torch.softmax(logits, dim=-1)
         picked = share.gather(-1, wanted)
         total -= float(picked.clamp_min(1e-38).log().sum())
         share.scatter_(-1, wanted, picked - 1)

@@ -1,4 +1,4 @@
-"""Steps between items, normalised and also read backwards; what resembles the items of a history in text."""
+"""Steps between items, normalised and also read backwards, alone and with what resembles them in text."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ _FURTHEST = 20
 _NEIGHBOURS = 100
 # Rows of a block of likenesses between all items.
 _BLOCK = 1024
-# Directions that vary less than this share of the first one are noise.
-_LEAST = 1e-3
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -161,73 +159,6 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
             total = total + config.onward * (total @ alike)
         last = recent(requests, model.catalogue, config.text_history, config.text_decay)
         return filled((total + config.text * (last @ alike)).toarray(), model.popular)
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Whitened vectors of all items, of length 1, shape (items, d), and popularity."""
-
-    catalogue: Catalogue
-    vectors: NDArray[np.float64]
-    spread: NDArray[np.float64]
-    popular: NDArray[np.float64]
-
-
-class ContentConfig(Section):
-    """Parameters of `Content`."""
-
-    encoder: str = Field("lsa", description="lsa, or a text encoder such as all-MiniLM-L6-v2: a name or a folder")
-    whitening: float = Field(
-        0.5, ge=0, le=1, description="exponent that evens out the directions of the vectors; 1: all vary alike"
-    )
-    history: Positive = Field(20, description="how many of the latest events count")
-    decay: Decay = Field(0.7, description="factor from one event to the one before")
-
-
-class Content(ScoredBaseline[ContentConfig, _Texts]):
-    """Scores an item by how much its text resembles that of the latest items of the history.
-
-    Vectors of a fixed text encoder are centred and turned onto their principal directions; direction k with standard
-    deviation s_k is divided by ``s_k**whitening`` (after Su et al., arXiv 2103.15316, who whiten wholly). Then
-    ``score(j) = v_j . sum_i decay**age(i) v_i`` for vectors of length 1, over the last ``history`` events i. Nothing is
-    learned from interactions, so that it ranks items that nobody has chosen.
-    """
-
-    name = "content"
-    Config = ContentConfig
-    READS = "texts"
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "whitening": _SHARES,
-        "decay": DECAYS,
-        "history": (1, 2, 3, 5, 10, 20, 50, 100),
-    }
-    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ContentConfig.model_fields) - {"encoder"}
-
-    def fit(self, data: SplitDataset) -> None:
-        """Read the texts of all items.
-
-        Raises:
-            DataError: If no item has a text.
-            ModelError: If there is no such encoder.
-        """
-        catalogue = Catalogue.of(data)
-        vectors = text_vectors([data.dataset.items[item] for item in catalogue.ids], self._config.encoder)
-        centred = np.asarray(vectors - vectors.mean(axis=0), dtype=np.float64)
-        _, lengths, turned = np.linalg.svd(centred, full_matrices=False)
-        log = Log.of(data, catalogue)
-        self._model = _Texts(catalogue, centred @ turned.T, lengths, counts(log, catalogue))
-
-    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
-        """Return the likenesses for every request and item, shape (n, items)."""
-        model, config = self._fitted, self._config
-        known = model.spread > model.spread.max(initial=0.0) * _LEAST
-        vectors = model.vectors[:, known] / model.spread[known] ** config.whitening
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
-        weights = recent(requests, model.catalogue, config.history, config.decay)
-        likeness = (weights @ vectors) @ vectors.T
-        # From 1 on, so that popularity, which orders equal ones and decides for an empty history, adds the same to all.
-        return filled(1 + likeness - likeness.min(axis=1, keepdims=True, initial=0.0), model.popular)
 
 
 def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:

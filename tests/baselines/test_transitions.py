@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
+from llmrec.baselines.content import Content
 from llmrec.baselines.item_texts import text_vectors
-from llmrec.baselines.transitions import Content, Transitions, TransitionsText, nearest
+from llmrec.baselines.transitions import Transitions, TransitionsText, nearest
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError

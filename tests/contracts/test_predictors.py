@@ -42,7 +42,7 @@ from llmrec.types import (
 from tests.facts import Facts, raises
 
 # What needs a package of the extra `baselines` is left out where that is not installed.
-NEEDS = {"als": "implicit", "bpr": "implicit", "sasrec": "torch", "gru4rec": "torch"}
+NEEDS = {"als": "implicit", "bpr": "implicit", "sasrec": "torch", "gru4rec": "torch", "tower": "torch"}
 ALL = tuple(name for name in BASELINES if find_spec(NEEDS.get(name, "numpy")) is not None)
 RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
 # What reads the review that a request shows.
@@ -51,19 +51,20 @@ RATING = tuple(dict.fromkeys([*family_of("rating").baselines, *family_of("stars"
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = family_of("ctr").baselines
 # Their validation split chooses when to stop.
-STOPPING = {"sasrec", "gru4rec"}
+STOPPING = {"sasrec", "gru4rec", "tower"}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
     "bpr": {"factors": 8, "iterations": 5},
     "sasrec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "gru4rec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
+    "tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "mf": {"rounds": 5},
     "svd": {"epochs": 5},
 }
 # Their last step is a dense product in single precision, whose last bits depend on how many rows it has.
-DENSE = {"als", "bpr", "content", "sasrec", "gru4rec"}
-READING = {"content", "transitions-text"}  # they know items by their texts
+DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower"}
+READING = {"content", "transitions-text", "tower"}  # they know items by their texts
 STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
 KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 WORDS = ("fine", "dull", "long", "warm", "odd", "quick")
