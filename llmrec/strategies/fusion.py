@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from llmrec.errors import LlmrecError
 from llmrec.strategies.fusion_cases import Known
 from llmrec.strategies.fusion_weights import CELLS, Kind, combined
 from llmrec.strategies.weighed import Weighed
-from llmrec.types import Answer, Case, CatalogueScorer, Ranking, Request
+from llmrec.types import Case, CatalogueScorer, Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +46,7 @@ class Part:
 
 
 class Fusion(Weighed):
-    """Ranks by several rankers at once; it is a `CatalogueScorer` and a `Predictor`."""
+    """Ranks the catalogue by several rankers at once; it is a `CatalogueScorer`."""
 
     def __init__(self, name: str, parts: Sequence[Part], *, filtered: bool) -> None:
         """Set up.
@@ -91,38 +91,8 @@ class Fusion(Weighed):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return log-probabilities, shape (n, items); see `CatalogueScorer.scores`."""
         raw = [np.asarray(part.scorer.scores(requests)) for part in self.parts]
-        return self._joined(raw, _history(self, requests), hide=self.filtered)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates of each request, parts being normalised over them; see `Predictor.answer`.
-
-        Raises:
-            LlmrecError: If a request has no candidates; the whole catalogue is ranked by `scores`.
-        """
-        column = {item: place for place, item in enumerate(self.items)}
-        raw = [np.asarray(part.scorer.scores(requests)) for part in self.parts]
-        answers: list[Answer] = []
-        for row, request in enumerate(requests):
-            if not request.candidates:
-                raise LlmrecError(f"{self.name}: request {request.id} has no candidates", kind="missing-value")
-            places = np.array([column[item] for item in request.candidates])
-            seen = {event.item_id for event in request.history}
-            had = np.array([[item in seen for item in request.candidates]])
-            (found,) = self._joined([part[row : row + 1, places] for part in raw], had, hide=False)
-            order = np.lexsort((np.array(request.candidates), -found))
-            answers.append(
-                Ranking(
-                    request_id=request.id,
-                    items=tuple(request.candidates[place] for place in order.tolist()),
-                    scores=tuple(found[order].tolist()),
-                )
-            )
-        return answers
-
-    def _joined(self, raw: Sequence[NDArray[Any]], had: NDArray[np.bool_], *, hide: bool) -> NDArray[np.float64]:
-        """Return log-probabilities from scores of shape (n, m) and whether the items are in the history."""
-        kinds = [part.kind for part in self.parts]
-        return np.asarray(combined(self.fitted, raw, kinds, had, had if hide else None), dtype=np.float64)
+        kinds, had = [part.kind for part in self.parts], _history(self, requests)
+        return np.asarray(combined(self.fitted, raw, kinds, had, had if self.filtered else None), dtype=np.float64)
 
 
 def _known(fusion: Fusion, cases: Sequence[Case]) -> Known:

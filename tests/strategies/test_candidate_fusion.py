@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
@@ -100,6 +101,16 @@ def test_neither_other_requests_nor_the_order_of_candidates_change_a_digit() -> 
         assert [fusion.answer([request])[0] for request in requests] == together
         turned = [replace(each, candidates=tuple(reversed(each.candidates or ()))) for each in requests]
         assert fusion.answer(turned) == together
+
+
+def test_parts_are_normalised_over_the_candidates() -> None:
+    counts, logits = np.array([[8.0, 0.0, 2.0, 0.0, *[5.0] * 8]]), np.linspace(0, 1, SIZE)[None]
+    parts = [_voice("counts", counts, "counts"), _voice("logits", logits)]
+    fusion = CandidateFusion("both", parts, Weights("pool", (0.5, 0.5)))
+    (answer,) = fusion.answer([Request(id="0", user_id="u", history=(), candidates=("i02", "i00", "i03"))])
+    assert isinstance(answer, Ranking) and answer.items == ("i00", "i02", "i03")
+    chances = np.exp(logits[0, [0, 2, 3]]) / np.exp(logits[0, [0, 2, 3]]).sum()
+    assert np.exp(answer.scores) == pytest.approx(0.5 * np.array([0.8, 0.2, 0.0]) + 0.5 * chances)
 
 
 def test_without_candidates_all_that_a_part_names_is_ranked() -> None:

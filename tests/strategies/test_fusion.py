@@ -23,7 +23,7 @@ from llmrec.metrics.ranking import ndcg
 from llmrec.recipe.schema import DataSection
 from llmrec.strategies.fusion import Fusion, Part, _known
 from llmrec.strategies.fusion_weights import Kind, Weights, combined, feature, share
-from llmrec.types import Answer, Case, Event, Ranking, Request
+from llmrec.types import Answer, Case, Event, Request
 from tests.facts import Facts, raises
 
 ITEMS = tuple(f"i{n:02d}" for n in range(40))
@@ -192,20 +192,6 @@ def test_one_part_alone_ranks_as_it_does_itself() -> None:
     fusion.weights = Weights("alone", (1.0, 0.0))
     found = fusion.scores([case.request for case in cases])
     assert np.array_equal(found, logits)
-
-
-def test_candidates_are_ranked_and_parts_normalised_over_them() -> None:
-    counts, logits = np.array([[8.0, 0.0, 2.0, 0.0, *[5.0] * 36]]), np.linspace(0, 1, 40)[None]
-    fusion = Fusion("both", [_part("counts", counts, "counts"), _part("logits", logits)], filtered=True)
-    fusion.weights = Weights("pool", (0.5, 0.5))
-    request = Request(id="r0", user_id="u", history=(), candidates=("i02", "i00", "i03"))
-    (answer,) = fusion.answer([request])
-    assert isinstance(answer, Ranking) and answer.items == ("i00", "i02", "i03")
-    shares = np.array([0.8, 0.2, 0.0])
-    chances = _softmax(logits[:, [0, 2, 3]])[0]
-    assert np.exp(answer.scores) == pytest.approx(0.5 * shares + 0.5 * chances)
-    with raises(LlmrecError, Facts("missing-value")):
-        fusion.answer([Request(id="r0", user_id="u", history=())])
 
 
 def test_what_a_search_did_not_find_has_the_chance_of_its_last_beam() -> None:
