@@ -14,6 +14,7 @@ from scipy import sparse
 
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import Section
+from llmrec.results import Reads
 from llmrec.types import Answer, Ranking, Request, Unparsed
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class Baseline(Generic[C, M]):
         name: As recipes and tables call it.
         stochastic: Whether another seed gives other figures.
         GRID: Values by parameter that `tuning.tune` tries: numbers ascending, the default among them.
-        READS: What it knows items by: the events of users alone, or texts too, through a fixed encoder that learned
-            nothing from these data or through counts of words.
+        READS: What it knows items by: the events of users alone; texts too, through a fixed encoder that learned
+            nothing from these data or through counts of words; or a language model whose pretrained weights it tunes.
         SCORES: How the scores of a ranker are read where several are joined: at least 0, as shares of one another, or
             on a scale of logarithms, where a difference of 1 is a factor.
         FITS: How many points tuning may fit; None: as many as its search meets.
@@ -85,7 +86,7 @@ class Baseline(Generic[C, M]):
     name: str
     stochastic: ClassVar[bool] = False
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    READS: ClassVar[Literal["events", "texts"]] = "events"
+    READS: ClassVar[Reads] = "events"
     SCORES: ClassVar[Literal["counts", "logits"]] = "counts"
     FITS: ClassVar[int | None] = None
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()

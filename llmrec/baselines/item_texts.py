@@ -29,27 +29,40 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class Turned:
-    """Centred vectors on their principal directions, shape (n, d), and how far they spread along each, shape (d,)."""
+    """Vectors and their principal directions.
 
-    vectors: NDArray[np.float64]
+    Attributes:
+        vectors: As they were, shape (n, d).
+        centre: Their mean, shape (d,).
+        directions: In columns, shape (d, k).
+        spread: How far the vectors spread along each, shape (k,).
+    """
+
+    vectors: NDArray[np.floating[Any]]
+    centre: NDArray[np.float64]
+    directions: NDArray[np.float64]
     spread: NDArray[np.float64]
 
     @staticmethod
     def of(vectors: NDArray[np.floating[Any]]) -> Turned:
-        """Centre vectors and turn them."""
-        centred = np.asarray(vectors - vectors.mean(axis=0), dtype=np.float64)
-        _, lengths, turned = np.linalg.svd(centred, full_matrices=False)
-        return Turned(centred @ turned.T, lengths)
+        """Find the directions."""
+        centre = vectors.mean(axis=0, dtype=np.float64)
+        _, lengths, turned = np.linalg.svd(vectors - centre, full_matrices=False)
+        return Turned(vectors, centre, turned.T, lengths)
 
-    def whitened(self, exponent: float) -> NDArray[np.float64]:
-        """Return vectors of length 1 with direction k divided by ``spread_k**exponent``, shape (n, at most d).
+    def whitening(self, exponent: float) -> NDArray[np.float64]:
+        """Return what turns a centred vector and divides direction k by ``spread_k**exponent``, shape (d, at most k).
 
         After Su et al. (arXiv 2103.15316), who whiten wholly; directions that hardly vary are left out.
         """
         known = self.spread > self.spread.max(initial=0.0) * _LEAST
         if not known.any():
-            return np.zeros((len(self.vectors), 1))
-        vectors = self.vectors[:, known] / self.spread[known] ** exponent
+            return np.zeros((len(self.centre), 1))
+        return np.asarray(self.directions[:, known] / self.spread[known] ** exponent)
+
+    def whitened(self, exponent: float) -> NDArray[np.float64]:
+        """Return the vectors under the `whitening`, of length 1, shape (n, at most k)."""
+        vectors = (self.vectors - self.centre) @ self.whitening(exponent)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
@@ -66,12 +79,22 @@ def text_vectors(items: Sequence[Item], encoder: str) -> NDArray[np.floating[Any
         DataError: If no item has a title or a field.
         ModelError: If there is no such encoder.
     """
-    fields = item_fields(items, SemanticIndex())
+    texts = texts_of(items)
+    if encoder != LSA:
+        return item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(encoder))
+    return _latent(texts)
+
+
+def texts_of(items: Sequence[Item]) -> list[str]:
+    """Return what is said of each item: its title and all its fields.
+
+    Raises:
+        DataError: If no item has a title or a field.
+    """
     if not any(item.title or item.fields for item in items):
         raise DataError("no item has a title or a field, which this baseline reads", kind="missing-value")
-    if encoder != LSA:
-        return item_vectors(items, fields, text_embedder(encoder))
-    return _latent([item_text(item, fields) for item in items])
+    fields = item_fields(items, SemanticIndex())
+    return [item_text(item, fields) for item in items]
 
 
 def _latent(texts: Sequence[str]) -> NDArray[np.float64]:

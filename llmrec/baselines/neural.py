@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -176,7 +176,15 @@ class Learner(CatalogueScorer, Protocol):
     network: Any
 
 
-def until_best(model: Learner, cases: Sequence[Case], config: NeuralConfig, learn: Callable[[Any], float]) -> int:
+def until_best(
+    model: Learner,
+    cases: Sequence[Case],
+    config: NeuralConfig,
+    learn: Callable[[Any], float],
+    *,
+    rates: Sequence[Mapping[str, Any]] | None = None,
+    learned: bool = False,
+) -> int:
     """Train until validation NDCG@10 has not risen for ``patience`` epochs, and keep the best epoch's weights.
 
     Args:
@@ -184,18 +192,22 @@ def until_best(model: Learner, cases: Sequence[Case], config: NeuralConfig, lear
         cases: Validation cases that decide; without any, all epochs are trained and the last one is kept.
         config: How to train.
         learn: Passes once over the training data with an optimiser, and returns the mean loss.
+        rates: Groups of parameters with learning rates of their own; None: one rate for all.
+        learned: The network has learned something already, and is kept as it is if no epoch is better.
 
     Returns:
-        The epoch that was kept, from 1.
+        The epoch that was kept, from 1; 0: the network as it was.
     """
     torch, network = require("torch", "baselines"), model.network
-    optimiser = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(
+        rates or network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     best, kept, since = -math.inf, None, 0
     with _bar(config) as progress:
         task = progress.add_task("training", total=config.epochs, loss="", best="")
-        for epoch in range(1, config.epochs + 1):
-            mean = learn(optimiser)
-            progress.update(task, advance=1, loss=f"loss {mean:.3f}")
+        for epoch in range(0 if learned and cases else 1, config.epochs + 1):
+            mean = learn(optimiser) if epoch else math.nan
+            progress.update(task, completed=epoch, loss=f"loss {mean:.3f}")
             if not cases:
                 continue
             value = mean_ndcgs(model, cases)["excluded"]

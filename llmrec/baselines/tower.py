@@ -17,7 +17,8 @@ from llmrec.baselines.neural import NeuralConfig, over_all, until_best
 from llmrec.baselines.tuning.validation import ranking_cases
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
-from llmrec.types import Request
+from llmrec.results import Reads
+from llmrec.types import Case, Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,7 +55,7 @@ class TowerConfig(NeuralConfig):
 
 
 @dataclass
-class _Towers:
+class Towers:
     """Vectors of all items, of length 1, shape (items, d), and the maps that are learned over them."""
 
     catalogue: Catalogue
@@ -97,15 +98,22 @@ class _Towers:
         torch, network = require("torch", "baselines"), self.network
         nn, config = torch.nn.functional, self.config
         weights = fading(histories, len(self.catalogue.ids), config.decay, np.float32)
-        total = np.maximum(np.asarray(weights.sum(axis=1)).reshape(-1, 1), 1e-9)
-        mean = torch.from_numpy((weights @ self.vectors.numpy()) / total)
+        shares = weights.data / np.repeat(np.maximum(weights.sum(axis=1), 1e-9), np.diff(weights.indptr))
+        mean = nn.embedding_bag(
+            torch.from_numpy(weights.indices.astype(np.int64)),
+            self.vectors,
+            torch.from_numpy(weights.indptr.astype(np.int64)),
+            mode="sum",
+            per_sample_weights=torch.from_numpy(shares.astype(np.float32)),
+            include_last_offset=True,
+        )
         last = torch.from_numpy(np.array([history[-1] if len(history) else 0 for history in histories], dtype=np.int64))
         drop = partial(nn.dropout, p=config.dropout, training=network.training)
         both = network["mean"](drop(mean)) + network["last"](drop(self.vectors[last]))
         return nn.normalize(both, dim=1) * network["scale"][0].exp()
 
 
-class Tower(ScoredBaseline[TowerConfig, _Towers]):
+class Tower(ScoredBaseline[TowerConfig, Towers]):
     """Predicts the text of the next item from the texts of the latest ones: two linear maps and a softmax.
 
     With whitened text vectors x_i of length 1 (see `Content`) and fading weights w_i that sum to 1, a history is
@@ -120,7 +128,7 @@ class Tower(ScoredBaseline[TowerConfig, _Towers]):
     name = "tower"
     stochastic = True
     Config = TowerConfig
-    READS = "texts"
+    READS: ClassVar[Reads] = "texts"
     SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "whitening": WHITENINGS,
@@ -139,19 +147,25 @@ class Tower(ScoredBaseline[TowerConfig, _Towers]):
         """
         torch, config = require("torch", "baselines"), self._config
         catalogue = Catalogue.of(data)
-        texts = text_vectors([data.dataset.items[item] for item in catalogue.ids], config.encoder)
-        vectors = torch.from_numpy(Turned.of(texts).whitened(config.whitening).astype(np.float32))
+        texts = Turned.of(text_vectors([data.dataset.items[item] for item in catalogue.ids], config.encoder))
+        vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
         events = Log.of(data, catalogue)
         popular = counts(events, catalogue)
         cases = [] if config.patience is None else ranking_cases(data, _STOP_CASES)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             network = _network(vectors.shape[1], config.dim)
-            model = _Towers(catalogue, vectors, np.flatnonzero(popular), popular / popular.max(), network, config)
+            model = Towers(catalogue, vectors, np.flatnonzero(popular), popular / popular.max(), network, config)
             rows, rng = _rows(events, config.max_len), np.random.default_rng(self._seed)
-            until_best(model, cases, config, lambda optimiser: _epoch(model, rows, optimiser, rng))
+            until_best(model, cases, config, lambda optimiser: epoch_of(model, rows, optimiser, rng))
+            self._tune(model, data, texts, rows, cases)
         self.looked_at = frozenset(case.request.user_id for case in cases)
         self._model = replace(model, looked_at=self.looked_at)
+
+    def _tune(
+        self, model: Towers, data: SplitDataset, texts: Turned, rows: Sequence[NDArray[np.int64]], cases: Sequence[Case]
+    ) -> None:
+        """Tune what makes the vectors; here they are fixed."""
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits after each history, shape (n, items)."""
@@ -181,17 +195,24 @@ def _rows(events: Log, most: int) -> list[NDArray[np.int64]]:
     ]
 
 
-def _epoch(model: _Towers, rows: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator) -> float:
+def epoch_of(model: Towers, rows: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator) -> float:
+    """Learn from all rows once, and return the mean loss.
+
+    Args:
+        model: The towers. Where its vectors ask for gradients, those of all steps are summed in them.
+        rows: The items before a training target and the target itself, as catalogue numbers.
+        optimiser: Takes the steps of the maps.
+        rng: Mixes the rows.
+    """
     torch, config = require("torch", "baselines"), model.config
     model.network.train()
     column = np.full(len(model.catalogue.ids), -1, dtype=np.int64)
     column[model.warm] = np.arange(len(model.warm))
-    warm = model.vectors[torch.from_numpy(model.warm)]
-    order, total = rng.permutation(len(rows)), 0.0
+    warm, order, total = torch.from_numpy(model.warm), rng.permutation(len(rows)), 0.0
     for start in range(0, len(order), config.batch):
         part = [rows[place] for place in order[start : start + config.batch].tolist()]
         optimiser.zero_grad(set_to_none=True)
-        query, table = model.query([row[:-1] for row in part]), model.item_vectors(warm)
+        query, table = model.query([row[:-1] for row in part]), model.item_vectors(model.vectors[warm])
         targets = torch.from_numpy(column[[row[-1] for row in part]])
         # The last item of a history fills the others up.
         seen = np.stack([np.pad(column[row[:-1]], (0, config.max_len + 1 - len(row)), mode="edge") for row in part])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +41,44 @@ def find_encoder(name: str) -> tuple[str, str]:
     return folder, weights_stamp(folder)
 
 
-def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Return one vector of length 1 for each text, shape (n, d).
+@dataclass(frozen=True)
+class OpenEncoder:
+    """A text encoder in memory.
 
-    The last hidden states are pooled as the folder's ``1_Pooling/config.json`` says (Reimers and Gurevych, EMNLP 2019):
-    the first token's, or the mean over all tokens, which is also what an encoder without that file gets. Texts are cut
-    at the length that the encoder was trained with.
+    Attributes:
+        model: Of transformers, in evaluation mode.
+        tokenizer: Its tokenizer.
+        limit: Tokens of the longest text.
+        first: Texts are the first token's state, not the mean of all.
+    """
+
+    model: Any
+    tokenizer: Any
+    limit: int
+    first: bool
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text, cut at the length that the encoder was trained with."""
+        found = self.tokenizer(list(texts), truncation=True, max_length=self.limit)["input_ids"]
+        return [list(ids) for ids in found]
+
+    def padded(self, encoded: Sequence[Sequence[int]]) -> Any:
+        """Return tokens and mask of some texts as the model takes them."""
+        return self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(self.model.device)
+
+    def pooled(self, states: Any, mask: Any) -> Any:
+        """Return what is kept of last hidden states, shape (n, tokens, d) -> (n, d)."""
+        if self.first:
+            return states[:, 0]
+        weights = mask[:, :, None].to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def open_encoder(folder: str) -> OpenEncoder:
+    """Load a text encoder.
+
+    Last hidden states are pooled as the folder's ``1_Pooling/config.json`` says (Reimers and Gurevych, EMNLP 2019): the
+    first token's, or the mean over all tokens, which is also what an encoder without that file gets.
 
     Raises:
         ModelError: If the folder holds no encoder that transformers can load, or its weights do not fit its
@@ -69,28 +102,31 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
     model.to("cuda" if has_cuda() else "cpu")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limit, first = _longest(folder, model), _settings(folder, "1_Pooling/config.json").get("pooling_mode_cls_token")
-    encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    first = bool(_settings(folder, "1_Pooling/config.json").get("pooling_mode_cls_token"))
+    return OpenEncoder(model, tokenizer, _longest(folder, model), first)
+
+
+def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Return one vector of length 1 for each text, shape (n, d).
+
+    Raises:
+        ModelError: See `open_encoder`.
+    """
+    torch, encoder = require("torch", "train"), open_encoder(folder)
+    encoded = encoder.tokens(texts)
+    vectors = np.zeros((len(texts), encoder.model.config.hidden_size), dtype=np.float32)
     console = Console(stderr=True)
     hidden = len(texts) < _MANY or not sys.stderr.isatty()
     with Progress(console=console, disable=hidden) as bar, torch.inference_mode():
         task = bar.add_task("texts", total=len(texts))
-        for rows in _batches([len(ids) for ids in encoded]):
-            batch = tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt").to(model.device)
-            states = model(**batch).last_hidden_state
-            vectors[rows] = _pooled(states, batch["attention_mask"], bool(first)).cpu().numpy()
+        for rows in batches_of([len(ids) for ids in encoded]):
+            batch = encoder.padded([encoded[row] for row in rows])
+            states = encoder.model(**batch).last_hidden_state
+            vectors[rows] = encoder.pooled(states, batch["attention_mask"]).cpu().numpy()
             bar.advance(task, len(rows))
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
     return unit
-
-
-def _pooled(states: Any, mask: Any, first: bool) -> Any:
-    if first:
-        return states[:, 0]
-    weights = mask[:, :, None].to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def _longest(folder: str, model: Any) -> int:
@@ -105,7 +141,7 @@ def _settings(folder: str, name: str) -> dict[str, Json]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
+def batches_of(lengths: Sequence[int]) -> list[list[int]]:
     """Group texts by length, so that little is padded; longest first, so that memory runs out at once or never."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):

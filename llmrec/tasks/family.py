@@ -21,7 +21,7 @@ from llmrec.types import Answer, Ranking
 RANKERS = (
     *("random", "popularity", "recent-popularity", "item-knn", "rp3beta", "markov-1", "markov"),
     *("markov-cooccurrence", "transitions", "transitions-text", "content", "ease", "als", "bpr", "gru4rec", "sasrec"),
-    "tower",
+    *("tower", "tuned-tower"),
 )
 """Baselines that rank items for users."""
 RANKING_CONTROLS = ("random", "popularity", "item-knn", "markov-1")

@@ -9,10 +9,14 @@ import polars as pl
 import pytest
 
 from llmrec.baselines.tower import Tower
+from llmrec.baselines.tuned_tower import TunedTower
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
+from llmrec.errors import RecipeError
 from llmrec.recipe.schema import Split
 from llmrec.types import Event, Item, Request
+from tests.encoders import tiny_encoder
+from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch")
 
@@ -99,3 +103,36 @@ def test_without_any_text_it_says_the_same_of_all_items() -> None:
     model.fit(split(blank, Split(kind="leave_one_out"), seed=0))
     (scores,) = model.scores([Request(id="r", user_id="nobody", history=(Event(item_id="01"),))])
     assert np.ptp(scores) == 0
+
+
+def _tuned(**settings: Any) -> TunedTower:
+    chosen = SETTINGS | {"encoder": tiny_encoder(), "blocks": 2, "epochs": 3} | settings
+    model = TunedTower(TunedTower.Config(**chosen), seed=3)
+    model.fit(_ring())
+    return model
+
+
+def _likelihood(model: Tower) -> float:
+    """Mean log-probability of the topic that follows, over one item of each."""
+    requests = [Request(id="r", user_id="nobody", history=(Event(item_id=f"{topic}1"),)) for topic in range(TOPICS)]
+    scores = np.asarray(model.scores(requests), dtype=np.float64)
+    chances = np.exp(scores - np.logaddexp.reduce(scores, axis=1)[:, None])
+    following = [[item[0] == str((topic + 1) % TOPICS) for item in model.items] for topic in range(TOPICS)]
+    return float(np.log((chances * np.array(following)).sum(axis=1)).mean())
+
+
+def test_a_tuned_encoder_fits_better_than_the_maps_over_a_fixed_one() -> None:
+    fixed, tuned = (_tuned(dim=3, epochs=10, encoder_rate=rate, map_rate=1e-12) for rate in (1e-12, 1e-4))
+    assert _likelihood(tuned) > _likelihood(fixed) + 0.03
+
+
+def test_an_encoder_that_is_no_better_tuned_is_kept_as_it_was() -> None:
+    # So large a step ruins the encoder; the validation split says so.
+    model, fixed = (_tuned(encoder_rate=rate, map_rate=1e-12, epochs=2, patience=1) for rate in (0.5, 1e-12))
+    request = [Request(id="r", user_id="nobody", history=(Event(item_id="01"),))]
+    assert np.abs(model.scores(request) - fixed.scores(request)).max() < 0.01
+
+
+def test_what_cannot_be_tuned_is_refused() -> None:
+    with raises(RecipeError, Facts("bad-value", column="encoder", says="lsa is no encoder")):
+        _tuned(encoder="lsa")

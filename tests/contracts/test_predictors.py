@@ -39,10 +39,18 @@ from llmrec.types import (
     Text,
     Unparsed,
 )
+from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
 
 # What needs a package of the extra `baselines` is left out where that is not installed.
-NEEDS = {"als": "implicit", "bpr": "implicit", "sasrec": "torch", "gru4rec": "torch", "tower": "torch"}
+NEEDS = {
+    "als": "implicit",
+    "bpr": "implicit",
+    "sasrec": "torch",
+    "gru4rec": "torch",
+    "tower": "torch",
+    "tuned-tower": "torch",
+}
 ALL = tuple(name for name in BASELINES if find_spec(NEEDS.get(name, "numpy")) is not None)
 RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
 # What reads the review that a request shows.
@@ -51,7 +59,7 @@ RATING = tuple(dict.fromkeys([*family_of("rating").baselines, *family_of("stars"
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = family_of("ctr").baselines
 # Their validation split chooses when to stop.
-STOPPING = {"sasrec", "gru4rec", "tower"}
+STOPPING = {"sasrec", "gru4rec", "tower", "tuned-tower"}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
@@ -59,12 +67,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sasrec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "gru4rec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
+    "tuned-tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "mf": {"rounds": 5},
     "svd": {"epochs": 5},
 }
 # Their last step is a dense product in single precision, whose last bits depend on how many rows it has.
-DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower"}
-READING = {"content", "transitions-text", "tower"}  # they know items by their texts
+DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower", "tuned-tower"}
+READING = {"content", "transitions-text", "tower", "tuned-tower"}  # they know items by their texts
 STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
 KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 WORDS = ("fine", "dull", "long", "warm", "odd", "quick")
@@ -99,8 +108,13 @@ def data(request: pytest.FixtureRequest) -> SplitDataset:
     return _split(request.param)
 
 
+def _settings(name: str) -> dict[str, Any]:
+    settings = SETTINGS.get(name, {})
+    return settings | {"encoder": tiny_encoder()} if name == "tuned-tower" else settings
+
+
 def _fitted(name: str, data: SplitDataset, *, seed: int = 5, **settings: Any) -> Any:
-    predictor = make(name, SETTINGS.get(name, {}) | settings, seed=seed)
+    predictor = make(name, _settings(name) | settings, seed=seed)
     predictor.fit(data)
     return predictor
 
@@ -228,7 +242,7 @@ def test_another_config_of_the_answers_is_another_fit_exactly(name: str, data: S
     assert lookup(BASELINES, name, "baseline").GRID.keys() >= predictor.AT_ANSWER
     moved = False
     for parameters in _others(name):
-        config = type(predictor._config)(**SETTINGS.get(name, {}) | parameters)
+        config = type(predictor._config)(**_settings(name) | parameters)
         found = predictor.with_config(config).answer(requests)
         assert found == _fitted(name, data, **parameters).answer(requests)
         moved = moved or found != before

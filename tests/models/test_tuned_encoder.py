@@ -1,0 +1,53 @@
+"""An encoder whose last blocks learn makes the vectors of the whole encoder, and changes nothing below."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llmrec.errors import ModelError
+from llmrec.models.text_encoder import encode_texts
+from llmrec.models.tuned_encoder import TunedEncoder
+from tests.encoders import tiny_encoder
+from tests.facts import Facts, raises
+
+torch = pytest.importorskip("torch")
+
+TEXTS = ["a long garden hose", "toy", "the wooden toy train with rails", "a knife", "knife"]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_before_it_learns_its_vectors_are_those_of_the_encoder(blocks: int) -> None:
+    whole, encoder = encode_texts(tiny_encoder(), TEXTS), TunedEncoder(tiny_encoder(), TEXTS, blocks=blocks)
+    # States below are kept in half precision.
+    assert np.abs(encoder.every().numpy() - whole).max() < 0.02
+    assert np.abs(encoder([2, 0]).detach().numpy() - whole[[2, 0]]).max() < 0.02
+
+
+def test_only_its_last_blocks_have_gradients_and_vectors_follow_them() -> None:
+    encoder = TunedEncoder(tiny_encoder(), TEXTS, blocks=1)
+    before = encoder.every()
+    towards = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(1)), dim=0)
+    optimiser = torch.optim.Adam(encoder.blocks.parameters(), lr=1e-3)
+    for _ in range(5):
+        optimiser.zero_grad()
+        (-encoder([0, 4]) @ towards).sum().backward()
+        assert all(parameter.grad is not None for parameter in encoder.blocks.parameters())
+        optimiser.step()
+    after = encoder.every()
+    assert ((after - before)[[0, 4]] @ towards > 0.01).all()
+    # The encoder on disk is as it was.
+    assert torch.equal(TunedEncoder(tiny_encoder(), TEXTS, blocks=1).every(), before)
+
+
+def test_neither_order_nor_company_of_texts_changes_a_vector() -> None:
+    encoder = TunedEncoder(tiny_encoder(), TEXTS, blocks=1)
+    with torch.no_grad():
+        alone = torch.cat([encoder([row]) for row in range(len(TEXTS))])
+        together = encoder([4, 3, 2, 1, 0]).flip(0)
+    assert torch.allclose(alone, together, atol=0.02)
+
+
+def test_more_blocks_than_there_are_are_refused() -> None:
+    with raises(ModelError, Facts("bad-value", tiny_encoder(), says="has 2 blocks")):
+        TunedEncoder(tiny_encoder(), TEXTS, blocks=3)
