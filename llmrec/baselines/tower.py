@@ -155,7 +155,9 @@ class Tower(ScoredBaseline[TowerConfig, Towers]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             network = _network(vectors.shape[1], config.dim)
-            model = Towers(catalogue, vectors, np.flatnonzero(popular), popular / popular.max(), network, config)
+            model = Towers(
+                catalogue, vectors, np.flatnonzero(popular), popular / popular.max(initial=1.0), network, config
+            )
             rows, rng = _rows(events, config.max_len), np.random.default_rng(self._seed)
             until_best(model, cases, config, lambda optimiser: epoch_of(model, rows, optimiser, rng))
             self._tune(model, data, texts, rows, cases)

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 # Texts that are read for one step of the encoder.
-_TEXTS = 256
+_TEXTS = 64
+# Steps of the mean length that a vector takes at most.
+_FURTHEST = 5.0
 
 
 class TunedTowerConfig(TowerConfig):
@@ -33,7 +35,8 @@ class TunedTowerConfig(TowerConfig):
 
     encoder: str = Field("all-MiniLM-L6-v2", description="the text encoder that is tuned: a name or a folder")
     blocks: Positive = Field(1, description="how many of the encoder's last blocks are tuned")
-    encoder_rate: AboveZero = Field(5e-6, description="learning rate of the encoder")
+    step: AboveZero = Field(0.1, description="how far the vectors of texts, of length 1, are to move in an epoch")
+    encoder_rate: AboveZero = Field(2e-5, description="learning rate of the encoder")
     map_rate: AboveZero = Field(5e-4, description="learning rate of the maps while the encoder is tuned")
 
 
@@ -42,17 +45,18 @@ class TunedTower(Tower):
 
     It begins with the maps that `Tower` finds over the encoder as it is. Then maps and blocks learn in turns under the
     same loss: an epoch over the training rows moves the maps and sums, for every item, the gradient with respect to its
-    vector, on both sides of the product; then the blocks go once over the items, in small batches, each text being read
-    anew and its vector moved along that gradient. So a text is read once an epoch, however often its item occurs, and
-    all items are negatives; the gradient is exact but for the steps of one epoch (gradient caching: Gao et al.,
-    RepL4NLP 2021). Centre and whitening stay those of the encoder as it was. The best epoch by validation NDCG@10 is
-    kept, which may be none. Items that nobody has chosen get their vectors from the tuned encoder too.
+    vector, on both sides of the product (gradient caching: Gao et al., RepL4NLP 2021). Each vector is to move a
+    ``step`` down that gradient, and the blocks go once over the texts, in small batches, towards these vectors by least
+    squares (target propagation: Lee et al., ECML 2015). So a text is read once an epoch, however often its item occurs,
+    all items are negatives, and no vector runs away. Centre and whitening stay those of the encoder as it was. The best
+    epoch by validation NDCG@10 is kept, which may be none. Items that nobody has chosen get their vectors from the
+    tuned encoder too.
     """
 
     name = "tuned-tower"
     Config = TunedTowerConfig
     READS = "language model"
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"encoder_rate": (1e-6, 2e-6, 5e-6, 1e-5, 2e-5), "blocks": (1, 2)}
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"step": (0.03, 0.1, 0.3), "blocks": (1, 2)}
     FITS: ClassVar[int] = 4
     _config: TunedTowerConfig
 
@@ -98,11 +102,10 @@ class TunedTower(Tower):
         def learn(optimiser: Any) -> float:
             model.vectors.requires_grad_(True)
             loss = epoch_of(model, rows, optimiser, rng)
-            gradient = model.vectors.grad
-            model.vectors = model.vectors.detach()
+            wanted = _moved(model.vectors, config.step)
             for places in np.array_split(rng.permutation(len(said)), -(-len(said) // _TEXTS)):
                 optimiser.zero_grad(set_to_none=True)
-                (whitened(encoder(places.tolist())) * gradient[places]).sum().backward()
+                (whitened(encoder(places.tolist())) - wanted[places]).square().sum(dim=1).mean().backward()
                 optimiser.step()
             model.vectors = whitened(encoder.every())
             return loss
@@ -111,3 +114,12 @@ class TunedTower(Tower):
         model.vectors = whitened(encoder.every())
         # Scores need the vectors alone.
         del model.network["encoder"]
+
+
+def _moved(vectors: Any, step: float) -> Any:
+    """Return where vectors are to go: down their gradients, by ``step`` in the root mean square, shape (n, d)."""
+    gradient = vectors.grad
+    lengths = gradient.norm(dim=1, keepdim=True)
+    scale = step / lengths.square().mean().sqrt().clamp(min=1e-12)
+    bound = (_FURTHEST * step / (lengths * scale).clamp(min=1e-12)).clamp(max=1)
+    return vectors.detach() - scale * bound * gradient

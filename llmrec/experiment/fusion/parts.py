@@ -44,15 +44,16 @@ NOTHING = "random"
 def fusible(study: Study, family: str) -> tuple[Reads, ...]:
     """Return the kinds of fusions of a family's baselines, judged by users that do not weigh them.
 
-    Of those that know events alone, and of all where one reads texts too; each of two or more that say something.
+    There is one for each kind that a baseline is of: of two or more that say something, itself and all that know less.
     """
     own, section = family_of(family), study.recipe.eval
     able = own.ranks_for_users or own.answer in (Rating, Probability)
     if not able or not section.fusion.controls or section.split != "test":
         return ()
     reads = [reads_of(each.name) for each in study.baselines(family) if each.name != NOTHING]
-    kinds: list[Reads] = ["events"] if reads.count("events") > 1 else []
-    return (*kinds, "texts") if "texts" in reads and len(reads) > 1 else tuple(kinds)
+    return tuple(
+        kind for kind in get_args(Reads) if kind in reads and sum(widest([each, kind]) == kind for each in reads) > 1
+    )
 
 
 def joins_model(study: Study, family: str, strategy: str) -> bool:
