@@ -226,6 +226,31 @@ def report(
     say(f"report: {pipeline.report(folder)}")
 
 
+@app.command("tune-encoder")
+def tune_encoder(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")],
+    overrides: Overrides = None,
+    encoder: Annotated[
+        str, typer.Option("--encoder", metavar="NAME", help="The text encoder to begin from: a name or a folder.")
+    ] = "all-MiniLM-L6-v2",
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="How many of its last blocks are tuned.")] = 1,
+    step: Annotated[
+        float, typer.Option("--step", min=1e-6, help="How far vectors, of length 1, are to move in an epoch.")
+    ] = 0.1,
+) -> None:
+    """Tune a text encoder on a recipe's training interactions: which texts follow which.
+
+    The folder can stand wherever a recipe names an encoder, with the same data and seed: `transitions-text`, `content`,
+    `tower`, semantic IDs and item tokens. Rows that use it count as language models.
+    """
+    from llmrec.baselines.tower import TunedTowerConfig
+    from llmrec.experiment.encoder import tune_encoder as tuned
+
+    told = tuned(_recipe(recipe, overrides), out, TunedTowerConfig(encoder=encoder, blocks=blocks, step=step))
+    say(f"encoder: {out}, tuned on {told['interactions']:,} interactions of {told['data']}")
+
+
 @app.command()
 def fuse(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs over the same cases.")],

@@ -106,7 +106,7 @@ BASELINES: Mapping[str, str] = {
     "gru4rec": "llmrec.baselines.gru4rec:GRU4Rec",
     "sasrec": "llmrec.baselines.sasrec:SASRec",
     "tower": "llmrec.baselines.tower:Tower",
-    "tuned-tower": "llmrec.baselines.tuned_tower:TunedTower",
+    "tuned-tower": "llmrec.baselines.tower:TunedTower",
     "global-mean": "llmrec.baselines.rating:GlobalMean",
     "user-mean": "llmrec.baselines.rating:UserMean",
     "item-mean": "llmrec.baselines.rating:ItemMean",

@@ -70,7 +70,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
             ModelError: If there is no such encoder.
         """
         catalogue = Catalogue.of(data)
-        vectors = text_vectors([data.dataset.items[item] for item in catalogue.ids], self._config.encoder)
+        vectors = text_vectors(data, catalogue.ids, self._config.encoder)
         self._model = _Texts(catalogue, Turned.of(vectors), counts(Log.of(data, catalogue), catalogue))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:

@@ -11,12 +11,13 @@ import numpy as np
 from llmrec.baselines.text import TfIdf
 from llmrec.errors import DataError
 from llmrec.index.semantic import item_fields, item_text, item_vectors
-from llmrec.models.embedder import text_embedder
+from llmrec.models.embedder import fitting
 from llmrec.recipe.schema import SemanticIndex
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmrec.data.split import SplitDataset
     from llmrec.types import Item
 
 LSA = "lsa"
@@ -67,21 +68,23 @@ class Turned:
         return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
 
-def text_vectors(items: Sequence[Item], encoder: str) -> NDArray[np.floating[Any]]:
+def text_vectors(data: SplitDataset, ids: Sequence[str], encoder: str) -> NDArray[np.floating[Any]]:
     """Return vectors of length 1 of the titles and fields of items, shape (n, d).
 
     Args:
-        items: The items.
+        data: The split.
+        ids: The items.
         encoder: ``lsa``, which learns from these texts alone (Deerwester et al., JASIS 1990, over TF-IDF), or a text
             encoder: a name or a folder.
 
     Raises:
-        DataError: If no item has a title or a field.
+        DataError: If no item has a title or a field, or the encoder was tuned on another split.
         ModelError: If there is no such encoder.
     """
+    items = [data.dataset.items[item] for item in ids]
     texts = texts_of(items)
     if encoder != LSA:
-        return item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(encoder))
+        return item_vectors(items, item_fields(items, SemanticIndex()), fitting(encoder, data))
     return _latent(texts)
 
 

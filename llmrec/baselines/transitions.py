@@ -145,7 +145,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
             ModelError: If there is no such encoder.
         """
         steps = _counted(data)
-        vectors = text_vectors([data.dataset.items[item] for item in steps.catalogue.ids], self._config.encoder)
+        vectors = text_vectors(data, steps.catalogue.ids, self._config.encoder)
         self._model = _Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, _NEIGHBOURS))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:

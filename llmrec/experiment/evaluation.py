@@ -285,7 +285,9 @@ class Evaluation:
     def _reads(self, spec: RowSpec) -> Reads:
         if spec.template is not None:
             return "language model"
-        return reads_of(spec.predictor.partition("(")[0])
+        known = self._study.baselines(spec.family)
+        (parameters,) = {str(each.label): each.parameters for each in known if each.label == spec.predictor}.values()
+        return reads_of(spec.predictor.partition("(")[0], parameters)
 
     def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Made:
         assert spec.template is not None

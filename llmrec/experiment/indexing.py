@@ -20,7 +20,7 @@ from llmrec.index import table
 from llmrec.index.numbers import user_tokens
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.index.table import Embed, ItemIndex
-from llmrec.models.embedder import text_embedder
+from llmrec.models.embedder import fitting, text_embedder
 from llmrec.recipe.schema import IndexSection, ModelSection, SemanticIndex
 from llmrec.resources import cache_dir
 from llmrec.tasks.held_items import HeldItems
@@ -59,7 +59,7 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
     What is read back has a key over all of the data, held-out interactions included, so that the audit's rebuild from
     other held-out interactions is never answered from here.
     """
-    embed = text_embedder(section.semantic.encoder) if section.scheme == "semantic" else None
+    embed = fitting(section.semantic.encoder, data) if section.scheme == "semantic" else None
     if section.scheme not in _SLOW:
         return table.build(section, data, seed=seed)
     key = key_of(
@@ -168,7 +168,7 @@ def with_tokens(
         model=model.model_dump(exclude={"device"}),
         index=index.digest,
         tokens=start,
-        encoder=text_embedder(section.semantic.encoder).stamp if section and start == "vectors" else None,
+        encoder=fitting(section.semantic.encoder, data).stamp if section and start == "vectors" else None,
         titles=data.dataset.fingerprint if start != "random" else None,
         hidden=sorted(hidden) if start != "random" else None,
         seed=seed,

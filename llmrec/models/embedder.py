@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.data.hashing import hash64
+from llmrec.data.hashing import digest_frame, hash64
 from llmrec.durable import replacing
-from llmrec.errors import require
+from llmrec.errors import DataError, require
 from llmrec.models.text_encoder import BATCH_TOKENS, DTYPE, encode_texts, find_encoder
 from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmrec.data.split import SplitDataset
+
 log = logging.getLogger(__name__)
 
 CHANCE = "chance"
 """An encoder that says nothing: the control of what text adds to codes."""
+TUNED = "llmrec-encoder.json"
+"""In the folder of an encoder that was tuned: on what."""
 
 
 @lru_cache(maxsize=4)
@@ -31,6 +37,33 @@ def text_embedder(name: str) -> Embedder:
     if name == CHANCE:
         return Embedder(CHANCE, CHANCE)
     return Embedder(*find_encoder(name))
+
+
+def fitting(name: str, data: SplitDataset) -> Embedder:
+    """Return what turns texts into vectors for a split.
+
+    Raises:
+        DataError: If the encoder was tuned on other training interactions, which may hold what this split holds out.
+    """
+    if learned_from(name) not in (None, digest_frame(data.train)):
+        raise DataError(
+            f"the text encoder {name} was tuned on other training interactions than those of {data.dataset.name} as "
+            "it is split here, so that it may know what is held out; tune it with `llmrec tune-encoder` and the recipe "
+            "that uses it, or name the encoder that it began from",
+            kind="leak",
+            at=name,
+            column="encoder",
+        )
+    return text_embedder(name)
+
+
+@lru_cache(maxsize=16)
+def learned_from(name: str) -> str | None:
+    """Return a digest of the training interactions that an encoder was tuned on; None if llmrec did not tune it."""
+    if name == CHANCE:
+        return None
+    file = Path(find_encoder(name)[0]) / TUNED
+    return str(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.is_file() else None
 
 
 class Embedder:

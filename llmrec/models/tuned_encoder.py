@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,10 @@ from llmrec.models.text_encoder import batches_of, open_encoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+# What folders of sentence-transformers say beside the model: its parts, how states are pooled, the longest text.
+_BESIDE = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 class TunedEncoder:
@@ -38,6 +44,7 @@ class TunedEncoder:
             ModelError: If it cannot be loaded, or has not so many blocks.
         """
         self._torch = require("torch", "train")
+        self._folder = Path(folder)
         self._encoder = open_encoder(folder)
         model = self._encoder.model.requires_grad_(False)
         holder, name, layers = _blocks_of(model, folder)
@@ -55,6 +62,7 @@ class TunedEncoder:
         recall = copy.copy(layers[0])
         recall.forward = lambda *given, **named: self._given
         setattr(holder, name, self._torch.nn.ModuleList([recall, *self.blocks]))
+        self._whole = holder, name, layers
 
     def __call__(self, rows: Sequence[int]) -> Any:
         """Return the vectors of some texts, with gradients for the blocks where they are asked, shape (n, d)."""
@@ -81,13 +89,28 @@ class TunedEncoder:
         self.blocks.train(training)
         return found
 
+    def save(self, folder: Path) -> None:
+        """Write the encoder, as its blocks now stand, in the form of the one that it was; it learns no more after that.
+
+        Args:
+            folder: Of weights in safetensors, the tokenizer, and how states are pooled; made where it is not there.
+        """
+        holder, name, layers = self._whole
+        setattr(holder, name, self._torch.nn.ModuleList(layers))
+        self._encoder.model.save_pretrained(folder)
+        self._encoder.tokenizer.save_pretrained(folder)
+        for beside in _BESIDE:
+            if (self._folder / beside).is_file():
+                (folder / beside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._folder / beside, folder / beside)
+
     def _below(self) -> list[NDArray[np.float16]]:
         """Return what the first of the tuned blocks is given for each text, shape (tokens, d) each."""
         torch, encoder = self._torch, self._encoder
         found: list[Any] = [None] * len(self._tokens)
         caught: list[Any] = []
 
-        def catch(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def catch(_: Any, given: tuple[Any, ...], named: Any) -> None:
             caught.append(given[0] if given else named["hidden_states"])
             raise _Enough
 

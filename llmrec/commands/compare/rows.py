@@ -136,7 +136,7 @@ class SuiteModels:
         if row.parts:
             return widest([self.reads(self._row(label)) for label in row.parts])
         if row.baseline is not None:
-            return reads_of(row.baseline)
+            return reads_of(row.baseline, row.parameters)
         recipe = self._recipe(row)[0]
         if recipe.model.shape is None:
             return "language model"

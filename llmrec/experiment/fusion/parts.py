@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
+from llmrec.baselines.item_texts import LSA
 from llmrec.baselines.neural import NeuralConfig
 from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
 from llmrec.errors import DataError
 from llmrec.experiment.study import Study, build_task, draw_sets
+from llmrec.models.embedder import learned_from
 from llmrec.registry import BASELINES, lookup
 from llmrec.results import FusionWeights, PartWeight, Prediction, Reads
 from llmrec.strategies.blend import Blend
@@ -50,7 +52,7 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
     able = own.ranks_for_users or own.answer in (Rating, Probability)
     if not able or not section.fusion.controls or section.split != "test":
         return ()
-    reads = [reads_of(each.name) for each in study.baselines(family) if each.name != NOTHING]
+    reads = [reads_of(each.name, each.parameters) for each in study.baselines(family) if each.name != NOTHING]
     return tuple(
         kind for kind in get_args(Reads) if kind in reads and sum(widest([each, kind]) == kind for each in reads) > 1
     )
@@ -204,9 +206,12 @@ def kind_of(baseline: str) -> Kind:
     return lookup(BASELINES, baseline, "baseline").SCORES  # type: ignore[no-any-return]
 
 
-def reads_of(baseline: str) -> Reads:
-    """Return what a baseline knows items by."""
-    return lookup(BASELINES, baseline, "baseline").READS  # type: ignore[no-any-return]
+def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
+    """Return what a baseline knows items by; one whose encoder was tuned on the interactions is a language model."""
+    made = lookup(BASELINES, baseline, "baseline")
+    known: Reads = made.READS
+    encoder = str(parameters.get("encoder", LSA))
+    return "language model" if known == "texts" and encoder != LSA and learned_from(encoder) else known
 
 
 def answers_of(said: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:

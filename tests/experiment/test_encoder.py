@@ -1,0 +1,98 @@
+"""A tuned encoder is a folder like any other, and is refused where it could know what is held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from llmrec.baselines.content import Content
+from llmrec.cli import app
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError, LlmrecError
+from llmrec.experiment.fusion.parts import reads_of
+from llmrec.experiment.study import load_split
+from llmrec.models.embedder import TUNED
+from llmrec.models.text_encoder import encode_texts
+from llmrec.recipe.schema import DataSection
+from tests.encoders import tiny_encoder
+from tests.facts import Facts, raises
+
+pytest.importorskip("torch")
+
+WORDS = ("anvil", "banjo", "candle", "drum", "engine", "feather")
+
+
+def _table(folder: Path) -> Path:
+    """Sixty users who go round a ring of six topics with four items each."""
+    rng, path = np.random.default_rng(0), folder / "ring.csv"
+    lines = ["user_id,item_id,timestamp,title"]
+    for user in range(60):
+        for step in range(6):
+            topic, number = (user + step) % 6, rng.integers(4)
+            lines.append(f"u{user},{topic}{number},{step},{WORDS[topic]} {'abcd'[number]}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _table(tmp_path_factory.mktemp("ring"))
+
+
+@pytest.fixture(scope="module")
+def tuned(table: Path) -> Path:
+    assert _tune(table, table.parent / "encoder").startswith(f"encoder: {table.parent / 'encoder'}, tuned on 240 ")
+    return table.parent / "encoder"
+
+
+def _tune(table: Path, out: Path) -> str:
+    data = [f"data.path={table}", "data.source=table", "data.columns={title: title}", "data.rating_scale=null"]
+    options = ["--encoder", tiny_encoder(), "--blocks", "2", "--step", "0.3", "--out", str(out)]
+    found = CliRunner().invoke(
+        app, ["tune-encoder", "recipes/quickstart.yaml", *data, *options], catch_exceptions=False
+    )
+    return found.stdout
+
+
+def _split(table: Path, seed: int = 0, **more: object) -> SplitDataset:
+    return load_split(DataSection.model_validate({"source": "table", "path": str(table), **more}), seed)
+
+
+def test_it_is_an_encoder_that_says_what_it_learned_from(table: Path, tuned: Path) -> None:
+    told = json.loads((tuned / TUNED).read_text(encoding="utf-8"))
+    assert told["interactions"] == 240 and told["encoder"] == tiny_encoder() and told["parameters"]["blocks"] == 2
+    assert set(told["files"]) | {TUNED, ".lock"} >= {entry.name for entry in tuned.iterdir()}
+    texts = ["anvil a", "feather b"]
+    before, after = encode_texts(tiny_encoder(), texts), encode_texts(str(tuned), texts)
+    assert before.shape == after.shape and not np.allclose(before, after, atol=1e-4)
+
+
+def test_rows_that_use_it_are_language_models(tuned: Path) -> None:
+    assert reads_of("content", {"encoder": str(tuned)}) == "language model"
+    assert reads_of("content", {"encoder": tiny_encoder()}) == reads_of("content", {}) == "texts"
+    assert reads_of("popularity", {}) == "events"
+
+
+def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tuned: Path) -> None:
+    model = Content(Content.Config(encoder=str(tuned)))
+    model.fit(_split(table))
+    assert len(model.items) == 24
+    other = _split(table, split={"kind": "last_share", "valid": 0.2, "test": 0.5})
+    with raises(DataError, Facts("leak", str(tuned), column="encoder")):
+        model.fit(other)
+
+
+def test_it_is_written_anew_and_nobody_elses_files_are_replaced(table: Path, tuned: Path, tmp_path: Path) -> None:
+    assert _tune(table, tuned).startswith("encoder: ")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with raises(LlmrecError, Facts("exists", tmp_path)):
+        _tune(table, tmp_path)
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
+    (tuned / "mine.txt").write_text("mine", encoding="utf-8")
+    with raises(LlmrecError, Facts("exists", tuned)):
+        _tune(table, tuned)
+    (tuned / "mine.txt").unlink()
