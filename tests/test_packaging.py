@@ -461,10 +461,10 @@ def test_commands_in_documents_exist() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in DOCUMENTS)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
     known = {command.name or getattr(command.callback, "__name__", None) for command in cli.app.registered_commands}
-    used = set(re.findall(r"`llmrec ([a-z-]+)", text)) | {
+    used = set(re.findall(r"`llmrec ([a-z][a-z-]+)", text)) | {
         verb
         for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-        for verb in re.findall(r"^llmrec ([a-z-]+)", block, flags=re.MULTILINE)
+        for verb in re.findall(r"^llmrec ([a-z][a-z-]+)", block, flags=re.MULTILINE)
     }
     assert used
     assert used <= known
