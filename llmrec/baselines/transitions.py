@@ -153,12 +153,12 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
         model, config = self._fitted, self._config
         steps = _normalised(model, config)
         alike = model.kept("alike", config.sharpness, lambda: _shares(model.near, config.sharpness))
-        total = recent(requests, model.catalogue, config.history, config.decay) @ steps
-        if config.onward:
-            # Products of the rows of these requests only: the whole product of both matrices would be large.
-            total = total + config.onward * (total @ alike)
+        votes = recent(requests, model.catalogue, config.history, config.decay) @ steps
         last = recent(requests, model.catalogue, config.text_history, config.text_decay)
-        return filled((total + config.text * (last @ alike)).toarray(), model.popular)
+        # One product for what resembles the items stepped to and the latest ones, of the rows of these requests only:
+        # the whole product of both matrices would be large.
+        resembling = (config.onward * votes + config.text * last) @ alike
+        return filled(votes.toarray() + resembling.toarray(), model.popular)
 
 
 def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -144,11 +143,10 @@ def test_neighbours_are_the_nearest_others() -> None:
 
 
 def test_latent_semantic_analysis_is_repeatable_and_puts_like_texts_together() -> None:
-    items = [Item(item_id=item, title=TITLES[item]) for item in ORDER]
-    one, two = text_vectors(items, "lsa"), text_vectors(items, "lsa")
+    data = _data()
+    one, two = text_vectors(data, ORDER, "lsa"), text_vectors(data, ORDER, "lsa")
     assert np.array_equal(one, two) and np.allclose(np.linalg.norm(one[[0, 1, 2, 4]], axis=1), 1)
     likeness = one @ one.T
     assert likeness[0, 4] > 0.9 and likeness[1, 2] > 0.9 and abs(likeness[0, 1]) < 0.1
-    bare = [replace(item, title="") for item in items]
     with raises(DataError, Facts("missing-value")):
-        text_vectors(bare, "lsa")
+        text_vectors(_data(dict.fromkeys(TITLES, "")), ORDER, "lsa")
