@@ -32,7 +32,7 @@ RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
 
 # Validation requests that points are ranked by, an unbiased sample of a larger split: a point takes so many scores, and
 # so many requests at most.
-_SCORES, _CASES = 60_000_000, 10_000
+_SCORES, _CASES = 30_000_000, 10_000
 
 Parameters = Mapping[str, Any]
 
