@@ -245,7 +245,7 @@ def tune_encoder(
     `tower`, semantic IDs and item tokens. Rows that use it count as language models.
     """
     from llmrec.baselines.tower import TunedTowerConfig
-    from llmrec.experiment.encoder import tune_encoder as tuned
+    from llmrec.experiment.tuning.encoder import tune_encoder as tuned
 
     told = tuned(_recipe(recipe, overrides), out, TunedTowerConfig(encoder=encoder, blocks=blocks, step=step))
     say(f"encoder: {out}, tuned on {told['interactions']:,} interactions of {told['data']}")

@@ -30,14 +30,33 @@ class Record(BaseModel):
 
 
 class LogLine(Record):
-    """One logged optimiser step; losses are nats a target token."""
+    """One logged optimiser step; losses are nats a target token, and NDCG@10 is that of `Judged`."""
 
     step: int
     loss: Number = None
     learning_rate: Number = None
     valid_loss: dict[str, Number] | None = None
+    valid_ndcg: Number = None
     tokens_per_second: Number = None
     seconds: Number = None
+
+
+class Judged(Record):
+    """Which validation cases decided which adapter is kept, and what classic recommenders reach on them.
+
+    Attributes:
+        family: Whose cases.
+        users: How many.
+        kept_step: Whose adapter was kept.
+        value: Its NDCG@10.
+        controls: NDCG@10 of the family's baselines, and of their fusions, which other validation users weighed.
+    """
+
+    family: str
+    users: int
+    kept_step: int
+    value: float
+    controls: dict[str, float] = Field(default_factory=dict)
 
 
 class Training(Record):
@@ -57,6 +76,7 @@ class Training(Record):
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     log: tuple[LogLine, ...] = ()
+    judged: Judged | None = None
     adapter_sha256: str | None = None
     merged_sha256: str | None = None
 

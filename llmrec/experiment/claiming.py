@@ -18,8 +18,8 @@ from llmrec.errors import LlmrecError
 LOCK = ".lock"
 _MARK = "llmrec works in this folder: it writes, replaces and removes its own files there\n"
 RUN = (
-    *("recipe.yaml", "candidates", "index", "base", "base.json", "checkpoints", "adapter", "merged", "train.json"),
-    *("train_log.jsonl", "answers.sqlite", "rows", "predictions.parquet", "items.parquet"),
+    *("recipe.yaml", "candidates", "index", "base", "base.json", "checkpoints", "best", "adapter", "merged"),
+    *("train.json", "train_log.jsonl", "answers.sqlite", "rows", "predictions.parquet", "items.parquet"),
     *("results.json", "report", "audit.json", "audit-baselines.json"),
 )
 """What a run writes into its folder."""

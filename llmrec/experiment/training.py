@@ -16,6 +16,7 @@ from llmrec.errors import RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
 from llmrec.experiment.study import Study
+from llmrec.experiment.tuning.judging import Judge
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.traits import is_paired
@@ -39,6 +40,8 @@ _EVALUATION_ONLY = {
     *("strategies", "baselines", "users", "eval_templates", "max_tokens"),
     *("balance", "per_user", "calibrate"),
 }
+# Training settings that change nothing of the adapter.
+_UNLEARNED = {"report_to", "save_every", "keep_checkpoints", "start"}
 # Rows dropped in a row before training gives up: every one was longer than a training row may be.
 _PATIENCE = 2000
 
@@ -189,7 +192,7 @@ def training_key(study: Study, folder: str) -> str:
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
         candidates=recipe.eval.candidates.model_dump() if any(family_of(f).lists for f in study.tasks) else None,
         # What training starts from stands in its weights, wherever they lie.
-        train=recipe.train.model_dump(exclude={"report_to", "save_every", "keep_checkpoints", "start"}),
+        train=recipe.train.model_dump(exclude=_UNLEARNED if recipe.train.judge else {*_UNLEARNED, "judge"}),
         seed=recipe.seed,
         **_nearness(study),
         **_drawing(study),
@@ -234,17 +237,26 @@ def train_stage(
         paired = is_paired(load_config(base, study.recipe.model))
         planned = plan_training(study, encoder, paired=paired)
     with budget.stage("train"):
-        training = _train(study, encoder, base, folder, planned, key, quiet=quiet)
+        judge = Judge.of(study, encoder)
+        training = _train(study, encoder, base, folder, planned, key, judge=judge, quiet=quiet)
     budget.add("train", training.seconds_before)
     with budget.stage("merge"):
         _merge(study, encoder, base, folder)
+    told = asdict(training)
+    kept = told.pop("kept_step")
+    if judge is not None:
+        with budget.stage("judge"):
+            value = max(line["valid_ndcg"] for line in training.log if line["valid_ndcg"] is not None)
+            users = len({case.request.user_id for case in judge.cases})
+            told["judged"] = {"family": judge.family, "users": users, "kept_step": kept, "value": value}
+            told["judged"]["controls"] = judge.controls()
     record = {
         "key": key,
         "rows": dict(planned.rows),
         "shares": dict(study.shares),
         "loss_shares": dict(planned.loss_shares),
         "dropped": dict(planned.dropped),
-        **asdict(training),
+        **told,
         "merged_sha256": weights_stamp(str(folder / "merged")),
     }
     write_json(folder / "train.json", record)
@@ -252,7 +264,15 @@ def train_stage(
 
 
 def _train(
-    study: Study, encoder: Encoder, base: str, folder: Path, planned: Plan, key: str, *, quiet: bool
+    study: Study,
+    encoder: Encoder,
+    base: str,
+    folder: Path,
+    planned: Plan,
+    key: str,
+    *,
+    judge: Judge | None,
+    quiet: bool,
 ) -> Training:
     from llmrec.train import lora, sft
 
@@ -279,6 +299,7 @@ def _train(
         quiet=quiet,
         head=head,
         device=device(study.recipe.model),
+        judge=None if judge is None else judge.model,
     )
     del model, head
     release_memory()

@@ -507,6 +507,15 @@ class LoraSection(Section):
     dora: bool = False
 
 
+class JudgeSection(Section):
+    """Validation NDCG@10 while training: it decides which adapter is kept, and when to stop."""
+
+    users: Positive = Field(100, description="validation users whose items are ranked; none of them weighs a fusion")
+    patience: Positive | None = Field(
+        5, description="looks without a better figure after which training ends; None: all steps are taken"
+    )
+
+
 class TrainSection(Section):
     """Supervised fine-tuning through TRL's SFTTrainer."""
 
@@ -551,6 +560,11 @@ class TrainSection(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     valid_rows: int = Field(32, ge=0, description="rows of the validation split whose loss is followed; 0: none")
     valid_every: Positive = Field(50, description="optimiser steps between validation losses")
+    judge: JudgeSection | None = Field(
+        None,
+        description="look at validation NDCG@10 of the first trained family that ranks whenever validation losses are "
+        "due, and keep the best adapter; None: the last one is kept",
+    )
     save_every: Positive = Field(50, description="optimiser steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=2, description="the newest may be torn by a kill, so at least two")
     examples: Positive | None = Field(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from llmrec.records import Judged, Training
 from llmrec.report.costs import cost_by_row
 from llmrec.report.escape import plain
 from llmrec.report.marks import best_baseline
@@ -152,6 +153,8 @@ def plots(results: Results) -> dict[str, Plot]:
             found[f"cost-{place}"] = cost
     if results.training and results.training.log:
         found["training-loss"] = losses(results)
+        if results.training.judged is not None:
+            found["training-ndcg"] = judged(results.training, results.training.judged)
         if any(line.tokens_per_second is not None for line in results.training.log):
             found["training-speed"] = speed(results)
     if results.budget:
@@ -198,6 +201,23 @@ def losses(results: Results) -> Lines:
         points = [(line.step, (line.valid_loss or {}).get(name)) for line in log]
         series.append(_series(f"valid: {title(name)}", "valid", points))
     return {"kind": "lines", "unit": "loss, nats a token", "series": series}
+
+
+def judged(training: Training, judge: Judged) -> Lines:
+    """Return validation NDCG@10 by optimiser step, and what classic recommenders reach on the same cases.
+
+    Of these popularity, the best single one and their fusions are drawn.
+    """
+    points = [(line.step, line.valid_ndcg) for line in training.log]
+    shown = [name for name in judge.controls if name == "popularity" or name.startswith("fusion")]
+    single = [name for name in judge.controls if not name.startswith("fusion")]
+    best = max(single, key=lambda name: judge.controls[name], default="popularity")
+    steps = [step for step, value in points if value is not None]
+    ends = (min(steps, default=0), max(steps, default=0))
+    series = [_series("this model", "train", points)]
+    for name in [name for name in judge.controls if name in (*shown, best)]:
+        series.append(_series(name, "valid", [(step, judge.controls[name]) for step in ends]))
+    return {"kind": "lines", "unit": "validation NDCG@10", "series": series}
 
 
 def speed(results: Results) -> Lines:

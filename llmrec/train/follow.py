@@ -1,4 +1,4 @@
-"""Follows a training: its progress, its speed, validation losses, and one line of the log a step."""
+"""Follows a training: its progress, its speed, what the validation split says, and one line of the log a step."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from llmrec.durable import write_text
 from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import laid_out
+from llmrec.train.best import Best
 from llmrec.train.loss import StateLoss, rows_loss
 from llmrec.train.precision import mixed_precision
 
@@ -36,9 +37,11 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         pad: int,
         quiet: bool,
         by: StateLoss | None = None,
+        best: Best | None = None,
     ) -> None:
         self._mean_tokens = tokens / max(steps, 1)
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
+        self._best = best
         self.records: list[dict[str, Any]] = []
         # Seconds that killed invocations spent up to the step that this one goes on from.
         self.before = 0.0
@@ -79,8 +82,11 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
         self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
         self._progress.start()
+        if self._best is not None:
+            looks = [(record["step"], record.get("valid_ndcg")) for record in self.records]
+            self._best.resume((step, value) for step, value in looks if value is not None)
         if not self.records:
-            self._record({"step": 0, "loss": None, "learning_rate": 0.0, "valid_loss": self._losses(kwargs["model"])})
+            self._record({"step": 0, "loss": None, "learning_rate": 0.0, **self._looks(0, kwargs["model"])})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -114,9 +120,11 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                 "step": step,
                 "loss": float(logs["loss"]),
                 "learning_rate": float(logs.get("learning_rate", 0.0)),
-                "valid_loss": self._losses(kwargs["model"]) if due else None,
+                **(self._looks(step, kwargs["model"]) if due else self._unlooked()),
             }
         )
+        if self._best is not None and self._best.done:
+            control.should_training_stop = True
         self._progress.update(self._bar, completed=step, loss=float(logs["loss"]), speed=self.speed())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -129,6 +137,18 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self.records.append(record)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def _looks(self, step: int, model: Any) -> dict[str, object]:
+        """Return what is measured on the validation split where it is due."""
+        found: dict[str, object] = {"valid_loss": self._losses(model)}
+        if self._best is not None:
+            training = model.training
+            found["valid_ndcg"] = self._best.look(step, model)
+            model.train(training)
+        return found
+
+    def _unlooked(self) -> dict[str, None]:
+        return {"valid_loss": None} | ({} if self._best is None else {"valid_ndcg": None})
 
     def _losses(self, model: Any) -> dict[str, float] | None:
         """Mean validation loss a target, by task: in nats a token, or a head's own loss a rating."""

@@ -28,6 +28,7 @@ from llmrec.models.traits import takes_block_mask
 from llmrec.models.whole_words import save_words
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import laid_out, padded
+from llmrec.train.best import Best
 from llmrec.train.checkpoint import OnSave, keep_newest, newest
 from llmrec.train.follow import Follow
 from llmrec.train.loss import StateLoss, label_loss, packed_loss, rows_loss
@@ -45,6 +46,7 @@ class Training:
     """What a training run did.
 
     ``seconds`` counts what killed invocations spent up to the checkpoint that was gone on from, ``seconds_before``.
+    ``kept_step`` is the step whose adapter was kept, where validation decided that.
     """
 
     method: str
@@ -58,6 +60,7 @@ class Training:
     total_parameters: int
     log: list[dict[str, Any]]
     adapter_sha256: str
+    kept_step: int | None = None
 
 
 class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
@@ -114,6 +117,7 @@ def train(
     quiet: bool = False,
     head: RatingHead | None = None,
     device: str | None = None,
+    judge: Callable[[Any], float] | None = None,
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
@@ -131,6 +135,8 @@ def train(
         quiet: Show no progress bar.
         head: A rating head on the model, for rows whose labels are classes; saved beside the adapter.
         device: Where it trains, ``"cpu"`` or ``"cuda"``; None: on the GPU, if torch can use one.
+        judge: A model -> its figure on the validation split, for ``train.judge``: the adapter of the best look is kept.
+            None: that of the last step is.
     """
     _one_process()
     started = time.monotonic()
@@ -145,7 +151,16 @@ def train(
     saving: list[Callable[[Path], None]] = [*kept, seal, partial(keep_newest, section.keep_checkpoints)]
     sizes = [(step.tokens, step.targets) for step in steps]
     tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
-    follow = Follow(len(steps), tokens, valid, section, folder / "train_log.jsonl", pad=pad, quiet=quiet, by=by)
+
+    def write(tuned: Any, draft: Path) -> None:
+        tuned.save_pretrained(draft)
+        for save in kept:
+            save(draft)
+
+    patience = section.judge.patience if section.judge else None
+    best = Best(folder / "best", patience, judge, write) if judge is not None else None
+    log_file = folder / "train_log.jsonl"
+    follow = Follow(len(steps), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=by, best=best)
     try:
         with adapters_as_they_are(model):
             trainer = LabelRowTrainer(
@@ -179,13 +194,17 @@ def train(
     with replacing(adapter) as draft:
         if head is not None:
             detach(model)
-        model.save_pretrained(draft)
-        for save in kept:
-            save(draft)
+        if best is not None:
+            best.copy_to(draft)
+        else:
+            write(model, draft)
+    # Where validation ended it, the rest of the planned steps were not taken.
+    sizes = sizes[: follow.records[-1]["step"]]
+    tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
     seconds = follow.before + time.monotonic() - started
     return Training(
         method=section.method,
-        steps=len(steps),
+        steps=len(sizes),
         tokens=tokens,
         target_tokens=targets,
         seconds=seconds,
@@ -195,6 +214,7 @@ def train(
         total_parameters=sum(size for size, _ in parameters),
         log=follow.records,
         adapter_sha256=weights_sha256(adapter),
+        kept_step=None if best is None else best.step,
     )
 
 

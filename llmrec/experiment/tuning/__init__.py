@@ -1,0 +1,1 @@
+"""What is tuned beside a run's main job, and who judges it."""
