@@ -17,6 +17,10 @@ from llmrec.metrics.stats import Difference, Sampled, paired_of, verdict
 from llmrec.results import Figure, Pair, Verdict, better, lower
 
 
+# Differences of less are rounding.
+_DUST = 1e-12
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """A row as comparisons need it.
@@ -211,7 +215,9 @@ def _means(
     """Return the values of two rows, averaged over seeds, and whose they are; of GAUC there is one for each user."""
     left, right = np.atleast_2d(a), np.atleast_2d(b)
     if metric != "GAUC":
-        return left.mean(axis=0), right.mean(axis=0), users
+        first, second = left.mean(axis=0), right.mean(axis=0)
+        # Means of the same numbers over one and over three seeds differ in their last digit.
+        return first, np.where(np.abs(first - second) < _DUST, first, second), users
     truth = _truth(metric, left, right)
     first, second = (
         np.mean([probability.gauc(np.abs(each), truth, users).values for each in seeds], axis=0)
