@@ -16,7 +16,6 @@ from llmrec.metrics.significance import detectable, detectable_from, detectable_
 from llmrec.metrics.stats import Difference, Sampled, paired_of, verdict
 from llmrec.results import Figure, Pair, Verdict, better, lower
 
-
 # Differences of less are rounding.
 _DUST = 1e-12
 
