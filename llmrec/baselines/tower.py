@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,7 +70,6 @@ class Towers:
     popular: NDArray[np.float64]
     network: Any
     config: TowerConfig
-    looked_at: frozenset[str] = frozenset()
     name: str = "tower"
 
     @property
@@ -168,7 +167,7 @@ class Tower(ScoredBaseline[TowerConfig, Towers]):
             until_best(model, cases, config, lambda optimiser: epoch_of(model, rows, optimiser, rng))
             self._tune(model, data, texts, rows, cases)
         self.looked_at = frozenset(case.request.user_id for case in cases)
-        self._model = replace(model, looked_at=self.looked_at)
+        self._model = model
 
     def _tune(
         self, model: Towers, data: SplitDataset, texts: Turned, rows: Sequence[NDArray[np.int64]], cases: Sequence[Case]

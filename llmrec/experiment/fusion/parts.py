@@ -90,7 +90,7 @@ class Weighing:
         if family not in self._cases:
             self._cases[family] = self._drawn(family)
         most = self._study.recipe.eval.fusion.model_users if model else None
-        return _of_first_users(self._cases[family], most)
+        return of_first_users(self._cases[family], most)
 
     def choosing(self, name: str, data: SplitDataset) -> SplitDataset:
         """Return what a baseline is fitted on; see `choosing`."""
@@ -116,7 +116,7 @@ class Weighing:
         except DataError as error:
             log.warning("%s: no fusion of the baselines: %s", family, error)
             return []
-        cases = _of_first_users([case for case in able if case.request.user_id in weigh], _MOST)
+        cases = of_first_users([case for case in able if case.request.user_id in weigh], _MOST)
         found = len({case.request.user_id for case in cases})
         if found < 2 * FOLDS:
             log.warning(
@@ -226,6 +226,7 @@ def weighed_by(parts: Sequence[object], cases: Sequence[Case]) -> str:
     return f"what {len(parts)} rows answer, weighed by {users} users of the validation split"
 
 
-def _of_first_users(cases: Sequence[Case], most: int | None) -> list[Case]:
+def of_first_users(cases: Sequence[Case], most: int | None) -> list[Case]:
+    """Return the cases of the first so many users, all without a number."""
     users = set(list(dict.fromkeys(case.request.user_id for case in cases))[:most])
     return [case for case in cases if case.request.user_id in users]

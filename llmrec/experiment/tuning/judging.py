@@ -22,6 +22,7 @@ from llmrec.experiment.fusion.parts import (
     fusible,
     join,
     kind_of,
+    of_first_users,
     reads_of,
     widest,
 )
@@ -79,9 +80,8 @@ class Judge:
         task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
         choosing = halves(data, study.recipe.eval.fusion.reserved)[0].valid["user_id"].to_list()
         users = set(choosing) - study.set_aside(family)
-        found = [case for case in task.cases("valid") if case.request.user_id in users]
-        first = set(list(dict.fromkeys(case.request.user_id for case in found))[: section.users])
-        cases = [case for case in found if case.request.user_id in first]
+        asked_of_them = [case for case in task.cases("valid") if case.request.user_id in users]
+        cases = of_first_users(asked_of_them, section.users)
         if not cases:
             raise DataError(
                 f"{data.dataset.name}: the validation split has no case of {family} to judge a model by; give it "
