@@ -68,13 +68,14 @@ class Blend(Weighed):
         """Of the parts."""
         return tuple(name for name, _ in self.parts)
 
-    def fit(self, cases: Sequence[Case], *, dissect: bool = False) -> None:
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
         """Fit the weights, and keep the form with the least cross-fitted error.
 
         Args:
             cases: Validation cases of users that no part has learned from or was chosen by: with a rating as truth, or
                 with 1 for yes and 0 for no.
             dissect: Fit the best form once more without each part, for the attribute ``without``.
+            only: The form to fit, where it was chosen before: with another seed of the parts.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
@@ -91,12 +92,15 @@ class Blend(Weighed):
         self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
         forms = [("logit" if self._judges else "ridge", penalty) for penalty in _PENALTIES]
         forms += [("alone", float(place)) for place in range(len(self.parts))]
+        names = self.names
+        said_of = {each: names[int(each[1])] if each[0] == "alone" else f"penalty {each[1]:g}" for each in forms}
+        if only is not None:
+            forms = [each for each in forms if (each[0], said_of[each]) == (only.form, only.name)]
         crossed = {each: self._crossed(*each, features, truth, folds) for each in forms}
         errors = {each: float(found.mean()) for each, found in crossed.items()}
-        names = self.names
         self.tried = tuple(
-            Tried(form, names[int(setting)] if form == "alone" else f"penalty {setting:g}", -error)  # type: ignore[arg-type]
-            for (form, setting), error in errors.items()
+            Tried(each[0], said_of[each], -error)  # type: ignore[arg-type]
+            for each, error in errors.items()
         )
         form, setting = min(errors, key=lambda each: errors[each])
         self._line = self._fit(form, setting, features, truth)

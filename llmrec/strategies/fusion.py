@@ -22,7 +22,7 @@ import numpy as np
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.fusion_cases import Known
-from llmrec.strategies.fusion_weights import CELLS, Kind, combined
+from llmrec.strategies.fusion_weights import CELLS, Kind, Tried, combined
 from llmrec.strategies.weighed import Weighed
 from llmrec.types import Case, CatalogueScorer, Request
 
@@ -74,19 +74,20 @@ class Fusion(Weighed):
         """Of the parts."""
         return tuple(part.name for part in self.parts)
 
-    def fit(self, cases: Sequence[Case], *, dissect: bool = False) -> None:
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
         """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users that no part has learned from or was chosen by.
             dissect: Fit the best form once more without each part, for the attribute ``without``.
+            only: The form to fit, where it was chosen before: with another seed of the parts.
 
         Raises:
             LlmrecError: If a part says that one of these users has chosen its parameters or its epoch.
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
         """
         self._refuse([(part.name, part.scorer) for part in self.parts], cases)
-        self._choose(_known(self, cases), [case.request.user_id for case in cases], dissect=dissect)
+        self._choose(_known(self, cases), [case.request.user_id for case in cases], dissect=dissect, only=only)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return log-probabilities, shape (n, items); see `CatalogueScorer.scores`."""

@@ -65,12 +65,17 @@ class Weighed:
                     kind="leak",
                 )
 
-    def _choose(self, known: Known, users: Sequence[str], *, dissect: bool) -> None:
-        """Keep the form of a ranking with the best cross-fitted NDCG@10, fitted to all cases."""
+    def _choose(self, known: Known, users: Sequence[str], *, dissect: bool, only: Tried | None) -> None:
+        """Keep the form of a ranking with the best cross-fitted NDCG@10, or the given one, fitted to all cases."""
         folds, fits, every = folds_of(self.name, users), forms(known, self.names), np.arange(len(users))
+        if only is not None:
+            fits = {form: fit for form, fit in fits.items() if form == (only.form, only.name)}
         whole = {form: fit(every, None) for form, fit in fits.items()}
-        values = {form: known.crossed(fit, whole[form], folds) for form, fit in fits.items()}
-        self.tried = tuple(Tried(form, part, float(found.mean())) for (form, part), found in values.items())
+        if only is None:
+            values = {form: known.crossed(fit, whole[form], folds) for form, fit in fits.items()}
+            self.tried = tuple(Tried(form, part, float(found.mean())) for (form, part), found in values.items())
+        else:
+            self.tried = (only,)
         best = max(self.tried, key=lambda each: each.value)
         self.weights = whole[best.form, best.name]
         if best.form == "logit":

@@ -22,7 +22,7 @@ from llmrec.experiment.study import load_split
 from llmrec.metrics.ranking import ndcg
 from llmrec.recipe.schema import DataSection
 from llmrec.strategies.fusion import Fusion, Part, _known
-from llmrec.strategies.fusion_weights import Kind, Weights, combined, feature, share
+from llmrec.strategies.fusion_weights import Kind, Tried, Weights, combined, feature, share
 from llmrec.types import Answer, Case, Event, Request
 from tests.facts import Facts, raises
 
@@ -108,6 +108,22 @@ def test_a_part_is_worth_what_is_lost_without_it() -> None:
     whole = {each.form: each.value for each in fusion.tried}
     form = fusion.fitted.form
     assert first.loss == pytest.approx(whole[form] - values[form], abs=1e-4)
+
+
+def test_a_form_that_was_chosen_before_is_fitted_alone() -> None:
+    rng = np.random.default_rng(5)
+    one, other = (rng.normal(0, 1.5, (300, len(ITEMS))) for _ in range(2))
+    cases = _cases(rng, _softmax(one + other))
+    fusion = Fusion("both", [_part("one", one), _part("other", other)], filtered=True)
+    fusion.fit(cases)
+    best = max(fusion.tried, key=lambda each: each.value)
+    chosen = fusion.fitted
+    fusion.fit(cases, only=best)
+    assert fusion.tried == (best,) and fusion.fitted == chosen
+    for each in (Tried("pool", "pool", 0.0), Tried("alone", "other", 0.0)):
+        fusion.fit(cases, only=each)
+        assert fusion.fitted.form == each.form and fusion.tried == (each,)
+    assert fusion.fitted.parts == (0.0, 1.0)
 
 
 def test_users_that_chose_an_epoch_or_a_parameter_of_a_part_do_not_weigh_it() -> None:

@@ -30,7 +30,7 @@ from llmrec.strategies.asking import Prompting
 from llmrec.strategies.blend import Blend
 from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
 from llmrec.strategies.fusion import Fusion, Part
-from llmrec.strategies.fusion_weights import Kind
+from llmrec.strategies.fusion_weights import Kind, Tried
 from llmrec.tasks.family import Family, family_of
 from llmrec.types import Case, CatalogueScorer, Probability, Ranking, Rating, Request
 
@@ -83,10 +83,12 @@ class SuiteModels:
             data: The split to fit it on.
             seed: Of everything random in it; the parts of a mixture have the same.
             table: For which its figures are; the parts of a mixture have what was chosen for that one.
-            parameters: What was chosen for it; of a mixture, its ``weights``, of a fusion the table of its ``parts``.
+            parameters: What was chosen for it; of a mixture, its ``weights``, of a fusion the keys ``form``, ``of`` and
+                ``parts``, the table whose parameters its parts have.
         """
         if row.fuse:
-            return self._fused(row, data, seed, table, parameters["parts"])
+            form = Tried(parameters["form"], parameters["of"], 0.0)
+            return self._fused(row, data, seed, table, parameters["parts"], only=form)
         if row.mix:
             parts = [self._probabilities(self._row(label), data, seed, table) for label in row.mix]
             return Mixture(row.label, sorted(data.dataset.items), parts, parameters["weights"])
@@ -190,22 +192,31 @@ class SuiteModels:
         """
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
+        seed = self.suite.seeds[0]
         for table in tables:
-            found = {}
-            for of in dict.fromkeys((table, *tables)):
-                model = self._fused(row, data, self.suite.seeds[0], table, of)
-                found[of] = model
-                trials += [
-                    Trial({"form": each.form, "of": each.name, "parts": of}, {table: abs(each.value)})
-                    for each in model.tried
-                ]
-            best = max(found, key=lambda of: max(each.value for each in found[of].tried))
-            model = self._fused(row, data, self.suite.seeds[0], table, best, dissect=True)
-            choices[table] = Choice({"form": model.fitted.form, "parts": best}, model=model)
+            # Tables for which some part has other parameters.
+            differing = {str([self.chosen[label][of] for label in row.fuse]): of for of in (*reversed(tables), table)}
+            found: list[tuple[Tried, str]] = []
+            for of in sorted(differing.values(), key=(table, *tables).index):
+                tried = self._fused(row, data, seed, table, of).tried
+                found += [(each, of) for each in tried]
+            names = [{"form": each.form, "of": each.name, "parts": of} for each, of in found]
+            trials += [Trial(name, {table: abs(each.value)}) for name, (each, _) in zip(names, found, strict=True)]
+            best = max(range(len(found)), key=lambda place: found[place][0].value)
+            model = self._fused(row, data, seed, table, found[best][1], dissect=True, only=found[best][0])
+            choices[table] = Choice(names[best], model=model)
         return Tuned(choices=choices, trials=tuple(trials), metric=metric)
 
     def _fused(
-        self, row: SuiteRow, data: SplitDataset, seed: int, table: str, of: str, *, dissect: bool = False
+        self,
+        row: SuiteRow,
+        data: SplitDataset,
+        seed: int,
+        table: str,
+        of: str,
+        *,
+        dissect: bool = False,
+        only: Tried | None = None,
     ) -> Fusion | Blend:
         """Return a fitted fusion of rows.
 
@@ -216,6 +227,7 @@ class SuiteModels:
             table: What it is for.
             of: The table for which the parameters of its parts were chosen.
             dissect: See `Fusion.fit`.
+            only: The form that was chosen; None: choose it.
 
         Raises:
             RecipeError: If a part is itself joined.
@@ -236,10 +248,11 @@ class SuiteModels:
         if family(self.suite).answer is Ranking:
             parts = [Part(label, model, self._kind(label)) for label, model in models.items()]
             found: Fusion | Blend = Fusion(row.label, parts, filtered=table == "excluded")
-            found.fit(ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items))), dissect=dissect)
+            cases = ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items)))
+            found.fit(cases, dissect=dissect, only=only)
         else:
             found = Blend(row.label, list(models.items()), judges=family(self.suite).answer is Probability)
-            found.fit(self._rated(weighing), dissect=dissect)
+            found.fit(self._rated(weighing), dissect=dissect, only=only)
         log.info("%s, %s: %s", row.label, table, found.fitted)
         return found
 
