@@ -86,7 +86,7 @@ class Contrasts:
     def named(self, names: Iterable[tuple[str, str]]) -> list[Contrast]:
         """Pair rows by name; those whose figure is not defined are compared with none."""
         rows: Mapping[str, Standing] = {row.name: row for row in self.rows}
-        asked = [Contrast(self.metric, rows[a], rows[b], self.users) for a, b in names]
+        asked = [Contrast(self.metric, rows[a], rows[b], self.users) for a, b in names if rows]
         return [pair for pair in asked if None not in (pair.a.value, pair.b.value)]
 
 

@@ -77,6 +77,15 @@ class DiversitySection(Section):
         return self
 
 
+class PlannedPair(Section):
+    """A planned comparison on some of the requests."""
+
+    rows: tuple[str, str] = Field(description="is the first better than the second")
+    items: Literal["cold", "warm"] = Field(
+        description="requests whose target has no training interaction, or all others"
+    )
+
+
 class Suite(Section):
     """A protocol with its data and rows: full ranking of the catalogue, or held-out items rated or judged yes or no."""
 
@@ -102,8 +111,10 @@ class Suite(Section):
     )
     min_history: int = Field(0, ge=0, description="leave out requests of users with fewer known events")
     rows: tuple[SuiteRow, ...] = Field(min_length=1)
-    pairs: tuple[tuple[str, str], ...] = Field(
-        (), description="planned comparisons: names of rows, is the first better than the second in every table"
+    pairs: tuple[tuple[str, str] | PlannedPair, ...] = Field(
+        (),
+        description="planned comparisons: names of rows, is the first better than the second in every table; with "
+        "{rows, items} on cold or warm items alone",
     )
     references: tuple[str, ...] = Field((), description="names of eval/references files to print beside")
 
@@ -119,7 +130,10 @@ class Suite(Section):
             if row.label in known and (row.parts or row.recipe):
                 raise ValueError(f"rows: two rows are called {row.label!r}; give one another name")
             known.add(row.label)
-        for pair in self.pairs:
+        for asked in self.pairs:
+            pair = asked.rows if isinstance(asked, PlannedPair) else asked
+            if pair is not asked and self.task != "ranking":
+                raise ValueError(f"pairs: items belongs to the task ranking, not {self.task}; write two names alone")
             if (missing := next((name for name in pair if name not in known), None)) is not None:
                 raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
         return self

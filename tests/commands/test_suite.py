@@ -219,6 +219,32 @@ def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran])
     assert "an unadjusted 95 % interval" in results["detectable"]["excluded"]
 
 
+def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Path) -> None:
+    table = tmp_path / "events.csv"
+    steps = [(user, place, (user + place) % 9) for user in range(40) for place in range(4)]
+    lines = [f"u{user},i{item},{place},word{item}" for user, place, item in steps]
+    # The last event of a quarter of the users is of two items that nobody else has.
+    lines += [f"u{user},new{user % 2},9,word{3 + user % 2}" for user in range(10)]
+    table.write_text("\n".join(["user,item,time,title", *lines]) + "\n")
+    columns = {"user": "user", "item": "item", "time": "time", "title": "title"}
+    data = {"source": "table", "path": str(table), "columns": columns}
+    rows = [{"baseline": "content", "tune": False}, {"baseline": "markov-1"}]
+    pairs = [["content", "markov-1"], *({"rows": ["content", "markov-1"], "items": part} for part in ("cold", "warm"))]
+    page = {"suite": "s", "data": data, "seen": ["included"], "bootstrap": 60, "rows": rows, "pairs": pairs}
+    found = run_suite(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
+    every, cold, warm = found.pairs
+    assert (every.items, every.n) == (None, None) and (cold.items, cold.n) == ("cold", 10) and warm.n == 30
+    assert every.value is not None and cold.value is not None and warm.value is not None
+    assert 40 * every.value == pytest.approx(10 * cold.value + 30 * warm.value)
+    content, markov = ((row.tables["included"].cold or {})["NDCG@10"] for row in found.rows)
+    assert cold.value == pytest.approx(content - markov) and cold.value > 0
+    board = leaderboard([found], {})
+    assert "the 10 requests for items without training interactions (clustered by item): content less markov-1" in board
+    assert "Targets without training interactions, 10 requests" in board
+    with pytest.raises(ValueError, match="belongs to the task ranking"):
+        Suite(**page | {"task": "rating"})
+
+
 def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path: Path) -> None:
     page = {**PAGE, "seeds": [0], "split_seeds": [0], "rows": [{"baseline": "popularity"}], "cutoffs": [5]}
     listed = {f"{name}@5" for name in ("Precision", "MAP", "Coverage", "Novelty", "Gini", "PopularityLift")}

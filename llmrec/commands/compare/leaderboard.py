@@ -206,7 +206,7 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         lines += ["", _RULE] if _less(found, seen) else []
         lines += [part for line in _undefined(found, seen) for part in ("", cell(line))]
         lines += ["", cell(found.detectable[seen])] if found.detectable.get(seen) else []
-        lines += [part for line in _fusions(found, seen) for part in ("", line)]
+        lines += [part for line in (*_fusions(found, seen), *_cold(found, seen)) for part in ("", line)]
         if tested[seen]:
             lines += ["", "Planned comparisons:", "", *_pairs(tested[seen])]
         lines += _beside(found, references, seen, "Published under the same protocol", ":")
@@ -297,7 +297,35 @@ def _tested(found: SuiteResult) -> dict[str, list[SuitePair]]:
 
 
 def _pairs(tested: Sequence[SuitePair]) -> list[str]:
-    return [f"- {cell(pair.metric)}: {planned_line(pair, 'less')}" for pair in tested]
+    return [f"- {cell(pair.metric)}{_where(pair)}: {planned_line(pair, 'less')}" for pair in tested]
+
+
+def _where(pair: SuitePair) -> str:
+    """Say on which requests a comparison is, where they are not all."""
+    if pair.items is None:
+        return ""
+    few = {"cold": "without training interactions (clustered by item)", "warm": "with training interactions"}
+    return f", the {pair.n or 0:,} requests for items {few[pair.items]}"
+
+
+def _cold(found: SuiteResult, seen: str) -> list[str]:
+    """Show rows that find items without training interactions, and what they are worth on all other requests."""
+    metrics, rows = found.protocol.metrics, []
+    last = metrics[-1]
+    for row in found.rows:
+        table = row.tables[seen]
+        cold, whole = table.cold or {}, table.metrics[last].value
+        few = cold.get("n", 0.0)
+        if not cold.get(last) or whole is None or few >= table.n:
+            continue
+        rest = (whole * table.n - cold[last] * few) / (table.n - few)
+        rows.append((cold[last], [cell(row.name), *(f"{cold[name]:.4f}" for name in metrics), f"{rest:.4f}"]))
+    if not rows:
+        return []
+    few = max((row.tables[seen].cold or {}).get("n", 0.0) for row in found.rows)
+    said = f"Targets without training interactions, {few:.0f} requests; a row that is missing here finds none of them:"
+    ordered = [cells for _, cells in sorted(rows, key=lambda each: -each[0])]
+    return [said, _left(["predictor", *metrics, f"{last} on all other requests"], ordered)]
 
 
 def _undefined(found: SuiteResult, seen: str) -> list[str]:

@@ -6,7 +6,7 @@ As in `llmrec.results`, keys that no record has are ignored, and what later vers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
@@ -109,10 +109,17 @@ class SuitePair(Pair):
     """Two rows of a table: the best one, ``a``, against another, ``b``, which is exploratory, or two that are planned.
 
     Results of earlier versions tell the verdict on the best row alone.
+
+    Attributes:
+        items: Where the comparison is on some requests alone: those whose target has no training interaction, with
+            intervals clustered by target, or all others.
+        n: How many requests these are.
     """
 
     seen: str
     metric: str = ""
+    items: Literal["cold", "warm"] | None = None
+    n: int | None = None
     a: str = ""
     value: Number = None
     low: Number = None

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +39,11 @@ from llmrec.experiment.results import describe
 from llmrec.experiment.resume import key_of, locked, read_stage
 from llmrec.experiment.study import load_split
 from llmrec.machine import machine, versions
-from llmrec.recipe.comparisons import Suite, SuiteRow
+from llmrec.recipe.comparisons import PlannedPair, Suite, SuiteRow
 from llmrec.recipe.load import recipe_hash
 from llmrec.resources import resource
 from llmrec.results import Figure
-from llmrec.types import Probability
+from llmrec.types import Case, Probability
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +160,9 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
 
 
 def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: float) -> SuiteResult:
-    lines, metric = [row.line for row in rows], headline_of(suite)
-    users = [case.request.user_id for case in cases_of(suite, data)]
-    meant: list[tuple[str, Contrast]] = []
+    lines, metric, cases = [row.line for row in rows], headline_of(suite), cases_of(suite, data)
+    users = [case.request.user_id for case in cases]
+    meant: list[tuple[dict[str, str | int], Contrast]] = []
     described: list[SuitePair] = []
     for seen in tables_of(suite):
         standings = [
@@ -170,16 +170,28 @@ def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: fl
             for row in rows
         ]
         table = Contrasts(metric, standings, users)
-        meant += [(seen, pair) for pair in table.named(suite.pairs)]
+        for asked in suite.pairs:
+            if isinstance(asked, PlannedPair):
+                part = _part(table, asked.items, cases, data)
+                where: dict[str, str | int] = {"seen": seen, "items": asked.items, "n": len(part.users)}
+                meant += [(where, pair) for pair in part.named([asked.rows])]
+            else:
+                meant += [({"seen": seen}, pair) for pair in table.named([asked])]
         found = exploratory(table.best_with_others(), resamples=suite.bootstrap)
         described += [SuitePair(seen=seen, metric=metric, **pair.as_json()) for pair in found]
     tested = planned([pair for _, pair in meant], resamples=suite.bootstrap)
     named = [
-        SuitePair(seen=seen, metric=metric, **pair.as_json()) for (seen, _), pair in zip(meant, tested, strict=True)
+        SuitePair.model_validate({**where, "metric": metric, **pair.as_json()})
+        for (where, _), pair in zip(meant, tested, strict=True)
     ]
     people = len(set(users))
     detectable = {
-        seen: reach(metric, [p for p in (*named, *described) if p.seen == seen], users=people, comparisons=len(named))
+        seen: reach(
+            metric,
+            [pair for pair in (*named, *described) if pair.seen == seen and pair.items is None],
+            users=people,
+            comparisons=len(named),
+        )
         for seen in tables_of(suite)
     }
     return SuiteResult(
@@ -212,6 +224,15 @@ def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: fl
         references=suite.references,
         seconds=max(seconds, sum(sum(line.seconds.values()) for line in lines)),
     )
+
+
+def _part(table: Contrasts, items: str, cases: Sequence[Case], data: SplitDataset) -> Contrasts:
+    """Return a table on the requests for cold items, which are few and so are clustered by item, or on all others."""
+    known = set(data.train["item_id"].to_list())
+    places = np.flatnonzero([(case.truth in known) == (items == "warm") for case in cases])
+    rows = [replace(row, values=row.values[places]) for row in table.rows] if len(places) else []
+    owners = [str(cases[place].truth) if items == "cold" else table.users[place] for place in places.tolist()]
+    return Contrasts(table.metric, rows, owners)
 
 
 def _line(suite: Suite, row: SuiteLine) -> str:
