@@ -10,17 +10,14 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
-from llmrec.baselines.item_texts import Turned, text_vectors
-from llmrec.recipe.schema import Positive, Section
+from llmrec.baselines.item_texts import WHITENINGS, TextsConfig, Turned, WhitenedConfig, text_vectors
+from llmrec.recipe.schema import Positive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
     from llmrec.types import Request
-
-# Exponents of the whitening that tuning tries.
-WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -32,13 +29,9 @@ class _Texts:
     popular: NDArray[np.float64]
 
 
-class ContentConfig(Section):
+class ContentConfig(WhitenedConfig):
     """Parameters of `Content`."""
 
-    encoder: str = Field("lsa", description="lsa, or a text encoder such as all-MiniLM-L6-v2: a name or a folder")
-    whitening: float = Field(
-        0.5, ge=0, le=1, description="exponent that evens out the directions of the vectors; 1: all vary alike"
-    )
     history: Positive = Field(20, description="how many of the latest events count")
     decay: Decay = Field(0.7, description="factor from one event to the one before")
 
@@ -60,7 +53,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         "decay": DECAYS,
         "history": (1, 2, 3, 5, 10, 20, 50, 100),
     }
-    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ContentConfig.model_fields) - {"encoder"}
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(ContentConfig.model_fields) - set(TextsConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
         """Read the texts of all items.
@@ -70,7 +63,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
             ModelError: If there is no such encoder.
         """
         catalogue = Catalogue.of(data)
-        vectors = text_vectors(data, catalogue.ids, self._config.encoder)
+        vectors = text_vectors(data, catalogue.ids, self._config)
         self._model = _Texts(catalogue, Turned.of(vectors), counts(Log.of(data, catalogue), catalogue))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from llmrec.baselines.text import TfIdf
 from llmrec.errors import DataError
 from llmrec.index.semantic import item_fields, item_text, item_vectors
 from llmrec.models.embedder import fitting
-from llmrec.recipe.schema import SemanticIndex
+from llmrec.recipe.schema import Section, SemanticIndex
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,10 +23,32 @@ if TYPE_CHECKING:
 
 LSA = "lsa"
 
+# Exponents of the whitening that tuning tries.
+WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
 # Dimensions of latent semantic analysis, and how its directions are found.
 _WIDTH, _MORE, _ROUNDS = 128, 16, 6
 # Directions that vary less than this share of the first one are noise.
 _LEAST = 1e-3
+
+
+class TextsConfig(Section):
+    """What a baseline reads of items."""
+
+    encoder: str = Field(LSA, description="lsa, or a text encoder such as all-MiniLM-L6-v2: a name or a folder")
+    shuffled: bool = Field(False, description="a control: every item has the text of another one, drawn once")
+
+    def order(self, count: int) -> list[int]:
+        """Return whose text each of so many items has: its own, or with ``shuffled`` any one's."""
+        return np.random.default_rng(0).permutation(count).tolist() if self.shuffled else list(range(count))
+
+
+class WhitenedConfig(TextsConfig):
+    """What a baseline reads of items, and how it turns the vectors."""
+
+    whitening: float = Field(
+        0.5, ge=0, le=1, description="exponent that evens out the directions of the vectors; 1: all vary alike"
+    )
 
 
 @dataclass(frozen=True)
@@ -68,24 +91,24 @@ class Turned:
         return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
 
-def text_vectors(data: SplitDataset, ids: Sequence[str], encoder: str) -> NDArray[np.floating[Any]]:
+def text_vectors(data: SplitDataset, ids: Sequence[str], config: TextsConfig) -> NDArray[np.floating[Any]]:
     """Return vectors of length 1 of the titles and fields of items, shape (n, d).
 
     Args:
         data: The split.
         ids: The items.
-        encoder: ``lsa``, which learns from these texts alone (Deerwester et al., JASIS 1990, over TF-IDF), or a text
-            encoder: a name or a folder.
+        config: Says whose text an item has, and the encoder: ``lsa``, which learns from these texts alone (Deerwester
+            et al., JASIS 1990, over TF-IDF), or a text encoder, a name or a folder.
 
     Raises:
         DataError: If no item has a title or a field, or the encoder was tuned on another split.
         ModelError: If there is no such encoder.
     """
     items = [data.dataset.items[item] for item in ids]
-    texts = texts_of(items)
-    if encoder != LSA:
-        return item_vectors(items, item_fields(items, SemanticIndex()), fitting(encoder, data))
-    return _latent(texts)
+    texts, order = texts_of(items), config.order(len(items))
+    if config.encoder != LSA:
+        return item_vectors(items, item_fields(items, SemanticIndex()), fitting(config.encoder, data))[order]
+    return _latent(texts)[order]
 
 
 def texts_of(items: Sequence[Item]) -> list[str]:

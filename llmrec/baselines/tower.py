@@ -11,8 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Decay, Log, ScoredBaseline, counts, fading
-from llmrec.baselines.content import WHITENINGS
-from llmrec.baselines.item_texts import LSA, Turned, text_vectors, texts_of
+from llmrec.baselines.item_texts import LSA, WHITENINGS, Turned, WhitenedConfig, text_vectors, texts_of
 from llmrec.baselines.neural import NeuralConfig, over_all, until_best
 from llmrec.baselines.tuning.validation import ranking_cases
 from llmrec.errors import RecipeError, require
@@ -37,13 +36,9 @@ _TEXTS = 64
 _FURTHEST = 5.0
 
 
-class TowerConfig(NeuralConfig):
+class TowerConfig(WhitenedConfig, NeuralConfig):
     """Parameters of `Tower`."""
 
-    encoder: str = Field("lsa", description="lsa, or a text encoder such as all-MiniLM-L6-v2: a name or a folder")
-    whitening: float = Field(
-        0.5, ge=0, le=1, description="exponent that evens out the directions of the vectors; 1: all vary alike"
-    )
     dim: Positive = Field(128, description="length of the vectors that users and items are compared by")
     decay: Decay = Field(0.7, description="factor from one event to the one before")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
@@ -152,7 +147,7 @@ class Tower(ScoredBaseline[TowerConfig, Towers]):
         """
         torch, config = require("torch", "baselines"), self._config
         catalogue = Catalogue.of(data)
-        texts = Turned.of(text_vectors(data, catalogue.ids, config.encoder))
+        texts = Turned.of(text_vectors(data, catalogue.ids, config))
         vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
         events = Log.of(data, catalogue)
         popular = counts(events, catalogue)
@@ -242,7 +237,8 @@ class TunedTower(Tower):
         self, model: Towers, data: SplitDataset, texts: Turned, rows: Sequence[NDArray[np.int64]], cases: Sequence[Case]
     ) -> None:
         torch, config = require("torch", "baselines"), self._config
-        said = texts_of([data.dataset.items[item] for item in model.catalogue.ids])
+        own = texts_of([data.dataset.items[item] for item in model.catalogue.ids])
+        said = [own[place] for place in config.order(len(own))]
         encoder = TunedEncoder(find_encoder(config.encoder)[0], said, blocks=config.blocks)
         centre = torch.from_numpy(texts.centre.astype(np.float32))
         turn = torch.from_numpy(texts.whitening(config.whitening).astype(np.float32))

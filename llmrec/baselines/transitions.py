@@ -11,7 +11,7 @@ from pydantic import Field
 from scipy import sparse
 
 from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
-from llmrec.baselines.item_texts import text_vectors
+from llmrec.baselines.item_texts import TextsConfig, text_vectors
 from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
@@ -104,10 +104,9 @@ class Transitions(ScoredBaseline[TransitionsConfig, _Steps]):
         return filled(votes.toarray(), model.popular)
 
 
-class TransitionsTextConfig(TransitionsConfig):
+class TransitionsTextConfig(TransitionsConfig, TextsConfig):
     """Parameters of `TransitionsText`."""
 
-    encoder: str = Field("lsa", description="lsa, or a text encoder such as all-MiniLM-L6-v2: a name or a folder")
     text: float = Field(0.3, ge=0, description="weight of the items that resemble the latest ones")
     sharpness: float = Field(8.0, gt=0, description="exponent of likenesses before they become shares")
     text_history: Positive = Field(3, description="how many of the latest events count for their text")
@@ -135,7 +134,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
         "text_history": (1, 2, 3, 5, 10, 20),
         **Transitions.GRID,
     }
-    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsTextConfig.model_fields) - {"encoder"}
+    AT_ANSWER: ClassVar[frozenset[str]] = frozenset(TransitionsTextConfig.model_fields) - set(TextsConfig.model_fields)
 
     def fit(self, data: SplitDataset) -> None:
         """Count the steps, and find each item's neighbours in text.
@@ -145,7 +144,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
             ModelError: If there is no such encoder.
         """
         steps = _counted(data)
-        vectors = text_vectors(data, steps.catalogue.ids, self._config.encoder)
+        vectors = text_vectors(data, steps.catalogue.ids, self._config)
         self._model = _Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, _NEIGHBOURS))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:

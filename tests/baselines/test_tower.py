@@ -73,6 +73,17 @@ def test_it_learns_which_text_follows_and_ranks_items_that_nobody_chose_by_their
         assert set(_best(model, f"{topic}4")) == following
 
 
+def test_with_shuffled_texts_it_knows_nothing_of_items_that_nobody_chose() -> None:
+    model = _fitted(shuffled=True)
+    again = _fitted(shuffled=True)
+    right = 0
+    for topic in range(TOPICS):
+        following = {f"{(topic + 1) % TOPICS}{number}" for number in range(5)}
+        right += len(set(_best(model, f"{topic}4")) & following)
+        assert _best(model, f"{topic}4") == _best(again, f"{topic}4")
+    assert right < 0.6 * 5 * TOPICS
+
+
 def test_the_last_item_counts_more_than_those_before_it() -> None:
     assert {item[0] for item in _best(_fitted(), "01", "12", "23")} == {"3"}
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmrec.baselines.content import Content
-from llmrec.baselines.item_texts import text_vectors
+from llmrec.baselines.item_texts import TextsConfig, text_vectors
 from llmrec.baselines.transitions import Transitions, TransitionsText, nearest
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
@@ -144,9 +144,9 @@ def test_neighbours_are_the_nearest_others() -> None:
 
 def test_latent_semantic_analysis_is_repeatable_and_puts_like_texts_together() -> None:
     data = _data()
-    one, two = text_vectors(data, ORDER, "lsa"), text_vectors(data, ORDER, "lsa")
+    one, two = (text_vectors(data, ORDER, TextsConfig()) for _ in range(2))
     assert np.array_equal(one, two) and np.allclose(np.linalg.norm(one[[0, 1, 2, 4]], axis=1), 1)
     likeness = one @ one.T
     assert likeness[0, 4] > 0.9 and likeness[1, 2] > 0.9 and abs(likeness[0, 1]) < 0.1
     with raises(DataError, Facts("missing-value")):
-        text_vectors(_data(dict.fromkeys(TITLES, "")), ORDER, "lsa")
+        text_vectors(_data(dict.fromkeys(TITLES, "")), ORDER, TextsConfig())
