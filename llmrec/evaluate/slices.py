@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Case
 
+# First values of the bins of `target_slices` after the first.
+_COUNTS, _WORDS = (1, 5, 20, 100), (8, 16, 32)
+
 FEW = 20
 """A slice of fewer cases is shown and marked as small."""
 
@@ -91,6 +94,29 @@ def slices_of(
         "activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), rules.activity
     )
     return found
+
+
+def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
+    """Say which cases have targets of how many training interactions, and how many words, and histories how long.
+
+    Finer than `slices_of`, for comparisons over many users.
+
+    Args:
+        cases: Evaluated cases with an item as truth.
+        data: Its training interactions and its items' titles and fields are counted.
+
+    Returns:
+        Membership by slice name, shape (n,) each; together the slices of one kind hold every case once.
+    """
+    counts = dict(data.train.group_by("item_id").len().iter_rows())
+    targets = [str(case.truth) for case in cases]
+    items = [data.dataset.items[target] for target in targets if target in data.dataset.items]
+    found = _bins("count", np.array([counts.get(target, 0) for target in targets], dtype=np.int64), _COUNTS)
+    if items and len(items) == len(targets) and any(item.title or item.fields for item in items):
+        said = [" ".join((item.title, *item.fields.values())) for item in items]
+        found |= _bins("words", np.array([len(text.split()) for text in said], dtype=np.int64), _WORDS)
+    lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
+    return found | _bins("history", lengths, SliceRules().history)
 
 
 def slice_figures(

@@ -19,6 +19,7 @@ from llmrec.baselines.tuning.tune import tune
 from llmrec.commands.compare import suite as suites
 from llmrec.commands.compare.benchmark import _recipe, points
 from llmrec.commands.compare.leaderboard import leaderboard
+from llmrec.commands.compare.slices_page import slices_page
 from llmrec.commands.compare.suite import run_suite
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
@@ -27,6 +28,7 @@ from llmrec.experiment.study import load_split
 from llmrec.recipe.comparisons import Suite
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
 from llmrec.registry import BASELINES
+from llmrec.report.wording import DASH
 from llmrec.resources import resource
 from llmrec.strategies.fusion import Fusion
 from llmrec.tasks.family import family_of
@@ -241,6 +243,15 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     board = leaderboard([found], {})
     assert "the 10 requests for items without training interactions (clustered by item): content less markov-1" in board
     assert "Targets without training interactions, 10 requests" in board
+    assert not cold.slices and not warm.slices
+    for kind in ("count", "words", "history"):
+        parts = [part for part in every.slices if part.name.startswith(kind)]
+        assert sum(part.n for part in parts) == 40
+        # Fewer than twenty requests say nothing.
+        assert all((part.value is None) == (part.n < 20) for part in parts)
+    shown = slices_page([found])
+    assert "content (texts too, by an encoder that is not trained here) less markov-1 (events alone), NDCG@10:" in shown
+    assert f"| Targets without training interactions | 10 | {DASH} |" in shown
     with pytest.raises(ValueError, match="belongs to the task ranking"):
         Suite(**page | {"task": "rating"})
 

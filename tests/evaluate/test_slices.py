@@ -13,7 +13,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.evaluate.slices import FEW, SliceRules, slice_figures, slices_of
+from llmrec.evaluate.slices import FEW, SliceRules, slice_figures, slices_of, target_slices
 from llmrec.metrics.signature import parse_signature
 from llmrec.results import Metric
 from llmrec.tasks.family import family_of
@@ -74,6 +74,19 @@ def test_slices_by_hand() -> None:
         "activity:0-2": [False, True, True, True],
         "activity:from-3": [True, False, False, False],
     }
+
+
+def test_targets_are_binned_by_training_interactions_words_and_history() -> None:
+    cases = [case("u0", "a", 3), case("u1", "c", 1), case("u2", "d", 60), case("u9", "b", 0)]
+    found = {name: np.flatnonzero(member).tolist() for name, member in target_slices(cases, split_of(TRAIN)).items()}
+    assert {name: places for name, places in found.items() if places} == {
+        "count:0-0": [2],
+        "count:1-4": [0, 1, 3],
+        "words:0-7": [0, 1, 2, 3],
+        "history:0-4": [0, 1, 3],
+        "history:from-50": [2],
+    }
+    assert "words:from-32" in found and not any(name.startswith("words") for name in target_slices([], split_of(TRAIN)))
 
 
 def test_items_that_tie_with_the_last_of_the_head_belong_to_it() -> None:

@@ -12,6 +12,7 @@ from eval.benchmarks import experiments, index_collisions, record, scaling, sear
 from llmrec.commands.compare.benchmark_page import pages
 from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
 from llmrec.commands.compare.records import BenchmarkResult
+from llmrec.commands.compare.slices_page import slices_page
 
 TIMED = ("search", "search_vllm", "training")
 """Results that docs/performance.md shows."""
@@ -27,7 +28,8 @@ def wanted(root: Path) -> dict[str, str]:
     """
     results = root / "eval" / "results"
     references = {path.stem: load_reference(path) for path in sorted((root / "eval" / "references").glob("*.yaml"))}
-    found = {"eval/LEADERBOARD.md": leaderboard(read_results(results), references)}
+    suites = read_results(results)
+    found = {"eval/LEADERBOARD.md": leaderboard(suites, references), "eval/SLICES.md": slices_page(suites)}
     listed = experiments.read(root / "eval" / "experiments.yaml", results)
     found["eval/EXPERIMENTS.md"] = experiments.write(listed)
     for path in sorted(results.glob("*.json")):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from llmrec.commands.compare.benchmark_page import pages
 from llmrec.commands.compare.leaderboard import all_references, leaderboard, read_results
 from llmrec.commands.compare.records import BenchmarkResult
+from llmrec.commands.compare.slices_page import slices_page
 from llmrec.durable import write_text
 from llmrec.errors import DataError
 from llmrec.report.escape import mended
@@ -34,6 +35,7 @@ def rewrite(folder: Path) -> list[Path]:
     suites = read_results(folder)
     if suites:
         written["LEADERBOARD.md"] = leaderboard(suites, all_references())
+        written["SLICES.md"] = slices_page(suites)
     for file, content in _contents(folder).items():
         if content.get("kind") != "benchmark":
             continue

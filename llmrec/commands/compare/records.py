@@ -105,6 +105,21 @@ class SuiteProtocol(Record):
     requests: int = 0
 
 
+class PairSlice(Record):
+    """A planned comparison over some of its requests: exploratory, with an unadjusted 95 % interval.
+
+    Attributes:
+        name: See `llmrec.evaluate.slices.target_slices`.
+        n: Number of requests.
+    """
+
+    name: str
+    n: int
+    value: Number = None
+    low: Number = None
+    high: Number = None
+
+
 class SuitePair(Pair):
     """Two rows of a table: the best one, ``a``, against another, ``b``, which is exploratory, or two that are planned.
 
@@ -114,12 +129,14 @@ class SuitePair(Pair):
         items: Where the comparison is on some requests alone: those whose target has no training interaction, with
             intervals clustered by target, or all others.
         n: How many requests these are.
+        slices: Where the difference comes from; of comparisons over all requests of a ranking.
     """
 
     seen: str
     metric: str = ""
     items: Literal["cold", "warm"] | None = None
     n: int | None = None
+    slices: tuple[PairSlice, ...] = ()
     a: str = ""
     value: Number = None
     low: Number = None

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmrec import __version__
 from llmrec.baselines.parameters import config_of
 from llmrec.commands.compare.leaderboard import Reference, all_references, leaderboard, load_reference, read_results
-from llmrec.commands.compare.records import SuiteLine, SuitePair, SuiteProtocol, SuiteResult
+from llmrec.commands.compare.records import PairSlice, SuiteLine, SuitePair, SuiteProtocol, SuiteResult
 from llmrec.commands.compare.rows import SuiteModels, family
+from llmrec.commands.compare.slices_page import slices_page
 from llmrec.commands.compare.suite_row import (
     Done,
     Trials,
@@ -34,6 +36,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
 from llmrec.evaluate.compare import Contrast, Contrasts, Standing, exploratory, planned, reach
+from llmrec.evaluate.slices import FEW, target_slices
 from llmrec.experiment.claiming import SUITE
 from llmrec.experiment.results import describe
 from llmrec.experiment.resume import key_of, locked, read_stage
@@ -67,7 +70,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
     Args:
         suite: From `llmrec.recipe.load.load_suite`.
         out: Where finished rows are kept, so that a killed suite goes on.
-        results: Folder for ``<suite>.json``; ``LEADERBOARD.md`` is written beside it.
+        results: Folder for ``<suite>.json``; ``LEADERBOARD.md`` and ``SLICES.md`` are written beside it.
         say: Told of each row as it is done.
 
     Raises:
@@ -107,8 +110,9 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         write_json(file, written.as_json())
     page = None
     if results.name == "results":
-        page = results.parent / "LEADERBOARD.md"
-        write_text(page, leaderboard(read_results(results), pages | all_references()))
+        page, suites = results.parent / "LEADERBOARD.md", read_results(results)
+        write_text(page, leaderboard(suites, pages | all_references()))
+        write_text(results.parent / "SLICES.md", slices_page(suites))
     return Ran(written, file, page)
 
 
@@ -184,6 +188,11 @@ def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: fl
         SuitePair.model_validate({**where, "metric": metric, **pair.as_json()})
         for (where, _), pair in zip(meant, tested, strict=True)
     ]
+    parts = target_slices(cases, data) if suite.task == "ranking" else {}
+    named = [
+        pair.model_copy(update={"slices": _sliced(contrast, parts, suite.bootstrap)}) if pair.items is None else pair
+        for pair, (_, contrast) in zip(named, meant, strict=True)
+    ]
     people = len(set(users))
     detectable = {
         seen: reach(
@@ -233,6 +242,23 @@ def _part(table: Contrasts, items: str, cases: Sequence[Case], data: SplitDatase
     rows = [replace(row, values=row.values[places]) for row in table.rows] if len(places) else []
     owners = [str(cases[place].truth) if items == "cold" else table.users[place] for place in places.tolist()]
     return Contrasts(table.metric, rows, owners)
+
+
+def _sliced(contrast: Contrast, parts: Mapping[str, NDArray[np.bool_]], resamples: int) -> tuple[PairSlice, ...]:
+    """Return a comparison over some of its requests; without a figure where they are too few to say anything."""
+    found = []
+    for name, member in parts.items():
+        places = np.flatnonzero(member)
+        if not len(places):
+            continue
+        if len(places) < FEW:
+            found.append(PairSlice(name=name, n=len(places)))
+            continue
+        one, other = (replace(row, values=row.values[places]) for row in (contrast.a, contrast.b))
+        owners = [contrast.users[place] for place in places.tolist()]
+        (pair,) = exploratory([Contrast(contrast.metric, one, other, owners)], resamples=resamples)
+        found.append(PairSlice(name=name, n=len(places), value=pair.value, low=pair.low, high=pair.high))
+    return tuple(found)
 
 
 def _line(suite: Suite, row: SuiteLine) -> str:
