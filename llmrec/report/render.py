@@ -27,7 +27,7 @@ Reasons = Mapping[str, Mapping[str, int]]
 """Row id to failure reason to count."""
 _FIGURES: dict[str, Callable[..., str]] = {
     "number": wording.number, "share": wording.share, "count": wording.count, "rough": wording.rough,
-    "p": wording.p_value, "duration": wording.duration,
+    "p": wording.p_value, "duration": wording.duration, "history_worth": wording.history_worth,
 }  # fmt: skip
 
 

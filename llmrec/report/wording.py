@@ -46,6 +46,9 @@ KINDS: Mapping[Reads | None, str] = {
 }
 """What rows know items by; each kind stands apart, since a claim for one is made against the best of those above it."""
 
+# Logarithm of what an item of the history is worth from which on it comes behind all others.
+_BEHIND = -1e6
+
 FORMS: Mapping[str, str] = {
     "logit": "a conditional logit: exponents",
     "ridge": "a ridge regression",
@@ -134,6 +137,19 @@ def outcome(verdict: Verdict | None) -> str:
 def coverage(level: float | None) -> str:
     """Return the coverage of an interval, such as ``98.3 %``; results that do not say have 95 %."""
     return f"{100 * (0.95 if level is None else level):.4g} %"
+
+
+def history_worth(repeat: float | None) -> str:
+    """Say what a fusion gives an item of the history; nothing where none can be ranked.
+
+    Args:
+        repeat: The logarithm.
+    """
+    if not repeat:
+        return ""
+    if repeat <= _BEHIND:
+        return "Items of the history are ranked behind all others."
+    return f"An item of the history is worth {repeat:+.2f} (logarithm) beside another."
 
 
 def difference(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:

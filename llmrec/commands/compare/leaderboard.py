@@ -18,7 +18,7 @@ from llmrec.commands.compare.wording import drawn, planned_line, planned_note, s
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
-from llmrec.report.wording import DASH, FORMS, KINDS, UNDEFINED, difference, undefined_lines
+from llmrec.report.wording import DASH, FORMS, KINDS, UNDEFINED, difference, history_worth, undefined_lines
 from llmrec.resources import resource
 from llmrec.results import Figure, Reads, lower
 
@@ -235,9 +235,8 @@ def _fusions(found: SuiteResult, seen: str) -> list[str]:
         fusion = row.tables[seen].fusion
         if fusion is None:
             continue
-        repeat = fusion.repeat
         limits = "; 95 % over users" if any(part.low is not None for part in fusion.parts) else ""
-        worth = f" An item of the history is worth {repeat:+.2f} (logarithm)." if repeat else ""
+        worth = f" {said}" if (said := history_worth(fusion.repeat)) else ""
         spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
         blocks.append(
             f"Weights of {cell(row.name)} ({FORMS[fusion.form]}{limits}).{worth} Its parts took {spent:.0f} s "
