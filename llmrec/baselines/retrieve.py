@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+import polars as pl
 
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
@@ -21,6 +24,13 @@ log = logging.getLogger(__name__)
 
 # Requests that are scored at a time: a block of dense scores.
 _BLOCK = 256
+# Parts of the users: what is listed for one comes from a retriever that has learned from the others.
+_FOLDS = 5
+# Training events of a user that are looked for.
+_EVENTS = 20
+
+LISTS = 1
+"""Raised whenever `Lists` lists others than before: stored models that depend on them are made anew."""
 
 
 def retrieve(data: SplitDataset, split: SplitName, section: CandidateSection, *, seed: int) -> CandidateSets:
@@ -65,6 +75,72 @@ def retrieve(data: SplitDataset, split: SplitName, section: CandidateSection, *,
         section.count,
     )
     return found
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What a retriever finds for training events, so that a ranker can learn to order it.
+
+    A retriever that had learned from the event itself would have it first nearly always. So users fall into five parts
+    by a hash, and those of one part are asked of a retriever that has learned from the training interactions of the
+    others; it sees the events before. Events that it does not find have no list, as in LlamaRec (arXiv 2311.02089,
+    section 3.2). At most 20 events of a user are looked for. Nothing of it depends on what is held out.
+
+    Attributes:
+        data: The split data.
+        section: ``retriever`` and ``count``.
+        seed: Of the retriever and of what is drawn.
+    """
+
+    data: SplitDataset
+    section: CandidateSection
+    seed: int
+
+    def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
+        """Return places among a user's training events, and lists that hold the item of that event."""
+        return self._made.get(user, ())
+
+    def held(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the candidates of validation requests by id, where they hold the target."""
+        return self._held
+
+    @cached_property
+    def _held(self) -> Mapping[str, tuple[str, ...]]:
+        sets = retrieve(self.data, "valid", self.section, seed=self.seed).sets
+        targets = {request_id(held.user_id, held.item_id): held.item_id for held in self.data.holdouts("valid")}
+        return {name: items for name, items in sets.items() if targets[name] in items}
+
+    @cached_property
+    def _made(self) -> Mapping[str, Sequence[tuple[int, tuple[str, ...]]]]:
+        found: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
+        users = [user for user in self.data.users() if len(self.data.train_events(user)) > 1]
+        parts = np.array([hash_one("retrieved lists", self.seed, user) % _FOLDS for user in users])
+        model_name, looked = str(self.section.retriever), 0
+        for part in range(_FOLDS):
+            inside = [user for user, own in zip(users, parts.tolist(), strict=True) if own == part]
+            if not inside:
+                continue
+            model = lookup(BASELINES, model_name, "baseline")(seed=self.seed)
+            model.fit(replace(self.data, train=self.data.train.filter(~pl.col("user_id").is_in(inside))))
+            asked = [(user, at) for user in inside for at in self._places(user)]
+            looked += len(asked)
+            for start in range(0, len(asked), _BLOCK):
+                block = asked[start : start + _BLOCK]
+                requests = [
+                    Request(id=f"list/{user}/{at}", user_id=user, history=self.data.train_events(user)[:at])
+                    for user, at in block
+                ]
+                for (user, at), items in zip(block, best(model, requests, self.section.count), strict=True):
+                    if len(items) == self.section.count and self.data.train_events(user)[at].item_id in items:
+                        found.setdefault(user, []).append((at, tuple(items)))
+        count = sum(map(len, found.values()))
+        log.info("%s finds %d of %d training events among %d", model_name, count, looked, self.section.count)
+        return found
+
+    def _places(self, user: str) -> list[int]:
+        places = range(1, len(self.data.train_events(user)))
+        rng = keyed("retrieved list", self.seed, user)
+        return sorted(rng.sample(places, min(_EVENTS, len(places))))
 
 
 def check_retriever(name: str, where: str) -> None:

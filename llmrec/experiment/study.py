@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import config_of
-from llmrec.baselines.retrieve import retrieve
+from llmrec.baselines.retrieve import Lists, retrieve
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
@@ -289,8 +289,14 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
         shot_choice=study.recipe.eval.shots.choice,
         index=study.codes(family),
         vectors=vectors_of(used.dataset.items, study.recipe.encoder),
+        lists=Lists(used, study.recipe.eval.candidates, seed) if _retrieves(study.recipe, family) else None,
     )
     return family_of(family).task(section, inputs)
+
+
+def _retrieves(recipe: Recipe, family: str) -> bool:
+    """Whether training rows of a family show candidates that are retrieved, as its evaluation does."""
+    return family_of(family).lists and recipe.eval.candidates.kind == "retrieved"
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import replacing, write_json, write_text
 from llmrec.errors import RecipeError, require
 from llmrec.experiment import bundle, indexing
@@ -207,7 +208,10 @@ def _nearness(study: Study) -> dict[str, str]:
 
 def _drawing(study: Study) -> dict[str, int]:
     """Return what says how negatives are drawn, where rows show any."""
-    return {"negatives": NEGATIVES} if any(family_of(family).lists for family in study.tasks) else {}
+    if not any(family_of(family).lists for family in study.tasks):
+        return {}
+    retrieved = {"lists": LISTS} if study.recipe.eval.candidates.kind == "retrieved" else {}
+    return {"negatives": NEGATIVES} | retrieved
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:

@@ -81,6 +81,7 @@ class DirectTask(Task):
         self._events = {user: past for user, past in events.items() if past}
         self._negatives = Negatives(data, candidates.kind if candidates else "uniform")
         self._count = candidates.count if candidates else _COUNT
+        self._lists = inputs.lists
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events)
 
@@ -93,9 +94,10 @@ class DirectTask(Task):
         """Yield rows with targets; see `Task`."""
         refuse_test(split)
         if split == "valid":
+            known = self._lists.held() if self._lists else self._candidates.sets if self._candidates else {}
             for held in held_out(self._data, "valid")[:limit]:
                 name, past = request_id(held.user_id, held.item_id), self._data.history(held.user_id, "valid")
-                stored = self._candidates.sets.get(name) if self._candidates else None
+                stored = known.get(name)
                 # Retrieved candidates may lack the item, and then there is nothing to learn from them.
                 if stored is None or held.item_id not in stored:
                     rng = keyed("direct valid", self._seed, name)
@@ -104,12 +106,10 @@ class DirectTask(Task):
                 event = Event(item_id=held.item_id)
                 yield self._example(self._chosen.train[0], f"direct/valid/{name}", held.user_id, past, event, stored)
             return
-        for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
+        for row, user, rng in passes(self.family, self._asked_users, self._seed, limit):
             template = rng.choice(self._chosen.train)
+            at, pool = self._question(user, rng)
             events = self._events[user]
-            # A question about the first event has no history to show, so it is asked only of users with no other.
-            at = rng.randrange(min(1, len(events) - 1), len(events))
-            pool = self._pool(user, events[at].item_id, self._count, rng)
             yield self._example(template, row, user, events[:at], events[at], pool)
 
     def cases(self, split: SplitName) -> list[Case]:
@@ -171,14 +171,13 @@ class DirectTask(Task):
         They do not depend on what is held out: the chosen item is a training event, and the others are drawn among all
         items that the user has not had in training.
         """
-        users = sorted(self._events)
+        users = sorted(self._asked_users)
         keyed("direct questions", self._seed, "order").shuffle(users)
         asked = []
         for number, user in enumerate(islice(cycle(users), count)):
             # Drawn apart from training rows: of those, a tuned model may know the answers.
             rng, events = keyed("direct question", self._seed, user, str(number)), self._events[user]
-            at = rng.randrange(min(1, len(events) - 1), len(events))
-            pool = self._pool(user, events[at].item_id, self._count, rng)
+            at, pool = self._question(user, rng)
             asked.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
         return asked
 
@@ -278,6 +277,37 @@ class DirectTask(Task):
         return ranking_reward(answer, case)
 
     # ----------------------------------------------------------------------- building blocks
+
+    @cached_property
+    def _asked_users(self) -> list[str]:
+        """Users that training rows are about: where candidates are retrieved, those of whom some event is found.
+
+        Raises:
+            DataError: If the retriever finds none.
+        """
+        if self._lists is None:
+            return list(self._events)
+        found = [user for user in self._events if self._lists.of(user)]
+        if not found:
+            raise DataError(
+                f"tasks.direct: the retriever finds no training event among {self._count} items, so that there is no "
+                "list to learn from; raise eval.candidates.count, or choose another eval.candidates.retriever",
+                kind="too-few",
+                column="eval.candidates",
+            )
+        return found
+
+    def _question(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
+        """Return the place of a training event of a user, and candidates as evaluation has them."""
+        if self._lists is not None:
+            at, found = rng.choice(self._lists.of(user))
+            mixed = list(found)
+            rng.shuffle(mixed)
+            return at, tuple(mixed)
+        events = self._events[user]
+        # A question about the first event has no history to show, so it is asked only of users with no other.
+        at = rng.randrange(min(1, len(events) - 1), len(events))
+        return at, self._pool(user, events[at].item_id, self._count, rng)
 
     def _pool(self, user: str, item: str, count: int, rng: random.Random, had: Sequence[str] = ()) -> tuple[str, ...]:
         pool = [item, *self._negatives.draw(user, count - 1, rng, but=(item, *had))]

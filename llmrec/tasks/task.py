@@ -22,6 +22,18 @@ Want = Literal["one", "ranking", "yes"]
 """What a prompt asks of its candidates: the one to choose, an order of all, or a yes or no to the only one."""
 
 
+class RetrievedLists(Protocol):
+    """Candidates of training rows, where those of evaluation are retrieved."""
+
+    def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
+        """Return places among a user's training events, and lists that hold the item of that event."""
+        ...
+
+    def held(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the candidates of validation requests by id, where they hold the target."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskInputs:
     """What every task is made from, beside its section of the recipe.
@@ -34,6 +46,7 @@ class TaskInputs:
         shot_choice: How few-shot examples are chosen (``eval.shots.choice``).
         index: How items are written, where there is an index.
         vectors: What says which items read alike.
+        lists: What is retrieved for training events; None: candidates of training rows are drawn.
     """
 
     data: SplitDataset
@@ -43,6 +56,7 @@ class TaskInputs:
     shot_choice: str = "random"
     index: ItemCodes | None = None
     vectors: ItemVectors | None = None
+    lists: RetrievedLists | None = None
 
     def past(self, section: TaskSection, asking: Sequence[Template]) -> Past:
         """Return what chooses the events that a prompt shows."""

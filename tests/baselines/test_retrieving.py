@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmrec.baselines.knn import ItemKNN
-from llmrec.baselines.retrieve import ceiling, retrieve
-from llmrec.data.split import request_id
-from llmrec.errors import RecipeError
+from llmrec.baselines.retrieve import Lists, ceiling, retrieve
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.errors import DataError, RecipeError
+from llmrec.experiment.leaks.checks import redrawn
 from llmrec.pipeline import run
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import CandidateSection
 from llmrec.types import Ranking, Request
 from tests.facts import Facts, raises
-from tests.tasks.task_data import make_split
+from tests.tasks.task_data import make_split, make_task
 
 DATA = make_split()
 SECTION = CandidateSection(kind="retrieved", retriever="item-knn", count=8)
@@ -56,6 +59,61 @@ def test_the_order_does_not_tell_the_retrievers_order() -> None:
     assert counts.max() < len(places) / 2 and (counts > 0).sum() >= 6
     assert retrieve(DATA, "test", SECTION, seed=0).digest == sets.digest
     assert retrieve(DATA, "test", SECTION, seed=1).digest != sets.digest
+
+
+def test_training_lists_hold_the_event_and_come_from_a_retriever_that_has_not_seen_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learned: list[set[str]] = []
+    genuine, asked = ItemKNN.fit, ItemKNN.scores
+
+    def fit(self: ItemKNN, data: SplitDataset) -> None:
+        learned.append(set(data.train["user_id"]))
+        genuine(self, data)
+
+    def scores(self: ItemKNN, requests: list[Request]) -> Any:
+        assert not learned[-1] & {request.user_id for request in requests}
+        return asked(self, requests)
+
+    monkeypatch.setattr(ItemKNN, "fit", fit)
+    monkeypatch.setattr(ItemKNN, "scores", scores)
+    lists = Lists(DATA, SECTION, 0)
+    found = {user: lists.of(user) for user in DATA.users()}
+    assert len(learned) == 5 and sum(map(len, found.values())) > 0
+    for user, own in found.items():
+        events = DATA.train_events(user)
+        for at, items in own:
+            assert len(set(items)) == 8 and events[at].item_id in items
+            assert not {event.item_id for event in events[:at]} & set(items)
+    monkeypatch.undo()
+    other = Lists(redrawn(redrawn(DATA, "valid", 1), "test", 2), SECTION, 0)
+    assert found == {user: other.of(user) for user in DATA.users()}
+    assert all(len(items) == 8 for items in lists.held().values()) and lists.held()
+
+
+def test_direct_rows_show_what_is_retrieved() -> None:
+    lists = Lists(DATA, SECTION, 0)
+    task = make_task("direct", DATA, lists=lists)
+    rows = list(islice(task.examples("train"), 60))
+    places = set()
+    for row in rows:
+        (item,) = [item for user, item in row.pairs[-1:]]
+        shown = {frozenset(items) for _, items in lists.of(row.user_id)}
+        assert frozenset((item, *row.negatives)) in shown
+        places.add(row.answer[-1].text if row.answer else "")
+    # The place of the target among the candidates is drawn.
+    assert len(places) >= 6
+    assert all(question.candidates and len(question.candidates) == 8 for question in task.questions(10))
+
+    class Nothing:
+        def of(self, user: str) -> list[tuple[int, tuple[str, ...]]]:
+            return []
+
+        def held(self) -> dict[str, tuple[str, ...]]:
+            return {}
+
+    with raises(DataError, Facts("too-few", column="eval.candidates", says="the retriever finds no training event")):
+        next(make_task("direct", DATA, lists=Nothing()).examples("train"))
 
 
 def test_equal_scores_are_drawn_and_do_not_follow_ids() -> None:

@@ -130,6 +130,7 @@ def make_task(
     seed: int = 0,
     shot_choice: str = "random",
     stored: bool = True,
+    lists: Any = None,
     **section: Any,
 ) -> Any:
     data = data or make_split()
@@ -144,8 +145,9 @@ def make_task(
         )  # fmt: skip
     candidates = make_candidates(data) if stored and family in ("sequential", "direct") else None
     return make(
-        task, data, kind(**section), load_templates(family), seed=seed, candidates=candidates, shot_choice=shot_choice
-    )
+        task, data, kind(**section), load_templates(family), seed=seed, candidates=candidates, shot_choice=shot_choice,
+        lists=lists,
+    )  # fmt: skip
 
 
 def make_index(data: SplitDataset) -> ItemIndex:
