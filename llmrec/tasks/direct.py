@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import cycle, islice
-from string import ascii_uppercase
 from typing import get_args
 
 from llmrec.data.split import request_id, request_of
@@ -30,7 +29,15 @@ from llmrec.tasks.base import (
     told_rows,
 )
 from llmrec.tasks.ctr import read_choice
-from llmrec.tasks.direct_answers import asks_for, check_strategies, check_words, fits, reader_of, refuse
+from llmrec.tasks.direct_answers import (
+    asks_for,
+    candidate_labels,
+    check_strategies,
+    check_words,
+    fits,
+    reader_of,
+    refuse,
+)
 from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_ranking
@@ -417,14 +424,6 @@ class DirectTask(Task):
                 )
             self._asks_yes.add(template.name)
         return "yes"
-
-
-def candidate_labels(count: int) -> tuple[str, ...]:
-    """Return A, B, C, ... for up to 26 candidates, else numbers of equal width: no label starts another."""
-    if count <= len(ascii_uppercase):
-        return tuple(ascii_uppercase[:count])
-    width = len(str(count))
-    return tuple(f"{number:0{width}d}" for number in range(1, count + 1))
 
 
 def _asked(request: Request) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
 from typing import Literal
 
 from llmrec.errors import RecipeError
@@ -103,3 +104,11 @@ def refuse(template: Template, strategy: str) -> None:
         kind="contradiction",
         at=template.id,
     )
+
+
+def candidate_labels(count: int) -> tuple[str, ...]:
+    """Return A, B, C, ... for up to 26 candidates, else numbers of equal width: no label starts another."""
+    if count <= len(ascii_uppercase):
+        return tuple(ascii_uppercase[:count])
+    width = len(str(count))
+    return tuple(f"{number:0{width}d}" for number in range(1, count + 1))
