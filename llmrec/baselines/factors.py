@@ -38,6 +38,10 @@ class _Vectors:
     vectors: NDArray[np.float32]
     library: Any
 
+    def by_item(self) -> dict[str, NDArray[np.float32]]:
+        """Return the vector of each item with training interactions, by its id."""
+        return {self.catalogue.ids[place]: self.vectors[row] for row, place in enumerate(self.warm.places.tolist())}
+
 
 class ALSConfig(Section):
     """Parameters of `ALS`."""
@@ -97,6 +101,10 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
             )
             library.fit(binary, show_progress=False)
         self._model = _Vectors(warm.catalogue, warm, np.asarray(library.item_factors), library)
+
+    def item_vectors(self) -> dict[str, NDArray[np.float32]]:
+        """Return the vector of each item with training interactions, by its id, shape (factors,)."""
+        return self._fitted.by_item()
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the products of user and item vectors for every request, shape (n, items)."""
@@ -164,6 +172,10 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
             library.fit(binary, show_progress=False)
         # The package keeps the bias in a last column.
         self._model = _Vectors(warm.catalogue, warm, np.ascontiguousarray(library.item_factors[:, :-1]), None)
+
+    def item_vectors(self) -> dict[str, NDArray[np.float32]]:
+        """Return the vector of each item with training interactions, by its id, shape (factors,)."""
+        return self._fitted.by_item()
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the products of the histories' mean vectors and item vectors, shape (n, items)."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec import __version__
+from llmrec.baselines.parameters import make
 from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json
 from llmrec.errors import DataError
@@ -21,7 +22,7 @@ from llmrec.index.numbers import user_tokens
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.index.table import Embed, ItemIndex
 from llmrec.models.embedder import fitting, text_embedder
-from llmrec.recipe.schema import IndexSection, ModelSection, SemanticIndex
+from llmrec.recipe.schema import IndexSection, ModelSection
 from llmrec.resources import cache_dir
 from llmrec.tasks.held_items import HeldItems
 from llmrec.types import Item
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "index"
 """Where a model folder keeps its index."""
+LEARNED = "collaborative"
+"""The value of ``index.tokens`` for rows that start from a recommender's item vectors."""
 # Raised whenever a scheme finds other codes than before.
 _REVISION = 2
 # Which weights the text encoder had.
@@ -169,6 +172,7 @@ def with_tokens(
         index=index.digest,
         tokens=start,
         encoder=fitting(section.semantic.encoder, data).stamp if section and start == "vectors" else None,
+        **({"recommender": section.recommender, "split": data.fingerprint} if section and start == LEARNED else {}),
         titles=data.dataset.fingerprint if start != "random" else None,
         hidden=sorted(hidden) if start != "random" else None,
         seed=seed,
@@ -177,15 +181,22 @@ def with_tokens(
     if stored is None or not target.is_dir() or weights_stamp(str(target)) != stored["stamp"]:
         items = {item: entry for item, entry in data.dataset.items.items() if item not in hidden}
         titles = {item: entry.title for item, entry in items.items()}
-        vectors = _vectors(section.semantic, items) if section and start == "vectors" else None
-        extended(base, model, index, titles, target, words=words, seed=seed, vectors=vectors)
+        vectors = _vectors(section, items, data, seed) if section and start in ("vectors", LEARNED) else None
+        extended(base, model, index, titles, target, words=words, seed=seed, vectors=vectors, whitened=start != LEARNED)
         write_json(record, {"key": key, "stamp": weights_stamp(str(target))})
     return str(target)
 
 
-def _vectors(section: SemanticIndex, items: Mapping[str, Item]) -> dict[str, NDArray[np.float32]]:
-    """Return a vector of what is said of each item."""
+def _vectors(
+    section: IndexSection, items: Mapping[str, Item], data: SplitDataset, seed: int
+) -> dict[str, NDArray[np.float32]]:
+    """Return a vector of each item, by what is said of it or by who chose it in training; some may have none."""
+    if section.tokens == LEARNED:
+        model = make(section.recommender, {}, seed=seed)
+        model.fit(data)
+        return {item: vector for item, vector in model.item_vectors().items() if item in items}
     names = sorted(items)
     entries = [items[name] for name in names]
-    found = item_vectors(entries, item_fields(entries, section), text_embedder(section.encoder))
+    texts = section.semantic
+    found = item_vectors(entries, item_fields(entries, texts), text_embedder(texts.encoder))
     return dict(zip(names, found, strict=True))

@@ -62,6 +62,7 @@ def extended(
     words: bool,
     seed: int,
     vectors: Mapping[str, NDArray[np.float32]] | None = None,
+    whitened: bool = True,
 ) -> None:
     """Write a copy of a model that knows the tokens of an index, with its tokenizer, in one step.
 
@@ -76,6 +77,7 @@ def extended(
         words: Start each new row from the words of its items; otherwise from chance.
         seed: Of the chance.
         vectors: A vector of each item, by id; where they are given, new rows start from them and not from words.
+        whitened: Give each main direction of the vectors the same spread.
     """
     torch = require("torch", "train")
     model = load_model(base, section, dtype=torch.float32)
@@ -92,7 +94,9 @@ def extended(
     for _, module in named_tables(model):
         table = module.weight.detach()
         known_rows = table[:old].numpy()
-        means = _meanings(index, vectors, table.shape[1]) if vectors is not None else _words(known_rows, pieces)
+        means = _words(known_rows, pieces)
+        if vectors is not None:
+            means = _meanings(index, vectors, table.shape[1], whitened=whitened)
         rows = _rows(known_rows, means, _levels(names), seed)
         with torch.no_grad():
             table[[ids[n] for n in fresh]] = torch.from_numpy(rows[fresh])
@@ -163,12 +167,13 @@ def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]
 
 
 def _meanings(
-    index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int
+    index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int, *, whitened: bool
 ) -> list[NDArray[np.float32] | None]:
     """Return the mean vector of each token's items in the model's width; None without any.
 
-    Vectors are turned onto their main directions, each of which is given the same spread: as they come, few directions
-    hold most of it, and what tells near items apart would be lost (WhitenRec, ICDE 2024, section 3).
+    Vectors are turned onto their main directions. Those of texts are given the same spread along each: as they come,
+    few directions hold most of it, and what tells near items apart would be lost (WhitenRec, ICDE 2024, section 3).
+    Those of a recommender are left as they are, since their products are what it learned.
     """
     names = list(vectors)
     x = np.stack([vectors[name] for name in names]).astype(np.float64)
@@ -176,7 +181,8 @@ def _meanings(
     _, spreads, directions = np.linalg.svd(x, full_matrices=False)
     kept = min(width, int((spreads > spreads[0] * 1e-4).sum()))
     turned = np.zeros((len(names), width), dtype=np.float32)
-    turned[:, :kept] = (x @ directions[:kept].T) / spreads[:kept] * np.sqrt(len(names))
+    scale = np.sqrt(len(names)) / spreads[:kept] if whitened else 1.0
+    turned[:, :kept] = (x @ directions[:kept].T) * scale
     row = {name: number for number, name in enumerate(names)}
     holders: dict[str, list[int]] = defaultdict(list)
     for item, code in index.codes.items():

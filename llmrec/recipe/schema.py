@@ -194,10 +194,13 @@ class IndexSection(Section):
         description="item_id and user_id in templates; codes: the item's code (P5, RecSys 2022); tokens: and a "
         "new token of that training user's own (P5-I)",
     )
-    tokens: Literal["words", "vectors", "random"] = Field(
+    tokens: Literal["words", "vectors", "collaborative", "random"] = Field(
         "words",
         description="what a new token's row starts from: the words of its items as the model knows them, their vectors "
-        "by the text encoder (index.semantic.encoder), or chance",
+        "by the text encoder (index.semantic.encoder) or by the recommender, or chance",
+    )
+    recommender: Literal["als", "bpr"] = Field(
+        "als", description="tokens: collaborative: whose item vectors, learned with its defaults from training"
     )
 
     @model_validator(mode="after")

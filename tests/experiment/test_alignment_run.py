@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 from llmrec import pipeline
+from llmrec.baselines.factors import ALS
 from llmrec.data.candidates import CandidateSets
 from llmrec.errors import RecipeError
 from llmrec.experiment import audit
@@ -137,6 +138,36 @@ def test_the_words_of_a_held_out_item_are_not_in_its_token(llama_folder: Path, t
     one, hidden, told = rows(session.base), rows(made[0]), rows(made[1])
     assert all(np.array_equal(one[item], hidden[item]) for item in held.items)
     assert any(not np.array_equal(one[item], told[item]) for item in held.items)
+
+
+def test_rows_can_start_from_the_vectors_of_a_recommender(llama_folder: Path, tmp_path: Path) -> None:
+    """Items that the same users chose get rows alike; one without training interactions starts from chance."""
+    pytest.importorskip("implicit")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    found = {}
+    for start in ("collaborative", "random"):
+        changed = [f"model.name={llama_folder}", "model.dtype=float32", SMALL[0], f"index.tokens={start}"]
+        chosen = load_recipe("recipes/movielens-100k/item-tokens.yaml", changed)
+        session = pipeline.open_session(chosen, tmp_path / start, quiet=True)
+        index = session.study.index
+        assert index is not None
+        table = safetensors.load_file(Path(session.base) / "model.safetensors")["model.embed_tokens.weight"]
+        ids = {item: session.encoder.tokenizer.convert_tokens_to_ids(code[0]) for item, code in index.codes.items()}
+        found[start] = {item: table[place] for item, place in ids.items()}
+    model = ALS(seed=chosen.seed)
+    model.fit(session.study.data)
+    known = model.item_vectors()
+    assert 2 < len(known) <= len(found["random"])
+    items = sorted(known)
+
+    def likeness(vectors: Any) -> Any:
+        rows = np.stack([vectors[item] for item in items]).astype(float)
+        rows -= rows.mean(axis=0)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return (rows @ rows.T)[np.triu_indices(len(items), 1)]
+
+    told, chance = (np.corrcoef(likeness(known), likeness(found[start]))[0, 1] for start in ("collaborative", "random"))
+    assert told > 0.3 > chance
 
 
 # --------------------------------------------------------------------------- planted leaks
