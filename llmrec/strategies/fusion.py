@@ -91,7 +91,11 @@ class Fusion(Weighed):
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return log-probabilities, shape (n, items); see `CatalogueScorer.scores`."""
-        raw = [np.asarray(part.scorer.scores(requests)) for part in self.parts]
+        # A part without a weight is not asked.
+        raw = [
+            np.asarray(part.scorer.scores(requests)) if weight else np.empty(0)
+            for part, weight in zip(self.parts, self.fitted.parts, strict=True)
+        ]
         kinds, had = [part.kind for part in self.parts], _history(self, requests)
         return np.asarray(combined(self.fitted, raw, kinds, had, had if self.filtered else None), dtype=np.float64)
 

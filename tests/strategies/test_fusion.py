@@ -124,6 +124,11 @@ def test_a_form_that_was_chosen_before_is_fitted_alone() -> None:
         fusion.fit(cases, only=each)
         assert fusion.fitted.form == each.form and fusion.tried == (each,)
     assert fusion.fitted.parts == (0.0, 1.0)
+    # A part without a weight is not asked.
+    mute = Part("one", _Table("one", {}), "logits")
+    alone = Fusion("both", [mute, fusion.parts[1]], filtered=True)
+    alone.weights = fusion.weights
+    assert np.array_equal(alone.scores([cases[0].request]), fusion.scores([cases[0].request]))
 
 
 def test_users_that_chose_an_epoch_or_a_parameter_of_a_part_do_not_weigh_it() -> None:
