@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import DECAYS, Catalogue, Decay, Kept, Log, ScoredBaseline, counts, filled, recent
 from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
@@ -21,17 +21,30 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Request
 
+    #: Products, numbers of the history's items and of the others -> similarities; shapes that broadcast.
+    Similar = Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], Any]
+
 # Catalogue numbers whose pairs are counted together. Fixed, so that sums do not depend on what else is asked.
 _BLOCK = 256
+# Items of a catalogue whose pairs are all held, 8 bytes each, twice.
+_DENSE = 4096
 
 
 @dataclass(frozen=True)
 class _Readers:
-    """The binary training matrix, shape (users, items), and how popular its items are."""
+    """The binary training matrix, shape (users, items), and how popular its items are.
+
+    Attributes:
+        catalogue: The numbering.
+        binary: The matrix.
+        popular: Training interactions of each item, shape (items,).
+        kept: Matrices of the last parameters that were asked for.
+    """
 
     catalogue: Catalogue
     binary: Any
     popular: NDArray[np.float64]
+    kept: Kept = field(default_factory=Kept, compare=False)
 
     @staticmethod
     def of(data: SplitDataset) -> _Readers:
@@ -41,20 +54,46 @@ class _Readers:
 
 
 def _votes(
-    weights: Any, matrix: Any, similar: Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], Any]
+    weights: Any,
+    model: _Readers,
+    weighed: Callable[[], Any],
+    similar: Similar,
+    *,
+    matrix_key: Any,
+    key: Any,
 ) -> NDArray[np.float64]:
     """Sum the similarities of the history's items to every other item.
 
-    Pairs are counted for the items of these histories only: a large catalogue could not hold all of them.
-
     Args:
         weights: Of the items of each history, sparse, shape (b, items).
-        matrix: Training users and items, sparse, shape (users, items).
+        model: Keeps the pairs of a small catalogue.
+        weighed: Makes the matrix of training users and items, sparse, shape (users, items).
         similar: Products of two columns, and the numbers of the history's item and of the other one -> similarities.
+        matrix_key: What the matrix depends on.
+        key: What similarities depend on beside it.
 
     Returns:
         Sums, shape (b, items); an item is no neighbour of itself.
     """
+    matrix = model.kept("matrix", matrix_key, weighed)
+    if weights.shape[1] > _DENSE:
+        return _votes_of_few(weights, matrix, similar)
+    both = model.kept("products", matrix_key, lambda: (matrix.T @ matrix).toarray())
+
+    def near() -> NDArray[np.float64]:
+        places = np.arange(len(both))
+        found = np.zeros(both.shape)
+        # Without a reader in common nothing is alike, whatever stands in the divisor.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            np.copyto(found, similar(both, places[:, None], places[None]), where=both > 0)
+        np.fill_diagonal(found, 0.0)
+        return found
+
+    return np.asarray(weights.tocsr() @ model.kept("near", (matrix_key, key), near))
+
+
+def _votes_of_few(weights: Any, matrix: Any, similar: Similar) -> NDArray[np.float64]:
+    """Count pairs for the items of these histories only: a large catalogue could not hold all of them."""
     total = np.zeros(weights.shape)
     by_item, weights = matrix.T.tocsr(), weights.tocsc()
     for start in range(0, weights.shape[1], _BLOCK):
@@ -122,7 +161,11 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the sums of similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        matrix = _weighed(model.binary, config.weighting)
+
+        def weighed() -> Any:
+            return _weighed(model.binary, config.weighting)
+
+        matrix = model.kept("matrix", config.weighting, weighed)
         squares = np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel()
         shares = np.power(squares, config.asymmetry), np.power(squares, 1 - config.asymmetry)
 
@@ -130,7 +173,9 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
             return both / (shares[0][item] * shares[1][past] + config.shrinkage)
 
         weights = recent(requests, model.catalogue, config.history, config.decay)
-        return filled(_votes(weights, matrix, similar), model.popular)
+        key = config.asymmetry, config.shrinkage
+        votes = _votes(weights, model, weighed, similar, matrix_key=config.weighting, key=key)
+        return filled(votes, model.popular)
 
 
 class RP3BetaConfig(Section):
@@ -171,14 +216,17 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
         model, config = self._fitted, self._config
         of_user = np.asarray(model.binary.sum(axis=1)).ravel()
         of_item = np.maximum(np.asarray(model.binary.sum(axis=0)).ravel(), 1)
-        # Each of the two columns of a product has the root of what the user between them counts.
-        matrix = sparse.diags_array(np.power(of_user, -config.alpha / 2)) @ model.binary
+
+        def weighed() -> Any:
+            # Each of the two columns of a product has the root of what the user between them counts.
+            return sparse.diags_array(np.power(of_user, -config.alpha / 2)) @ model.binary
 
         def similar(both: NDArray[np.float64], past: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
             return both * np.power(of_item[past], -config.alpha) * np.power(of_item[item], -config.beta)
 
         weights = recent(requests, model.catalogue, config.history, config.decay)
-        return filled(_votes(weights, matrix, similar), model.popular)
+        votes = _votes(weights, model, weighed, similar, matrix_key=config.alpha, key=config.beta)
+        return filled(votes, model.popular)
 
 
 def _weighed(binary: Any, weighting: str) -> Any:

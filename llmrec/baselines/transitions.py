@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import DECAYS, Catalogue, Decay, Kept, Log, ScoredBaseline, counts, filled, recent
 from llmrec.baselines.item_texts import TextsConfig, text_vectors
 from llmrec.recipe.schema import Positive, Section
 
@@ -37,20 +37,14 @@ class _Steps:
         gaps: Steps of 1, 2, ... places, each sparse, shape (items, items).
         popular: Training interactions of each item, shape (items,).
         near: Likeness in text to the nearest items, above 0, sparse, shape (items, items); None without text.
-        made: Matrices of the last parameters that were asked for, by what they are.
+        kept: Matrices of the last parameters that were asked for.
     """
 
     catalogue: Catalogue
     gaps: tuple[Any, ...]
     popular: NDArray[np.float64]
     near: Any = None
-    made: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
-
-    def kept(self, name: str, key: Any, make: Any) -> Any:
-        """Return a matrix, made anew where its parameters are not those of the last call."""
-        if name not in self.made or self.made[name][0] != key:
-            self.made[name] = key, make()
-        return self.made[name][1]
+    kept: Kept = field(default_factory=Kept, compare=False)
 
 
 class TransitionsConfig(Section):

@@ -12,16 +12,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llmrec.baselines import knn
 from llmrec.baselines.base import TOP, fading, filled
 from llmrec.baselines.ease import EASE
 from llmrec.baselines.knn import ItemKNN, RP3Beta
 from llmrec.baselines.markov import FirstOrder, Markov, MarkovCooccurrence
 from llmrec.baselines.popular import Popularity, Random, RecentPopularity
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset
+from llmrec.data.split import SplitDataset, request_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
+from llmrec.experiment.study import load_split
 from llmrec.metrics.ranking import Standing, hit_rate, standing
+from llmrec.recipe.schema import DataSection
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Event, Item, Predictor, Ranking, Request
 from tests.baselines.trained import all_trained
@@ -584,3 +587,20 @@ def test_on_a_walk_with_structure_markov_beats_knn_beats_popularity_beats_chance
     chance, popular, knn, markov = hits
     assert chance == pytest.approx(3 / 40) and chance < popular < knn < markov
     assert markov > 0.6
+
+
+@pytest.mark.parametrize("kind", [ItemKNN, RP3Beta])
+def test_pairs_of_a_small_catalogue_are_those_of_a_large_one(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_split(DataSection(source="made-reviews"), 0)
+    requests = [request_of(data, held, "test") for held in data.holdouts("test")]
+    changes: list[dict[str, Any]] = [{}, {"history": 3}, {"decay": 1.0}]
+    changes += [{"weighting": "tf-idf"}, {"asymmetry": 0.0, "shrinkage": 2.0}] if kind is ItemKNN else [{"alpha": 1.4}]
+    model = kind(seed=0)
+    model.fit(data)
+    for change in changes:
+        tuned = model.with_config(kind.Config(**change))
+        small = tuned.scores(requests)
+        with monkeypatch.context() as patched:
+            patched.setattr(knn, "_DENSE", 1)
+            large = tuned.scores(requests)
+        assert np.isfinite(small).all() and np.allclose(small, large, rtol=1e-9, atol=1e-12)
