@@ -279,7 +279,7 @@ def _filled(template: str, values: Sequence[str]) -> str:
 
 
 def _split(text: str) -> list[str]:
-    return re.split(r" \| ?|\|$", text) if text else []
+    return re.split(r" *\| *", text) if text else []
 
 
 def _cells(line: str, plain: str, at: int) -> list[tuple[int, int]]:
