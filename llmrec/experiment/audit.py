@@ -27,6 +27,7 @@ from llmrec.experiment.leaks import checks as leaks
 from llmrec.experiment.leaks import rows as leaks_rows
 from llmrec.experiment.leaks.checks import Check
 from llmrec.experiment.resume import key_of, locked, read_stage
+from llmrec.experiment.row_specs import asks
 from llmrec.experiment.study import Study, build_study
 from llmrec.machine import versions
 from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
@@ -98,7 +99,7 @@ def examine(
             if split == "test" and study.recipe.train.valid_rows:
                 yield leaks_rows.validation_rows_drawn_again(study, family)
         yield leaks_rows.questions(study, family)
-        if "few-shot" in study.recipe.eval.arms:
+        if asks(study.recipe, family, "few-shot"):
             yield leaks_rows.shots(study, family)
             yield leaks_rows.shots_drawn_again(study, family)
         if (positions := leaks_rows.positions_drawn_again(study, family)) is not None:

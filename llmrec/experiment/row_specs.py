@@ -11,7 +11,7 @@ from llmrec.evaluate.figures import EvalProtocol
 from llmrec.experiment.fusion.parts import FUSIONS, fusible, joins_model
 from llmrec.experiment.study import Study
 from llmrec.prompts.template import Template
-from llmrec.recipe.schema import CandidateSection, EvalSection
+from llmrec.recipe.schema import CandidateSection, EvalSection, Recipe
 from llmrec.registry import POSITIONAL, options_of
 from llmrec.results import Arm
 from llmrec.tasks.family import family_of
@@ -55,6 +55,14 @@ class RowSpec:
         }
 
 
+def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
+    """Whether a family is asked in an arm; one without a weight has no tuned rows."""
+    section = recipe.tasks.present()[family]
+    if arm == "tuned" and section.weight == 0:
+        return False
+    return arm in (recipe.eval.arms if section.arms is None else section.arms)
+
+
 def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
     """Yield the rows that a study's arm will have."""
     for family, task in study.tasks.items():
@@ -63,7 +71,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
             yield from (RowSpec(task.family, arm, baseline.label) for baseline in study.baselines(family))
             yield from (RowSpec(task.family, arm, FUSIONS[kind]) for kind in fusible(study, family))
             continue
-        if arm == "tuned" and section.weight == 0:
+        if not asks(study.recipe, family, arm):
             continue
         for template in study.eval_templates(family):
             for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):

@@ -255,9 +255,14 @@ def named(*names: str) -> tuple[BaselineSection, ...]:
     return tuple(BaselineSection(name=name) for name in names)
 
 
+Arms = tuple[Literal["zero-shot", "few-shot", "tuned"], ...]
+"""The model as it is, with solved examples before the question, and after training."""
+
+
 class TaskSection(Section):
     """What all families share."""
 
+    arms: Arms | None = Field(None, description="those of eval.arms in which the family is asked; None: all of them")
     weight: float = Field(
         1.0, ge=0, description="share of training tokens and of the loss, relative to the other tasks"
     )
@@ -719,7 +724,7 @@ class FusionSection(Section):
 class EvalSection(Section):
     """What is measured, on whom, and by which engine."""
 
-    arms: tuple[Literal["zero-shot", "few-shot", "tuned"], ...] = ("zero-shot", "few-shot", "tuned")
+    arms: Arms = ("zero-shot", "few-shot", "tuned")
     split: Literal["valid", "test"] = "test"
     users: Positive = 200
     backend: Literal["vllm", "hf", "openai", "fake"] = "vllm"
@@ -822,6 +827,8 @@ class Recipe(Section):
             )
         self._check_trained()
         for family, section in self.tasks.present().items():
+            if missing := [arm for arm in section.arms or () if arm not in self.eval.arms]:
+                raise ValueError(f"tasks.{family}.arms: {missing[0]} is none of eval.arms, {list(self.eval.arms)}")
             for key in ("templates", "eval_templates", "strategies", "baselines"):
                 names = [str(getattr(one, "label", one)) for one in getattr(section, key)]
                 if len(set(names)) != len(names):

@@ -333,9 +333,42 @@ def _difference(comparison: Comparison) -> str:
 
 
 def summary(results: Results) -> str:
-    """Return the opening paragraph: what was run, what tuning did, and where a control is ahead."""
+    """Return the opening paragraph: what the model adds, what was run, what tuning did, where a control is ahead."""
     verdicts = [verdict(results, task) for task in results.tasks]
-    return " ".join((_what_ran(results), _tuning_tally(verdicts), _control_tally(verdicts)))
+    said = (added(results), _what_ran(results), _tuning_tally(verdicts), _control_tally(verdicts))
+    return " ".join(part for part in said if part)
+
+
+def added(results: Results) -> str:
+    """Say what the tuned model adds to the classic recommenders: their fusion with it less the best one without it.
+
+    Returns:
+        One sentence; nothing for a run without a tuned model.
+    """
+    rows = {row.id: row for row in results.rows}
+    if not any(row.arm == "tuned" for row in results.rows):
+        return ""
+    parts = []
+    for task in results.tasks:
+        joined = {row.id for row in results.standings(task) if row.fusion is not None}
+        metric = results.headline[task]
+        pairs = [
+            facing(entry, entry.a if rows[entry.a].arm == "tuned" else entry.b)
+            for entry in results.comparisons
+            if (entry.task, entry.metric) == (task, metric)
+            and {entry.a, entry.b} <= joined
+            and {rows[entry.a].arm, rows[entry.b].arm} == {"tuned", "baseline"}
+        ]
+        places = {row.id: place for place, row in enumerate(results.standings(task))}
+        hardest = min(pairs, key=lambda entry: (entry.verdict is None, places[entry.b]), default=None)
+        if hardest is not None:
+            parts.append(f"{_difference(hardest)} in {title(task)}, {outcome(hardest.verdict)}")
+    if not parts:
+        return (
+            "What the tuned model adds to the classic recommenders was not measured: no fusion joins it with them "
+            "(eval.fusion.model_users)."
+        )
+    return f"Joined with the classic recommenders, the tuned model changes their fusion by {'; by '.join(parts)}."
 
 
 def _what_ran(results: Results) -> str:

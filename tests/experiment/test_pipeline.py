@@ -213,6 +213,19 @@ def test_the_start_of_an_engine_is_no_part_of_what_a_row_costs(
     assert budget["start fake"] >= 2
 
 
+def test_a_family_can_be_asked_in_some_arms_alone(llama_folder: Path, tmp_path: Path) -> None:
+    tasks = "tasks={direct: {strategies: [label], arms: [zero-shot]}, sequential: {}}"
+    arms = ["eval.arms=[zero-shot, few-shot]", "eval.backend=fake"]
+    made = pipeline.run(recipe(llama_folder, tasks, *arms), tmp_path / "r", quiet=True)
+    asked = {(row["task"], row["arm"]) for row in made.results["rows"] if row["arm"] != "baseline"}
+    assert asked == {("direct", "zero-shot"), ("sequential", "zero-shot"), ("sequential", "few-shot")}
+    checks = json.loads((tmp_path / "r" / "audit.json").read_text(encoding="utf-8"))["checks"]
+    named = {check["name"] for check in checks}
+    assert "few-shot examples of sequential" in named and "few-shot examples of direct" not in named
+    with pytest.raises(RecipeError, match=r"tasks\.direct\.arms: tuned is none of eval\.arms"):
+        recipe(llama_folder, tasks.replace("[zero-shot]", "[tuned]"), *arms)
+
+
 def test_a_profile_that_tells_an_answer_does_not_end_the_run(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,11 +13,16 @@ def finish(done: Any) -> None:
     """Print the tables, the budget and where the report lies."""
     from rich.console import Console
 
+    from llmrec.report.results import results_of
     from llmrec.report.table import console_tables
+    from llmrec.report.wording import added
 
     # Piped output has no width of its own; 80 columns would fold every cell.
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    for table in console_tables(done.results):
+    found = results_of(done.results)
+    if sentence := added(found):
+        say(sentence)
+    for table in console_tables(found):
         console.print(table)
     budget = {entry["stage"]: f"{entry['seconds']:.0f} s" for entry in done.results["budget"]}
     show("budget", {**budget, "total": f"{done.results['seconds']:.0f} s"})

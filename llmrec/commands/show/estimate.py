@@ -12,6 +12,7 @@ import numpy as np
 
 from llmrec.backends.encode import Encoder
 from llmrec.errors import require
+from llmrec.experiment.row_specs import asks
 from llmrec.experiment.study import Study
 from llmrec.experiment.training import plan_training
 from llmrec.models.load import device, dtype, load_config
@@ -105,7 +106,7 @@ def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
     for arm in study.recipe.eval.arms:
         shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
         totals[arm] = 0
-        for family in study.tasks:
+        for family in (family for family in study.tasks if asks(study.recipe, family, arm)):
             cases = study.cases(family)
             for template in study.eval_templates(family):
                 strategies = study.section(family).strategies

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from llmrec.experiment.leaks.checks import Check, verdict
+from llmrec.experiment.row_specs import asks
 from llmrec.experiment.study import Study
 from llmrec.guard import clean, without_item_tokens
 from llmrec.index.titles import shown
@@ -36,7 +37,7 @@ def checks(study: Study, count: int) -> Iterator[Check]:
         places = [f"row {row.id}: {what}" for row in rows for what in secrets.shown(row)]
         yield verdict("held-out items in training rows of alignment", f"{count:,} rows", places)
     cases = study.cases(FAMILY)
-    if "few-shot" in study.recipe.eval.arms:
+    if asks(study.recipe, FAMILY, "few-shot"):
         shots = study.recipe.eval.shots.k
         drawn = (
             (case, event) for case in cases for w in task.draw_shots(case.request, shots).windows for event in w.events
