@@ -273,7 +273,7 @@ class Evaluation:
 
     def _weighers(self, spec: RowSpec) -> list[Case]:
         """Return the validation cases that a row answers too, so that it can be joined with others."""
-        if spec.template is not None and not joins_model(self._study, spec.family, spec.predictor):
+        if spec.template is not None and not joins_model(self._study, spec.family, spec.arm, spec.predictor):
             return []
         return self._weighing.cases(spec.family, model=spec.template is not None) if spec.predictor != NOTHING else []
 

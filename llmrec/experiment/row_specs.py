@@ -60,7 +60,7 @@ def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
     section = recipe.tasks.present()[family]
     if arm == "tuned" and section.weight == 0:
         return False
-    return arm in (recipe.eval.arms if section.arms is None else section.arms)
+    return arm in recipe.eval.arms and (section.arms is None or arm in section.arms)
 
 
 def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
@@ -77,7 +77,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
             for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
                 shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
                 yield RowSpec(task.family, arm, strategy, template, shots)
-                if joins_model(study, family, strategy):
+                if joins_model(study, family, arm, strategy):
                     yield RowSpec(task.family, arm, FUSIONS["language model"], template, shots)
 
 

@@ -719,6 +719,7 @@ class FusionSection(Section):
         description="of them, how many the rows of a language model answer too, to be joined with the baselines; "
         "0: none, and such rows are not joined",
     )
+    arms: Arms | None = Field(None, description="those of eval.arms whose rows are joined; None: all of them")
 
 
 class EvalSection(Section):
@@ -827,8 +828,6 @@ class Recipe(Section):
             )
         self._check_trained()
         for family, section in self.tasks.present().items():
-            if missing := [arm for arm in section.arms or () if arm not in self.eval.arms]:
-                raise ValueError(f"tasks.{family}.arms: {missing[0]} is none of eval.arms, {list(self.eval.arms)}")
             for key in ("templates", "eval_templates", "strategies", "baselines"):
                 names = [str(getattr(one, "label", one)) for one in getattr(section, key)]
                 if len(set(names)) != len(names):

@@ -27,7 +27,7 @@ SMALL = (
     "tasks={sequential: {templates: [continue-list], baselines: [random, popularity, {name: item-knn, history: 5}, "
     "markov-1, markov]}}",
     *("eval.users=12", "eval.candidates.count=6", "eval.bootstrap=50", "eval.backend=hf", "eval.arms=[tuned]"),
-    "eval.fusion.model_users=24",
+    "eval.fusion={model_users: 24}",
 )
 
 
@@ -104,6 +104,14 @@ def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:
     pairs = {(each["a"], each["b"]) for each in run.results["comparisons"] if "verdict" in each}
     for control in (events, alone):
         assert {(joined["id"], control["id"]), ("sequential/tuned/likelihood/continue-list", control["id"])} <= pairs
+
+
+def test_arms_that_are_not_named_are_not_joined(llama_folder: Path, tmp_path: Path) -> None:
+    more = ("eval.arms=[zero-shot, few-shot]", "eval.fusion={model_users: 24, arms: [few-shot]}", "eval.backend=fake")
+    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL, *more, "eval.scorer=fake"])
+    rows = {row["id"] for row in pipeline.run(recipe, tmp_path / "r", quiet=True).results["rows"]}
+    assert "sequential/few-shot/fusion with models/continue-list" in rows
+    assert not any("zero-shot/fusion" in name for name in rows)
 
 
 def test_what_was_not_weighed_is_refused(run: pipeline.Run, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ SETTINGS = (
     "eval.users=40",
     "tasks.sequential.users=null",
     "tasks.rating.users=null",
+    "tasks.rating.arms=null",
     "tasks.direct.users=null",
     "tasks.explanation.users=null",
 )

@@ -186,7 +186,8 @@ def recipe(folder: Path, *more: str) -> Recipe:
             "tasks={fame: {users: 12, strategies: [yes-no, shy], baselines: [like-ratio, {name: half, value: 0.4}]}}",
             "data={source: made-reviews, noun: products, split: {kind: last_share, valid: 0.2, test: 0.4}}",
             "train.steps=3", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1",
-            "eval.arms=[zero-shot, tuned]", "eval.bootstrap=50", "eval.backend=hf", *more,
+            "eval.arms=[zero-shot, tuned]", "eval.bootstrap=50", "eval.backend=hf",
+            "eval.fusion={}", *more,
         ],
     )  # fmt: skip
 

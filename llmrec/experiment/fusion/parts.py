@@ -58,10 +58,12 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
     )
 
 
-def joins_model(study: Study, family: str, strategy: str) -> bool:
-    """Whether the rows of a language model under a strategy are joined with the baselines of the family."""
-    first = ("head", study.section(family).strategies[0])
-    return study.recipe.eval.fusion.model_users > 0 and strategy in first and bool(fusible(study, family))
+def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
+    """Whether the rows of a language model in an arm, under a strategy, are joined with the family's baselines."""
+    first, section = ("head", study.section(family).strategies[0]), study.recipe.eval.fusion
+    if section.model_users == 0 or (section.arms is not None and arm not in section.arms):
+        return False
+    return strategy in first and bool(fusible(study, family))
 
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
