@@ -22,6 +22,7 @@ from tests.servers.faulty import EVERYTHING, Behaviour, FaultyServer, running
 
 SECRET = "sk-proj-Zx81QmW0pT7v"
 SMALL = (
+    "eval.fusion={}",
     "data={source: made-reviews, noun: products}",
     "reviews=null",
     "model.dtype=float32",

@@ -38,6 +38,7 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 
 SMALL = (
+    "eval.fusion={}",
     "data={source: made-reviews, noun: products}",
     "reviews=null",
     "model.dtype=float32",

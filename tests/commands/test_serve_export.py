@@ -28,6 +28,7 @@ from tests.servers.real import await_health, end, environment, free_port
 pytest.importorskip("trl", reason="the train extra is not installed")
 
 SMALL = (
+    "eval.fusion={}",
     "data={source: made-reviews, noun: products}",
     "reviews=null",
     "model.dtype=float32",

@@ -33,6 +33,7 @@ from tests.recovery import points
 from tests.recovery.points import POINTS, REQUESTS
 
 SMALL = (
+    "eval.fusion={}",
     "data={source: made-reviews, noun: products}",
     "reviews=null",
     "model.dtype=float32",
