@@ -256,7 +256,7 @@ def facing(comparison: Comparison, first: str) -> Comparison:
     if comparison.a == first:
         return comparison
     turned: dict[Verdict | None, Verdict | None] = {"shown": "contradicted", "contradicted": "shown"}
-    negative = {key: None if value is None else -value for key, value in _numbers(comparison).items()}
+    negative = {key: None if value is None else 0.0 - value for key, value in _numbers(comparison).items()}
     return comparison.model_copy(
         update={
             "a": comparison.b,
