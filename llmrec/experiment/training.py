@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 # Task settings that no training row depends on.
 _EVALUATION_ONLY = {
-    *("strategies", "baselines", "users", "eval_templates", "max_tokens"),
+    *("arms", "strategies", "baselines", "users", "eval_templates", "max_tokens"),
     *("balance", "per_user", "calibrate"),
 }
 # Training settings that change nothing of the adapter.
