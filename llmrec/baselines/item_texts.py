@@ -40,7 +40,12 @@ class TextsConfig(Section):
 
     def order(self, count: int) -> list[int]:
         """Return whose text each of so many items has: its own, or with ``shuffled`` any one's."""
-        return np.random.default_rng(0).permutation(count).tolist() if self.shuffled else list(range(count))
+        order = np.arange(count)
+        if self.shuffled:
+            drawn = np.random.default_rng(0).permutation(count)
+            # Around a circle, so that nothing keeps its own.
+            order[drawn] = np.roll(drawn, 1)
+        return order.tolist()
 
 
 class WhitenedConfig(TextsConfig):

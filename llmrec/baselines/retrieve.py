@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
+from llmrec.baselines.neural import NeuralConfig
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id, request_of
@@ -84,7 +85,8 @@ class Lists:
     A retriever that had learned from the event itself would have it first nearly always. So users fall into five parts
     by a hash, and those of one part are asked of a retriever that has learned from the training interactions of the
     others; it sees the events before. Events that it does not find have no list, as in LlamaRec (arXiv 2311.02089,
-    section 3.2). At most 20 events of a user are looked for. Nothing of it depends on what is held out.
+    section 3.2). At most 20 events of a user are looked for. Nothing of it depends on what is held out, and so a
+    retriever that chooses its epoch on validation is refused.
 
     Attributes:
         data: The split data.
@@ -116,11 +118,20 @@ class Lists:
         users = [user for user in self.data.users() if len(self.data.train_events(user)) > 1]
         parts = np.array([hash_one("retrieved lists", self.seed, user) % _FOLDS for user in users])
         model_name, looked = str(self.section.retriever), 0
+        made = lookup(BASELINES, model_name, "baseline")
+        if issubclass(made.Config, NeuralConfig):
+            raise RecipeError(
+                f"eval.candidates.retriever: {model_name} chooses its epoch on the validation split, and the lists of "
+                "training rows must not depend on that; choose another retriever, such as transitions, or train no "
+                "direct rows (tasks.direct.weight=0)",
+                kind="unsupported",
+                column="eval.candidates.retriever",
+            )
         for part in range(_FOLDS):
             inside = [user for user, own in zip(users, parts.tolist(), strict=True) if own == part]
             if not inside:
                 continue
-            model = lookup(BASELINES, model_name, "baseline")(seed=self.seed)
+            model = made(seed=self.seed)
             model.fit(replace(self.data, train=self.data.train.filter(~pl.col("user_id").is_in(inside))))
             asked = [(user, at) for user in inside for at in self._places(user)]
             looked += len(asked)

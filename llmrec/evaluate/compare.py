@@ -86,11 +86,11 @@ class Contrasts:
     def named(self, names: Iterable[tuple[str, str]]) -> list[Contrast]:
         """Pair rows by name; those whose figure is not defined are compared with none."""
         rows: Mapping[str, Standing] = {row.name: row for row in self.rows}
-        asked = [Contrast(self.metric, rows[a], rows[b], self.users) for a, b in names if rows]
+        asked = [Contrast(self.metric, rows[a], rows[b], self.users) for a, b in names]
         return [pair for pair in asked if None not in (pair.a.value, pair.b.value)]
 
 
-def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
+def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, more: int = 0) -> list[Pair]:
     """Test what was planned beforehand as one family, whatever tables its rows stand in.
 
     p-values are Holm-adjusted over all of them, and each interval is at the level of its own Holm step, so that it
@@ -100,8 +100,10 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> 
         contrasts: All planned comparisons of a file.
         resamples: The number asked for; the smallest level of the family may need more.
         seed: Seeds them.
+        more: Further planned comparisons whose rows have not been run.
     """
-    found = [each.sampled(resamples=enough(resamples, len(contrasts)), seed=seed) for each in contrasts]
+    size = len(contrasts) + more
+    found = [each.sampled(resamples=enough(resamples, size), seed=seed) for each in contrasts]
     return [
         Pair(
             a=contrast.a.name,
@@ -113,9 +115,9 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> 
             p=decision.p,
             p_raw=decision.p_raw,
             verdict=_verdict(contrast, decision),
-            detectable=contrast.detectable(drawn, len(contrasts)),
+            detectable=contrast.detectable(drawn, size),
         )
-        for contrast, drawn, decision in zip(contrasts, found, decide(found), strict=True)
+        for contrast, drawn, decision in zip(contrasts, found, decide(found, more=more), strict=True)
     ]
 
 

@@ -112,7 +112,7 @@ def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArra
     targets = [str(case.truth) for case in cases]
     items = [data.dataset.items[target] for target in targets if target in data.dataset.items]
     found = _bins("count", np.array([counts.get(target, 0) for target in targets], dtype=np.int64), _COUNTS)
-    if items and len(items) == len(targets) and any(item.title or item.fields for item in items):
+    if items and len(items) == len(targets) and any(item.fields or item.title != item.item_id for item in items):
         said = [" ".join((item.title, *item.fields.values())) for item in items]
         found |= _bins("words", np.array([len(text.split()) for text in said], dtype=np.int64), _WORDS)
     lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)

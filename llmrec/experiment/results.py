@@ -21,6 +21,7 @@ from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.predictions import write_items, write_predictions
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.row_details import breakdowns, text_samples
+from llmrec.experiment.row_specs import asks
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
 from llmrec.machine import machine, versions
@@ -193,7 +194,7 @@ def notes(study: Study) -> list[str]:
 def _training_notes(study: Study) -> list[str]:
     """Say what the tuned model was not trained on, and what it was trained on before."""
     found = []
-    weighted = [family for family in study.tasks if study.section(family).weight > 0]
+    weighted = [family for family in study.tasks if asks(study.recipe, family, "tuned")]
     untaught = [family for family in weighted if family not in study.shares]
     if untaught:
         found.append(

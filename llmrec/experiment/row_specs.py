@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import Json
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.experiment.fusion.parts import FUSIONS, fusible, joins_model
@@ -96,8 +97,14 @@ def nearness(spec: RowSpec, study: Study) -> dict[str, str]:
 def drawing(spec: RowSpec, section: EvalSection) -> dict[str, int]:
     """Return what says how negatives are drawn, where solved examples or questions about positions show any."""
     measured = section.debias == "measured" and spec.predictor in POSITIONAL
-    shows = family_of(spec.family).lists and spec.template is not None and (spec.shots or measured)
-    return {"negatives": NEGATIVES} if shows else {}
+    if not family_of(spec.family).lists or spec.template is None or not (spec.shots or measured):
+        return {}
+    return {"negatives": NEGATIVES} | listing(section) if measured else {"negatives": NEGATIVES}
+
+
+def listing(section: EvalSection) -> dict[str, int]:
+    """Return what says how lists about training events are made, where they are retrieved."""
+    return {"lists": LISTS} if section.candidates.kind == "retrieved" else {}
 
 
 def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder, TokenRow
-from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import replacing, write_json, write_text
 from llmrec.errors import RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
+from llmrec.experiment.row_specs import listing
 from llmrec.experiment.study import Study
 from llmrec.experiment.tuning.judging import Judge
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
@@ -210,8 +210,7 @@ def _drawing(study: Study) -> dict[str, int]:
     """Return what says how negatives are drawn, where rows show any."""
     if not any(family_of(family).lists for family in study.tasks):
         return {}
-    retrieved = {"lists": LISTS} if study.recipe.eval.candidates.kind == "retrieved" else {}
-    return {"negatives": NEGATIVES} | retrieved
+    return {"negatives": NEGATIVES} | listing(study.recipe.eval)
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:

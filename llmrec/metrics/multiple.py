@@ -106,7 +106,7 @@ def enough(resamples: int, comparisons: int) -> int:
     return max(resamples, math.ceil(2 * _BEYOND * comparisons / ALPHA))
 
 
-def decide(found: Sequence[Sampled], alpha: float = ALPHA) -> list[Decision]:
+def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> list[Decision]:
     """Correct the p-values of a family, and give each difference the interval that agrees with its own.
 
     The interval is read off resamples, p may be counted exactly or on other draws, so that at the border the two can
@@ -116,10 +116,11 @@ def decide(found: Sequence[Sampled], alpha: float = ALPHA) -> list[Decision]:
     Args:
         found: The differences; see `enough` for how many resamples they need.
         alpha: Largest corrected p that is called significant.
+        more: Further differences of the family that are not known yet; they count as if each had p 1.
     """
-    p_values = [each.p for each in found]
+    p_values = [*(each.p for each in found), *[1.0] * more]
     decisions = []
-    for each, p, asked in zip(found, holm(p_values), holm_levels(p_values, alpha), strict=True):
+    for each, p, asked in zip(found, holm(p_values), holm_levels(p_values, alpha), strict=False):
         plain = each.at(1 - asked)
         low, high = _agreeing(plain.low, plain.high, each, differs=p <= alpha and each.value != 0)
         decisions.append(Decision(value=each.value, low=low, high=high, p=p, p_raw=each.p, level=1 - asked))

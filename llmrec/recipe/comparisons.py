@@ -77,13 +77,16 @@ class DiversitySection(Section):
         return self
 
 
-class PlannedPair(Section):
-    """A planned comparison on some of the requests."""
+class PartialPair(Section):
+    """Two rows on some of the requests."""
 
-    rows: tuple[str, str] = Field(description="is the first better than the second")
+    rows: tuple[str, str] = Field(description="the first less the second")
     items: Literal["cold", "warm"] = Field(
         description="requests whose target has no training interaction, or all others"
     )
+
+
+AnyPair = tuple[str, str] | PartialPair
 
 
 class Suite(Section):
@@ -111,12 +114,27 @@ class Suite(Section):
     )
     min_history: int = Field(0, ge=0, description="leave out requests of users with fewer known events")
     rows: tuple[SuiteRow, ...] = Field(min_length=1)
-    pairs: tuple[tuple[str, str] | PlannedPair, ...] = Field(
+    pairs: tuple[AnyPair, ...] = Field(
         (),
         description="planned comparisons: names of rows, is the first better than the second in every table; with "
         "{rows, items} on cold or warm items alone",
     )
+    explored: tuple[AnyPair, ...] = Field(
+        (), description="comparisons that were thought of after the test split was seen: described, not tested"
+    )
+    skip: tuple[str, ...] = Field(
+        (), description="names of rows that are left out, with those that join them; the results say so"
+    )
     references: tuple[str, ...] = Field((), description="names of eval/references files to print beside")
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The rows that are left out: those that ``skip`` names, and those that join one of them."""
+        found: list[str] = []
+        for row in self.rows:
+            if row.label in self.skip or any(part in found for part in row.parts):
+                found.append(row.label)
+        return tuple(found)
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Suite:
@@ -130,13 +148,22 @@ class Suite(Section):
             if row.label in known and (row.parts or row.recipe):
                 raise ValueError(f"rows: two rows are called {row.label!r}; give one another name")
             known.add(row.label)
-        for asked in self.pairs:
-            pair = asked.rows if isinstance(asked, PlannedPair) else asked
+        if (missing := next((name for name in self.skip if name not in known), None)) is not None:
+            raise ValueError(f"skip: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
+        if len(self.skipped) == len(self.rows):
+            raise ValueError("skip: no row is left; name fewer")
+        for asked in (*self.pairs, *self.explored):
+            pair = names_of(asked)
             if pair is not asked and self.task != "ranking":
                 raise ValueError(f"pairs: items belongs to the task ranking, not {self.task}; write two names alone")
             if (missing := next((name for name in pair if name not in known), None)) is not None:
                 raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(sorted(known))}")
         return self
+
+
+def names_of(pair: AnyPair) -> tuple[str, str]:
+    """Return the names of the two rows of a comparison."""
+    return pair.rows if isinstance(pair, PartialPair) else pair
 
 
 class BenchmarkRun(Section):

@@ -255,7 +255,7 @@ def named(*names: str) -> tuple[BaselineSection, ...]:
     return tuple(BaselineSection(name=name) for name in names)
 
 
-Arms = tuple[Literal["zero-shot", "few-shot", "tuned"], ...]
+Arms = Annotated[tuple[Literal["zero-shot", "few-shot", "tuned"], ...], Field(min_length=1)]
 """The model as it is, with solved examples before the question, and after training."""
 
 
@@ -822,6 +822,12 @@ class Recipe(Section):
     def _sections_agree(self) -> Recipe:
         if not self.tasks.present():
             raise ValueError(f"tasks: name at least one of {', '.join(TasksSection.model_fields)}")
+        asked = [task for task in self.tasks.present().values() if task.arms is None or "tuned" in task.arms]
+        if "tuned" in self.eval.arms and not asked:
+            raise ValueError(
+                "tasks: no family is asked in the tuned arm, so that training would be for nothing; drop the arm from "
+                "eval.arms, or name it in the arms of a family"
+            )
         if "tuned" in self.eval.arms and all(task.weight == 0 for task in self.tasks.present().values()):
             raise ValueError(
                 "tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight"

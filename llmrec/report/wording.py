@@ -366,7 +366,7 @@ def added(results: Results) -> str:
     if not parts:
         return (
             "What the tuned model adds to the classic recommenders was not measured: no fusion joins it with them "
-            "(eval.fusion.model_users)."
+            "(eval.fusion)."
         )
     return f"Joined with the classic recommenders, the tuned model changes their fusion by {'; by '.join(parts)}."
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.fusion_cases import Known
-from llmrec.strategies.fusion_weights import Kind, Tried, Weights, combined
+from llmrec.strategies.fusion_weights import Kind, Weights, combined
 from llmrec.strategies.weighed import Weighed
 from llmrec.types import Answer, Case, Predictor, Ranking, Request, Unparsed
 
@@ -62,14 +62,13 @@ class CandidateFusion(Weighed):
         """Of the parts."""
         return tuple(part.name for part in self.parts)
 
-    def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False) -> None:
         """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users that no part has learned from or was chosen by. Those whose target is not
                 among the candidates say nothing about weights and are left out.
             dissect: Fit the best form once more without each part, for the attribute ``without``.
-            only: The form to fit, where it was chosen before: with another seed of the parts.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
@@ -84,7 +83,7 @@ class CandidateFusion(Weighed):
             [sets[place] for place in able],
             [[answers[place] for place in able] for answers in said],
         )
-        self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect, only=only)
+        self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of each request; see `Predictor.answer`."""

@@ -65,7 +65,7 @@ class Weighed:
                     kind="leak",
                 )
 
-    def _choose(self, known: Known, users: Sequence[str], *, dissect: bool, only: Tried | None) -> None:
+    def _choose(self, known: Known, users: Sequence[str], *, dissect: bool, only: Tried | None = None) -> None:
         """Keep the form of a ranking with the best cross-fitted NDCG@10, or the given one, fitted to all cases."""
         folds, fits, every = folds_of(self.name, users), forms(known, self.names), np.arange(len(users))
         if only is not None:

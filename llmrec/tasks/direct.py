@@ -102,11 +102,14 @@ class DirectTask(Task):
         """Yield rows with targets; see `Task`."""
         refuse_test(split)
         if split == "valid":
+            every = held_out(self._data, "valid")
             known = self._lists.held() if self._lists else self._candidates.sets if self._candidates else {}
-            for held in held_out(self._data, "valid")[:limit]:
+            if self._lists is not None:
+                # What is not retrieved is in no list, as in training.
+                every = tuple(held for held in every if request_id(held.user_id, held.item_id) in known)
+            for held in every[:limit]:
                 name, past = request_id(held.user_id, held.item_id), self._data.history(held.user_id, "valid")
                 stored = known.get(name)
-                # Retrieved candidates may lack the item, and then there is nothing to learn from them.
                 if stored is None or held.item_id not in stored:
                     rng = keyed("direct valid", self._seed, name)
                     had = [event.item_id for event in past]

@@ -91,6 +91,23 @@ def test_training_lists_hold_the_event_and_come_from_a_retriever_that_has_not_se
     assert all(len(items) == 8 for items in lists.held().values()) and lists.held()
 
 
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "tower", "tuned-tower"])
+def test_a_retriever_that_stops_by_validation_makes_no_training_lists(name: str) -> None:
+    section = CandidateSection(kind="retrieved", retriever=name, count=8)
+    with raises(RecipeError, Facts("unsupported", column="eval.candidates.retriever", says="choose another retriever")):
+        Lists(DATA, section, 0).of(next(iter(DATA.users())))
+
+
+def test_validation_rows_show_what_is_retrieved_too() -> None:
+    lists = Lists(DATA, SECTION, 0)
+    held = lists.held()
+    rows = list(make_task("direct", DATA, lists=lists).examples("valid"))
+    assert 0 < len(rows) == len(held) < len(DATA.holdouts("valid"))
+    for row in rows:
+        (item,) = [item for _, item in row.pairs[-1:]]
+        assert {item, *row.negatives} == set(held[row.id.removeprefix("direct/valid/")])
+
+
 def test_direct_rows_show_what_is_retrieved() -> None:
     lists = Lists(DATA, SECTION, 0)
     task = make_task("direct", DATA, lists=lists)

@@ -74,6 +74,8 @@ def test_it_learns_which_text_follows_and_ranks_items_that_nobody_chose_by_their
 
 
 def test_with_shuffled_texts_it_knows_nothing_of_items_that_nobody_chose() -> None:
+    order = Tower.Config(shuffled=True).order(30)
+    assert sorted(order) == list(range(30)) and all(place != own for place, own in enumerate(order))
     model = _fitted(shuffled=True)
     again = _fitted(shuffled=True)
     right = 0

@@ -241,7 +241,8 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     content, markov = ((row.tables["included"].cold or {})["NDCG@10"] for row in found.rows)
     assert cold.value == pytest.approx(content - markov) and cold.value > 0
     board = leaderboard([found], {})
-    assert "the 10 requests for items without training interactions (clustered by item): content less markov-1" in board
+    few = "the 10 requests for items without training interactions, of 2 items and clustered by these, exploratory"
+    assert f"{few}: content less markov-1" in board
     assert "Targets without training interactions, 10 requests" in board
     assert not cold.slices and not warm.slices
     for kind in ("count", "words", "history"):
@@ -251,9 +252,46 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
         assert all((part.value is None) == (part.n < 20) for part in parts)
     shown = slices_page([found])
     assert "content (texts too, by an encoder that is not trained here) less markov-1 (events alone), NDCG@10:" in shown
-    assert f"| Targets without training interactions | 10 | {DASH} |" in shown
+    assert f"| Targets without training interactions | 10 | 2 | {DASH} |" in shown
+    # What was thought of later is described, and is no part of the family.
+    later = Suite(**page | {"pairs": pairs[:1], "explored": pairs[1:]})
+    again = run_suite(later, out=tmp_path / "o", results=tmp_path / "r").results
+    assert len(again.pairs) == 1 and [pair.items for pair in again.explored] == ["cold", "warm"]
+    assert all(pair.p is None and pair.verdict is None for pair in again.explored)
+    assert again.explored[0].value == cold.value and "Thought of after the test split" in leaderboard([again], {})
+    # Without a cold item there is no figure, and the page says so.
+    table.write_text("\n".join(["user,item,time,title", *lines[:160]]) + "\n")
+    none = run_suite(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
+    assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]
+    assert none.pairs[1].value is None and "content less markov-1: there is no such request" in leaderboard([none], {})
     with pytest.raises(ValueError, match="belongs to the task ranking"):
         Suite(**page | {"task": "rating"})
+
+
+def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path: Path) -> None:
+    rows = [
+        *({"baseline": name} for name in ("popularity", "markov-1", "markov")),
+        {"name": "both", "fuse": ["popularity", "markov"]},
+    ]
+    pairs = [["markov-1", "popularity"], ["markov", "popularity"], ["both", "markov-1"]]
+    page = {"suite": "s", "data": {"source": "made-reviews"}, "seen": ["included"], "rows": rows, "pairs": pairs}
+    page |= {"bootstrap": 60, "seeds": [0]}
+    some = run_suite(Suite(**page, skip=["markov"]), out=tmp_path / "o", results=tmp_path / "r").results
+    assert [row.name for row in some.rows] == ["popularity", "markov-1"] and some.skipped == ("markov", "both")
+    (pair,) = some.pairs
+    assert some.unrun == 2 and pair.p is not None and pair.p_raw is not None
+    assert pair.p == pytest.approx(min(1.0, 3 * pair.p_raw))
+    board = leaderboard([some], {})
+    assert "Not run: markov, both; 2 planned comparisons with them count in the correction" in board
+    # The rest is run later, and what was run is not run again.
+    whole = run_suite(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
+    assert len(whole.pairs) == 3 and whole.unrun == 0 and not whole.skipped
+    for wrong, said in (
+        (["markof"], "there is no row 'markof'"),
+        (["popularity", "markov-1", "markov"], "no row is left"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Suite(**page, skip=wrong)
 
 
 def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path: Path) -> None:

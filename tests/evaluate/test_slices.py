@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -82,10 +84,15 @@ def test_targets_are_binned_by_training_interactions_words_and_history() -> None
     assert {name: places for name, places in found.items() if places} == {
         "count:0-0": [2],
         "count:1-4": [0, 1, 3],
-        "words:0-7": [0, 1, 2, 3],
         "history:0-4": [0, 1, 3],
         "history:from-50": [2],
     }
+    bare = split_of(TRAIN)
+    items = {item: Item(item_id=item, title=f"the {item}") for item in bare.dataset.items}
+    told = replace(bare, dataset=replace(bare.dataset, items=items))
+    assert not any(name.startswith("words") for name in target_slices(cases, bare))
+    found = target_slices(cases, told)
+    assert found["words:0-7"].all()
     assert "words:from-32" in found and not any(name.startswith("words") for name in target_slices([], split_of(TRAIN)))
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
-from llmrec.commands.compare.wording import drawn, planned_line, planned_note, standing
+from llmrec.commands.compare.wording import drawn, explored_lines, planned_lines, planned_note, standing
 from llmrec.errors import DataError, LlmrecError
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
@@ -30,6 +30,7 @@ of its rows came about.
 Published figures are as printed by their source; nobody but the source vouches for them.
 """
 _HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
+_LATER = "Thought of after the test split was seen, so that they are exploratory (95 %, no p and no verdict):"
 _RULE = (
     "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these differences "
     "are exploratory: unadjusted 95 % intervals, no p and no verdict."
@@ -197,6 +198,8 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
     said = [*_chosen(found), standing(protocol.users, len(protocol.seeds))]
     lines += [part for line in said if line for part in ("", cell(line))]
     lines += ["", chance] if (chance := drawn(found.llmrec, [row.name for row in found.rows])) else []
+    if found.skipped:
+        lines += ["", _not_run(found)]
     tested = _tested(found)
     if many := sum(map(len, tested.values())):
         lines += ["", planned_note(many, earlier=any(pair.earlier for pairs in tested.values() for pair in pairs))]
@@ -207,11 +210,21 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         lines += [part for line in _undefined(found, seen) for part in ("", cell(line))]
         lines += ["", cell(found.detectable[seen])] if found.detectable.get(seen) else []
         lines += [part for line in (*_fusions(found, seen), *_cold(found, seen)) for part in ("", line)]
-        if tested[seen]:
-            lines += ["", "Planned comparisons:", "", *_pairs(tested[seen])]
+        empty = [pair for pair in found.pairs if pair.seen == seen and pair.n == 0]
+        if tested[seen] or empty:
+            lines += ["", "Planned comparisons:", "", *planned_lines([*tested[seen], *empty])]
+        if explored := [pair for pair in found.explored if pair.seen == seen]:
+            lines += ["", _LATER, "", *explored_lines(explored)]
         lines += _beside(found, references, seen, "Published under the same protocol", ":")
     lines += _beside(found, references, "unknown", "### Published, treatment of the history not stated", "")
     return "\n".join([*lines, ""])
+
+
+def _not_run(found: SuiteResult) -> str:
+    """Say which rows of the page were not run, and what that does to the planned comparisons."""
+    many = f"{found.unrun} planned comparison{'' if found.unrun == 1 else 's'}"
+    counted = f"; {many} with them count in the correction as if they had been tested" if found.unrun else ""
+    return f"Not run: {', '.join(cell(name) for name in found.skipped)}{counted}."
 
 
 def _beside(found: SuiteResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
@@ -293,18 +306,6 @@ def _tested(found: SuiteResult) -> dict[str, list[SuitePair]]:
     asked = [pair for pair in found.pairs if None not in (pair.value, pair.low, pair.high, pair.p)]
     tables = [[pair for pair in asked if pair.seen == seen] for seen in found.protocol.seen]
     return dict(zip(found.protocol.seen, retested(tables), strict=True))
-
-
-def _pairs(tested: Sequence[SuitePair]) -> list[str]:
-    return [f"- {cell(pair.metric)}{_where(pair)}: {planned_line(pair, 'less')}" for pair in tested]
-
-
-def _where(pair: SuitePair) -> str:
-    """Say on which requests a comparison is, where they are not all."""
-    if pair.items is None:
-        return ""
-    few = {"cold": "without training interactions (clustered by item)", "warm": "with training interactions"}
-    return f", the {pair.n or 0:,} requests for items {few[pair.items]}"
 
 
 def _cold(found: SuiteResult, seen: str) -> list[str]:

@@ -111,10 +111,12 @@ class PairSlice(Record):
     Attributes:
         name: See `llmrec.evaluate.slices.target_slices`.
         n: Number of requests.
+        clusters: Number of different targets, where these are drawn together.
     """
 
     name: str
     n: int
+    clusters: int | None = None
     value: Number = None
     low: Number = None
     high: Number = None
@@ -128,7 +130,8 @@ class SuitePair(Pair):
     Attributes:
         items: Where the comparison is on some requests alone: those whose target has no training interaction, with
             intervals clustered by target, or all others.
-        n: How many requests these are.
+        n: How many requests these are; 0: there are none, and no figure.
+        clusters: How many different targets these have, where they are drawn together.
         slices: Where the difference comes from; of comparisons over all requests of a ranking.
     """
 
@@ -136,6 +139,7 @@ class SuitePair(Pair):
     metric: str = ""
     items: Literal["cold", "warm"] | None = None
     n: int | None = None
+    clusters: int | None = None
     slices: tuple[PairSlice, ...] = ()
     a: str = ""
     value: Number = None
@@ -144,7 +148,15 @@ class SuitePair(Pair):
 
 
 class SuiteResult(Record):
-    """The whole of a suite's file."""
+    """The whole of a suite's file.
+
+    Attributes:
+        comparisons: The best row with every other: described and not tested.
+        pairs: The planned comparisons.
+        explored: What was thought of after the test split was seen: described and not tested.
+        skipped: Rows of the page that were not run.
+        unrun: Planned comparisons with such rows; the others are corrected as if these had been tested too.
+    """
 
     kind: str = "suite"
     suite: str
@@ -160,6 +172,9 @@ class SuiteResult(Record):
     rows: tuple[SuiteLine, ...]
     comparisons: tuple[SuitePair, ...] = ()
     pairs: tuple[SuitePair, ...] = ()
+    explored: tuple[SuitePair, ...] = ()
+    skipped: tuple[str, ...] = ()
+    unrun: int = 0
     detectable: dict[str, str] = Field(default_factory=dict)
     references: tuple[str, ...] = ()
     seconds: float = 0.0

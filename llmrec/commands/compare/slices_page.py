@@ -17,8 +17,9 @@ _HEAD = """# Where texts and language models help
 Written by `llmrec eval SUITE` from `eval/results/`; do not edit. Each table takes apart a planned comparison between
 rows that know items by different things: what the row named first has above the other, over requests of one kind.
 Counts are those of the training interactions. The whole comparison has its verdict in [LEADERBOARD.md](LEADERBOARD.md);
-its parts are exploratory: unadjusted 95 % intervals over users, no p and no verdict. An interval that leaves out 0 is
-set in bold.
+its parts are exploratory: unadjusted 95 % intervals, no p and no verdict. They are over users, and for kinds of targets
+over the items that are targets, whose number stands beside that of the requests. An interval that leaves out 0 is set
+in bold.
 """
 _TREATED = {"excluded": "history excluded", "included": "history included"}
 
@@ -45,12 +46,13 @@ def _section(found: SuiteResult) -> str:
 
 
 def _table(pairs: Sequence[SuitePair]) -> str:
-    header = ["requests", "n", *(cell(_TREATED.get(pair.seen, pair.seen)) for pair in pairs)]
-    names = dict.fromkeys((part.name, part.n) for pair in pairs for part in pair.slices)
-    rows = [["all", "", *(_shown(pair) for pair in pairs)]]
-    for name, n in names:
+    header = ["requests", "n", "items", *(cell(_TREATED.get(pair.seen, pair.seen)) for pair in pairs)]
+    names = dict.fromkeys((part.name, part.n, part.clusters) for pair in pairs for part in pair.slices)
+    rows = [["all", "", "", *(_shown(pair) for pair in pairs)]]
+    for name, n, items in names:
         parts = [next((part for part in pair.slices if part.name == name), None) for pair in pairs]
-        rows.append([cell(in_words(name)), f"{n:,}", *(DASH if part is None else _shown(part) for part in parts)])
+        many = f"{items:,}" if items else ""
+        rows.append([cell(in_words(name)), f"{n:,}", many, *(DASH if part is None else _shown(part) for part in parts)])
     return grid(header, rows, numeric_from=1)
 
 

@@ -10,16 +10,17 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmrec import __version__
 from llmrec.baselines.parameters import config_of
+from llmrec.commands.compare.contrasts import compared
 from llmrec.commands.compare.leaderboard import Reference, all_references, leaderboard, load_reference, read_results
-from llmrec.commands.compare.records import PairSlice, SuiteLine, SuitePair, SuiteProtocol, SuiteResult
+from llmrec.commands.compare.records import SuiteLine, SuiteProtocol, SuiteResult
 from llmrec.commands.compare.rows import SuiteModels, family
 from llmrec.commands.compare.slices_page import slices_page
 from llmrec.commands.compare.suite_row import (
@@ -35,23 +36,22 @@ from llmrec.commands.compare.suite_row import (
 from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError
-from llmrec.evaluate.compare import Contrast, Contrasts, Standing, exploratory, planned, reach
-from llmrec.evaluate.slices import FEW, target_slices
+from llmrec.evaluate.compare import Standing
 from llmrec.experiment.claiming import SUITE
 from llmrec.experiment.results import describe
 from llmrec.experiment.resume import key_of, locked, read_stage
 from llmrec.experiment.study import load_split
 from llmrec.machine import machine, versions
-from llmrec.recipe.comparisons import PlannedPair, Suite, SuiteRow
+from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import recipe_hash
 from llmrec.resources import resource
 from llmrec.results import Figure
-from llmrec.types import Case, Probability
+from llmrec.types import Probability
 
 log = logging.getLogger(__name__)
 
 # What has no say in a row's figures.
-_SILENT = {"suite", "description", "data", "rows", "references", "pairs", "reserved"}
+_SILENT = {"suite", "description", "data", "rows", "references", "pairs", "explored", "skip", "reserved"}
 _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 
 
@@ -101,6 +101,8 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         rows: list[Done] = []
         contenders = SuiteModels(suite, out)
         for place, row in enumerate(suite.rows):
+            if row.label in suite.skipped:
+                continue
             found = _row(suite, row, place, splits, contenders)
             contenders.chosen[row.label] = {table: found.line.parameters_of(table) for table in tables_of(suite)}
             rows.append(found)
@@ -150,6 +152,9 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         ),
     )
     stored = read_stage(path, key)
+    if stored is not None and row.fuse and any("of" not in values for values in _chosen(stored)):
+        # An earlier version chose the form with every seed anew.
+        stored = None
     if stored is None:
         tried = path.with_name(f"{path.stem}.trials.json")
         done = make_row(suite, row, splits, contenders, Trials(tried, key))
@@ -160,49 +165,25 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
     return Done(SuiteLine.model_validate(stored), stored["values"])
 
 
+def _chosen(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parameters of a stored row in each table."""
+    return [table.get("parameters") or stored.get("parameters") or {} for table in stored["tables"].values()]
+
+
 # --------------------------------------------------------------------------- all rows
 
 
 def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: float) -> SuiteResult:
-    lines, metric, cases = [row.line for row in rows], headline_of(suite), cases_of(suite, data)
-    users = [case.request.user_id for case in cases]
-    meant: list[tuple[dict[str, str | int], Contrast]] = []
-    described: list[SuitePair] = []
-    for seen in tables_of(suite):
-        standings = [
+    lines, cases = [row.line for row in rows], cases_of(suite, data)
+    metric = headline_of(suite)
+    tables = {
+        seen: [
             Standing(row.line.name, row.line.tables[seen].metrics[metric].value, np.array(row.values[seen][metric]))
             for row in rows
         ]
-        table = Contrasts(metric, standings, users)
-        for asked in suite.pairs:
-            if isinstance(asked, PlannedPair):
-                part = _part(table, asked.items, cases, data)
-                where: dict[str, str | int] = {"seen": seen, "items": asked.items, "n": len(part.users)}
-                meant += [(where, pair) for pair in part.named([asked.rows])]
-            else:
-                meant += [({"seen": seen}, pair) for pair in table.named([asked])]
-        found = exploratory(table.best_with_others(), resamples=suite.bootstrap)
-        described += [SuitePair(seen=seen, metric=metric, **pair.as_json()) for pair in found]
-    tested = planned([pair for _, pair in meant], resamples=suite.bootstrap)
-    named = [
-        SuitePair.model_validate({**where, "metric": metric, **pair.as_json()})
-        for (where, _), pair in zip(meant, tested, strict=True)
-    ]
-    parts = target_slices(cases, data) if suite.task == "ranking" else {}
-    named = [
-        pair.model_copy(update={"slices": _sliced(contrast, parts, suite.bootstrap)}) if pair.items is None else pair
-        for pair, (_, contrast) in zip(named, meant, strict=True)
-    ]
-    people = len(set(users))
-    detectable = {
-        seen: reach(
-            metric,
-            [pair for pair in (*named, *described) if pair.seen == seen and pair.items is None],
-            users=people,
-            comparisons=len(named),
-        )
         for seen in tables_of(suite)
     }
+    found = compared(suite, metric, tables, cases, data)
     return SuiteResult(
         kind="suite",
         suite=suite.suite,
@@ -223,42 +204,19 @@ def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: fl
             seeds=suite.seeds,
             split_seeds=suite.split_seeds,
             min_history=suite.min_history,
-            users=len(set(users)),
+            users=len({case.request.user_id for case in cases}),
             requests=lines[0].tables[tables_of(suite)[0]].n,
         ),
         rows=tuple(lines),
-        comparisons=tuple(described),
-        pairs=tuple(named),
-        detectable=detectable,
+        comparisons=found.described,
+        pairs=found.planned,
+        explored=found.explored,
+        skipped=suite.skipped,
+        unrun=found.unrun,
+        detectable=found.detectable,
         references=suite.references,
         seconds=max(seconds, sum(sum(line.seconds.values()) for line in lines)),
     )
-
-
-def _part(table: Contrasts, items: str, cases: Sequence[Case], data: SplitDataset) -> Contrasts:
-    """Return a table on the requests for cold items, which are few and so are clustered by item, or on all others."""
-    known = set(data.train["item_id"].to_list())
-    places = np.flatnonzero([(case.truth in known) == (items == "warm") for case in cases])
-    rows = [replace(row, values=row.values[places]) for row in table.rows] if len(places) else []
-    owners = [str(cases[place].truth) if items == "cold" else table.users[place] for place in places.tolist()]
-    return Contrasts(table.metric, rows, owners)
-
-
-def _sliced(contrast: Contrast, parts: Mapping[str, NDArray[np.bool_]], resamples: int) -> tuple[PairSlice, ...]:
-    """Return a comparison over some of its requests; without a figure where they are too few to say anything."""
-    found = []
-    for name, member in parts.items():
-        places = np.flatnonzero(member)
-        if not len(places):
-            continue
-        if len(places) < FEW:
-            found.append(PairSlice(name=name, n=len(places)))
-            continue
-        one, other = (replace(row, values=row.values[places]) for row in (contrast.a, contrast.b))
-        owners = [contrast.users[place] for place in places.tolist()]
-        (pair,) = exploratory([Contrast(contrast.metric, one, other, owners)], resamples=resamples)
-        found.append(PairSlice(name=name, n=len(places), value=pair.value, low=pair.low, high=pair.high))
-    return tuple(found)
 
 
 def _line(suite: Suite, row: SuiteLine) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from llmrec.commands.compare.records import SuitePair
 from llmrec.metrics.significance import detectable_from, detectable_line
 from llmrec.report.escape import cell
 from llmrec.report.wording import coverage, difference, outcome, p_value
@@ -12,6 +13,7 @@ from llmrec.results import Pair
 _NORMAL = 1.96
 USERS, SEEDS = 200, 3
 """The least number of users and of training seeds behind a claim."""
+_NONE = "there is no such request"
 
 
 def planned_line(pair: Pair, between: str) -> str:
@@ -23,6 +25,35 @@ def planned_line(pair: Pair, between: str) -> str:
     """
     found = f"{difference(pair.value, pair.low, pair.high, 4)} ({coverage(pair.level)})"
     return f"{cell(pair.a)} {between} {cell(pair.b)}: {found}, p {cell(p_value(pair.p))}, {outcome(pair.verdict)}"
+
+
+def planned_lines(pairs: Sequence[SuitePair]) -> list[str]:
+    """Return the planned comparisons of a suite's table as a list in Markdown."""
+    return [
+        f"- {cell(pair.metric)}{_where(pair)}: "
+        + (planned_line(pair, "less") if pair.n != 0 else f"{cell(pair.a)} less {cell(pair.b)}: {_NONE}")
+        for pair in pairs
+    ]
+
+
+def explored_lines(pairs: Sequence[SuitePair]) -> list[str]:
+    """Return comparisons without verdicts as a list in Markdown."""
+    return [
+        f"- {cell(pair.metric)}{_where(pair)}: {cell(pair.a)} less {cell(pair.b)}: "
+        + (difference(pair.value, pair.low, pair.high, 4) if pair.n != 0 else _NONE)
+        for pair in pairs
+    ]
+
+
+def _where(pair: SuitePair) -> str:
+    """Say on which requests a comparison is, where they are not all."""
+    if pair.items is None:
+        return ""
+    if pair.items == "warm":
+        return f", the {pair.n or 0:,} requests for items with training interactions"
+    few = ", exploratory" if 0 < (pair.n or 0) < USERS else ""
+    items = f", of {pair.clusters:,} items and clustered by these" if pair.clusters else ""
+    return f", the {pair.n or 0:,} requests for items without training interactions{items}{few}"
 
 
 def standing(users: int, seeds: int) -> str:
