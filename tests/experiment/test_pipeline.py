@@ -226,6 +226,18 @@ def test_a_family_can_be_asked_in_some_arms_alone(llama_folder: Path, tmp_path: 
     assert "few-shot examples of sequential" in named and "few-shot examples of direct" not in named
 
 
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ("tasks={direct: {arms: [zero-shot]}, sequential: {arms: [few-shot]}}", "no family is asked in the tuned arm"),
+        ("tasks={direct: {arms: []}}", "tasks.direct.arms"),
+    ],
+)
+def test_arms_that_would_train_for_nothing_are_refused(tasks: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("recipes/quickstart.yaml", [tasks])
+
+
 def test_a_profile_that_tells_an_answer_does_not_end_the_run(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
