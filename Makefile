@@ -82,6 +82,7 @@ bench-rank: setup
 	$(BIN)/python -m eval.benchmarks.rank_requests eval/results/rank.json $(ARGS)
 
 bench-recovery: setup
+	LLMREC_SLOW=1 $(BIN)/pytest -q tests/recovery/test_engine_death.py
 	$(BIN)/python -m tests.recovery.kills eval/results/recovery.json
 
 # RANX_PYTHON and RECTOOLS_PYTHON name interpreters of environments that have these libraries.

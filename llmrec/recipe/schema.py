@@ -255,14 +255,16 @@ def named(*names: str) -> tuple[BaselineSection, ...]:
     return tuple(BaselineSection(name=name) for name in names)
 
 
-Arms = Annotated[tuple[Literal["zero-shot", "few-shot", "tuned"], ...], Field(min_length=1)]
+Arms = tuple[Literal["zero-shot", "few-shot", "tuned"], ...]
 """The model as it is, with solved examples before the question, and after training."""
 
 
 class TaskSection(Section):
     """What all families share."""
 
-    arms: Arms | None = Field(None, description="those of eval.arms in which the family is asked; None: all of them")
+    arms: Annotated[Arms, Field(min_length=1)] | None = Field(
+        None, description="those of eval.arms in which the family is asked; None: all of them"
+    )
     weight: float = Field(
         1.0, ge=0, description="share of training tokens and of the loss, relative to the other tasks"
     )
