@@ -54,20 +54,14 @@ class _Readers:
 
 
 def _votes(
-    weights: Any,
-    model: _Readers,
-    weighed: Callable[[], Any],
-    similar: Similar,
-    *,
-    matrix_key: Any,
-    key: Any,
+    weights: Any, model: _Readers, matrix: Any, similar: Similar, *, matrix_key: Any, key: Any
 ) -> NDArray[np.float64]:
     """Sum the similarities of the history's items to every other item.
 
     Args:
         weights: Of the items of each history, sparse, shape (b, items).
         model: Keeps the pairs of a small catalogue.
-        weighed: Makes the matrix of training users and items, sparse, shape (users, items).
+        matrix: Training users and items, sparse, shape (users, items).
         similar: Products of two columns, and the numbers of the history's item and of the other one -> similarities.
         matrix_key: What the matrix depends on.
         key: What similarities depend on beside it.
@@ -75,7 +69,6 @@ def _votes(
     Returns:
         Sums, shape (b, items); an item is no neighbour of itself.
     """
-    matrix = model.kept("matrix", matrix_key, weighed)
     if weights.shape[1] > _DENSE:
         return _votes_of_few(weights, matrix, similar)
     both = model.kept("products", matrix_key, lambda: (matrix.T @ matrix).toarray())
@@ -161,11 +154,7 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the sums of similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-
-        def weighed() -> Any:
-            return _weighed(model.binary, config.weighting)
-
-        matrix = model.kept("matrix", config.weighting, weighed)
+        matrix = model.kept("matrix", config.weighting, lambda: _weighed(model.binary, config.weighting))
         squares = np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel()
         shares = np.power(squares, config.asymmetry), np.power(squares, 1 - config.asymmetry)
 
@@ -174,7 +163,7 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
 
         weights = recent(requests, model.catalogue, config.history, config.decay)
         key = config.asymmetry, config.shrinkage
-        votes = _votes(weights, model, weighed, similar, matrix_key=config.weighting, key=key)
+        votes = _votes(weights, model, matrix, similar, matrix_key=config.weighting, key=key)
         return filled(votes, model.popular)
 
 
@@ -216,16 +205,15 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
         model, config = self._fitted, self._config
         of_user = np.asarray(model.binary.sum(axis=1)).ravel()
         of_item = np.maximum(np.asarray(model.binary.sum(axis=0)).ravel(), 1)
-
-        def weighed() -> Any:
-            # Each of the two columns of a product has the root of what the user between them counts.
-            return sparse.diags_array(np.power(of_user, -config.alpha / 2)) @ model.binary
+        # Each of the two columns of a product has the root of what the user between them counts.
+        roots = np.power(of_user, -config.alpha / 2)
+        matrix = model.kept("matrix", config.alpha, lambda: sparse.diags_array(roots) @ model.binary)
 
         def similar(both: NDArray[np.float64], past: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
             return both * np.power(of_item[past], -config.alpha) * np.power(of_item[item], -config.beta)
 
         weights = recent(requests, model.catalogue, config.history, config.decay)
-        votes = _votes(weights, model, weighed, similar, matrix_key=config.alpha, key=config.beta)
+        votes = _votes(weights, model, matrix, similar, matrix_key=config.alpha, key=config.beta)
         return filled(votes, model.popular)
 
 

@@ -94,8 +94,9 @@ def extended(
     for _, module in named_tables(model):
         table = module.weight.detach()
         known_rows = table[:old].numpy()
-        means = _words(known_rows, pieces)
-        if vectors is not None:
+        if vectors is None:
+            means = _words(known_rows, pieces)
+        else:
             means = _meanings(index, vectors, table.shape[1], whitened=whitened)
         rows = _rows(known_rows, means, _levels(names), seed)
         with torch.no_grad():

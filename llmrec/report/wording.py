@@ -350,7 +350,8 @@ def added(results: Results) -> str:
         return ""
     parts = []
     for task in results.tasks:
-        joined = {row.id for row in results.standings(task) if row.fusion is not None}
+        places = {row.id: place for place, row in enumerate(results.standings(task))}
+        joined = {name for name in places if rows[name].fusion is not None}
         metric = results.headline[task]
         pairs = [
             facing(entry, entry.a if rows[entry.a].arm == "tuned" else entry.b)
@@ -359,7 +360,6 @@ def added(results: Results) -> str:
             and {entry.a, entry.b} <= joined
             and {rows[entry.a].arm, rows[entry.b].arm} == {"tuned", "baseline"}
         ]
-        places = {row.id: place for place, row in enumerate(results.standings(task))}
         hardest = min(pairs, key=lambda entry: (entry.verdict is None, places[entry.b]), default=None)
         if hardest is not None:
             parts.append(f"{_difference(hardest)} in {title(task)}, {outcome(hardest.verdict)}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import AlignmentSection
-from llmrec.tasks.base import Fields, Values, View, keyed, passes, ranking_reward, refuse_test, solved_examples
+from llmrec.tasks.base import Fields, Values, View, keyed, listed, passes, ranking_reward, refuse_test, solved_examples
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn, Window
 from llmrec.tasks.held_items import hold_out, request_name
@@ -142,14 +142,14 @@ class AlignmentTask(Task):
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the candidates' titles or codes, in stored order."""
         chosen = self._chosen.get(template)
-        return tuple(chosen.answer(self._answer(chosen, item)) for item in _asked(request))
+        return tuple(chosen.answer(self._answer(chosen, item)) for item in listed(request, self.family))
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Match the first line against the candidates' titles or codes; those that are written alike share a place."""
         chosen = self._chosen.get(template)
         name = "code" if chosen.answers_with_code else "title"
         for key in read_line(completion):
-            items = tuple(i for i in _asked(request) if title_key(str(self._view.item(i)[name])) == key)
+            items = tuple(i for i in listed(request, self.family) if title_key(str(self._view.item(i)[name])) == key)
             if items:
                 return Ranking(request_id=request.id, items=items, scores=(1.0,) * len(items))
         return None
@@ -230,16 +230,6 @@ class AlignmentTask(Task):
                 column="item",
             )
         return item
-
-
-def _asked(request: Request) -> Sequence[str]:
-    if not request.candidates:
-        raise DataError(
-            f"request {request.id!r}: the alignment task ranks candidates; set Request.candidates",
-            kind="missing-value",
-            column="candidates",
-        )
-    return request.candidates
 
 
 FAMILY = Family(

@@ -204,6 +204,21 @@ def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
     return random.Random(hash_one(purpose, seed, *parts))
 
 
+def listed(request: Request, family: str) -> tuple[str, ...]:
+    """Return the candidates of a request.
+
+    Raises:
+        DataError: If it has none.
+    """
+    if not request.candidates:
+        raise DataError(
+            f"request {request.id!r}: the {family} task ranks candidates; set Request.candidates",
+            kind="missing-value",
+            column="candidates",
+        )
+    return request.candidates
+
+
 def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> Iterator[tuple[str, str, random.Random]]:
     """Yield (row id, user, random numbers) without end, pass after pass over the users in a fresh order.
 

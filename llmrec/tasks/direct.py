@@ -22,6 +22,7 @@ from llmrec.tasks.base import (
     candidates_of,
     held_out,
     keyed,
+    listed,
     passes,
     ranking_reward,
     refuse_test,
@@ -35,7 +36,6 @@ from llmrec.tasks.direct_answers import (
     check_strategies,
     check_words,
     fits,
-    listed,
     reader_of,
     refuse,
 )
@@ -162,7 +162,7 @@ class DirectTask(Task):
         if want not in _WANTS:
             raise ValueError(f"want is 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
-        pool = listed(request)
+        pool = listed(request, self.family)
         asked = self._wanted(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
@@ -248,14 +248,14 @@ class DirectTask(Task):
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
-        about = listed(request)
+        about = listed(request, self.family)
         return self._shots.draw(
             request, request.history, shots, self._section.history, lambda past: self._past.show(past, about)
         )
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the candidates' labels, titles or codes in stored order, or a yes and a no, as the template writes."""
-        chosen, pool = self._chosen.get(template), listed(request)
+        chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
             return tuple(chosen.answer({"answer": answer}) for answer in (YES, NO))
@@ -269,7 +269,7 @@ class DirectTask(Task):
 
         Where the answer is an item, its code or title stands on the first line; a yes or no is a probability of 1 or 0.
         """
-        chosen, pool = self._chosen.get(template), listed(request)
+        chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
             place = read_choice(completion, self.continuations(request, template=template))
@@ -410,7 +410,7 @@ class DirectTask(Task):
             refuse(template, "list" if want == "ranking" else "pointwise-yes")
         if asks != "yes" and want != "yes":
             return want
-        pool = listed(request)
+        pool = listed(request, self.family)
         if len(pool) != 1:
             raise DataError(
                 f"request {request.id!r}: a yes or no is about one candidate, and it has {len(pool)}",

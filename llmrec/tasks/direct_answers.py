@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Literal
 
-from llmrec.errors import DataError, RecipeError
+from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.tasks.base import ABOUT_USER, NO, USER_STATS, YES
-from llmrec.types import Request
 
 Asks = Literal["label", "item", "yes"]
 
@@ -113,18 +112,3 @@ def candidate_labels(count: int) -> tuple[str, ...]:
         return tuple(ascii_uppercase[:count])
     width = len(str(count))
     return tuple(f"{number:0{width}d}" for number in range(1, count + 1))
-
-
-def listed(request: Request) -> tuple[str, ...]:
-    """Return the candidates of a request.
-
-    Raises:
-        DataError: If it has none.
-    """
-    if not request.candidates:
-        raise DataError(
-            f"request {request.id!r}: the direct task ranks candidates; set Request.candidates",
-            kind="missing-value",
-            column="candidates",
-        )
-    return request.candidates

@@ -13,10 +13,13 @@ from llmrec.data.split import SplitDataset
 from llmrec.evaluate.compare import Contrast, Contrasts, Standing, exploratory, planned, reach
 from llmrec.evaluate.slices import FEW, target_slices
 from llmrec.recipe.comparisons import AnyPair, PartialPair, Suite, names_of
+from llmrec.results import Pair
 from llmrec.types import Case
 
 # Slices of targets: requests for one item are drawn together.
 _OF_TARGETS = ("count:", "words:")
+# That of targets without training interactions.
+_COLD = "count:0-0"
 
 
 @dataclass(frozen=True)
@@ -59,27 +62,20 @@ def compared(
         data: The split that they are of.
     """
     users = [case.request.user_id for case in cases]
+    targets = [str(case.truth) for case in cases]
     found = {seen: Contrasts(metric, rows, users) for seen, rows in tables.items()}
+    parts = target_slices(cases, data) if suite.task == "ranking" else {}
     meant, later = (
-        [each for seen, table in found.items() for each in _asked(pairs, seen, table, cases, data)]
+        [each for seen, table in found.items() for each in _asked(pairs, seen, table, targets, parts)]
         for pairs in (suite.pairs, suite.explored)
     )
     names = {row.name for rows in tables.values() for row in rows}
     unrun = len(tables) * sum(not names.issuperset(names_of(pair)) for pair in suite.pairs)
-    able = [each for each in meant if each.contrast is not None]
-    tested = planned([each.contrast for each in able if each.contrast], resamples=suite.bootstrap, more=unrun)
-    numbers = iter(tested)
-    parts = target_slices(cases, data) if suite.task == "ranking" else {}
-    named = [
-        each.frame if each.contrast is None else _filled(each, next(numbers), cases, parts, suite.bootstrap)
-        for each in meant
-    ]
-    seen_later = exploratory([each.contrast for each in later if each.contrast], resamples=suite.bootstrap)
-    numbers = iter(seen_later)
-    explored = [
-        each.frame if each.contrast is None else _filled(each, next(numbers), cases, parts, suite.bootstrap)
-        for each in later
-    ]
+    tested = planned(_able(meant), resamples=suite.bootstrap, more=unrun)
+    named, explored = (
+        _filled(asked, numbers, targets, parts, suite.bootstrap)
+        for asked, numbers in ((meant, tested), (later, exploratory(_able(later), resamples=suite.bootstrap)))
+    )
     described = [
         SuitePair(seen=seen, metric=metric, **pair.as_json())
         for seen, table in found.items()
@@ -95,50 +91,61 @@ def compared(
         )
         for seen in tables
     }
-    return Compared(tuple(named), tuple(described), tuple(explored), detectable, unrun)
+    return Compared(named, tuple(described), explored, detectable, unrun)
 
 
 def _asked(
-    pairs: Sequence[AnyPair], seen: str, table: Contrasts, cases: Sequence[Case], data: SplitDataset
+    pairs: Sequence[AnyPair],
+    seen: str,
+    table: Contrasts,
+    targets: Sequence[str],
+    parts: Mapping[str, NDArray[np.bool_]],
 ) -> list[_Asked]:
     """Return the comparisons of a page in one table; those of rows that were not run are left out."""
-    rows = {row.name: row for row in table.rows}
+    run = {row.name for row in table.rows}
     found = []
     for asked in pairs:
-        a, b = names_of(asked)
-        if a not in rows or b not in rows or None in (rows[a].value, rows[b].value):
+        if not run.issuperset(names_of(asked)):
             continue
-        frame = SuitePair(seen=seen, metric=table.metric, a=a, b=b)
-        if not isinstance(asked, PartialPair):
-            found.append(_Asked(frame, Contrast(table.metric, rows[a], rows[b], table.users)))
-            continue
-        known = set(data.train["item_id"].to_list())
-        places = np.flatnonzero([(case.truth in known) == (asked.items == "warm") for case in cases])
-        targets = [str(cases[place].truth) for place in places.tolist()]
-        cold = asked.items == "cold"
-        told = {"items": asked.items, "n": len(places), "clusters": len(set(targets)) if cold else None}
-        contrast = None
-        if len(places):
+        for contrast in table.named([names_of(asked)]):
+            frame = SuitePair(seen=seen, metric=table.metric, a=contrast.a.name, b=contrast.b.name)
+            if not isinstance(asked, PartialPair):
+                found.append(_Asked(frame, contrast))
+                continue
+            cold = asked.items == "cold"
+            places = np.flatnonzero(parts[_COLD] == cold).tolist()
             # Cold events are few and crowd on few items, so that the item is the unit.
-            owners = targets if cold else [table.users[place] for place in places.tolist()]
-            one, other = (replace(row, values=row.values[places]) for row in (rows[a], rows[b]))
-            contrast = Contrast(table.metric, one, other, owners)
-        found.append(_Asked(frame.model_copy(update=told), contrast))
+            owners = [(targets if cold else table.users)[place] for place in places]
+            told = {"items": asked.items, "n": len(places), "clusters": len(set(owners)) if cold else None}
+            found.append(_Asked(frame.model_copy(update=told), _on(contrast, places, owners) if places else None))
     return found
 
 
+def _able(asked: Sequence[_Asked]) -> list[Contrast]:
+    return [each.contrast for each in asked if each.contrast is not None]
+
+
 def _filled(
-    asked: _Asked, pair: object, cases: Sequence[Case], parts: Mapping[str, NDArray[np.bool_]], resamples: int
-) -> SuitePair:
-    """Return a comparison with its figures; one over all requests with where the difference comes from."""
-    assert asked.contrast is not None
-    numbers = {name: value for name, value in vars(pair).items() if name not in ("a", "b")}
-    slices = _sliced(asked.contrast, cases, parts, resamples) if asked.frame.items is None else ()
-    return asked.frame.model_copy(update={**numbers, "slices": slices})
+    asked: Sequence[_Asked],
+    numbers: Sequence[Pair],
+    targets: Sequence[str],
+    parts: Mapping[str, NDArray[np.bool_]],
+    resamples: int,
+) -> tuple[SuitePair, ...]:
+    """Return comparisons with their figures; those over all requests with where the difference comes from."""
+    left, found = iter(numbers), []
+    for each in asked:
+        pair = each.frame
+        if each.contrast is not None:
+            pair = pair.model_copy(update=dict(next(left)))
+            if pair.items is None:
+                pair = pair.model_copy(update={"slices": _sliced(each.contrast, targets, parts, resamples)})
+        found.append(pair)
+    return tuple(found)
 
 
 def _sliced(
-    contrast: Contrast, cases: Sequence[Case], parts: Mapping[str, NDArray[np.bool_]], resamples: int
+    contrast: Contrast, targets: Sequence[str], parts: Mapping[str, NDArray[np.bool_]], resamples: int
 ) -> tuple[PairSlice, ...]:
     """Return a comparison over some of its requests; without a figure where they are too few to say anything."""
     found = []
@@ -146,12 +153,17 @@ def _sliced(
         places = np.flatnonzero(member).tolist()
         if not places:
             continue
-        targets = [str(cases[place].truth) for place in places] if name.startswith(_OF_TARGETS) else []
-        told = PairSlice(name=name, n=len(places), clusters=len(set(targets)) if targets else None)
+        by_target = name.startswith(_OF_TARGETS)
+        owners = [(targets if by_target else contrast.users)[place] for place in places]
+        told = PairSlice(name=name, n=len(places), clusters=len(set(owners)) if by_target else None)
         if len(places) >= FEW:
-            one, other = (replace(row, values=row.values[places]) for row in (contrast.a, contrast.b))
-            owners = targets or [contrast.users[place] for place in places]
-            (pair,) = exploratory([Contrast(contrast.metric, one, other, owners)], resamples=resamples)
+            (pair,) = exploratory([_on(contrast, places, owners)], resamples=resamples)
             told = told.model_copy(update={"value": pair.value, "low": pair.low, "high": pair.high})
         found.append(told)
     return tuple(found)
+
+
+def _on(contrast: Contrast, places: Sequence[int], owners: Sequence[str]) -> Contrast:
+    """Return a comparison on some of its requests, with whose they are."""
+    one, other = (replace(row, values=row.values[list(places)]) for row in (contrast.a, contrast.b))
+    return Contrast(contrast.metric, one, other, owners)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -152,9 +151,10 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         ),
     )
     stored = read_stage(path, key)
-    if stored is not None and row.fuse and any("of" not in values for values in _chosen(stored)):
-        # An earlier version chose the form with every seed anew.
-        stored = None
+    if stored is not None and row.fuse:
+        line = SuiteLine.model_validate(stored)
+        # An earlier version chose the form with every seed anew, and named no "of".
+        stored = stored if all("of" in line.parameters_of(seen) for seen in line.tables) else None
     if stored is None:
         tried = path.with_name(f"{path.stem}.trials.json")
         done = make_row(suite, row, splits, contenders, Trials(tried, key))
@@ -163,11 +163,6 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
     else:
         log.info("suite: reusing %s", path)
     return Done(SuiteLine.model_validate(stored), stored["values"])
-
-
-def _chosen(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the parameters of a stored row in each table."""
-    return [table.get("parameters") or stored.get("parameters") or {} for table in stored["tables"].values()]
 
 
 # --------------------------------------------------------------------------- all rows
