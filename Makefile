@@ -14,12 +14,13 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
 	@echo "make test         run the tests"
+	@echo "make test-slow    run the tests that make test skips: killed engines, real servers"
 	@echo "make lint         ruff, mypy, import-linter; hadolint and a schema for docker/"
 	@echo "make check-resolution   ask the package index what a set-up for a GPU would install (needs the network)"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
@@ -57,6 +58,9 @@ quickstart: setup
 test: setup
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-slow: setup
+	LLMREC_SLOW=1 $(BIN)/pytest -m slow $(ARGS)
+
 check-resolution: setup
 	LLMREC_NETWORK=1 $(BIN)/pytest tests/test_resolution.py $(ARGS)
 
@@ -82,7 +86,6 @@ bench-rank: setup
 	$(BIN)/python -m eval.benchmarks.rank_requests eval/results/rank.json $(ARGS)
 
 bench-recovery: setup
-	LLMREC_SLOW=1 $(BIN)/pytest -q tests/recovery/test_engine_death.py
 	$(BIN)/python -m tests.recovery.kills eval/results/recovery.json
 
 # RANX_PYTHON and RECTOOLS_PYTHON name interpreters of environments that have these libraries.

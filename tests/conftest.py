@@ -25,9 +25,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files that start engines first: at the end one process would wait for the other's engine."""
-    slow = {item.path for item in items if item.get_closest_marker("vllm")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Put files that start engines first: at the end one process would wait for the other's engine; skip slow tests."""
+    if os.environ.get("LLMREC_SLOW") != "1":
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: make test-slow"))
+    engines = {item.path for item in items if item.get_closest_marker("vllm")}
+    items.sort(key=lambda item: item.path not in engines)
 
 
 CHAT = (

@@ -26,7 +26,9 @@ from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
 from llmrec.tasks.pool import NEGATIVES
 from llmrec.tasks.rating import RatingTask, learned_only
+from llmrec.tasks.rows import Listwise
 from llmrec.train.batches import Classes, plan
+from llmrec.train.listwise import Listing
 from llmrec.train.rows import Sources, followed, streams
 from llmrec.train.shares import weighted
 from llmrec.train.steps import Steps
@@ -69,7 +71,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         refuse_words(study.recipe.model.name)
     shares = study.shares
     dropped = dict.fromkeys(shares, 0)
-    classes = _classes(study, encoder, paired=paired)
+    classes, listwise = _classes(study, encoder, paired=paired), listwise_of(study, paired=paired)
     families: list[str] = []
 
     def rows() -> Iterator[TokenRow]:
@@ -109,6 +111,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         seed=study.training_seed,
         width=width,
         band=section.band,
+        lists=listwise.size if listwise is not None else None,
     )
     for family, lost in dropped.items():
         if lost:
@@ -161,6 +164,32 @@ def _classes(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes
             column="tasks.rating.templates",
         )
     return Classes(encoder, task.scale)
+
+
+def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
+    """Return how training rows are learned as lists of candidates, where the recipe says so.
+
+    Raises:
+        RecipeError: If other families are trained beside them, or the model is an encoder-decoder.
+    """
+    found = {
+        family: task.listwise
+        for family in study.shares
+        if isinstance(task := study.training_tasks[family], Listing) and task.listwise is not None
+    }
+    if not found:
+        return None
+    ((family, listwise),) = found.items()
+    key, others = f"tasks.{family}.loss", [name for name in study.shares if name != family]
+    if others or paired:
+        what = (
+            f"{study.recipe.model.name} is an encoder-decoder, whose rows are not packed; choose another model"
+            if paired
+            else f"a loss over candidates is of another kind than that of {others[0]}; leave one of both out of "
+            "training (train.only), or set it to answer"
+        )
+        raise RecipeError(f"{key}: {what}", kind="contradiction", column=key)
+    return listwise
 
 
 def _size(row: TokenRow | None) -> int:
@@ -303,6 +332,7 @@ def _train(
         head=head,
         device=device(study.recipe.model),
         judge=None if judge is None else judge.model,
+        listwise=listwise_of(study),
     )
     del model, head
     release_memory()

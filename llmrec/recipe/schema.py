@@ -339,6 +339,11 @@ class DirectSection(TaskSection):
     baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 5
     profile: ProfileSection = ProfileSection()
+    loss: Literal["answer", "softmax", "lambda"] = Field(
+        "answer",
+        description="answer: cross-entropy of the answer's tokens; softmax, lambda: over the likelihoods of the "
+        "candidates' texts, where templates answer with an item, lambda weighing pairs by NDCG (LambdaRank)",
+    )
 
 
 class ExplanationSection(TaskSection):

@@ -10,11 +10,10 @@ from itertools import cycle, islice
 from typing import get_args
 
 from llmrec.data.split import request_id, request_of
-from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.prompts.template import Template, load_templates
+from llmrec.errors import DataError, RecipeError
+from llmrec.prompts.template import Template
 from llmrec.recipe.schema import DirectSection
 from llmrec.tasks.base import (
-    ABOUT_USER,
     NO,
     YES,
     Values,
@@ -33,9 +32,11 @@ from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.direct_answers import (
     asks_for,
     candidate_labels,
+    check_loss,
     check_strategies,
     check_words,
     fits,
+    profile_template,
     reader_of,
     refuse,
 )
@@ -44,7 +45,7 @@ from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_ranking
 from llmrec.tasks.pool import Negatives
 from llmrec.tasks.rating import find_scale
-from llmrec.tasks.rows import chat_example, solved_chat, with_shots
+from llmrec.tasks.rows import Listwise, chat_example, solved_chat, with_shots
 from llmrec.tasks.sequential import items_by_text, read_item
 from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose
@@ -83,6 +84,7 @@ class DirectTask(Task):
         for template in templates.values():
             check_words(template)
         check_strategies([templates[name] for name in self._chosen.evaluate], section.strategies)
+        check_loss(self._chosen.train, section.loss)
         self._asks_yes: set[str] = set()
         self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
         events = {user: data.train_events(user) for user in data.users()}
@@ -122,6 +124,17 @@ class DirectTask(Task):
             at, pool = self._question(user, rng)
             events = self._events[user]
             yield self._example(template, row, user, events[:at], events[at], pool)
+
+    @property
+    def listwise(self) -> Listwise | None:
+        """How rows are learned as lists of candidates; None: by their own tokens."""
+        return None if self._section.loss == "answer" else Listwise(self._section.loss, self._count)
+
+    def alternatives(self, example: Example) -> Sequence[Example]:
+        """Return a row whose template answers with an item once for each candidate, the chosen one first."""
+        template, noun = self._chosen.get(example.template.partition("/")[2]), self._data.dataset.noun
+        answers = (template.step({"noun": noun, "item": self._view.item(item)})[1] for item in example.negatives)
+        return (example, *(replace(example, answer=answer) for answer in answers))
 
     def cases(self, split: SplitName) -> list[Case]:
         """Return every held-out interaction with its stored candidates.
@@ -196,22 +209,8 @@ class DirectTask(Task):
 
     @cached_property
     def profile_template(self) -> Template:
-        """The words that ask what a user likes.
-
-        Raises:
-            RecipeError: If there is no template of the section's name.
-        """
-        known, name = load_templates("profile"), self._section.profile.template
-        if name not in known:
-            raise RecipeError(
-                f"tasks.direct.profile.template: there is no prompts/profile/{name}.yaml{did_you_mean(name, known)}; "
-                f"known: {', '.join(known)}",
-                kind="unknown-name",
-                column="tasks.direct.profile.template",
-            )
-        template = known[name]
-        template.check(turns=ABOUT_USER | {"history"}, lead=(), target={"text"})
-        return template
+        """The words that ask what a user likes."""
+        return profile_template(self._section.profile.template)
 
     @property
     def profile_tokens(self) -> int:

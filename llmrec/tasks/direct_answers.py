@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Literal
 
-from llmrec.errors import RecipeError
-from llmrec.prompts.template import Template
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.prompts.template import Template, load_templates
 from llmrec.tasks.base import ABOUT_USER, NO, USER_STATS, YES
 
 Asks = Literal["label", "item", "yes"]
@@ -90,6 +90,43 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
     for strategy in strategies:
         if not any(fits(template, strategy) for template in templates):
             refuse(templates[0], strategy)
+
+
+def check_loss(templates: Sequence[Template], loss: str) -> None:
+    """Check that what is trained has the candidates' own texts, where the loss is over their likelihoods.
+
+    Raises:
+        RecipeError: Naming the first template that has not.
+    """
+    other = next((template for template in templates if asks_for(template) != "item"), None)
+    if loss != "answer" and other is not None:
+        raise RecipeError(
+            f"tasks.direct.loss: {loss} is over the likelihoods of the candidates' texts, and {other.id} "
+            f"{_WORDS[asks_for(other)]}; train templates that answer with the item, such as next-title, or set it to "
+            "answer",
+            kind="contradiction",
+            at=other.id,
+            column="tasks.direct.loss",
+        )
+
+
+def profile_template(name: str) -> Template:
+    """Return the words that ask what a user likes, before candidates are shown.
+
+    Raises:
+        RecipeError: If there is no template of that name, or it shows more than the history.
+    """
+    known = load_templates("profile")
+    if name not in known:
+        raise RecipeError(
+            f"tasks.direct.profile.template: there is no prompts/profile/{name}.yaml{did_you_mean(name, known)}; "
+            f"known: {', '.join(known)}",
+            kind="unknown-name",
+            column="tasks.direct.profile.template",
+        )
+    template = known[name]
+    template.check(turns=ABOUT_USER | {"history"}, lead=(), target={"text"})
+    return template
 
 
 def refuse(template: Template, strategy: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from llmrec.prompts.template import Template
 from llmrec.tasks.base import PAST, Values, pairs_of
@@ -17,6 +18,17 @@ from llmrec.types import (
 
 Answered = Callable[[Values, Event], Values]
 """Puts what is true of an event into the values that a template's target shows."""
+
+
+ListLoss = Literal["softmax", "lambda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Listwise:
+    """How rows are learned as lists of candidates: the loss over a list, and how many candidates one has."""
+
+    loss: ListLoss
+    size: int
 
 
 def steps(values: Values, events: Sequence[Event], answered: Answered) -> list[Values]:

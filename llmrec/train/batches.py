@@ -17,7 +17,7 @@ from llmrec.backends.encode import IGNORED, Encoder, TokenRow, pieces
 from llmrec.models.traits import is_paired
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rating import Scale
-from llmrec.train.packing import Bin, bins
+from llmrec.train.packing import Bin, bins, one_bin
 from llmrec.train.seq2seq import paired_inputs
 from llmrec.train.steps import RowTable, Step, Steps
 from llmrec.types import Example
@@ -34,6 +34,7 @@ def plan(
     seed: int,
     width: int | None = None,
     band: int | None = None,
+    lists: int | None = None,
 ) -> Steps:
     """Group rows into steps of at most ``batch_tokens`` padded tokens, in seeded order.
 
@@ -44,6 +45,8 @@ def plan(
         seed: Decides the order of steps.
         width: Pack rows into masked rows of so many columns. None: rows of similar length stand together, padded.
         band: Packed rows of lists: how many lines before its own a token sees. None: all.
+        lists: Rows come as lists of so many candidates, the chosen one first, and each list is a masked row: targets of
+            the others get the weight 0. None: every row stands for itself.
     """
     rng = random.Random(seed)
     table = RowTable()
@@ -51,13 +54,18 @@ def plan(
     while len(planned) < steps:
         buffer: list[TokenRow] = []
         first, held = len(table), 0
-        while held < _BUFFER_STEPS * batch_tokens and (row := next(rows, None)) is not None:
+        while (held < _BUFFER_STEPS * batch_tokens or (lists and len(buffer) % lists)) and (
+            row := next(rows, None)
+        ) is not None:
             buffer.append(row)
             table.add(row)
             held += len(row.ids)
         if not buffer:
             break
-        if width is None:
+        if lists is not None:
+            made = [one_bin(buffer[start : start + lists]) for start in range(0, len(buffer), lists)]
+            cut = _cut_packed(sorted(made, key=lambda each: each.columns), batch_tokens)
+        elif width is None:
             cut = _cut(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens)
         else:
             made = bins(buffer, min(width, batch_tokens), band)
@@ -66,7 +74,7 @@ def plan(
         numbers = {id(row): first + n for n, row in enumerate(buffer)}
         for step in cut[: steps - len(planned)]:
             planned.add(step, numbers)
-    return planned
+    return planned if lists is None else planned.weighing([float(n % lists == 0) for n in range(len(table))])
 
 
 def _cut(rows: Sequence[TokenRow], batch_tokens: int) -> list[Step]:

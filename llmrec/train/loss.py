@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from llmrec.backends.encode import IGNORED
 from llmrec.models.traits import is_paired, plain_head
+from llmrec.tasks.rows import ListLoss
 
 # Rows of logits at a time.
 _CHUNK = 256
@@ -124,13 +126,42 @@ def packed_loss(model: Any, packed: Mapping[str, Any], by: StateLoss | None = No
         packed: The parts of a `llmrec.train.packing.Stacked` as tensors, by name.
         by: See `label_loss`.
     """
-    inputs = {
-        "input_ids": packed["ids"],
-        "position_ids": packed["places"],
-        "attention_mask": block_mask(model, packed["ends"]),
-    }
     after, wanted = packed["after"], packed["wanted"]
-    return _loss_at(model, inputs, lambda states: states.flatten(0, 1)[after], wanted, by, packed.get("weights"))
+    return _loss_at(
+        model, _masked(model, packed), lambda states: states.flatten(0, 1)[after], wanted, by, packed.get("weights")
+    )
+
+
+def target_losses(model: Any, packed: Mapping[str, Any]) -> Any:
+    """Return the cross-entropy of every target of masked rows, float32, shape (targets,), through any head.
+
+    Logits are made again in the backward pass, a few hundred targets at a time.
+
+    Args:
+        model: See `packed_loss`.
+        packed: See there.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    after, wanted, inputs = packed["after"], packed["wanted"], _masked(model, packed)
+    head, rows, places = _head(base)
+    if not plain_head(base.config, head):
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[after]
+        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[after]
+    weight = head.weight if rows is None else head.weight.index_copy(0, places, rows.to(head.weight.dtype))
+
+    def losses(states: Any, targets: Any) -> Any:
+        logits = (states.to(weight.dtype) @ weight.T).float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    parts = zip(hidden.split(_CHUNK), wanted.split(_CHUNK), strict=True)
+    return torch.cat([checkpoint(losses, states, targets, use_reentrant=False) for states, targets in parts])
+
+
+def _masked(model: Any, packed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a model reads of masked rows."""
+    mask = block_mask(model, packed["ends"])
+    return {"input_ids": packed["ids"], "position_ids": packed["places"], "attention_mask": mask}
 
 
 def block_mask(model: Any, ends: Any) -> Any:
@@ -173,6 +204,56 @@ def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:
     if counts is None:
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * counts).sum()
+
+
+def list_loss(model: Any, packed: Mapping[str, Any], size: int, kind: ListLoss) -> tuple[Any, float]:
+    """Return the summed loss over lists of candidates, and how many lists there are.
+
+    Args:
+        model: A causal language model that takes block masks, with or without PEFT adapters.
+        packed: The parts of a `llmrec.train.packing.Stacked` as tensors, by name: the rows of one list behind those of
+            the other, and targets of chosen candidates with a weight above 0.
+        size: Candidates a list.
+        kind: `softmax` or `lambda`.
+    """
+    owners, losses = packed["owners"], target_losses(model, packed)
+    count = int(owners.max()) + 1
+    scores = losses.new_zeros(count).index_add(0, owners, -losses).view(-1, size)
+    marks = losses.new_zeros(count).index_add(0, owners, packed["weights"].to(losses.dtype)).view(-1, size)
+    chosen = marks.argmax(1)
+    loss = {"softmax": softmax_loss, "lambda": lambda_loss}[kind]
+    return loss(scores, chosen), float(len(scores))
+
+
+def softmax_loss(scores: Any, chosen: Any) -> Any:
+    """Return the summed cross-entropy of the chosen among the candidates.
+
+    Args:
+        scores: Shape (lists, candidates).
+        chosen: Place of the chosen one, shape (lists,).
+    """
+    return torch.nn.functional.cross_entropy(scores, chosen, reduction="sum")
+
+
+def lambda_loss(scores: Any, chosen: Any) -> Any:
+    """Return LambdaRank's loss (Wang et al., The LambdaLoss Framework, CIKM 2018, section 4), summed over lists.
+
+    Every other candidate adds log2(1 + exp(s_other - s_chosen)), weighted by the difference in NDCG that their exchange
+    makes, |1 / log2(1 + rank of the chosen) - 1 / log2(1 + rank of the other)|, in the order of the scores as they are.
+    Equal scores stand in their listed order.
+
+    Args:
+        scores: Shape (lists, candidates).
+        chosen: Place of the chosen one, shape (lists,).
+    """
+    order = scores.detach().argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(1, scores.shape[1] + 1).to(order).expand_as(order))
+    discounts = 1 / torch.log2(1.0 + ranks)
+    place = chosen[:, None]
+    weights = (discounts - discounts.gather(1, place)).abs()
+    margins = scores - scores.gather(1, place)
+    # The chosen one has weight 0 beside itself.
+    return (weights * torch.nn.functional.softplus(margins)).sum() / torch.log(torch.tensor(2.0))
 
 
 def _head(base: Any) -> tuple[Any, Any, Any]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,7 @@ class Packed:
         after: The column that each target follows, shape (targets,).
         wanted: The target token, shape (targets,).
         weights: What each target counts, float32, shape (targets,).
+        owners: The number of each target's row, in the order of the rows' tokens, shape (targets,).
     """
 
     ids: Ints
@@ -58,6 +59,7 @@ class Packed:
     after: Ints
     wanted: Ints
     weights: NDArray[np.float32]
+    owners: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Stacked:
         after: Columns that targets follow, counted over all rows one behind the other, shape (targets,).
         wanted: Target tokens, shape (targets,).
         weights: What each target counts, float32, shape (targets,).
+        owners: The number of each target's row, counted over all masked rows one behind the other, shape (targets,).
     """
 
     ids: Ints
@@ -79,6 +82,7 @@ class Stacked:
     after: Ints
     wanted: Ints
     weights: NDArray[np.float32]
+    owners: Ints
 
 
 def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
@@ -94,6 +98,7 @@ def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
     size = sum(len(body.ids) for body in bodies)
     ids, places, ends = (np.zeros(size, dtype=np.int64) for _ in range(3))
     after, wanted, weights = [], [], []
+    owners = np.repeat(np.arange(len(bodies)), [len(body.targets) for body in bodies])
     path, columns = np.zeros(0, dtype=np.int64), 0
     for n, body in enumerate(bodies):
         shared = _shared(bodies[n - 1], body) if n else 0
@@ -110,7 +115,7 @@ def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
         weights.append(np.full(len(body.targets), body.row.weight, dtype=np.float32))
         columns = grown
     joined = np.concatenate(after), np.concatenate(wanted), np.concatenate(weights)
-    return Packed(ids[:columns], places[:columns], ends[:columns], *joined)
+    return Packed(ids[:columns], places[:columns], ends[:columns], *joined, owners)
 
 
 def stack(packed: Sequence[Packed], pad: int) -> Stacked:
@@ -124,7 +129,9 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
         ids[row, :filled], places[row, :filled], ends[row, :filled] = each.ids, each.places, each.ends
     after = np.concatenate([each.after + row * longest for row, each in enumerate(packed)])
     wanted, weights = (np.concatenate([getattr(each, name) for each in packed]) for name in ("wanted", "weights"))
-    return Stacked(ids, places, ends, after, wanted, weights)
+    before = accumulate((len(np.unique(each.owners)) for each in packed), initial=0)
+    owners = np.concatenate([each.owners + first for each, first in zip(packed, before, strict=False)])
+    return Stacked(ids, places, ends, after, wanted, weights, owners)
 
 
 def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[Bin]:
@@ -149,6 +156,11 @@ def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[
             filled.append([group])
             room.append(width - group.columns)
     return [_bin([body for group in groups for body in group.bodies], band) for groups in filled]
+
+
+def one_bin(rows: Sequence[TokenRow]) -> Bin:
+    """Return rows as one masked row, however wide."""
+    return _bin(_sorted_bodies(rows, None), None)
 
 
 def alike(one: Ints, two: Ints) -> int:

@@ -27,11 +27,12 @@ from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.traits import takes_block_mask
 from llmrec.models.whole_words import save_words
 from llmrec.recipe.schema import TrainSection
+from llmrec.tasks.rows import Listwise
 from llmrec.train.batches import laid_out, padded
 from llmrec.train.best import Best
 from llmrec.train.checkpoint import OnSave, keep_newest, newest
 from llmrec.train.follow import Follow
-from llmrec.train.loss import StateLoss, label_loss, packed_loss, rows_loss
+from llmrec.train.loss import StateLoss, label_loss, list_loss, packed_loss, rows_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.precision import adapters_as_they_are, mixed_precision, widen
 from llmrec.train.rating_head import HeadLoss, detach, measure, restore
@@ -67,6 +68,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose dataset rows are whole planned steps and whose head sees label rows only."""
 
     by: StateLoss | None = None
+    listwise: Listwise | None = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the schedule of the recipe, whose warm-up ends at the full learning rate and does not begin at 0.
@@ -83,9 +85,12 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss over the step's targets, each counted as its row says."""
+        """Return the mean loss over the step's targets, each counted as its row says, or over its lists."""
         with mixed_precision(model):
-            total, count = (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
+            if self.listwise is not None:
+                total, count = list_loss(model, inputs, self.listwise.size, self.listwise.loss)
+            else:
+                total, count = (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
         loss = total / (count or 1)
         return (loss, {}) if return_outputs else loss
 
@@ -118,6 +123,7 @@ def train(
     head: RatingHead | None = None,
     device: str | None = None,
     judge: Callable[[Any], float] | None = None,
+    listwise: Listwise | None = None,
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
@@ -137,6 +143,7 @@ def train(
         device: Where it trains, ``"cpu"`` or ``"cuda"``; None: on the GPU, if torch can use one.
         judge: A model -> its figure on the validation split, for ``train.judge``: the adapter of the best look is kept.
             None: that of the last step is.
+        listwise: Rows are lists of candidates, planned as such, and have a loss over these.
     """
     _one_process()
     started = time.monotonic()
@@ -178,7 +185,7 @@ def train(
             f"train.report_to {list(section.report_to)}: {error}", kind="bad-value", column="train.report_to"
         ) from error
     trainer.remove_callback(PrinterCallback)
-    trainer.by = by
+    trainer.by, trainer.listwise = by, listwise
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is not None:
         restore_words(model, checkpoint)

@@ -448,6 +448,7 @@ def run(tmp_path: Path, llama_folder: Path) -> Iterator[Run]:
     started.popen.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_real_engine_killed_in_mid_generate(run: Run) -> None:
     run.wait_for(run.busy)
@@ -459,6 +460,7 @@ def test_real_engine_killed_in_mid_generate(run: Run) -> None:
     assert "run the same command again to continue" in line
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_real_engine_stopped_in_mid_generate(run: Run) -> None:
     run.wait_for(run.busy)
@@ -470,6 +472,7 @@ def test_real_engine_stopped_in_mid_generate(run: Run) -> None:
     assert "run the same command again to continue" in line
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_real_engine_does_not_outlive_its_killed_owner(run: Run) -> None:
     run.wait_for(run.busy)

@@ -168,6 +168,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         end(process)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.vllm
 def test_the_server_answers_the_request_of_the_card(server: Server) -> None:
@@ -189,6 +190,7 @@ def test_the_server_answers_the_request_of_the_card(server: Server) -> None:
     assert choice["message"]["content"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.vllm
 def test_the_server_answers_like_transformers(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

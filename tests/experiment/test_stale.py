@@ -92,7 +92,14 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+# The others are slow: each is two runs, and most of them are also among the `FIELDS` below.
+ALWAYS = ("seed", "template", "candidates", "backend", "users")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(CHANGES[name], id=name, marks=() if name in ALWAYS else pytest.mark.slow) for name in CHANGES],
+)
 def test_no_change_gets_a_stale_answer(
     change: str, model: Path, base: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -18,8 +18,7 @@ import pytest
 from tests.recovery.test_recovery import answers
 
 pytest.importorskip("rouge_score", reason="the text extra is not installed")
-# Two and a half minutes; tests/backends/test_vllm_watch.py kills and stops the engine itself, in a fifth of that.
-pytestmark = pytest.mark.skipif(os.environ.get("LLMREC_SLOW") != "1", reason="slow: make bench-recovery")
+pytestmark = pytest.mark.slow
 
 USERS, BATCH = 24, 4
 RECIPE = (
