@@ -26,9 +26,11 @@ from llmrec.experiment.engines import Engines
 from llmrec.experiment.fusion.parts import (
     FUSIONS,
     NOTHING,
+    ONTO,
     Recalled,
     Weighing,
     answers_of,
+    classic,
     fusible,
     join,
     joins_model,
@@ -164,12 +166,19 @@ class Evaluation:
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
         if not cases or len(able) < 2:
             return []
+        models = spec.arm != "baseline"
         key = key_of(
-            llmrec=__version__, row=spec.id, parts=[row.key for row in able], cases=[case.request.id for case in cases]
+            llmrec=__version__,
+            row=spec.id,
+            parts=[row.key for row in able],
+            cases=[case.request.id for case in cases],
+            **({"onto": ONTO} if models else {}),
         )
 
         def make() -> Made:
-            model = join(spec.predictor, [part_of(row) for row in able], cases, family_of(spec.family).answer)
+            said = [part_of(row) for row in able]
+            onto = classic(self._study, spec.family, said[:-1], self._weighing.cases(spec.family)) if models else ()
+            model = join(spec.predictor, said, cases, family_of(spec.family).answer, onto=onto)
             return Made(self._measured(spec, model), "numpy", fusion=weights_of(model))
 
         try:

@@ -7,8 +7,9 @@ penalty, and whether a part alone does as well, are chosen by the error on users
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.special import expit, logit
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics.stats import StatisticName
-from llmrec.strategies.fusion_weights import FOLDS, Tried, Weights, folds_of, left_out, limits_of
+from llmrec.strategies.fusion_weights import FOLDS, Form, Tried, Weights, folds_of, left_out, limits_of
 from llmrec.strategies.weighed import Weighed
 from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
 
@@ -39,6 +40,10 @@ class _Line:
 
     def of(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(self.intercept + features @ self.weights)
+
+
+_Fit = Callable[["NDArray[np.float64]", "NDArray[np.float64]"], _Line]
+"""Fits a form to features and truths."""
 
 
 class Blend(Weighed):
@@ -68,7 +73,14 @@ class Blend(Weighed):
         """Of the parts."""
         return tuple(name for name, _ in self.parts)
 
-    def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
+    def fit(
+        self,
+        cases: Sequence[Case],
+        *,
+        dissect: bool = False,
+        only: Tried | None = None,
+        onto: Sequence[Weighed] = (),
+    ) -> None:
         """Fit the weights, and keep the form with the least cross-fitted error.
 
         Args:
@@ -76,6 +88,7 @@ class Blend(Weighed):
                 with 1 for yes and 0 for no.
             dissect: Fit the best form once more without each part, for the attribute ``without``.
             only: The form to fit, where it was chosen before: with another seed of the parts.
+            onto: Fitted blends of other parts than the last; the last may be put onto each of them.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
@@ -87,35 +100,45 @@ class Blend(Weighed):
         self._mute = np.array(
             [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in said.T]
         )
+        bases = [base for base in onto if isinstance(base, Blend)]
+        for base in bases:
+            self._mute[[self.names.index(name) for name in base.names]] = base._mute
         features = self._features(said)
         truth = np.array([float(case.truth) for case in cases])
         self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
-        forms = [("logit" if self._judges else "ridge", penalty) for penalty in _PENALTIES]
-        forms += [("alone", float(place)) for place in range(len(self.parts))]
-        names = self.names
-        said_of = {each: names[int(each[1])] if each[0] == "alone" else f"penalty {each[1]:g}" for each in forms}
+        if bases:
+            self._bounds = bases[0]._bounds
+        fits, beside = self._forms(bases)
         if only is not None:
-            forms = [each for each in forms if (each[0], said_of[each]) == (only.form, only.name)]
-        crossed = {each: self._crossed(*each, features, truth, folds) for each in forms}
+            fits = {each: fit for each, fit in fits.items() if each == (only.form, only.name)}
+        crossed = {each: self._crossed(fit, features, truth, folds) for each, fit in fits.items()}
         errors = {each: float(found.mean()) for each, found in crossed.items()}
-        self.tried = tuple(
-            Tried(each[0], said_of[each], -error)  # type: ignore[arg-type]
-            for each, error in errors.items()
-        )
-        form, setting = min(errors, key=lambda each: errors[each])
-        self._line = self._fit(form, setting, features, truth)
-        low, high = self._limits(self._line, features, truth, users) if form != "alone" else ((), ())
-        self.weights = Weights(form, tuple(self._line.weights.tolist()), 0.0, low, high)  # type: ignore[arg-type]
-        if dissect and form != "alone":
+        self.tried = tuple(Tried(form, name, -error) for (form, name), error in errors.items())
+        best = min(errors, key=lambda each: errors[each])
+        form, name = best
+        self._line = fits[best](features, truth)
+        self.weights = Weights(form, tuple(self._line.weights.tolist()))
+        if name in (base.name for base in bases):
+            return
+        # Values of ratings are squared errors.
+        statistic: StatisticName = "mean" if self._judges else "root_mean"
+        if name in beside:
+            if dissect:
+                less = self._error(beside[name].of(features), truth)
+                self.without = (left_out(self.names[-1], less, crossed[best], users, statistic),)
+            return
+        if form == "alone":
+            return
+        low, high = self._limits(self._line, features, truth, users)
+        self.weights = Weights(form, self.weights.parts, 0.0, low, high)
+        if dissect:
             rest = [
-                self._crossed(form, setting, np.delete(features, place, axis=1), truth, folds)
-                for place in range(len(names))
+                self._crossed(fits[best], np.delete(features, place, axis=1), truth, folds)
+                for place in range(len(self.names))
             ]
-            # Values of ratings are squared errors.
-            statistic: StatisticName = "mean" if self._judges else "root_mean"
             self.without = tuple(
-                left_out(name, values, crossed[form, setting], users, statistic)
-                for name, values in zip(names, rest, strict=True)
+                left_out(part, values, crossed[best], users, statistic)
+                for part, values in zip(self.names, rest, strict=True)
             )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -142,36 +165,65 @@ class Blend(Weighed):
         """Return answers with the part's mean over the cases of the fit where it is mute."""
         return np.where(np.isnan(said), self._mute, said)
 
+    def _forms(self, bases: Sequence[Blend]) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Line]]:
+        """Return what fits each form, by form and name, and the lines that the last part is put onto, by name."""
+        form: Form = "logit" if self._judges else "ridge"
+        fits: dict[tuple[Form, str], _Fit] = {
+            (form, f"penalty {penalty:g}"): partial(self._weigh, penalty) for penalty in _PENALTIES
+        }
+        for place, name in enumerate(self.names):
+            fits["alone", name] = partial(_given, _Line(0.0, np.eye(len(self.names))[place]))
+        beside = {}
+        for base in bases:
+            assert base._line is not None
+            weights = np.zeros(len(self.names))
+            weights[[self.names.index(name) for name in base.names]] = base._line.weights
+            line = _Line(base._line.intercept, weights)
+            fits[base.fitted.form, base.name] = partial(_given, line)
+            for penalty in _PENALTIES:
+                name = f"{base.name} and {self.names[-1]}, penalty {penalty:g}"
+                fits[form, name], beside[name] = partial(self._onto, line, penalty), line
+        return fits, beside
+
     def _crossed(
-        self,
-        form: str,
-        setting: float,
-        features: NDArray[np.float64],
-        truth: NDArray[np.float64],
-        folds: NDArray[np.int64],
+        self, fit: _Fit, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         """Return the error of each case under weights that were fitted to the other folds, shape (n,)."""
         found = np.empty(len(truth))
         for fold in range(FOLDS):
             inside, outside = folds != fold, folds == fold
-            line = self._fit(form, setting, features[inside], truth[inside])
+            line = fit(features[inside], truth[inside])
             found[outside] = self._error(line.of(features[outside]), truth[outside])
         return found
 
-    def _fit(self, form: str, setting: float, features: NDArray[np.float64], truth: NDArray[np.float64]) -> _Line:
-        count = features.shape[1]
-        if form == "alone":
-            return _Line(0.0, np.eye(count)[int(setting)])
+    def _onto(self, line: _Line, penalty: float, features: NDArray[np.float64], truth: NDArray[np.float64]) -> _Line:
+        """Return a line with the last part beside it; the penalty draws what the whole counts to 1, the part to 0."""
+        whole = line.of(features)
+        found = self._weigh(penalty, np.column_stack([whole, features[:, -1]]), truth, offset=whole)
+        weights = (1 + found.weights[0]) * line.weights
+        weights[-1] = found.weights[1]
+        return _Line(float(found.intercept + (1 + found.weights[0]) * line.intercept), weights)
+
+    def _weigh(
+        self,
+        penalty: float,
+        features: NDArray[np.float64],
+        truth: NDArray[np.float64],
+        offset: NDArray[np.float64] | None = None,
+    ) -> _Line:
+        """Return the line through features, beside an ``offset`` that counts as it is."""
+        count, before = features.shape[1], np.zeros(len(truth)) if offset is None else offset
         means, scales = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
         wide = (features - means) / scales
-        penalty = setting * len(truth)
-        if form == "ridge":
-            inverse = np.linalg.solve(wide.T @ wide + penalty * np.eye(count), wide.T @ (truth - truth.mean()))
+        penalty *= len(truth)
+        if not self._judges:
+            left = truth - before
+            inverse = np.linalg.solve(wide.T @ wide + penalty * np.eye(count), wide.T @ (left - left.mean()))
             weights = inverse / scales
-            return _Line(float(truth.mean() - means @ weights), weights)
+            return _Line(float(left.mean() - means @ weights), weights)
 
         def loss(free: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            total = free[0] + wide @ free[1:]
+            total = before + free[0] + wide @ free[1:]
             error = expit(total) - truth
             value = np.logaddexp(0, total).sum() - truth @ total + penalty / 2 * free[1:] @ free[1:]
             return float(value), np.concatenate([[error.sum()], wide.T @ error + penalty * free[1:]])
@@ -199,3 +251,7 @@ class Blend(Weighed):
             scores, curvature = wide * (values - truth)[:, None], wide.T @ wide
         low, high = limits_of(np.array([line.intercept, *line.weights]), scores, curvature, users)
         return low[1:], high[1:]
+
+
+def _given(line: _Line, features: NDArray[np.float64], truth: NDArray[np.float64]) -> _Line:
+    return line

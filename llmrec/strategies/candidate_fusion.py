@@ -62,13 +62,14 @@ class CandidateFusion(Weighed):
         """Of the parts."""
         return tuple(part.name for part in self.parts)
 
-    def fit(self, cases: Sequence[Case], *, dissect: bool = False) -> None:
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False, onto: Sequence[Weighed] = ()) -> None:
         """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users that no part has learned from or was chosen by. Those whose target is not
                 among the candidates say nothing about weights and are left out.
             dissect: Fit the best form once more without each part, for the attribute ``without``.
+            onto: Fitted fusions of other parts than the last; the last may be put onto each of them.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
@@ -83,7 +84,7 @@ class CandidateFusion(Weighed):
             [sets[place] for place in able],
             [[answers[place] for place in able] for answers in said],
         )
-        self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect)
+        self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect, onto=onto)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of each request; see `Predictor.answer`."""

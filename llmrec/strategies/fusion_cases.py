@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 
 from llmrec.metrics.ranking import ndcg
 from llmrec.strategies.fusion_weights import (
@@ -189,6 +189,54 @@ class Known:
         shares = np.zeros(len(self.raw))
         shares[used] = _softmax(found[: own.shape[1]])
         return Weights("pool", tuple(float(each) for each in shares), float(found[-1]) if self.repeats else 0.0)
+
+    def onto(self, base: Weights, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
+        """Return a fusion with the last part beside it: what the fusion as a whole counts, and what the part does.
+
+        In a logit both are fitted, and the ridge penalty draws them to 1 and 0; in a pool the part's share alone is.
+        So few cases say what a part adds to a fusion that many have weighed.
+
+        Args:
+            base: Weights of all parts but the last, which has 0.
+            rows: The cases to fit to.
+            start: Not needed: there are two numbers at most.
+        """
+        last = len(self.raw) - 1
+        if base.form == "pool":
+            return self._pooled_onto(base, rows)
+        whole = np.array([*base.parts, *([base.repeat] if self.repeats else [])])
+        inside = np.matmul(whole.astype(np.float32), self.features()[rows])
+        ranked = inside if self.out is None else inside[~self.out[rows]]
+        # Where all items of the history come last, their part of the sum says nothing of its spread.
+        spread = float(ranked[ranked > _NEVER / 2].std(dtype=np.float64))
+        scales = np.array([max(spread, 1e-6), max(self._spread(last, rows), 1e-6)])
+
+        def loss(free: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            weights = free[0] * whole
+            weights[last] += free[1]
+            value, gradient, _ = self._likelihood(weights, rows)
+            away = scales * (free - (1.0, 0.0))
+            slope = np.array([gradient @ whole, gradient[last]]) + 2 * _PENALTY * scales * away
+            return value + _PENALTY * float(away @ away), slope
+
+        found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0.0, None), (None, None)]).x
+        parts = found[0] * np.array(base.parts)
+        parts[last] = found[1]
+        return Weights("logit", tuple(parts.tolist()), float(found[0] * base.repeat))
+
+    def _pooled_onto(self, base: Weights, rows: NDArray[np.int64]) -> Weights:
+        own, seen = (each[rows] for each in self.shares())
+        shares, worth = np.array(base.parts), np.exp(base.repeat)
+        factor = np.where(self.had[rows, self.truth[rows]], worth, 1.0)
+
+        def loss(part: float) -> float:
+            mixed, history = ((1 - part) * (each @ shares) + part * each[:, -1] for each in (own, seen))
+            return float(-np.log(np.maximum(mixed * factor / (1 + (worth - 1) * history), 1e-300)).sum())
+
+        part = float(minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded").x)
+        parts = (1 - part) * shares
+        parts[-1] = part
+        return Weights("pool", tuple(parts.tolist()), base.repeat)
 
     def alone(self, place: int, rows: NDArray[np.int64]) -> float:
         """Return what is added to the scores of items of the history for a part alone: nothing, or all others first."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.fusion_cases import Known, forms
-from llmrec.strategies.fusion_weights import Tried, Weights, Without, folds_of, left_out
+from llmrec.strategies.fusion_weights import Fit, Tried, Weights, Without, folds_of, left_out
 from llmrec.types import Case
 
 # Cases that say what a part is worth, times items: each part takes the fits of all folds. At least so many cases.
@@ -65,9 +65,25 @@ class Weighed:
                     kind="leak",
                 )
 
-    def _choose(self, known: Known, users: Sequence[str], *, dissect: bool, only: Tried | None = None) -> None:
-        """Keep the form of a ranking with the best cross-fitted NDCG@10, or the given one, fitted to all cases."""
+    def _choose(
+        self,
+        known: Known,
+        users: Sequence[str],
+        *,
+        dissect: bool,
+        only: Tried | None = None,
+        onto: Sequence[Weighed] = (),
+    ) -> None:
+        """Keep the form of a ranking with the best cross-fitted NDCG@10, or the given one, fitted to all cases.
+
+        To the forms belong fusions ``onto`` which the last part may be put, as they are and with the part.
+        """
         folds, fits, every = folds_of(self.name, users), forms(known, self.names), np.arange(len(users))
+        bases = {base.name: _placed(base, self.names) for base in onto}
+        fits |= {(base.form, name): _as_is(base) for name, base in bases.items()}
+        beside = {name: f"{name} and {self.names[-1]}" for name in bases}
+        for name, base in bases.items():
+            fits["pool" if base.form == "pool" else "logit", beside[name]] = partial(known.onto, base)
         if only is not None:
             fits = {form: fit for form, fit in fits.items() if form == (only.form, only.name)}
         whole = {form: fit(every, None) for form, fit in fits.items()}
@@ -78,6 +94,15 @@ class Weighed:
             self.tried = (only,)
         best = max(self.tried, key=lambda each: each.value)
         self.weights = whole[best.form, best.name]
+        if best.name in bases:
+            return
+        put = next((name for name, each in beside.items() if each == best.name), None)
+        if put is not None:
+            if dissect:
+                fit = fits[best.form, best.name]
+                first, second = known.crossed(fit, self.weights, folds), known.ndcg(bases[put], every)
+                self.without = (left_out(self.names[-1], first, second, users),)
+            return
         if best.form == "logit":
             low, high = known.limits(self.weights, users)
             self.weights = Weights("logit", self.weights.parts, self.weights.repeat, low, high)
@@ -91,3 +116,13 @@ class Weighed:
             self.without = tuple(
                 left_out(name, all_parts, each, users[:count]) for name, each in zip(self.names, rest, strict=True)
             )
+
+
+def _placed(base: Weighed, names: Sequence[str]) -> Weights:
+    """Return the weights of a fusion over other parts as well, which have 0."""
+    known, found = dict(zip(base.names, base.fitted.parts, strict=True)), base.fitted
+    return Weights(found.form, tuple(known.get(name, 0.0) for name in names), found.repeat)
+
+
+def _as_is(base: Weights) -> Fit:
+    return lambda rows, start: base

@@ -79,6 +79,39 @@ def test_probabilities_get_the_weights_that_made_them() -> None:
     assert logit(answer.value) == pytest.approx(0.9 * one[0] + 0.5 * two[0] - 0.4, abs=0.4)
 
 
+@pytest.mark.parametrize("judges", [False, True])
+def test_a_part_that_few_cases_weigh_is_put_onto_a_blend_that_many_have_weighed(judges: bool) -> None:
+    rng = np.random.default_rng(4)
+    known = {name: rng.normal(0, 1, MANY) for name in ("one", "two", *map(str, range(8)))}
+    new, noise = rng.normal(0, 1, MANY), rng.normal(0, 1, MANY)
+    total = 0.6 * known["one"] + 0.4 * known["two"] + 0.8 * new
+    truth = (rng.random(MANY) < expit(2 * total)).astype(float) if judges else total + rng.normal(0, 0.5, MANY)
+
+    def said(parts: dict[str, NDArray[np.float64]]) -> Blend:
+        return _blend({name: expit(each) if judges else each for name, each in parts.items()}, judges=judges)
+
+    base, few = said(known), _cases(truth)[:120]
+    base.name = "base"
+    base.fit(_cases(truth))
+    for last, worth in ((new, True), (noise, False)):
+        joined = said({**known, "last": last})
+        joined.fit(few, dissect=True, onto=[base])
+        best = max(joined.tried, key=lambda each: each.value).name
+        assert best.startswith("base")
+        assert best.startswith("base and last") == worth
+        ratio = joined.fitted.parts[0] / joined.fitted.parts[1]
+        assert ratio == pytest.approx(base.fitted.parts[0] / base.fitted.parts[1])
+        if worth:
+            (without,) = joined.without
+            assert without.name == "last" and without.low > 0
+        else:
+            requests = [case.request for case in _cases(truth)[120:140]]
+            assert [a.value for a in joined.answer(requests)] == [  # type: ignore[union-attr]
+                a.value
+                for a in base.answer(requests)  # type: ignore[union-attr]
+            ]
+
+
 def test_the_truth_gets_all_of_the_weight() -> None:
     rng = np.random.default_rng(2)
     truth = rng.integers(1, 6, MANY).astype(np.float64)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
-from llmrec.strategies.fusion_weights import Kind, Weights
+from llmrec.strategies.fusion_weights import Form, Kind, Weights
+from llmrec.strategies.weighed import _placed
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
 
@@ -75,6 +76,68 @@ def test_a_part_that_knows_nothing_gets_no_weight_and_the_truth_gets_all_of_it()
     assert known["truth"] > known["noise"] + 0.2
     if fusion.without:
         assert fusion.without[0].loss > 0.2 and abs(fusion.without[1].loss) < 0.02
+
+
+def _halves(rng: np.random.Generator, count: int) -> list[NDArray[np.float64]]:
+    return [rng.normal(0, 1.2, (count, SIZE)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("form", ["logit", "pool"])
+def test_a_part_that_few_cases_weigh_is_put_onto_a_fusion_that_many_have_weighed(form: Form) -> None:
+    """What is new counts; the weights of the others keep their proportions, and rank as the joined scores do."""
+    rng = np.random.default_rng(1)
+    one, two, new = _halves(rng, 4 * USERS)
+    cases = _cases(rng, one + two + new)
+    base = CandidateFusion("base", [_voice("one", one), _voice("two", two)])
+    base.fit(cases)
+    base.weights = base.fitted if form == "logit" else Weights("pool", (0.3, 0.7))
+    joined = CandidateFusion("joined", [_voice("one", one), _voice("two", two), _voice("new", new)])
+    few = cases[:80]
+    joined.fit(few, dissect=True, onto=[base])
+    assert {each.name for each in joined.tried} == {"logit", "pool", "one", "two", "new", "base", "base and new"}
+    known = joined._known(
+        few,
+        [case.request.candidates or () for case in few],
+        [part.predictor.answer([case.request for case in few]) for part in joined.parts],
+    )
+    weights = known.onto(_placed(base, joined.names), np.arange(len(few)))
+    assert weights.form == form and weights.parts[2] > 0.1
+    assert weights.parts[0] / weights.parts[1] == pytest.approx(base.fitted.parts[0] / base.fitted.parts[1])
+    better, before = (known.ndcg(each, np.arange(len(few))).mean() for each in (weights, _placed(base, joined.names)))
+    assert better > before + 0.03
+
+
+def test_a_part_that_knows_nothing_leaves_the_fusion_as_it_is() -> None:
+    rng = np.random.default_rng(2)
+    one, two, noise = _halves(rng, 4 * USERS)
+    cases = _cases(rng, one + two)
+    base = CandidateFusion("base", [_voice("one", one), _voice("two", two)])
+    base.fit(cases)
+    joined = CandidateFusion("joined", [_voice("one", one), _voice("two", two), _voice("noise", noise)])
+    joined.fit(cases[:60], dissect=True, onto=[base])
+    figures = {each.name: each.value for each in joined.tried}
+    assert figures["base"] > figures["noise"] + 0.2
+    assert abs(joined.fitted.parts[2]) < 0.15
+    requests = [case.request for case in cases[60:]]
+    same = [
+        getattr(one, "items", ())[:3] == getattr(two, "items", ())[:3]
+        for one, two in zip(joined.answer(requests), base.answer(requests), strict=True)
+    ]
+    assert np.mean(same) > 0.8
+
+
+def test_what_a_part_put_onto_a_fusion_is_worth_is_said_of_it_alone() -> None:
+    rng = np.random.default_rng(3)
+    one, two, new, *others = (rng.normal(0, 1.2, (4 * USERS, SIZE)) for _ in range(9))
+    cases = _cases(rng, one + two + new + sum(others, np.zeros_like(one)) / 3)
+    known = [_voice("one", one), _voice("two", two), *(_voice(str(n), each) for n, each in enumerate(others))]
+    base = CandidateFusion("base", known)
+    base.fit(cases)
+    joined = CandidateFusion("joined", [*known, _voice("new", new)])
+    joined.fit(cases[:60], dissect=True, onto=[base])
+    assert max(joined.tried, key=lambda each: each.value).name == "base and new"
+    (without,) = joined.without
+    assert without.name == "new" and without.low > 0
 
 
 def test_two_halves_of_the_truth_are_better_than_either_also_by_their_places_alone() -> None:

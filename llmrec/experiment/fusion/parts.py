@@ -24,6 +24,7 @@ from llmrec.strategies.blend import Blend
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
 from llmrec.strategies.fusion import Fusion
 from llmrec.strategies.fusion_weights import FOLDS, Kind
+from llmrec.strategies.weighed import Weighed
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Unparsed
 
@@ -38,6 +39,9 @@ FUSIONS: Mapping[Reads, str] = {
 
 # Users that weigh, at most: more move no weight by much, and every baseline answers them.
 _MOST = 5000
+
+ONTO = 1
+"""Raised whenever a row of a model is joined with fusions otherwise than before: stored rows are made anew."""
 
 NOTHING = "random"
 """The baseline that knows nothing and is no part of a fusion."""
@@ -165,7 +169,15 @@ def _answer(request: str, said: Any) -> Answer:
     return Rating(request_id=request, value=float(said))
 
 
-def join(name: str, parts: Sequence[Recalled], cases: Sequence[Case], answer: type[Answer]) -> CandidateFusion | Blend:
+def join(
+    name: str,
+    parts: Sequence[Recalled],
+    cases: Sequence[Case],
+    answer: type[Answer],
+    *,
+    onto: Sequence[Weighed] = (),
+    dissect: bool = True,
+) -> CandidateFusion | Blend:
     """Fit a fusion of parts to the cases that weigh it.
 
     Args:
@@ -173,13 +185,33 @@ def join(name: str, parts: Sequence[Recalled], cases: Sequence[Case], answer: ty
         parts: Two or more, each with answers to all cases.
         cases: Validation cases; of yes/no answers with 1 or 0 as truth.
         answer: What the family answers with.
+        onto: Fusions of other parts than the last, weighed by more cases, onto which the last may be put.
+        dissect: Say what is lost without each part.
     """
     found: CandidateFusion | Blend
     if answer is Ranking:
         found = CandidateFusion(name, [Voice(part.name, part, part.kind) for part in parts])
     else:
         found = Blend(name, [(part.name, part) for part in parts], judges=answer is Probability)
-    found.fit(cases, dissect=True)
+    found.fit(cases, dissect=dissect, onto=onto)
+    return found
+
+
+def classic(
+    study: Study, family: str, parts: Sequence[Recalled], cases: Sequence[Case]
+) -> list[CandidateFusion | Blend]:
+    """Return the fusions of a family's baselines, each fitted to all cases that weigh it.
+
+    Args:
+        study: The study.
+        family: A chosen family.
+        parts: Baselines, with answers to all cases.
+        cases: See `join`.
+    """
+    found, answer = [], family_of(family).answer
+    for kind in fusible(study, family) if cases else ():
+        able = [part for part in parts if widest([part.reads, kind]) == kind]
+        found.append(join(FUSIONS[kind], able, cases, answer, dissect=False))
     return found
 
 

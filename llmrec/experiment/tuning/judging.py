@@ -15,16 +15,13 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.fusion.parts import (
-    FUSIONS,
     NOTHING,
     Recalled,
     Weighing,
-    fusible,
-    join,
+    classic,
     kind_of,
     of_first_users,
     reads_of,
-    widest,
 )
 from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study, build_task, draw_sets
@@ -128,10 +125,7 @@ class Judge:
                 answers = dict(zip([each.id for each in requests], predictor.answer(requests), strict=True))
                 reads = reads_of(section.name, section.parameters)
                 parts.append(Recalled(section.label, reads, kind_of(section.name), answers))
-        for kind in fusible(self.study, self.family) if weighers else ():
-            able = [part for part in parts if widest([part.reads, kind]) == kind]
-            found[FUSIONS[kind]] = self.figure(join(FUSIONS[kind], able, weighers, Ranking))
-        return found
+        return found | {each.name: self.figure(each) for each in classic(self.study, self.family, parts, weighers)}
 
     @cached_property
     def _protocol(self) -> EvalProtocol:
