@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import polars as pl
@@ -34,44 +35,118 @@ LISTS = 1
 """Raised whenever `Lists` lists others than before: stored models that depend on them are made anew."""
 
 
-def retrieve(data: SplitDataset, split: SplitName, section: CandidateSection, *, seed: int) -> CandidateSets:
+FUSED = "fusion"
+"""The retriever that joins the baselines of the family."""
+
+
+class Finder(Protocol):
+    """What finds candidates, as it is fitted to data."""
+
+    @property
+    def name(self) -> str:
+        """As recipes write it."""
+        ...
+
+    def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
+        """Return what is asked about held-out interactions, and the users it is asked about; None: all."""
+        ...
+
+    def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
+        """Return what has learned from training interactions alone, and from none of the users of a part.
+
+        Raises:
+            RecipeError: If it cannot be fitted without what is held out.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Single:
+    """One recommender.
+
+    Attributes:
+        name: Of a baseline that ranks.
+        seed: The run's seed.
+    """
+
+    name: str
+    seed: int
+
+    def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
+        """Return the recommender, fitted to training interactions; see `Finder`."""
+        model = lookup(BASELINES, self.name, "baseline")(seed=self.seed)
+        model.fit(data)
+        return [(model, None)]
+
+    def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
+        """Return the recommender, fitted to the interactions of the other parts; see `Finder`."""
+        made = lookup(BASELINES, self.name, "baseline")
+        if issubclass(made.Config, NeuralConfig):
+            raise RecipeError(
+                f"eval.candidates.retriever: {self.name} chooses its epoch on the validation split, and the lists of "
+                "training rows must not depend on that; choose another retriever, such as transitions, or train no "
+                "direct rows (tasks.direct.weight=0)",
+                kind="unsupported",
+                column="eval.candidates.retriever",
+            )
+        model: CatalogueScorer = made(seed=self.seed)
+        inside = [user for user, own in parts.items() if own == part]
+        model.fit(replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside))))  # type: ignore[attr-defined]
+        return model
+
+
+def finder_of(section: CandidateSection, seed: int) -> Single:
+    """Return the single recommender that a section names.
+
+    Raises:
+        RecipeError: If it is no baseline that ranks.
+    """
+    name = str(section.retriever)
+    check_retriever(name, "eval.candidates.retriever", FUSED)
+    return Single(name, seed)
+
+
+def retrieve(
+    data: SplitDataset, split: SplitName, section: CandidateSection, *, seed: int, finder: Finder | None = None
+) -> CandidateSets:
     """Return the best items of a retriever for every held-out interaction, in an order that tells nothing.
 
-    The retriever learns from training interactions and sees the history of the request; items of the history are left
-    out. Whether the held-out item is among its best is its own doing: where it is not, every ranking misses it. The
-    order is shuffled by a hash of the request, so that no ranker can copy the retriever.
+    The retriever sees the history of the request; items of the history are left out. Whether the held-out item is among
+    its best is its own doing: where it is not, every ranking misses it. The order is shuffled by a hash of the request,
+    so that no ranker can copy the retriever.
 
     Args:
         data: The split data.
         split: ``valid`` or ``test``.
         section: ``retriever`` and ``count``.
         seed: The run's seed.
+        finder: The retriever; None: the baseline that the section names.
 
     Raises:
         RecipeError: If the retriever is no baseline that ranks.
         DataError: If a history leaves fewer items than are asked for.
     """
-    name = str(section.retriever)
-    check_retriever(name, "eval.candidates.retriever")
-    model = lookup(BASELINES, name, "baseline")(seed=seed)
-    model.fit(data)
+    finder = finder or finder_of(section, seed)
     held = data.holdouts(split)
     sets: dict[str, tuple[str, ...]] = {}
-    for start in range(0, len(held), _BLOCK):
-        requests = [request_of(data, one, split) for one in held[start : start + _BLOCK]]
-        for request, items in zip(requests, best(model, requests, section.count), strict=True):
-            if len(items) < section.count:
-                raise DataError(
-                    f"user {request.user_id!r} has touched all but {len(items)} of {len(model.items)} items; set "
-                    "eval.candidates.count to at most that",
-                    kind="too-few",
-                    column="eval.candidates.count",
-                )
-            sets[request.id] = shuffled(items, request.id, seed)
-    found = CandidateSets.of(f"retrieved-{name}", section.count, seed, sets)
+    for model, users in finder.fitted(data, split):
+        asked = [one for one in held if users is None or one.user_id in users]
+        for start in range(0, len(asked), _BLOCK):
+            requests = [request_of(data, one, split) for one in asked[start : start + _BLOCK]]
+            for request, items in zip(requests, best(model, requests, section.count), strict=True):
+                if len(items) < section.count:
+                    raise DataError(
+                        f"user {request.user_id!r} has touched all but {len(items)} of {len(model.items)} items; set "
+                        "eval.candidates.count to at most that",
+                        kind="too-few",
+                        column="eval.candidates.count",
+                    )
+                sets[request.id] = shuffled(items, request.id, seed)
+    sets = {name: sets[name] for name in (request_id(one.user_id, one.item_id) for one in held)}
+    found = CandidateSets.of(f"retrieved-{finder.name}", section.count, seed, sets)
     log.info(
         "%s finds %.1f %% of the held-out items among %d",
-        name,
+        finder.name,
         100 * ceiling(found, {request_id(one.user_id, one.item_id): one.item_id for one in held}),
         section.count,
     )
@@ -92,11 +167,13 @@ class Lists:
         data: The split data.
         section: ``retriever`` and ``count``.
         seed: Of the retriever and of what is drawn.
+        finder: The retriever; None: the baseline that the section names.
     """
 
     data: SplitDataset
     section: CandidateSection
     seed: int
+    finder: Finder | None = None
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
         """Return places among a user's training events, and lists that hold the item of that event."""
@@ -108,32 +185,19 @@ class Lists:
 
     @cached_property
     def _held(self) -> Mapping[str, tuple[str, ...]]:
-        sets = retrieve(self.data, "valid", self.section, seed=self.seed).sets
+        sets = retrieve(self.data, "valid", self.section, seed=self.seed, finder=self.finder).sets
         targets = {request_id(held.user_id, held.item_id): held.item_id for held in self.data.holdouts("valid")}
         return {name: items for name, items in sets.items() if targets[name] in items}
 
     @cached_property
     def _made(self) -> Mapping[str, Sequence[tuple[int, tuple[str, ...]]]]:
+        finder = self.finder or finder_of(self.section, self.seed)
         found: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
         users = [user for user in self.data.users() if len(self.data.train_events(user)) > 1]
-        parts = np.array([hash_one("retrieved lists", self.seed, user) % _FOLDS for user in users])
-        model_name, looked = str(self.section.retriever), 0
-        made = lookup(BASELINES, model_name, "baseline")
-        if issubclass(made.Config, NeuralConfig):
-            raise RecipeError(
-                f"eval.candidates.retriever: {model_name} chooses its epoch on the validation split, and the lists of "
-                "training rows must not depend on that; choose another retriever, such as transitions, or train no "
-                "direct rows (tasks.direct.weight=0)",
-                kind="unsupported",
-                column="eval.candidates.retriever",
-            )
-        for part in range(_FOLDS):
-            inside = [user for user, own in zip(users, parts.tolist(), strict=True) if own == part]
-            if not inside:
-                continue
-            model = made(seed=self.seed)
-            model.fit(replace(self.data, train=self.data.train.filter(~pl.col("user_id").is_in(inside))))
-            asked = [(user, at) for user in inside for at in self._places(user)]
+        parts, looked = {user: hash_one("retrieved lists", self.seed, user) % _FOLDS for user in users}, 0
+        for part in sorted(set(parts.values())):
+            model = finder.apart(self.data, parts, part)
+            asked = [(user, at) for user in users if parts[user] == part for at in self._places(user)]
             looked += len(asked)
             for start in range(0, len(asked), _BLOCK):
                 block = asked[start : start + _BLOCK]
@@ -145,7 +209,7 @@ class Lists:
                     if len(items) == self.section.count and self.data.train_events(user)[at].item_id in items:
                         found.setdefault(user, []).append((at, tuple(items)))
         count = sum(map(len, found.values()))
-        log.info("%s finds %d of %d training events among %d", model_name, count, looked, self.section.count)
+        log.info("%s finds %d of %d training events among %d", finder.name, count, looked, self.section.count)
         return found
 
     def _places(self, user: str) -> list[int]:
@@ -154,18 +218,19 @@ class Lists:
         return sorted(rng.sample(places, min(_EVENTS, len(places))))
 
 
-def check_retriever(name: str, where: str) -> None:
+def check_retriever(name: str, where: str, *others: str) -> None:
     """Check that a baseline ranks.
 
     Args:
         name: Of the baseline.
         where: The key or option that names it.
+        others: What else can be named there.
 
     Raises:
         RecipeError: If it does not; the message lists those that do.
     """
-    known = RANKERS
-    if name not in known:
+    known = (*RANKERS, *others)
+    if name not in RANKERS:
         raise RecipeError(
             f"{where}: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from "
             f"{', '.join(known)}",

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import config_of
-from llmrec.baselines.retrieve import Lists, retrieve
+from llmrec.baselines.retrieve import FUSED, Lists, retrieve
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError, RecipeError
+from llmrec.experiment.fusion.retrieving import FusedFinder
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.told import Told, told, users
 from llmrec.index.semantic import item_vectors
@@ -262,8 +263,19 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
 
 def draw_sets(recipe: Recipe, data: SplitDataset, split: SplitName) -> CandidateSets:
     """Draw or retrieve the candidate sets of a split, as the recipe says."""
-    make = retrieve if recipe.eval.candidates.kind == "retrieved" else draw
-    return make(data, split, recipe.eval.candidates, seed=recipe.seed)
+    section = recipe.eval.candidates
+    if section.kind == "retrieved":
+        return retrieve(data, split, section, seed=recipe.seed, finder=_finder(recipe))
+    return draw(data, split, section, seed=recipe.seed)
+
+
+def _finder(recipe: Recipe) -> FusedFinder | None:
+    """Return the fusion that retrieves, of the baselines of the first family that ranks for users; None: a baseline."""
+    if recipe.eval.candidates.retriever != FUSED:
+        return None
+    family = next(name for name in recipe.tasks.present() if family_of(name).ranks_for_users)
+    baselines = recipe.tasks.present()[family].baselines
+    return FusedFinder(baselines, recipe.eval.fusion.reserved, recipe.seed)
 
 
 def _tasks(study: Study, seed: int) -> dict[str, Task]:
@@ -289,14 +301,17 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
         shot_choice=study.recipe.eval.shots.choice,
         index=study.codes(family),
         vectors=vectors_of(used.dataset.items, study.recipe.encoder),
-        lists=Lists(used, study.recipe.eval.candidates, seed) if _retrieves(study.recipe, family) else None,
+        lists=_lists(study.recipe, family, used, seed),
     )
     return family_of(family).task(section, inputs)
 
 
-def _retrieves(recipe: Recipe, family: str) -> bool:
-    """Whether training rows of a family show candidates that are retrieved, as its evaluation does."""
-    return family_of(family).lists and recipe.eval.candidates.kind == "retrieved"
+def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists | None:
+    """Return what training rows of a family show where candidates are retrieved; None: they are drawn."""
+    section = recipe.eval.candidates
+    if not family_of(family).lists or section.kind != "retrieved":
+        return None
+    return Lists(data, section, seed, _finder(recipe))
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:

@@ -622,7 +622,11 @@ class CandidateSection(Section):
         description="how negatives are drawn; retrieved: the best of `retriever`, with the target or without it; "
         "catalogue: every item that the history does not hold",
     )
-    retriever: str | None = Field(None, description="retrieved: a baseline that ranks, such as item-knn")
+    retriever: str | None = Field(
+        None,
+        description="retrieved: a baseline that ranks, such as item-knn, or fusion: of the baselines, weighed by "
+        "validation users",
+    )
 
     @model_validator(mode="after")
     def _retrieved_by_something(self) -> CandidateSection:

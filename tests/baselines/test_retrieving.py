@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.retrieve import Lists, ceiling, retrieve
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError, RecipeError
+from llmrec.experiment.fusion.retrieving import FusedFinder
 from llmrec.experiment.leaks.checks import redrawn
+from llmrec.experiment.study import build_study
 from llmrec.pipeline import run
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import CandidateSection
+from llmrec.recipe.schema import BaselineSection, CandidateSection
+from llmrec.strategies.fusion import Fusion
 from llmrec.types import Ranking, Request
 from tests.facts import Facts, raises
-from tests.tasks.task_data import make_split, make_task
+from tests.tasks.task_data import make_dataset, make_split, make_task
 
 DATA = make_split()
 SECTION = CandidateSection(kind="retrieved", retriever="item-knn", count=8)
@@ -157,6 +162,76 @@ def test_what_does_not_go_together_is_refused() -> None:
         CandidateSection(kind="retrieved")
     with pytest.raises(ValueError, match=r"eval\.candidates\.retriever"):
         CandidateSection(kind="uniform", retriever="item-knn")
+
+
+# --------------------------------------------------------------------------- a fusion retrieves
+
+NAMED = tuple(
+    BaselineSection(name=name) for name in ("random", "popularity", "item-knn", "markov-1", "transitions", "sasrec")
+)
+MANY = make_split(make_dataset(users=99))
+FUSION = FusedFinder(NAMED, 0.5, 0)
+FUSED_SECTION = CandidateSection(kind="retrieved", retriever="fusion", count=8)
+
+
+def test_a_fusion_retrieves_what_its_own_scores_say() -> None:
+    ((model, users),) = FUSION.fitted(MANY, "test")
+    assert isinstance(model, Fusion) and users is None
+    # What knows nothing, and what chooses its epoch by validation, is no part of it.
+    assert model.names == ("popularity", "item-knn", "markov-1", "transitions")
+    sets = retrieve(MANY, "test", FUSED_SECTION, seed=0, finder=FUSION)
+    assert sets.kind == "retrieved-fusion"
+    for held in MANY.holdouts("test")[:20]:
+        request = Request(id="r", user_id=held.user_id, history=MANY.history(held.user_id, "test"))
+        (row,) = model.scores([request])
+        known = dict(zip(model.items, row.tolist(), strict=True))
+        seen = {event.item_id for event in request.history}
+        chosen = set(sets.sets[request_id(held.user_id, held.item_id)])
+        rest = [score for item, score in known.items() if item not in seen | chosen]
+        assert len(chosen) == 8 and min(known[item] for item in chosen) >= max(rest)
+
+
+def test_nobody_weighs_the_fusion_that_retrieves_for_them() -> None:
+    """Validation users of one half are asked about a fusion that the other half weighed."""
+    (one, first), (two, second) = FUSION.fitted(MANY, "valid")
+    everybody = {held.user_id for held in MANY.holdouts("valid")}
+    assert first and second and not first & second and first | second == everybody
+    changed = replace(MANY, valid=MANY.valid.filter(~pl.col("user_id").is_in(list(first))))
+    assert one.fitted == FUSION.fitted(changed, "test")[0][0].fitted  # type: ignore[attr-defined]
+    assert one.fitted != two.fitted  # type: ignore[attr-defined]
+
+
+def test_training_lists_of_a_fusion_do_not_depend_on_what_is_held_out() -> None:
+    found = Lists(MANY, FUSED_SECTION, 0, FUSION)
+    other = Lists(redrawn(redrawn(MANY, "valid", 1), "test", 2), FUSED_SECTION, 0, FUSION)
+    lists = {user: found.of(user) for user in MANY.users()}
+    assert any(lists.values())
+    assert lists == {user: other.of(user) for user in MANY.users()}
+    parts = {user: n % 5 for n, user in enumerate(MANY.users())}
+    model = FUSION.apart(MANY, parts, 0)
+    inside = [user for user, own in parts.items() if own == 0]
+    without = replace(MANY, train=MANY.train.filter(~pl.col("user_id").is_in(inside)))
+    requests = [Request(id="r", user_id=inside[0], history=MANY.train_events(inside[0])[:3])]
+    assert np.array_equal(model.scores(requests), FUSION.apart(without, parts, 0).scores(requests))
+
+
+def test_a_recipe_retrieves_by_a_fusion(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    MANY.dataset.interactions.select("user_id", "item_id", "rating", "timestamp").write_csv(table)
+    page = tmp_path / "recipe.yaml"
+    words = (
+        f"name: fused\ndata: {{source: table, path: {table}, columns: {{rating: rating, time: timestamp}}}}\n"
+        "tasks: {direct: {strategies: [label], baselines: [random, popularity, item-knn, markov-1]}}\n"
+        "eval: {arms: [zero-shot], candidates: {kind: retrieved, retriever: fusion, count: 8}}\n"
+    )
+    page.write_text(words, encoding="utf-8")
+    study = build_study(load_recipe(str(page)))
+    assert study.candidates is not None and study.candidates.kind == "retrieved-fusion"
+    row = next(study.tasks["direct"].examples("train"))
+    assert len(row.negatives) == 7
+    alone = FusedFinder(NAMED[:2] + NAMED[-1:], 0.5, 0)
+    with raises(RecipeError, Facts("contradiction", column="eval.candidates.retriever", says="two baselines or more")):
+        alone.fitted(MANY, "test")
 
 
 def test_a_run_counts_what_was_not_retrieved_and_says_so(tmp_path: Path) -> None:

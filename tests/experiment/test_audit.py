@@ -43,6 +43,8 @@ SETTINGS = (
     "tasks.sequential.users=null",
     "tasks.rating.users=null",
     "tasks.rating.arms=null",
+    "tasks.direct.arms=null",
+    "tasks.direct.strategies=[label, list]",
     "tasks.direct.users=null",
     "tasks.explanation.users=null",
 )

@@ -1,0 +1,99 @@
+"""The fusion of a family's baselines as a retriever: what is ranked again is what the strongest control confuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import polars as pl
+
+from llmrec.baselines.neural import NeuralConfig
+from llmrec.baselines.parameters import make
+from llmrec.baselines.retrieve import FUSED
+from llmrec.data.split import SplitDataset, halves, request_of
+from llmrec.errors import RecipeError
+from llmrec.recipe.schema import BaselineSection
+from llmrec.registry import BASELINES, lookup
+from llmrec.strategies.fusion import Fusion, Part
+from llmrec.types import Case, CatalogueScorer, Request, SplitName
+
+_RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class FusedFinder:
+    """Joins baselines; those that know nothing or choose their epoch on the validation split are left out.
+
+    Attributes:
+        baselines: Of the family.
+        reserved: Share of the validation users that weigh.
+        seed: The run's seed.
+    """
+
+    baselines: Sequence[BaselineSection]
+    reserved: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As recipes write it."""
+        return FUSED
+
+    def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
+        """Return fusions weighed by validation users: about these themselves, by the half that is not asked about."""
+        parts = self._parts(data)
+        choose, weigh = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
+        by_weighers = _weighed(parts, _held(data, weigh))
+        if split != "valid":
+            return [(by_weighers, None)]
+        return [(by_weighers, frozenset(choose)), (_weighed(parts, _held(data, choose)), frozenset(weigh))]
+
+    def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
+        """Return a fusion that knows training interactions of other parts alone.
+
+        The last training interactions of the users of the next part weigh it, and its parts have not learned from them.
+        """
+        weighs = (part + 1) % (max(parts.values()) + 1)
+        users = {user for user, own in parts.items() if own == weighs}
+        inside = [user for user, own in parts.items() if own in (part, weighs)]
+        fitted = self._parts(replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside))))
+        return _weighed(fitted, [_last(data, user) for user in sorted(users)])
+
+    def _parts(self, data: SplitDataset) -> list[Part]:
+        """Return the baselines, fitted to training interactions.
+
+        Raises:
+            RecipeError: If there are fewer than two.
+        """
+        found = []
+        for section in self.baselines:
+            made = lookup(BASELINES, section.name, "baseline")
+            if section.name == _RANDOM or issubclass(made.Config, NeuralConfig):
+                continue
+            model = make(section.name, section.parameters, seed=self.seed)
+            model.fit(data)
+            found.append(Part(section.label, model, made.SCORES))
+        if len(found) < 2:
+            raise RecipeError(
+                f"eval.candidates.retriever: {FUSED} joins two baselines or more that choose no epoch by validation; "
+                "name them in the family's baselines, or choose another retriever",
+                kind="contradiction",
+                column="eval.candidates.retriever",
+            )
+        return found
+
+
+def _weighed(parts: Sequence[Part], cases: Sequence[Case]) -> Fusion:
+    fusion = Fusion(FUSED, parts, filtered=True)
+    fusion.fit(cases)
+    return fusion
+
+
+def _held(data: SplitDataset, users: set[str]) -> list[Case]:
+    held = [one for one in data.holdouts("valid") if one.user_id in users]
+    return [Case(request=request_of(data, one, "valid"), truth=one.item_id) for one in held]
+
+
+def _last(data: SplitDataset, user: str) -> Case:
+    *past, last = data.train_events(user)
+    return Case(request=Request(id=f"weighs/{user}", user_id=user, history=tuple(past)), truth=last.item_id)
