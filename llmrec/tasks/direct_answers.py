@@ -102,7 +102,7 @@ def check_loss(templates: Sequence[Template], loss: str) -> None:
     if loss != "answer" and other is not None:
         raise RecipeError(
             f"tasks.direct.loss: {loss} is over the likelihoods of the candidates' texts, and {other.id} "
-            f"{_WORDS[asks_for(other)]}; train templates that answer with the item, such as next-title, or set it to "
+            f"{_WORDS[asks_for(other)]}; train templates that answer with the item, such as which-title, or set it to "
             "answer",
             kind="contradiction",
             at=other.id,

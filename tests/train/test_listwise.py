@@ -35,7 +35,7 @@ name: lists
 model: {{name: "{model}", max_length: 512}}
 data: {{source: made-reviews, noun: products}}
 tasks:
-  direct: {{templates: [next-title], strategies: [likelihood], loss: {loss}, history: 3}}
+  direct: {{templates: [which-title], strategies: [likelihood], loss: {loss}, history: 3}}
 train: {{steps: 6, batch_tokens: 1500, max_row_tokens: 400, valid_rows: 4}}
 eval: {{candidates: {{count: 5}}}}
 """
@@ -53,7 +53,7 @@ def lists(count: int = 12) -> list[Example]:
                     id=f"{n}/{title}",
                     user_id="u",
                     task="direct",
-                    template="direct/next-title",
+                    template="direct/which-title",
                     messages=question,
                     answer=(Segment("target", title),),
                     ends_turn=True,
