@@ -30,7 +30,7 @@ from llmrec.experiment.fusion.parts import (
     Recalled,
     Weighing,
     answers_of,
-    classic,
+    bases_of,
     fusible,
     join,
     joins_model,
@@ -166,18 +166,17 @@ class Evaluation:
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
         if not cases or len(able) < 2:
             return []
-        models = spec.arm != "baseline"
         key = key_of(
             llmrec=__version__,
             row=spec.id,
             parts=[row.key for row in able],
             cases=[case.request.id for case in cases],
-            **({"onto": ONTO} if models else {}),
+            onto=ONTO,
         )
 
         def make() -> Made:
             said = [part_of(row) for row in able]
-            onto = classic(self._study, spec.family, said[:-1], self._weighing.cases(spec.family)) if models else ()
+            onto = bases_of(self._study, spec.family, said, self._weighing.cases(spec.family))
             model = join(spec.predictor, said, cases, family_of(spec.family).answer, onto=onto)
             return Made(self._measured(spec, model), "numpy", fusion=weights_of(model))
 

@@ -8,7 +8,7 @@ penalty, and whether a part alone does as well, are chosen by the error on users
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 from llmrec.errors import LlmrecError
 from llmrec.metrics.stats import StatisticName
 from llmrec.strategies.fusion_weights import FOLDS, Form, Tried, Weights, folds_of, left_out, limits_of
-from llmrec.strategies.weighed import Weighed
+from llmrec.strategies.weighed import Weighed, free_of
 from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:
@@ -40,6 +40,15 @@ class _Line:
 
     def of(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(self.intercept + features @ self.weights)
+
+
+@dataclass(frozen=True)
+class _Put:
+    """A line, the places of the parts that are put beside it, and the penalty."""
+
+    line: _Line
+    free: tuple[int, ...]
+    penalty: float
 
 
 _Fit = Callable[["NDArray[np.float64]", "NDArray[np.float64]"], _Line]
@@ -88,7 +97,7 @@ class Blend(Weighed):
                 with 1 for yes and 0 for no.
             dissect: Fit the best form once more without each part, for the attribute ``without``.
             only: The form to fit, where it was chosen before: with another seed of the parts.
-            onto: Fitted blends of other parts than the last; the last may be put onto each of them.
+            onto: Fitted blends of some of the parts; the others may be put onto each of them.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.
@@ -124,8 +133,13 @@ class Blend(Weighed):
         statistic: StatisticName = "mean" if self._judges else "root_mean"
         if name in beside:
             if dissect:
-                less = self._error(beside[name].of(features), truth)
-                self.without = (left_out(self.names[-1], less, crossed[best], users, statistic),)
+                put, values = beside[name], crossed[best]
+                self.without = tuple(
+                    left_out(
+                        self.names[place], self._less(put, place, features, truth, folds), values, users, statistic
+                    )
+                    for place in put.free
+                )
             return
         if form == "alone":
             return
@@ -165,8 +179,22 @@ class Blend(Weighed):
         """Return answers with the part's mean over the cases of the fit where it is mute."""
         return np.where(np.isnan(said), self._mute, said)
 
-    def _forms(self, bases: Sequence[Blend]) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Line]]:
-        """Return what fits each form, by form and name, and the lines that the last part is put onto, by name."""
+    def _less(
+        self,
+        put: _Put,
+        off: int,
+        features: NDArray[np.float64],
+        truth: NDArray[np.float64],
+        folds: NDArray[np.int64],
+    ) -> NDArray[np.float64]:
+        """Return the error of each case by a blend with further parts, less one of them; shape (n,)."""
+        rest = tuple(place for place in put.free if place != off)
+        if not rest:
+            return self._error(put.line.of(features), truth)
+        return self._crossed(partial(self._onto, replace(put, free=rest)), features, truth, folds)
+
+    def _forms(self, bases: Sequence[Blend]) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
+        """Return what fits each form, by form and name, and how further parts are put onto a blend, by name."""
         form: Form = "logit" if self._judges else "ridge"
         fits: dict[tuple[Form, str], _Fit] = {
             (form, f"penalty {penalty:g}"): partial(self._weigh, penalty) for penalty in _PENALTIES
@@ -180,9 +208,11 @@ class Blend(Weighed):
             weights[[self.names.index(name) for name in base.names]] = base._line.weights
             line = _Line(base._line.intercept, weights)
             fits[base.fitted.form, base.name] = partial(_given, line)
+            free = free_of(base, self.names)
             for penalty in _PENALTIES:
-                name = f"{base.name} and {self.names[-1]}, penalty {penalty:g}"
-                fits[form, name], beside[name] = partial(self._onto, line, penalty), line
+                name = f"{base.name} and {' and '.join(self.names[each] for each in free)}, penalty {penalty:g}"
+                beside[name] = _Put(line, free, penalty)
+                fits[form, name] = partial(self._onto, beside[name])
         return fits, beside
 
     def _crossed(
@@ -196,13 +226,14 @@ class Blend(Weighed):
             found[outside] = self._error(line.of(features[outside]), truth[outside])
         return found
 
-    def _onto(self, line: _Line, penalty: float, features: NDArray[np.float64], truth: NDArray[np.float64]) -> _Line:
-        """Return a line with the last part beside it; the penalty draws what the whole counts to 1, the part to 0."""
-        whole = line.of(features)
-        found = self._weigh(penalty, np.column_stack([whole, features[:, -1]]), truth, offset=whole)
-        weights = (1 + found.weights[0]) * line.weights
-        weights[-1] = found.weights[1]
-        return _Line(float(found.intercept + (1 + found.weights[0]) * line.intercept), weights)
+    def _onto(self, put: _Put, features: NDArray[np.float64], truth: NDArray[np.float64]) -> _Line:
+        """Return a line with further parts beside it; the penalty draws what the whole counts to 1, the parts to 0."""
+        whole, places = put.line.of(features), list(put.free)
+        found = self._weigh(put.penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
+        counts = 1 + found.weights[0]
+        weights = counts * put.line.weights
+        weights[places] = found.weights[1:]
+        return _Line(float(found.intercept + counts * put.line.intercept), weights)
 
     def _weigh(
         self,

@@ -69,7 +69,7 @@ class CandidateFusion(Weighed):
             cases: Validation cases of users that no part has learned from or was chosen by. Those whose target is not
                 among the candidates say nothing about weights and are left out.
             dissect: Fit the best form once more without each part, for the attribute ``without``.
-            onto: Fitted fusions of other parts than the last; the last may be put onto each of them.
+            onto: Fitted fusions of some of the parts; the others may be put onto each of them.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on all but a fifth of them.

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 
 from llmrec.metrics.ranking import ndcg
 from llmrec.strategies.fusion_weights import (
@@ -190,53 +190,64 @@ class Known:
         shares[used] = _softmax(found[: own.shape[1]])
         return Weights("pool", tuple(float(each) for each in shares), float(found[-1]) if self.repeats else 0.0)
 
-    def onto(self, base: Weights, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
-        """Return a fusion with the last part beside it: what the fusion as a whole counts, and what the part does.
+    def onto(
+        self, base: Weights, free: Sequence[int], rows: NDArray[np.int64], start: Weights | None = None
+    ) -> Weights:
+        """Return a fusion with further parts beside it: what the fusion as a whole counts, and what each part does.
 
-        In a logit both are fitted, and the ridge penalty draws them to 1 and 0; in a pool the part's share alone is.
-        So few cases say what a part adds to a fusion that many have weighed.
+        In a logit the ridge penalty draws them to 1 and 0; in a pool the fusion is a part like another. So a few cases
+        say what parts add to a fusion that many have weighed.
 
         Args:
-            base: Weights of all parts but the last, which has 0.
+            base: Weights of all parts, 0 of the further ones.
+            free: Places of these.
             rows: The cases to fit to.
-            start: Not needed: there are two numbers at most.
+            start: Not needed: there are few numbers.
         """
-        last = len(self.raw) - 1
         if base.form == "pool":
-            return self._pooled_onto(base, rows)
+            return self._pooled_onto(base, free, rows)
+        places = list(free)
         whole = np.array([*base.parts, *([base.repeat] if self.repeats else [])])
         inside = np.matmul(whole.astype(np.float32), self.features()[rows])
         ranked = inside if self.out is None else inside[~self.out[rows]]
         # Where all items of the history come last, their part of the sum says nothing of its spread.
         spread = float(ranked[ranked > _NEVER / 2].std(dtype=np.float64))
-        scales = np.array([max(spread, 1e-6), max(self._spread(last, rows), 1e-6)])
+        scales = np.array([max(each, 1e-6) for each in (spread, *(self._spread(place, rows) for place in places))])
+        begin = np.array([1.0, *(0.0 for _ in places)])
 
-        def loss(free: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            weights = free[0] * whole
-            weights[last] += free[1]
-            value, gradient, _ = self._likelihood(weights, rows)
-            away = scales * (free - (1.0, 0.0))
-            slope = np.array([gradient @ whole, gradient[last]]) + 2 * _PENALTY * scales * away
+        def placed(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+            weights: NDArray[np.float64] = numbers[0] * whole
+            weights[places] += numbers[1:]
+            return weights
+
+        def loss(numbers: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            value, gradient, _ = self._likelihood(placed(numbers), rows)
+            away = scales * (numbers - begin)
+            slope = np.array([gradient @ whole, *gradient[places]]) + 2 * _PENALTY * scales * away
             return value + _PENALTY * float(away @ away), slope
 
-        found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0.0, None), (None, None)]).x
-        parts = found[0] * np.array(base.parts)
-        parts[last] = found[1]
-        return Weights("logit", tuple(parts.tolist()), float(found[0] * base.repeat))
+        bounds = [(0.0, None), *((None, None) for _ in places)]
+        found = placed(minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=bounds).x)
+        parts = tuple(float(weight) for weight in found[: len(self.raw)])
+        return Weights("logit", parts, float(found[-1]) if self.repeats else 0.0)
 
-    def _pooled_onto(self, base: Weights, rows: NDArray[np.int64]) -> Weights:
-        own, seen = (each[rows] for each in self.shares())
-        shares, worth = np.array(base.parts), np.exp(base.repeat)
+    def _pooled_onto(self, base: Weights, free: Sequence[int], rows: NDArray[np.int64]) -> Weights:
+        own, seen = (
+            np.column_stack([each[rows] @ np.array(base.parts), each[rows][:, list(free)]]) for each in self.shares()
+        )
+        worth = np.exp(base.repeat)
         factor = np.where(self.had[rows, self.truth[rows]], worth, 1.0)
 
-        def loss(part: float) -> float:
-            mixed, history = ((1 - part) * (each @ shares) + part * each[:, -1] for each in (own, seen))
-            return float(-np.log(np.maximum(mixed * factor / (1 + (worth - 1) * history), 1e-300)).sum())
+        def loss(numbers: NDArray[np.float64]) -> float:
+            shares = _softmax(numbers)
+            mixed = (own @ shares) * factor / (1 + (worth - 1) * (seen @ shares))
+            return float(-np.log(np.maximum(mixed, 1e-300)).sum())
 
-        part = float(minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded").x)
-        parts = (1 - part) * shares
-        parts[-1] = part
-        return Weights("pool", tuple(parts.tolist()), base.repeat)
+        begin = np.zeros(own.shape[1])
+        shares = _softmax(minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x)
+        parts = shares[0] * np.array(base.parts)
+        parts[list(free)] = shares[1:]
+        return Weights("pool", tuple(float(each) for each in parts), base.repeat)
 
     def alone(self, place: int, rows: NDArray[np.int64]) -> float:
         """Return what is added to the scores of items of the history for a part alone: nothing, or all others first."""

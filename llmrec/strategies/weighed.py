@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.fusion_cases import Known, forms
-from llmrec.strategies.fusion_weights import Fit, Tried, Weights, Without, folds_of, left_out
+from llmrec.strategies.fusion_weights import Fit, Form, Tried, Weights, Without, folds_of, left_out
 from llmrec.types import Case
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Cases that say what a part is worth, times items: each part takes the fits of all folds. At least so many cases.
 _DISSECTED, _LEAST = 12_000_000, 500
@@ -76,14 +80,16 @@ class Weighed:
     ) -> None:
         """Keep the form of a ranking with the best cross-fitted NDCG@10, or the given one, fitted to all cases.
 
-        To the forms belong fusions ``onto`` which the last part may be put, as they are and with the part.
+        To the forms belong fusions ``onto`` which the parts that they lack may be put: as they are, and with these.
         """
         folds, fits, every = folds_of(self.name, users), forms(known, self.names), np.arange(len(users))
         bases = {base.name: _placed(base, self.names) for base in onto}
         fits |= {(base.form, name): _as_is(base) for name, base in bases.items()}
-        beside = {name: f"{name} and {self.names[-1]}" for name in bases}
-        for name, base in bases.items():
-            fits["pool" if base.form == "pool" else "logit", beside[name]] = partial(known.onto, base)
+        free = {base.name: free_of(base, self.names) for base in onto}
+        beside = {f"{name} and {' and '.join(self.names[place] for place in free[name])}": name for name in bases}
+        for said, name in beside.items():
+            form: Form = "pool" if bases[name].form == "pool" else "logit"
+            fits[form, said] = partial(known.onto, bases[name], free[name])
         if only is not None:
             fits = {form: fit for form, fit in fits.items() if form == (only.form, only.name)}
         whole = {form: fit(every, None) for form, fit in fits.items()}
@@ -96,12 +102,15 @@ class Weighed:
         self.weights = whole[best.form, best.name]
         if best.name in bases:
             return
-        put = next((name for name, each in beside.items() if each == best.name), None)
-        if put is not None:
+        if best.name in beside:
+            base = bases[beside[best.name]]
             if dissect:
-                fit = fits[best.form, best.name]
-                first, second = known.crossed(fit, self.weights, folds), known.ndcg(bases[put], every)
-                self.without = (left_out(self.names[-1], first, second, users),)
+                places = free[beside[best.name]]
+                first = known.crossed(fits[best.form, best.name], self.weights, folds)
+                self.without = tuple(
+                    left_out(self.names[place], first, _less(known, base, places, place, folds), users)
+                    for place in places
+                )
             return
         if best.form == "logit":
             low, high = known.limits(self.weights, users)
@@ -116,6 +125,21 @@ class Weighed:
             self.without = tuple(
                 left_out(name, all_parts, each, users[:count]) for name, each in zip(self.names, rest, strict=True)
             )
+
+
+def _less(
+    known: Known, base: Weights, places: Sequence[int], off: int, folds: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return NDCG@10 of each case by a fusion with further parts, less one of them; shape (n,)."""
+    rest, every = [place for place in places if place != off], np.arange(len(known.truth))
+    if not rest:
+        return known.ndcg(base, every)
+    return known.crossed(partial(known.onto, base, rest), base, folds)
+
+
+def free_of(base: Weighed, names: Sequence[str]) -> tuple[int, ...]:
+    """Return the places of the parts that a fusion lacks."""
+    return tuple(place for place, name in enumerate(names) if name not in base.names)
 
 
 def _placed(base: Weighed, names: Sequence[str]) -> Weights:

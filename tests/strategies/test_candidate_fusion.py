@@ -100,7 +100,7 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_fusion_that_many_have_weighed
         [case.request.candidates or () for case in few],
         [part.predictor.answer([case.request for case in few]) for part in joined.parts],
     )
-    weights = known.onto(_placed(base, joined.names), np.arange(len(few)))
+    weights = known.onto(_placed(base, joined.names), [2], np.arange(len(few)))
     assert weights.form == form and weights.parts[2] > 0.1
     assert weights.parts[0] / weights.parts[1] == pytest.approx(base.fitted.parts[0] / base.fitted.parts[1])
     better, before = (known.ndcg(each, np.arange(len(few))).mean() for each in (weights, _placed(base, joined.names)))

@@ -41,7 +41,7 @@ FUSIONS: Mapping[Reads, str] = {
 _MOST = 5000
 
 ONTO = 1
-"""Raised whenever a row of a model is joined with fusions otherwise than before: stored rows are made anew."""
+"""Raised whenever rows are joined otherwise than before: stored rows of fusions are made anew."""
 
 NOTHING = "random"
 """The baseline that knows nothing and is no part of a fusion."""
@@ -185,7 +185,7 @@ def join(
         parts: Two or more, each with answers to all cases.
         cases: Validation cases; of yes/no answers with 1 or 0 as truth.
         answer: What the family answers with.
-        onto: Fusions of other parts than the last, weighed by more cases, onto which the last may be put.
+        onto: Fusions of some of the parts, onto which the others may be put; more cases may have weighed them.
         dissect: Say what is lost without each part.
     """
     found: CandidateFusion | Blend
@@ -197,21 +197,22 @@ def join(
     return found
 
 
-def classic(
+def bases_of(
     study: Study, family: str, parts: Sequence[Recalled], cases: Sequence[Case]
 ) -> list[CandidateFusion | Blend]:
-    """Return the fusions of a family's baselines, each fitted to all cases that weigh it.
+    """Return the fusions of a family's baselines that join some of the parts and not all, onto which others may be put.
 
     Args:
         study: The study.
         family: A chosen family.
-        parts: Baselines, with answers to all cases.
-        cases: See `join`.
+        parts: Baselines with answers to all cases, and others behind them.
+        cases: All that weigh the baselines.
     """
-    found, answer = [], family_of(family).answer
+    found: list[CandidateFusion | Blend] = []
     for kind in fusible(study, family) if cases else ():
         able = [part for part in parts if widest([part.reads, kind]) == kind]
-        found.append(join(FUSIONS[kind], able, cases, answer, dissect=False))
+        if len(able) < len(parts):
+            found.append(join(FUSIONS[kind], able, cases, family_of(family).answer, onto=found, dissect=False))
     return found
 
 

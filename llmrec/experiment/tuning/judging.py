@@ -15,13 +15,17 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.fusion.parts import (
+    FUSIONS,
     NOTHING,
     Recalled,
     Weighing,
-    classic,
+    bases_of,
+    fusible,
+    join,
     kind_of,
     of_first_users,
     reads_of,
+    widest,
 )
 from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study, build_task, draw_sets
@@ -125,7 +129,11 @@ class Judge:
                 answers = dict(zip([each.id for each in requests], predictor.answer(requests), strict=True))
                 reads = reads_of(section.name, section.parameters)
                 parts.append(Recalled(section.label, reads, kind_of(section.name), answers))
-        return found | {each.name: self.figure(each) for each in classic(self.study, self.family, parts, weighers)}
+        for kind in fusible(self.study, self.family) if weighers else ():
+            able = [part for part in parts if widest([part.reads, kind]) == kind]
+            onto = bases_of(self.study, self.family, able, weighers)
+            found[FUSIONS[kind]] = self.figure(join(FUSIONS[kind], able, weighers, Ranking, onto=onto))
+        return found
 
     @cached_property
     def _protocol(self) -> EvalProtocol:
