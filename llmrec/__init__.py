@@ -9,24 +9,30 @@ Three lines do what the command line does::
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "load_recipe", "run"]
+__all__ = ["Recipe", "__version__", "check", "init", "load_recipe", "run"]
 
 if TYPE_CHECKING:
+    from llmrec.commands.init.frame import init as init
+    from llmrec.pipeline import check as check
     from llmrec.pipeline import run as run
     from llmrec.recipe.load import load_recipe as load_recipe
+    from llmrec.recipe.schema import Recipe as Recipe
+
+_HOMES = {
+    "Recipe": "llmrec.recipe.schema",
+    "check": "llmrec.pipeline",
+    "init": "llmrec.commands.init.frame",
+    "load_recipe": "llmrec.recipe.load",
+    "run": "llmrec.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the two public functions on first use, so that ``import llmrec`` stays quick."""
-    if name == "load_recipe":
-        from llmrec.recipe.load import load_recipe
-
-        return load_recipe
-    if name == "run":
-        from llmrec.pipeline import run
-
-        return run
+    """Import the public names on first use, so that ``import llmrec`` stays quick."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'llmrec' has no attribute {name!r}")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
+from llmrec.data.frames import with_frames
 from llmrec.data.split import SplitDataset
+from llmrec.data.stats import statistics
 from llmrec.durable import replacing, write_text
 from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment import audit, index_report
@@ -27,9 +30,10 @@ from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.runs import start_of
 from llmrec.experiment.study import Study, build_study, folder_of
+from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
 from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
-from llmrec.recipe.load import dump
+from llmrec.recipe.load import as_recipe, dump
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.report.audit import AuditLine
@@ -58,23 +62,35 @@ class Run:
     report: Path
 
 
-def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, may_train: bool = True) -> Run:
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: Path | str | None = None,
+    *,
+    data: Any = None,
+    items: Any = None,
+    quiet: bool = False,
+    may_train: bool = True,
+) -> Run:
     """Run a whole recipe and return its results.
 
     The stages: data and base model (`open_session`); plan, train and merge (`llmrec.experiment.training`); baselines,
     then language-model rows (`llmrec.experiment.evaluation`); results, audit, report.
 
     Args:
-        recipe: From `llmrec.load_recipe`.
+        recipe: From `llmrec.load_recipe`, the path of a page, or its sections as a mapping.
         out: The run folder; ``runs/<name>`` by default.
+        data: Interactions as a frame, in place of ``data.path``; see `llmrec.data.frames.with_frames`.
+        items: One row an item, as a frame, in place of ``data.items``.
         quiet: Show no progress bars.
         may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error.
 
     Raises:
         RecipeError: If the tuned arm has no adapter and ``may_train`` is off.
     """
+    recipe = as_recipe(recipe)
     folder = folder_of(recipe, Path(out) if out is not None else None)
     with locked(folder, RUN):
+        recipe = with_frames(recipe, folder, data, items)
         session = open_session(recipe, folder, quiet=quiet)
         training = None
         if "tuned" in recipe.eval.arms:
@@ -90,6 +106,40 @@ def run(recipe: Recipe, out: Path | str | None = None, *, quiet: bool = False, m
         rows, written = session.evaluate(training)
         made = Made(written.results, written.predictions, session.audit(written), session.item_index)
         return Run(folder, written.results, rows, page.write(folder, made)["html"])
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found.
+
+    Attributes:
+        cases: How many held-out cases each family is asked about.
+        statistics: Of the data and its split, as `llmrec data` prints them.
+        warnings: Where profiles name what is held out.
+    """
+
+    cases: Mapping[str, int]
+    statistics: Mapping[str, object]
+    warnings: tuple[str, ...]
+
+
+def check(recipe: Recipe | str | Path | Mapping[str, Any], *, data: Any = None, items: Any = None) -> Checked:
+    """Validate a recipe, its data, templates and names, without loading weights and without a run folder.
+
+    Args:
+        recipe: See `run`.
+        data: See there.
+        items: See there.
+
+    Raises:
+        DataError: If the data cannot be used.
+        RecipeError: If the recipe cannot be.
+    """
+    with TemporaryDirectory() as place:
+        study = build_study(with_frames(as_recipe(recipe), Path(place), data, items))
+    warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
+    cases = {family: len(study.cases(family)) for family in study.tasks}
+    return Checked(cases, statistics(study.data), tuple(warnings))
 
 
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> dict[str, Any]:

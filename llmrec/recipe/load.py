@@ -44,6 +44,41 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _validated(Recipe, values, lines, file, overrides)
 
 
+def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Return a recipe from whatever says what it is.
+
+    Args:
+        recipe: A recipe, the path of a page, or its sections as a mapping; a mapping may leave out ``name``.
+        overrides: Such as ``train.steps=20``.
+
+    Raises:
+        RecipeError: If a key or a value is wrong, or a finished recipe is to be overridden.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise RecipeError(
+                "overrides change pages and mappings, and this recipe is read already; give them to load_recipe",
+                kind="contradiction",
+            )
+        return recipe
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, overrides)
+    values = json.loads(json.dumps({"name": "recipe", **recipe}, default=_plain))
+    return _validated(Recipe, values, {}, Path("recipe"), overrides)
+
+
+def _plain(value: Any) -> Json:
+    if isinstance(value, BaseModel):
+        dumped: Json = value.model_dump(mode="json")
+        return dumped
+    if isinstance(value, Path):
+        return str(value)
+    raise RecipeError(
+        f"recipe: {type(value).__name__} {value!r} is no value of a recipe; write texts, numbers, lists and mappings",
+        kind="bad-value",
+    )
+
+
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     """Read a suite, such as ``eval/suites/movielens-100k.yaml``, and apply overrides such as ``seeds=[0]``.
 

@@ -34,11 +34,18 @@ class Made:
 
     Attributes:
         recipe: The file that it wrote.
-        told: What it found and decided, ready to be printed.
+        found: What it found and decided, ready to be printed.
+        then: What to do with the recipe on the command line.
     """
 
     recipe: Path
-    told: str
+    found: str
+    then: str
+
+    @property
+    def told(self) -> str:
+        """Both."""
+        return f"{self.found}\n{self.then}"
 
 
 def init(
@@ -98,7 +105,7 @@ def init(
     plan, recipe = _write(page, target, check=used.whole and plan.facts.rows <= _CHECKED_ROWS)
     told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
     told += _hints(path, roles, items_path, used, plan)
-    return Made(target, "\n".join([*told, *_next(recipe, target, plan)]))
+    return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)))
 
 
 # --------------------------------------------------------------------------- files and names

@@ -1,0 +1,60 @@
+"""`llmrec.init`: looks at a frame in memory and says what recipe it makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from llmrec.commands.init import start
+from llmrec.commands.init.roles import asked
+from llmrec.data.frames import as_arrow
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What `init` made of a frame.
+
+    Attributes:
+        recipe: For `llmrec.run`, which takes the frame as ``data`` and the items as ``items``.
+        found: Which column was taken for what, and why; what the data is like; which tasks it can carry.
+    """
+
+    recipe: Recipe
+    found: str
+
+
+def init(frame: Any, items: Any = None, *, name: str = "frame", **columns: str) -> Begun:
+    """Look at a frame and return a recipe for it.
+
+    Args:
+        frame: Interactions; see `llmrec.data.frames.with_frames`.
+        items: One row an item, as a frame.
+        name: The recipe's name.
+        columns: What is known: ``user``, ``item``, ``rating``, ``time``, ``title``, ``text``, ``split``, and ``fields``
+            with commas between them, as the options of `llmrec init`; ``none`` says that there is no such column.
+
+    Raises:
+        DataError: If the frame cannot be judged, or no task can be made of it.
+    """
+    with TemporaryDirectory() as place:
+        tables = {}
+        for key, each in (("interactions", frame), ("items", items)):
+            if each is not None:
+                tables[key] = str(Path(place) / f"{key}.parquet")
+                pq.write_table(as_arrow(each, f"{key} frame"), tables[key])
+        made = start.init(
+            tables["interactions"],
+            items=tables.get("items"),
+            out=Path(place) / "recipe.yaml",
+            name=name,
+            asked=asked(**columns),
+        )
+        recipe = load_recipe(made.recipe)
+    data = recipe.data.model_copy(update={"path": None, "items": None})
+    return Begun(recipe.model_copy(update={"data": data}), made.found)

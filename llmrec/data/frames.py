@@ -1,0 +1,94 @@
+"""Frames in memory as data: they become Parquet files in the run folder, and from there on are like other tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmrec.data.reading.limits import reason
+from llmrec.durable import replacing
+from llmrec.errors import DataError, RecipeError
+from llmrec.recipe.schema import Recipe
+
+FOLDER = "data"
+"""Where frames lie in a run folder."""
+_NAMES: Mapping[str, str] = {"path": "interactions", "items": "items"}
+
+
+def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = None) -> Recipe:
+    """Write frames to a folder and return the recipe that reads them from there.
+
+    Equal frames are equal files, so that a later run of the same recipe over them reuses what the first one made.
+
+    Args:
+        recipe: The recipe; its ``data.path`` and ``data.items`` are replaced, and its source must be ``table``.
+        folder: The run folder.
+        data: Interactions: a pandas or polars frame, an Arrow table, a `datasets.Dataset`, anything else with
+            ``__arrow_c_stream__``, a list of dictionaries, or a dictionary of columns; None: as the recipe says.
+        items: One row an item, in any of these; None: as the recipe says.
+
+    Raises:
+        RecipeError: If the recipe's source is no table, or names a file a part.
+        DataError: If a frame is of another kind, or a column cannot be written.
+    """
+    if data is None and items is None:
+        return recipe
+    section = recipe.data
+    if section.source != "table" or section.files is not None:
+        what = "data.files names the files of the parts" if section.files is not None else f"it is {section.source!r}"
+        raise RecipeError(
+            f"data.source: a frame is a table, and {what}; set data.source=table and drop what names another source",
+            kind="contradiction",
+            column="data.source",
+        )
+    changed: dict[str, str] = {}
+    for key, frame in (("path", data), ("items", items)):
+        if frame is not None:
+            changed[key] = str(_written(frame, folder / FOLDER / f"{_NAMES[key]}.parquet", f"{_NAMES[key]} frame"))
+    return recipe.model_copy(update={"data": section.model_copy(update=changed)})
+
+
+def _written(frame: Any, target: Path, name: str) -> Path:
+    table = as_arrow(frame, name)
+    with replacing(target) as draft:
+        pq.write_table(table, draft)
+    return target
+
+
+def as_arrow(frame: Any, name: str) -> Any:
+    """Return a frame as an Arrow table.
+
+    Args:
+        frame: See `with_frames`.
+        name: What messages call it.
+
+    Raises:
+        DataError: If it is no frame, or a column holds values of several kinds.
+    """
+    try:
+        if isinstance(frame, list):
+            return pa.Table.from_pylist(frame)
+        if isinstance(frame, Mapping):
+            return pa.table(dict(frame))
+        if hasattr(frame, "with_format") and hasattr(frame, "features"):
+            # A `datasets.Dataset`: what it selects and shuffles stands beside its table.
+            return frame.with_format("arrow")[:]
+        if hasattr(frame, "__arrow_c_stream__") or isinstance(frame, pa.Table | pa.RecordBatch):
+            return pa.table(frame)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name}: a column cannot be read as one kind of values ({reason(error)}); make all its values texts, or "
+            "all numbers",
+            kind="bad-value",
+            at=name,
+        ) from error
+    raise DataError(
+        f"{name}: {type(frame).__module__}.{type(frame).__name__} is no frame; give a pandas or polars frame, an Arrow "
+        "table, a datasets.Dataset, a list of dictionaries, or the path of a file in the recipe",
+        kind="wrong-format",
+        at=name,
+    )

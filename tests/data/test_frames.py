@@ -1,0 +1,141 @@
+"""Frames in memory: whatever holds them, they are the table that a file of the same rows is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+import llmrec
+from llmrec.data.frames import as_arrow
+from llmrec.errors import DataError, RecipeError
+from tests.facts import Facts, raises
+from tests.tasks.task_data import make_dataset
+
+DATASET = make_dataset(hostile=False)
+ROWS = DATASET.interactions.select("user_id", "item_id", "rating", "timestamp")
+ITEMS = pl.DataFrame([{"item_id": item.item_id, "title": item.title, **item.fields} for item in DATASET.items.values()])
+RECIPE: dict[str, Any] = {
+    "name": "frames",
+    "data": {"source": "table", "columns": {"rating": "rating", "time": "timestamp", "fields": ["genres"]}},
+    "tasks": {"sequential": {"strategies": ["likelihood"]}, "rating": {"strategies": ["parsed"]}},
+    "eval": {
+        "arms": ["zero-shot"],
+        "backend": "fake",
+        "scorer": "fake",
+        "users": 10,
+        "bootstrap": 20,
+        "candidates": {"count": 5},
+    },
+}
+
+
+def as_pandas(frame: pl.DataFrame) -> Any:
+    pytest.importorskip("pandas")
+    return frame.to_pandas()
+
+
+def as_dataset(frame: pl.DataFrame) -> Any:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(frame.to_dicts())
+    # What is selected and turned round stands beside its table, and must be read as it is shown.
+    turned = list(reversed(range(len(rows))))
+    return rows.select(turned).select(turned)
+
+
+KINDS: dict[str, Any] = {
+    "pandas": as_pandas,
+    "polars": lambda frame: frame,
+    "arrow": lambda frame: frame.to_arrow(),
+    "batches": lambda frame: pa.RecordBatchReader.from_batches(frame.to_arrow().schema, frame.to_arrow().to_batches()),
+    "datasets": as_dataset,
+    "dictionaries": lambda frame: frame.to_dicts(),
+    "columns": lambda frame: frame.to_dict(as_series=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_the_same_table(kind: str) -> None:
+    table = as_arrow(KINDS[kind](ROWS), "frame")
+    assert pl.DataFrame(pl.from_arrow(table)).equals(ROWS)
+
+
+@pytest.mark.parametrize("kind", ["pandas", "datasets"])
+def test_a_run_over_frames_is_the_run_over_files(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ROWS.write_parquet("rows.parquet")
+    ITEMS.write_parquet("items.parquet")
+    files = {**RECIPE, "data": {**RECIPE["data"], "path": "rows.parquet", "items": "items.parquet"}}
+    wanted = llmrec.run(files, "files", quiet=True)
+    found = llmrec.run(RECIPE, "frames", data=KINDS[kind](ROWS), items=KINDS[kind](ITEMS), quiet=True)
+    figures = [{row["id"]: row["metrics"] for row in run.results["rows"]} for run in (wanted, found)]
+    assert figures[0] == figures[1] and len(figures[0]) > 5
+    prints = [run.results["data"]["main"]["fingerprint"] for run in (wanted, found)]
+    assert prints[0] == prints[1]
+    assert sorted(path.name for path in Path("frames", "data").iterdir()) == ["interactions.parquet", "items.parquet"]
+    # What the run folder holds is enough to run it again, without the frames.
+    again = llmrec.run("frames/recipe.yaml", "frames", quiet=True)
+    assert again.results["rows"] == found.results["rows"]
+
+
+def test_another_frame_in_the_same_folder_makes_rows_anew(tmp_path: Path) -> None:
+    first = llmrec.run(RECIPE, tmp_path / "run", data=ROWS, items=ITEMS, quiet=True)
+    other = llmrec.run(RECIPE, tmp_path / "run", data=ROWS[:-40], items=ITEMS, quiet=True)
+    assert first.results["data"]["main"]["fingerprint"] != other.results["data"]["main"]["fingerprint"]
+    assert first.results["rows"] != other.results["rows"]
+    same = llmrec.run(RECIPE, tmp_path / "run", data=ROWS[:-40], items=ITEMS, quiet=True)
+    assert same.results["rows"] == other.results["rows"]
+
+
+def test_check_says_what_there_is_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = llmrec.check(RECIPE, data=ROWS, items=ITEMS)
+    assert found.cases == {"sequential": 10, "rating": 10} and found.warnings == ()
+    assert found.statistics["users"] == 40
+    assert not list(tmp_path.iterdir())
+
+
+def test_init_looks_at_a_frame_and_its_recipe_runs_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    begun = llmrec.init(ROWS, ITEMS, name="films")
+    data = begun.recipe.data
+    assert (data.path, data.items, data.columns.user, data.columns.time) == (None, None, "user_id", "timestamp")
+    assert "tasks" in begun.found and "llmrec run" not in begun.found
+    assert not list(tmp_path.iterdir())
+    named = llmrec.init(ROWS.rename({"rating": "stars"}), ITEMS, rating="none")
+    assert named.recipe.data.columns.rating is None
+    found = llmrec.check(begun.recipe, data=ROWS, items=ITEMS)
+    assert all(count > 0 for count in found.cases.values())
+
+
+# --------------------------------------------------------------------------- what cannot be used
+
+
+def test_what_is_no_frame_is_said_with_its_type() -> None:
+    with raises(DataError, Facts("wrong-format", says=("pathlib", "pandas"))):
+        llmrec.check(RECIPE, data=Path("rows.csv"))
+    mixed = [{"user_id": "u1", "item_id": "i1"}, {"user_id": 2, "item_id": "i2"}]
+    with raises(DataError, Facts("bad-value", says="one kind of values")):
+        llmrec.check(RECIPE, data=mixed)
+    with raises(DataError, Facts("missing-column", column="user_id")):
+        llmrec.check(RECIPE, data=ROWS.drop("user_id"), items=ITEMS)
+
+
+def test_a_source_that_is_no_table_takes_no_frame() -> None:
+    with raises(RecipeError, Facts("contradiction", column="data.source", says="movielens-100k")):
+        llmrec.check({**RECIPE, "data": {"source": "movielens-100k"}}, data=ROWS)
+    parts = {"source": "table", "files": {"train": "a.csv", "test": "b.csv"}, "split": {"kind": "given"}}
+    with raises(RecipeError, Facts("contradiction", column="data.source", says="data.files")):
+        llmrec.check({**RECIPE, "data": parts}, data=ROWS)
+
+
+def test_a_mapping_is_checked_like_a_page() -> None:
+    with raises(RecipeError, Facts("unknown-key", column="eval.userz", says="did you mean 'users'")):
+        llmrec.check({**RECIPE, "eval": {"userz": 3}})
+    with raises(RecipeError, Facts("bad-value", says="set")):
+        llmrec.check({**RECIPE, "description": {1, 2}})
+    recipe = llmrec.Recipe.model_validate({"data": {"source": "table"}, **RECIPE})
+    assert llmrec.check(recipe, data=ROWS, items=ITEMS).cases
