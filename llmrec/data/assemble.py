@@ -123,8 +123,9 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
     if section.duplicates == "error":
         row, part, user, item = again.select(_ROW, _PART, *_PAIR).row(0)
         first = frame.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
-        where = f"row {first[_ROW] + 1}" if not table.parts else str(table.where(first[_ROW]))
-        names, kept = "", "the latest of each"
+        place = table.where(first[_ROW])
+        where = f"row {place.row}" if not table.parts else str(place)
+        names, kept = "", "the latest of each (keep_first: the earliest; sum: the latest with the sum of the ratings)"
         if first[_PART] != part:
             names = f", in the parts {PARTS[first[_PART]]} and {PARTS[part]}"
             kept = "that of test before that of valid and train, and of one part the latest"
@@ -135,8 +136,26 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
             f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep {kept}",
         )
     # What is held out first; then the latest in time; within one moment, and without timestamps, the last in the file.
-    latest = frame.sort(_PART, "timestamp", _ROW).unique(subset=_PAIR, keep="last", maintain_order=True)
-    return latest.sort(_ROW)
+    early = section.duplicates == "keep_first"
+    ordered = frame.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
+    found = ordered.unique(subset=_PAIR, keep="last", maintain_order=True).sort(_ROW)
+    return _summed(table, frame, found) if section.duplicates == "sum" else found
+
+
+def _summed(table: Table, frame: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
+    """Return rows with the sums of the ratings of their pairs in their own parts."""
+    if frame["rating"].null_count() == frame.height:
+        raise DataError.at(
+            table.name,
+            "contradiction",
+            " has no ratings that could be summed up; set data.columns.rating to the column of quantities, or "
+            "data.duplicates=keep_last",
+            "data.duplicates",
+        )
+    key = [*_PAIR, _PART]
+    sums = frame.group_by(key).agg(pl.col("rating").sum())
+    joined = found.drop("rating").join(sums, on=key, how="left", maintain_order="left")
+    return joined.select(found.columns)
 
 
 def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> None:
@@ -189,11 +208,15 @@ class _Listing:
     table: Table
     item_ids: pl.Series
     unique: bool
+    first: bool = False
 
     def column(self, name: str) -> dict[str, str]:
-        """Return a column's text by item; where rows disagree, the most frequent one."""
+        """Return a column's text by item; where rows disagree, the most frequent one, or of a listing the last."""
         if self.unique:
-            return dict(zip(self.item_ids, texts(self.table, name), strict=True))
+            values = texts(self.table, name)
+            if self.first:
+                return dict(zip(self.item_ids.reverse(), values.reverse(), strict=True))
+            return dict(zip(self.item_ids, values, strict=True))
         return one_per_item(self.table, self.item_ids, name)
 
 
@@ -245,7 +268,7 @@ def _listing(section: DataSection, items: Table) -> _Listing:
             "drop the repeats, or set data.duplicates=keep_last to keep the last of each",
             column,
         )
-    return _Listing(items, item_ids, True)
+    return _Listing(items, item_ids, True, section.duplicates == "keep_first")
 
 
 def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:

@@ -55,6 +55,9 @@ class Columns(Section):
 class Filter(Section):
     """Which interactions are kept, applied before the split."""
 
+    where: str | None = Field(
+        None, description="table: keep rows for which this holds, such as event == 'purchase' and quantity > 0"
+    )
     min_rating: float | None = Field(None, description="drop interactions rated lower")
     user_core: Positive = Field(1, description="iterated: keep users with at least this many interactions")
     item_core: Positive = Field(1, description="iterated: keep items with at least this many interactions")
@@ -87,13 +90,22 @@ class DataSection(Section):
     filter: Filter = Filter()
     split: Split = Split()
     noun: str = Field("items", description="what the items are called in prompts, in the plural")
-    duplicates: Literal["error", "keep_last"] = Field("error", description="what to do with repeated rows")
+    duplicates: Literal["error", "keep_last", "keep_first", "sum"] = Field(
+        "error",
+        description="what to do with repeated rows; sum: the latest of each, with the sum of their ratings, such as "
+        "quantities",
+    )
     rating_scale: tuple[float, float] | None = Field(
         None, description="lowest and highest rating; None: the source's own, or those of training"
     )
 
     @model_validator(mode="after")
     def _parts_agree(self) -> DataSection:
+        if self.filter.where is not None and self.source != "table":
+            raise ValueError(
+                f"data.filter.where: only the source 'table' has columns to compare, not {self.source!r}; set "
+                "data.source=table, or drop the key"
+            )
         if self.files is not None and self.source != "table":
             raise ValueError(
                 f"data.files: only the source 'table' reads a file a part, not {self.source!r}; set data.source=table, "

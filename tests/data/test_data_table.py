@@ -222,6 +222,35 @@ def test_keep_last(tmp_path: Path) -> None:
     assert kept["rating"].to_list() == [2.0, 3.0]
 
 
+def test_keep_first_and_sum(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + "a,x,1,9\na,y,2,1\na,x,3,5\nb,y,4,7\nb,y,5,7\n")
+    first = load(section(path, duplicates="keep_first"), seed=0).interactions
+    assert first.select("user_id", "item_id", "rating", "timestamp").rows() == [
+        ("a", "y", 2.0, 1.0),
+        ("a", "x", 3.0, 5.0),
+        ("b", "y", 4.0, 7.0),
+    ]
+    total = load(section(path, duplicates="sum"), seed=0).interactions
+    assert total.select("user_id", "item_id", "rating", "timestamp").rows() == [
+        ("a", "x", 4.0, 9.0),
+        ("a", "y", 2.0, 1.0),
+        ("b", "y", 9.0, 7.0),
+    ]
+    fails(
+        write(tmp_path, "user_id,item_id\na,x\na,y\na,x\n"),
+        Facts("contradiction", column="data.duplicates", says="data.columns.rating"),
+        duplicates="sum",
+    )
+
+
+def test_of_an_item_that_is_listed_again_the_first_entry_is_kept_where_that_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    films = write(tmp_path, "item_id,title\nx,One\ny,Two\nz,Three\nx,Other\n", "films.csv")
+    for duplicates, title in (("keep_first", "One"), ("keep_last", "Other"), ("sum", "Other")):
+        data = load(section(path, items=str(films), duplicates=duplicates), seed=0)
+        assert data.items["x"].title == title
+
+
 def test_the_filter_of_the_recipe_is_applied(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     assert list(load(section(path, filter=Filter(min_rating=4)), seed=0).items) == ["x", "y"]

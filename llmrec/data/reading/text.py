@@ -50,6 +50,7 @@ class Table:
         header: Lines before the first row.
         unusable: Columns that are left out, with what they hold.
         parts: The tables of which this one is made, one behind the other; empty for a single file.
+        rows: The 0-based place of each row in the file, where rows were left out; None: all stand there.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Table:
     header: int = 0
     unusable: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Table, ...] = ()
+    rows: Sequence[int] | None = None
 
     def where(self, index: int) -> Place:
         """Return the place of a row, by its 0-based index."""
@@ -67,7 +69,7 @@ class Table:
                 return part.where(index)
             index -= part.frame.height
         line = self.lines[index] if self.lines is not None else index + 1 + self.header
-        return Place(self.name, index + 1, line)
+        return Place(self.name, (self.rows[index] if self.rows is not None else index) + 1, line)
 
 
 def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:

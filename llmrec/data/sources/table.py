@@ -19,6 +19,7 @@ from llmrec.data.reading.limits import reason
 from llmrec.data.reading.parquet import from_arrow
 from llmrec.data.reading.table import joined, read_table
 from llmrec.data.reading.text import Table, json_lines, read_bytes, user_path
+from llmrec.data.reading.where import kept
 from llmrec.data.sources.movielens import movielens_100k, movielens_small
 from llmrec.data.sources.parts import parts_of, told
 from llmrec.errors import DataError, require
@@ -114,22 +115,29 @@ def table(section: DataSection, *, seed: int) -> Dataset:
             "rows": str(main.frame.height),
             "made": "no",
             "licence": "as the owner of the table says",
+            **({"where": section.filter.where} if section.filter.where is not None else {}),
             **(told(parts, frame) if parts is not None else {}),
         },
     )
 
 
 def _main(section: DataSection) -> Table:
-    """Read the table of interactions, or the files of its parts as one."""
+    """Read the rows of interactions that are kept, of one table or of the files of its parts as one."""
     if section.files is not None:
-        return joined([_read(path) for part in PARTS if (path := getattr(section.files, part)) is not None])
+        named = [path for part in PARTS if (path := getattr(section.files, part)) is not None]
+        return joined([_rows(path, section) for path in named])
     if section.path is None:
         raise DataError(
             "source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]",
             kind="missing-key",
             column="data.path",
         )
-    return _read(section.path)
+    return _rows(section.path, section)
+
+
+def _rows(path: str, section: DataSection) -> Table:
+    found = _read(path)
+    return found if section.filter.where is None else kept(found, section.filter.where)
 
 
 def _name(section: DataSection) -> str:

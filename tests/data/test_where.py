@@ -1,0 +1,169 @@
+"""Rows that a recipe keeps: what an expression may say, which rows it keeps, and where errors point."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.data.reading.text import Table
+from llmrec.data.reading.where import kept
+from llmrec.data.sources.table import load
+from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.recipe.schema import DataSection, Filter
+from tests.facts import Facts, raises
+
+TEXTS = pl.DataFrame(
+    {
+        "event": ["view", "purchase", "purchase", " ", "cart", "view"],
+        "quantity": ["1", "2", " 0 ", "", "-3", "1e2"],
+        "Event Type": ["a", "b", "b", "a", "", "c"],
+        "seen": ["true", "True", "false", "", "FALSE", "true"],
+    }
+)
+TYPED = pl.DataFrame(
+    {
+        "stars": [1, 2, 3, None, 5],
+        "verified": [True, False, None, True, True],
+        "when": [datetime(2024, month, 1) for month in (1, 2, 3, 4, 5)],
+    }
+)
+
+
+def rows(frame: pl.DataFrame, where: str) -> list[int]:
+    table = kept(Table("t.csv", frame.with_row_index("n")), where)
+    return table.frame["n"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("event == 'purchase'", [1, 2]),
+        ("event != 'purchase'", [0, 4, 5]),
+        ("event == 'purchase' and quantity > 0", [1]),
+        ("event in ['view', 'cart'] and not quantity < 0", [0, 5]),
+        ("event not in ('view', 'cart')", [1, 2]),
+        ("0 < quantity <= 2", [0, 1]),
+        ("2 >= quantity", [0, 1, 2, 4]),
+        ("quantity == -3 or event is None", [3, 4]),
+        ("quantity is not None and event is not None", [0, 1, 2, 4, 5]),
+        ("col('Event Type') == 'b'", [1, 2]),
+        ("event == col('Event Type') or quantity == 100", [5]),
+        ("seen == True", [0, 1, 5]),
+        ("not (event == 'view' or event == 'cart' or event is None)", [1, 2]),
+    ],
+)
+def test_texts_keep_the_rows_that_they_should(where: str, found: list[int]) -> None:
+    assert rows(TEXTS, where) == found
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("stars >= 3", [2, 4]),
+        ("verified == True and stars != 1", [4]),
+        ("when >= '2024-03-01'", [2, 3, 4]),
+        ("when < '2024-02-01T00:00:00+00:00'", [0]),
+        ("stars in [1, 5]", [0, 4]),
+        ("stars is None", [3]),
+    ],
+)
+def test_typed_columns_keep_the_rows_that_they_should(where: str, found: list[int]) -> None:
+    assert rows(TYPED, where) == found
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("event", "neither true nor false"),
+        ("event == ", "no expression"),
+        ("__import__('os').system('true') == 0", "is a call"),
+        ("event.upper() == 'VIEW'", "is a call"),
+        ("event.x == 'VIEW'", "no column"),
+        ("'a' == 'a'", "no column"),
+        ("event == None", "is None"),
+        ("event is 'view'", "None alone"),
+        ("event in 'view'", "take a list"),
+        ("event in []", "take a list"),
+        ("quantity + 1 > 2", "no column"),
+        ("[x for x in event] == 'view'", "no column"),
+        ("lambda: 1", "neither true nor false"),
+        ("event == b'view'", "no value"),
+        ("event == 'view' if quantity > 1 else quantity > 2", "neither true nor false"),
+        ("not " * 60 + "event == 'a'", "too deep"),
+        ("event == '" + "a" * 2000 + "'", "characters"),
+        ("col(quantity) == 'a'", "no value"),
+    ],
+)
+def test_what_is_no_comparison_is_refused(where: str, says: str) -> None:
+    with raises(RecipeError, Facts("syntax", column="data.filter.where", says=says)):
+        rows(TEXTS, where)
+
+
+def test_faults_of_the_table_name_column_and_row() -> None:
+    with raises(DataError, Facts("missing-column", "t.csv", column="evnt", says="did you mean 'event'")):
+        rows(TEXTS, "evnt == 'view'")
+    bad = TEXTS.with_columns(pl.Series("quantity", ["1", "2", "two", "", "1", "1"]))
+    with raises(DataError, Facts("bad-value", "t.csv", row=3, column="quantity", says="quotes")):
+        rows(bad, "quantity > 1")
+    assert rows(bad, "quantity == 'two'") == [2]
+    with raises(DataError, Facts("empty", "t.csv", column="data.filter.where", says="none of 6 rows")):
+        rows(TEXTS, "event == 'buy'")
+    with raises(RecipeError, Facts("syntax", says="2024-05-31")):
+        rows(TYPED, "when > 'May'")
+
+
+@given(st.text(max_size=40))
+def test_no_text_does_anything_but_keep_rows_or_be_refused(where: str) -> None:
+    try:
+        found = rows(TEXTS, where)
+    except LlmrecError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found == sorted(set(found)) and found
+
+
+def test_rows_are_named_by_their_place_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "events.csv"
+    path.write_text(
+        "user_id,item_id,rating,event\nu1,i1,5,buy\nu1,i2,4,view\n\nu2,i1,x,buy\nu2,i2,3,buy\n", encoding="utf-8"
+    )
+
+    def section(where: str) -> DataSection:
+        return DataSection.model_validate(
+            {"source": "table", "path": str(path), "columns": {"rating": "rating"}, "filter": {"where": where}}
+        )
+
+    with raises(DataError, Facts("bad-value", path, row=3, line=5, column="rating")):
+        load(section("event == 'buy'"), seed=0)
+    data = load(section("event == 'buy' and rating != 'x'"), seed=0)
+    assert data.interactions.select("user_id", "item_id").rows() == [("u1", "i1"), ("u2", "i2")]
+    assert data.provenance["where"] == "event == 'buy' and rating != 'x'" and data.provenance["rows"] == "2"
+
+
+def test_the_parts_of_a_split_are_filtered_each(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.csv").write_text(
+            "user_id,item_id,event\n" + "".join(f"u{n},{part[1]}{n},{'buy' if n % 2 else 'view'}\n" for n in range(6)),
+            encoding="utf-8",
+        )
+    section = DataSection.model_validate(
+        {
+            "source": "table",
+            "files": {part: str(tmp_path / f"{part}.csv") for part in ("train", "test")},
+            "split": {"kind": "given"},
+            "filter": {"where": "event == 'buy'"},
+        }
+    )
+    data = load(section, seed=0)
+    assert data.given is not None and data.given.test == {(f"u{n}", f"e{n}") for n in (1, 3, 5)}
+    assert len(data.interactions) == 6
+
+
+def test_only_tables_have_columns_to_compare() -> None:
+    with pytest.raises(ValueError, match=r"data\.filter\.where"):
+        DataSection(source="movielens-100k", filter=Filter(where="rating > 3"))
