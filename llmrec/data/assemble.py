@@ -125,7 +125,7 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
         first = frame.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
         place = table.where(first[_ROW])
         where = f"row {place.row}" if not table.parts else str(place)
-        names, kept = "", "the latest of each (keep_first: the earliest; sum: the latest with the sum of the ratings)"
+        names, kept = "", "the latest of each"
         if first[_PART] != part:
             names = f", in the parts {PARTS[first[_PART]]} and {PARTS[part]}"
             kept = "that of test before that of valid and train, and of one part the latest"

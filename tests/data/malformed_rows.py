@@ -75,7 +75,7 @@ def rows(reader: Reader) -> Iterator[Case]:
             "only its first half": _at(grid, spot, row[: len(row) // 2]),
         }
         if not reader.old:
-            faults["a byte that is no UTF-8"] = _spoilt(grid, spot, key, "\udce9")
+            faults["a byte that is no UTF-8"] = _spoilt(grid, spot, key, "\udc81")
             faults["half a letter"] = _spoilt(grid, spot, key, "\udce2\udc82")
             faults["half of a surrogate pair"] = _spoilt(grid, spot, key, "\udced\udca0\udc80")
         if grid.quoted:
@@ -109,7 +109,7 @@ def headers(reader: Reader) -> Iterator[Case]:
     assert isinstance(grid, Grid)
     must = [*reader.roles.values()] or list(grid.names)
     text = grid.bytes()
-    wrong = "|" if grid.separator != "|" else "#"
+    wrong = "#" if grid.separator != "#" else "%"
     yield case_of(reader, "every line has another separator", replace(grid, separator=wrong).bytes())
     if not reader.name.startswith(READ_OLD_MACS):
         yield case_of(reader, "lines end as they did on old Macs", text.replace(b"\n", b"\r"))
@@ -194,7 +194,7 @@ def _json_faults(line: str, record: Mapping[str, Any], key: str, *, python: bool
         "a deep object": '{"a":' * deep + "1" + "}" * deep,
         "an object with a deep list": line[:-1] + ', "more": ' + "[" * deep + "]" * deep + "}",
         "an endless text": line[:-2],
-        "a byte that is no UTF-8": line.replace(key, key + "\udce9", 1),
+        "a byte that is no UTF-8": line.replace(key, key + "\udc81", 1),
         "with a NUL byte": line[:3] + "\0" + line[3:],
         "a call": "__import__('os').system('touch canary')",
         "a comment": "# " + line,
@@ -239,7 +239,7 @@ _SEQUENCES = {
     "an unknown item": "u9 i1 nowhere",
     "commas": "u9,i1,i2",
     "a NUL byte": "u9 i1 \0",
-    "a byte that is no UTF-8": "u9 i1 i\udce9",
+    "a byte that is no UTF-8": "u9 i1 i\udc81",
     "an item of 5000 letters": "u9 i1 " + "i" * 5000,
 }
 

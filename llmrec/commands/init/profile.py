@@ -5,6 +5,7 @@ A small table is read whole, a large one in blocks from all over the file.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from llmrec.commands.init.words import Named, named
 from llmrec.data.dataset import PARTS
 from llmrec.data.reading.columns import texts
 from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
+from llmrec.data.reading.objects import json_lines
+from llmrec.data.reading.packed import PACKED
 from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.text import Table, delimited, json_lines
+from llmrec.data.reading.table import is_pattern, read_table
+from llmrec.data.reading.text import Table, delimited, separator_of
 from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean
@@ -326,6 +329,8 @@ def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
+    # Several files, and those that only make sense as a whole, are read whole.
+    whole = whole or path.is_dir() or is_pattern(path) or kind[0] in (".json", *PACKED)
     size = 0 if no_file(path) else path.stat().st_size  # `read_table` says what is wrong
     if not whole and size:
         try:
@@ -355,6 +360,8 @@ def _packed(path: Path, kind: str, limit: int, part: int) -> Peek | None:
 def _blocks(path: Path, kind: str, size: int, part: int) -> Peek:
     with path.open("rb") as stream:
         head = stream.read(part // _BLOCKS)
+        if not _utf8(head):
+            return _all(path)
         if kind not in _JSON and b'"' in head:
             # A quoted field may hold line breaks, so that a block further down has no certain beginning.
             return _part(path, kind, _complete(head + stream.read(part // 2)), b"")
@@ -364,6 +371,15 @@ def _blocks(path: Path, kind: str, size: int, part: int) -> Peek:
             block = stream.read(part // _BLOCKS)
             rest.append(block[block.find(b"\n") + 1 : block.rfind(b"\n") + 1])
     return _part(path, kind, head[: head.rfind(b"\n") + 1], b"".join(rest))
+
+
+def _utf8(head: bytes) -> bool:
+    """Whether a beginning is UTF-8, but for a character that is cut at its end."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _complete(raw: bytes) -> bytes:
@@ -388,7 +404,7 @@ def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
         more = json_lines(name, b"\n".join(kept)).frame if kept else first.frame.clear()
     else:
         header = head[: head.find(b"\n")]
-        mark = next((each for each in (separator, ";", "\t", ",") if each.encode() in header), separator)
+        mark = separator_of(header.decode("utf-8", errors="replace"), separator)
         names = first.frame.columns
         kept = [line for line in lines if line.count(mark.encode()) == len(names) - 1 and b'"' not in line]
         raw = b"\n".join(kept)

@@ -17,6 +17,7 @@ from llmrec.commands.init.page import Page, minutes, render
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
 from llmrec.commands.init.profile import Peek, peek, profile, shown
 from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
+from llmrec.data.reading.table import is_pattern
 from llmrec.data.reading.text import Table, user_path
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
@@ -146,7 +147,7 @@ def _file(text: str) -> Path:
             ": init looks at files; save the data set as Parquet and give that file, or write the recipe by hand",
         )
     path = user_path(text)
-    if not path.exists():
+    if not path.exists() and not is_pattern(path):
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError.at(
             text, "missing-file", f": there is no such file{did_you_mean(path.name, beside)}; give the path of a table"

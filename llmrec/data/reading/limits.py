@@ -7,8 +7,6 @@ these end in an error before they do harm.
 
 from __future__ import annotations
 
-import gzip
-import io
 import lzma
 import stat
 import zipfile
@@ -174,24 +172,6 @@ class Capped:
                 "seems or too large; check where it comes from, or unpack or split it",
             )
         return raw
-
-
-def unpack(name: str, stored: bytes, limit: int | None = None) -> bytes:
-    """Unpack gzip, with a cap on the size.
-
-    Args:
-        name: What errors call it.
-        stored: The packed bytes.
-        limit: Most bytes that may come out; `MAX_BYTES` by default.
-
-    Raises:
-        DataError: If it is damaged or larger than it can be expected to be.
-    """
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:
-            return Capped(name, stream, len(stored), limit or MAX_BYTES).read()  # type: ignore[arg-type]
-    except BROKEN as error:
-        raise DataError.at(name, "damaged", f" is damaged gzip ({reason(error)}); pack it again") from error
 
 
 # --------------------------------------------------------------------------- archives

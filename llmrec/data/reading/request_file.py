@@ -18,8 +18,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from llmrec.data.reading.limits import BROKEN, Capped, enumerated, reason, require_file, stranger
+from llmrec.data.reading.objects import json_object
 from llmrec.data.reading.parquet import FAULTS, check_size
-from llmrec.data.reading.text import LONGEST, column_names, csv_problem, json_object
+from llmrec.data.reading.text import LONGEST, column_names, csv_problem
 from llmrec.data.requests import KEYS
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, Place, did_you_mean

@@ -1,47 +1,112 @@
-"""Reads a table of any kind, as its ending says."""
+"""Reads a table of any kind, as its ending says: a file, packed or not, or all files of a folder or a pattern."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
+from llmrec.data.reading.encodings import in_any_encoding
 from llmrec.data.reading.limits import reason
+from llmrec.data.reading.objects import json_array, json_lines
+from llmrec.data.reading.packed import PACKED, only_member
 from llmrec.data.reading.parquet import parquet
-from llmrec.data.reading.text import Table, check_path, delimited, json_lines, read_bytes
+from llmrec.data.reading.text import Table, check_path, delimited, read_bytes
 from llmrec.errors import DataError
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t", ".item": "\t", ".user": "\t"}
-_JSON_LINES = (".jsonl", ".ndjson")
+_ATOMIC = (".inter", ".item", ".user")
+"""RecBole's files, whose header says what kind a column is of."""
+_ATOMIC_KINDS = (":token", ":float", ":token_seq", ":float_seq")
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromkeys(_ATOMIC, "\t")}
+_JSON = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
+_TABLES = (*_SEPARATORS, *_JSON, *_PARQUET)
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV, TSV, JSON Lines or Parquet file, the text ones optionally gzipped.
+    """Read a CSV, TSV, JSON or Parquet file, packed or not; or all files of a folder or a pattern as one table.
+
+    Text that is no UTF-8 is read as UTF-16 or Windows-1252 where it seems to be that, with a warning.
 
     Raises:
         DataError: If it is missing, empty or malformed.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
-    name = str(path)
+    if path.is_dir() or is_pattern(path):
+        return _several(path)
     check_path(path)
-    if suffix[0] not in (*_SEPARATORS, *_JSON_LINES, *_PARQUET):
-        known = sorted([*_SEPARATORS, *_JSON_LINES, *_PARQUET])
-        ending = repr(suffix[0]) if suffix[0] else "nothing"
+    kind, packing = _endings(path)
+    name = str(path)
+    if packing == ".zip":
+        stored, sha256 = read_bytes(path, text=False)
+        inner, raw = only_member(path, stored, _TABLES)
+        return _read(f"{name}/{inner}", raw, sha256, Path(inner).suffix.lower())
+    if kind not in _TABLES:
         raise DataError.at(
             name,
             "wrong-format",
-            f": a file that ends in {ending} is no table; write one that ends in {', '.join(known)}",
+            f": a file that ends in {repr(kind) if kind else 'nothing'} is no table; write one that ends in "
+            f"{', '.join(sorted(_TABLES))}",
         )
-    raw, sha256 = read_bytes(path, text=suffix[0] not in _PARQUET)
-    if suffix[0] in _PARQUET:
+    raw, sha256 = read_bytes(path, text=kind not in _PARQUET)
+    return _read(name, raw, sha256, kind)
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path stands for the files that fit it, such as ``part-*.csv``; a file of that very name goes first."""
+    return glob.has_magic(str(path)) and not path.exists()
+
+
+def fitting(pattern: Path) -> list[Path]:
+    """Return what fits a pattern, by name."""
+    start = Path(pattern.anchor)
+    return sorted(start.glob(str(pattern.relative_to(start))) if pattern.anchor else Path().glob(str(pattern)))
+
+
+def _endings(path: Path) -> tuple[str, str]:
+    """Return the ending that says what a file holds, and the one that says how it is packed; empty where none does."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packing = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
+    return (suffixes[-1] if suffixes else ""), packing
+
+
+def _read(name: str, raw: bytes, sha256: str, kind: str) -> Table:
+    if kind in _PARQUET:
         return parquet(name, raw, sha256)
-    if suffix[0] in _JSON_LINES:
-        return json_lines(name, raw, sha256)
-    return delimited(name, raw, separator=_SEPARATORS[suffix[0]], sha256=sha256)
+    if kind in _JSON:
+        read = json_array if kind == ".json" and raw.lstrip()[:1] == b"[" else json_lines
+        return in_any_encoding(name, raw, partial(read, name, sha256=sha256))
+    table = in_any_encoding(name, raw, partial(delimited, name, separator=_SEPARATORS[kind], sha256=sha256))
+    return _plain(table) if kind in _ATOMIC else table
+
+
+def _plain(table: Table) -> Table:
+    """Return a table without the kinds in the names of its columns, where all of them have one."""
+    columns = table.frame.columns
+    if not all(name.endswith(_ATOMIC_KINDS) for name in columns):
+        return table
+    return replace(table, frame=table.frame.rename({name: name.rpartition(":")[0] for name in columns}))
+
+
+def _several(path: Path) -> Table:
+    """Read the tables of a folder, or those that fit a pattern, in the order of their names."""
+    found = sorted(path.iterdir()) if path.is_dir() else fitting(path)
+    shown = [each for each in found if each.is_file() and not each.name.startswith((".", "_"))]
+    files = [each for each in shown if _endings(each)[0] in _TABLES or _endings(each)[1] == ".zip"]
+    if not files:
+        what = "is a folder that holds" if path.is_dir() else "fits"
+        raise DataError.at(
+            path, "missing-file", f" {what} no table; give files that end in {', '.join(sorted(_TABLES))}"
+        )
+    tables = [read_table(each) for each in files]
+    if len(tables) == 1:
+        return tables[0]
+    digest = hashlib.sha256("".join(table.sha256 for table in tables).encode()).hexdigest()
+    return replace(joined(tables), name=str(path), sha256=digest)
 
 
 def joined(tables: Sequence[Table]) -> Table:

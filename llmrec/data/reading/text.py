@@ -11,7 +11,6 @@ import codecs
 import csv
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from llmrec.data.reading import limits
-from llmrec.data.reading.limits import no_file, reason, require_file, shown, stranger, unpack
+from llmrec.data.reading.limits import no_file, reason, require_file, shown, stranger
+from llmrec.data.reading.packed import STREAMS, unpack
 from llmrec.errors import DataError, Place, did_you_mean
 
 MAX_COLUMNS = 2000
@@ -33,6 +33,7 @@ _LONGEST_HEADER = 2**20
 _LONGEST_NAME = 1000
 _HEAD = 2**16
 _MEND = "check data.path and data.items"
+_FIELD = "\x1f"  # a separator of one character, which stands in for a longer one
 
 # The library's own limit is 128 KiB a field, which a long text or a set of a thousand candidates can pass.
 csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
@@ -73,7 +74,7 @@ class Table:
 
 
 def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
-    """Return a file's bytes, unpacked if it is gzipped, and the SHA-256 of the file as it is stored.
+    """Return a file's bytes, unpacked if it is packed by itself, and the SHA-256 of the file as it is stored.
 
     Args:
         path: The file.
@@ -83,7 +84,7 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
         DataError: If it is missing, no file, unreadable, empty, damaged or too large.
     """
     check_path(path)
-    packed = path.suffix.lower() == ".gz"
+    packed = path.suffix.lower() in STREAMS
     try:
         size = path.stat().st_size
         if size > limits.MAX_BYTES:
@@ -97,7 +98,7 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
         raise DataError.at(path, "unreadable", f" cannot be read ({reason(error)}); {_MEND}") from error
     if packed and not stored:
         raise DataError.at(path, "empty", " is empty; write the table again")
-    raw = unpack(str(path), stored) if packed else stored
+    raw = unpack(str(path), stored, path.suffix.lower()) if packed else stored
     if not raw:
         raise DataError.at(path, "empty", " is empty; write the table again")
     return raw, hashlib.sha256(stored).hexdigest()
@@ -205,7 +206,7 @@ def delimited(
     Args:
         name: What errors call it.
         raw: The bytes.
-        separator: Between fields. With a header that lacks it, ``;``, tab and ``,`` are tried.
+        separator: Between fields. With a header that lacks it, those of `separator_of` are tried.
         columns: Names of the columns of a file without a header.
         quoted: Whether a double quote opens a field in which separators are text.
         encoding: Of the bytes.
@@ -226,7 +227,9 @@ def delimited(
                 f": the first line has {len(first)} characters, so this is no table or its lines have "
                 "no ends; write it again",
             )
-        separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
+        separator = separator_of(first, separator)
+    if len(separator) > 1 and _FIELD not in text:
+        text, separator, quoted = text.replace(separator, _FIELD), _FIELD, False
     frame = _fast(text, separator, columns, quoted)
     lines = None
     if frame is None:
@@ -238,6 +241,11 @@ def delimited(
     if again is not None:
         raise DataError.at(table.where(again), "duplicate", " repeats the header; remove it")
     return table
+
+
+def separator_of(header: str, usual: str) -> str:
+    """Return what stands between the fields of a header: the usual separator, ``::``, or one that is often used."""
+    return next((mark for mark in (usual, "::", ";", "\t", "|", ",") if mark in header), usual)
 
 
 def second_header(frame: pl.DataFrame) -> int | None:
@@ -337,7 +345,11 @@ def _careful(
                         "ragged-row",
                         f" has {len(row)} fields where "
                         f"{'the header has' if columns is None else 'it should have'} {len(names or ())}; "
-                        f"a field that holds {separator!r} needs double quotes around it",
+                        + (
+                            "fields lie between '::', so no field may hold it; correct the row"
+                            if separator == _FIELD
+                            else f"a field that holds {separator!r} needs double quotes around it"
+                        ),
                     )
                 rows.append(row)
                 lines.append(start)
@@ -356,83 +368,3 @@ def csv_problem(error: csv.Error) -> str:
     if "new-line character" in str(error):
         return "there is a lone carriage return; end every line with a line feed, or put double quotes around the field"
     return f"{reason(error)}; check the double quotes in this row"
-
-
-# --------------------------------------------------------------------------- JSON Lines
-
-
-def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
-    """Read one JSON object a line. Numbers become text again; lists of texts are joined by commas.
-
-    Raises:
-        DataError: If a line is no JSON object, a key stands twice in it, or a value is nested.
-    """
-    rows: list[dict[str, str]] = []
-    lines: list[int] = []
-    names: dict[str, None] = {}
-    for number, line in enumerate(decode(name, raw, header=0).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = Place(name, len(rows) + 1, number)
-        record = json_object(place, line)
-        known = len(names)
-        names.update(dict.fromkeys(record))
-        if len(names) > known:
-            for key in record:
-                _text(place, f": the key {shown(key)}", key, key)
-        if len(names) > MAX_COLUMNS:
-            raise DataError.at(
-                place, "too-large", f": more than {MAX_COLUMNS} different keys; keep those that are needed"
-            )
-        rows.append({key: _text(place, f", column {shown(key)}", key, value) for key, value in record.items()})
-        lines.append(number)
-    if not rows:
-        raise DataError.at(name, "empty", " is empty; write the table again")
-    frame = pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in names])
-    return Table(name, frame, sha256, lines)
-
-
-def json_object(place: Place | str, line: str) -> dict[str, object]:
-    """Read one object.
-
-    Raises:
-        DataError: If the line holds none, or a key stands twice in it.
-    """
-    try:
-        record = json.loads(line, object_pairs_hook=_once)
-    except _Twice as twice:
-        raise DataError.at(
-            place, "duplicate", f": the key {shown(twice.args[0])} stands there twice; keep one", twice.args[0]
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); write one object a line") from error
-    if not isinstance(record, dict):
-        raise DataError.at(place, "wrong-format", " is not a JSON object; write one object a line")
-    return record
-
-
-class _Twice(Exception):
-    """A key that stands twice in one object."""
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
-    return found
-
-
-def _text(place: Place, what: str, column: str, value: object) -> str:
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        value = ", ".join(value)
-    if value is None or isinstance(value, str | int | float):
-        text = "" if value is None else str(value)
-        if "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text):
-            raise DataError.at(
-                place,
-                "encoding",
-                f"{what} holds a character that is no text (NUL or half of a surrogate pair); remove it",
-                column,
-            )
-        return text
-    raise DataError.at(place, "bad-value", f"{what} is a nested value; flatten it or leave it out", column)

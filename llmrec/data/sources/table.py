@@ -16,9 +16,10 @@ from llmrec.data.assemble import assemble, catalogue
 from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.reading.columns import find, ids, numbers, one_per_item, texts, times
 from llmrec.data.reading.limits import reason
+from llmrec.data.reading.objects import json_lines
 from llmrec.data.reading.parquet import from_arrow
-from llmrec.data.reading.table import joined, read_table
-from llmrec.data.reading.text import Table, json_lines, read_bytes, user_path
+from llmrec.data.reading.table import fitting, is_pattern, joined, read_table
+from llmrec.data.reading.text import Table, read_bytes, user_path
 from llmrec.data.reading.where import kept
 from llmrec.data.sources.movielens import movielens_100k, movielens_small
 from llmrec.data.sources.parts import parts_of, told
@@ -62,12 +63,16 @@ def located(section: DataSection) -> DataSection:
 
     def under(path: str | None) -> str | None:
         found = None if path is None or Path(path).exists() else Path(folder) / path
-        return str(found) if found is not None and found.exists() else path
+        return str(found) if found is not None and (found.exists() or _fits(found)) else path
 
     files = section.files
     if files is not None:
         files = files.model_copy(update={part: under(getattr(files, part)) for part in PARTS})
     return section.model_copy(update={"path": under(section.path), "files": files})
+
+
+def _fits(pattern: Path) -> bool:
+    return is_pattern(pattern) and bool(fitting(pattern))
 
 
 def table(section: DataSection, *, seed: int) -> Dataset:

@@ -1,0 +1,122 @@
+"""Tables of objects: JSON Lines, and JSON files that are one array."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+import polars as pl
+
+from llmrec.data.reading.limits import reason, shown
+from llmrec.data.reading.text import MAX_COLUMNS, Table, decode
+from llmrec.errors import DataError, Place
+
+
+def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
+    """Read one JSON object a line. Numbers become text again; lists of texts are joined by commas.
+
+    Raises:
+        DataError: If a line is no JSON object, a key stands twice in it, or a value is nested.
+    """
+    lines: list[int] = []
+
+    def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
+        for number, line in enumerate(decode(name, raw, header=0).split("\n"), start=1):
+            if line.strip():
+                place = Place(name, len(lines) + 1, number)
+                lines.append(number)
+                yield place, json_object(place, line)
+
+    return Table(name, _of_objects(name, records()), sha256, lines)
+
+
+def json_array(name: str, raw: bytes, sha256: str = "") -> Table:
+    """Read a JSON file that is one array of objects, as `json_lines` reads theirs.
+
+    Raises:
+        DataError: As there, without a line.
+    """
+    try:
+        found = json.loads(decode(name, raw, header=0), object_pairs_hook=_once)
+    except _Twice as twice:
+        raise _twice(name, twice) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError.at(name, "syntax", f" is not JSON ({reason(error)}); write it again") from error
+
+    def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
+        for number, record in enumerate(found, start=1):
+            place = Place(name, number)
+            if not isinstance(record, dict):
+                raise DataError.at(place, "wrong-format", " is not a JSON object; write an array of objects")
+            yield place, record
+
+    return Table(name, _of_objects(name, records()), sha256, [0] * len(found))
+
+
+def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]) -> pl.DataFrame:
+    rows: list[dict[str, str]] = []
+    names: dict[str, None] = {}
+    for place, record in records:
+        known = len(names)
+        names.update(dict.fromkeys(record))
+        if len(names) > known:
+            for key in record:
+                _text(place, f": the key {shown(key)}", key, key)
+        if len(names) > MAX_COLUMNS:
+            raise DataError.at(
+                place, "too-large", f": more than {MAX_COLUMNS} different keys; keep those that are needed"
+            )
+        rows.append({key: _text(place, f", column {shown(key)}", key, value) for key, value in record.items()})
+    if not rows:
+        raise DataError.at(name, "empty", " is empty; write the table again")
+    return pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in names])
+
+
+def json_object(place: Place | str, line: str) -> dict[str, object]:
+    """Read one object.
+
+    Raises:
+        DataError: If the line holds none, or a key stands twice in it.
+    """
+    try:
+        record = json.loads(line, object_pairs_hook=_once)
+    except _Twice as twice:
+        raise _twice(place, twice) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); write one object a line") from error
+    if not isinstance(record, dict):
+        raise DataError.at(place, "wrong-format", " is not a JSON object; write one object a line")
+    return record
+
+
+class _Twice(Exception):
+    """A key that stands twice in one object."""
+
+
+def _twice(place: Place | str, twice: _Twice) -> DataError:
+    key = twice.args[0]
+    return DataError.at(place, "duplicate", f": the key {shown(key)} stands there twice; keep one", key)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return found
+
+
+def _text(place: Place, what: str, column: str, value: object) -> str:
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ", ".join(value)
+    if value is None or isinstance(value, str | int | float):
+        text = "" if value is None else str(value)
+        if "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text):
+            raise DataError.at(
+                place,
+                "encoding",
+                f"{what} holds a character that is no text (NUL or half of a surrogate pair); remove it",
+                column,
+            )
+        return text
+    raise DataError.at(place, "bad-value", f"{what} is a nested value; flatten it or leave it out", column)

@@ -1,0 +1,167 @@
+"""Files that people have: packed, in other encodings and with other separators, as arrays, in folders, in patterns."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import logging
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from data_cases import section
+
+from llmrec.commands.init import start
+from llmrec.data.reading.table import read_table
+from llmrec.data.sources.table import load
+from llmrec.errors import DataError
+from tests.facts import Facts, raises
+
+ROWS = pl.DataFrame(
+    [
+        {"user_id": f"u{user}", "item_id": f"i{(user * 3 + step) % 7}", "rating": str(1 + (user + step) % 5)}
+        for user in range(8)
+        for step in range(4)
+    ]
+)
+TEXT = ROWS.write_csv().encode()
+ATOMIC = b"user_id:token\titem_id:token\trating:float\n" + TEXT.split(b"\n", 1)[1].replace(b",", b"\t")
+
+
+def zipped(*entries: tuple[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in entries:
+            archive.writestr(name, raw)
+    return stream.getvalue()
+
+
+def parquet() -> bytes:
+    stream = io.BytesIO()
+    ROWS.write_parquet(stream)
+    return stream.getvalue()
+
+
+KINDS: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "gzip": ("rows.csv.gz", lambda: gzip.compress(TEXT)),
+    "bzip2": ("rows.csv.bz2", lambda: bz2.compress(TEXT)),
+    "xz": ("rows.csv.xz", lambda: lzma.compress(TEXT)),
+    "zstd": ("rows.csv.zst", lambda: pa.compress(TEXT, codec="zstd", asbytes=True)),
+    "a zip archive": ("rows.zip", lambda: zipped(("a/rows.csv", TEXT), ("__MACOSX/rows.csv", b"x"), ("README", b"x"))),
+    "a zipped Parquet file": ("rows.zip", lambda: zipped(("rows.parquet", parquet()))),
+    "a packed Parquet file": ("rows.parquet.gz", lambda: gzip.compress(parquet())),
+    "an array of objects": ("rows.json", lambda: json.dumps(ROWS.to_dicts(), indent=1).encode()),
+    "objects in lines": ("rows.json", lambda: ROWS.write_ndjson().encode()),
+    "bars": ("rows.csv", lambda: TEXT.replace(b",", b"|")),
+    "bars by their ending": ("rows.psv", lambda: TEXT.replace(b",", b"|")),
+    "double colons": ("rows.csv", lambda: TEXT.replace(b",", b"::")),
+    "UTF-16": ("rows.csv", lambda: TEXT.decode().encode("utf-16")),
+    "UTF-16 in lines of objects": ("rows.jsonl", lambda: ROWS.write_ndjson().encode("utf-16")),
+    "RecBole's": ("rows.inter", lambda: ATOMIC),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_the_same_table(kind: str, tmp_path: Path) -> None:
+    name, make = KINDS[kind]
+    (tmp_path / name).write_bytes(make())
+    table = read_table(tmp_path / name)
+    assert table.frame.select(pl.all().cast(pl.String)).equals(ROWS)
+    assert len(table.sha256) == 64
+    # And `init` writes a recipe for it that reads the same rows.
+    made = start.init(str(tmp_path / name), out=tmp_path / "recipe.yaml", name="mine")
+    assert "user_id" in made.found and f"{ROWS.height} rows" in made.found
+
+
+def test_a_folder_and_a_pattern_are_all_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "events"
+    folder.mkdir()
+    ROWS[:10].write_parquet(folder / "part-0.parquet")
+    ROWS[10:20].write_parquet(folder / "part-1.parquet")
+    (folder / "part-2.csv.gz").write_bytes(gzip.compress(ROWS[20:].write_csv().encode()))
+    for other in ("_SUCCESS", ".part-3.parquet.crc", "readme.md"):
+        (folder / other).write_text("x", encoding="utf-8")
+    for path in (folder, folder / "part-*", tmp_path / "*" / "part-?.*"):
+        table = read_table(path)
+        assert table.frame.equals(ROWS) and table.name == str(path)
+        assert str(table.where(12)) == str(read_table(folder / "part-1.parquet").where(2))
+    monkeypatch.chdir(tmp_path)
+    assert load(section(Path("events/part-*")), seed=0).interactions.height == ROWS.height
+    monkeypatch.setenv("LLMREC_DATA", str(tmp_path))
+    monkeypatch.chdir(folder)
+    assert load(section(Path("events/part-*")), seed=0).interactions.height == ROWS.height
+    with raises(DataError, Facts("missing-file", says="fits no table")):
+        read_table(tmp_path / "events" / "*.tsv")
+    (tmp_path / "none").mkdir()
+    with raises(DataError, Facts("missing-file", says="holds no table")):
+        read_table(tmp_path / "none")
+    pl.DataFrame({"user_id": ["u"], "other": ["x"]}).write_parquet(folder / "part-4.parquet")
+    with raises(DataError, Facts("missing-column", "part-4.parquet", column="item_id")):
+        read_table(folder)
+
+
+FILMS = ("Amélie", "Café – Bar", "L'été 42", "Señorita", "“Naïve”", "Æon")
+WESTERN = "user_id,item_id,title\n" + "".join(f"u{n},i{n % 3},{title}\n" for n, title in enumerate(FILMS))
+
+
+def test_windows_1252_is_read_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "films.csv"
+    path.write_bytes(WESTERN.encode("cp1252"))
+    with caplog.at_level(logging.WARNING):
+        table = read_table(path)
+    assert table.frame["title"].to_list() == [line.split(",", 2)[2] for line in WESTERN.splitlines()[1:]]
+    (said,) = caplog.messages
+    assert "Windows-1252" in said and f"{sum(mark > chr(127) for mark in WESTERN)} characters" in said
+    caplog.clear()
+    path.write_bytes(WESTERN.encode())
+    assert read_table(path).frame.equals(table.frame) and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Брат,Сталкер,Зеркало,Солярис", "cp1251"),
+        ("東京物語,羅生門,七人の侍,生きる", "shift_jis"),
+        ("Ζορμπάς,Ηλέκτρα,Ταξίδι", "cp1253"),
+        ("기생충,올드보이,마더", "euc_kr"),
+    ],
+)
+def test_what_is_of_another_part_of_the_world_is_not_guessed(text: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "films.csv"
+    rows = (f"u,{n},{title}\n" for n, title in enumerate(text.split(",")))
+    path.write_bytes("".join(["user_id,item_id,title\n", *rows]).encode(encoding))
+    with raises(DataError, Facts("encoding", path, row=1, line=2, says="UTF-8")):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "facts"),
+    [
+        ("a.csv.bz2", b"BZh9 not really", Facts("damaged", says="bzip2")),
+        ("a.csv.xz", lzma.compress(TEXT)[:-9], Facts("damaged", says="xz")),
+        ("a.csv.zst", b"(\xb5/\xfd broken", Facts("damaged", says="zstd")),
+        ("a.csv.bz2", bz2.compress(bytes(40 * 2**20)), Facts("too-large", says="unpacks to more than")),
+        ("a.zip", zipped(("a.csv", TEXT), ("b.csv", TEXT)), Facts("ambiguous", says=("a.csv", "b.csv", "unpack"))),
+        ("a.zip", zipped(("readme.txt.md", b"x")), Facts("missing-file", says="no table")),
+        ("a.zip", zipped(("../a.csv", TEXT)), Facts("unsafe", says="leads out of it")),
+        ("a.zip", zipped(("a.csv", b"a,b\n" + b"1,2\n" * 10**7)), Facts("too-large", says="unpacks to more than")),
+        ("a.zip", TEXT, Facts("damaged", says="zip")),
+        ("a.json", b'[{"user_id": "u"}, 3]', Facts("wrong-format", row=2, says="array of objects")),
+        ("a.json", b'[{"user_id": "u", "user_id": "v"}]', Facts("duplicate", says="user_id")),
+        ("a.json", b'[{"user_id": {"a": 1}}]', Facts("bad-value", row=1, column="user_id")),
+        ("a.json", b"[1, 2", Facts("syntax", says="not JSON")),
+        ("a.json", b"[]", Facts("empty")),
+        ("a.csv", b"user_id::item_id\nu::i\nu::i::j\n", Facts("ragged-row", row=2, line=3, says="'::'")),
+    ],
+)
+def test_damaged_files_of_these_kinds_are_refused(name: str, raw: bytes, facts: Facts, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(raw)
+    with raises(DataError, facts):
+        read_table(path)
