@@ -24,7 +24,8 @@ _BEYOND = re.compile(rb"[\x80-\xff]+")
 _LONGEST_RUN = 1.5
 _LOOKED_AT = 200_000
 # What texts of Western languages are written with; of what is beyond ASCII, nearly all of it has to be.
-_USUAL = frozenset("äáàâãåæçéèêëíìîïñóòôöõøœúùûüßÄÁÀÂÃÅÆÇÉÈÊËÍÌÎÏÑÓÒÔÖÕØŒÚÙÛÜýžšÝŽŠðþÐÞ" "‘’‚“”„–—…•·«»‹›°ºª¡¿€£¥§©®™ \xa0´²³½¼")
+_LETTERS = "äáàâãåæçéèêëíìîïñóòôöõøœúùûüßýžšðþ"
+_USUAL = frozenset(_LETTERS + _LETTERS.upper() + "‘’‚“”„–—…•·«»‹›°ºª¡¿€£¥§©®™\xa0´²³½¼")
 _LEAST = 0.9
 
 
