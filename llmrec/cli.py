@@ -60,15 +60,17 @@ def check(
     ] = False,
 ) -> None:
     """Validate a recipe, its data, templates and names, without loading weights."""
-    from llmrec.experiment import study as studies
+    from llmrec.data.stats import baskets
+    from llmrec.experiment.study import build_study
     from llmrec.experiment.told import sentence, users
 
-    loaded = _recipe(recipe, overrides)
-    study = studies.build_study(loaded)
+    study = build_study(loaded := _recipe(recipe, overrides))
     for family in study.tasks:
         templates = ", ".join(template.id for template in study.eval_templates(family))
         say(f"{family}: {len(study.cases(family))} {loaded.eval.split} cases, evaluated with {templates}")
     for table in study.tables:
+        if cut := baskets(table):
+            say(cut)
         if found := study.told(table):
             say(f"{sentence(table, found)}; write profiles from training interactions alone")
             say(f"    users: {', '.join(users(found))}")

@@ -15,7 +15,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.data.frames import with_frames
 from llmrec.data.split import SplitDataset
-from llmrec.data.stats import statistics
+from llmrec.data.stats import baskets, statistics
 from llmrec.durable import replacing, write_text
 from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment import audit, index_report
@@ -115,7 +115,7 @@ class Checked:
     Attributes:
         cases: How many held-out cases each family is asked about.
         statistics: Of the data and its split, as `llmrec data` prints them.
-        warnings: Where profiles name what is held out.
+        warnings: Where profiles name what is held out, or the split cuts through baskets.
     """
 
     cases: Mapping[str, int]
@@ -138,6 +138,7 @@ def check(recipe: Recipe | str | Path | Mapping[str, Any], *, data: Any = None, 
     with TemporaryDirectory() as place:
         study = build_study(with_frames(as_recipe(recipe), Path(place), data, items))
     warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
+    warnings += [cut for table in study.tables if (cut := baskets(table))]
     cases = {family: len(study.cases(family)) for family in study.tasks}
     return Checked(cases, statistics(study.data), tuple(warnings))
 

@@ -6,10 +6,10 @@ target where many events carry the same timestamp. Without timestamps the file o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -17,13 +17,10 @@ import polars as pl
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.derived import derived
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
+from llmrec.data.split_kinds import KINDS, PAIR, WHEN
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from llmrec.types import Event, Interaction, Request, SplitName
-
-_PAIR = ["user_id", "item_id"]
-_LOO_LEAST = 3
-_WHEN = "_when"
 
 
 def _no_rows() -> pl.DataFrame:
@@ -38,7 +35,7 @@ class SplitDataset:
 
     Attributes:
         dataset: What was split.
-        kind: ``leave_one_out``, ``last_share``, ``global_time``, ``user_disjoint`` or ``given``.
+        kind: One of `llmrec.data.split_kinds.KINDS`.
         seed: Decides ties in time, which users are held out, and the order of `holdouts`.
         train: What may be learned from.
         valid: Held-out interactions for choosing.
@@ -60,11 +57,11 @@ class SplitDataset:
         """Return this split with another table's held-out pairs taken out of ``train`` and ``known``."""
         if not pairs:
             return self
-        gone = pl.DataFrame(sorted(pairs), schema=_PAIR, orient="row")
+        gone = pl.DataFrame(sorted(pairs), schema=PAIR, orient="row")
         less = replace(
             self,
-            train=self.train.join(gone, on=_PAIR, how="anti", maintain_order="left"),
-            known=self.known.join(gone, on=_PAIR, how="anti", maintain_order="left"),
+            train=self.train.join(gone, on=PAIR, how="anti", maintain_order="left"),
+            known=self.known.join(gone, on=PAIR, how="anti", maintain_order="left"),
         )
         return replace(less, dataset=derived(less.dataset, less.train, seed=self.seed))
 
@@ -148,16 +145,6 @@ def _in_hash_order(frame: pl.DataFrame, seed: int) -> tuple[Interaction, ...]:
     return tuple(Interaction(**row) for row in rows.iter_rows(named=True))
 
 
-# --------------------------------------------------------------------------- the kinds
-
-
-class _Parts(NamedTuple):
-    train: pl.DataFrame
-    valid: pl.DataFrame
-    test: pl.DataFrame
-    known: pl.DataFrame
-
-
 def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     """Hold out validation and test interactions.
 
@@ -172,13 +159,6 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     Raises:
         DataError: If there are fewer interactions or users than the split needs.
     """
-    kinds: Mapping[str, Callable[[Dataset, pl.DataFrame, Split, int], _Parts]] = {
-        "leave_one_out": _leave_one_out,
-        "last_share": _last_share,
-        "global_time": _global_time,
-        "user_disjoint": _user_disjoint,
-        "given": _given,
-    }
     if section.kind in ("last_share", "global_time", "user_disjoint") and not 0 < section.valid + section.test < 1:
         raise DataError(
             f"data.split: valid ({section.valid}) and test ({section.test}) are shares; "
@@ -186,8 +166,8 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
             kind="bad-value",
             column="data.split",
         )
-    parts = kinds[section.kind](dataset, _in_time_order(dataset, seed), section, seed)
-    frames = [frame.sort("user_id", _WHEN).select(*SCHEMA) for frame in parts]
+    parts = KINDS[section.kind](dataset, _in_time_order(dataset, seed), section, seed)
+    frames = [frame.sort("user_id", WHEN).select(*SCHEMA) for frame in parts]
     if frames[0].is_empty():
         raise DataError.at(
             dataset.name,
@@ -203,7 +183,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
         train=frames[0],
         valid=frames[1],
         test=frames[2],
-        held_out=frozenset(pair for frame in frames[1:3] for pair in frame.select(_PAIR).iter_rows()),
+        held_out=frozenset(pair for frame in frames[1:3] for pair in frame.select(PAIR).iter_rows()),
         known=frames[3],
     )
 
@@ -214,140 +194,9 @@ def _in_time_order(dataset: Dataset, seed: int) -> pl.DataFrame:
     if dataset.has_time:
         tie = hash64("tie", seed, frame["user_id"].to_list(), frame["item_id"].to_list())
         # Ratings and texts only order repeats of one pair within one moment.
-        keys = ["timestamp", "_tie", *_PAIR, "rating", "text"]
+        keys = ["timestamp", "_tie", *PAIR, "rating", "text"]
         frame = frame.with_columns(pl.Series("_tie", tie)).sort(keys).drop("_tie")
-    return frame.with_row_index(_WHEN)
-
-
-def _latest(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the latest interaction of every pair, oldest first."""
-    return frame.sort(_WHEN).unique(subset=_PAIR, keep="last", maintain_order=True)
-
-
-def _without(frame: pl.DataFrame, *held: pl.DataFrame) -> pl.DataFrame:
-    for rows in held:
-        frame = frame.join(rows.select(_PAIR), on=_PAIR, how="anti")
-    return frame
-
-
-def _from_last() -> pl.Expr:
-    return pl.col(_WHEN).rank("ordinal", descending=True).over("user_id")
-
-
-def _leave_one_out(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
-    """Each user's last interaction is for test, the one before for validation; short users stay in training."""
-    latest = _latest(frame).filter(pl.len().over("user_id") >= _LOO_LEAST)
-    if latest.is_empty():
-        raise DataError.at(
-            dataset.name,
-            "too-few",
-            f": no user has {_LOO_LEAST} interactions with different items, which leave_one_out needs; "
-            "use another data.split.kind or more data",
-            "data.split.kind",
-        )
-    test, valid = latest.filter(_from_last() == 1), latest.filter(_from_last() == 2)
-    return _Parts(_without(frame, valid, test), valid, test, frame.clear())
-
-
-def _last_share(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
-    """The last share of each user's different items is for test, the share before for validation; at least 1 each.
-
-    Shares are rounded down, and a user's first item is always training. Short users stay in training.
-    """
-    wanted = [share for share in (section.valid, section.test) if share > 0]
-    latest = _latest(frame).with_columns(pl.len().over("user_id").alias("_items"))
-    latest = latest.filter(pl.col("_items") > len(wanted))
-    if latest.is_empty():
-        raise DataError.at(
-            dataset.name,
-            "too-few",
-            f": no user has {len(wanted) + 1} interactions with different items, which last_share needs "
-            "here; use another data.split.kind or more data",
-            "data.split.kind",
-        )
-    tests, valids = _part(section.test), _part(section.valid)
-    tests = pl.min_horizontal(tests, pl.col("_items") - len(wanted))
-    valids = pl.min_horizontal(valids, pl.col("_items") - tests - 1)
-    test = latest.filter(_from_last() <= tests)
-    valid = latest.filter((_from_last() > tests) & (_from_last() <= tests + valids))
-    return _Parts(_without(frame, valid, test), valid, test, frame.clear())
-
-
-def _part(share: float) -> pl.Expr:
-    """Return how many of a user's ``_items`` a share is: rounded down, and at least 1 of a share above 0."""
-    # A tenth of 30 is 3 whichever side of it the product falls in binary.
-    whole = (pl.col("_items") * share + 1e-9).floor().cast(pl.Int64)
-    return pl.max_horizontal(whole, pl.lit(1 if share > 0 else 0, pl.Int64))
-
-
-def _global_time(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
-    """The last share of all interactions is for test, the share before for validation; cold ones are kept."""
-    total = frame.height
-    tests, valids = round(total * section.test), round(total * section.valid)
-    middle = total - tests
-    test = _latest(frame[middle:])
-    valid = _latest(_without(frame[max(0, middle - valids) : middle], test))
-    _need(dataset, section, valid, test, f"{total} interactions")
-    return _Parts(_without(frame[: max(0, middle - valids)], valid, test), valid, test, frame.clear())
-
-
-def _user_disjoint(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
-    """A share of users is held out entirely: their last interaction is asked for, the earlier ones are history."""
-    latest = _latest(frame)
-    able = latest.filter(pl.len().over("user_id") >= 2)["user_id"].unique().sort()
-    order = [able[int(place)] for place in np.argsort(hash64("held-out users", seed, able.to_list()), kind="stable")]
-    tests, valids = round(len(order) * section.test), round(len(order) * section.valid)
-    groups = {"test": order[:tests], "valid": order[tests : tests + valids]}
-    last = latest.filter(_from_last() == 1)
-    test, valid = (last.join(_users_frame(groups[name]), on="user_id", how="semi") for name in ("test", "valid"))
-    _need(dataset, section, valid, test, f"{len(order)} users with at least 2 interactions")
-    away = _users_frame(order[: tests + valids])
-    known = _without(frame.join(away, on="user_id", how="semi"), valid, test)
-    return _Parts(frame.join(away, on="user_id", how="anti"), valid, test, known)
-
-
-def _given(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> _Parts:
-    """The source says which pairs are held out, and whose other events are history only."""
-    given = dataset.given
-    if given is None:
-        raise DataError.at(
-            dataset.name,
-            "contradiction",
-            " has no split of its own, so data.split.kind=given cannot be used; choose another kind",
-            "data.split.kind",
-        )
-    latest = _latest(frame)
-    # A pair that is in both parts is for test alone.
-    valid, test = (
-        latest.join(_pairs_frame(pairs), on=_PAIR, how="semi") for pairs in (given.valid - given.test, given.test)
-    )
-    if valid.is_empty() and test.is_empty():
-        raise DataError.at(
-            dataset.name, "too-few", ": no held-out pair of its split is left; relax data.filter", "data.filter"
-        )
-    rest = _without(frame, valid, test)
-    away = _users_frame(sorted(given.history_only))
-    return _Parts(rest.join(away, on="user_id", how="anti"), valid, test, rest.join(away, on="user_id", how="semi"))
-
-
-def _pairs_frame(pairs: frozenset[tuple[str, str]]) -> pl.DataFrame:
-    return pl.DataFrame(sorted(pairs), schema=dict.fromkeys(_PAIR, pl.String), orient="row")
-
-
-def _users_frame(users: list[str]) -> pl.DataFrame:
-    return pl.DataFrame({"user_id": users}, schema={"user_id": pl.String})
-
-
-def _need(dataset: Dataset, section: Split, valid: pl.DataFrame, test: pl.DataFrame, have: str) -> None:
-    for name, share, rows in (("valid", section.valid, valid), ("test", section.test, test)):
-        if share > 0 and rows.is_empty():
-            raise DataError.at(
-                dataset.name,
-                "too-few",
-                f": {have} are too few for {section.kind} with data.split.{name}={share}; "
-                "raise the share or use more data",
-                f"data.split.{name}",
-            )
+    return frame.with_row_index(WHEN)
 
 
 def earlier(train: pl.DataFrame, held: pl.DataFrame) -> int:

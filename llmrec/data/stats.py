@@ -24,8 +24,8 @@ def statistics(data: SplitDataset) -> dict[str, object]:
     """Return named figures of a split dataset; every value can be written as JSON.
 
     Shares lie in [0, 1]. ``tied_last_share`` is the share of users whose last two events carry one timestamp,
-    so that the tie rule decides what is held out; it is None without timestamps. A held-out event is *cold* when
-    its user or its item has no training interaction.
+    so that the tie rule decides what is held out; it is None without timestamps, and so is ``tied_with_history``, the
+    share of `moments_shared`. A held-out event is *cold* when its user or its item has no training interaction.
     """
     dataset = data.dataset
     rows = dataset.interactions
@@ -43,6 +43,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
         "interactions_per_user": _per(rows, "user_id"),
         "interactions_per_item": _per(rows, "item_id"),
         "tied_last_share": tied_last_share(rows),
+        "tied_with_history": moments_shared(data),
         "with_text": rows.height - rows["text"].null_count(),
         "shared_titles": sum(count for count in titles.values() if count > 1),
         "split": data.kind,
@@ -67,6 +68,37 @@ def tied_last_share(rows: pl.DataFrame) -> float | None:
     last = rows.filter(pl.col("timestamp") == pl.col("timestamp").max().over("user_id"))
     tied = last.group_by("user_id").len().filter(pl.col("len") > 1).height
     return tied / rows["user_id"].n_unique()
+
+
+BASKETS = 0.2
+"""Share of `moments_shared` from which on a split is said to cut through baskets."""
+
+
+def moments_shared(data: SplitDataset) -> float | None:
+    """Return the share of held-out events that stand at the moment of one that their history shows; None without times.
+
+    Where several are bought or rated at once, a history so holds the rest of the basket that is asked about.
+    """
+    if not data.dataset.has_time:
+        return None
+    tied = held = 0
+    for part, before in ((data.test, [data.train, data.valid, data.known]), (data.valid, [data.train, data.known])):
+        moments = pl.concat([rows.select("user_id", "timestamp") for rows in before]).unique()
+        tied += part.join(moments, on=["user_id", "timestamp"], how="semi").height
+        held += part.height
+    return tied / held if held else None
+
+
+def baskets(data: SplitDataset) -> str:
+    """Say that a split cuts through baskets, and what to do about it; empty where it does not."""
+    share = moments_shared(data)
+    if share is None or share <= BASKETS:
+        return ""
+    return (
+        f"{share:.0%} of the held-out interactions of {data.dataset.name} stand at the very moment of one that their "
+        "history shows, as where several are bought or rated at once: what stands beside them tells them. "
+        "data.split.kind=last_basket holds out all of a moment, and global_time what comes after a date"
+    )
 
 
 def _histogram(rows: pl.DataFrame) -> dict[str, int]:

@@ -15,6 +15,7 @@ import polars as pl
 from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
+from llmrec.data.stats import baskets
 from llmrec.durable import write_json
 from llmrec.experiment.comparing import compare_rows
 from llmrec.experiment.evaluation import ResultRow
@@ -166,6 +167,7 @@ def notes(study: Study) -> list[str]:
             "kept beams, a baseline's a hundred; what an answer leaves out is a miss. That lowers MRR, and no figure "
             "that is cut at the beams or earlier."
         )
+    found += [f"{cut}." for table in study.tables if (cut := baskets(table))]
     if study.aligned is not None:
         found.append(
             f"Alignment figures are over {study.aligned.count} candidates a question, all of them items whose code and "

@@ -66,7 +66,9 @@ class Filter(Section):
 class Split(Section):
     """How validation and test interactions are held out. Ties in time fall by a seeded hash of (user, item)."""
 
-    kind: Literal["leave_one_out", "last_share", "global_time", "user_disjoint", "given"] = "leave_one_out"
+    kind: Literal["leave_one_out", "last_share", "last_basket", "global_time", "user_disjoint", "given"] = (
+        "leave_one_out"
+    )
     valid: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
     test: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
 

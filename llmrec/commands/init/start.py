@@ -19,6 +19,7 @@ from llmrec.commands.init.profile import Peek, peek, profile, shown
 from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
 from llmrec.data.reading.table import is_pattern
 from llmrec.data.reading.text import Table, user_path
+from llmrec.data.stats import baskets
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.recipe.schema import Columns, Recipe
@@ -103,9 +104,9 @@ def init(
     names = (roles.item, roles.title or "", items_path.name if items_path else "", path.name)
     plan = decide(roles, names, whole=used.whole, backend=backend or _backend())
     page = _page(name, path, items_path, target, roles, plan, used, listed)
-    plan, recipe = _write(page, target, check=used.whole and plan.facts.rows <= _CHECKED_ROWS)
+    plan, recipe, cut = _write(page, target, check=used.whole and plan.facts.rows <= _CHECKED_ROWS)
     told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
-    told += _hints(path, roles, items_path, used, plan)
+    told += _hints(path, roles, items_path, used, plan, cut)
     return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)))
 
 
@@ -243,16 +244,20 @@ def _page(
     )
 
 
-def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe]:
-    """Write the page, once `llmrec check` would accept it; a family that it refuses is switched off."""
+def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe, str]:
+    """Write the page, once `llmrec check` would accept it, and say what that says of the split.
+
+    A family that it refuses is switched off.
+    """
     from llmrec.experiment.study import build_study
 
     while page.plan.on:
         text = render(page)
         recipe = Recipe.model_validate(yaml.safe_load(text))
+        cut = ""
         try:
             if check:
-                build_study(recipe)
+                cut = baskets(build_study(recipe).data)
         except LlmrecError as error:
             refused = str(error)
             family = next((f for f in page.plan.on if refused.startswith(f"tasks.{f}")), None)
@@ -261,7 +266,7 @@ def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe]:
             page = replace(page, plan=page.plan.without(family, refused.partition(": ")[2] or refused))
             continue
         write_text(target, text)
-        return page.plan, recipe
+        return page.plan, recipe, cut
     off = "; ".join(f"{family} {reason}" for family, (_, reason) in page.plan.tasks.items())
     raise DataError.at(page.path, "too-few", f": this table can carry none of the four tasks: {off}")
 
@@ -318,8 +323,8 @@ def _told_tasks(plan: Plan) -> list[str]:
     return ["tasks", *_aligned([(f, "on" if plan.tasks[f][0] else "off", plan.tasks[f][1]) for f in FAMILIES])]
 
 
-def _hints(path: Path, roles: Roles, items: Path | None, used: Peek, plan: Plan) -> list[str]:
-    hints = []
+def _hints(path: Path, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
+    hints = [cut] if cut else []
     if roles.title is None:
         hints.append("there are no titles: ids stand in for them, and a language model then has little to go by")
         companion = _companion(path, roles.item) if items is None else None

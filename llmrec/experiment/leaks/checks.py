@@ -70,7 +70,7 @@ def training_interactions(data: SplitDataset) -> Check:
         for user, item in train.select("user_id", "item_id").iter_rows()
         if (user, item) in data.held_out
     ]
-    if data.kind in ("leave_one_out", "last_share") and data.dataset.has_time:
+    if data.kind in ("leave_one_out", "last_share", "last_basket") and data.dataset.has_time:
         first = pl.concat([data.valid, data.test]).group_by("user_id").agg(pl.col("timestamp").min().alias("held"))
         late = train.join(first, on="user_id").filter(pl.col("timestamp") > pl.col("held"))
         places += [

@@ -1,0 +1,116 @@
+"""Baskets: what is bought at once is told to be, and can be held out as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import llmrec
+from llmrec.commands.init import start
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.data.stats import baskets, moments_shared, statistics
+from llmrec.errors import DataError
+from llmrec.recipe.schema import Split
+from llmrec.types import Item
+from tests.facts import Facts, raises
+
+USERS, MOMENTS, EACH = 12, 4, 3
+
+
+def bought(*, at_once: bool = True, time: bool = True) -> pl.DataFrame:
+    """Baskets of three items at four moments a user, or the same one item after the other."""
+    rows = [
+        {
+            "user_id": f"u{user:02d}",
+            "item_id": f"i{(user * 5 + moment * EACH + place) % 30:02d}",
+            "timestamp": float(moment * 100 + (0 if at_once else place)),
+        }
+        for user in range(USERS)
+        for moment in range(MOMENTS)
+        for place in range(EACH)
+    ]
+    frame = pl.DataFrame(rows)
+    return frame if time else frame.drop("timestamp")
+
+
+def cut(kind: str, frame: pl.DataFrame) -> SplitDataset:
+    names = frame["item_id"].unique()
+    full = frame.with_columns(
+        pl.lit(None, pl.Float64).alias("rating"),
+        pl.lit(None, pl.String).alias("text"),
+        *([] if "timestamp" in frame.columns else [pl.lit(None, pl.Float64).alias("timestamp")]),
+    ).select("user_id", "item_id", "rating", "timestamp", "text")
+    dataset = Dataset(name="shop", noun="items", interactions=full, items={n: Item(item_id=n, title=n) for n in names})
+    return split(dataset, Split(kind=kind), seed=0)  # type: ignore[arg-type]
+
+
+def test_leave_one_out_cuts_through_baskets_and_says_so() -> None:
+    data = cut("leave_one_out", bought())
+    # Of the last basket one is for test and one for validation: both have the third in their history.
+    assert moments_shared(data) == 1.0 == statistics(data)["tied_with_history"]
+    assert "100% of the held-out interactions of shop" in baskets(data) and "last_basket" in baskets(data)
+
+
+def test_events_one_after_the_other_are_no_baskets() -> None:
+    data = cut("leave_one_out", bought(at_once=False))
+    assert moments_shared(data) == 0.0 and baskets(data) == ""
+    untimed = cut("leave_one_out", bought(time=False))
+    assert moments_shared(untimed) is None and baskets(untimed) == ""
+
+
+def test_whole_baskets_are_held_out() -> None:
+    data = cut("last_basket", bought())
+    assert (data.test.height, data.valid.height) == (USERS * EACH, USERS * EACH)
+    assert set(data.test["timestamp"]) == {300.0} and set(data.valid["timestamp"]) == {200.0}
+    assert set(data.train["timestamp"]) == {0.0, 100.0}
+    assert moments_shared(data) == 0.0 and baskets(data) == ""
+
+
+def test_users_with_fewer_moments_stay_in_training_and_what_is_bought_again_counts_last() -> None:
+    rows = [("a", "x", 1.0), ("a", "y", 2.0), ("b", "x", 1.0), ("b", "y", 2.0), ("b", "x", 3.0), ("b", "z", 0.0)]
+    rows += [("c", "x", 1.0), ("c", "y", 2.0), ("c", "z", 3.0)]
+    data = cut("last_basket", pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row"))
+    held = {part: set(getattr(data, part).select("user_id", "item_id").rows()) for part in ("test", "valid", "train")}
+    assert held["test"] == {("b", "x"), ("c", "z")} and held["valid"] == {("b", "y"), ("c", "y")}
+    assert held["train"] == {("a", "x"), ("a", "y"), ("b", "z"), ("c", "x")}
+
+
+@pytest.mark.parametrize(
+    ("frame", "facts"),
+    [
+        (bought(time=False), Facts("contradiction", column="data.split.kind", says="data.columns.time")),
+        (bought().filter(pl.col("timestamp") < 200), Facts("too-few", column="data.split.kind", says="3 moments")),
+    ],
+)
+def test_what_has_no_baskets_is_refused(frame: pl.DataFrame, facts: Facts) -> None:
+    with raises(DataError, facts):
+        cut("last_basket", frame)
+
+
+def test_init_check_and_the_report_say_it(tmp_path: Path) -> None:
+    bought().write_csv(tmp_path / "shop.csv")
+    made = start.init(str(tmp_path / "shop.csv"), out=tmp_path / "shop.yaml", name="shop", backend="hf")
+    assert "last_basket" in made.found
+    recipe = {
+        "name": "shop",
+        "data": {"source": "table", "columns": {"time": "timestamp"}},
+        "tasks": {"sequential": {}},
+        "eval": {
+            "arms": ["zero-shot"],
+            "backend": "fake",
+            "scorer": "fake",
+            "bootstrap": 20,
+            "candidates": {"count": 5},
+        },
+    }
+    (warning,) = llmrec.check(recipe, data=bought()).warnings
+    assert "last_basket" in warning
+    run = llmrec.run(recipe, tmp_path / "run", data=bought(), quiet=True)
+    assert any("last_basket" in note for note in run.results["notes"])
+    whole = {**recipe, "data": {**recipe["data"], "split": {"kind": "last_basket"}}}  # type: ignore[dict-item]
+    again = llmrec.run(whole, tmp_path / "whole", data=bought(), quiet=True)
+    assert not any("last_basket" in note for note in again.results["notes"])
+    assert {row["n"] for row in again.results["rows"]} == {USERS * EACH}
