@@ -233,7 +233,7 @@ def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, it
         items: The table of items, if there is one.
 
     Raises:
-        DataError: If a column is in neither table, an item is listed twice, or a title is missing.
+        DataError: If a column is in neither table, an item is listed twice, or no item has a title.
     """
     listings = [_Listing(interactions, item_ids, False)]
     known = item_ids.unique(maintain_order=True).to_list()
@@ -291,7 +291,7 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
 def _titles(section: DataSection, listings: list[_Listing], known: list[str]) -> Mapping[str, str]:
     """Return titles by item; empty where the source has no titles, so that ids stand in for them.
 
-    An id stands in for a title that is HTML too, after a warning.
+    An id stands in for a title that is blank or HTML too, after a warning with their number.
     """
     column = section.columns.title or "title"
     for listing in listings:
@@ -300,16 +300,22 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
         return {}
     listing = _source(listings, column, "data.columns.title=NAME")
     titles = listing.column(column)
-    for item in known:
-        if not titles.get(item, "").strip():
-            rows = (listing.item_ids == item).arg_true()
-            row = rows[-1] if listing.unique else rows[0]
-            raise DataError.at(
-                listing.table.where(row),
-                "missing-value",
-                f": item {shown(item)} has no title in column {column!r}; give it one, or drop the item",
-                column,
-            )
+    blank = [item for item in known if not titles.get(item, "").strip()]
+    if len(blank) == len(known):
+        raise DataError.at(
+            listing.table.name,
+            "missing-value",
+            f": no item has a title in column {column!r}; name another column as data.columns.title, or give the items "
+            "titles",
+            column,
+        )
+    if blank:
+        log.warning(
+            "%d of %d items have no title in column %r of %s, such as %s; their ids stand in, which say little to a "
+            "model",
+            *(len(blank), len(known), column, listing.table.name, shown(blank[0])),
+        )
+        titles = dict(titles) | dict(zip(blank, blank, strict=True))
     scraped = [item for item in known if has_markup(titles[item])]
     if scraped:
         log.warning(

@@ -131,15 +131,18 @@ def _global_time(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: in
 
 
 def _user_disjoint(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> Parts:
-    """A share of users is held out entirely: their last interaction is asked for, the earlier ones are history."""
+    """A share of users is held out entirely: their last interaction is asked for, the earlier ones are history.
+
+    The history of a user with one interaction is empty, as that of a new user is.
+    """
     latest = _latest(frame)
-    able = latest.filter(pl.len().over("user_id") >= 2)["user_id"].unique().sort()
+    able = latest["user_id"].unique().sort()
     order = [able[int(place)] for place in np.argsort(hash64("held-out users", seed, able.to_list()), kind="stable")]
     tests, valids = round(len(order) * section.test), round(len(order) * section.valid)
     groups = {"test": order[:tests], "valid": order[tests : tests + valids]}
     last = latest.filter(_from_last() == 1)
     test, valid = (last.join(_users_frame(groups[name]), on="user_id", how="semi") for name in ("test", "valid"))
-    _need(dataset, section, valid, test, f"{len(order)} users with at least 2 interactions")
+    _need(dataset, section, valid, test, f"{len(order)} users")
     away = _users_frame(order[: tests + valids])
     known = _without(frame.join(away, on="user_id", how="semi"), valid, test)
     return Parts(frame.join(away, on="user_id", how="anti"), valid, test, known)

@@ -236,7 +236,17 @@ def test_disjoint_users_are_never_trained_on(seed: int) -> None:
     assert away and not away & set(data.train["user_id"])
     assert not set(data.valid["user_id"]) & set(data.test["user_id"])
     for held in data.holdouts("test"):
-        assert data.history(held.user_id, "test") and data.train_events(held.user_id) == ()
+        assert data.train_events(held.user_id) == ()
+        rows = data.dataset.interactions.filter(pl.col("user_id") == held.user_id)
+        # Nobody is left out for having a single item: that of a new user has no history.
+        assert bool(data.history(held.user_id, "test")) == (rows["item_id"].n_unique() > 1)
+
+
+def test_users_with_one_interaction_are_held_out_too() -> None:
+    rows = [(f"u{n}", f"i{n % 3}", 1.0, float(n)) for n in range(20)]
+    data = cut(rows, "user_disjoint", valid=0.2, test=0.2)
+    assert (data.valid.height, data.test.height, data.train.height) == (4, 4, 12)
+    assert all(data.history(held.user_id, "test") == () for held in data.holdouts("test"))
 
 
 @pytest.mark.parametrize("kind", ["global_time", "user_disjoint"])

@@ -458,20 +458,26 @@ def test_a_column_twice(tmp_path: Path) -> None:
     fails(write(tmp_path, "user_id,item_id,rating,rating\na,x,1,2\n"), Facts("duplicate", None, 0, "rating"))
 
 
-def test_titles_that_are_missing(tmp_path: Path) -> None:
-    main = write(tmp_path, "user_id,item_id,name\na,x,X\na,y, \nb,y,\n")
-    fails(main, Facts("missing-value", None, 2, "name", 3, "item 'y'"), columns=Columns(title="name"))
-    main = write(tmp_path, "user_id,item_id\na,x\na,y\nb,z\n")
+def test_ids_stand_in_for_titles_that_are_missing_and_their_number_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main = write(tmp_path, "user_id,item_id,name\na,x,X\na,y,\n")
+    data = load(section(main, columns=Columns(title="name")), seed=0)
+    assert {item: entry.title for item, entry in data.items.items()} == {"x": "X", "y": "y"}
+    assert "1 of 2 items have no title in column 'name'" in caplog.text and "'y'" in caplog.text
+    main = write(tmp_path, "user_id,item_id\na,x\na,y\n")
     items = write(tmp_path, "item_id,title\nx,X\ny,\n", "items.csv")
-    fails(main, Facts("missing-value", items, 2, "title", 3, "item 'y'"), items=str(items))
-    write(tmp_path, "item_id,title\nx,X\ny,Y\n", "items.csv")
+    assert load(section(main, items=str(items)), seed=0).items["y"].title == "y"
+    blank = write(tmp_path, "item_id,title\nx,\ny, \n", "items.csv")
+    fails(main, Facts("missing-value", blank, column="title", says="data.columns.title"), items=str(blank))
+
+
+def test_the_table_of_items_lists_every_item_once(tmp_path: Path) -> None:
+    main = write(tmp_path, "user_id,item_id\na,x\na,y\nb,z\n")
+    items = write(tmp_path, "item_id,title\nx,X\ny,Y\n", "items.csv")
     fails(main, Facts("unknown-name", None, 3, "item_id", 4, "item 'z'"), items=str(items))
     write(tmp_path, "item_id,title\nx,X\ny,Y\nz,Z\nx,W\n", "items.csv")
     fails(main, Facts("duplicate", items, 4, "item_id", 5, "item 'x'"), items=str(items))
-    kept = load(section(main, items=str(items), duplicates="keep_last"), seed=0)
-    assert kept.items["x"].title == "W"
-    write(tmp_path, "id,title\nx,X\n", "items.csv")
-    fails(main, Facts("missing-column", items, None, "item_id", says="data.columns.item="), items=str(items))
 
 
 def test_a_catalogue_of_one(tmp_path: Path) -> None:
