@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+# Rows whose strings are Python's own at a time.
+_BLOCK = 65_536
 
-def hash64(purpose: str, seed: int, *columns: Sequence[str]) -> NDArray[np.uint64]:
+
+def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDArray[np.uint64]:
     """Hash rows of strings to 64 bits.
 
     Args:
@@ -26,11 +30,17 @@ def hash64(purpose: str, seed: int, *columns: Sequence[str]) -> NDArray[np.uint6
     """
     # Lengths stand before the parts, so that ("ab", "c") and ("a", "bc") differ.
     prefix = f"{purpose}\x1f{seed}\x1f"
-    digests = [
-        hashlib.blake2b((prefix + "".join([f"{len(part)}:{part}" for part in row])).encode(), digest_size=8).digest()
-        for row in zip(*columns, strict=True)
-    ]
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+    found = []
+    rows = zip(*columns, strict=True)
+    while block := list(islice(rows, _BLOCK)):
+        digests = [
+            hashlib.blake2b(
+                (prefix + "".join([f"{len(part)}:{part}" for part in row])).encode(), digest_size=8
+            ).digest()
+            for row in block
+        ]
+        found.append(np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64))
+    return np.concatenate(found) if found else np.empty(0, dtype=np.uint64)
 
 
 def hash_one(purpose: str, seed: int, *parts: str) -> int:
@@ -45,12 +55,20 @@ def digest_frame(frame: pl.DataFrame) -> str:
         series = frame[name]
         total.update(f"{name}\x1f{len(series)}\x1f".encode())
         if series.dtype == pl.String:
-            _digest_strings(total, series.to_list())
+            _digest_texts(total, series)
         else:
             # A null travels in the mask; the number below it is set to 0, so that its bytes are always the same.
             total.update(series.is_null().to_numpy().astype(np.uint8).tobytes())
             total.update(series.cast(pl.Float64).fill_null(0.0).to_numpy().astype("<f8").tobytes())
     return total.hexdigest()
+
+
+def _digest_texts(total: hashlib._Hash, series: pl.Series) -> None:
+    """Take texts in as `_digest_strings` does, a block at a time."""
+    lengths = series.str.len_bytes().cast(pl.Int64).fill_null(-1)
+    total.update(lengths.to_numpy().astype("<i8").tobytes())
+    for start in range(0, len(series), _BLOCK):
+        total.update("".join(series[start : start + _BLOCK].drop_nulls().to_list()).encode())
 
 
 def digest_strings(values: Iterable[str | None]) -> str:

@@ -16,6 +16,7 @@ import polars as pl
 
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.derived import derived
+from llmrec.data.events import Events
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
 from llmrec.data.split_kinds import KINDS, PAIR, WHEN
 from llmrec.errors import DataError
@@ -77,7 +78,11 @@ class SplitDataset:
 
     def train_events(self, user_id: str) -> tuple[Event, ...]:
         """Return a user's training events, oldest first; empty for a user without any."""
-        return self._events["train"].get(user_id, ())
+        return self._events["train"].of(user_id)
+
+    def train_count(self, user_id: str) -> int:
+        """Return how many training events a user has."""
+        return self._events["train"].count(user_id)
 
     def history(self, user_id: str, split: SplitName) -> tuple[Event, ...]:
         """Return what is known of a user before a split's held-out events, oldest first.
@@ -87,9 +92,9 @@ class SplitDataset:
         all events before the split's period are known, and none inside it. With ``given`` it is what the source says,
         whatever the time of the held-out event.
         """
-        past = self._events["known"].get(user_id, ()) + self._events["train"].get(user_id, ())
+        past = self._events["known"].of(user_id) + self._events["train"].of(user_id)
         if split == "test":
-            past += self._events["valid"].get(user_id, ())
+            past += self._events["valid"].of(user_id)
         # A source may hold out what is older than its training rows.
         return past if self.kind != "given" else tuple(sorted(past, key=lambda event: event.timestamp or 0.0))
 
@@ -108,9 +113,9 @@ class SplitDataset:
         return tuple(self.dataset.interactions["user_id"].unique().sort())
 
     @cached_property
-    def _events(self) -> Mapping[str, Mapping[str, tuple[Event, ...]]]:
+    def _events(self) -> Mapping[str, Events]:
         frames = {"train": self.train, "valid": self.valid, "known": self.known}
-        return {name: _by_user(frame) for name, frame in frames.items()}
+        return {name: Events(frame) for name, frame in frames.items()}
 
     @cached_property
     def _holdouts(self) -> Mapping[str, tuple[Interaction, ...]]:
@@ -128,13 +133,6 @@ def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset
     """
     weighs = hash64("reserved", data.seed, data.valid["user_id"].to_list()) < np.uint64(share * 2**64)
     return replace(data, valid=data.valid.filter(~weighs)), replace(data, valid=data.valid.filter(weighs))
-
-
-def _by_user(frame: pl.DataFrame) -> dict[str, tuple[Event, ...]]:
-    events: dict[str, list[Event]] = {}
-    for user, item, rating, timestamp, text in frame.select(*SCHEMA).iter_rows():
-        events.setdefault(user, []).append(Event(item_id=item, rating=rating, timestamp=timestamp, text=text))
-    return {user: tuple(rows) for user, rows in events.items()}
 
 
 def _in_hash_order(frame: pl.DataFrame, seed: int) -> tuple[Interaction, ...]:
@@ -192,7 +190,11 @@ def _in_time_order(dataset: Dataset, seed: int) -> pl.DataFrame:
     """Return the interactions with their place in time as ``_when``: 0 is the oldest, no two are equal."""
     frame = dataset.interactions
     if dataset.has_time:
-        tie = hash64("tie", seed, frame["user_id"].to_list(), frame["item_id"].to_list())
+        # Of events at moments of their own the hash decides nothing.
+        tied = frame["timestamp"].is_duplicated()
+        rows = frame.filter(tied)
+        tie = np.zeros(frame.height, dtype=np.uint64)
+        tie[tied.to_numpy()] = hash64("tie", seed, rows["user_id"], rows["item_id"])
         # Ratings and texts only order repeats of one pair within one moment.
         keys = ["timestamp", "_tie", *PAIR, "rating", "text"]
         frame = frame.with_columns(pl.Series("_tie", tie)).sort(keys).drop("_tie")

@@ -16,12 +16,13 @@ from llmrec.errors import RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
 from llmrec.experiment.row_specs import listing
-from llmrec.experiment.study import Study
+from llmrec.experiment.study import Study, finder_of
 from llmrec.experiment.tuning.judging import Judge
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
+from llmrec.recipe.schema import Recipe
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
 from llmrec.tasks.pool import NEGATIVES
@@ -235,11 +236,20 @@ def _nearness(study: Study) -> dict[str, str]:
     return {"encoder": study.recipe.encoder} if "relevant" in rules else {}
 
 
-def _drawing(study: Study) -> dict[str, int]:
+def _drawing(study: Study) -> dict[str, object]:
     """Return what says how negatives are drawn, where rows show any."""
     if not any(family_of(family).lists for family in study.tasks):
         return {}
-    return {"negatives": NEGATIVES} | listing(study.recipe.eval)
+    return {"negatives": NEGATIVES} | listing(study.recipe.eval) | _finding(study.recipe)
+
+
+def _finding(recipe: Recipe) -> dict[str, object]:
+    """Return what decides which candidates a fusion retrieves, where one does."""
+    finder = finder_of(recipe)
+    if finder is None:
+        return {}
+    baselines = [section.model_dump(mode="json") for section in finder.baselines]
+    return {"finder": {"baselines": baselines, "reserved": finder.reserved, "seed": finder.seed}}
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:

@@ -219,6 +219,53 @@ def listed(request: Request, family: str) -> tuple[str, ...]:
     return request.candidates
 
 
+class Pasts(Mapping[str, tuple[Event, ...]]):
+    """Training events of a family by user, made from the split when they are asked for.
+
+    Args:
+        data: The split.
+        keep: Which of a user's events the family can use; None: all of them.
+        least: So many of them a user has; others are left out.
+    """
+
+    def __init__(
+        self,
+        data: SplitDataset,
+        keep: Callable[[str, tuple[Event, ...]], tuple[Event, ...]] | None = None,
+        *,
+        least: int = 1,
+    ) -> None:
+        self._data, self._keep = data, keep
+        sizes = ((user, data.train_count(user) if keep is None else len(self._made(user))) for user in data.users())
+        self._users = {user: size for user, size in sizes if size >= least}
+
+    def __getitem__(self, user: str) -> tuple[Event, ...]:
+        """Return a user's events, oldest first."""
+        if user not in self._users:
+            raise KeyError(user)
+        return self._made(user)
+
+    def sizes(self) -> Mapping[str, int]:
+        """Return how many events each user has, without making them."""
+        return self._users
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield users, sorted."""
+        return iter(self._users)
+
+    def __len__(self) -> int:
+        """Return how many users there are."""
+        return len(self._users)
+
+    def __contains__(self, user: object) -> bool:
+        """Whether a user has enough events."""
+        return user in self._users
+
+    def _made(self, user: str) -> tuple[Event, ...]:
+        events = self._data.train_events(user)
+        return events if self._keep is None else self._keep(user, events)
+
+
 def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> Iterator[tuple[str, str, random.Random]]:
     """Yield (row id, user, random numbers) without end, pass after pass over the users in a fresh order.
 

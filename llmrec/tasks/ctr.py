@@ -16,6 +16,7 @@ from llmrec.tasks.base import (
     NO,
     USER_STATS,
     YES,
+    Pasts,
     Values,
     View,
     asked_item,
@@ -77,7 +78,7 @@ class CtrTask(Task):
     def __init__(self, section: CtrSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed = data, section, inputs.seed
-        self._events = {user: known for user in data.users() if (known := rated(data.train_events(user)))}
+        self._events = Pasts(data, lambda _, events: rated(events))
         if not self._events:
             raise DataError(
                 f"tasks.ctr: {data.dataset.name} has no ratings to call a yes or a no; drop the task or name "

@@ -16,6 +16,7 @@ from llmrec.recipe.schema import DirectSection
 from llmrec.tasks.base import (
     NO,
     YES,
+    Pasts,
     Values,
     View,
     candidates_of,
@@ -87,8 +88,7 @@ class DirectTask(Task):
         check_loss(self._chosen.train, section.loss)
         self._asks_yes: set[str] = set()
         self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
-        events = {user: data.train_events(user) for user in data.users()}
-        self._events = {user: past for user, past in events.items() if past}
+        self._events = Pasts(data)
         self._negatives = Negatives(data, candidates.kind if candidates else "uniform")
         self._count = candidates.count if candidates else _COUNT
         self._lists = inputs.lists

@@ -20,6 +20,7 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
+    Pasts,
     Values,
     View,
     asked_item,
@@ -63,7 +64,7 @@ class ExplanationTask(Task):
             # An answer of both is asked for without the rating.
             shown = asked - {"rating"} if _rates(template) else asked
             template.check(turns=shown, lead=(), target=asked | {"text"})
-        self._events = {user: told for user in data.users() if (told := _told(data.train_events(user)))}
+        self._events = Pasts(data, lambda _, events: _told(events))
         if not self._events:
             raise DataError(
                 f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; name data.columns.text, "

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import ShotChoice
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import Pasts, keyed
 from llmrec.tasks.history import ItemVectors, Shown
 from llmrec.types import Event, Request
 
@@ -100,7 +100,8 @@ class ShotPool:
         self._seed = seed
         self._choice = choice
         self._least = least
-        self._users = sorted(user for user, past in events.items() if len(past) >= least)
+        sizes = events.sizes() if isinstance(events, Pasts) else {user: len(past) for user, past in events.items()}
+        self._users = sorted(user for user, size in sizes.items() if size >= least)
         self._mean_vectors: dict[int, NDArray[np.float32]] = {}
 
     def draw(

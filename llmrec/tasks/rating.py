@@ -17,6 +17,7 @@ from llmrec.tasks.base import (
     NO,
     USER_STATS,
     YES,
+    Pasts,
     Values,
     View,
     asked_item,
@@ -78,7 +79,7 @@ class RatingTask(Task):
                     template.check(turns=asked, lead=(), target=asked | {"rating"})
         for name in self._chosen.evaluate:
             _refuse_learned(templates[name])
-        self._events = {user: known for user in data.users() if (known := rated(data.train_events(user)))}
+        self._events = Pasts(data, lambda _, events: rated(events))
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, label=lambda event: self.scale.label(event.rating or 0.0))
 

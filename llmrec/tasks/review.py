@@ -21,6 +21,7 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
+    Pasts,
     Values,
     View,
     asked_item,
@@ -80,8 +81,7 @@ class ReviewTask(Task):
         asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"review", "scale_low", "scale_high"}
         for template in templates.values():
             template.check(turns=asked, lead=(), target=asked | {self.target})
-        found = {user: self._usable(user, data.train_events(user)) for user in data.users()}
-        self._events = {user: events for user, events in found.items() if events}
+        self._events = Pasts(data, self._usable)
         if not self._events:
             raise DataError(
                 f"tasks.{self.family}: no training interaction of {data.dataset.name} has a review and a "

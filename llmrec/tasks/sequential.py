@@ -15,6 +15,7 @@ from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
     Draw,
+    Pasts,
     Values,
     View,
     branch_events,
@@ -86,8 +87,7 @@ class SequentialTask(Task):
                 kind="bad-value",
                 column="tasks.sequential.window",
             )
-        events = {user: data.train_events(user) for user in data.users()}
-        self._events = {user: past for user, past in events.items() if len(past) >= least}
+        self._events = Pasts(data, least=least)
         self._keys: dict[str, Mapping[str, tuple[str, ...]]] = {}
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, least=2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow, pieces
@@ -53,17 +53,18 @@ def plan(
     planned = Steps(table, band)
     while len(planned) < steps:
         buffer: list[TokenRow] = []
+        made: list[Bin] = []
         first, held = len(table), 0
-        while (held < _BUFFER_STEPS * batch_tokens or (lists and len(buffer) % lists)) and (
-            row := next(rows, None)
-        ) is not None:
-            buffer.append(row)
-            table.add(row)
-            held += len(row.ids)
+        while held < _BUFFER_STEPS * batch_tokens and len(group := list(islice(rows, lists or 1))) == (lists or 1):
+            buffer += group
+            for row in group:
+                table.add(row)
+            made += [one_bin(group)] if lists is not None else []
+            # What the rows of a list share is read once.
+            held += made[-1].columns if lists is not None else len(group[0].ids)
         if not buffer:
             break
         if lists is not None:
-            made = [one_bin(buffer[start : start + lists]) for start in range(0, len(buffer), lists)]
             cut = _cut_packed(sorted(made, key=lambda each: each.columns), batch_tokens)
         elif width is None:
             cut = _cut(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens)

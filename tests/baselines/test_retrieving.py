@@ -215,6 +215,16 @@ def test_training_lists_of_a_fusion_do_not_depend_on_what_is_held_out() -> None:
     assert np.array_equal(model.scores(requests), FUSION.apart(without, parts, 0).scores(requests))
 
 
+def test_a_fusion_that_too_few_weigh_is_refused_with_another_way_to_go() -> None:
+    facts = Facts("too-few", column="eval.candidates.retriever", says="a single retriever")
+    with raises(DataError, facts):
+        Lists(DATA, FUSED_SECTION, 0, FUSION).of(next(iter(DATA.users())))
+    with raises(DataError, facts):
+        FUSION.fitted(replace(MANY, valid=MANY.valid.clear()), "test")
+    with raises(DataError, facts):
+        FUSION.apart(MANY, dict.fromkeys(MANY.users(), 3), 3)
+
+
 def test_a_recipe_retrieves_by_a_fusion(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     MANY.dataset.interactions.select("user_id", "item_id", "rating", "timestamp").write_csv(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.errors import RecipeError
 from llmrec.experiment.study import build_study
-from llmrec.experiment.training import listwise_of, plan_training
+from llmrec.experiment.training import listwise_of, plan_training, training_key
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
@@ -149,6 +149,23 @@ def test_rows_of_a_list_stay_together(llama_folder: Path) -> None:
     assert all(sum(row.weight for row in each.rows) == 1 for step in steps for each in step.bins)
 
 
+@pytest.mark.parametrize(("count", "prompt"), [(4, 40), (20, 200)])
+def test_steps_of_lists_are_as_full_as_they_may_be(count: int, prompt: int) -> None:
+    """What the rows of a list share counts once, so that many candidates make no small steps."""
+    begin = tuple(range(10, 10 + prompt))
+    ignored = (IGNORED,) * prompt
+
+    def rows() -> Iterator[TokenRow]:
+        for n in range(10**6):
+            answer = (300 + n % count, 5, 6, 7)
+            yield TokenRow((*begin, *answer), (*ignored, *answer))
+
+    columns = prompt + 3 * count
+    steps = plan(rows(), steps=24, batch_tokens=6 * columns + 10, seed=0, lists=count)
+    sizes = [len(step.bins) for step in steps]
+    assert len(steps) == 24 and sum(sizes) / len(sizes) > 5 and max(sizes) == 6
+
+
 # --------------------------------------------------------------------------- training
 
 
@@ -202,6 +219,26 @@ def test_a_candidate_that_does_not_fit_drops_its_list(llama_folder: Path, tmp_pa
     encoder = Encoder(load_tokenizer(str(llama_folder), study.recipe.model), max_length=512)
     with raises(RecipeError, Facts("too-large", says="train.max_row_tokens=8")):
         plan_training(study, encoder)
+
+
+def test_what_a_fusion_retrieves_is_part_of_what_was_trained(llama_folder: Path, tmp_path: Path) -> None:
+    """Its baselines, and who weighs them, decide training lists: another adapter stands for others."""
+    fused = "eval.candidates={kind: retrieved, retriever: fusion, count: 5}"
+    found = [
+        training_key(study_of(tmp_path, llama_folder, fused, *more), str(llama_folder))
+        for more in (
+            [],
+            ["tasks.direct.baselines=[random, popularity, item-knn, markov-1, transitions]"],
+            ["eval.fusion.reserved=0.3"],
+        )
+    ]
+    assert len(set(found)) == 3
+    single = "eval.candidates={kind: retrieved, retriever: popularity, count: 5}"
+    same = [
+        training_key(study_of(tmp_path, llama_folder, single, *more), str(llama_folder))
+        for more in ([], ["eval.fusion.reserved=0.3"])
+    ]
+    assert same[0] == same[1]
 
 
 def test_what_it_cannot_do_is_refused(llama_folder: Path, tmp_path: Path) -> None:

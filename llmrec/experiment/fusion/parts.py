@@ -16,6 +16,7 @@ from llmrec.baselines.neural import NeuralConfig
 from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
 from llmrec.errors import DataError
+from llmrec.experiment.fusion.retrieving import MOST
 from llmrec.experiment.study import Study, build_task, draw_sets
 from llmrec.models.embedder import learned_from
 from llmrec.registry import BASELINES, lookup
@@ -36,9 +37,6 @@ FUSIONS: Mapping[Reads, str] = {
     "language model": "fusion with models",
 }
 """What the row of a fusion is called, by the widest kind among its parts."""
-
-# Users that weigh, at most: more move no weight by much, and every baseline answers them.
-_MOST = 5000
 
 ONTO = 1
 """Raised whenever rows are joined otherwise than before: stored rows of fusions are made anew."""
@@ -122,7 +120,7 @@ class Weighing:
         except DataError as error:
             log.warning("%s: no fusion of the baselines: %s", family, error)
             return []
-        cases = of_first_users([case for case in able if case.request.user_id in weigh], _MOST)
+        cases = of_first_users([case for case in able if case.request.user_id in weigh], MOST)
         found = len({case.request.user_id for case in cases})
         if found < 2 * FOLDS:
             log.warning(

@@ -7,22 +7,30 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
+from llmrec.baselines.item_texts import LSA
 from llmrec.baselines.neural import NeuralConfig
 from llmrec.baselines.parameters import make
 from llmrec.baselines.retrieve import FUSED
 from llmrec.data.split import SplitDataset, halves, request_of
-from llmrec.errors import RecipeError
+from llmrec.errors import DataError, RecipeError
+from llmrec.models.embedder import learned_from
 from llmrec.recipe.schema import BaselineSection
 from llmrec.registry import BASELINES, lookup
 from llmrec.strategies.fusion import Fusion, Part
+from llmrec.strategies.fusion_weights import FOLDS
 from llmrec.types import Case, CatalogueScorer, Request, SplitName
 
+MOST = 5000
+"""Users that weigh a fusion, at most: more move no weight by much, and every baseline answers them."""
 _RANDOM = "random"
 
 
 @dataclass(frozen=True)
 class FusedFinder:
-    """Joins baselines; those that know nothing or choose their epoch on the validation split are left out.
+    """Joins baselines.
+
+    Those that know nothing, choose their epoch on the validation split, or read texts through an encoder that was tuned
+    on the interactions are left out.
 
     Attributes:
         baselines: Of the family.
@@ -53,11 +61,12 @@ class FusedFinder:
 
         The last training interactions of the users of the next part weigh it, and its parts have not learned from them.
         """
-        weighs = (part + 1) % (max(parts.values()) + 1)
-        users = {user for user, own in parts.items() if own == weighs}
+        known = sorted(set(parts.values()))
+        weighs = known[(known.index(part) + 1) % len(known)] if part in known else known[0]
+        users = [user for user, own in sorted(parts.items()) if own == weighs != part]
         inside = [user for user, own in parts.items() if own in (part, weighs)]
         fitted = self._parts(replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside))))
-        return _weighed(fitted, [_last(data, user) for user in sorted(users)])
+        return _weighed(fitted, [_last(data, user) for user in users[:MOST]])
 
     def _parts(self, data: SplitDataset) -> list[Part]:
         """Return the baselines, fitted to training interactions.
@@ -68,7 +77,10 @@ class FusedFinder:
         found = []
         for section in self.baselines:
             made = lookup(BASELINES, section.name, "baseline")
+            encoder = str(section.parameters.get("encoder", LSA))
             if section.name == _RANDOM or issubclass(made.Config, NeuralConfig):
+                continue
+            if encoder != LSA and learned_from(encoder):
                 continue
             model = make(section.name, section.parameters, seed=self.seed)
             model.fit(data)
@@ -84,6 +96,20 @@ class FusedFinder:
 
 
 def _weighed(parts: Sequence[Part], cases: Sequence[Case]) -> Fusion:
+    """Return a fusion, fitted to cases.
+
+    Raises:
+        DataError: If there are too few users.
+    """
+    users = len({case.request.user_id for case in cases})
+    if users < 2 * FOLDS:
+        raise DataError(
+            f"eval.candidates.retriever: {FUSED} takes {2 * FOLDS} users to weigh it, of validation and of each fifth "
+            f"of training, and there are {users} here; hold out or give more, or choose a single retriever such as "
+            "transitions",
+            kind="too-few",
+            column="eval.candidates.retriever",
+        )
     fusion = Fusion(FUSED, parts, filtered=True)
     fusion.fit(cases)
     return fusion
@@ -91,7 +117,8 @@ def _weighed(parts: Sequence[Part], cases: Sequence[Case]) -> Fusion:
 
 def _held(data: SplitDataset, users: set[str]) -> list[Case]:
     held = [one for one in data.holdouts("valid") if one.user_id in users]
-    return [Case(request=request_of(data, one, "valid"), truth=one.item_id) for one in held]
+    first = set(list(dict.fromkeys(one.user_id for one in held))[:MOST])
+    return [Case(request=request_of(data, one, "valid"), truth=one.item_id) for one in held if one.user_id in first]
 
 
 def _last(data: SplitDataset, user: str) -> Case:

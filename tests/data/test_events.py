@@ -1,0 +1,62 @@
+"""Events in columns are the events of the rows, whatever is missing in them and however few are kept."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.data import events as module
+from llmrec.data.dataset import SCHEMA
+from llmrec.data.events import Events
+from llmrec.tasks.base import Pasts, rated
+from llmrec.types import Event
+from tests.tasks.task_data import make_split
+
+Rows = list[tuple[str, str, float | None, float | None, str | None]]
+ROWS = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b", "ü", "c c"]),
+        st.sampled_from(["x", "y", "z", ""]),
+        st.one_of(st.none(), st.floats(-5, 5)),
+        st.one_of(st.none(), st.integers(0, 9).map(float)),
+        st.one_of(st.none(), st.sampled_from(["", "good", "bad"])),
+    ),
+    max_size=20,
+)
+
+
+def naive(rows: Rows, user: str) -> tuple[Event, ...]:
+    return tuple(Event(item_id=i, rating=r, timestamp=t, text=x) for u, i, r, t, x in rows if u == user)
+
+
+@given(ROWS)
+def test_they_are_those_of_the_rows_in_their_order(rows: Rows) -> None:
+    found = Events(pl.DataFrame(rows, schema=dict(SCHEMA), orient="row"))
+    for _ in range(2):
+        for user in ("a", "b", "ü", "c c", "nobody"):
+            assert found.of(user) == naive(rows, user)
+            assert found.count(user) == len(naive(rows, user))
+
+
+def test_few_are_kept_and_all_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT", 5)
+    rows: Rows = [(f"u{n % 7}", f"i{n}", float(n), None, None) for n in range(40)]
+    found = Events(pl.DataFrame(rows, schema=dict(SCHEMA), orient="row"))
+    for turn in range(30):
+        user = f"u{(turn * 5) % 7}"
+        assert found.of(user) == naive(rows, user)
+        assert found._held == sum(map(len, found._kept.values())) <= 5
+
+
+def test_pasts_are_those_of_the_split() -> None:
+    data = make_split()
+    every = {user: data.train_events(user) for user in data.users()}
+    assert dict(Pasts(data, least=6)) == {user: past for user, past in every.items() if len(past) >= 6}
+    some = Pasts(data, lambda _, events: rated(events)[::2])
+    assert dict(some) == {user: past[::2] for user, past in every.items() if past}
+    assert dict(some.sizes()) == {user: len(past) for user, past in some.items()}
+    assert "nobody" not in some and some.get("nobody") is None
+    with pytest.raises(KeyError):
+        some["nobody"]
