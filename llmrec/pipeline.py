@@ -7,13 +7,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
-from llmrec.data.frames import with_frames
+from llmrec.data.frames import only_for_a_moment, with_frames
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets, statistics
 from llmrec.durable import replacing, write_text
@@ -135,8 +134,8 @@ def check(recipe: Recipe | str | Path | Mapping[str, Any], *, data: Any = None, 
         DataError: If the data cannot be used.
         RecipeError: If the recipe cannot be.
     """
-    with TemporaryDirectory() as place:
-        study = build_study(with_frames(as_recipe(recipe), Path(place), data, items))
+    with only_for_a_moment() as (place, _):
+        study = build_study(with_frames(as_recipe(recipe), place, data, items))
     warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
     warnings += [cut for table in study.tables if (cut := baskets(table))]
     cases = {family: len(study.cases(family)) for family in study.tasks}

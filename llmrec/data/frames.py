@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +15,7 @@ import pyarrow.parquet as pq
 
 from llmrec.data.reading.limits import reason
 from llmrec.durable import replacing
-from llmrec.errors import DataError, RecipeError
+from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import Recipe
 
 FOLDER = "data"
@@ -52,6 +56,27 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
     return recipe.model_copy(update={"data": section.model_copy(update=changed)})
 
 
+@contextmanager
+def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
+    """Hand out a folder for frames that are looked at, and what calls them frames in place of its files.
+
+    Raises:
+        LlmrecError: As the block does, naming frames.
+    """
+    with TemporaryDirectory() as place:
+
+        def named(text: str) -> str:
+            for name in _NAMES.values():
+                text = re.sub(rf"\S*{re.escape(Path(place).name)}\S*/{name}\.parquet", f"{name} frame", text)
+            return text
+
+        try:
+            yield Path(place), named
+        except LlmrecError as error:
+            at = None if error.place is None else replace(error.place, file=named(error.place.file))
+            raise type(error)(named(str(error)), kind=error.kind, at=at, column=error.column) from None
+
+
 def _written(frame: Any, target: Path, name: str) -> Path:
     table = as_arrow(frame, name)
     with replacing(target) as draft:
@@ -69,17 +94,21 @@ def as_arrow(frame: Any, name: str) -> Any:
     Raises:
         DataError: If it is no frame, or a column holds values of several kinds.
     """
+    if isinstance(frame, list | Mapping) and not frame:
+        raise DataError(f"{name}: it is empty; give rows", kind="empty", at=name)
     try:
         if isinstance(frame, list):
-            return pa.Table.from_pylist(frame)
+            return _of_dictionaries(frame)
         if isinstance(frame, Mapping):
             return pa.table(dict(frame))
         if hasattr(frame, "with_format") and hasattr(frame, "features"):
             # A `datasets.Dataset`: what it selects and shuffles stands beside its table.
             return frame.with_format("arrow")[:]
+        if type(frame).__module__.partition(".")[0] == "pandas":
+            return pa.Table.from_pandas(frame)
         if hasattr(frame, "__arrow_c_stream__") or isinstance(frame, pa.Table | pa.RecordBatch):
             return pa.table(frame)
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:
         raise DataError(
             f"{name}: a column cannot be read as one kind of values ({reason(error)}); make all its values texts, or "
             "all numbers",
@@ -92,3 +121,9 @@ def as_arrow(frame: Any, name: str) -> Any:
         kind="wrong-format",
         at=name,
     )
+
+
+def _of_dictionaries(rows: list[Any]) -> Any:
+    """Return rows as a table with the columns of all of them; what a row lacks is null."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: [row.get(name) for row in rows] for name in names})

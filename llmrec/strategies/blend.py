@@ -8,7 +8,7 @@ penalty, and whether a part alone does as well, are chosen by the error on users
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -42,17 +42,12 @@ class _Line:
         return np.asarray(self.intercept + features @ self.weights)
 
 
-@dataclass(frozen=True)
-class _Put:
-    """A line, the places of the parts that are put beside it, and the penalty."""
-
-    line: _Line
-    free: tuple[int, ...]
-    penalty: float
+_Fit = Callable[["NDArray[np.int64]", "NDArray[np.float64]"], _Line]
+"""Fits a form to some of the cases, by their rows, and all features."""
 
 
-_Fit = Callable[["NDArray[np.float64]", "NDArray[np.float64]"], _Line]
-"""Fits a form to features and truths."""
+def _nothing(rows: NDArray[np.int64]) -> _Line:
+    raise RuntimeError("a blend was asked before fit() was called")
 
 
 class Blend(Weighed):
@@ -76,6 +71,9 @@ class Blend(Weighed):
         self._line: _Line | None = None
         self._bounds = (-np.inf, np.inf)
         self._mute: NDArray[np.float64] = np.zeros(len(parts))
+        # What `line_apart_from` found, and whose cases it was fitted to and how.
+        self._lines: dict[frozenset[str], _Line] = {}
+        self._refit: tuple[tuple[str, ...], Callable[[NDArray[np.int64]], _Line]] = (), _nothing
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,7 +115,8 @@ class Blend(Weighed):
         self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
         if bases:
             self._bounds = bases[0]._bounds
-        fits, beside = self._forms(bases)
+        every = np.arange(len(users))
+        fits, beside = self._forms(bases, truth, users)
         if only is not None:
             fits = {each: fit for each, fit in fits.items() if each == (only.form, only.name)}
         crossed = {each: self._crossed(fit, features, truth, folds) for each, fit in fits.items()}
@@ -125,7 +124,9 @@ class Blend(Weighed):
         self.tried = tuple(Tried(form, name, -error) for (form, name), error in errors.items())
         best = min(errors, key=lambda each: errors[each])
         form, name = best
-        self._line = fits[best](features, truth)
+        self._line = fits[best](every, features)
+        self._lines = {frozenset(): self._line}
+        self._refit = tuple(users), lambda rows: fits[best](rows, features)
         self.weights = Weights(form, tuple(self._line.weights.tolist()))
         if name in (base.name for base in bases):
             return
@@ -133,12 +134,14 @@ class Blend(Weighed):
         statistic: StatisticName = "mean" if self._judges else "root_mean"
         if name in beside:
             if dissect:
-                put, values = beside[name], crossed[best]
-                self.without = tuple(
-                    left_out(
-                        self.names[place], self._less(put, place, features, truth, folds), values, users, statistic
-                    )
+                put = beside[name]
+                rest = [
+                    self._crossed(put.fit([each for each in put.free if each != place]), features, truth, folds)
                     for place in put.free
+                ]
+                self.without = tuple(
+                    left_out(self.names[place], each, crossed[best], users, statistic)
+                    for place, each in zip(put.free, rest, strict=True)
                 )
             return
         if form == "alone":
@@ -179,40 +182,38 @@ class Blend(Weighed):
         """Return answers with the part's mean over the cases of the fit where it is mute."""
         return np.where(np.isnan(said), self._mute, said)
 
-    def _less(
-        self,
-        put: _Put,
-        off: int,
-        features: NDArray[np.float64],
-        truth: NDArray[np.float64],
-        folds: NDArray[np.int64],
-    ) -> NDArray[np.float64]:
-        """Return the error of each case by a blend with further parts, less one of them; shape (n,)."""
-        rest = tuple(place for place in put.free if place != off)
-        if not rest:
-            return self._error(put.line.of(features), truth)
-        return self._crossed(partial(self._onto, replace(put, free=rest)), features, truth, folds)
+    def line_apart_from(self, gone: frozenset[str]) -> _Line:
+        """Return the line that the other users give in the form that was chosen, so that those users can judge it."""
+        if gone not in self._lines:
+            users, fit = self._refit
+            rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
+            self._lines[gone] = self._lines[frozenset()] if len(rows) == len(users) else fit(rows)
+        return self._lines[gone]
 
-    def _forms(self, bases: Sequence[Blend]) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
+    def _forms(
+        self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
+    ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
         """Return what fits each form, by form and name, and how further parts are put onto a blend, by name."""
         form: Form = "logit" if self._judges else "ridge"
+
+        def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
+            return self._weigh(penalty, features[rows], truth[rows])
+
+        def given(line: _Line, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
+            return line
+
         fits: dict[tuple[Form, str], _Fit] = {
-            (form, f"penalty {penalty:g}"): partial(self._weigh, penalty) for penalty in _PENALTIES
+            (form, f"penalty {penalty:g}"): partial(plain, penalty) for penalty in _PENALTIES
         }
         for place, name in enumerate(self.names):
-            fits["alone", name] = partial(_given, _Line(0.0, np.eye(len(self.names))[place]))
+            fits["alone", name] = partial(given, _Line(0.0, np.eye(len(self.names))[place]))
         beside = {}
         for base in bases:
-            assert base._line is not None
-            weights = np.zeros(len(self.names))
-            weights[[self.names.index(name) for name in base.names]] = base._line.weights
-            line = _Line(base._line.intercept, weights)
-            fits[base.fitted.form, base.name] = partial(_given, line)
-            free = free_of(base, self.names)
             for penalty in _PENALTIES:
-                name = f"{base.name} and {' and '.join(self.names[each] for each in free)}, penalty {penalty:g}"
-                beside[name] = _Put(line, free, penalty)
-                fits[form, name] = partial(self._onto, beside[name])
+                put = _Put(self, base, free_of(base, self.names), penalty, truth, users)
+                name = f"{base.name} and {' and '.join(self.names[each] for each in put.free)}, penalty {penalty:g}"
+                beside[name], fits[form, name] = put, put.fit(put.free)
+                fits[base.fitted.form, base.name] = put.fit([])
         return fits, beside
 
     def _crossed(
@@ -221,19 +222,26 @@ class Blend(Weighed):
         """Return the error of each case under weights that were fitted to the other folds, shape (n,)."""
         found = np.empty(len(truth))
         for fold in range(FOLDS):
-            inside, outside = folds != fold, folds == fold
-            line = fit(features[inside], truth[inside])
+            outside = folds == fold
+            line = fit(np.flatnonzero(~outside), features)
             found[outside] = self._error(line.of(features[outside]), truth[outside])
         return found
 
-    def _onto(self, put: _Put, features: NDArray[np.float64], truth: NDArray[np.float64]) -> _Line:
+    def onto(
+        self,
+        line: _Line,
+        free: Sequence[int],
+        penalty: float,
+        features: NDArray[np.float64],
+        truth: NDArray[np.float64],
+    ) -> _Line:
         """Return a line with further parts beside it; the penalty draws what the whole counts to 1, the parts to 0."""
-        whole, places = put.line.of(features), list(put.free)
-        found = self._weigh(put.penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
+        whole, places = line.of(features), list(free)
+        found = self._weigh(penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
         counts = 1 + found.weights[0]
-        weights = counts * put.line.weights
+        weights = counts * line.weights
         weights[places] = found.weights[1:]
-        return _Line(float(found.intercept + counts * put.line.intercept), weights)
+        return _Line(float(found.intercept + counts * line.intercept), weights)
 
     def _weigh(
         self,
@@ -284,5 +292,25 @@ class Blend(Weighed):
         return low[1:], high[1:]
 
 
-def _given(line: _Line, features: NDArray[np.float64], truth: NDArray[np.float64]) -> _Line:
-    return line
+@dataclass(frozen=True)
+class _Put:
+    """A blend, the places of the parts that it lacks, and the penalty under which they are put beside it."""
+
+    blend: Blend
+    base: Blend
+    free: tuple[int, ...]
+    penalty: float
+    truth: NDArray[np.float64]
+    users: Sequence[str]
+
+    def fit(self, free: Sequence[int]) -> _Fit:
+        """Return what fits the base with some of the parts beside it; with none it is as others weigh it."""
+        return partial(self._fitted, tuple(free))
+
+    def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
+        inside = {self.users[row] for row in rows.tolist()}
+        found = self.base.line_apart_from(frozenset(self.users) - inside)
+        weights = np.zeros(features.shape[1])
+        weights[[self.blend.names.index(name) for name in self.base.names]] = found.weights
+        line = _Line(found.intercept, weights)
+        return self.blend.onto(line, free, self.penalty, features[rows], self.truth[rows]) if free else line

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _DISSECTED, _LEAST = 12_000_000, 500
 
 
+def _nothing(rows: NDArray[np.int64], start: Weights | None) -> Weights:
+    raise RuntimeError("a fusion was asked before fit() was called")
+
+
 class Weighed:
     """What is made of parts: its weights once they are fitted, and the forms that were tried.
 
@@ -36,6 +40,9 @@ class Weighed:
         self.weights: Weights | None = None
         self.tried: tuple[Tried, ...] = ()
         self.without: tuple[Without, ...] = ()
+        # Whose cases it was fitted to and how, and what `apart_from` found.
+        self._fitted_to: tuple[tuple[str, ...], Fit] = (), _nothing
+        self._apart: dict[frozenset[str], Weights] = {}
 
     @property
     def fitted(self) -> Weights:
@@ -52,6 +59,18 @@ class Weighed:
     def names(self) -> tuple[str, ...]:
         """Of the parts."""
         raise NotImplementedError
+
+    def apart_from(self, gone: frozenset[str]) -> Weights:
+        """Return the weights that the other users give in the form that was chosen, so that those users can judge them.
+
+        Args:
+            gone: Users whose cases count for nothing.
+        """
+        if gone not in self._apart:
+            users, fit = self._fitted_to
+            rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
+            self._apart[gone] = self.fitted if len(rows) == len(users) else fit(rows, self.fitted)
+        return self._apart[gone]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
         """Refuse to weigh parts by users who chose something of them.
@@ -83,13 +102,12 @@ class Weighed:
         To the forms belong fusions ``onto`` which the parts that they lack may be put: as they are, and with these.
         """
         folds, fits, every = folds_of(self.name, users), forms(known, self.names), np.arange(len(users))
-        bases = {base.name: _placed(base, self.names) for base in onto}
-        fits |= {(base.form, name): _as_is(base) for name, base in bases.items()}
-        free = {base.name: free_of(base, self.names) for base in onto}
-        beside = {f"{name} and {' and '.join(self.names[place] for place in free[name])}": name for name in bases}
-        for said, name in beside.items():
-            form: Form = "pool" if bases[name].form == "pool" else "logit"
-            fits[form, said] = partial(known.onto, bases[name], free[name])
+        bases = {base.name: _Base(base, self.names, users) for base in onto}
+        fits |= {(base.of.fitted.form, name): base.as_is for name, base in bases.items()}
+        beside = {f"{name} and {base.others(self.names)}": base for name, base in bases.items()}
+        for said, base in beside.items():
+            form: Form = "pool" if base.of.fitted.form == "pool" else "logit"
+            fits[form, said] = base.put(known, base.free)
         if only is not None:
             fits = {form: fit for form, fit in fits.items() if form == (only.form, only.name)}
         whole = {form: fit(every, None) for form, fit in fits.items()}
@@ -100,16 +118,20 @@ class Weighed:
             self.tried = (only,)
         best = max(self.tried, key=lambda each: each.value)
         self.weights = whole[best.form, best.name]
+        self._apart = {}
+        self._fitted_to = tuple(users), fits[best.form, best.name]
         if best.name in bases:
             return
         if best.name in beside:
-            base = bases[beside[best.name]]
             if dissect:
-                places = free[beside[best.name]]
+                base = beside[best.name]
                 first = known.crossed(fits[best.form, best.name], self.weights, folds)
+                less = [
+                    known.crossed(base.put(known, [each for each in base.free if each != place]), self.weights, folds)
+                    for place in base.free
+                ]
                 self.without = tuple(
-                    left_out(self.names[place], first, _less(known, base, places, place, folds), users)
-                    for place in places
+                    left_out(self.names[place], first, each, users) for place, each in zip(base.free, less, strict=True)
                 )
             return
         if best.form == "logit":
@@ -127,26 +149,36 @@ class Weighed:
             )
 
 
-def _less(
-    known: Known, base: Weights, places: Sequence[int], off: int, folds: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return NDCG@10 of each case by a fusion with further parts, less one of them; shape (n,)."""
-    rest, every = [place for place in places if place != off], np.arange(len(known.truth))
-    if not rest:
-        return known.ndcg(base, every)
-    return known.crossed(partial(known.onto, base, rest), base, folds)
-
-
 def free_of(base: Weighed, names: Sequence[str]) -> tuple[int, ...]:
     """Return the places of the parts that a fusion lacks."""
     return tuple(place for place, name in enumerate(names) if name not in base.names)
 
 
-def _placed(base: Weighed, names: Sequence[str]) -> Weights:
-    """Return the weights of a fusion over other parts as well, which have 0."""
-    known, found = dict(zip(base.names, base.fitted.parts, strict=True)), base.fitted
-    return Weights(found.form, tuple(known.get(name, 0.0) for name in names), found.repeat)
+class _Base:
+    """A fusion that other parts may be put onto, as it is weighed by users other than those who judge a fold.
 
+    Attributes:
+        of: The fusion.
+        free: Places of the parts that it lacks.
+    """
 
-def _as_is(base: Weights) -> Fit:
-    return lambda rows, start: base
+    def __init__(self, of: Weighed, names: Sequence[str], users: Sequence[str]) -> None:
+        self.of, self.free = of, free_of(of, names)
+        self._names, self._users = names, users
+
+    def others(self, names: Sequence[str]) -> str:
+        """Name the parts that it lacks."""
+        return " and ".join(names[place] for place in self.free)
+
+    def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
+        """Return its weights over all parts; users whose cases are not among ``rows`` have no say in them."""
+        inside = {self._users[row] for row in rows.tolist()}
+        found = self.of.apart_from(frozenset(self._users) - inside)
+        known = dict(zip(self.of.names, found.parts, strict=True))
+        return Weights(found.form, tuple(known.get(name, 0.0) for name in self._names), found.repeat)
+
+    def put(self, known: Known, free: Sequence[int]) -> Fit:
+        """Return what fits it with some of the parts that it lacks beside it."""
+        if not free:
+            return self.as_is
+        return lambda rows, start: known.onto(self.as_is(rows), free, rows)

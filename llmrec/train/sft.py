@@ -149,7 +149,7 @@ def train(
     started = time.monotonic()
     widen(model)
     if steps and steps[0].bins:
-        check_packing(model)
+        check_packing(model, "tasks.direct.loss=answer" if listwise else "train.packing=none")
     pad = encoder.tokenizer.pad_token_id
     by = None if head is None else HeadLoss(head)
     # What a checkpoint holds beside the Trainer's own files.
@@ -225,8 +225,12 @@ def train(
     )
 
 
-def check_packing(model: Any) -> None:
+def check_packing(model: Any, instead: str = "train.packing=none") -> None:
     """Compute made rows packed and plain, and refuse a model that gives them another loss.
+
+    Args:
+        model: The model.
+        instead: What a recipe sets to do without packed rows.
 
     Raises:
         RecipeError: If the model does not read the mask of packed rows.
@@ -249,10 +253,10 @@ def check_packing(model: Any) -> None:
         reads = abs(one - two) <= (1e-3 + 1e-5 * abs(one) if exact else 0.3 + 0.005 * abs(one))
     if not reads:
         raise RecipeError(
-            f"train.packing: models of type {model.config.model_type} do not read the mask that keeps packed rows "
-            "apart; set train.packing=none",
+            f"{instead.partition('=')[0]}: models of type {model.config.model_type} do not read the mask that keeps "
+            f"packed rows apart; set {instead}",
             kind="unsupported",
-            column="train.packing",
+            column=instead.partition("=")[0],
         )
 
 

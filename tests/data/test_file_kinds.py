@@ -17,7 +17,8 @@ import pyarrow as pa
 import pytest
 from data_cases import section
 
-from llmrec.commands.init import start
+from llmrec.commands.init import profile, start
+from llmrec.data.reading import packed
 from llmrec.data.reading.table import read_table
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
@@ -57,6 +58,8 @@ KINDS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a zipped Parquet file": ("rows.zip", lambda: zipped(("rows.parquet", parquet()))),
     "a packed Parquet file": ("rows.parquet.gz", lambda: gzip.compress(parquet())),
     "an array of objects": ("rows.json", lambda: json.dumps(ROWS.to_dicts(), indent=1).encode()),
+    "an array with a mark": ("rows.json", lambda: b"\xef\xbb\xbf" + json.dumps(ROWS.to_dicts()).encode()),
+    "an array in UTF-16": ("rows.json", lambda: json.dumps(ROWS.to_dicts()).encode("utf-16")),
     "objects in lines": ("rows.json", lambda: ROWS.write_ndjson().encode()),
     "bars": ("rows.csv", lambda: TEXT.replace(b",", b"|")),
     "bars by their ending": ("rows.psv", lambda: TEXT.replace(b",", b"|")),
@@ -77,6 +80,26 @@ def test_every_kind_is_the_same_table(kind: str, tmp_path: Path) -> None:
     # And `init` writes a recipe for it that reads the same rows.
     made = start.init(str(tmp_path / name), out=tmp_path / "recipe.yaml", name="mine")
     assert "user_id" in made.found and f"{ROWS.height} rows" in made.found
+
+
+def test_a_file_of_the_greatest_size_is_not_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Stream(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            asked.append(size)
+            return super().read(size)
+
+    monkeypatch.setitem(packed.STREAMS, ".gz", lambda stored: Stream(TEXT))
+    assert packed.unpack("rows.csv.gz", b"x" * 10**6) == TEXT
+    assert all(0 < (size or 0) <= 4 * 2**20 for size in asked)
+
+
+def test_a_large_file_of_recboles_is_looked_at_by_the_names_that_it_is_read_by(tmp_path: Path) -> None:
+    path = tmp_path / "rows.inter"
+    path.write_bytes(ATOMIC)
+    found = profile.peek(path, limit=100, part=4000)
+    assert not found.whole and found.table.frame.columns == ["user_id", "item_id", "rating"]
 
 
 def test_a_folder_and_a_pattern_are_all_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,23 @@ def test_every_kind_is_the_same_table(kind: str) -> None:
     assert pl.DataFrame(pl.from_arrow(table)).equals(ROWS)
 
 
+def test_rows_that_lack_a_column_have_nothing_in_it() -> None:
+    rows = ROWS.to_dicts()
+    first = {name: value for name, value in rows[0].items() if name not in ("rating", "timestamp")}
+    table = pl.DataFrame(pl.from_arrow(as_arrow([first, *rows[1:]], "frame")))
+    assert table.columns == ["user_id", "item_id", "rating", "timestamp"]
+    assert table["rating"].null_count() == 1 and table[1:].equals(ROWS[1:])
+    for nothing in ([], {}):
+        with raises(DataError, Facts("empty", "interactions frame")):
+            llmrec.check(RECIPE, data=nothing)
+
+
+def test_lists_of_texts_are_fields_whatever_holds_them() -> None:
+    items = ITEMS.with_columns(pl.Series("genres", [["Drama", "Crime"]] * ITEMS.height))
+    for frame in (items, items.to_arrow(), items.to_dicts()):
+        assert llmrec.check(RECIPE, data=ROWS, items=frame).cases["sequential"] == 10
+
+
 @pytest.mark.parametrize("kind", ["pandas", "datasets"])
 def test_a_run_over_frames_is_the_run_over_files(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -93,7 +110,9 @@ def test_another_frame_in_the_same_folder_makes_rows_anew(tmp_path: Path) -> Non
 def test_check_says_what_there_is_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = llmrec.check(RECIPE, data=ROWS, items=ITEMS)
-    assert found.cases == {"sequential": 10, "rating": 10} and found.warnings == ()
+    assert found.cases == {"sequential": 10, "rating": 10}
+    # Two events share a moment in this data.
+    assert len(found.warnings) == 1 and "last_basket" in found.warnings[0]
     assert found.statistics["users"] == 40
     assert not list(tmp_path.iterdir())
 
@@ -104,6 +123,7 @@ def test_init_looks_at_a_frame_and_its_recipe_runs_over_it(tmp_path: Path, monke
     data = begun.recipe.data
     assert (data.path, data.items, data.columns.user, data.columns.time) == (None, None, "user_id", "timestamp")
     assert "tasks" in begun.found and "llmrec run" not in begun.found
+    assert "interactions frame: " in begun.found and ".parquet" not in begun.found
     assert not list(tmp_path.iterdir())
     named = llmrec.init(ROWS.rename({"rating": "stars"}), ITEMS, rating="none")
     assert named.recipe.data.columns.rating is None
@@ -120,8 +140,17 @@ def test_what_is_no_frame_is_said_with_its_type() -> None:
     mixed = [{"user_id": "u1", "item_id": "i1"}, {"user_id": 2, "item_id": "i2"}]
     with raises(DataError, Facts("bad-value", says="one kind of values")):
         llmrec.check(RECIPE, data=mixed)
-    with raises(DataError, Facts("missing-column", column="user_id")):
+    with raises(DataError, Facts("missing-column", "interactions frame", column="user_id")) as found:
         llmrec.check(RECIPE, data=ROWS.drop("user_id"), items=ITEMS)
+    assert "/" not in str(found.value).partition(":")[0]
+    with raises(DataError, Facts("missing-value", "interactions frame", row=3, column="user_id")):
+        llmrec.check(
+            RECIPE,
+            data=ROWS.with_row_index().with_columns(
+                pl.when(pl.col("index") == 2).then(None).otherwise(pl.col("user_id")).alias("user_id")
+            ),
+            items=ITEMS,
+        )
 
 
 def test_a_source_that_is_no_table_takes_no_frame() -> None:

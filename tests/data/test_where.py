@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table
 from llmrec.data.reading.where import kept
 from llmrec.data.sources.table import load
@@ -74,6 +75,62 @@ def test_texts_keep_the_rows_that_they_should(where: str, found: list[int]) -> N
 )
 def test_typed_columns_keep_the_rows_that_they_should(where: str, found: list[int]) -> None:
     assert rows(TYPED, where) == found
+
+
+@pytest.mark.parametrize(
+    ("frame", "where", "found"),
+    [
+        ({"q": [10, 9, 100], "r": [9, 10, 20]}, "q > r", [0, 2]),
+        ({"q": ["10", " 9", ""], "r": ["9", "10", "1"]}, "q > r", [0]),
+        ({"q": [10.0, 9.5], "r": [10, 9]}, "q == r", [0]),
+        ({"q": ["10", "b"], "r": ["9", "a"]}, "q > r", [1]),
+        ({"q": [1.0, float("nan"), 9.0]}, "q != 1", [2]),
+        ({"q": [1.0, float("nan"), 9.0]}, "q > 0", [0, 2]),
+        ({"tags": [["a", "b"], ["a"], []]}, "tags == 'a, b'", [0]),
+        ({"tags": [["a", "b"], ["a"], []]}, "tags is None", [2]),
+        ({"one": [datetime(2024, 1, 2)] * 2, "two": [datetime(2024, 1, 1), datetime(2024, 1, 3)]}, "one > two", [0]),
+    ],
+)
+def test_columns_are_compared_as_what_they_hold(frame: dict[str, list[object]], where: str, found: list[int]) -> None:
+    assert rows(pl.DataFrame(frame), where) == found
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("stars > when", "different kinds"),
+        ("stars > 1" + "0" * 400, "too large"),
+        ("stars > " + "-" * 3000 + "1", "characters"),
+        ("stars > " + "-" * 1900 + "1", "no expression"),
+        ("stars not in [1, None]", "holds None"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(where: str, says: str) -> None:
+    with raises(RecipeError, Facts("syntax", column="data.filter.where", says=says)):
+        rows(TYPED, where)
+
+
+def test_no_number_is_no_number_in_a_text_either() -> None:
+    frame = pl.DataFrame({"q": ["1", "nan", "2"]})
+    with raises(DataError, Facts("bad-value", row=2, column="q")):
+        rows(frame, "q > 0")
+
+
+def test_rows_of_several_files_are_named_by_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("user_id,ev\nu1,n\nu2,n\nu3,y\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("user_id,ev\nu4,y\nu5,y\n", encoding="utf-8")
+    (tmp_path / "c.csv").write_text("user_id,ev\nu6,n\n", encoding="utf-8")
+    whole = read_table(tmp_path)
+    found = kept(whole, "ev == 'y'")
+    assert found.frame["user_id"].to_list() == ["u3", "u4", "u5"] and found.name == str(tmp_path)
+    places = [found.where(row) for row in range(3)]
+    assert [(Path(place.file).name, place.row, place.line) for place in places] == [
+        ("a.csv", 3, 4),
+        ("b.csv", 1, 2),
+        ("b.csv", 2, 3),
+    ]
+    with raises(DataError, Facts("empty", tmp_path, says="none of 6 rows")):
+        kept(whole, "ev == 'x'")
 
 
 @pytest.mark.parametrize(

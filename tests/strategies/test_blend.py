@@ -12,6 +12,7 @@ from scipy.special import expit, logit
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.blend import Blend
+from llmrec.strategies.fusion_weights import Tried
 from llmrec.types import Answer, Case, Probability, Rating, Request, Unparsed
 from tests.facts import Facts, raises
 
@@ -110,6 +111,23 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_blend_that_many_have_weighed(
                 a.value
                 for a in base.answer(requests)  # type: ignore[union-attr]
             ]
+
+
+@pytest.mark.parametrize("judges", [False, True])
+def test_who_judges_a_blend_has_no_say_in_it(judges: bool) -> None:
+    rng = np.random.default_rng(6)
+    known = {str(n): rng.normal(0, 1, 200) for n in range(8)}
+    truth = (rng.random(200) < 0.5).astype(float) if judges else rng.normal(0, 1, 200)
+    parts = {name: expit(each) if judges else each for name, each in known.items()}
+    cases = _cases(truth)
+    base = _blend({name: parts[name] for name in "012345"}, judges=judges)
+    base.name = "base"
+    base.fit(cases, only=Tried("logit" if judges else "ridge", "penalty 0.0001", 0.0))
+    (own,) = base.tried
+    joined = _blend(parts, judges=judges)
+    joined.fit(cases, onto=[base])
+    found = {each.name: each.value for each in joined.tried}
+    assert found["base"] == pytest.approx(own.value)
 
 
 def test_the_truth_gets_all_of_the_weight() -> None:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
-from llmrec.strategies.fusion_weights import Form, Kind, Weights
-from llmrec.strategies.weighed import _placed
+from llmrec.strategies.fusion_weights import Form, Kind, Tried, Weights
+from llmrec.strategies.weighed import _Base
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
 
@@ -91,6 +91,7 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_fusion_that_many_have_weighed
     base = CandidateFusion("base", [_voice("one", one), _voice("two", two)])
     base.fit(cases)
     base.weights = base.fitted if form == "logit" else Weights("pool", (0.3, 0.7))
+    base._apart = {frozenset(): base.weights}
     joined = CandidateFusion("joined", [_voice("one", one), _voice("two", two), _voice("new", new)])
     few = cases[:80]
     joined.fit(few, dissect=True, onto=[base])
@@ -100,11 +101,36 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_fusion_that_many_have_weighed
         [case.request.candidates or () for case in few],
         [part.predictor.answer([case.request for case in few]) for part in joined.parts],
     )
-    weights = known.onto(_placed(base, joined.names), [2], np.arange(len(few)))
+    every, whole = np.arange(len(few)), _Base(base, joined.names, [case.request.user_id for case in few])
+    before = whole.as_is(every)
+    weights = known.onto(before, [2], every)
     assert weights.form == form and weights.parts[2] > 0.1
     assert weights.parts[0] / weights.parts[1] == pytest.approx(base.fitted.parts[0] / base.fitted.parts[1])
-    better, before = (known.ndcg(each, np.arange(len(few))).mean() for each in (weights, _placed(base, joined.names)))
-    assert better > before + 0.03
+    assert known.ndcg(weights, every).mean() > known.ndcg(before, every).mean() + 0.03
+
+
+def test_who_judges_a_fusion_has_no_say_in_it() -> None:
+    """The figure of a fusion that parts are put onto is that of users whom its weights do not know."""
+    rng = np.random.default_rng(5)
+    parts = [rng.normal(0, 1.2, (USERS, SIZE)) for _ in range(8)]
+    cases = _cases(rng, np.zeros((USERS, SIZE)))
+    voices = [_voice(str(n), each) for n, each in enumerate(parts)]
+    base = CandidateFusion("base", voices[:6])
+    base.fit(cases)
+    own = {each.name: each.value for each in base.tried}
+    users = [case.request.user_id for case in cases]
+    known = base._known(
+        cases,
+        [case.request.candidates or () for case in cases],
+        [voice.predictor.answer([case.request for case in cases]) for voice in voices[:6]],
+    )
+    base._apart.clear()
+    base._choose(known, users, dissect=False, only=Tried("logit", "logit", 0.0))
+    joined = CandidateFusion("joined", voices)
+    joined.fit(cases, dissect=True, onto=[base])
+    found = {each.name: each.value for each in joined.tried}
+    assert found["base"] == pytest.approx(own["logit"], abs=1e-3)
+    assert known.ndcg(base.fitted, np.arange(USERS)).mean() > own["logit"] + 0.005
 
 
 def test_a_part_that_knows_nothing_leaves_the_fusion_as_it_is() -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from llmrec.commands.init import start
 from llmrec.commands.init.roles import asked
-from llmrec.data.frames import as_arrow
+from llmrec.data.frames import as_arrow, only_for_a_moment
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 
@@ -42,19 +40,19 @@ def init(frame: Any, items: Any = None, *, name: str = "frame", **columns: str) 
     Raises:
         DataError: If the frame cannot be judged, or no task can be made of it.
     """
-    with TemporaryDirectory() as place:
+    with only_for_a_moment() as (place, named):
         tables = {}
         for key, each in (("interactions", frame), ("items", items)):
             if each is not None:
-                tables[key] = str(Path(place) / f"{key}.parquet")
+                tables[key] = str(place / f"{key}.parquet")
                 pq.write_table(as_arrow(each, f"{key} frame"), tables[key])
         made = start.init(
             tables["interactions"],
             items=tables.get("items"),
-            out=Path(place) / "recipe.yaml",
+            out=place / "recipe.yaml",
             name=name,
             asked=asked(**columns),
         )
-        recipe = load_recipe(made.recipe)
+        recipe, found = load_recipe(made.recipe), named(made.found)
     data = recipe.data.model_copy(update={"path": None, "items": None})
-    return Begun(recipe.model_copy(update={"data": data}), made.found)
+    return Begun(recipe.model_copy(update={"data": data}), found)

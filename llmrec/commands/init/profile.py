@@ -24,7 +24,7 @@ from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
 from llmrec.data.reading.objects import json_lines
 from llmrec.data.reading.packed import PACKED
 from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
-from llmrec.data.reading.table import is_pattern, read_table
+from llmrec.data.reading.table import ATOMIC, is_pattern, read_table, without_kinds
 from llmrec.data.reading.text import Table, delimited, separator_of
 from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError, Place
@@ -396,6 +396,7 @@ def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
         raise DataError.at(name, "empty", ": its beginning holds no complete row; write the table again")
     separator = "," if kind == ".csv" else "\t"
     first = json_lines(name, head) if kind in _JSON else delimited(name, head, separator=separator)
+    first = without_kinds(first) if kind in ATOMIC else first
     known = first.frame.height
     # Rows further down are for figures only: `llmrec check` reads the whole file and names what is wrong there.
     lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")

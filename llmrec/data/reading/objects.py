@@ -31,6 +31,16 @@ def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
     return Table(name, _of_objects(name, records()), sha256, lines)
 
 
+def json_file(name: str, raw: bytes, sha256: str = "") -> Table:
+    """Read a JSON file that is one array of objects, or has an object a line.
+
+    Raises:
+        DataError: As `json_array` and `json_lines`.
+    """
+    read = json_array if decode(name, raw, header=0).lstrip()[:1] == "[" else json_lines
+    return read(name, raw, sha256)
+
+
 def json_array(name: str, raw: bytes, sha256: str = "") -> Table:
     """Read a JSON file that is one array of objects, as `json_lines` reads theirs.
 

@@ -8,6 +8,7 @@ import io
 import lzma
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ STREAMS: Mapping[str, Callable[[bytes], Any]] = {
     ".zst": lambda stored: pa.CompressedInputStream(pa.BufferReader(stored), "zstd"),
 }
 """How files that are packed by themselves are opened, by ending."""
+_BLOCK = 4 * 2**20
 PACKED = (*STREAMS, ".zip")
 """Endings of packed files."""
 
@@ -42,10 +44,15 @@ def unpack(name: str, stored: bytes, ending: str = ".gz", limit: int | None = No
     """
     try:
         with STREAMS[ending](stored) as stream:
-            return Capped(name, stream, len(stored), limit or limits.MAX_BYTES).read()
+            return _all_of(Capped(name, stream, len(stored), limit or limits.MAX_BYTES))
     except (*BROKEN, pa.ArrowException) as error:
         kind = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}[ending]
         raise DataError.at(name, "damaged", f" is damaged {kind} ({reason(error)}); pack it again") from error
+
+
+def _all_of(stream: Capped) -> bytes:
+    """Read a stream to its end, a block at a time: room for all that might come is never asked for."""
+    return b"".join(iter(partial(stream.read, _BLOCK), b""))
 
 
 def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[str, bytes]:
@@ -74,7 +81,7 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
             (entry,) = tables
             with archive.open(entry) as stream:
                 capped = Capped(f"{path}/{printable(entry.filename)}", stream, entry.compress_size, limits.MAX_BYTES)  # type: ignore[arg-type]
-                return entry.filename, capped.read()
+                return entry.filename, _all_of(capped)
     except (*BROKEN, ValueError) as error:
         raise DataError.at(
             path, "damaged", f" is no zip archive that can be read ({reason(error)}); pack it again"

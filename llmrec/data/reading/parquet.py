@@ -141,9 +141,13 @@ def _plain(kind: Any) -> bool:
     """Whether a column can hold ids, numbers, times or texts."""
     types = pa.types
     if types.is_dictionary(kind):
-        return bool(types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+        return _is_text(kind.value_type)
     if types.is_list(kind) or types.is_large_list(kind):
-        return bool(types.is_string(kind.value_type) or types.is_large_string(kind.value_type))
+        return _is_text(kind.value_type)
     tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
     more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
     return any(test(kind) for test in (*tests, *more))
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -12,17 +12,17 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.data.reading.encodings import in_any_encoding
-from llmrec.data.reading.limits import reason
-from llmrec.data.reading.objects import json_array, json_lines
+from llmrec.data.reading.limits import printable, reason
+from llmrec.data.reading.objects import json_file, json_lines
 from llmrec.data.reading.packed import PACKED, only_member
 from llmrec.data.reading.parquet import parquet
 from llmrec.data.reading.text import Table, check_path, delimited, read_bytes
 from llmrec.errors import DataError
 
-_ATOMIC = (".inter", ".item", ".user")
+ATOMIC = (".inter", ".item", ".user")
 """RecBole's files, whose header says what kind a column is of."""
 _ATOMIC_KINDS = (":token", ":float", ":token_seq", ":float_seq")
-_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromkeys(_ATOMIC, "\t")}
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromkeys(ATOMIC, "\t")}
 _JSON = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
 _TABLES = (*_SEPARATORS, *_JSON, *_PARQUET)
@@ -44,7 +44,7 @@ def read_table(path: Path) -> Table:
     if packing == ".zip":
         stored, sha256 = read_bytes(path, text=False)
         inner, raw = only_member(path, stored, _TABLES)
-        return _read(f"{name}/{inner}", raw, sha256, Path(inner).suffix.lower())
+        return _read(f"{name}/{printable(inner)}", raw, sha256, Path(inner).suffix.lower())
     if kind not in _TABLES:
         raise DataError.at(
             name,
@@ -78,13 +78,13 @@ def _read(name: str, raw: bytes, sha256: str, kind: str) -> Table:
     if kind in _PARQUET:
         return parquet(name, raw, sha256)
     if kind in _JSON:
-        read = json_array if kind == ".json" and raw.lstrip()[:1] == b"[" else json_lines
+        read = json_file if kind == ".json" else json_lines
         return in_any_encoding(name, raw, partial(read, name, sha256=sha256))
     table = in_any_encoding(name, raw, partial(delimited, name, separator=_SEPARATORS[kind], sha256=sha256))
-    return _plain(table) if kind in _ATOMIC else table
+    return without_kinds(table) if kind in ATOMIC else table
 
 
-def _plain(table: Table) -> Table:
+def without_kinds(table: Table) -> Table:
     """Return a table without the kinds in the names of its columns, where all of them have one."""
     columns = table.frame.columns
     if not all(name.endswith(_ATOMIC_KINDS) for name in columns):

@@ -15,6 +15,7 @@ import polars as pl
 
 from llmrec.data.reading.columns import check_usable
 from llmrec.data.reading.limits import enumerated, shown
+from llmrec.data.reading.table import joined
 from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, RecipeError, did_you_mean
 
@@ -56,19 +57,24 @@ def kept(table: Table, where: str) -> Table:
         RecipeError: If the expression is of another grammar.
         DataError: If there is no such column, a cell that is compared with a number is none, or no row is left.
     """
-    chosen = _Parser(table).parsed(where)
-    held = table.frame.select(chosen.fill_null(value=False).alias("held"))["held"]
-    places = held.arg_true()
-    if not len(places):
+    found = [each for part in table.parts or (table,) if (each := _some(part, where)).frame.height]
+    if not found:
         raise DataError.at(
             table.name, "empty", f": {KEY} ({shown(where)}) keeps none of {table.frame.height} rows; correct it", KEY
         )
-    if len(places) == table.frame.height:
+    return replace(joined(found), name=table.name, sha256=table.sha256) if table.parts else found[0]
+
+
+def _some(table: Table, where: str) -> Table:
+    """Return the rows of one file for which an expression holds, which may be none."""
+    chosen = _Parser(table).parsed(where)
+    held = table.frame.select(chosen.fill_null(value=False).alias("held"))["held"]
+    rows = held.arg_true().to_list()
+    if len(rows) == table.frame.height:
         return table
-    rows = places.to_list()
     return replace(
         table,
-        frame=table.frame[places],
+        frame=table.frame[rows],
         lines=[table.where(row).line or 0 for row in rows],
         rows=[table.rows[row] if table.rows is not None else row for row in rows],
     )
@@ -82,10 +88,9 @@ class _Parser:
         if len(where) > _LONGEST:
             raise _wrong(f"it has {len(where)} characters, more than {_LONGEST}")
         try:
-            body = ast.parse(where.strip(), mode="eval").body
+            return self._truth(ast.parse(where.strip(), mode="eval").body, 0)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise _wrong(f"{shown(where)} is no expression ({getattr(error, 'msg', None) or error})") from None
-        return self._truth(body, 0)
 
     def _truth(self, node: ast.expr, depth: int) -> pl.Expr:
         if depth > _DEEPEST:
@@ -123,7 +128,7 @@ class _Parser:
             empty = self._text(left).is_null()
             return empty if isinstance(op, ast.Is) else ~empty
         if right is not None:
-            return _COMPARED[type(op)](self._text(left), self._text(right))
+            return _COMPARED[type(op)](*self._both(left, right))
         value = _value(two)
         if value is None:
             raise _wrong(f"{left} is compared with None; write is None or is not None")
@@ -133,11 +138,34 @@ class _Parser:
         if not isinstance(node, ast.List | ast.Tuple | ast.Set) or not node.elts:
             raise _wrong("in and not in take a list of values, such as ['view', 'buy']")
         values = [_value(each) for each in node.elts]
+        if None in values:
+            raise _wrong("a list holds None; write is None or is not None beside it")
         found = pl.lit(value=False)
         for value in values:
             cells, other = self._alike(column, value)
             found = found | (cells == other)
         return ~found if out else found
+
+    def _both(self, one: str, two: str) -> tuple[pl.Expr, pl.Expr]:
+        """Return two columns as what can be compared: numbers where both hold nothing else, times, or texts."""
+        kinds = [self.table.frame[name].dtype for name in (one, two)]
+        if all(kind.is_temporal() for kind in kinds):
+            return self._time(one), self._time(two)
+        numbers = [self._holds_numbers(name) for name in (one, two)]
+        if all(numbers):
+            return self._number(one), self._number(two)
+        if any(kind.is_numeric() or kind.is_temporal() for kind in kinds):
+            raise _wrong(f"{one} and {two} hold values of different kinds, which cannot be compared")
+        return self._text(one), self._text(two)
+
+    def _holds_numbers(self, column: str) -> bool:
+        if self.table.frame[column].dtype.is_numeric():
+            return True
+        cells = self.table.frame.select(self._text(column).str.strip_chars()).to_series().drop_nulls()
+        return len(cells) > 0 and bool(_finite(cells).all())
+
+    def _time(self, column: str) -> pl.Expr:
+        return pl.col(column).cast(pl.Datetime("us")).dt.replace_time_zone(None)
 
     def _alike(self, column: str, value: Any) -> tuple[pl.Expr, Any]:
         """Return the cells of a column and a value as what can be compared."""
@@ -147,21 +175,25 @@ class _Parser:
                 return pl.col(column), value
             return self._text(column).str.to_lowercase(), str(value).lower()
         if isinstance(value, int | float):
-            return self._number(column), float(value)
+            try:
+                return self._number(column), float(value)
+            except OverflowError:
+                raise _wrong(f"{shown(value)} is too large a number") from None
         if kind.is_temporal():
-            return pl.col(column).cast(pl.Datetime("us")).dt.replace_time_zone(None), _moment(str(value))
+            return self._time(column), _moment(str(value))
         return self._text(column), value
 
     def _text(self, column: str) -> pl.Expr:
-        cells = pl.col(column).cast(pl.String)
+        listed = isinstance(self.table.frame[column].dtype, pl.List)
+        cells = pl.col(column).list.join(", ") if listed else pl.col(column).cast(pl.String)
         return pl.when(cells.str.strip_chars() == "").then(None).otherwise(cells)
 
     def _number(self, column: str) -> pl.Expr:
         series = self.table.frame[column]
         if series.dtype.is_numeric():
-            return pl.col(column).cast(pl.Float64)
+            return pl.col(column).cast(pl.Float64).fill_nan(None)
         cells = self.table.frame.select(self._text(column).str.strip_chars()).to_series()
-        bad = (cells.cast(pl.Float64, strict=False).is_null() & cells.is_not_null()).arg_true()
+        bad = (~_finite(cells) & cells.is_not_null()).arg_true()
         if len(bad):
             raise DataError.at(
                 self.table.where(int(bad[0])),
@@ -194,6 +226,11 @@ class _Parser:
                 name,
             )
         return name
+
+
+def _finite(cells: pl.Series) -> pl.Series:
+    """Return which texts are finite numbers."""
+    return cells.cast(pl.Float64, strict=False).is_finite().fill_null(value=False)
 
 
 def _value(node: ast.expr) -> Any:

@@ -38,7 +38,7 @@ FUSIONS: Mapping[Reads, str] = {
 }
 """What the row of a fusion is called, by the widest kind among its parts."""
 
-ONTO = 1
+ONTO = 2
 """Raised whenever rows are joined otherwise than before: stored rows of fusions are made anew."""
 
 NOTHING = "random"

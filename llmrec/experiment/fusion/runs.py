@@ -12,7 +12,7 @@ from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.evaluation import ResultRow, part_of, row_of
-from llmrec.experiment.fusion.parts import FUSIONS, Weighing, join, weighed_by, weights_of, widest
+from llmrec.experiment.fusion.parts import FUSIONS, Weighing, bases_of, join, weighed_by, weights_of, widest
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.row_specs import protocol_of
@@ -139,12 +139,21 @@ def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[Resul
     for kind in get_args(Reads):
         parts = [row for row in able if widest([row.figures.reads, kind]) == kind]
         if cases and len(parts) >= 2 and widest([row.figures.reads for row in parts]) == kind:
-            yield _fused(study, family, kind, parts, cases)
+            yield _fused(study, weighing, family, kind, parts, cases)
 
 
-def _fused(study: Study, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]) -> ResultRow:
-    own = family_of(family)
-    model = join(FUSIONS[kind], [part_of(row) for row in parts], cases, own.answer)
+def _fused(
+    study: Study,
+    weighing: Weighing,
+    family: str,
+    kind: Reads,
+    parts: Sequence[ResultRow],
+    cases: Sequence[Case],
+) -> ResultRow:
+    own, said = family_of(family), [part_of(row) for row in parts]
+    baselines = [row for row in parts if row.figures.arm == "baseline"]
+    every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
+    model = join(FUSIONS[kind], said, cases, own.answer, onto=bases_of(study, family, said, every))
     found = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
