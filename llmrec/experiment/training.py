@@ -227,6 +227,7 @@ def training_key(study: Study, folder: str) -> str:
         seed=recipe.seed,
         **_nearness(study),
         **_drawing(study),
+        **_judging(study),
     )
 
 
@@ -234,6 +235,26 @@ def _nearness(study: Study) -> dict[str, str]:
     """Return what says which items read alike, where that decides what a row shows of a history."""
     rules = {study.section(family).past for family in study.tasks}
     return {"encoder": study.recipe.encoder} if "relevant" in rules else {}
+
+
+def _judging(study: Study) -> dict[str, object]:
+    """Return what says how a model is judged while it is trained, where that decides which adapter is kept."""
+    recipe = study.recipe
+    if recipe.train.judge is None:
+        return {}
+    families = [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
+    asked = {
+        family: [study.section(family).strategies[:1], [study.tasks[family].eval_templates[0]]] for family in families
+    }
+    section = recipe.eval
+    return {
+        "judge": {
+            "asked": asked,
+            "candidates": section.candidates.model_dump(mode="json"),
+            "reserved": section.fusion.reserved,
+            "options": [section.beams, section.exact, section.prior_weight, section.depth],
+        }
+    }
 
 
 def _drawing(study: Study) -> dict[str, object]:

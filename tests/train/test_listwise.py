@@ -233,6 +233,11 @@ def test_what_a_fusion_retrieves_is_part_of_what_was_trained(llama_folder: Path,
         )
     ]
     assert len(set(found)) == 3
+    judged = [
+        training_key(study_of(tmp_path, llama_folder, "train.judge={users: 5}", *more), str(llama_folder))
+        for more in ([], ["eval.fusion.reserved=0.3"], ["eval.candidates.count=4"], ["eval.bootstrap=9"])
+    ]
+    assert len(set(judged)) == 3 and judged[0] == judged[3]
     single = "eval.candidates={kind: retrieved, retriever: popularity, count: 5}"
     same = [
         training_key(study_of(tmp_path, llama_folder, single, *more), str(llama_folder))
