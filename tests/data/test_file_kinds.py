@@ -20,6 +20,7 @@ from data_cases import section
 from llmrec.commands.init import profile, start
 from llmrec.data.reading import packed
 from llmrec.data.reading.table import read_table
+from llmrec.data.reading.text import preamble
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
 from tests.facts import Facts, raises
@@ -100,6 +101,41 @@ def test_a_large_file_of_recboles_is_looked_at_by_the_names_that_it_is_read_by(t
     path.write_bytes(ATOMIC)
     found = profile.peek(path, limit=100, part=4000)
     assert not found.whole and found.table.frame.columns == ["user_id", "item_id", "rating"]
+
+
+ABOVE = {
+    "a title": "Orders of the shop\nfrom May to June\n\n",
+    "comments": "# user, item, rating\n# made by hand\n",
+    "one line": "Export\n",
+}
+
+
+@pytest.mark.parametrize("kind", ABOVE)
+@pytest.mark.parametrize("quoted", [False, True])
+def test_lines_above_a_header_are_left_out_and_said(
+    kind: str, quoted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = TEXT.decode() if not quoted else TEXT.decode().replace("u3,", '"u3",')
+    path = tmp_path / "rows.csv"
+    path.write_text(ABOVE[kind] + body, encoding="utf-8")
+    table = read_table(path)
+    assert table.frame.equals(ROWS)
+    above = ABOVE[kind].count("\n")
+    assert (table.where(4).row, table.where(4).line) == (5, 6 + above)
+    assert f"{above} lines above its header" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user_id,item_id\nu,i\nu,j\nv,i\nv,j\n",
+        "user_id\nu,i\nu,j\nv,i\nv,j\n",  # perhaps a header that lacks a name: three rows do not tell
+        "a\nb,c\nd,e\nf\n",
+    ],
+)
+def test_what_may_be_a_header_is_no_line_above_one(text: str) -> None:
+    lines = preamble(text, ",")
+    assert lines == (1 if text.startswith("user_id\n") else 0)
 
 
 def test_a_folder_and_a_pattern_are_all_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

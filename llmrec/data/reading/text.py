@@ -11,6 +11,7 @@ import codecs
 import csv
 import hashlib
 import io
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from llmrec.data.reading.limits import no_file, reason, require_file, shown, str
 from llmrec.data.reading.packed import STREAMS, unpack
 from llmrec.errors import DataError, Place, did_you_mean
 
+log = logging.getLogger(__name__)
+
 MAX_COLUMNS = 2000
 """Most columns of a table; more of them are rows that a wrong line end or separator has put side by side."""
 LONGEST = 64 * 2**20
@@ -32,6 +35,8 @@ LONGEST = 64 * 2**20
 _LONGEST_HEADER = 2**20
 _LONGEST_NAME = 1000
 _HEAD = 2**16
+# Lines above a header, lines that show that it is one, and characters that are looked at for them.
+_MOST_ABOVE, _ALIKE, _LOOKED_AT = 20, 4, 2**16
 _MEND = "check data.path and data.items"
 _FIELD = "\x1f"  # a separator of one character, which stands in for a longer one
 
@@ -218,6 +223,10 @@ def delimited(
     text = decode(name, raw, encoding=encoding, header=0 if columns else 1)
     if not text.strip():
         raise DataError.at(name, "empty", " is empty; write the table again")
+    skipped = preamble(text, separator) if columns is None else 0
+    above, text = _cut(text, skipped)
+    if above:
+        log.warning("%s: %d lines above its header are left out, the first being %s", name, skipped, shown(above))
     if columns is None:
         first = text[: text.find("\n")] if "\n" in text else text
         if len(first) > _LONGEST_HEADER:
@@ -233,14 +242,42 @@ def delimited(
     frame = _fast(text, separator, columns, quoted)
     lines = None
     if frame is None:
-        frame, lines = _careful(name, text, separator, columns, quoted)
+        # Blank lines are no rows, and keep count of those above.
+        frame, lines = _careful(name, "\n" * skipped + text, separator, columns, quoted)
     if frame.is_empty():
         raise DataError.at(name, "empty", " has a header and no rows; write the table again")
-    table = Table(name, frame, sha256, lines, 0 if columns else 1)
+    table = Table(name, frame, sha256, lines, 0 if columns else 1 + skipped)
     again = second_header(frame) if columns is None else None
     if again is not None:
         raise DataError.at(table.where(again), "duplicate", " repeats the header; remove it")
     return table
+
+
+def preamble(text: str, usual: str) -> int:
+    """Return how many lines stand above the header: titles, notes and comments, as spreadsheets export them.
+
+    They hold no separator, and what follows them are three lines at least that hold one, each as often as the others;
+    or they begin with ``#``.
+    """
+    lines = text[:_LOOKED_AT].split("\n")[: _MOST_ABOVE + _ALIKE]
+    for place, line in enumerate(lines[:_MOST_ABOVE]):
+        mark = separator_of(line, usual)
+        if mark not in line or line.startswith("#"):
+            continue
+        alike = [each for each in lines[place : place + _ALIKE] if each.strip()]
+        even = len(alike) == _ALIKE and len({each.count(mark) for each in alike}) == 1
+        above = [each for each in lines[:place] if each.strip()]
+        bare = all(each.startswith("#") or mark not in each for each in above)
+        return place if above and even and bare and not any('"' in each for each in above) else 0
+    return 0
+
+
+def _cut(text: str, lines: int) -> tuple[str, str]:
+    """Return the first of so many lines, and what stands behind all of them."""
+    if not lines:
+        return "", text
+    *above, rest = text.split("\n", lines)
+    return next((line.strip() for line in above if line.strip()), ""), rest
 
 
 def separator_of(header: str, usual: str) -> str:
