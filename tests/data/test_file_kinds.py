@@ -23,6 +23,7 @@ from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import preamble
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
+from llmrec.recipe.schema import Columns
 from tests.facts import Facts, raises
 
 ROWS = pl.DataFrame(
@@ -101,6 +102,24 @@ def test_a_large_file_of_recboles_is_looked_at_by_the_names_that_it_is_read_by(t
     path.write_bytes(ATOMIC)
     found = profile.peek(path, limit=100, part=4000)
     assert not found.whole and found.table.frame.columns == ["user_id", "item_id", "rating"]
+
+
+def test_columns_of_nested_values_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {**row, "images": [{"url": "x"}] if n % 2 else [], "geo": {"at": 1}} for n, row in enumerate(ROWS.to_dicts())
+    ]
+    for name, text in (("rows.jsonl", "\n".join(map(json.dumps, rows))), ("rows.json", json.dumps(rows))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        caplog.clear()
+        table = read_table(tmp_path / name)
+        assert table.frame.equals(ROWS) and set(table.unusable) == {"images", "geo"}
+        assert "2 columns hold nested values and are left out" in caplog.text
+        with raises(DataError, Facts("bad-value", tmp_path / name, column="geo", says="nested values")):
+            load(section(tmp_path / name, columns=Columns(rating="geo")), seed=0)
+    rows[5]["rating"] = {"stars": 3}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with raises(DataError, Facts("bad-value", row=6, line=6, column="rating", says="flatten")):
+        read_table(tmp_path / "rows.jsonl")
 
 
 ABOVE = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -11,6 +12,8 @@ import polars as pl
 from llmrec.data.reading.limits import reason, shown
 from llmrec.data.reading.text import MAX_COLUMNS, Table, decode
 from llmrec.errors import DataError, Place
+
+log = logging.getLogger(__name__)
 
 
 def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
@@ -28,7 +31,8 @@ def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
                 lines.append(number)
                 yield place, json_object(place, line)
 
-    return Table(name, _of_objects(name, records()), sha256, lines)
+    frame, unusable = _of_objects(name, records())
+    return Table(name, frame, sha256, lines, unusable=unusable)
 
 
 def json_file(name: str, raw: bytes, sha256: str = "") -> Table:
@@ -61,12 +65,18 @@ def json_array(name: str, raw: bytes, sha256: str = "") -> Table:
                 raise DataError.at(place, "wrong-format", " is not a JSON object; write an array of objects")
             yield place, record
 
-    return Table(name, _of_objects(name, records()), sha256, [0] * len(found))
+    frame, unusable = _of_objects(name, records())
+    return Table(name, frame, sha256, [0] * len(found), unusable=unusable)
 
 
-def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]) -> pl.DataFrame:
+def _of_objects(
+    name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
+) -> tuple[pl.DataFrame, Mapping[str, str]]:
+    """Return the columns of objects, and what those hold that are left out since all their values are nested."""
     rows: list[dict[str, str]] = []
     names: dict[str, None] = {}
+    nested: dict[str, Place] = {}
+    plain: set[str] = set()
     for place, record in records:
         known = len(names)
         names.update(dict.fromkeys(record))
@@ -77,10 +87,32 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
             raise DataError.at(
                 place, "too-large", f": more than {MAX_COLUMNS} different keys; keep those that are needed"
             )
-        rows.append({key: _text(place, f", column {shown(key)}", key, value) for key, value in record.items()})
+        row = {}
+        for key, value in record.items():
+            if _is_nested(value):
+                nested.setdefault(key, place)
+                continue
+            row[key] = _text(place, f", column {shown(key)}", key, value)
+            if value is not None and value != []:
+                plain.add(key)
+        rows.append(row)
     if not rows:
         raise DataError.at(name, "empty", " is empty; write the table again")
-    return pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in names])
+    # Where some values are plain, a nested one is a fault of its row.
+    bad = next((key for key in nested if key in plain or len(nested) == len(names)), None)
+    if bad is not None:
+        what = f", column {shown(bad)} is a nested value; flatten it or leave it out"
+        raise DataError.at(nested[bad], "bad-value", what, bad)
+    if nested:
+        told = ", ".join(map(shown, nested))
+        log.warning("%s: %d columns hold nested values and are left out: %s", name, len(nested), told)
+    kept = [key for key in names if key not in nested]
+    frame = pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in kept])
+    return frame, dict.fromkeys(nested, "nested values")
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(part, str) for part in value))
 
 
 def json_object(place: Place | str, line: str) -> dict[str, object]:
