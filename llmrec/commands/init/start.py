@@ -19,6 +19,7 @@ from llmrec.commands.init.profile import Peek, peek, profile, shown
 from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
 from llmrec.data.reading.table import is_pattern
 from llmrec.data.reading.text import Table, user_path
+from llmrec.data.sources.recognise import sources_with
 from llmrec.data.stats import baskets
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
@@ -325,6 +326,11 @@ def _told_tasks(plan: Plan) -> list[str]:
 
 def _hints(path: Path, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
     hints = [cut] if cut else []
+    if known := sources_with(used.table.frame.columns):
+        hints.append(
+            f"its columns are those of {', '.join(known)}: as data.source, that reads the files as they were "
+            "published, with titles and terms (docs/data.md)"
+        )
     if roles.title is None:
         hints.append("there are no titles: ids stand in for them, and a language model then has little to go by")
         companion = _companion(path, roles.item) if items is None else None
