@@ -28,9 +28,8 @@ def test_sets_are_named_by_columns_of_their_own(columns: list[str], named: str) 
 
 
 def test_init_says_so(tmp_path: Path) -> None:
-    rows = "".join(
-        f"{user},{(user * 3 + step) % 9},{1 + step},{100 * step}\n" for user in range(9) for step in range(4)
-    )
+    events = [(user, (user * 3 + step) % 9, 1 + step, 100 * step) for user in range(9) for step in range(4)]
+    rows = "".join(",".join(map(str, event)) + "\n" for event in events)
     (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n" + rows, encoding="utf-8")
     made = start.init(str(tmp_path / "ratings.csv"), out=tmp_path / "r.yaml", name="r", backend="hf")
     assert "its columns are those of movielens-" in made.found and "data.source" in made.found
