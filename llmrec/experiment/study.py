@@ -265,11 +265,11 @@ def draw_sets(recipe: Recipe, data: SplitDataset, split: SplitName) -> Candidate
     """Draw or retrieve the candidate sets of a split, as the recipe says."""
     section = recipe.eval.candidates
     if section.kind == "retrieved":
-        return retrieve(data, split, section, seed=recipe.seed, finder=finder_of(recipe))
+        return retrieve(data, split, section, seed=recipe.seed, finder=fused_finder(recipe))
     return draw(data, split, section, seed=recipe.seed)
 
 
-def finder_of(recipe: Recipe) -> FusedFinder | None:
+def fused_finder(recipe: Recipe) -> FusedFinder | None:
     """Return the fusion that retrieves, of the baselines of the first family that ranks for users; None: a baseline."""
     if recipe.eval.candidates.retriever != FUSED:
         return None
@@ -311,7 +311,7 @@ def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists 
     section = recipe.eval.candidates
     if not family_of(family).lists or section.kind != "retrieved":
         return None
-    return Lists(data, section, seed, finder_of(recipe))
+    return Lists(data, section, seed, fused_finder(recipe))
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:

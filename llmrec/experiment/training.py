@@ -16,8 +16,8 @@ from llmrec.errors import RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
 from llmrec.experiment.row_specs import listing
-from llmrec.experiment.study import Study, finder_of
-from llmrec.experiment.tuning.judging import Judge
+from llmrec.experiment.study import Study, fused_finder
+from llmrec.experiment.tuning.judging import Judge, judged
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.traits import is_paired
@@ -242,9 +242,9 @@ def _judging(study: Study) -> dict[str, object]:
     recipe = study.recipe
     if recipe.train.judge is None:
         return {}
-    families = [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
     asked = {
-        family: [study.section(family).strategies[:1], [study.tasks[family].eval_templates[0]]] for family in families
+        family: [study.section(family).strategies[:1], [study.tasks[family].eval_templates[0]]]
+        for family in judged(study)
     }
     section = recipe.eval
     return {
@@ -266,7 +266,7 @@ def _drawing(study: Study) -> dict[str, object]:
 
 def _finding(recipe: Recipe) -> dict[str, object]:
     """Return what decides which candidates a fusion retrieves, where one does."""
-    finder = finder_of(recipe)
+    finder = fused_finder(recipe)
     if finder is None:
         return {}
     baselines = [section.model_dump(mode="json") for section in finder.baselines]

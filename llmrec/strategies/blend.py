@@ -213,7 +213,8 @@ class Blend(Weighed):
                 put = _Put(self, base, free_of(base, self.names), penalty, truth, users)
                 name = f"{base.name} and {' and '.join(self.names[each] for each in put.free)}, penalty {penalty:g}"
                 beside[name], fits[form, name] = put, put.fit(put.free)
-                fits[base.fitted.form, base.name] = put.fit([])
+            # With nothing beside it no penalty counts.
+            fits[base.fitted.form, base.name] = put.fit([])
         return fits, beside
 
     def _crossed(

@@ -59,9 +59,12 @@ def plan(
             buffer += group
             for row in group:
                 table.add(row)
-            made += [one_bin(group)] if lists is not None else []
-            # What the rows of a list share is read once.
-            held += made[-1].columns if lists is not None else len(group[0].ids)
+            if lists is None:
+                held += len(group[0].ids)
+            else:
+                # What the rows of a list share is read once.
+                made.append(one_bin(group))
+                held += made[-1].columns
         if not buffer:
             break
         if lists is not None:

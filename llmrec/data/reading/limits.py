@@ -64,6 +64,11 @@ def reason(error: BaseException) -> str:
     return shortened(printable(" ".join(str(error).split())), 200)
 
 
+def is_no_text(text: str) -> bool:
+    """Whether a string holds NUL, or half of a surrogate pair, which cannot be stored as UTF-8."""
+    return "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text)
+
+
 def printable(text: str) -> str:
     """Return a text with a sign in place of each character that cannot be printed."""
     return text if text.isprintable() else "".join(mark if mark.isprintable() else "\ufffd" for mark in text)

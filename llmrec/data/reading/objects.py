@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import polars as pl
 
-from llmrec.data.reading.limits import reason, shown
+from llmrec.data.reading.limits import is_no_text, reason, shown
 from llmrec.data.reading.text import MAX_COLUMNS, Table, decode
 from llmrec.errors import DataError, Place
 
@@ -41,7 +42,8 @@ def json_file(name: str, raw: bytes, sha256: str = "") -> Table:
     Raises:
         DataError: As `json_array` and `json_lines`.
     """
-    read = json_array if decode(name, raw, header=0).lstrip()[:1] == "[" else json_lines
+    # In another encoding the reader refuses it, and it is looked at again as UTF-8.
+    read = json_array if raw.removeprefix(BOM_UTF8).lstrip()[:1] == b"[" else json_lines
     return read(name, raw, sha256)
 
 
@@ -153,7 +155,7 @@ def _text(place: Place, what: str, column: str, value: object) -> str:
         value = ", ".join(value)
     if value is None or isinstance(value, str | int | float):
         text = "" if value is None else str(value)
-        if "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text):
+        if is_no_text(text):
             raise DataError.at(
                 place,
                 "encoding",

@@ -74,8 +74,12 @@ class Table:
             if index < part.frame.height:
                 return part.where(index)
             index -= part.frame.height
-        line = self.lines[index] if self.lines is not None else index + 1 + self.header
-        return Place(self.name, (self.rows[index] if self.rows is not None else index) + 1, line)
+        row = self.rows[index] if self.rows is not None else index
+        return Place(self.name, row + 1, self.line(index))
+
+    def line(self, index: int) -> int:
+        """Return the line of a row of a single file, by its 0-based index."""
+        return self.lines[index] if self.lines is not None else index + 1 + self.header
 
 
 def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:

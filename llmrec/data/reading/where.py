@@ -75,7 +75,7 @@ def _some(table: Table, where: str) -> Table:
     return replace(
         table,
         frame=table.frame[rows],
-        lines=[table.where(row).line or 0 for row in rows],
+        lines=[table.line(row) for row in rows],
         rows=[table.rows[row] if table.rows is not None else row for row in rows],
     )
 

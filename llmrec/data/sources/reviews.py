@@ -12,6 +12,7 @@ from llmrec.data.assemble import assemble, catalogue
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.derived import NAMES, TITLES, keyphrases
 from llmrec.data.reading.columns import ids, numbers, texts
+from llmrec.data.reading.limits import is_no_text
 from llmrec.data.reading.objects import json_object
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table, decode, read_bytes, user_path
@@ -149,7 +150,7 @@ def _text(place: Place, key: str, record: Mapping[str, object]) -> str:
             key,
         )
     text = "" if value is None else plain(str(value))
-    if "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text):
+    if is_no_text(text):
         raise DataError.at(
             place,
             "encoding",

@@ -38,6 +38,11 @@ from llmrec.types import Case, Predictor, Ranking
 METRIC = "NDCG@10"
 
 
+def judged(study: Study) -> list[str]:
+    """Return the families that are trained and rank items for users; a model in training is judged by the first."""
+    return [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
+
+
 @dataclass(frozen=True)
 class Judge:
     """Measures a model on the validation cases of one family.
@@ -68,7 +73,7 @@ class Judge:
         if section is None:
             return None
         rating = study.recipe.tasks.rating
-        able = [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
+        able = judged(study)
         if not able or (rating is not None and rating.head is not None):
             raise RecipeError(
                 "train.judge: it measures rankings, and none is trained here; train sequential or direct, without "
