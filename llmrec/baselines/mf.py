@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Answer, Request
 
-# Numbers of a block of outer products: 32 MB.
-_CELLS = 1 << 22
-
 
 @dataclass(frozen=True)
 class _Factors:
@@ -220,17 +217,13 @@ def _solve(
     """
     features = np.column_stack([np.ones(len(wanted)), others])[order]
     number = np.bincount(owners)
-    starts = np.cumsum(number) - number
+    ends = np.cumsum(number)
     width = features.shape[1]
-    normal, right = np.empty((len(number), width, width)), np.empty((len(number), width))
-    right = np.add.reduceat(features * wanted[order][:, None], starts, axis=0)
-    # Outer products of all ratings at once would take k times k their memory.
-    first = 0
-    while first < len(number):
-        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _CELLS // width**2)))
-        rows = features[starts[first] : starts[last] if last < len(number) else None]
-        normal[first:last] = np.add.reduceat(rows[:, :, None] * rows[:, None, :], starts[first:last] - starts[first])
-        first = last
+    normal = np.empty((len(number), width, width))
+    right = np.add.reduceat(features * wanted[order][:, None], ends - number, axis=0)
+    for owner, (start, end) in enumerate(zip((ends - number).tolist(), ends.tolist(), strict=True)):
+        rows = features[start:end]
+        normal[owner] = rows.T @ rows
     diagonal = np.repeat(penalty * number[:, None], width, axis=1)
     diagonal[:, 0] = bias_penalty
     normal[:, np.arange(width), np.arange(width)] += diagonal
