@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
-import polars as pl
 from pydantic import Field
 from scipy import sparse
 
+from llmrec.data.codes import codes, in_numbers
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import Section
 from llmrec.results import Reads
@@ -210,13 +210,15 @@ class Log:
     @staticmethod
     def of(data: SplitDataset, catalogue: Catalogue) -> Log:
         """Number the training interactions."""
-        names = data.train.get_column("user_id")
-        known = names.unique().sort()
-        users = names.cast(pl.Enum(known)).to_physical().to_numpy().astype(np.int64)
-        items = catalogue.places(data.train.get_column("item_id").to_list())
-        times = data.train.get_column("timestamp").to_numpy().astype(np.float64)
-        order = np.argsort(users, kind="stable")
-        return Log(users=users[order], items=items[order], times=times[order], user_count=len(known))
+        _, found = codes(data.train["user_id"])
+        present = np.bincount(found) > 0
+        users = (np.cumsum(present) - 1)[found]
+        items = in_numbers(data.train["item_id"], catalogue.places)
+        times = data.train["timestamp"].to_numpy().astype(np.float64)
+        if (users[1:] < users[:-1]).any():
+            order = np.argsort(users, kind="stable")
+            users, items, times = users[order], items[order], times[order]
+        return Log(users=users, items=items, times=times, user_count=int(present.sum()))
 
     def matrix(self, columns: int) -> Any:
         """Return how often each user had each item, sparse, shape (users, columns)."""

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
+from llmrec.data.codes import codes, pairs, repeated
 from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform
 from llmrec.data.hashing import digest_strings
 from llmrec.data.reading.columns import check_usable, find, ids, one_per_item, texts
@@ -66,7 +68,7 @@ def assemble(
     frame = _without_repeats(section, table, frame)
     _all_known(table, frame, items)
     scale = _scale(section, table, frame, scale)
-    kept = frame["item_id"].unique()
+    kept = frame["item_id"].unique().cast(pl.String)
     if kept.len() < 2:
         raise DataError.at(
             table.name, "too-few", f": there is only one item, {shown(kept[0])}; a recommender needs at least 2"
@@ -91,9 +93,11 @@ def _pairs(frame: pl.DataFrame, part: str) -> frozenset[tuple[str, str]]:
 
 def _short_ids(table: Table, frame: pl.DataFrame) -> None:
     for column in _PAIR:
-        long = frame.filter(pl.col(column).str.len_chars() > ID_LIMIT)
-        if not long.is_empty():
-            row, text = long.select(_ROW, column).row(0)
+        names, found = codes(frame[column])
+        long = (names.str.len_chars() > ID_LIMIT).to_numpy()
+        if long.any():
+            row = int(long[found].argmax())
+            text = names[int(found[row])]
             raise DataError.at(
                 table.where(row),
                 "too-large",
@@ -105,10 +109,12 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
 
 def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
     """Warn of a user who seems to stand for all those that are not known: by a word for nothing, or a large share."""
-    sizes = frame["user_id"].value_counts(sort=True)
+    names, found = codes(frame["user_id"])
+    sizes = pl.DataFrame({"user_id": names, "count": np.bincount(found, minlength=len(names))})
+    sizes = sizes.filter(pl.col("count") > 0)
     nobody = pl.col("user_id").str.to_lowercase().is_in(_NOBODY)
     large = (pl.col("count") > _LARGE * frame.height) & (sizes.height >= _SEVERAL)
-    for user, count in sizes.filter(nobody | large).iter_rows():
+    for user, count in sizes.filter(nobody | large).sort("count", descending=True).iter_rows():
         log.warning(
             "%s: user %s has %d of %d rows; if it stands for people who are not known, leave these rows out, or name "
             "another column as the user",
@@ -117,12 +123,14 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
 
 
 def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) -> pl.DataFrame:
-    again = frame.filter(~pl.struct(_PAIR).is_first_distinct())
-    if again.is_empty():
+    places = repeated(pairs(frame["user_id"], frame["item_id"]))
+    if not len(places):
         return frame
+    several = frame[places]
+    again = several.filter(~pl.struct(_PAIR).is_first_distinct())
     if section.duplicates == "error":
         row, part, user, item = again.select(_ROW, _PART, *_PAIR).row(0)
-        first = frame.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
+        first = several.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
         place = table.where(first[_ROW])
         where = f"row {place.row}" if not table.parts else str(place)
         names, kept = "", "the latest of each"
@@ -137,9 +145,13 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
         )
     # What is held out first; then the latest in time; within one moment, and without timestamps, the last in the file.
     early = section.duplicates == "keep_first"
-    ordered = frame.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
-    found = ordered.unique(subset=_PAIR, keep="last", maintain_order=True).sort(_ROW)
-    return _summed(table, frame, found) if section.duplicates == "sum" else found
+    ordered = several.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
+    found = ordered.unique(subset=_PAIR, keep="last", maintain_order=True)
+    stays = np.ones(frame.height, dtype=bool)
+    stays[places] = False
+    stays[found[_ROW].to_numpy()] = True
+    rows = frame.filter(stays)
+    return _summed(table, frame, rows) if section.duplicates == "sum" else rows
 
 
 def _summed(table: Table, frame: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
@@ -159,9 +171,11 @@ def _summed(table: Table, frame: pl.DataFrame, found: pl.DataFrame) -> pl.DataFr
 
 
 def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> None:
-    absent = [item for item in frame["item_id"].unique(maintain_order=True) if item not in items]
-    if absent:
-        row = frame.filter(pl.col("item_id") == absent[0])[_ROW][0]
+    names, found = codes(frame["item_id"])
+    lacking = np.array([item not in items for item in names.to_list()], dtype=bool)[found]
+    if lacking.any():
+        absent = frame["item_id"].filter(lacking).unique(maintain_order=True)
+        row = frame[_ROW][int(lacking.argmax())]
         raise DataError.at(
             table.where(row),
             "unknown-name",

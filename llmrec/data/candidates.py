@@ -8,7 +8,7 @@ depends on nothing but the data, the seed and the request, and not on the versio
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from llmrec.data.codes import Names, codes, in_numbers
 from llmrec.data.hashing import digest_strings, hash_one
 from llmrec.data.reading.limits import reason
 from llmrec.data.split import SplitDataset, request_id
@@ -117,10 +118,10 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
     place = {item: index for index, item in enumerate(catalogue)}
     weights = _weights(data, place, section.kind)
     total = np.cumsum(weights)
-    had = {user: {place[item] for item in items} for user, items in touched(data, split).items()}
+    had = touched(data, split)
     sets: dict[str, tuple[str, ...]] = {}
     for held in data.holdouts(split):
-        banned = had[held.user_id]
+        banned = {place[item] for item in had[held.user_id]}
         if len(catalogue) - len(banned) < section.count - 1:
             raise DataError(
                 f"user {held.user_id!r} has touched {len(banned)} of {len(catalogue)} items, so only "
@@ -136,16 +137,39 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
     return _sets(section.kind, section.count, seed, sets)
 
 
-def touched(data: SplitDataset, split: SplitName) -> Mapping[str, frozenset[str]]:
+class Touched(Mapping[str, frozenset[str]]):
+    """The items of every user, in columns: four bytes a row."""
+
+    def __init__(self, frame: pl.DataFrame) -> None:
+        self._values, rows = codes(frame["user_id"])
+        self._users = Names(self._values)
+        names, items = codes(frame["item_id"])
+        self._items = names.to_list()
+        self._sorted = items[np.argsort(rows, kind="stable")]
+        self._ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(self._users)))])
+
+    def __getitem__(self, user: str) -> frozenset[str]:
+        code = self._users.code(user)
+        part = slice(0, 0) if code is None else slice(int(self._ends[code]), int(self._ends[code + 1]))
+        if part.start == part.stop:
+            raise KeyError(user)
+        return frozenset(map(self._items.__getitem__, self._sorted[part].tolist()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values.filter(np.diff(self._ends) > 0))
+
+    def __len__(self) -> int:
+        return int((np.diff(self._ends) > 0).sum())
+
+
+def touched(data: SplitDataset, split: SplitName) -> Touched:
     """Return by user the items that are no negatives of a split's requests.
 
     For ``test`` these are the items of all splits. For ``valid`` those of test are not among them: what is chosen on
     validation would else depend on which items are tested, an item that is never a negative.
     """
     frames = (data.train, data.known, data.valid) if split == "valid" else (data.dataset.interactions,)
-    frame = pl.concat([each.select("user_id", "item_id") for each in frames])
-    by_user = frame.group_by("user_id").agg(pl.col("item_id").unique())
-    return {user: frozenset(items) for user, items in by_user.iter_rows()}
+    return Touched(pl.concat([each.select("user_id", "item_id") for each in frames if each.height] or [frames[0]]))
 
 
 def draw_among(
@@ -185,8 +209,8 @@ def draw_among(
 def _weights(data: SplitDataset, place: Mapping[str, int], kind: str) -> NDArray[np.uint64]:
     weights = np.ones(len(place), dtype=np.uint64)
     if kind == "popularity":
-        for item, number in data.train.group_by("item_id").len().iter_rows():
-            weights[place[item]] += np.uint64(number)
+        places = in_numbers(data.train["item_id"], lambda names: np.array([place.get(name, -1) for name in names]))
+        weights += np.bincount(places, minlength=len(place)).astype(np.uint64)
     return weights
 
 

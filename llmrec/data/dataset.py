@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import polars as pl
 
+from llmrec.data.codes import all_different, coded, codes, pairs
 from llmrec.data.hashing import digest_frame, digest_strings
 from llmrec.data.reading.limits import reason
 from llmrec.errors import DataError
@@ -23,14 +25,17 @@ SCHEMA: Mapping[str, pl.DataType] = {
     "timestamp": pl.Float64(),
     "text": pl.String(),
 }
-"""The interaction columns. The last three may hold nulls; a column that is null throughout was not in the source."""
+"""The interaction columns. The last three may hold nulls; a column that is null throughout was not in the source.
+
+In a `Dataset` and its split ids are coded (see `llmrec.data.codes`), and texts that are null throughout take no room.
+"""
 
 PARTS = ("train", "valid", "test")
 """The parts of a split; of a pair that a source has in several, the last one counts."""
 
 
 def conform(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the interaction columns of a frame in their order and types; missing optional ones become nulls.
+    """Return the interaction columns of a frame in their order and types, ids coded; missing ones become nulls.
 
     Raises:
         DataError: If user_id or item_id is missing or holds nulls, or a column has another type.
@@ -45,14 +50,20 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
         if frame[name].null_count():
             raise DataError(f"interactions need a value in every row of {name!r}", kind="missing-value", column=name)
     try:
-        return frame.select(
-            pl.col(name).cast(dtype) if name in frame.columns else pl.lit(None, dtype=dtype).alias(name)
-            for name, dtype in SCHEMA.items()
-        )
+        made = {name: coded(frame[name]) for name in ("user_id", "item_id")}
+        for name in ("rating", "timestamp"):
+            made[name] = frame[name].cast(SCHEMA[name]) if name in frame.columns else _nothing(frame, SCHEMA[name])
+        said = frame["text"].cast(pl.String) if "text" in frame.columns else _nothing(frame, pl.Null())
+        made["text"] = said if said.null_count() < len(said) else _nothing(frame, pl.Null())
+        return pl.DataFrame(made)
     except pl.exceptions.PolarsError as error:
         raise DataError(
             f"an interaction column has a type that cannot be used: {reason(error)}", kind="bad-value"
         ) from error
+
+
+def _nothing(frame: pl.DataFrame, dtype: pl.DataType) -> pl.Series:
+    return pl.Series([None], dtype=dtype).new_from_index(0, frame.height)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +176,7 @@ class Dataset:
             for user_id, known in sorted(self.users.items())
             for part in (user_id, json.dumps(dict(known), sort_keys=True))
         ]
-        parts = (digest_frame(frame.sort(frame.columns)), digest_strings(catalogue), digest_strings(profiles))
+        parts = (digest_frame(_in_canonical_order(frame)), digest_strings(catalogue), digest_strings(profiles))
         return digest_strings([self.noun, repr(self.rating_scale), repr(self.has_time), *parts, *self._told()])
 
     def restrict(self, interactions: pl.DataFrame) -> Dataset:
@@ -194,6 +205,12 @@ class Dataset:
         return [digest_strings([part for parts in told for part in parts]), *sorted(self.derives)]
 
 
+def _in_canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return rows by user and item; where a pair stands twice, by the other columns too."""
+    keys = pairs(frame["user_id"], frame["item_id"])
+    return frame[np.argsort(keys)] if all_different(keys) else frame.sort(frame.columns)
+
+
 def core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.DataFrame:
     """Return the largest part in which every user and every item has enough interactions.
 
@@ -206,8 +223,10 @@ def core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.Da
     """
     while True:
         before = interactions.height
-        interactions = interactions.filter(pl.len().over("user_id") >= user_core)
-        interactions = interactions.filter(pl.len().over("item_id") >= item_core)
+        for column, least in (("user_id", user_core), ("item_id", item_core)):
+            if least > 1:
+                found = codes(interactions[column])[1]
+                interactions = interactions.filter(np.bincount(found)[found] >= least)
         if interactions.height == before:
             return interactions
 

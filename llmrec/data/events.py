@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from llmrec.data.codes import Names, codes
 from llmrec.types import Event
 
 # Events that are kept as objects, some 130 bytes each, since they are asked for again and again.
@@ -15,21 +17,21 @@ _KEPT = 1_000_000
 
 
 class Events:
-    """The events of a frame by user. A row takes four bytes for its item and eight for a rating and a time each.
+    """The events of a frame by user. Items, ratings and times are the columns of the frame itself.
 
     Args:
         frame: The columns of `llmrec.data.dataset.SCHEMA`; the rows of a user in their order in time.
     """
 
     def __init__(self, frame: pl.DataFrame) -> None:
-        if not frame["user_id"].is_sorted():
-            frame = frame.sort("user_id", maintain_order=True)
-        runs = frame["user_id"].rle().struct.unnest()
-        ends = np.cumsum(runs["len"].to_numpy(), dtype=np.int64)
-        self._ends = np.concatenate([[0], ends])
-        self._rows = dict(zip(runs["value"].to_list(), range(len(runs)), strict=True))
-        self._names = frame["item_id"].unique(maintain_order=True).to_list()
-        self._items = frame["item_id"].cast(pl.Enum(self._names)).to_physical().to_numpy().astype(np.int32)
+        values, rows = codes(frame["user_id"])
+        self._users, self._values = Names(values), values
+        if (rows[1:] < rows[:-1]).any():
+            order = np.argsort(rows, kind="stable")
+            frame, rows = frame[order], rows[order]
+        self._ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(self._users)))])
+        names, self._items = codes(frame["item_id"])
+        self._names = names.to_list()
         self._ratings, self._times = (_numbers(frame[name]) for name in ("rating", "timestamp"))
         self._texts = None if frame["text"].null_count() == frame.height else frame["text"]
         self._kept: OrderedDict[str, tuple[Event, ...]] = OrderedDict()
@@ -37,8 +39,17 @@ class Events:
 
     def count(self, user: str) -> int:
         """Return how many events a user has."""
-        row = self._rows.get(user)
-        return 0 if row is None else int(self._ends[row + 1] - self._ends[row])
+        part = self._part(user)
+        return int(part.stop - part.start)
+
+    def counts(self, *, rated: bool) -> Mapping[str, int]:
+        """Return how many events, or rated ones, each user has, by user in sorted order; 0 is left out."""
+        whole = np.ones(len(self._items), dtype=bool)
+        kept = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(whole)
+        sums = np.concatenate([[0], np.cumsum(kept if rated else whole)])
+        found = sums[self._ends[1:]] - sums[self._ends[:-1]]
+        present = found > 0
+        return dict(zip(self._values.filter(present).to_list(), found[present].tolist(), strict=True))
 
     def of(self, user: str) -> tuple[Event, ...]:
         """Return a user's events in order; none for a user without any."""
@@ -55,21 +66,26 @@ class Events:
         return found
 
     def _made(self, user: str) -> tuple[Event, ...]:
-        row = self._rows.get(user)
-        if row is None:
+        part = self._part(user)
+        count = part.stop - part.start
+        if not count:
             return ()
-        part = slice(int(self._ends[row]), int(self._ends[row + 1]))
-        count, names = part.stop - part.start, self._names
         nothing = [None] * count
         ratings, times = (
             nothing if each is None else [None if np.isnan(value) else value for value in each[part].tolist()]
             for each in (self._ratings, self._times)
         )
         texts = nothing if self._texts is None else self._texts[part].to_list()
+        names = self._names
         return tuple(
             Event(item_id=names[item], rating=rating, timestamp=time, text=text)
             for item, rating, time, text in zip(self._items[part].tolist(), ratings, times, texts, strict=True)
         )
+
+    def _part(self, user: str) -> slice:
+        """Return where a user's rows stand."""
+        code = self._users.code(user)
+        return slice(0, 0) if code is None else slice(int(self._ends[code]), int(self._ends[code + 1]))
 
 
 def _numbers(series: pl.Series) -> NDArray[np.float64] | None:

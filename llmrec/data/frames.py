@@ -107,7 +107,7 @@ def as_arrow(frame: Any, name: str) -> Any:
         if type(frame).__module__.partition(".")[0] == "pandas":
             return pa.Table.from_pandas(frame)
         if hasattr(frame, "__arrow_c_stream__") or isinstance(frame, pa.Table | pa.RecordBatch):
-            return pa.table(frame)
+            return _spelled(pa.table(frame))
     except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:
         raise DataError(
             f"{name}: a column cannot be read as one kind of values ({reason(error)}); make all its values texts, or "
@@ -121,6 +121,19 @@ def as_arrow(frame: Any, name: str) -> Any:
         kind="wrong-format",
         at=name,
     )
+
+
+def _spelled(table: Any) -> Any:
+    """Return a table whose categories are texts of a kind that Parquet files can hold."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type) and pa.types.is_string_view(field.type.value_type):
+            chunks = [
+                pa.DictionaryArray.from_arrays(part.indices, part.dictionary.cast(pa.large_string()))
+                for part in table.column(place).chunks
+            ]
+            kind = pa.dictionary(field.type.index_type, pa.large_string())
+            table = table.set_column(place, field.name, pa.chunked_array(chunks, kind))
+    return table
 
 
 def _of_dictionaries(rows: list[Any]) -> Any:

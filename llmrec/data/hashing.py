@@ -54,7 +54,7 @@ def digest_frame(frame: pl.DataFrame) -> str:
     for name in frame.columns:
         series = frame[name]
         total.update(f"{name}\x1f{len(series)}\x1f".encode())
-        if series.dtype == pl.String:
+        if series.dtype in (pl.String, pl.Enum, pl.Null):
             _digest_texts(total, series)
         else:
             # A null travels in the mask; the number below it is set to 0, so that its bytes are always the same.
@@ -64,10 +64,20 @@ def digest_frame(frame: pl.DataFrame) -> str:
 
 
 def _digest_texts(total: hashlib._Hash, series: pl.Series) -> None:
-    """Take texts in as `_digest_strings` does, a block at a time."""
-    lengths = series.str.len_bytes().cast(pl.Int64).fill_null(-1)
-    total.update(lengths.to_numpy().astype("<i8").tobytes())
-    for start in range(0, len(series), _BLOCK):
+    """Take texts in as `_digest_strings` does, a block at a time; coded ones count as what they stand for."""
+    starts = range(0, len(series), _BLOCK)
+    if isinstance(series.dtype, pl.Enum) and not series.null_count():
+        values, rows = series.dtype.categories, series.to_physical().to_numpy()
+        sizes, words = values.str.len_bytes().to_numpy().astype("<i8"), np.array([*values, ""], dtype=object)
+        for start in starts:
+            total.update(sizes[rows[start : start + _BLOCK]].tobytes())
+        for start in starts:
+            total.update("".join(words[rows[start : start + _BLOCK]]).encode())
+        return
+    for start in starts:
+        lengths = series[start : start + _BLOCK].cast(pl.String).str.len_bytes().cast(pl.Int64).fill_null(-1)
+        total.update(lengths.to_numpy().astype("<i8").tobytes())
+    for start in starts:
         total.update("".join(series[start : start + _BLOCK].drop_nulls().to_list()).encode())
 
 

@@ -6,19 +6,21 @@ target where many events carry the same timestamp. Without timestamps the file o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from llmrec.data.codes import codes, in_codes_of
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.derived import derived
 from llmrec.data.events import Events
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
-from llmrec.data.split_kinds import KINDS, PAIR, WHEN
+from llmrec.data.split_kinds import KINDS, KNOWN, PAIR, TEST, TRAIN, VALID, Rows
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from llmrec.types import Event, Interaction, Request, SplitName
@@ -26,6 +28,35 @@ from llmrec.types import Event, Interaction, Request, SplitName
 
 def _no_rows() -> pl.DataFrame:
     return pl.DataFrame(schema=dict(SCHEMA))
+
+
+class Holdouts(Sequence[Interaction]):
+    """Held-out interactions in columns; each is made when it is asked for."""
+
+    def __init__(self, frame: pl.DataFrame) -> None:
+        self.frame = frame.select(*SCHEMA)
+
+    def __len__(self) -> int:
+        return self.frame.height
+
+    @overload
+    def __getitem__(self, place: int) -> Interaction: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Holdouts: ...
+
+    def __getitem__(self, place: int | slice) -> Interaction | Holdouts:
+        if isinstance(place, slice):
+            return Holdouts(self.frame[place])
+        return Interaction(**self.frame.row(place, named=True))
+
+    def __iter__(self) -> Iterator[Interaction]:
+        return (Interaction(**row) for row in self.frame.iter_rows(named=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Holdouts) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -58,12 +89,13 @@ class SplitDataset:
         """Return this split with another table's held-out pairs taken out of ``train`` and ``known``."""
         if not pairs:
             return self
-        gone = pl.DataFrame(sorted(pairs), schema=PAIR, orient="row")
-        less = replace(
-            self,
-            train=self.train.join(gone, on=PAIR, how="anti", maintain_order="left"),
-            known=self.known.join(gone, on=PAIR, how="anti", maintain_order="left"),
-        )
+        named = pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR, pl.String), orient="row")
+
+        def rest(frame: pl.DataFrame) -> pl.DataFrame:
+            gone = in_codes_of(named, frame)
+            return frame.join(gone, on=PAIR, how="anti", maintain_order="left")
+
+        less = replace(self, train=rest(self.train), known=rest(self.known))
         return replace(less, dataset=derived(less.dataset, less.train, seed=self.seed))
 
     @cached_property
@@ -84,6 +116,10 @@ class SplitDataset:
         """Return how many training events a user has."""
         return self._events["train"].count(user_id)
 
+    def train_counts(self, *, rated: bool = False) -> Mapping[str, int]:
+        """Return how many training events, or rated ones, each user has, by user in sorted order; 0 is left out."""
+        return self._events["train"].counts(rated=rated)
+
     def history(self, user_id: str, split: SplitName) -> tuple[Event, ...]:
         """Return what is known of a user before a split's held-out events, oldest first.
 
@@ -98,7 +134,7 @@ class SplitDataset:
         # A source may hold out what is older than its training rows.
         return past if self.kind != "given" else tuple(sorted(past, key=lambda event: event.timestamp or 0.0))
 
-    def holdouts(self, split: SplitName) -> tuple[Interaction, ...]:
+    def holdouts(self, split: SplitName) -> Sequence[Interaction]:
         """Return a split's held-out interactions by a seeded hash, so that the first n are an unbiased sample.
 
         Raises:
@@ -110,7 +146,8 @@ class SplitDataset:
 
     @cached_property
     def _users(self) -> tuple[str, ...]:
-        return tuple(self.dataset.interactions["user_id"].unique().sort())
+        names, found = codes(self.dataset.interactions["user_id"])
+        return tuple(names.filter(np.bincount(found, minlength=len(names)) > 0))
 
     @cached_property
     def _events(self) -> Mapping[str, Events]:
@@ -118,7 +155,7 @@ class SplitDataset:
         return {name: Events(frame) for name, frame in frames.items()}
 
     @cached_property
-    def _holdouts(self) -> Mapping[str, tuple[Interaction, ...]]:
+    def _holdouts(self) -> Mapping[str, Holdouts]:
         return {"valid": _in_hash_order(self.valid, self.seed), "test": _in_hash_order(self.test, self.seed)}
 
 
@@ -131,16 +168,15 @@ def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset
         data: The split.
         share: Share of the users that weigh, by a seeded hash of the user.
     """
-    weighs = hash64("reserved", data.seed, data.valid["user_id"].to_list()) < np.uint64(share * 2**64)
+    weighs = hash64("reserved", data.seed, data.valid["user_id"]) < np.uint64(share * 2**64)
     return replace(data, valid=data.valid.filter(~weighs)), replace(data, valid=data.valid.filter(weighs))
 
 
-def _in_hash_order(frame: pl.DataFrame, seed: int) -> tuple[Interaction, ...]:
+def _in_hash_order(frame: pl.DataFrame, seed: int) -> Holdouts:
     # Not the hash of the tie rule: of tied events the one with the highest hash is held out, so that a sample
     # ordered by the same hash would hold fewer of the users who have ties.
-    key = hash64("holdouts", seed, frame["user_id"].to_list(), frame["item_id"].to_list())
-    rows = frame.select(*SCHEMA)[np.argsort(key, kind="stable")]
-    return tuple(Interaction(**row) for row in rows.iter_rows(named=True))
+    key = hash64("holdouts", seed, frame["user_id"], frame["item_id"])
+    return Holdouts(frame[np.argsort(key, kind="stable")])
 
 
 def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
@@ -164,8 +200,9 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
             kind="bad-value",
             column="data.split",
         )
-    parts = KINDS[section.kind](dataset, _in_time_order(dataset, seed), section, seed)
-    frames = [frame.sort("user_id", WHEN).select(*SCHEMA) for frame in parts]
+    rows = Rows(_in_time_order(dataset, seed, moments=section.kind == "global_time"))
+    labels = KINDS[section.kind](dataset, rows, section, seed)
+    frames = [_of_users(rows, labels == label) for label in (TRAIN, VALID, TEST, KNOWN)]
     if frames[0].is_empty():
         raise DataError.at(
             dataset.name,
@@ -186,19 +223,53 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     )
 
 
-def _in_time_order(dataset: Dataset, seed: int) -> pl.DataFrame:
-    """Return the interactions with their place in time as ``_when``: 0 is the oldest, no two are equal."""
+def _in_time_order(dataset: Dataset, seed: int, *, moments: bool) -> pl.DataFrame:
+    """Return the interactions, the oldest first.
+
+    Args:
+        dataset: Holds them.
+        seed: Decides ties.
+        moments: Whether it matters in which order the events of different users at one moment stand.
+    """
     frame = dataset.interactions
-    if dataset.has_time:
+    if not dataset.has_time:
+        return frame
+    times = frame["timestamp"].fill_null(-np.inf).to_numpy()
+    order = np.argsort(times, kind="stable")
+    tied = _tied(times[order], None if moments else codes(frame["user_id"])[1][order])
+    if len(tied):
         # Of events at moments of their own the hash decides nothing.
-        tied = frame["timestamp"].is_duplicated()
-        rows = frame.filter(tied)
-        tie = np.zeros(frame.height, dtype=np.uint64)
-        tie[tied.to_numpy()] = hash64("tie", seed, rows["user_id"], rows["item_id"])
+        rows = frame[order[tied]]
+        tie = hash64("tie", seed, rows["user_id"], rows["item_id"])
         # Ratings and texts only order repeats of one pair within one moment.
-        keys = ["timestamp", "_tie", *PAIR, "rating", "text"]
-        frame = frame.with_columns(pl.Series("_tie", tie)).sort(keys).drop("_tie")
-    return frame.with_row_index(WHEN)
+        keys = [rows["timestamp"], pl.Series("_tie", tie), *rows.select(*PAIR, "rating", "text")]
+        order[tied] = order[tied][pl.DataFrame(keys).with_row_index("_row").sort(pl.exclude("_row"))["_row"].to_numpy()]
+    return frame[order]
+
+
+def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDArray[np.int64]:
+    """Return the places of events that share a moment with another one, of their own user where users are given.
+
+    Args:
+        times: Ascending, shape (n,).
+        users: Code of each event's user, shape (n,).
+    """
+    same = times[1:] == times[:-1]
+    places = np.flatnonzero(np.concatenate([[False], same]) | np.concatenate([same, [False]]))
+    if users is None or not len(places):
+        return places
+    begins = np.concatenate([[True], ~same])[places]
+    keys = np.cumsum(begins).astype(np.uint64) << np.uint64(32) | users[places].astype(np.uint64)
+    found = np.argsort(keys)
+    again = keys[found[1:]] == keys[found[:-1]]
+    both = np.concatenate([[False], again]) | np.concatenate([again, [False]])
+    return np.sort(places[found[both]])
+
+
+def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
+    """Return chosen rows by user, each user's in the order of time."""
+    places = np.flatnonzero(chosen)
+    return rows.frame[places[np.argsort(rows.users[places], kind="stable")]]
 
 
 def earlier(train: pl.DataFrame, held: pl.DataFrame) -> int:

@@ -1,55 +1,85 @@
 """The kinds of splits: which interactions each holds out.
 
-Each takes the interactions with their place in time as ``WHEN``, 0 being the oldest, and gives four frames of them.
+Each takes the interactions in the order of time, oldest first, and gives a label a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from llmrec.data.codes import Names, all_different, codes, in_codes_of, pairs
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 
 PAIR = ["user_id", "item_id"]
-WHEN = "_when"
+TRAIN, VALID, TEST, KNOWN = range(4)
+"""Labels of rows: learned from, held out for validation or for test, or shown as history alone."""
+GONE = 4
+"""The label of earlier interactions of a pair that is held out, which stand in no part."""
 _LEAST = 3
 """Items, or moments, of a user of whom something is held out for validation and for test."""
 
-
-class Parts(NamedTuple):
-    """What is learned from, held out for validation and for test, and shown as history alone."""
-
-    train: pl.DataFrame
-    valid: pl.DataFrame
-    test: pl.DataFrame
-    known: pl.DataFrame
+Labels = NDArray[np.int8]
 
 
-def _latest(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the latest interaction of every pair, oldest first."""
-    return frame.sort(WHEN).unique(subset=PAIR, keep="last", maintain_order=True)
+class Rows:
+    """Interactions in the order of time, oldest first.
+
+    Attributes:
+        frame: The columns of `llmrec.data.dataset.SCHEMA`.
+        users: Code of each row's user, shape (n,).
+        names: The users that codes stand for.
+    """
+
+    def __init__(self, frame: pl.DataFrame) -> None:
+        self.frame = frame
+        self.names, self.users = codes(frame["user_id"])
+
+    @cached_property
+    def latest(self) -> NDArray[np.int64]:
+        """Places of the latest interactions of all pairs, oldest first."""
+        keys = pairs(self.frame["user_id"], self.frame["item_id"])
+        if all_different(keys):
+            return np.arange(len(keys))
+        _, first = np.unique(keys[::-1], return_index=True)
+        return np.sort(len(keys) - 1 - first)
+
+    def labels(self, valid: NDArray[np.int64], test: NDArray[np.int64], rest: Labels | int = TRAIN) -> Labels:
+        """Return labels.
+
+        Args:
+            valid: Places of what is held out for validation, among the `latest`.
+            test: For test.
+            rest: Labels of all others.
+        """
+        found = np.full(len(self.users), rest, dtype=np.int8) if isinstance(rest, int) else rest
+        if len(self.latest) < len(found):
+            keys = pairs(self.frame["user_id"], self.frame["item_id"])
+            found[np.isin(keys, keys[np.concatenate([valid, test])])] = GONE
+        found[valid], found[test] = VALID, TEST
+        return found
+
+    def by_user(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return places user by user, how many their user has, and how many of them come later, shape (n,) each."""
+        users = self.users[places]
+        places = places[np.argsort(users, kind="stable")]
+        counts = np.bincount(users, minlength=len(self.names))
+        sizes = np.repeat(counts, counts)
+        return places, sizes, np.repeat(np.cumsum(counts), counts) - 1 - np.arange(len(places))
 
 
-def _without(frame: pl.DataFrame, *held: pl.DataFrame) -> pl.DataFrame:
-    for rows in held:
-        frame = frame.join(rows.select(PAIR), on=PAIR, how="anti")
-    return frame
-
-
-def _from_last() -> pl.Expr:
-    return pl.col(WHEN).rank("ordinal", descending=True).over("user_id")
-
-
-def _leave_one_out(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> Parts:
+def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """Each user's last interaction is for test, the one before for validation; short users stay in training."""
-    latest = _latest(frame).filter(pl.len().over("user_id") >= _LEAST)
-    if latest.is_empty():
+    counts = np.bincount(rows.users[rows.latest], minlength=len(rows.names))
+    latest = rows.latest[counts[rows.users[rows.latest]] >= _LEAST]
+    if not len(latest):
         raise DataError.at(
             dataset.name,
             "too-few",
@@ -57,35 +87,41 @@ def _leave_one_out(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: 
             "use another data.split.kind or more data",
             "data.split.kind",
         )
-    test, valid = latest.filter(_from_last() == 1), latest.filter(_from_last() == 2)
-    return Parts(_without(frame, valid, test), valid, test, frame.clear())
+    test = _last(rows, latest)
+    return rows.labels(_last(rows, np.setdiff1d(latest, test, assume_unique=True)), test)
 
 
-def _last_share(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> Parts:
+def _last(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the last place of every user that has one; places are ascending."""
+    found = np.full(len(rows.names), -1, dtype=np.int64)
+    # Of several values for one index the last one counts.
+    found[rows.users[places]] = places
+    return found[found >= 0]
+
+
+def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """The last share of each user's different items is for test, the share before for validation; at least 1 each.
 
     Shares are rounded down, and a user's first item is always training. Short users stay in training.
     """
-    wanted = [share for share in (section.valid, section.test) if share > 0]
-    latest = _latest(frame).with_columns(pl.len().over("user_id").alias("_items"))
-    latest = latest.filter(pl.col("_items") > len(wanted))
-    if latest.is_empty():
+    wanted = sum(share > 0 for share in (section.valid, section.test))
+    places, sizes, later = rows.by_user(rows.latest)
+    able = sizes > wanted
+    if not able.any():
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": no user has {len(wanted) + 1} interactions with different items, which last_share needs "
+            f": no user has {wanted + 1} interactions with different items, which last_share needs "
             "here; use another data.split.kind or more data",
             "data.split.kind",
         )
-    tests, valids = _part(section.test), _part(section.valid)
-    tests = pl.min_horizontal(tests, pl.col("_items") - len(wanted))
-    valids = pl.min_horizontal(valids, pl.col("_items") - tests - 1)
-    test = latest.filter(_from_last() <= tests)
-    valid = latest.filter((_from_last() > tests) & (_from_last() <= tests + valids))
-    return Parts(_without(frame, valid, test), valid, test, frame.clear())
+    places, sizes, later = places[able], sizes[able], later[able]
+    tests = np.minimum(_part(section.test, sizes), sizes - wanted)
+    valids = np.minimum(_part(section.valid, sizes), sizes - tests - 1)
+    return rows.labels(places[(later >= tests) & (later < tests + valids)], places[later < tests])
 
 
-def _last_basket(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> Parts:
+def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """What each user took at the last moment is for test, at the moment before for validation.
 
     Of an item that was taken again the last time counts. Users with fewer than three moments stay in training.
@@ -97,10 +133,16 @@ def _last_basket(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: in
             " has no times, which tell baskets apart; name data.columns.time, or use another data.split.kind",
             "data.split.kind",
         )
-    moment = pl.col("timestamp").rank("dense", descending=True).over("user_id")
-    latest = _latest(frame).with_columns(moment.alias("_moment"))
-    latest = latest.filter(pl.col("_moment").max().over("user_id") >= _LEAST)
-    if latest.is_empty():
+    places, _, _ = rows.by_user(rows.latest)
+    users, times = rows.users[places], rows.frame["timestamp"].to_numpy()[places]
+    last = np.concatenate([users[1:] != users[:-1], [True]])
+    begins = np.concatenate([[True], (times[1:] != times[:-1]) | last[:-1]])
+    # Moments are counted over all users; a user's own are those up to that of the last row.
+    moment = np.cumsum(begins)
+    counts = np.bincount(users, minlength=len(rows.names))
+    ends, starts = (np.repeat(moment[each], counts[counts > 0]) for each in _bounds(counts))
+    able = ends - starts + 1 >= _LEAST
+    if not able.any():
         raise DataError.at(
             dataset.name,
             "too-few",
@@ -108,47 +150,59 @@ def _last_basket(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: in
             "data.split.kind or more data",
             "data.split.kind",
         )
-    test, valid = latest.filter(pl.col("_moment") == 1), latest.filter(pl.col("_moment") == 2)
-    return Parts(_without(frame, valid, test), valid, test, frame.clear())
+    return rows.labels(places[able & (moment == ends - 1)], places[able & (moment == ends)])
 
 
-def _part(share: float) -> pl.Expr:
-    """Return how many of a user's ``_items`` a share is: rounded down, and at least 1 of a share above 0."""
+def _bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the last and the first place of every user with rows, where rows lie user by user."""
+    ends = np.cumsum(counts)
+    return (ends - 1)[counts > 0], (ends - counts)[counts > 0]
+
+
+def _part(share: float, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many of a user's items a share is: rounded down, and at least 1 of a share above 0."""
     # A tenth of 30 is 3 whichever side of it the product falls in binary.
-    whole = (pl.col("_items") * share + 1e-9).floor().cast(pl.Int64)
-    return pl.max_horizontal(whole, pl.lit(1 if share > 0 else 0, pl.Int64))
+    whole: NDArray[np.int64] = np.floor(sizes * share + 1e-9).astype(np.int64)
+    return np.maximum(whole, int(share > 0))
 
 
-def _global_time(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> Parts:
+def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """The last share of all interactions is for test, the share before for validation; cold ones are kept."""
-    total = frame.height
+    total = len(rows.users)
     tests, valids = round(total * section.test), round(total * section.valid)
     middle = total - tests
-    test = _latest(frame[middle:])
-    valid = _latest(_without(frame[max(0, middle - valids) : middle], test))
-    _need(dataset, section, valid, test, f"{total} interactions")
-    return Parts(_without(frame[: max(0, middle - valids)], valid, test), valid, test, frame.clear())
+    first = max(0, middle - valids)
+    test = rows.latest[rows.latest >= middle]
+    early = Rows(rows.frame[:middle])
+    # What is tested is held out nowhere else, and of what is validated the latest before the middle counts.
+    later = pairs(rows.frame["user_id"], rows.frame["item_id"])
+    valid = early.latest[early.latest >= first]
+    valid = valid[~np.isin(later[valid], later[test])]
+    _need(dataset, section, len(valid), len(test), f"{total} interactions")
+    found = np.full(total, GONE, dtype=np.int8)
+    found[:first] = TRAIN
+    found[:first][np.isin(later[:first], later[np.concatenate([valid, test])])] = GONE
+    found[valid], found[test] = VALID, TEST
+    return found
 
 
-def _user_disjoint(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> Parts:
+def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """A share of users is held out entirely: their last interaction is asked for, the earlier ones are history.
 
     The history of a user with one interaction is empty, as that of a new user is.
     """
-    latest = _latest(frame)
-    able = latest["user_id"].unique().sort()
-    order = [able[int(place)] for place in np.argsort(hash64("held-out users", seed, able.to_list()), kind="stable")]
+    able = np.flatnonzero(np.bincount(rows.users, minlength=len(rows.names)))
+    order = able[np.argsort(hash64("held-out users", seed, rows.names.gather(able)), kind="stable")]
     tests, valids = round(len(order) * section.test), round(len(order) * section.valid)
-    groups = {"test": order[:tests], "valid": order[tests : tests + valids]}
-    last = latest.filter(_from_last() == 1)
-    test, valid = (last.join(_users_frame(groups[name]), on="user_id", how="semi") for name in ("test", "valid"))
-    _need(dataset, section, valid, test, f"{len(order)} users")
-    away = _users_frame(order[: tests + valids])
-    known = _without(frame.join(away, on="user_id", how="semi"), valid, test)
-    return Parts(frame.join(away, on="user_id", how="anti"), valid, test, known)
+    group = np.zeros(len(rows.names), dtype=np.int8)
+    group[order[:tests]], group[order[tests : tests + valids]] = TEST, VALID
+    last = _last(rows, rows.latest)
+    test, valid = (last[group[rows.users[last]] == label] for label in (TEST, VALID))
+    _need(dataset, section, len(valid), len(test), f"{len(order)} users")
+    return rows.labels(valid, test, np.where(group[rows.users] > 0, KNOWN, TRAIN).astype(np.int8))
 
 
-def _given(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> Parts:
+def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """The source says which pairs are held out, and whose other events are history only."""
     given = dataset.given
     if given is None:
@@ -158,31 +212,28 @@ def _given(dataset: Dataset, frame: pl.DataFrame, section: Split, seed: int) -> 
             " has no split of its own, so data.split.kind=given cannot be used; choose another kind",
             "data.split.kind",
         )
-    latest = _latest(frame)
+    keys = pairs(rows.frame["user_id"], rows.frame["item_id"])
+
+    def named(held: frozenset[tuple[str, str]]) -> NDArray[np.int64]:
+        frame = pl.DataFrame(sorted(held), schema=dict.fromkeys(PAIR, pl.String), orient="row")
+        known = in_codes_of(frame, rows.frame)
+        return rows.latest[np.isin(keys[rows.latest], pairs(known["user_id"], known["item_id"]))]
+
     # A pair that is in both parts is for test alone.
-    valid, test = (
-        latest.join(_pairs_frame(pairs), on=PAIR, how="semi") for pairs in (given.valid - given.test, given.test)
-    )
-    if valid.is_empty() and test.is_empty():
+    valid, test = named(given.valid - given.test), named(given.test)
+    if not len(valid) and not len(test):
         raise DataError.at(
             dataset.name, "too-few", ": no held-out pair of its split is left; relax data.filter", "data.filter"
         )
-    rest = _without(frame, valid, test)
-    away = _users_frame(sorted(given.history_only))
-    return Parts(rest.join(away, on="user_id", how="anti"), valid, test, rest.join(away, on="user_id", how="semi"))
+    away = np.zeros(len(rows.names), dtype=bool)
+    known = Names(rows.names)
+    away[[code for user in given.history_only if (code := known.code(user)) is not None]] = True
+    return rows.labels(valid, test, np.where(away[rows.users], KNOWN, TRAIN).astype(np.int8))
 
 
-def _pairs_frame(pairs: frozenset[tuple[str, str]]) -> pl.DataFrame:
-    return pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR, pl.String), orient="row")
-
-
-def _users_frame(users: list[str]) -> pl.DataFrame:
-    return pl.DataFrame({"user_id": users}, schema={"user_id": pl.String})
-
-
-def _need(dataset: Dataset, section: Split, valid: pl.DataFrame, test: pl.DataFrame, have: str) -> None:
+def _need(dataset: Dataset, section: Split, valid: int, test: int, have: str) -> None:
     for name, share, rows in (("valid", section.valid, valid), ("test", section.test, test)):
-        if share > 0 and rows.is_empty():
+        if share > 0 and not rows:
             raise DataError.at(
                 dataset.name,
                 "too-few",
@@ -192,7 +243,7 @@ def _need(dataset: Dataset, section: Split, valid: pl.DataFrame, test: pl.DataFr
             )
 
 
-KINDS: Mapping[str, Callable[[Dataset, pl.DataFrame, Split, int], Parts]] = {
+KINDS: Mapping[str, Callable[[Dataset, Rows, Split, int], Labels]] = {
     "leave_one_out": _leave_one_out,
     "last_share": _last_share,
     "last_basket": _last_basket,

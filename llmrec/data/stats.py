@@ -12,8 +12,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import polars as pl
 
+from llmrec.data.codes import codes, pairs
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.types import Event
 
@@ -37,7 +39,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
         "users": users,
         "items": items,
         "interactions": rows.height,
-        "density": rows.select("user_id", "item_id").n_unique() / (users * items),
+        "density": len(np.unique(pairs(rows["user_id"], rows["item_id"]))) / (users * items),
         "rating_scale": list(scale_of(data)) if data.train["rating"].null_count() < data.train.height else None,
         "ratings": _histogram(rows),
         "interactions_per_user": _per(rows, "user_id"),
@@ -65,9 +67,12 @@ def tied_last_share(rows: pl.DataFrame) -> float | None:
     """Return the share of users with two or more events at their last timestamp; None without timestamps."""
     if rows["timestamp"].null_count() == rows.height:
         return None
-    last = rows.filter(pl.col("timestamp") == pl.col("timestamp").max().over("user_id"))
-    tied = last.group_by("user_id").len().filter(pl.col("len") > 1).height
-    return tied / rows["user_id"].n_unique()
+    names, users = codes(rows["user_id"])
+    latest = np.full(len(names), -np.inf)
+    times = rows["timestamp"].to_numpy()
+    np.fmax.at(latest, users, times)
+    tied = np.bincount(users[times == latest[users]], minlength=len(names)) > 1
+    return int(tied.sum()) / len(np.unique(users))
 
 
 BASKETS = 0.2
@@ -83,8 +88,10 @@ def moments_shared(data: SplitDataset) -> float | None:
         return None
     tied = held = 0
     for part, before in ((data.test, [data.train, data.valid, data.known]), (data.valid, [data.train, data.known])):
-        moments = pl.concat([rows.select("user_id", "timestamp") for rows in before]).unique()
-        tied += part.join(moments, on=["user_id", "timestamp"], how="semi").height
+        key = ["user_id", "timestamp"]
+        # Of a long history only what stands at a moment that is asked about.
+        near = [rows.select(key).join(part.select(key), on=key, how="semi").unique() for rows in before]
+        tied += part.join(pl.concat(near), on=key, how="semi").height
         held += part.height
     return tied / held if held else None
 
@@ -107,7 +114,8 @@ def _histogram(rows: pl.DataFrame) -> dict[str, int]:
 
 
 def _per(rows: pl.DataFrame, column: str) -> dict[str, float]:
-    counts = rows.group_by(column).len()["len"].cast(pl.Float64)
+    number = np.bincount(codes(rows[column])[1])
+    counts = pl.Series(number[number > 0]).cast(pl.Float64)
     found = {name: counts.quantile(share, interpolation="linear") for name, share in _QUANTILES.items()}
     found["mean"] = rows.height / counts.len()
     return {name: float(value) for name, value in found.items() if value is not None}
@@ -115,7 +123,9 @@ def _per(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
     """Return how many held-out events have a user or an item that training never saw."""
-    return held.join(train.select(column).unique(), on=column, how="anti").height
+    names, known = codes(train[column])
+    warm = np.bincount(known, minlength=len(names)) > 0
+    return int((~warm[codes(held[column])[1]]).sum())
 
 
 # Sums of ratings that differ by less are one sum: the order of adding up must not decide a rounded mean.

@@ -110,6 +110,7 @@ def write_items(study: Study, path: Path) -> None:
         counted = data.train.group_by("item_id").agg(
             pl.len().alias("training"), pl.col("user_id").n_unique().alias("users")
         )
+        counted = counted.with_columns(pl.col("item_id").cast(pl.String))
         items = pl.DataFrame({"item_id": sorted(data.dataset.items)}).join(counted, on="item_id", how="left")
         frames.append(items.with_columns(pl.lit(name).alias("table"), pl.col("training", "users").fill_null(0)))
     frame = pl.concat([each.select(pl.col(name).cast(kind) for name, kind in ITEMS.items()) for each in frames])

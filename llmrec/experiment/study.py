@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from llmrec.models.load import load_tokenizer
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
 from llmrec.registry import BASELINES, lookup
+from llmrec.tasks.base import Cases
 from llmrec.tasks.family import check_names, family_of
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
 from llmrec.tasks.history import ItemVectors
@@ -150,12 +152,13 @@ class Study:
 
     def _cases(self, family: str, split: SplitName) -> list[Case]:
         cases, count = self.tasks[family].cases(split), self.section(family).users or self.recipe.eval.users
-        if family_of(family).candidates == "items":
-            return cases[:count]
+        if not isinstance(cases, Cases):
+            return list(cases[:count])
         aside = self.set_aside(family)
-        able = dict.fromkeys(case.request.user_id for case in cases if case.request.user_id not in aside)
-        chosen = set(list(able)[:count])
-        return [case for case in cases if case.request.user_id in chosen]
+        able = dict.fromkeys(held.user_id for held in cases.held if held.user_id not in aside)
+        chosen = set(islice(able, count))
+        places = [place for place, held in enumerate(cases.held) if held.user_id in chosen]
+        return [cases[place] for place in places] if len(places) < len(cases) else list(cases)
 
     def set_aside(self, family: str) -> frozenset[str]:
         """Return the users who are not asked about, since their own profile names an item that is held out for them."""

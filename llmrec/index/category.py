@@ -51,7 +51,7 @@ class Category:
         ]
         ranked = [names for names in ranked if names] or [[]]
         numbers = [{name: number for number, name in enumerate(names)} for names in ranked]
-        chosen = Counter(data.train["item_id"].to_list())
+        chosen = Counter(dict(data.train.group_by("item_id").len().iter_rows()))
         order = shuffled(items, seed)
         codes, groups = {}, defaultdict(list)
         for item in sorted(order, key=lambda item: -chosen[item]):

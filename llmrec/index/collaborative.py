@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
+from llmrec.data.codes import codes, in_numbers
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.numbers import shuffled
 from llmrec.index.table import Embed, ItemIndex, own_token, token
@@ -121,11 +121,13 @@ class Collaborative:
 
 def _histories(data: SplitDataset, names: Sequence[str]) -> Any:
     """Return 1 where a user chose an item in training, sparse, shape (users, items)."""
-    pairs = data.train.select("user_id", "item_id").unique()
-    users = pairs["user_id"].unique().sort()
-    rows = pairs["user_id"].cast(pl.Enum(users)).to_physical().to_numpy().astype(np.int64)
-    columns = pairs["item_id"].cast(pl.Enum(names)).to_physical().to_numpy().astype(np.int64)
-    return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(users), len(names)))
+    place = {name: number for number, name in enumerate(names)}
+    columns = in_numbers(data.train["item_id"], lambda known: np.array([place.get(name, -1) for name in known]))
+    _, rows = np.unique(codes(data.train["user_id"])[1], return_inverse=True)
+    found = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(int(rows.max(initial=-1)) + 1, len(names)))
+    found.sum_duplicates()
+    found.data[:] = 1.0
+    return found
 
 
 def _figures(users: Any, leaves: Sequence[tuple[Path, Ints]], depth: int, cold: int) -> dict[str, float]:

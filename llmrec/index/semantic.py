@@ -215,7 +215,7 @@ def _quantised(
 
 def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitDataset, seed: int) -> list[int]:
     """Return each item's number among those of its code: by training popularity, then by hash."""
-    popular = Counter(data.train["item_id"].to_list())
+    popular = Counter(dict(data.train.group_by("item_id").len().iter_rows()))
     chance = hash64("semantic codes", seed, names)
     numbers, seen = [0] * len(names), Counter[tuple[int, ...]]()
     for place in sorted(range(len(names)), key=lambda n: (-popular[names[n]], int(chance[n]))):

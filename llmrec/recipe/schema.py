@@ -358,6 +358,12 @@ class DirectSection(TaskSection):
         description="answer: cross-entropy of the answer's tokens; softmax, lambda: over the likelihoods of the "
         "candidates' texts, where templates answer with an item, lambda weighing pairs by NDCG (LambdaRank)",
     )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="what log-likelihoods are divided by in the losses softmax and lambda: those of whole titles are "
+        "tens of nats apart; their order, which answers, stays",
+    )
 
 
 class ExplanationSection(TaskSection):

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import overload
 
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
-from llmrec.data.split import SplitDataset, request_id
+from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.data.stats import Tallies
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT
@@ -219,6 +220,11 @@ def listed(request: Request, family: str) -> tuple[str, ...]:
     return request.candidates
 
 
+def only_rated(_: str, events: tuple[Event, ...]) -> tuple[Event, ...]:
+    """Return the events of a user that have a rating."""
+    return rated(events)
+
+
 class Pasts(Mapping[str, tuple[Event, ...]]):
     """Training events of a family by user, made from the split when they are asked for.
 
@@ -226,6 +232,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         data: The split.
         keep: Which of a user's events the family can use; None: all of them.
         least: So many of them a user has; others are left out.
+        rated: Whether those with a rating are kept, in place of ``keep``.
     """
 
     def __init__(
@@ -234,10 +241,14 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         keep: Callable[[str, tuple[Event, ...]], tuple[Event, ...]] | None = None,
         *,
         least: int = 1,
+        rated: bool = False,
     ) -> None:
-        self._data, self._keep = data, keep
-        sizes = ((user, data.train_count(user) if keep is None else len(self._made(user))) for user in data.users())
-        self._users = {user: size for user, size in sizes if size >= least}
+        self._data, self._keep = data, only_rated if rated else keep
+        if rated or keep is None:
+            counts = data.train_counts(rated=rated)
+        else:
+            counts = {user: len(self._made(user)) for user in data.users()}
+        self._users = {user: size for user, size in counts.items() if size >= least}
 
     def __getitem__(self, user: str) -> tuple[Event, ...]:
         """Return a user's events, oldest first."""
@@ -316,20 +327,49 @@ def branch_point(seed: int, number: int, user: str, events: int) -> int:
     return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
 
 
-def held_out(data: SplitDataset, split: SplitName) -> tuple[Interaction, ...]:
+def held_out(data: SplitDataset, split: SplitName) -> Sequence[Interaction]:
     """Return a split's held-out interactions, refusing the training split."""
     if split == "train":
         raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
     return data.holdouts(split)
 
 
-def at_most(held: Sequence[Interaction], count: int | None) -> tuple[Interaction, ...]:
+class Cases(Sequence[Case]):
+    """The cases of held-out interactions, each made when it is asked for: all histories at once would be much.
+
+    Attributes:
+        held: The interactions.
+    """
+
+    def __init__(self, held: Sequence[Interaction], make: Callable[[Interaction], Case]) -> None:
+        self.held, self._make = held, make
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    @overload
+    def __getitem__(self, place: int) -> Case: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Case]: ...
+
+    def __getitem__(self, place: int | slice) -> Case | list[Case]:
+        held = self.held[place]
+        return self._make(held) if isinstance(held, Interaction) else [self._make(each) for each in held]
+
+    def __iter__(self) -> Iterator[Case]:
+        return map(self._make, self.held)
+
+
+def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interaction]:
     """Return the first ``count`` held-out interactions of each user, in the order given; None: all."""
+    if count is None:
+        return held
     seen: Counter[str] = Counter()
     kept = []
     for each in held:
         seen[each.user_id] += 1
-        if count is None or seen[each.user_id] <= count:
+        if seen[each.user_id] <= count:
             kept.append(each)
     return tuple(kept)
 
@@ -393,6 +433,22 @@ def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) ->
             column=f"tasks.{family}",
         )
     return sets.sets[name]
+
+
+def ranking_cases(data: SplitDataset, split: SplitName, sets: CandidateSets | None, family: str) -> Cases:
+    """Return every held-out interaction with its stored candidates, or with none where there are no sets.
+
+    Raises:
+        DataError: If there are sets, but none for one of them.
+    """
+    for held in held_out(data, split) if sets is not None else ():
+        candidates_of(sets, held, family)
+
+    def case(held: Interaction) -> Case:
+        request = request_of(data, held, split, candidates=candidates_of(sets, held, family))
+        return Case(request=request, truth=held.item_id)
+
+    return Cases(held_out(data, split), case)
 
 
 def ranking_reward(answer: Answer, case: Case) -> float:

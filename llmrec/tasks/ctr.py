@@ -16,6 +16,7 @@ from llmrec.tasks.base import (
     NO,
     USER_STATS,
     YES,
+    Cases,
     Pasts,
     Values,
     View,
@@ -78,7 +79,7 @@ class CtrTask(Task):
     def __init__(self, section: CtrSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed = data, section, inputs.seed
-        self._events = Pasts(data, lambda _, events: rated(events))
+        self._events = Pasts(data, rated=True)
         if not self._events:
             raise DataError(
                 f"tasks.ctr: {data.dataset.name} has no ratings to call a yes or a no; drop the task or name "
@@ -130,7 +131,7 @@ class CtrTask(Task):
         yes, _ = self._answers(example.template)
         return YES if example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail) == yes else NO
 
-    def cases(self, split: SplitName) -> list[Case]:
+    def cases(self, split: SplitName) -> Cases:
         """Return the held-out ratings as questions, truth 1 for a yes and 0 for a no.
 
         With ``balance: user`` a user's rarer answer says how many of each are asked, the first ones in seeded order.
@@ -138,17 +139,17 @@ class CtrTask(Task):
         Raises:
             DataError: If a balanced set is asked for and no user has both answers.
         """
-        found = [self._case(held, split) for held in self._rated_holdouts(split)]
+        found = self._rated_holdouts(split)
         balanced, most = self._section.balance == "user", self._section.per_user or len(found)
-        counts = Counter((case.request.user_id, case.truth) for case in found)
-        asked: Counter[tuple[str, str | float]] = Counter()
+        counts = Counter((held.user_id, self._yes(held.rating)) for held in found)
+        asked: Counter[tuple[str, bool]] = Counter()
         kept = []
-        for case in found:
-            user, truth = case.request.user_id, case.truth if balanced else ""
-            room = min(counts[user, 0.0], counts[user, 1.0], most // 2) if balanced else most
+        for held in found:
+            user, truth = held.user_id, self._yes(held.rating) and balanced
+            room = min(counts[user, False], counts[user, True], most // 2) if balanced else most
             asked[user, truth] += 1
             if asked[user, truth] <= room:
-                kept.append(case)
+                kept.append(held)
         if found and not kept:
             raise DataError(
                 f"tasks.ctr.balance: no user of the {split} split has both a yes and a no, which a balanced set takes; "
@@ -156,7 +157,7 @@ class CtrTask(Task):
                 kind="too-few",
                 column="tasks.ctr.balance",
             )
-        return kept
+        return Cases(kept, lambda held: self._case(held, split))
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""

@@ -9,21 +9,22 @@ from functools import cached_property
 from itertools import cycle, islice
 from typing import get_args
 
-from llmrec.data.split import request_id, request_of
+from llmrec.data.split import request_id
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import DirectSection
 from llmrec.tasks.base import (
     NO,
     YES,
+    Cases,
     Pasts,
     Values,
     View,
-    candidates_of,
     held_out,
     keyed,
     listed,
     passes,
+    ranking_cases,
     ranking_reward,
     refuse_test,
     shows_events,
@@ -128,7 +129,8 @@ class DirectTask(Task):
     @property
     def listwise(self) -> Listwise | None:
         """How rows are learned as lists of candidates; None: by their own tokens."""
-        return None if self._section.loss == "answer" else Listwise(self._section.loss, self._count)
+        section = self._section
+        return None if section.loss == "answer" else Listwise(section.loss, self._count, section.temperature)
 
     def alternatives(self, example: Example) -> Sequence[Example]:
         """Return a row whose template answers with an item once for each candidate, the chosen one first."""
@@ -136,7 +138,7 @@ class DirectTask(Task):
         answers = (template.step({"noun": noun, "item": self._view.item(item)})[1] for item in example.negatives)
         return (example, *(replace(example, answer=answer) for answer in answers))
 
-    def cases(self, split: SplitName) -> list[Case]:
+    def cases(self, split: SplitName) -> Cases:
         """Return every held-out interaction with its stored candidates.
 
         Raises:
@@ -148,15 +150,7 @@ class DirectTask(Task):
                 kind="missing-value",
                 column="candidates",
             )
-        return [
-            Case(
-                request=request_of(
-                    self._data, held, split, candidates=candidates_of(self._candidates, held, self.family)
-                ),
-                truth=held.item_id,
-            )
-            for held in held_out(self._data, split)
-        ]
+        return ranking_cases(self._data, split, self._candidates, self.family)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`.

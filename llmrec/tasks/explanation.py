@@ -20,6 +20,7 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
+    Cases,
     Pasts,
     Values,
     View,
@@ -36,7 +37,7 @@ from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.rows import chat_example, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
-from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Request, SplitName, Text
+from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Request, SplitName, Text
 
 # A rating that stands before the text in an answer of both.
 _RATED = re.compile(r"\W*\d+(?:[.,]\d+)?\s*(?:stars?)?\s*[:.,–—-]\s*(?=\S)", re.IGNORECASE)
@@ -113,7 +114,7 @@ class ExplanationTask(Task):
             values = self._solved_values(user, shown.events, events[at], shown.context({}))
             yield self._example(template, row, user, values, shown.events, events[at])
 
-    def cases(self, split: SplitName) -> list[Case]:
+    def cases(self, split: SplitName) -> Cases:
         """Return the held-out texts; an interaction without one is no case.
 
         The context holds the interaction's rating where there is one: whether it is shown is the template's choice.
@@ -122,24 +123,14 @@ class ExplanationTask(Task):
         """
         asking = [self._chosen.every[name] for name in self._chosen.evaluate]
         named = frozenset({"rating"}).union(*(template.names("system", "user") for template in asking))
-        return [
-            Case(
-                request=request_of(
-                    self._data,
-                    held,
-                    split,
-                    item=held.item_id,
-                    context={
-                        name: hint
-                        for name, hint in self._hints(held.user_id, held.item_id, held.rating).items()
-                        if name in named
-                    },
-                ),
-                truth=text,
-            )
-            for held in held_out(self._data, split)
-            if (text := clean(held.text or "", TEXT_LIMIT))
-        ]
+
+        def case(held: Interaction) -> Case:
+            hints = self._hints(held.user_id, held.item_id, held.rating)
+            context = {name: hint for name, hint in hints.items() if name in named}
+            request = request_of(self._data, held, split, item=held.item_id, context=context)
+            return Case(request=request, truth=clean(held.text or "", TEXT_LIMIT))
+
+        return Cases([held for held in held_out(self._data, split) if clean(held.text or "", TEXT_LIMIT)], case)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""

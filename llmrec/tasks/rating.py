@@ -17,6 +17,7 @@ from llmrec.tasks.base import (
     NO,
     USER_STATS,
     YES,
+    Cases,
     Pasts,
     Values,
     View,
@@ -46,7 +47,7 @@ from llmrec.tasks.rows import (
 )
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
-from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Rating, Request, SplitName
+from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Rating, Request, SplitName
 
 _MOST_LABELS = 101
 
@@ -79,7 +80,7 @@ class RatingTask(Task):
                     template.check(turns=asked, lead=(), target=asked | {"rating"})
         for name in self._chosen.evaluate:
             _refuse_learned(templates[name])
-        self._events = Pasts(data, lambda _, events: rated(events))
+        self._events = Pasts(data, rated=True)
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, label=lambda event: self.scale.label(event.rating or 0.0))
 
@@ -127,14 +128,15 @@ class RatingTask(Task):
         )
         return self._example(template, f"rating/branch/{number}/{user}", user, events, last_only=False)
 
-    def cases(self, split: SplitName) -> list[Case]:
+    def cases(self, split: SplitName) -> Cases:
         """Return the held-out ratings, ``per_user`` of a user at most; an interaction without one is no case."""
         known = [held for held in held_out(self._data, split) if held.rating is not None]
-        return [
-            Case(request=request_of(self._data, held, split, item=held.item_id), truth=held.rating)
-            for held in at_most(known, self._section.per_user)
-            if held.rating is not None
-        ]
+
+        def case(held: Interaction) -> Case:
+            assert held.rating is not None
+            return Case(request=request_of(self._data, held, split, item=held.item_id), truth=held.rating)
+
+        return Cases(at_most(known, self._section.per_user), case)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""

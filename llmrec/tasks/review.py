@@ -21,6 +21,7 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
+    Cases,
     Pasts,
     Values,
     View,
@@ -127,21 +128,16 @@ class ReviewTask(Task):
             template = rng.choice(self._chosen.train)
             yield self._example(template, row, user, rng.choice(self._events[user]))
 
-    def cases(self, split: SplitName) -> list[Case]:
+    def cases(self, split: SplitName) -> Cases:
         """Return the held-out reviews, each as the request's context; one without its target is no case."""
-        return [
-            Case(
-                request=request_of(
-                    self._data,
-                    held,
-                    split,
-                    item=held.item_id,
-                    context={"review": self._review(held.user_id, held.item_id)},
-                ),
-                truth=text_of(held) if self.target == "headline" else cast(float, held.rating),
-            )
-            for held in self._held(split)
-        ]
+
+        def case(held: Interaction) -> Case:
+            context = {"review": self._review(held.user_id, held.item_id)}
+            request = request_of(self._data, held, split, item=held.item_id, context=context)
+            truth = text_of(held) if self.target == "headline" else cast(float, held.rating)
+            return Case(request=request, truth=truth)
+
+        return Cases(self._held(split), case)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`.

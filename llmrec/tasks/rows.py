@@ -25,10 +25,11 @@ ListLoss = Literal["softmax", "lambda"]
 
 @dataclass(frozen=True, slots=True)
 class Listwise:
-    """How rows are learned as lists of candidates: the loss over a list, and how many candidates one has."""
+    """How rows are learned as lists: the loss over one, how many candidates it has, and what divides their scores."""
 
     loss: ListLoss
     size: int
+    temperature: float = 1.0
 
 
 def steps(values: Values, events: Sequence[Event], answered: Answered) -> list[Values]:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
-from llmrec.data.split import request_id, request_of
+from llmrec.data.split import request_id
 from llmrec.errors import RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
@@ -14,14 +14,15 @@ from llmrec.recipe.schema import SequentialSection
 from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
+    Cases,
     Draw,
     Pasts,
     Values,
     View,
     branch_events,
-    candidates_of,
     held_out,
     passes,
+    ranking_cases,
     ranking_reward,
     refuse_test,
     shows_events,
@@ -145,17 +146,9 @@ class SequentialTask(Task):
         row = f"sequential/branch/{number}/{user}"
         return self._example(template, row, user, events, first_target=self._section.warm_up)
 
-    def cases(self, split: SplitName) -> list[Case]:
+    def cases(self, split: SplitName) -> Cases:
         """Return every held-out interaction with its candidates, or with none where the whole catalogue is ranked."""
-        return [
-            Case(
-                request=request_of(
-                    self._data, held, split, candidates=candidates_of(self._candidates, held, self.family)
-                ),
-                truth=held.item_id,
-            )
-            for held in held_out(self._data, split)
-        ]
+        return ranking_cases(self._data, split, self._candidates, self.family)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`.

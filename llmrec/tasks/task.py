@@ -95,7 +95,7 @@ class Task(Protocol):
         """
         ...
 
-    def cases(self, split: SplitName) -> list[Case]:
+    def cases(self, split: SplitName) -> Sequence[Case]:
         """Return the held-out cases of a split in a seeded order that does not depend on row order."""
         ...
 

@@ -206,7 +206,9 @@ def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:
     return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * counts).sum()
 
 
-def list_loss(model: Any, packed: Mapping[str, Any], size: int, kind: ListLoss) -> tuple[Any, float]:
+def list_loss(
+    model: Any, packed: Mapping[str, Any], size: int, kind: ListLoss, temperature: float = 1.0
+) -> tuple[Any, float]:
     """Return the summed loss over lists of candidates, and how many lists there are.
 
     Args:
@@ -215,6 +217,7 @@ def list_loss(model: Any, packed: Mapping[str, Any], size: int, kind: ListLoss) 
             the other, and targets of chosen candidates with a weight above 0.
         size: Candidates a list.
         kind: `softmax` or `lambda`.
+        temperature: What log-likelihoods are divided by before that.
     """
     owners, losses = packed["owners"], target_losses(model, packed)
     count = int(owners.max()) + 1
@@ -222,7 +225,7 @@ def list_loss(model: Any, packed: Mapping[str, Any], size: int, kind: ListLoss) 
     marks = losses.new_zeros(count).index_add(0, owners, packed["weights"].to(losses.dtype)).view(-1, size)
     chosen = marks.argmax(1)
     loss = {"softmax": softmax_loss, "lambda": lambda_loss}[kind]
-    return loss(scores, chosen), float(len(scores))
+    return loss(scores / temperature, chosen), float(len(scores))
 
 
 def softmax_loss(scores: Any, chosen: Any) -> Any:

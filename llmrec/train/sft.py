@@ -88,7 +88,8 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         """Return the mean loss over the step's targets, each counted as its row says, or over its lists."""
         with mixed_precision(model):
             if self.listwise is not None:
-                total, count = list_loss(model, inputs, self.listwise.size, self.listwise.loss)
+                lists = self.listwise
+                total, count = list_loss(model, inputs, lists.size, lists.loss, lists.temperature)
             else:
                 total, count = (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
         loss = total / (count or 1)

@@ -185,16 +185,6 @@ def test_each_side_of_mf_solves_its_ridge_problem() -> None:
         assert [found.item_bias[place], *found.items[place]] == pytest.approx(exact.tolist(), abs=1e-9)
 
 
-def test_blocks_of_outer_products_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    known, asked = _low_rank()
-    whole, blocks = MF(MF.Config(rounds=2)), MF(MF.Config(rounds=2))
-    whole.fit(_trained(known))
-    monkeypatch.setattr("llmrec.baselines.mf._CELLS", 121 * 40)
-    blocks.fit(_trained(known))
-    guesses = [[_value(model, user, item) for user, item, _ in asked[:50]] for model in (whole, blocks)]
-    assert guesses[0] == pytest.approx(guesses[1], abs=1e-9)
-
-
 def test_a_batch_of_one_rating_is_the_step_of_the_paper() -> None:
     rows: Rows = [("u1", "a", 5.0), ("u2", "b", 1.0)]
     model = SVD(SVD.Config(factors=2, penalty=0.1, learning_rate=0.05, epochs=1, batch=1), seed=3)

@@ -393,7 +393,8 @@ def _renamed(data: SplitDataset, column: str, names: dict[str, str]) -> SplitDat
     """The same split with other ids of users or items, each user's rows in their order."""
 
     def rename(frame: pl.DataFrame) -> pl.DataFrame:
-        return frame.with_columns(pl.col(column).replace_strict(names)).sort("user_id", maintain_order=True)
+        other = pl.col(column).cast(pl.String).replace_strict(names)
+        return frame.with_columns(other).sort("user_id", maintain_order=True)
 
     items, reviews = data.dataset.items, data.dataset.reviews
     reviews = {

@@ -66,7 +66,9 @@ def test_min_rating_without_ratings() -> None:
 def test_a_dataset_conforms_its_columns() -> None:
     rows = pl.DataFrame({"item_id": ["x"], "user_id": ["a"], "rating": [3], "extra": [0]})
     data = Dataset(name="d", noun="things", interactions=rows, items={"x": Item(item_id="x", title="X")})
-    assert dict(data.interactions.schema) == dict(SCHEMA)
+    assert list(data.interactions.schema) == list(SCHEMA)
+    coded = pl.Enum(["a"]), pl.Enum(["x"])
+    assert list(data.interactions.schema.values()) == [*coded, pl.Float64(), pl.Float64(), pl.Null()]
     assert not data.has_time and not data.made
 
 

@@ -16,7 +16,8 @@ from tests.facts import Facts, raises
 from tests.tasks.task_data import make_dataset
 
 DATASET = make_dataset(hostile=False)
-ROWS = DATASET.interactions.select("user_id", "item_id", "rating", "timestamp")
+IDS = pl.col("user_id", "item_id")
+ROWS = DATASET.interactions.select(IDS.cast(pl.String), "rating", "timestamp")
 ITEMS = pl.DataFrame([{"item_id": item.item_id, "title": item.title, **item.fields} for item in DATASET.items.values()])
 RECIPE: dict[str, Any] = {
     "name": "frames",
@@ -49,6 +50,7 @@ def as_dataset(frame: pl.DataFrame) -> Any:
 KINDS: dict[str, Any] = {
     "pandas": as_pandas,
     "polars": lambda frame: frame,
+    "categories": lambda frame: frame.with_columns(IDS.cast(pl.Categorical)),
     "arrow": lambda frame: frame.to_arrow(),
     "batches": lambda frame: pa.RecordBatchReader.from_batches(frame.to_arrow().schema, frame.to_arrow().to_batches()),
     "datasets": as_dataset,
@@ -60,7 +62,7 @@ KINDS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_the_same_table(kind: str) -> None:
     table = as_arrow(KINDS[kind](ROWS), "frame")
-    assert pl.DataFrame(pl.from_arrow(table)).equals(ROWS)
+    assert pl.DataFrame(pl.from_arrow(table)).with_columns(IDS.cast(pl.String)).equals(ROWS)
 
 
 def test_rows_that_lack_a_column_have_nothing_in_it() -> None:

@@ -593,10 +593,11 @@ def test_near_equal_titles_are_named(study: Study) -> None:
 def test_a_twin_who_has_the_held_out_item_is_named(study: Study) -> None:
     data = study.data
     user, item = next((h.user_id, h.item_id) for h in data.holdouts("test") if len(data.train_events(h.user_id)) >= 6)
-    twin = data.train.filter(pl.col("user_id") == user).with_columns(pl.lit("twin").alias("user_id"))
-    target = data.test.filter(pl.col("user_id") == user).select(data.train.columns)
-    train = pl.concat([data.train, twin, target.with_columns(pl.lit("twin").alias("user_id"))])
-    whole = pl.concat([train, data.valid.select(train.columns), data.test.select(train.columns)])
+    parts = (data.train, data.valid, data.test)
+    plain = [part.select(data.train.columns).with_columns(pl.col("user_id").cast(pl.String)) for part in parts]
+    own = [part.filter(pl.col("user_id") == user).with_columns(user_id=pl.lit("twin")) for part in plain]
+    train = pl.concat([plain[0], own[0], own[2]])
+    whole = pl.concat([train, *plain[1:]])
     planted = replace(data, train=train, dataset=replace(data.dataset, interactions=whole))
     found = probes.duplicate_users(planted, "test", threshold=0.8)
     assert any(user in line and "twin" in line for line in found.examples), item

@@ -54,7 +54,8 @@ def other_held_out(data: SplitDataset) -> SplitDataset:
     """The same training data with every held-out item replaced by another."""
     order = sorted(data.dataset.items)
     turned = dict(zip(order, order[7:] + order[:7], strict=True))
-    parts = [frame.with_columns(pl.col("item_id").replace_strict(turned)) for frame in (data.valid, data.test)]
+    other = pl.col("item_id").cast(pl.String).replace_strict(turned).cast(data.train["item_id"].dtype)
+    parts = [frame.with_columns(other) for frame in (data.valid, data.test)]
     whole = pl.concat([frame.select(data.train.columns) for frame in (data.train, *parts)])
     held = frozenset(pair for frame in parts for pair in frame.select("user_id", "item_id").iter_rows())
     dataset = replace(data.dataset, interactions=whole)

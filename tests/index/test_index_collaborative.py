@@ -180,7 +180,9 @@ def test_held_out_interactions_are_not_looked_at() -> None:
         held = pl.DataFrame({"user_id": [f"u{n}" for n in range(len(order))], "item_id": order})
         held = Dataset("made", "things", held, data.dataset.items).interactions
         pairs = frozenset(held.select("user_id", "item_id").iter_rows())
-        whole = replace(data.dataset, interactions=pl.concat([data.train, held]))
+        named = pl.col("user_id", "item_id").cast(pl.String)
+        rows = pl.concat([data.train.with_columns(named), held.with_columns(named)])
+        whole = replace(data.dataset, interactions=rows)
         other = replace(data, dataset=whole, valid=held, test=held, held_out=pairs, known=held)
         digests.add(coded(other, clusters=3, leaf=8).digest)
     assert digests == {coded(data, clusters=3, leaf=8).digest}

@@ -198,8 +198,8 @@ def test_a_request_that_knows_its_own_answer_does_not_show_it() -> None:
 def test_a_title_that_is_rated_again_is_not_shown_before_the_question() -> None:
     rows = [("u", "a", 5.0, 1.0), ("u", "b", 1.0, 2.0), ("u", "a", 2.0, 3.0)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row")
-    whole = DATA.dataset.interactions
-    frame = pl.concat([whole, frame.with_columns(text=pl.lit(None, pl.String)).select(whole.columns)])
+    whole = DATA.dataset.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    frame = pl.concat([whole, frame.with_columns(text=None).select(whole.columns)])
     from dataclasses import replace
 
     from llmrec.types import Item

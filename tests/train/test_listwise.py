@@ -108,8 +108,12 @@ def test_the_loss_of_pairs_bounds_what_ndcg_lacks() -> None:
 # --------------------------------------------------------------------------- what they read
 
 
-@pytest.mark.parametrize("folder", ["llama_folder", "qwen_folder"])
-def test_scores_are_the_likelihoods_of_plain_rows(folder: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("folder", "temperature"), [("llama_folder", 1.0), ("llama_folder", 8.0), ("qwen_folder", 1.0)]
+)
+def test_scores_are_the_likelihoods_of_plain_rows(
+    folder: str, temperature: float, request: pytest.FixtureRequest
+) -> None:
     """The claim: a list's loss is the softmax over the summed log-probabilities that scoring reads, within 1e-4."""
     path = request.getfixturevalue(folder)
     steps, rows = planned(path, 2, 8)
@@ -125,8 +129,8 @@ def test_scores_are_the_likelihoods_of_plain_rows(folder: str, request: pytest.F
             scores = [by_ids[row.ids] for row in each.rows]
             (chosen,) = [n for n, row in enumerate(each.rows) if row.weight > 0]
             assert each.rows[chosen].ids in first and len(scores) == len(TITLES)
-            wanted += float(softmax_loss(torch.tensor([scores]), torch.tensor([chosen])))
-        total, count = list_loss(model, packed_of(step), len(TITLES), "softmax")
+            wanted += float(softmax_loss(torch.tensor([scores]) / temperature, torch.tensor([chosen])))
+        total, count = list_loss(model, packed_of(step), len(TITLES), "softmax", temperature)
         assert count == len(step.bins)
         assert float(total.detach()) == pytest.approx(wanted, abs=1e-4)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import polars as pl
 
+from llmrec.data.codes import codes
 from llmrec.data.reading.limits import enumerated, shown
 from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, did_you_mean
@@ -57,7 +59,7 @@ def check_usable(table: Table, column: str, key: str) -> None:
 
 def texts(table: Table, column: str) -> pl.Series:
     """Return a column as text; missing values become empty texts, lists are joined by commas."""
-    series = table.frame[column]
+    series = table.column(column)
     if isinstance(series.dtype, pl.List):
         series = series.list.join(", ")
     elif series.dtype.is_float():
@@ -66,22 +68,35 @@ def texts(table: Table, column: str) -> pl.Series:
         whole = ((series == series.round(0)) & (series.abs() < 2**53)).all()
         series = series.cast(pl.Int64) if whole else series
     found = series.cast(pl.String).fill_null("")
-    row = _first(found.str.contains("\0", literal=True))
+    _no_nul(table, column, found)
+    return found
+
+
+def _spelled(table: Table, column: str) -> pl.Series:
+    """Return a column as text, in codes where the table has codes."""
+    if not isinstance(table.column(column).dtype, pl.Enum):
+        return texts(table, column)
+    found = table.column(column)
+    _no_nul(table, column, found)
+    return found
+
+
+def _no_nul(table: Table, column: str, found: pl.Series) -> None:
+    row = _first_of(found, lambda values: values.str.contains("\0", literal=True))
     if row is not None:
         raise DataError.at(
             table.where(row), "encoding", f": column {column!r} holds a NUL character; remove it", column
         )
-    return found
 
 
 def ids(table: Table, column: str) -> pl.Series:
-    """Return a column of user or item ids as text.
+    """Return a column of user or item ids as text, in codes where the table has codes.
 
     Raises:
         DataError: If one is missing; ids of nothing but blanks are missing.
     """
-    found = texts(table, column)
-    row = _first(found.str.strip_chars() == "")
+    found = _spelled(table, column)
+    row = _first_of(found, lambda values: values.str.strip_chars() == "")
     if row is not None:
         raise DataError.at(
             table.where(row),
@@ -103,7 +118,7 @@ def numbers(table: Table, column: str, what: str) -> pl.Series:
     Raises:
         DataError: If a value is missing, not a number, NaN or infinite.
     """
-    found = _floats(table.frame[column])
+    found = _floats(table.column(column))
     row = _first(~found.is_finite().fill_null(False))
     if row is not None:
         raise DataError.at(
@@ -124,7 +139,7 @@ def times(table: Table, column: str) -> pl.Series:
     Raises:
         DataError: If a value is missing or is neither.
     """
-    series = table.frame[column]
+    series = table.column(column)
     if series.dtype.is_temporal():
         if not isinstance(series.dtype, pl.Datetime | pl.Date):
             raise DataError.at(
@@ -178,8 +193,18 @@ def _first(bad: pl.Series) -> int | None:
     return int(bad.arg_max() or 0) if bad.any() else None
 
 
+def _first_of(found: pl.Series, bad: Callable[[pl.Series], pl.Series]) -> int | None:
+    """Return the first row whose text is bad; of codes every text is looked at once."""
+    if not isinstance(found.dtype, pl.Enum):
+        return _first(bad(found))
+    values, rows = codes(found)
+    wrong = bad(values).to_numpy()
+    return _first(pl.Series(wrong[rows])) if wrong.any() else None
+
+
 def one_per_item(table: Table, items: pl.Series, column: str) -> dict[str, str]:
     """Return one text per item: the most frequent non-blank one, of several the first in the alphabet."""
-    frame = pl.DataFrame({"item": items, "text": texts(table, column)}).filter(pl.col("text").str.strip_chars() != "")
-    counts = frame.group_by("item", "text").len().sort(["item", "len", "text"], descending=[False, True, False])
+    counts = pl.DataFrame({"item": items, "text": _spelled(table, column)}).group_by("item", "text").len()
+    counts = counts.with_columns(pl.col("text").cast(pl.String)).filter(pl.col("text").str.strip_chars() != "")
+    counts = counts.sort(["item", "len", "text"], descending=[False, True, False])
     return dict(counts.unique("item", keep="first", maintain_order=True).select("item", "text").iter_rows())

@@ -45,7 +45,7 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
         raise DataError.at(
             name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
         ) from error
-    return replace(from_arrow(name, table, sha256), unusable=_unusable(file.schema_arrow))
+    return replace(from_arrow(name, table, sha256), unusable=unusable(file.schema_arrow))
 
 
 def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
@@ -57,7 +57,7 @@ def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
     column_names(name, file.schema_arrow.names)
     rows, groups = file.metadata.num_rows, range(file.metadata.num_row_groups)
     size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
-    if rows > max(_MANY_ROWS, _ROWS_A_BYTE * stored) or size > _room(stored):
+    if rows > max(_MANY_ROWS, _ROWS_A_BYTE * stored) or size > room(stored):
         raise DataError.at(
             name,
             "too-large",
@@ -66,14 +66,15 @@ def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
         )
 
 
-def _room(stored: int) -> int:
+def room(stored: int) -> int:
+    """Return how many bytes a file of a size may unpack to."""
     return min(limits.MAX_BYTES, max(FREE_BYTES, limits.MAX_RATIO * stored))
 
 
 def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
     """Read the plain columns; the others are not even decoded."""
     schema = file.schema_arrow
-    plain = [field.name for field in schema if _plain(field.type)]
+    plain = [field.name for field in schema if is_plain(field.type)]
     if not plain:
         raise DataError.at(name, "empty", " has no plain columns; write columns of texts, numbers or times")
     columns = plain if len(plain) < len(schema) else None
@@ -82,19 +83,19 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
     batches: list[pa.RecordBatch] = []
     size = 0
     for batch in file.iter_batches(batch_size=_FEW if few else _BATCH, columns=columns):
-        size += batch.nbytes + sum(_spelled_out(column) for column in batch.columns)
-        if size > _room(stored):
+        size += batch.nbytes + sum(spelled_out(column) for column in batch.columns)
+        if size > room(stored):
             raise DataError.at(
                 name,
                 "too-large",
-                f" unpacks to more than {_room(stored)} bytes from {stored}, so it is not what it seems or too "
+                f" unpacks to more than {room(stored)} bytes from {stored}, so it is not what it seems or too "
                 "large; write it again, or split it",
             )
         batches.append(batch)
     return pa.Table.from_batches(batches, batches[0].schema if batches else schema)
 
 
-def _spelled_out(column: Any) -> int:
+def spelled_out(column: Any) -> int:
     """Return the bytes that texts take once each row has its own; 0 where they have that already."""
     if not pa.types.is_dictionary(column.type):
         return 0
@@ -109,7 +110,7 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
         DataError: If there are no rows, or two columns have one name.
     """
     try:
-        flat = [column.name for column in table.schema if _plain(column.type)]
+        flat = [column.name for column in table.schema if is_plain(column.type)]
         column_names(name, table.column_names)
         if not table.num_rows or not flat:
             raise DataError.at(name, "empty", " has no rows or no plain columns; write the table again")
@@ -123,11 +124,12 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
         ) from error
     if not isinstance(frame, pl.DataFrame):
         raise DataError.at(name, "wrong-format", " is not a table; write it again")
-    return Table(name, frame, sha256, unusable=_unusable(table.schema))
+    return Table(name, frame, sha256, unusable=unusable(table.schema))
 
 
-def _unusable(schema: pa.Schema) -> dict[str, str]:
-    return {field.name: shortened(str(field.type), 60) for field in schema if not _plain(field.type)}
+def unusable(schema: pa.Schema) -> dict[str, str]:
+    """Return the columns that hold no plain values, with what they hold."""
+    return {field.name: shortened(str(field.type), 60) for field in schema if not is_plain(field.type)}
 
 
 def _bare(column: Any) -> Any:
@@ -137,17 +139,18 @@ def _bare(column: Any) -> Any:
     return column
 
 
-def _plain(kind: Any) -> bool:
-    """Whether a column can hold ids, numbers, times or texts."""
+def is_plain(kind: Any) -> bool:
+    """Return whether a column can hold ids, numbers, times or texts."""
     types = pa.types
     if types.is_dictionary(kind):
-        return _is_text(kind.value_type)
+        return is_text(kind.value_type)
     if types.is_list(kind) or types.is_large_list(kind):
-        return _is_text(kind.value_type)
+        return is_text(kind.value_type)
     tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
     more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
     return any(test(kind) for test in (*tests, *more))
 
 
-def _is_text(kind: Any) -> bool:
+def is_text(kind: Any) -> bool:
+    """Return whether a column holds texts, each in its own row."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import polars as pl
 
+from llmrec.data.codes import stacked
+from llmrec.data.reading import lean
 from llmrec.data.reading.encodings import in_any_encoding
+from llmrec.data.reading.lean import Kind
 from llmrec.data.reading.limits import printable, reason
 from llmrec.data.reading.objects import json_file, json_lines
 from llmrec.data.reading.packed import PACKED, only_member
@@ -28,19 +31,26 @@ _PARQUET = (".parquet", ".pq")
 _TABLES = (*_SEPARATORS, *_JSON, *_PARQUET)
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
     """Read a CSV, TSV, JSON or Parquet file, packed or not; or all files of a folder or a pattern as one table.
 
     Text that is no UTF-8 is read as UTF-16 or Windows-1252 where it seems to be that, with a warning.
+
+    Args:
+        path: The file, the folder or the pattern.
+        wanted: The columns that are needed, of those that are there, and what they hold: a plain file is then read a
+            block at a time, and the other columns may be there by name alone. None: all of them.
 
     Raises:
         DataError: If it is missing, empty or malformed.
     """
     if path.is_dir() or is_pattern(path):
-        return _several(path)
+        return _several(path, wanted)
     check_path(path)
     kind, packing = _endings(path)
     name = str(path)
+    if wanted is not None and (found := _lean(path, kind, packing, wanted)) is not None:
+        return found
     if packing == ".zip":
         stored, sha256 = read_bytes(path, text=False)
         inner, raw = only_member(path, stored, _TABLES)
@@ -54,6 +64,18 @@ def read_table(path: Path) -> Table:
         )
     raw, sha256 = read_bytes(path, text=kind not in _PARQUET)
     return _read(name, raw, sha256, kind)
+
+
+def _lean(path: Path, kind: str, packing: str, wanted: Mapping[str, Kind]) -> Table | None:
+    """Read a plain file a block at a time; None if it has to be read with care."""
+    if kind in _PARQUET and not packing:
+        return lean.parquet(path, wanted)
+    if kind not in _SEPARATORS or packing == ".zip":
+        return None
+    if kind in ATOMIC:
+        wanted = {f"{name}{kind_of}": held for name, held in wanted.items() for kind_of in ("", *_ATOMIC_KINDS)}
+    found = lean.delimited(path, _SEPARATORS[kind], packing, wanted)
+    return without_kinds(found) if found is not None and kind in ATOMIC else found
 
 
 def is_pattern(path: Path) -> bool:
@@ -89,10 +111,11 @@ def without_kinds(table: Table) -> Table:
     columns = table.frame.columns
     if not all(name.endswith(_ATOMIC_KINDS) for name in columns):
         return table
-    return replace(table, frame=table.frame.rename({name: name.rpartition(":")[0] for name in columns}))
+    bare = {name: name.rpartition(":")[0] for name in columns}
+    return replace(table, frame=table.frame.rename(bare), unread=frozenset(bare[name] for name in table.unread))
 
 
-def _several(path: Path) -> Table:
+def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
     """Read the tables of a folder, or those that fit a pattern, in the order of their names."""
     found = sorted(path.iterdir()) if path.is_dir() else fitting(path)
     shown = [each for each in found if each.is_file() and not each.name.startswith((".", "_"))]
@@ -102,7 +125,7 @@ def _several(path: Path) -> Table:
         raise DataError.at(
             path, "missing-file", f" {what} no table; give files that end in {', '.join(sorted(_TABLES))}"
         )
-    tables = [read_table(each) for each in files]
+    tables = [read_table(each, wanted) for each in files]
     if len(tables) == 1:
         return tables[0]
     digest = hashlib.sha256("".join(table.sha256 for table in tables).encode()).hexdigest()
@@ -128,8 +151,9 @@ def joined(tables: Sequence[Table]) -> Table:
                     absent[0],
                 )
     columns = first.frame.columns
+    unread = frozenset().union(*(table.unread for table in tables))
     try:
-        frame = pl.concat([table.frame.select(columns) for table in tables], how="vertical_relaxed")
+        frame = pl.DataFrame([_stacked(name, [table.frame[name] for table in tables], unread) for name in columns])
     except pl.exceptions.PolarsError as error:
         raise DataError.at(
             "; ".join(table.name for table in tables),
@@ -142,4 +166,15 @@ def joined(tables: Sequence[Table]) -> Table:
         "; ".join(table.sha256 for table in tables),
         unusable={name: held for table in tables for name, held in table.unusable.items()},
         parts=tuple(tables),
+        unread=unread,
     )
+
+
+def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> pl.Series:
+    """Return the values of a column of several tables."""
+    if name in unread:
+        return pl.Series(name, [None], dtype=pl.Null).new_from_index(0, sum(map(len, parts)))
+    if all(isinstance(part.dtype, pl.Enum) for part in parts):
+        return stacked(name, parts)
+    plain = [part.cast(pl.String) if isinstance(part.dtype, pl.Enum) else part for part in parts]
+    return pl.concat([part.to_frame(name) for part in plain], how="vertical_relaxed")[name]

@@ -57,6 +57,7 @@ class Table:
         unusable: Columns that are left out, with what they hold.
         parts: The tables of which this one is made, one behind the other; empty for a single file.
         rows: The 0-based place of each row in the file, where rows were left out; None: all stand there.
+        unread: Columns that are there by name alone, since nobody asked for them.
     """
 
     name: str
@@ -67,6 +68,17 @@ class Table:
     unusable: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Table, ...] = ()
     rows: Sequence[int] | None = None
+    unread: frozenset[str] = frozenset()
+
+    def column(self, name: str) -> pl.Series:
+        """Return a column.
+
+        Raises:
+            LookupError: If it was not read: whoever asks for it must say so when the table is read.
+        """
+        if name in self.unread:
+            raise LookupError(f"column {name!r} of {self.name} was not read")
+        return self.frame[name]
 
     def where(self, index: int) -> Place:
         """Return the place of a row, by its 0-based index."""

@@ -6,12 +6,14 @@ Nothing of an expression is run. It is parsed, and every part of it is one of th
 from __future__ import annotations
 
 import ast
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
+from polars import selectors
 
 from llmrec.data.reading.columns import check_usable
 from llmrec.data.reading.limits import enumerated, shown
@@ -68,15 +70,17 @@ def kept(table: Table, where: str) -> Table:
 def _some(table: Table, where: str) -> Table:
     """Return the rows of one file for which an expression holds, which may be none."""
     chosen = _Parser(table).parsed(where)
-    held = table.frame.select(chosen.fill_null(value=False).alias("held"))["held"]
-    rows = held.arg_true().to_list()
+    # Codes are compared as the texts that they stand for; only columns that are named are spelled out.
+    frame = table.frame.lazy().with_columns(selectors.enum().cast(pl.String))
+    held = frame.select(chosen.fill_null(value=False).alias("held")).collect()["held"]
+    rows = held.arg_true()
     if len(rows) == table.frame.height:
         return table
     return replace(
         table,
         frame=table.frame[rows],
-        lines=[table.line(row) for row in rows],
-        rows=[table.rows[row] if table.rows is not None else row for row in rows],
+        lines=array("q", map(table.line, rows)),
+        rows=array("q", (table.rows[row] if table.rows is not None else row for row in rows)),
     )
 
 

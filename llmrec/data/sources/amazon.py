@@ -6,6 +6,8 @@ interactions, held-out ones included.
 
 from __future__ import annotations
 
+import polars as pl
+
 from llmrec.data.dataset import Dataset
 from llmrec.data.sources.known import AMAZON_2014, AMAZON_2018, AMAZON_2023
 from llmrec.data.sources.published import load
@@ -44,9 +46,8 @@ def _load(known: Known, section: DataSection) -> Dataset:
     dataset = load(known, section)
     # The ratings-only files of 2014 and 2018 have no header and other orders of columns; a file read as one of the
     # other year would look fine and mean nothing.
-    users, items = (
-        dataset.interactions[column].head(1000).str.len_chars().eq(_ASIN).mean() for column in ("user_id", "item_id")
-    )
+    first = dataset.interactions.head(1000)
+    users, items = (first[column].cast(pl.String).str.len_chars().eq(_ASIN).mean() for column in ("user_id", "item_id"))
     if isinstance(users, float) and isinstance(items, float) and users > 0.9 and items < 0.1:
         raise DataError(
             f"{dataset.provenance['path']}: the user column holds product numbers, so its columns are those of another "

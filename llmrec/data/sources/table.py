@@ -7,6 +7,7 @@ A source is one entry of `llmrec.registry.SOURCES`. Explanations are in the form
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +16,7 @@ from llmrec.data import dataset as filters
 from llmrec.data.assemble import assemble, catalogue
 from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.reading.columns import find, ids, numbers, one_per_item, texts, times
+from llmrec.data.reading.lean import Kind
 from llmrec.data.reading.limits import reason
 from llmrec.data.reading.objects import json_lines
 from llmrec.data.reading.parquet import from_arrow
@@ -141,8 +143,23 @@ def _main(section: DataSection) -> Table:
 
 
 def _rows(path: str, section: DataSection) -> Table:
-    found = _read(path)
-    return found if section.filter.where is None else kept(found, section.filter.where)
+    if section.filter.where is not None:
+        return kept(_read(path), section.filter.where)
+    return _read(path, _wanted(section.columns))
+
+
+def _wanted(columns: Columns) -> dict[str, Kind]:
+    """Return what is read of a table: nothing of the columns that no key names and that have no name of ours."""
+    fields: dict[str, Kind] = dict.fromkeys(columns.fields, "id")
+    return fields | {
+        columns.user or "user_id": "id",
+        columns.item or "item_id": "id",
+        columns.title or "title": "id",
+        columns.split or "split": "id",
+        columns.rating or "rating": "number",
+        columns.time or "timestamp": "number",
+        columns.text or "text": "text",
+    }
 
 
 def _name(section: DataSection) -> str:
@@ -154,8 +171,8 @@ def _name(section: DataSection) -> str:
     return name or "table"
 
 
-def _read(path: str) -> Table:
-    return _read_hub(path) if path.startswith(_HUB) else read_table(user_path(path))
+def _read(path: str, wanted: Mapping[str, Kind] | None = None) -> Table:
+    return _read_hub(path) if path.startswith(_HUB) else read_table(user_path(path), wanted)
 
 
 def _read_hub(path: str) -> Table:

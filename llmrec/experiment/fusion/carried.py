@@ -14,7 +14,7 @@ from llmrec.errors import ModelError
 from llmrec.experiment.fusion import stored
 
 FILE = "interactions.parquet"
-_KEPT = ("item_id", "rating", "timestamp")
+_KEPT = ("rating", "timestamp")
 
 
 def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
@@ -47,7 +47,8 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     width = len(str(len(names)))
     numbers = pl.DataFrame({"user_id": names, "user": [f"{place:0{width}d}" for place in range(len(names))]})
     rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
-    rows.select(pl.col("user").alias("user_id"), *_KEPT, "part").write_parquet(draft / FILE)
+    rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part")
+    rows.write_parquet(draft / FILE)
     # The users that weigh are not among them.
     settled = [fused.model_copy(update={"reserved": 0.0}).model_dump(mode="json") for fused in fusions]
     write_json(draft / stored.FILE, {"format": stored.FORMAT, "fusions": settled})

@@ -230,9 +230,9 @@ def redrawn(
         stars = [None if old is None else new for old, new in zip(stars, drawn, strict=True)]
     texts = [None if text is None else f"redrawn {row}" for row, text in enumerate(frame["text"])]
     parts[split] = frame.with_columns(
-        pl.Series("item_id", found, pl.String),
+        pl.Series("item_id", found, pl.String).cast(frame["item_id"].dtype),
         pl.Series("rating", stars, pl.Float64),
-        pl.Series("text", texts, pl.String),
+        pl.Series("text", texts, frame["text"].dtype),
     )
     held = frozenset(pl.concat([*parts.values()]).select("user_id", "item_id").iter_rows())
     names = data.train.columns

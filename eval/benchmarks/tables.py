@@ -1,0 +1,207 @@
+"""Seconds and memory of the data layer by rows, over made-up tables: ``make bench-tables``.
+
+A table has fifty rows a user; the share of an item falls by a power of its rank; ids are short texts. Each stage runs
+in the process that did those before it, and its peak is that of the whole process, less what an empty one takes. Beside
+them stands what polars alone needs to read the same file. Tables are made in a folder of one's choice and kept there:
+``python -m eval.benchmarks.tables eval/results/tables.json FOLDER 1000000 10000000``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+
+ROWS_A_USER = 50
+_BLOCK = 2_000_000
+_MIB = 2**20
+SIZES = (1_000_000, 10_000_000)
+# Item-kNN over a hundred million rows takes the similarities of too many pairs.
+_KNN_UP_TO = 10_000_000
+
+
+def make(path: Path, rows: int) -> None:
+    """Write a table of so many rows, a block at a time; the same rows whatever the block."""
+    users, items = max(1, rows // ROWS_A_USER), min(100_000, max(100, rows // 100))
+    draft = path.with_suffix(".part")
+    with draft.open("wb") as out:
+        out.write(b"user_id,item_id,rating,timestamp\n")
+        for start in range(0, rows, _BLOCK):
+            count = min(_BLOCK, rows - start)
+            rng = np.random.default_rng([rows, start])
+            # Item i has a share that falls as i**(-2/3): one of a hundred thousand has two rows of a hundred.
+            item = (items * rng.random(count) ** 3).astype(np.int64)
+            # The rows of a user stand anywhere in the file, in the order of time.
+            frame = pl.DataFrame(
+                {
+                    "user_id": pl.Series(rng.integers(0, users, count)),
+                    "item_id": pl.Series(item),
+                    "rating": pl.Series(rng.integers(1, 6, count)),
+                    "timestamp": pl.Series(1_000_000_000 + start + np.arange(count)),
+                }
+            )
+            frame = frame.with_columns(
+                pl.format("u{}", "user_id").alias("user_id"), pl.format("i{}", "item_id").alias("item_id")
+            )
+            frame.write_csv(out, include_header=False)
+    draft.replace(path)
+
+
+def _status(key: str) -> float:
+    """Return a figure of this process's memory in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    return {
+        "name": "tables",
+        "seed": 0,
+        "model": {"name": "SmolLM2-135M-Instruct"},
+        "data": {"source": "table", "path": str(path), "duplicates": "keep_last"},
+        "tasks": {"sequential": {}, "rating": {}},
+        "train": {"steps": 20},
+        "eval": {"users": 1000, "candidates": {"kind": "uniform", "count": 20}},
+    }
+
+
+def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
+    """Return the stages by name; each reads and adds to what the others made."""
+    from llmrec.backends.encode import Encoder
+    from llmrec.baselines.knn import ItemKNN
+    from llmrec.baselines.markov import Markov
+    from llmrec.baselines.popular import Popularity
+    from llmrec.data.sources.table import load
+    from llmrec.data.split import split
+    from llmrec.data.stats import statistics
+    from llmrec.experiment.study import build_study
+    from llmrec.experiment.training import plan_training
+    from llmrec.models.load import load_tokenizer, resolve
+    from llmrec.recipe.load import as_recipe
+
+    recipe = as_recipe(_recipe(path))
+
+    def loaded(made: dict[str, Any]) -> None:
+        made["data"] = load(recipe.data, seed=0)
+
+    def parted(made: dict[str, Any]) -> None:
+        made["split"] = split(made.pop("data"), recipe.data.split, seed=0)
+
+    def told(made: dict[str, Any]) -> None:
+        statistics(made["split"])
+
+    def studied(made: dict[str, Any]) -> None:
+        made["study"] = build_study(recipe, made["split"])
+        made["requests"] = [case.request for case in made["study"].cases("sequential")]
+
+    def planned(made: dict[str, Any]) -> None:
+        base = resolve(recipe.model, seed=0)
+        encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
+        plan_training(made["study"], encoder)
+
+    def asked(kind: Any) -> Callable[[dict[str, Any]], None]:
+        def stage(made: dict[str, Any]) -> None:
+            predictor = kind()
+            predictor.fit(made["split"])
+            predictor.answer(made["requests"])
+
+        return stage
+
+    found: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("read", loaded),
+        ("split", parted),
+        ("statistics and fingerprints", told),
+        ("tasks and candidates of 1,000 users", studied),
+        ("training plan of 20 steps", planned),
+        ("popularity", asked(Popularity)),
+        ("markov", asked(Markov)),
+    ]
+    return [*found, ("item-knn", asked(ItemKNN))] if rows <= _KNN_UP_TO else found
+
+
+def _measure(path: Path, rows: int, out: Any) -> None:
+    todo = stages(path, rows)
+    made: dict[str, Any] = {}
+    empty = _status("VmRSS")
+    for name, stage in todo:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        begun = time.perf_counter()
+        stage(made)
+        seconds = time.perf_counter() - begun
+        out.put({"stage": name, "seconds": round(seconds, 2), "peak_mib": round(_status("VmHWM") - empty, 1)})
+    out.put(None)
+
+
+def _scan(path: Path, rows: int, out: Any) -> None:
+    begun = time.perf_counter()
+    pl.read_csv(path)
+    out.put({"stage": "polars.read_csv alone", "seconds": round(time.perf_counter() - begun, 2)})
+    out.put(None)
+
+
+def measured(path: Path, rows: int) -> list[dict[str, Any]]:
+    """Return what every stage took, in processes of their own for polars and for llmrec."""
+    found: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    for target in (_scan, _measure):
+        out: Any = context.Queue()
+        child = context.Process(target=target, args=(path, rows, out))
+        child.start()
+        while True:
+            try:
+                one = out.get(timeout=5)
+            except Exception:
+                if child.is_alive():
+                    continue
+                found.append({"stage": "ended early", "exit": child.exitcode})
+                break
+            if one is None:
+                break
+            if "peak_mib" in one:
+                one["bytes_a_row"] = round(one["peak_mib"] * _MIB / rows, 1)
+            found.append(one)
+            sys.stdout.write(json.dumps({"rows": rows, **one}) + "\n")
+            sys.stdout.flush()
+        child.join()
+    return found
+
+
+def main(target: Path, folder: Path, sizes: tuple[int, ...]) -> None:
+    """Make the tables that are not there, measure, and write after each of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "command": "make bench-tables",
+        "what": "seconds of each stage, and the peak memory of the process in it, by rows of a made-up CSV table",
+        "rows_a_user": ROWS_A_USER,
+        "machine": machine(),
+        "versions": versions(),
+        "tables": [],
+    }
+    for rows in sizes:
+        path = folder / f"table-{rows}.csv"
+        if not path.exists():
+            make(path, rows)
+        result["tables"].append({"rows": rows, "bytes": path.stat().st_size, "stages": measured(path, rows)})
+        write_json(target, result)
+
+
+if __name__ == "__main__":
+    main(
+        Path(sys.argv[1]),
+        Path(sys.argv[2]) if len(sys.argv) > 2 else Path("runs/tables"),
+        tuple(int(rows) for rows in sys.argv[3:]) or SIZES,
+    )

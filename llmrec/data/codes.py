@@ -1,0 +1,114 @@
+"""Ids as codes: a column of ids is held as numbers into the sorted list of its values, four bytes a row at most."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from typing import overload
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+
+def coded(ids: pl.Series) -> pl.Series:
+    """Return a column of ids as codes of their sorted values; one that is coded already stays as it is."""
+    if isinstance(ids.dtype, pl.Enum):
+        return ids
+    found = ids.cast(pl.String).to_arrow().dictionary_encode()
+    return from_dictionary(ids.name, pl.Series(found.dictionary, dtype=pl.String), [np.asarray(found.indices)])
+
+
+def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.integer]]) -> pl.Series:
+    """Return the codes of a column whose rows are numbers into a list of values in any order, in several parts."""
+    order = values.arg_sort()
+    rank = np.empty(len(values), dtype=np.uint32)
+    rank[order.to_numpy()] = np.arange(len(values), dtype=np.uint32)
+    found = np.concatenate([np.empty(0, dtype=np.uint32), *(rank[part] for part in numbers)])
+    return pl.Series(name, found).cat.to(pl.Enum(values.gather(order)))
+
+
+def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
+    """Return coded columns as one, behind each other."""
+    values = pl.concat([codes(part)[0] for part in parts]).unique().sort()
+    places = [values.search_sorted(codes(part)[0]).to_numpy() for part in parts]
+    numbers = [place[codes(part)[1]] for place, part in zip(places, parts, strict=True)]
+    return from_dictionary(name, values, numbers)
+
+
+def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
+    """Return the values that codes stand for, sorted, and the code of each row, shape (n,).
+
+    Not every value need occur: a part of a table has the codes of the whole.
+    """
+    ids = coded(ids)
+    assert isinstance(ids.dtype, pl.Enum)
+    return ids.dtype.categories, ids.to_physical().to_numpy()
+
+
+def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return what a numbering of names gives each row, shape (n,); every name is looked up once.
+
+    Args:
+        ids: The rows.
+        number: Numbers names.
+    """
+    names, found = codes(ids)
+    return number(names.to_list())[found] if len(names) else np.empty(0, dtype=np.int64)
+
+
+class Names(Sequence[str]):
+    """The values that codes stand for, sorted; one is found by bisection, so that no dictionary has to hold them."""
+
+    def __init__(self, values: pl.Series) -> None:
+        self._values = values.to_arrow()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        found = self._values[place]
+        return found.to_pylist() if isinstance(place, slice) else found.as_py()  # type: ignore[no-any-return]
+
+    def code(self, name: str) -> int | None:
+        """Return the code of a value; None for one that has none."""
+        place = bisect_left(self, name)
+        return place if place < len(self) and self[place] == name else None
+
+
+def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
+    """Return a number for each pair of user and item, shape (n,): equal for equal pairs of one table."""
+    found = codes(users)[1].astype(np.uint64)
+    found <<= np.uint64(32)
+    found |= codes(items)[1].astype(np.uint64)
+    return found
+
+
+def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the places of the numbers that stand there more than once, ascending."""
+    ordered = np.sort(numbers)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    if not len(twice):
+        return np.empty(0, dtype=np.int64)
+    near = np.minimum(np.searchsorted(twice, numbers), len(twice) - 1)
+    return np.flatnonzero(twice[near] == numbers)
+
+
+def all_different(numbers: NDArray[np.uint64]) -> bool:
+    """Whether no number stands twice."""
+    ordered = np.sort(numbers)
+    return not bool((ordered[1:] == ordered[:-1]).any())
+
+
+def in_codes_of(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
+    """Return a frame with the codes of another one in its columns of ids; rows whose ids have none are left out."""
+    names = ("user_id", "item_id")
+    cast = [pl.col(name).cast(pl.String).cast(other[name].dtype, strict=False) for name in names]
+    return frame.with_columns(cast).drop_nulls(names)

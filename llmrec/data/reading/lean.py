@@ -1,0 +1,296 @@
+"""Reads plain tables a block at a time, and keeps of them the columns that are asked for, in few bytes a row.
+
+Ids are held as codes, numbers as numbers, and what nobody asks for not at all. Whatever is unusual in a file is left to
+the readers that understand it or say what is wrong: this one then gives nothing.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import hashlib
+import lzma
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from llmrec.data.codes import from_dictionary
+from llmrec.data.reading.limits import BROKEN, Capped, stranger
+from llmrec.data.reading.parquet import FAULTS, check_size, is_plain, is_text, room, spelled_out, unusable
+from llmrec.data.reading.text import LONGEST, MAX_COLUMNS, Table, in_arrow, preamble, separator_of
+from llmrec.errors import LlmrecError
+
+Kind = Literal["id", "number", "text"]
+"""What a column holds: values that stand in many rows, numbers, or texts that are all different."""
+
+_BLOCK = 32 * 2**20
+_PARSED = 4 * 2**20
+_ROWS = 2**20
+_TEXTS = (pl.String, pl.Categorical, pl.Enum)
+_FIELD = b"\x1f"  # a separator of one byte, which stands in for a longer one
+_OPENED: Mapping[str, Callable[[BinaryIO], Any]] = {
+    "": lambda stored: stored,
+    ".gz": lambda stored: gzip.GzipFile(fileobj=stored),
+    ".bz2": lambda stored: bz2.BZ2File(stored),
+    ".xz": lambda stored: lzma.LZMAFile(stored),  # noqa: SIM115 - it ends with the file below it
+    ".zst": lambda stored: pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd"),
+}
+
+
+class _Unusual(Exception):
+    """Something that is read with care."""
+
+
+class _Column:
+    """The values of a column, block by block."""
+
+    def __init__(self, name: str, kind: Kind) -> None:
+        self.name, self.kind = name, kind
+        self._known = pl.Categorical(pl.Categories.random())
+        # The library forgets what numbers stand for as soon as no series has them.
+        self._alive = pl.Series([""], dtype=self._known)
+        self._parts: list[NDArray[Any] | pl.Series] = []
+
+    def add(self, values: pl.Series) -> None:
+        """Take some more rows."""
+        if self.kind == "id" and (values.dtype in _TEXTS or values.dtype.is_integer()):
+            found = values.cast(pl.String).fill_null("").cast(self._known)
+            self._parts.append(found.to_physical().to_numpy())
+        elif self.kind == "number" and values.dtype.is_float():
+            if not values.is_finite().all():
+                raise _Unusual
+            self._parts.append(values.to_numpy())
+        else:
+            self._parts.append(values)
+
+    def add_coded(self, values: pa.Array, numbers: pa.Array) -> None:
+        """Take some more rows of an id, as places in a list of values; nothing counts as an empty text."""
+        known = pl.concat([pl.Series(values).cast(pl.String), pl.Series([""])]).cast(self._known)
+        places = numbers.fill_null(len(values)).to_numpy(zero_copy_only=False)
+        self._parts.append(known.to_physical().to_numpy()[places])
+
+    def whole(self) -> pl.Series:
+        """Return all rows; of ids their codes."""
+        parts, self._parts = self._parts, []
+        if not parts:
+            raise _Unusual
+        arrays = [part for part in parts if isinstance(part, np.ndarray)]
+        if len(arrays) < len(parts):
+            series = [part for part in parts if isinstance(part, pl.Series)]
+            if arrays or len({each.dtype for each in series}) > 1:
+                raise _Unusual
+            return pl.concat(series, rechunk=True).alias(self.name)
+        if self.kind == "number":
+            return pl.Series(self.name, np.concatenate(arrays))
+        present = np.zeros(max((int(part.max(initial=0)) for part in arrays), default=0) + 1, dtype=bool)
+        for part in arrays:
+            present[part] = True
+        values = pl.Series(np.flatnonzero(present).astype(np.uint32)).cat.to(self._alive.dtype).cast(pl.String)
+        place = (np.cumsum(present) - 1).astype(np.uint32)
+        return from_dictionary(self.name, values, (place[part] for part in arrays))
+
+
+def delimited(path: Path, separator: str, packing: str, wanted: Mapping[str, Kind]) -> Table | None:
+    """Read delimited text with a header, in which every line is a row.
+
+    Args:
+        path: The file.
+        separator: The usual one; see `text.separator_of`.
+        packing: How it is packed, as an ending; empty: not at all.
+        wanted: The columns to keep, of those that the file has.
+
+    Returns:
+        The table; None if there is anything that must be read with care, or said.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            stored = _Hashed(file)
+            stream: Any = _OPENED[packing](stored)  # type: ignore[arg-type]
+            if packing:
+                stream = Capped(str(path), stream, size)
+            names, rows = _delimited(stream, separator, wanted)
+            stored.read()
+    except (_Unusual, LlmrecError, pa.ArrowException, *BROKEN):
+        return None
+    return _table(str(path), names, rows, stored.digest.hexdigest(), header=1)
+
+
+def parquet(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
+    """Read a Parquet file; see `delimited`."""
+    try:
+        with path.open("rb") as stored:
+            digest = hashlib.file_digest(stored, "sha256").hexdigest()
+        file = pq.ParquetFile(path)
+        check_size(str(path), file, path.stat().st_size)
+        schema = file.schema_arrow
+        # Texts that stand in many rows are stored once; spelled out, a long one would fill the memory.
+        coded = [field.name for field in schema if wanted.get(field.name) == "id" and is_text(field.type)]
+        if any(is_text(field.type) for field in schema if wanted.get(field.name, "id") != "id"):
+            return None
+        file = pq.ParquetFile(path, read_dictionary=coded)
+        columns = [_Column(field.name, wanted[field.name]) for field in schema if field.name in wanted]
+        if not columns or not all(is_plain(schema.field(column.name).type) for column in columns):
+            return None
+        size, most = 0, room(path.stat().st_size)
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[column.name for column in columns]):
+            size += batch.nbytes
+            for column in columns:
+                found = batch.column(batch.schema.names.index(column.name))
+                found.validate(full=True)
+                size += spelled_out(found)
+                if pa.types.is_dictionary(found.type) and column.kind == "id":
+                    column.add_coded(found.dictionary, found.indices)
+                else:
+                    column.add(pl.Series(found))
+            if size > most:
+                return None
+        plain = [field.name for field in schema if is_plain(field.type)]
+        found = _table(str(path), plain, [column.whole() for column in columns], digest, header=0)
+        return None if found is None else replace(found, unusable=unusable(schema))
+    except (_Unusual, LlmrecError, *FAULTS):
+        return None
+
+
+def _table(name: str, names: Sequence[str], rows: Sequence[pl.Series], sha256: str, *, header: int) -> Table | None:
+    """Return a table in which the columns that were not asked for are there by name alone."""
+    if not rows or not len(rows[0]):
+        return None
+    read = {each.name: each for each in rows}
+    nothing = pl.Series([None], dtype=pl.Null).new_from_index(0, len(rows[0]))
+    frame = pl.DataFrame([read.get(each, nothing.alias(each)) for each in names])
+    return Table(name, frame, sha256, header=header, unread=frozenset(names) - read.keys())
+
+
+class _Hashed:
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+        self.closed = False
+
+    def read(self, size: int = -1) -> bytes:
+        """Read bytes."""
+        found = self._file.read(size)
+        self.digest.update(found)
+        return found
+
+    def readable(self) -> bool:
+        """Whether it can be read."""
+        return True
+
+
+# --------------------------------------------------------------------------- delimited text
+
+
+def _delimited(stream: Any, usual: str, wanted: Mapping[str, Kind]) -> tuple[list[str], list[pl.Series]]:
+    pieces = _pieces(stream)
+    first = next(pieces, b"")
+    names, mark, body = _header(first, usual)
+    columns = [_Column(name, wanted[name]) for name in names if name in wanted]
+    if not columns:
+        raise _Unusual
+    floats = {column.name for column in columns if column.kind == "number"}
+    for number, piece in enumerate(_with(body, pieces)):
+        raw = _plain(piece, mark)
+        try:
+            found = _parsed(raw, mark, names, columns, floats)
+        except pa.ArrowInvalid:
+            if number or not floats:
+                raise
+            # A column that should hold numbers holds dates, which are texts until somebody knows them.
+            floats = {name for name in floats if _holds_numbers(raw, mark, names, columns, name)}
+            found = _parsed(raw, mark, names, columns, floats)
+        for column in columns:
+            column.add(pl.Series(found.column(column.name)))
+    return names, [column.whole() for column in columns]
+
+
+def _with(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    if first:
+        yield first
+    yield from rest
+
+
+def _pieces(stream: Any) -> Iterator[bytes]:
+    """Cut a stream into whole lines."""
+    rest = b""
+    while chunk := stream.read(_BLOCK):
+        data = rest + chunk
+        end = data.rfind(b"\n") + 1
+        if not end and len(data) > LONGEST:
+            raise _Unusual
+        if end:
+            yield data[:end]
+        rest = data[end:]
+    if rest:
+        yield rest
+
+
+def _header(piece: bytes, usual: str) -> tuple[list[str], str, bytes]:
+    """Return the columns, what stands between fields, and what stands below the header."""
+    if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or stranger(piece[:100]):
+        raise _Unusual
+    piece = piece.removeprefix(codecs.BOM_UTF8)
+    end = piece.find(b"\n") + 1
+    try:
+        head = piece[: 4 * LONGEST if len(piece) < 2**16 else piece.rfind(b"\n", 0, 2**16)].decode()
+    except UnicodeDecodeError:
+        raise _Unusual from None
+    if not end or not head.strip() or preamble(head, usual):
+        raise _Unusual
+    line = piece[: end - 1].decode().rstrip("\r")
+    mark = separator_of(line, usual)
+    names = [name.strip() for name in line.split(mark)]
+    if '"' in line or "\0" in line or not 2 <= len(names) == len(set(names)) <= MAX_COLUMNS:
+        raise _Unusual
+    return names, mark, piece[end:]
+
+
+def _plain(piece: bytes, mark: str) -> bytes:
+    """Return whole lines that can be parsed without care, with a separator of one byte."""
+    if b'"' in piece or b"\0" in piece or piece.startswith((b"\n", b"\r\n")):
+        raise _Unusual
+    if b"\n\n" in piece or (b"\r" in piece and (b"\n\r\n" in piece or piece.count(b"\r") > piece.count(b"\r\n"))):
+        raise _Unusual
+    if len(mark) == 1:
+        return piece
+    if _FIELD in piece:
+        raise _Unusual
+    return piece.replace(mark.encode(), _FIELD)
+
+
+def _parsed(raw: bytes, mark: str, names: Sequence[str], columns: Sequence[_Column], floats: set[str]) -> pa.Table:
+    kinds = {name: pa.float64() if name in floats else pa.string() for name in names}
+    found = pa_csv.read_csv(
+        in_arrow(raw),
+        read_options=pa_csv.ReadOptions(column_names=list(names), block_size=max(_PARSED, len(raw) // 8)),
+        parse_options=pa_csv.ParseOptions(delimiter=mark if len(mark) == 1 else _FIELD.decode(), quote_char=False),
+        convert_options=pa_csv.ConvertOptions(
+            column_types=kinds,
+            strings_can_be_null=False,
+            include_columns=[column.name for column in columns],
+            null_values=[],
+        ),
+    )
+    # A header that stands in the middle of a file is told with its row.
+    if any((pl.Series(found.column(c.name)) == c.name).any() for c in columns[:1] if c.name not in floats):
+        raise _Unusual
+    return found
+
+
+def _holds_numbers(raw: bytes, mark: str, names: Sequence[str], columns: Sequence[_Column], name: str) -> bool:
+    try:
+        _parsed(raw, mark, names, columns, {name})
+    except pa.ArrowInvalid:
+        return False
+    return True

@@ -1,0 +1,159 @@
+"""Tables read a block at a time are the tables that are read with care; what is odd is left to that reader."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from llmrec.data.codes import Names, all_different, coded, codes, in_codes_of, pairs, stacked
+from llmrec.data.reading import lean
+from llmrec.data.reading.columns import ids, numbers, one_per_item, texts
+from llmrec.data.reading.table import read_table
+from llmrec.data.sources.table import load
+from llmrec.errors import DataError
+from llmrec.recipe.schema import DataSection
+
+WANTED: dict[str, lean.Kind] = {"user_id": "id", "item_id": "id", "rating": "number", "time": "number", "title": "id"}
+ROWS = [
+    (f"u{n % 7}", f"i{n * n % 11}", n % 5 + 1, 100 + n, f"Film {n * n % 11}, the", "x" * (n % 3)) for n in range(200)
+]
+NAMES = ("user_id", "item_id", "rating", "time", "title", "note")
+
+
+def written(rows: list[tuple[object, ...]], mark: str = "\t", end: str = "\n") -> bytes:
+    return end.join([mark.join(NAMES), *(mark.join(map(str, row)) for row in rows), ""]).encode()
+
+
+def same(found: pl.Series, wanted: pl.Series) -> bool:
+    return found.cast(pl.String).to_list() == wanted.cast(pl.String).to_list()
+
+
+@pytest.mark.parametrize("block", [1, 64, 1000, 1 << 20])
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(lean, "_BLOCK", block)
+    path = tmp_path / "rows.tsv"
+    path.write_bytes(written(ROWS))
+    found, whole = read_table(path, WANTED), read_table(path)
+    assert found.unread == {"note"} and list(found.frame.columns) == list(whole.frame.columns)
+    assert found.sha256 == whole.sha256 and found.where(150) == whole.where(150)
+    assert isinstance(found.frame["user_id"].dtype, pl.Enum) and found.frame["time"].dtype == pl.Float64
+    for name in ("user_id", "item_id"):
+        assert same(ids(found, name), ids(whole, name))
+    for name in ("rating", "time"):
+        assert numbers(found, name, name).equals(numbers(whole, name, name))
+    assert one_per_item(found, ids(found, "item_id"), "title") == one_per_item(whole, ids(whole, "item_id"), "title")
+    with pytest.raises(LookupError, match="note"):
+        texts(found, "note")
+
+
+@pytest.mark.parametrize(
+    ("ending", "pack"),
+    [
+        ("tsv.gz", gzip.compress),
+        ("tsv.bz2", bz2.compress),
+        ("tsv.xz", lzma.compress),
+        ("tsv.zst", lambda raw: pa.compress(raw, codec="zstd", asbytes=True)),
+        ("tsv", lambda raw: raw.replace(b"\n", b"\r\n")),
+        ("tsv", lambda raw: b"\xef\xbb\xbf" + raw),
+        ("csv", lambda raw: raw.replace(b", the", b"").replace(b"\t", b";")),
+        ("txt", lambda raw: raw.replace(b"\t", b"::")),
+        ("inter", lambda raw: raw.replace(b"user_id", b"user_id:token").replace(b"item_id", b"item_id:token")),
+    ],
+    ids=["gzip", "bzip2", "xz", "zstd", "carriage returns", "mark", "semicolons", "two colons", "half of RecBole"],
+)
+def test_plain_files_of_every_kind_are_read_a_block_at_a_time(
+    tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / f"rows.{ending}"
+    path.write_bytes(pack(written(ROWS)))
+    wanted = WANTED | {"user_id:token": "id", "item_id:token": "id"}
+    found, whole = read_table(path, wanted), read_table(path)
+    assert found.unread == {"note"} and found.sha256 == whole.sha256
+    assert found.frame.columns == whole.frame.columns
+    read = [name for name in whole.frame.columns if name not in found.unread and found.frame[name].dtype != pl.Float64]
+    assert len(read) == 3 and all(same(found.frame[name], whole.frame[name]) for name in read)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.replace(b"u3\t", b'"u3"\t', 1),
+        lambda raw: raw.replace(b"\nu3", b"\n\nu3", 1),
+        lambda raw: raw.replace(b"\tFilm 1,", b"\tF\xefilm 1,"),
+        lambda raw: b"# made by hand\n" + raw,
+        lambda raw: raw.replace(b"\t101\t", b"\tnever\t"),
+        lambda raw: raw.replace(b"\t2\t101\t", b"\tnan\t101\t"),
+        lambda raw: raw + raw[: raw.find(b"\n") + 1],
+        lambda raw: raw.replace(b"\t101\t", b"\t101\t\t"),
+        lambda raw: raw.replace(b"\nu3\t", b"\n\t", 1),
+    ],
+    ids=["quotes", "blank line", "Windows-1252", "preamble", "no number", "NaN", "header twice", "ragged", "no user"],
+)
+def test_odd_files_are_what_they_are_to_the_careful_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_bytes(change(written(ROWS)))
+    section = DataSection(source="table", path=str(path), columns={"time": "time"}, duplicates="keep_last")
+
+    def outcome() -> str:
+        try:
+            return load(section, seed=0).fingerprint
+        except DataError as error:
+            return f"{error.kind}: {error}"
+
+    found = outcome()
+    monkeypatch.setattr(lean, "delimited", lambda *_: None)
+    assert found == outcome()
+
+
+def test_folders_of_files_share_their_codes(tmp_path: Path) -> None:
+    for part in range(3):
+        rows = ROWS[part * 60 : part * 60 + 60]
+        (tmp_path / f"part-{part}.tsv").write_bytes(written(rows))
+    found, whole = read_table(tmp_path, WANTED), read_table(tmp_path)
+    assert isinstance(found.frame["item_id"].dtype, pl.Enum) and same(found.frame["item_id"], whole.frame["item_id"])
+    assert found.where(100) == whole.where(100)
+
+
+@pytest.mark.parametrize("kind", [pl.String, pl.Categorical, pl.Int64])
+def test_parquet_is_read_by_columns(tmp_path: Path, kind: type[pl.DataType]) -> None:
+    frame = pl.DataFrame(ROWS, schema=list(NAMES), orient="row")
+    frame = frame.with_columns(pl.col("user_id").str.strip_prefix("u").cast(kind), nested=pl.struct("note"))
+    frame.write_parquet(tmp_path / "rows.parquet", row_group_size=37)
+    found, whole = read_table(tmp_path / "rows.parquet", WANTED), read_table(tmp_path / "rows.parquet")
+    assert found.unread == {"note"} and found.sha256 == whole.sha256 and found.unusable == whole.unusable
+    assert same(ids(found, "user_id"), ids(whole, "user_id")) and same(ids(found, "title"), ids(whole, "title"))
+    assert numbers(found, "time", "time").equals(numbers(whole, "time", "time"))
+
+
+# --------------------------------------------------------------------------- codes
+
+
+def test_codes_are_places_in_the_sorted_values() -> None:
+    given = pl.Series("a", ["b", "ä", "b", "", "a"])
+    values, found = codes(given)
+    assert values.to_list() == sorted(set(given)) and [values[int(n)] for n in found] == given.to_list()
+    assert coded(coded(given)).equals(coded(given)) and not len(codes(pl.Series("a", [], pl.String))[1])
+    names = Names(values)
+    assert [names.code(name) for name in (*values, "zz", "0")] == [0, 1, 2, 3, None, None]
+    both = stacked("a", [coded(given), coded(pl.Series("a", ["c", "b"]))])
+    assert both.to_list() == [*given, "c", "b"] and codes(both)[0].to_list() == ["", "a", "b", "c", "ä"]
+
+
+def test_pairs_are_equal_where_both_ids_are() -> None:
+    users, items = pl.Series(["a", "a", "b", "a"]), pl.Series(["x", "y", "x", "x"])
+    found = pairs(users, items)
+    assert found[0] == found[3] and len(np.unique(found)) == 3
+    assert not all_different(found) and all_different(found[:3])
+    frame = pl.DataFrame({"user_id": coded(users), "item_id": coded(items)})
+    other = in_codes_of(pl.DataFrame({"user_id": ["b", "c"], "item_id": ["x", "x"]}), frame)
+    assert pairs(other["user_id"], other["item_id"]).tolist() == [found[2]]
