@@ -29,7 +29,7 @@ from llmrec.models.load import load_tokenizer
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
 from llmrec.registry import BASELINES, lookup
-from llmrec.tasks.base import Cases
+from llmrec.tasks.cases import Cases
 from llmrec.tasks.family import check_names, family_of
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
 from llmrec.tasks.history import ItemVectors

@@ -16,12 +16,10 @@ from llmrec.tasks.base import (
     NO,
     USER_STATS,
     YES,
-    Cases,
     Pasts,
     Values,
     View,
     asked_item,
-    held_out,
     passes,
     rated,
     refuse_test,
@@ -29,6 +27,7 @@ from llmrec.tasks.base import (
     told_rows,
     window,
 )
+from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.rows import (

@@ -16,20 +16,18 @@ from llmrec.recipe.schema import DirectSection
 from llmrec.tasks.base import (
     NO,
     YES,
-    Cases,
     Pasts,
     Values,
     View,
-    held_out,
     keyed,
     listed,
     passes,
-    ranking_cases,
     ranking_reward,
     refuse_test,
     shows_events,
     told_rows,
 )
+from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.direct_answers import (
     asks_for,

@@ -20,18 +20,17 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
-    Cases,
     Pasts,
     Values,
     View,
     asked_item,
-    held_out,
     passes,
     refuse_test,
     shows_events,
     text_of,
     told_rows,
 )
+from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.rows import chat_example, solved_chat, with_shots

@@ -17,14 +17,11 @@ from llmrec.tasks.base import (
     NO,
     USER_STATS,
     YES,
-    Cases,
     Pasts,
     Values,
     View,
     asked_item,
-    at_most,
     branch_events,
-    held_out,
     keyed,
     passes,
     rated,
@@ -33,6 +30,7 @@ from llmrec.tasks.base import (
     told_rows,
     window,
 )
+from llmrec.tasks.cases import Cases, at_most, held_out
 from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_number

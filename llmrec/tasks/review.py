@@ -21,18 +21,17 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
-    Cases,
     Pasts,
     Values,
     View,
     asked_item,
-    held_out,
     passes,
     refuse_test,
     solved_examples,
     text_of,
     told_rows,
 )
+from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.explanation import shared_words
 from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, WRITERS, Family
 from llmrec.tasks.fewshot import Drawn

@@ -14,21 +14,19 @@ from llmrec.recipe.schema import SequentialSection
 from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
-    Cases,
     Draw,
     Pasts,
     Values,
     View,
     branch_events,
-    held_out,
     passes,
-    ranking_cases,
     ranking_reward,
     refuse_test,
     shows_events,
     told_rows,
     window,
 )
+from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_line

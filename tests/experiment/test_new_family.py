@@ -24,7 +24,8 @@ from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import BaselineSection, Recipe, Section, TaskSection, named
 from llmrec.strategies.raters import YesNoJudge
-from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, held_out, passes
+from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, passes
+from llmrec.tasks.cases import held_out
 from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn

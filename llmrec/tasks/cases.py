@@ -1,0 +1,94 @@
+"""The held-out cases of a split, each made when it is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
+
+from llmrec.data.candidates import CandidateSets
+from llmrec.data.split import SplitDataset, request_id, request_of
+from llmrec.errors import DataError
+from llmrec.types import Case, Interaction, SplitName
+
+
+def held_out(data: SplitDataset, split: SplitName) -> Sequence[Interaction]:
+    """Return a split's held-out interactions, refusing the training split."""
+    if split == "train":
+        raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
+    return data.holdouts(split)
+
+
+class Cases(Sequence[Case]):
+    """The cases of held-out interactions, each made when it is asked for: all histories at once would be much.
+
+    Attributes:
+        held: The interactions.
+    """
+
+    def __init__(self, held: Sequence[Interaction], make: Callable[[Interaction], Case]) -> None:
+        self.held, self._make = held, make
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    @overload
+    def __getitem__(self, place: int) -> Case: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Case]: ...
+
+    def __getitem__(self, place: int | slice) -> Case | list[Case]:
+        held = self.held[place]
+        return self._make(held) if isinstance(held, Interaction) else [self._make(each) for each in held]
+
+    def __iter__(self) -> Iterator[Case]:
+        return map(self._make, self.held)
+
+
+def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interaction]:
+    """Return the first ``count`` held-out interactions of each user, in the order given; None: all."""
+    if count is None:
+        return held
+    seen: Counter[str] = Counter()
+    kept = []
+    for each in held:
+        seen[each.user_id] += 1
+        if seen[each.user_id] <= count:
+            kept.append(each)
+    return tuple(kept)
+
+
+def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) -> tuple[str, ...] | None:
+    """Return the stored candidates of a held-out interaction; None where there are no sets.
+
+    Raises:
+        DataError: If there are sets, but none for it.
+    """
+    if sets is None:
+        return None
+    name = request_id(held.user_id, held.item_id)
+    if name not in sets.sets:
+        raise DataError(
+            f"tasks.{family}: the stored candidates have no set for {name!r}; they were drawn for another split, seed "
+            "or data set, so draw them again",
+            kind="mismatch",
+            column=f"tasks.{family}",
+        )
+    return sets.sets[name]
+
+
+def ranking_cases(data: SplitDataset, split: SplitName, sets: CandidateSets | None, family: str) -> Cases:
+    """Return every held-out interaction with its stored candidates, or with none where there are no sets.
+
+    Raises:
+        DataError: If there are sets, but none for one of them.
+    """
+    for held in held_out(data, split) if sets is not None else ():
+        candidates_of(sets, held, family)
+
+    def case(held: Interaction) -> Case:
+        request = request_of(data, held, split, candidates=candidates_of(sets, held, family))
+        return Case(request=request, truth=held.item_id)
+
+    return Cases(held_out(data, split), case)
