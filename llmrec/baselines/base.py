@@ -31,6 +31,8 @@ TOP = 100
 
 # Cells of a block of dense scores: 32 MB of float64.
 _CELLS = 1 << 22
+# Steps that are counted at a time.
+_STEPS = 1 << 24
 # Popularity adds at most this share of a request's smallest score.
 _FILLER = 2.0**-20
 
@@ -202,8 +204,8 @@ class Log:
         user_count: Number of users.
     """
 
-    users: NDArray[np.int64]
-    items: NDArray[np.int64]
+    users: NDArray[np.int32]
+    items: NDArray[np.int32]
     times: NDArray[np.float64]
     user_count: int
 
@@ -212,9 +214,9 @@ class Log:
         """Number the training interactions."""
         _, found = codes(data.train["user_id"])
         present = np.bincount(found) > 0
-        users = (np.cumsum(present) - 1)[found]
+        users = (np.cumsum(present) - 1).astype(np.int32)[found]
         items = in_numbers(data.train["item_id"], catalogue.places)
-        times = data.train["timestamp"].to_numpy().astype(np.float64)
+        times = data.train["timestamp"].to_numpy().astype(np.float64, copy=False)
         if (users[1:] < users[:-1]).any():
             order = np.argsort(users, kind="stable")
             users, items, times = users[order], items[order], times[order]
@@ -222,10 +224,26 @@ class Log:
 
     def matrix(self, columns: int) -> Any:
         """Return how often each user had each item, sparse, shape (users, columns)."""
+        ends = np.concatenate([[0], np.cumsum(np.bincount(self.users, minlength=self.user_count))])
         shape = (self.user_count, columns)
-        found = sparse.csr_array((np.ones(len(self.items)), (self.users, self.items)), shape=shape)
+        # Rows lie user by user already; the indices are the matrix's own, since it sorts them.
+        found = sparse.csr_array((np.ones(len(self.items)), self.items.copy(), ends.astype(np.int32)), shape=shape)
         found.sum_duplicates()
         return found
+
+    def steps(self, gap: int, size: int, weight: float = 1.0) -> Any:
+        """Return how often each item followed another so many places later, times a weight, sparse, (items, items)."""
+        total = sparse.csr_array((size, size), dtype=np.float64)
+        # In blocks: as pairs of numbers all steps would take several times the memory of their sums.
+        whole = max(0, len(self.items) - gap)
+        for start in range(0, max(1, whole), _STEPS):
+            part, after = (slice(start + by, min(start + _STEPS, whole) + by) for by in (0, gap))
+            same = self.users[after] == self.users[part]
+            places = self.items[part][same], self.items[after][same]
+            found = sparse.csr_array((np.full(len(places[0]), weight), places), shape=(size, size))
+            found.sum_duplicates()
+            total = total + found if start else found
+        return total
 
     def binary(self, columns: int) -> Any:
         """Return whether each user had each item as 0 or 1, sparse, shape (users, columns)."""
@@ -282,7 +300,9 @@ class Warm:
 
     def log(self, log: Log) -> Log:
         """Return the same interactions with warm numbers."""
-        return Log(users=log.users, items=self.column[log.items], times=log.times, user_count=log.user_count)
+        return Log(
+            users=log.users, items=self.column[log.items].astype(np.int32), times=log.times, user_count=log.user_count
+        )
 
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
         """Return the warm items of each history, oldest first; others are left out."""

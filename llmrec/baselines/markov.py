@@ -156,8 +156,5 @@ def _steps(log: Log, size: int, order: int, decay: float) -> Any:
     """Count the steps of up to ``order`` places within each user's sequence, sparse, shape (items, items)."""
     after = sparse.csr_array((size, size), dtype=np.float64)
     for gap in range(1, order + 1):
-        same = log.users[gap:] == log.users[:-gap]
-        before, later = log.items[:-gap][same], log.items[gap:][same]
-        steps = np.full(len(before), decay ** (gap - 1))
-        after = after + sparse.csr_array((steps, (before, later)), shape=(size, size))
+        after = after + log.steps(gap, size, decay ** (gap - 1))
     return after

@@ -258,7 +258,7 @@ def _sequences(events: Log, max_len: int) -> list[NDArray[np.int64]]:
     """Cut every user's items into pieces of at most ``max_len + 1``, from the end; pieces share the item at the cut."""
     ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
     pieces = []
-    for items in np.split(events.items, ends[:-1]):
+    for items in np.split(events.items.astype(np.int64), ends[:-1]):
         for end in range(len(items), 1, -max_len):
             pieces.append(items[max(0, end - max_len - 1) : end])
     return pieces

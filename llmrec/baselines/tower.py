@@ -293,7 +293,7 @@ def _rows(events: Log, most: int) -> list[NDArray[np.int64]]:
     ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
     return [
         items[max(0, end - most) : end + 1]
-        for items in np.split(events.items, ends[:-1])
+        for items in np.split(events.items.astype(np.int64), ends[:-1])
         for end in range(1, len(items))
     ]
 

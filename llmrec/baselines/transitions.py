@@ -176,14 +176,8 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
 def _counted(data: SplitDataset) -> _Steps:
     catalogue = Catalogue.of(data)
     log, size = Log.of(data, catalogue), len(catalogue.ids)
-    gaps = []
-    for gap in range(1, _FURTHEST + 1):
-        same = log.users[gap:] == log.users[:-gap]
-        places = log.items[:-gap][same], log.items[gap:][same]
-        found = sparse.csr_array((np.ones(int(same.sum())), places), shape=(size, size))
-        found.sum_duplicates()
-        gaps.append(found)
-    return _Steps(catalogue, tuple(gaps), counts(log, catalogue))
+    gaps = tuple(log.steps(gap, size) for gap in range(1, _FURTHEST + 1))
+    return _Steps(catalogue, gaps, counts(log, catalogue))
 
 
 def _normalised(model: _Steps, config: TransitionsConfig) -> Any:

@@ -46,7 +46,7 @@ def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
     return ids.dtype.categories, ids.to_physical().to_numpy()
 
 
-def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int64]]) -> NDArray[np.int64]:
+def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int64]]) -> NDArray[np.int32]:
     """Return what a numbering of names gives each row, shape (n,); every name is looked up once.
 
     Args:
@@ -54,7 +54,7 @@ def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int6
         number: Numbers names.
     """
     names, found = codes(ids)
-    return number(names.to_list())[found] if len(names) else np.empty(0, dtype=np.int64)
+    return number(names.to_list()).astype(np.int32)[found] if len(names) else np.empty(0, dtype=np.int32)
 
 
 class Names(Sequence[str]):
@@ -92,7 +92,7 @@ def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
 
 def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the places of the numbers that stand there more than once, ascending."""
-    ordered = np.sort(numbers)
+    ordered = pl.Series(numbers).sort().to_numpy()
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     del ordered
     if not len(twice):
@@ -103,7 +103,7 @@ def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 def all_different(numbers: NDArray[np.uint64]) -> bool:
     """Whether no number stands twice."""
-    ordered = np.sort(numbers)
+    ordered = pl.Series(numbers).sort().to_numpy()
     return not bool((ordered[1:] == ordered[:-1]).any())
 
 

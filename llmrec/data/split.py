@@ -269,7 +269,13 @@ def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDAr
 def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
     """Return chosen rows by user, each user's in the order of time."""
     places = np.flatnonzero(chosen)
-    return rows.frame[places[np.argsort(rows.users[places], kind="stable")]]
+    # User and place in one number: sorting numbers takes less memory than sorting places by something.
+    keys = rows.users[places].astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= places.astype(np.uint32)
+    del places
+    keys.sort()
+    return rows.frame[keys.astype(np.uint32)]
 
 
 def earlier(train: pl.DataFrame, held: pl.DataFrame) -> int:

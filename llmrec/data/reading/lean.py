@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import lzma
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -32,8 +33,8 @@ from llmrec.errors import LlmrecError
 Kind = Literal["id", "number", "text"]
 """What a column holds: values that stand in many rows, numbers, or texts that are all different."""
 
-_BLOCK = 32 * 2**20
-_PARSED = 4 * 2**20
+_BLOCK = 8 * 2**20
+_PARSED = 2 * 2**20
 _ROWS = 2**20
 _TEXTS = (pl.String, pl.Categorical, pl.Enum)
 _FIELD = b"\x1f"  # a separator of one byte, which stands in for a longer one
@@ -200,18 +201,20 @@ def _delimited(stream: Any, usual: str, wanted: Mapping[str, Kind]) -> tuple[lis
     if not columns:
         raise _Unusual
     floats = {column.name for column in columns if column.kind == "number"}
-    for number, piece in enumerate(_with(body, pieces)):
-        raw = _plain(piece, mark)
-        try:
-            found = _parsed(raw, mark, names, columns, floats)
-        except pa.ArrowInvalid:
-            if number or not floats:
-                raise
-            # A column that should hold numbers holds dates, which are texts until somebody knows them.
-            floats = {name for name in floats if _holds_numbers(raw, mark, names, columns, name)}
-            found = _parsed(raw, mark, names, columns, floats)
-        for column in columns:
-            column.add(pl.Series(found.column(column.name)))
+    with ThreadPoolExecutor() as pool:
+        for number, piece in enumerate(_with(body, pieces)):
+            raw = _plain(piece, mark)
+            try:
+                found = _parsed(raw, mark, names, columns, floats)
+            except pa.ArrowInvalid:
+                if number or not floats:
+                    raise
+                # A column that should hold numbers holds dates, which are texts until somebody knows them.
+                floats = {name for name in floats if _holds_numbers(raw, mark, names, columns, name)}
+                found = _parsed(raw, mark, names, columns, floats)
+            list(pool.map(_Column.add, columns, [pl.Series(found.column(column.name)) for column in columns]))
+            del found
+    pa.default_memory_pool().release_unused()
     return names, [column.whole() for column in columns]
 
 
