@@ -97,14 +97,18 @@ def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
     del ordered
     if not len(twice):
         return np.empty(0, dtype=np.int64)
-    near = np.minimum(np.searchsorted(twice, numbers), len(twice) - 1)
-    return np.flatnonzero(twice[near] == numbers)
+    return np.flatnonzero(pl.Series(numbers).is_in(twice).to_numpy())
+
+
+def different(numbers: NDArray[np.uint64]) -> int:
+    """Return how many different numbers there are."""
+    ordered = pl.Series(numbers).sort().to_numpy()
+    return int((ordered[1:] != ordered[:-1]).sum()) + bool(len(ordered))
 
 
 def all_different(numbers: NDArray[np.uint64]) -> bool:
     """Whether no number stands twice."""
-    ordered = pl.Series(numbers).sort().to_numpy()
-    return not bool((ordered[1:] == ordered[:-1]).any())
+    return different(numbers) == len(numbers)
 
 
 def in_codes_of(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
-from llmrec.data.codes import all_different, coded, codes, pairs
+from llmrec.data.codes import coded, codes, pairs
 from llmrec.data.hashing import digest_frame, digest_strings
 from llmrec.data.reading.limits import reason
 from llmrec.errors import DataError
@@ -208,7 +208,9 @@ class Dataset:
 def _in_canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
     """Return rows by user and item; where a pair stands twice, by the other columns too."""
     keys = pairs(frame["user_id"], frame["item_id"])
-    return frame[np.argsort(keys)] if all_different(keys) else frame.sort(frame.columns)
+    order = np.argsort(keys)
+    keys = keys[order]
+    return frame.sort(frame.columns) if (keys[1:] == keys[:-1]).any() else frame[order]
 
 
 def core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.DataFrame:

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
-from llmrec.data.codes import codes, pairs
+from llmrec.data.codes import codes, different, pairs
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.types import Event
 
@@ -39,7 +39,7 @@ def statistics(data: SplitDataset) -> dict[str, object]:
         "users": users,
         "items": items,
         "interactions": rows.height,
-        "density": len(np.unique(pairs(rows["user_id"], rows["item_id"]))) / (users * items),
+        "density": different(pairs(rows["user_id"], rows["item_id"])) / (users * items),
         "rating_scale": list(scale_of(data)) if data.train["rating"].null_count() < data.train.height else None,
         "ratings": _histogram(rows),
         "interactions_per_user": _per(rows, "user_id"),
@@ -72,7 +72,7 @@ def tied_last_share(rows: pl.DataFrame) -> float | None:
     times = rows["timestamp"].to_numpy()
     np.fmax.at(latest, users, times)
     tied = np.bincount(users[times == latest[users]], minlength=len(names)) > 1
-    return int(tied.sum()) / len(np.unique(users))
+    return int(tied.sum()) / int((np.bincount(users) > 0).sum())
 
 
 BASKETS = 0.2

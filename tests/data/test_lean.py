@@ -20,6 +20,7 @@ from llmrec.data.reading.table import read_table
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
+from tests.facts import Facts, raises
 
 WANTED: dict[str, lean.Kind] = {"user_id": "id", "item_id": "id", "rating": "number", "time": "number", "title": "id"}
 ROWS = [
@@ -113,6 +114,16 @@ def test_odd_files_are_what_they_are_to_the_careful_reader(
     found = outcome()
     monkeypatch.setattr(lean, "delimited", lambda *_: None)
     assert found == outcome()
+
+
+def test_what_will_not_fit_the_memory_is_said_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_bytes(written(ROWS))
+    monkeypatch.setattr(lean, "_ROW", 2**40)
+    with raises(DataError, Facts("too-large", "rows.tsv", column="data.path", says="GiB are free")):
+        read_table(path, WANTED)
 
 
 def test_folders_of_files_share_their_codes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import polars as pl
+import psutil
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -28,7 +29,7 @@ from llmrec.data.codes import from_dictionary
 from llmrec.data.reading.limits import BROKEN, Capped, stranger
 from llmrec.data.reading.parquet import FAULTS, check_size, is_plain, is_text, room, spelled_out, unusable
 from llmrec.data.reading.text import LONGEST, MAX_COLUMNS, Table, in_arrow, preamble, separator_of
-from llmrec.errors import LlmrecError
+from llmrec.errors import DataError, LlmrecError
 
 Kind = Literal["id", "number", "text"]
 """What a column holds: values that stand in many rows, numbers, or texts that are all different."""
@@ -37,6 +38,8 @@ _BLOCK = 8 * 2**20
 _PARSED = 2 * 2**20
 _ROWS = 2**20
 _TEXTS = (pl.String, pl.Categorical, pl.Enum)
+# Bytes that are looked at to tell how many rows there are, and what a row takes at the peak.
+_HEAD, _ROW = 2**16, 100
 _FIELD = b"\x1f"  # a separator of one byte, which stands in for a longer one
 _OPENED: Mapping[str, Callable[[BinaryIO], Any]] = {
     "": lambda stored: stored,
@@ -111,7 +114,17 @@ def delimited(path: Path, separator: str, packing: str, wanted: Mapping[str, Kin
 
     Returns:
         The table; None if there is anything that must be read with care, or said.
+
+    Raises:
+        DataError: If its rows will not fit the memory.
     """
+    try:
+        with path.open("rb") as file:
+            head = b"" if packing else file.read(_HEAD)
+    except OSError:
+        return None
+    if head:
+        _fits(path, path.stat().st_size * max(1, head.count(b"\n")) / len(head))
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -170,6 +183,23 @@ def _table(name: str, names: Sequence[str], rows: Sequence[pl.Series], sha256: s
     nothing = pl.Series([None], dtype=pl.Null).new_from_index(0, len(rows[0]))
     frame = pl.DataFrame([read.get(each, nothing.alias(each)) for each in names])
     return Table(name, frame, sha256, header=header, unread=frozenset(names) - read.keys())
+
+
+def _fits(path: Path, rows: float) -> None:
+    """Refuse a table whose rows, as their number seems to be, will not fit the memory.
+
+    Raises:
+        DataError: With both figures.
+    """
+    needed, free = rows * _ROW, psutil.virtual_memory().available
+    if needed > free:
+        raise DataError.at(
+            path,
+            "too-large",
+            f" seems to have {rows / 1e6:,.0f} million rows, which take about {needed / 2**30:.1f} GiB of memory while "
+            f"they are read and split; {free / 2**30:.1f} GiB are free. Keep fewer rows, or use a larger machine",
+            "data.path",
+        )
 
 
 class _Hashed:
