@@ -123,6 +123,8 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
 
 
 def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) -> pl.DataFrame:
+    if section.duplicates == "keep_all":
+        return frame
     places = repeated(pairs(frame["user_id"], frame["item_id"]))
     if not len(places):
         return frame

@@ -85,17 +85,22 @@ class DataSection(Section):
     """Where interactions come from."""
 
     source: str = Field(description="name of a data set, such as movielens-100k, or table; docs/data.md lists them")
-    path: str | None = Field(None, description="file or folder; for table also hf://dataset-name[:split]")
+    path: str | None = Field(
+        None,
+        description="file or folder; for table also hf://dataset-name[:split], BOOK.xlsx#SHEET, or with query a "
+        "database: sqlite:///FILE, duckdb:///FILE, postgresql://USER@HOST/NAME",
+    )
+    query: str | None = Field(None, description="table: the SELECT whose rows are read of the database that path names")
     files: Files | None = Field(None, description="table: one file a part in place of path, with split.kind given")
     items: str | None = Field(None, description="table of items, joined on the item column")
     columns: Columns = Columns()
     filter: Filter = Filter()
     split: Split = Split()
     noun: str = Field("items", description="what the items are called in prompts, in the plural")
-    duplicates: Literal["error", "keep_last", "keep_first", "sum"] = Field(
+    duplicates: Literal["error", "keep_last", "keep_first", "keep_all", "sum"] = Field(
         "error",
-        description="what to do with repeated rows; sum: the latest of each, with the sum of their ratings, such as "
-        "quantities",
+        description="what to do with repeated rows; keep_all: each is an event, and those before a held-out one of "
+        "their pair are left out; sum: the latest of each, with the sum of their ratings, such as quantities",
     )
     rating_scale: tuple[float, float] | None = Field(
         None, description="lowest and highest rating; None: the source's own, or those of training"
@@ -107,6 +112,11 @@ class DataSection(Section):
             raise ValueError(
                 f"data.filter.where: only the source 'table' has columns to compare, not {self.source!r}; set "
                 "data.source=table, or drop the key"
+            )
+        if self.query is not None and self.source != "table":
+            raise ValueError(
+                f"data.query: only the source 'table' reads a database, not {self.source!r}; set data.source=table, or "
+                "drop the key"
             )
         if self.files is not None and self.source != "table":
             raise ValueError(

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import types
+from collections import Counter
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -243,6 +244,24 @@ def test_keep_first_and_sum(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["leave_one_out", "last_share", "global_time", "user_disjoint", "last_basket"])
+def test_all_rows_of_a_pair_are_events_until_it_is_held_out(tmp_path: Path, kind: str) -> None:
+    rows = [(f"u{n % 12}", f"i{n * n % 7}", n % 5 + 1, n) for n in range(300)]
+    path = write(tmp_path, HEAD + "".join(f"{user},{item},{stars},{at}\n" for user, item, stars, at in rows))
+    data = load(section(path, duplicates="keep_all"), seed=0)
+    assert data.interactions.height == len(rows) > len({row[:2] for row in rows})
+    parts = split(data, Split(kind=kind), seed=0)  # type: ignore[arg-type]
+    held = [pair for part in (parts.valid, parts.test) for pair in part.select("user_id", "item_id").iter_rows()]
+    shown = [pair for part in (parts.train, parts.known) for pair in part.select("user_id", "item_id").iter_rows()]
+    assert len(held) == len(set(held)) and not set(held) & set(shown)
+    # What is not held out is there as often as it happened.
+    whole = Counter(row[:2] for row in rows if row[:2] not in set(held))
+    assert Counter(shown) == whole if kind != "global_time" else Counter(shown) <= whole
+    last = {pair: max(at for *named, _, at in rows if tuple(named) == pair) for pair in held}
+    latest = {(user, item): at for user, item, _, at, _ in parts.test.iter_rows()}
+    assert all(at == last[pair] for pair, at in latest.items())
+
+
 def test_of_an_item_that_is_listed_again_the_first_entry_is_kept_where_that_is_said(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     films = write(tmp_path, "item_id,title\nx,One\ny,Two\nz,Three\nx,Other\n", "films.csv")
@@ -367,7 +386,7 @@ def test_missing_files(tmp_path: Path) -> None:
     fails(tmp_path / "rating.csv", Facts("missing-file", says=("did you mean 'ratings.csv'", "data.path")))
     fails(tmp_path / "nowhere" / "x.csv", Facts("missing-file"))
     fails(write(tmp_path, GOOD, "data"), Facts("wrong-format"))
-    fails(write(tmp_path, GOOD, "data.xlsx"), Facts("wrong-format", says=("'.xlsx'", ".csv", ".parquet")))
+    fails(write(tmp_path, GOOD, "data.doc"), Facts("wrong-format", says=("'.doc'", ".csv", ".parquet", ".xlsx")))
     (tmp_path / "folder.csv").mkdir()
     fails(tmp_path / "folder.csv", Facts("missing-file", says="a folder that holds no table"))
     fails(write(tmp_path, GOOD), Facts("missing-file", "gone.csv"), items=str(tmp_path / "gone.csv"))

@@ -48,7 +48,7 @@ _STRANGERS: tuple[tuple[bytes, str, str], ...] = (
     (b"%PDF", "a PDF file", "fetch or export the data as text"),
     (b"\x89PNG", "a picture", "check the path"),
     (b"\x7fELF", "a program", "check the path"),
-    (b"SQLite format 3", "a database", "export its table as CSV"),
+    (b"SQLite format 3", "a database", "name it as sqlite:///FILE with data.query, or export its table as CSV"),
     (b"\x93NUMPY", "a NumPy array, which is never read", "write it as CSV or Parquet"),
     (b"version https://git-lfs", "a Git LFS pointer and not the file itself", "fetch the file with `git lfs pull`"),
     *((bytes((0x80, n)), "a Python pickle, which is never read", "write it as CSV or Parquet") for n in range(2, 6)),

@@ -19,6 +19,7 @@ from llmrec.data.reading.limits import printable, reason
 from llmrec.data.reading.objects import json_file, json_lines
 from llmrec.data.reading.packed import PACKED, only_member
 from llmrec.data.reading.parquet import parquet
+from llmrec.data.reading.sheets import SHEETS, sheet_of, split_sheet
 from llmrec.data.reading.text import Table, check_path, delimited, read_bytes
 from llmrec.errors import DataError
 
@@ -46,11 +47,15 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
     """
     if path.is_dir() or is_pattern(path):
         return _several(path, wanted)
+    path, sheet = split_sheet(path)
     check_path(path)
     kind, packing = _endings(path)
     name = str(path)
     if wanted is not None and (found := _lean(path, kind, packing, wanted)) is not None:
         return found
+    if kind in SHEETS and not packing:
+        raw, sha256 = read_bytes(path, text=False)
+        return sheet_of(path, raw, sha256, sheet)
     if packing == ".zip":
         stored, sha256 = read_bytes(path, text=False)
         inner, raw = only_member(path, stored, _TABLES)
@@ -60,7 +65,7 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
             name,
             "wrong-format",
             f": a file that ends in {repr(kind) if kind else 'nothing'} is no table; write one that ends in "
-            f"{', '.join(sorted(_TABLES))}",
+            f"{', '.join(sorted((*_TABLES, *SHEETS)))}",
         )
     raw, sha256 = read_bytes(path, text=kind not in _PARQUET)
     return _read(name, raw, sha256, kind)

@@ -16,10 +16,12 @@ from llmrec.data import dataset as filters
 from llmrec.data.assemble import assemble, catalogue
 from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.reading.columns import find, ids, numbers, one_per_item, texts, times
+from llmrec.data.reading.databases import is_database, read_query
 from llmrec.data.reading.lean import Kind
 from llmrec.data.reading.limits import reason
 from llmrec.data.reading.objects import json_lines
 from llmrec.data.reading.parquet import from_arrow
+from llmrec.data.reading.sheets import split_sheet
 from llmrec.data.reading.table import fitting, is_pattern, joined, read_table
 from llmrec.data.reading.text import Table, read_bytes, user_path
 from llmrec.data.reading.where import kept
@@ -143,9 +145,24 @@ def _main(section: DataSection) -> Table:
 
 
 def _rows(path: str, section: DataSection) -> Table:
+    if is_database(path) or section.query is not None:
+        found = _queried(path, section.query)
+        return found if section.filter.where is None else kept(found, section.filter.where)
     if section.filter.where is not None:
         return kept(_read(path), section.filter.where)
     return _read(path, _wanted(section.columns))
+
+
+def _queried(path: str, query: str | None) -> Table:
+    if not is_database(path) or query is None:
+        lacks = f"data.path={path} is no database" if query is not None else f"data.path={path} is a database"
+        raise DataError(
+            f"{lacks}: a database is read by sqlite:///FILE, duckdb:///FILE or postgresql://USER@HOST/NAME as "
+            "data.path, with a SELECT as data.query; set both",
+            kind="missing-key" if query is None else "contradiction",
+            column="data.query",
+        )
+    return read_query(path, query)
 
 
 def _wanted(columns: Columns) -> dict[str, Kind]:
@@ -165,6 +182,7 @@ def _wanted(columns: Columns) -> dict[str, Kind]:
 def _name(section: DataSection) -> str:
     """Return what the data is called: a hub's name, the file without its ending, or the folder of several files."""
     path = section.path or (section.files.train if section.files else "")
+    path = split_sheet(Path(path))[0].name if not is_database(path) and "#" in path else path
     if path.startswith(_HUB):
         return path.removeprefix(_HUB).partition(":")[0]
     name = Path(path).absolute().parent.name if section.files else Path(path).name.split(".")[0]

@@ -1,0 +1,119 @@
+"""Reads what a query of a database gives: of SQLite and DuckDB files and of PostgreSQL, never with leave to write."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+import polars as pl
+import pyarrow as pa
+
+from llmrec.data.reading.limits import reason, require_file
+from llmrec.data.reading.parquet import from_arrow
+from llmrec.data.reading.text import Table
+from llmrec.errors import DataError, MissingExtra, require
+
+KEY = "data.query"
+
+
+def is_database(path: str) -> bool:
+    """Whether ``data.path`` names a database, by how it begins: ``sqlite://``, ``duckdb://`` or ``postgresql://``."""
+    return urlsplit(path).scheme in _READ and "://" in path
+
+
+def read_query(url: str, query: str) -> Table:
+    """Read the rows of a query.
+
+    The password of a server never stands in a recipe, which is copied into results: PGPASSWORD or ~/.pgpass has it.
+
+    Args:
+        url: ``sqlite:///FILE``, ``duckdb:///FILE`` (a fourth slash for a path from the root), or
+            ``postgresql://USER@HOST:PORT/NAME``.
+        query: One SELECT. Without times its order is the order in time, so that it needs ORDER BY then.
+
+    Raises:
+        DataError: If the database cannot be opened, the query fails or gives no rows, or the URL holds a password.
+        MissingExtra: If the package that reads this kind is not installed.
+    """
+    parts = urlsplit(url)
+    if parts.password or "password" in parts.query.lower():
+        raise DataError(
+            "data.path: a password stands in the URL, and recipes are copied into results; take it out, and set "
+            "PGPASSWORD or write ~/.pgpass",
+            kind="unsafe",
+            column="data.path",
+        )
+    try:
+        found = _READ[parts.scheme](url, query)
+    except (DataError, MissingExtra):
+        raise
+    except Exception as error:  # each library has errors of its own
+        raise DataError.at(
+            url, "unreadable", f": the query cannot be answered ({reason(error)}); correct {KEY}, or data.path", KEY
+        ) from error
+    table = found.combine_chunks() if isinstance(found, pa.Table) else found
+    return from_arrow(url, table, _sha256(table))
+
+
+def _sha256(table: pa.Table) -> str:
+    total = hashlib.sha256()
+    with pa.ipc.new_stream(_Sink(total), table.schema) as stream:
+        stream.write_table(table)
+    return total.hexdigest()
+
+
+class _Sink:
+    """A file whose bytes are hashed and dropped."""
+
+    closed = False
+
+    def __init__(self, total: Any) -> None:
+        self._total = total
+
+    def write(self, data: Any) -> int:
+        self._total.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _file(url: str) -> Path:
+    path = Path(url.partition(":///")[2]).expanduser()
+    require_file(path, "check data.path", "the database")
+    return path
+
+
+def _sqlite(url: str, query: str) -> Any:
+    with closing(sqlite3.connect(f"file:{quote(str(_file(url).resolve()))}?mode=ro", uri=True)) as connection:
+        return pl.read_database(query, connection, infer_schema_length=None).to_arrow()
+
+
+def _duckdb(url: str, query: str) -> Any:
+    with closing(require("duckdb", "tables").connect(str(_file(url)), read_only=True)) as connection:
+        # Nothing but this file is read: neither other files nor the network.
+        connection.execute("SET enable_external_access = false")
+        found = connection.sql(query)
+        if found is None:
+            raise ValueError("it gives no rows")
+        return found.to_arrow_table()
+
+
+def _postgresql(url: str, query: str) -> Any:
+    dbapi = require("adbc_driver_postgresql.dbapi", "tables")
+    mark = "&" if urlsplit(url).query else "?"
+    option = urlencode({"options": "-c default_transaction_read_only=on"}, quote_via=quote)
+    with dbapi.connect(f"{url}{mark}{option}") as connection, connection.cursor() as cursor:
+        cursor.execute(query)
+        return cursor.fetch_arrow_table()
+
+
+_READ: Mapping[str, Callable[[str, str], Any]] = {"sqlite": _sqlite, "duckdb": _duckdb, "postgresql": _postgresql}

@@ -1,0 +1,215 @@
+"""Spreadsheets and databases: the same rows as in a CSV file, read without leave to write."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import polars as pl
+import pytest
+
+from llmrec.data.dataset import Dataset
+from llmrec.data.sources.table import load
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.recipe.load import as_recipe
+from llmrec.recipe.schema import DataSection
+from tests.facts import Facts, raises
+
+ROWS = [(f"u{n % 6}", f"i{n % 5}", 1.0 + n % 5, 1_000 + n, f"Film {n % 5} & Co.") for n in range(30)]
+NAMES = ("user_id", "item_id", "rating", "timestamp", "title")
+QUERY = "SELECT user_id, item_id, rating, timestamp, title FROM events ORDER BY timestamp"
+CREATE = "CREATE TABLE events (user_id TEXT, item_id TEXT, rating DOUBLE PRECISION, timestamp BIGINT, title TEXT)"
+NAMESPACE = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+
+
+def loaded(path: object, **keys: Any) -> Dataset:
+    return load(DataSection(source="table", path=str(path), duplicates="keep_last", **keys), seed=0)
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> str:
+    pl.DataFrame(ROWS, schema=list(NAMES), orient="row").write_csv(tmp_path / "rows.csv")
+    return loaded(tmp_path / "rows.csv").fingerprint
+
+
+# --------------------------------------------------------------------------- spreadsheets
+
+
+def sheet(rows: list[tuple[object, ...]]) -> str:
+    def cell(value: object) -> str:
+        if isinstance(value, str):
+            return f'<c t="inlineStr"><is><t>{escape(value)}</t></is></c>'
+        return f"<c><v>{value}</v></c>"
+
+    lines = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows)
+    return f"<worksheet {NAMESPACE}><sheetData>{lines}</sheetData></worksheet>"
+
+
+def workbook(path: Path, sheets: dict[str, list[tuple[object, ...]]]) -> Path:
+    kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    package = "http://schemas.openxmlformats.org/package/2006"
+    main = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+    numbers = range(1, len(sheets) + 1)
+    listed = "".join(
+        f'<sheet name="{name}" sheetId="{n}" r:id="r{n}"/>' for n, name in zip(numbers, sheets, strict=True)
+    )
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        parts = "".join(f'<Override PartName="/xl/sheet{n}.xml" ContentType="{main}.worksheet+xml"/>' for n in numbers)
+        archive.writestr(
+            "[Content_Types].xml",
+            f'<Types xmlns="{package}/content-types"><Default Extension="rels" '
+            f'ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+            f'<Override PartName="/xl/workbook.xml" ContentType="{main}.sheet.main+xml"/>{parts}</Types>',
+        )
+        archive.writestr(
+            "_rels/.rels",
+            f'<Relationships xmlns="{package}/relationships"><Relationship Id="r0" Type="{kind}/officeDocument" '
+            'Target="xl/workbook.xml"/></Relationships>',
+        )
+        archive.writestr(
+            "xl/workbook.xml", f'<workbook {NAMESPACE} xmlns:r="{kind}"><sheets>{listed}</sheets></workbook>'
+        )
+        links = "".join(f'<Relationship Id="r{n}" Type="{kind}/worksheet" Target="sheet{n}.xml"/>' for n in numbers)
+        archive.writestr(
+            "xl/_rels/workbook.xml.rels", f'<Relationships xmlns="{package}/relationships">{links}</Relationships>'
+        )
+        for n, rows in zip(numbers, sheets.values(), strict=True):
+            archive.writestr(f"xl/sheet{n}.xml", sheet(rows))
+    return path
+
+
+def test_a_sheet_is_the_table_that_it_shows(tmp_path: Path, expected: str, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("fastexcel")
+    blank: list[tuple[object, ...]] = [("", "", "", "", "")] * 3
+    book = workbook(tmp_path / "shop.xlsx", {"Orders": [NAMES, *ROWS, *blank], "Notes": [("note",), ("made by hand",)]})
+    with caplog.at_level(logging.WARNING):
+        found = loaded(book)
+    assert found.fingerprint == expected and found.name == "shop"
+    assert any("the first is read, Orders" in record.message for record in caplog.records)
+    assert loaded(f"{book}#Orders").fingerprint == expected
+    with raises(LlmrecError, Facts("unknown-name", "shop.xlsx", says=("'Ordres'", "Orders, Notes"))):
+        loaded(f"{book}#Ordres")
+    with raises(LlmrecError, Facts("missing-column", "shop.xlsx#Notes", column="user_id")):
+        loaded(f"{book}#Notes")
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        (lambda rows: [*rows[:4], ("u9", "", 3, 9, "x"), *rows[4:]], Facts("missing-value", row=4, column="item_id")),
+        (lambda rows: rows[:1], Facts("empty", "shop.xlsx")),
+        (lambda rows: [(*NAMES[:4], "rating"), *rows[1:]], Facts("duplicate", "shop.xlsx", column="rating")),
+    ],
+    ids=["no item", "header only", "a column twice"],
+)
+def test_a_fault_of_a_sheet_is_named(tmp_path: Path, change: Callable[[Any], Any], facts: Facts) -> None:
+    pytest.importorskip("fastexcel")
+    with raises(LlmrecError, facts):
+        loaded(workbook(tmp_path / "shop.xlsx", {"Orders": change([NAMES, *ROWS])}))
+
+
+def test_what_is_no_spreadsheet_or_unpacks_to_far_more(tmp_path: Path) -> None:
+    pytest.importorskip("fastexcel")
+    (tmp_path / "old.xls").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"x" * 5000)
+    with raises(LlmrecError, Facts("damaged", "old.xls")):
+        loaded(tmp_path / "old.xls")
+    with zipfile.ZipFile(tmp_path / "bomb.xlsx", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", b" " * 40_000_000)
+    with raises(LlmrecError, Facts("too-large", "bomb.xlsx")):
+        loaded(tmp_path / "bomb.xlsx")
+
+
+# --------------------------------------------------------------------------- databases
+
+
+def in_sqlite(folder: Path) -> str:
+    with closing(sqlite3.connect(folder / "shop.db")) as connection:
+        connection.execute(CREATE)
+        connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", ROWS)
+        connection.commit()
+    return f"sqlite:///{folder / 'shop.db'}"
+
+
+def in_duckdb(folder: Path) -> str:
+    duckdb = pytest.importorskip("duckdb")
+    with closing(duckdb.connect(str(folder / "shop.duckdb"))) as connection:
+        connection.execute(CREATE)
+        connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", ROWS)
+    return f"duckdb:///{folder / 'shop.duckdb'}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server of PostgreSQL, which listens on a socket in a folder of its own."""
+    pgserver = pytest.importorskip("pgserver")
+    dbapi = pytest.importorskip("adbc_driver_postgresql.dbapi")
+    with pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as running:
+        url = running.get_uri()
+        with dbapi.connect(url) as connection, connection.cursor() as cursor:
+            cursor.execute(CREATE)
+            for row in ROWS:
+                cursor.execute("INSERT INTO events VALUES ($1, $2, $3, $4, $5)", row)
+            connection.commit()
+        yield url
+
+
+@pytest.mark.parametrize("made", [in_sqlite, in_duckdb])
+def test_a_query_of_a_file_gives_a_table(tmp_path: Path, expected: str, made: Callable[[Path], str]) -> None:
+    url = made(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found = loaded(url, query=QUERY)
+    assert found.fingerprint == expected and found.name == "shop" and len(found.provenance["sha256"]) == 64
+    kept = loaded(url, query=QUERY, filter={"where": "rating >= 2"})
+    assert kept.interactions["rating"].min() == 2.0
+    for writes in ("DELETE FROM events", "DROP TABLE events", "CREATE TABLE more (n INTEGER)"):
+        with raises(LlmrecError, Facts("unreadable", column="data.query")):
+            loaded(url, query=writes)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_query_of_a_server_gives_a_table(server: str, expected: str) -> None:
+    assert loaded(server, query=QUERY).fingerprint == expected
+    for writes in ("DELETE FROM events", "DELETE FROM events RETURNING *", "CREATE TABLE more (n INTEGER)"):
+        with raises(LlmrecError, Facts("unreadable", column="data.query", says="read-only")):
+            loaded(server, query=writes)
+    assert loaded(server, query=QUERY).interactions.height == len(ROWS)
+
+
+def test_duckdb_reads_its_file_and_nothing_else(tmp_path: Path, expected: str) -> None:
+    url = in_duckdb(tmp_path)
+    with raises(LlmrecError, Facts("unreadable", column="data.query")):
+        loaded(url, query=f"SELECT * FROM read_csv('{tmp_path / 'rows.csv'}')")
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "facts"),
+    [
+        ("sqlite:///gone.db", QUERY, Facts("missing-file", "gone.db")),
+        ("sqlite:///shop.db", None, Facts("missing-key", column="data.query")),
+        ("rows.csv", QUERY, Facts("contradiction", column="data.query")),
+        ("postgresql://me:secret@host/shop", QUERY, Facts("unsafe", column="data.path", says="PGPASSWORD")),
+        ("postgresql://me@host/shop?password=secret", QUERY, Facts("unsafe", column="data.path")),
+        ("sqlite:///shop.db", "SELECT * FROM order", Facts("unreadable", column="data.query")),
+        ("sqlite:///shop.db", "SELECT * FROM events WHERE 1 = 0", Facts("empty")),
+    ],
+    ids=["no file", "no query", "no database", "a password", "another password", "no SQL", "no rows"],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: str, path: str, query: str | None, facts: Facts
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    in_sqlite(tmp_path)
+    with raises(LlmrecError, facts) as found:
+        loaded(path, query=query)
+    assert "secret" not in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_query_belongs_to_a_table() -> None:
+    with pytest.raises(RecipeError, match=r"data\.query"):
+        as_recipe({"name": "x", "data": {"source": "movielens-100k", "query": QUERY}, "tasks": {"sequential": {}}})
