@@ -179,6 +179,7 @@ def test_nothing_is_written_over_without_force(folder: Path) -> None:
         (["orders.csv", "--dates", "dayfirst"], ["did you mean 'day-first'"]),
         (["ordrs.csv"], ["did you mean 'orders.csv'"]),
         (["hf://someone/data"], ["Parquet"]),
+        (["sqlite:///shop.db"], ["sqlite:///shop.db", "Parquet"]),
         (["orders.xlsx"], ["orders.xlsx"]),
         (["bestellungen.csv", "--mend", "x.txt"], ["x.txt", ".parquet"]),
         (["clicks.csv", "--items", "orders.csv"], ["orders.csv", "'sku'"]),

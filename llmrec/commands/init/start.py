@@ -17,6 +17,7 @@ from llmrec.commands.init.page import Page, minutes, render
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
 from llmrec.commands.init.profile import Peek, peek, profile, shown
 from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
+from llmrec.data.reading.databases import is_database
 from llmrec.data.reading.table import is_pattern
 from llmrec.data.reading.text import Table, user_path
 from llmrec.data.sources.recognise import sources_with
@@ -142,11 +143,12 @@ def _target(out: Path | None, name: str, force: bool) -> Path:
 
 
 def _file(text: str) -> Path:
-    if text.startswith("hf://"):
+    if text.startswith("hf://") or is_database(text):
         raise DataError.at(
             text,
             "wrong-format",
-            ": init looks at files; save the data set as Parquet and give that file, or write the recipe by hand",
+            ": init looks at files; save the rows as Parquet and give that file, call llmrec.init(frame) in Python, or "
+            "write the recipe by hand",
         )
     path = user_path(text)
     if not path.exists() and not is_pattern(path):

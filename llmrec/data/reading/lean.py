@@ -70,7 +70,7 @@ class _Column:
             found = values.cast(pl.String).fill_null("").cast(self._known)
             self._parts.append(found.to_physical().to_numpy())
         elif self.kind == "number" and values.dtype.is_float():
-            if not values.is_finite().all():
+            if values.null_count() or not values.is_finite().all():
                 raise _Unusual
             self._parts.append(values.to_numpy())
         else:
@@ -285,6 +285,8 @@ def _header(piece: bytes, usual: str) -> tuple[list[str], str, bytes]:
     mark = separator_of(line, usual)
     names = [name.strip() for name in line.split(mark)]
     if '"' in line or "\0" in line or not 2 <= len(names) == len(set(names)) <= MAX_COLUMNS:
+        raise _Unusual
+    if len(line) > _HEAD:
         raise _Unusual
     return names, mark, piece[end:]
 
