@@ -27,8 +27,8 @@ ROWS_A_USER = 50
 _BLOCK = 2_000_000
 _MIB = 2**20
 SIZES = (1_000_000, 10_000_000)
-# Item-kNN over a hundred million rows takes the similarities of too many pairs.
-_KNN_UP_TO = 10_000_000
+# Steps of up to ten places, and similarities, of a hundred million rows are of a thousand million pairs of items.
+_PAIRS_UP_TO = 10_000_000
 
 
 def make(path: Path, rows: int) -> None:
@@ -82,7 +82,7 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
     """Return the stages by name; each reads and adds to what the others made."""
     from llmrec.backends.encode import Encoder
     from llmrec.baselines.knn import ItemKNN
-    from llmrec.baselines.markov import Markov
+    from llmrec.baselines.markov import FirstOrder, Markov
     from llmrec.baselines.popular import Popularity
     from llmrec.data.sources.table import load
     from llmrec.data.split import split
@@ -127,9 +127,10 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
         ("tasks and candidates of 1,000 users", studied),
         ("training plan of 20 steps", planned),
         ("popularity", asked(Popularity)),
-        ("markov", asked(Markov)),
+        ("markov-1", asked(FirstOrder)),
     ]
-    return [*found, ("item-knn", asked(ItemKNN))] if rows <= _KNN_UP_TO else found
+    more = (("markov", Markov), ("item-knn", ItemKNN))
+    return [*found, *((name, asked(kind)) for name, kind in more)] if rows <= _PAIRS_UP_TO else found
 
 
 def _measure(path: Path, rows: int, out: Any) -> None:

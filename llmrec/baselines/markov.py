@@ -154,7 +154,7 @@ def _voted(model: _Transitions, requests: Sequence[Request], order: int, decay: 
 
 def _steps(log: Log, size: int, order: int, decay: float) -> Any:
     """Count the steps of up to ``order`` places within each user's sequence, sparse, shape (items, items)."""
-    after = sparse.csr_array((size, size), dtype=np.float64)
-    for gap in range(1, order + 1):
+    after = log.steps(1, size)
+    for gap in range(2, order + 1):
         after = after + log.steps(gap, size, decay ** (gap - 1))
     return after
