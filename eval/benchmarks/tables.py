@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -182,21 +183,24 @@ def measured(path: Path, rows: int) -> list[dict[str, Any]]:
 
 
 def main(target: Path, folder: Path, sizes: tuple[int, ...]) -> None:
-    """Make the tables that are not there, measure, and write after each of them."""
+    """Make the tables that are not there, measure, and write after each; what was measured of other sizes stays."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = json.loads(target.read_text(encoding="utf-8"))["tables"] if target.is_file() else []
     result: dict[str, Any] = {
         "command": "make bench-tables",
         "what": "seconds of each stage, and the peak memory of the process in it, by rows of a made-up CSV table",
         "rows_a_user": ROWS_A_USER,
         "machine": machine(),
         "versions": versions(),
-        "tables": [],
+        "tables": [table for table in before if table["rows"] not in sizes],
     }
     for rows in sizes:
         path = folder / f"table-{rows}.csv"
         if not path.exists():
             make(path, rows)
-        result["tables"].append({"rows": rows, "bytes": path.stat().st_size, "stages": measured(path, rows)})
+        found = {"rows": rows, "bytes": path.stat().st_size, "load": round(os.getloadavg()[0], 2)}
+        result["tables"].append(found | {"stages": measured(path, rows)})
+        result["tables"].sort(key=lambda table: table["rows"])
         write_json(target, result)
 
 
