@@ -6,12 +6,9 @@ the readers that understand it or say what is wrong: this one then gives nothing
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import hashlib
-import lzma
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.codes import from_dictionary
 from llmrec.data.reading.limits import BROKEN, Capped, stranger
+from llmrec.data.reading.packed import STREAMS
 from llmrec.data.reading.parquet import FAULTS, check_size, is_plain, is_text, room, spelled_out, unusable
 from llmrec.data.reading.text import LONGEST, MAX_COLUMNS, Table, in_arrow, preamble, separator_of
 from llmrec.errors import DataError, LlmrecError
@@ -41,13 +39,6 @@ _TEXTS = (pl.String, pl.Categorical, pl.Enum)
 # Bytes that are looked at to tell how many rows there are, and what a row takes at the peak.
 _HEAD, _ROW = 2**16, 100
 _FIELD = b"\x1f"  # a separator of one byte, which stands in for a longer one
-_OPENED: Mapping[str, Callable[[BinaryIO], Any]] = {
-    "": lambda stored: stored,
-    ".gz": lambda stored: gzip.GzipFile(fileobj=stored),
-    ".bz2": lambda stored: bz2.BZ2File(stored),
-    ".xz": lambda stored: lzma.LZMAFile(stored),  # noqa: SIM115 - it ends with the file below it
-    ".zst": lambda stored: pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd"),
-}
 
 
 class _Unusual(Exception):
@@ -129,7 +120,7 @@ def delimited(path: Path, separator: str, packing: str, wanted: Mapping[str, Kin
         with path.open("rb") as file:
             size = path.stat().st_size
             stored = _Hashed(file)
-            stream: Any = _OPENED[packing](stored)  # type: ignore[arg-type]
+            stream: Any = STREAMS[packing](stored) if packing else stored
             if packing:
                 stream = Capped(str(path), stream, size)
             names, rows = _delimited(stream, separator, wanted)

@@ -18,11 +18,11 @@ from llmrec.data.reading import limits
 from llmrec.data.reading.limits import BROKEN, Capped, archived, enumerated, printable, reason
 from llmrec.errors import DataError
 
-STREAMS: Mapping[str, Callable[[bytes], Any]] = {
-    ".gz": lambda stored: gzip.GzipFile(fileobj=io.BytesIO(stored)),
-    ".bz2": lambda stored: bz2.BZ2File(io.BytesIO(stored)),
-    ".xz": lambda stored: lzma.LZMAFile(io.BytesIO(stored)),  # noqa: SIM115 - `unpack` closes it
-    ".zst": lambda stored: pa.CompressedInputStream(pa.BufferReader(stored), "zstd"),
+STREAMS: Mapping[str, Callable[[Any], Any]] = {
+    ".gz": lambda stored: gzip.GzipFile(fileobj=stored),
+    ".bz2": lambda stored: bz2.BZ2File(stored),
+    ".xz": lambda stored: lzma.LZMAFile(stored),  # noqa: SIM115 - who opens it closes it
+    ".zst": lambda stored: pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd"),
 }
 """How files that are packed by themselves are opened, by ending."""
 _BLOCK = 4 * 2**20
@@ -43,7 +43,7 @@ def unpack(name: str, stored: bytes, ending: str = ".gz", limit: int | None = No
         DataError: If it is damaged or larger than it can be expected to be.
     """
     try:
-        with STREAMS[ending](stored) as stream:
+        with STREAMS[ending](io.BytesIO(stored)) as stream:
             return _all_of(Capped(name, stream, len(stored), limit or limits.MAX_BYTES))
     except (*BROKEN, pa.ArrowException) as error:
         kind = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}[ending]
