@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from llmrec.data.codes import Names, codes, in_numbers
+from llmrec.data.codes import Runs, codes, in_numbers
 from llmrec.data.hashing import digest_strings, hash_one
 from llmrec.data.reading.limits import reason
 from llmrec.data.split import SplitDataset, request_id
@@ -119,9 +119,11 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
     weights = _weights(data, place, section.kind)
     total = np.cumsum(weights)
     had = touched(data, split)
+    # Items that were filtered out have a name and no place, and nobody has touched them.
+    placed = np.array([place.get(name, -1) for name in had.names])
     sets: dict[str, tuple[str, ...]] = {}
     for held in data.holdouts(split):
-        banned = {place[item] for item in had[held.user_id]}
+        banned = set(placed[had.places(held.user_id)].tolist())
         if len(catalogue) - len(banned) < section.count - 1:
             raise DataError(
                 f"user {held.user_id!r} has touched {len(banned)} of {len(catalogue)} items, so only "
@@ -141,25 +143,27 @@ class Touched(Mapping[str, frozenset[str]]):
     """The items of every user, in columns: four bytes a row."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
-        self._values, rows = codes(frame["user_id"])
-        self._users = Names(self._values)
+        users, rows = codes(frame["user_id"])
         names, items = codes(frame["item_id"])
-        self._items = names.to_list()
-        self._sorted = items[np.argsort(rows, kind="stable")]
-        self._ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(self._users)))])
+        self.names = names.to_list()
+        self._items = items[np.argsort(rows, kind="stable")]
+        self._runs = Runs(users, rows)
+
+    def places(self, user: str) -> NDArray[np.integer]:
+        """Return the places of a user's items among ``names``, one for each row."""
+        return self._items[self._runs.of(user)]
 
     def __getitem__(self, user: str) -> frozenset[str]:
-        code = self._users.code(user)
-        part = slice(0, 0) if code is None else slice(int(self._ends[code]), int(self._ends[code + 1]))
-        if part.start == part.stop:
+        found = self.places(user)
+        if not len(found):
             raise KeyError(user)
-        return frozenset(map(self._items.__getitem__, self._sorted[part].tolist()))
+        return frozenset(map(self.names.__getitem__, found.tolist()))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values.filter(np.diff(self._ends) > 0))
+        return iter(self._runs.users.filter(np.diff(self._runs.ends) > 0))
 
     def __len__(self) -> int:
-        return int((np.diff(self._ends) > 0).sum())
+        return int((np.diff(self._runs.ends) > 0).sum())
 
 
 def touched(data: SplitDataset, split: SplitName) -> Touched:

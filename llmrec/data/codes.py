@@ -30,10 +30,9 @@ def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.i
 
 def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
     """Return coded columns as one, behind each other."""
-    values = pl.concat([codes(part)[0] for part in parts]).unique().sort()
-    places = [values.search_sorted(codes(part)[0]).to_numpy() for part in parts]
-    numbers = [place[codes(part)[1]] for place, part in zip(places, parts, strict=True)]
-    return from_dictionary(name, values, numbers)
+    known = [codes(part) for part in parts]
+    values = pl.concat([own for own, _ in known]).unique().sort()
+    return from_dictionary(name, values, (values.search_sorted(own).to_numpy()[rows] for own, rows in known))
 
 
 def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
@@ -80,6 +79,30 @@ class Names(Sequence[str]):
         """Return the code of a value; None for one that has none."""
         place = bisect_left(self, name)
         return place if place < len(self) and self[place] == name else None
+
+
+class Runs:
+    """Where the rows of every user stand in a table whose rows lie user by user.
+
+    Attributes:
+        users: The users that codes stand for, sorted.
+        ends: Where the rows of each begin, and behind the last one their number, shape (users + 1,).
+    """
+
+    def __init__(self, users: pl.Series, rows: NDArray[np.integer]) -> None:
+        """Count.
+
+        Args:
+            users: The users that codes stand for.
+            rows: Code of each row's user, in any order.
+        """
+        self.users, self._names = users, Names(users)
+        self.ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(users)))])
+
+    def of(self, user: str) -> slice:
+        """Return the rows of a user; none for one that is not known."""
+        code = self._names.code(user)
+        return slice(0, 0) if code is None else slice(int(self.ends[code]), int(self.ends[code + 1]))
 
 
 def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:

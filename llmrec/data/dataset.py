@@ -50,20 +50,17 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
         if frame[name].null_count():
             raise DataError(f"interactions need a value in every row of {name!r}", kind="missing-value", column=name)
     try:
-        made = {name: coded(frame[name]) for name in ("user_id", "item_id")}
-        for name in ("rating", "timestamp"):
-            made[name] = frame[name].cast(SCHEMA[name]) if name in frame.columns else _nothing(frame, SCHEMA[name])
-        said = frame["text"].cast(pl.String) if "text" in frame.columns else _nothing(frame, pl.Null())
-        made["text"] = said if said.null_count() < len(said) else _nothing(frame, pl.Null())
+        nothing = pl.repeat(None, frame.height, dtype=pl.Null, eager=True)
+        given = {name: frame[name] if name in frame.columns else nothing for name in SCHEMA}
+        made = {name: coded(given[name]) for name in ("user_id", "item_id")}
+        made |= {name: given[name].cast(SCHEMA[name]) for name in ("rating", "timestamp")}
+        has_text = given["text"].null_count() < frame.height
+        made["text"] = given["text"].cast(pl.String) if has_text else nothing
         return pl.DataFrame(made)
     except pl.exceptions.PolarsError as error:
         raise DataError(
             f"an interaction column has a type that cannot be used: {reason(error)}", kind="bad-value"
         ) from error
-
-
-def _nothing(frame: pl.DataFrame, dtype: pl.DataType) -> pl.Series:
-    return pl.Series([None], dtype=dtype).new_from_index(0, frame.height)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.data.codes import Names, codes
+from llmrec.data.codes import Runs, codes
 from llmrec.types import Event
 
 # Events that are kept as objects, some 130 bytes each, since they are asked for again and again.
@@ -24,12 +24,11 @@ class Events:
     """
 
     def __init__(self, frame: pl.DataFrame) -> None:
-        values, rows = codes(frame["user_id"])
-        self._users, self._values = Names(values), values
+        users, rows = codes(frame["user_id"])
         if (rows[1:] < rows[:-1]).any():
             order = np.argsort(rows, kind="stable")
             frame, rows = frame[order], rows[order]
-        self._ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(self._users)))])
+        self._runs = Runs(users, rows)
         names, self._items = codes(frame["item_id"])
         self._names = names.to_list()
         self._ratings, self._times = (_numbers(frame[name]) for name in ("rating", "timestamp"))
@@ -39,7 +38,7 @@ class Events:
 
     def count(self, user: str) -> int:
         """Return how many events a user has."""
-        part = self._part(user)
+        part = self._runs.of(user)
         return int(part.stop - part.start)
 
     def counts(self, *, rated: bool) -> Mapping[str, int]:
@@ -47,9 +46,9 @@ class Events:
         whole = np.ones(len(self._items), dtype=bool)
         kept = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(whole)
         sums = np.concatenate([[0], np.cumsum(kept if rated else whole)])
-        found = sums[self._ends[1:]] - sums[self._ends[:-1]]
+        found = np.diff(sums[self._runs.ends])
         present = found > 0
-        return dict(zip(self._values.filter(present).to_list(), found[present].tolist(), strict=True))
+        return dict(zip(self._runs.users.filter(present).to_list(), found[present].tolist(), strict=True))
 
     def of(self, user: str) -> tuple[Event, ...]:
         """Return a user's events in order; none for a user without any."""
@@ -66,7 +65,7 @@ class Events:
         return found
 
     def _made(self, user: str) -> tuple[Event, ...]:
-        part = self._part(user)
+        part = self._runs.of(user)
         count = part.stop - part.start
         if not count:
             return ()
@@ -81,11 +80,6 @@ class Events:
             Event(item_id=names[item], rating=rating, timestamp=time, text=text)
             for item, rating, time, text in zip(self._items[part].tolist(), ratings, times, texts, strict=True)
         )
-
-    def _part(self, user: str) -> slice:
-        """Return where a user's rows stand."""
-        code = self._users.code(user)
-        return slice(0, 0) if code is None else slice(int(self._ends[code]), int(self._ends[code + 1]))
 
 
 def _numbers(series: pl.Series) -> NDArray[np.float64] | None:

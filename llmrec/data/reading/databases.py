@@ -49,14 +49,14 @@ def read_query(url: str, query: str) -> Table:
             column="data.path",
         )
     try:
-        found = _READ[parts.scheme](url, query)
+        # The hash is that of the rows, whatever blocks they came in.
+        table = _READ[parts.scheme](url, query).combine_chunks()
     except (DataError, MissingExtra):
         raise
     except Exception as error:  # each library has errors of its own
         raise DataError.at(
             url, "unreadable", f": the query cannot be answered ({reason(error)}); correct {KEY}, or data.path", KEY
         ) from error
-    table = found.combine_chunks() if isinstance(found, pa.Table) else found
     return from_arrow(url, table, _sha256(table))
 
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -171,7 +172,7 @@ def _table(name: str, names: Sequence[str], rows: Sequence[pl.Series], sha256: s
     if not rows or not len(rows[0]):
         return None
     read = {each.name: each for each in rows}
-    nothing = pl.Series([None], dtype=pl.Null).new_from_index(0, len(rows[0]))
+    nothing = pl.repeat(None, len(rows[0]), dtype=pl.Null, eager=True)
     frame = pl.DataFrame([read.get(each, nothing.alias(each)) for each in names])
     return Table(name, frame, sha256, header=header, unread=frozenset(names) - read.keys())
 
@@ -223,7 +224,7 @@ def _delimited(stream: Any, usual: str, wanted: Mapping[str, Kind]) -> tuple[lis
         raise _Unusual
     floats = {column.name for column in columns if column.kind == "number"}
     with ThreadPoolExecutor() as pool:
-        for number, piece in enumerate(_with(body, pieces)):
+        for number, piece in enumerate(chain(filter(None, (body,)), pieces)):
             raw = _plain(piece, mark)
             try:
                 found = _parsed(raw, mark, names, columns, floats)
@@ -237,12 +238,6 @@ def _delimited(stream: Any, usual: str, wanted: Mapping[str, Kind]) -> tuple[lis
             del found
     pa.default_memory_pool().release_unused()
     return names, [column.whole() for column in columns]
-
-
-def _with(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    if first:
-        yield first
-    yield from rest
 
 
 def _pieces(stream: Any) -> Iterator[bytes]:

@@ -178,7 +178,7 @@ def joined(tables: Sequence[Table]) -> Table:
 def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> pl.Series:
     """Return the values of a column of several tables."""
     if name in unread:
-        return pl.Series(name, [None], dtype=pl.Null).new_from_index(0, sum(map(len, parts)))
+        return pl.repeat(None, sum(map(len, parts)), dtype=pl.Null, eager=True).alias(name)
     if all(isinstance(part.dtype, pl.Enum) for part in parts):
         return stacked(name, parts)
     plain = [part.cast(pl.String) if isinstance(part.dtype, pl.Enum) else part for part in parts]
