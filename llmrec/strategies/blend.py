@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 from llmrec.errors import LlmrecError
 from llmrec.metrics.stats import StatisticName
 from llmrec.strategies.fusion_weights import FOLDS, Form, Tried, Weights, folds_of, left_out, limits_of
-from llmrec.strategies.weighed import Weighed, free_of
+from llmrec.strategies.weighed import Weighed, free_of, settled
 from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:
@@ -206,6 +206,8 @@ class Blend(Weighed):
             (form, f"penalty {penalty:g}"): partial(plain, penalty) for penalty in _PENALTIES
         }
         for place, name in enumerate(self.names):
+            if ("alone", name) in settled(bases):
+                continue
             fits["alone", name] = partial(given, _Line(0.0, np.eye(len(self.names))[place]))
         beside = {}
         for base in bases:

@@ -99,9 +99,11 @@ class Weighed:
     ) -> None:
         """Keep the form of a ranking with the best cross-fitted NDCG@10, or the given one, fitted to all cases.
 
-        To the forms belong fusions ``onto`` which the parts that they lack may be put: as they are, and with these.
+        To the forms belong fusions ``onto`` which the parts that they lack may be put: as they are, and with these. Their
+        own parts alone do not: more users than these may have said already that the fusion is better.
         """
-        folds, fits, every = folds_of(self.name, users), forms(known, self.names), np.arange(len(users))
+        folds, every = folds_of(self.name, users), np.arange(len(users))
+        fits = {form: fit for form, fit in forms(known, self.names).items() if form not in settled(onto)}
         bases = {base.name: _Base(base, self.names, users) for base in onto}
         fits |= {(base.of.fitted.form, name): base.as_is for name, base in bases.items()}
         beside = {f"{name} and {base.others(self.names)}": base for name, base in bases.items()}
@@ -147,6 +149,11 @@ class Weighed:
             self.without = tuple(
                 left_out(name, all_parts, each, users[:count]) for name, each in zip(self.names, rest, strict=True)
             )
+
+
+def settled(bases: Sequence[Weighed]) -> set[tuple[Form, str]]:
+    """Return the forms that some fusion was found better than: each of its parts alone."""
+    return {("alone", name) for base in bases for name in base.names}
 
 
 def free_of(base: Weighed, names: Sequence[str]) -> tuple[int, ...]:

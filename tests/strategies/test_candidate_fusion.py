@@ -95,7 +95,8 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_fusion_that_many_have_weighed
     joined = CandidateFusion("joined", [_voice("one", one), _voice("two", two), _voice("new", new)])
     few = cases[:80]
     joined.fit(few, dissect=True, onto=[base])
-    assert {each.name for each in joined.tried} == {"logit", "pool", "one", "two", "new", "base", "base and new"}
+    # That the base is better than its parts alone has been said by more cases.
+    assert {each.name for each in joined.tried} == {"logit", "pool", "new", "base", "base and new"}
     known = joined._known(
         few,
         [case.request.candidates or () for case in few],
