@@ -7,28 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from llmrec.durable import Json
 from llmrec.errors import RecipeError, did_you_mean
 
+# Pages of published data sets, by name: a file more is a source more.
+SETS: Mapping[str, Path] = {
+    page.stem: page for page in sorted((Path(__file__).parent / "data" / "sets").glob("*.yaml"))
+}
+
 SOURCES: Mapping[str, str] = {
+    **dict.fromkeys(SETS, "llmrec.data.sources.published:published"),
     "movielens-100k": "llmrec.data.sources.table:movielens_100k",
     "movielens-small": "llmrec.data.sources.table:movielens_small",
-    "movielens-1m": "llmrec.data.sources.published:movielens_1m",
-    "movielens-10m": "llmrec.data.sources.published:movielens_10m",
-    "movielens-20m": "llmrec.data.sources.published:movielens_20m",
-    "movielens-25m": "llmrec.data.sources.published:movielens_25m",
-    "movielens-32m": "llmrec.data.sources.published:movielens_32m",
-    "movielens-latest": "llmrec.data.sources.published:movielens_latest",
-    "amazon-2014": "llmrec.data.sources.amazon:amazon_2014",
-    "amazon-2018": "llmrec.data.sources.amazon:amazon_2018",
-    "amazon-2023": "llmrec.data.sources.amazon:amazon_2023",
-    "steam": "llmrec.data.sources.published:steam",
-    "yelp": "llmrec.data.sources.published:yelp",
-    "goodreads": "llmrec.data.sources.published:goodreads",
-    "lastfm-2k": "llmrec.data.sources.published:lastfm_2k",
-    "lastfm-1k": "llmrec.data.sources.published:lastfm_1k",
     "mind": "llmrec.data.sources.mind:mind",
     "sequences": "llmrec.data.sources.sequences:sequences",
     "samples": "llmrec.data.sources.samples:samples",

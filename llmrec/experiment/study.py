@@ -226,7 +226,7 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     data, reviews = load_tables(recipe, data)
     templates = {family: load_templates(family, family_of(family).prompts) for family in families}
     candidates = None
-    if recipe.eval.candidates.kind != "catalogue" and any(family_of(family).ranks_for_users for family in families):
+    if any(family_of(family).ranks_for_users for family in families):
         candidates = draw_sets(recipe, data, recipe.eval.split)
     held, aligned = _aligned(recipe, data)
     index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
@@ -264,9 +264,11 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     return study
 
 
-def draw_sets(recipe: Recipe, data: SplitDataset, split: SplitName) -> CandidateSets:
-    """Draw or retrieve the candidate sets of a split, as the recipe says."""
+def draw_sets(recipe: Recipe, data: SplitDataset, split: SplitName) -> CandidateSets | None:
+    """Draw or retrieve the candidate sets of a split, as the recipe says; None where the catalogue is ranked."""
     section = recipe.eval.candidates
+    if section.kind == "catalogue":
+        return None
     if section.kind == "retrieved":
         return retrieve(data, split, section, seed=recipe.seed, finder=fused_finder(recipe))
     return draw(data, split, section, seed=recipe.seed)

@@ -19,7 +19,7 @@ from llmrec.registry import TASKS
 from llmrec.resources import resource
 
 KeyPath = tuple[str | int, ...]
-Page = TypeVar("Page", Recipe, Suite, Benchmark)
+Page = TypeVar("Page", bound=BaseModel)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -33,15 +33,42 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = _find(Path(path), "recipes")
     values, lines = _read(file)
-    base = values.pop("base", None)
-    if base is not None:
-        base_values, base_lines = _read(_find(file.parent / str(base), "recipes"))
-        if "base" in base_values:
-            raise RecipeError.at(
-                file, "contradiction", f": base recipe {base} has a base of its own; only one level is read", "base"
-            )
-        values, lines = _merge(base_values, values), {**base_lines, **lines}
+    values, lines = _on_its_base(file, values, lines, {})
     return _validated(Recipe, values, lines, file, overrides)
+
+
+def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Mapping[str, Path]) -> Page:
+    """Read a page of another kind.
+
+    Args:
+        model: Its keys.
+        path: The page.
+        more: Values that it need not say.
+        known: Pages that its ``base`` may name; any other base is a path beside the page.
+
+    Raises:
+        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
+    """
+    if not path.is_file():
+        raise RecipeError.at(path, "missing-file", " does not exist; give the path of a page")
+    values, lines = _read(path)
+    values, lines = _on_its_base(path, values, lines, known)
+    return _validated(model, {**more, **values}, lines, path, ())
+
+
+def _on_its_base(
+    file: Path, values: dict[str, Json], lines: dict[KeyPath, int], known: Mapping[str, Path]
+) -> tuple[dict[str, Json], dict[KeyPath, int]]:
+    """Return a page's values and lines over those of its base, if it names one."""
+    base = values.pop("base", None)
+    if base is None:
+        return values, lines
+    base_values, base_lines = _read(known.get(str(base)) or _find(file.parent / str(base), "recipes"))
+    if "base" in base_values:
+        raise RecipeError.at(
+            file, "contradiction", f": its base {base} has a base of its own; only one level is read", "base"
+        )
+    return _merge(base_values, values), {**base_lines, **lines}
 
 
 def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

@@ -99,8 +99,8 @@ class Weighed:
     ) -> None:
         """Keep the form of a ranking with the best cross-fitted NDCG@10, or the given one, fitted to all cases.
 
-        To the forms belong fusions ``onto`` which the parts that they lack may be put: as they are, and with these. Their
-        own parts alone do not: more users than these may have said already that the fusion is better.
+        To the forms belong fusions ``onto`` which the parts that they lack may be put: as they are, and with these.
+        Their own parts alone do not: more users than these may have said already that the fusion is better.
         """
         folds, every = folds_of(self.name, users), np.arange(len(users))
         fits = {form: fit for form, fit in forms(known, self.names).items() if form not in settled(onto)}

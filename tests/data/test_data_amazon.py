@@ -12,8 +12,7 @@ import pytest
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.reading.typed import has_markup, plain
-from llmrec.data.sources import counts
-from llmrec.data.sources.counts import PUBLISHED
+from llmrec.data.sources.sets import known
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
@@ -281,20 +280,19 @@ def test_order_and_fingerprint(beauty: Path) -> None:
     assert data.fingerprint.startswith("a928ba3938fe")
 
 
-def test_published_counts(beauty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_published_counts(beauty: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = "published: 22,363 users / 12,101 items / 198,502 interactions (the page of the Amazon 2014 set); here: "
     assert read(2014, beauty).provenance["published"].startswith(told + "2 users / 2 items / 3 interactions")
     assert told in caplog.text
     assert "published" not in read(2014, write(beauty / "x" / "mine.json", jsonl(REVIEWS))).provenance
-    monkeypatch.setattr(counts, "PUBLISHED", {("amazon-2014", "reviews_Beauty_5.json"): counts.Counts(2, None, 3, "p")})
-    assert read(2014, beauty).provenance["published"] == "as published: 2 users / 3 interactions (p)"
 
 
 def test_published_figures_of_well_known_files() -> None:
-    toys = PUBLISHED["amazon-2014", "reviews_Toys_and_Games_5.json"]
-    assert (toys.users, toys.items, toys.interactions) == (19_412, 11_924, 167_597)
-    assert PUBLISHED["amazon-2018", "Books_5.json"].interactions == 27_164_983
-    assert PUBLISHED["amazon-2023", "Video_Games.csv"].rounded
+    old, middle, new = (known(f"amazon-{year}").counts for year in (2014, 2018, 2023))
+    assert old is not None and middle is not None and new is not None
+    assert old.files["reviews_Toys_and_Games_5.json"] == (19_412, 11_924, 167_597)
+    assert middle.files["Books_5.json"][2] == 27_164_983
+    assert new.rounded and "Video_Games.csv" in new.files
 
 
 @pytest.mark.parametrize(

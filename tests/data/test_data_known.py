@@ -20,13 +20,12 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.reading import blocks as streams
 from llmrec.data.reading import pieces
 from llmrec.data.reading.files import Member, captured, plain_name
-from llmrec.data.sources import counts
-from llmrec.data.sources import known as sets
-from llmrec.data.sources.counts import PUBLISHED, Counts, comparison
-from llmrec.data.sources.spec import Form, Known
+from llmrec.data.sources import sets
+from llmrec.data.sources.counts import Counts
+from llmrec.data.sources.spec import Form
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
-from llmrec.errors import DataError, ErrorKind
+from llmrec.errors import DataError, ErrorKind, RecipeError
 from llmrec.recipe.schema import Columns, DataSection, Split
 from llmrec.registry import SOURCES
 from tests.facts import Facts, raises
@@ -165,7 +164,7 @@ SETS: Mapping[str, Files] = {
     "lastfm-1k": LASTFM_1K,
     "mind": MIND,
 }
-KNOWN = {value.name: value for value in vars(sets).values() if isinstance(value, Known)}
+KNOWN = {page.name: page for page in sets.published()}
 
 
 def folder(path: Path, files: Files, *, packed: bool = False) -> Path:
@@ -647,20 +646,23 @@ def test_a_difference_from_what_is_published_is_said(tmp_path: Path, caplog: pyt
     assert told in caplog.text
 
 
-def test_agreement_is_said_without_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    same = {("movielens-1m", "ratings.dat"): Counts(2, 3, 4, "a page")}
-    monkeypatch.setattr(counts, "PUBLISHED", same)
-    data = read("movielens-1m", folder(tmp_path, ML_1M), filter={"min_rating": 2})
+def counted(tmp_path: Path, rows: int) -> str:
+    """Return a page of MovieLens-1M that knows other counts."""
+    page = tmp_path / "small.yaml"
+    said = f"{{origin: a page, files: {{ratings.dat: [2, 3, {rows}]}}}}"
+    page.write_text(f"base: movielens-1m\ncounts: {said}\n", encoding="utf-8")
+    return str(page)
+
+
+def test_agreement_is_said_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = read(counted(tmp_path, 4), folder(tmp_path, ML_1M), filter={"min_rating": 2})
     assert data.provenance["published"] == "as published: 2 users / 3 items / 4 interactions (a page)"
     assert data.interactions.height == 3 and not caplog.records  # counts are taken before the filter
 
 
-def test_repeats_count_as_published_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counts, "PUBLISHED", {("movielens-1m", "ratings.dat"): Counts(2, 3, 5, "a page")})
+def test_repeats_count_as_published_rows(tmp_path: Path) -> None:
     twice = {**ML_1M, "ratings.dat": ML_1M["ratings.dat"] + b"1::10::2::978400000\n"}
-    data = read("movielens-1m", folder(tmp_path, twice), duplicates="keep_last")
+    data = read(counted(tmp_path, 5), folder(tmp_path, twice), duplicates="keep_last")
     assert data.provenance["published"].startswith("as published") and data.interactions.height == 4
 
 
@@ -682,11 +684,72 @@ def test_agreement(known: Counts, here: Counts, same: bool) -> None:
 
 
 def test_published_counts_belong_to_files_that_a_source_reads() -> None:
-    assert comparison("table", "x.csv", Counts(1, 1, 1, "")) is None
-    for source, file in PUBLISHED:
-        patterns = [pattern for layout in KNOWN[source].layouts for pattern in layout.events.files]
-        assert any(captured(pattern, file) is not None for pattern in patterns), (source, file)
-        assert plain_name(file) == file
+    for source, known in KNOWN.items():
+        patterns = [pattern for layout in known.layouts for pattern in layout.events.files]
+        for file in known.counts.files if known.counts else ():
+            assert any(captured(pattern, file) is not None for pattern in patterns), (source, file)
+            assert plain_name(file) == file
+
+
+PAGE = """
+noun: songs
+scale: [1, 5]
+layouts:
+- events:
+    files: [plays.txt]
+    form: {kind: delimited, separator: ";", columns: [who, what, stars, when]}
+    user: who
+    item: [what]
+    rating: stars
+    time: when
+    clock: ["%d.%m.%Y"]
+  items:
+    files: [songs.json]
+    form: {kind: json}
+    item: id
+    titles: [name]
+    attributes: [{name: band, column: artist}]
+"""
+OWN: Files = {
+    "plays.txt": lines("ann;1;4;05.01.2020", "ann;2;2;06.01.2020", "bob;1;5;07.01.2020"),
+    "songs.json": lines({"id": "1", "name": "Blue", "artist": "A"}, {"id": "2", "name": "Red", "artist": "B"}),
+}
+
+
+def test_a_page_of_ones_own_describes_files_of_ones_own(tmp_path: Path) -> None:
+    page = tmp_path / "songs.yaml"
+    page.write_text(PAGE, encoding="utf-8")
+    data = read(str(page), folder(tmp_path, OWN))
+    assert data.noun == "songs" and data.interactions.height == 3
+    assert data.items["1"].title == "Blue" and data.items["2"].fields == {"band": "B"}
+    assert data.interactions["timestamp"].to_list()[0] == 1578182400.0
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "column"),
+    [
+        (("noun: songs", "nuon: songs"), "unknown-key", "nuon"),
+        (("user: who", "user: [who, what]"), "bad-value", "layouts.0.events.user"),
+        (("    form: {kind: json}", "    form: {kind: xml}"), "bad-value", "layouts.0.items.form.kind"),
+        (("column: artist", 'column: artist, keep: "("'), "contradiction", "keep"),
+        (("layouts:", "base: movielens-9m\nlayouts:"), "missing-file", None),
+    ],
+)
+def test_a_wrong_page_is_refused_with_its_line(
+    tmp_path: Path, change: tuple[str, str], kind: ErrorKind, column: str | None
+) -> None:
+    page = tmp_path / "songs.yaml"
+    page.write_text(PAGE.replace(*change), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read(str(page), folder(tmp_path, OWN))
+    assert caught.value.kind == kind
+    if column is not None:
+        assert column in str(caught.value.column) and "songs.yaml" in str(caught.value)
+
+
+def test_a_page_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml does not exist"):
+        read(str(tmp_path / "none.yaml"), tmp_path)
 
 
 def test_every_map_is_a_source_and_reads_columns_that_its_files_have() -> None:

@@ -46,6 +46,15 @@ def test_a_model_in_training_is_measured_beside_classic_recommenders(llama_folde
     assert judged["controls"]["random"] == pytest.approx(0.5897, abs=1e-3)
 
 
+def test_a_model_that_ranks_the_catalogue_is_judged_over_the_catalogue(llama_folder: Path, tmp_path: Path) -> None:
+    only = ("tasks.rating=null", "tasks.direct=null", "tasks.explanation=null", "tasks.sequential.strategies=[search]")
+    catalogue = ("eval.candidates={kind: catalogue}", "index={scheme: title}", "eval.beams=4", "train.steps=1")
+    training = _train(llama_folder, tmp_path / "run", *only, *catalogue, "tasks.sequential.templates=[next-title]")
+    assert [step for step, _ in _looks(training)] == [0, 1]
+    # Every item is asked about, far more than the five candidates of the other recipe.
+    assert training["judged"]["controls"]["random"] < 0.5
+
+
 def test_reports_draw_the_curve_beside_what_classic_recommenders_reach(llama_folder: Path, tmp_path: Path) -> None:
     more = ("train.steps=2", "eval.arms=[tuned]", "tasks.rating=null", "tasks.direct=null", "tasks.explanation=null")
     made = pipeline.run(recipe(llama_folder, *MORE, *more), tmp_path / "run", quiet=True)

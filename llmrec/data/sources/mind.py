@@ -15,9 +15,9 @@ from llmrec.data.reading.files import locate
 from llmrec.data.reading.limits import shown
 from llmrec.data.reading.pieces import Block, numbered
 from llmrec.data.reading.typed import dates, ids
-from llmrec.data.sources.known import MIND
 from llmrec.data.sources.published import catalogue_of, check_known_keys
 from llmrec.data.sources.sequences import refuse_repeats
+from llmrec.data.sources.sets import known
 from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import DataSection
 
@@ -31,8 +31,9 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
     Raises:
         DataError: If a file is missing or damaged, or holds a row that cannot be used.
     """
-    check_known_keys(MIND, section)
-    found = locate(MIND, section.path, section.items)
+    page = known("mind")
+    check_known_keys(page, section)
+    found = locate(page, section.path, section.items)
     spec = found.layout.events
     histories: list[pl.DataFrame] = []
     clicks: list[pl.DataFrame] = []
@@ -58,17 +59,17 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
         rows,
         catalogue.items,
         {},
-        name=MIND.name,
-        noun=MIND.noun,
+        name=page.name,
+        noun=page.noun,
         scale=None,
         provenance={
-            "source": MIND.name,
+            "source": page.name,
             "path": "; ".join(member.name for member in read),
             "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
             "rows": str(rows.height),
             "made": "no",
-            "licence": MIND.licence,
-            "notes": "; ".join([*MIND.notes, *catalogue.notes]),
+            "licence": page.licence,
+            "notes": "; ".join([*page.notes, *catalogue.notes]),
         },
     )
 

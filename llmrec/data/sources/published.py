@@ -1,4 +1,4 @@
-"""Reads a published data set from its own files, as its column map in `llmrec.data.sources.known` describes them."""
+"""Reads a data set from its own files, as its page describes them: `llmrec.data.sources.sets`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from llmrec.data.reading.files import Found, Member, locate
 from llmrec.data.reading.pieces import Kind, numbered
 from llmrec.data.reading.text import Table
 from llmrec.data.reading.typed import Unit, dates, has_markup, ids, numbers, plain, texts, times
-from llmrec.data.sources import known as sets
 from llmrec.data.sources.counts import Counts, comparison
 from llmrec.data.sources.movielens import movie_title
+from llmrec.data.sources.sets import known
+from llmrec.data.sources.sets import published as every_set
 from llmrec.data.sources.spec import Attribute, Events, Items, Known, People, Renames
 from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
@@ -32,94 +33,50 @@ _UNTIMED = 0.0
 _YEAR = "year"
 
 
-def movielens_1m(section: DataSection, *, seed: int) -> Dataset:
-    """Load MovieLens-1M: ratings from 1 to 5, genres and years, age, gender and occupation of users."""
-    return load(sets.MOVIELENS_1M, section)
+def published(section: DataSection, *, seed: int) -> Dataset:
+    """Load the set whose page the section's source names.
 
-
-def movielens_10m(section: DataSection, *, seed: int) -> Dataset:
-    """Load MovieLens-10M: ratings from 0.5 to 5, genres and years."""
-    return load(sets.MOVIELENS_10M, section)
-
-
-def movielens_20m(section: DataSection, *, seed: int) -> Dataset:
-    """Load MovieLens-20M: ratings from 0.5 to 5, genres and years."""
-    return load(sets.MOVIELENS_20M, section)
-
-
-def movielens_25m(section: DataSection, *, seed: int) -> Dataset:
-    """Load MovieLens-25M: ratings from 0.5 to 5, genres and years."""
-    return load(sets.MOVIELENS_25M, section)
-
-
-def movielens_32m(section: DataSection, *, seed: int) -> Dataset:
-    """Load MovieLens-32M: ratings from 0.5 to 5, genres and years."""
-    return load(sets.MOVIELENS_32M, section)
-
-
-def movielens_latest(section: DataSection, *, seed: int) -> Dataset:
-    """Load the large MovieLens "latest" set, which GroupLens replaces from time to time."""
-    return load(sets.MOVIELENS_LATEST, section)
-
-
-def steam(section: DataSection, *, seed: int) -> Dataset:
-    """Load the McAuley lab's Steam reviews: no ratings, times by the day, review texts."""
-    return load(sets.STEAM, section)
-
-
-def yelp(section: DataSection, *, seed: int) -> Dataset:
-    """Load the Yelp open dataset: stars from 1 to 5, times, review texts, categories and cities."""
-    return load(sets.YELP, section)
-
-
-def goodreads(section: DataSection, *, seed: int) -> Dataset:
-    """Load Goodreads reviews or interactions of the UCSD book graph."""
-    return load(sets.GOODREADS, section)
-
-
-def lastfm_2k(section: DataSection, *, seed: int) -> Dataset:
-    """Load the Last.fm set of HetRec 2011: which artists a user listens to, without times."""
-    return load(sets.LASTFM_2K, section)
-
-
-def lastfm_1k(section: DataSection, *, seed: int) -> Dataset:
-    """Load the Last.fm listening logs of 992 users, with artists as items."""
-    return load(sets.LASTFM_1K, section)
+    Raises:
+        RecipeError: If the page has a key or a value that it cannot have.
+        DataError: If a file is missing or damaged, or holds a row that cannot be used.
+    """
+    return load(known(section.source), section)
 
 
 # --------------------------------------------------------------------------- any of them
 
 
-def load(known: Known, section: DataSection) -> Dataset:
+def load(page: Known, section: DataSection) -> Dataset:
     """Load a published set.
 
     Args:
-        known: Its column map.
+        page: What is known of it.
         section: The recipe's ``data`` or ``reviews``.
 
     Raises:
         DataError: If a file is missing or damaged, or holds a row that cannot be used.
     """
-    check_known_keys(known, section)
-    found = locate(known, section.path, section.items)
-    events = read_events(found.events, found.layout.events, _text_column(known, found.layout.events, section))
+    check_known_keys(page, section)
+    found = locate(page, section.path, section.items)
+    events = read_events(found.events, found.layout.events, _text_column(page, found.layout.events, section))
+    _check_widths(page, events.frame, found.events.name)
     item_ids = set(events.frame["item_id"].unique())
     catalogue = catalogue_of(found, item_ids, events.titles)
     people: dict[str, dict[str, str]] = {}
     if found.people is not None and found.layout.people is not None:
         people = read_people(found.people, found.layout.people)
-    notes = [*known.notes, *catalogue.notes]
+    notes = [*page.notes, *catalogue.notes]
     if found.layout.events.time is None:
         notes.append("no times are published: the order of a user's items is that of a seeded hash")
     read = [member for member in (found.events, found.items, found.people, found.renames) if member is not None]
     provenance = {
-        "source": known.name,
+        "source": page.name,
         "path": "; ".join(member.name for member in read),
         "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
         "rows": str(events.frame.height),
         "made": "no",
-        "licence": known.licence,
-        **compared(known.name, found.events.plain, events.frame),
+        "licence": page.licence,
+        **compared(page, found.events.plain, events.frame),
         **({"notes": "; ".join(notes)} if notes else {}),
     }
     return assemble(
@@ -128,23 +85,46 @@ def load(known: Known, section: DataSection) -> Dataset:
         events.frame,
         catalogue.items,
         people,
-        name="-".join(filter(None, (known.name, found.category.lower()))),
-        noun=known.noun,
-        scale=known.scale,
+        name="-".join(filter(None, (page.name, found.category.lower()))),
+        noun=page.noun,
+        scale=page.scale,
         provenance=provenance,
     )
 
 
-def compared(source: str, file: str, frame: pl.DataFrame) -> dict[str, str]:
+def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
     """Return what provenance says about published counts, after a warning where they differ."""
-    here = Counts(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")
-    found = comparison(source, file, here)
-    if found is None:
+    counted = page.counts.of(file) if page.counts is not None else None
+    if counted is None:
         return {}
-    sentence, differs = found
+    here = Counts(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")
+    sentence, differs = comparison(counted, here)
     if differs:
-        log.warning("%s: %s", source, sentence)
+        log.warning("%s: %s", page.name, sentence)
     return {"published": sentence}
+
+
+def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
+    """Refuse columns in the order of another edition, which would look fine and mean nothing."""
+    if page.item_width is None:
+        return
+    first = frame.head(1000)
+    users, items = (
+        first[column].cast(pl.String).str.len_chars().eq(page.item_width).mean() for column in ("user_id", "item_id")
+    )
+    if isinstance(users, float) and isinstance(items, float) and users > 0.9 and items < 0.1:
+        others = " and ".join(
+            f"{other.name!r} for {','.join(layout.events.form.columns)}"
+            for other in every_set()
+            for layout in other.layouts
+            if other.item_width and layout.events.form.columns
+        )
+        raise DataError(
+            f"{file}: the user column holds product numbers, so its columns are those of another edition; use source "
+            f"{others}",
+            kind="wrong-format",
+            at=file,
+        )
 
 
 def check_known_keys(known: Known, section: DataSection) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from llmrec.data.sources import known
-from llmrec.data.sources.spec import Known, Layout
+from llmrec.data.sources.sets import published
+from llmrec.data.sources.spec import Layout
 
 # What anybody may call a column.
 _COMMON = frozenset(
@@ -18,8 +18,7 @@ def sources_with(columns: Collection[str]) -> tuple[str, ...]:
 
     A set is named only if its users and its items stand under names of their own; files without a header have none.
     """
-    found = [each for each in vars(known).values() if isinstance(each, Known)]
-    return tuple(sorted(each.name for each in found if any(_fits(layout, columns) for layout in each.layouts)))
+    return tuple(each.name for each in published() if any(_fits(layout, columns) for layout in each.layouts))
 
 
 def _fits(layout: Layout, columns: Collection[str]) -> bool:

@@ -1,14 +1,21 @@
-"""The words in which published data sets are described: which file holds what, in which form, under which names."""
+"""The keys of a page that describes a data set: which file holds what, in which form, under which names.
+
+`llmrec.data.sources.sets` reads such pages; those of published sets are ``llmrec/data/sets/*.yaml``.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import field_validator
 
-@dataclass(frozen=True, kw_only=True)
-class Form:
+from llmrec.data.sources.counts import Counts
+from llmrec.recipe.schema import Section
+
+
+class Form(Section):
     """How a file is written.
 
     Attributes:
@@ -26,8 +33,7 @@ class Form:
     encodings: tuple[str, ...] = ("utf-8",)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Events:
+class Events(Section):
     """The file of interactions, one a row.
 
     Attributes:
@@ -58,8 +64,7 @@ class Events:
     title: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attribute:
+class Attribute(Section):
     """A further field of items or users.
 
     Attributes:
@@ -77,12 +82,20 @@ class Attribute:
     split: str | None = None
     join: str = ", "
     keep: str | None = None
-    words: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, str] = {}
     missing: str = ""
 
+    @field_validator("keep")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"keep: {value!r} is no regular expression ({error})") from None
+        return value
 
-@dataclass(frozen=True, kw_only=True)
-class Items:
+
+class Items(Section):
     """The file of items.
 
     Attributes:
@@ -108,8 +121,7 @@ class Items:
     gaps: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class People:
+class People(Section):
     """The file of user profiles."""
 
     files: tuple[str, ...]
@@ -118,8 +130,7 @@ class People:
     attributes: tuple[Attribute, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Renames:
+class Renames(Section):
     """A file that says which item id of the interactions is which one in the file of items."""
 
     files: tuple[str, ...]
@@ -128,8 +139,7 @@ class Renames:
     new: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Section):
     """The files of one variant of a set."""
 
     events: Events
@@ -138,28 +148,58 @@ class Layout:
     renames: Renames | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """A published set.
+class Published(Section):
+    """What the set's page or a paper says of the size of its files.
 
     Attributes:
-        name: The source's name in recipes.
+        origin: Who says so.
+        rounded: Whether the page rounds to tenths of a thousand or of a million.
+        files: Users, items and interactions by the name of the file of interactions, without ``.gz`` and with ``.json``
+            for JSON Lines; null where a number is not published.
+    """
+
+    origin: str
+    rounded: bool = False
+    files: Mapping[str, tuple[int | None, int | None, int]]
+
+    def of(self, file: str) -> Counts | None:
+        """Return the counts of a file of interactions; None where none are published."""
+        return Counts(*self.files[file], self.origin, self.rounded) if file in self.files else None
+
+
+class Known(Section):
+    """A data set with files of its own form.
+
+    Attributes:
+        name: The source's name in recipes; of a page in a file of yours its path.
         noun: What its items are called, in the plural.
-        layouts: Its variants.
-        folders: Names of the folder or archive in which it is published.
         scale: Lowest and highest rating.
+        folders: Names of the folder or archive in which it is published.
         page: Where it is published.
         fetch: Which files to fetch there.
         licence: Its terms, in one line.
         notes: What a user must know of the figures, such as that there are no times.
+        layouts: Its variants.
+        item_width: Characters of an item's id; a file whose users have as many, and whose items have not, has its
+            columns in another order.
+        counts: What is published of its size.
     """
 
     name: str
-    noun: str
-    layouts: tuple[Layout, ...]
-    folders: tuple[str, ...] = ()
+    noun: str = "items"
     scale: tuple[float, float] | None = None
-    page: str
-    fetch: str
-    licence: str
+    folders: tuple[str, ...] = ()
+    page: str = ""
+    fetch: str = "its files"
+    licence: str = "not known"
     notes: tuple[str, ...] = ()
+    layouts: tuple[Layout, ...]
+    item_width: int | None = None
+    counts: Published | None = None
+
+    @field_validator("layouts")
+    @classmethod
+    def _has_one(cls, value: tuple[Layout, ...]) -> tuple[Layout, ...]:
+        if not value:
+            raise ValueError("layouts: a set needs one layout or more")
+        return value

@@ -27,6 +27,8 @@ from llmrec.data.reading.text import Table, read_bytes, user_path
 from llmrec.data.reading.where import kept
 from llmrec.data.sources.movielens import movielens_100k, movielens_small
 from llmrec.data.sources.parts import parts_of, told
+from llmrec.data.sources.published import published
+from llmrec.data.sources.sets import is_page
 from llmrec.errors import DataError, require
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.registry import SOURCES, lookup
@@ -45,10 +47,11 @@ def load(section: DataSection, *, seed: int) -> Dataset:
         seed: The run's seed; only sources that draw something use it.
 
     Raises:
-        RecipeError: If there is no such source.
+        RecipeError: If there is no such source, or its page is wrong.
         DataError: If the data is missing or malformed, or the filters leave less than 2 items.
     """
-    source, section = lookup(SOURCES, section.source, "data source"), located(section)
+    source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source")
+    section = located(section)
     dataset: Dataset = filters.apply(source(section, seed=seed), section.filter)
     if len(dataset.items) < 2:
         raise DataError(
