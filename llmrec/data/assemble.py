@@ -13,11 +13,12 @@ import polars as pl
 from llmrec.data.codes import codes, pairs, repeated
 from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform
 from llmrec.data.hashing import digest_strings
-from llmrec.data.reading.columns import check_usable, find, ids, one_per_item, texts
+from llmrec.data.reading.columns import check_usable, find
 from llmrec.data.reading.limits import ID_LIMIT, enumerated, require_file, shown
+from llmrec.data.reading.markup import has_markup
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table
-from llmrec.data.reading.typed import has_markup
+from llmrec.data.reading.typed import ids, one_per_item, texts
 from llmrec.errors import DataError, did_you_mean
 from llmrec.recipe.schema import DataSection
 from llmrec.types import Item

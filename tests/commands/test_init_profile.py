@@ -21,10 +21,10 @@ from llmrec.commands.init.forms import numbers, times
 from llmrec.commands.init.profile import peek, profile, shown
 from llmrec.commands.init.roles import NONE, Asked, Roles, asked
 from llmrec.commands.init.words import named, noun_of
-from llmrec.data.reading.columns import numbers as read_numbers
-from llmrec.data.reading.columns import times as read_times
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table
+from llmrec.data.reading.typed import numbers as read_numbers
+from llmrec.data.reading.typed import times as read_times
 from llmrec.errors import DataError
 from tests.facts import Facts, raises
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.reading.typed import has_markup, plain
+from llmrec.data.reading.markup import has_markup, plain
 from llmrec.data.sources.sets import known
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError

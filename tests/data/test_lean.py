@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 
 from llmrec.data.codes import Names, all_different, coded, codes, in_codes_of, pairs, stacked
 from llmrec.data.reading import lean
-from llmrec.data.reading.columns import ids, numbers, one_per_item, texts
 from llmrec.data.reading.table import read_table
+from llmrec.data.reading.text import Table
+from llmrec.data.reading.typed import ids, numbers, one_per_item, texts, times
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
@@ -81,6 +83,67 @@ def test_plain_files_of_every_kind_are_read_a_block_at_a_time(
     assert found.frame.columns == whole.frame.columns
     read = [name for name in whole.frame.columns if name not in found.unread and found.frame[name].dtype != pl.Float64]
     assert len(read) == 3 and all(same(found.frame[name], whole.frame[name]) for name in read)
+
+
+def objects(rows: list[tuple[object, ...]]) -> bytes:
+    return b"".join(json.dumps(dict(zip(NAMES, row, strict=True)) | {"tags": ["a"]}).encode() + b"\n" for row in rows)
+
+
+@pytest.mark.parametrize("block", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("numbered", [False, True])
+def test_objects_are_read_a_block_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, numbered: bool
+) -> None:
+    monkeypatch.setattr(lean, "_BLOCK", block)
+    path = tmp_path / "rows.jsonl"
+    rows = [(int(str(row[0])[1:]), *row[1:]) for row in ROWS] if numbered else ROWS
+    path.write_bytes(objects(rows))
+    found, whole = read_table(path, WANTED), read_table(path)
+    assert found.unread == {"note", "tags"} and found.frame.columns == whole.frame.columns
+    assert found.sha256 == whole.sha256 and found.where(150) == whole.where(150)
+    assert isinstance(found.frame["user_id"].dtype, pl.Enum) and found.frame["rating"].dtype == pl.Float64
+    assert same(ids(found, "user_id"), ids(whole, "user_id")) and same(ids(found, "title"), ids(whole, "title"))
+    assert numbers(found, "time", "time").equals(numbers(whole, "time", "time"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.replace(b'"u3"', b"3", 1),
+        lambda raw: raw.replace(b'"u3"', b"null", 1),
+        lambda raw: raw.replace(b'"u3"', b'["u3"]', 1),
+        lambda raw: raw.replace(b'"u3"', b'{"id": 3}', 1),
+        lambda raw: raw.replace(b'"u3"', b'"u\xff"', 1),
+        lambda raw: raw.replace(b'"user_id": "u3", ', b"", 1),
+        lambda raw: raw.replace(b'{"user_id": "u3"', b'{"user_id": "u3", "user_id": "u4"', 1),
+        lambda raw: raw.replace(b'{"user_id": "u3"', b'\n{"user_id": "u3"', 1),
+        lambda raw: raw.replace(b'{"user_id": "u3"', b'{"time": 1}{"user_id": "u3"', 1),
+        lambda raw: raw.replace(b'"rating": 2', b'"rating": "2"', 1),
+        lambda raw: raw.replace(b'"rating": 2', b'"rating": NaN', 1),
+        lambda raw: raw.replace(b'"rating": 2', b'"rating": true', 1),
+        lambda raw: raw.replace(b'"time": 101', b'"time": "2024-05-31"', 1),
+        lambda raw: raw.replace(b"\n", b"\r\n"),
+        lambda raw: b"\xef\xbb\xbf" + raw,
+        lambda raw: raw.decode().encode("utf-16"),
+        lambda raw: raw.replace(b'"title"', b'"name"', 1),
+    ],
+)
+def test_odd_objects_are_what_they_are_to_the_careful_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(change(objects(ROWS)))
+    section = DataSection(source="table", path=str(path), columns={"time": "time"}, duplicates="keep_last")
+
+    def outcome() -> str:
+        try:
+            return load(section, seed=0).fingerprint
+        except DataError as error:
+            return f"{error.kind}: {error}"
+
+    found = outcome()
+    monkeypatch.setattr(lean, "json_lines", lambda *_: None)
+    assert found == outcome()
 
 
 @pytest.mark.parametrize(
@@ -168,3 +231,32 @@ def test_pairs_are_equal_where_both_ids_are() -> None:
     frame = pl.DataFrame({"user_id": coded(users), "item_id": coded(items)})
     other = in_codes_of(pl.DataFrame({"user_id": ["b", "c"], "item_id": ["x", "x"]}), frame)
     assert pairs(other["user_id"], other["item_id"]).tolist() == [found[2]]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2024-05-31", 1717113600.0),
+        ("2024-05-31T08:15:00Z", 1717143300.0),
+        (" 2024-05-31 08:15:00 ", 1717143300.0),
+        ("2024-05-31T08:15", 1717143300.0),
+        ("1999-12-31 23:59:59.999999", 946684799.999999),
+        ("2024-05-31T08:15:00+02:00", 1717136100.0),
+        ("20240531", 1717113600.0),
+        ("0001-01-01", -62135596800.0),
+        ("2024-05-31Z", None),
+        ("0000-01-01", None),
+        ("2024-02-30", None),
+        ("2024-05-31 08:15:60", None),
+        ("31.05.2024", None),
+        ("", None),
+    ],
+)
+def test_dates_are_what_the_standard_library_takes_them_for(text: str, seconds: float | None) -> None:
+    table = Table("t", pl.DataFrame({"time": ["2024-01-01", text]}))
+    if seconds is not None:
+        assert times(table, "time").to_list() == [1704067200.0, seconds]
+        return
+    with pytest.raises(DataError) as caught:
+        times(table, "time")
+    assert caught.value.row == 2

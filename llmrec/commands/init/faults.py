@@ -11,8 +11,8 @@ import polars as pl
 from llmrec.commands.init.forms import READABLE
 from llmrec.commands.init.profile import Peek, Profile, shell, shown
 from llmrec.commands.init.roles import Roles
-from llmrec.data.reading.columns import texts
 from llmrec.data.reading.text import Table
+from llmrec.data.reading.typed import texts
 from llmrec.durable import replacing
 from llmrec.errors import DataError, ErrorKind, Place
 

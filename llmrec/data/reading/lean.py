@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -20,11 +21,13 @@ import polars as pl
 import psutil
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from llmrec.data.codes import from_dictionary
 from llmrec.data.reading.limits import BROKEN, Capped, stranger
+from llmrec.data.reading.objects import is_nested
 from llmrec.data.reading.packed import STREAMS
 from llmrec.data.reading.parquet import FAULTS, check_size, is_plain, is_text, room, spelled_out, unusable
 from llmrec.data.reading.text import LONGEST, MAX_COLUMNS, Table, in_arrow, preamble, separator_of
@@ -110,6 +113,21 @@ def delimited(path: Path, separator: str, packing: str, wanted: Mapping[str, Kin
     Raises:
         DataError: If its rows will not fit the memory.
     """
+    return _streamed(path, packing, lambda stream: _delimited(stream, separator, wanted), header=1)
+
+
+def json_lines(path: Path, packing: str, wanted: Mapping[str, Kind]) -> Table | None:
+    """Read a file with a JSON object in every line; see `delimited`.
+
+    The first line says which columns there are, and whether ids are texts or whole numbers.
+    """
+    return _streamed(path, packing, lambda stream: _objects(stream, wanted), header=0)
+
+
+def _streamed(
+    path: Path, packing: str, read: Callable[[Any], tuple[list[str], list[pl.Series]]], *, header: int
+) -> Table | None:
+    """Read a file as a stream that is unpacked, capped and hashed on its way."""
     try:
         with path.open("rb") as file:
             head = b"" if packing else file.read(_HEAD)
@@ -124,11 +142,11 @@ def delimited(path: Path, separator: str, packing: str, wanted: Mapping[str, Kin
             stream: Any = STREAMS[packing](stored) if packing else stored
             if packing:
                 stream = Capped(str(path), stream, size)
-            names, rows = _delimited(stream, separator, wanted)
+            names, rows = read(stream)
             stored.read()
     except (_Unusual, LlmrecError, pa.ArrowException, *BROKEN):
         return None
-    return _table(str(path), names, rows, stored.digest.hexdigest(), header=1)
+    return _table(str(path), names, rows, stored.digest.hexdigest(), header=header)
 
 
 def parquet(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
@@ -315,3 +333,59 @@ def _holds_numbers(raw: bytes, mark: str, names: Sequence[str], columns: Sequenc
     except pa.ArrowInvalid:
         return False
     return True
+
+
+# --------------------------------------------------------------------------- an object a line
+
+
+def _objects(stream: Any, wanted: Mapping[str, Kind]) -> tuple[list[str], list[pl.Series]]:
+    names: list[str] = []
+    columns: list[_Column] = []
+    schema, absent = pa.schema([]), [b""]
+    for piece in _pieces(stream):
+        if not names:
+            piece = piece.removeprefix(codecs.BOM_UTF8)
+            names, columns, schema = _first_object(piece, wanted)
+            # A key that begins further down belongs to a table whose rows are not alike.
+            absent = [json.dumps(name).encode() for name in wanted if name not in schema.names]
+        if any(key in piece for key in absent):
+            raise _Unusual
+        found = pa_json.read_json(
+            in_arrow(piece),
+            read_options=pa_json.ReadOptions(block_size=len(piece) + 1),
+            parse_options=pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+        )
+        found.validate(full=True)  # its parser does not look whether texts are UTF-8
+        if found.num_rows != piece.count(b"\n") + (not piece.endswith(b"\n")):
+            raise _Unusual  # blank lines, or two objects in one line
+        for column in columns:
+            column.add(pl.Series(found.column(column.name)))
+    pa.default_memory_pool().release_unused()
+    return names, [column.whole() for column in columns]
+
+
+def _first_object(piece: bytes, wanted: Mapping[str, Kind]) -> tuple[list[str], list[_Column], pa.Schema]:
+    """Return the columns, those of them that are kept, and their types."""
+    try:
+        record = json.loads(piece[: piece.find(b"\n") + 1 or len(piece)])
+    except (ValueError, RecursionError):
+        raise _Unusual from None
+    if not isinstance(record, dict) or not 0 < len(record) <= MAX_COLUMNS:
+        raise _Unusual
+    types: dict[str, pa.DataType] = {}
+    for name, value in record.items():
+        if name not in wanted:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if wanted[name] == "number" and number:
+            types[name] = pa.float64()
+        elif isinstance(value, str):
+            types[name] = pa.string()
+        elif number and isinstance(value, int) and wanted[name] == "id":
+            types[name] = pa.int64()
+        else:
+            raise _Unusual
+    if not types:
+        raise _Unusual
+    names = [name for name, value in record.items() if not is_nested(value)]
+    return names, [_Column(name, wanted[name]) for name in types], pa.schema(types.items())

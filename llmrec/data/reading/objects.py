@@ -91,7 +91,7 @@ def _of_objects(
             )
         row = {}
         for key, value in record.items():
-            if _is_nested(value):
+            if is_nested(value):
                 nested.setdefault(key, place)
                 continue
             row[key] = _text(place, f", column {shown(key)}", key, value)
@@ -113,7 +113,8 @@ def _of_objects(
     return frame, dict.fromkeys(nested, "nested values")
 
 
-def _is_nested(value: object) -> bool:
+def is_nested(value: object) -> bool:
+    """Whether a value of an object can be no cell of a table; a list of texts can."""
     return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(part, str) for part in value))
 
 

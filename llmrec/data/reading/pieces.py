@@ -44,6 +44,10 @@ class Block:
     first: int
     lines: Sequence[int]
 
+    def column(self, name: str) -> pl.Series:
+        """Return a column."""
+        return self.frame[name]
+
     def where(self, index: int) -> Place:
         """Return the place of a row, by its 0-based index in the block."""
         return Place(self.name, self.first + index + 1, self.lines[index])

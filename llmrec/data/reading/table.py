@@ -75,6 +75,8 @@ def _lean(path: Path, kind: str, packing: str, wanted: Mapping[str, Kind]) -> Ta
     """Read a plain file a block at a time; None if it has to be read with care."""
     if kind in _PARQUET and not packing:
         return lean.parquet(path, wanted)
+    if kind in (".jsonl", ".ndjson") and packing != ".zip":
+        return lean.json_lines(path, packing, wanted)
     if kind not in _SEPARATORS or packing == ".zip":
         return None
     if kind in ATOMIC:

@@ -1,7 +1,7 @@
 """Reads tables strictly: a file is understood in full, or the error names the file and the row.
 
 Text files (CSV, TSV, JSON Lines, each optionally gzipped) give strings only, with an empty text where a value is
-missing; `llmrec.data.reading.columns` gives them their types. Rows are counted from 1, without the header; where the
+missing; `llmrec.data.reading.typed` gives them their types. Rows are counted from 1, without the header; where the
 line number differs it is named too.
 """
 

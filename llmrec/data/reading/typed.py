@@ -1,109 +1,231 @@
-"""Gives the columns of a block their types, and names the first row that does not fit."""
+"""Gives columns of tables, and of blocks of large files, their types, and names the first row that does not fit."""
 
 from __future__ import annotations
 
-import html
-import re
-from collections.abc import Sequence
-from html.entities import html5
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Literal, Protocol
 
 import polars as pl
 
+from llmrec.data.codes import codes
 from llmrec.data.reading.limits import shown
-from llmrec.data.reading.pieces import Block
-from llmrec.errors import DataError
+from llmrec.data.reading.markup import plain
+from llmrec.errors import DataError, Place
 
 Unit = Literal["seconds", "milliseconds"]
 
 # No data set reaches beyond the year 5138 in seconds, or back before 1973 in milliseconds.
 _MILLISECONDS_FROM = 1e11
-_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-# Tags of HTML, whole or cut off, and what is left of a tag whose beginning was cut off.
-_TAGS = "a|b|br|div|em|font|h[1-6]|i|img|input|li|link|meta|p|script|span|strong|style|table|tbody|td|th|tr|u|ul"
-_MARKUP = re.compile(
-    rf"</?(?:{_TAGS})(?:\s[^<>]*)?(?:/?>|$)|\b(?:class|href|id|src|style|data-[\w-]+|aria-\w+)=[\"']", re.IGNORECASE
-)
+# What polars and Python read alike, from the year 1 on; whatever else Python takes for a date is rare, and read by it.
+_ISO = r"^(?:[1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])-\d{2}-\d{2}([T ]\d{2}:\d{2}:[0-5]\d(\.\d{1,6})?Z?)?$"
 
 
-def has_markup(text: str) -> bool:
-    """Whether a text holds HTML, as scraped pages leave it where a title should be."""
-    return ("<" in text or "=" in text) and _MARKUP.search(text) is not None
+class Rows(Protocol):
+    """A table, or a block of one."""
+
+    @property
+    def name(self) -> str:
+        """As errors call it."""
+        ...
+
+    def column(self, name: str, /) -> pl.Series:
+        """Return a column."""
+        ...
+
+    def where(self, index: int, /) -> Place:
+        """Return the place of a row, by its 0-based index."""
+        ...
 
 
-def plain(text: str) -> str:
-    """Return a text with its HTML entities decoded, once: ``&amp;`` becomes ``&``, ``AT&T`` stays."""
-    return _ENTITY.sub(_meant, text) if "&" in text else text
+# --------------------------------------------------------------------------- texts and ids
 
 
-def _meant(found: re.Match[str]) -> str:
-    # The library also decodes names without a semicolon, and so the start of a longer word.
-    return html.unescape(found[0]) if found[0][1] == "#" else html5.get(found[0][1:], found[0])
+def texts(rows: Rows, column: str) -> pl.Series:
+    """Return a column as text; missing values become empty texts, lists are joined by commas."""
+    series = rows.column(column)
+    if isinstance(series.dtype, pl.List):
+        series = series.list.join(", ")
+    elif series.dtype.is_float():
+        # Whole numbers turn into floats on their way through other libraries; ids must survive that.
+        series = series.fill_nan(None)
+        whole = ((series == series.round(0)) & (series.abs() < 2**53)).all()
+        series = series.cast(pl.Int64) if whole else series
+    found = series.cast(pl.String).fill_null("")
+    _no_nul(rows, column, found)
+    return found
 
 
-def ids(block: Block, columns: Sequence[str]) -> pl.Series:
-    """Return ids as text: of several columns the first that is not blank.
+def unescaped(rows: Rows, column: str) -> pl.Series:
+    """Return texts with their HTML entities decoded; blank ones are nulls."""
+    found = texts(rows, column)
+    found = found.set(found.str.strip_chars() == "", None)
+    marked = (found.str.contains("&", literal=True) & found.str.contains(";", literal=True)).fill_null(False)
+    places = marked.arg_true()
+    if not places.len():
+        return found
+    decoded = pl.Series([plain(text) for text in found.gather(places)], dtype=pl.String)
+    return found.scatter(places, decoded)
+
+
+def ids(rows: Rows, *columns: str) -> pl.Series:
+    """Return ids as text, in codes where the table has codes: of several columns the first that is not blank.
 
     Raises:
-        DataError: If one is missing.
+        DataError: If one is missing; ids of nothing but blanks are missing.
     """
-    cleaned = [_filled(block.frame[column]) for column in columns]
-    found = cleaned[0]
-    for other in cleaned[1:]:
-        found = found.zip_with(found.is_not_null(), other)
-    row = _first(found.is_null())
+    found = _spelled(rows, columns[0])
+    for other in columns[1:]:
+        found = found.zip_with(found.str.strip_chars() != "", _spelled(rows, other))
+    row = _first_of(found, lambda values: values.str.strip_chars() == "")
     if row is not None:
-        which = " and ".join(repr(column) for column in columns)
+        which = " and ".join(map(repr, columns))
         raise DataError.at(
-            block.where(row),
+            rows.where(row),
             "missing-value",
             f": column {which} is empty; every row needs a user and an item",
             columns[0],
         )
-    _no_nul(block, found, columns[0])
     return found
 
 
-def numbers(block: Block, column: str, what: str, *, absent: float | None = None) -> pl.Series:
-    """Return finite numbers; those that equal ``absent`` become nulls.
+def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
+    """Return one text per item: the most frequent non-blank one, of several the first in the alphabet."""
+    counts = pl.DataFrame({"item": items, "text": _spelled(rows, column)}).group_by("item", "text").len()
+    counts = counts.with_columns(pl.col("text").cast(pl.String)).filter(pl.col("text").str.strip_chars() != "")
+    counts = counts.sort(["item", "len", "text"], descending=[False, True, False])
+    return dict(counts.unique("item", keep="first", maintain_order=True).select("item", "text").iter_rows())
+
+
+def _spelled(rows: Rows, column: str) -> pl.Series:
+    """Return a column as text, in codes where the table has codes."""
+    if not isinstance(rows.column(column).dtype, pl.Enum):
+        return texts(rows, column)
+    found = rows.column(column)
+    _no_nul(rows, column, found)
+    return found
+
+
+def _no_nul(rows: Rows, column: str, found: pl.Series) -> None:
+    row = _first_of(found, lambda values: values.str.contains("\0", literal=True))
+    if row is not None:
+        raise DataError.at(rows.where(row), "encoding", f": column {column!r} holds a NUL character; remove it", column)
+
+
+# --------------------------------------------------------------------------- numbers and times
+
+
+def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) -> pl.Series:
+    """Return a column of finite numbers.
+
+    Args:
+        rows: Where it is.
+        column: Its name.
+        what: What it holds, for the error.
+        absent: A number that stands for a missing one, and becomes a null.
 
     Raises:
         DataError: If a value is missing, not a number, NaN or infinite.
     """
-    series = block.frame[column]
-    text = series.str.strip_chars() if series.dtype == pl.String else series
-    found = text.cast(pl.Float64, strict=False)
+    found = _floats(rows.column(column))
     row = _first(~found.is_finite().fill_null(False))
     if row is not None:
         raise DataError.at(
-            block.where(row),
+            rows.where(row),
             "bad-value",
-            f": the {what} in column {column!r} is {shown(series[row])}, which is not a finite "
-            "number; correct or drop the row",
+            f": the {what} in column {column!r} is {shown(rows.column(column)[row])}, which is not a "
+            "finite number; correct or drop the row",
             column,
         )
     return found if absent is None else found.set(found == absent, None)
 
 
-def times(block: Block, column: str, unit: Unit | None) -> tuple[pl.Series, Unit]:
+def times(rows: Rows, column: str) -> pl.Series:
+    """Return a column of times as numbers; dates become seconds since 1970 (UTC unless they say otherwise).
+
+    A column holds numbers or ISO 8601 dates, as its first row shows.
+
+    Raises:
+        DataError: If a value is missing or is neither.
+    """
+    series = rows.column(column)
+    if series.dtype.is_temporal():
+        if not isinstance(series.dtype, pl.Datetime | pl.Date):
+            raise DataError.at(
+                rows.name,
+                "bad-value",
+                f": column {column!r} holds {series.dtype}, which is not a point in time",
+                column,
+            )
+        seconds = _epoch(series.cast(pl.Datetime("us")))
+        row = _first(seconds.is_null())
+        if row is not None:
+            raise DataError.at(
+                rows.where(row),
+                "missing-value",
+                f": the time in column {column!r} is missing; correct or drop the row",
+                column,
+            )
+        return seconds
+    if series.dtype != pl.String or _floats(series[:1])[0] is not None:
+        return numbers(rows, column, "time")
+    text = series.fill_null("").str.strip_chars()
+    found = _iso(text)
+    odd = found.is_null().arg_true()
+    read = [_seconds(rows, column, row, said) for row, said in zip(odd.to_list(), text.gather(odd), strict=True)]
+    return found.scatter(odd, read) if read else found
+
+
+def _iso(text: pl.Series) -> pl.Series:
+    """Return the seconds of plain ISO dates, and nulls for all else."""
+    plainly = text.set(~text.str.contains(_ISO), None).str.strip_suffix("Z").str.replace("T", " ", literal=True)
+    found = pl.Series(text.name, [None], dtype=pl.Float64).new_from_index(0, text.len())
+    for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d"):
+        found = found.fill_null(_epoch(plainly.str.to_datetime(form, strict=False, time_unit="us")))
+    return found
+
+
+def _epoch(moments: pl.Series) -> pl.Series:
+    micro = moments.dt.epoch("us")
+    # numpy rounds each quotient as Python does; polars multiplies by the inverse, which changes last digits.
+    seconds = pl.Series(moments.name, micro.fill_null(0).to_numpy() / 1e6)
+    return seconds.set(micro.is_null(), None)
+
+
+def _seconds(rows: Rows, column: str, row: int, text: str) -> float:
+    try:
+        moment = datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise DataError.at(
+            rows.where(row),
+            "bad-value",
+            f": the time in column {column!r} is {shown(text)}, which is neither a number nor an ISO "
+            "date such as 2024-05-31 or 2024-05-31T08:15:00Z; all rows must be of one sort, so correct the row",
+            column,
+        ) from error
+
+
+def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit]:
     """Return times as seconds since 1970, from seconds or milliseconds, as the first row of the file shows.
 
     Args:
-        block: Where they are.
+        rows: Where they are.
         column: Their name.
         unit: The unit of the blocks before; None for the first one.
 
     Raises:
         DataError: If a value is missing, not a number, or of another unit than the first one.
     """
-    found = numbers(block, column, "time")
+    found = numbers(rows, column, "time")
     large = found.abs() >= _MILLISECONDS_FROM
     unit = unit or ("milliseconds" if large[0] else "seconds")
     row = _first(~large if unit == "milliseconds" else large)
     # Zero and less is before 1970 in either unit, which no data set here holds in milliseconds.
     if row is not None:
         raise DataError.at(
-            block.where(row),
+            rows.where(row),
             "bad-value",
             f": the time in column {column!r} is {found[row]:g}, while the file begins with "
             f"{unit} since 1970; one file has one unit, so correct the row",
@@ -112,23 +234,22 @@ def times(block: Block, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
     return (found / 1000 if unit == "milliseconds" else found), unit
 
 
-def dates(block: Block, column: str, formats: Sequence[str]) -> pl.Series:
+def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
     """Return dates as seconds since 1970, UTC unless they say otherwise.
 
     Raises:
         DataError: If a value has none of the formats.
     """
-    series = block.frame[column].cast(pl.String).str.strip_chars()
+    series = rows.column(column).cast(pl.String).str.strip_chars()
     found = pl.Series(column, [None] * series.len(), pl.Float64)
     for form in formats:
-        moments = series.str.to_datetime(form, strict=False, time_unit="us")
-        found = found.fill_null(moments.dt.epoch("us").cast(pl.Float64) / 1e6)
+        found = found.fill_null(_epoch(series.str.to_datetime(form, strict=False, time_unit="us")))
         if not found.null_count():
             break
     row = _first(found.is_null())
     if row is not None:
         raise DataError.at(
-            block.where(row),
+            rows.where(row),
             "bad-value",
             f": the time in column {column!r} is {shown(series[row])}, which is not of the form "
             f"{' or '.join(formats)}; correct or drop the row",
@@ -137,32 +258,29 @@ def dates(block: Block, column: str, formats: Sequence[str]) -> pl.Series:
     return found
 
 
-def texts(block: Block, column: str) -> pl.Series:
-    """Return texts with their HTML entities decoded; blank ones are nulls."""
-    found = _filled(block.frame[column])
-    _no_nul(block, found, column)
-    marked = (found.str.contains("&", literal=True) & found.str.contains(";", literal=True)).fill_null(False)
-    rows = marked.arg_true()
-    if not rows.len():
-        return found
-    decoded = pl.Series([plain(text) for text in found.gather(rows)], dtype=pl.String)
-    return found.scatter(rows, decoded)
+def _floats(series: pl.Series) -> pl.Series:
+    if series.dtype == pl.String:
+        series = series.str.strip_chars()
+    if series.dtype.is_temporal():
+        return pl.Series(series.name, [None] * series.len(), pl.Float64)
+    try:
+        return series.cast(pl.Float64, strict=False)
+    except pl.exceptions.PolarsError:
+        return pl.Series(series.name, [math.nan] * series.len(), pl.Float64)
 
 
-def _filled(series: pl.Series) -> pl.Series:
-    """Return a column as text with nulls for blank values."""
-    text = series.cast(pl.String)
-    return text.set((text.str.strip_chars() == "").fill_null(False), None)
-
-
-def _no_nul(block: Block, series: pl.Series, column: str) -> None:
-    row = _first(series.str.contains("\0", literal=True).fill_null(False))
-    if row is not None:
-        raise DataError.at(
-            block.where(row), "encoding", f": column {column!r} holds a NUL character; remove it", column
-        )
+# --------------------------------------------------------------------------- the first row that is bad
 
 
 def _first(bad: pl.Series) -> int | None:
     """Return the first True row."""
     return int(bad.arg_max() or 0) if bad.any() else None
+
+
+def _first_of(found: pl.Series, bad: Callable[[pl.Series], pl.Series]) -> int | None:
+    """Return the first row whose text is bad; of codes every text is looked at once."""
+    if not isinstance(found.dtype, pl.Enum):
+        return _first(bad(found))
+    values, rows = codes(found)
+    wrong = bad(values).to_numpy()
+    return _first(pl.Series(wrong[rows])) if wrong.any() else None

@@ -38,7 +38,7 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
     histories: list[pl.DataFrame] = []
     clicks: list[pl.DataFrame] = []
     for block in blocks(found.events, spec.form, dict.fromkeys(("user", "time", "history", "impressions"), "text")):
-        users = ids(block, (spec.user,))
+        users = ids(block, spec.user)
         lines = pl.Series(_LINE, list(block.lines), pl.Int64)
         histories.append(_longest(pl.DataFrame({"user_id": users, "items": block.frame["history"], _LINE: lines})))
         seconds = dates(block, "time", spec.clock)

@@ -17,11 +17,11 @@ import polars as pl
 
 from llmrec.data.assemble import assemble
 from llmrec.data.dataset import Dataset
-from llmrec.data.reading.columns import ids, numbers, texts
 from llmrec.data.reading.files import fetch, members
 from llmrec.data.reading.limits import enumerated, stands
 from llmrec.data.reading.packed import unpack
 from llmrec.data.reading.text import Table, delimited, read_bytes, user_path
+from llmrec.data.reading.typed import ids, numbers, texts
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.resources import cache_dir

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import polars as pl
 
 from llmrec.data.dataset import PARTS
-from llmrec.data.reading.columns import find, texts
+from llmrec.data.reading.columns import find
 from llmrec.data.reading.limits import shown
 from llmrec.data.reading.text import Table
+from llmrec.data.reading.typed import texts
 from llmrec.data.split import earlier
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection

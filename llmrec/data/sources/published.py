@@ -13,9 +13,10 @@ from llmrec.data.assemble import assemble
 from llmrec.data.dataset import Dataset
 from llmrec.data.reading.blocks import blocks, checked, records
 from llmrec.data.reading.files import Found, Member, locate
+from llmrec.data.reading.markup import has_markup, plain
 from llmrec.data.reading.pieces import Kind, numbered
 from llmrec.data.reading.text import Table
-from llmrec.data.reading.typed import Unit, dates, has_markup, ids, numbers, plain, texts, times
+from llmrec.data.reading.typed import Unit, dates, ids, moments, numbers, unescaped
 from llmrec.data.sources.counts import Counts, comparison
 from llmrec.data.sources.movielens import movie_title
 from llmrec.data.sources.sets import known
@@ -194,7 +195,7 @@ def read_events(member: Member, spec: Events, text: str | None) -> Read:
     lines: list[Sequence[int]] = []
     titles: dict[str, str] = {}
     for block in blocks(member, spec.form, wanted):
-        series = {"user_id": ids(block, (spec.user,)), "item_id": ids(block, spec.item)}
+        series = {"user_id": ids(block, spec.user), "item_id": ids(block, *spec.item)}
         if spec.rating is not None:
             series["rating"] = numbers(block, spec.rating, "rating", absent=spec.unrated)
         if spec.time is None:
@@ -202,13 +203,13 @@ def read_events(member: Member, spec: Events, text: str | None) -> Read:
         elif spec.clock:
             series["timestamp"] = dates(block, spec.time, spec.clock)
         else:
-            series["timestamp"], unit = times(block, spec.time, unit)
+            series["timestamp"], unit = moments(block, spec.time, unit)
         if text is not None:
-            series["text"] = texts(block, text)
+            series["text"] = unescaped(block, text)
         frames.append(pl.DataFrame(series))
         lines.append(block.lines)
         if spec.title is not None:
-            named = pl.DataFrame({"item": series["item_id"], "title": texts(block, spec.title)}).drop_nulls()
+            named = pl.DataFrame({"item": series["item_id"], "title": unescaped(block, spec.title)}).drop_nulls()
             titles = dict(named.unique("item", keep="first", maintain_order=True).iter_rows()) | titles
     return Read(pl.concat(frames), numbered(member.name, lines), titles)
 

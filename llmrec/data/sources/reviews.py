@@ -11,12 +11,12 @@ import polars as pl
 from llmrec.data.assemble import assemble, catalogue
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.derived import NAMES, TITLES, keyphrases
-from llmrec.data.reading.columns import ids, numbers, texts
 from llmrec.data.reading.limits import is_no_text
+from llmrec.data.reading.markup import plain
 from llmrec.data.reading.objects import json_object
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table, decode, read_bytes, user_path
-from llmrec.data.reading.typed import plain
+from llmrec.data.reading.typed import ids, numbers, texts
 from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.types import Item

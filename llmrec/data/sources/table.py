@@ -15,7 +15,7 @@ import polars as pl
 from llmrec.data import dataset as filters
 from llmrec.data.assemble import assemble, catalogue
 from llmrec.data.dataset import PARTS, Dataset
-from llmrec.data.reading.columns import find, ids, numbers, one_per_item, texts, times
+from llmrec.data.reading.columns import find
 from llmrec.data.reading.databases import is_database, read_query
 from llmrec.data.reading.lean import Kind
 from llmrec.data.reading.limits import reason
@@ -24,6 +24,7 @@ from llmrec.data.reading.parquet import from_arrow
 from llmrec.data.reading.sheets import split_sheet
 from llmrec.data.reading.table import fitting, is_pattern, joined, read_table
 from llmrec.data.reading.text import Table, read_bytes, user_path
+from llmrec.data.reading.typed import ids, numbers, one_per_item, texts, times
 from llmrec.data.reading.where import kept
 from llmrec.data.sources.movielens import movielens_100k, movielens_small
 from llmrec.data.sources.parts import parts_of, told
