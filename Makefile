@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo "make bench-cold       items of Amazon Toys that nobody chose before the test, eval/results/cold.json"
 	@echo "make bench-remote     ask a server that fails on purpose, and kill the client, eval/results/remote.json"
 	@echo "make bench-prefixes   what ranking strategies read where prompts begin alike, eval/results/prefixes.json"
+	@echo "make check-sources DATA=FOLDER   read copies of published sets of yours and compare their counts"
 	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make experiments  write the list of what was run, eval/EXPERIMENTS.md"
@@ -145,6 +146,9 @@ bench-training: setup
 
 suites: setup
 	for suite in movielens-100k movielens-100k-rating movielens-100k-liked; do $(BIN)/llmrec eval eval/suites/$$suite.yaml || exit; done
+
+check-sources: setup
+	$(BIN)/python -m eval.benchmarks.sources $(ARGS) --check "$(DATA)"
 
 experiments: setup
 	$(BIN)/python -m eval.benchmarks.experiments

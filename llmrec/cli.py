@@ -336,7 +336,12 @@ def rank(options: RankOptions) -> None:
 
 @app.command()
 def init(
-    table: Annotated[str, typer.Argument(metavar="TABLE", help="A CSV, TSV, JSON Lines or Parquet file.")],
+    table: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE", help="A file, sqlite:///FILE, duckdb:///FILE, postgresql://HOST/NAME or hf://NAME."
+        ),
+    ],
     items: Annotated[str | None, typer.Option("--items", help="A second table, with one row an item.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The recipe; <name>.yaml by default.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="The recipe's name; the table's by default.")] = None,
@@ -353,6 +358,7 @@ def init(
     split: Annotated[
         str | None, typer.Option("--split", help="Column of the parts train, valid and test; none: draw a split.")
     ] = None,
+    query: Annotated[str | None, typer.Option("--query", help="What is asked of a database: one SELECT.")] = None,
     mend: Annotated[
         Path | None, typer.Option("--mend", help="Write a copy of the table with its faults mended, and use that.")
     ] = None,
@@ -365,7 +371,7 @@ def init(
     said = asked(
         user=user, item=item, rating=rating, time=time, title=title, text=text, fields=fields, dates=dates, split=split
     )
-    say(start.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force).told)
+    say(start.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force, query=query).told)
 
 
 @app.command()

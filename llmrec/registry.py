@@ -21,7 +21,6 @@ SETS: Mapping[str, Path] = {
 SOURCES: Mapping[str, str] = {
     **dict.fromkeys(SETS, "llmrec.data.sources.published:published"),
     "movielens-100k": "llmrec.data.sources.table:movielens_100k",
-    "movielens-small": "llmrec.data.sources.table:movielens_small",
     "mind": "llmrec.data.sources.mind:mind",
     "sequences": "llmrec.data.sources.sequences:sequences",
     "samples": "llmrec.data.sources.samples:samples",

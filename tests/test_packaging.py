@@ -23,6 +23,7 @@ from pydantic import BaseModel
 import llmrec
 from llmrec import cli, registry, setup_env
 from llmrec.commands.doctor import packages
+from llmrec.data.sources.sets import known
 from llmrec.recipe.comparisons import Benchmark, Suite
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, TasksSection
@@ -437,6 +438,11 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
             bench = Benchmark(**yaml.safe_load(block))
             for run in bench.runs:
                 load_recipe(run.recipe or bench.recipe, (*bench.overrides, *run.overrides))
+            continue
+        if "layouts:" in block:
+            page_of_a_set = tmp_path / "set.yaml"
+            page_of_a_set.write_text(block, "utf-8")
+            assert known(str(page_of_a_set)).layouts
             continue
         recipe = _snippet(block, tmp_path / "snippet.yaml")
         assert recipe.tasks.present()

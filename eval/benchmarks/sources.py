@@ -3,19 +3,28 @@
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.sources eval/results/sources.json``. MovieLens-100K comes with the
 set-up. FOLDER holds what else is at hand, each under the name given below; what is missing is written down as missing,
 and what cannot be read with the reason.
+
+``make check-sources DATA=FOLDER`` looks for files of any published set in a folder of yours and those inside it, reads
+each and prints the same; nothing is written unless ARGS names a file.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+from llmrec.data.reading.files import captured, fits, plain_name
+from llmrec.data.sources.sets import published
+from llmrec.data.sources.spec import Known
 from llmrec.data.sources.table import load
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
@@ -68,17 +77,76 @@ def read(name: str, scratch: Path) -> dict[str, Any]:
     return found | {"read": counts, "equal": counts == list(published), "says": data.provenance.get("published")}
 
 
-def main(target: Path) -> None:
-    """Read all of them and write."""
+def copies(folder: Path) -> Iterator[tuple[Known, Path]]:
+    """Yield the published sets with the files of interactions that a folder, and those inside it, seem to hold.
+
+    Of several patterns that a name fits the longest ones count, and of several sets those whose folder has its name.
+    """
+    pages = published()
+    others = {name for page in pages for layout in page.layouts if layout.items for name in layout.items.files}
+    for place in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
+        for path in sorted(path for path in place.iterdir() if path.is_file()):
+            name = plain_name(path.name)
+            fitting = {page.name: _fit(page, name) for page in pages if name not in others}
+            best = [page for page in pages if fitting.get(page.name) and fitting[page.name] == max(fitting.values())]
+            for page in [page for page in best if place.name in page.folders] or best:
+                yield page, path
+
+
+def _fit(page: Known, name: str) -> int:
+    """Return how much of a name the best pattern of a set says itself; 0 if none fits."""
+    patterns = [pattern for layout in page.layouts if fits(layout, name) is not None for pattern in layout.events.files]
+    return max((len(pattern) for pattern in patterns if captured(pattern, name) is not None), default=0)
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Read every copy of a published set in a folder, and print what came out of each."""
+    found: dict[str, Any] = {}
+    for page, path in copies(folder):
+        where = str(path.relative_to(folder))
+        section = DataSection(source=page.name, path=str(path), duplicates="keep_last")
+        begin = perf_counter()
+        try:
+            data = load(section, seed=0)
+        except LlmrecError as error:
+            found[f"{page.name}: {where}"] = {"refused": str(error).replace(f"{folder}/", "")}
+        else:
+            users, items = (data.interactions[column].n_unique() for column in ("user_id", "item_id"))
+            found[f"{page.name}: {where}"] = {
+                "read": [users, items, data.interactions.height],
+                "rows": int(data.provenance["rows"]),
+                "says": data.provenance.get("published", "no counts of this file are published"),
+                "notes": data.provenance.get("notes", "").replace(f"{folder}/", ""),
+                "seconds": round(perf_counter() - begin, 1),
+            }
+        sys.stdout.write(f"{page.name}: {where}: {json.dumps(found[f'{page.name}: {where}'])}\n")
+    if not found:
+        sys.stdout.write(f"{folder} holds no file of a published set: docs/data.md has their names\n")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read what is at hand, and write or print it."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.sources")
+    parser.add_argument("target", type=Path, nargs="?", help="where to write; with --check, optional")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="look for published sets in a folder of yours")
+    given = parser.parse_args(arguments)
+    if given.check is not None:
+        found = check(given.check)
+        if given.target is not None:
+            write_json(given.target, {"command": "make check-sources DATA=FOLDER", "files": found})
+        return
+    if given.target is None:
+        parser.error("name the file to write, or a folder after --check")
     with tempfile.TemporaryDirectory() as scratch:
         sets = {name: read(name, Path(scratch)) for name in SETS}
     result = {
         "command": "LLMREC_DATA=FOLDER python -m eval.benchmarks.sources eval/results/sources.json",
         "sets": sets,
     }
-    write_json(target, result)
+    write_json(given.target, result)
     sys.stdout.write(json.dumps(sets, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

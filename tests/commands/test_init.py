@@ -6,7 +6,9 @@ import json
 import random
 import re
 import shlex
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from llmrec.commands.init.plan import BUDGET_SECONDS, Plan, decide
 from llmrec.commands.init.roles import Asked, asked
 from llmrec.commands.init.start import init
 from llmrec.data.reading.text import Table
+from llmrec.data.sources.table import load
 from llmrec.errors import LlmrecError
 from llmrec.experiment.leaks.rows import questions
 from llmrec.experiment.study import build_study
@@ -178,8 +181,9 @@ def test_nothing_is_written_over_without_force(folder: Path) -> None:
         (["orders.csv", "--name", "a b"], ["'a b'", "letters"]),
         (["orders.csv", "--dates", "dayfirst"], ["did you mean 'day-first'"]),
         (["ordrs.csv"], ["did you mean 'orders.csv'"]),
-        (["hf://someone/data"], ["Parquet"]),
-        (["sqlite:///shop.db"], ["sqlite:///shop.db", "Parquet"]),
+        (["sqlite:///gone.db"], ["gone.db"]),
+        (["orders.csv", "--query", "SELECT 1"], ["--query", "no database"]),
+        (["orders.csv", "--items", "sqlite:///shop.db"], ["sqlite:///shop.db", "Parquet"]),
         (["orders.xlsx"], ["orders.xlsx"]),
         (["bestellungen.csv", "--mend", "x.txt"], ["x.txt", ".parquet"]),
         (["clicks.csv", "--items", "orders.csv"], ["orders.csv", "'sku'"]),
@@ -192,6 +196,23 @@ def test_refusals_are_one_paragraph_and_write_nothing(folder: Path, arguments: l
     for part in parts:
         assert part in said
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_database_is_a_table_once_its_rows_are_named(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "shop.db")) as shop:
+        frame = pl.read_csv(folder / "clicks.csv")
+        shop.execute(f"CREATE TABLE clicks ({', '.join(frame.columns)})")
+        shop.executemany(f"INSERT INTO clicks VALUES ({', '.join('?' * frame.width)})", frame.rows())
+        shop.commit()
+    said = llmrec("init", "sqlite:///shop.db")
+    assert said.startswith("error: ") and "SELECT * FROM clicks" in said and not (folder / "shop.yaml").exists()
+    llmrec("init", "sqlite:///shop.db", "--query", "SELECT * FROM clicks", "--items", "products.csv")
+    llmrec("init", "clicks.csv", "--items", "products.csv")
+    made, plain = load_recipe(folder / "shop.yaml"), load_recipe(folder / "clicks.yaml")
+    assert made.data.path == "sqlite:///shop.db" and made.data.query == "SELECT * FROM clicks"
+    assert made.data.columns == plain.data.columns
+    assert load(made.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+    assert "is valid" in llmrec("check", "shop.yaml")
 
 
 def test_a_recipe_elsewhere_still_finds_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

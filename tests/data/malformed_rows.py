@@ -37,7 +37,7 @@ def _spots(grid: Grid) -> list[int]:
     return sorted({0, len(grid.rows) // 2, len(grid.rows) - 1})
 
 
-READ_OLD_MACS = ("table", "init", "rank-items", "ml-100k", "ml-small")
+READ_OLD_MACS = ("table", "init", "rank-items", "ml-100k")
 """Readers that take a carriage return for the end of a line."""
 _BESIDE = ("an object with a deep list", "an endless number")
 """Faults of values that readers leave out unread that read a block at a time."""

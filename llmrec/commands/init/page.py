@@ -29,6 +29,7 @@ class Page:
         why: A remark for each of its keys.
         duplicates: Why repeated rows keep the latest; empty where there are none.
         plan: Everything else.
+        query: ``data.query``, where ``path`` is a database.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Page:
     why: Mapping[str, str]
     duplicates: str
     plan: Plan
+    query: str | None = None
 
 
 def scalar(value: str) -> str:
@@ -84,8 +86,10 @@ def _head(page: Page) -> list[str]:
 def _data(page: Page) -> list[str]:
     plan, columns = page.plan, page.columns
     lines = ["data:", "  source: table"]
-    where = "" if page.path.startswith("/") else "from the folder in which llmrec is run"
+    where = "" if page.path.startswith("/") or "://" in page.path else "from the folder in which llmrec is run"
     lines.append(_line(f"  path: {scalar(page.path)}", where))
+    if page.query is not None:
+        lines.append(f"  query: {scalar(page.query)}")
     if page.items is not None:
         lines.append(f"  items: {scalar(page.items)}")
     lines.append("  columns:")

@@ -17,7 +17,9 @@ from llmrec.commands.init.page import Page, minutes, render
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
 from llmrec.commands.init.profile import Peek, peek, profile, shown
 from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
-from llmrec.data.reading.databases import is_database
+from llmrec.data.reading.databases import is_database, read_query, tables_of
+from llmrec.data.reading.hub import is_hub, read_hub
+from llmrec.data.reading.limits import enumerated
 from llmrec.data.reading.table import is_pattern
 from llmrec.data.reading.text import Table, user_path
 from llmrec.data.sources.recognise import sources_with
@@ -62,11 +64,12 @@ def init(
     mend: Path | None = None,
     force: bool = False,
     backend: str | None = None,
+    query: str | None = None,
 ) -> Made:
     """Write a recipe for a table.
 
     Args:
-        table: The table of interactions.
+        table: The table of interactions: a file, the URL of a database, or ``hf://NAME``.
         items: The table of items, if there is one.
         out: Where the recipe goes; ``<name>.yaml`` in the working folder by default.
         name: The recipe's name; the table's by default.
@@ -74,6 +77,7 @@ def init(
         mend: Where a mended copy of the table may be written, if one is needed.
         force: Write over an existing recipe or copy.
         backend: The engine; vLLM where it is installed, else hf.
+        query: What is asked of a database.
 
     Raises:
         DataError: If the table cannot be read or judged, or could only be read after it is mended.
@@ -82,13 +86,16 @@ def init(
     asked = asked or Asked()
     name = _name(name, table)
     target = _target(out, name, force)
-    path, items_path = _file(table), _file(items) if items is not None else None
+    path = None if _is_elsewhere(table) else _file(table)
+    items_path = _file(items) if items is not None else None
+    if query is not None and not is_database(table):
+        raise DataError(f"--query: {table} is no database, so nothing is asked; leave it out", kind="contradiction")
     if mend is not None and mend.exists() and any(mend.samefile(p) for p in (path, items_path) if p and p.exists()):
         raise DataError(
             f"--mend {mend} is the table itself, which is never written over; name another file", kind="exists", at=mend
         )
     listed = peek(items_path, whole=True).table if items_path is not None else None
-    found = peek(path, whole=mend is not None)
+    found = peek(path, whole=mend is not None) if path is not None else _elsewhere(table, query)
     roles = guess(found.table, asked, listed)
     seen, used, notes = roles, found, list[str]()
     column = _item_column(roles, listed)
@@ -96,16 +103,25 @@ def init(
     if wrong:
         if mend is None or not all(fault.mend for fault in wrong):
             copy = mend or Path(f"{name}-mended.csv")
-            raise DataError(refusal(str(path), wrong, copy), kind=wrong[0].kind, at=wrong[0].at, column=wrong[0].column)
+            raise DataError(
+                refusal(str(path or table), wrong, copy), kind=wrong[0].kind, at=wrong[0].at, column=wrong[0].column
+            )
         frame, notes = mended(found.table, roles, listed, column)
         write_copy(frame, mend, force=force)
-        notes = [f"{mend} is a copy of {path} that llmrec can read", *dict.fromkeys(f.mend for f in wrong), *notes]
-        path, used = mend, peek(mend, whole=True)
+        notes = [
+            f"{mend} is a copy of {path or table} that llmrec can read",
+            *dict.fromkeys(f.mend for f in wrong),
+            *notes,
+        ]
+        path, used, query = mend, peek(mend, whole=True), None
         again = guess(used.table, _again(roles, column), listed)
         roles = replace(again, why={**again.why, **{again.item: roles.why[roles.item]}, **roles.why})
-    names = (roles.item, roles.title or "", items_path.name if items_path else "", path.name)
+    called = path.name if path is not None else table
+    names = (roles.item, roles.title or "", items_path.name if items_path else "", called)
     plan = decide(roles, names, whole=used.whole, backend=backend or _backend())
-    page = _page(name, path, items_path, target, roles, plan, used, listed)
+    written = _written(path, target) if path is not None else table
+    page = _page(name, called, written, items_path, target, roles, plan, used, listed)
+    page = replace(page, query=query)
     plan, recipe, cut = _write(page, target, check=used.whole and plan.facts.rows <= _CHECKED_ROWS)
     told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
     told += _hints(path, roles, items_path, used, plan, cut)
@@ -142,13 +158,30 @@ def _target(out: Path | None, name: str, force: bool) -> Path:
     return target
 
 
-def _file(text: str) -> Path:
-    if text.startswith("hf://") or is_database(text):
+def _is_elsewhere(text: str) -> bool:
+    return is_hub(text) or is_database(text)
+
+
+def _elsewhere(text: str, query: str | None) -> Peek:
+    """Read what a database or the hub has; what is asked of a database must be said."""
+    if is_hub(text):
+        return Peek(found := read_hub(text), True, found.frame.height)
+    if query is None:
+        tables = tables_of(text)
+        example = f"SELECT * FROM {tables[0] if tables else 'TABLE'}"
         raise DataError.at(
             text,
-            "wrong-format",
-            ": init looks at files; save the rows as Parquet and give that file, call llmrec.init(frame) in Python, or "
-            "write the recipe by hand",
+            "missing-key",
+            f": say which rows are the interactions, such as --query '{example}'; its tables are: {enumerated(tables)}",
+            "data.query",
+        )
+    return Peek(found := read_query(text, query), True, found.frame.height)
+
+
+def _file(text: str) -> Path:
+    if _is_elsewhere(text):
+        raise DataError.at(
+            text, "wrong-format", ": the table of items is a file; save its rows as Parquet and give that file"
         )
     path = user_path(text)
     if not path.exists() and not is_pattern(path):
@@ -209,7 +242,15 @@ def _again(roles: Roles, item_column: str) -> Asked:
 
 
 def _page(
-    name: str, path: Path, items: Path | None, target: Path, roles: Roles, plan: Plan, used: Peek, listed: Table | None
+    name: str,
+    called: str,
+    written: str,
+    items: Path | None,
+    target: Path,
+    roles: Roles,
+    plan: Plan,
+    used: Peek,
+    listed: Table | None,
 ) -> Page:
     title = roles.title
     if title is None and "title" in {*roles.profiles, *roles.items}:
@@ -237,8 +278,8 @@ def _page(
         duplicates = "only a part of the table was looked at; of repeated rows the latest is kept"
     return Page(
         name=name,
-        made_from=path.name if items is None else f"{path.name} and {items.name}",
-        path=_written(path, target),
+        made_from=called if items is None else f"{called} and {items.name}",
+        path=written,
         items=_written(items, target) if items is not None else None,
         columns=columns,
         why=why,
@@ -326,7 +367,7 @@ def _told_tasks(plan: Plan) -> list[str]:
     return ["tasks", *_aligned([(f, "on" if plan.tasks[f][0] else "off", plan.tasks[f][1]) for f in FAMILIES])]
 
 
-def _hints(path: Path, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
+def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
     hints = [cut] if cut else []
     if known := sources_with(used.table.frame.columns):
         hints.append(
@@ -335,7 +376,7 @@ def _hints(path: Path, roles: Roles, items: Path | None, used: Peek, plan: Plan,
         )
     if roles.title is None:
         hints.append("there are no titles: ids stand in for them, and a language model then has little to go by")
-        companion = _companion(path, roles.item) if items is None else None
+        companion = _companion(path, roles.item) if items is None and path is not None else None
         if companion is not None:
             option = f"--items {shlex.quote(str(companion))}"
             hints.append(f"{companion.name} has a column {shown(roles.item)} too: {option} reads titles from it")
@@ -348,8 +389,8 @@ def _hints(path: Path, roles: Roles, items: Path | None, used: Peek, plan: Plan,
             f"requests have {plan.candidates} candidates instead of 20: one user has had {plan.facts.history[2]} "
             f"of {plan.facts.items} items"
         )
-    beside = path.with_name(path.name.replace("train", "test"))
-    if "train" in path.name and beside.is_file() and roles.split is None:
+    beside = path.with_name(path.name.replace("train", "test")) if path is not None and "train" in path.name else None
+    if beside is not None and beside.is_file() and roles.split is None:
         hints.append(
             f"{beside.name} lies beside it: if both are a published split, write data.files and data.split.kind=given "
             "in place of data.path (docs/own-data.md)"

@@ -60,6 +60,22 @@ def read_query(url: str, query: str) -> Table:
     return from_arrow(url, table, _sha256(table))
 
 
+def tables_of(url: str) -> list[str]:
+    """Return the names of a database's tables and views.
+
+    Raises:
+        DataError: As `read_query`.
+    """
+    sqlite = urlsplit(url).scheme == "sqlite"
+    query = (
+        "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%' ORDER BY name"
+        if sqlite
+        else "SELECT table_name AS name FROM information_schema.tables WHERE table_schema NOT IN "
+        "('information_schema', 'pg_catalog') ORDER BY table_name"
+    )
+    return [str(name) for name in read_query(url, query).frame["name"]]
+
+
 def _sha256(table: pa.Table) -> str:
     total = hashlib.sha256()
     with pa.ipc.new_stream(_Sink(total), table.schema) as stream:

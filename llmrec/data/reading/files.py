@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
 
 from llmrec.data.reading.limits import BROKEN, Capped, archived, no_file, printable, reason, require_file, stands
 from llmrec.data.reading.text import user_path
@@ -192,7 +193,21 @@ def _cached(known: Known) -> Path:
         for place in (home / folder, home / f"{folder}.zip"):
             if place.exists():
                 return place
-    raise DataError(f"source {known.name!r} needs data.path: {_ways(known)}", kind="missing-key", column="data.path")
+    if known.download is None:
+        raise DataError(
+            f"source {known.name!r} needs data.path: {_ways(known)}", kind="missing-key", column="data.path"
+        )
+    archive = home / f"{known.folders[0] if known.folders else known.name}.zip"
+    try:
+        fetch(known.download, archive, md5=None)
+    except DataError as error:
+        raise DataError(
+            f"{known.name} is not on this machine: {error}. There are these ways to it: {_ways(known)}, or use a "
+            f"network that reaches {urlsplit(known.download).hostname}",
+            kind=error.kind,
+            at=error.place,
+        ) from error
+    return archive
 
 
 def listing(place: Path) -> list[Member]:
@@ -221,8 +236,8 @@ def captured(pattern: str, name: str) -> str | None:
     return None if found is None else (found[1] if found.groups() else "")
 
 
-def _match(layout: Layout, name: str) -> str | None:
-    """Return the category of a file of interactions, or None if it is another file."""
+def fits(layout: Layout, name: str) -> str | None:
+    """Return the category of a file of interactions, by its plain name, or None if it is another file."""
     if any(fnmatchcase(name.lower(), pattern) for pattern in layout.events.skip):
         return None
     tried = (captured(pattern, name) for pattern in layout.events.files)
@@ -233,7 +248,7 @@ def _fitting(known: Known, members: Sequence[Member]) -> list[tuple[Layout, str,
     found: dict[tuple[str, str], tuple[Layout, str, Member]] = {}
     for layout in known.layouts:
         for member in members:
-            category = _match(layout, member.plain)
+            category = fits(layout, member.plain)
             if category is not None:
                 # A file that lies there packed and unpacked is one file; the unpacked one sorts first.
                 found.setdefault((member.folder, member.plain), (layout, category, member))
@@ -256,7 +271,7 @@ def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -
 def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
     """Return the variant that a file named by the user belongs to: by its name, or else by its ending."""
     for layout in known.layouts:
-        category = _match(layout, events.plain)
+        category = fits(layout, events.plain)
         if category is not None:
             return layout, category
     json = events.plain.lower().endswith(".json")

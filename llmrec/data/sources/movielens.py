@@ -1,7 +1,7 @@
-"""The MovieLens sets (Harper and Konstan, ACM TiiS 5(4), 2015), from a folder, a wheel, the cache or GroupLens.
+"""MovieLens-100K (Harper and Konstan, ACM TiiS 5(4), 2015), from a folder, a wheel, the cache or GroupLens.
 
-MovieLens-100K is read in its own layout (u.data, u.item, u.user) and in the "atomic" layout that the ``recbole``
-wheel carries. Both give the same `Dataset`.
+It is read in its own layout (u.data, u.item, u.user) and in the "atomic" layout that the ``recbole`` wheel carries.
+Both give the same `Dataset`. The other MovieLens sets have pages: `llmrec.data.sources.sets`.
 """
 
 from __future__ import annotations
@@ -77,15 +77,6 @@ _100K = _Published(
     ways="pip install --no-deps recbole==1.2.1 (a wheel that carries the files), or data.path=FOLDER with u.data and "
     "u.item, or a network that reaches files.grouplens.org",
 )
-_SMALL = _Published(
-    name="movielens-small",
-    folder="ml-latest-small",
-    layouts=(("ratings.csv", "movies.csv"),),
-    url="https://files.grouplens.org/datasets/movielens/ml-latest-small.zip",
-    md5=None,
-    wheel=None,
-    ways="data.path=FOLDER with ratings.csv and movies.csv, or a network that reaches files.grouplens.org",
-)
 
 
 class _Found(NamedTuple):
@@ -101,7 +92,7 @@ class _Found(NamedTuple):
     sha256: str
 
 
-# --------------------------------------------------------------------------- the two sources
+# --------------------------------------------------------------------------- the source
 
 
 def movielens_100k(section: DataSection, *, seed: int) -> Dataset:
@@ -119,26 +110,6 @@ def movielens_100k(section: DataSection, *, seed: int) -> Dataset:
     keys = "user item rating timestamp" if official else "user_id:token item_id:token rating:float timestamp:float"
     items = _official_items(films) if official else _atomic_items(films)
     return _dataset(_100K, section, found, ratings, keys.split(), items, _people(found), (1.0, 5.0))
-
-
-def movielens_small(section: DataSection, *, seed: int) -> Dataset:
-    """Load MovieLens latest-small: 610 users, 9,724 rated films, 100,836 ratings from 0.5 to 5.
-
-    Films carry ``genres`` and ``year``.
-
-    Raises:
-        DataError: If it is nowhere to be found, or a file is malformed.
-    """
-    found = _locate(_SMALL, section)
-    ratings, films = (delimited(found.names[name], found.files[name], separator=",") for name in _SMALL.layouts[0])
-    column, title, genres = (_column(films, name) for name in ("movieId", "title", "genres"))
-    items = {}
-    for item_id, raw, kinds in zip(ids(films, column), _titles(films, title), texts(films, genres), strict=True):
-        name, year = movie_title(raw)
-        listed = _UNKNOWN if kinds == "(no genres listed)" else kinds.replace("|", ", ")
-        items[item_id] = Item(item_id=item_id, title=name, fields={"genres": listed, "year": year})
-    keys = ["userId", "movieId", "rating", "timestamp"]
-    return _dataset(_SMALL, section, found, ratings, keys, items, {}, (0.5, 5.0))
 
 
 # --------------------------------------------------------------------------- finding the files

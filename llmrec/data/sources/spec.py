@@ -177,6 +177,7 @@ class Known(Section):
         folders: Names of the folder or archive in which it is published.
         page: Where it is published.
         fetch: Which files to fetch there.
+        download: An archive that may be fetched without asking, into the cache folder; None: it is left to the user.
         licence: Its terms, in one line.
         notes: What a user must know of the figures, such as that there are no times.
         layouts: Its variants.
@@ -191,6 +192,7 @@ class Known(Section):
     folders: tuple[str, ...] = ()
     page: str = ""
     fetch: str = "its files"
+    download: str | None = None
     licence: str = "not known"
     notes: tuple[str, ...] = ()
     layouts: tuple[Layout, ...]

@@ -17,27 +17,24 @@ from llmrec.data.assemble import assemble, catalogue
 from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.reading.columns import find
 from llmrec.data.reading.databases import is_database, read_query
+from llmrec.data.reading.hub import hub_name, is_hub, read_hub
 from llmrec.data.reading.lean import Kind
-from llmrec.data.reading.limits import reason
 from llmrec.data.reading.objects import json_lines
-from llmrec.data.reading.parquet import from_arrow
 from llmrec.data.reading.sheets import split_sheet
 from llmrec.data.reading.table import fitting, is_pattern, joined, read_table
 from llmrec.data.reading.text import Table, read_bytes, user_path
 from llmrec.data.reading.typed import ids, numbers, one_per_item, texts, times
 from llmrec.data.reading.where import kept
-from llmrec.data.sources.movielens import movielens_100k, movielens_small
+from llmrec.data.sources.movielens import movielens_100k
 from llmrec.data.sources.parts import parts_of, told
 from llmrec.data.sources.published import published
 from llmrec.data.sources.sets import is_page
-from llmrec.errors import DataError, require
+from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.registry import SOURCES, lookup
 from llmrec.types import Item
 
-__all__ = ["load", "movielens_100k", "movielens_small", "table"]
-
-_HUB = "hf://"
+__all__ = ["load", "movielens_100k", "table"]
 
 
 def load(section: DataSection, *, seed: int) -> Dataset:
@@ -187,32 +184,14 @@ def _name(section: DataSection) -> str:
     """Return what the data is called: a hub's name, the file without its ending, or the folder of several files."""
     path = section.path or (section.files.train if section.files else "")
     path = split_sheet(Path(path))[0].name if not is_database(path) and "#" in path else path
-    if path.startswith(_HUB):
-        return path.removeprefix(_HUB).partition(":")[0]
+    if is_hub(path):
+        return hub_name(path)
     name = Path(path).absolute().parent.name if section.files else Path(path).name.split(".")[0]
     return name or "table"
 
 
 def _read(path: str, wanted: Mapping[str, Kind] | None = None) -> Table:
-    return _read_hub(path) if path.startswith(_HUB) else read_table(user_path(path), wanted)
-
-
-def _read_hub(path: str) -> Table:
-    """Read ``hf://name[:split]`` through the datasets library; the split is ``train`` unless named."""
-    name, _, part = path.removeprefix(_HUB).partition(":")
-    datasets = require("datasets", "train")
-    try:
-        found = datasets.load_dataset(name, split=part or "train")
-        values = found.with_format("arrow")[:]
-    except Exception as error:  # the library raises dozens of types, from network errors to parser errors
-        raise DataError.at(
-            path,
-            "unreachable",
-            f" cannot be loaded ({type(error).__name__}: {reason(error)}); check the name and the split in "
-            "data.path, and that the hub can be reached, or download the table and give its file as data.path",
-            "data.path",
-        ) from error
-    return from_arrow(path, values)
+    return read_hub(path) if is_hub(path) else read_table(user_path(path), wanted)
 
 
 _COLUMNS = ("uid", "iid", "title", "user_summary", "item_summary", "explanation")
