@@ -173,19 +173,20 @@ class Read:
     titles: Mapping[str, str]
 
 
-def read_events(member: Member, spec: Events, text: str | None) -> Read:
+def read_events(member: Member, spec: Events, text: str | None, also: Sequence[str] = ()) -> Read:
     """Read interactions.
 
     Args:
         member: Their file.
         spec: Its map.
         text: The column to take as text.
+        also: Further columns of texts, which rows may lack; in the frame under their own names.
 
     Raises:
         DataError: If a row cannot be used; the message names it.
     """
     wanted: dict[str, Kind] = dict.fromkeys((spec.user, spec.item[0]), "text")
-    wanted |= dict.fromkeys((*spec.item[1:], *(column for column in (text, spec.title) if column)), "maybe")
+    wanted |= dict.fromkeys((*spec.item[1:], *also, *(column for column in (text, spec.title) if column)), "maybe")
     if spec.rating is not None:
         wanted[spec.rating] = "number"
     if spec.time is not None:
@@ -206,6 +207,7 @@ def read_events(member: Member, spec: Events, text: str | None) -> Read:
             series["timestamp"], unit = moments(block, spec.time, unit)
         if text is not None:
             series["text"] = unescaped(block, text)
+        series |= {column: unescaped(block, column) for column in also}
         frames.append(pl.DataFrame(series))
         lines.append(block.lines)
         if spec.title is not None:
