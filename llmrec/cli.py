@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrec import __version__
+from llmrec.commands.init.options import InitOptions
 from llmrec.commands.options import takes
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.show.console import finish, readable, say, short, show, show_dry_run
@@ -335,43 +336,22 @@ def rank(options: RankOptions) -> None:
 
 
 @app.command()
-def init(
-    table: Annotated[
-        str,
-        typer.Argument(
-            metavar="TABLE", help="A file, sqlite:///FILE, duckdb:///FILE, postgresql://HOST/NAME or hf://NAME."
-        ),
-    ],
-    items: Annotated[str | None, typer.Option("--items", help="A second table, with one row an item.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The recipe; <name>.yaml by default.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The recipe's name; the table's by default.")] = None,
-    user: Annotated[str | None, typer.Option("--user", help="Column of users.")] = None,
-    item: Annotated[str | None, typer.Option("--item", help="Column of items.")] = None,
-    rating: Annotated[str | None, typer.Option("--rating", help="Column of ratings; none: leave them out.")] = None,
-    time: Annotated[str | None, typer.Option("--time", help="Column of times; none: the order of the rows.")] = None,
-    title: Annotated[str | None, typer.Option("--title", help="Column of item titles; none: ids stand in.")] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Column of texts by users; none: leave them out.")] = None,
-    fields: Annotated[str | None, typer.Option("--fields", help="Further item columns, A,B; none: no such.")] = None,
-    dates: Annotated[
-        str | None, typer.Option("--dates", help="Order in dates such as 03/04/2024: day-first or month-first.")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Column of the parts train, valid and test; none: draw a split.")
-    ] = None,
-    query: Annotated[str | None, typer.Option("--query", help="What is asked of a database: one SELECT.")] = None,
-    mend: Annotated[
-        Path | None, typer.Option("--mend", help="Write a copy of the table with its faults mended, and use that.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over an existing recipe or copy.")] = False,
-) -> None:
+@takes(InitOptions)
+def init(options: InitOptions) -> None:
     """Look at a table and write a recipe for it, saying which column was taken for what, and why."""
     from llmrec.commands.init import start
-    from llmrec.commands.init.roles import asked
 
-    said = asked(
-        user=user, item=item, rating=rating, time=time, title=title, text=text, fields=fields, dates=dates, split=split
+    made = start.init(
+        options.table,
+        items=options.items,
+        query=options.query,
+        out=options.out,
+        name=options.name,
+        asked=options.asked,
+        mend=options.mend,
+        force=options.force,
     )
-    say(start.init(table, items=items, out=out, name=name, asked=said, mend=mend, force=force, query=query).told)
+    say(made.told)
 
 
 @app.command()

@@ -24,6 +24,7 @@ class About:
         metavar: Stands for a value.
         choices: All values that there are; they stand for themselves.
         least: The smallest number allowed.
+        argument: It stands by itself, without a name before it.
     """
 
     help: str
@@ -31,6 +32,7 @@ class About:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     least: int | None = None
+    argument: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,9 @@ def _parameter(field: Field[Any], hint: Any) -> Parameter:
     if get_origin(kind) is tuple:
         # An option that may be given several times.
         kind, default = list[str], list(default)
+    if about.argument:
+        given = typer.Argument(metavar=about.metavar, help=about.help)
+        return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, given])
     option = typer.Option(
         *(about.names or (f"--{field.name.replace('_', '-')}",)),
         metavar="|".join(about.choices) or about.metavar,
