@@ -1,0 +1,331 @@
+"""Features: vectors and texts of users or items that somebody made before, with what each of them has seen.
+
+A store is a folder that a service can map and read without llmrec: docs/features.md has ten lines of numpy for it.
+
+    current           the name of the version that counts
+    VERSION/meta.json           format, numbers of rows and columns, provenance
+    VERSION/KIND-ids.npy        ids as UTF-8 bytes, sorted; KIND is user or item
+    VERSION/KIND-vectors.npy    float32 or float16, shape (n, d), a row an id
+    VERSION/KIND-fallback.npy   what an unknown id has, shape (d,)
+    VERSION/features.sqlite     tables texts (kind, id, text) and seen (kind, id, user, item)
+
+A new version is written beside the one that counts and published by replacing ``current``: whoever has the old one open
+keeps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llmrec.durable import Json, refuse_link, write_json, write_text
+from llmrec.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FeatureKind = Literal["user", "item"]
+Pair = tuple[str, str]
+"""A user and an item."""
+
+_FORMAT = 1
+_CURRENT, _META, _TEXTS = "current", "meta.json", "features.sqlite"
+# Ids are stored in fields of one width, so that a long one costs all others as much.
+_WIDEST = 512
+# Versions that are kept for who has them open, the one that counts among them.
+_KEPT = 2
+_KINDS: tuple[FeatureKind, ...] = ("user", "item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where features come from; equal provenance and equal ids give equal features.
+
+    Attributes:
+        system: What made them, such as ``kar``, or how they came here.
+        split: Fingerprint of the split whose training part was read; empty: of no split, since no interaction was.
+        template: Hash of the prompts.
+        generator: Model, sampling and seed of what wrote the texts; empty where nothing was written.
+        encoder: Model, pooling and longest text of what made vectors of them.
+        version: Of llmrec.
+    """
+
+    system: str
+    split: str = ""
+    template: str = ""
+    generator: Mapping[str, Json] = field(default_factory=dict)
+    encoder: Mapping[str, Json] = field(default_factory=dict)
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Vectors of some users or items, their texts, and the interactions that each text was written from.
+
+    Attributes:
+        kind: What the ids name.
+        ids: Each once.
+        vectors: Shape (n, d).
+        provenance: Where they come from.
+        texts: One an id, or none at all.
+        seen: The (user, item) pairs that the text of an id has seen, by id. A model that learns from such a pair beside
+            the text would trust the text too much.
+        fallback: What an id without features has, shape (d,); None: the mean of all.
+    """
+
+    kind: FeatureKind
+    ids: Sequence[str]
+    vectors: NDArray[np.floating[Any]]
+    provenance: Provenance
+    texts: Sequence[str] = ()
+    seen: Mapping[str, frozenset[Pair]] = field(default_factory=dict)
+    fallback: NDArray[np.floating[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that they go together.
+
+        Raises:
+            DataError: If an id stands twice or is too long, numbers are not finite, or lengths differ.
+        """
+        if self.vectors.ndim != 2 or len(self.ids) != len(self.vectors):
+            raise DataError(
+                f"features of {len(self.ids)} {self.kind}s have vectors of shape {self.vectors.shape}; give one each",
+                kind="mismatch",
+            )
+        if self.texts and len(self.texts) != len(self.ids):
+            raise DataError(
+                f"{len(self.texts)} texts stand beside {len(self.ids)} ids; give one an id", kind="mismatch"
+            )
+        if len(set(self.ids)) != len(self.ids):
+            twice = next(each for place, each in enumerate(self.ids) if each in set(self.ids[:place]))
+            raise DataError(f"the {self.kind} {twice!r} stands twice among the features; keep one", kind="duplicate")
+        if not np.isfinite(self.vectors).all():
+            row = int(np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))[0])
+            raise DataError(
+                f"the vector of the {self.kind} {self.ids[row]!r} holds NaN or infinity; make it again",
+                kind="bad-value",
+            )
+        for each in self.ids:
+            if not each or "\0" in each or len(each.encode()) > _WIDEST:
+                raise DataError(
+                    f"the id {each[:40]!r} cannot name features: it is empty, holds NUL or is longer than {_WIDEST} "
+                    "bytes",
+                    kind="bad-value",
+                )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The features of one kind, mapped into memory."""
+
+    ids: NDArray[np.bytes_]
+    vectors: NDArray[np.floating[Any]]
+    fallback: NDArray[np.floating[Any]]
+
+
+class FeatureStore:
+    """Reads features from a folder, one row a look-up; safe to be read by many at once."""
+
+    def __init__(self, folder: Path, version: Path, meta: Mapping[str, Any]) -> None:
+        """Set up; use `open`."""
+        self.folder, self._version, self._meta = folder, version, meta
+        self._tables: dict[str, _Table] = {
+            kind: _Table(
+                np.load(version / f"{kind}-ids.npy", mmap_mode="r", allow_pickle=False),
+                np.load(version / f"{kind}-vectors.npy", mmap_mode="r", allow_pickle=False),
+                np.load(version / f"{kind}-fallback.npy", allow_pickle=False),
+            )
+            for kind in meta["kinds"]
+        }
+
+    @staticmethod
+    def open(folder: str | Path, *, split: str | None = None) -> FeatureStore:
+        """Open the version that counts.
+
+        Args:
+            folder: The store.
+            split: The fingerprint of the split that is at hand; None: whichever.
+
+        Raises:
+            DataError: If there is no store, it is damaged, or its texts were written from another split.
+        """
+        place = Path(folder).expanduser()
+        try:
+            version = place / (place / _CURRENT).read_text(encoding="utf-8").strip()
+            meta = json.loads((version / _META).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError.at(
+                place, "missing-file", " holds no features; write them with llmrec augment, or correct the path"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError.at(place, "damaged", f" is no store of features ({error}); make it again") from error
+        if meta.get("format") != _FORMAT:
+            raise DataError.at(
+                place,
+                "wrong-format",
+                f" is a store of format {meta.get('format')}, and this version reads {_FORMAT}; make it again",
+            )
+        store = FeatureStore(place, version, meta)
+        for kind in store.kinds:
+            table, rows = store._tables[kind], meta["kinds"][kind]["rows"]
+            if len(table.ids) != rows or len(table.vectors) != rows:
+                raise DataError.at(place, "damaged", f" has not the {rows} {kind}s that it should have; make it again")
+            made_from = store.provenance(kind).split
+            if split is not None and made_from and made_from != split:
+                raise DataError.at(
+                    place,
+                    "mismatch",
+                    f": the texts of its {kind}s were written from another split ({made_from[:12]}, here "
+                    f"{split[:12]}), and may tell what is held out here; run llmrec augment on this recipe",
+                )
+        return store
+
+    @property
+    def kinds(self) -> tuple[FeatureKind, ...]:
+        """What it has features of."""
+        return tuple(kind for kind in _KINDS if kind in self._tables)
+
+    def provenance(self, kind: FeatureKind) -> Provenance:
+        """Return where the features of a kind come from."""
+        return Provenance(**self._meta["kinds"][kind]["provenance"])
+
+    def width(self, kind: FeatureKind) -> int:
+        """Return the length of the vectors of a kind."""
+        return int(self._tables[kind].vectors.shape[1])
+
+    def ids(self, kind: FeatureKind) -> list[str]:
+        """Return all ids of a kind, sorted by their bytes."""
+        return [each.decode() for each in self._tables[kind].ids.tolist()]
+
+    def get(self, kind: FeatureKind, ids: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Look vectors up.
+
+        Args:
+            kind: What the ids name.
+            ids: Any number of them, repetitions allowed.
+
+        Returns:
+            Vectors, shape (n, d), of unknown ids the fallback; and which ids are known, shape (n,).
+
+        Raises:
+            DataError: If the store has nothing of this kind.
+        """
+        if kind not in self._tables:
+            raise DataError.at(self.folder, "missing-value", f" has no features of {kind}s; it has {self.kinds}")
+        table = self._tables[kind]
+        if not ids or not len(table.ids):
+            return np.tile(table.fallback.astype(np.float32), (len(ids), 1)), np.zeros(len(ids), dtype=bool)
+        asked = np.array([each.encode() for each in ids], dtype=np.bytes_)
+        places = np.minimum(np.searchsorted(table.ids, asked), len(table.ids) - 1)
+        # An id that ends in NUL would equal the one without: such ids are never stored, and none is found.
+        known = np.array([not each.endswith("\0") for each in ids]) & (table.ids[places] == asked)
+        vectors = np.asarray(table.vectors[places], dtype=np.float32)
+        vectors[~known] = table.fallback
+        return vectors, known
+
+    def texts(self, kind: FeatureKind, ids: Iterable[str]) -> dict[str, str]:
+        """Return the texts of some ids, those that have one."""
+        with closing(self._database()) as base:
+            found = (
+                base.execute("SELECT text FROM texts WHERE kind = ? AND id = ?", (kind, each)).fetchone()
+                for each in ids
+            )
+            return {each: row[0] for each, row in zip(ids, found, strict=False) if row is not None}
+
+    def seen(self, kind: FeatureKind | None = None) -> frozenset[Pair]:
+        """Return every (user, item) pair that some text has seen."""
+        where, given = ("", ()) if kind is None else (" WHERE kind = ?", (kind,))
+        with closing(self._database()) as base:
+            return frozenset(base.execute(f"SELECT DISTINCT user, item FROM seen{where}", given).fetchall())
+
+    def _database(self) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{self._version / _TEXTS}?mode=ro&immutable=1", uri=True)
+
+
+def publish(
+    folder: str | Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32"
+) -> Path:
+    """Write features as the version that counts; a killed call leaves the version before.
+
+    Args:
+        folder: The store; made if it is not there.
+        tables: One of each kind, or of one.
+        dtype: Of the stored vectors.
+
+    Returns:
+        The folder of the version.
+
+    Raises:
+        DataError: If a kind is given twice.
+        LlmrecError: If the folder is a link.
+    """
+    place = Path(folder).expanduser()
+    refuse_link(place)
+    if not tables or len({table.kind for table in tables}) != len(tables):
+        raise DataError("a store has one table of each kind; give users once and items once", kind="duplicate")
+    name = secrets.token_hex(8)
+    draft = place / f".{name}.draft"
+    draft.mkdir(parents=True)
+    try:
+        kinds = {table.kind: _written(draft, table, dtype) for table in tables}
+        _write_texts(draft / _TEXTS, tables)
+        write_json(draft / _META, {"format": _FORMAT, "dtype": dtype, "kinds": kinds})
+        draft.replace(place / name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    write_text(place / _CURRENT, name + "\n")
+    _clear(place, name)
+    return place / name
+
+
+def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
+    ids = np.array([each.encode() for each in table.ids], dtype=np.bytes_)
+    order = np.argsort(ids, kind="stable")
+    fallback = table.vectors.mean(axis=0) if table.fallback is None and len(ids) else table.fallback
+    np.save(folder / f"{table.kind}-ids.npy", ids[order], allow_pickle=False)
+    np.save(folder / f"{table.kind}-vectors.npy", table.vectors[order].astype(dtype), allow_pickle=False)
+    np.save(
+        folder / f"{table.kind}-fallback.npy",
+        np.zeros(table.vectors.shape[1], dtype) if fallback is None else fallback.astype(dtype),
+        allow_pickle=False,
+    )
+    digest = hashlib.sha256(b"\0".join(ids[order].tolist()) + table.vectors[order].astype(dtype).tobytes())
+    return {
+        "rows": len(ids),
+        "width": int(table.vectors.shape[1]),
+        "sha256": digest.hexdigest(),
+        "provenance": asdict(table.provenance),
+    }
+
+
+def _write_texts(path: Path, tables: Sequence[Features]) -> None:
+    with closing(sqlite3.connect(path)) as base:
+        base.execute("CREATE TABLE texts (kind TEXT, id TEXT, text TEXT, PRIMARY KEY (kind, id)) WITHOUT ROWID")
+        base.execute("CREATE TABLE seen (kind TEXT, id TEXT, user TEXT, item TEXT)")
+        for table in tables:
+            named = zip(table.ids, table.texts, strict=False)
+            base.executemany("INSERT INTO texts VALUES (?, ?, ?)", ((table.kind, each, text) for each, text in named))
+            rows = ((table.kind, each, *pair) for each in table.ids for pair in sorted(table.seen.get(each, ())))
+            base.executemany("INSERT INTO seen VALUES (?, ?, ?, ?)", rows)
+        base.execute("CREATE INDEX pairs ON seen (user, item)")
+        base.commit()
+
+
+def _clear(place: Path, current: str) -> None:
+    """Remove drafts of killed calls and all but the latest versions."""
+    for draft in place.glob(".*.draft"):
+        shutil.rmtree(draft, ignore_errors=True)
+    versions = [path.parent for path in place.glob(f"*/{_META}") if path.parent.name != current]
+    versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in versions[_KEPT - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,143 @@
+"""Stores of features: what is written is what is read, and a store says what it must not be used for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.data import features as module
+from llmrec.data.features import Features, FeatureStore, Provenance, publish
+from llmrec.errors import DataError
+from tests.facts import Facts, raises
+
+MADE = Provenance(system="test", split="abc", generator={"model": "m", "seed": 0})
+
+
+def some(count: int = 5, width: int = 3, kind: str = "user") -> Features:
+    rng = np.random.default_rng(count)
+    ids = [f"{kind}{number}" for number in rng.permutation(count)]
+    return Features(
+        kind,  # type: ignore[arg-type]
+        ids,
+        rng.normal(size=(count, width)).astype(np.float32),
+        MADE,
+        texts=[f"likes {each}" for each in ids],
+        seen={ids[0]: frozenset({(ids[0], "i1"), (ids[0], "i2")})},
+    )
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    users, items = some(), some(7, 4, "item")
+    publish(tmp_path / "store", [users, items])
+    store = FeatureStore.open(tmp_path / "store", split="abc")
+    assert store.kinds == ("user", "item") and store.width("item") == 4 and store.provenance("user") == MADE
+    vectors, known = store.get("user", [*users.ids, "nobody", users.ids[0], ""])
+    assert known.tolist() == [True] * 5 + [False, True, False]
+    assert np.array_equal(vectors[:5], users.vectors) and np.array_equal(vectors[6], users.vectors[0])
+    assert vectors[5] == pytest.approx(users.vectors.mean(axis=0)) and np.array_equal(vectors[5], vectors[7])
+    assert store.texts("user", ["nobody", users.ids[1]]) == {users.ids[1]: f"likes {users.ids[1]}"}
+    assert store.seen("user") == users.seen[users.ids[0]] and len(store.seen()) == 4
+    assert store.get("user", [])[0].shape == (0, 3)
+
+
+def test_ten_lines_of_numpy_read_it_too(tmp_path: Path) -> None:
+    """The lines that docs/features.md shows, word for word."""
+    users = some(9)
+    publish(tmp_path / "store", [users])
+    page = (Path(__file__).parent.parent.parent / "docs" / "features.md").read_text(encoding="utf-8")
+    lines = page.split("```python\n# without llmrec\n")[1].split("```")[0]
+    assert len(lines.strip().splitlines()) <= 10
+    names = {"folder": str(tmp_path / "store"), "asked": ["nobody", *users.ids]}
+    exec(lines, names)
+    vectors, known = FeatureStore.open(tmp_path / "store").get("user", ["nobody", *users.ids])
+    assert np.array_equal(names["vectors"], vectors) and np.array_equal(names["known"], known)
+
+
+def test_who_has_a_version_open_keeps_it(tmp_path: Path) -> None:
+    first, second = some(), some(6)
+    publish(tmp_path, [first])
+    before = FeatureStore.open(tmp_path)
+    publish(tmp_path, [second])
+    assert np.array_equal(before.get("user", first.ids)[0], first.vectors)
+    assert np.array_equal(FeatureStore.open(tmp_path).get("user", second.ids)[0], second.vectors)
+    publish(tmp_path, [first])
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+
+
+def test_a_killed_build_leaves_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = some()
+    publish(tmp_path, [first])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("_written", "_write_texts", "write_json", "write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                publish(tmp_path, [some(6)])
+        assert np.array_equal(FeatureStore.open(tmp_path).get("user", first.ids)[0], first.vectors), step
+
+
+def test_texts_of_another_split_are_refused(tmp_path: Path) -> None:
+    publish(tmp_path, [some()])
+    with raises(DataError, Facts("mismatch", tmp_path, says="llmrec augment")):
+        FeatureStore.open(tmp_path, split="another")
+    publish(tmp_path, [replace(some(), provenance=Provenance(system="titles alone"))])
+    assert FeatureStore.open(tmp_path, split="another").kinds == ("user",)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (lambda at: (at / "current").unlink(), "missing-file"),
+        (lambda at: (at / "current").write_text("gone"), "missing-file"),
+        (lambda at: next(at.glob("*/meta.json")).write_text("{"), "damaged"),
+        (lambda at: next(at.glob("*/meta.json")).write_text(json.dumps({"format": 99})), "wrong-format"),
+    ],
+)
+def test_what_is_no_store_is_said(tmp_path: Path, spoil: object, kind: str) -> None:
+    publish(tmp_path, [some()])
+    spoil(tmp_path)  # type: ignore[operator]
+    with pytest.raises(DataError) as caught:
+        FeatureStore.open(tmp_path)
+    assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"ids": ["a", "a"], "vectors": np.zeros((2, 1))}, "duplicate"),
+        ({"ids": ["a"], "vectors": np.array([[np.nan]])}, "bad-value"),
+        ({"ids": ["a"], "vectors": np.zeros((2, 1))}, "mismatch"),
+        ({"ids": ["a\0"], "vectors": np.zeros((1, 1))}, "bad-value"),
+        ({"ids": ["a" * 600], "vectors": np.zeros((1, 1))}, "bad-value"),
+        ({"ids": ["a", "b"], "vectors": np.zeros((2, 1)), "texts": ["one"]}, "mismatch"),
+    ],
+)
+def test_features_that_do_not_go_together_are_refused(change: dict[str, object], kind: str) -> None:
+    with pytest.raises(DataError) as caught:
+        Features(kind="user", provenance=MADE, **change)  # type: ignore[arg-type]
+    assert caught.value.kind == kind
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1), unique=True)
+)
+def test_any_ids_come_back(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
+    place = tmp_path_factory.mktemp("store")
+    vectors = np.arange(len(ids) * 2, dtype=np.float32).reshape(len(ids), 2)
+    publish(place, [Features("item", ids, vectors, MADE)])
+    assert not FeatureStore.open(place).get("item", ["\0"])[1].any()
+    found, known = FeatureStore.open(place).get("item", [*ids, *(each + "x" for each in ids)])
+    assert np.array_equal(found[: len(ids)], vectors) and known[: len(ids)].all()
+    assert [k for k, each in zip(known[len(ids) :], ids, strict=True) if k] == [
+        True for each in ids if each + "x" in ids
+    ]
