@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -17,8 +16,8 @@ from scipy import sparse
 from scipy.optimize import minimize
 
 from llmrec.baselines.base import AboveZero, Baseline, Decay
-from llmrec.baselines.rated import Ratings, ratings
-from llmrec.data.split import threshold
+from llmrec.baselines.ctr.counted import Counted, Counts
+from llmrec.baselines.rated import ratings
 from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Probability, Request, Unparsed
 
@@ -27,13 +26,6 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
-# A share of likes is drawn towards the share of all ratings as if by this many ratings more.
-_PRIOR = 1.0
-# And what a rating is above or below, towards 0: of an item, and of a user as a whole and lately.
-_OF_ITEM, _OF_USER, _LATELY = 3.0, 10.0, 2.0
-# Spread of a feature, by its size or 1, below which it counts as the same in every row.
-_ROUNDING = 1e-9
-
 
 class LikeRatioConfig(Section):
     """Parameters of `LikeRatio`."""
@@ -41,7 +33,7 @@ class LikeRatioConfig(Section):
     liked: float | None = Field(None, description="lowest rating that is a like; None: three quarters up the scale")
 
 
-class LikeRatio(Baseline[LikeRatioConfig, "_Counts"]):
+class LikeRatio(Baseline[LikeRatioConfig, Counts]):
     """Answers with the share of liked items in the request's history, and does not look at the item.
 
     On the released prompts of TALLRec (Bao et al., RecSys 2023) this rule reaches the AUC that is reported for the
@@ -58,7 +50,7 @@ class LikeRatio(Baseline[LikeRatioConfig, "_Counts"]):
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        self._model = _Counts.of(ratings(data, self.name), self._config.liked)
+        self._model = Counts.of(ratings(data, self.name), self._config.liked)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer with the share of likes in each history; the share of training where it holds no rating."""
@@ -67,73 +59,10 @@ class LikeRatio(Baseline[LikeRatioConfig, "_Counts"]):
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """Likes, number and sum of the ratings of each item in training, and share of likes and mean of all of them."""
-
-    liked: float
-    share: float
-    mean: float
-    item_index: Mapping[str, int]
-    likes: NDArray[np.float64]
-    counts: NDArray[np.float64]
-    sums: NDArray[np.float64]
-
-    @staticmethod
-    def of(known: Ratings, liked: float | None) -> _Counts:
-        level = threshold(known.scale, liked)
-        yes = (known.values >= level).astype(np.float64)
-        size = len(known.item_index)
-        return _Counts(
-            liked=level,
-            share=float(yes.mean()),
-            mean=known.mean,
-            item_index=known.item_index,
-            likes=np.bincount(known.items, weights=yes, minlength=size).astype(np.float64),
-            counts=np.bincount(known.items, minlength=size).astype(np.float64),
-            sums=np.bincount(known.items, weights=known.values, minlength=size).astype(np.float64),
-        )
-
-    def of_history(self, request: Request) -> tuple[float, int]:
-        """Return the share of likes in a history, drawn towards that of training, and how many ratings it holds."""
-        known = [event.rating >= self.liked for event in request.history if event.rating is not None]
-        return (sum(known) + _PRIOR * self.share) / (len(known) + _PRIOR), len(known)
-
-    def of_item(self, item: str) -> tuple[float, float]:
-        """Return the share of likes of an item, drawn the same way, and its number of training ratings."""
-        place = self.item_index.get(item)
-        if place is None:
-            return self.share, 0.0
-        count = float(self.counts[place])
-        return (float(self.likes[place]) + _PRIOR * self.share) / (count + _PRIOR), count
-
-    def level(self, item: str) -> float:
-        """Return how far an item's mean is above that of all ratings, drawn towards 0; 0 for an unknown item."""
-        place = self.item_index.get(item)
-        return 0.0 if place is None else float(self.levels[place])
-
-    @cached_property
-    def levels(self) -> NDArray[np.float64]:
-        """The levels of all items, shape (items,)."""
-        return (self.sums - self.counts * self.mean) / (self.counts + _OF_ITEM)
-
-    def residuals(self, request: Request) -> NDArray[np.float64]:
-        """Return by how much each rating of a history is above its item's level, oldest first."""
-        return np.array(
-            [
-                event.rating - self.mean - self.level(event.item_id)
-                for event in request.history
-                if event.rating is not None
-            ]
-        )
-
-
-@dataclass(frozen=True)
 class _Linear:
-    """Standardised features times weights, plus a weight of the user, one of the item, and a bias."""
+    """Numbers times weights, plus a weight of the user, one of the item, and a bias."""
 
-    counts: _Counts
-    mean: NDArray[np.float64]
-    scale: NDArray[np.float64]
+    counted: Counted
     weights: NDArray[np.float64]
     bias: float
     of_users: Mapping[str, float]
@@ -155,15 +84,12 @@ class LogisticConfig(LikeRatioConfig):
 
 
 class Logistic(Baseline[LogisticConfig, _Linear]):
-    """Logistic regression on what is counted of the user and of the item.
+    """Logistic regression on what is counted of the user and of the item: `llmrec.baselines.ctr.counted.Counted`.
 
-    Six features: the user's and the item's share of likes and number of ratings, the item's mean rating, and the mean
-    by which the user's ratings are above those of their items. Shares enter as log-odds, numbers as ``log(1 + n)``,
-    means drawn towards 0. In training each rating is taken out of what describes it, so that no row tells its own
-    answer. ``features=recent`` adds that mean over the ratings before, fading by ``decay`` (users drift: Koren, CACM
-    2010), and ``features=ids`` a weight for each user and item of training, as in a one-hot encoding. Weights minimise
-    the mean log-loss plus ``penalty / (2 n) * |w|**2`` over standardised features, with a free bias and ``id_penalty``
-    for users and items; the minimum is the only one.
+    ``features=recent`` adds how the user has rated lately, fading by ``decay``, and ``features=ids`` a weight for each
+    user and item of training, as in a one-hot encoding. Weights minimise the mean log-loss plus
+    ``penalty / (2 n) * |w|**2`` over standardised numbers, with a free bias and ``id_penalty`` for users and items; the
+    minimum is the only one.
     """
 
     name = "logistic"
@@ -182,15 +108,8 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
             DataError: If the training interactions carry no ratings.
         """
         known, config = ratings(data, self.name), self._config
-        found = _Counts.of(known, config.liked)
-        truth = (known.values >= found.liked).astype(np.float64)
-        features = _others(known, truth, found)
-        if config.features == "recent":
-            features = np.column_stack([features, _before(known, found, config.decay)])
-        mean, scale = features.mean(axis=0), features.std(axis=0)
-        # A feature that is the same in every row has a spread of rounding errors, which may not be blown up to 1.
-        scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
-        rows: Any = (features - mean) / scale
+        counted, rows = Counted.of(known, config.liked, config.decay if config.features == "recent" else None)
+        truth = (known.values >= counted.counts.liked).astype(np.float64)
         size = rows.shape[1]
         penalties = np.full(size, config.penalty)
         users: Mapping[str, int] = known.user_index if config.features == "ids" else {}
@@ -203,9 +122,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
             penalties = np.append(penalties, np.full(len(users) + len(items), config.id_penalty))
         weights = _weights(rows, truth, penalties)
         self._model = _Linear(
-            counts=found,
-            mean=mean,
-            scale=scale,
+            counted=counted,
             weights=weights[:size],
             bias=float(weights[-1]),
             of_users={name: float(weights[size + place]) for name, place in users.items()},
@@ -215,61 +132,10 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer with the probability that each request's item is liked."""
         model = self._fitted
-        rows = np.array([self._row(request) for request in requests]).reshape(-1, len(model.weights))
         # One row at a time, so that the last bits do not depend on how many requests come together.
-        scores = ((rows - model.mean) / model.scale * model.weights).sum(axis=1) + model.bias
+        scores = np.array([(model.counted.row(request) * model.weights).sum() for request in requests]) + model.bias
         ids = [model.of_users.get(r.user_id, 0.0) + model.of_items.get(r.item or "", 0.0) for r in requests]
         return _say(requests, 1 / (1 + np.exp(-(scores + np.array(ids)))))
-
-    def _row(self, request: Request) -> list[float]:
-        """Return the features of a request."""
-        found, item, decay = self._fitted.counts, request.item or "", self._config.decay
-        (user_share, user_count), (item_share, item_count) = found.of_history(request), found.of_item(item)
-        left = found.residuals(request)
-        row = [_odds(user_share), float(np.log1p(user_count)), _odds(item_share), float(np.log1p(item_count))]
-        row += [found.level(item), float(left.sum() / (len(left) + _OF_USER))]
-        if self._config.features == "recent":
-            weights = decay ** np.arange(len(left) - 1, -1, -1, dtype=np.float64)
-            row.append(float((weights * left).sum() / (weights.sum() + _LATELY)))
-        return row
-
-
-def _odds(share: float) -> float:
-    inside = min(max(share, 1e-6), 1 - 1e-6)
-    return float(np.log(inside / (1 - inside)))
-
-
-def _others(known: Ratings, truth: NDArray[np.float64], found: _Counts) -> NDArray[np.float64]:
-    """Return the features of every training rating, shape (n, 6), counted over all ratings but itself."""
-    columns = []
-    for places in (known.users, known.items):
-        count = np.bincount(places)[places] - 1.0
-        likes = np.bincount(places, weights=truth)[places] - truth
-        share = np.clip((likes + _PRIOR * found.share) / (count + _PRIOR), 1e-6, 1 - 1e-6)
-        columns += [np.log(share / (1 - share)), np.log1p(count)]
-    count = found.counts[known.items] - 1
-    columns.append((found.sums[known.items] - known.values - count * found.mean) / (count + _OF_ITEM))
-    left = known.values - found.mean - found.levels[known.items]
-    whole, size = np.bincount(known.users, weights=left), np.bincount(known.users)
-    columns.append((whole[known.users] - left) / (size[known.users] - 1 + _OF_USER))
-    return np.stack(columns, axis=1)
-
-
-def _before(known: Ratings, found: _Counts, decay: float) -> NDArray[np.float64]:
-    """Return the fading mean of the user's residuals before every training rating, shape (n,)."""
-    left = known.values - found.mean - found.levels[known.items]
-    order = np.lexsort((known.order, known.users))
-    sizes = np.bincount(known.users)
-    starts, means = np.cumsum(sizes) - sizes, np.zeros(len(left))
-    total, weight = np.zeros(len(sizes)), np.zeros(len(sizes))
-    # The first ratings of all users, then the second ones, and so on.
-    for step in range(int(sizes.max())):
-        users = np.flatnonzero(sizes > step)
-        rows = order[starts[users] + step]
-        means[rows] = total[users] / (weight[users] + _LATELY)
-        total[users] = decay * total[users] + left[rows]
-        weight[users] = decay * weight[users] + 1
-    return means
 
 
 def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ import pytest
 from scipy.special import expit
 
 from llmrec.baselines import yes_no
+from llmrec.baselines.ctr import counted as liked
 from llmrec.baselines.rated import ratings
 from llmrec.baselines.tuning.tune import tune
 from llmrec.baselines.yes_no import LikeRatio, Logistic
@@ -78,9 +79,9 @@ def test_no_training_row_tells_its_own_answer() -> None:
     for each in (data, other):
         known = ratings(each, "logistic")
         # Share and mean of all ratings are the prior, which a single rating does move: they are held where they were.
-        found = replace(yes_no._Counts.of(known, None), share=0.5, mean=3.0)
-        features = yes_no._others(known, (known.values >= 4).astype(float), found)
-        tables.append((known, np.column_stack([features, yes_no._before(known, found, 0.7)])))
+        found = replace(liked.Counts.of(known, None), share=0.5, mean=3.0)
+        features = liked._others(known, (known.values >= 4).astype(float), found)
+        tables.append((known, np.column_stack([features, liked._before(known, found, 0.7)])))
     (known, before), (_, after) = tables
     user, item = data.train["user_id"][5], data.train["item_id"][5]
     own = (known.users == known.user_index[user]) & (known.items == known.item_index[item])
@@ -126,18 +127,18 @@ def test_features_of_a_request_by_hand() -> None:
         return float((mine - mean).sum()) / (len(mine) + 3) if len(mine) else 0.0
 
     left = [5.0 - mean - level("i00"), 1.0 - mean - level("i01")]
-    row = model._row(_asked(5.0, 1.0, item="i07"))
+    row = model._fitted.counted.plain(_asked(5.0, 1.0, item="i07"))
     assert row[1] == pytest.approx(np.log(3)) and row[4] == pytest.approx(level("i07"))
     assert row[5:] == pytest.approx([sum(left) / 12, (0.5 * left[0] + left[1]) / 3.5])
-    assert model._row(_asked(item="unknown"))[4:] == [0.0, 0.0, 0.0]
+    assert model._fitted.counted.plain(_asked(item="unknown"))[4:] == [0.0, 0.0, 0.0]
 
 
 def test_fading_residuals_before_a_rating_are_those_of_its_request() -> None:
     """A training row has the features of a request whose history is what came before it."""
     data = _data(users=20)
     known = ratings(data, "logistic")
-    found = yes_no._Counts.of(known, None)
-    fading = yes_no._before(known, found, 0.6)
+    found = liked.Counts.of(known, None)
+    fading = liked._before(known, found, 0.6)
     model = Logistic(Logistic.Config(features="recent", decay=0.6))
     model.fit(data)
     for user in ("u003", "u011"):
@@ -145,7 +146,7 @@ def test_fading_residuals_before_a_rating_are_those_of_its_request() -> None:
         for place, event in enumerate(events):
             row = (known.users == known.user_index[user]) & (known.items == known.item_index[event.item_id])
             request = Request(id="r", user_id=user, history=events[:place], item=event.item_id)
-            assert fading[row].tolist() == pytest.approx([model._row(request)[6]])
+            assert fading[row].tolist() == pytest.approx([model._fitted.counted.plain(request)[6]])
 
 
 def test_ids_tell_items_apart_that_are_counted_alike_and_leave_strangers_alone() -> None:
@@ -160,10 +161,7 @@ def test_ids_tell_items_apart_that_are_counted_alike_and_leave_strangers_alone()
     assert _value(plain.answer([first])[0]) == _value(plain.answer([second])[0])
     stranger = _value(ids.answer([_asked(5.0, item="unknown")])[0])
     assert stranger == pytest.approx(
-        expit(
-            (np.array(ids._row(_asked(5.0, item="unknown"))) - ids._model.mean) / ids._model.scale @ ids._model.weights
-            + ids._model.bias
-        )
+        expit(ids._model.counted.row(_asked(5.0, item="unknown")) @ ids._model.weights + ids._model.bias)
     )
 
 

@@ -1,0 +1,178 @@
+"""What is counted of a user and of an item towards a yes, as numbers: of training rows, and of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.baselines.rated import Ratings
+from llmrec.data.split import threshold
+from llmrec.types import Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# A share of likes is drawn towards the share of all ratings as if by this many ratings more.
+_PRIOR = 1.0
+# And what a rating is above or below, towards 0: of an item, and of a user as a whole and lately.
+_OF_ITEM, _OF_USER, _LATELY = 3.0, 10.0, 2.0
+# Spread of a feature, by its size or 1, below which it counts as the same in every row.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Likes, number and sum of the ratings of each item in training, and share of likes and mean of all of them."""
+
+    liked: float
+    share: float
+    mean: float
+    item_index: Mapping[str, int]
+    likes: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    sums: NDArray[np.float64]
+
+    @staticmethod
+    def of(known: Ratings, liked: float | None) -> Counts:
+        """Count training; ``liked`` is the lowest rating that is a like, None: three quarters up the scale."""
+        level = threshold(known.scale, liked)
+        yes = (known.values >= level).astype(np.float64)
+        size = len(known.item_index)
+        return Counts(
+            liked=level,
+            share=float(yes.mean()),
+            mean=known.mean,
+            item_index=known.item_index,
+            likes=np.bincount(known.items, weights=yes, minlength=size).astype(np.float64),
+            counts=np.bincount(known.items, minlength=size).astype(np.float64),
+            sums=np.bincount(known.items, weights=known.values, minlength=size).astype(np.float64),
+        )
+
+    def of_history(self, request: Request) -> tuple[float, int]:
+        """Return the share of likes in a history, drawn towards that of training, and how many ratings it holds."""
+        known = [event.rating >= self.liked for event in request.history if event.rating is not None]
+        return (sum(known) + _PRIOR * self.share) / (len(known) + _PRIOR), len(known)
+
+    def of_item(self, item: str) -> tuple[float, float]:
+        """Return the share of likes of an item, drawn the same way, and its number of training ratings."""
+        place = self.item_index.get(item)
+        if place is None:
+            return self.share, 0.0
+        count = float(self.counts[place])
+        return (float(self.likes[place]) + _PRIOR * self.share) / (count + _PRIOR), count
+
+    def level(self, item: str) -> float:
+        """Return how far an item's mean is above that of all ratings, drawn towards 0; 0 for an unknown item."""
+        place = self.item_index.get(item)
+        return 0.0 if place is None else float(self.levels[place])
+
+    @cached_property
+    def levels(self) -> NDArray[np.float64]:
+        """The levels of all items, shape (items,)."""
+        return (self.sums - self.counts * self.mean) / (self.counts + _OF_ITEM)
+
+    def residuals(self, request: Request) -> NDArray[np.float64]:
+        """Return by how much each rating of a history is above its item's level, oldest first."""
+        return np.array(
+            [
+                event.rating - self.mean - self.level(event.item_id)
+                for event in request.history
+                if event.rating is not None
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Numbers on the user and the item of a question, each with mean 0 and spread 1 over the training rows.
+
+    Six of them: the user's and the item's share of likes and number of ratings, the item's mean rating, and the mean by
+    which the user's ratings are above those of their items. Shares enter as log-odds, numbers as ``log(1 + n)``, means
+    drawn towards 0. With a ``decay`` there is a seventh, that mean over the ratings before, fading by it (users drift:
+    Koren, CACM 2010).
+
+    Attributes:
+        counts: What they come from.
+        mean: Of each before it is centred, shape (k,).
+        scale: Of each, shape (k,).
+        decay: Factor from one rating of the user to the one before; None: no seventh number.
+    """
+
+    counts: Counts
+    mean: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    decay: float | None
+
+    @staticmethod
+    def of(known: Ratings, liked: float | None, decay: float | None) -> tuple[Counted, NDArray[np.float64]]:
+        """Return the counts, and the numbers of every training row, counted over all ratings but itself, shape (n, k).
+
+        So no row tells its own answer.
+        """
+        found = Counts.of(known, liked)
+        truth = (known.values >= found.liked).astype(np.float64)
+        rows = _others(known, truth, found)
+        if decay is not None:
+            rows = np.column_stack([rows, _before(known, found, decay)])
+        mean, scale = rows.mean(axis=0), rows.std(axis=0)
+        # A feature that is the same in every row has a spread of rounding errors, which may not be blown up to 1.
+        scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
+        return Counted(found, mean, scale, decay), (rows - mean) / scale
+
+    def row(self, request: Request) -> NDArray[np.float64]:
+        """Return the numbers of a request, shape (k,)."""
+        return np.asarray((np.array(self.plain(request)) - self.mean) / self.scale)
+
+    def plain(self, request: Request) -> list[float]:
+        """Return the numbers of a request before they are centred."""
+        found, item = self.counts, request.item or ""
+        (user_share, user_count), (item_share, item_count) = found.of_history(request), found.of_item(item)
+        left = found.residuals(request)
+        row = [_odds(user_share), float(np.log1p(user_count)), _odds(item_share), float(np.log1p(item_count))]
+        row += [found.level(item), float(left.sum() / (len(left) + _OF_USER))]
+        if self.decay is not None:
+            weights = self.decay ** np.arange(len(left) - 1, -1, -1, dtype=np.float64)
+            row.append(float((weights * left).sum() / (weights.sum() + _LATELY)))
+        return row
+
+
+def _odds(share: float) -> float:
+    inside = min(max(share, 1e-6), 1 - 1e-6)
+    return float(np.log(inside / (1 - inside)))
+
+
+def _others(known: Ratings, truth: NDArray[np.float64], found: Counts) -> NDArray[np.float64]:
+    """Return the features of every training rating, shape (n, 6), counted over all ratings but itself."""
+    columns = []
+    for places in (known.users, known.items):
+        count = np.bincount(places)[places] - 1.0
+        likes = np.bincount(places, weights=truth)[places] - truth
+        share = np.clip((likes + _PRIOR * found.share) / (count + _PRIOR), 1e-6, 1 - 1e-6)
+        columns += [np.log(share / (1 - share)), np.log1p(count)]
+    count = found.counts[known.items] - 1
+    columns.append((found.sums[known.items] - known.values - count * found.mean) / (count + _OF_ITEM))
+    left = known.values - found.mean - found.levels[known.items]
+    whole, size = np.bincount(known.users, weights=left), np.bincount(known.users)
+    columns.append((whole[known.users] - left) / (size[known.users] - 1 + _OF_USER))
+    return np.stack(columns, axis=1)
+
+
+def _before(known: Ratings, found: Counts, decay: float) -> NDArray[np.float64]:
+    """Return the fading mean of the user's residuals before every training rating, shape (n,)."""
+    left = known.values - found.mean - found.levels[known.items]
+    order = np.lexsort((known.order, known.users))
+    sizes = np.bincount(known.users)
+    starts, means = np.cumsum(sizes) - sizes, np.zeros(len(left))
+    total, weight = np.zeros(len(sizes)), np.zeros(len(sizes))
+    # The first ratings of all users, then the second ones, and so on.
+    for step in range(int(sizes.max())):
+        users = np.flatnonzero(sizes > step)
+        rows = order[starts[users] + step]
+        means[rows] = total[users] / (weight[users] + _LATELY)
+        total[users] = decay * total[users] + left[rows]
+        weight[users] = decay * weight[users] + 1
+    return means

@@ -1,0 +1,39 @@
+"""DeepFM: products of pairs of fields beside a network over all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmrec.baselines.ctr.host import Host, HostConfig, Seen, Sizes, all_fields, layers
+from llmrec.errors import require
+
+
+class DeepFMConfig(HostConfig):
+    """Parameters of `DeepFM`."""
+
+
+class DeepFM(Host[DeepFMConfig]):
+    """Factorisation machine and deep network over the same vectors (Guo et al., IJCAI 2017, section 2.1)."""
+
+    name = "deepfm"
+    Config = DeepFMConfig
+
+    def _build(self, sizes: Sizes) -> Any:
+        nn, config = require("torch", "baselines").nn, self._config
+        return nn.ModuleDict(
+            {
+                "first": nn.Linear(sizes.fields * sizes.dim, 1),
+                "deep": layers((sizes.wide, *config.hidden), config.dropout),
+            }
+        )
+
+    def _logits(self, body: Any, seen: Seen) -> Any:
+        torch, fields = require("torch", "baselines"), all_fields(seen)
+        flat = fields.flatten(1)
+        deep = body["deep"](torch.cat([flat, seen.numbers], dim=1))[:, 0]
+        return body["first"](flat)[:, 0] + products(fields) + deep
+
+
+def products(fields: Any) -> Any:
+    """Return the sum of the dot products of all pairs of fields, shape (b, f, d) -> (b,)."""
+    return 0.5 * (fields.sum(dim=1) ** 2 - (fields**2).sum(dim=1)).sum(dim=1)
