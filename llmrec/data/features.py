@@ -242,6 +242,19 @@ class FeatureStore:
             )
             return {each: row[0] for each, row in zip(ids, found, strict=False) if row is not None}
 
+    @property
+    def dtype(self) -> Literal["float32", "float16"]:
+        """Of the stored vectors."""
+        return "float16" if self._meta["dtype"] == "float16" else "float32"
+
+    def seen_by(self, kind: FeatureKind) -> dict[str, frozenset[Pair]]:
+        """Return the (user, item) pairs that each text of a kind has seen, by id."""
+        found: dict[str, set[Pair]] = {}
+        with closing(self._database()) as base:
+            for each, user, item in base.execute("SELECT id, user, item FROM seen WHERE kind = ?", (kind,)):
+                found.setdefault(each, set()).add((user, item))
+        return {each: frozenset(known) for each, known in found.items()}
+
     def seen(self, kind: FeatureKind | None = None) -> frozenset[Pair]:
         """Return every (user, item) pair that some text has seen."""
         where, given = ("", ()) if kind is None else (" WHERE kind = ?", (kind,))
@@ -253,7 +266,11 @@ class FeatureStore:
 
 
 def publish(
-    folder: str | Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32"
+    folder: str | Path,
+    tables: Sequence[Features],
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    keep: int = _KEPT,
 ) -> Path:
     """Write features as the version that counts; a killed call leaves the version before.
 
@@ -261,6 +278,7 @@ def publish(
         folder: The store; made if it is not there.
         tables: One of each kind, or of one.
         dtype: Of the stored vectors.
+        keep: Versions that stay for who has them open, this one among them.
 
     Returns:
         The folder of the version.
@@ -284,7 +302,7 @@ def publish(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     write_text(place / _CURRENT, name + "\n")
-    _clear(place, name)
+    _clear(place, name, keep)
     return place / name
 
 
@@ -321,11 +339,11 @@ def _write_texts(path: Path, tables: Sequence[Features]) -> None:
         base.commit()
 
 
-def _clear(place: Path, current: str) -> None:
+def _clear(place: Path, current: str, keep: int) -> None:
     """Remove drafts of killed calls and all but the latest versions."""
     for draft in place.glob(".*.draft"):
         shutil.rmtree(draft, ignore_errors=True)
     versions = [path.parent for path in place.glob(f"*/{_META}") if path.parent.name != current]
     versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for old in versions[_KEPT - 1 :]:
+    for old in versions[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)

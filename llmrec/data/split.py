@@ -193,7 +193,10 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     Raises:
         DataError: If there are fewer interactions or users than the split needs.
     """
-    if section.kind in ("last_share", "global_time", "user_disjoint") and not 0 < section.valid + section.test < 1:
+    if (
+        section.kind in ("last_share", "global_time", "user_disjoint", "prefix")
+        and not 0 < section.valid + section.test < 1
+    ):
         raise DataError(
             f"data.split: valid ({section.valid}) and test ({section.test}) are shares; "
             "together they must be more than 0 and less than 1",

@@ -202,6 +202,35 @@ def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
     return rows.labels(valid, test, np.where(group[rows.users] > 0, KNOWN, TRAIN).astype(np.int8))
 
 
+def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+    """Each user's first interactions are history alone; of the others the last shares are held out, as by last_share.
+
+    What is history may be read by a language model that writes features, so that what is learned from them later has
+    not been seen by their texts (Xi et al., RecSys 2024, split so).
+    """
+    places, sizes, later = rows.by_user(np.arange(len(rows.users)))
+    first = np.minimum(np.ceil(sizes * section.prefix - 1e-9), section.prefix_most).astype(np.int64)
+    early = sizes - 1 - later < first
+    labels = np.full(len(rows.users), TRAIN, dtype=np.int8)
+    labels[places[early]] = KNOWN
+    late = rows.latest[labels[rows.latest] == TRAIN]
+    places, sizes, later = rows.by_user(late)
+    wanted = sum(share > 0 for share in (section.valid, section.test))
+    able = sizes > wanted
+    if not able.any():
+        raise DataError.at(
+            dataset.name,
+            "too-few",
+            f": no user has {wanted + 1} interactions with different items after the first {section.prefix:.0%}, which "
+            "prefix needs here; lower data.split.prefix, use another data.split.kind or more data",
+            "data.split.kind",
+        )
+    places, sizes, later = places[able], sizes[able], later[able]
+    tests = np.minimum(_part(section.test, sizes), sizes - wanted)
+    valids = np.minimum(_part(section.valid, sizes), sizes - tests - 1)
+    return rows.labels(places[(later >= tests) & (later < tests + valids)], places[later < tests], labels)
+
+
 def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """The source says which pairs are held out, and whose other events are history only."""
     given = dataset.given
@@ -249,6 +278,7 @@ KINDS: Mapping[str, Callable[[Dataset, Rows, Split, int], Labels]] = {
     "last_basket": _last_basket,
     "global_time": _global_time,
     "user_disjoint": _user_disjoint,
+    "prefix": _prefix,
     "given": _given,
 }
 """What holds out, by the name that recipes use."""

@@ -66,11 +66,15 @@ class Filter(Section):
 class Split(Section):
     """How validation and test interactions are held out. Ties in time fall by a seeded hash of (user, item)."""
 
-    kind: Literal["leave_one_out", "last_share", "last_basket", "global_time", "user_disjoint", "given"] = (
+    kind: Literal["leave_one_out", "last_share", "last_basket", "global_time", "user_disjoint", "prefix", "given"] = (
         "leave_one_out"
     )
     valid: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
     test: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
+    prefix: Fraction = Field(
+        0.5, description="prefix: share of a user's interactions, the first ones, that are history"
+    )
+    prefix_most: Positive = Field(30, description="prefix: and how many of them at most")
 
 
 class Files(Section):

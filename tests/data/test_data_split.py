@@ -15,7 +15,7 @@ from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from tests.facts import Facts, raises
 
-KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
+KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint", "prefix")
 kinds = st.sampled_from(KINDS)
 
 
@@ -294,3 +294,23 @@ def test_request_ids_are_one_to_one(one: tuple[str, str], other: tuple[str, str]
 @given(st.lists(st.text("a|\\"), min_size=4, max_size=4))
 def test_request_ids_escape_the_separator(parts: list[str]) -> None:
     assert (request_id(*parts[:2]) == request_id(*parts[2:])) == (parts[:2] == parts[2:])
+
+
+def test_a_prefix_is_history_and_never_learned_from() -> None:
+    rows = [(f"u{user}", f"i{step}", 1.0, float(step)) for user in range(4) for step in range((8, 20, 90, 2)[user])]
+    data = cut(rows, "prefix", valid=0.2, test=0.2)
+    known = data.known.group_by("user_id").len().sort("user_id")["len"].to_list()
+    assert known == [4, 10, 30, 1]
+    assert data.test.group_by("user_id").len().sort("user_id")["len"].to_list() == [1, 2, 12]
+    assert data.train_count("u2") == 60 - 24 and data.train_count("u3") == 1
+    past = [event.item_id for event in data.history("u0", "test")]
+    assert (
+        past == [f"i{step}" for step in range(7)] and data.test.filter(pl.col("user_id") == "u0")["item_id"][0] == "i7"
+    )
+    assert not set(data.known.select("user_id", "item_id").iter_rows()) & data.held_out
+
+
+def test_a_prefix_of_everything_leaves_nothing() -> None:
+    rows = [("u", f"i{step}", 1.0, float(step)) for step in range(9)]
+    with raises(DataError, Facts("too-few", says="data.split.prefix")):
+        cut(rows, "prefix", prefix=1.0)

@@ -21,7 +21,7 @@ from llmrec.baselines.yes_no import LikeRatioConfig
 from llmrec.data.features import FeatureKind
 from llmrec.errors import DataError, require
 from llmrec.recipe.schema import Positive
-from llmrec.types import Answer, Probability, Request, Unparsed
+from llmrec.types import Answer, Case, Probability, Request, Unparsed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,8 +133,13 @@ class Host(Baseline[H, Fitted]):
     }
     FITS: ClassVar[int] = 5
 
-    def fit(self, data: SplitDataset) -> None:
+    def fit(self, data: SplitDataset, cases: Sequence[Case] | None = None) -> None:
         """Train the network on the training ratings.
+
+        Args:
+            data: The split.
+            cases: Judge when to stop, with ratings as truth; None: the validation ratings, with the histories that the
+                split gives them.
 
         Raises:
             DataError: If there are none, a store cannot be read, a text has seen a held-out pair, or ``seen: refuse``
@@ -146,7 +151,10 @@ class Host(Baseline[H, Fitted]):
         kinds: tuple[FeatureKind, ...] = ("user", "item") if config.sides == "both" else (config.sides,)
         adaptor = Adaptor.of(config.features, rows, config.whitening, kinds=kinds, shuffle=config.shuffled)
         rows = self._unseen(data, adaptor, rows)
-        cases = [] if config.patience is None else rating_cases(data)
+        if config.patience is None:
+            cases = []
+        elif cases is None:
+            cases = rating_cases(data)
         liked = fields.counted.counts.liked
         judged = fields.asked([case.request for case in cases], [float(float(c.truth) >= liked) for c in cases])
         self.looked_at = frozenset(case.request.user_id for case in cases)

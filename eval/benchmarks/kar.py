@@ -1,0 +1,337 @@
+"""What profiles that a language model wrote add to a CTR host: the six arms of KAR (Xi et al., RecSys 2024).
+
+``LLMREC_DATA=FOLDER python -m eval.benchmarks.kar eval/results/kar.json`` reads FOLDER/ml1m_ctr: MovieLens-1M under a
+published random split of its ratings, and profiles that gpt-4o-mini wrote of training ratings (which ones is not
+recorded, so that all that it can have read count as seen: the last 40, the last 10 of five stars and the last 10 of two
+or less); FOLDER/ml1m/items.tsv.gz has a sentence on each film by GPT-3.5. Rows that were seen are history and never
+learned from, in every arm. A fit is kept under the folder ``runs/kar``; a killed run goes on.
+
+The verdict on the language model is that of its texts less those made of the same events without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.linalg import svds
+
+from llmrec.augment.stores import of_texts
+from llmrec.baselines.parameters import make
+from llmrec.data.dataset import Dataset, conform
+from llmrec.data.features import Features, FeatureStore, Pair, Provenance, publish
+from llmrec.data.hashing import hash64
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+from llmrec.metrics.probability import auc, gauc, log_loss
+from llmrec.metrics.stats import paired
+from llmrec.types import Case, Event, Item, Probability, Request
+
+ARMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
+    "host": ((), {}),
+    "same events, no language model": (("raw",), {}),
+    "language model": (("llm",), {}),
+    "language model, shuffled": (("llm",), {"shuffled": True}),
+    "language model, users alone": (("llm",), {"sides": "user"}),
+    "language model, items alone": (("llm",), {"sides": "item"}),
+    "factors of the same events": (("factors",), {}),
+}
+"""By name: stores, and parameters of the host."""
+PAIRS = (
+    ("language model", "same events, no language model"),
+    ("language model", "host"),
+    ("language model, shuffled", "host"),
+    ("factors of the same events", "host"),
+    ("same events, no language model", "host"),
+)
+HOSTS = ("deepfm", "dcn", "din")
+LAST, BEST, WORST = 40, 10, 10
+WINDOW = 20
+SPLIT = "u1"
+
+
+def table(path: Path) -> pl.DataFrame:
+    """Read a packed table of texts."""
+    with gzip.open(path) as stream:
+        return pl.read_csv(io.BytesIO(stream.read()), separator="\t", infer_schema=False, quote_char=None)
+
+
+def read(folder: Path, rows: int) -> tuple[SplitDataset, list[Case], list[Case], dict[str, frozenset[Pair]]]:
+    """Return the split, cases that judge when to stop and test cases, and what the profile of each user has seen.
+
+    Args:
+        folder: ``ml1m_ctr``.
+        rows: Training rows to keep, by a hash.
+    """
+    found = table(folder / "ratings.tsv.gz").with_columns(
+        pl.col("rating").cast(pl.Float64), pl.col("position").cast(pl.Float64).alias("timestamp")
+    )
+    # A pair without a place in its user's sequence cannot be put into a history.
+    found = found.filter(pl.col("timestamp") >= 0).sort("user_id", "timestamp", maintain_order=True)
+    train, test = found.filter(pl.col("u1") == "train"), found.filter(pl.col("u1") == "test")
+    latest = pl.len().over("user_id") - pl.int_range(pl.len()).over("user_id")
+    seen = train.filter(latest <= LAST)
+    for some in (train.filter(pl.col("rating") == 5), train.filter(pl.col("rating") <= 2)):
+        most = BEST if some["rating"].max() == 5 else WORST
+        seen = pl.concat([seen, some.filter(pl.len().over("user_id") - pl.int_range(pl.len()).over("user_id") <= most)])
+    seen = seen.unique(["user_id", "item_id"], maintain_order=True)
+    rest = train.join(seen, on=["user_id", "item_id"], how="anti", maintain_order="left")
+    order = np.argsort(hash64("kar rows", 0, rest["user_id"], rest["item_id"]), kind="stable")
+    count = len(order)
+    valid, kept = rest[np.sort(order[: count // 20])], rest[np.sort(order[count // 20 : count // 20 + rows])]
+    # What is not learned from for want of time is history, as what profiles have seen.
+    known = train.join(pl.concat([kept, valid]), on=["user_id", "item_id"], how="anti", maintain_order="left")
+    names = table(folder / "item_tmdb.tsv.gz")
+    titles = dict(names.select("item_id", "title").iter_rows())
+    users = {
+        row["user_id"]: {k: row[k] for k in ("gender", "age", "occupation")}
+        for row in table(folder / "users.tsv.gz").iter_rows(named=True)
+    }
+    genres = dict(table(folder.parent / "ml1m" / "items.tsv.gz").select("item_id", "genres").iter_rows())
+    items = {
+        each: Item(
+            item_id=each, title=titles.get(each, each), fields={"genres": (genres.get(each) or "").replace("|", ", ")}
+        )
+        for each in found["item_id"].unique().to_list()
+    }
+    whole = Dataset(
+        name="ml1m-u1", noun="movies", interactions=_events(found), items=items, users=users, rating_scale=(1.0, 5.0)
+    )
+    held = frozenset(pl.concat([valid, test]).select("user_id", "item_id").iter_rows())
+    data = SplitDataset(
+        dataset=whole,
+        kind="given",
+        seed=0,
+        train=_events(kept),
+        valid=_events(valid),
+        test=_events(test),
+        held_out=held,
+        known=_events(known),
+    )
+    past = _past(train)
+    told: dict[str, set[Pair]] = {}
+    for user, item in seen.select("user_id", "item_id").iter_rows():
+        told.setdefault(user, set()).add((user, item))
+    return data, _cases(valid, past), _cases(test, past), {user: frozenset(pairs) for user, pairs in told.items()}
+
+
+def _events(frame: pl.DataFrame) -> pl.DataFrame:
+    return conform(frame.select("user_id", "item_id", "rating", "timestamp"))
+
+
+def _past(train: pl.DataFrame) -> dict[str, list[tuple[float, Event]]]:
+    past: dict[str, list[tuple[float, Event]]] = {}
+    for user, item, rating, time_ in train.select("user_id", "item_id", "rating", "timestamp").iter_rows():
+        past.setdefault(user, []).append((time_, Event(item_id=item, rating=rating, timestamp=time_)))
+    return past
+
+
+def _cases(frame: pl.DataFrame, past: Mapping[str, Sequence[tuple[float, Event]]]) -> list[Case]:
+    """Return ratings as questions whose histories are what stood before them."""
+    cases = []
+    for user, item, rating, time_ in frame.select("user_id", "item_id", "rating", "timestamp").iter_rows():
+        before = tuple(event for at, event in past.get(user, ()) if at < time_ and event.item_id != item)
+        asked = Request(id=request_id(user, item), user_id=user, item=item, history=before)
+        cases.append(Case(request=asked, truth=rating))
+    return cases
+
+
+def stores(folder: Path, place: Path, data: SplitDataset, seen: Mapping[str, frozenset[Pair]]) -> None:
+    """Write the stores of all arms, those that are not there yet."""
+    users = sorted(seen)
+    made = Provenance(system="kar benchmark", split=SPLIT)
+    items = data.dataset.items
+    plain = {each: f"{item.title}. {item.fields['genres']}" for each, item in items.items()}
+    if not (place / "raw" / "current").is_file():
+        said = of_texts("item", plain, provenance=replace(made, split=""))
+        publish(place / "raw-items", [said])
+        base = FeatureStore.open(place / "raw-items")
+        ratings = {(u, i): r for u, i, r in data.known.select("user_id", "item_id", "rating").iter_rows()}
+        best, worst = (
+            {u: [i for _, i in sorted(seen[u]) if keep(ratings.get((u, i), 3.0))] for u in users}
+            for keep in (lambda r: r >= 5, lambda r: r <= 2)
+        )
+        vectors = _mean(base, best) - _mean(base, worst)
+        publish(place / "raw", [Features("user", users, vectors, made, seen=seen), said])
+    if not (place / "llm" / "current").is_file():
+        profiles = dict(table(folder / "user_profiles_gpt4omini.tsv.gz").select("user_id", "profile").iter_rows())
+        told = dict(
+            table(folder.parent / "ml1m" / "items.tsv.gz").select("item_id", "llm_summary_agent4rec").iter_rows()
+        )
+        texts = {each: f"{text} {told.get(each) or ''}" for each, text in plain.items()}
+        written = of_texts("user", {u: profiles.get(u) or "" for u in users}, provenance=made, seen=seen)
+        publish(place / "llm", [written, of_texts("item", texts, provenance=replace(made, split=""))])
+    if not (place / "factors" / "current").is_file():
+        # The events that profiles may have read, and nothing else.
+        known = data.known.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+        known = known.join(_frame(seen), on=["user_id", "item_id"], how="semi")
+        of_users, of_items, own = _factors(known, users)
+        publish(
+            place / "factors",
+            [
+                Features("user", users, of_users, made, seen=seen),
+                Features("item", own, of_items, replace(made, split=SPLIT)),
+            ],
+        )
+
+
+def _mean(base: FeatureStore, groups: Mapping[str, Sequence[str]]) -> NDArray[np.float32]:
+    rows = []
+    for names in groups.values():
+        vectors, known = base.get("item", list(names) or ["?"])
+        rows.append(vectors[known].mean(axis=0) if known.any() else np.zeros(base.width("item"), np.float32))
+    return np.array(rows, dtype=np.float32)
+
+
+def _frame(seen: Mapping[str, frozenset[Pair]]) -> pl.DataFrame:
+    rows = sorted(pair for pairs in seen.values() for pair in pairs)
+    return pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row")
+
+
+def _factors(
+    known: pl.DataFrame, users: Sequence[str], width: int = 32
+) -> tuple[NDArray[np.float32], NDArray[np.float32], list[str]]:
+    """Return vectors of users and items by a truncated decomposition of what ratings are above their items' means."""
+    items = sorted(known["item_id"].unique().to_list())
+    of_user, of_item = ({each: place for place, each in enumerate(names)} for names in (users, items))
+    rows = np.array([of_user[each] for each in known["user_id"]])
+    columns = np.array([of_item[each] for each in known["item_id"]])
+    values = known["rating"].to_numpy().astype(np.float64)
+    counts = np.bincount(columns)
+    values = values - values.mean()
+    values = values - (np.bincount(columns, values) / (counts + 3))[columns]
+    matrix = sparse.csr_array((values, (rows, columns)), shape=(len(users), len(items)))
+    left, sizes, right = svds(matrix, k=width, random_state=0)  # type: ignore[no-untyped-call]
+    scale = np.sqrt(sizes)
+    return (left * scale).astype(np.float32), (right.T * scale).astype(np.float32), items
+
+
+def measure(host: Any, cases: Sequence[Case]) -> NDArray[np.float64]:
+    """Return the probabilities of all cases, shape (n,)."""
+    answers = host.answer([case.request for case in cases])
+    return np.array([answer.value for answer in answers if isinstance(answer, Probability)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit what is not fitted yet, and write what came out."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.kar")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--hosts", nargs="+", default=["deepfm"], choices=HOSTS)
+    parser.add_argument("--keep", type=Path, default=Path("runs/kar"))
+    given = parser.parse_args(arguments)
+    folder, begin = Path(os.environ.get("LLMREC_DATA", ".")) / "ml1m_ctr", time.perf_counter()
+    data, judges, cases, seen = read(folder, given.rows)
+    given.keep.mkdir(parents=True, exist_ok=True)
+    stores(folder, given.keep, data, seen)
+    truth = np.array([float(float(case.truth) >= 4) for case in cases])
+    users = [case.request.user_id for case in cases]
+    rows, said = [], {}
+    for host in given.hosts:
+        for arm, (names, parameters) in ARMS.items():
+            values = [
+                _fit(given.keep, host, arm, names, parameters, seed, data, judges, cases, given.rows)
+                for seed in range(given.seeds)
+            ]
+            said[host, arm] = values
+            rows.append({"host": host, "arm": arm, **_figures(values, truth, users)})
+            sys.stdout.write(json.dumps(rows[-1]) + "\n")
+            sys.stdout.flush()
+    plain = make("logistic", {"features": "ids"}, seed=0)
+    plain.fit(data)
+    rows.append(
+        {"host": "logistic", "arm": "bias of users and items", **_figures([measure(plain, cases)], truth, users)}
+    )
+    result = {
+        "command": "LLMREC_DATA=FOLDER python -m eval.benchmarks.kar eval/results/kar.json",
+        "rows": rows,
+        "pairs": [_pair(said, host, one, other, truth, users) for host in given.hosts for one, other in PAIRS],
+        "users": len(set(users)),
+        "cases": len(cases),
+        "training": data.train.height,
+        "seen": sum(map(len, seen.values())),
+        "seeds": list(range(given.seeds)),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(given.target, result)
+
+
+def _fit(
+    keep: Path,
+    host: str,
+    arm: str,
+    names: Sequence[str],
+    parameters: Mapping[str, Any],
+    seed: int,
+    data: SplitDataset,
+    judges: Sequence[Case],
+    cases: Sequence[Case],
+    rows: int,
+) -> NDArray[np.float64]:
+    key = hashlib.sha256(json.dumps([host, arm, seed, rows]).encode()).hexdigest()[:16]
+    file = keep / f"{key}.npy"
+    if file.is_file():
+        return np.asarray(np.load(file, allow_pickle=False))
+    chosen = make(
+        host, {"features": tuple(str(keep / name) for name in names), "window": WINDOW, **parameters}, seed=seed
+    )
+    chosen.fit(data, cases=judges)
+    values = measure(chosen, cases)
+    np.save(file, values, allow_pickle=False)
+    return values
+
+
+def _figures(values: Sequence[NDArray[np.float64]], truth: NDArray[np.float64], users: Sequence[str]) -> dict[str, Any]:
+    return {
+        "auc": round(float(np.mean([auc(each, truth) for each in values])), 5),
+        "gauc": round(float(np.mean([gauc(each, truth, users).value for each in values])), 5),
+        "log_loss": round(float(np.mean([log_loss(each, truth).mean() for each in values])), 5),
+        "gauc_by_seed": [round(float(gauc(each, truth, users).value), 5) for each in values],
+    }
+
+
+def _pair(
+    said: Mapping[tuple[str, str], Sequence[NDArray[np.float64]]],
+    host: str,
+    one: str,
+    other: str,
+    truth: NDArray[np.float64],
+    users: Sequence[str],
+) -> dict[str, Any]:
+    """Return the difference in AUC within users, seeds averaged before it is taken, with its interval over users."""
+    each = {arm: np.mean([gauc(v, truth, users).values for v in said[host, arm]], axis=0) for arm in (one, other)}
+    able = np.isfinite(each[one])
+    found = paired(each[one][able], each[other][able], resamples=2000, seed=0)
+    return {
+        "host": host,
+        "a": one,
+        "b": other,
+        "metric": "within-user AUC",
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "p": found.p,
+        "users": int(able.sum()),
+    }
+
+
+if __name__ == "__main__":
+    main()

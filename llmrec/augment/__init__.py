@@ -1,0 +1,1 @@
+"""What a language model knows, written once and stored as features."""

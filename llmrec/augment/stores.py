@@ -1,0 +1,252 @@
+"""Makes stores of features from texts, and shows, compares, corrects and erases what is in one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec import __version__
+from llmrec.data.features import FeatureKind, Features, FeatureStore, Pair, Provenance, publish
+from llmrec.data.reading.columns import find
+from llmrec.data.reading.table import read_table
+from llmrec.data.reading.text import user_path
+from llmrec.data.reading.typed import ids, texts
+from llmrec.errors import DataError
+from llmrec.models.embedder import text_embedder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ENCODER = "all-MiniLM-L6-v2"
+# Ids of one look-up and look-ups of a timing.
+_BATCH, _LOOKUPS = 100, 2000
+
+
+def of_texts(
+    kind: FeatureKind,
+    written: Mapping[str, str],
+    *,
+    encoder: str = ENCODER,
+    provenance: Provenance,
+    seen: Mapping[str, frozenset[Pair]] | None = None,
+) -> Features:
+    """Return texts as features.
+
+    Args:
+        kind: What the ids name.
+        written: A text an id; blank ones are left out.
+        encoder: A text encoder, a name or a folder.
+        provenance: Where they come from, but for the encoder.
+        seen: The pairs that each text was written from.
+
+    Raises:
+        DataError: If all texts are blank.
+        ModelError: If there is no such encoder.
+    """
+    kept = {each: text for each, text in sorted(written.items()) if text.strip()}
+    if not kept:
+        raise DataError(f"no {kind} has a text, so there is nothing to make features of", kind="empty")
+    embedder = text_embedder(encoder)
+    return Features(
+        kind,
+        tuple(kept),
+        embedder(list(kept.values())),
+        replace(provenance, encoder={"name": encoder, "stamp": embedder.stamp}, version=__version__),
+        texts=tuple(kept.values()),
+        seen=seen or {},
+    )
+
+
+def from_table(
+    path: str, kind: FeatureKind, *, column: str = "text", seen: str | None = None, encoder: str = ENCODER
+) -> Features:
+    """Return texts that somebody else wrote, from a table, as features.
+
+    Args:
+        path: A table with the column ``user_id`` or ``item_id``, and one of texts.
+        kind: What it says of.
+        column: Of the texts.
+        seen: A table with the columns user_id and item_id: the interactions that the texts were written from, those of
+            a user for the text of that user. None: they have seen none.
+        encoder: A text encoder, a name or a folder.
+
+    Raises:
+        DataError: If a table cannot be read, or an id stands twice.
+    """
+    table = read_table(user_path(path))
+    key = find(table, f"{kind}_id", "", f"--kind {kind}")
+    said = find(table, column, "", "--text")
+    assert key is not None and said is not None
+    names = [str(each) for each in ids(table, key)]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    if twice:
+        raise DataError.at(table.name, "duplicate", f": {kind} {min(twice)!r} has several texts; keep one", key)
+    written = dict(zip(names, texts(table, said), strict=True))
+    pairs: dict[str, set[Pair]] = {}
+    if seen is not None:
+        told = read_table(user_path(seen))
+        for user, item in zip(ids(told, "user_id"), ids(told, "item_id"), strict=True):
+            pairs.setdefault(str(user if kind == "user" else item), set()).add((str(user), str(item)))
+    made = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
+    return of_texts(
+        kind, written, encoder=encoder, provenance=made, seen={each: frozenset(known) for each, known in pairs.items()}
+    )
+
+
+# --------------------------------------------------------------------------- one store
+
+
+def whole(store: FeatureStore, kind: FeatureKind) -> Features:
+    """Return all features of a kind."""
+    names = store.ids(kind)
+    said = store.texts(kind, names)
+    return Features(
+        kind,
+        names,
+        store.get(kind, names)[0],
+        store.provenance(kind),
+        texts=[said.get(each, "") for each in names] if said else (),
+        seen=store.seen_by(kind),
+    )
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What was erased with a person.
+
+    Attributes:
+        text: Whether there was one on the person.
+        pairs: Interactions of the person that texts had seen.
+        others: Ids of texts on others that had seen some of them, and stay: they are to be written anew.
+    """
+
+    text: bool
+    pairs: int
+    others: tuple[str, ...]
+
+
+def forget(folder: Path, user: str) -> Forgotten:
+    """Erase a person: text, vector and interactions; the versions before are removed too.
+
+    Raises:
+        DataError: If the store knows nothing of the person.
+    """
+    store = FeatureStore.open(folder)
+    tables = [whole(store, kind) for kind in store.kinds]
+    pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
+    others = sorted(
+        each
+        for table in tables
+        for each, known in table.seen.items()
+        if known & pairs and (table.kind, each) != ("user", user)
+    )
+    had = any(table.kind == "user" and user in table.ids for table in tables)
+    if not had and not pairs:
+        raise DataError.at(folder, "unknown-name", f" knows nothing of user {user!r}")
+    kept = []
+    for table in tables:
+        stays = [place for place, each in enumerate(table.ids) if table.kind != "user" or each != user]
+        less = {each: known - pairs for each, known in table.seen.items() if (table.kind, each) != ("user", user)}
+        kept.append(
+            Features(
+                table.kind,
+                [table.ids[place] for place in stays],
+                table.vectors[stays],
+                table.provenance,
+                texts=[table.texts[place] for place in stays] if table.texts else (),
+                seen={each: frozenset(known) for each, known in less.items() if known},
+            )
+        )
+    publish(folder, kept, dtype=store.dtype, keep=1)
+    return Forgotten(had, len(pairs), tuple(others))
+
+
+def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> None:
+    """Correct a text, and make its vector anew with the encoder of the store.
+
+    Raises:
+        DataError: If the store has no text of this id, or the text is blank.
+    """
+    store = FeatureStore.open(folder)
+    tables = {known: whole(store, known) for known in store.kinds}
+    table = tables.get(kind)
+    if table is None or each not in table.ids:
+        raise DataError.at(folder, "unknown-name", f" has no text of {kind} {each!r}")
+    if not text.strip():
+        raise DataError(f"the text of {kind} {each!r} would be blank; erase it with forget instead", kind="bad-value")
+    place = list(table.ids).index(each)
+    name = str(table.provenance.encoder.get("name", ENCODER))
+    vectors = np.array(table.vectors)
+    vectors[place] = text_embedder(name)([text])[0]
+    said = list(table.texts or [""] * len(table.ids))
+    said[place] = text
+    tables[kind] = replace(table, vectors=vectors, texts=said)
+    publish(folder, list(tables.values()), dtype=store.dtype)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is different in a newer store."""
+
+    kind: FeatureKind
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[tuple[str, str, str], ...]
+
+
+def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
+    """Return what two stores say differently, by kind: ids, and the texts of those that are in both."""
+    found = []
+    for kind in ("user", "item"):
+        before, after = (set(store.ids(kind)) if kind in store.kinds else set() for store in (old, new))
+        both = sorted(before & after)
+        said_before, said_after = ((store.texts(kind, both) if both else {}) for store in (old, new))
+        changed = tuple(
+            (each, said_before.get(each, ""), said_after.get(each, ""))
+            for each in both
+            if said_before.get(each) != said_after.get(each)
+        )
+        if before or after:
+            found.append(Difference(kind, tuple(sorted(after - before)), tuple(sorted(before - after)), changed))
+    return found
+
+
+def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
+    """Return microseconds of look-ups of one id and of a hundred, half of them unknown: p50 and p99."""
+    names = store.ids(kind)
+    rng = np.random.default_rng(0)
+    drawn = [names[place] for place in rng.integers(0, len(names), _LOOKUPS).tolist()]
+    asked = [each if n % 2 else each + "?" for n, each in enumerate(drawn)]
+
+    def micro(call: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e6
+
+    single = [micro(lambda each=each: store.get(kind, [each])) for each in asked]  # type: ignore[misc]
+    starts = range(0, len(asked) - _BATCH + 1, _BATCH)
+    many = [micro(lambda at=at: store.get(kind, asked[at : at + _BATCH])) for at in starts]  # type: ignore[misc]
+    return {
+        "single_p50_us": _percentile(single, 50),
+        "single_p99_us": _percentile(single, 99),
+        "hundred_p50_us": _percentile(many, 50),
+        "hundred_p99_us": _percentile(many, 99),
+    }
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return round(float(np.percentile(np.array(values), share)), 1)
+
+
+def mean_of(store: FeatureStore, kind: FeatureKind, groups: Mapping[str, Sequence[str]]) -> NDArray[np.float32]:
+    """Return the mean vector of each group of ids, shape (groups, d); of an empty group the fallback."""
+    rows = []
+    for names in groups.values():
+        vectors, known = store.get(kind, list(names) or [""])
+        rows.append(vectors[known].mean(axis=0) if known.any() else store.get(kind, [""])[0][0])
+    return np.array(rows, dtype=np.float32).reshape(len(groups), store.width(kind))
