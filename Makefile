@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote check-sources suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,8 @@ help:
 	@echo "make bench-index-leak     what counting on from item codes reaches on Amazon Beauty, eval/results/index_leak.json"
 	@echo "make bench-negatives  what negatives that avoid held-out items tell, eval/results/negatives.json"
 	@echo "make bench-tables     seconds and memory of the data layer by rows, up to a hundred million, eval/results/tables.json"
+	@echo "make bench-features   build and look-ups of stores of features, eval/results/feature_store.json"
+	@echo "make bench-kar        what profiles by a language model add to a CTR host, eval/results/kar.json"
 	@echo "make bench-search     search of a catalogue and scoring with transformers, eval/results/search.json, docs/performance.md"
 	@echo "make bench-search-vllm    the same with vLLM on a CPU, eval/results/search_vllm.json, docs/performance.md"
 	@echo "make bench-training   training rows beside TRL's SFTTrainer, eval/results/training.json, docs/performance.md"
@@ -131,6 +133,12 @@ bench-negatives: setup
 # ARGS: a folder for the tables, 3 GB, and the numbers of rows, if not a million and ten million.
 bench-tables: setup
 	$(BIN)/python -m eval.benchmarks.tables eval/results/tables.json $(ARGS)
+
+bench-features: setup
+	$(BIN)/python -m eval.benchmarks.feature_store eval/results/feature_store.json
+
+bench-kar: setup
+	$(BIN)/python -m eval.benchmarks.kar eval/results/kar.json $(ARGS)
 
 bench-search: setup
 	$(BIN)/python -m eval.benchmarks.search eval/results/search.json

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrec import __version__
+from llmrec.commands.features.app import app as features
 from llmrec.commands.init.options import InitOptions
 from llmrec.commands.options import takes
 from llmrec.commands.rank.options import RankOptions
@@ -32,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(features, name="features", help="Stores of what a language model wrote: make, show, compare, correct.")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")]
 Overrides = Annotated[

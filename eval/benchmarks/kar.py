@@ -162,10 +162,8 @@ def stores(folder: Path, place: Path, data: SplitDataset, seen: Mapping[str, fro
         publish(place / "raw-items", [said])
         base = FeatureStore.open(place / "raw-items")
         ratings = {(u, i): r for u, i, r in data.known.select("user_id", "item_id", "rating").iter_rows()}
-        best, worst = (
-            {u: [i for _, i in sorted(seen[u]) if keep(ratings.get((u, i), 3.0))] for u in users}
-            for keep in (lambda r: r >= 5, lambda r: r <= 2)
-        )
+        best = {u: [i for _, i in sorted(seen[u]) if ratings.get((u, i), 3.0) >= 5] for u in users}
+        worst = {u: [i for _, i in sorted(seen[u]) if ratings.get((u, i), 3.0) <= 2] for u in users}
         vectors = _mean(base, best) - _mean(base, worst)
         publish(place / "raw", [Features("user", users, vectors, made, seen=seen), said])
     if not (place / "llm" / "current").is_file():
@@ -216,7 +214,7 @@ def _factors(
     values = values - values.mean()
     values = values - (np.bincount(columns, values) / (counts + 3))[columns]
     matrix = sparse.csr_array((values, (rows, columns)), shape=(len(users), len(items)))
-    left, sizes, right = svds(matrix, k=width, random_state=0)  # type: ignore[no-untyped-call]
+    left, sizes, right = svds(matrix, k=width, random_state=0)
     scale = np.sqrt(sizes)
     return (left * scale).astype(np.float32), (right.T * scale).astype(np.float32), items
 

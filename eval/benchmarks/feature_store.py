@@ -1,0 +1,71 @@
+"""Times stores of features: build, size and look-ups, beside making a vector of a text when it is asked for.
+
+``make bench-features`` writes ``eval/results/feature_store.json``. Ids and vectors are drawn.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmrec.augment.stores import ENCODER, timed
+from llmrec.data.features import Features, FeatureStore, Provenance, publish
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+from llmrec.models.text_encoder import encode_texts, find_encoder
+
+SIZES = ((10_000, 64), (1_000_000, 64), (100_000, 384))
+TEXT = "likes slow films about people who lose each other and old comedies; does not like horror or long battles"
+
+
+def store(rows: int, width: int) -> dict[str, Any]:
+    """Return seconds, megabytes and microseconds of one store."""
+    rng = np.random.default_rng(0)
+    names = [f"user-{number}" for number in rng.permutation(10 * rows)[:rows]]
+    vectors = rng.normal(size=(rows, width)).astype(np.float32)
+    made = Provenance(system="bench")
+    found: dict[str, Any] = {"rows": rows, "width": width}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("float32", "float16"):
+            begin = time.perf_counter()
+            publish(folder, [Features("user", names, vectors, made)], dtype=dtype, keep=1)  # type: ignore[arg-type]
+            found[f"{dtype}_build_seconds"] = round(time.perf_counter() - begin, 2)
+            size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+            found[f"{dtype}_megabytes"] = round(size / 2**20, 1)
+            begin = time.perf_counter()
+            opened = FeatureStore.open(folder)
+            found[f"{dtype}_open_ms"] = round((time.perf_counter() - begin) * 1e3, 2)
+            found |= {f"{dtype}_{name}": value for name, value in timed(opened, "user").items()}
+    return found
+
+
+def online(count: int = 20) -> dict[str, float]:
+    """Return milliseconds of making a vector of one text, the encoder loaded each time and not counted."""
+    folder, _ = find_encoder(ENCODER)
+    begin = time.perf_counter()
+    encode_texts(folder, [TEXT])
+    loaded = time.perf_counter() - begin
+    begin = time.perf_counter()
+    encode_texts(folder, [f"{TEXT} {number}" for number in range(count)])
+    return {"milliseconds": round((time.perf_counter() - begin - loaded) / (count - 1) * 1e3, 2)}
+
+
+def main(target: Path) -> None:
+    """Measure and write."""
+    result = {
+        "command": "make bench-features",
+        "stores": [store(*size) for size in SIZES],
+        "encoder": {"name": ENCODER, **online()},
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(target, result)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
