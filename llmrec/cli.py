@@ -258,6 +258,24 @@ def tune_encoder(
 
 
 @app.command()
+def augment(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The store; <run folder>/features by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and a prompt.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a language model write texts of users and items, and store them with their vectors as features.
+
+    A killed call goes on where it was. Texts on users are written from what nothing else learns from, where
+    data.split.kind=prefix keeps it apart.
+    """
+    from llmrec.commands.features import augment as command
+
+    command.run(_recipe(recipe, overrides), out, dry_run=dry_run, quiet=quiet)
+
+
+@app.command()
 def fuse(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs over the same cases.")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")],

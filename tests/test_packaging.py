@@ -467,6 +467,7 @@ def test_commands_in_documents_exist() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in DOCUMENTS)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
     known = {command.name or getattr(command.callback, "__name__", None) for command in cli.app.registered_commands}
+    known |= {group.name for group in cli.app.registered_groups}
     used = set(re.findall(r"`llmrec ([a-z][a-z-]+)", text)) | {
         verb
         for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)

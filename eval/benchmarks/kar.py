@@ -289,7 +289,7 @@ def _fit(
     if file.is_file():
         return np.asarray(np.load(file, allow_pickle=False))
     chosen = make(
-        host, {"features": tuple(str(keep / name) for name in names), "window": WINDOW, **parameters}, seed=seed
+        host, {"features": ",".join(str(keep / name) for name in names), "window": WINDOW, **parameters}, seed=seed
     )
     chosen.fit(data, cases=judges)
     values = measure(chosen, cases)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ENCODER = "all-MiniLM-L6-v2"
+ANSWERS = "answers.sqlite"
+"""In a store that `llmrec augment` writes: what it asked and was told, until somebody is erased."""
 # Ids of one look-up and look-ups of a timing.
 _BATCH, _LOOKUPS = 100, 2000
 
@@ -163,6 +165,8 @@ def forget(folder: Path, user: str) -> Forgotten:
             )
         )
     publish(folder, kept, dtype=store.dtype, keep=1)
+    # What a language model was asked and said, kept so that a killed stage goes on.
+    (Path(folder) / ANSWERS).unlink(missing_ok=True)
     return Forgotten(had, len(pairs), tuple(others))
 
 

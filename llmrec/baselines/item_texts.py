@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.text import TfIdf
+from llmrec.data.features import FeatureStore
 from llmrec.errors import DataError
 from llmrec.index.semantic import item_fields, item_text, item_vectors
 from llmrec.models.embedder import fitting
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from llmrec.types import Item
 
 LSA = "lsa"
+STORE = "store:"
+"""Before the folder of a store, where vectors of items were made before."""
 
 # Exponents of the whitening that tuning tries.
 WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -35,8 +38,16 @@ _LEAST = 1e-3
 class TextsConfig(Section):
     """What a baseline reads of items."""
 
-    encoder: str = Field(LSA, description="lsa, or a text encoder such as all-MiniLM-L6-v2: a name or a folder")
+    encoder: str = Field(
+        LSA,
+        description="lsa; a text encoder such as all-MiniLM-L6-v2, a name or a folder; or store:FOLDER, of features",
+    )
     shuffled: bool = Field(False, description="a control: every item has the text of another one, drawn once")
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Stores of features that are read."""
+        return (self.encoder.removeprefix(STORE),) if self.encoder.startswith(STORE) else ()
 
     def order(self, count: int) -> list[int]:
         """Return whose text each of so many items has: its own, or with ``shuffled`` any one's."""
@@ -109,11 +120,34 @@ def text_vectors(data: SplitDataset, ids: Sequence[str], config: TextsConfig) ->
         DataError: If no item has a title or a field, or the encoder was tuned on another split.
         ModelError: If there is no such encoder.
     """
+    order = config.order(len(ids))
+    for folder in config.folders:
+        return _stored(data, ids, folder)[order]
     items = [data.dataset.items[item] for item in ids]
-    texts, order = texts_of(items), config.order(len(items))
+    texts = texts_of(items)
     if config.encoder != LSA:
         return item_vectors(items, item_fields(items, SemanticIndex()), fitting(config.encoder, data))[order]
     return _latent(texts)[order]
+
+
+def _stored(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.floating[Any]]:
+    """Return the features of items, of length 1; of those that the store does not know the fallback.
+
+    Raises:
+        DataError: If there is no such store, or a text has seen a held-out interaction.
+    """
+    store = FeatureStore.open(folder)
+    if told := store.seen("item") & data.held_out:
+        user, item = min(told)
+        raise DataError.at(
+            folder,
+            "leak",
+            f": texts of items have seen {len(told)} held-out interactions, such as that of user {user!r} with item "
+            f"{item!r}; write them from the training part of this split",
+        )
+    vectors, _ = store.get("item", list(ids))
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
 
 def texts_of(items: Sequence[Item]) -> list[str]:

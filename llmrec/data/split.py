@@ -112,6 +112,10 @@ class SplitDataset:
         """Return a user's training events, oldest first; empty for a user without any."""
         return self._events["train"].of(user_id)
 
+    def known_events(self, user_id: str) -> tuple[Event, ...]:
+        """Return the events of a user that are history alone, oldest first; empty for a user without any."""
+        return self._events["known"].of(user_id)
+
     def train_count(self, user_id: str) -> int:
         """Return how many training events a user has."""
         return self._events["train"].count(user_id)

@@ -108,8 +108,9 @@ def examine(
     yield from leaks_alignment.checks(study, _rows_of(training, "alignment"))
     yield from leaks.stored_rows(results["rows"], predictions, study)
     yield _baselines(study, kept) if kept is not None else leaks.baselines(study)
-    if (built := leaks.item_index(study)) is not None:
-        yield built
+    for found in (leaks.item_index(study), leaks.feature_texts(study)):
+        if found is not None:
+            yield found
     yield probes.id_arithmetic(study.data, split)
     if study.index is not None:
         yield probes.code_arithmetic(study.index, study.data, split)

@@ -60,7 +60,8 @@ def fitting(name: str, data: SplitDataset) -> Embedder:
 @lru_cache(maxsize=16)
 def learned_from(name: str) -> str | None:
     """Return a digest of the training interactions that an encoder was tuned on; None if llmrec did not tune it."""
-    if name == CHANCE:
+    # A store of features is no encoder; what its texts have seen stands in it.
+    if name == CHANCE or name.startswith("store:"):
         return None
     file = Path(find_encoder(name)[0]) / TUNED
     return str(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.is_file() else None

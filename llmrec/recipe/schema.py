@@ -845,6 +845,25 @@ class EvalSection(Section):
         return self
 
 
+class AugmentSection(Section):
+    """What a language model writes of users and items before any training: `llmrec augment`, docs/features.md."""
+
+    users: str | None = Field("user-reasoning", description="template of texts on users; None: none are written")
+    items: str | None = Field("item-facts", description="template of texts on items; None: none are written")
+    factors: tuple[str, ...] = Field((), description="what texts are to consider, such as genre or mood")
+    history: Positive = Field(30, description="events of a user that a prompt shows, the latest of those it may read")
+    max_tokens: Positive = Field(80, description="of a text")
+    limit: Positive | None = Field(None, description="users and items at most, drawn by a seeded hash; None: all")
+    encoder: str = Field("all-MiniLM-L6-v2", description="text encoder that makes vectors of texts")
+    dtype: Literal["float32", "float16"] = Field("float32", description="of the stored vectors")
+
+    @model_validator(mode="after")
+    def _something_is_written(self) -> AugmentSection:
+        if self.users is None and self.items is None:
+            raise ValueError("augment: neither users nor items have texts; name a template for one of them")
+        return self
+
+
 class Recipe(Section):
     """One experiment."""
 
@@ -862,6 +881,7 @@ class Recipe(Section):
     tasks: TasksSection
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    augment: AugmentSection | None = Field(None, description="texts of users and items, which `llmrec augment` writes")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:

@@ -341,7 +341,7 @@ FAMILY = Family(
     answer=Probability,
     headline="AUC",
     strategies=("yes-no", "parsed-yes-no"),
-    baselines=("like-ratio", "logistic"),
+    baselines=("like-ratio", "logistic", "din", "deepfm", "dcn", "autoint"),
     controls=("like-ratio",),
     column="rating",
 )

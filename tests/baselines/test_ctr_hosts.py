@@ -73,38 +73,38 @@ def _auc(name: str, data: SplitDataset, **parameters: Any) -> float:
 def test_features_that_tell_the_answer_are_used_and_dealt_out_anew_they_are_not(name: str, tmp_path: Path) -> None:
     data, users, items = _planted()
     folder = _store(tmp_path / "store", users, items)
-    told = _auc(name, data, features=(folder,))
+    told = _auc(name, data, features=folder)
     assert told > _auc(name, data) + 0.05 and told > 0.85
     # Vectors of others still tell users apart, as ids do.
-    assert told > _auc(name, data, features=(folder,), shuffled=True) + 0.05
+    assert told > _auc(name, data, features=folder, shuffled=True) + 0.05
 
 
 def test_rows_that_a_feature_has_seen_are_left_out_or_refused(tmp_path: Path) -> None:
     data, users, items = _planted()
     pairs = list(data.train.select("user_id", "item_id").iter_rows())
     folder = _store(tmp_path / "store", users, items, seen={"u0": frozenset(pairs[:9])})
-    host = make("deepfm", QUICK | {"features": (folder,), "epochs": 1}, seed=0)
+    host = make("deepfm", QUICK | {"features": folder, "epochs": 1}, seed=0)
     _, rows = Fields.of(data, "deepfm", liked=None, window=5, decay=0.8)
     adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user", "item"), shuffle=False)
     kept = host._unseen(data, adaptor, rows)
     assert len(kept) == len(rows) - 9
     assert set(pairs[:9]).isdisjoint(zip(kept.user_names.tolist(), kept.item_names.tolist(), strict=True))
     with raises(DataError, Facts("leak", says="9 of")):
-        make("deepfm", QUICK | {"features": (folder,), "seen": "refuse"}, seed=0).fit(data)
+        make("deepfm", QUICK | {"features": folder, "seen": "refuse"}, seed=0).fit(data)
     held = next(iter(data.test.select("user_id", "item_id").iter_rows()))
     folder = _store(tmp_path / "leak", users, items, seen={"u0": frozenset({held})})
     with raises(DataError, Facts("leak", says="held-out")):
-        make("din", QUICK | {"features": (folder,)}, seed=0).fit(data)
+        make("din", QUICK | {"features": folder}, seed=0).fit(data)
     folder = _store(tmp_path / "all", users, items, seen={"u0": frozenset(pairs)})
     with raises(DataError, Facts("leak", says="nothing to learn from")):
-        make("din", QUICK | {"features": (folder,)}, seed=0).fit(data)
+        make("din", QUICK | {"features": folder}, seed=0).fit(data)
 
 
 def test_a_side_that_a_store_lacks_is_said(tmp_path: Path) -> None:
     data, users, _ = _planted()
     publish(tmp_path, [Features("user", [f"u{n}" for n in range(USERS)], users, Provenance(system="x"))])
     with raises(DataError, Facts("missing-value", says="users alone")):
-        make("dcn", QUICK | {"features": (str(tmp_path),), "sides": "item"}, seed=0).fit(data)
+        make("dcn", QUICK | {"features": str(tmp_path), "sides": "item"}, seed=0).fit(data)
 
 
 def test_training_rows_show_what_came_before_them_and_no_more() -> None:
@@ -210,9 +210,9 @@ def test_gates_sum_to_one_and_shared_experts_learn_from_all_tables(tmp_path: Pat
 @pytest.mark.parametrize("name", HOSTS)
 def test_every_field_learns(name: str, tmp_path: Path) -> None:
     data, users, items = _planted()
-    host = make(name, QUICK | {"features": (_store(tmp_path / "s", users, items),), "user_id": True}, seed=0)
+    host = make(name, QUICK | {"features": _store(tmp_path / "s", users, items), "user_id": True}, seed=0)
     fields, rows = Fields.of(data, name, liked=None, window=5, decay=0.8)
-    adaptor = Adaptor.of(host.config.features, rows, 1.0, kinds=("user", "item"), shuffle=False)
+    adaptor = Adaptor.of(host.config.folders, rows, 1.0, kinds=("user", "item"), shuffle=False)
     network = host._whole(fields, adaptor)
     some = rows.of(np.arange(64))
     host._forward(network, fields, some, adaptor.columns(some)).pow(2).sum().backward()

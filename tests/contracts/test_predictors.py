@@ -59,7 +59,7 @@ RANKING = tuple(name for name in family_of("sequential").baselines if name in AL
 READING = ("text-ridge", "first-sentence")
 RATING = tuple(dict.fromkeys([*family_of("rating").baselines, *family_of("stars").baselines]))
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
-JUDGING = (*family_of("ctr").baselines, *(name for name in HOSTS if name in ALL))
+JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
 # Their validation split chooses when to stop.
 STOPPING = {"sasrec", "gru4rec", "tower", "tuned-tower", *HOSTS}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.

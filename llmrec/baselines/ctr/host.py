@@ -45,7 +45,7 @@ class HostConfig(LikeRatioConfig):
     user_id: bool = Field(False, description="whether each user of training has a vector of its own")
     numbers: bool = Field(True, description="whether it also reads what `logistic` reads")
     decay: Decay = Field(0.8, description="of these numbers: factor from one rating of the user to the one before")
-    features: tuple[str, ...] = Field((), description="folders of features: docs/features.md")
+    features: str = Field("", description="folders of features (docs/features.md), with commas between them")
     sides: Literal["both", "user", "item"] = Field("both", description="which features of them")
     shuffled: bool = Field(False, description="a control: features of users and of items are dealt out anew")
     seen: Literal["leave", "refuse"] = Field(
@@ -64,6 +64,11 @@ class HostConfig(LikeRatioConfig):
         "a look at the validation split",
     )
     quiet: bool = Field(True, description="no line for each epoch in the log")
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Those of features."""
+        return tuple(part.strip() for part in self.features.split(",") if part.strip())
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Host(Baseline[H, Fitted]):
         torch, config = require("torch", "baselines"), self._config
         fields, rows = Fields.of(data, self.name, liked=config.liked, window=config.window, decay=config.decay)
         kinds: tuple[FeatureKind, ...] = ("user", "item") if config.sides == "both" else (config.sides,)
-        adaptor = Adaptor.of(config.features, rows, config.whitening, kinds=kinds, shuffle=config.shuffled)
+        adaptor = Adaptor.of(config.folders, rows, config.whitening, kinds=kinds, shuffle=config.shuffled)
         rows = self._unseen(data, adaptor, rows)
         if config.patience is None:
             cases = []

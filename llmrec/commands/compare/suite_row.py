@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from llmrec.baselines.item_texts import LSA
+from llmrec.baselines.item_texts import LSA, STORE
 from llmrec.baselines.tuning.search import Grid
 from llmrec.baselines.tuning.tune import Choice, Tuned, tune
 from llmrec.baselines.tuning.tune import Trial as Tried
 from llmrec.commands.compare.records import SuiteLine, Table, Trial
 from llmrec.commands.compare.rows import SuiteModels, family
+from llmrec.data.features import FeatureStore
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.durable import write_json
 from llmrec.errors import RecipeError
@@ -127,8 +128,15 @@ def make_row(
 
 def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
     """Return how the text encoder that a row names makes its vectors, by the key of the record; nothing without one."""
-    name = row.parameters.get("encoder", LSA)
-    return {} if name == LSA else {"encoder": text_embedder(str(name)).record}
+    name = str(row.parameters.get("encoder", LSA))
+    if name == LSA:
+        return {}
+    if name.startswith(STORE):
+        made = FeatureStore.open(name.removeprefix(STORE)).provenance("item")
+        return {
+            "encoder": {"store": name.removeprefix(STORE), **{key: str(said) for key, said in made.encoder.items()}}
+        }
+    return {"encoder": text_embedder(name).record}
 
 
 def grid_of(suite: Suite, row: SuiteRow) -> Grid:

@@ -17,8 +17,9 @@ import numpy as np
 import polars as pl
 from scipy.stats import chi2, rankdata
 
-from llmrec.baselines.parameters import make
+from llmrec.baselines.parameters import config_of, make
 from llmrec.data.candidates import touched
+from llmrec.data.features import FeatureStore
 from llmrec.data.split import SplitDataset, earlier, request_id
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.study import Study
@@ -263,6 +264,26 @@ def baselines(study: Study) -> Check:
         places += [f"{family}/{name}" for family, one, two in zip(asking, *answers, strict=True) if one != two]
     count = sum(map(len, asked.values()))
     return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
+
+
+def feature_texts(study: Study) -> Check | None:
+    """Whether a text among the features that baselines read has seen a held-out interaction; None without features."""
+    stores = {
+        folder: family
+        for family in study.tasks
+        for baseline in study.baselines(family)
+        for folder in getattr(config_of(baseline.name, baseline.parameters, family), "folders", ())
+    }
+    if not stores:
+        return None
+    places, rows = [], 0
+    for folder, family in sorted(stores.items()):
+        data, seen = study.task_data(family), FeatureStore.open(folder).seen()
+        places += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
+        rows += sum(pair in seen for pair in data.train.select("user_id", "item_id").iter_rows())
+    found = verdict("texts of features that have seen held-out interactions", f"{len(stores)} stores", places)
+    told_too = f"{found.found}; {rows:,} training rows were seen too, which hosts leave out"
+    return replace(found, found=told_too, figures={"training_rows_seen": float(rows)})
 
 
 def item_index(study: Study) -> Check | None:

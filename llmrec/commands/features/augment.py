@@ -1,0 +1,33 @@
+"""`llmrec augment`: what it would cost, and what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmrec.commands.show.console import say, show
+from llmrec.data.features import FeatureStore
+from llmrec.experiment import augmenting
+from llmrec.experiment.study import folder_of
+from llmrec.recipe.schema import Recipe
+
+_SHOWN = 3
+
+
+def run(recipe: Recipe, out: Path | None, *, dry_run: bool, quiet: bool) -> None:
+    """Write the features of a recipe, or say what that would cost."""
+    if dry_run:
+        planned = augmenting.plan(recipe)
+        for asked in planned.asked.values():
+            for each in asked[:1]:
+                say("\n".join(message.text for message in each.prompt.messages) + "\n")
+        assert recipe.augment is not None
+        show("augment", augmenting.estimate(planned, recipe.augment))
+        return
+    done = augmenting.augment(recipe, out or folder_of(recipe, None) / "features", quiet=quiet)
+    store = FeatureStore.open(done.folder)
+    for kind in store.kinds:
+        for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN]).items()):
+            say(f"{kind} {name}: {text}")
+    facts = {f"{kind}s": f"{count:,} texts" for kind, count in done.texts.items()}
+    tokens = f"{done.cost.prompt_tokens:,} tokens read, {done.cost.completion_tokens:,} written"
+    show("augment", {**facts, "cost": tokens, "seconds": f"{done.seconds:.0f}", "store": str(done.folder)})

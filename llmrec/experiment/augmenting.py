@@ -1,0 +1,186 @@
+"""The stage between data and training that writes texts of users and items: prompts -> texts -> vectors -> a store."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmrec.augment.stores import ANSWERS, of_texts
+from llmrec.augment.texts import Asked, about_items, about_users, template_of
+from llmrec.backends.answers import AnswerStore
+from llmrec.backends.encode import Encoder
+from llmrec.data.features import FeatureKind, Provenance, publish
+from llmrec.data.split import SplitDataset
+from llmrec.durable import Json
+from llmrec.errors import RecipeError
+from llmrec.experiment.engines import Engines
+from llmrec.experiment.resume import Budget
+from llmrec.experiment.study import load_tables
+from llmrec.guard import clean
+from llmrec.models.load import load_tokenizer, resolve, weights_stamp
+from llmrec.recipe.schema import AugmentSection, Recipe
+from llmrec.strategies.asking import cost_of
+from llmrec.types import Backend, Cost, Prompt
+
+# Tokens a second of a small model on two cores, for the estimate before anything is asked.
+_READS, _WRITES = 1000.0, 150.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be asked.
+
+    Attributes:
+        data: The split.
+        asked: Questions by kind.
+        encoder: Tokenizer of the model.
+        base: Its folder.
+    """
+
+    data: SplitDataset
+    asked: dict[FeatureKind, list[Asked]]
+    encoder: Encoder
+    base: str
+
+    def prompt_tokens(self) -> dict[FeatureKind, int]:
+        """Return how many tokens the questions of each kind have."""
+        return {
+            kind: sum(len(self.encoder.prompt(each.prompt)) for each in asked) for kind, asked in self.asked.items()
+        }
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """What was written.
+
+    Attributes:
+        folder: The store.
+        texts: How many of each kind.
+        cost: Tokens of all questions and answers, those that were known before among them.
+        seconds: Spent now.
+    """
+
+    folder: Path
+    texts: dict[FeatureKind, int]
+    cost: Cost
+    seconds: float
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Return what a recipe's `augment` section would ask.
+
+    Raises:
+        RecipeError: If the recipe has no such section, or names a template that is not there.
+        DataError: If the data cannot be read or split.
+    """
+    section = _section(recipe)
+    data, _ = load_tables(recipe, None)
+    asked: dict[FeatureKind, list[Asked]] = {}
+    if section.users is not None:
+        asked["user"] = about_users(data, section, recipe.seed)
+    if section.items is not None:
+        asked["item"] = about_items(data, section, recipe.seed)
+    base = resolve(recipe.model, seed=recipe.seed)
+    encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
+    return Plan(data, asked, encoder, base)
+
+
+def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
+    """Return what it would cost, for a small model on two cores, in words."""
+    rows, seconds = {}, 0.0
+    for kind, tokens in planned.prompt_tokens().items():
+        count = len(planned.asked[kind])
+        seconds += tokens / _READS + count * section.max_tokens / _WRITES
+        rows[f"{kind}s"] = f"{count:,} texts, {tokens:,} tokens read, {count * section.max_tokens:,} written at most"
+    return rows | {"time": f"about {max(1, round(seconds / 60))} minutes for a small model on two cores"}
+
+
+def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
+    """Write the texts, make vectors of them and publish both; a killed call goes on where it was.
+
+    Args:
+        recipe: With the section ``augment``.
+        out: The store.
+        quiet: Show no progress.
+
+    Raises:
+        RecipeError: See `plan`.
+        DataError: See `plan`; or if no text came out.
+        BackendError: If the engine fails.
+    """
+    section, begin = _section(recipe), time.perf_counter()
+    planned = plan(recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    store = AnswerStore(out / ANSWERS)
+    engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, Budget(), store)
+    cost, tables, counts = Cost(), [], {}
+    try:
+        engine = engines.engine_for("text")
+        weights = "" if engine == "openai" else weights_stamp(planned.base)
+        backend = engines.get(engine, planned.base, weights)
+        stamp: dict[str, Json] = {
+            "model": recipe.model.name,
+            "weights": weights,
+            "engine": engine,
+            "decoding": "greedy",
+            "max_tokens": section.max_tokens,
+            "seed": recipe.seed,
+        }
+        for kind, asked in planned.asked.items():
+            written, spent = _write(backend, asked, section, recipe.eval.batch, f"{kind}s", quiet=quiet)
+            cost += spent
+            made = Provenance(
+                system="augment",
+                # Texts on items show no interaction, and belong to no split.
+                split=planned.data.fingerprint if kind == "user" else "",
+                template=_digest([template_of(kind, str(getattr(section, f"{kind}s"))).sha, *section.factors]),
+                generator=stamp,
+            )
+            seen = {each.id: each.seen for each in asked if each.seen}
+            tables.append(of_texts(kind, written, encoder=section.encoder, provenance=made, seen=seen))
+            counts[kind] = len(tables[-1].ids)
+        publish(out, tables, dtype=section.dtype)
+    finally:
+        engines.close()
+        store.close()
+    return Augmented(out, counts, cost, time.perf_counter() - begin)
+
+
+def _section(recipe: Recipe) -> AugmentSection:
+    if recipe.augment is None:
+        raise RecipeError(
+            "the recipe has no section augment; add one, such as augment: {factors: [genre, mood]}",
+            kind="missing-key",
+            column="augment",
+        )
+    return recipe.augment
+
+
+def _write(
+    backend: Backend, asked: Sequence[Asked], section: AugmentSection, batch: int, what: str, *, quiet: bool
+) -> tuple[dict[str, str], Cost]:
+    written, cost = {}, Cost()
+    counted = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    hidden = quiet or not sys.stderr.isatty()
+    with Progress(TextColumn(what), *counted, console=Console(stderr=True), disable=hidden) as bar:
+        task = bar.add_task(what, total=len(asked))
+        for start in range(0, len(asked), batch):
+            part = asked[start : start + batch]
+            prompts: list[Prompt] = [each.prompt for each in part]
+            for each, done in zip(part, backend.generate(prompts, max_tokens=section.max_tokens), strict=True):
+                # What a model writes is data like any other, and can forge no word of a template.
+                written[each.id] = clean(done.text)
+                cost += cost_of(done)
+            bar.advance(task, len(part))
+    return written, cost
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

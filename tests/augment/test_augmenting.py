@@ -1,0 +1,176 @@
+"""A recipe's texts: what is asked and what it has seen, that a killed call goes on, and that hosts take them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmrec.augment.texts import about_items, about_users, template_of
+from llmrec.backends.cache import CachedBackend
+from llmrec.baselines.parameters import make
+from llmrec.data.features import Features, FeatureStore, Provenance, publish
+from llmrec.errors import DataError, RecipeError
+from llmrec.experiment import augmenting
+from llmrec.experiment.leaks.checks import Check, feature_texts
+from llmrec.experiment.study import build_study, load_tables
+from llmrec.recipe.load import as_recipe
+from llmrec.recipe.schema import Recipe
+from llmrec.types import Request
+from tests.facts import Facts, raises
+
+pytest.importorskip("transformers")
+
+SPLIT = {"kind": "prefix", "valid": 0.2, "test": 0.2}
+
+
+def recipe(model: Path, **more: Any) -> Recipe:
+    return as_recipe(
+        {
+            "name": "toy",
+            "model": {"name": str(model)},
+            "data": {"source": "made-reviews", "noun": "products", "split": SPLIT},
+            "tasks": {"ctr": {}},
+            "eval": {"backend": "hf", "batch": 4},
+            "augment": {"limit": 6, "max_tokens": 4, "encoder": "chance", "factors": ["taste"], **more},
+        }
+    )
+
+
+def test_texts_on_users_read_the_beginning_alone(llama_folder: Path) -> None:
+    made = recipe(llama_folder, history=3)
+    data, _ = load_tables(made, None)
+    assert made.augment is not None
+    for each in about_users(data, made.augment, 0):
+        known = {(each.id, event.item_id) for event in data.known_events(each.id)}
+        assert each.seen <= known and len(each.seen) == min(3, len(known)) and not each.seen & data.held_out
+        said = each.prompt.messages[-1].text
+        later = {data.dataset.titles[event.item_id] for event in data.train_events(each.id)}
+        shown = {data.dataset.titles[item] for _, item in each.seen}
+        assert all(title in said for title in shown) and not any(title in said for title in later - shown)
+        assert "taste" in said
+    assert all(not each.seen for each in about_items(data, made.augment, 0))
+    assert len(about_items(data, made.augment, 0)) == 6
+
+
+def test_what_is_written_is_stored_with_where_it_comes_from(llama_folder: Path, tmp_path: Path) -> None:
+    made = recipe(llama_folder)
+    done = augmenting.augment(made, tmp_path / "store", quiet=True)
+    store = FeatureStore.open(done.folder)
+    data, _ = load_tables(made, None)
+    assert store.kinds == ("user", "item") and done.texts["item"] == len(store.ids("item")) > 0
+    assert done.cost.completion_tokens > 0 and done.cost.prompt_tokens > 0
+    assert store.provenance("user").split == data.fingerprint and store.provenance("item").split == ""
+    assert store.provenance("user").generator["decoding"] == "greedy"
+    assert store.seen("user") and not store.seen("item")
+    assert FeatureStore.open(done.folder, split=data.fingerprint).kinds == store.kinds
+
+
+def test_a_killed_call_asks_nothing_twice(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = recipe(llama_folder), []
+    whole = augmenting.augment(made, tmp_path / "whole", quiet=True)
+    plain = CachedBackend.generate
+
+    def counted(self: CachedBackend, prompts: Any, *, max_tokens: int) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, prompts, max_tokens=max_tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CachedBackend, "generate", counted)
+        with pytest.raises(KeyboardInterrupt):
+            augmenting.augment(made, tmp_path / "killed", quiet=True)
+    assert not (tmp_path / "killed" / "current").exists()
+    again = augmenting.augment(made, tmp_path / "killed", quiet=True)
+    one, other = FeatureStore.open(whole.folder), FeatureStore.open(again.folder)
+    for kind in one.kinds:
+        assert one.texts(kind, one.ids(kind)) == other.texts(kind, other.ids(kind))
+    # With every answer known no engine is started.
+    shutil.rmtree(llama_folder / "none", ignore_errors=True)
+    monkeypatch.setattr("llmrec.experiment.engines.load_model", lambda *_, **__: pytest.fail("an engine was started"))
+    assert augmenting.augment(made, tmp_path / "killed", quiet=True).texts == again.texts
+
+
+def test_hosts_take_what_was_written(llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    made = recipe(llama_folder, limit=None, max_tokens=2)
+    done = augmenting.augment(made, tmp_path / "store", quiet=True)
+    data, _ = load_tables(made, None)
+    host = make(
+        "deepfm",
+        {"features": str(done.folder), "epochs": 1, "patience": None, "seen": "refuse", "hidden": (4,)},
+        seed=0,
+    )
+    host.fit(data)
+    assert host._fitted.adaptor.width > 0
+
+
+def test_a_recipe_without_the_section_or_with_an_unknown_template_is_refused(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    bare = recipe(llama_folder).model_copy(update={"augment": None})
+    with raises(RecipeError, Facts("missing-key", column="augment")):
+        augmenting.plan(bare)
+    with raises(RecipeError, Facts("unknown-name", column="augment.users", says="user-reasoning")):
+        augmenting.plan(recipe(llama_folder, users="user-reasonin"))
+    with pytest.raises(RecipeError, match="neither users nor items"):
+        recipe(llama_folder, users=None, items=None)
+    assert template_of("item", "item-facts").shape == "chat"
+
+
+def test_the_estimate_counts_what_would_be_read(llama_folder: Path) -> None:
+    made = recipe(llama_folder)
+    planned = augmenting.plan(made)
+    assert made.augment is not None
+    said = augmenting.estimate(planned, made.augment)
+    assert said["users"].startswith("6 texts") and "24 written at most" in said["users"] and "minutes" in said["time"]
+
+
+def test_content_neighbours_read_a_store_and_refuse_texts_that_have_seen_the_answer(tmp_path: Path) -> None:
+    made = as_recipe({"name": "x", "data": {"source": "made-reviews"}, "tasks": {"sequential": {}}})
+    data, _ = load_tables(made, None)
+    items = sorted(data.dataset.items)
+    vectors = np.random.default_rng(0).normal(size=(len(items), 8)).astype(np.float32)
+    publish(tmp_path / "clean", [Features("item", items, vectors, Provenance(system="x"))])
+    model = make("content", {"encoder": f"store:{tmp_path / 'clean'}"}, seed=0)
+    model.fit(data)
+    user = data.users()[0]
+    assert len(model.scores([Request(id="r", user_id=user, history=data.train_events(user))])[0]) == len(items)
+    held = min(data.held_out)
+    publish(
+        tmp_path / "leak",
+        [Features("item", items, vectors, Provenance(system="x"), seen={held[1]: frozenset({held})})],
+    )
+    with raises(DataError, Facts("leak", says="held-out")):
+        make("content", {"encoder": f"store:{tmp_path / 'leak'}"}, seed=0).fit(data)
+
+
+def test_the_audit_looks_at_what_features_have_seen(tmp_path: Path) -> None:
+    def check(seen: dict[str, frozenset[tuple[str, str]]]) -> Check | None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        items = [f"u{n}" for n in range(3)]
+        publish(folder, [Features("user", items, np.eye(3), Provenance(system="x"), seen=seen)])
+        made = as_recipe(
+            {
+                "name": "x",
+                "data": {"source": "made-reviews"},
+                "tasks": {
+                    "ctr": {"baselines": ["like-ratio", "logistic", {"name": "deepfm", "features": str(folder)}]}
+                },
+                "eval": {"arms": []},
+            }
+        )
+        return feature_texts(build_study(made))
+
+    plain = as_recipe({"name": "x", "data": {"source": "made-reviews"}, "tasks": {"ctr": {}}, "eval": {"arms": []}})
+    study = build_study(plain)
+    assert feature_texts(study) is None
+    learned = next(iter(study.data.train.select("user_id", "item_id").iter_rows()))
+    found = check({"u0": frozenset({learned})})
+    assert found is not None and found.verdict == "clean" and found.figures["training_rows_seen"] == 1
+    leaked = check({"u0": frozenset({min(study.data.held_out)})})
+    assert leaked is not None and leaked.verdict == "leak"
