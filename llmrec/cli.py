@@ -401,15 +401,9 @@ def audit(
     ] = False,
 ) -> None:
     """Look for held-out data where it must not be, and for what else may explain a figure; exit code 1 on a leak."""
-    from llmrec.experiment import audit as audits
+    from llmrec.commands.show.audits import leaks
 
-    marks = {"clean": "✓", "notice": "·", "leak": "✗"}
-    checks = audits.audit(folder, memory=memory)
-    for check in checks:
-        say(f"{marks[check.verdict]} {check.name}: {check.found}")
-        for example in check.examples:
-            say(f"    {example}")
-    if any(check.verdict == "leak" for check in checks):
+    if leaks(folder, memory=memory):
         raise typer.Exit(1)
 
 
