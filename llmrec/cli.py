@@ -16,7 +16,7 @@ from llmrec.commands.features.app import app as features
 from llmrec.commands.init.options import InitOptions
 from llmrec.commands.options import takes
 from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.show.console import finish, readable, say, short, show, show_dry_run
+from llmrec.commands.show.console import finish, readable, say, short, show
 from llmrec.errors import LlmrecError
 
 if TYPE_CHECKING:
@@ -57,30 +57,16 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet:
 
 @app.command()
 def check(
-    recipe: RecipePath,
+    recipe: Annotated[str, typer.Argument(metavar="PAGE", help="A recipe, or a suite or benchmark.")],
     overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Also count rows and tokens, render prompts, estimate time and memory.")
     ] = False,
 ) -> None:
-    """Validate a recipe, its data, templates and names, without loading weights."""
-    from llmrec.data.stats import baskets
-    from llmrec.experiment.study import build_study
-    from llmrec.experiment.told import sentence, users
+    """Validate a recipe, its data, templates and names, or the pages that a suite names, without loading weights."""
+    from llmrec.commands.show.checking import check
 
-    study = build_study(loaded := _recipe(recipe, overrides))
-    for family in study.tasks:
-        templates = ", ".join(template.id for template in study.eval_templates(family))
-        say(f"{family}: {len(study.cases(family))} {loaded.eval.split} cases, evaluated with {templates}")
-    for table in study.tables:
-        if cut := baskets(table):
-            say(cut)
-        if found := study.told(table):
-            say(f"{sentence(table, found)}; write profiles from training interactions alone")
-            say(f"    users: {', '.join(users(found))}")
-    if dry_run:
-        show_dry_run(study)
-    say(f"recipe {loaded.name} is valid")
+    check(recipe, overrides or (), dry_run=dry_run)
 
 
 @app.command()

@@ -1,0 +1,44 @@
+"""Makes the stores that ``eval/suites/genre-items.yaml`` compares: what a content summariser adds to titles (GENRE).
+
+``LLMREC_DATA=FOLDER python -m eval.benchmarks.genre_items`` reads FOLDER/goodreads/items.tsv, as
+`eval.benchmarks.goodreads_sequences` writes it: titles, and a sentence on each that GPT-3.5 wrote from the title alone
+(Liu et al., WSDM 2024). It writes four stores of item features under ``runs/genre``: titles; titles with their
+sentence; titles with the sentence of another book; sentences alone. No text has seen an interaction.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from llmrec.augment.stores import of_texts
+from llmrec.data.features import Provenance, publish
+from llmrec.data.reading.table import read_table
+
+TARGET = Path("runs/genre")
+
+
+def main() -> None:
+    """Write the stores."""
+    table = read_table(Path(os.environ.get("LLMREC_DATA", ".")) / "goodreads" / "items.tsv").frame
+    ids, titles, said = (table[name].to_list() for name in ("item_id", "title", "description"))
+    drawn = np.random.default_rng(0).permutation(len(ids))
+    other = dict(zip(drawn.tolist(), np.roll(drawn, 1).tolist(), strict=True))
+    arms = {
+        "title": titles,
+        "title-and-sentence": [f"{title}. {text}" for title, text in zip(titles, said, strict=True)],
+        "title-and-other-sentence": [f"{title}. {said[other[n]]}" for n, title in enumerate(titles)],
+        "sentence": said,
+    }
+    for name, texts in arms.items():
+        wrote = {} if name == "title" else {"model": "gpt-3.5, as published by ONCE"}
+        made = Provenance(system="genre", generator=wrote)
+        publish(TARGET / name, [of_texts("item", dict(zip(ids, texts, strict=True)), provenance=made)])
+        sys.stdout.write(f"{TARGET / name}\n")
+
+
+if __name__ == "__main__":
+    main()

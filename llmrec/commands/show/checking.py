@@ -1,0 +1,50 @@
+"""What `llmrec check` looks at: a recipe with its data, or the pages that a suite or a benchmark names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from llmrec.commands.show.console import say, show_dry_run
+from llmrec.data.stats import baskets
+from llmrec.experiment.study import build_study
+from llmrec.experiment.told import sentence, users
+from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
+
+
+def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
+    """Validate a page and print what it would ask.
+
+    Raises:
+        RecipeError: If a key or a value is wrong, of the page or of one that it names.
+        DataError: If a recipe's data cannot be used.
+    """
+    kind = kind_of_page(page)
+    if kind == "suite":
+        suite = load_suite(page, overrides)
+        for row in suite.rows:
+            if row.recipe:
+                load_recipe(row.recipe, row.overrides)
+        say(f"suite {suite.suite} is valid: {len(suite.rows)} rows, {len(suite.pairs)} planned comparisons")
+        return
+    if kind == "benchmark":
+        bench = load_benchmark(page, overrides)
+        for run in bench.runs:
+            load_recipe(run.recipe or bench.recipe, (*bench.overrides, *run.overrides))
+        models = sum(max(1, len(run.seeds)) * prod(map(len, run.grid.values())) for run in bench.runs)
+        say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {models} models")
+        return
+    loaded = load_recipe(page, overrides)
+    study = build_study(loaded)
+    for family in study.tasks:
+        templates = ", ".join(template.id for template in study.eval_templates(family))
+        say(f"{family}: {len(study.cases(family))} {loaded.eval.split} cases, evaluated with {templates}")
+    for table in study.tables:
+        if cut := baskets(table):
+            say(cut)
+        if found := study.told(table):
+            say(f"{sentence(table, found)}; write profiles from training interactions alone")
+            say(f"    users: {', '.join(users(found))}")
+    if dry_run:
+        show_dry_run(study)
+    say(f"recipe {loaded.name} is valid")
