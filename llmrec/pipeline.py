@@ -18,6 +18,7 @@ from llmrec.data.stats import baskets, statistics
 from llmrec.durable import replacing, write_text
 from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment import audit, index_report
+from llmrec.experiment.augmenting import FEATURES, augment
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
@@ -72,7 +73,8 @@ def run(
 ) -> Run:
     """Run a whole recipe and return its results.
 
-    The stages: data and base model (`open_session`); plan, train and merge (`llmrec.experiment.training`); baselines,
+    The stages: texts as features, where the recipe asks for them (`llmrec.experiment.augmenting`); data and base model
+    (`open_session`); plan, train and merge (`llmrec.experiment.training`); baselines,
     then language-model rows (`llmrec.experiment.evaluation`); results, audit, report.
 
     Args:
@@ -81,7 +83,8 @@ def run(
         data: Interactions as a frame, in place of ``data.path``; see `llmrec.data.frames.with_frames`.
         items: One row an item, as a frame, in place of ``data.items``.
         quiet: Show no progress bars.
-        may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error.
+        may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error. Without it no
+            texts are written either.
 
     Raises:
         RecipeError: If the tuned arm has no adapter and ``may_train`` is off.
@@ -90,6 +93,8 @@ def run(
     folder = folder_of(recipe, Path(out) if out is not None else None)
     with locked(folder, RUN):
         recipe = with_frames(recipe, folder, data, items)
+        if recipe.augment is not None and may_train:
+            augment(recipe, folder / FEATURES, quiet=quiet)
         session = open_session(recipe, folder, quiet=quiet)
         training = None
         if "tuned" in recipe.eval.arms:

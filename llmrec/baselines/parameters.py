@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llmrec.data.features import FeatureStore
 from llmrec.errors import ErrorKind, RecipeError, did_you_mean
 from llmrec.recipe.schema import Section
 from llmrec.registry import BASELINES, lookup
@@ -42,6 +43,16 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
         unknown = error.errors()[0]["type"] == "extra_forbidden"
         kind: ErrorKind = "unknown-key" if unknown else "bad-value"
         raise RecipeError(f"{where}: {'; '.join(problems)}", kind=kind, column=where.rpartition(": ")[2]) from None
+
+
+def stores_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Return the stores of features that a baseline reads, with hashes over what is in them.
+
+    Raises:
+        DataError: If one of them is no store.
+    """
+    folders = getattr(config_of(name, parameters, "parameters"), "folders", ())
+    return {folder: FeatureStore.open(folder).stamp for folder in folders}
 
 
 def make(name: str, parameters: Mapping[str, Any], *, seed: int, where: str = "parameters") -> Any:

@@ -199,6 +199,12 @@ class FeatureStore:
         """Return where the features of a kind come from."""
         return Provenance(**self._meta["kinds"][kind]["provenance"])
 
+    @property
+    def stamp(self) -> str:
+        """A hash over everything that is in it and where it comes from."""
+        text = json.dumps({"dtype": self._meta["dtype"], "kinds": self._meta["kinds"]}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def width(self, kind: FeatureKind) -> int:
         """Return the length of the vectors of a kind."""
         return int(self._tables[kind].vectors.shape[1])
@@ -318,6 +324,8 @@ def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
         allow_pickle=False,
     )
     digest = hashlib.sha256(b"\0".join(ids[order].tolist()) + table.vectors[order].astype(dtype).tobytes())
+    seen = sorted((each, *pair) for each, pairs in table.seen.items() for pair in pairs)
+    digest.update(json.dumps([seen, list(table.texts)]).encode())
     return {
         "rows": len(ids),
         "width": int(table.vectors.shape[1]),

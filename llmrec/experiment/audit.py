@@ -19,6 +19,7 @@ import polars as pl
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
+from llmrec.baselines.parameters import stores_of
 from llmrec.durable import sha256_of, write_json
 from llmrec.errors import LlmrecError
 from llmrec.experiment import probes
@@ -126,6 +127,7 @@ def _baselines(study: Study, kept: Path) -> Check:
         llmrec=__version__,
         packages={name: version for name, version in versions().items() if name in _FITTING},
         baselines={family: [each.label for each in study.baselines(family)] for family in used},
+        **({"stores": stores} if (stores := _stores(study)) else {}),
         data={family: data.fingerprint for family, data in used.items()},
         cases={family: [case.request.id for case in study.cases(family)] for family in used},
         candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},
@@ -139,6 +141,11 @@ def _baselines(study: Study, kept: Path) -> Check:
         write_json(kept, stored)
     found = stored["check"]
     return Check(**{**found, "examples": tuple(found["examples"])})
+
+
+def _stores(study: Study) -> dict[str, str]:
+    asked = [each for family in study.tasks for each in study.baselines(family)]
+    return {name: stamp for each in asked for name, stamp in stores_of(each.name, each.parameters).items()}
 
 
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine, ...]:

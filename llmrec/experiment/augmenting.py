@@ -16,10 +16,10 @@ from llmrec.augment.stores import ANSWERS, of_texts
 from llmrec.augment.texts import Asked, about_items, about_users, template_of
 from llmrec.backends.answers import AnswerStore
 from llmrec.backends.encode import Encoder
-from llmrec.data.features import FeatureKind, Provenance, publish
+from llmrec.data.features import FeatureKind, Features, FeatureStore, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.durable import Json
-from llmrec.errors import RecipeError
+from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.study import load_tables
@@ -28,6 +28,9 @@ from llmrec.models.load import load_tokenizer, resolve, weights_stamp
 from llmrec.recipe.schema import AugmentSection, Recipe
 from llmrec.strategies.asking import cost_of
 from llmrec.types import Backend, Cost, Prompt
+
+FEATURES = "features"
+"""In a run folder: the store that the recipe's section ``augment`` asks for."""
 
 # Tokens a second of a small model on two cores, for the estimate before anything is asked.
 _READS, _WRITES = 1000.0, 150.0
@@ -105,6 +108,8 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
 def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
     """Write the texts, make vectors of them and publish both; a killed call goes on where it was.
 
+    Where the store holds already what would be written, it stays as it is.
+
     Args:
         recipe: With the section ``augment``.
         out: The store.
@@ -146,11 +151,28 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
             seen = {each.id: each.seen for each in asked if each.seen}
             tables.append(of_texts(kind, written, encoder=section.encoder, provenance=made, seen=seen))
             counts[kind] = len(tables[-1].ids)
-        publish(out, tables, dtype=section.dtype)
+        if not _holds(out, tables):
+            publish(out, tables, dtype=section.dtype)
     finally:
         engines.close()
         store.close()
     return Augmented(out, counts, cost, time.perf_counter() - begin)
+
+
+def _holds(out: Path, tables: Sequence[Features]) -> bool:
+    """Whether a store says what these tables do, so that what was made from it stays good."""
+    try:
+        store = FeatureStore.open(out)
+    except DataError:
+        return False
+    if store.kinds != tuple(table.kind for table in tables):
+        return False
+    for table in tables:
+        same = store.provenance(table.kind) == table.provenance and store.ids(table.kind) == sorted(table.ids)
+        said = dict(zip(table.ids, table.texts, strict=True))
+        if not same or store.texts(table.kind, table.ids) != said or store.seen_by(table.kind) != dict(table.seen):
+            return False
+    return True
 
 
 def _section(recipe: Recipe) -> AugmentSection:

@@ -52,6 +52,7 @@ from llmrec.experiment.row_specs import (
     profile_of,
     protocol_of,
     specs_of,
+    stores,
 )
 from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background, background
@@ -260,6 +261,7 @@ class Evaluation:
             weighing=[case.request.id for case in self._weighers(spec)],
             **nearness(spec, study),
             **drawing(spec, recipe.eval),
+            **stores(spec, study),
         )
 
     def _digest(self, family: str) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmrec.baselines.parameters import stores_of
 from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import Json
 from llmrec.evaluate.figures import EvalProtocol
@@ -85,6 +86,13 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
 def profile_of(study: Study, family: str) -> str:
     """Return the hash of the words of a two-step ranking's first step."""
     return study.tasks[family].profile_template.sha
+
+
+def stores(spec: RowSpec, study: Study) -> dict[str, dict[str, str]]:
+    """Return the features that a baseline reads besides the data; nothing for most, whose keys are those of before."""
+    named = [each for each in study.baselines(spec.family) if ("baseline", each.label) == (spec.arm, spec.predictor)]
+    found = [stores_of(each.name, each.parameters) for each in named]
+    return {"stores": found[0]} if any(found) else {}
 
 
 def nearness(spec: RowSpec, study: Study) -> dict[str, str]:

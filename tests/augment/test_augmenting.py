@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmrec import pipeline
 from llmrec.augment.texts import about_items, about_users, template_of
 from llmrec.backends.cache import CachedBackend
-from llmrec.baselines.parameters import make
+from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment import augmenting
@@ -149,6 +151,19 @@ def test_content_neighbours_read_a_store_and_refuse_texts_that_have_seen_the_ans
         make("content", {"encoder": f"store:{tmp_path / 'leak'}"}, seed=0).fit(data)
 
 
+def test_rows_are_made_anew_where_a_store_says_something_else(tmp_path: Path) -> None:
+    def stored(scale: float) -> dict[str, str]:
+        users = Features("user", ["u0", "u1"], scale * np.eye(2), Provenance(system="x"), texts=["a", "b"])
+        publish(tmp_path / "store", [users])
+        return stores_of("deepfm", {"features": str(tmp_path / "store")})
+
+    first = stored(1.0)
+    assert stored(1.0) == first and stored(2.0) != first
+    assert stores_of("logistic", {"features": "ids"}) == {}
+    with raises(DataError, Facts("missing-file")):
+        stores_of("content", {"encoder": f"store:{tmp_path / 'none'}"})
+
+
 def test_the_audit_looks_at_what_features_have_seen(tmp_path: Path) -> None:
     def check(seen: dict[str, frozenset[tuple[str, str]]]) -> Check | None:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -174,3 +189,24 @@ def test_the_audit_looks_at_what_features_have_seen(tmp_path: Path) -> None:
     assert found is not None and found.verdict == "clean" and found.figures["training_rows_seen"] == 1
     leaked = check({"u0": frozenset({min(study.data.held_out)})})
     assert leaked is not None and leaked.verdict == "leak"
+
+
+def test_a_run_writes_its_features_first_and_uses_them_again(llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    folder = tmp_path / "run"
+    host = {"name": "deepfm", "features": str(folder / "features"), "epochs": 1}
+    made = recipe(llama_folder, limit=None, max_tokens=2)
+    tasks = {"ctr": {"baselines": ["like-ratio", "logistic", host]}}
+    values = made.model_dump(mode="json") | {"tasks": tasks, "eval": {"arms": [], "backend": "hf", "users": 20}}
+    first = pipeline.run(values, folder, quiet=True)
+    version = (folder / "features" / "current").read_text()
+    assert any(row["predictor"].startswith("deepfm(") for row in first.results["rows"])
+    assert any(check["name"].startswith("texts of features") for check in _audit(folder))
+    again = pipeline.run(values, folder, quiet=True)
+    assert (folder / "features" / "current").read_text() == version
+    assert again.results["rows"] == first.results["rows"]
+
+
+def _audit(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "audit.json").read_text(encoding="utf-8"))["checks"]
+    return found

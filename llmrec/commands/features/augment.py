@@ -23,7 +23,7 @@ def run(recipe: Recipe, out: Path | None, *, dry_run: bool, quiet: bool) -> None
         assert recipe.augment is not None
         show("augment", augmenting.estimate(planned, recipe.augment))
         return
-    done = augmenting.augment(recipe, out or folder_of(recipe, None) / "features", quiet=quiet)
+    done = augmenting.augment(recipe, out or folder_of(recipe, None) / augmenting.FEATURES, quiet=quiet)
     store = FeatureStore.open(done.folder)
     for kind in store.kinds:
         for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN]).items()):

@@ -17,13 +17,14 @@ import numpy as np
 import polars as pl
 from scipy.stats import chi2, rankdata
 
-from llmrec.baselines.parameters import config_of, make
+from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.candidates import touched
-from llmrec.data.features import FeatureStore
+from llmrec.data.features import FeatureStore, Pair
 from llmrec.data.split import SplitDataset, earlier, request_id
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, told, users
+from llmrec.recipe.schema import BaselineSection
 from llmrec.tasks.family import families
 
 _SHOWN = 5
@@ -255,7 +256,10 @@ def baselines(study: Study) -> Check:
     others: dict[int, SplitDataset] = {}
     for (number, name), asking in asked.items():
         data = study.task_data(asking[0])
-        other = others.setdefault(number, redrawn(data, study.recipe.eval.split))
+        if (seen := _seen(made[name])) or number not in others:
+            # A baseline refuses features that have seen what is held out, and that is no change of an answer.
+            others[number] = redrawn(data, study.recipe.eval.split, toward=_unseen(data, seen))
+        other = others[number]
         answers = []
         for used in (data, other):
             predictor = make(made[name].name, made[name].parameters, seed=study.recipe.seed)
@@ -266,13 +270,28 @@ def baselines(study: Study) -> Check:
     return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
 
 
+def _seen(baseline: BaselineSection) -> frozenset[Pair]:
+    """Return the interactions that the texts of a baseline's features have seen."""
+    stores = stores_of(baseline.name, baseline.parameters)
+    return frozenset().union(*(FeatureStore.open(folder).seen() for folder in stores))
+
+
+def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
+    """Return what users' texts have not seen, for the users whose texts have seen anything."""
+    read: dict[str, set[str]] = defaultdict(set)
+    for user, item in seen:
+        read[user].add(item)
+    items = sorted(data.dataset.items)
+    return {user: rest for user, known in read.items() if (rest := [item for item in items if item not in known])}
+
+
 def feature_texts(study: Study) -> Check | None:
     """Whether a text among the features that baselines read has seen a held-out interaction; None without features."""
     stores = {
         folder: family
         for family in study.tasks
         for baseline in study.baselines(family)
-        for folder in getattr(config_of(baseline.name, baseline.parameters, family), "folders", ())
+        for folder in stores_of(baseline.name, baseline.parameters)
     }
     if not stores:
         return None
