@@ -60,7 +60,7 @@ def of_texts(
         embedder(list(kept.values())),
         replace(provenance, encoder={"name": encoder, "stamp": embedder.stamp}, version=__version__),
         texts=tuple(kept.values()),
-        seen=seen or {},
+        seen={each: pairs for each, pairs in (seen or {}).items() if each in kept},
     )
 
 
