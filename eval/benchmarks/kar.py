@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import io
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,19 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import svds
 
+from llmrec import __version__
 from llmrec.augment.stores import of_texts
-from llmrec.baselines.parameters import make
+from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.features import Features, FeatureStore, Pair, Provenance, publish
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset, request_id
-from llmrec.durable import write_json
+from llmrec.durable import replacing, write_json
+from llmrec.experiment.resume import key_of
 from llmrec.machine import machine, versions
+from llmrec.metrics.multiple import decide, enough
 from llmrec.metrics.probability import auc, gauc, log_loss
-from llmrec.metrics.stats import paired
+from llmrec.metrics.stats import paired_of
 from llmrec.types import Case, Event, Item, Probability, Request
 
 ARMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
@@ -62,7 +64,6 @@ PAIRS = (
 HOSTS = ("deepfm", "dcn", "din")
 LAST, BEST, WORST = 40, 10, 10
 WINDOW = 20
-SPLIT = "u1"
 
 
 def table(path: Path) -> pl.DataFrame:
@@ -154,7 +155,7 @@ def _cases(frame: pl.DataFrame, past: Mapping[str, Sequence[tuple[float, Event]]
 def stores(folder: Path, place: Path, data: SplitDataset, seen: Mapping[str, frozenset[Pair]]) -> None:
     """Write the stores of all arms, those that are not there yet."""
     users = sorted(seen)
-    made = Provenance(system="kar benchmark", split=SPLIT)
+    made = Provenance(system="kar benchmark", split=data.readable)
     items = data.dataset.items
     plain = {each: f"{item.title}. {item.fields['genres']}" for each, item in items.items()}
     if not (place / "raw" / "current").is_file():
@@ -183,7 +184,7 @@ def stores(folder: Path, place: Path, data: SplitDataset, seen: Mapping[str, fro
             place / "factors",
             [
                 Features("user", users, of_users, made, seen=seen),
-                Features("item", own, of_items, replace(made, split=SPLIT)),
+                Features("item", own, of_items, made),
             ],
         )
 
@@ -259,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "command": "LLMREC_DATA=FOLDER python -m eval.benchmarks.kar eval/results/kar.json",
         "rows": rows,
-        "pairs": [_pair(said, host, one, other, truth, users) for host in given.hosts for one, other in PAIRS],
+        "pairs": _pairs(said, given.hosts, truth, users),
         "users": len(set(users)),
         "cases": len(cases),
         "training": data.train.height,
@@ -284,16 +285,25 @@ def _fit(
     cases: Sequence[Case],
     rows: int,
 ) -> NDArray[np.float64]:
-    key = hashlib.sha256(json.dumps([host, arm, seed, rows]).encode()).hexdigest()[:16]
+    said = {"features": ",".join(str(keep / name) for name in names), "window": WINDOW, **parameters}
+    key = key_of(
+        llmrec=__version__,
+        host=host,
+        seed=seed,
+        rows=rows,
+        data=data.fingerprint,
+        parameters=said,
+        stores=stores_of(host, said),
+        arm=arm,
+    )
     file = keep / f"{key}.npy"
     if file.is_file():
         return np.asarray(np.load(file, allow_pickle=False))
-    chosen = make(
-        host, {"features": ",".join(str(keep / name) for name in names), "window": WINDOW, **parameters}, seed=seed
-    )
+    chosen = make(host, said, seed=seed)
     chosen.fit(data, cases=judges)
     values = measure(chosen, cases)
-    np.save(file, values, allow_pickle=False)
+    with replacing(file) as draft, draft.open("wb") as stream:
+        np.save(stream, values, allow_pickle=False)
     return values
 
 
@@ -306,29 +316,32 @@ def _figures(values: Sequence[NDArray[np.float64]], truth: NDArray[np.float64], 
     }
 
 
-def _pair(
+def _pairs(
     said: Mapping[tuple[str, str], Sequence[NDArray[np.float64]]],
-    host: str,
-    one: str,
-    other: str,
+    hosts: Sequence[str],
     truth: NDArray[np.float64],
     users: Sequence[str],
-) -> dict[str, Any]:
-    """Return the difference in AUC within users, seeds averaged before it is taken, with its interval over users."""
-    each = {arm: np.mean([gauc(v, truth, users).values for v in said[host, arm]], axis=0) for arm in (one, other)}
-    able = np.isfinite(each[one])
-    found = paired(each[one][able], each[other][able], resamples=2000, seed=0)
-    return {
-        "host": host,
-        "a": one,
-        "b": other,
-        "metric": "within-user AUC",
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
-        "p": found.p,
-        "users": int(able.sum()),
-    }
+) -> list[dict[str, Any]]:
+    """Return the planned comparisons of AUC within users, corrected together by Holm's method.
+
+    Seeds are averaged before a difference is taken; users are resampled.
+    """
+    planned = [(host, one, other) for host in hosts for one, other in PAIRS]
+    of = {key: np.mean([gauc(v, truth, users).values for v in values], axis=0) for key, values in said.items()}
+    found, counts = [], []
+    for host, one, other in planned:
+        values = of[host, one] - of[host, other]
+        values = values[np.isfinite(values)]
+        counts.append(len(values))
+
+        def mean(rows: NDArray[np.intp], values: NDArray[np.float64] = values) -> NDArray[np.float64]:
+            return np.asarray(values[rows].mean(axis=1))
+
+        found.append(paired_of(mean, len(values), resamples=enough(2000, len(planned)), seed=0))
+    return [
+        {"host": host, "a": one, "b": other, "metric": "within-user AUC", "users": count, **asdict(decision)}
+        for (host, one, other), count, decision in zip(planned, counts, decide(found), strict=True)
+    ]
 
 
 if __name__ == "__main__":

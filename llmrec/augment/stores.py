@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec import __version__
-from llmrec.data.features import FeatureKind, Features, FeatureStore, Pair, Provenance, publish
+from llmrec.data.features import (
+    ANSWERS,
+    FeatureKind,
+    Features,
+    FeatureStore,
+    Pair,
+    Provenance,
+    write_version,
+    writing,
+)
 from llmrec.data.reading.columns import find
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import user_path
@@ -20,11 +29,9 @@ from llmrec.errors import DataError
 from llmrec.models.embedder import text_embedder
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 ENCODER = "all-MiniLM-L6-v2"
-ANSWERS = "answers.sqlite"
-"""In a store that `llmrec augment` writes: what it asked and was told, until somebody is erased."""
 # Ids of one look-up and look-ups of a timing.
 _BATCH, _LOOKUPS = 100, 2000
 
@@ -114,6 +121,7 @@ def whole(store: FeatureStore, kind: FeatureKind) -> Features:
         store.provenance(kind),
         texts=[said.get(each, "") for each in names] if said else (),
         seen=store.seen_by(kind),
+        fallback=store.fallback(kind),
     )
 
 
@@ -133,64 +141,72 @@ class Forgotten:
 
 
 def forget(folder: Path, user: str) -> Forgotten:
-    """Erase a person: text, vector and interactions; the versions before are removed too.
+    """Erase a person: text, vector, interactions, and the answers of the model; versions before are removed too.
 
     Raises:
         DataError: If the store knows nothing of the person.
+        LlmrecError: If somebody else writes to it.
     """
-    store = FeatureStore.open(folder)
-    tables = [whole(store, kind) for kind in store.kinds]
-    pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
-    others = sorted(
-        each
-        for table in tables
-        for each, known in table.seen.items()
-        if known & pairs and (table.kind, each) != ("user", user)
-    )
-    had = any(table.kind == "user" and user in table.ids for table in tables)
-    if not had and not pairs:
-        raise DataError.at(folder, "unknown-name", f" knows nothing of user {user!r}")
-    kept = []
-    for table in tables:
-        stays = [place for place, each in enumerate(table.ids) if table.kind != "user" or each != user]
-        less = {each: known - pairs for each, known in table.seen.items() if (table.kind, each) != ("user", user)}
-        kept.append(
-            Features(
-                table.kind,
-                [table.ids[place] for place in stays],
-                table.vectors[stays],
-                table.provenance,
-                texts=[table.texts[place] for place in stays] if table.texts else (),
-                seen={each: frozenset(known) for each, known in less.items() if known},
-            )
-        )
-    publish(folder, kept, dtype=store.dtype, keep=1)
-    # What a language model was asked and said, kept so that a killed stage goes on.
-    (Path(folder) / ANSWERS).unlink(missing_ok=True)
+    FeatureStore.open(folder)
+    with writing(folder) as place:
+        store = FeatureStore.open(folder)
+        tables = [whole(store, kind) for kind in store.kinds]
+        pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
+        told = [(table.kind, each, known) for table in tables for each, known in table.seen.items()]
+        others = sorted(each for kind, each, known in told if known & pairs and (kind, each) != ("user", user))
+        had = any(table.kind == "user" and user in table.ids for table in tables)
+        if not had and not pairs:
+            raise DataError.at(folder, "unknown-name", f" knows nothing of user {user!r}")
+        write_version(place, [_without(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
+        # What a language model was asked and said, with what the database has beside it.
+        for path in place.glob(f"{ANSWERS}*"):
+            path.unlink()
     return Forgotten(had, len(pairs), tuple(others))
+
+
+def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
+    stays = [place for place, each in enumerate(table.ids) if table.kind != "user" or each != user]
+    less = {each: known - pairs for each, known in table.seen.items() if (table.kind, each) != ("user", user)}
+    return Features(
+        table.kind,
+        [table.ids[place] for place in stays],
+        table.vectors[stays],
+        table.provenance,
+        texts=[table.texts[place] for place in stays] if table.texts else (),
+        seen={each: frozenset(known) for each, known in less.items() if known},
+        fallback=table.fallback,
+    )
 
 
 def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> None:
     """Correct a text, and make its vector anew with the encoder of the store.
 
     Raises:
-        DataError: If the store has no text of this id, or the text is blank.
+        DataError: If the store has no text of this id or was made with another encoder, or the text is blank.
+        LlmrecError: If somebody else writes to it.
     """
     store = FeatureStore.open(folder)
-    tables = {known: whole(store, known) for known in store.kinds}
-    table = tables.get(kind)
-    if table is None or each not in table.ids:
+    if kind not in store.kinds or not store.texts(kind, [each]):
         raise DataError.at(folder, "unknown-name", f" has no text of {kind} {each!r}")
     if not text.strip():
         raise DataError(f"the text of {kind} {each!r} would be blank; erase it with forget instead", kind="bad-value")
-    place = list(table.ids).index(each)
-    name = str(table.provenance.encoder.get("name", ENCODER))
-    vectors = np.array(table.vectors)
-    vectors[place] = text_embedder(name)([text])[0]
-    said = list(table.texts or [""] * len(table.ids))
-    said[place] = text
-    tables[kind] = replace(table, vectors=vectors, texts=said)
-    publish(folder, list(tables.values()), dtype=store.dtype)
+    named = store.provenance(kind).encoder
+    if "name" not in named:
+        raise DataError.at(folder, "unsupported", " does not say which encoder made its vectors; make the store anew")
+    embedder = text_embedder(str(named["name"]))
+    if embedder.stamp != named.get("stamp"):
+        raise DataError.at(
+            folder, "mismatch", f" was made with another {named['name']} than is here; make the store anew with it"
+        )
+    with writing(folder) as place:
+        store = FeatureStore.open(folder)
+        tables = {known: whole(store, known) for known in store.kinds}
+        table = tables[kind]
+        row = list(table.ids).index(each)
+        vectors, said = np.array(table.vectors), list(table.texts)
+        vectors[row], said[row] = embedder([text])[0], text
+        tables[kind] = replace(table, vectors=vectors, texts=said)
+        write_version(place, list(tables.values()), dtype=store.dtype)
 
 
 @dataclass(frozen=True)
@@ -245,12 +261,3 @@ def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
 
 def _percentile(values: Sequence[float], share: float) -> float:
     return round(float(np.percentile(np.array(values), share)), 1)
-
-
-def mean_of(store: FeatureStore, kind: FeatureKind, groups: Mapping[str, Sequence[str]]) -> NDArray[np.float32]:
-    """Return the mean vector of each group of ids, shape (groups, d); of an empty group the fallback."""
-    rows = []
-    for names in groups.values():
-        vectors, known = store.get(kind, list(names) or [""])
-        rows.append(vectors[known].mean(axis=0) if known.any() else store.get(kind, [""])[0][0])
-    return np.array(rows, dtype=np.float32).reshape(len(groups), store.width(kind))

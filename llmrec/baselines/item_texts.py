@@ -134,9 +134,10 @@ def _stored(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.f
     """Return the features of items, of length 1; of those that the store does not know the fallback.
 
     Raises:
-        DataError: If there is no such store, or a text has seen a held-out interaction.
+        DataError: If there is no such store, it was written from other training interactions, or a text has seen a
+            held-out one.
     """
-    store = FeatureStore.open(folder)
+    store = FeatureStore.open(folder, split=data.readable)
     if told := store.seen("item") & data.held_out:
         user, item = min(told)
         raise DataError.at(

@@ -45,6 +45,11 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
         raise RecipeError(f"{where}: {'; '.join(problems)}", kind=kind, column=where.rpartition(": ")[2]) from None
 
 
+def stops_early(name: str) -> bool:
+    """Whether a baseline looks at validation figures to know when to stop."""
+    return "patience" in lookup(BASELINES, name, "baseline").Config.model_fields
+
+
 def stores_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
     """Return the stores of features that a baseline reads, with hashes over what is in them.
 

@@ -107,8 +107,9 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        known, config = ratings(data, self.name), self._config
-        counted, rows = Counted.of(known, config.liked, config.decay if config.features == "recent" else None)
+        config = self._config
+        decay = config.decay if config.features == "recent" else None
+        counted, known, rows = Counted.of(data, self.name, config.liked, decay)
         truth = (known.values >= counted.counts.liked).astype(np.float64)
         size = rows.shape[1]
         penalties = np.full(size, config.penalty)

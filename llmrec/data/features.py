@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import shutil
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmrec.durable import Json, refuse_link, write_json, write_text
-from llmrec.errors import DataError
+from llmrec.errors import DataError, LlmrecError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,9 +38,13 @@ if TYPE_CHECKING:
 FeatureKind = Literal["user", "item"]
 Pair = tuple[str, str]
 """A user and an item."""
+ANSWERS = "answers.sqlite"
+"""In a store that `llmrec augment` writes: what it asked and was told, until somebody is erased."""
 
 _FORMAT = 1
-_CURRENT, _META, _TEXTS = "current", "meta.json", "features.sqlite"
+_CURRENT, _META, _TEXTS, _LOCK = "current", "meta.json", "features.sqlite", ".lock"
+# Names of versions, and of drafts of them: nothing else in a folder is ever removed.
+_VERSION, _DRAFT = re.compile(r"[0-9a-f]{16}"), re.compile(r"\.[0-9a-f]{16}\.draft")
 # Ids are stored in fields of one width, so that a long one costs all others as much.
 _WIDEST = 512
 # Versions that are kept for who has them open, the one that counts among them.
@@ -53,7 +58,7 @@ class Provenance:
 
     Attributes:
         system: What made them, such as ``kar``, or how they came here.
-        split: Fingerprint of the split whose training part was read; empty: of no split, since no interaction was.
+        split: `SplitDataset.readable` of the split that was read; empty: of none, since no interaction was.
         template: Hash of the prompts.
         generator: Model, sampling and seed of what wrote the texts; empty where nothing was written.
         encoder: Model, pooling and longest text of what made vectors of them.
@@ -154,7 +159,7 @@ class FeatureStore:
 
         Args:
             folder: The store.
-            split: The fingerprint of the split that is at hand; None: whichever.
+            split: `SplitDataset.readable` of the split that is at hand; None: whichever.
 
         Raises:
             DataError: If there is no store, it is damaged, or its texts were written from another split.
@@ -175,7 +180,10 @@ class FeatureStore:
                 "wrong-format",
                 f" is a store of format {meta.get('format')}, and this version reads {_FORMAT}; make it again",
             )
-        store = FeatureStore(place, version, meta)
+        try:
+            store = FeatureStore(place, version, meta)
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise DataError.at(place, "damaged", f" cannot be read ({error}); make it again") from error
         for kind in store.kinds:
             table, rows = store._tables[kind], meta["kinds"][kind]["rows"]
             if len(table.ids) != rows or len(table.vectors) != rows:
@@ -185,7 +193,7 @@ class FeatureStore:
                 raise DataError.at(
                     place,
                     "mismatch",
-                    f": the texts of its {kind}s were written from another split ({made_from[:12]}, here "
+                    f": the texts of its {kind}s were written from other training interactions ({made_from[:12]}, here "
                     f"{split[:12]}), and may tell what is held out here; run llmrec augment on this recipe",
                 )
         return store
@@ -208,6 +216,10 @@ class FeatureStore:
     def width(self, kind: FeatureKind) -> int:
         """Return the length of the vectors of a kind."""
         return int(self._tables[kind].vectors.shape[1])
+
+    def fallback(self, kind: FeatureKind) -> NDArray[np.floating[Any]] | None:
+        """Return what an unknown id has, where it was given; None where it is the mean of all."""
+        return None if self._meta["kinds"][kind]["fallback"] == "mean" else self._tables[kind].fallback
 
     def ids(self, kind: FeatureKind) -> list[str]:
         """Return all ids of a kind, sorted by their bytes."""
@@ -268,15 +280,48 @@ class FeatureStore:
             return frozenset(base.execute(f"SELECT DISTINCT user, item FROM seen{where}", given).fetchall())
 
     def _database(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{self._version / _TEXTS}?mode=ro&immutable=1", uri=True)
+        return sqlite3.connect(f"{(self._version / _TEXTS).resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[Path]:
+    """Hold the lock of a store, so that nobody else writes to it; the folder is made if it is not there.
+
+    Raises:
+        LlmrecError: If it is a link, holds other things than a store, or somebody else writes to it.
+    """
+    import fcntl
+
+    place = Path(folder).expanduser()
+    refuse_link(place)
+    if place.is_dir() and not (place / _CURRENT).is_file():
+        others = [path.name for path in place.iterdir() if not _is_own(path)]
+        if others:
+            raise LlmrecError(
+                f"{place} holds other things than features, such as {min(others)!r}; name a folder of its own",
+                kind="exists",
+                at=place,
+            )
+    place.mkdir(parents=True, exist_ok=True)
+    refuse_link(place / _LOCK)
+    with (place / _LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LlmrecError(
+                f"{place} is being written by another process; wait until it has ended", kind="busy", at=place
+            ) from error
+        yield place
+
+
+def _is_own(path: Path) -> bool:
+    name = path.name
+    known = name in (_CURRENT, _LOCK) or name.startswith((ANSWERS, f".{_CURRENT}"))
+    return known or bool(_VERSION.fullmatch(name) or _DRAFT.fullmatch(name))
 
 
 def publish(
-    folder: str | Path,
-    tables: Sequence[Features],
-    *,
-    dtype: Literal["float32", "float16"] = "float32",
-    keep: int = _KEPT,
+    folder: str | Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32"
 ) -> Path:
     """Write features as the version that counts; a killed call leaves the version before.
 
@@ -284,22 +329,35 @@ def publish(
         folder: The store; made if it is not there.
         tables: One of each kind, or of one.
         dtype: Of the stored vectors.
-        keep: Versions that stay for who has them open, this one among them.
 
     Returns:
         The folder of the version.
 
     Raises:
-        DataError: If a kind is given twice.
-        LlmrecError: If the folder is a link.
+        DataError: If a kind is given twice, or a number is too large for ``dtype``.
+        LlmrecError: As `writing`.
     """
-    place = Path(folder).expanduser()
-    refuse_link(place)
+    with writing(folder) as place:
+        return write_version(place, tables, dtype=dtype)
+
+
+def write_version(
+    place: Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32", keep: int = _KEPT
+) -> Path:
+    """Write a version inside `writing`; see `publish`.
+
+    Args:
+        place: The store.
+        tables: See there.
+        dtype: See there.
+        keep: Versions that stay for who has them open, this one among them.
+    """
     if not tables or len({table.kind for table in tables}) != len(tables):
         raise DataError("a store has one table of each kind; give users once and items once", kind="duplicate")
+    _clear_drafts(place)
     name = secrets.token_hex(8)
     draft = place / f".{name}.draft"
-    draft.mkdir(parents=True)
+    draft.mkdir()
     try:
         kinds = {table.kind: _written(draft, table, dtype) for table in tables}
         _write_texts(draft / _TEXTS, tables)
@@ -308,27 +366,35 @@ def publish(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     write_text(place / _CURRENT, name + "\n")
-    _clear(place, name, keep)
+    versions = [path for path in place.iterdir() if _VERSION.fullmatch(path.name) and path.name != name]
+    versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in versions[keep - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
     return place / name
 
 
 def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
     ids = np.array([each.encode() for each in table.ids], dtype=np.bytes_)
     order = np.argsort(ids, kind="stable")
-    fallback = table.vectors.mean(axis=0) if table.fallback is None and len(ids) else table.fallback
+    fallback = table.fallback
+    if fallback is None:
+        fallback = table.vectors.mean(axis=0) if len(ids) else np.zeros(table.vectors.shape[1])
+    with np.errstate(over="ignore"):
+        stored, instead = table.vectors[order].astype(dtype), fallback.astype(dtype)
+    if not (np.isfinite(stored).all() and np.isfinite(instead).all()):
+        raise DataError(
+            f"a vector of the {table.kind}s holds a number too large for {dtype}; use float32", kind="too-large"
+        )
     np.save(folder / f"{table.kind}-ids.npy", ids[order], allow_pickle=False)
-    np.save(folder / f"{table.kind}-vectors.npy", table.vectors[order].astype(dtype), allow_pickle=False)
-    np.save(
-        folder / f"{table.kind}-fallback.npy",
-        np.zeros(table.vectors.shape[1], dtype) if fallback is None else fallback.astype(dtype),
-        allow_pickle=False,
-    )
-    digest = hashlib.sha256(b"\0".join(ids[order].tolist()) + table.vectors[order].astype(dtype).tobytes())
+    np.save(folder / f"{table.kind}-vectors.npy", stored, allow_pickle=False)
+    np.save(folder / f"{table.kind}-fallback.npy", instead, allow_pickle=False)
+    digest = hashlib.sha256(b"\0".join(ids[order].tolist()) + stored.tobytes() + instead.tobytes())
     seen = sorted((each, *pair) for each, pairs in table.seen.items() for pair in pairs)
     digest.update(json.dumps([seen, list(table.texts)]).encode())
     return {
         "rows": len(ids),
         "width": int(table.vectors.shape[1]),
+        "fallback": "mean" if table.fallback is None else "given",
         "sha256": digest.hexdigest(),
         "provenance": asdict(table.provenance),
     }
@@ -347,11 +413,8 @@ def _write_texts(path: Path, tables: Sequence[Features]) -> None:
         base.commit()
 
 
-def _clear(place: Path, current: str, keep: int) -> None:
-    """Remove drafts of killed calls and all but the latest versions."""
-    for draft in place.glob(".*.draft"):
-        shutil.rmtree(draft, ignore_errors=True)
-    versions = [path.parent for path in place.glob(f"*/{_META}") if path.parent.name != current]
-    versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for old in versions[keep - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+def _clear_drafts(place: Path) -> None:
+    """Remove what killed calls left."""
+    for path in list(place.iterdir()):
+        if _DRAFT.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)

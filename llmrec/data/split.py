@@ -104,6 +104,11 @@ class SplitDataset:
         frames = (self.train, self.valid, self.test, self.known)
         return digest_strings([self.dataset.fingerprint, self.kind, *[digest_frame(frame) for frame in frames]])
 
+    @cached_property
+    def readable(self) -> str:
+        """SHA-256 over what may be read of it: training rows, and those that are history alone."""
+        return digest_strings([digest_frame(self.train), digest_frame(self.known)])
+
     def users(self) -> tuple[str, ...]:
         """Return every user of the dataset, sorted."""
         return self._users

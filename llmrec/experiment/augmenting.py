@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmrec.augment.stores import ANSWERS, of_texts
+from llmrec import __version__
+from llmrec.augment.stores import of_texts
 from llmrec.augment.texts import Asked, about_items, about_users, template_of
 from llmrec.backends.answers import AnswerStore
 from llmrec.backends.encode import Encoder
-from llmrec.data.features import FeatureKind, Features, FeatureStore, Provenance, publish
+from llmrec.data.derived import TITLES
+from llmrec.data.features import ANSWERS, FeatureKind, FeatureStore, Provenance, write_version, writing
 from llmrec.data.split import SplitDataset
-from llmrec.durable import Json
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.study import load_tables
 from llmrec.guard import clean
+from llmrec.models.embedder import text_embedder
 from llmrec.models.load import load_tokenizer, resolve, weights_stamp
 from llmrec.recipe.schema import AugmentSection, Recipe
 from llmrec.strategies.asking import cost_of
@@ -108,7 +111,7 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
 def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
     """Write the texts, make vectors of them and publish both; a killed call goes on where it was.
 
-    Where the store holds already what would be written, it stays as it is.
+    A store that was made so already stays as it is, with what was corrected or erased in it since.
 
     Args:
         recipe: With the section ``augment``.
@@ -119,60 +122,73 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
         RecipeError: See `plan`.
         DataError: See `plan`; or if no text came out.
         BackendError: If the engine fails.
+        LlmrecError: If the folder holds other things, or another process writes to it.
     """
     section, begin = _section(recipe), time.perf_counter()
     planned = plan(recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    store = AnswerStore(out / ANSWERS)
-    engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, Budget(), store)
-    cost, tables, counts = Cost(), [], {}
-    try:
-        engine = engines.engine_for("text")
-        weights = "" if engine == "openai" else weights_stamp(planned.base)
-        backend = engines.get(engine, planned.base, weights)
-        stamp: dict[str, Json] = {
+    made = {kind: _provenance(recipe, planned, kind) for kind in planned.asked}
+    with writing(out) as place:
+        if (kept := _made_so(place, made, section)) is not None:
+            return Augmented(place, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
+        store = AnswerStore(place / ANSWERS)
+        engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, Budget(), store)
+        cost, tables = Cost(), []
+        try:
+            engine = engines.engine_for("text")
+            backend = engines.get(engine, planned.base, _weights(engine, planned))
+            for kind, asked in planned.asked.items():
+                written, spent = _write(backend, asked, section, recipe.eval.batch, f"{kind}s", quiet=quiet)
+                cost += spent
+                seen = {each.id: each.seen for each in asked if each.seen}
+                tables.append(of_texts(kind, written, encoder=section.encoder, provenance=made[kind], seen=seen))
+            write_version(place, tables, dtype=section.dtype)
+        finally:
+            engines.close()
+            store.close()
+    counts = {table.kind: len(table.ids) for table in tables}
+    return Augmented(out, counts, cost, time.perf_counter() - begin)
+
+
+def _weights(engine: str, planned: Plan) -> str:
+    return "" if engine == "openai" else weights_stamp(planned.base)
+
+
+def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind) -> Provenance:
+    """Return where texts come from, but for the encoder: equal ones are equal texts."""
+    section, data = _section(recipe), planned.data
+    engine = recipe.eval.backend
+    # Texts on items show no interaction, and belong to no split; but for titles that are made of training reviews.
+    of_split = kind == "user" or TITLES in data.dataset.derives
+    shown = section.model_dump(mode="json", exclude={"dtype", "encoder"})
+    return Provenance(
+        system="augment",
+        split=data.readable if of_split else "",
+        template=_digest([template_of(kind, str(getattr(section, f"{kind}s"))).sha, json.dumps(shown, sort_keys=True)]),
+        generator={
             "model": recipe.model.name,
-            "weights": weights,
+            "weights": _weights(engine, planned),
             "engine": engine,
             "decoding": "greedy",
             "max_tokens": section.max_tokens,
             "seed": recipe.seed,
-        }
-        for kind, asked in planned.asked.items():
-            written, spent = _write(backend, asked, section, recipe.eval.batch, f"{kind}s", quiet=quiet)
-            cost += spent
-            made = Provenance(
-                system="augment",
-                # Texts on items show no interaction, and belong to no split.
-                split=planned.data.fingerprint if kind == "user" else "",
-                template=_digest([template_of(kind, str(getattr(section, f"{kind}s"))).sha, *section.factors]),
-                generator=stamp,
-            )
-            seen = {each.id: each.seen for each in asked if each.seen}
-            tables.append(of_texts(kind, written, encoder=section.encoder, provenance=made, seen=seen))
-            counts[kind] = len(tables[-1].ids)
-        if not _holds(out, tables):
-            publish(out, tables, dtype=section.dtype)
-    finally:
-        engines.close()
-        store.close()
-    return Augmented(out, counts, cost, time.perf_counter() - begin)
+            "asked": _digest([each.id for each in planned.asked[kind]]),
+        },
+        version=__version__,
+    )
 
 
-def _holds(out: Path, tables: Sequence[Features]) -> bool:
-    """Whether a store says what these tables do, so that what was made from it stays good."""
+def _made_so(place: Path, made: Mapping[FeatureKind, Provenance], section: AugmentSection) -> FeatureStore | None:
+    """Return the store if it was made as is asked now; None if it was not, or there is none."""
     try:
-        store = FeatureStore.open(out)
+        store = FeatureStore.open(place)
     except DataError:
-        return False
-    if store.kinds != tuple(table.kind for table in tables):
-        return False
-    for table in tables:
-        same = store.provenance(table.kind) == table.provenance and store.ids(table.kind) == sorted(table.ids)
-        said = dict(zip(table.ids, table.texts, strict=True))
-        if not same or store.texts(table.kind, table.ids) != said or store.seen_by(table.kind) != dict(table.seen):
-            return False
-    return True
+        return None
+    stamp = text_embedder(section.encoder).stamp
+    same = store.kinds == tuple(made) and store.dtype == section.dtype
+    for kind, wanted in made.items():
+        found = store.provenance(kind) if same else None
+        same = same and found is not None and replace(found, encoder={}) == wanted and found.encoder["stamp"] == stamp
+    return store if same else None
 
 
 def _section(recipe: Recipe) -> AugmentSection:

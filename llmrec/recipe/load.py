@@ -63,7 +63,11 @@ def _on_its_base(
     base = values.pop("base", None)
     if base is None:
         return values, lines
-    base_values, base_lines = _read(known.get(str(base)) or _find(file.parent / str(base), "recipes"))
+    below = known.get(str(base)) or _find(file.parent / str(base), "recipes")
+    base_values, base_lines = _read(below)
+    if below in known.values():
+        # Those that are shipped with the package end somewhere.
+        base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
     if "base" in base_values:
         raise RecipeError.at(
             file, "contradiction", f": its base {base} has a base of its own; only one level is read", "base"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmrec import pipeline
+from llmrec.augment import stores
 from llmrec.augment.texts import about_items, about_users, template_of
 from llmrec.backends.cache import CachedBackend
 from llmrec.baselines.parameters import make, stores_of
@@ -65,10 +66,31 @@ def test_what_is_written_is_stored_with_where_it_comes_from(llama_folder: Path, 
     data, _ = load_tables(made, None)
     assert store.kinds == ("user", "item") and done.texts["item"] == len(store.ids("item")) > 0
     assert done.cost.completion_tokens > 0 and done.cost.prompt_tokens > 0
-    assert store.provenance("user").split == data.fingerprint and store.provenance("item").split == ""
+    assert store.provenance("user").split == data.readable and store.provenance("item").split == ""
     assert store.provenance("user").generator["decoding"] == "greedy"
     assert store.seen("user") and not store.seen("item")
-    assert FeatureStore.open(done.folder, split=data.fingerprint).kinds == store.kinds
+    assert FeatureStore.open(done.folder, split=data.readable).kinds == store.kinds
+
+
+def test_what_was_corrected_or_erased_stays_so(llama_folder: Path, tmp_path: Path) -> None:
+    made = recipe(llama_folder)
+    done = augmenting.augment(made, tmp_path / "store", quiet=True)
+    first, second = FeatureStore.open(done.folder).ids("item")[:2]
+    stores.edit(done.folder, "item", first, "another text")
+    gone = FeatureStore.open(done.folder).ids("user")[0]
+    stores.forget(done.folder, gone)
+    again = augmenting.augment(made, tmp_path / "store", quiet=True)
+    store = FeatureStore.open(again.folder)
+    assert store.texts("item", [first]) == {first: "another text"} and gone not in store.ids("user")
+    assert again.cost.prompt_tokens == 0 and not list(done.folder.glob("answers.sqlite*"))
+    more = augmenting.augment(recipe(llama_folder, factors=["price"]), tmp_path / "store", quiet=True)
+    assert (
+        more.cost.prompt_tokens > 0 and FeatureStore.open(more.folder).texts("item", [first])[first] != "another text"
+    )
+    assert FeatureStore.open(more.folder).dtype == "float32"
+    augmenting.augment(recipe(llama_folder, factors=["price"], dtype="float16"), tmp_path / "store", quiet=True)
+    assert FeatureStore.open(more.folder).dtype == "float16"
+    assert second in store.ids("item")
 
 
 def test_a_killed_call_asks_nothing_twice(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +126,7 @@ def test_hosts_take_what_was_written(llama_folder: Path, tmp_path: Path) -> None
     data, _ = load_tables(made, None)
     host = make(
         "deepfm",
-        {"features": str(done.folder), "epochs": 1, "patience": None, "seen": "refuse", "hidden": (4,)},
+        {"features": str(done.folder), "epochs": 1, "patience": None, "seen": "refuse", "hidden": "4"},
         seed=0,
     )
     host.fit(data)

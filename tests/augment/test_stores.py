@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,8 @@ def test_a_person_is_erased_and_what_was_written_from_them_is_named(tmp_path: Pa
     items = Features("item", ["i1", "i2"], np.eye(2), MADE, ["a", "b"], {"i1": frozenset({("u1", "i1"), ("u2", "i1")})})
     publish(tmp_path, [users, items])
     publish(tmp_path, [users, items])
+    for name in ("answers.sqlite", "answers.sqlite-wal", "answers.sqlite.damaged"):
+        (tmp_path / name).write_text("u1 said so")
     said = run("forget", str(tmp_path), "u1")
     assert "a text, 1 interactions" in said and "i1" in said
     store = FeatureStore.open(tmp_path)
@@ -81,6 +84,20 @@ def test_a_person_is_erased_and_what_was_written_from_them_is_named(tmp_path: Pa
     assert not any(b"u1" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     with raises(DataError, Facts("unknown-name", says="'u1'")):
         run("forget", str(tmp_path), "u1")
+
+
+def test_a_vector_is_made_anew_by_its_own_encoder_or_not_at_all(tmp_path: Path) -> None:
+    users = Features("user", ["u1"], np.eye(1), MADE, ["one"])
+    publish(tmp_path / "bare", [replace(users, provenance=Provenance(system="x"))])
+    with raises(DataError, Facts("unsupported")):
+        stores.edit(tmp_path / "bare", "user", "u1", "two")
+    other = Provenance(system="x", encoder={"name": "chance", "stamp": "another"})
+    publish(tmp_path / "other", [replace(users, provenance=other)])
+    with raises(DataError, Facts("mismatch")):
+        stores.edit(tmp_path / "other", "user", "u1", "two")
+    publish(tmp_path / "mute", [replace(users, texts=())])
+    with raises(DataError, Facts("unknown-name")):
+        stores.edit(tmp_path / "mute", "user", "u1", "two")
 
 
 def test_look_ups_are_timed(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def test_no_training_row_tells_its_own_answer() -> None:
         known = ratings(each, "logistic")
         # Share and mean of all ratings are the prior, which a single rating does move: they are held where they were.
         found = replace(liked.Counts.of(known, None), share=0.5, mean=3.0)
-        features = liked._others(known, (known.values >= 4).astype(float), found)
-        tables.append((known, np.column_stack([features, liked._before(known, found, 0.7)])))
+        past = liked._Past.of(each, known, found)
+        tables.append((known, np.column_stack([liked._others(known, found, past), liked._before(past, 0.7)])))
     (known, before), (_, after) = tables
     user, item = data.train["user_id"][5], data.train["item_id"][5]
     own = (known.users == known.user_index[user]) & (known.items == known.item_index[item])
@@ -138,7 +138,7 @@ def test_fading_residuals_before_a_rating_are_those_of_its_request() -> None:
     data = _data(users=20)
     known = ratings(data, "logistic")
     found = liked.Counts.of(known, None)
-    fading = liked._before(known, found, 0.6)
+    fading = liked._before(liked._Past.of(data, known, found), 0.6)
     model = Logistic(Logistic.Config(features="recent", decay=0.6))
     model.fit(data)
     for user in ("u003", "u011"):
@@ -147,6 +147,26 @@ def test_fading_residuals_before_a_rating_are_those_of_its_request() -> None:
             row = (known.users == known.user_index[user]) & (known.items == known.item_index[event.item_id])
             request = Request(id="r", user_id=user, history=events[:place], item=event.item_id)
             assert fading[row].tolist() == pytest.approx([model._fitted.counted.plain(request)[6]])
+
+
+def test_what_is_history_alone_counts_for_the_user_in_training_as_in_requests() -> None:
+    data = _data(users=20)
+    early = data.train.with_row_index().filter(pl.col("index").is_in(range(0, data.train.height, 3))).drop("index")
+    late = data.train.join(early, on=["user_id", "item_id"], how="anti")
+    cut = replace(data, train=late.select(data.train.columns), known=early.select(data.train.columns))
+    counted, known, rows = liked.Counted.of(cut, "logistic", None, 0.7)
+    plain = rows * counted.scale + counted.mean
+    sizes = {user: len(cut.known_events(user)) + cut.train_count(user) for user in known.user_index}
+    for user, place in known.user_index.items():
+        own = known.users == place
+        assert plain[own, 1] == pytest.approx(np.log1p(sizes[user] - 1))
+    # The last training rating of a user is seen as a request after all before it would be, but for its own item.
+    user = "u003"
+    events = [*cut.known_events(user), *cut.train_events(user)]
+    last = events[-1]
+    request = Request(id="r", user_id=user, history=tuple(events[:-1]), item=last.item_id)
+    row = (known.users == known.user_index[user]) & (known.items == known.item_index[last.item_id])
+    assert plain[row, 6].tolist() == pytest.approx([counted.plain(request)[6]])
 
 
 def test_ids_tell_items_apart_that_are_counted_alike_and_leave_strangers_alone() -> None:

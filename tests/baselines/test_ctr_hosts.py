@@ -21,14 +21,14 @@ from llmrec.baselines.parameters import make  # noqa: E402
 from llmrec.data.dataset import Dataset  # noqa: E402
 from llmrec.data.features import Features, Provenance, publish  # noqa: E402
 from llmrec.data.split import SplitDataset, split  # noqa: E402
-from llmrec.errors import DataError  # noqa: E402
+from llmrec.errors import DataError, RecipeError  # noqa: E402
 from llmrec.metrics.probability import auc  # noqa: E402
 from llmrec.recipe.schema import Split  # noqa: E402
 from llmrec.types import Event, Item, Probability, Request  # noqa: E402
 from tests.facts import Facts, raises  # noqa: E402
 
 HOSTS = ("din", "deepfm", "dcn", "autoint")
-QUICK: dict[str, Any] = {"dim": 8, "hidden": (32,), "epochs": 8, "patience": None, "learning_rate": 0.01, "batch": 256}
+QUICK: dict[str, Any] = {"dim": 8, "hidden": "32", "epochs": 8, "patience": None, "learning_rate": 0.01, "batch": 256}
 USERS, ITEMS, WIDTH = 120, 50, 3
 
 
@@ -85,7 +85,7 @@ def test_rows_that_a_feature_has_seen_are_left_out_or_refused(tmp_path: Path) ->
     folder = _store(tmp_path / "store", users, items, seen={"u0": frozenset(pairs[:9])})
     host = make("deepfm", QUICK | {"features": folder, "epochs": 1}, seed=0)
     _, rows = Fields.of(data, "deepfm", liked=None, window=5, decay=0.8)
-    adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user", "item"), shuffle=False)
+    adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user", "item"), shuffle=False, data=data)
     kept = host._unseen(data, adaptor, rows)
     assert len(kept) == len(rows) - 9
     assert set(pairs[:9]).isdisjoint(zip(kept.user_names.tolist(), kept.item_names.tolist(), strict=True))
@@ -98,6 +98,30 @@ def test_rows_that_a_feature_has_seen_are_left_out_or_refused(tmp_path: Path) ->
     folder = _store(tmp_path / "all", users, items, seen={"u0": frozenset(pairs)})
     with raises(DataError, Facts("leak", says="nothing to learn from")):
         make("din", QUICK | {"features": folder}, seed=0).fit(data)
+
+
+def test_who_has_no_features_has_no_direction(tmp_path: Path) -> None:
+    """What is left of the mean of all, once it is centred, is rounding, and may not be stretched to length 1."""
+    data, users, items = _planted()
+    folder = _store(tmp_path / "store", users, items)
+    _, rows = Fields.of(data, "din", liked=None, window=5, decay=0.8)
+    adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user",), shuffle=False, data=data)
+    vectors = adaptor.tables[0].vectors(["u0", "a stranger"])
+    assert np.linalg.norm(vectors[0]) == pytest.approx(1.0, abs=1e-6) and not vectors[1].any()
+
+
+def test_a_store_of_other_training_rows_is_refused(tmp_path: Path) -> None:
+    data, users, _ = _planted()
+    made = Provenance(system="augment", split="of another split")
+    publish(tmp_path, [Features("user", [f"u{n}" for n in range(USERS)], users, made)])
+    with raises(DataError, Facts("mismatch", says="llmrec augment")):
+        make("dcn", QUICK | {"features": str(tmp_path)}, seed=0).fit(data)
+
+
+@pytest.mark.parametrize("widths", ["", "64,", "64,x", "0"])
+def test_widths_that_are_none_are_named(widths: str) -> None:
+    with raises(RecipeError, Facts("bad-value", says="hidden")):
+        make("deepfm", {"hidden": widths}, seed=0)
 
 
 def test_a_side_that_a_store_lacks_is_said(tmp_path: Path) -> None:
@@ -193,7 +217,7 @@ def test_gates_sum_to_one_and_shared_experts_learn_from_all_tables(tmp_path: Pat
     data, users, items = _planted()
     folder = _store(tmp_path / "store", users, items)
     _, rows = Fields.of(data, "din", liked=None, window=5, decay=0.8)
-    adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user", "item"), shuffle=False)
+    adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user", "item"), shuffle=False, data=data)
     network = adaptor.build(8, 3)
     columns = adaptor.columns(rows.of(np.arange(7)))
     vectors = torch.from_numpy(columns[0].vectors[columns[0].places])
@@ -212,7 +236,7 @@ def test_every_field_learns(name: str, tmp_path: Path) -> None:
     data, users, items = _planted()
     host = make(name, QUICK | {"features": _store(tmp_path / "s", users, items), "user_id": True}, seed=0)
     fields, rows = Fields.of(data, name, liked=None, window=5, decay=0.8)
-    adaptor = Adaptor.of(host.config.folders, rows, 1.0, kinds=("user", "item"), shuffle=False)
+    adaptor = Adaptor.of(host.config.folders, rows, 1.0, kinds=("user", "item"), shuffle=False, data=data)
     network = host._whole(fields, adaptor)
     some = rows.of(np.arange(64))
     host._forward(network, fields, some, adaptor.columns(some)).pow(2).sum().backward()

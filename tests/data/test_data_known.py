@@ -733,6 +733,9 @@ def test_a_page_of_ones_own_describes_files_of_ones_own(tmp_path: Path) -> None:
         (("    form: {kind: json}", "    form: {kind: xml}"), "bad-value", "layouts.0.items.form.kind"),
         (("column: artist", 'column: artist, keep: "("'), "contradiction", "keep"),
         (("layouts:", "base: movielens-9m\nlayouts:"), "missing-file", None),
+        (("item: [what]", "item: []"), "bad-value", "layouts.0.events.item"),
+        (('separator: ";"', 'separator: ""'), "bad-value", "separator"),
+        (('separator: ";"', 'encodings: [utf9], separator: ";"'), "contradiction", "encodings"),
     ],
 )
 def test_a_wrong_page_is_refused_with_its_line(
@@ -745,6 +748,15 @@ def test_a_wrong_page_is_refused_with_its_line(
     assert caught.value.kind == kind
     if column is not None:
         assert column in str(caught.value.column) and "songs.yaml" in str(caught.value)
+
+
+def test_a_page_may_stand_on_one_that_stands_on_another(tmp_path: Path) -> None:
+    page = tmp_path / "mine.yaml"
+    page.write_text("base: movielens-10m\nnoun: films\n", encoding="utf-8")
+    assert sets.known(str(page)).noun == "films" and sets.known(str(page)).scale == (0.5, 5.0)
+    with pytest.raises(DataError) as caught:
+        load(DataSection(source=str(page)), seed=0)
+    assert caught.value.column == "data.path"
 
 
 def test_a_page_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.data import features as module
-from llmrec.data.features import Features, FeatureStore, Provenance, publish
-from llmrec.errors import DataError
+from llmrec.data.features import Features, FeatureStore, Provenance, publish, writing
+from llmrec.errors import DataError, LlmrecError
 from tests.facts import Facts, raises
 
 MADE = Provenance(system="test", split="abc", generator={"model": "m", "seed": 0})
@@ -68,6 +68,54 @@ def test_who_has_a_version_open_keeps_it(tmp_path: Path) -> None:
     assert np.array_equal(FeatureStore.open(tmp_path).get("user", second.ids)[0], second.vectors)
     publish(tmp_path, [first])
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "ml1m").mkdir()
+    (tmp_path / "ml1m" / "meta.json").write_text("{}")
+    with raises(LlmrecError, Facts("exists", tmp_path, says="ml1m")):
+        publish(tmp_path, [some()])
+    (tmp_path / "store").mkdir()
+    for _ in range(4):
+        publish(tmp_path / "store", [some()])
+        (tmp_path / "store" / "mine").mkdir(exist_ok=True)
+        (tmp_path / "store" / "mine" / "meta.json").write_text("{}")
+    assert (tmp_path / "ml1m" / "meta.json").exists() and (tmp_path / "store" / "mine" / "meta.json").exists()
+
+
+def test_two_do_not_write_at_once(tmp_path: Path) -> None:
+    publish(tmp_path, [some()])
+    with writing(tmp_path), raises(LlmrecError, Facts("busy", tmp_path)):
+        publish(tmp_path, [some(6)])
+    publish(tmp_path, [some(6)])
+    assert len(FeatureStore.open(tmp_path).ids("user")) == 6
+
+
+def test_what_an_unknown_id_has_comes_back_as_it_was_given(tmp_path: Path) -> None:
+    given = replace(some(), fallback=np.zeros(3, np.float32))
+    publish(tmp_path, [given])
+    first = FeatureStore.open(tmp_path)
+    assert first.fallback("user") is not None and not first.get("user", ["nobody"])[0].any()
+    publish(tmp_path, [some()])
+    assert FeatureStore.open(tmp_path).fallback("user") is None and FeatureStore.open(tmp_path).stamp != first.stamp
+
+
+def test_numbers_too_large_for_half_precision_are_refused(tmp_path: Path) -> None:
+    with raises(DataError, Facts("too-large", says="float32")):
+        publish(tmp_path, [Features("user", ["a"], np.array([[1e5]]), MADE)], dtype="float16")
+
+
+@pytest.mark.parametrize("name", ["a#1", "a?1", "a b", "é%20"])
+def test_any_folder_can_hold_a_store(tmp_path: Path, name: str) -> None:
+    publish(tmp_path / name, [some()])
+    assert FeatureStore.open(tmp_path / name).texts("user", ["user1"]) == {"user1": "likes user1"}
+
+
+def test_a_torn_file_is_named(tmp_path: Path) -> None:
+    path = publish(tmp_path, [some()]) / "user-vectors.npy"
+    path.write_bytes(path.read_bytes()[:40])
+    with raises(DataError, Facts("damaged", tmp_path)):
+        FeatureStore.open(tmp_path)
 
 
 def test_a_killed_build_leaves_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from llmrec.errors import DataError, require
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmrec.data.split import SplitDataset
+
 # Experts that all tables share, and what an expert is in between (Xi et al., RecSys 2024, section 3.3: 128).
 SHARED, _BETWEEN = 2, 128
 
@@ -57,9 +59,12 @@ class Table:
         return int(self.whitening.shape[1])
 
     def vectors(self, names: Sequence[str]) -> NDArray[np.float32]:
-        """Return whitened vectors of length 1, shape (n, k); of unknown names those of the fallback."""
+        """Return whitened vectors of length 1, shape (n, k); of unknown names zeros."""
         asked = names if self.shuffled is None else [self.shuffled.get(name, name) for name in names]
-        found = (self.store.get(self.kind, asked)[0] - self.centre) @ self.whitening
+        vectors, known = self.store.get(self.kind, asked)
+        found = (vectors - self.centre) @ self.whitening
+        # The mean of all is the centre: what is left of it is rounding, and no direction.
+        found[~known] = 0
         lengths = np.linalg.norm(found, axis=1, keepdims=True)
         long = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 0)
         return np.asarray(long, dtype=np.float32)
@@ -92,16 +97,23 @@ class Adaptor:
 
     @staticmethod
     def of(
-        folders: Sequence[str], rows: Rows, exponent: float, *, kinds: Sequence[FeatureKind], shuffle: bool
+        folders: Sequence[str],
+        rows: Rows,
+        exponent: float,
+        *,
+        kinds: Sequence[FeatureKind],
+        shuffle: bool,
+        data: SplitDataset,
     ) -> Adaptor:
         """Open stores for training rows.
 
         Raises:
-            DataError: If there is no such store, or it has nothing of these kinds.
+            DataError: If there is no such store, it has nothing of these kinds, or its texts were written from other
+                training interactions than those of ``data``.
         """
         tables, seen = [], set[Pair]()
         for folder in folders:
-            store = FeatureStore.open(Path(folder))
+            store = FeatureStore.open(Path(folder), split=data.readable)
             able = [kind for kind in store.kinds if kind in kinds]
             if not able:
                 raise DataError.at(

@@ -40,7 +40,7 @@ class AutoInt(Host[AutoIntConfig]):
                         for _ in range(config.attention)
                     ]
                 ),
-                "deep": layers((sizes.wide, *config.hidden), config.dropout),
+                "deep": layers((sizes.wide, *config.widths), config.dropout),
                 "last": nn.Linear(sizes.fields * dim, 1),
             }
         )

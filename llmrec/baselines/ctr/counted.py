@@ -8,13 +8,19 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 
-from llmrec.baselines.rated import Ratings
+from llmrec.baselines.rated import Ratings, ratings
 from llmrec.data.split import threshold
 from llmrec.types import Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+    #: Numbers of the training ratings, shape (n, k).
+    Rows = NDArray[np.float64]
 
 # A share of likes is drawn towards the share of all ratings as if by this many ratings more.
 _PRIOR = 1.0
@@ -108,20 +114,25 @@ class Counted:
     decay: float | None
 
     @staticmethod
-    def of(known: Ratings, liked: float | None, decay: float | None) -> tuple[Counted, NDArray[np.float64]]:
-        """Return the counts, and the numbers of every training row, counted over all ratings but itself, shape (n, k).
+    def of(data: SplitDataset, name: str, liked: float | None, decay: float | None) -> tuple[Counted, Ratings, Rows]:
+        """Return the counts, the training ratings, and the numbers of each, counted over all ratings but itself.
 
-        So no row tells its own answer.
+        So no row tells its own answer. What is counted of a user takes in the events that are history alone, as a
+        request's history does; what is counted of an item is of training.
+
+        Raises:
+            DataError: If the training interactions carry no ratings.
         """
+        known = ratings(data, name)
         found = Counts.of(known, liked)
-        truth = (known.values >= found.liked).astype(np.float64)
-        rows = _others(known, truth, found)
+        past = _Past.of(data, known, found)
+        rows = _others(known, found, past)
         if decay is not None:
-            rows = np.column_stack([rows, _before(known, found, decay)])
+            rows = np.column_stack([rows, _before(past, decay)])
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
         # A feature that is the same in every row has a spread of rounding errors, which may not be blown up to 1.
         scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
-        return Counted(found, mean, scale, decay), (rows - mean) / scale
+        return Counted(found, mean, scale, decay), known, (rows - mean) / scale
 
     def row(self, request: Request) -> NDArray[np.float64]:
         """Return the numbers of a request, shape (k,)."""
@@ -145,34 +156,77 @@ def _odds(share: float) -> float:
     return float(np.log(inside / (1 - inside)))
 
 
-def _others(known: Ratings, truth: NDArray[np.float64], found: Counts) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class _Past:
+    """All rated events of training's users, those that are history alone among them, in the order of each user.
+
+    Attributes:
+        users: As `Ratings` numbers them, shape (n,), ascending.
+        likes: 1 for a like, shape (n,).
+        left: By how much a rating is above its item's level, shape (n,).
+        place: Where each training rating stands among them, in the order of `Ratings`, shape (training,).
+    """
+
+    users: NDArray[np.int64]
+    likes: NDArray[np.float64]
+    left: NDArray[np.float64]
+    place: NDArray[np.int64]
+
+    @staticmethod
+    def of(data: SplitDataset, known: Ratings, found: Counts) -> _Past:
+        train = data.train.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
+        early = data.known.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
+        frames = [each.with_columns(pl.col("user_id", "item_id").cast(pl.String)) for each in (early, train)]
+        whole = pl.concat(frames).with_row_index("_row")
+        number = whole["user_id"].replace_strict(dict(known.user_index), default=None, return_dtype=pl.Int64)
+        whole = whole.with_columns(number.alias("_user")).drop_nulls("_user")
+        # A source may hold out what is older than its training rows.
+        keys = ["_user", "timestamp", "_row"] if data.kind == "given" else ["_user", "_row"]
+        whole = whole.sort(keys)
+        levels = np.append(found.levels, 0.0)
+        items = np.array([known.item_index.get(item, len(levels) - 1) for item in whole["item_id"]], dtype=np.int64)
+        values = whole["rating"].to_numpy().astype(np.float64)
+        rows = whole["_row"].to_numpy().astype(np.int64) - early.height
+        place = np.empty(train.height, dtype=np.int64)
+        place[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
+        return _Past(
+            users=whole["_user"].to_numpy().astype(np.int64),
+            likes=(values >= found.liked).astype(np.float64),
+            left=values - found.mean - levels[items],
+            place=place[known.order],
+        )
+
+
+def _others(known: Ratings, found: Counts, past: _Past) -> Rows:
     """Return the features of every training rating, shape (n, 6), counted over all ratings but itself."""
+    truth = (known.values >= found.liked).astype(np.float64)
     columns = []
-    for places in (known.users, known.items):
-        count = np.bincount(places)[places] - 1.0
-        likes = np.bincount(places, weights=truth)[places] - truth
-        share = np.clip((likes + _PRIOR * found.share) / (count + _PRIOR), 1e-6, 1 - 1e-6)
+    for groups, likes, places in (
+        (past.users, past.likes, known.users),
+        (known.items, truth, known.items),
+    ):
+        count = np.bincount(groups)[places] - 1.0
+        others = np.bincount(groups, weights=likes)[places] - truth
+        share = np.clip((others + _PRIOR * found.share) / (count + _PRIOR), 1e-6, 1 - 1e-6)
         columns += [np.log(share / (1 - share)), np.log1p(count)]
     count = found.counts[known.items] - 1
     columns.append((found.sums[known.items] - known.values - count * found.mean) / (count + _OF_ITEM))
-    left = known.values - found.mean - found.levels[known.items]
-    whole, size = np.bincount(known.users, weights=left), np.bincount(known.users)
-    columns.append((whole[known.users] - left) / (size[known.users] - 1 + _OF_USER))
+    left, sizes = past.left[past.place], np.bincount(past.users)
+    whole = np.bincount(past.users, weights=past.left)
+    columns.append((whole[known.users] - left) / (sizes[known.users] - 1 + _OF_USER))
     return np.stack(columns, axis=1)
 
 
-def _before(known: Ratings, found: Counts, decay: float) -> NDArray[np.float64]:
+def _before(past: _Past, decay: float) -> NDArray[np.float64]:
     """Return the fading mean of the user's residuals before every training rating, shape (n,)."""
-    left = known.values - found.mean - found.levels[known.items]
-    order = np.lexsort((known.order, known.users))
-    sizes = np.bincount(known.users)
-    starts, means = np.cumsum(sizes) - sizes, np.zeros(len(left))
+    sizes = np.bincount(past.users)
+    starts, means = np.cumsum(sizes) - sizes, np.zeros(len(past.left))
     total, weight = np.zeros(len(sizes)), np.zeros(len(sizes))
     # The first ratings of all users, then the second ones, and so on.
     for step in range(int(sizes.max())):
         users = np.flatnonzero(sizes > step)
-        rows = order[starts[users] + step]
+        rows = starts[users] + step
         means[rows] = total[users] / (weight[users] + _LATELY)
-        total[users] = decay * total[users] + left[rows]
+        total[users] = decay * total[users] + past.left[rows]
         weight[users] = decay * weight[users] + 1
-    return means
+    return means[past.place]

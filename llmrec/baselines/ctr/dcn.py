@@ -25,12 +25,12 @@ class DCN(Host[DCNConfig]):
 
     def _build(self, sizes: Sizes) -> Any:
         nn, config = require("torch", "baselines").nn, self._config
-        deep = layers((sizes.wide, *config.hidden), config.dropout, last=None)
+        deep = layers((sizes.wide, *config.widths), config.dropout, last=None)
         return nn.ModuleDict(
             {
                 "cross": nn.ModuleList([nn.Linear(sizes.wide, sizes.wide) for _ in range(config.cross)]),
                 "deep": deep,
-                "last": nn.Linear(sizes.wide + config.hidden[-1], 1),
+                "last": nn.Linear(sizes.wide + config.widths[-1], 1),
             }
         )
 

@@ -23,7 +23,7 @@ class DeepFM(Host[DeepFMConfig]):
         return nn.ModuleDict(
             {
                 "first": nn.Linear(sizes.fields * sizes.dim, 1),
-                "deep": layers((sizes.wide, *config.hidden), config.dropout),
+                "deep": layers((sizes.wide, *config.widths), config.dropout),
             }
         )
 

@@ -28,7 +28,7 @@ class DIN(Host[DINConfig]):
         return nn.ModuleDict(
             {
                 "weigh": nn.Sequential(nn.Linear(4 * sizes.dim, 36), nn.PReLU(), nn.Linear(36, 1)),
-                "deep": layers((sizes.wide, *config.hidden), config.dropout),
+                "deep": layers((sizes.wide, *config.widths), config.dropout),
             }
         )
 

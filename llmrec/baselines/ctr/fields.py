@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 
 from llmrec.baselines.ctr.counted import Counted
-from llmrec.baselines.rated import ratings
 from llmrec.data.codes import codes
 from llmrec.types import Event, Request
 
@@ -144,7 +143,7 @@ class Fields:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        counted, numbers = Counted.of(known := ratings(data, name), liked, decay)
+        counted, known, numbers = Counted.of(data, name, liked, decay)
         items = {item: place for place, item in enumerate(sorted(data.dataset.items), start=1)}
         warm = np.zeros(len(items) + 1, dtype=np.int64)
         places = np.array([items[item] for item in known.item_index])

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llmrec.baselines.base import AboveZero, Baseline, Decay
 from llmrec.baselines.ctr.adaptor import Adaptor, Columns, adapt
@@ -41,7 +41,7 @@ class HostConfig(LikeRatioConfig):
 
     dim: Positive = Field(16, description="length of the vectors of ids and values")
     window: Positive = Field(20, description="the network sees the last so many rated events")
-    hidden: tuple[Positive, ...] = Field((128, 64), description="widths of the layers above the fields")
+    hidden: str = Field("128,64", description="widths of the layers above the fields, with commas between them")
     user_id: bool = Field(False, description="whether each user of training has a vector of its own")
     numbers: bool = Field(True, description="whether it also reads what `logistic` reads")
     decay: Decay = Field(0.8, description="of these numbers: factor from one rating of the user to the one before")
@@ -64,6 +64,19 @@ class HostConfig(LikeRatioConfig):
         "a look at the validation split",
     )
     quiet: bool = Field(True, description="no line for each epoch in the log")
+
+    @field_validator("hidden")
+    @classmethod
+    def _widths(cls, value: str) -> str:
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() and int(part) for part in parts):
+            raise ValueError(f"hidden: {value!r} is no list of widths; write them with commas, such as 128,64")
+        return value
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those of the layers above the fields."""
+        return tuple(int(part) for part in self.hidden.split(","))
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -154,7 +167,7 @@ class Host(Baseline[H, Fitted]):
         torch, config = require("torch", "baselines"), self._config
         fields, rows = Fields.of(data, self.name, liked=config.liked, window=config.window, decay=config.decay)
         kinds: tuple[FeatureKind, ...] = ("user", "item") if config.sides == "both" else (config.sides,)
-        adaptor = Adaptor.of(config.folders, rows, config.whitening, kinds=kinds, shuffle=config.shuffled)
+        adaptor = Adaptor.of(config.folders, rows, config.whitening, kinds=kinds, shuffle=config.shuffled, data=data)
         rows = self._unseen(data, adaptor, rows)
         if config.patience is None:
             cases = []

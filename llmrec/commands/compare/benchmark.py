@@ -109,7 +109,7 @@ def run_benchmark(
     """
     todo = list(points(benchmark))
     _refuse_shared_folders(benchmark, todo)
-    recipes = [_recipe(benchmark, point) for point in todo]  # every mistake is found before the first hour
+    recipes = [recipe_of(benchmark, point) for point in todo]  # every mistake is found before the first hour
     lines: dict[tuple[Shared, str], Line] = {}
     spent, made = 0.0, {}
     for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
@@ -200,7 +200,12 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
             )
 
 
-def _recipe(benchmark: Benchmark, point: Point) -> Any:
+def recipe_of(benchmark: Benchmark, point: Point) -> Any:
+    """Return the recipe of a point.
+
+    Raises:
+        RecipeError: If a key or a value is wrong; the message names the run.
+    """
     changes = [f"{key}={json.dumps(value)}" for key, value in point.changes.items()]
     seed = [] if point.seed is None else [f"train.seed={point.seed}"]
     overrides = [*benchmark.overrides, *point.run.overrides, *changes, *seed, f"name={point.folder}"[:80]]

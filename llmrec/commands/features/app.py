@@ -30,13 +30,14 @@ def bring(
 ) -> None:
     """Make features of texts that somebody else wrote; those of the other kind stay as they are."""
     from llmrec.augment.stores import from_table, whole
-    from llmrec.data.features import FeatureStore, publish
+    from llmrec.data.features import FeatureStore, write_version, writing
 
     made = [from_table(texts, kind, column=text, seen=seen, encoder=encoder)]
-    if (out / "current").is_file():
-        store = FeatureStore.open(out)
-        made += [whole(store, other) for other in store.kinds if other != kind]
-    publish(out, made)
+    with writing(out) as place:
+        if (place / "current").is_file():
+            store = FeatureStore.open(place)
+            made += [whole(store, other) for other in store.kinds if other != kind]
+        write_version(place, made)
     show("features", _facts(out))
 
 
@@ -102,12 +103,14 @@ def forget(store: Store, user: Annotated[str, typer.Argument(metavar="USER", hel
 
 
 @app.command()
-def bench(store: Store, kind: Kind = "user") -> None:
+def bench(store: Store) -> None:
     """Time look-ups of one id and of a hundred, half of them unknown."""
     from llmrec.augment.stores import timed
     from llmrec.data.features import FeatureStore
 
-    show("look-ups", {name: f"{value:,.1f}" for name, value in timed(FeatureStore.open(store), kind).items()})
+    opened = FeatureStore.open(store)
+    for kind in opened.kinds:
+        show(f"look-ups of {kind}s", {name: f"{value:,.1f}" for name, value in timed(opened, kind).items()})
 
 
 def _facts(folder: Path) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
+from llmrec.baselines.parameters import config_of
+from llmrec.commands.compare.benchmark import points, recipe_of
 from llmrec.commands.show.console import say, show_dry_run
 from llmrec.data.stats import baskets
+from llmrec.errors import RecipeError
 from llmrec.experiment.study import build_study
 from llmrec.experiment.told import sentence, users
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
@@ -20,19 +22,27 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
         DataError: If a recipe's data cannot be used.
     """
     kind = kind_of_page(page)
+    if kind != "recipe" and dry_run:
+        raise RecipeError(f"--dry-run estimates a recipe, and {page} is a {kind}; leave it out", kind="contradiction")
     if kind == "suite":
         suite = load_suite(page, overrides)
         for row in suite.rows:
             if row.recipe:
                 load_recipe(row.recipe, row.overrides)
+            if row.baseline:
+                where = f"{page}: row {row.label!r}"
+                config_of(row.baseline, row.parameters, where)
+                for key, values in row.grid.items():
+                    for value in values:
+                        config_of(row.baseline, {key: value}, where)
         say(f"suite {suite.suite} is valid: {len(suite.rows)} rows, {len(suite.pairs)} planned comparisons")
         return
     if kind == "benchmark":
         bench = load_benchmark(page, overrides)
-        for run in bench.runs:
-            load_recipe(run.recipe or bench.recipe, (*bench.overrides, *run.overrides))
-        models = sum(max(1, len(run.seeds)) * prod(map(len, run.grid.values())) for run in bench.runs)
-        say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {models} models")
+        todo = list(points(bench))
+        for point in todo:
+            recipe_of(bench, point)
+        say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models")
         return
     loaded = load_recipe(page, overrides)
     study = build_study(loaded)

@@ -189,7 +189,8 @@ def _near(path: Path) -> str:
 
 def _cached(known: Known) -> Path:
     home = cache_dir() / "data"
-    for folder in (*known.folders, known.name):
+    # A page of somebody's own is named by its path.
+    for folder in (*known.folders, *((known.name,) if known.shipped else ())):
         for place in (home / folder, home / f"{folder}.zip"):
             if place.exists():
                 return place

@@ -347,7 +347,8 @@ def _objects(stream: Any, wanted: Mapping[str, Kind]) -> tuple[list[str], list[p
             piece = piece.removeprefix(codecs.BOM_UTF8)
             names, columns, schema = _first_object(piece, wanted)
             # A key that begins further down belongs to a table whose rows are not alike.
-            absent = [json.dumps(name).encode() for name in wanted if name not in schema.names]
+            lacking = [name for name in wanted if name not in schema.names]
+            absent = [json.dumps(name, ensure_ascii=plain).encode() for name in lacking for plain in (True, False)]
         if any(key in piece for key in absent):
             raise _Unusual
         found = pa_json.read_json(

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from llmrec.data.sources.counts import Counts
 from llmrec.recipe.schema import Section
@@ -27,10 +28,20 @@ class Form(Section):
     """
 
     kind: Literal["delimited", "json", "dicts"]
-    separator: str = ","
+    separator: Annotated[str, Field(min_length=1)] = ","
     columns: tuple[str, ...] = ()
     quoted: bool = False
-    encodings: tuple[str, ...] = ("utf-8",)
+    encodings: Annotated[tuple[str, ...], Field(min_length=1)] = ("utf-8",)
+
+    @field_validator("encodings")
+    @classmethod
+    def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            try:
+                codecs.lookup(name)
+            except LookupError:
+                raise ValueError(f"encodings: there is no encoding {name!r}; write one such as utf-8") from None
+        return value
 
 
 class Events(Section):
@@ -55,7 +66,7 @@ class Events(Section):
     skip: tuple[str, ...] = ()
     form: Form
     user: str
-    item: tuple[str, ...]
+    item: Annotated[tuple[str, ...], Field(min_length=1)]
     rating: str | None = None
     unrated: float | None = None
     time: str | None = None
@@ -195,13 +206,11 @@ class Known(Section):
     download: str | None = None
     licence: str = "not known"
     notes: tuple[str, ...] = ()
-    layouts: tuple[Layout, ...]
+    layouts: Annotated[tuple[Layout, ...], Field(min_length=1)]
     item_width: int | None = None
     counts: Published | None = None
 
-    @field_validator("layouts")
-    @classmethod
-    def _has_one(cls, value: tuple[Layout, ...]) -> tuple[Layout, ...]:
-        if not value:
-            raise ValueError("layouts: a set needs one layout or more")
-        return value
+    @property
+    def shipped(self) -> bool:
+        """Whether it is one of the package's own, named by a word and not by a path."""
+        return not self.name.lower().endswith((".yaml", ".yml"))

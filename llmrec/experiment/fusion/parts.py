@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from llmrec.baselines.item_texts import LSA
-from llmrec.baselines.neural import NeuralConfig
+from llmrec.baselines.parameters import stops_early, stores_of
 from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
 from llmrec.errors import DataError
@@ -70,8 +70,7 @@ def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
     """Return what a baseline is fitted on: one that chooses its epoch does so without the users that weigh."""
-    stops = issubclass(lookup(BASELINES, name, "baseline").Config, NeuralConfig)
-    return halves(data, reserved)[0] if stops else data
+    return halves(data, reserved)[0] if stops_early(name) else data
 
 
 class Weighing:
@@ -242,7 +241,8 @@ def kind_of(baseline: str) -> Kind:
 def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
     """Return what a baseline knows items by; one whose encoder was tuned on the interactions is a language model."""
     made = lookup(BASELINES, baseline, "baseline")
-    known: Reads = made.READS
+    # Features are texts through a fixed encoder, whoever wrote them.
+    known: Reads = "texts" if stores_of(baseline, parameters) else made.READS
     encoder = str(parameters.get("encoder", LSA))
     return "language model" if known == "texts" and encoder != LSA and learned_from(encoder) else known
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from llmrec.baselines.item_texts import LSA
-from llmrec.baselines.neural import NeuralConfig
-from llmrec.baselines.parameters import make
+from llmrec.baselines.parameters import make, stops_early
 from llmrec.baselines.retrieve import FUSED
 from llmrec.data.split import SplitDataset, halves, request_of
 from llmrec.errors import DataError, RecipeError
@@ -78,7 +77,7 @@ class FusedFinder:
         for section in self.baselines:
             made = lookup(BASELINES, section.name, "baseline")
             encoder = str(section.parameters.get("encoder", LSA))
-            if section.name == _RANDOM or issubclass(made.Config, NeuralConfig):
+            if section.name == _RANDOM or stops_early(section.name):
                 continue
             if encoder != LSA and learned_from(encoder):
                 continue

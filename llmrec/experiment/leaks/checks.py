@@ -297,7 +297,8 @@ def feature_texts(study: Study) -> Check | None:
         return None
     places, rows = [], 0
     for folder, family in sorted(stores.items()):
-        data, seen = study.task_data(family), FeatureStore.open(folder).seen()
+        data = study.task_data(family)
+        seen = FeatureStore.open(folder, split=data.readable).seen()
         places += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
         rows += sum(pair in seen for pair in data.train.select("user_id", "item_id").iter_rows())
     found = verdict("texts of features that have seen held-out interactions", f"{len(stores)} stores", places)
