@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,12 @@ def _cases(frame: pl.DataFrame, past: Mapping[str, Sequence[tuple[float, Event]]
 def stores(folder: Path, place: Path, data: SplitDataset, seen: Mapping[str, frozenset[Pair]]) -> None:
     """Write the stores of all arms, those that are not there yet."""
     users = sorted(seen)
-    made = Provenance(system="kar benchmark", split=data.readable)
+    # Which rows are kept changes with ``--rows``; what texts have seen does not, and is listed.
+    made = Provenance(system="kar benchmark")
     items = data.dataset.items
     plain = {each: f"{item.title}. {item.fields['genres']}" for each, item in items.items()}
     if not (place / "raw" / "current").is_file():
-        said = of_texts("item", plain, provenance=replace(made, split=""))
+        said = of_texts("item", plain, provenance=made)
         publish(place / "raw-items", [said])
         base = FeatureStore.open(place / "raw-items")
         ratings = {(u, i): r for u, i, r in data.known.select("user_id", "item_id", "rating").iter_rows()}
@@ -174,7 +175,7 @@ def stores(folder: Path, place: Path, data: SplitDataset, seen: Mapping[str, fro
         )
         texts = {each: f"{text} {told.get(each) or ''}" for each, text in plain.items()}
         written = of_texts("user", {u: profiles.get(u) or "" for u in users}, provenance=made, seen=seen)
-        publish(place / "llm", [written, of_texts("item", texts, provenance=replace(made, split=""))])
+        publish(place / "llm", [written, of_texts("item", texts, provenance=made)])
     if not (place / "factors" / "current").is_file():
         # The events that profiles may have read, and nothing else.
         known = data.known.with_columns(pl.col("user_id", "item_id").cast(pl.String))
