@@ -155,6 +155,8 @@ def test_a_request_is_seen_as_its_training_row_is() -> None:
     asked = fields.asked([Request(id="r", user_id=user, item=own[6].item_id, history=own[:6])])
     assert np.array_equal(asked.events[0], rows.events[6]) and np.array_equal(asked.liked[0], rows.liked[6])
     assert asked.items[0] == rows.items[6] and asked.users[0] == rows.users[6]
+    # What is counted of the user is what stood before; of the item, a training row leaves itself out.
+    assert asked.numbers[0, [0, 1, 5, 6]] == pytest.approx(rows.numbers[6, [0, 1, 5, 6]], abs=0.05)
     again = (*own[:6], Event(item_id=own[6].item_id, rating=5.0))
     repeated = fields.asked([Request(id="r", user_id=user, item=own[6].item_id, history=again)])
     assert np.array_equal(repeated.events[0], asked.events[0])

@@ -114,11 +114,20 @@ class Counted:
     decay: float | None
 
     @staticmethod
-    def of(data: SplitDataset, name: str, liked: float | None, decay: float | None) -> tuple[Counted, Ratings, Rows]:
+    def of(
+        data: SplitDataset, name: str, liked: float | None, decay: float | None, *, before: bool = False
+    ) -> tuple[Counted, Ratings, Rows]:
         """Return the counts, the training ratings, and the numbers of each, counted over all ratings but itself.
 
         So no row tells its own answer. What is counted of a user takes in the events that are history alone, as a
         request's history does; what is counted of an item is of training.
+
+        Args:
+            data: The split.
+            name: Of the baseline, for the error.
+            liked: Lowest rating that is a like; None: three quarters up the scale.
+            decay: Of the seventh number; None: there is none.
+            before: Of a user only what stood before a rating is counted, as for a request, and not all but itself.
 
         Raises:
             DataError: If the training interactions carry no ratings.
@@ -126,7 +135,7 @@ class Counted:
         known = ratings(data, name)
         found = Counts.of(known, liked)
         past = _Past.of(data, known, found)
-        rows = _others(known, found, past)
+        rows = _others(known, found, past, before=before)
         if decay is not None:
             rows = np.column_stack([rows, _before(past, decay)])
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
@@ -172,6 +181,15 @@ class _Past:
     left: NDArray[np.float64]
     place: NDArray[np.int64]
 
+    def summed(self, values: NDArray[np.float64], *, before: bool) -> NDArray[np.float64]:
+        """Return for each training rating the sum over the user's other events, or over those before it."""
+        if not before:
+            return np.bincount(self.users, weights=values)[self.users][self.place] - values[self.place]
+        running = np.cumsum(values) - values
+        starts = np.concatenate([[True], self.users[1:] != self.users[:-1]])
+        first = np.maximum.accumulate(np.where(starts, np.arange(len(values)), 0))
+        return np.asarray((running - running[first])[self.place])
+
     @staticmethod
     def of(data: SplitDataset, known: Ratings, found: Counts) -> _Past:
         train = data.train.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
@@ -197,23 +215,21 @@ class _Past:
         )
 
 
-def _others(known: Ratings, found: Counts, past: _Past) -> Rows:
-    """Return the features of every training rating, shape (n, 6), counted over all ratings but itself."""
+def _others(known: Ratings, found: Counts, past: _Past, *, before: bool = False) -> Rows:
+    """Return the features of every training rating, shape (n, 6), counted over all ratings but itself.
+
+    Of a user the ratings before alone, where ``before`` says so.
+    """
     truth = (known.values >= found.liked).astype(np.float64)
+    count, likes, left = (past.summed(each, before=before) for each in (np.ones(len(past.left)), past.likes, past.left))
     columns = []
-    for groups, likes, places in (
-        (past.users, past.likes, known.users),
-        (known.items, truth, known.items),
-    ):
-        count = np.bincount(groups)[places] - 1.0
-        others = np.bincount(groups, weights=likes)[places] - truth
-        share = np.clip((others + _PRIOR * found.share) / (count + _PRIOR), 1e-6, 1 - 1e-6)
-        columns += [np.log(share / (1 - share)), np.log1p(count)]
-    count = found.counts[known.items] - 1
-    columns.append((found.sums[known.items] - known.values - count * found.mean) / (count + _OF_ITEM))
-    left, sizes = past.left[past.place], np.bincount(past.users)
-    whole = np.bincount(past.users, weights=past.left)
-    columns.append((whole[known.users] - left) / (sizes[known.users] - 1 + _OF_USER))
+    of_item = np.bincount(known.items)[known.items] - 1.0
+    liked = np.bincount(known.items, weights=truth)[known.items] - truth
+    for number, yes in ((count, likes), (of_item, liked)):
+        share = np.clip((yes + _PRIOR * found.share) / (number + _PRIOR), 1e-6, 1 - 1e-6)
+        columns += [np.log(share / (1 - share)), np.log1p(number)]
+    columns.append((found.sums[known.items] - known.values - of_item * found.mean) / (of_item + _OF_ITEM))
+    columns.append(left / (count + _OF_USER))
     return np.stack(columns, axis=1)
 
 

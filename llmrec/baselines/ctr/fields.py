@@ -143,7 +143,7 @@ class Fields:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        counted, known, numbers = Counted.of(data, name, liked, decay)
+        counted, known, numbers = Counted.of(data, name, liked, decay, before=True)
         items = {item: place for place, item in enumerate(sorted(data.dataset.items), start=1)}
         warm = np.zeros(len(items) + 1, dtype=np.int64)
         places = np.array([items[item] for item in known.item_index])
