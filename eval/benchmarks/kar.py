@@ -234,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--hosts", nargs="+", default=["deepfm"], choices=HOSTS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="by name; all")
     parser.add_argument("--keep", type=Path, default=Path("runs/kar"))
     given = parser.parse_args(arguments)
     folder, begin = Path(os.environ.get("LLMREC_DATA", ".")) / "ml1m_ctr", time.perf_counter()
@@ -244,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     users = [case.request.user_id for case in cases]
     rows, said = [], {}
     for host in given.hosts:
-        for arm, (names, parameters) in ARMS.items():
+        for arm in given.arms:
+            names, parameters = ARMS[arm]
             values = [
                 _fit(given.keep, host, arm, names, parameters, seed, data, judges, cases, given.rows)
                 for seed in range(given.seeds)
@@ -327,7 +329,7 @@ def _pairs(
 
     Seeds are averaged before a difference is taken; users are resampled.
     """
-    planned = [(host, one, other) for host in hosts for one, other in PAIRS]
+    planned = [(host, *pair) for host in hosts for pair in PAIRS if all((host, arm) in said for arm in pair)]
     of = {key: np.mean([gauc(v, truth, users).values for v in values], axis=0) for key, values in said.items()}
     found, counts = [], []
     for host, one, other in planned:
