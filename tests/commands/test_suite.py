@@ -17,7 +17,7 @@ from llmrec.baselines.markov import Markov
 from llmrec.baselines.tuning import tune as tuning
 from llmrec.baselines.tuning.tune import tune
 from llmrec.commands.compare import suite as suites
-from llmrec.commands.compare.benchmark import _recipe, points
+from llmrec.commands.compare.benchmark import points, recipe_of
 from llmrec.commands.compare.leaderboard import leaderboard
 from llmrec.commands.compare.slices_page import slices_page
 from llmrec.commands.compare.suite import run_suite
@@ -426,7 +426,7 @@ def test_a_shipped_benchmark_can_be_read_and_its_recipes_too(page: Path) -> None
     benchmark = load_benchmark(page)
     assert benchmark.benchmark == page.stem
     for point in points(benchmark):
-        assert _recipe(benchmark, point).tasks.present()
+        assert recipe_of(benchmark, point).tasks.present()
 
 
 @pytest.mark.parametrize("page", SUITES, ids=lambda page: page.stem)
