@@ -244,9 +244,13 @@ class FeatureStore:
         if not ids or not len(table.ids):
             return np.tile(table.fallback.astype(np.float32), (len(ids), 1)), np.zeros(len(ids), dtype=bool)
         asked = np.array([each.encode() for each in ids], dtype=np.bytes_)
+        # In fields of another width all stored ids would be copied; what is longer than all of them is none of them.
+        short = np.char.str_len(asked) <= table.ids.dtype.itemsize
+        asked = asked.astype(table.ids.dtype)
         places = np.minimum(np.searchsorted(table.ids, asked), len(table.ids) - 1)
         # An id that ends in NUL would equal the one without: such ids are never stored, and none is found.
-        known = np.array([not each.endswith("\0") for each in ids]) & (table.ids[places] == asked)
+        whole = np.array([not each.endswith("\0") for each in ids])
+        known = short & whole & (table.ids[places] == asked)
         vectors = np.asarray(table.vectors[places], dtype=np.float32)
         vectors[~known] = table.fallback
         return vectors, known
