@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +28,6 @@ from llmrec.data.reading.text import user_path
 from llmrec.data.reading.typed import ids, texts
 from llmrec.errors import DataError
 from llmrec.models.embedder import text_embedder
-
-if TYPE_CHECKING:
-    pass
 
 ENCODER = "all-MiniLM-L6-v2"
 # Ids of one look-up and look-ups of a timing.
@@ -92,7 +90,7 @@ def from_table(
     said = find(table, column, "", "--text")
     assert key is not None and said is not None
     names = [str(each) for each in ids(table, key)]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    twice = {name for name, times in Counter(names).items() if times > 1}
     if twice:
         raise DataError.at(table.name, "duplicate", f": {kind} {min(twice)!r} has several texts; keep one", key)
     written = dict(zip(names, texts(table, said), strict=True))

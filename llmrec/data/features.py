@@ -112,7 +112,8 @@ class Features:
                 f"{len(self.texts)} texts stand beside {len(self.ids)} ids; give one an id", kind="mismatch"
             )
         if len(set(self.ids)) != len(self.ids):
-            twice = next(each for place, each in enumerate(self.ids) if each in set(self.ids[:place]))
+            first = {each: place for place, each in reversed(list(enumerate(self.ids)))}
+            twice = next(each for place, each in enumerate(self.ids) if first[each] < place)
             raise DataError(f"the {self.kind} {twice!r} stands twice among the features; keep one", kind="duplicate")
         if not np.isfinite(self.vectors).all():
             row = int(np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))[0])

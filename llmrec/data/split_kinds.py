@@ -104,21 +104,37 @@ def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
 
     Shares are rounded down, and a user's first item is always training. Short users stay in training.
     """
+    return _last_shares(dataset, rows, section, rows.latest, "here; use another data.split.kind or more data")
+
+
+def _last_shares(
+    dataset: Dataset,
+    rows: Rows,
+    section: Split,
+    among: NDArray[np.int64],
+    remedy: str,
+    labels: Labels | int = TRAIN,
+    after: str = "",
+) -> Labels:
+    """Hold out the last shares of each user's places among those given; the other places keep their labels.
+
+    Raises:
+        DataError: No user has an interaction for each share and one more.
+    """
     wanted = sum(share > 0 for share in (section.valid, section.test))
-    places, sizes, later = rows.by_user(rows.latest)
+    places, sizes, later = rows.by_user(among)
     able = sizes > wanted
     if not able.any():
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": no user has {wanted + 1} interactions with different items, which last_share needs "
-            "here; use another data.split.kind or more data",
+            f": no user has {wanted + 1} interactions with different items{after}, which {section.kind} needs {remedy}",
             "data.split.kind",
         )
     places, sizes, later = places[able], sizes[able], later[able]
     tests = np.minimum(_part(section.test, sizes), sizes - wanted)
     valids = np.minimum(_part(section.valid, sizes), sizes - tests - 1)
-    return rows.labels(places[(later >= tests) & (later < tests + valids)], places[later < tests])
+    return rows.labels(places[(later >= tests) & (later < tests + valids)], places[later < tests], labels)
 
 
 def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
@@ -214,21 +230,8 @@ def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     labels = np.full(len(rows.users), TRAIN, dtype=np.int8)
     labels[places[early]] = KNOWN
     late = rows.latest[labels[rows.latest] == TRAIN]
-    places, sizes, later = rows.by_user(late)
-    wanted = sum(share > 0 for share in (section.valid, section.test))
-    able = sizes > wanted
-    if not able.any():
-        raise DataError.at(
-            dataset.name,
-            "too-few",
-            f": no user has {wanted + 1} interactions with different items after the first {section.prefix:.0%}, which "
-            "prefix needs here; lower data.split.prefix, use another data.split.kind or more data",
-            "data.split.kind",
-        )
-    places, sizes, later = places[able], sizes[able], later[able]
-    tests = np.minimum(_part(section.test, sizes), sizes - wanted)
-    valids = np.minimum(_part(section.valid, sizes), sizes - tests - 1)
-    return rows.labels(places[(later >= tests) & (later < tests + valids)], places[later < tests], labels)
+    remedy = "here; lower data.split.prefix, use another data.split.kind or more data"
+    return _last_shares(dataset, rows, section, late, remedy, labels, f" after the first {section.prefix:.0%}")
 
 
 def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:

@@ -106,6 +106,14 @@ def test_objects_are_read_a_block_at_a_time(
     assert numbers(found, "time", "time").equals(numbers(whole, "time", "time"))
 
 
+def _outcome(section: DataSection) -> str:
+    """What reading makes of it: the table's fingerprint, or the error said."""
+    try:
+        return load(section, seed=0).fingerprint
+    except DataError as error:
+        return f"{error.kind}: {error}"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -136,16 +144,9 @@ def test_odd_objects_are_what_they_are_to_the_careful_reader(
     path.write_bytes(change(objects(ROWS)))
     columns = {"time": "time", "fields": ["título"]} if "título".encode() in path.read_bytes() else {"time": "time"}
     section = DataSection(source="table", path=str(path), columns=columns, duplicates="keep_last")
-
-    def outcome() -> str:
-        try:
-            return load(section, seed=0).fingerprint
-        except DataError as error:
-            return f"{error.kind}: {error}"
-
-    found = outcome()
+    found = _outcome(section)
     monkeypatch.setattr(lean, "json_lines", lambda *_: None)
-    assert found == outcome()
+    assert found == _outcome(section)
 
 
 @pytest.mark.parametrize(
@@ -169,16 +170,9 @@ def test_odd_files_are_what_they_are_to_the_careful_reader(
     path = tmp_path / "rows.tsv"
     path.write_bytes(change(written(ROWS)))
     section = DataSection(source="table", path=str(path), columns={"time": "time"}, duplicates="keep_last")
-
-    def outcome() -> str:
-        try:
-            return load(section, seed=0).fingerprint
-        except DataError as error:
-            return f"{error.kind}: {error}"
-
-    found = outcome()
+    found = _outcome(section)
     monkeypatch.setattr(lean, "delimited", lambda *_: None)
-    assert found == outcome()
+    assert found == _outcome(section)
 
 
 def test_what_will_not_fit_the_memory_is_said_before_it_is_read(
