@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +69,10 @@ class CatalogueRanking:
         """
         posed = pose(self._bundle, requests, self._way, self._index)
         failures = {n: reason for n, request in enumerate(posed.requests) if (reason := self._fault(posed, request))}
-        able = [request for n, request in enumerate(posed.requests) if n not in failures]
+        # Numbers stand for ids here, since two requests may share one.
+        numbered = [replace(request, id=str(n)) for n, request in enumerate(posed.requests)]
+        able = [request for n, request in enumerate(numbered) if n not in failures]
+        apart = {request.id: self._apart(posed, request, requests[int(request.id)]) for request in able}
         ranker = CatalogueRanker(
             Prompting(
                 backend=backend,
@@ -79,7 +83,7 @@ class CatalogueRanking:
             ),
             beams=self._beams,
             exact=self._exact,
-            known_as=lambda key: self._known_as(posed.items[key], requests[int(key.partition("/")[0])]),
+            apart=lambda request: apart[request.id],
         )
         found = iter(ranker.answer(able))
         advance(len(failures))
@@ -87,6 +91,12 @@ class CatalogueRanking:
             Unparsed(request_id=request.id, reason=failures[n]) if n in failures else _named(request, next(found))
             for n, request in enumerate(requests)
         ]
+
+    def _apart(self, posed: TaskRequests, request: Request, asked: RankRequest) -> frozenset[str]:
+        """Return the items of the catalogue that a request's answer must not hold."""
+        if asked.keep_seen:
+            return asked.barred
+        return asked.barred | {self._known_as(posed.items[event.item_id], asked) for event in request.history}
 
     def _known_as(self, item: Item, request: RankRequest) -> str:
         """Return what the catalogue calls an item of a history: one that was given by its title, if only one has it."""

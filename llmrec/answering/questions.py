@@ -75,7 +75,7 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: It
                 history=tuple(past),
                 # A request without candidates is one about the whole catalogue.
                 candidates=tuple(pool) or None,
-                context={"profile": request.profile} if request.profile else {},
+                context={**request.context, **({"profile": request.profile} if request.profile else {})},
             )
         )
     codes = CodesByMention(index, items, requests) if index else None

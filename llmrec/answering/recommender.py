@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -27,13 +28,14 @@ from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.reading.limits import shortened
 from llmrec.data.requests import LEFT_ASIDE, RankRequest, identity, read_request, unknown_id
-from llmrec.errors import DataError, LlmrecError
+from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.engines import Engines, refuse_paired
 from llmrec.experiment.resume import Budget
 from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.models.traits import is_paired
+from llmrec.tasks.family import family_of, ranking_families
 from llmrec.types import Item, Ranking, Unparsed
 
 # hf scores requests one by one, so that handing it few at a time costs nothing and keeps a progress bar moving.
@@ -102,10 +104,16 @@ class Recommender:
     reasoner: Reasoner | None
     _lock: Lock = field(default_factory=Lock)
     _closed: bool = False
+    _shares: bool = False
 
     @classmethod
     def open(
-        cls, options: RecommenderOptions, *, store: Path | None = None, budget: Budget | None = None
+        cls,
+        options: RecommenderOptions,
+        *,
+        store: Path | None = None,
+        budget: Budget | None = None,
+        bundle: Bundle | None = None,
     ) -> Recommender:
         """Open a model with what it is asked about; weights are loaded when the first question is asked.
 
@@ -114,6 +122,7 @@ class Recommender:
             store: A database of answers, which is made where it is not there: what it holds is not asked again. By
                 default nothing is remembered.
             budget: Where seconds are booked, by stage.
+            bundle: The model, where it is not the one that ``options.model`` names.
 
         Raises:
             LlmrecError: If an option, a file or the model cannot be used.
@@ -124,7 +133,48 @@ class Recommender:
         prepare_environment()
         quiet_libraries()
         budget = budget or Budget()
-        bundle = _bundle(options)
+        bundle = bundle or _bundle(options)
+        items, retriever = _items(options, bundle)
+        encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=_window(options, bundle))
+        section = engine_section(options, paired=is_paired(load_config(bundle.folder, bundle.model)))
+        refuse_paired(bundle.folder, bundle.model, section)
+        answers = None if store is None else AnswerStore(store)
+        engines = Engines(bundle.model, section, encoder, bundle.seed, budget, answers)
+        # A server answers with weights of its own; the folder gives the tokenizer alone.
+        weights = "" if options.backend == "openai" else weights_stamp(bundle.folder)
+        return cls._made(options, bundle, items, retriever, encoder, engines, weights, answers, budget)
+
+    def beside(self, **changes: Any) -> Recommender:
+        """Return another recommender of the same model and engine, which is asked in another way.
+
+        Closing it does not close the engine, which is this one's.
+
+        Args:
+            changes: Options by name; none that decides which model, items or engine there are.
+
+        Raises:
+            LlmrecError: If the changed options do not go together, or the model cannot be asked so.
+        """
+        options = replace(self.options, **changes)
+        check_choices(options)
+        shared = self.bundle, self.items, None, self.encoder, self.engines, self.weights, None, self.budget
+        made = self._made(options, *shared)
+        made._lock, made._shares = self._lock, True
+        return made
+
+    @classmethod
+    def _made(
+        cls,
+        options: RecommenderOptions,
+        bundle: Bundle,
+        items: Mapping[str, Item] | None,
+        retriever: Retriever | None,
+        encoder: Encoder,
+        engines: Engines,
+        weights: str,
+        store: AnswerStore | None,
+        budget: Budget,
+    ) -> Recommender:
         way = choose_way(
             bundle,
             task=options.task,
@@ -133,40 +183,29 @@ class Recommender:
             settings=options.settings,
         )
         fused = None if options.fuse == "none" else fusion_of(bundle, way, options.fuse)
-        items, retriever = _items(options, bundle)
-        fuser = None if fused is None else Fuser(fused, training_data(bundle, "--fuse"))
-        encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=_window(options, bundle))
-        reasoner = None
+        reasoner = whole = None
         if options.rationale:
             first = options.rationale if options.top is None else min(options.rationale, options.top)
             reasoner = Reasoner(bundle, way, rationale_template(), encoder, first=first, batch=options.batch)
-        section = engine_section(options, paired=is_paired(load_config(bundle.folder, bundle.model)))
-        refuse_paired(bundle.folder, bundle.model, section)
-        whole = None
         if options.whole and items:
             whole = CatalogueRanking(
                 bundle, items, way, encoder, beams=max(options.beams, options.top or 1), exact=options.exact
             )
-        answers = None if store is None else AnswerStore(store)
-        engines = Engines(bundle.model, section, encoder, bundle.seed, budget, answers)
-        engine = engines.engine_for(way.strategy)
-        # A server answers with weights of its own; the folder gives the tokenizer alone.
-        weights = "" if engine == "openai" else weights_stamp(bundle.folder)
         return cls(
-            options,
-            bundle,
-            way,
-            items,
-            encoder,
-            engines,
-            engine,
-            weights,
-            answers,
-            budget,
-            whole,
-            fuser,
-            retriever,
-            reasoner,
+            options=options,
+            bundle=bundle,
+            way=way,
+            items=items,
+            encoder=encoder,
+            engines=engines,
+            engine=engines.engine_for(way.strategy),
+            weights=weights,
+            store=store,
+            budget=budget,
+            whole=whole,
+            fuser=None if fused is None else Fuser(fused, training_data(bundle, "--fuse")),
+            retriever=retriever,
+            reasoner=reasoner,
         )
 
     @property
@@ -190,6 +229,36 @@ class Recommender:
             "retrieved": self.retriever.identity if self.retriever else None,
             "rationale": (reasoner.template.sha, reasoner.first, TOKENS) if reasoner else None,
         }
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The strategies that the model can be asked to order candidates by."""
+        here = [family for family in ranking_families() if family in self.bundle.tasks.present()]
+        names = [name for family in here for name in family_of(family).strategies if name != "search"]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def searches(self) -> bool:
+        """Whether the model can search the whole catalogue."""
+        if self.options.backend == "openai":
+            return False
+        try:
+            choose_way(self.bundle, strategy="search")
+        except RecipeError:
+            return False
+        return True
+
+    @contextmanager
+    def asked(self, strategy: str) -> Iterator[CachedBackend]:
+        """Hand out the engine that a strategy asks, to nobody else meanwhile.
+
+        Raises:
+            LlmrecError: If the recommender is closed, or the engine does not start.
+        """
+        with self._lock:
+            if self._closed:
+                raise LlmrecError("this recommender is closed; open another", kind="closed")
+            yield self.engines.get(self.engines.engine_for(strategy), self.bundle.folder, self.weights)
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
         """Read one request, as docs/rank.md describes it; what is wrong with it is a failure of its own.
@@ -266,7 +335,8 @@ class Recommender:
         """Stop the engine and close the store."""
         with self._lock:
             self._closed = True
-            self.engines.close()
+            if not self._shares:
+                self.engines.close()
             if self.store is not None:
                 self.store.close()
 

@@ -28,7 +28,7 @@ from llmrec.strategies.counting import questions_of
 from llmrec.strategies.listwise import list_room
 from llmrec.types import Answer, Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
 
-__all__ = ["ITEMS", "Asking", "catalogue", "choose_way", "notes_of", "rank_requests"]
+__all__ = ["ITEMS", "Asking", "catalogue", "choose_way", "first_prompt", "notes_of", "rank_requests"]
 
 ITEMS = "items.parquet"
 """The catalogue that an exported folder may carry."""
@@ -102,6 +102,19 @@ def rank_requests(
         answers += _answers(posed, part, backend, encoder)
         advance(len(part))
     return answers
+
+
+def first_prompt(bundle: Bundle, request: RankRequest, way: Asking, encoder: Encoder) -> Prompt:
+    """Return a prompt of a request; where one takes several questions, the longest of them.
+
+    Raises:
+        LlmrecError: If it cannot be rendered.
+    """
+    posed = pose(bundle, [request], way)
+    if not request.candidates:
+        return posed.task.prompt(posed.requests[0], template=way.template)
+    prompt, _ = next(_longest(posed, posed.requests[0], encoder))
+    return prompt
 
 
 def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:

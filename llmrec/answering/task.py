@@ -18,7 +18,7 @@ def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemC
     """Build a family's task over these items alone: no interactions, so it can only ask."""
     section = bundle.tasks.present()[family]
     data = data_of(bundle, items)
-    inputs = TaskInputs(data=data, templates=bundle.templates[family], seed=bundle.seed, index=codes)
+    inputs = TaskInputs(data=data, templates=bundle.templates[family], seed=bundle.seed, index=codes, learns=False)
     return family_of(family).task(section, inputs)
 
 

@@ -54,6 +54,9 @@ class RankRequest:
         notes: What was left out or changed on the way.
         titled: Ids that stand in for items which were given by their title alone.
         retrieved: How many of the candidates a recommender retrieved: all of them or none.
+        context: What else a family is told, by name, such as the review that is asked about.
+        barred: Ids that the whole catalogue is ranked without, beside those of the history.
+        keep_seen: Items of the history may be ranked too, where the whole catalogue is.
     """
 
     id: str
@@ -64,6 +67,9 @@ class RankRequest:
     notes: tuple[str, ...] = ()
     titled: frozenset[str] = frozenset()
     retrieved: int = 0
+    context: Mapping[str, str] = field(default_factory=dict)
+    barred: frozenset[str] = frozenset()
+    keep_seen: bool = False
 
 
 @dataclass

@@ -31,7 +31,7 @@ class CatalogueRanker:
         beams: int,
         exact: bool = False,
         seen: bool = False,
-        known_as: Callable[[str], str] = str,
+        apart: Callable[[Request], frozenset[str]] | None = None,
     ) -> None:
         """Set up.
 
@@ -40,10 +40,11 @@ class CatalogueRanker:
             beams: Prefixes that are kept, and texts that are returned.
             exact: Widen the search of a request until no other text can be better than those returned.
             seen: Items of the history may be ranked too.
-            known_as: What the catalogue calls an item of a history.
+            apart: The items that are left out of a request's answer; None: those of its history, unless ``seen``.
         """
         asker.needs("search")
-        self.asker, self._beams, self._exact, self._seen, self._known_as = asker, beams, exact, seen, known_as
+        self.asker, self._beams, self._exact = asker, beams, exact
+        self._apart = apart or ((lambda request: frozenset()) if seen else _history)
         self.engine = ""
         self._texts: tuple[str, ...] = ()
         self._groups: list[list[str]] = []
@@ -94,21 +95,19 @@ class CatalogueRanker:
         self._places = {item: place for place, items in enumerate(self._groups) for item in items}
 
     def _gone(self, request: Request) -> list[int]:
-        """Return the texts whose items are all in the history."""
-        if self._seen:
-            return []
-        seen = {self._known_as(event.item_id) for event in request.history}
-        places = {self._places[item] for item in seen if item in self._places}
-        return sorted(place for place in places if seen.issuperset(self._groups[place]))
+        """Return the texts whose items are all left out."""
+        apart = self._apart(request)
+        places = {self._places[item] for item in apart if item in self._places}
+        return sorted(place for place in places if apart.issuperset(self._groups[place]))
 
     def _ranking(self, request: Request, found: Found, prompt: str) -> Ranking:
         self.engine = found.engine
-        seen = set() if self._seen else {self._known_as(event.item_id) for event in request.history}
+        apart = self._apart(request)
         ranked = [
             (item, score)
             for place, score in zip(found.items, found.scores, strict=True)
             for item in self._groups[place]
-            if item not in seen
+            if item not in apart
         ]
         return Ranking(
             request_id=request.id,
@@ -117,6 +116,10 @@ class CatalogueRanker:
             prompt_hash=prompt,
             cost=Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1),
         )
+
+
+def _history(request: Request) -> frozenset[str]:
+    return frozenset(event.item_id for event in request.history)
 
 
 def _refuse_candidates(request: Request) -> None:

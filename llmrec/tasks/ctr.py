@@ -79,7 +79,7 @@ class CtrTask(Task):
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed = data, section, inputs.seed
         self._events = Pasts(data, rated=True)
-        if not self._events:
+        if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.ctr: {data.dataset.name} has no ratings to call a yes or a no; drop the task or name "
                 "data.columns.rating",

@@ -65,7 +65,7 @@ class ExplanationTask(Task):
             shown = asked - {"rating"} if _rates(template) else asked
             template.check(turns=shown, lead=(), target=asked | {"text"})
         self._events = Pasts(data, lambda _, events: _told(events))
-        if not self._events:
+        if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; name data.columns.text, "
                 "give a reviews table, or drop the task",

@@ -320,7 +320,7 @@ def find_scale(data: SplitDataset) -> Scale:
         DataError: If there are no ratings, or more than 101 steps.
     """
     ratings = data.train["rating"].drop_nulls().unique().to_list()
-    if not ratings:
+    if not ratings and data.dataset.rating_scale is None:
         raise DataError(
             f"tasks.rating: {data.dataset.name} has no ratings; drop the task or name data.columns.rating",
             kind="missing-column",

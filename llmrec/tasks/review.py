@@ -66,7 +66,7 @@ class ReviewTask(Task):
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed = data, section, inputs.seed
         self.family, self.target = _kind(templates)
-        if not data.dataset.reviews:
+        if inputs.learns and not data.dataset.reviews:
             raise DataError(
                 f"tasks.{self.family}: {data.dataset.name} has no reviews; use a source of reviews, such as "
                 "amazon-reviews, or drop the task",
@@ -82,7 +82,7 @@ class ReviewTask(Task):
         for template in templates.values():
             template.check(turns=asked, lead=(), target=asked | {self.target})
         self._events = Pasts(data, self._usable)
-        if not self._events:
+        if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.{self.family}: no training interaction of {data.dataset.name} has a review and a "
                 f"{self.target}; drop the task",

@@ -47,6 +47,7 @@ class TaskInputs:
         index: How items are written, where there is an index.
         vectors: What says which items read alike.
         lists: What is retrieved for training events; None: candidates of training rows are drawn.
+        learns: Whether there is something to learn from; without, a task can only ask.
     """
 
     data: SplitDataset
@@ -57,6 +58,7 @@ class TaskInputs:
     index: ItemCodes | None = None
     vectors: ItemVectors | None = None
     lists: RetrievedLists | None = None
+    learns: bool = True
 
     def past(self, section: TaskSection, asking: Sequence[Template]) -> Past:
         """Return what chooses the events that a prompt shows."""

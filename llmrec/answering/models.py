@@ -1,0 +1,393 @@
+"""The models that answer for one run or folder, by name: tuned, untuned, each classic recommender, their fusion.
+
+Python, a service and the command line ask all of them in one way: `AnsweringModel`. What is asked of a language model
+goes through `llmrec.answering.recommender`, so that a list is the one that `llmrec rank` writes, to the last digit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from llmrec.answering.about import about_families, answer_about, prompt_about, way_about
+from llmrec.answering.fused import Fuser
+from llmrec.answering.naming import Naming
+from llmrec.answering.rationales import Reasoner, Reasons, rationale_template
+from llmrec.answering.recommender import Answered, Recommender
+from llmrec.answering.requests import first_prompt
+from llmrec.data.assemble import digest_items
+from llmrec.data.requests import RankRequest
+from llmrec.data.split import SplitDataset
+from llmrec.errors import RecipeError
+from llmrec.experiment.resume import key_of
+from llmrec.types import Answer, CatalogueScorer, Item, Predictor, Ranking, Request, Unparsed
+
+Kind = Literal["language model", "classic", "fusion"]
+RANK = "rank"
+"""The verb of lists; the others are names of families."""
+
+_LEAST_BEAMS = 20
+# Candidates that a language model or a fusion with one orders, where it cannot search the catalogue itself.
+_RETRIEVED = 50
+
+
+class AnsweringModel(Protocol):
+    """What answers under a name."""
+
+    name: str
+    kind: Kind
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """``rank`` and the families of questions about one item."""
+        ...
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """How it may be asked to order candidates; none where there is one way only."""
+        ...
+
+    @property
+    def signature(self) -> str:
+        """Changes with everything that can change an answer, but for the request."""
+        ...
+
+    def rank(self, requests: Sequence[RankRequest], *, depth: int, strategy: str = "auto") -> list[Answered]:
+        """Order the candidates of every request, or the whole catalogue where it brings none.
+
+        Args:
+            requests: What is asked; ``barred`` and ``keep_seen`` are for the whole catalogue.
+            depth: Items that are wanted of a catalogue; candidates are ranked all.
+            strategy: One of `strategies`, or ``auto``.
+        """
+        ...
+
+    def about(self, family: str, requests: Sequence[RankRequest]) -> list[Answer]:
+        """Answer questions about the one candidate of each request."""
+        ...
+
+    def changed(self) -> None:
+        """Take note that the catalogue was changed in place."""
+        ...
+
+
+class LanguageModel:
+    """A tuned or plain language model.
+
+    Args:
+        name: Under which it answers.
+        base: An open recommender of the model; its ``items`` may be changed in place, see `changed`.
+        fallback: What finds candidates where the model can search no catalogue; None: nothing does.
+    """
+
+    kind: Kind = "language model"
+
+    def __init__(self, name: str, base: Recommender, fallback: AnsweringModel | None = None) -> None:
+        self.name, self.base, self._fallback = name, base, fallback
+        self._ways: dict[tuple[object, ...], Recommender] = {}
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """See `AnsweringModel`."""
+        return (RANK, *about_families(self.base.bundle))
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """See `AnsweringModel`."""
+        return self.base.ways
+
+    @property
+    def signature(self) -> str:
+        """See `AnsweringModel`."""
+        return _signed(**self.base.identity)
+
+    def rank(self, requests: Sequence[RankRequest], *, depth: int, strategy: str = "auto") -> list[Answered]:
+        """See `AnsweringModel`."""
+        found: dict[int, Answered] = {}
+        given = [n for n, request in enumerate(requests) if request.candidates]
+        if given:
+            way = self._way(candidates="file", strategy=strategy)
+            found.update(zip(given, way.answer([requests[n] for n in given]), strict=True))
+        rest = [n for n in range(len(requests)) if n not in found]
+        if rest:
+            found.update(zip(rest, self._whole([requests[n] for n in rest], depth, strategy), strict=True))
+        return [found[n] for n in range(len(requests))]
+
+    def about(self, family: str, requests: Sequence[RankRequest]) -> list[Answer]:
+        """See `AnsweringModel`."""
+        bundle = self.base.bundle
+        way = way_about(bundle, family)
+        with self.base.asked(way.strategy) as backend:
+            return answer_about(bundle, requests, way=way, backend=backend, encoder=self.base.encoder)
+
+    def reasons(self, requests: Sequence[RankRequest], found: Sequence[Answered], first: int) -> list[Reasons]:
+        """Write a sentence on each of the first items of every list; failed lists get none."""
+        reasoner = Reasoner(
+            self.base.bundle, self.base.way, rationale_template(), self.base.encoder, first=first, batch=16
+        )
+        rankings = [each.answer for each in found]
+        pools = [
+            replace(request, candidates=tuple(Item(item_id=item, title=title) for item, title in _titled(each)))
+            for request, each in zip(requests, found, strict=True)
+        ]
+        if self.base.items:
+            known = self.base.items
+            pools = [
+                replace(pool, candidates=tuple(known.get(item.item_id, item) for item in pool.candidates))
+                for pool in pools
+            ]
+        with self.base.asked("list") as backend:
+            return reasoner.write(pools, rankings, None, backend)
+
+    def prompt(self, request: RankRequest, verb: str, strategy: str = "auto") -> str:
+        """Return the first thing that the model reads of a request, as its tokenizer gets it.
+
+        Raises:
+            LlmrecError: If the request cannot be put.
+        """
+        if verb != RANK:
+            return self.base.encoder.text(prompt_about(self.base.bundle, request, way_about(self.base.bundle, verb)))
+        way = self._way(candidates="file", strategy=strategy) if request.candidates else self._searching(_LEAST_BEAMS)
+        way = way or self._way(candidates="file", strategy=strategy)
+        return self.base.encoder.text(first_prompt(self.base.bundle, request, way.way, self.base.encoder))
+
+    def changed(self) -> None:
+        """See `AnsweringModel`."""
+        self._ways.clear()
+
+    def _whole(self, requests: Sequence[RankRequest], depth: int, strategy: str) -> list[Answered]:
+        searching = self._searching(depth) if strategy in ("auto", "search") else None
+        if searching is not None:
+            return searching.answer(requests)
+        if self._fallback is None:
+            reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run, whose data finds them"
+            return [Answered(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
+        retrieved = self._fallback.rank(requests, depth=max(depth, _RETRIEVED))
+        return self.rank(
+            [_with(request, each, self.base.items) for request, each in zip(requests, retrieved, strict=True)],
+            depth=depth,
+            strategy=strategy,
+        )
+
+    def _searching(self, depth: int) -> Recommender | None:
+        """Return what searches the catalogue; None where the model was not tuned to."""
+        # Few widths, so that few searches are set up: powers of two times the least.
+        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(depth / _LEAST_BEAMS)))
+        if not self.base.items or not self.base.searches:
+            return None
+        return self._way(candidates="all", beams=beams)
+
+    def _way(self, **changes: Any) -> Recommender:
+        key = tuple(sorted(changes.items()))
+        if key not in self._ways:
+            self._ways[key] = self.base.beside(**changes)
+        return self._ways[key]
+
+
+@dataclass
+class Classic:
+    """A classic recommender, fitted to the training interactions of a run.
+
+    Attributes:
+        name: Under which it answers.
+        model: The baseline.
+        data: What it learned from.
+        items: The catalogue, which may be changed in place.
+        family: The family that it answers.
+        fingerprint: Of the baseline with its parameters.
+    """
+
+    name: str
+    model: Predictor
+    data: SplitDataset
+    items: Mapping[str, Item]
+    family: str | None
+    fingerprint: object
+    kind: Kind = "classic"
+    strategies: tuple[str, ...] = ()
+    _naming: Naming = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._naming = Naming(self.data)
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """See `AnsweringModel`."""
+        return (RANK,) if self.family is None else (self.family,)
+
+    @property
+    def signature(self) -> str:
+        """See `AnsweringModel`."""
+        return _signed(model=self.fingerprint, data=self.data.fingerprint, items=digest_items(self.items))
+
+    def rank(self, requests: Sequence[RankRequest], *, depth: int, strategy: str = "auto") -> list[Answered]:
+        """See `AnsweringModel`."""
+        _only_auto(self, strategy)
+        asked = [self._naming.request(request) for request in requests]
+        found: dict[int, Answered] = {}
+        given = [n for n, request in enumerate(requests) if request.candidates]
+        for n, answer in zip(given, self.model.answer([asked[n] for n in given]), strict=True):
+            back = (
+                self._naming.back(answer, requests[n]) if isinstance(answer, Ranking) else _unread(answer, requests[n])
+            )
+            found[n] = _answered(back, requests[n], self.items)
+        rest = [n for n in range(len(requests)) if n not in found]
+        if rest:
+            assert isinstance(self.model, CatalogueScorer)
+            scores = np.array(self.model.scores([replace(asked[n], candidates=None) for n in rest]), dtype=np.float64)
+            for n, row in zip(rest, scores, strict=True):
+                found[n] = self._best(requests[n], asked[n], row, depth)
+        return [found[n] for n in range(len(requests))]
+
+    def about(self, family: str, requests: Sequence[RankRequest]) -> list[Answer]:
+        """See `AnsweringModel`."""
+        asked = [self._naming.request(request) for request in requests]
+        pairs = [replace(each, candidates=None, item=each.candidates[0] if each.candidates else None) for each in asked]
+        return self.model.answer(pairs)
+
+    def changed(self) -> None:
+        """See `AnsweringModel`: what was not there when it was fitted stands last among candidates."""
+
+    def _best(self, request: RankRequest, asked: Request, row: Any, depth: int) -> Answered:
+        assert isinstance(self.model, CatalogueScorer)
+        names = self.model.items
+        out = request.barred if request.keep_seen else request.barred | {event.item_id for event in asked.history}
+        open_ = np.fromiter((name not in out and name in self.items for name in names), dtype=bool, count=len(names))
+        row[~open_] = -np.inf
+        order = np.argsort(-row, kind="stable")[: min(depth, int(open_.sum()))]
+        ranking = Ranking(
+            request_id=request.id,
+            items=tuple(names[place] for place in order),
+            scores=tuple(float(row[place]) for place in order),
+        )
+        return _answered(ranking, request, self.items)
+
+
+class Fused:
+    """The fusion that a run weighed: of its classic recommenders, or of these with its language model.
+
+    Args:
+        name: Under which it answers.
+        fuser: Joins rankings.
+        items: The catalogue, which may be changed in place.
+        model: The language model among its parts; None: there is none.
+        finder: What finds candidates for a fusion with a language model; it is not asked by one without.
+    """
+
+    kind: Kind = "fusion"
+    strategies: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        name: str,
+        fuser: Fuser,
+        items: Mapping[str, Item],
+        model: LanguageModel | None = None,
+        finder: AnsweringModel | None = None,
+    ) -> None:
+        self.name, self._fuser, self._items, self._model, self._finder = name, fuser, items, model, finder
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """See `AnsweringModel`."""
+        return (RANK,)
+
+    @property
+    def signature(self) -> str:
+        """See `AnsweringModel`."""
+        model = None if self._model is None else self._model.signature
+        return _signed(fused=self._fuser.identity, model=model, items=digest_items(self._items))
+
+    def rank(self, requests: Sequence[RankRequest], *, depth: int, strategy: str = "auto") -> list[Answered]:
+        """See `AnsweringModel`."""
+        _only_auto(self, strategy)
+        filled = [request if request.candidates else self._filled(request, depth) for request in requests]
+        able = [request for request in filled if request.candidates]
+        ranked = None
+        if self._model is not None and able:
+            ranked = [each.answer for each in self._model.rank(able, depth=depth)]
+        joined = iter(self._fuser.join(able, ranked))
+        empty = "no item of the catalogue is left to rank"
+        found: list[Answered] = []
+        for request, given in zip(filled, requests, strict=True):
+            if not request.candidates:
+                found.append(Answered(answer=Unparsed(request_id=request.id, reason=empty)))
+                continue
+            answer = next(joined)
+            if isinstance(answer, Ranking) and not given.candidates:
+                answer = replace(answer, items=answer.items[:depth], scores=answer.scores[:depth])
+            found.append(_answered(answer, request, self._items))
+        return found
+
+    def about(self, family: str, requests: Sequence[RankRequest]) -> list[Answer]:
+        """See `AnsweringModel`."""
+        raise _cannot(self, family)
+
+    def changed(self) -> None:
+        """See `AnsweringModel`."""
+
+    def _filled(self, request: RankRequest, depth: int) -> RankRequest:
+        """Give candidates to a request about the whole catalogue."""
+        if self._model is not None and self._finder is not None:
+            return _with(request, self._finder.rank([request], depth=max(depth, _RETRIEVED))[0], self._items)
+        seen = set() if request.keep_seen else {past.item.item_id for past in request.history}
+        out = request.barred | seen
+        return replace(request, candidates=tuple(item for name, item in self._items.items() if name not in out))
+
+
+def check_verb(model: AnsweringModel, verb: str) -> None:
+    """Refuse a question that a model does not answer.
+
+    Raises:
+        RecipeError: If it does not.
+    """
+    if verb not in model.verbs:
+        raise _cannot(model, verb)
+
+
+def _cannot(model: AnsweringModel, verb: str) -> RecipeError:
+    return RecipeError(
+        f"the model {model.name!r} does not answer {verb!r}; it answers {', '.join(model.verbs)}",
+        kind="unsupported",
+        column="model",
+    )
+
+
+def _only_auto(model: AnsweringModel, strategy: str) -> None:
+    if strategy != "auto":
+        raise RecipeError(
+            f"strategy: {model.name} ranks in one way only; leave it out, or ask a language model",
+            kind="unsupported",
+            column="strategy",
+        )
+
+
+def _with(request: RankRequest, found: Answered, items: Mapping[str, Item] | None) -> RankRequest:
+    """Return a request with the items that were found as its candidates."""
+    names = found.answer.items if isinstance(found.answer, Ranking) else ()
+    return replace(request, candidates=tuple((items or {})[name] for name in names), retrieved=len(names))
+
+
+def _answered(answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item]) -> Answered:
+    if isinstance(answer, Unparsed):
+        return Answered(answer=answer, notes=request.notes, retrieved=request.retrieved)
+    given = {item.item_id: item for item in request.candidates}
+    titles = tuple((given.get(name) or items[name]).title for name in answer.items)
+    return Answered(answer=answer, titles=titles, notes=request.notes, retrieved=request.retrieved)
+
+
+def _titled(found: Answered) -> list[tuple[str, str]]:
+    return list(zip(found.answer.items, found.titles, strict=True)) if isinstance(found.answer, Ranking) else []
+
+
+def _unread(answer: Answer, request: RankRequest) -> Unparsed:
+    reason = answer.reason if isinstance(answer, Unparsed) else f"there is no ranking but a {type(answer).__name__}"
+    return Unparsed(request_id=request.id, reason=reason)
+
+
+def _signed(**known: object) -> str:
+    return key_of(**known)[:16]

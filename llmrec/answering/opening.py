@@ -1,0 +1,256 @@
+"""Opens the models of a run, an exported folder or a plain model under their names: `open_models`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llmrec.answering.fused import Fuser
+from llmrec.answering.models import AnsweringModel, Classic, Fused, LanguageModel
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.recommender import Recommender
+from llmrec.answering.retrieval import training_data
+from llmrec.baselines.neural import NeuralConfig
+from llmrec.baselines.parameters import make
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.experiment import bundle as bundles
+from llmrec.experiment.bundle import Bundle
+from llmrec.experiment.fusion import stored
+from llmrec.models.load import resolve
+from llmrec.recipe.load import load_recipe
+from llmrec.registry import BASELINES, lookup
+from llmrec.tasks.family import RANKERS, RATERS, family_of, ranking_families
+from llmrec.types import Item
+
+TUNED, UNTUNED, PLAIN, FUSION, FUSION_MODEL = "tuned", "untuned", "model", "fusion", "fusion-model"
+"""Names of models; classic recommenders go by their own."""
+POPULAR = "popularity"
+"""What answers for a user of whom nothing is known."""
+_SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
+
+
+@dataclass
+class Models:
+    """What answers, by name, over one catalogue that may change.
+
+    Attributes:
+        opened: By name, the default first.
+        items: The catalogue; `change_items` changes it.
+        data: What classic recommenders learn from; None: there is none.
+        scale: Lowest and highest rating, where ratings are predicted.
+    """
+
+    opened: dict[str, AnsweringModel]
+    items: dict[str, Item]
+    data: SplitDataset | None
+    scale: tuple[float, float] | None
+    _similar: dict[str, AnsweringModel] = field(default_factory=dict)
+    _bases: list[Recommender] = field(default_factory=list)
+
+    def get(self, name: str | None = None) -> AnsweringModel:
+        """Return a model by its name; None: the default.
+
+        Raises:
+            RecipeError: If there is none of that name.
+        """
+        if name is None:
+            return next(iter(self.opened.values()))
+        if name not in self.opened:
+            raise RecipeError(
+                f"there is no model {name!r}{did_you_mean(name, self.opened)}; there are {', '.join(self.opened)}",
+                kind="unknown-name",
+                column="model",
+            )
+        return self.opened[name]
+
+    @property
+    def popular(self) -> AnsweringModel | None:
+        """What answers for a user of whom nothing is known; None where there is no data."""
+        if self.data is None:
+            return None
+        return self._kept(POPULAR)
+
+    def similar(self, by: str) -> AnsweringModel:
+        """Return what finds items that are like others.
+
+        Args:
+            by: ``interactions`` or ``text``.
+
+        Raises:
+            DataError: If there is no data to learn it from.
+        """
+        if self.data is None:
+            raise DataError(
+                "items that are alike are found from the interactions or texts of a run's data, and this model carries "
+                "none; serve the run, or an export made with --with-interactions",
+                kind="unsupported",
+                column="by",
+            )
+        return self._kept(_SIMILAR[by])
+
+    def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> None:
+        """Add, replace and remove items of the catalogue; nothing is loaded or trained again."""
+        for name in removed:
+            self.items.pop(name, None)
+        self.items.update(put)
+        for model in self.opened.values():
+            model.changed()
+        # Texts are compared anew, so that a new item is found at once.
+        self._similar.pop(_SIMILAR["text"], None)
+
+    def close(self) -> None:
+        """Stop the engines."""
+        for base in self._bases:
+            base.close()
+
+    def _kept(self, name: str) -> AnsweringModel:
+        known = self.opened.get(name)
+        if known is not None and name != _SIMILAR["text"]:
+            return known
+        if name not in self._similar:
+            assert self.data is not None
+            self._similar[name] = _classic(name, {}, self.data, self.items, seed=self.data.seed)
+        return self._similar[name]
+
+
+def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
+    """Open the models of a folder.
+
+    Args:
+        options: ``model`` names a run, an exported folder, or a model; the rest says how a language model is asked.
+        names: Which of them, the default first: `TUNED`, `UNTUNED`, `PLAIN`, `FUSION`, `FUSION_MODEL`, or a baseline.
+            None of them: the language model, the fusions that the run weighed, and the classic recommenders of its
+            recipe that are fitted in seconds.
+
+    Raises:
+        LlmrecError: If a model cannot be opened, or there is none of a name.
+    """
+    base = Recommender.open(replace(options, candidates="file", top=None, rationale=0, fuse="none"))
+    items = dict(base.items or {})
+    base.items = items
+    data = _data(base.bundle)
+    known = _fusions(base.bundle) if data is not None else {}
+    own = TUNED if base.bundle.tuned else PLAIN
+    chosen = list(names) or [own, *known, *_cheap(base.bundle, data)]
+    models = Models(opened={}, items=items, data=data, scale=base.bundle.rating_scale, _bases=[base])
+    finder = _finder(models, known)
+    for name in dict.fromkeys(chosen):
+        models.opened[name] = _opened(name, own, models, base, known, finder, options)
+    return models
+
+
+def _opened(
+    name: str,
+    own: str,
+    models: Models,
+    base: Recommender,
+    fusions: Mapping[str, stored.Fused],
+    finder: AnsweringModel | None,
+    options: RecommenderOptions,
+) -> AnsweringModel:
+    if name == own:
+        return LanguageModel(name, base, finder)
+    if name == UNTUNED:
+        other = Recommender.open(base.options, bundle=_untuned(base.bundle))
+        other.items = models.items
+        models._bases.append(other)
+        return LanguageModel(name, other, finder)
+    if name in fusions and models.data is not None:
+        fuser = Fuser(fusions[name], models.data)
+        return Fused(name, fuser, models.items, LanguageModel(own, base, finder) if fuser.asks_model else None, finder)
+    if name in (*RANKERS, *RATERS) and models.data is not None:
+        return _classic(name, _parameters(base.bundle, name), models.data, models.items, seed=base.bundle.seed)
+    has = [own, *([UNTUNED] if base.bundle.run else []), *fusions]
+    more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
+    raise RecipeError(
+        f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *RANKERS, *RATERS])}; it has "
+        f"{', '.join(has)}{more}",
+        kind="unknown-name",
+        column="--models",
+    )
+
+
+def _data(bundle: Bundle) -> SplitDataset | None:
+    if bundle.run is None and not (Path(bundle.folder) / "interactions.parquet").is_file():
+        return None
+    return training_data(bundle, "--models")
+
+
+def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
+    """Return the fusions of rankings that a run weighed, by the names under which they answer."""
+    found: dict[str, stored.Fused] = {}
+    every = stored.read(bundle.run or Path(bundle.folder))
+    for family in reversed([name for name in ranking_families() if name in bundle.tasks.present()]):
+        for each in every:
+            if each.family == family and each.arm in ("baseline", "tuned" if bundle.tuned else "zero-shot"):
+                # Of the fusions of baselines the last one joins the most.
+                found[FUSION if each.arm == "baseline" else FUSION_MODEL] = each
+    return found
+
+
+def _cheap(bundle: Bundle, data: SplitDataset | None) -> list[str]:
+    """Return the classic recommenders of the ranking families that are fitted in seconds."""
+    if data is None:
+        return []
+    sections = [bundle.tasks.present()[name] for name in ranking_families() if name in bundle.tasks.present()]
+    named = dict.fromkeys([POPULAR, *(each.name for section in sections for each in section.baselines)])
+    trained = [name for name in named if issubclass(lookup(BASELINES, name, "baseline").Config, NeuralConfig)]
+    return [name for name in named if name != "random" and name not in trained]
+
+
+def _parameters(bundle: Bundle, name: str) -> Mapping[str, Any]:
+    for section in bundle.tasks.present().values():
+        for each in section.baselines:
+            if each.name == name:
+                return each.parameters
+    return {}
+
+
+def _classic(
+    name: str, parameters: Mapping[str, Any], data: SplitDataset, items: Mapping[str, Item], *, seed: int
+) -> Classic:
+    """Fit a classic recommender; one that reads texts reads those of the catalogue as it is now."""
+    if name == _SIMILAR["text"]:
+        data = replace(data, dataset=replace(data.dataset, items=dict(items)))
+    model = make(name, parameters, seed=seed)
+    model.fit(data)
+    rates = name in RATERS
+    family = next((each for each in ("rating", "stars") if name in family_of(each).baselines), None) if rates else None
+    return Classic(name, model, data, items, family, {"baseline": name, "parameters": dict(parameters), "seed": seed})
+
+
+def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> AnsweringModel | None:
+    """Return what finds candidates for language models that cannot search: the fusion, or else item neighbours."""
+    if models.data is None:
+        return None
+    if FUSION in fusions:
+        return Fused(FUSION, Fuser(fusions[FUSION], models.data), models.items)
+    return models.similar("interactions")
+
+
+def _untuned(bundle: Bundle) -> Bundle:
+    """Return the model that a run began from, asked as the tuned one is.
+
+    Raises:
+        RecipeError: If there is no run to tell.
+    """
+    if bundle.run is None:
+        raise RecipeError(
+            f"--models {UNTUNED}: {bundle.folder} does not say what it was tuned from; name the run folder",
+            kind="unsupported",
+            column="--models",
+        )
+    recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+    # A base with more tokens lies in the run.
+    resized = bundle.run / "base"
+    folder = str(resized) if resized.is_dir() else resolve(recipe.model, seed=recipe.seed)
+    model = bundle.model.model_copy(update={"name": folder})
+    return replace(bundle, folder=folder, model=model, tuned=False)
+
+
+def describe(folder: str) -> str:
+    """Return what a folder is called in answers: its last name."""
+    return Path(bundles.read(folder).run or folder).name

@@ -1,0 +1,445 @@
+"""Business rules of a recommender, applied exactly: what a list may hold, how often, and how unlike its items are.
+
+Rules compare the values of an item's fields. A field may list several, with commas between them: ``Comedy, Drama`` has
+the values ``comedy`` and ``drama``, and as a whole ``comedy, drama`` too, so that ``Acme, Inc.`` can be named. Values
+are compared without the space around them and without case. A field without text has no value. ``item_id`` and
+``title`` are no fields.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.errors import DataError, did_you_mean
+from llmrec.types import Item
+
+__all__ = ["MOST_VALUES", "OneOf", "Quota", "Rules", "deep_enough"]
+
+MOST_VALUES = 50
+"""Distinct values that a field may have in a list and still say how alike two items are."""
+
+_NO_FIELDS = {"item_id", "title"}
+_Fields = Mapping[str, str]
+_KEYS = ("only", "without", "block", "quotas", "diversity")
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """At most so many items of a list share a value of a field.
+
+    Raises:
+        DataError: If ``most`` is less than 1.
+    """
+
+    field: str
+    most: int
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            wrong = f"quotas: {self.field!r} at most {self.most} times; give 1 or more, or forbid values with 'without'"
+            raise DataError(wrong, kind="bad-value", column=f"quotas.{self.field}")
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """A condition: an item has one of these values in this field."""
+
+    field: str
+    values: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What a list may hold. Rules that say the same are equal, in whatever order and case they were written.
+
+    Attributes:
+        only: Values by field; an item must have one of them. A field without values lets no item pass.
+        more: Further conditions as in ``only``, on a field that has one already. Joining makes them: an item that must
+            be one of two sets may be so by two values, so the two sets are not one smaller set.
+        without: Values by field; an item must have none of them.
+        block: Ids of items that are never listed.
+        quotas: One a field; of several the strictest is kept.
+        diversity: From 0 (the order stays) to 1 (the order only breaks ties); see `arrange`.
+
+    Raises:
+        DataError: If the diversity is out of bounds.
+    """
+
+    only: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    without: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    block: frozenset[str] = frozenset()
+    quotas: tuple[Quota, ...] = ()
+    diversity: float = 0.0
+    more: tuple[OneOf, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.diversity <= 1.0:
+            raise DataError(f"diversity: {self.diversity} is not from 0 to 1", kind="bad-value", column="diversity")
+        only, more = _simplest((*(OneOf(name, values) for name, values in self.only.items()), *self.more))
+        least = {quota.field: quota for quota in sorted(self.quotas, key=lambda quota: (quota.field, -quota.most))}
+        without = {name: _folded(values) for name, values in self.without.items()}
+        # A frozen record is written once more, here: rules are keys of a cache, and are compared with folded text.
+        object.__setattr__(self, "only", only)
+        object.__setattr__(self, "more", more)
+        object.__setattr__(self, "without", {name: values for name, values in without.items() if values})
+        object.__setattr__(self, "quotas", tuple(least.values()))
+
+    def __hash__(self) -> int:
+        """Hash what equality compares; a mapping has no hash of its own."""
+        only, without = frozenset(self.only.items()), frozenset(self.without.items())
+        return hash((only, without, self.block, self.quotas, self.diversity, self.more))
+
+    def __bool__(self) -> bool:
+        """Whether there is any rule."""
+        return bool(self.only or self.without or self.block or self.quotas or self.diversity)
+
+    @classmethod
+    def read(cls, record: object) -> Rules:
+        """Read rules as a file or a request has them.
+
+        Args:
+            record: A mapping with the keys ``only``, ``without`` (fields with lists of values), ``block`` (a list of
+                ids), ``quotas`` (a list of ``{"field": ..., "most": ...}``) and ``diversity``; all may be left out.
+                Values and ids are texts or whole numbers.
+
+        Raises:
+            DataError: If a key is unknown or its value is of another form; the message names the key, not the file.
+        """
+        given = _mapping("", record, _KEYS)
+        only = _conditions("only", given.get("only", {}))
+        if empty := next((f"only.{name}" for name, values in only.items() if not values), None):
+            wrong = f"{empty} lists no value, so no item would pass; list values, or leave the field out"
+            raise DataError(wrong, kind="empty", column=empty)
+        diversity = given.get("diversity", 0.0)
+        if not isinstance(diversity, int | float) or isinstance(diversity, bool):
+            raise _wrong("diversity", "a number is expected", diversity)
+        return cls(
+            only=only,
+            without=_conditions("without", given.get("without", {})),
+            block=_texts("block", given.get("block", [])),
+            quotas=tuple(
+                _quota(f"quotas.{place}", entry) for place, entry in enumerate(_list("quotas", given.get("quotas", [])))
+            ),
+            diversity=diversity,
+        )
+
+    def joined(self, other: Rules) -> Rules:
+        """Return rules that forbid what either forbids: those that always stand, and those of one request.
+
+        Of two quotas on a field the stricter holds, and of two diversities the larger. The order does not matter.
+        """
+        without = {name: self.without.get(name, frozenset()) | values for name, values in other.without.items()}
+        return Rules(
+            only=self.only,
+            more=(*self.more, *other.more, *(OneOf(name, values) for name, values in other.only.items())),
+            without={**self.without, **without},
+            block=self.block | other.block,
+            quotas=self.quotas + other.quotas,
+            diversity=max(self.diversity, other.diversity),
+        )
+
+    def check(self, items: Mapping[str, Item]) -> None:
+        """Refuse a rule on a field that no item has: a misspelt field would forbid everything, or nothing.
+
+        Values are not checked: the first item that has one may come later. With an empty catalogue all rules pass.
+
+        Args:
+            items: The catalogue.
+
+        Raises:
+            DataError: If no item has a field; the message suggests one.
+        """
+        missing = {name for _, name in self._named()}
+        for item in items.values():
+            if not missing:
+                return
+            missing -= item.fields.keys() - _NO_FIELDS
+        if not items or not missing:
+            return
+        known = sorted({name for item in items.values() for name in item.fields} - _NO_FIELDS)
+        key, name = next((key, name) for key, name in self._named() if name in missing)
+        raise DataError(
+            f"{key}: no item has a field {name!r}{did_you_mean(name, known)}; "
+            f"known fields: {', '.join(known) or 'none'}",
+            kind="unknown-name",
+            column=key,
+        )
+
+    def allowed(self, items: Mapping[str, Item]) -> frozenset[str]:
+        """Return the ids that ``only``, ``without`` and ``block`` leave, in one pass over the catalogue.
+
+        Args:
+            items: The catalogue, by id.
+        """
+        must = [(name, _sharing(values)) for name, values in self.only.items()]
+        must += [(condition.field, _sharing(condition.values)) for condition in self.more]
+        never = [(name, _sharing(values)) for name, values in self.without.items()]
+        if not must and not never:
+            return frozenset(items) - self.block
+        return frozenset(
+            key
+            for key, item in items.items()
+            if key not in self.block
+            and all(shares(item.fields.get(name, "")) for name, shares in must)
+            and not any(shares(item.fields.get(name, "")) for name, shares in never)
+        )
+
+    def arrange(
+        self, ranked: Sequence[tuple[str, float]], items: Mapping[str, Item], k: int
+    ) -> list[tuple[str, float]]:
+        """Choose at most k items under quotas and diversity, in the order of the new list.
+
+        Quotas: an item that has a value without room left is passed over; an item with several values counts under
+        each, one without the field under none. A list shorter than k is one that no item of ``ranked`` can be added to.
+        It need not be the longest there is: an item with two values may take the room of two others. Where no item has
+        more than p values under quotas, it has at least a p-th of the most items that any choice has; with p = 1, as
+        for one quota on a field with one value an item, none is longer.
+
+        Diversity d is maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): of the items that fit, the
+        next one has the largest ``(1 - d) * relevance - d * similarity``, and of equals the one ranked first.
+
+        - The relevance of the item at place i of ``ranked``, from 0, is ``1 / log2(i + 2)``, as NDCG discounts it: 1
+          for the first. Neither the scale of the scores nor the length of the list or k matters to it.
+        - The similarity is the largest Jaccard index with an item that is chosen already, of their sets of (field,
+          value); items without any are like no other. Values are those that are listed, without the whole text. A field
+          counts if in ``ranked`` it has at most `MOST_VALUES` of them, two items share one, and not all items have all:
+          free text, what each item has alone, and what is the same everywhere say nothing.
+
+        Without diversity, items are taken as they are ranked. A list of k items is how the list of k + 1 begins.
+
+        Args:
+            ranked: Ids, all different, with scores, best first; items that are not allowed are left out already.
+            items: What these ids are.
+            k: Items to choose.
+
+        Returns:
+            Entries of ``ranked``, with their own scores.
+
+        Raises:
+            DataError: If there are quotas or diversity, and ``items`` lacks an item.
+        """
+        if not self.quotas and not self.diversity:
+            return list(ranked[: max(k, 0)])
+        try:
+            found = [items[key].fields for key, _ in ranked]
+        except KeyError as error:
+            raise DataError(f"item {error} is ranked, but rules do not know its fields", kind="unknown-name") from None
+        room = _Room(self.quotas)
+        rows = _diverse(found, room, self.diversity, k) if self.diversity else _in_order(found, room, k)
+        return [ranked[row] for row in rows]
+
+    def _named(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and the field of every rule."""
+        yield from ((f"only.{name}", name) for name in self.only)
+        yield from ((f"only.{condition.field}", condition.field) for condition in self.more)
+        yield from ((f"without.{name}", name) for name in self.without)
+        yield from ((f"quotas.{quota.field}", quota.field) for quota in self.quotas)
+
+
+def deep_enough(rules: Rules, k: int) -> int | None:
+    """Return how many allowed items `Rules.arrange` needs, best first, for the k items that it makes of all.
+
+    Returns:
+        ``k`` without quotas and diversity. None (all of them) with either: a quota may pass over any number of items,
+        and which fields tell items apart depends on the whole list.
+    """
+    return None if rules.quotas or rules.diversity else max(k, 0)
+
+
+# --------------------------------------------------------------------------- values
+
+
+def _fold(text: str) -> str:
+    return text.casefold().strip()
+
+
+def _listed(text: str) -> frozenset[str]:
+    """Return the values that a field's text lists."""
+    # As `_fold` does it, but with the case of the whole text at once.
+    return frozenset([value.strip() for value in text.casefold().split(",")]) - {""}
+
+
+def _folded(values: Iterable[str]) -> frozenset[str]:
+    """Return values as they are compared; an empty one is none."""
+    return frozenset(map(_fold, values)) - {""}
+
+
+def _sharing(values: frozenset[str]) -> Callable[[str], bool]:
+    """Return a test of whether a field's text has one of these values; many items have the same text."""
+    return cache(lambda text: _fold(text) in values or not values.isdisjoint(_listed(text)))
+
+
+def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
+    """Return the first condition on each field, and the others; one that another implies is left out."""
+    known = {OneOf(each.field, _folded(each.values)) for each in conditions}
+    needed = [one for one in known if not any(one.field == by.field and by.values < one.values for by in known)]
+    only: dict[str, frozenset[str]] = {}
+    more: list[OneOf] = []
+    for one in sorted(needed, key=lambda one: (one.field, sorted(one.values))):
+        if only.setdefault(one.field, one.values) is not one.values:
+            more.append(one)
+    return only, tuple(more)
+
+
+# --------------------------------------------------------------------------- choosing
+
+
+class _Room:
+    """What quotas leave as items are chosen."""
+
+    def __init__(self, quotas: Sequence[Quota]) -> None:
+        self._quotas = quotas
+        self._chosen: Counter[tuple[str, str]] = Counter()
+        self._full: dict[str, set[str]] = {quota.field: set() for quota in quotas}
+        self._listed = cache(_listed)
+
+    def has(self, fields: _Fields) -> bool:
+        """Whether an item fits."""
+        return all(full.isdisjoint(self._listed(fields.get(name, ""))) for name, full in self._full.items())
+
+    def take(self, fields: _Fields) -> list[tuple[str, str]]:
+        """Count an item, and return each field and value that has no room now."""
+        full: list[tuple[str, str]] = []
+        for quota in self._quotas:
+            for value in self._listed(fields.get(quota.field, "")):
+                self._chosen[quota.field, value] += 1
+                if self._chosen[quota.field, value] == quota.most:
+                    self._full[quota.field].add(value)
+                    full.append((quota.field, value))
+        return full
+
+
+def _in_order(found: Sequence[_Fields], room: _Room, k: int) -> list[int]:
+    """Return the rows of the first k items that fit."""
+    rows: list[int] = []
+    for row, fields in enumerate(found):
+        if len(rows) >= k:
+            break
+        if room.has(fields):
+            room.take(fields)
+            rows.append(row)
+    return rows
+
+
+def _diverse(found: Sequence[_Fields], room: _Room, diversity: float, k: int) -> list[int]:
+    """Return rows in the order of maximal marginal relevance."""
+    likeness = _Likeness(found)
+    holders = cache(lambda name: likeness.fields.get(name) or _holders(found, name))
+    relevance = (1.0 - diversity) / np.log2(np.arange(len(found)) + 2.0)
+    alike = np.zeros(len(found))
+    rows: list[int] = []
+    while len(rows) < min(k, len(found)):
+        # The first of equals is the one ranked first.
+        best = int(np.argmax(relevance - diversity * alike))
+        if relevance[best] == -np.inf:
+            break
+        rows.append(best)
+        relevance[best] = -np.inf
+        for name, value in room.take(found[best]):
+            relevance[holders(name)[value]] = -np.inf
+        np.maximum(alike, likeness.to(best), out=alike)
+    return rows
+
+
+class _Likeness:
+    """How alike items are: the Jaccard index of their (field, value) pairs, over the fields that tell items apart."""
+
+    def __init__(self, found: Sequence[_Fields]) -> None:
+        self._found = found
+        self.fields: dict[str, dict[str, NDArray[np.int64]]] = {}
+        self._sizes = np.zeros(len(found), dtype=np.int64)
+        for name in {name for fields in found for name in fields} - _NO_FIELDS:
+            holders = _holders(found, name, MOST_VALUES)
+            counts = [len(rows) for rows in holders.values()]
+            if counts and max(counts) > 1 and min(counts) < len(found):
+                self.fields[name] = holders
+                for rows in holders.values():
+                    self._sizes[rows] += 1
+
+    def to(self, row: int) -> NDArray[np.float64]:
+        """Return how alike every item is to one of them, shape (items,)."""
+        both = np.zeros_like(self._sizes)
+        for name, holders in self.fields.items():
+            for value in _listed(self._found[row].get(name, "")):
+                both[holders[value]] += 1
+        return np.asarray(both / np.maximum(self._sizes + self._sizes[row] - both, 1), dtype=np.float64)
+
+
+def _holders(found: Sequence[_Fields], name: str, most: int | None = None) -> dict[str, NDArray[np.int64]]:
+    """Return the rows that list each value of a field; nothing if there are more than ``most`` values."""
+    same: dict[str, list[int]] = {}
+    lists: dict[str, list[list[int]]] = {}
+    for row, fields in enumerate(found):
+        text = fields.get(name, "")
+        if (rows := same.get(text)) is None:
+            rows = same[text] = []
+            for value in _listed(text):
+                lists.setdefault(value, []).append(rows)
+            if most is not None and len(lists) > most:
+                return {}
+        rows.append(row)
+    return {value: np.fromiter(chain.from_iterable(parts), np.int64) for value, parts in lists.items()}
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def _mapping(key: str, value: object, known: Sequence[str] = ()) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise _wrong(key or "rules", "keys with values are expected", value)
+    for name in value:
+        if not isinstance(name, str) or not name:
+            raise _wrong(key or "rules", "a key that is a text is expected; write it in quotes", name)
+        if known and name not in known:
+            dotted = f"{key}.{name}".removeprefix(".")
+            raise DataError(
+                f"unknown key {dotted!r}{did_you_mean(name, known)}; known here: {', '.join(known)}",
+                kind="unknown-key",
+                column=dotted,
+            )
+    return value
+
+
+def _list(key: str, value: object) -> Sequence[object]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(key, "a list is expected", value)
+    return value
+
+
+def _texts(key: str, value: object) -> frozenset[str]:
+    texts: set[str] = set()
+    for entry in _list(key, value):
+        # How a table writes a truth value or a fraction is not known here.
+        text = str(entry) if isinstance(entry, int) and not isinstance(entry, bool) else entry
+        if not isinstance(text, str) or not text.strip():
+            raise _wrong(key, "texts that are not empty are expected; write each in quotes", entry)
+        texts.add(text)
+    return frozenset(texts)
+
+
+def _conditions(key: str, value: object) -> dict[str, frozenset[str]]:
+    return {name: _texts(f"{key}.{name}", values) for name, values in _mapping(key, value).items()}
+
+
+def _quota(key: str, value: object) -> Quota:
+    given = _mapping(key, value, ("field", "most"))
+    for part in ("field", "most"):
+        if part not in given:
+            raise DataError(f"key '{key}.{part}' is missing; add it", kind="missing-key", column=f"{key}.{part}")
+    name, most = given["field"], given["most"]
+    if not isinstance(name, str) or not name:
+        raise _wrong(f"{key}.field", "the name of a field is expected", name)
+    if not isinstance(most, int) or isinstance(most, bool):
+        raise _wrong(f"{key}.most", "a whole number is expected", most)
+    return Quota(name, most)
+
+
+def _wrong(key: str, wanted: str, value: object) -> DataError:
+    return DataError(f"{key}: {wanted}, got {value!r:.80}", kind="bad-value", column=key)

@@ -1,0 +1,1 @@
+"""`llmrec serve`: options of a service, and its start."""

@@ -1,0 +1,190 @@
+"""Questions of many clients in, batches for one engine out: a bounded queue and a moment of waiting.
+
+Questions that differ in nothing but their request go together, so that an engine which answers many prompts at once
+is asked so. A queue that is full refuses at once and says when to come again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from llmrec.data.requests import RankRequest
+from llmrec.errors import LlmrecError
+from llmrec.serve.worker import EngineLost, Question, Reply
+
+
+class Full(LlmrecError):
+    """More is asked than can be answered in time; ``after`` says in how many seconds to ask again."""
+
+    def __init__(self, after: float) -> None:
+        super().__init__(f"too many questions are waiting; ask again in {after:.0f} s", kind="busy")
+        self.after = after
+
+
+class TooLate(LlmrecError):
+    """A question was not answered in the time that it may take."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    request: RankRequest
+    future: asyncio.Future[Reply]
+    ends: float
+
+
+@dataclass
+class Load:
+    """What goes on in a queue, for metrics.
+
+    Attributes:
+        waiting: Questions in the queue.
+        batches: How many were asked, by the number of their questions.
+        seconds: Of all batches together.
+        refused: Questions that found the queue full.
+        late: Questions that were given up.
+    """
+
+    waiting: int = 0
+    batches: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    refused: int = 0
+    late: int = 0
+
+
+class Batcher:
+    """Hands questions to an engine, a batch at a time.
+
+    Args:
+        engine: Answers a batch; it is called from one thread of its own.
+        window: Seconds that a question waits for others to go with it.
+        most: Questions of one batch.
+        room: Questions that may wait; more are refused.
+        patience: Seconds that a question may take, waiting included.
+    """
+
+    def __init__(
+        self,
+        engine: Callable[[Question, Sequence[RankRequest]], list[Reply]],
+        *,
+        window: float = 0.005,
+        most: int = 32,
+        room: int = 256,
+        patience: float = 60.0,
+    ) -> None:
+        self._engine, self._window, self._most, self._room, self._patience = engine, window, most, room, patience
+        self._queues: dict[Question, deque[_Waiting]] = {}
+        self._some = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmrec-engine")
+        self._task: asyncio.Task[None] | None = None
+        # Seconds that one question takes of the engine, as it was lately.
+        self._each = 0.05
+        self.load = Load()
+
+    def start(self) -> None:
+        """Begin to hand out; call it inside the event loop."""
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """End once what was asked is answered."""
+        while self.load.waiting:
+            await asyncio.sleep(0.01)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def ask(self, question: Question, request: RankRequest) -> Reply:
+        """Wait for the answer to a request; a caller that is cancelled takes it out of the queue.
+
+        Raises:
+            Full: If the queue is full, or so long that the answer would come too late.
+            TooLate: If it was not answered in time.
+            EngineLost: If the engine ended.
+        """
+        ahead = self.load.waiting * self._each
+        if self.load.waiting >= self._room or ahead > self._patience:
+            self.load.refused += 1
+            raise Full(max(1.0, min(ahead, self._patience)))
+        waiting = _Waiting(request, asyncio.get_running_loop().create_future(), time.monotonic() + self._patience)
+        self._queues.setdefault(question, deque()).append(waiting)
+        self.load.waiting += 1
+        self._some.set()
+        try:
+            return await asyncio.wait_for(waiting.future, self._patience)
+        except TimeoutError:
+            self.load.late += 1
+            raise TooLate(
+                f"not answered within {self._patience:.0f} s; ask for less, or raise --timeout", kind="exhausted"
+            ) from None
+        finally:
+            self._drop(question, waiting)
+
+    async def alone(self, call: Callable[[], object]) -> object:
+        """Call something in the engine's thread, between batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def _drop(self, question: Question, waiting: _Waiting) -> None:
+        queue = self._queues.get(question)
+        if queue is not None and waiting in queue:
+            queue.remove(waiting)
+            self.load.waiting -= 1
+            if not queue:
+                del self._queues[question]
+
+    async def _run(self) -> None:
+        while True:
+            await self._some.wait()
+            await asyncio.sleep(self._window)
+            while self._queues:
+                await self._next()
+            self._some.clear()
+
+    async def _next(self) -> None:
+        """Ask the engine the kind of question that has waited longest."""
+        question = min(self._queues, key=lambda each: self._queues[each][0].ends)
+        queue = self._queues[question]
+        batch = [queue.popleft() for _ in range(min(self._most, len(queue)))]
+        if not queue:
+            del self._queues[question]
+        self.load.waiting -= len(batch)
+        begun = time.monotonic()
+        try:
+            answers = await self._asked(question, [each.request for each in batch])
+        except LlmrecError as error:
+            for each in batch:
+                _settle(each.future, error)
+            if isinstance(error, EngineLost):
+                self._fail(error)
+            return
+        took = time.monotonic() - begun
+        self._each = 0.8 * self._each + 0.2 * took / len(batch)
+        self.load.seconds += took
+        self.load.batches[len(batch)] = self.load.batches.get(len(batch), 0) + 1
+        for each, answer in zip(batch, answers, strict=True):
+            _settle(each.future, answer)
+
+    def _asked(self, question: Question, requests: Sequence[RankRequest]) -> Awaitable[list[Reply]]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._engine, question, requests)
+
+    def _fail(self, error: EngineLost) -> None:
+        """Give up all that waits: nobody is left to answer it."""
+        for queue in self._queues.values():
+            for each in queue:
+                _settle(each.future, error)
+        self._queues.clear()
+        self.load.waiting = 0
+
+
+def _settle(future: asyncio.Future[Reply], found: Reply | LlmrecError) -> None:
+    # Whoever asked may have gone meanwhile.
+    if future.done():
+        return
+    if isinstance(found, LlmrecError):
+        future.set_exception(found)
+    else:
+        future.set_result(found)

@@ -1,0 +1,401 @@
+"""Where a service keeps what it must remember: an SQLite file, or tables in a database of PostgreSQL.
+
+Both hold the same tables, and this is all that differs between them. `store` says what is kept; it lends one
+connection to one thread at a time. Statements are written with ``?1``, ``?2`` where values stand.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import secrets
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol, TypeAlias
+from urllib.parse import quote, unquote, urlsplit
+
+from llmrec.data.reading.limits import no_file, reason, shown
+from llmrec.errors import DataError, ErrorKind, LlmrecError, require
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the tables."""
+MOVE = "restore a copy of it, or move it away with its log; it is left as it is"
+"""What to do about one that is damaged."""
+
+_APPLICATION = 0x6C6C6D72
+"""Stands in the header of an SQLite file and says whose it is."""
+_WAIT = 30.0
+"""Seconds that an SQLite file may be locked by another process."""
+_READ_THROUGH = 256 * 2**20
+"""Largest SQLite file, in bytes, that is checked as a whole when it is opened."""
+_TABLES = (
+    "CREATE TABLE llmrec_service (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, user_id TEXT NOT NULL, "
+    "item_id TEXT NOT NULL, rating DOUBLE PRECISION, timestamp DOUBLE PRECISION NOT NULL)",
+    # By a hash: an index of PostgreSQL takes no ids of some thousand bytes, and no id stands in a second place.
+    "CREATE INDEX llmrec_events_of ON llmrec_events (user_key, timestamp, seq)",
+    "CREATE TABLE llmrec_erased (user_key TEXT PRIMARY KEY)",
+    # An item without a title was removed.
+    "CREATE TABLE llmrec_items (item_key TEXT PRIMARY KEY, item_id TEXT NOT NULL, title TEXT, fields TEXT)",
+)
+Value: TypeAlias = str | float | None
+_Mend: TypeAlias = tuple[ErrorKind, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Insert:
+    """How rows come into a table.
+
+    Attributes:
+        table: Its name.
+        columns: Types by name, in the order of the rows' values.
+        conflict: What happens to a key that is there: ``ON CONFLICT …``.
+    """
+
+    table: str
+    columns: Mapping[str, str]
+    conflict: str = ""
+
+
+class Database(Protocol):
+    """What is asked of both; ``raw`` is a connection as its library has it."""
+
+    errors: tuple[type[Exception], ...]
+    """What the library raises."""
+
+    def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
+        """Return an error whose message names the store, without a password."""
+        ...
+
+    def failure(self, error: BaseException) -> LlmrecError:
+        """Return what an error of the library means, with the mend."""
+        ...
+
+    def connect(self) -> Any:
+        """Open a connection."""
+        ...
+
+    def prepare(self, raw: Any) -> None:
+        """Make the tables where there are none, and check what can be checked."""
+        ...
+
+    def read(self, raw: Any, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
+        """Return all rows of a query."""
+        ...
+
+    def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[Value, ...]]) -> int:
+        """Insert rows in one transaction and return how many were inserted or changed."""
+        ...
+
+    def erase(self, raw: Any, user_key: str) -> int:
+        """Delete a user's events and note the user's key, in one transaction; return how many events there were."""
+        ...
+
+
+# --------------------------------------------------------------------------- SQLite
+
+_LEAVE = "give the service leave to write there, or name another place"
+_ROOM = "make room on the disk and send it again; nothing of it was stored"
+_OTHER = "name another file; it is left as it is"
+_SQLITE_MENDS: dict[int, _Mend] = {
+    **dict.fromkeys((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB), ("damaged", MOVE)),
+    **dict.fromkeys((sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN), ("unreadable", _LEAVE)),
+    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), ("busy", "end the other program that holds it")),
+    sqlite3.SQLITE_FULL: ("exhausted", _ROOM),
+    sqlite3.SQLITE_IOERR: ("failed", "check the disk, its room and its file system"),
+}
+
+
+class SQLite:
+    """A file of SQLite.
+
+    Args:
+        path: Its place; the file is made where there is none.
+
+    Raises:
+        LlmrecError: If something else is there, or it cannot be read or made; nothing is written over.
+    """
+
+    errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writing = Lock()
+        try:
+            # In this order: another process that makes the file makes its log later.
+            log_file = Path(f"{path}-wal")
+            orphan = log_file.exists()
+            if not (path.exists() or path.is_symlink()):
+                if orphan:
+                    raise self.error("damaged", f" is gone, but its log {log_file.name} is there; restore or move it")
+                self._make()
+            self._check()
+        except (sqlite3.Error, OSError, ValueError) as error:
+            raise self.failure(error) from error
+
+    def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
+        """See `Database.error`."""
+        return LlmrecError(f"the store {self._path}{rest}", kind=kind, at=self._path)
+
+    def failure(self, error: BaseException) -> LlmrecError:
+        """See `Database.failure`."""
+        # An error without a code: a text in the file is none.
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if isinstance(error, OSError | ValueError):
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            code = sqlite3.SQLITE_FULL if full else sqlite3.SQLITE_CANTOPEN
+        elif code == sqlite3.SQLITE_ERROR and "no such" in str(error):
+            code = sqlite3.SQLITE_CORRUPT  # a table or column is gone
+        kind, mend = _SQLITE_MENDS.get(code, ("failed", MOVE))
+        return self.error(kind, f" cannot be used ({reason(error)}); {mend}")
+
+    def connect(self) -> sqlite3.Connection:
+        """See `Database.connect`."""
+        return _connect(self._path)
+
+    def prepare(self, raw: sqlite3.Connection) -> None:
+        """Look for damage; the tables came with the file."""
+        if self._path.stat().st_size <= _READ_THROUGH:
+            found = raw.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise self.error("damaged", f" is damaged ({shown(found)}); {MOVE}")
+
+    def read(self, raw: sqlite3.Connection, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
+        """See `Database.read`."""
+        return raw.execute(sql, values).fetchall()
+
+    def insert(self, raw: sqlite3.Connection, into: Insert, rows: Sequence[tuple[Value, ...]]) -> int:
+        """See `Database.insert`."""
+        names, places = ", ".join(into.columns), ", ".join("?" * len(into.columns))
+        query = f"INSERT INTO {into.table} ({names}) VALUES ({places}) {into.conflict}"
+        # Threads of this process wait for their turn; SQLite would have them try again and again.
+        with self._writing, _transaction(raw):
+            return raw.executemany(query, rows).rowcount
+
+    def erase(self, raw: sqlite3.Connection, user_key: str) -> int:
+        """See `Database.erase`; no byte of the events is left in the file or its log."""
+        with self._writing:
+            with _transaction(raw):
+                erased = raw.execute("DELETE FROM llmrec_events WHERE user_key = ?", (user_key,)).rowcount
+                raw.execute("INSERT INTO llmrec_erased VALUES (?) ON CONFLICT DO NOTHING", (user_key,))
+            # The log still holds the events as they came.
+            if raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                log.warning("%s-wal keeps what was erased until no other process reads it", self._path)
+        return erased
+
+    def _check(self) -> None:
+        """Refuse what is no store by the file's first bytes: opening it could already change it."""
+        problem = no_file(self._path)
+        if problem:
+            raise self.error("unreadable", f" {problem}; name a file that the service may write to")
+        with self._path.open("rb") as file:
+            head = file.read(100)
+        if not head:
+            raise self.error("empty", " is an empty file; remove it, or name another")
+        if not head.startswith(b"SQLite format 3\0") or len(head) < 100:
+            raise self.error("wrong-format", f" is no SQLite database, or its beginning is damaged; {_OTHER}")
+        if int.from_bytes(head[68:72], "big") != _APPLICATION:
+            raise self.error("wrong-format", f" is a database of another program; {_OTHER}")
+
+    def _make(self) -> None:
+        """Make the file beside its place and link it there, so that nobody finds half of one or replaces another's."""
+        folder = self._path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        # Nobody but its owner may read it.
+        handle, name = tempfile.mkstemp(prefix=f".{self._path.name}.", suffix=".draft", dir=folder)
+        os.close(handle)
+        draft = Path(name)
+        try:
+            _fill(draft)
+            try:
+                self._path.hardlink_to(draft)
+            except FileExistsError:
+                pass  # another process was first
+            except OSError:
+                draft.replace(self._path)  # a file system without links
+        finally:
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{draft}{suffix}").unlink(missing_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # It makes no file. A connection goes from thread to thread, but never serves two at once.
+    place = f"file:{quote(str(path.resolve()))}?mode=rw"
+    raw = sqlite3.connect(place, uri=True, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+    try:
+        # What is deleted is overwritten, and what is committed is on the disk.
+        for pragma in ("secure_delete=ON", "journal_mode=WAL", "synchronous=FULL"):
+            raw.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        raw.close()
+        raise
+    return raw
+
+
+@contextmanager
+def _transaction(raw: sqlite3.Connection) -> Iterator[None]:
+    raw.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        raw.execute("COMMIT")
+    except BaseException:
+        # A full disk can have ended the transaction already.
+        with suppress(sqlite3.Error):
+            raw.execute("ROLLBACK")
+        raise
+
+
+def _fill(draft: Path) -> None:
+    raw = _connect(draft)
+    try:
+        with _transaction(raw):
+            for table in _TABLES:
+                raw.execute(table.format(serial="INTEGER PRIMARY KEY"))
+            told = [("version", str(VERSION)), ("salt", secrets.token_hex(16))]
+            raw.executemany("INSERT INTO llmrec_service VALUES (?, ?)", told)
+            raw.execute(f"PRAGMA application_id={_APPLICATION}")
+        # Closing would do it too, but say nothing of a full disk.
+        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        raw.close()
+
+
+# --------------------------------------------------------------------------- PostgreSQL
+
+_REACH = "check the address, the user, PGPASSWORD or ~/.pgpass, and that the server runs"
+# By how the SQLSTATE begins; without one the server was not reached, or went away.
+_POSTGRES_MENDS: dict[str, _Mend] = {
+    **dict.fromkeys(("08", "28", "3D", "57P"), ("unreachable", _REACH)),
+    **dict.fromkeys(("42501", "25006", "3F"), ("unreadable", "grant the user leave to make and write tables there")),
+    **dict.fromkeys(
+        ("42P01", "42P07", "42703", "42804"),
+        ("wrong-format", "its tables llmrec_… are another program's, or changed; name another database"),
+    ),
+    **dict.fromkeys(("40", "55P03", "57014"), ("busy", "send it again")),
+    "53": ("exhausted", "give the server room"),
+    "XX": ("damaged", "restore a copy of the database"),
+}
+_UNKNOWN: _Mend = ("failed", "the server's log says more")
+_HOST = r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?"
+
+
+class Postgres:
+    """A database of PostgreSQL, of version 13 or later.
+
+    Args:
+        url: ``postgresql://USER@HOST:PORT/NAME``, and whatever else libpq takes.
+
+    Raises:
+        DataError: If it is no URL.
+        MissingExtra: If the package that reads PostgreSQL is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._dbapi = require("adbc_driver_postgresql.dbapi", "tables")
+        self.errors: tuple[type[Exception], ...] = (self._dbapi.Error,)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise _no_url() from None
+        host = parts.netloc.rpartition("@")[2]
+        # libpq quotes parts of what it cannot take apart, and so perhaps of a password; such a URL never reaches it.
+        strays = url.count("@") - ("@" in parts.netloc) + url.count("#")
+        if strays or re.search("%(?![0-9A-Fa-f]{2})", url) or not re.fullmatch(f"{_HOST}(,{_HOST})*", host):
+            raise _no_url()
+        self._shown = f"{parts.scheme}://{host}{parts.path}"
+        # A server that drops all packets would else be waited for without end.
+        mark = "&" if parts.query else "?"
+        self._url = url if "connect_timeout=" in parts.query else f"{url}{mark}connect_timeout=10"
+        pairs = [pair.partition("=") for pair in parts.query.split("&")]
+        words = [parts.password or "", *(value for name, _, value in pairs if "password" in name.lower())]
+        self._secrets = sorted({form for word in words for form in (word, unquote(word)) if form}, key=len)
+
+    def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
+        """See `Database.error`."""
+        return LlmrecError(f"the store {self._shown}{rest}", kind=kind, at=self._shown)
+
+    def failure(self, error: BaseException) -> LlmrecError:
+        """See `Database.failure`."""
+        state = getattr(error, "sqlstate", None) or "08"
+        kind, mend = next((_POSTGRES_MENDS[n] for n in _POSTGRES_MENDS if state.startswith(n)), _UNKNOWN)
+        # One line of it: the others repeat the query, or values.
+        said = re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", str(error))
+        said = re.split(r"(?:ERROR|FATAL): +", said, maxsplit=1)[-1].partition("\n")[0]
+        for word in reversed(self._secrets):
+            said = said.replace(word, "***")
+        return self.error(kind, f" cannot be used ({reason(ValueError(said))}); {mend}")
+
+    def connect(self) -> Any:
+        """See `Database.connect`; each statement is a transaction."""
+        return self._dbapi.connect(self._url, autocommit=True)
+
+    def prepare(self, raw: Any) -> None:
+        """See `Database.prepare`."""
+        query = "SELECT to_regclass('llmrec_service') IS NOT NULL, current_setting('server_encoding')"
+        there, letters = self.read(raw, query)[0]
+        if letters != "UTF8":
+            raise self.error("unsupported", f" keeps text as {letters}; make a database with ENCODING 'UTF8'")
+        if not there:
+            serial = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+            make = "; ".join(table.format(serial=serial) for table in _TABLES)
+            # Of several processes one makes the tables. The lock is a statement of its own: only the next one sees
+            # for sure what was made while it was waited for. It ends with the connection, too.
+            self.read(raw, "SELECT pg_advisory_lock(?1) IS NULL", _APPLICATION)
+            with raw.cursor() as cursor:
+                # One statement, and so one transaction.
+                cursor.execute(
+                    f"DO $$ BEGIN IF to_regclass('llmrec_service') IS NULL THEN {make}; INSERT INTO llmrec_service "
+                    f"VALUES ('version', '{VERSION}'), ('salt', gen_random_uuid()::text); END IF; END $$"
+                )
+            self.read(raw, "SELECT pg_advisory_unlock(?1)", _APPLICATION)
+
+    def read(self, raw: Any, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
+        """See `Database.read`."""
+        with raw.cursor() as cursor:
+            cursor.execute(sql.replace("?", "$"), values or None)
+            return list(cursor.fetchall())
+
+    def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[Value, ...]]) -> int:
+        """See `Database.insert`."""
+        names = ", ".join(into.columns)
+        types = ", ".join(f"{name} {kind}" for name, kind in into.columns.items())
+        # All rows in one parameter: one by one, each would go to the server and back.
+        given = json.dumps([dict(zip(into.columns, row, strict=True)) for row in rows], ensure_ascii=False)
+        query = (
+            f"WITH done AS (INSERT INTO {into.table} ({names}) SELECT {names} FROM ROWS FROM (json_to_recordset("
+            f"?1::json) AS ({types})) WITH ORDINALITY AS given ({names}, place) ORDER BY place {into.conflict} "
+            "RETURNING 1) SELECT count(*) FROM done"
+        )
+        return int(self.read(raw, query, given)[0][0])
+
+    def erase(self, raw: Any, user_key: str) -> int:
+        """See `Database.erase`."""
+        query = (
+            "WITH gone AS (DELETE FROM llmrec_events WHERE user_key = ?1 RETURNING 1), noted AS (INSERT INTO "
+            "llmrec_erased VALUES (?1) ON CONFLICT DO NOTHING) SELECT count(*) FROM gone"
+        )
+        return int(self.read(raw, query, user_key)[0][0])
+
+
+def _no_url() -> DataError:
+    # It is not shown: a password may stand anywhere in it.
+    return DataError(
+        "the address of the store is no URL; write postgresql://USER:PASSWORD@HOST:PORT/NAME, and @ : / ? # % in a "
+        "password as %40 %3A %2F %3F %23 %25",
+        kind="bad-value",
+    )

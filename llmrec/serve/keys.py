@@ -1,0 +1,362 @@
+"""API keys of a service: who may ask, and how often.
+
+A key has 256 random bits and stands nowhere: its file holds SHA-256 digests. Passwords need a slow hash because people
+choose them and others can guess them; to guess 256 random bits there is not enough time, however fast the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+import os
+import re
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from llmrec.data.reading.limits import reason, require_file, shown
+from llmrec.durable import refuse_link, replacing
+from llmrec.errors import DataError, LlmrecError, did_you_mean
+
+PREFIX = "llmrec_"
+"""How every key begins, so that it is known where it should not stand: in a log, in a repository."""
+FORMAT = 1
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
+_LARGEST = 16 * 2**20
+"""Bytes of a file of keys."""
+_LOOK = 1.0
+"""Seconds after which the file is looked at again."""
+_NAMES = 65_536
+"""Names whose requests are counted at a time."""
+_HAIR = 1e-6
+"""Of a token: who waits as long as was said is not refused for a rounding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """A key that is known.
+
+    Attributes:
+        name: Whose it is; logs show it.
+        sha256: Digest of the key, in hexadecimal.
+        admin: Whether it may change what the service knows, and not only ask.
+        created: Day and time, UTC, as ISO 8601.
+    """
+
+    name: str
+    sha256: str
+    admin: bool
+    created: str
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, StringConstraints(pattern=_NAME)]
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    admin: bool
+    created: str
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    keys: Annotated[list[_Entry], Field(max_length=100_000)]
+
+
+# What changes with every change of a file: time, size, inode, and who may read it.
+_Stamp: TypeAlias = tuple[int, int, int, int]
+
+
+# --------------------------------------------------------------------------- the file
+
+
+def new_key(file: Path, name: str, *, admin: bool = False) -> str:
+    """Make a key and add it to a file, which is made where there is none.
+
+    Args:
+        file: The file of keys; only its owner may read it.
+        name: Whose the key is: letters, digits and ``. _ @ -``, 64 at most.
+        admin: Whether it may change what the service knows.
+
+    Returns:
+        The key. It is nowhere else, and cannot be shown again.
+
+    Raises:
+        DataError: If the name is no such name.
+        LlmrecError: If a key has this name, another process writes to the file, or it cannot be read or written.
+    """
+    if not re.fullmatch(_NAME, name):
+        raise DataError(
+            f"{shown(name)} is no name for a key; take 1 to 64 letters and digits, and . _ @ - after the first",
+            kind="bad-value",
+            column="name",
+        )
+    with _writing(file, make=True) as known:
+        if any(key.name == name for key in known):
+            raise LlmrecError(
+                f"{file} holds a key named {name!r} already; revoke it first, or choose another name",
+                kind="duplicate",
+                at=file,
+                column="name",
+            )
+        word = PREFIX + secrets.token_urlsafe(32)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        _write(file, [*known, Key(name=name, sha256=_digest(word), admin=admin, created=created)])
+    return word
+
+
+def revoke(file: Path, name: str) -> None:
+    """Take a key out of a file; a service that runs refuses it from the next second on.
+
+    Raises:
+        LlmrecError: If no key has this name, another process writes to the file, or it cannot be read or written.
+    """
+    with _writing(file, make=False) as known:
+        kept = [key for key in known if key.name != name]
+        if len(kept) == len(known):
+            guess = did_you_mean(name, [key.name for key in known])
+            raise LlmrecError(
+                f"{file} holds no key named {shown(name)}{guess}; name one that it holds",
+                kind="unknown-name",
+                at=file,
+                column="name",
+            )
+        _write(file, kept)
+
+
+@contextmanager
+def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
+    """Hold the lock of a file, and hand out the keys that are in it; with ``make`` it may be missing, and has none."""
+    import fcntl
+
+    refuse_link(file)
+    if not make:
+        _read(file)
+    lock = file.with_name(f".{file.name}.lock")
+    refuse_link(lock)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield _read(file)[1] if file.exists() else ()
+        finally:
+            os.close(handle)
+    except BlockingIOError as error:
+        raise LlmrecError(
+            f"another process is writing to {file}; wait until it has ended", kind="busy", at=file
+        ) from error
+    except OSError as error:
+        raise LlmrecError(
+            f"the file of keys {file} cannot be written ({reason(error)}); make it writable, or name another",
+            kind="unreadable",
+            at=file,
+        ) from error
+
+
+def _write(file: Path, keys: Sequence[Key]) -> None:
+    text = json.dumps({"format": FORMAT, "keys": [asdict(key) for key in keys]}, indent=1) + "\n"
+    with replacing(file) as draft:
+        # From its first byte nobody else may read it.
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
+    """Read a file of keys, with the stamp of what was read.
+
+    Raises:
+        LlmrecError: If it is no such file, or others than its owner may read or write it.
+    """
+    require_file(file, "make a key in it first, or name another", "the file of keys")
+    try:
+        with file.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            raw = stream.read(_LARGEST + 1)
+    except OSError as error:
+        raise LlmrecError(
+            f"the file of keys {file} cannot be read ({reason(error)}); give the service leave to read it",
+            kind="unreadable",
+            at=file,
+        ) from error
+    if status.st_mode & 0o077:
+        raise LlmrecError(
+            f"others than its owner may read or write the file of keys {file}; run: chmod 600 {file}",
+            kind="unsafe",
+            at=file,
+        )
+    return _stamp(status), _parsed(file, raw)
+
+
+def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
+    if len(raw) > _LARGEST:
+        raise LlmrecError(f"{file} is too large for a file of keys; name another", kind="too-large", at=file)
+    mend = "restore a copy, or move it away and make keys anew"
+    try:
+        found = json.loads(raw)
+        if isinstance(found, dict) and type(found.get("format")) is int and found["format"] > FORMAT:
+            raise LlmrecError(
+                f"{file} was written by a newer llmrec (format {found['format']}, this one knows {FORMAT}); install "
+                "that llmrec: pip install -U llmrec",
+                kind="unsupported",
+                at=file,
+            )
+        keys = tuple(Key(**dict(entry)) for entry in _File.model_validate(found).keys)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise LlmrecError(
+            f"{file} is no file of keys, or is damaged: {where or 'it'}: {first['msg']}; {mend}",
+            kind="damaged",
+            at=file,
+            column=where or None,
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise LlmrecError(f"{file} is no JSON ({reason(error)}); {mend}", kind="damaged", at=file) from None
+    twice = len({key.name for key in keys}) < len(keys)
+    if twice:
+        raise LlmrecError(
+            f"{file} holds two keys of one name; give each a name of its own", kind="duplicate", at=file, column="name"
+        )
+    return keys
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
+
+
+def _digest(word: str) -> str:
+    return hashlib.sha256(word.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# --------------------------------------------------------------------------- who asks
+
+
+class Keys:
+    """The keys of a file, which is read again when it has changed; several threads may ask at once."""
+
+    def __init__(self, file: Path, stamp: _Stamp, keys: tuple[Key, ...]) -> None:
+        self._file, self._stamp, self._keys = file, stamp, keys
+        self._lock = Lock()
+        self._looked = time.monotonic()
+
+    @classmethod
+    def read(cls, file: Path) -> Keys:
+        """Read a file of keys.
+
+        Raises:
+            LlmrecError: If it is no such file, or others than its owner may read or write it.
+        """
+        return cls(file, *_read(file))
+
+    def __len__(self) -> int:
+        """Number of keys, as last read."""
+        return len(self._keys)
+
+    def find(self, presented: str, now: float | None = None) -> Key | None:
+        """Return the key that somebody presents; None if it is not known.
+
+        Args:
+            presented: What stands in a request.
+            now: Seconds of a clock that only goes forward; by default the machine's.
+
+        Raises:
+            LlmrecError: If the file has changed and cannot be used as it is now. Whom it kept out must not come in,
+                so nobody does until it is mended.
+        """
+        given = _digest(presented)
+        found = None
+        # Every key is compared, and each in the same time: how long this takes tells nothing.
+        for key in self._current(time.monotonic() if now is None else now):
+            if hmac.compare_digest(key.sha256, given):
+                found = key
+        return found
+
+    def _current(self, now: float) -> tuple[Key, ...]:
+        with self._lock:
+            if now - self._looked >= _LOOK:
+                try:
+                    seen = _stamp(self._file.stat())
+                except OSError:
+                    seen = None  # reading it says why
+                if seen != self._stamp:
+                    self._stamp, self._keys = _read(self._file)
+                # Only now: a file that cannot be used is looked at by every request.
+                self._looked = now
+            return self._keys
+
+
+# --------------------------------------------------------------------------- how often
+
+
+class RateLimit:
+    """A bucket of tokens for each name; several threads may take of it at once.
+
+    A bucket fills steadily and a request takes from it. The buckets of the names that asked last are kept, 65,536 of
+    them; another begins full.
+
+    Args:
+        per_minute: Tokens that come into a bucket in a minute.
+        burst: Tokens that a full one holds.
+
+    Raises:
+        DataError: If one of them is less than 1.
+    """
+
+    def __init__(self, per_minute: int, burst: int) -> None:
+        for column, value in (("per_minute", per_minute), ("burst", burst)):
+            if value < 1:
+                raise DataError(f"{column} is {value}; take 1 or more", kind="bad-value", column=column)
+        self._rate, self._burst = per_minute / 60, float(burst)
+        self._lock = Lock()
+        # Tokens that are left, and when: by name, the one that asked last at the end.
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, name: str, cost: float = 1.0, now: float | None = None) -> float:
+        """Take tokens for a request, or say how long it has to wait.
+
+        A request that costs more than a bucket holds needs a full one, and leaves it in debt: the rate stays what it
+        is, and no request is refused for ever.
+
+        Args:
+            name: Whose bucket.
+            cost: Tokens.
+            now: Seconds of a clock that only goes forward; by default the machine's.
+
+        Returns:
+            0.0 where the request may go on; else seconds to wait, and nothing was taken.
+
+        Raises:
+            DataError: If the cost is negative or not finite.
+        """
+        if not (math.isfinite(cost) and cost >= 0):
+            raise DataError(f"a request cannot cost {cost}; give a number from 0", kind="bad-value", column="cost")
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            left, since = self._left.get(name, (self._burst, now))
+            left = min(self._burst, left + max(0.0, now - since) * self._rate)
+            lacking = min(cost, self._burst) - left
+            allowed = lacking <= _HAIR
+            # A clock that goes back gives nothing twice.
+            self._left[name] = (left - cost if allowed else left, max(now, since))
+            self._left.move_to_end(name)
+            if len(self._left) > _NAMES:
+                self._left.popitem(last=False)
+            return 0.0 if allowed else lacking / self._rate

@@ -1,0 +1,208 @@
+"""What a service knows without asking a model: its catalogue, and what users did.
+
+Items and past events come from the run's data or the exported folder, and from what was sent to the service since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from llmrec.answering.requests import catalogue
+from llmrec.answering.rules import Rules
+from llmrec.data.codes import codes
+from llmrec.data.sources.table import load
+from llmrec.errors import DataError, did_you_mean
+from llmrec.experiment import bundle as bundles
+from llmrec.recipe.load import load_recipe
+from llmrec.serve.store import StoredEvent
+from llmrec.types import Item
+
+# Rule sets whose allowed items are remembered for one state of the catalogue.
+_REMEMBERED = 64
+
+
+class Catalogue:
+    """Items by id, which can be added, replaced and removed while they are looked up.
+
+    Args:
+        items: To begin with.
+    """
+
+    def __init__(self, items: Mapping[str, Item]) -> None:
+        self.items = dict(items)
+        self._search: tuple[pl.Series, pl.Series] | None = None
+        self._allowed: dict[Rules, frozenset[str]] = {}
+
+    def change(self, put: Iterable[Item], removed: Iterable[str]) -> None:
+        """Add or replace items, and remove others."""
+        for name in removed:
+            self.items.pop(name, None)
+        self.items.update((item.item_id, item) for item in put)
+        self._search = None
+        self._allowed.clear()
+
+    def get(self, item_id: str) -> Item:
+        """Return an item.
+
+        Raises:
+            DataError: If there is none of this id.
+        """
+        if item_id not in self.items:
+            raise DataError(
+                f"there is no item {item_id[:60]!r}; look for it with GET /v1/items?q=...",
+                kind="unknown-name",
+                column="item_id",
+            )
+        return self.items[item_id]
+
+    def allowed(self, rules: Rules) -> frozenset[str]:
+        """Return the ids that rules leave.
+
+        Raises:
+            DataError: If a rule names a field that no item has.
+        """
+        if rules not in self._allowed:
+            rules.check(self.items)
+            if len(self._allowed) >= _REMEMBERED:
+                self._allowed.clear()
+            self._allowed[rules] = rules.allowed(self.items)
+        return self._allowed[rules]
+
+    def search(self, words: str, *, limit: int, offset: int) -> tuple[list[Item], int]:
+        """Find items whose title or id holds some text: first those that begin with it, then words, then the rest.
+
+        Args:
+            words: Looked for without regard to case; empty: every item is found, in the order of the catalogue.
+            limit: Items that are returned at most.
+            offset: Items that are passed by first.
+
+        Returns:
+            Items, and how many were found in all.
+        """
+        ids, texts = self._texts()
+        sought = words.casefold().strip()
+        if sought:
+            inside = texts.str.contains(sought, literal=True) | ids.str.contains(words.strip(), literal=True)
+            places = np.flatnonzero(inside.to_numpy())
+            found = texts.gather(places)
+            begins = found.str.starts_with(sought) | (ids.gather(places) == words.strip())
+            word = found.str.contains(f" {sought}", literal=True)
+            order = np.where(begins.to_numpy(), 0, np.where(word.to_numpy(), 1, 2))
+            places = places[np.argsort(order, kind="stable")]
+        else:
+            places = np.arange(len(ids))
+        return [self.items[name] for name in ids.gather(places[offset : offset + limit])], len(places)
+
+    def _texts(self) -> tuple[pl.Series, pl.Series]:
+        if self._search is None:
+            ids = pl.Series(list(self.items), dtype=pl.String)
+            titles = [item.title.casefold() for item in self.items.values()]
+            self._search = ids, pl.Series(titles, dtype=pl.String)
+        return self._search
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Past events of the users of a data set, oldest first, found by a user's id.
+
+    Attributes:
+        users: Sorted.
+        starts: Where each user's rows begin, shape (users + 1,).
+        items: Item of each row.
+        ratings: Rating of each row; NaN: none.
+        times: Time of each row; NaN: none.
+    """
+
+    users: pl.Series
+    starts: NDArray[np.int64]
+    items: pl.Series
+    ratings: NDArray[np.float64]
+    times: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, interactions: pl.DataFrame) -> Histories:
+        """Sort a table of interactions by user and time."""
+        names, rows = codes(interactions["user_id"])
+        times = interactions["timestamp"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+        # Rows without a time stand in the order of the table, first.
+        order = np.lexsort((np.where(np.isnan(times), -np.inf, times), rows))
+        starts = np.searchsorted(rows[order], np.arange(len(names) + 1))
+        return cls(
+            users=names,
+            starts=starts,
+            items=interactions["item_id"].gather(order),
+            ratings=interactions["rating"].cast(pl.Float64).fill_null(np.nan).to_numpy()[order],
+            times=times[order],
+        )
+
+    @classmethod
+    def none(cls) -> Histories:
+        """Return those of nobody."""
+        nothing = np.empty(0)
+        return cls(
+            pl.Series(dtype=pl.String), np.zeros(1, dtype=np.int64), pl.Series(dtype=pl.String), nothing, nothing
+        )
+
+    def of_user(self, user_id: str) -> list[StoredEvent]:
+        """Return a user's events; none of a user who is not known."""
+        if not len(self.users):
+            return []
+        place = int(self.users.search_sorted(user_id))
+        if place >= len(self.users) or self.users[place] != user_id:
+            return []
+        rows = range(int(self.starts[place]), int(self.starts[place + 1]))
+        return [
+            StoredEvent(
+                user_id=user_id,
+                item_id=str(self.items[row]),
+                rating=None if np.isnan(self.ratings[row]) else float(self.ratings[row]),
+                timestamp=float(self.times[row]),
+            )
+            for row in rows
+        ]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a run or an exported folder without opening its weights.
+
+    Attributes:
+        items: The catalogue.
+        histories: What its users did: all interactions of its data, whichever part of the split they are in.
+        features: Stores of features that hold something about users.
+    """
+
+    items: Mapping[str, Item]
+    histories: Histories
+    features: Sequence[Path] = field(default_factory=tuple)
+
+
+def known_of(folder: str, items: Path | None) -> Known:
+    """Read the items and interactions of a run or an exported folder.
+
+    Args:
+        folder: As `llmrec.experiment.bundle.read` takes it.
+        items: A table of items that goes before those of the folder.
+
+    Raises:
+        LlmrecError: If they cannot be read.
+    """
+    bundle = bundles.read(folder)
+    if bundle.run is None:
+        return Known(catalogue(bundle, items) or {}, Histories.none())
+    recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+    data = load(recipe.data, seed=recipe.seed)
+    found = data.items if items is None else catalogue(bundle, items)
+    store = bundle.run / "features"
+    return Known(found or {}, Histories.of(data.interactions), (store,) if store.is_dir() else ())
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> DataError:
+    """Return an error about a name that is not there."""
+    return DataError(f"there is no {what} {name[:60]!r}{did_you_mean(name, known)}", kind="unknown-name", column=what)

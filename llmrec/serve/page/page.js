@@ -1,0 +1,868 @@
+// @ts-check
+/**
+ * The page of a service: a history on the left, what two of its models make of it on the right.
+ *
+ * Whatever comes from the service, from the link or from the keyboard is text. It reaches the document as text nodes
+ * and as values of controls, never as markup, and no attribute that runs or loads anything is made of it. So the page
+ * works under a policy that forbids inline scripts and styles.
+ *
+ * @typedef {{name: string, kind: string, answers: string[]}} ModelCard
+ * @typedef {{id: string, rating: number | null}} Past  One event of the history.
+ * @typedef {{item_id: string, title: string, fields?: Record<string, string>}} Item
+ * @typedef {Item & {rank: number, score: number, rationale?: string | null}} Ranked
+ * @typedef {{prompt_tokens?: number, completion_tokens?: number}} Usage
+ * @typedef {{notes?: string[], prompt?: string | null, milliseconds: number, usage?: Usage}} Answer
+ * @typedef {Answer & {items: Ranked[], cold: boolean}} RankAnswer
+ * @typedef {{body?: object, signal?: AbortSignal, stream?: boolean, onWait?: (words: string) => void}} Options
+ */
+
+const SIDES = [0, 1];
+const MOST_EVENTS = 1000; // as the service takes, like the bounds in isId and isWhole
+const MOST_FOUND = 20;
+const MOST_NAMED = 50; // titles that are asked for one by one, when a link brings ids
+const MOST_WAIT = 60; // seconds; what has to wait for longer is left to a person
+const KEY = "llmrec-key";
+const COUNT = new Intl.NumberFormat("en");
+const SHORT = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+const SCORE = new Intl.NumberFormat("en", { minimumSignificantDigits: 4, maximumSignificantDigits: 4 });
+
+// --------------------------------------------------------------------------- the document
+
+/** @param {string} id @returns {any} */
+const $ = (id) => document.getElementById(id);
+
+/** A copy of what a template holds. @param {string} id @returns {HTMLElement} */
+const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
+
+/** @param {ParentNode} node @param {string} selector  Written out in this file. @returns {any} */
+const part = (node, selector) => node.querySelector(selector);
+
+/**
+ * An element. Names of attributes are always written out in this file; children that are strings become text nodes.
+ *
+ * @param {string} tag @param {Record<string, string>} [attributes] @param {...(Node | string)} children @returns {any}
+ */
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+/** Others' text, isolated: what runs from right to left, or overrides the direction, does not reach beyond. */
+const bdi = (text, name = "") => el("bdi", { class: name }, String(text ?? ""));
+
+/** @param {string} words @param {() => void} click @param {Record<string, string>} [attributes] */
+function button(words, click, attributes = {}) {
+  const made = el("button", { type: "button", ...attributes }, words);
+  made.addEventListener("click", click);
+  return made;
+}
+
+/** Tell those who do not see the page. @param {string} words */
+const say = (words) => ($("said").textContent = words);
+
+/** @param {string} words */
+function notice(words) {
+  $("notice").replaceChildren(words);
+  $("notice").hidden = !words;
+  if (words) say(words);
+}
+
+// --------------------------------------------------------------------------- the service
+
+/** What the service refused, or that it cannot be reached (status 0). */
+class Refused extends Error {
+  /** @param {number} status @param {any} body  What was answered. @param {number | null} [wait]  Seconds. */
+  constructor(status, body, wait = null) {
+    super(words(status, body));
+    this.status = status;
+    this.at = typeof body?.error?.at === "string" ? ` (${body.error.at})` : "";
+    this.wait = wait;
+  }
+}
+
+/** @param {number} status @param {any} body */
+function words(status, body) {
+  if (status === 0) return "The service cannot be reached. Is it running?";
+  if (status === 401) return key ? "The service does not take this key." : "The service asks for a key.";
+  if (typeof body?.error?.message === "string" && body.error.message) return body.error.message;
+  if (status === 429) return "The service was asked too often.";
+  return status === 503 ? "The service is busy." : `The service's answer, of status ${status}, cannot be read.`;
+}
+
+let key = keep();
+
+/** The key, in this tab only; where storage is switched off, until the page is left. @param {string} [next] */
+function keep(next) {
+  try {
+    if (next) sessionStorage.setItem(KEY, next);
+    return next ?? sessionStorage.getItem(KEY) ?? "";
+  } catch {
+    return next ?? "";
+  }
+}
+
+/** @param {number} seconds @param {AbortSignal} [signal] @returns {Promise<void>} */
+const pause = (seconds, signal) =>
+  new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, seconds * 1000);
+    signal?.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+  });
+
+/** Seconds to wait for, said as a number or as a date. @param {Response} answer */
+function retryAfter(answer) {
+  const text = answer.headers.get("Retry-After") ?? "";
+  const seconds = /^\d+$/.test(text) ? Number(text) : Math.ceil((Date.parse(text) - Date.now()) / 1000);
+  return Number.isFinite(seconds) ? Math.max(1, seconds) : null;
+}
+
+/** One request. @param {string} path @param {Options} options */
+async function send(path, { body, signal, stream }) {
+  const headers = { Accept: stream ? "text/event-stream" : "application/json", "Content-Type": "application/json" };
+  if (key) Object.assign(headers, { Authorization: `Bearer ${key}` });
+  const init = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal };
+  const answer = await fetch(path, init).catch((error) => {
+    throw signal?.aborted ? error : new Refused(0, null);
+  });
+  if (answer.ok) return answer;
+  const wait = [429, 503].includes(answer.status) ? retryAfter(answer) : null;
+  const refused = new Refused(answer.status, await answer.json().catch(() => null), wait);
+  if (answer.status === 401) {
+    $("key").hidden = false;
+    $("key-note").textContent = `${refused.message} A key is kept in this tab, until the tab is closed.`;
+    if (document.activeElement === document.body) $("key-text").focus();
+  }
+  throw refused;
+}
+
+/** A request, made once more after the time that the service asks for. @param {string} path @param {Options} options */
+async function request(path, options = {}) {
+  try {
+    return await send(path, options);
+  } catch (error) {
+    if (!(error instanceof Refused) || error.wait === null || error.wait > MOST_WAIT) throw error;
+    say(`${error.message} It is asked again in ${error.wait} seconds.`);
+    for (let left = error.wait; left > 0; left--) {
+      options.onWait?.(`${error.message} It is asked again in ${left} s.`);
+      await pause(1, options.signal);
+    }
+    options.onWait?.("It is asked again…");
+    return send(path, options);
+  }
+}
+
+/** @param {string} path @param {Options} [options] @returns {Promise<any>} */
+async function ask(path, options = {}) {
+  const answer = await request(path, options);
+  return answer.json().catch((error) => {
+    throw options.signal?.aborted ? error : new Refused(answer.status, null);
+  });
+}
+
+/** What stands under an id. Ids of dots alone would name another path, however they are written. */
+const askOf = (path, id, options = {}) =>
+  /^\.\.?$/.test(id) ? Promise.reject(new Refused(404, null)) : ask(path + encodeURIComponent(id), options);
+
+/** Events of a stream, as they come. @param {Response} answer @returns {AsyncGenerator<{name: string, data: any}>} */
+async function* events(answer) {
+  const reader = /** @type {any} */ (answer.body).pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ; ) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split(/\r?\n\r?\n/);
+    rest = blocks.pop() ?? "";
+    for (const block of blocks) {
+      const of = (name) => [...block.matchAll(new RegExp(`^${name}: ?(.*)$`, "gm"))].map(([, text]) => text);
+      if (of("data").length) yield { name: of("event")[0] ?? "message", data: JSON.parse(of("data").join("\n")) };
+    }
+  }
+}
+
+/** Like ask; `grow` gets the text piece by piece. */
+async function askForText(path, options, grow) {
+  const answer = await request(path, { ...options, stream: true });
+  if (!answer.headers.get("Content-Type")?.startsWith("text/event-stream")) return answer.json();
+  for await (const { name, data } of events(answer)) {
+    if (data.error) throw new Refused(500, data);
+    if (name === "done") return data;
+    grow(String(data.text ?? ""));
+  }
+  throw new Refused(500, { error: { message: "The answer broke off." } });
+}
+
+/** Show a failure in its place. @param {Element} place @param {any} error @param {() => void} again */
+function showError(place, error, again) {
+  const known = error instanceof Refused;
+  if (!known) console.warn(error);
+  const text = known ? error.message : "The answer could not be shown.";
+  const more = known ? `${error.at}${error.wait ? ` It may be asked again in ${error.wait} s.` : ""}` : "";
+  place.replaceChildren(el("p", { class: "error" }, bdi(text), bdi(more, "muted"), " ", button("Try again", again)));
+  say(text + more);
+}
+
+// --------------------------------------------------------------------------- the state, and the link that holds it
+
+const fresh = () => ({
+  user: "",
+  edited: false, // whether the history is no longer the known user's own
+  history: /** @type {Past[]} */ ([]),
+  k: 10,
+  seen: true, // whether what was seen is left out
+  why: false,
+  models: ["", ""],
+  only: /** @type {string[]} */ ([]), // "field=value", like without
+  without: /** @type {string[]} */ ([]),
+  block: /** @type {string[]} */ ([]),
+  quota: { field: "", most: "" },
+  diversity: 0,
+  open: ["", ""], // an item of each list
+});
+let state = fresh();
+
+/** @type {Map<string, ModelCard>} */
+const cards = new Map();
+/** Titles by id, of all that was seen. @type {Map<string, string>} */
+const titles = new Map();
+/** Fields that items have. @type {Set<string>} */
+const fields = new Set();
+
+const nameOf = (id) => titles.get(id) ?? id;
+const isId = (text) => /^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,1000}$/u.test(text);
+const isWhole = (text) => /^\d{1,4}$/.test(text) && Number(text) >= 1 && Number(text) <= 1000;
+/** @param {string} line  "field=value" */
+const splitRule = (line) => [line.split("=", 1)[0].trim(), line.slice(line.indexOf("=") + 1).trim()];
+const isRule = (line) => /^[^=]+=.+$/s.test(line) && isId(splitRule(line)[0]) && splitRule(line)[1].length <= 4000;
+
+/** @param {Item} item */
+function learn(item) {
+  if (item.title) titles.set(item.item_id, item.title);
+  for (const field of Object.keys(item.fields ?? {})) if (fields.size < 50) fields.add(field);
+}
+
+function link() {
+  const out = new URLSearchParams();
+  if (state.user) out.set("u", state.user);
+  if (!state.user || state.edited) {
+    for (const { id } of state.history) out.append("h", id);
+    const ratings = state.history.map(({ rating }) => rating ?? "").join(",");
+    if (/\d/.test(ratings)) out.set("r", ratings);
+  }
+  state.models.forEach((name, side) => out.set("ab"[side], name));
+  if (state.k !== 10) out.set("k", String(state.k));
+  if (!state.seen) out.set("seen", "0");
+  if (state.why) out.set("why", "1");
+  for (const name of ["only", "without", "block"]) for (const line of state[name]) out.append(name, line);
+  if (state.quota.field && state.quota.most) out.set(`most.${state.quota.field}`, state.quota.most);
+  if (state.diversity) out.set("diversity", String(state.diversity));
+  state.open.forEach((id, side) => id && out.set(`open.${side}`, id));
+  return `#${out}`;
+}
+
+/** The state that a link holds. Links come from anywhere: what is not as this page writes it is left out. */
+function readLink() {
+  const next = fresh();
+  next.models = SIDES.map((side) => [...cards.keys()][side] ?? "");
+  const given = new URLSearchParams(location.hash.slice(1));
+  const ratings = (given.get("r") ?? "").split(",").map((text) => (/^-?\d+(\.\d+)?$/.test(text) ? Number(text) : null));
+  let [dropped, place] = [false, 0];
+  for (const [name, value] of given) {
+    const [, head, field] = /** @type {string[]} */ (name.match(/^([^.]*)\.?(.*)$/s));
+    const rating = head === "h" ? (ratings[place++] ?? null) : null;
+    if (head === "u" && isId(value)) next.user = value;
+    else if (head === "h" && isId(value) && place <= MOST_EVENTS) next.history.push({ id: value, rating });
+    else if (head === "a" && cards.has(value)) next.models[0] = value;
+    else if (head === "b" && (value === "" || cards.has(value))) next.models[1] = value;
+    else if (head === "k" && isWhole(value)) next.k = Number(value);
+    else if (head === "seen" && value === "0") next.seen = false;
+    else if (head === "why" && value === "1") next.why = true;
+    else if ((head === "only" || head === "without") && isRule(value)) next[head].push(value);
+    else if (head === "block" && isId(value)) next.block.push(value);
+    else if (head === "most" && isId(field) && isWhole(value)) next.quota = { field, most: value };
+    else if (head === "diversity" && /^(1|0\.\d{1,3})$/.test(value)) next.diversity = Number(value);
+    else if (head === "open" && /^[01]$/.test(field) && isId(value)) next.open[Number(field)] = value;
+    else if (head !== "r") dropped = true;
+  }
+  next.edited = next.user !== "" && next.history.length > 0;
+  return { next, dropped };
+}
+
+let writing = 0;
+/** Browsers take only so many changes of the address a second. */
+function writeLink() {
+  clearTimeout(writing);
+  writing = setTimeout(() => history.replaceState(null, "", link()), 300);
+}
+
+/** Something was changed that the lists depend on. */
+function changed() {
+  writeLink();
+  rankSoon();
+}
+
+/** Whom a question is about, and which model answers. @param {number} side */
+function about(side) {
+  const own = state.user && !state.edited;
+  const past = state.history.map(({ id, rating }) => (rating === null ? id : { item_id: id, rating }));
+  const whom = { ...(state.user && { user_id: state.user }), ...(!own && { history: past }) };
+  return { model: state.models[side], show_prompt: true, ...whom };
+}
+
+function rules() {
+  const byField = (lines) => {
+    const found = new Map();
+    for (const [field, value] of lines.map(splitRule)) found.set(field, [...(found.get(field) ?? []), value]);
+    return Object.fromEntries(found);
+  };
+  const { only, without, block, diversity, quota } = state;
+  const quotas = quota.field && quota.most ? [{ field: quota.field, most: Number(quota.most) }] : [];
+  return { only: byField(only), without: byField(without), block, quotas, diversity };
+}
+
+// --------------------------------------------------------------------------- the history
+
+/** @param {number} [at] @param {string} [verb]  Place and verb of the button that takes the focus. */
+function drawHistory(at, verb) {
+  const [list, last] = [$("events"), state.history.length - 1];
+  const drawn = state.history.map(({ id, rating }, index) => {
+    const row = copy("event");
+    part(row, "bdi").textContent = nameOf(id);
+    part(row, ".rating").textContent = rating === null ? "" : `rated ${SHORT.format(rating)}`;
+    for (const tool of row.querySelectorAll("button")) {
+      tool.setAttribute("aria-label", `${tool.title}: ${nameOf(id)}`);
+      tool.disabled = { up: index === 0, down: index === last }[tool.dataset.verb ?? ""] ?? false;
+    }
+    return row;
+  });
+  list.replaceChildren(...drawn);
+  list.hidden = last < 0;
+  const count = last < 0 ? "Nothing chosen yet" : last === 0 ? "1 event" : `${last + 1} events, the oldest first`;
+  const whom = state.user ? ["User ", bdi(state.user), state.edited ? ", edited: " : ": "] : [];
+  $("whom").replaceChildren(...whom, count);
+  $("clear").disabled = last < 0 && !state.user;
+  if (at === undefined) return;
+  // At an end the button of this direction is switched off; the next one takes the focus.
+  const tools = [...(list.children[Math.min(at, last)]?.querySelectorAll("button:enabled") ?? [$("search")])];
+  (tools.find((tool) => tool.dataset.verb === verb) ?? tools[0]).focus();
+}
+
+/** @param {string} told */
+function edited(told) {
+  if (!state.history.length) state.user = "";
+  state.edited = state.user !== "";
+  say(told);
+  changed();
+}
+
+/** @param {number} from @param {number} to  -1: removed. @param {string} verb */
+function move(from, to, verb) {
+  const [past] = state.history.splice(from, 1);
+  if (to >= 0) state.history.splice(to, 0, past);
+  edited(`${nameOf(past.id)}${to < 0 ? " removed" : `: now ${to + 1} of ${state.history.length}`}`);
+  drawHistory(to < 0 ? from : to, verb);
+}
+
+/** @param {Item[]} items */
+function add(...items) {
+  items.forEach(learn);
+  const more = items.map(({ item_id }) => ({ id: item_id, rating: null }));
+  state.history = [...state.history, ...more].slice(-MOST_EVENTS);
+  edited(`Added: ${items.map(({ item_id }) => nameOf(item_id)).join(", ")}`);
+  drawHistory();
+  $("events").scrollTop = $("events").scrollHeight;
+}
+
+let people = new AbortController();
+
+/** @param {string} id */
+async function loadUser(id) {
+  people.abort();
+  const { signal } = (people = new AbortController());
+  const tell = (told) => $("known-note").replaceChildren(told);
+  tell("Loading…");
+  try {
+    const user = await askOf("v1/users/", id, { signal, onWait: tell });
+    user.history.forEach(learn);
+    const past = user.history.map(({ item_id, rating }) => ({ id: item_id, rating: rating ?? null }));
+    Object.assign(state, { user: id, edited: false, history: past.slice(-MOST_EVENTS) });
+    tell("");
+    say(`User ${id}: ${state.history.length} events`);
+  } catch (error) {
+    if (!signal.aborted) showError($("known-note"), error, () => loadUser(id));
+  }
+  if (signal.aborted) return;
+  drawHistory();
+  $("events").scrollTop = $("events").scrollHeight;
+  changed();
+}
+
+/** Ask for the titles of what a link names by id, a few at a time; without a title the id stands in its place. */
+async function nameThem() {
+  const { signal } = people;
+  const ids = [...new Set(state.history.map(({ id }) => id))].filter((id) => !titles.has(id)).slice(-MOST_NAMED);
+  while (ids.length && !signal.aborted) {
+    await Promise.all(ids.splice(-4).map((id) => askOf("v1/items/", id, { signal }).then(learn, () => null)));
+    if (!ids.length && !signal.aborted) drawHistory();
+  }
+}
+
+// --------------------------------------------------------------------------- the search
+
+function startSearch() {
+  const [input, pop, list, note] = [$("search"), $("pop"), $("found"), $("found-note")];
+  let control = new AbortController();
+  let [timer, active] = [0, -1];
+  /** @type {Item[]} */
+  let items = [];
+
+  const point = (index) => {
+    active = index;
+    [...list.children].forEach((option, at) => option.setAttribute("aria-selected", String(at === index)));
+    list.children[index]?.scrollIntoView({ block: "nearest" });
+    if (index < 0) input.removeAttribute("aria-activedescendant");
+    else input.setAttribute("aria-activedescendant", list.children[index].id);
+  };
+  const open = (now) => {
+    pop.hidden = !now;
+    input.setAttribute("aria-expanded", String(now && items.length > 0));
+    point(-1);
+  };
+  const close = () => {
+    clearTimeout(timer);
+    control.abort();
+    open(false);
+  };
+  const choose = (index) => {
+    input.value = "";
+    close();
+    add(items[index]);
+  };
+  const show = (found) => {
+    items = found;
+    const options = items.map(({ item_id, title }, at) => {
+      const had = state.history.some(({ id }) => id === item_id) ? "in the history · " : "";
+      const more = el("span", { class: "muted small" }, had, bdi(item_id));
+      const option = el("li", { role: "option", id: `option-${at}` }, bdi(title, "title"), more);
+      option.addEventListener("click", () => choose(at));
+      return option;
+    });
+    list.replaceChildren(...options);
+  };
+  const look = async () => {
+    control.abort();
+    const { signal } = (control = new AbortController());
+    const tell = (told) => (note.replaceChildren(told), open(true));
+    if (!items.length) tell("Searching…");
+    try {
+      const query = new URLSearchParams({ q: input.value.trim(), limit: String(MOST_FOUND), offset: "0" });
+      const found = await ask(`v1/items?${query}`, { signal, onWait: tell });
+      found.items.forEach(learn);
+      show(found.items);
+      const more = found.total > items.length ? ": type more to narrow them down" : "";
+      tell(items.length ? `${items.length} of ${COUNT.format(found.total)}${more}` : "No item's title holds this.");
+      say(note.textContent);
+    } catch (error) {
+      if (signal.aborted) return;
+      show([]);
+      open(true);
+      showError(note, error, look);
+    }
+  };
+
+  input.addEventListener("input", () => {
+    clearTimeout(timer);
+    control.abort();
+    if (input.value.trim()) timer = setTimeout(look, 200);
+    else close();
+  });
+  input.addEventListener("keydown", (event) => {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (step && pop.hidden) look();
+    else if (step && items.length) point((Math.max(active, step < 0 ? 0 : -1) + step + items.length) % items.length);
+    else if (event.key === "Enter" && active >= 0) choose(active);
+    else if (event.key === "Escape" && !pop.hidden) close();
+    else return;
+    event.preventDefault();
+  });
+  // A click in the list leaves the focus in the field; whoever leaves both closes it.
+  pop.addEventListener("mousedown", (event) => event.preventDefault());
+  pop.parentElement.addEventListener("focusout", (event) => {
+    if (!pop.parentElement.contains(event.relatedTarget)) close();
+  });
+}
+
+// --------------------------------------------------------------------------- the rules and the other controls
+
+/** Take what the controls say. What is not valid is marked, and does not count. */
+function takeControls() {
+  const whole = (id) => {
+    $(id).setAttribute("aria-invalid", String(!$(id).validity.valid));
+    return $(id).validity.valid;
+  };
+  const lines = (id, fine) => {
+    const all = [...new Set($(id).value.split("\n").map((/** @type {string} */ line) => line.trim()))].filter(Boolean);
+    $(id).setAttribute("aria-invalid", String(!all.every(fine)));
+    return all.filter(fine).slice(0, 1000);
+  };
+  if (whole("k")) state.k = $("k").valueAsNumber;
+  if (whole("quota-most")) state.quota = { field: $("quota-field").value.trim(), most: $("quota-most").value };
+  Object.assign(state, { seen: $("seen").checked, why: $("why").checked, diversity: $("diversity").valueAsNumber });
+  Object.assign(state, { only: lines("only", isRule), without: lines("without", isRule), block: lines("block", isId) });
+  countRules();
+  changed();
+}
+
+/** The folded part says how many rules hold, so that none is forgotten. */
+function countRules() {
+  const { only, without, block, diversity } = state;
+  const count = only.length + without.length + block.length + rules().quotas.length + (diversity ? 1 : 0);
+  $("diversity-now").textContent = String(diversity);
+  $("rules-count").textContent = count ? `(${count})` : "";
+}
+
+/** Put the state into the controls. */
+function drawControls() {
+  for (const name of ["user", "k", "diversity"]) $(name).value = state[name];
+  for (const name of ["only", "without", "block"]) $(name).value = state[name].join("\n");
+  for (const name of ["seen", "why"]) $(name).checked = state[name];
+  for (const name of ["field", "most"]) $(`quota-${name}`).value = state.quota[name];
+  for (const side of SIDES) $(`model-${side}`).value = state.models[side];
+  countRules();
+  $("rules").open ||= $("rules-count").textContent !== "";
+}
+
+function startControls() {
+  /** @param {string} id @param {string} event @param {(event: any) => void} take */
+  const on = (id, event, take) => $(id).addEventListener(event, take);
+  for (const id of ["k", "diversity"]) on(id, "input", takeControls);
+  for (const id of ["seen", "why", "only", "without", "block"]) on(id, "change", takeControls);
+  for (const id of ["quota-field", "quota-most"]) on(id, "change", takeControls);
+  for (const side of SIDES) {
+    on(`model-${side}`, "change", ({ target }) => {
+      state.models[side] = target.value;
+      writeLink();
+      rank(side);
+    });
+  }
+  on("events", "click", ({ target }) => {
+    const [verb, row] = [target.closest("button")?.dataset.verb, target.closest("li")];
+    const at = [...$("events").children].indexOf(row);
+    if (verb) move(at, { up: at - 1, down: at + 1 }[verb] ?? -1, verb);
+  });
+  on("known", "submit", (event) => {
+    event.preventDefault();
+    if (isId($("user").value.trim())) loadUser($("user").value.trim());
+  });
+  on("clear", "click", () => {
+    people.abort();
+    Object.assign(state, { history: [], open: ["", ""] });
+    $("user").value = "";
+    $("known-note").replaceChildren();
+    edited("History cleared");
+    drawHistory(0);
+  });
+  on("example", "click", async () => {
+    const note = $("welcome-note");
+    try {
+      const { items } = await ask("v1/items?limit=3", { onWait: (told) => note.replaceChildren(told) });
+      note.replaceChildren(items.length ? "" : "The catalogue is empty.");
+      if (items.length) add(...items);
+    } catch (error) {
+      showError(note, error, () => $("example").click());
+    }
+  });
+  on("key", "submit", (event) => {
+    event.preventDefault();
+    const text = $("key-text").value.trim();
+    $("key-note").textContent = "A key has no spaces, and letters of ASCII only.";
+    if (!/^[\x21-\x7e]+$/.test(text)) return; // nothing else can stand in a header
+    key = keep(text);
+    $("key-text").value = "";
+    $("key").hidden = true;
+    if (cards.size) history.replaceState(null, "", link());
+    start();
+  });
+  on("skip", "click", (event) => {
+    event.preventDefault(); // the part of the address behind # holds the state
+    $("lists-title").focus();
+  });
+}
+
+// --------------------------------------------------------------------------- the two lists
+
+/** @type {(RankAnswer | null)[]} */
+const answers = [null, null];
+const running = SIDES.map(() => new AbortController());
+const asking = SIDES.map(() => new AbortController()); // questions about the item that is open
+/** Rows by id. @type {Map<string, HTMLElement>[]} */
+const rows = [new Map(), new Map()];
+let soon = 0;
+
+/** Answers to an earlier state are not wanted any more; the new ones are asked for after a moment without changes. */
+function rankSoon() {
+  clearTimeout(soon);
+  for (const control of [...running, ...asking]) control.abort();
+  soon = setTimeout(() => SIDES.forEach(rank), 250);
+}
+
+/** @param {number} side */
+async function rank(side) {
+  running[side].abort();
+  const { signal } = (running[side] = new AbortController());
+  const [card, place, list] = [cards.get(state.models[side]), $(`state-${side}`), $(`list-${side}`)];
+  const anyone = state.user !== "" || state.history.length > 0;
+  $("welcome").hidden = anyone || !cards.size;
+  $("columns").hidden = !anyone;
+  answers[side] = null;
+  mark();
+  place.replaceChildren(anyone && card ? "Ranking…" : "");
+  if (anyone && card) {
+    list.setAttribute("aria-busy", "true");
+    const rationale = state.why && card.kind === "language model" ? 3 : 0;
+    const body = { ...about(side), k: state.k, exclude_seen: state.seen, rationale, rules: rules() };
+    try {
+      answers[side] = await ask("v1/rank", { body, signal, onWait: (told) => place.replaceChildren(told) });
+      place.replaceChildren(answers[side]?.items.length ? "" : "No item is left by the rules and by what was seen.");
+    } catch (error) {
+      if (signal.aborted) return;
+      showError(place, error, () => rank(side));
+    }
+  }
+  list.removeAttribute("aria-busy");
+  drawList(side);
+  mark();
+  const done = answers.flatMap((answer, one) => (answer ? [`${state.models[one]}: ${answer.items.length} items`] : []));
+  if (done.length && !document.querySelector(".ranked[aria-busy]")) say([...done, $("shared").textContent].join(". "));
+}
+
+/** What an answer cost. @param {Answer} answer */
+function cost({ milliseconds, usage }) {
+  const [read, written] = [usage?.prompt_tokens ?? 0, usage?.completion_tokens ?? 0];
+  const tokens = read || written ? ` · ${COUNT.format(read)} tokens read, ${COUNT.format(written)} written` : "";
+  return `${SHORT.format(milliseconds)} ms${tokens}`;
+}
+
+/** Notes, and what the model read. @param {Answer} answer @returns {Node[]} */
+function aside({ notes, prompt }) {
+  const list = el("ul", { class: "notes" }, ...(notes ?? []).map((note) => el("li", {}, bdi(note))));
+  const pre = el("pre", { tabindex: "0", dir: "auto", "aria-label": "Prompt" }, prompt ?? "");
+  return [list, ...(prompt ? [el("details", {}, el("summary", {}, "What the model read"), pre)] : [])];
+}
+
+/** @param {number} side */
+function drawList(side) {
+  const [answer, list, focus] = [answers[side], $(`list-${side}`), document.activeElement];
+  const focused = list.contains(focus) ? [...list.children].indexOf(focus?.closest(".ranked > li")) : null;
+  const items = answer?.items ?? [];
+  items.forEach(learn);
+  $("fields").replaceChildren(fields.size ? "Fields: " : "", bdi([...fields].sort().join(", ")));
+  const scores = items.map(({ score }) => score);
+  const [least, most] = [Math.min(...scores), Math.max(...scores)];
+  const shareOf = (score) => (most > least ? (score - least) / (most - least) : 1);
+  rows[side] = new Map(items.map((item) => [item.item_id, rowOf(side, item, shareOf(item.score))]));
+  list.replaceChildren(...rows[side].values());
+  if (rows[side].has(state.open[side])) openItem(side, state.open[side]);
+  const cold = answer?.cold ? "the popular list" : "";
+  const kind = cards.get(state.models[side])?.kind;
+  $(`meta-${side}`).replaceChildren([kind, answer && cost(answer), cold].filter(Boolean).join(" · "));
+  $(`foot-${side}`).replaceChildren(...(answer ? aside(answer) : []));
+  // What had the focus went with the old list.
+  if (focused !== null) (list.children[focused]?.firstElementChild ?? list).focus();
+}
+
+/** @param {number} side @param {Ranked} item @param {number} share  Of the way from the lowest score to the highest. */
+function rowOf(side, { item_id, title, rank, score, rationale }, share) {
+  const row = copy("row");
+  const tiny = score !== 0 && Math.abs(score) < 1e-4;
+  part(row, ".rank").textContent = String(rank);
+  part(row, ".title").textContent = title || item_id;
+  part(row, ".number").textContent = tiny ? score.toExponential(2) : SCORE.format(score);
+  part(row, ".fill").style.setProperty("width", `${Math.round(4 + 96 * share)}%`);
+  part(row, ".why").hidden = !rationale;
+  part(row, ".why bdi").textContent = rationale ?? "";
+  part(row, ".open").addEventListener("click", () => {
+    openItem(side, state.open[side] === item_id ? "" : item_id);
+    writeLink();
+  });
+  for (const [event, on] of Object.entries({ mouseenter: true, mouseleave: false, focusin: true, focusout: false })) {
+    row.addEventListener(event, () => rows[1 - side].get(item_id)?.classList.toggle("twin", on));
+  }
+  return row;
+}
+
+/** Open one item of a list, and close the one before. @param {number} side @param {string} id  None: "". */
+function openItem(side, id) {
+  asking[side].abort();
+  state.open[side] = id;
+  for (const item of answers[side]?.items ?? []) {
+    const row = /** @type {HTMLElement} */ (rows[side].get(item.item_id));
+    const now = item.item_id === id;
+    part(row, ".open").setAttribute("aria-expanded", String(now));
+    part(row, ".detail").hidden = !now;
+    part(row, ".detail").replaceChildren(...(now ? detail(side, item) : []));
+  }
+}
+
+/** Mark where items stand in the other list, in signs and in words. */
+function mark() {
+  const both = answers[0] !== null && answers[1] !== null;
+  const ranks = answers.map((answer) => new Map(answer?.items.map((item) => [item.item_id, item.rank])));
+  for (const side of SIDES) {
+    for (const [id, row] of rows[side]) {
+      const there = ranks[1 - side].get(id);
+      const up = (there ?? 0) - (ranks[side].get(id) ?? 0);
+      const way = there === undefined ? "only" : up > 0 ? "up" : up < 0 ? "down" : "same";
+      const text = there === undefined ? "not in the other list" : `rank ${there} in the other list`;
+      const sign = { only: "only", same: "=", up: `↑${up}`, down: `↓${-up}` }[way];
+      const seen = el("span", { class: `mark ${way}`, title: text, "aria-hidden": "true" }, sign);
+      part(row, ".marks").replaceChildren(...(both ? [seen, el("span", { class: "sr" }, `, ${text}, `)] : []));
+    }
+  }
+  const shared = [...ranks[0].keys()].filter((id) => ranks[1].has(id)).length;
+  $("shared").textContent = both ? `${shared} ${shared === 1 ? "item" : "items"} in both lists` : "";
+  $("legend").hidden = !both;
+}
+
+// --------------------------------------------------------------------------- one item
+
+/** What can be asked about an item, and how the answer is shown. */
+const QUESTIONS = [
+  {
+    verb: "rate",
+    title: "Rate",
+    show: ({ rating, scale }) => {
+      const ends = scale?.map((end) => SHORT.format(end));
+      return [el("strong", {}, SHORT.format(rating)), ends ? ` on a scale from ${ends[0]} to ${ends[1]}` : ""];
+    },
+  },
+  {
+    verb: "predict",
+    title: "Will they like it?",
+    show: ({ probability }) => [el("strong", {}, `${SHORT.format(100 * probability)}%`), " likely to like it"],
+  },
+  { verb: "explain", title: "Explain", show: ({ text }) => [bdi(text, "prose")] },
+  { verb: "similar", by: "interactions", title: "Similar: chosen together", show: showSimilar },
+  { verb: "similar", by: "text", title: "Similar: described alike", show: showSimilar },
+];
+
+/** @param {{items: Ranked[]}} answer */
+function showSimilar({ items }) {
+  items.forEach(learn);
+  const list = items.map((item) => {
+    const label = { class: "tool", title: "Add to the history", "aria-label": `Add to the history: ${item.title}` };
+    return el("li", {}, bdi(item.title || item.item_id), button("+", () => add(item), label));
+  });
+  return [list.length ? el("ol", {}, ...list) : "None found."];
+}
+
+/** An item, and what can be asked about it; answers appear below. @param {number} side @param {Ranked} item */
+function detail(side, item) {
+  const { signal } = (asking[side] = new AbortController());
+  const below = el("div", { class: "answers" });
+  /** A button, and the answer to it. @param {QUESTIONS[number]} question */
+  const buttonOf = ({ verb, by, title, show }) => {
+    /** @type {HTMLElement | null} */
+    let block = null;
+    const click = async () => {
+      if (block?.hasAttribute("aria-busy")) return;
+      block?.remove();
+      below.append((block = copy("answer")));
+      part(block, "h3").textContent = title;
+      const [now, body, prose] = [block, part(block, ".body"), bdi("", "prose")];
+      const similar = { items: [item.item_id], by, k: 5, rules: rules() };
+      const asked = by ? similar : { ...about(side), item: item.item_id };
+      const options = { body: asked, signal, onWait: (told) => body.replaceChildren(told) };
+      const grow = (text) => (prose.append(text), prose.isConnected || body.replaceChildren(prose));
+      try {
+        const answer = await (verb === "explain" ? askForText : ask)(`v1/${verb}`, options, grow);
+        body.replaceChildren(...show(answer));
+        part(now, ".cost").textContent = cost(answer);
+        part(now, ".aside").replaceChildren(...aside(answer));
+        say(`${title}: ${body.textContent}`);
+      } catch (error) {
+        if (signal.aborted) now.remove();
+        else showError(body, error, click);
+      }
+      now.removeAttribute("aria-busy");
+    };
+    return button(title, click);
+  };
+  const block = () => {
+    $("block").value += `${$("block").value ? "\n" : ""}${item.item_id}`;
+    takeControls();
+  };
+  const can = ["similar", ...(cards.get(state.models[side])?.answers ?? [])];
+  const tools = [
+    ...QUESTIONS.filter(({ verb }) => can.includes(verb)).map(buttonOf),
+    button("Add to the history", () => add(item)),
+    button("Block", block),
+  ];
+  const list = el("dl", { class: "fields" });
+  const show = (values) => {
+    const pairs = [["id", item.item_id], ...Object.entries(values ?? {})];
+    const drawn = pairs.map(([name, value]) => el("div", {}, el("dt", {}, bdi(name)), el("dd", {}, bdi(value))));
+    list.replaceChildren(...drawn);
+  };
+  show(item.fields);
+  if (Object.keys(item.fields ?? {}).length === 0) {
+    askOf("v1/items/", item.item_id, { signal }).then((full) => show(full.fields), () => null);
+  }
+  return [list, el("div", { class: "verbs" }, ...tools), below];
+}
+
+// --------------------------------------------------------------------------- the start
+
+let starting = new AbortController();
+
+/** Wait until the service has its models, ask which there are, then follow the link. */
+async function start() {
+  starting.abort();
+  const { signal } = (starting = new AbortController());
+  $("shared").textContent = "Asking the service…";
+  try {
+    for (;;) {
+      const answer = await fetch("ready", { signal }).catch(() => null);
+      const told = await answer?.json().catch(() => null);
+      // Where this cannot be asked, the request for the models says why.
+      if (!answer || (answer.status !== 503 && told?.ready !== false)) break;
+      notice("The service is loading its models. It is asked again every few seconds.");
+      await pause(Math.min(retryAfter(answer) ?? 3, 10), signal);
+    }
+    const { models } = await ask("v1/models", { signal, onWait: notice });
+    cards.clear();
+    for (const card of models) if (card.answers.includes("rank")) cards.set(card.name, card);
+  } catch (error) {
+    if (signal.aborted) return;
+    const forKey = error instanceof Refused && error.status === 401; // asked for in its own place
+    notice(forKey ? "" : "…");
+    return forKey || showError($("notice"), error, start);
+  } finally {
+    $("shared").textContent = "";
+  }
+  for (const side of SIDES) {
+    const names = [...cards.keys(), ...(side ? [""] : [])];
+    $(`model-${side}`).replaceChildren(...names.map((value) => el("option", { value }, value || "(none)")));
+  }
+  follow();
+}
+
+/** Take the state from the link. */
+function follow() {
+  people.abort();
+  people = new AbortController();
+  clearTimeout(writing);
+  const { next, dropped } = readLink();
+  state = next;
+  if (!cards.size) notice("No model of this service ranks items.");
+  else notice(dropped ? "Parts of the link are not known here, and were left out." : "");
+  drawControls();
+  drawHistory();
+  if (state.user && !state.edited) return void loadUser(state.user);
+  SIDES.forEach(rank);
+  nameThem();
+}
+
+startSearch();
+startControls();
+window.addEventListener("hashchange", follow);
+start();

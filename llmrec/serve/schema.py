@@ -1,0 +1,392 @@
+"""What clients send and get: every endpoint's bodies, with their limits and examples. OpenAPI is made of these.
+
+Bodies are strict: a key that is not known is refused, so that a misspelt option does not pass in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+from llmrec.data.reading.limits import ID_LIMIT
+
+MOST_EVENTS = 1000
+"""Events of a history in one request."""
+MOST_CANDIDATES = 2000
+MOST_BATCH = 64
+MOST_DOCUMENTS = 1000
+MOST_ITEMS = 1000
+"""Items put, events added or found in one call."""
+LONGEST_TEXT = 4000
+
+# Characters that are no text (NUL, halves of surrogate pairs) and control characters are refused where ids stand.
+Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
+Fields = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], Prose], Field(max_length=50)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --------------------------------------------------------------------------- what is asked
+
+
+class ItemText(_Body):
+    """An item by its id, by its title, or both; a title goes before that of the catalogue."""
+
+    item_id: Id | None = None
+    title: Prose | None = None
+    fields: Fields = {}
+
+
+class PastEvent(ItemText):
+    """One past event, oldest first in a history."""
+
+    rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    timestamp: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+class Quota(_Body):
+    """At most so many items of a list share a value of a field."""
+
+    field: Id
+    most: Annotated[int, Field(ge=1, le=1000)]
+
+
+class Rules(_Body):
+    """Business rules, applied exactly: what a rule forbids is never in a list.
+
+    ``only`` and ``without`` compare fields of the catalogue, such as ``category`` or ``in_stock``, with values; a field
+    that lists several values, with commas between them, matches by any of these.
+    """
+
+    only: Annotated[dict[Id, list[Prose]], Field(max_length=20)] = {}
+    without: Annotated[dict[Id, list[Prose]], Field(max_length=20)] = {}
+    block: Annotated[list[Id], Field(max_length=MOST_ITEMS)] = []
+    quotas: Annotated[list[Quota], Field(max_length=10)] = []
+    diversity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+
+class _About(_Body):
+    """Whom a question is about: a known user, a history, or both (then the history goes before the known one)."""
+
+    model: Annotated[Id, Field(description="One of GET /v1/models; by default the first of them.")] | None = None
+    id: Annotated[Id, Field(description="Of the question: it decides the order of equal scores, and of labels.")] = "1"
+    user_id: Id | None = None
+    history: Annotated[list[Id | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
+    profile: Prose = ""
+    show_prompt: Annotated[bool, Field(description="Return what the model read, too.")] = False
+
+
+class RankBody(_About):
+    """Items in order; without ``candidates`` the whole catalogue is ranked."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"history": ["1", "2"], "k": 5}, {"user_id": "42", "candidates": ["7", "9"]}]}
+    )
+
+    candidates: Annotated[list[Id | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
+    exclude_seen: bool = True
+    rationale: Annotated[int, Field(ge=0, le=20, description="A sentence on each of so many first items.")] = 0
+    rules: Rules = Rules()
+
+
+class ItemBody(_About):
+    """A question about one item: its rating, whether it will be liked, an explanation."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item": "7"}]})
+
+    item: Id | ItemText
+
+
+class SimilarBody(_Body):
+    """Items like these."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": ["1"], "k": 5}]})
+
+    items: Annotated[list[Id], Field(min_length=1, max_length=20)]
+    by: Annotated[
+        Literal["interactions", "text"], Field(description="Chosen together, or described in like words.")
+    ] = "interactions"
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    rules: Rules = Rules()
+
+
+class RankBatch(_Body):
+    """Several questions; each is answered, or fails, by itself."""
+
+    requests: Annotated[list[RankBody], Field(min_length=1, max_length=MOST_BATCH)]
+
+
+class ItemBatch(_Body):
+    """Several questions; each is answered, or fails, by itself."""
+
+    requests: Annotated[list[ItemBody], Field(min_length=1, max_length=MOST_BATCH)]
+
+
+class NewItem(_Body):
+    """An item of the catalogue."""
+
+    item_id: Id
+    title: Annotated[Prose, StringConstraints(min_length=1)]
+    fields: Fields = {}
+
+
+class ItemsBody(_Body):
+    """Items to add, or to replace."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"items": [{"item_id": "n1", "title": "A new film", "fields": {}}]}]}
+    )
+
+    items: Annotated[list[NewItem], Field(min_length=1, max_length=MOST_ITEMS)]
+
+
+class NewEvent(_Body):
+    """Something that a user did."""
+
+    user_id: Id
+    item_id: Id
+    rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    timestamp: (
+        Annotated[float, Field(allow_inf_nan=False, description="In the unit of the data; by default now, in seconds.")]
+        | None
+    ) = None
+
+
+class EventsBody(_Body):
+    """Events that extend histories; what a model has learned does not change."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"events": [{"user_id": "42", "item_id": "7"}]}]})
+
+    events: Annotated[list[NewEvent], Field(min_length=1, max_length=MOST_ITEMS)]
+
+
+# --------------------------------------------------------------------------- what is answered
+
+
+class Failure(BaseModel):
+    """What went wrong, for programs (``kind``) and for people (``message``)."""
+
+    kind: str
+    message: str
+    at: str | None = None
+
+
+class Failed(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: Failure
+
+
+class ModelCard(BaseModel):
+    """A model that answers."""
+
+    name: str
+    kind: Literal["language model", "classic", "fusion"]
+    signature: str = Field(description="Changes with everything that can change an answer, but for the request.")
+    answers: list[str] = Field(description="Verbs: rank, rate, predict, explain.")
+    strategies: list[str] = []
+
+
+class Usage(BaseModel):
+    """Work of a language model."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    forwards: int = 0
+
+
+class _Answer(BaseModel):
+    model: ModelCard
+    notes: list[str] = []
+    prompt: str | None = None
+    usage: Usage = Usage()
+    milliseconds: float = Field(description="From the request's arrival to its answer.")
+
+
+class RankedItem(BaseModel):
+    """One item of a list."""
+
+    item_id: str
+    title: str
+    rank: int
+    score: float = Field(description="On the model's own scale; higher is better.")
+    rationale: str | None = None
+    fields: dict[str, str] = {}
+
+
+class RankAnswer(_Answer):
+    """Items, best first."""
+
+    items: list[RankedItem]
+    cold: bool = Field(description="Nothing was known of the user, and the popular list was given.")
+
+
+class RateAnswer(_Answer):
+    """A predicted rating on the data's own scale."""
+
+    item_id: str
+    rating: float
+    scale: tuple[float, float] | None
+
+
+class PredictAnswer(_Answer):
+    """How likely the user is to like or choose the item."""
+
+    item_id: str
+    probability: float
+
+
+class ExplainAnswer(_Answer):
+    """Why the item suits the user, or what the user may write of it, in the model's words."""
+
+    item_id: str
+    text: str
+
+
+class SimilarAnswer(BaseModel):
+    """Items, most alike first."""
+
+    model: ModelCard
+    items: list[RankedItem]
+    notes: list[str] = []
+    milliseconds: float
+
+
+class RankAnswers(BaseModel):
+    """One an asked question, in order."""
+
+    answers: list[RankAnswer | Failed]
+
+
+class RateAnswers(BaseModel):
+    """One an asked question, in order."""
+
+    answers: list[RateAnswer | Failed]
+
+
+class PredictAnswers(BaseModel):
+    """One an asked question, in order."""
+
+    answers: list[PredictAnswer | Failed]
+
+
+class ExplainAnswers(BaseModel):
+    """One an asked question, in order."""
+
+    answers: list[ExplainAnswer | Failed]
+
+
+class Models(BaseModel):
+    """All that answer, the default first."""
+
+    models: list[ModelCard]
+
+
+class CatalogueItem(BaseModel):
+    """An item of the catalogue."""
+
+    item_id: str
+    title: str
+    fields: dict[str, str] = {}
+
+
+class FoundItems(BaseModel):
+    """Items whose title, or id, holds what was searched for."""
+
+    items: list[CatalogueItem]
+    total: int
+
+
+class KnownEvent(BaseModel):
+    """One event of a user."""
+
+    item_id: str
+    title: str | None
+    rating: float | None = None
+    timestamp: float | None = None
+
+
+class KnownUser(BaseModel):
+    """A user's history, oldest first."""
+
+    user_id: str
+    history: list[KnownEvent]
+
+
+class Stored(BaseModel):
+    """How many were stored."""
+
+    stored: int
+
+
+class Removed(BaseModel):
+    """How many were removed."""
+
+    removed: int
+
+
+class Erased(BaseModel):
+    """What was erased of a user, and what cannot be erased here."""
+
+    user_id: str
+    events: int
+    features: int
+    remains: list[str] = Field(description="What a model was trained on stays in it until it is trained anew.")
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """Whether questions to models are answered now."""
+
+    ready: bool
+    models: list[str]
+
+
+# --------------------------------------------------------------------------- rerank, as Cohere and Jina have it
+
+
+class RerankBody(BaseModel):
+    """Texts in, order out: the form of Cohere (v2) and of Jina.
+
+    Keys that these have and llmrec does not are passed by.
+    """
+
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra={"examples": [{"query": "Toy Story (1995)", "documents": ["Aladdin (1992)", "Heat (1995)"]}]},
+    )
+
+    model: str | None = None
+    query: Annotated[Prose, StringConstraints(min_length=1)]
+    documents: Annotated[list[Prose | dict[str, JsonValue]], Field(min_length=1, max_length=MOST_DOCUMENTS)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = False
+
+
+class RerankResult(BaseModel):
+    """One text."""
+
+    index: int
+    relevance_score: float = Field(description="In [0, 1]; the scores of all texts add to 1.")
+    document: dict[str, Any] | None = None
+
+
+class RerankAnswer(BaseModel):
+    """Texts, best first."""
+
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: dict[str, int]
+    meta: dict[str, Any]

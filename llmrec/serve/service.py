@@ -1,0 +1,499 @@
+"""What each endpoint does, apart from HTTP: questions resolved, asked in batches, arranged by rules, and answered.
+
+One `Service` stands over one engine process, a catalogue, and a store of what was sent to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from llmrec.answering.models import RANK
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.recommender import Answered
+from llmrec.answering.rules import Rules, deep_enough
+from llmrec.augment.stores import forget
+from llmrec.data.requests import RankRequest, read_request
+from llmrec.errors import DataError, LlmrecError
+from llmrec.serve import schema
+from llmrec.serve.batching import Batcher
+from llmrec.serve.known import Catalogue, Known, unknown
+from llmrec.serve.store import ServiceStore, StoredEvent
+from llmrec.serve.supervising import Supervisor
+from llmrec.serve.worker import POPULAR, SIMILAR, Card, Question, Reply
+from llmrec.types import Answer, Item, Probability, Ranking, Rating, Text, Unparsed
+
+log = logging.getLogger(__name__)
+
+# What is looked through where a list is to be diverse or keeps quotas, before more is asked for.
+_DEEP = 200
+_DEEPER = 4
+_EVENTS = 200
+"""Latest events of a user that a question shows a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a service runs.
+
+    Attributes:
+        options: Which model, and how it is asked.
+        models: Names, the default first; none: see `llmrec.answering.opening.open_models`.
+        store: A file, or the address of a PostgreSQL database.
+        rules: Rules that always stand.
+        window: Seconds that a question waits for others.
+        batch: Questions of one batch.
+        room: Questions that may wait.
+        patience: Seconds that a question may take.
+    """
+
+    options: RecommenderOptions
+    models: tuple[str, ...] = ()
+    store: str = ":memory:"
+    rules: Rules = field(default_factory=Rules)
+    window: float = 0.005
+    batch: int = 32
+    room: int = 256
+    patience: float = 60.0
+
+
+class Service:
+    """Answers questions; `start` it inside an event loop, and `close` it there.
+
+    Args:
+        settings: How it runs.
+        known: What is known without a model.
+        store: What was sent to it, and will be.
+    """
+
+    def __init__(self, settings: Settings, known: Known, store: ServiceStore) -> None:
+        self.settings, self.store, self._known = settings, store, known
+        self._reloading = asyncio.Lock()
+        self.catalogue = Catalogue(known.items)
+        self.catalogue.change(*_changes(store))
+        self.engine = Supervisor(settings.options, settings.models, lambda: _changes(store))
+        self.batcher = Batcher(
+            self.engine.ask,
+            window=settings.window,
+            most=settings.batch,
+            room=settings.room,
+            patience=settings.patience,
+        )
+
+    def start(self) -> None:
+        """Start the engine, which is ready a while later."""
+        self.batcher.start()
+        self.engine.start()
+
+    async def close(self) -> None:
+        """Answer what was asked, and stop."""
+        await self.batcher.close()
+        await asyncio.to_thread(self.engine.close)
+        await asyncio.to_thread(self.store.close)
+
+    # ------------------------------------------------------------------- questions
+
+    async def rank(self, body: schema.RankBody) -> schema.RankAnswer:
+        """Rank candidates, or the catalogue.
+
+        Raises:
+            LlmrecError: If it cannot be answered; see `llmrec.serve.app` for the status of each.
+        """
+        begun = time.monotonic()
+        rules = self.settings.rules.joined(Rules.read(body.rules.model_dump()))
+        request = await self._request(body, candidates=body.candidates)
+        request = self._ruled(request, rules, keep_seen=not body.exclude_seen)
+        cold = not request.history and not request.profile
+        question = Question(model=body.model, verb=POPULAR if cold else RANK, strategy=body.strategy)
+        if cold:
+            question = replace(question, strategy="auto")
+        reply, found = await self._listed(question, request, rules, body.k)
+        reasons = None
+        if body.rationale:
+            first = min(body.rationale, body.k)
+            written = await self.batcher.alone(lambda: self.engine.reasons(body.model, [request], [found], first))
+            reasons = written[0]  # type: ignore[index]
+        assert reply.card is not None and isinstance(found.answer, Ranking)
+        texts = list(reasons.texts) if reasons else []
+        notes = [*found.notes, *(reasons.notes if reasons else [])]
+        if cold:
+            notes.append("nothing is known of the user: the most popular items")
+        cost = found.answer.cost + reasons.cost if reasons else found.answer.cost
+        return schema.RankAnswer(
+            model=_card(reply.card),
+            items=self._items(found, texts),
+            notes=notes,
+            prompt=await self._prompt(question, request) if body.show_prompt and not cold else None,
+            usage=_usage(cost),
+            cold=cold,
+            milliseconds=_since(begun),
+        )
+
+    async def similar(self, body: schema.SimilarBody) -> schema.SimilarAnswer:
+        """Find items that are like others."""
+        begun = time.monotonic()
+        rules = self.settings.rules.joined(Rules.read(body.rules.model_dump()))
+        for item in body.items:
+            self.catalogue.get(item)
+        request = read_request({"history": list(body.items)}, 1, self.catalogue.items, whole=True)
+        question = Question(model=body.by, verb=SIMILAR)
+        reply, found = await self._listed(question, self._ruled(request, rules, keep_seen=False), rules, body.k)
+        assert reply.card is not None
+        return schema.SimilarAnswer(
+            model=_card(reply.card), items=self._items(found), notes=list(found.notes), milliseconds=_since(begun)
+        )
+
+    async def rate(self, body: schema.ItemBody) -> schema.RateAnswer:
+        """Predict a rating."""
+        answer, common = await self._about("rating", body)
+        assert isinstance(answer, Rating)
+        return schema.RateAnswer(**common, rating=answer.value, scale=self.engine.scale)
+
+    async def predict(self, body: schema.ItemBody) -> schema.PredictAnswer:
+        """Predict whether a user likes or chooses an item."""
+        answer, common = await self._about("ctr", body)
+        assert isinstance(answer, Probability)
+        return schema.PredictAnswer(**common, probability=answer.value)
+
+    async def explain(self, body: schema.ItemBody) -> schema.ExplainAnswer:
+        """Explain an item to a user."""
+        answer, common = await self._about("explanation", body)
+        assert isinstance(answer, Text)
+        return schema.ExplainAnswer(**common, text=answer.text)
+
+    async def streamed(self, body: schema.ItemBody) -> AsyncIterator[tuple[str, Any]]:
+        """Explain an item in events: ``text`` as it is written, then ``done`` with the whole answer."""
+        answer = await self.explain(body)
+        yield "text", {"text": answer.text}
+        yield "done", answer.model_dump(mode="json")
+
+    async def rerank(self, body: schema.RerankBody) -> tuple[str, list[tuple[int, float]], schema.Usage]:
+        """Order texts by what a model expects after a query: its lines are the titles of a history.
+
+        Returns:
+            The model's name; places and relevances, best first; the work of it.
+        """
+        texts = [_document(document) for document in body.documents]
+        history = [{"title": line} for line in body.query.splitlines() if line.strip()]
+        # Equal texts are asked about once, and share their place.
+        ids = {text: str(place) for place, text in reversed(list(enumerate(texts)))}
+        candidates = [{"item_id": place, "title": text} for text, place in ids.items()]
+        request = read_request({"history": history, "candidates": candidates}, 1, None)
+        model = body.model if body.model in {card.name for card in self.engine.cards} else None
+        reply = await self._ask(Question(model=model, verb=RANK), request)
+        found = _list_of(reply)
+        assert reply.card is not None and isinstance(found.answer, Ranking)
+        share = dict(zip(found.answer.items, _shares(found.answer.scores, reply.card), strict=True))
+        order = sorted(range(len(texts)), key=lambda place: (-share[ids[texts[place]]], place))
+        scores = [(place, share[ids[texts[place]]]) for place in order]
+        total = sum(score for _, score in scores) or 1.0
+        return reply.card.name, [(place, score / total) for place, score in scores], _usage(found.answer.cost)
+
+    async def each(self, ask: Callable[[Any], Any], bodies: Sequence[Any]) -> list[Any]:
+        """Answer several questions at once; one that fails is an error in its place."""
+        return await asyncio.gather(*(ask(body) for body in bodies), return_exceptions=True)
+
+    # ------------------------------------------------------------------- what is known
+
+    async def user(self, user_id: str, *, most: int = 1000) -> list[StoredEvent]:
+        """Return what a user did, oldest first.
+
+        Raises:
+            DataError: If nothing is known of the user.
+        """
+        found = await asyncio.to_thread(self._events, user_id)
+        if not found:
+            raise unknown("user", user_id, ())
+        return found[-most:]
+
+    async def add_events(self, body: schema.EventsBody) -> int:
+        """Store what users did; it is safe once this returns.
+
+        Raises:
+            DataError: If an event names an item that is not there; then none is stored.
+        """
+        for event in body.events:
+            self.catalogue.get(event.item_id)
+        now = time.time()
+        events = [
+            StoredEvent(
+                user_id=event.user_id,
+                item_id=event.item_id,
+                rating=event.rating,
+                timestamp=now if event.timestamp is None else event.timestamp,
+            )
+            for event in body.events
+        ]
+        return await asyncio.to_thread(self.store.add_events, events)
+
+    async def erase(self, user_id: str) -> schema.Erased:
+        """Erase a person from the event store and from stores of features."""
+        known = bool(self._known.histories.of_user(user_id))
+        events = await asyncio.to_thread(self.store.erase, user_id)
+        features = 0
+        for folder in self._known.features:
+            features += await asyncio.to_thread(_forget, folder, user_id)
+        remains = []
+        if known:
+            remains.append(
+                "the run's own data still holds interactions of this user, which no answer shows any more; take them "
+                "out of the table, and tune again, so that the model forgets them too"
+            )
+        return schema.Erased(user_id=user_id, events=events, features=features, remains=remains)
+
+    async def put_items(self, items: Sequence[Item]) -> int:
+        """Add or replace items; questions that come after this returns know them."""
+        stored = await asyncio.to_thread(self.store.put_items, items)
+        await self._change(items, ())
+        return stored
+
+    async def remove_item(self, item_id: str) -> None:
+        """Remove an item; no list holds it after this returns.
+
+        Raises:
+            DataError: If there is none of this id.
+        """
+        self.catalogue.get(item_id)
+        await asyncio.to_thread(self.store.remove_items, [item_id])
+        await self._change((), [item_id])
+
+    async def reload(self) -> None:
+        """Start an engine that reads everything anew, and let it answer in the place of the one before.
+
+        Raises:
+            LlmrecError: If it cannot be started; the one before answers on.
+        """
+        if self._reloading.locked():
+            raise LlmrecError("the models are being read anew already; wait for that", kind="busy")
+        async with self._reloading:
+            await asyncio.to_thread(self.engine.replace)
+
+    async def _change(self, put: Sequence[Item], removed: Sequence[str]) -> None:
+        self.catalogue.change(put, removed)
+        if self.engine.ready:
+            changed = {item.item_id: item for item in put}
+            await self.batcher.alone(lambda: self.engine.change_items(changed, removed))
+
+    def cards(self) -> list[schema.ModelCard]:
+        """Return what is said of the models, the default first."""
+        return [_card(card) for card in self.engine.cards]
+
+    def told(self, user_id: str, events: Sequence[StoredEvent]) -> schema.KnownUser:
+        """Return a user's events with the titles of their items."""
+        items = self.catalogue.items
+        history = [
+            schema.KnownEvent(
+                item_id=event.item_id,
+                title=items[event.item_id].title if event.item_id in items else None,
+                rating=event.rating,
+                timestamp=_time(event),
+            )
+            for event in events
+        ]
+        return schema.KnownUser(user_id=user_id, history=history)
+
+    def next_id(self) -> str:
+        """Return an id for an answer that has to have one."""
+        return str(uuid4())
+
+    # ------------------------------------------------------------------- from bodies to requests and back
+
+    async def _request(
+        self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None, item: bool = False
+    ) -> RankRequest:
+        """Give a question its history, and every item its text."""
+        self._check_model(body.model)
+        history: list[Any] = [_entry(each) for each in body.history or ()]
+        if body.history is None and body.user_id is not None:
+            events = await asyncio.to_thread(self._events, body.user_id)
+            known = self.catalogue.items
+            history = [
+                {"item_id": event.item_id, "rating": event.rating, "timestamp": _time(event)}
+                for event in events[-_EVENTS:]
+                if event.item_id in known
+            ]
+        record: dict[str, object] = {
+            "id": body.id,
+            "user_id": body.user_id,
+            "history": history,
+            "profile": body.profile,
+        }
+        if candidates is not None:
+            record["candidates"] = [_entry(each) for each in candidates]
+        return read_request(record, 1, self.catalogue.items, whole=candidates is None)
+
+    def _events(self, user_id: str) -> list[StoredEvent]:
+        """Return what a user did, oldest first: of the run's data, and since."""
+        since = self.store.events_of(user_id)
+        return since if self.store.erased(user_id) else [*self._known.histories.of_user(user_id), *since]
+
+    def _check_model(self, name: str | None) -> None:
+        names = [card.name for card in self.engine.cards]
+        if name is not None and names and name not in names:
+            raise unknown("model", name, names)
+
+    def _ruled(self, request: RankRequest, rules: Rules, *, keep_seen: bool) -> RankRequest:
+        """Take out what rules forbid, before anything is ranked.
+
+        Raises:
+            DataError: If nothing is left.
+        """
+        request = replace(request, keep_seen=keep_seen)
+        if rules:
+            own = {item.item_id: item for item in request.candidates}
+            allowed = rules.allowed(own) if own else self.catalogue.allowed(rules)
+            kept = tuple(item for item in request.candidates if item.item_id in allowed)
+            barred = frozenset() if own else frozenset(self.catalogue.items.keys() - allowed)
+            if not kept and (own or len(barred) == len(self.catalogue.items)):
+                raise DataError(
+                    "the rules leave no item; loosen them, or give other candidates", kind="empty", column="rules"
+                )
+            return replace(request, candidates=kept, barred=barred)
+        return request
+
+    async def _listed(self, question: Question, request: RankRequest, rules: Rules, k: int) -> tuple[Reply, Answered]:
+        """Ask for a list, deeper as long as rules leave too few of it."""
+        most = len(self.catalogue.items) - len(request.barred)
+        depth = deep_enough(rules, k) or min(most, max(_DEEP, 5 * k))
+        while True:
+            reply = await self._ask(replace(question, depth=depth), request)
+            found = _list_of(reply)
+            assert isinstance(found.answer, Ranking)
+            items = self.catalogue.items | {item.item_id: item for item in request.candidates}
+            titles = dict(zip(found.answer.items, found.titles, strict=True))
+            chosen = rules.arrange(list(zip(found.answer.items, found.answer.scores, strict=True)), items, k)
+            if len(chosen) >= k or request.candidates or len(found.answer.items) < depth or depth >= most:
+                break
+            depth = min(most, depth * _DEEPER)
+        names, scores = tuple(name for name, _ in chosen), tuple(score for _, score in chosen)
+        answer = replace(found.answer, items=names, scores=scores)
+        return reply, replace(found, answer=answer, titles=tuple(titles[name] for name in names))
+
+    async def _about(self, family: str, body: schema.ItemBody) -> tuple[Answer, dict[str, Any]]:
+        begun = time.monotonic()
+        request = await self._request(body, candidates=[body.item])
+        question = Question(model=body.model, verb=family)
+        reply = await self._ask(question, request)
+        answer = reply.answer
+        assert reply.card is not None and answer is not None and not isinstance(answer, Answered)
+        if isinstance(answer, Unparsed):
+            raise DataError(f"{family}: {answer.reason}", kind="failed")
+        return answer, {
+            "model": _card(reply.card),
+            "item_id": request.candidates[0].item_id,
+            "notes": list(request.notes),
+            "prompt": await self._prompt(question, request) if body.show_prompt else None,
+            "usage": _usage(answer.cost),
+            "milliseconds": _since(begun),
+        }
+
+    async def _ask(self, question: Question, request: RankRequest) -> Reply:
+        reply = await self.batcher.ask(question, request)
+        if reply.fault is not None:
+            raise reply.fault
+        return reply
+
+    async def _prompt(self, question: Question, request: RankRequest) -> str | None:
+        found = await self.batcher.alone(lambda: self.engine.prompt(question, request))
+        return found if isinstance(found, str) else None
+
+    def _items(self, found: Answered, reasons: Sequence[str] = ()) -> list[schema.RankedItem]:
+        assert isinstance(found.answer, Ranking)
+        rows = zip(found.answer.items, found.titles, found.answer.scores, strict=True)
+        known = self.catalogue.items
+        return [
+            schema.RankedItem(
+                item_id=name,
+                title=title,
+                rank=place,
+                score=score,
+                rationale=(reasons[place - 1] or None) if place <= len(reasons) else None,
+                fields=dict(known[name].fields) if name in known else {},
+            )
+            for place, (name, title, score) in enumerate(rows, start=1)
+        ]
+
+
+def _changes(store: ServiceStore) -> tuple[list[Item], list[str]]:
+    put, removed = store.item_changes()
+    return list(put.values()), sorted(removed)
+
+
+def _entry(given: str | schema.ItemText) -> str | Mapping[str, object]:
+    if isinstance(given, str):
+        return given
+    told = given.model_dump(exclude={"fields"}, exclude_none=True)
+    return {**given.fields, **told}
+
+
+def _time(event: StoredEvent) -> float | None:
+    # NaN is where a table has no times.
+    return event.timestamp if event.timestamp == event.timestamp else None
+
+
+def _list_of(reply: Reply) -> Answered:
+    """Return a list.
+
+    Raises:
+        DataError: If there is none.
+    """
+    found = reply.answer
+    assert isinstance(found, Answered)
+    if isinstance(found.answer, Unparsed):
+        raise DataError(found.answer.reason, kind="failed")
+    return found
+
+
+def _shares(scores: Sequence[float], card: Card) -> list[float]:
+    """Return scores as shares that add to 1: probabilities of a language model, and ranks' worth of other models."""
+    if card.kind == "language model":
+        weights = np.exp(np.array(scores) - max(scores))
+    else:
+        weights = 1.0 / np.arange(1, len(scores) + 1)
+    found: list[float] = (weights / weights.sum()).tolist()
+    return found
+
+
+def _document(given: str | dict[str, Any]) -> str:
+    text = given if isinstance(given, str) else given.get("text", next(iter(given.values()), ""))
+    if not isinstance(text, str) or not text.strip():
+        raise DataError("a document has no text; leave it out", kind="empty", column="documents")
+    return text
+
+
+def _card(card: Card) -> schema.ModelCard:
+    return schema.ModelCard(
+        name=card.name,
+        kind=card.kind,
+        signature=card.signature,
+        answers=list(card.verbs),
+        strategies=list(card.strategies),
+    )
+
+
+def _usage(cost: Any) -> schema.Usage:
+    return schema.Usage(
+        prompt_tokens=cost.prompt_tokens, completion_tokens=cost.completion_tokens, forwards=cost.forwards
+    )
+
+
+def _since(begun: float) -> float:
+    return round(1000 * (time.monotonic() - begun), 3)
+
+
+def _forget(folder: Path, user_id: str) -> int:
+    """Erase a user from a store of features; returns how many texts that took."""
+    try:
+        return int(forget(folder, user_id).text)
+    except LlmrecError as error:
+        if error.kind != "unknown-name":
+            raise
+        return 0

@@ -1,0 +1,332 @@
+"""What a running service must remember: events that came in, who was erased, items that were put and removed.
+
+A store is an SQLite file, or tables of a PostgreSQL database, which several processes may share; see `databases`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import BoundedSemaphore, Lock
+from typing import Any
+
+from llmrec.data.reading.limits import is_no_text, shown
+from llmrec.errors import DataError
+from llmrec.serve.databases import MOVE, VERSION, Database, Insert, Postgres, SQLite, Value
+from llmrec.types import Item
+
+_MOST = 8
+"""Connections of one store; a server of PostgreSQL has 100 by default, for all processes together."""
+_IDLE = 1.0
+"""Seconds after which a connection is tried before it is used: its server may have been started anew."""
+_BATCH = 10_000
+_ALL = 2**63 - 1
+
+_NUMBERS = dict.fromkeys(("rating", "timestamp"), "DOUBLE PRECISION")
+_ADD = Insert("llmrec_events", dict.fromkeys(("user_key", "user_id", "item_id"), "TEXT") | _NUMBERS)
+_ITEM = dict.fromkeys(("item_key", "item_id", "title", "fields"), "TEXT")
+_SET = "ON CONFLICT (item_key) DO UPDATE SET title = excluded.title, fields = excluded.fields"
+_PUT = Insert("llmrec_items", _ITEM, _SET)
+# What was removed before is not counted again.
+_REMOVE = Insert("llmrec_items", _ITEM, f"{_SET} WHERE llmrec_items.title IS NOT NULL")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEvent:
+    """Something that a user did (``timestamp`` in the unit of the data)."""
+
+    user_id: str
+    item_id: str
+    rating: float | None
+    timestamp: float
+
+
+class ServiceStore:
+    """Events, erased users and changed items, kept in a database; use `open`. Several threads may call it at once.
+
+    Every call is one transaction. What a call has stored when it returns outlives a kill of the process.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._idle: list[tuple[float, Any]] = []
+        self._lock, self._room = Lock(), BoundedSemaphore(_MOST)
+        self._closed = False
+        try:
+            with self._connection() as raw:
+                database.prepare(raw)
+                told = dict(database.read(raw, "SELECT name, value FROM llmrec_service"))
+            self._salt = _salt(told, database)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, where: str) -> ServiceStore:
+        """Open a store; make its file, or its tables, where there are none.
+
+        Args:
+            where: Path of an SQLite file, or ``postgresql://USER@HOST:PORT/NAME``. The password is best given by
+                PGPASSWORD or ~/.pgpass; one in the URL is never shown.
+
+        Raises:
+            LlmrecError: If it is no store, cannot be reached or written, is damaged, or of a newer llmrec.
+            MissingExtra: If the package that reads PostgreSQL is not installed.
+        """
+        if where.startswith(("postgresql://", "postgres://")):
+            return cls(Postgres(where))
+        if "://" in where:
+            # Not shown: a password may stand in it.
+            raise DataError(
+                "a store is a file of SQLite or a database of PostgreSQL, and this address is neither; give the path "
+                "of a file, or postgresql://USER@HOST/NAME",
+                kind="unsupported",
+            )
+        return cls(SQLite(Path(where).expanduser()))
+
+    def add_events(self, events: Sequence[StoredEvent]) -> int:
+        """Store events, all of them or none; they are durable once this returns.
+
+        Returns:
+            How many.
+
+        Raises:
+            DataError: If an id is no text, or a number is not finite.
+            LlmrecError: If the database refuses.
+        """
+        rows = [
+            (
+                self._key(event.user_id),
+                _text(event.user_id, "user_id"),
+                _text(event.item_id, "item_id"),
+                None if event.rating is None else _number(event.rating, "rating"),
+                _number(event.timestamp, "timestamp"),
+            )
+            for event in events
+        ]
+        return self._insert(_ADD, rows)
+
+    def events_of(self, user_id: str, most: int | None = None) -> list[StoredEvent]:
+        """Return a user's events, oldest first; those of one time in the order in which they came.
+
+        Args:
+            user_id: Whose.
+            most: Only the latest so many.
+
+        Raises:
+            LlmrecError: If the database refuses.
+        """
+        query = (
+            "SELECT user_id, item_id, rating, timestamp FROM llmrec_events WHERE user_key = ?1 "
+            "ORDER BY timestamp DESC, seq DESC LIMIT ?2"
+        )
+        found = self._read(query, self._key(user_id), _ALL if most is None else max(most, 0))
+        return [_event(row) for row in reversed(found)]
+
+    def erase(self, user_id: str) -> int:
+        """Delete all events of a user, and remember by a salted hash of the id that it was done.
+
+        In an SQLite file the bytes are overwritten. PostgreSQL frees them with its next vacuum; its log and backups
+        keep them as long as it is set to. The salt lies beside the hash: this hides the id from who reads the table,
+        not from who can try all ids that there are.
+
+        Returns:
+            How many events there were.
+
+        Raises:
+            LlmrecError: If the database refuses.
+        """
+        with self._connection() as raw:
+            return self._database.erase(raw, self._key(user_id))
+
+    def erased(self, user_id: str) -> bool:
+        """Whether a user was ever erased, whatever came later.
+
+        Raises:
+            LlmrecError: If the database refuses.
+        """
+        return bool(self._read("SELECT 1 FROM llmrec_erased WHERE user_key = ?1", self._key(user_id)))
+
+    def put_items(self, items: Sequence[Item]) -> int:
+        """Add items, or replace them, also those that were removed; the last of one id counts.
+
+        Returns:
+            How many ids.
+
+        Raises:
+            DataError: If an id, a title or a field is no text.
+            LlmrecError: If the database refuses.
+        """
+        rows = {
+            item.item_id: (
+                self._key(item.item_id),
+                _text(item.item_id, "item_id"),
+                _text(item.title, "title"),
+                _text(json.dumps(dict(item.fields), ensure_ascii=False), "fields"),
+            )
+            for item in items
+        }
+        # In one order: of two processes that put the same items one then waits for the other, never both.
+        return self._insert(_PUT, sorted(rows.values()))
+
+    def remove_items(self, ids: Sequence[str]) -> int:
+        """Remember that items were removed, be they put before or part of a model's own catalogue.
+
+        Returns:
+            How many ids were not removed before.
+
+        Raises:
+            DataError: If an id is no text.
+            LlmrecError: If the database refuses.
+        """
+        rows = {name: (self._key(name), _text(name, "item_id"), None, None) for name in ids}
+        return self._insert(_REMOVE, sorted(rows.values()))
+
+    def item_changes(self) -> tuple[dict[str, Item], frozenset[str]]:
+        """Return the items that were put, by id, and the ids that were removed.
+
+        Raises:
+            LlmrecError: If the database refuses.
+        """
+        found = self._read("SELECT item_id, title, fields FROM llmrec_items ORDER BY item_id")
+        put = {row[0]: self._item(*row) for row in found if row[1] is not None}
+        return put, frozenset(row[0] for row in found if row[1] is None)
+
+    def all_events(self) -> Iterator[StoredEvent]:
+        """Yield all events in the order in which they came; what comes meanwhile may be among them.
+
+        Raises:
+            LlmrecError: If the database refuses.
+        """
+        last = -1
+        query = (
+            "SELECT user_id, item_id, rating, timestamp, seq FROM llmrec_events WHERE seq > ?1 ORDER BY seq LIMIT ?2"
+        )
+        while rows := self._read(query, last, _BATCH):
+            yield from map(_event, rows)
+            last = rows[-1][4]
+
+    def close(self) -> None:
+        """Close the store; a call that still runs ends first, and later ones raise an error."""
+        with self._lock:
+            self._closed = True
+        self._drop_idle()
+
+    def _key(self, name: str) -> str:
+        return hmac.new(self._salt, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
+
+    def _item(self, name: str, title: str, fields: str) -> Item:
+        try:
+            return Item(item_id=name, title=title, fields=dict(json.loads(fields)))
+        except (TypeError, ValueError) as error:
+            raise self._database.error("damaged", f": the fields of item {shown(name)} are damaged; {MOVE}") from error
+
+    def _read(self, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
+        with self._connection() as raw:
+            return self._database.read(raw, sql, *values)
+
+    def _insert(self, into: Insert, rows: Sequence[tuple[Value, ...]]) -> int:
+        with self._connection() as raw:
+            return self._database.insert(raw, into, rows) if rows else 0
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        """Lend a connection; one that failed is not used again.
+
+        Raises:
+            LlmrecError: If the store is closed, or the database refuses.
+        """
+        raw = None
+        with self._room:
+            try:
+                raw = self._waiting() or self._database.connect()
+                yield raw
+            except BaseException as error:
+                if raw is not None:
+                    _close(raw)
+                if isinstance(error, self._database.errors):
+                    # The server may have gone, and all others with it.
+                    self._drop_idle()
+                    # Not chained: what a library says at length may hold values.
+                    raise self._database.failure(error) from None
+                raise
+            with self._lock:
+                kept = not self._closed
+                if kept:
+                    self._idle.append((time.monotonic(), raw))
+            if not kept:
+                _close(raw)
+
+    def _waiting(self) -> Any:
+        """Return a connection that waits for use and works; None if there is none."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise self._database.error("closed", " was closed; open it again")
+                if not self._idle:
+                    return None
+                since, raw = self._idle.pop()
+            if time.monotonic() - since < _IDLE:
+                return raw
+            try:
+                self._database.read(raw, "SELECT 1")
+            except self._database.errors:
+                _close(raw)
+            else:
+                return raw
+
+    def _drop_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for _, raw in idle:
+            _close(raw)
+
+
+def _salt(told: Mapping[str, str], database: Database) -> bytes:
+    """Return the salt of a store's hashes.
+
+    Raises:
+        LlmrecError: If its tables are of another version.
+    """
+    version, salt = told.get("version", ""), told.get("salt", "")
+    if not version.isdecimal() or not salt or int(version) < VERSION:
+        raise database.error("damaged", f" does not say which version its tables are of; {MOVE}")
+    if int(version) > VERSION:
+        raise database.error(
+            "unsupported",
+            f" was made by a newer llmrec (its tables are of version {version}, this one knows {VERSION}); install "
+            "that llmrec: pip install -U llmrec",
+        )
+    return salt.encode()
+
+
+def _event(row: tuple[Any, ...]) -> StoredEvent:
+    return StoredEvent(user_id=row[0], item_id=row[1], rating=row[2], timestamp=row[3])
+
+
+def _text(value: str, column: str) -> str:
+    if is_no_text(value):
+        raise DataError(
+            f"{column} {shown(value)} holds NUL or half of a surrogate pair, which is no text; leave it out",
+            kind="encoding",
+            column=column,
+        )
+    return value
+
+
+def _number(value: float, column: str) -> float:
+    if not math.isfinite(value):
+        raise DataError(f"{column} is {value}; give a finite number", kind="bad-value", column=column)
+    return float(value)
+
+
+def _close(raw: Any) -> None:
+    with suppress(Exception):
+        raw.close()
