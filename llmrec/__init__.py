@@ -5,6 +5,11 @@ Three lines do what the command line does::
     import llmrec
     recipe = llmrec.load_recipe("recipes/quickstart.yaml")
     run = llmrec.run(recipe)
+
+And what was tuned answers in two more::
+
+    rec = llmrec.load("runs/quickstart")
+    rec.rank(history=["1", "50"], k=10)
 """
 
 from __future__ import annotations
@@ -13,9 +18,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["Recipe", "__version__", "check", "init", "load_recipe", "run"]
+__all__ = ["Recipe", "__version__", "check", "init", "load", "load_recipe", "run"]
 
 if TYPE_CHECKING:
+    from llmrec.answering.loaded import load as load
     from llmrec.commands.init.frame import init as init
     from llmrec.pipeline import check as check
     from llmrec.pipeline import run as run
@@ -26,6 +32,7 @@ _HOMES = {
     "Recipe": "llmrec.recipe.schema",
     "check": "llmrec.pipeline",
     "init": "llmrec.commands.init.frame",
+    "load": "llmrec.answering.loaded",
     "load_recipe": "llmrec.recipe.load",
     "run": "llmrec.pipeline",
 }

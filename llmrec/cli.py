@@ -16,7 +16,7 @@ from llmrec.commands.features.app import app as features
 from llmrec.commands.init.options import InitOptions
 from llmrec.commands.options import takes
 from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.serve.options import ServeOptions
+from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.console import finish, readable, say, short, show
 from llmrec.errors import LlmrecError
 
@@ -35,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(serving)
 app.add_typer(features, name="features", help="Stores of what a language model wrote: make, show, compare, correct.")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")]
@@ -341,37 +342,6 @@ def rank(options: RankOptions) -> None:
     show("ranking", console_rows(summary))
     if summary["failed"]:
         raise typer.Exit(1)
-
-
-@app.command()
-@takes(ServeOptions)
-def serve(options: ServeOptions) -> None:
-    """Serve a model over HTTP, with a page to look at: rank, rate, explain, rerank, and what a shop needs.
-
-    It listens on this machine alone; docs/serve.md has the endpoints, keys, rules and containers.
-    """
-    from llmrec.commands.serve.run import serve
-
-    serve(options)
-
-
-@app.command("serve-key")
-def serve_key(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The file of keys, which is made where it is not there.")
-    ],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the key is called in logs and limits.")],
-    admin: Annotated[bool, typer.Option("--admin", help="It may change the catalogue and erase users.")] = False,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Take the key of this name back.")] = False,
-) -> None:
-    """Make an API key for `llmrec serve --keys FILE`, or take one back; a running service notices."""
-    from llmrec.serve import keys
-
-    if revoke:
-        keys.revoke(file, name)
-        say(f"{name}: taken back")
-        return
-    say(keys.new_key(file, name, admin=admin))
 
 
 @app.command()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import get_args, get_type_hints
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ValidationError
 
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.strategy import explained, one_of
 from llmrec.errors import DataError, MissingExtra, RecipeError
+from llmrec.experiment import bundle as bundles
+from llmrec.experiment.bundle import Bundle
+from llmrec.models.load import load_config
 from llmrec.recipe.schema import EvalSection, ServerSection
 
 # Options of a server, by the key of eval.server that each sets.
@@ -124,3 +128,27 @@ def _server(options: RecommenderOptions) -> ServerSection:
         for key, option in _SERVER.items():
             problem = problem.replace(f"eval.server.{key}:", f"{option}:")
         raise RecipeError(problem, kind="bad-value", column=problem.partition(":")[0]) from None
+
+
+def bundle_of(options: RecommenderOptions) -> Bundle:
+    """Open the model that is asked for, as it is asked for."""
+    found = bundles.read(options.model)
+    changes: dict[str, Any] = {"dtype": options.dtype}
+    if options.max_length is not None:
+        changes["max_length"] = options.max_length
+    return replace(found, model=found.model.model_copy(update=changes), noun=options.noun or found.noun)
+
+
+def window_of(options: RecommenderOptions, bundle: Bundle) -> int:
+    """Return the longest prompt with answer, which the model's own positions bound."""
+    config = load_config(bundle.folder, bundle.model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or bundle.model.max_length
+    if options.max_length is not None and options.max_length > positions:
+        raise DataError(
+            f"--max-length {options.max_length} is more than the {positions} tokens that {bundle.folder} can read; "
+            "lower it",
+            kind="too-large",
+            at=bundle.folder,
+            column="--max-length",
+        )
+    return int(min(bundle.model.max_length, positions))

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from llmrec.answering.catalogue import CatalogueRanking
-from llmrec.answering.checks import check_choices, engine_section, strategy_of
+from llmrec.answering.checks import bundle_of, check_choices, engine_section, strategy_of, window_of
 from llmrec.answering.fused import Fuser, fusion_of
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.rationales import TOKENS, Reasoner, Reasons, rationale_template
@@ -29,7 +29,6 @@ from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.reading.limits import shortened
 from llmrec.data.requests import LEFT_ASIDE, RankRequest, identity, read_request, unknown_id
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.engines import Engines, refuse_paired
 from llmrec.experiment.resume import Budget
@@ -133,9 +132,9 @@ class Recommender:
         prepare_environment()
         quiet_libraries()
         budget = budget or Budget()
-        bundle = bundle or _bundle(options)
+        bundle = bundle or bundle_of(options)
         items, retriever = _items(options, bundle)
-        encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=_window(options, bundle))
+        encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=window_of(options, bundle))
         section = engine_section(options, paired=is_paired(load_config(bundle.folder, bundle.model)))
         refuse_paired(bundle.folder, bundle.model, section)
         answers = None if store is None else AnswerStore(store)
@@ -430,26 +429,3 @@ def _items(options: RecommenderOptions, bundle: Bundle) -> tuple[Mapping[str, It
             column="--items",
         )
     return known, None
-
-
-def _bundle(options: RecommenderOptions) -> Bundle:
-    found = bundles.read(options.model)
-    changes: dict[str, Any] = {"dtype": options.dtype}
-    if options.max_length is not None:
-        changes["max_length"] = options.max_length
-    return replace(found, model=found.model.model_copy(update=changes), noun=options.noun or found.noun)
-
-
-def _window(options: RecommenderOptions, bundle: Bundle) -> int:
-    """Return the longest prompt with answer, which the model's own positions bound."""
-    config = load_config(bundle.folder, bundle.model).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or bundle.model.max_length
-    if options.max_length is not None and options.max_length > positions:
-        raise DataError(
-            f"--max-length {options.max_length} is more than the {positions} tokens that {bundle.folder} can read; "
-            "lower it",
-            kind="too-large",
-            at=bundle.folder,
-            column="--max-length",
-        )
-    return int(min(bundle.model.max_length, positions))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llmrec.answering.naming import Naming
 from llmrec.answering.questions import NOBODY
@@ -75,7 +74,7 @@ class Retriever:
         self._models: dict[str, CatalogueScorer] = {}
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Everything that decides what is retrieved from a history."""
         return {"retriever": self.name, "k": self.count, "data": self._data.fingerprint, "seed": self._seed}
 

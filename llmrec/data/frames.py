@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -121,6 +122,22 @@ def as_arrow(frame: Any, name: str) -> Any:
         kind="wrong-format",
         at=name,
     )
+
+
+def like(frame: Any, table: Any) -> Any:
+    """Return an Arrow table as a frame of the library that another frame is of."""
+    if isinstance(frame, list):
+        return table.to_pylist()
+    if isinstance(frame, Mapping):
+        return table.to_pydict()
+    library = type(frame).__module__.partition(".")[0]
+    if library == "pandas":
+        return table.to_pandas()
+    if library == "polars":
+        return pl.from_arrow(table)
+    if library == "datasets":
+        return type(frame)(table)
+    return table
 
 
 def _spelled(table: Any) -> Any:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from llmrec.data.reading.limits import ID_LIMIT
 from llmrec.errors import DataError, did_you_mean
 from llmrec.guard import TITLE_LIMIT, clean
-from llmrec.types import Item
+from llmrec.types import Event, Item
 
 KEYS = ("id", "user_id", "history", "candidates", "profile")
 LEFT_ASIDE = "candidates: left aside, since all items are ranked"
@@ -146,6 +146,11 @@ def read_request(
         notes=tuple(notes),
         titled=frozenset(remarks.titled),
     )
+
+
+def told_event(event: Event) -> dict[str, object]:
+    """Return an event as an entry of a history."""
+    return {"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp}
 
 
 def unknown_id(record: Mapping[str, object]) -> str | None:

@@ -18,6 +18,7 @@ from llmrec import __version__
 from llmrec.errors import LlmrecError
 from llmrec.serve import schema
 from llmrec.serve.batching import Full, TooLate
+from llmrec.serve.forms import told
 from llmrec.serve.gates import BodyLimit, Door, Measured, SameOrigin
 from llmrec.serve.metrics import Metrics
 from llmrec.serve.service import Service
@@ -25,6 +26,7 @@ from llmrec.serve.worker import EngineLost
 from llmrec.types import Item
 
 _T = TypeVar("_T")
+_Responses = dict[int | str, dict[str, Any]]
 
 _PAGE = {"page.js": "text/javascript", "page.css": "text/css"}
 _POLICY = (
@@ -44,7 +46,7 @@ _RETRY = 5
 _Id = Annotated[str, Path(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 
 
-def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _said(*statuses: int) -> _Responses:
     """Return what OpenAPI says of the failures of an endpoint."""
     words = {
         400: "The body is no JSON, or a header is missing.",
@@ -312,7 +314,7 @@ def _knowledge(service: Service, door: Door) -> APIRouter:
     @router.get("/v1/users/{user_id}", responses=_said(404))
     async def user(user_id: _Id) -> schema.KnownUser:
         """Return what a user did, oldest first."""
-        return service.told(user_id, await service.user(user_id))
+        return told(user_id, await service.user(user_id), service.catalogue.items)
 
     @router.delete("/v1/users/{user_id}", dependencies=[Depends(door.admin)])
     async def erase(user_id: _Id) -> schema.Erased:

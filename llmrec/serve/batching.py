@@ -21,9 +21,14 @@ from llmrec.serve.worker import EngineLost, Question, Reply
 class Full(LlmrecError):
     """More is asked than can be answered in time; ``after`` says in how many seconds to ask again."""
 
-    def __init__(self, after: float) -> None:
-        super().__init__(f"too many questions are waiting; ask again in {after:.0f} s", kind="busy")
-        self.after = after
+    after: float = 1.0
+
+    @classmethod
+    def for_now(cls, after: float) -> Full:
+        """Return what is said to somebody who is to ask again in some seconds."""
+        made = cls(f"too many questions are waiting; ask again in {after:.0f} s", kind="busy")
+        made.after = after
+        return made
 
 
 class TooLate(LlmrecError):
@@ -109,7 +114,7 @@ class Batcher:
         ahead = self.load.waiting * self._each
         if self.load.waiting >= self._room or ahead > self._patience:
             self.load.refused += 1
-            raise Full(max(1.0, min(ahead, self._patience)))
+            raise Full.for_now(max(1.0, min(ahead, self._patience)))
         waiting = _Waiting(request, asyncio.get_running_loop().create_future(), time.monotonic() + self._patience)
         self._queues.setdefault(question, deque()).append(waiting)
         self.load.waiting += 1

@@ -14,7 +14,7 @@ import re
 import secrets
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +40,16 @@ _READ_THROUGH = 256 * 2**20
 """Largest SQLite file, in bytes, that is checked as a whole when it is opened."""
 _TABLES = (
     "CREATE TABLE llmrec_service (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, user_id TEXT NOT NULL, "
-    "item_id TEXT NOT NULL, rating DOUBLE PRECISION, timestamp DOUBLE PRECISION NOT NULL)",
+    # An event is JSON: one text, which can be overwritten where it stands.
+    "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, event TEXT NOT NULL)",
     # By a hash: an index of PostgreSQL takes no ids of some thousand bytes, and no id stands in a second place.
-    "CREATE INDEX llmrec_events_of ON llmrec_events (user_key, timestamp, seq)",
+    "CREATE INDEX llmrec_events_of ON llmrec_events (user_key)",
     "CREATE TABLE llmrec_erased (user_key TEXT PRIMARY KEY)",
     # An item without a title was removed.
     "CREATE TABLE llmrec_items (item_key TEXT PRIMARY KEY, item_id TEXT NOT NULL, title TEXT, fields TEXT)",
 )
-Value: TypeAlias = str | float | None
+NOBODY = "0" * 32
+"""Stands in place of a user's key where an event was overwritten."""
 _Mend: TypeAlias = tuple[ErrorKind, str]
 
 
@@ -58,12 +59,12 @@ class Insert:
 
     Attributes:
         table: Its name.
-        columns: Types by name, in the order of the rows' values.
+        columns: Names, in the order of the rows' values; all are texts.
         conflict: What happens to a key that is there: ``ON CONFLICT …``.
     """
 
     table: str
-    columns: Mapping[str, str]
+    columns: tuple[str, ...]
     conflict: str = ""
 
 
@@ -93,12 +94,12 @@ class Database(Protocol):
         """Return all rows of a query."""
         ...
 
-    def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[Value, ...]]) -> int:
+    def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
         """Insert rows in one transaction and return how many were inserted or changed."""
         ...
 
     def erase(self, raw: Any, user_key: str) -> int:
-        """Delete a user's events and note the user's key, in one transaction; return how many events there were."""
+        """Do away with a user's events and note the key, in one transaction; return how many events there were."""
         ...
 
 
@@ -174,7 +175,7 @@ class SQLite:
         """See `Database.read`."""
         return raw.execute(sql, values).fetchall()
 
-    def insert(self, raw: sqlite3.Connection, into: Insert, rows: Sequence[tuple[Value, ...]]) -> int:
+    def insert(self, raw: sqlite3.Connection, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
         """See `Database.insert`."""
         names, places = ", ".join(into.columns), ", ".join("?" * len(into.columns))
         query = f"INSERT INTO {into.table} ({names}) VALUES ({places}) {into.conflict}"
@@ -184,9 +185,13 @@ class SQLite:
 
     def erase(self, raw: sqlite3.Connection, user_key: str) -> int:
         """See `Database.erase`; no byte of the events is left in the file or its log."""
+        # Rows are never deleted. A deletion makes SQLite move others to other pages, and in the room between the rows
+        # of a page copies stay behind, which secure_delete does not find when those users are erased one day. A text
+        # of the same length is written where the old one stood.
+        query = "UPDATE llmrec_events SET user_key = ?, event = CAST(zeroblob(length(CAST(event AS BLOB))) AS TEXT)"
         with self._writing:
             with _transaction(raw):
-                erased = raw.execute("DELETE FROM llmrec_events WHERE user_key = ?", (user_key,)).rowcount
+                erased = raw.execute(f"{query} WHERE user_key = ?", (NOBODY, user_key)).rowcount
                 raw.execute("INSERT INTO llmrec_erased VALUES (?) ON CONFLICT DO NOTHING", (user_key,))
             # The log still holds the events as they came.
             if raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
@@ -370,10 +375,10 @@ class Postgres:
             cursor.execute(sql.replace("?", "$"), values or None)
             return list(cursor.fetchall())
 
-    def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[Value, ...]]) -> int:
+    def insert(self, raw: Any, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
         """See `Database.insert`."""
         names = ", ".join(into.columns)
-        types = ", ".join(f"{name} {kind}" for name, kind in into.columns.items())
+        types = ", ".join(f"{name} TEXT" for name in into.columns)
         # All rows in one parameter: one by one, each would go to the server and back.
         given = json.dumps([dict(zip(into.columns, row, strict=True)) for row in rows], ensure_ascii=False)
         query = (

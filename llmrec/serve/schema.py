@@ -5,7 +5,7 @@ Bodies are strict: a key that is not known is refused, so that a misspelt option
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
@@ -379,7 +379,7 @@ class RerankResult(BaseModel):
 
     index: int
     relevance_score: float = Field(description="In [0, 1]; the scores of all texts add to 1.")
-    document: dict[str, Any] | None = None
+    document: dict[str, str] | None = None
 
 
 class RerankAnswer(BaseModel):
@@ -389,4 +389,4 @@ class RerankAnswer(BaseModel):
     model: str
     results: list[RerankResult]
     usage: dict[str, int]
-    meta: dict[str, Any]
+    meta: dict[str, JsonValue]

@@ -14,28 +14,25 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-
+from llmrec.answering.known import Catalogue, Known, unknown
+from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
 from llmrec.answering.models import RANK
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
-from llmrec.answering.rules import Rules, deep_enough
+from llmrec.answering.rules import Rules
 from llmrec.augment.stores import forget
-from llmrec.data.requests import RankRequest, read_request
+from llmrec.data.requests import RankRequest, read_request, told_event
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve import schema
 from llmrec.serve.batching import Batcher
-from llmrec.serve.known import Catalogue, Known, unknown
+from llmrec.serve.forms import card_of, document_text, entry_of, list_of, ranked, shares, since, usage_of
 from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.serve.supervising import Supervisor
 from llmrec.serve.worker import POPULAR, SIMILAR, Card, Question, Reply
-from llmrec.types import Answer, Item, Probability, Ranking, Rating, Text, Unparsed
+from llmrec.types import Answer, Event, Item, Probability, Ranking, Rating, Text, Unparsed
 
 log = logging.getLogger(__name__)
 
-# What is looked through where a list is to be diverse or keeps quotas, before more is asked for.
-_DEEP = 200
-_DEEPER = 4
 _EVENTS = 200
 """Latest events of a user that a question shows a model."""
 
@@ -110,31 +107,30 @@ class Service:
         begun = time.monotonic()
         rules = self.settings.rules.joined(Rules.read(body.rules.model_dump()))
         request = await self._request(body, candidates=body.candidates)
-        request = self._ruled(request, rules, keep_seen=not body.exclude_seen)
-        cold = not request.history and not request.profile
+        request = self._ruled(request, rules, exclude_seen=body.exclude_seen)
+        cold = is_cold(request)
         question = Question(model=body.model, verb=POPULAR if cold else RANK, strategy=body.strategy)
         if cold:
             question = replace(question, strategy="auto")
-        reply, found = await self._listed(question, request, rules, body.k)
+        card, found = await self._listed(question, request, rules, body.k)
         reasons = None
         if body.rationale:
             first = min(body.rationale, body.k)
             written = await self.batcher.alone(lambda: self.engine.reasons(body.model, [request], [found], first))
             reasons = written[0]  # type: ignore[index]
-        assert reply.card is not None and isinstance(found.answer, Ranking)
         texts = list(reasons.texts) if reasons else []
         notes = [*found.notes, *(reasons.notes if reasons else [])]
         if cold:
             notes.append("nothing is known of the user: the most popular items")
-        cost = found.answer.cost + reasons.cost if reasons else found.answer.cost
+        cost = ranking_of(found).cost + reasons.cost if reasons else ranking_of(found).cost
         return schema.RankAnswer(
-            model=_card(reply.card),
-            items=self._items(found, texts),
+            model=card_of(card),
+            items=ranked(found, self.catalogue.items, texts),
             notes=notes,
             prompt=await self._prompt(question, request) if body.show_prompt and not cold else None,
-            usage=_usage(cost),
+            usage=usage_of(cost),
             cold=cold,
-            milliseconds=_since(begun),
+            milliseconds=since(begun),
         )
 
     async def similar(self, body: schema.SimilarBody) -> schema.SimilarAnswer:
@@ -145,10 +141,12 @@ class Service:
             self.catalogue.get(item)
         request = read_request({"history": list(body.items)}, 1, self.catalogue.items, whole=True)
         question = Question(model=body.by, verb=SIMILAR)
-        reply, found = await self._listed(question, self._ruled(request, rules, keep_seen=False), rules, body.k)
-        assert reply.card is not None
+        card, found = await self._listed(question, self._ruled(request, rules, exclude_seen=True), rules, body.k)
         return schema.SimilarAnswer(
-            model=_card(reply.card), items=self._items(found), notes=list(found.notes), milliseconds=_since(begun)
+            model=card_of(card),
+            items=ranked(found, self.catalogue.items),
+            notes=list(found.notes),
+            milliseconds=since(begun),
         )
 
     async def rate(self, body: schema.ItemBody) -> schema.RateAnswer:
@@ -181,7 +179,7 @@ class Service:
         Returns:
             The model's name; places and relevances, best first; the work of it.
         """
-        texts = [_document(document) for document in body.documents]
+        texts = [document_text(document) for document in body.documents]
         history = [{"title": line} for line in body.query.splitlines() if line.strip()]
         # Equal texts are asked about once, and share their place.
         ids = {text: str(place) for place, text in reversed(list(enumerate(texts)))}
@@ -189,13 +187,13 @@ class Service:
         request = read_request({"history": history, "candidates": candidates}, 1, None)
         model = body.model if body.model in {card.name for card in self.engine.cards} else None
         reply = await self._ask(Question(model=model, verb=RANK), request)
-        found = _list_of(reply)
+        found = list_of(reply)
         assert reply.card is not None and isinstance(found.answer, Ranking)
-        share = dict(zip(found.answer.items, _shares(found.answer.scores, reply.card), strict=True))
+        share = dict(zip(found.answer.items, shares(found.answer.scores, reply.card), strict=True))
         order = sorted(range(len(texts)), key=lambda place: (-share[ids[texts[place]]], place))
         scores = [(place, share[ids[texts[place]]]) for place in order]
         total = sum(score for _, score in scores) or 1.0
-        return reply.card.name, [(place, score / total) for place, score in scores], _usage(found.answer.cost)
+        return reply.card.name, [(place, score / total) for place, score in scores], usage_of(found.answer.cost)
 
     async def each(self, ask: Callable[[Any], Any], bodies: Sequence[Any]) -> list[Any]:
         """Answer several questions at once; one that fails is an error in its place."""
@@ -203,7 +201,7 @@ class Service:
 
     # ------------------------------------------------------------------- what is known
 
-    async def user(self, user_id: str, *, most: int = 1000) -> list[StoredEvent]:
+    async def user(self, user_id: str, *, most: int = 1000) -> list[Event]:
         """Return what a user did, oldest first.
 
         Raises:
@@ -284,21 +282,7 @@ class Service:
 
     def cards(self) -> list[schema.ModelCard]:
         """Return what is said of the models, the default first."""
-        return [_card(card) for card in self.engine.cards]
-
-    def told(self, user_id: str, events: Sequence[StoredEvent]) -> schema.KnownUser:
-        """Return a user's events with the titles of their items."""
-        items = self.catalogue.items
-        history = [
-            schema.KnownEvent(
-                item_id=event.item_id,
-                title=items[event.item_id].title if event.item_id in items else None,
-                rating=event.rating,
-                timestamp=_time(event),
-            )
-            for event in events
-        ]
-        return schema.KnownUser(user_id=user_id, history=history)
+        return [card_of(card) for card in self.engine.cards]
 
     def next_id(self) -> str:
         """Return an id for an answer that has to have one."""
@@ -311,15 +295,11 @@ class Service:
     ) -> RankRequest:
         """Give a question its history, and every item its text."""
         self._check_model(body.model)
-        history: list[Any] = [_entry(each) for each in body.history or ()]
+        history: list[Any] = [entry_of(each) for each in body.history or ()]
         if body.history is None and body.user_id is not None:
             events = await asyncio.to_thread(self._events, body.user_id)
-            known = self.catalogue.items
-            history = [
-                {"item_id": event.item_id, "rating": event.rating, "timestamp": _time(event)}
-                for event in events[-_EVENTS:]
-                if event.item_id in known
-            ]
+            known = [event for event in events if event.item_id in self.catalogue.items]
+            history = [told_event(event) for event in known[-_EVENTS:]]
         record: dict[str, object] = {
             "id": body.id,
             "user_id": body.user_id,
@@ -327,12 +307,15 @@ class Service:
             "profile": body.profile,
         }
         if candidates is not None:
-            record["candidates"] = [_entry(each) for each in candidates]
+            record["candidates"] = [entry_of(each) for each in candidates]
         return read_request(record, 1, self.catalogue.items, whole=candidates is None)
 
-    def _events(self, user_id: str) -> list[StoredEvent]:
+    def _events(self, user_id: str) -> list[Event]:
         """Return what a user did, oldest first: of the run's data, and since."""
-        since = self.store.events_of(user_id)
+        since = [
+            Event(item_id=event.item_id, rating=event.rating, timestamp=event.timestamp)
+            for event in self.store.events_of(user_id)
+        ]
         return since if self.store.erased(user_id) else [*self._known.histories.of_user(user_id), *since]
 
     def _check_model(self, name: str | None) -> None:
@@ -340,44 +323,23 @@ class Service:
         if name is not None and names and name not in names:
             raise unknown("model", name, names)
 
-    def _ruled(self, request: RankRequest, rules: Rules, *, keep_seen: bool) -> RankRequest:
-        """Take out what rules forbid, before anything is ranked.
+    def _ruled(self, request: RankRequest, rules: Rules, *, exclude_seen: bool) -> RankRequest:
+        items, allowed = self.catalogue.items, self.catalogue.allowed
+        return ruled(request, rules, items, allowed, exclude_seen=exclude_seen)
 
-        Raises:
-            DataError: If nothing is left.
-        """
-        request = replace(request, keep_seen=keep_seen)
-        if rules:
-            own = {item.item_id: item for item in request.candidates}
-            allowed = rules.allowed(own) if own else self.catalogue.allowed(rules)
-            kept = tuple(item for item in request.candidates if item.item_id in allowed)
-            barred = frozenset() if own else frozenset(self.catalogue.items.keys() - allowed)
-            if not kept and (own or len(barred) == len(self.catalogue.items)):
-                raise DataError(
-                    "the rules leave no item; loosen them, or give other candidates", kind="empty", column="rules"
-                )
-            return replace(request, candidates=kept, barred=barred)
-        return request
-
-    async def _listed(self, question: Question, request: RankRequest, rules: Rules, k: int) -> tuple[Reply, Answered]:
-        """Ask for a list, deeper as long as rules leave too few of it."""
-        most = len(self.catalogue.items) - len(request.barred)
-        depth = deep_enough(rules, k) or min(most, max(_DEEP, 5 * k))
+    async def _listed(self, question: Question, request: RankRequest, rules: Rules, k: int) -> tuple[Card, Answered]:
+        """Ask for a list, as deep as its rules need."""
+        steps = listing(request, rules, self.catalogue.items, k)
+        depth = next(steps)
         while True:
             reply = await self._ask(replace(question, depth=depth), request)
-            found = _list_of(reply)
-            assert isinstance(found.answer, Ranking)
-            items = self.catalogue.items | {item.item_id: item for item in request.candidates}
-            titles = dict(zip(found.answer.items, found.titles, strict=True))
-            chosen = rules.arrange(list(zip(found.answer.items, found.answer.scores, strict=True)), items, k)
-            if len(chosen) >= k or request.candidates or len(found.answer.items) < depth or depth >= most:
-                break
-            depth = min(most, depth * _DEEPER)
-        names, scores = tuple(name for name, _ in chosen), tuple(score for _, score in chosen)
-        answer = replace(found.answer, items=names, scores=scores)
-        return reply, replace(found, answer=answer, titles=tuple(titles[name] for name in names))
+            assert reply.card is not None and isinstance(reply.answer, Answered)
+            try:
+                depth = steps.send(reply.answer)
+            except StopIteration as done:
+                return reply.card, done.value
 
-    async def _about(self, family: str, body: schema.ItemBody) -> tuple[Answer, dict[str, Any]]:
+    async def _about(self, family: str, body: schema.ItemBody) -> tuple[Answer, Mapping[str, Any]]:
         begun = time.monotonic()
         request = await self._request(body, candidates=[body.item])
         question = Question(model=body.model, verb=family)
@@ -387,12 +349,12 @@ class Service:
         if isinstance(answer, Unparsed):
             raise DataError(f"{family}: {answer.reason}", kind="failed")
         return answer, {
-            "model": _card(reply.card),
+            "model": card_of(reply.card),
             "item_id": request.candidates[0].item_id,
             "notes": list(request.notes),
             "prompt": await self._prompt(question, request) if body.show_prompt else None,
-            "usage": _usage(answer.cost),
-            "milliseconds": _since(begun),
+            "usage": usage_of(answer.cost),
+            "milliseconds": since(begun),
         }
 
     async def _ask(self, question: Question, request: RankRequest) -> Reply:
@@ -405,88 +367,10 @@ class Service:
         found = await self.batcher.alone(lambda: self.engine.prompt(question, request))
         return found if isinstance(found, str) else None
 
-    def _items(self, found: Answered, reasons: Sequence[str] = ()) -> list[schema.RankedItem]:
-        assert isinstance(found.answer, Ranking)
-        rows = zip(found.answer.items, found.titles, found.answer.scores, strict=True)
-        known = self.catalogue.items
-        return [
-            schema.RankedItem(
-                item_id=name,
-                title=title,
-                rank=place,
-                score=score,
-                rationale=(reasons[place - 1] or None) if place <= len(reasons) else None,
-                fields=dict(known[name].fields) if name in known else {},
-            )
-            for place, (name, title, score) in enumerate(rows, start=1)
-        ]
-
 
 def _changes(store: ServiceStore) -> tuple[list[Item], list[str]]:
     put, removed = store.item_changes()
     return list(put.values()), sorted(removed)
-
-
-def _entry(given: str | schema.ItemText) -> str | Mapping[str, object]:
-    if isinstance(given, str):
-        return given
-    told = given.model_dump(exclude={"fields"}, exclude_none=True)
-    return {**given.fields, **told}
-
-
-def _time(event: StoredEvent) -> float | None:
-    # NaN is where a table has no times.
-    return event.timestamp if event.timestamp == event.timestamp else None
-
-
-def _list_of(reply: Reply) -> Answered:
-    """Return a list.
-
-    Raises:
-        DataError: If there is none.
-    """
-    found = reply.answer
-    assert isinstance(found, Answered)
-    if isinstance(found.answer, Unparsed):
-        raise DataError(found.answer.reason, kind="failed")
-    return found
-
-
-def _shares(scores: Sequence[float], card: Card) -> list[float]:
-    """Return scores as shares that add to 1: probabilities of a language model, and ranks' worth of other models."""
-    if card.kind == "language model":
-        weights = np.exp(np.array(scores) - max(scores))
-    else:
-        weights = 1.0 / np.arange(1, len(scores) + 1)
-    found: list[float] = (weights / weights.sum()).tolist()
-    return found
-
-
-def _document(given: str | dict[str, Any]) -> str:
-    text = given if isinstance(given, str) else given.get("text", next(iter(given.values()), ""))
-    if not isinstance(text, str) or not text.strip():
-        raise DataError("a document has no text; leave it out", kind="empty", column="documents")
-    return text
-
-
-def _card(card: Card) -> schema.ModelCard:
-    return schema.ModelCard(
-        name=card.name,
-        kind=card.kind,
-        signature=card.signature,
-        answers=list(card.verbs),
-        strategies=list(card.strategies),
-    )
-
-
-def _usage(cost: Any) -> schema.Usage:
-    return schema.Usage(
-        prompt_tokens=cost.prompt_tokens, completion_tokens=cost.completion_tokens, forwards=cost.forwards
-    )
-
-
-def _since(begun: float) -> float:
-    return round(1000 * (time.monotonic() - begun), 3)
 
 
 def _forget(folder: Path, user_id: str) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from llmrec.data.reading.limits import is_no_text, shown
 from llmrec.errors import DataError
-from llmrec.serve.databases import MOVE, VERSION, Database, Insert, Postgres, SQLite, Value
+from llmrec.serve.databases import MOVE, NOBODY, VERSION, Database, Insert, Postgres, SQLite
 from llmrec.types import Item
 
 _MOST = 8
@@ -27,11 +27,9 @@ _MOST = 8
 _IDLE = 1.0
 """Seconds after which a connection is tried before it is used: its server may have been started anew."""
 _BATCH = 10_000
-_ALL = 2**63 - 1
 
-_NUMBERS = dict.fromkeys(("rating", "timestamp"), "DOUBLE PRECISION")
-_ADD = Insert("llmrec_events", dict.fromkeys(("user_key", "user_id", "item_id"), "TEXT") | _NUMBERS)
-_ITEM = dict.fromkeys(("item_key", "item_id", "title", "fields"), "TEXT")
+_ADD = Insert("llmrec_events", ("user_key", "event"))
+_ITEM = ("item_key", "item_id", "title", "fields")
 _SET = "ON CONFLICT (item_key) DO UPDATE SET title = excluded.title, fields = excluded.fields"
 _PUT = Insert("llmrec_items", _ITEM, _SET)
 # What was removed before is not counted again.
@@ -101,17 +99,7 @@ class ServiceStore:
             DataError: If an id is no text, or a number is not finite.
             LlmrecError: If the database refuses.
         """
-        rows = [
-            (
-                self._key(event.user_id),
-                _text(event.user_id, "user_id"),
-                _text(event.item_id, "item_id"),
-                None if event.rating is None else _number(event.rating, "rating"),
-                _number(event.timestamp, "timestamp"),
-            )
-            for event in events
-        ]
-        return self._insert(_ADD, rows)
+        return self._insert(_ADD, [(self._key(event.user_id), _json(event)) for event in events])
 
     def events_of(self, user_id: str, most: int | None = None) -> list[StoredEvent]:
         """Return a user's events, oldest first; those of one time in the order in which they came.
@@ -123,19 +111,16 @@ class ServiceStore:
         Raises:
             LlmrecError: If the database refuses.
         """
-        query = (
-            "SELECT user_id, item_id, rating, timestamp FROM llmrec_events WHERE user_key = ?1 "
-            "ORDER BY timestamp DESC, seq DESC LIMIT ?2"
-        )
-        found = self._read(query, self._key(user_id), _ALL if most is None else max(most, 0))
-        return [_event(row) for row in reversed(found)]
+        rows = self._read("SELECT event FROM llmrec_events WHERE user_key = ?1 ORDER BY seq", self._key(user_id))
+        found = sorted((self._event(row[0]) for row in rows), key=lambda event: event.timestamp)
+        return found if most is None else found[max(0, len(found) - most) :]
 
     def erase(self, user_id: str) -> int:
-        """Delete all events of a user, and remember by a salted hash of the id that it was done.
+        """Erase all events of a user, and remember by a salted hash of the id that it was done.
 
-        In an SQLite file the bytes are overwritten. PostgreSQL frees them with its next vacuum; its log and backups
-        keep them as long as it is set to. The salt lies beside the hash: this hides the id from who reads the table,
-        not from who can try all ids that there are.
+        In an SQLite file the bytes are overwritten, and their room stays taken. PostgreSQL frees them with its next
+        vacuum; its log and backups keep them as long as it is set to. The salt lies beside the hash: this hides the id
+        from who reads the table, not from who can try all ids that there are.
 
         Returns:
             How many events there were.
@@ -206,12 +191,10 @@ class ServiceStore:
             LlmrecError: If the database refuses.
         """
         last = -1
-        query = (
-            "SELECT user_id, item_id, rating, timestamp, seq FROM llmrec_events WHERE seq > ?1 ORDER BY seq LIMIT ?2"
-        )
-        while rows := self._read(query, last, _BATCH):
-            yield from map(_event, rows)
-            last = rows[-1][4]
+        query = "SELECT seq, event FROM llmrec_events WHERE seq > ?1 AND user_key <> ?2 ORDER BY seq LIMIT ?3"
+        while rows := self._read(query, last, NOBODY, _BATCH):
+            yield from (self._event(row[1]) for row in rows)
+            last = rows[-1][0]
 
     def close(self) -> None:
         """Close the store; a call that still runs ends first, and later ones raise an error."""
@@ -221,6 +204,12 @@ class ServiceStore:
 
     def _key(self, name: str) -> str:
         return hmac.new(self._salt, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
+
+    def _event(self, text: str) -> StoredEvent:
+        try:
+            return StoredEvent(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise self._database.error("damaged", f": an event is damaged ({shown(text)}); {MOVE}") from error
 
     def _item(self, name: str, title: str, fields: str) -> Item:
         try:
@@ -232,7 +221,7 @@ class ServiceStore:
         with self._connection() as raw:
             return self._database.read(raw, sql, *values)
 
-    def _insert(self, into: Insert, rows: Sequence[tuple[Value, ...]]) -> int:
+    def _insert(self, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
         with self._connection() as raw:
             return self._database.insert(raw, into, rows) if rows else 0
 
@@ -307,8 +296,14 @@ def _salt(told: Mapping[str, str], database: Database) -> bytes:
     return salt.encode()
 
 
-def _event(row: tuple[Any, ...]) -> StoredEvent:
-    return StoredEvent(user_id=row[0], item_id=row[1], rating=row[2], timestamp=row[3])
+def _json(event: StoredEvent) -> str:
+    sound = {
+        "user_id": _text(event.user_id, "user_id"),
+        "item_id": _text(event.item_id, "item_id"),
+        "rating": None if event.rating is None else _number(event.rating, "rating"),
+        "timestamp": _number(event.timestamp, "timestamp"),
+    }
+    return json.dumps(sound, ensure_ascii=False)
 
 
 def _text(value: str, column: str) -> str:

@@ -62,7 +62,7 @@ class RatingTask(Task):
     def __init__(self, section: RatingSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed = data, section, inputs.seed
-        self.scale = find_scale(data)
+        self.scale = find_scale(data, learns=inputs.learns)
         self._chosen = choose(self.family, section, templates, inputs.index)
         self._view = View(data, inputs.index)
         turns = ABOUT_USER | {"scale_low", "scale_high"}
@@ -311,16 +311,20 @@ class Scale:
         return self.labels[place]
 
 
-def find_scale(data: SplitDataset) -> Scale:
+def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
     """Return the data's scale, in whole or half points.
 
     Half points are written ``4.0`` and ``4.5``, so that no label is the beginning of another.
+
+    Args:
+        data: The split.
+        learns: Whether there must be ratings to learn from; else the scale that the data names will do.
 
     Raises:
         DataError: If there are no ratings, or more than 101 steps.
     """
     ratings = data.train["rating"].drop_nulls().unique().to_list()
-    if not ratings and data.dataset.rating_scale is None:
+    if not ratings and (learns or data.dataset.rating_scale is None):
         raise DataError(
             f"tasks.rating: {data.dataset.name} has no ratings; drop the task or name data.columns.rating",
             kind="missing-column",

@@ -76,7 +76,7 @@ class ReviewTask(Task):
             )
         self._chosen = choose(self.family, section, templates, inputs.index, reviews=True)
         self._view = View(data, inputs.index)
-        scale = find_scale(data) if self.target == "rating" else None
+        scale = find_scale(data, learns=inputs.learns) if self.target == "rating" else None
         self._scale = scale
         asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"review", "scale_low", "scale_high"}
         for template in templates.values():

@@ -59,7 +59,7 @@ def serve(options: ServeOptions) -> None:
 
 def make_service(options: ServeOptions) -> Any:
     """Return the service, not started yet."""
-    from llmrec.serve.known import known_of
+    from llmrec.answering.known import known_of
     from llmrec.serve.service import Service, Settings
     from llmrec.serve.store import ServiceStore
 

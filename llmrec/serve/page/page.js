@@ -172,9 +172,9 @@ async function* events(answer) {
     if (done) return;
     const blocks = (rest + value).split(/\r?\n\r?\n/);
     rest = blocks.pop() ?? "";
-    for (const block of blocks) {
-      const of = (name) => [...block.matchAll(new RegExp(`^${name}: ?(.*)$`, "gm"))].map(([, text]) => text);
-      if (of("data").length) yield { name: of("event")[0] ?? "message", data: JSON.parse(of("data").join("\n")) };
+    for (const lines of blocks.map((block) => block.split(/\r?\n/))) {
+      const of = (name) => lines.flatMap((line) => (line.startsWith(name) ? [line.slice(name.length)] : []));
+      if (of("data:").length) yield { name: of("event:").join("").trim(), data: JSON.parse(of("data:").join("\n")) };
     }
   }
 }
@@ -232,12 +232,12 @@ const isId = (text) => /^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,1000}$/u.test(text
 const isWhole = (text) => /^\d{1,4}$/.test(text) && Number(text) >= 1 && Number(text) <= 1000;
 /** @param {string} line  "field=value" */
 const splitRule = (line) => [line.split("=", 1)[0].trim(), line.slice(line.indexOf("=") + 1).trim()];
-const isRule = (line) => /^[^=]+=.+$/s.test(line) && isId(splitRule(line)[0]) && splitRule(line)[1].length <= 4000;
+const isRule = (line) => /^[^=\n]+=[^\n]+$/.test(line) && isId(splitRule(line)[0]) && splitRule(line)[1].length <= 4000;
 
 /** @param {Item} item */
 function learn(item) {
   if (item.title) titles.set(item.item_id, item.title);
-  for (const field of Object.keys(item.fields ?? {})) if (fields.size < 50) fields.add(field);
+  for (const field of Object.keys(item.fields ?? {})) if (fields.size < 20 && field.length < 40) fields.add(field);
 }
 
 function link() {
@@ -759,41 +759,13 @@ function showSimilar({ items }) {
 function detail(side, item) {
   const { signal } = (asking[side] = new AbortController());
   const below = el("div", { class: "answers" });
-  /** A button, and the answer to it. @param {QUESTIONS[number]} question */
-  const buttonOf = ({ verb, by, title, show }) => {
-    /** @type {HTMLElement | null} */
-    let block = null;
-    const click = async () => {
-      if (block?.hasAttribute("aria-busy")) return;
-      block?.remove();
-      below.append((block = copy("answer")));
-      part(block, "h3").textContent = title;
-      const [now, body, prose] = [block, part(block, ".body"), bdi("", "prose")];
-      const similar = { items: [item.item_id], by, k: 5, rules: rules() };
-      const asked = by ? similar : { ...about(side), item: item.item_id };
-      const options = { body: asked, signal, onWait: (told) => body.replaceChildren(told) };
-      const grow = (text) => (prose.append(text), prose.isConnected || body.replaceChildren(prose));
-      try {
-        const answer = await (verb === "explain" ? askForText : ask)(`v1/${verb}`, options, grow);
-        body.replaceChildren(...show(answer));
-        part(now, ".cost").textContent = cost(answer);
-        part(now, ".aside").replaceChildren(...aside(answer));
-        say(`${title}: ${body.textContent}`);
-      } catch (error) {
-        if (signal.aborted) now.remove();
-        else showError(body, error, click);
-      }
-      now.removeAttribute("aria-busy");
-    };
-    return button(title, click);
-  };
+  const can = ["similar", ...(cards.get(state.models[side])?.answers ?? [])];
   const block = () => {
     $("block").value += `${$("block").value ? "\n" : ""}${item.item_id}`;
     takeControls();
   };
-  const can = ["similar", ...(cards.get(state.models[side])?.answers ?? [])];
   const tools = [
-    ...QUESTIONS.filter(({ verb }) => can.includes(verb)).map(buttonOf),
+    ...QUESTIONS.filter(({ verb }) => can.includes(verb)).map((each) => questionOf(side, item, each, below, signal)),
     button("Add to the history", () => add(item)),
     button("Block", block),
   ];
@@ -808,6 +780,43 @@ function detail(side, item) {
     askOf("v1/items/", item.item_id, { signal }).then((full) => show(full.fields), () => null);
   }
   return [list, el("div", { class: "verbs" }, ...tools), below];
+}
+
+/**
+ * A button that asks; its answer takes the place of the one before.
+ *
+ * @param {number} side @param {Ranked} item @param {typeof QUESTIONS[number]} question
+ * @param {HTMLElement} below @param {AbortSignal} signal
+ */
+function questionOf(side, item, question, below, signal) {
+  const { verb, by, title, show } = question;
+  /** @type {HTMLElement | null} */
+  let last = null;
+  const click = async () => {
+    if (last?.hasAttribute("aria-busy")) return;
+    last?.remove();
+    const block = (last = copy("answer"));
+    const [body, prose] = [part(block, ".body"), bdi("", "prose")];
+    part(block, "h3").textContent = title;
+    below.append(block);
+    const similar = { items: [item.item_id], by, k: 5, rules: rules() };
+    const asked = by ? similar : { ...about(side), item: item.item_id };
+    const options = { body: asked, signal, onWait: (told) => body.replaceChildren(told) };
+    const grow = (text) => (prose.append(text), prose.isConnected || body.replaceChildren(prose));
+    try {
+      const call = /** @type {Function} */ (verb === "explain" ? askForText : ask);
+      const answer = await call(`v1/${verb}`, options, grow);
+      body.replaceChildren(...show(answer));
+      part(block, ".cost").textContent = cost(answer);
+      part(block, ".aside").replaceChildren(...aside(answer));
+      say(`${title}: ${body.textContent}`);
+    } catch (error) {
+      if (signal.aborted) block.remove();
+      else showError(body, error, click);
+    }
+    block.removeAttribute("aria-busy");
+  };
+  return button(title, click);
 }
 
 // --------------------------------------------------------------------------- the start
@@ -864,5 +873,5 @@ function follow() {
 
 startSearch();
 startControls();
-window.addEventListener("hashchange", follow);
+window.addEventListener("hashchange", () => cards.size && follow());
 start();

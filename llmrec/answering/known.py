@@ -1,6 +1,6 @@
-"""What a service knows without asking a model: its catalogue, and what users did.
+"""What is known without asking a model: its catalogue, and what users did.
 
-Items and past events come from the run's data or the exported folder, and from what was sent to the service since.
+Items and past events come from the run's data or the exported folder, and from what a service was sent since.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from llmrec.answering.histories import Histories
 from llmrec.answering.requests import catalogue
 from llmrec.answering.rules import Rules
-from llmrec.data.codes import codes
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError, did_you_mean
 from llmrec.experiment import bundle as bundles
 from llmrec.recipe.load import load_recipe
-from llmrec.serve.store import StoredEvent
 from llmrec.types import Item
 
 # Rule sets whose allowed items are remembered for one state of the catalogue.
@@ -105,67 +103,6 @@ class Catalogue:
             titles = [item.title.casefold() for item in self.items.values()]
             self._search = ids, pl.Series(titles, dtype=pl.String)
         return self._search
-
-
-@dataclass(frozen=True)
-class Histories:
-    """Past events of the users of a data set, oldest first, found by a user's id.
-
-    Attributes:
-        users: Sorted.
-        starts: Where each user's rows begin, shape (users + 1,).
-        items: Item of each row.
-        ratings: Rating of each row; NaN: none.
-        times: Time of each row; NaN: none.
-    """
-
-    users: pl.Series
-    starts: NDArray[np.int64]
-    items: pl.Series
-    ratings: NDArray[np.float64]
-    times: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, interactions: pl.DataFrame) -> Histories:
-        """Sort a table of interactions by user and time."""
-        names, rows = codes(interactions["user_id"])
-        times = interactions["timestamp"].cast(pl.Float64).fill_null(np.nan).to_numpy()
-        # Rows without a time stand in the order of the table, first.
-        order = np.lexsort((np.where(np.isnan(times), -np.inf, times), rows))
-        starts = np.searchsorted(rows[order], np.arange(len(names) + 1))
-        return cls(
-            users=names,
-            starts=starts,
-            items=interactions["item_id"].gather(order),
-            ratings=interactions["rating"].cast(pl.Float64).fill_null(np.nan).to_numpy()[order],
-            times=times[order],
-        )
-
-    @classmethod
-    def none(cls) -> Histories:
-        """Return those of nobody."""
-        nothing = np.empty(0)
-        return cls(
-            pl.Series(dtype=pl.String), np.zeros(1, dtype=np.int64), pl.Series(dtype=pl.String), nothing, nothing
-        )
-
-    def of_user(self, user_id: str) -> list[StoredEvent]:
-        """Return a user's events; none of a user who is not known."""
-        if not len(self.users):
-            return []
-        place = int(self.users.search_sorted(user_id))
-        if place >= len(self.users) or self.users[place] != user_id:
-            return []
-        rows = range(int(self.starts[place]), int(self.starts[place + 1]))
-        return [
-            StoredEvent(
-                user_id=user_id,
-                item_id=str(self.items[row]),
-                rating=None if np.isnan(self.ratings[row]) else float(self.ratings[row]),
-                timestamp=float(self.times[row]),
-            )
-            for row in rows
-        ]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,305 @@
+"""A model in three lines of Python: `llmrec.load` returns what ranks, rates and explains.
+
+::
+
+    rec = llmrec.load("runs/quickstart")
+    rec.rank(history=["1", "50"], k=10)
+    rec.rank(frame)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from llmrec.answering.about import value_of
+from llmrec.answering.known import Catalogue, Known, known_of
+from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
+from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
+from llmrec.answering.opening import Models, open_models
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.recommender import Answered
+from llmrec.answering.rules import Rules
+from llmrec.data.frames import as_arrow, like
+from llmrec.data.requests import RankRequest, read_request, told_event
+from llmrec.errors import DataError, LlmrecError
+from llmrec.types import Unparsed
+
+__all__ = ["Loaded", "Scored", "load"]
+
+_EVENTS = 200
+_KEYS = ("id", "user_id", "history", "candidates", "profile")
+# Requests that are asked together, where a frame has many.
+_TOGETHER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One item of a list.
+
+    Attributes:
+        item_id: As in the catalogue, or the title of an item that was given by it.
+        title: As the model read it.
+        score: On the model's own scale; higher is better.
+    """
+
+    item_id: str
+    title: str
+    score: float
+
+
+def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
+    """Open a run, an exported folder or a model, to be asked as often as there are questions.
+
+    Weights are loaded when the first question needs them. Use it as a context manager, or close it.
+
+    Args:
+        folder: A run folder, an exported folder, a model folder or a hub name.
+        models: What answers, the default first: ``tuned``, ``untuned``, ``fusion``, ``fusion-model``, or a baseline; by
+            default the model itself, the fusions that its run weighed, and the classic recommenders of its recipe.
+        options: Of `llmrec.answering.options.RecommenderOptions`, by name: ``items``, ``backend``, ``dtype``, ...
+
+    Raises:
+        LlmrecError: If the model cannot be opened, or an option is unknown.
+    """
+    try:
+        asked = RecommenderOptions(model=str(folder), **options)
+    except TypeError as error:
+        raise LlmrecError(f"llmrec.load: {error}", kind="unknown-key") from None
+    return Loaded(asked, open_models(asked, models))
+
+
+class Loaded:
+    """Models that are open; made by `load`. Several threads may ask it, which then wait for each other.
+
+    Args:
+        options: What was asked for.
+        models: What answers.
+    """
+
+    def __init__(self, options: RecommenderOptions, models: Models) -> None:
+        self._options, self._models = options, models
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of what answers, the default first."""
+        return tuple(self._models.opened)
+
+    def rank(
+        self,
+        frame: Any = None,
+        *,
+        history: Sequence[Any] | None = None,
+        user: str | None = None,
+        candidates: Sequence[Any] | None = None,
+        k: int = 10,
+        model: str | None = None,
+        strategy: str = "auto",
+        exclude_seen: bool = True,
+        rules: Mapping[str, object] | None = None,
+        profile: str = "",
+        id: str = "1",
+    ) -> Any:
+        """Rank candidates, or the whole catalogue, for one user, or for every row of a frame.
+
+        Args:
+            frame: Rows with some of the columns ``id``, ``user_id``, ``history``, ``candidates`` and ``profile``: a
+                pandas or polars frame, an Arrow table, or a list of dictionaries. None: one user is asked about.
+            history: Items, oldest first: ids, or dictionaries with ``item_id``, ``title``, ``rating``, ``timestamp``.
+            user: A user of the run's data, whose history is taken where none is given.
+            candidates: Items to rank, as in ``history``; None: the whole catalogue.
+            k: Items of a list, at most.
+            model: One of `models`.
+            strategy: How a language model orders candidates.
+            exclude_seen: Items of the history are left out, where the catalogue is ranked.
+            rules: Business rules, as docs/serve.md has them.
+            profile: What is said about the user.
+            id: Decides the order of equal scores.
+
+        Returns:
+            A list of `Scored`, best first; of a frame, one of the same library with the columns ``id``, ``user_id``,
+            ``rank``, ``item_id``, ``title``, ``score`` and ``error``: a row an item, and one for what failed.
+
+        Raises:
+            LlmrecError: If one question cannot be answered; of a frame, if it cannot be read.
+        """
+        asked = _Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
+        if frame is not None:
+            if not (history is None and user is None and candidates is None and not profile):
+                raise DataError("rank takes a frame, or one user's history; give one of them", kind="contradiction")
+            return like(frame, self._frame(as_arrow(frame, "requests frame").to_pylist(), asked))
+        record = {"id": id, "user_id": user, "history": history, "candidates": candidates, "profile": profile}
+        (found,) = self._lists([self._request(record, 1)], asked)
+        if isinstance(found, LlmrecError):
+            raise found
+        return _scored(found)
+
+    def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
+        """Find items that are chosen together with others (``interactions``), or described like them (``text``)."""
+        for item in items:
+            self._catalogue.get(item)
+        request = read_request({"history": list(items)}, 1, self._models.items, whole=True)
+        return _scored(self._models.similar(by).rank([request], depth=k)[0])
+
+    def rate(self, item: Any, **who: Any) -> float:
+        """Predict a rating; ``who`` as in `rank`: ``history``, ``user``, ``model``, ``profile``."""
+        return float(self._about("rating", item, **who))
+
+    def predict(self, item: Any, **who: Any) -> float:
+        """Predict how likely a user likes or chooses an item; ``who`` as in `rank`."""
+        return float(self._about("ctr", item, **who))
+
+    def explain(self, item: Any, **who: Any) -> str:
+        """Say why an item suits a user; ``who`` as in `rank`."""
+        return str(self._about("explanation", item, **who))
+
+    def close(self) -> None:
+        """Stop the engines."""
+        self._models.close()
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------- behind them
+
+    @cached_property
+    def _known(self) -> Known:
+        return known_of(self._options.model, self._options.items)
+
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        return Catalogue(self._models.items)
+
+    def _request(self, record: Mapping[str, Any], row: int) -> RankRequest:
+        known = {key: record[key] for key in _KEYS if record.get(key) is not None}
+        if "history" not in known and "user_id" in known:
+            events = self._known.histories.of_user(str(known["user_id"]))
+            known["history"] = [told_event(event) for event in events if event.item_id in self._models.items][-_EVENTS:]
+        return read_request(known, row, self._models.items or None, whole="candidates" not in known)
+
+    def _lists(self, requests: Sequence[RankRequest], asked: _Wanted) -> list[Answered | LlmrecError]:
+        """Rank for every request; those that need the same depth are asked together."""
+        model = self._models.get(asked.model)
+        check_verb(model, RANK)
+        items, allowed = self._models.items, self._catalogue.allowed
+        found: dict[int, Answered | LlmrecError] = {}
+        steps, depths, posed = {}, {}, {}
+        for n, request in enumerate(requests):
+            try:
+                posed[n] = ruled(request, asked.rules, items, allowed, exclude_seen=asked.exclude_seen)
+            except LlmrecError as error:
+                found[n] = error
+                continue
+            steps[n] = listing(posed[n], asked.rules, items, asked.k)
+            depths[n] = next(steps[n])
+        while depths:
+            depth = next(iter(depths.values()))
+            cold = is_cold(posed[next(iter(depths))])
+            group = [n for n, own in depths.items() if own == depth and is_cold(posed[n]) == cold]
+            asker, strategy = (self._models.popular or model, "auto") if cold else (model, asked.strategy)
+            answers = asker.rank([posed[n] for n in group], depth=depth, strategy=strategy)
+            for n, answer in zip(group, answers, strict=True):
+                try:
+                    depths[n] = steps[n].send(answer)
+                except StopIteration as done:
+                    found[n] = done.value
+                    del depths[n]
+                except LlmrecError as error:
+                    found[n] = error
+                    del depths[n]
+        return [found[n] for n in range(len(requests))]
+
+    def _frame(self, rows: Sequence[Mapping[str, Any]], asked: _Wanted) -> pa.Table:
+        columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+
+        def add(row: Mapping[str, Any], number: int, **rest: Any) -> None:
+            user = row.get("user_id")
+            told = {"id": str(row.get("id") or number), "user_id": None if user is None else str(user)} | rest
+            for name, values in columns.items():
+                values.append(told.get(name))
+
+        for start in range(0, len(rows), _TOGETHER):
+            part = list(enumerate(rows[start : start + _TOGETHER], start=start + 1))
+            posed: dict[int, RankRequest] = {}
+            answers: dict[int, Answered | LlmrecError] = {}
+            for number, row in part:
+                try:
+                    posed[number] = self._request(row, number)
+                except LlmrecError as error:
+                    answers[number] = error
+            answers.update(zip(posed, self._lists(list(posed.values()), asked), strict=True))
+            for number, row in part:
+                answer = answers[number]
+                if isinstance(answer, LlmrecError):
+                    add(row, number, error=str(answer))
+                    continue
+                for place, each in enumerate(_scored(answer), start=1):
+                    add(row, number, rank=place, item_id=each.item_id, title=each.title, score=each.score)
+        return pa.table(columns, schema=_SCHEMA)
+
+    def _about(self, family: str, item: Any, *, model: str | None = None, **who: Any) -> float | str:
+        asked = self._answering(family, model)
+        record = {"history": who.pop("history", None), "user_id": who.pop("user", None)}
+        record["profile"] = who.pop("profile", None)
+        if who:
+            raise DataError(f"unknown: {', '.join(who)}; give history, user, profile or model", kind="unknown-key")
+        (answer,) = asked.about(family, [self._request({**record, "candidates": [item]}, 1)])
+        value = value_of(answer)
+        if value is None:
+            reason = answer.reason if isinstance(answer, Unparsed) else "there is no answer"
+            raise DataError(f"{family}: {reason}", kind="failed")
+        return value
+
+    def _answering(self, family: str, name: str | None) -> AnsweringModel:
+        model = self._models.get(name)
+        check_verb(model, family)
+        return model
+
+    def prompt(self, *, verb: str = RANK, model: str | None = None, **who: Any) -> str:
+        """Return what a language model reads of a question to rank, or of a family (``verb``) with an ``item``."""
+        asked = self._models.get(model)
+        if not isinstance(asked, LanguageModel):
+            raise DataError(f"{asked.name} is no language model, and reads no prompt", kind="unsupported")
+        record = {key: who.get({"user_id": "user"}.get(key, key)) for key in _KEYS}
+        if "item" in who:
+            record["candidates"] = [who["item"]]
+        return asked.prompt(self._request(record, 1), verb)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    k: int
+    model: str | None
+    strategy: str
+    exclude_seen: bool
+    rules: Rules
+
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("user_id", pa.string()),
+        ("rank", pa.int64()),
+        ("item_id", pa.string()),
+        ("title", pa.string()),
+        ("score", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def _scored(found: Answered) -> list[Scored]:
+    if isinstance(found.answer, Unparsed):
+        raise DataError(found.answer.reason, kind="failed")
+    ranking = ranking_of(found)
+    return [Scored(*each) for each in zip(ranking.items, found.titles, ranking.scores, strict=True)]

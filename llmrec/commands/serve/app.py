@@ -1,0 +1,45 @@
+"""The commands of a service: `llmrec serve` and `llmrec serve-key`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmrec.commands.options import takes
+from llmrec.commands.serve.options import ServeOptions
+from llmrec.commands.show.console import say
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+@takes(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Serve a model over HTTP, with a page to look at: rank, rate, explain, rerank, and what a shop needs.
+
+    It listens on this machine alone; docs/serve.md has the endpoints, keys, rules and containers.
+    """
+    from llmrec.commands.serve.run import serve
+
+    serve(options)
+
+
+@app.command("serve-key")
+def serve_key(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file of keys, which is made where it is not there.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the key is called in logs and limits.")],
+    admin: Annotated[bool, typer.Option("--admin", help="It may change the catalogue and erase users.")] = False,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Take the key of this name back.")] = False,
+) -> None:
+    """Make an API key for `llmrec serve --keys FILE`, or take one back; a running service notices."""
+    from llmrec.serve import keys
+
+    if revoke:
+        keys.revoke(file, name)
+        say(f"{name}: taken back")
+        return
+    say(keys.new_key(file, name, admin=admin))
