@@ -15,6 +15,7 @@ from llmrec import __version__
 from llmrec.commands.features.app import app as features
 from llmrec.commands.init.options import InitOptions
 from llmrec.commands.options import takes
+from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.console import finish, readable, say, short, show
@@ -337,10 +338,30 @@ def rank(options: RankOptions) -> None:
     """
     from llmrec.commands.rank.progress import console_rows
     from llmrec.commands.rank.run import rank_file
+    from llmrec.commands.rank.users import rank_users
 
+    if options.all_users:
+        told = rank_users(options)
+        show("lists", dict(told))
+        raise typer.Exit(0 if told["failed"] == "0" else 1)
     summary = rank_file(options)
     show("ranking", console_rows(summary))
     if summary["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+@takes(PredictOptions)
+def predict(options: PredictOptions) -> None:
+    """Answer a file of questions about one item each: ratings, yes or no, explanations, reviews.
+
+    A killed call goes on where it was. Exit code 0: every line answered; 1: some failed, and say why; 2: nothing done.
+    """
+    from llmrec.commands.predict.run import predict_file
+
+    told = predict_file(options)
+    show("answers", dict(told))
+    if told["failed"] != "0":
         raise typer.Exit(1)
 
 

@@ -139,6 +139,10 @@ class Loaded:
             raise found
         return _scored(found)
 
+    def signature(self, model: str | None = None) -> str:
+        """Return what changes with everything that can change an answer, but for the question."""
+        return self._models.get(model).signature
+
     def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
         """Find items that are chosen together with others (``interactions``), or described like them (``text``)."""
         for item in items:

@@ -20,7 +20,8 @@ from llmrec.errors import DataError, did_you_mean
 from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Event, Item
 
-KEYS = ("id", "user_id", "history", "candidates", "profile")
+KEYS = ("id", "user_id", "history", "candidates", "item", "profile")
+"""``candidates`` are ranked; ``item`` is what a question about one item names."""
 LEFT_ASIDE = "candidates: left aside, since all items are ranked"
 """The note on a request that brings candidates where the whole catalogue is ranked."""
 

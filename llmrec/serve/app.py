@@ -294,7 +294,7 @@ def _knowledge(service: Service, door: Door) -> APIRouter:
         found, total = service.catalogue.search(q, limit=limit, offset=offset)
         return schema.FoundItems(items=[_item(item) for item in found], total=total)
 
-    @router.get("/v1/items/{item_id}", responses=_said(404))
+    @router.get("/v1/items/{item_id:path}", responses=_said(404))
     async def item(item_id: _Id) -> schema.CatalogueItem:
         """Return an item."""
         return _item(service.catalogue.get(item_id))
@@ -305,18 +305,18 @@ def _knowledge(service: Service, door: Door) -> APIRouter:
         found = [Item(item_id=each.item_id, title=each.title, fields=dict(each.fields)) for each in body.items]
         return schema.Stored(stored=await service.put_items(found))
 
-    @router.delete("/v1/items/{item_id}", responses=_said(404, 503), dependencies=[Depends(door.admin)])
+    @router.delete("/v1/items/{item_id:path}", responses=_said(404, 503), dependencies=[Depends(door.admin)])
     async def remove_item(item_id: _Id) -> schema.Removed:
         """Remove an item; no list holds it from then on."""
         await service.remove_item(item_id)
         return schema.Removed(removed=1)
 
-    @router.get("/v1/users/{user_id}", responses=_said(404))
+    @router.get("/v1/users/{user_id:path}", responses=_said(404))
     async def user(user_id: _Id) -> schema.KnownUser:
         """Return what a user did, oldest first."""
         return told(user_id, await service.user(user_id), service.catalogue.items)
 
-    @router.delete("/v1/users/{user_id}", dependencies=[Depends(door.admin)])
+    @router.delete("/v1/users/{user_id:path}", dependencies=[Depends(door.admin)])
     async def erase(user_id: _Id) -> schema.Erased:
         """Erase a person: events, and texts about the person."""
         return await service.erase(user_id)

@@ -12,6 +12,7 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmrec.errors import LlmrecError
 from llmrec.serve.keys import Key, Keys, RateLimit
 from llmrec.serve.schema import Failed, Failure
 
@@ -45,7 +46,12 @@ class Door:
         """
         found = None
         if self._keys is not None:
-            found = None if given is None else self._keys.find(given.credentials)
+            try:
+                found = None if given is None else self._keys.find(given.credentials)
+            except LlmrecError as error:
+                # A file of keys that cannot be read lets nobody in, and its owner reads why in the log.
+                log.error("%s", error)
+                raise HTTPException(503, "the keys of this service cannot be read", {"Retry-After": "5"}) from None
             if found is None:
                 raise HTTPException(
                     401, "give an API key: 'Authorization: Bearer llmrec_...'", {"WWW-Authenticate": "Bearer"}

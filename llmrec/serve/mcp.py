@@ -19,7 +19,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from mcp.server.lowlevel import Server
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.shared.exceptions import MCPError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmrec import __version__
@@ -50,8 +50,10 @@ _ABOUT = (
 # --------------------------------------------------------------------------- what is asked
 
 
-class _Asked(schema._Body):
+class _Asked(BaseModel):
     """Arguments of a tool; the keys are those of the endpoint of the same verb."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Past(_Asked):

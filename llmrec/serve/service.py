@@ -122,6 +122,7 @@ class Service:
         notes = [*found.notes, *(reasons.notes if reasons else [])]
         if cold:
             notes.append("nothing is known of the user: the most popular items")
+        took = since(begun)
         cost = ranking_of(found).cost + reasons.cost if reasons else ranking_of(found).cost
         return schema.RankAnswer(
             model=card_of(card),
@@ -130,7 +131,7 @@ class Service:
             prompt=await self._prompt(question, request) if body.show_prompt and not cold else None,
             usage=usage_of(cost),
             cold=cold,
-            milliseconds=since(begun),
+            milliseconds=took,
         )
 
     async def similar(self, body: schema.SimilarBody) -> schema.SimilarAnswer:

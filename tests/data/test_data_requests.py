@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.reading import request_file
-from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_ranked
+from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_records
 from llmrec.data.reading.request_file import Raw, open_requests
 from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError
@@ -405,7 +405,7 @@ def test_parts_are_what_was_written_or_nothing(tmp_path: Path) -> None:
 def test_rankings_are_written_alike_every_time(tmp_path: Path, name: str) -> None:
     first, second = tmp_path / "1" / name, tmp_path / "2" / name
     for path in (first, second):
-        write_ranked(path, iter(RANKED))
+        write_records(path, iter(RANKED))
     assert first.read_bytes() == second.read_bytes()
     assert list(first.parent.iterdir()) == [first]
     columns = list(Ranked.__dataclass_fields__)
@@ -436,7 +436,7 @@ def test_many_records_make_several_row_groups(tmp_path: Path) -> None:
     lines = [
         Ranked(request_id=str(n), user_id=None, line=n, items=("a",), scores=(rng.random(),)) for n in range(count)
     ]
-    write_ranked(tmp_path / "r.parquet", iter(lines))
+    write_records(tmp_path / "r.parquet", iter(lines))
     file = pq.ParquetFile(tmp_path / "r.parquet")
     assert file.num_row_groups > 1 and file.metadata.num_rows == count
     assert file.read().column("line").to_pylist() == list(range(count))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answering.options import About, RecommenderOptions
+from llmrec.errors import RecipeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,20 +15,47 @@ class RankOptions(RecommenderOptions):
     """A file of requests, a file of ranked lists, and what ranks them."""
 
     requests: Annotated[
-        Path,
+        Path | None,
         About(names=("--in",), help="Requests: .jsonl, .csv, .tsv (each also .gz) or .parquet; see docs/rank.md."),
-    ]
-    out: Annotated[Path, About(help="Rankings, in any of these formats.")]
+    ] = None
+    out: Annotated[Path | None, About(help="Rankings, in any of these formats.")] = None
+    all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data instead.")] = False
+    to: Annotated[
+        str | None, About(metavar="FILE|URL", help="With --all-users: .parquet, .csv, .jsonl, .db or postgresql://...")
+    ] = None
+    by: Annotated[
+        str | None, About(metavar="NAME", help="With --all-users: tuned, untuned, fusion, fusion-model or a baseline.")
+    ] = None
     limit: Annotated[int | None, About(least=1, help="Rank the first so many requests only.")] = None
     restart: Annotated[bool, About(help="Drop what an earlier, killed run left.")] = False
     quiet: Annotated[bool, About(names=("--quiet", "-q"), help="Show no progress bars.")] = False
 
     @property
+    def source(self) -> Path:
+        """The file of requests."""
+        return _given(self.requests, "--in", "the file of requests")
+
+    @property
+    def target(self) -> Path:
+        """The file of rankings."""
+        return _given(self.out, "--out", "the file that rankings are written to")
+
+    @property
     def parts(self) -> Path:
         """Where finished parts wait."""
-        return self.out.with_name(self.out.name + ".parts")
+        return self.target.with_name(self.target.name + ".parts")
 
     @property
     def summary(self) -> Path:
         """Where the summary is written."""
-        return self.out.with_name(self.out.name + ".summary.json")
+        return self.target.with_name(self.target.name + ".summary.json")
+
+
+def _given(value: Path | None, option: str, what: str) -> Path:
+    if value is None:
+        raise RecipeError(
+            f"{option} is missing: name {what}, or rank for every user with --all-users --to FILE",
+            kind="missing-key",
+            column=option,
+        )
+    return value

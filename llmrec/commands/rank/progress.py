@@ -189,9 +189,9 @@ def summary_of(
     return {
         "key": key,
         "model": options.model,
-        "requests": str(options.requests),
-        "out": str(options.out),
-        "sha256": sha256_of(options.out),
+        "requests": str(options.source),
+        "out": str(options.target),
+        "sha256": sha256_of(options.target),
         "task": recommender.way.family,
         "template": recommender.way.template,
         "strategy": recommender.way.strategy,

@@ -15,7 +15,7 @@ from typing import Any
 from llmrec.answering.recommender import Answered, Recommender
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.progress import RankBar, Tally, summary_of
-from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_ranked
+from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_records
 from llmrec.data.reading.request_file import Raw, RequestFile, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_json, write_text
@@ -93,7 +93,7 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
     _check_out(options)
     budget = Budget()
     with budget.stage("start"):
-        source = open_requests(options.requests)
+        source = open_requests(options.source)
     with locked(options.parts, _own):
         if options.restart:
             _empty(options.parts)
@@ -112,7 +112,7 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
             done = None if options.restart else _finished(options, key)
             summary = done or _work(options, source, recommender, key)
         if done is not None:
-            log.warning("%s is complete already; --restart ranks again", options.out)
+            log.warning("%s is complete already; --restart ranks again", options.target)
         _remove(options.parts)
     return summary
 
@@ -123,11 +123,11 @@ def _check_out(options: RankOptions) -> None:
     Raises:
         DataError: If the output cannot be written there.
     """
-    out = options.out
+    out = options.target
     kind_of(out)
     if out.is_dir():
         raise DataError(f"--out {out} is a folder; name a file", kind="unreadable", at=out)
-    for given in (options.requests, options.items):
+    for given in (options.source, options.items):
         if given is not None and given.exists() and given.resolve() == out.resolve():
             raise DataError(f"--out {out} is one of the files that are read; name another", kind="exists", at=out)
     if out.exists() and not options.summary.exists() and not options.parts.exists():
@@ -157,7 +157,7 @@ def _check_titled(options: RankOptions, source: RequestFile, recommender: Recomm
 def _finished(options: RankOptions, key: str) -> dict[str, Any] | None:
     """Return the summary of an output that the same inputs gave, if it still lies there as it was written."""
     done = read_stage(options.summary, key)
-    same = done is not None and options.out.is_file() and sha256_of(options.out) == done["sha256"]
+    same = done is not None and options.target.is_file() and sha256_of(options.target) == done["sha256"]
     return done if same else None
 
 
@@ -231,7 +231,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Recommender, k
                 tally.add(records, seconds=budget.stages["ranking"] - before)
             number += 1
     with budget.stage("write"):
-        write_ranked(options.out, _stored(options.parts, number))
+        write_records(options.target, _stored(options.parts, number))
     summary = summary_of(options, source, recommender, key, tally)
     write_json(options.summary, summary)
     return summary

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,15 +67,53 @@ class Ranked:
     rationale_forwards: int = 0
 
 
-_COLUMNS = tuple(column.name for column in fields(Ranked))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """What became of one question about an item.
+
+    Attributes:
+        request_id: None if not even that could be read.
+        user_id: As given.
+        line: Where the question stands in its file.
+        item_id: Which it asks about.
+        value: A rating, or the probability of a yes; None of a text.
+        text: What was written; None of a number.
+        error: Why there is no answer; None if there is one.
+        notes: What was left out or changed.
+        prompt_tokens: Of the prompt.
+        completion_tokens: Tokens scored or generated after it.
+    """
+
+    request_id: str | None
+    user_id: str | None
+    line: int
+    item_id: str | None = None
+    value: float | None = None
+    text: str | None = None
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+Written = Ranked | Predicted
 _LISTS = ("items", "scores", "titles", "notes", "rationale")
 
 
-def _schema() -> Any:
-    text, texts, whole = pa.string(), pa.list_(pa.string()), pa.int64()
-    first = (text, text, whole, texts, pa.list_(pa.float64()), texts, text, texts)
-    kinds = (*first, whole, whole, whole, whole, text, texts, whole, whole, whole)
-    return pa.schema(list(zip(_COLUMNS, kinds, strict=True)))
+def _schema(kind: type[Written]) -> Any:
+    """Return the columns of a record: a list of numbers, lists of texts, whole numbers, numbers and texts."""
+    hints = get_type_hints(kind)
+    known = {
+        int: pa.int64(),
+        float | None: pa.float64(),
+        tuple[float, ...]: pa.list_(pa.float64()),
+        tuple[str, ...]: pa.list_(pa.string()),
+    }
+    return pa.schema([(name, known.get(hints[name], pa.string())) for name in _columns(kind)])
+
+
+def _columns(kind: type[Written]) -> tuple[str, ...]:
+    return tuple(column.name for column in fields(kind))
 
 
 # --------------------------------------------------------------------------- parts
@@ -100,17 +138,22 @@ def _record(stored: Mapping[str, Any]) -> Ranked:
     return Ranked(**values)
 
 
-def _line(record: Ranked) -> str:
+def _line(record: Written) -> str:
     return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 # --------------------------------------------------------------------------- the table
 
 
-def write_ranked(path: Path, records: Iterable[Ranked]) -> None:
+def write_records(path: Path, records: Iterable[Written], kind: type[Written] = Ranked) -> None:
     """Write all records as Parquet, JSON Lines, CSV or TSV, the text ones optionally gzipped, in one step.
 
     Records are taken one by one, and the same records give the same bytes.
+
+    Args:
+        path: The file.
+        records: All of one kind.
+        kind: Which.
 
     Raises:
         DataError: If the file's name ends in nothing that is known.
@@ -118,13 +161,13 @@ def write_ranked(path: Path, records: Iterable[Ranked]) -> None:
     suffix = kind_of(path)
     with replacing(path) as draft:
         if suffix in PARQUET:
-            _write_parquet(draft, iter(records))
+            _write_parquet(draft, iter(records), kind)
             return
         with _text_file(draft, packed=path.suffix.lower() == ".gz") as stream:
             if suffix in JSON_LINES:
                 stream.writelines(_line(record) for record in records)
             else:
-                _write_delimited(stream, records, SEPARATORS[suffix])
+                _write_delimited(stream, records, SEPARATORS[suffix], kind)
 
 
 @contextmanager
@@ -136,18 +179,19 @@ def _text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
             yield text
 
 
-def _write_parquet(path: Path, records: Iterator[Ranked]) -> None:
-    schema = _schema()
+def _write_parquet(path: Path, records: Iterator[Written], kind: type[Written]) -> None:
+    schema = _schema(kind)
     with pq.ParquetWriter(path, schema) as writer:
         while group := list(islice(records, _ROW_GROUP)):
             writer.write_table(pa.Table.from_pylist([asdict(record) for record in group], schema=schema))
 
 
-def _write_delimited(stream: TextIO, records: Iterable[Ranked], separator: str) -> None:
+def _write_delimited(stream: TextIO, records: Iterable[Written], separator: str, kind: type[Written]) -> None:
     writer = csv.writer(stream, delimiter=separator, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    columns = _columns(kind)
+    writer.writerow(columns)
     for record in records:
-        writer.writerow([_cell(getattr(record, name)) for name in _COLUMNS])
+        writer.writerow([_cell(getattr(record, name)) for name in columns])
 
 
 def _cell(value: object) -> str:

@@ -282,7 +282,7 @@ def _header(path: Path, separator: str) -> tuple[list[str], str]:
 
 
 def _has_candidates(path: Path, columns: list[str]) -> None:
-    if "candidates" not in columns:
+    if "candidates" not in columns and "item" not in columns:
         raise DataError.at(
             path,
             "missing-column",

@@ -1,0 +1,1 @@
+"""`llmrec predict`: questions about one item each, from a file to a file."""

@@ -1,0 +1,189 @@
+"""Lists for every user of a run's data, into a file or a table of a database: `llmrec rank --all-users --to`.
+
+Users are ranked in parts, each of which is kept until all are there, so that a killed call goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import fields
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmrec.answering.known import known_of
+from llmrec.answering.loaded import Loaded
+from llmrec.answering.opening import open_models
+from llmrec.answering.options import RecommenderOptions
+from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.progress import RankBar
+from llmrec.durable import replacing
+from llmrec.errors import DataError, LlmrecError, require
+from llmrec.experiment.claiming import LOCK
+from llmrec.experiment.resume import key_of, locked
+
+TABLE = "recommendations"
+"""Of a database: it is written anew, in one transaction."""
+
+_PART = 256
+_DATABASES = (".db", ".sqlite", ".sqlite3")
+_COLUMNS = ("user_id", "rank", "item_id", "title", "score", "error")
+
+
+def rank_users(options: RankOptions) -> Mapping[str, str]:
+    """Rank the whole catalogue for every user, and return what to print.
+
+    Raises:
+        LlmrecError: If the model has no users, or the target cannot be written.
+    """
+    if options.to is None:
+        raise DataError("--all-users takes --to: a file or a database", kind="missing-key", column="--to")
+    to = options.to
+    kind = _kind(to)
+    k = options.top or 10
+    users = known_of(options.model, options.items).histories.users.to_list()[: options.limit]
+    if not users:
+        raise DataError(
+            f"--all-users: {options.model} knows no users; name a run folder, whose data has them",
+            kind="empty",
+            column="--all-users",
+        )
+    asked = RecommenderOptions(**{name.name: getattr(options, name.name) for name in fields(RecommenderOptions)})
+    with locked(_parts(to), _own), Loaded(asked, open_models(asked, [options.by] if options.by else ())) as rec:
+        signature = rec.signature()
+        key = key_of(signature=signature, k=k, users=users)
+        paths = list(_ranked(rec, users, _parts(to), key, k, quiet=options.quiet))
+        table = pa.concat_tables([pq.read_table(path) for path in paths])
+        _write(kind, to, table)
+        for path in paths:
+            path.unlink()
+    _parts(to).joinpath(LOCK).unlink(missing_ok=True)
+    # What somebody else put there stays, and the folder with it.
+    with suppress(OSError):
+        _parts(to).rmdir()
+    failed = int(table.num_rows - table["error"].null_count)
+    return {
+        "model": f"{options.by or rec.models[0]} ({signature})",
+        "users": f"{len(users):,}",
+        "rows": f"{table.num_rows - failed:,}",
+        "failed": f"{failed:,}",
+        "written to": _shown(to),
+    }
+
+
+def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, *, quiet: bool) -> Iterator[Path]:
+    """Yield files of lists, a part of the users each; a part that is there already is not ranked again."""
+    with RankBar(len(users), quiet=quiet) as bar:
+        for start in range(0, len(users), _PART):
+            part = users[start : start + _PART]
+            path = folder / f"part-{start // _PART:06d}-{key[:16]}.parquet"
+            if path.is_file():
+                bar.skip(len(part))
+            else:
+                found = rec.rank([{"id": user, "user_id": user} for user in part], k=k)
+                made = pa.Table.from_pylist([{name: row[name] for name in _COLUMNS} for row in found], schema=_SCHEMA)
+                with replacing(path) as draft:
+                    pq.write_table(made, draft)
+                bar.advance(len(part))
+            yield path
+
+
+_SCHEMA = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("rank", pa.int64()),
+        ("item_id", pa.string()),
+        ("title", pa.string()),
+        ("score", pa.float64()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def _kind(to: str) -> str:
+    """Return what is written: a file's suffix, ``sqlite`` or ``postgresql``.
+
+    Raises:
+        DataError: If it is nothing that is known.
+    """
+    if to.startswith(("postgresql://", "postgres://")):
+        require("adbc_driver_postgresql", "tables")
+        return "postgresql"
+    suffix = Path(to).suffix.lower()
+    if suffix in _DATABASES:
+        return "sqlite"
+    if suffix in (".parquet", ".csv", ".jsonl"):
+        return suffix
+    raise DataError(
+        f"--to {_shown(to)}: lists go to .parquet, .csv, .jsonl, {', '.join(_DATABASES)} or postgresql://...",
+        kind="wrong-format",
+        column="--to",
+    )
+
+
+def _write(kind: str, to: str, table: pa.Table) -> None:
+    if kind == "postgresql":
+        _write_postgres(to, table)
+    elif kind == "sqlite":
+        _write_sqlite(Path(to), table)
+    else:
+        with replacing(Path(to)) as draft:
+            if kind == ".parquet":
+                pq.write_table(table, draft)
+                return
+            frame = pl.DataFrame(pl.from_arrow(table))
+            if kind == ".jsonl":
+                frame.write_ndjson(draft)
+            else:
+                frame.write_csv(draft)
+
+
+def _write_sqlite(path: Path, table: pa.Table) -> None:
+    """Write a table of an SQLite file anew; other tables in it stay."""
+    rows = [tuple(row[name] for name in _COLUMNS) for row in table.to_pylist()]
+    try:
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute(f"DROP TABLE IF EXISTS {TABLE}")
+            database.execute(
+                f"CREATE TABLE {TABLE} (user_id TEXT, rank INTEGER, item_id TEXT, title TEXT, score REAL, error TEXT)"
+            )
+            database.executemany(f"INSERT INTO {TABLE} VALUES (?, ?, ?, ?, ?, ?)", rows)
+            database.execute(f"CREATE INDEX {TABLE}_by_user ON {TABLE} (user_id, rank)")
+    except sqlite3.Error as error:
+        raise DataError(f"--to {path}: {error}", kind="unreadable", at=path, column="--to") from None
+
+
+def _write_postgres(url: str, table: pa.Table) -> None:
+    dbapi = require("adbc_driver_postgresql.dbapi", "tables")
+    try:
+        with dbapi.connect(url) as database, database.cursor() as cursor:
+            cursor.adbc_ingest(TABLE, table, mode="replace")
+            database.commit()
+    except Exception as error:
+        # The driver's message may hold the address, and with it a password.
+        said = str(error).replace(url, _shown(url)).splitlines()[0]
+        raise LlmrecError(f"--to {_shown(url)}: {said}", kind="failed", column="--to") from None
+
+
+def _shown(to: str) -> str:
+    """Return a target without the password that an address may hold."""
+    if "://" not in to:
+        return to
+    parts = urlsplit(to)
+    return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+
+
+def _parts(to: str) -> Path:
+    """Return where parts wait: beside a file, and for a database in the working folder."""
+    path = Path(f"{TABLE}-{key_of(to=to)[:8]}") if "://" in to else Path(to)
+    return path.with_name(path.name + ".parts")
+
+
+def _own(name: str) -> bool:
+    return name == ".lock" or (name.startswith((".part-", "part-")) and ".parquet" in name)

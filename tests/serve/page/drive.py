@@ -1,0 +1,507 @@
+"""Drive the page of a running service through its whole use, in a real Chromium, and look at what it shows.
+
+    python tests/serve/page/drive.py http://127.0.0.1:8000/ SHOTS [CHROMIUM] [--user ID] [--seconds 60] [--key KEY]
+
+It needs ``pip install playwright`` and an installed Chromium, and asserts after every step. Failures of the service
+(401, 429, 503, no network) are played by this script, so that any service will do. `HOSTILE` are texts that would run,
+load or break something where they were taken for markup: plant them as titles of items before, and the script puts
+all of them on show; it plays them itself as notes, prompts, rationales, fields, errors and explanations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+_RUN = "window.__hit=1;alert(1)"
+_TAGS = (
+    f"<script>{_RUN}</script>",
+    f"<img src=x onerror={_RUN}>",
+    f"<svg onload={_RUN}>",
+    f"<svg><animate onbegin={_RUN} attributeName=x dur=1s>",
+    f"<iframe srcdoc='<script>parent.{_RUN}</script>'></iframe>",
+    f"<a href=javascript:{_RUN} autofocus onfocus={_RUN} tabindex=1>x</a>",
+    f"<input autofocus onfocus={_RUN}>",
+    f"<details open ontoggle={_RUN}>",
+    f"<video><source onerror={_RUN}></video>",
+    f"<style>@import '//x.invalid';*{{background:url(javascript:{_RUN})}}</style>",
+    f"<meta http-equiv=refresh content='0;url=javascript:{_RUN}'>",
+    f"<math><mi xlink:href='javascript:{_RUN}'>x",
+    f"<object data=javascript:{_RUN}></object>",
+    "<base href=//x.invalid/>",
+    "<link rel=stylesheet href=//x.invalid/x.css>",
+    f"<form action=javascript:{_RUN}><button autofocus>x</button></form>",
+)
+_BEFORE = ("", '">', "'>", "</title>", "</textarea></script>", "-->]]>")
+HOSTILE: tuple[str, ...] = (
+    *(before + tag for before in _BEFORE for tag in _TAGS),
+    f"javascript:{_RUN}",
+    f"data:text/html,<script>{_RUN}</script>",
+    f"';{_RUN}//",
+    f"${{{_RUN}}}",
+    f"{{{{constructor.constructor('{_RUN}')()}}}}",
+    f"&lt;img src=x onerror={_RUN}&gt;",
+    "__proto__",
+    "constructor",
+    "%3Cscript%3E",
+    "A" * 3000,
+    "word " * 600,
+    "\u202egnp.exe \u2066",
+    "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd (1995)",
+    "\u0645\u0631\u062d\u0628\u0627 abc 123",
+    "Z" + "\u0335\u0300\u0301\u0310" * 200,
+    "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\u200b\u200d\ufeff",
+    "line\nbreak\ttab",
+)
+"""At least 100 titles."""
+
+_CONTRAST = """() => {
+  const rgb = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number);
+  const light = ([r, g, b]) => {
+    const part = (v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+  };
+  const ground = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = rgb(getComputedStyle(node).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const bad = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!own || !node.checkVisibility({ visibilityProperty: true }) || node.closest(":disabled, .sr")) continue;
+    const [a, b] = [light(rgb(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) bad.push(`${node.tagName}.${node.className} ${ratio.toFixed(2)}`);
+  }
+  return bad;
+}"""
+_NAMELESS = """() => [...document.querySelectorAll("button, input, select, textarea, summary, [role]")]
+  .filter((node) => !node.closest("[role=option]") && !(node.labels?.length || node.textContent.trim()
+    || node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.id === "said"))
+  .map((node) => node.outerHTML)"""
+
+
+@dataclass
+class Drive:
+    """A browser at a service, and all that must not happen in it."""
+
+    browser: Any
+    base: str
+    shots: Path
+    seconds: float
+    key: str | None
+    bad: list[str] = field(default_factory=list)
+    failing: bool = False
+    """Whether this script fails requests now, of which the browser writes errors."""
+
+    def open(self, hash_: str = "", *, width: int = 1280, height: int = 800, dark: bool = False) -> Any:
+        """Open the page in a browser of its own."""
+        phone = width < 700
+        context = self.browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if dark else "light",
+            has_touch=phone,
+            is_mobile=phone,
+            reduced_motion="reduce",
+        )
+        context.set_default_timeout(self.seconds * 1000)
+        context.add_init_script(
+            "window.__violations = [];"
+            "addEventListener('securitypolicyviolation', (e) => __violations.push(e.violatedDirective + e.blockedURI));"
+        )
+        if self.key:
+            context.add_init_script(f"sessionStorage.setItem('llmrec-key', {json.dumps(self.key)})")
+        page = context.new_page()
+        page.on("dialog", lambda dialog: (self.bad.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on("pageerror", lambda error: self.bad.append(f"error {error}"))
+        page.on("console", self._heard)
+        page.on("request", lambda request: self._asked(request.url))
+        page.goto(self.base + hash_)
+        page.wait_for_selector("#welcome:visible, #columns:visible")
+        return page
+
+    def _heard(self, message: Any) -> None:
+        if message.type in ("error", "warning") and not (self.failing and "Failed to load resource" in message.text):
+            self.bad.append(f"console {message.type} {message.text}")
+
+    def _asked(self, url: str) -> None:
+        if urlsplit(url).netloc not in ("", urlsplit(self.base).netloc):
+            self.bad.append(f"request to {url}")
+
+    def check(self, page: Any, name: str, *, whole: bool = True) -> None:
+        """Assert that nothing bad happened, that the page fits, and can be read; keep a picture."""
+        page.screenshot(path=self.shots / f"{name}.png", full_page=whole)
+        assert page.evaluate("window.__hit") is None, f"{name}: a payload ran"
+        assert page.evaluate("window.__violations") == [], (name, page.evaluate("window.__violations"))
+        assert self.bad == [], (name, self.bad)
+        wide, room = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        assert wide <= room, f"{name}: {wide} px in {room}"
+        assert page.evaluate(_CONTRAST) == [], (name, page.evaluate(_CONTRAST))
+        assert page.evaluate(_NAMELESS) == [], (name, page.evaluate(_NAMELESS))
+        sys.stdout.write(f"ok {name}\n")
+        sys.stdout.flush()
+
+
+def _settle(page: Any) -> None:
+    """Wait until both lists stand."""
+    page.wait_for_timeout(450)
+    page.wait_for_selector(".ranked[aria-busy]", state="detached")
+    page.wait_for_timeout(350)
+
+
+def _titles(page: Any, side: int) -> list[str]:
+    return list(page.locator(f"#list-{side} > li .title").all_text_contents())
+
+
+def _events(page: Any) -> list[str]:
+    return list(page.locator("#events bdi").all_text_contents())
+
+
+def _body(page: Any, act: Callable[[], Any], side: int = 0) -> Any:
+    """Return the body of the request for one list that an act leads to."""
+    model = page.locator(f"#model-{side}").input_value()
+    with page.expect_request(lambda r: r.url.endswith("/v1/rank") and r.post_data_json["model"] == model) as asked:
+        act()
+    body = asked.value.post_data_json
+    _settle(page)
+    return body
+
+
+# --------------------------------------------------------------------------- the steps
+
+
+def _begin(drive: Drive, page: Any) -> None:
+    assert page.locator("#welcome").is_visible() and page.locator("#columns").is_hidden()
+    drive.check(page, "1-first")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "skip"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "lists-title" and "lists" not in page.url
+    page.click("#example")
+    page.wait_for_selector("#list-0 > li")
+    _settle(page)
+    assert len(_events(page)) == 3 and _titles(page, 0)
+    assert page.locator("#welcome").is_hidden() and "ms" in page.locator("#meta-0").inner_text()
+    if page.locator("#model-1").input_value():
+        assert "in both lists" in page.locator("#shared").inner_text() + page.locator("#said").inner_text()
+        marks = page.locator("#list-0 > li .marks .sr").all_text_contents()
+        assert len(marks) == len(_titles(page, 0)) and all("the other list" in mark for mark in marks)
+    drive.check(page, "2-example")
+
+
+def _search(drive: Drive, page: Any) -> None:
+    before, query = _events(page), _titles(page, 0)[0][:8].strip()
+    page.fill("#search", query)
+    page.wait_for_selector("#found [role=option]")
+    page.keyboard.press("ArrowDown")
+    active = page.locator("#search").get_attribute("aria-activedescendant")
+    assert page.locator(f"#{active}").get_attribute("aria-selected") == "true"
+    assert page.locator("#search").get_attribute("aria-expanded") == "true"
+    drive.check(page, "3-search")
+    page.keyboard.press("Escape")
+    assert page.locator("#pop").is_hidden() and page.locator("#search").get_attribute("aria-expanded") == "false"
+    page.keyboard.press("ArrowDown")
+    page.wait_for_selector("#found [role=option]")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert len(_events(page)) == len(before) + 1 and page.evaluate("document.activeElement.id") == "search"
+    page.fill("#search", "no title holds this, surely")
+    page.wait_for_selector("#found-note:has-text('No item')")
+    page.keyboard.press("Escape")
+    _settle(page)
+
+
+def _reorder(page: Any) -> None:
+    first, second, *rest = _events(page)
+    page.locator("#events > li:nth-child(1) [data-verb=down]").focus()
+    page.keyboard.press("Enter")
+    assert _events(page) == [second, first, *rest]
+    assert page.evaluate("document.activeElement.closest('li').querySelector('bdi').textContent") == first
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert _events(page) == [second, *rest]
+    assert page.evaluate("document.activeElement.dataset.verb") == "remove"
+    _settle(page)
+
+
+def _controls(drive: Drive, page: Any) -> None:
+    assert _body(page, lambda: page.fill("#k", "5"))["k"] == 5
+    assert len(_titles(page, 0)) <= 5
+    page.fill("#k", "0")
+    _settle(page)
+    assert page.locator("#k").get_attribute("aria-invalid") == "true" and page.locator("#list-0 > li").count() <= 5
+    page.fill("#k", "10")
+    assert _body(page, lambda: page.uncheck("#seen"))["exclude_seen"] is False
+    page.check("#seen")
+    page.click("#rules summary")
+    page.fill("#quota-field", "no-such-field")
+    body = _body(page, lambda: (page.fill("#quota-most", "3"), page.keyboard.press("Tab")))
+    assert body["rules"]["quotas"] == [{"field": "no-such-field", "most": 3}]
+    page.fill("#quota-most", "")
+    page.locator("#diversity").focus()
+    assert _body(page, lambda: page.keyboard.press("ArrowRight"))["rules"]["diversity"] == 0.05
+    page.fill("#without", "no-such-field = x = y\nno rule")
+    body = _body(page, lambda: page.keyboard.press("Tab"))
+    assert body["rules"]["without"] == {"no-such-field": ["x = y"]}
+    assert page.locator("#without").get_attribute("aria-invalid") == "true"
+    page.fill("#without", "")
+    page.keyboard.press("Tab")
+    _settle(page)
+    assert page.locator("#rules-count").inner_text() == "(1)"
+    drive.check(page, "4-controls")
+
+
+def _one_item(drive: Drive, page: Any, cards: dict[str, Any]) -> None:
+    card = cards[page.locator("#model-0").input_value()]
+    wants = 3 if card["kind"] == "language model" else 0
+    assert _body(page, lambda: page.check("#why"))["rationale"] == wants
+    row = page.locator("#list-0 > li").first
+    row.locator(".open").focus()
+    page.keyboard.press("Enter")
+    assert row.locator(".open").get_attribute("aria-expanded") == "true"
+    names = {"rate": "Rate", "predict": "Will they like it?", "explain": "Explain"}
+    shown = row.locator(".verbs button").all_text_contents()
+    assert [n for v, n in names.items() if v in card["answers"]] == [n for n in names.values() if n in shown]
+    asked = [name for name in shown if name not in ("Add to the history", "Block")]
+    for name in asked:
+        row.locator(".verbs button", has_text=name).click()
+    page.wait_for_selector(".answers [aria-busy]", state="detached")
+    assert row.locator(".answers section").count() == len(asked)
+    assert row.locator(".answers .error").all_text_contents() == []
+    if page.locator("#foot-0 summary").count():
+        page.click("#foot-0 summary")
+        assert page.locator("#foot-0 pre").inner_text().strip()
+    drive.check(page, "5-item")
+    blocked = _titles(page, 0)[0]
+    body = _body(page, lambda: row.locator(".verbs button", has_text="Block").click())
+    assert len(body["rules"]["block"]) == 1 and blocked not in _titles(page, 0)[:1]
+    assert page.evaluate("document.activeElement.className") == "open"
+
+
+def _link(drive: Drive, page: Any) -> None:
+    other = drive.open(urlsplit(page.url).fragment and "#" + urlsplit(page.url).fragment)
+    _settle(other)
+    assert _events(other) == _events(page)
+    assert _titles(other, 0) == _titles(page, 0) and other.locator("#why").is_checked()
+    other.context.close()
+    odd = {"k": "99999", "h": "\x00", "a": "nobody", "diversity": "1e9", "most.x": "-1", "open.7": "x", "<b>": "<i>"}
+    other = drive.open("#" + urlencode(odd))
+    assert other.locator("#notice").is_visible() and other.locator("#k").input_value() == "10"
+    drive.check(other, "6-odd-link")
+    other.context.close()
+
+
+def _users(drive: Drive, page: Any, user: str | None) -> None:
+    drive.failing = True
+    page.fill("#user", "nobody has <this> id")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#known-note .error")
+    drive.failing = False
+    if user is not None:
+        page.fill("#user", user)
+        body = _body(page, lambda: page.keyboard.press("Enter"))
+        assert body["user_id"] == user and "history" not in body and "User" in page.locator("#whom").inner_text()
+        body = _body(page, lambda: page.locator("#events > li [data-verb=remove]").first.click())
+        assert body["user_id"] == user and "edited" in page.locator("#whom").inner_text()
+        assert len(body.get("history", [])) == len(_events(page)) or not _events(page)
+        drive.check(page, "7-user")
+    page.click("#clear")
+    page.wait_for_selector("#welcome:visible")
+    assert page.evaluate("document.activeElement.id") == "search"
+    _settle(page)
+
+
+def _failures(drive: Drive) -> None:
+    page = drive.open()
+    drive.failing = True
+    told: list[Any] = []
+    text = HOSTILE[1]
+
+    def play(route: Any) -> None:
+        status, headers = told.pop(0) if told else (0, {})
+        if not status:
+            return route.continue_()
+        if status < 0:
+            return route.abort()
+        error = {"error": {"kind": "x", "message": text, "at": HOSTILE[0]}}
+        return route.fulfill(status=status, headers=headers, json=error)
+
+    page.route("**/v1/rank", play)
+    told += [(429, {"Retry-After": "2"})] * 2
+    page.click("#example")
+    page.wait_for_selector("#state-0:has-text('It is asked again in 2 s')")
+    page.wait_for_selector("#list-0 > li")
+    _settle(page)
+    for status, words in ((503, text), (500, text), (-1, "cannot be reached")):
+        told += [(status, {})] * 2
+        page.fill("#k", str(5 + len(words) % 7 + status % 5))
+        page.wait_for_selector("#state-0 .error")
+        page.wait_for_selector("#state-1 .error") if page.locator("#model-1").input_value() else told.clear()
+        assert words in page.locator("#state-0 .error").inner_text()
+        drive.check(page, f"8-failed-{abs(status)}")
+        page.click("#state-0 button")
+        page.wait_for_selector("#list-0 > li")
+        _settle(page)
+    told += [(401, {})] * 2
+    page.fill("#k", "4")
+    page.wait_for_selector("#key:visible")
+    drive.check(page, "8-key")
+    told.clear()
+    page.fill("#key-text", drive.key or "made-up-key")
+    body_key = page.expect_request(lambda r: r.url.endswith("/v1/models"))
+    with body_key as asked:
+        page.keyboard.press("Enter")
+    assert asked.value.headers["authorization"].startswith("Bearer ") and page.locator("#key").is_hidden()
+    assert page.evaluate("localStorage.length") == 0
+    _settle(page)
+    drive.failing = False
+    page.context.close()
+
+
+def _aborts(drive: Drive) -> None:
+    page = drive.open()
+    page.click("#example")
+    page.wait_for_selector("#list-0 > li")
+    _settle(page)
+    ended: list[str] = []
+    page.on("requestfailed", lambda request: ended.append(request.failure))
+    held: list[Any] = []
+    page.route("**/v1/rank", lambda route: held.append(route))
+    page.fill("#k", "3")
+    page.wait_for_selector(".ranked[aria-busy]")
+    page.wait_for_timeout(100)
+    first = len(held)
+    page.fill("#k", "4")
+    page.wait_for_timeout(500)
+    assert first and ended.count("net::ERR_ABORTED") == first, ended
+    for route in held[first:]:
+        route.continue_()
+    _settle(page)
+    assert page.locator("#list-0 > li").count() <= 4
+    drive.check(page, "9-after-aborts")
+    for route in held[:first]:
+        route.abort()
+    page.context.close()
+
+
+def _hostile(drive: Drive, items: list[dict[str, Any]]) -> None:
+    """Put every item of the catalogue on show, and hostile texts wherever the service writes."""
+    page = drive.open()
+    for start in range(0, min(len(items), 300), 150):
+        ids = [item["item_id"] for item in items[start : start + 150]]
+        page.goto(drive.base + "#" + "&".join(f"h={quote(each, safe='')}" for each in ids) + "&seen=0&k=400")
+        page.wait_for_selector("#list-0 > li")
+        _settle(page)
+        assert len(_events(page)) == len(ids)
+        for row in page.locator("#list-0 > li .open").all()[:160]:
+            row.evaluate("(node) => node.click()")
+    for query in ("<", '"', "javascript", "&"):
+        page.fill("#search", query)
+        page.wait_for_timeout(400)
+        page.wait_for_selector("#found-note:has-text('Searching…')", state="detached")
+    page.keyboard.press("Escape")
+    drive.check(page, "10-hostile-catalogue", whole=False)
+    some = iter(HOSTILE * 100)
+
+    def poison(route: Any) -> None:
+        answer = route.fetch()
+        if answer.status != 200:
+            return route.fulfill(response=answer)
+        if "event-stream" in answer.headers.get("content-type", ""):
+            events = [*({"text": text} for text in HOSTILE[:40]), {"error": {"message": HOSTILE[0]}}]
+            return route.fulfill(response=answer, body="".join(f"data: {json.dumps(event)}\n\n" for event in events))
+        body = answer.json()
+        for item in body.get("items", []):
+            item |= {"title": next(some), "rationale": next(some), "fields": {next(some)[:200]: next(some)}}
+        return route.fulfill(response=answer, json=body | {"notes": list(HOSTILE), "prompt": "\n".join(HOSTILE)})
+
+    page.route("**/v1/*", lambda r: poison(r) if r.request.method == "POST" else r.continue_())
+    page.goto(drive.base + "#" + "&".join(f"h={quote(item['item_id'], safe='')}" for item in items[:3]) + "&k=50")
+    page.wait_for_selector("#list-0 > li")
+    _settle(page)
+    for summary in page.locator("#lists summary").all():
+        summary.click()
+    page.locator("#list-0 > li .open").first.click()
+    for button in page.locator("#list-0 .verbs button").all()[:-2]:
+        button.click()
+    page.wait_for_selector(".answers [aria-busy]", state="detached")
+    drive.check(page, "11-hostile-answers", whole=False)
+    page.set_viewport_size({"width": 320, "height": 740})
+    drive.check(page, "12-hostile-320", whole=False)
+    page.context.close()
+
+
+def _looks(drive: Drive, page: Any) -> None:
+    fragment = "#" + urlsplit(page.url).fragment
+    sizes = (("desktop", 1280, 800), ("tablet", 820, 1100), ("phone", 360, 740), ("small", 320, 640))
+    for name, width, height in sizes:
+        for dark in (False, True):
+            other = drive.open(fragment, width=width, height=height, dark=dark)
+            _settle(other)
+            other.locator("#list-0 > li .open").nth(1).click()
+            other.locator("#list-0 .verbs button").first.click()
+            other.wait_for_selector(".answers [aria-busy]", state="detached")
+            drive.check(other, f"13-{name}-{'dark' if dark else 'light'}")
+            other.context.close()
+
+
+def _catalogue(page: Any, base: str, headers: dict[str, str]) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    while True:
+        found = page.request.get(f"{base}v1/items?limit=1000&offset={len(items)}", headers=headers).json()["items"]
+        if not found:
+            return items
+        items += found
+
+
+def main() -> None:
+    """Drive it."""
+    parser = argparse.ArgumentParser(description="Drive the page of a running service.")
+    parser.add_argument("base", help="address of the service, such as http://127.0.0.1:8000/")
+    parser.add_argument("shots", type=Path, help="folder for screenshots")
+    parser.add_argument("chromium", nargs="?", default=shutil.which("chromium") or shutil.which("google-chrome"))
+    parser.add_argument("--user", help="id of a known user with at least two events")
+    parser.add_argument("--key", help="an API key, where the service asks for one")
+    parser.add_argument("--seconds", type=float, default=60.0, help="longest wait for an answer")
+    given = parser.parse_args()
+
+    from playwright.sync_api import sync_playwright
+
+    given.shots.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
+        drive = Drive(browser, given.base.rstrip("/") + "/", given.shots, given.seconds, given.key)
+        page = drive.open()
+        headers = {"Authorization": f"Bearer {given.key}"} if given.key else {}
+        known = page.request.get(drive.base + "v1/models", headers=headers).json()["models"]
+        items = _catalogue(page, drive.base, headers)
+        hostile = [item for item in items if item["title"] in HOSTILE]
+        _begin(drive, page)
+        _search(drive, page)
+        _reorder(page)
+        _controls(drive, page)
+        _one_item(drive, page, {card["name"]: card for card in known})
+        _link(drive, page)
+        _looks(drive, page)
+        _users(drive, page, given.user)
+        _failures(drive)
+        _aborts(drive)
+        _hostile(drive, [*hostile, *items[:20]])
+        browser.close()
+    assert drive.bad == [], drive.bad
+    sys.stdout.write(f"all is well; {len(hostile)} of the items had hostile titles\n")
+
+
+if __name__ == "__main__":
+    main()
