@@ -18,6 +18,7 @@ from llmrec.answering.rules import Rules
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError, did_you_mean
 from llmrec.experiment import bundle as bundles
+from llmrec.experiment.fusion.carried import carried
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Item
 
@@ -132,7 +133,9 @@ def known_of(folder: str, items: Path | None) -> Known:
     """
     bundle = bundles.read(folder)
     if bundle.run is None:
-        return Known(catalogue(bundle, items) or {}, Histories.none())
+        brought = carried(Path(bundle.folder), seed=bundle.seed)
+        past = Histories.none() if brought is None else Histories.of(brought.dataset.interactions)
+        return Known(catalogue(bundle, items) or {}, past)
     recipe = load_recipe(str(bundle.run / "recipe.yaml"))
     data = load(recipe.data, seed=recipe.seed)
     found = data.items if items is None else catalogue(bundle, items)

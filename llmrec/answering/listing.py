@@ -16,7 +16,7 @@ from llmrec.errors import DataError
 from llmrec.types import Item, Ranking, Unparsed
 
 # What is looked through where a list is to be diverse or keeps quotas, before more is asked for.
-_DEEP = 200
+_DEEP = 50
 _DEEPER = 4
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from llmrec.answering.rationales import Reasoner, Reasons, rationale_template
 from llmrec.answering.recommender import Answered, Recommender
 from llmrec.answering.requests import first_prompt
 from llmrec.data.assemble import digest_items
-from llmrec.data.requests import RankRequest
+from llmrec.data.requests import Past, RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.experiment.resume import key_of
@@ -159,6 +160,18 @@ class LanguageModel:
         """See `AnsweringModel`."""
         self._ways.clear()
 
+    def warm(self) -> None:
+        """Load the weights, which otherwise the first question waits for.
+
+        Raises:
+            LlmrecError: If the engine does not start.
+        """
+        if self.base.options.backend != "openai":
+            # A model that was tuned on codes knows no others.
+            made = (Item(item_id="1", title="One"), Item(item_id="2", title="Another"))
+            items = tuple(islice((self.base.items or {}).values(), 2)) or made
+            self.rank([RankRequest(id="1", candidates=items, history=(Past(item=items[0]),))], depth=1)
+
     def _whole(self, requests: Sequence[RankRequest], depth: int, strategy: str) -> list[Answered]:
         searching = self._searching(depth) if strategy in ("auto", "search") else None
         if searching is not None:
@@ -175,10 +188,10 @@ class LanguageModel:
 
     def _searching(self, depth: int) -> Recommender | None:
         """Return what searches the catalogue; None where the model was not tuned to."""
-        # Few widths, so that few searches are set up: powers of two times the least.
-        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(depth / _LEAST_BEAMS)))
         if not self.base.items or not self.base.searches:
             return None
+        # Few widths, so that few searches are set up: powers of two times the least.
+        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(max(1, depth) / _LEAST_BEAMS)))
         return self._way(candidates="all", beams=beams)
 
     def _way(self, **changes: Any) -> Recommender:

@@ -343,6 +343,17 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
     return titles | dict(zip(scraped, scraped, strict=True))
 
 
+def write_items(items: Mapping[str, Item], path: Path) -> None:
+    """Write a catalogue as `read_items` reads it: item_id, title, and one column a field."""
+    names = sorted({name for item in items.values() for name in item.fields} - {"item_id", "title"})
+    columns: dict[str, list[str | None]] = {
+        "item_id": list(items),
+        "title": [item.title for item in items.values()],
+        **{name: [item.fields.get(name) for item in items.values()] for name in names},
+    }
+    pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)).write_parquet(path)
+
+
 def read_items(path: Path) -> dict[str, Item]:
     """Read a table with the columns ``item_id`` and ``title``; every other column is a field.
 

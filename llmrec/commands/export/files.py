@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import polars as pl
-
 from llmrec.backends.encode import Encoder
 from llmrec.commands.export import card_facts
+from llmrec.data.assemble import write_items
 from llmrec.durable import sha256_of, write_json, write_text
 from llmrec.errors import LlmrecError
 from llmrec.experiment import bundle
@@ -140,14 +139,7 @@ def made_from(folder: Path) -> str | None:
 
 def put_items(study: Study, draft: Path) -> None:
     """Write the catalogue: item_id, title, and one column a field."""
-    items = study.data.dataset.items
-    names = sorted({name for item in items.values() for name in item.fields} - {"item_id", "title"})
-    columns: dict[str, list[str | None]] = {
-        "item_id": list(items),
-        "title": [item.title for item in items.values()],
-        **{name: [item.fields.get(name) for item in items.values()] for name in names},
-    }
-    pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)).write_parquet(draft / "items.parquet")
+    write_items(study.data.dataset.items, draft / "items.parquet")
 
 
 def seal(draft: Path) -> dict[str, int]:

@@ -84,7 +84,7 @@ def _family(recommender: Recommender, asked: str) -> str:
         raise DataError(
             f"--family: {recommender.options.model} {has}",
             kind="ambiguous" if known else "unsupported",
-            column="family",
+            column="--family",
         )
     return known[0]
 

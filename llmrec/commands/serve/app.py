@@ -1,4 +1,4 @@
-"""The commands of a service: `llmrec serve` and `llmrec serve-key`."""
+"""The commands of a service: `llmrec serve`, `llmrec refresh` and `llmrec serve-key`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from llmrec.commands.options import takes
+from llmrec.commands.refresh.options import RefreshOptions
 from llmrec.commands.serve.options import ServeOptions
-from llmrec.commands.show.console import say
+from llmrec.commands.show.console import say, show
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -24,6 +25,18 @@ def serve(options: ServeOptions) -> None:
     from llmrec.commands.serve.run import serve
 
     serve(options)
+
+
+@app.command()
+@takes(RefreshOptions)
+def refresh(options: RefreshOptions) -> None:
+    """Bring new events and items into a folder that a service answers from, without dropping a request.
+
+    Statistics and neighbours learn from all events; --train goes on training the model as well.
+    """
+    from llmrec.commands.refresh.run import refresh
+
+    show("refreshed", dict(refresh(options)))
 
 
 @app.command("serve-key")

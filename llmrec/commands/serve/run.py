@@ -32,6 +32,8 @@ def serve(options: ServeOptions) -> None:
     """
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve")
+    if options.mcp:
+        require("mcp", "mcp")
     import uvicorn
 
     from llmrec.serve.app import make_app

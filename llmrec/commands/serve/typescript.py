@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ _HEAD = """\
 _PLAIN = {"string": "string", "integer": "number", "number": "number", "boolean": "boolean", "null": "null"}
 
 
-def openapi() -> dict[str, Any]:
+def openapi() -> Mapping[str, Any]:
     """Return the OpenAPI document of the application."""
     from llmrec.serve.app import make_app
     from llmrec.serve.gates import Door
@@ -104,18 +105,19 @@ def _declared(name: str, schema: Mapping[str, Any], *, whole: bool) -> str:
     """Return one declaration; with ``whole`` all keys are there, as in answers, whatever has a default."""
     comment = _comment(schema.get("description", ""))
     if "properties" not in schema:
-        return f"{comment}export type {name} = {type_of(schema)};\n"
+        return f"{comment}export type {_name(name)} = {type_of(schema)};\n"
     lines = []
     for key, each in schema["properties"].items():
         optional = "" if whole or key in schema.get("required", ()) else "?"
-        lines.append(_indented(_comment(each.get("description", ""))) + f"  {key}{optional}: {type_of(each)};")
-    return f"{comment}export interface {name} {{\n" + "\n".join(lines) + "\n}\n"
+        known = key if key.isidentifier() else json.dumps(key)
+        lines.append(_indented(_comment(each.get("description", ""))) + f"  {known}{optional}: {type_of(each)};")
+    return f"{comment}export interface {_name(name)} {{\n" + "\n".join(lines) + "\n}\n"
 
 
 def type_of(schema: Mapping[str, Any]) -> str:
     """Return a schema as an expression for a type."""
     if "$ref" in schema:
-        return str(schema["$ref"]).removeprefix(_REF)
+        return _name(str(schema["$ref"]).removeprefix(_REF))
     if "const" in schema:
         return json.dumps(schema["const"])
     if "enum" in schema:
@@ -134,6 +136,11 @@ def type_of(schema: Mapping[str, Any]) -> str:
         found = dict.fromkeys(type_of(each) for each in values if isinstance(each, Mapping))
         return f"Record<string, {' | '.join(found) or 'unknown'}>"
     return _PLAIN.get(str(kind), "unknown")
+
+
+def _name(component: str) -> str:
+    # A body that is sent in another form than it comes back has a hyphen in its name.
+    return re.sub(r"\W", "_", component)
 
 
 def _comment(text: str) -> str:

@@ -1,0 +1,1 @@
+"""`llmrec refresh`: new events and items into what a service answers from."""

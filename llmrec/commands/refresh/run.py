@@ -1,0 +1,283 @@
+"""Brings what happened since into a folder that can be served: statistics and neighbours learn from all events.
+
+The folder holds the model, the catalogue and every interaction, none of them held out: it is for answering, and no
+figure may be measured with it. The weights of fusions stay as the run measured them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+import polars as pl
+
+from llmrec.answering.requests import ITEMS
+from llmrec.baselines.parameters import stops_early
+from llmrec.commands.refresh.options import RefreshOptions
+from llmrec.data.assemble import read_items, write_items
+from llmrec.data.dataset import SCHEMA, Dataset
+from llmrec.data.sources.table import load, table
+from llmrec.durable import replacing, write_json
+from llmrec.errors import DataError, LlmrecError, require
+from llmrec.experiment import bundle as bundles
+from llmrec.experiment.bundle import Bundle
+from llmrec.experiment.fusion import stored
+from llmrec.experiment.fusion.carried import FILE, carried
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Columns, DataSection, Filter
+from llmrec.serve.store import ServiceStore
+from llmrec.types import Item
+
+MARK = "refreshed.json"
+"""Tells a folder that `llmrec refresh` wrote, which it may write again."""
+
+_KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
+
+
+@dataclass(frozen=True)
+class _State:
+    """Interactions with their part, and the catalogue."""
+
+    rows: pl.DataFrame
+    items: dict[str, Item]
+
+
+def refresh(options: RefreshOptions) -> Mapping[str, str]:
+    """Write the folder and return what to print.
+
+    Raises:
+        LlmrecError: If a file cannot be read or written, an event names an item that nobody describes, or a service
+            does not take the folder.
+    """
+    bundle = bundles.read(options.model)
+    out = _target(options, bundle)
+    before = _before(bundle)
+    after, added = _joined(before, options)
+    fusions = [each.model_copy(update={"reserved": 0.0}) for each in stored.read(bundle.run or Path(bundle.folder))]
+    model = Path(bundle.folder)
+    with _draft(out) as draft:
+        if options.train is not None:
+            model = _trained(bundle, after, options, draft / "training")
+        if model != out:
+            _link(model, draft)
+        rows = after.rows if _choose(fusions) else after.rows.with_columns(part=pl.lit("train"))
+        rows.write_parquet(draft / FILE)
+        write_items(after.items, draft / ITEMS)
+        write_json(
+            draft / stored.FILE,
+            {"format": stored.FORMAT, "fusions": [each.model_dump(mode="json") for each in fusions]},
+        )
+        write_json(draft / MARK, {"from": str(options.model), "interactions": rows.height, "items": len(after.items)})
+        shutil.rmtree(draft / "training", ignore_errors=True)
+        _publish(draft, out)
+    if options.server is not None:
+        _tell(options.server, options.key_env)
+    return {
+        "new events": f"{added:,}",
+        "interactions": f"{after.rows.height:,}",
+        "new items": f"{len(after.items) - len(before.items):,}",
+        "items": f"{len(after.items):,}",
+        "weights": f"trained for {options.train} more steps" if options.train else "as they were",
+        "folder": str(out),
+        "service": "has read it anew" if options.server else f"llmrec serve {out}",
+    }
+
+
+def _target(options: RefreshOptions, bundle: Bundle) -> Path:
+    """Return the folder to write.
+
+    Raises:
+        DataError: If there is none, or it is somebody else's.
+    """
+    refreshed = (Path(bundle.folder) / MARK).is_file()
+    if options.out is None and not refreshed:
+        raise DataError(
+            f"{options.model} was not refreshed before, and a run stays as it was measured; name a folder with --out",
+            kind="missing-key",
+            column="--out",
+        )
+    out = options.out or Path(bundle.folder)
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise DataError(
+            f"--out {out} holds files that `llmrec refresh` did not write; name another folder",
+            kind="exists",
+            at=out,
+            column="--out",
+        )
+    if options.train is not None and bundle.run is None:
+        raise DataError(
+            f"--train goes on from a run, and {options.model} is none; name the run folder, with --out {out}",
+            kind="unsupported",
+            column="--train",
+        )
+    return out
+
+
+def _before(bundle: Bundle) -> _State:
+    """Return what a run, or a folder that was refreshed, knows.
+
+    Raises:
+        DataError: If it knows no interactions.
+    """
+    if bundle.run is not None:
+        recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+        data = load(recipe.data, seed=recipe.seed)
+        rows = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String), part=pl.lit("train"))
+        return _State(rows.select(_KEPT), dict(data.items))
+    found = carried(Path(bundle.folder), seed=bundle.seed)
+    if found is None:
+        raise DataError(
+            f"{bundle.folder} holds no interactions to go on from; name the run folder",
+            kind="unsupported",
+            at=bundle.folder,
+        )
+    parts = [(name, frame) for name, frame in (("train", found.train), ("valid", found.valid)) if frame.height]
+    rows = pl.concat([frame.with_columns(part=pl.lit(name)) for name, frame in parts])
+    return _State(rows.select(_KEPT), dict(found.dataset.items))
+
+
+def _joined(before: _State, options: RefreshOptions) -> tuple[_State, int]:
+    """Add new events and items; an event that is known already is not added again.
+
+    Raises:
+        DataError: If an event names an item that nobody describes.
+    """
+    rows, items = before.rows, dict(before.items)
+    if options.items is not None:
+        items.update(read_items(options.items))
+    if _is_store(options.events):
+        store = ServiceStore.open(options.events)
+        try:
+            put, removed = store.item_changes()
+            items.update(put)
+            erased = [user for user in rows["user_id"].unique().to_list() if store.erased(user)]
+            rows = rows.filter(~pl.col("user_id").is_in(erased) & ~pl.col("item_id").is_in(list(removed)))
+            items = {name: item for name, item in items.items() if name not in removed}
+            found = [(each.user_id, each.item_id, each.rating, each.timestamp) for each in store.all_events()]
+        finally:
+            store.close()
+        schema = {name: SCHEMA[name] for name in ("user_id", "item_id", "rating", "timestamp")}
+        new = pl.DataFrame(found, schema=schema, orient="row").filter(~pl.col("item_id").is_in(list(removed)))
+    else:
+        data: Dataset = table(DataSection(source="table", path=options.events), seed=0)
+        items.update({name: item for name, item in data.items.items() if item.title != name and name not in items})
+        new = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    strange = new.filter(~pl.col("item_id").is_in(list(items)))["item_id"].unique().sort().to_list()
+    if strange:
+        raise DataError(
+            f"{len(strange)} items of the new events have no title, such as {strange[0]!r}; name a table with --items",
+            kind="unknown-name",
+            column="--items",
+        )
+    both = pl.concat([rows, new.with_columns(part=pl.lit("train")).select(_KEPT)])
+    after = both.unique(["user_id", "item_id", "timestamp"], keep="first", maintain_order=True)
+    return _State(after, items), after.height - rows.height
+
+
+def _is_store(events: str) -> bool:
+    if events.startswith(("postgresql://", "postgres://")):
+        return True
+    try:
+        with Path(events).open("rb") as file:
+            return file.read(15) == b"SQLite format 3"
+    except OSError:
+        # Whoever reads it as a table says why it cannot be read.
+        return False
+
+
+def _choose(fusions: list[stored.Fused]) -> bool:
+    """Whether a part of a fusion chooses its epoch on validation interactions."""
+    named = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
+    return any(stops_early(name) for name in named)
+
+
+def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Path) -> Path:
+    """Go on training on all events, and return the folder of the merged model."""
+    from llmrec import pipeline
+
+    assert bundle.run is not None
+    recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+    folder.mkdir()
+    state.rows.drop("part").write_parquet(folder / "interactions.parquet")
+    write_items(state.items, folder / "items.parquet")
+    names = sorted({name for item in state.items.values() for name in item.fields})
+    scale = recipe.data.rating_scale or bundle.rating_scale
+    rated = state.rows["rating"].null_count() < state.rows.height
+    section = DataSection(
+        source="table",
+        path=str(folder / "interactions.parquet"),
+        items=str(folder / "items.parquet"),
+        columns=Columns(rating="rating" if rated else None, time="timestamp", title="title", fields=tuple(names)),
+        filter=Filter(),
+        split=recipe.data.split,
+        noun=bundle.noun,
+        rating_scale=scale if rated else None,
+        duplicates="keep_all",
+    )
+    train = recipe.train.model_copy(update={"start": str(bundle.run), "steps": options.train})
+    changed = recipe.model_copy(update={"data": section, "train": train, "name": folder.name})
+    pipeline.train(changed, folder / "run", quiet=options.quiet)
+    return folder / "run" / "merged"
+
+
+def _link(model: Path, draft: Path) -> None:
+    """Put a model's files into a folder: as further names of the same bytes, where the file system can."""
+    for file in sorted(model.rglob("*")):
+        if not file.is_file() or file.name in (FILE, MARK, stored.FILE, ITEMS):
+            continue
+        place = draft / file.relative_to(model)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, place)
+        except OSError:
+            shutil.copyfile(file, place)
+
+
+@contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _publish(draft: Path, out: Path) -> None:
+    """Put a folder in its place; one that stands there is renewed file by file, the catalogue before the events."""
+    if not out.exists():
+        draft.rename(out)
+        return
+    for file in sorted(draft.rglob("*"), key=lambda each: (each.name == MARK, each.name == FILE, str(each))):
+        if file.is_file():
+            with replacing(out / file.relative_to(draft)) as place:
+                shutil.move(file, place)
+
+
+def _tell(url: str, key_env: str | None) -> None:
+    """Have a service read its folder anew.
+
+    Raises:
+        LlmrecError: If it does not.
+    """
+    httpx = require("httpx", "openai")
+    key = None if key_env is None else os.environ.get(key_env)
+    if key_env is not None and not key:
+        raise DataError(f"--key-env: the variable {key_env} is not set", kind="missing-value", column="--key-env")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx.post(f"{url.rstrip('/')}/v1/reload", headers=headers, timeout=600)
+    except httpx.HTTPError as error:
+        raise LlmrecError(
+            f"--server {url}: {type(error).__name__}; the folder is written, so POST /v1/reload will do",
+            kind="unreachable",
+            column="--server",
+        ) from None
+    if answer.status_code != 200:
+        said = answer.json().get("error", {}).get("message", "") if answer.content else ""
+        raise LlmrecError(f"--server {url} says {answer.status_code}: {said}", kind="failed", column="--server")

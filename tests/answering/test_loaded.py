@@ -1,0 +1,232 @@
+"""A model in three lines of Python, and the commands that ask it: many users, questions about one item, new events."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+
+import llmrec
+from llmrec.answering.loaded import Loaded
+from llmrec.commands.predict.options import PredictOptions
+from llmrec.commands.predict.run import predict_file
+from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.users import rank_users
+from llmrec.commands.refresh.options import RefreshOptions
+from llmrec.commands.refresh.run import refresh
+from llmrec.errors import DataError, LlmrecError, RecipeError
+from tests.answering.rank_cases import jsonl, lines
+from tests.facts import Facts, raises
+from tests.serve.served import toy_run
+
+pytest.importorskip("torch", reason="the train extra is not installed")
+
+
+@pytest.fixture(scope="module")
+def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_run(llama_folder, tmp_path_factory.mktemp("loaded") / "run")
+
+
+@pytest.fixture(scope="module")
+def rec(run: Path) -> Any:
+    with llmrec.load(str(run), backend="hf", dtype="float32") as found:
+        yield found
+
+
+# --------------------------------------------------------------------------- rank
+
+
+def test_a_list_holds_no_seen_item_and_is_best_first(rec: Loaded) -> None:
+    for model in rec.models:
+        found = rec.rank(history=["k01", "k02"], k=4, model=model)
+        assert len(found) == 4 and not {each.item_id for each in found} & {"k01", "k02"}, model
+        scores = [each.score for each in found]
+        assert scores == sorted(scores, reverse=True)
+    again = rec.rank(history=["k01", "k02"], k=40, model="popularity", exclude_seen=False)
+    assert {"k01", "k02"} <= {each.item_id for each in again}
+
+
+def test_known_users_bring_their_history(rec: Loaded) -> None:
+    events = rec._known.histories.of_user("u01")
+    own = [event.item_id for event in events]
+    told = [{"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp} for event in events]
+    assert own and rec.rank(user="u01", k=5) == rec.rank(user="u01", history=told, k=5)
+    assert not {each.item_id for each in rec.rank(user="u01", k=30)} & set(own)
+
+
+def test_nobody_gets_the_most_popular_items(rec: Loaded) -> None:
+    popular = rec.rank(history=["k01"], k=3, model="popularity", exclude_seen=False)
+    assert rec.rank(user="nobody", k=3) == popular
+
+
+def test_rules_hold_and_leave_enough(rec: Loaded) -> None:
+    free = rec.rank(history=["k01"], k=5)
+    barred = [free[0].item_id, free[2].item_id]
+    kept = rec.rank(history=["k01"], k=5, rules={"block": barred})
+    assert len(kept) == 5 and not set(barred) & {each.item_id for each in kept}
+    with raises(DataError, Facts(kind="unknown-name", column="only.colour")):
+        rec.rank(history=["k01"], rules={"only": {"colour": ["red"]}})
+    with raises(DataError, Facts(kind="empty", column="rules")):
+        rec.rank(history=["k01"], candidates=["k05"], rules={"block": ["k05"]})
+
+
+@pytest.mark.parametrize("make", [pl.DataFrame, pd.DataFrame, pa.table, lambda rows: pl.DataFrame(rows).to_dicts()])
+def test_frames_in_are_frames_of_the_same_library_out(rec: Loaded, make: Any) -> None:
+    rows = {"user_id": ["u01", "nobody", None], "history": [None, None, ["k03"]], "id": ["a", "b", "c"]}
+    frame = make(rows)
+    found = rec.rank(frame, k=2, model="item-knn")
+    assert type(found) is type(frame)
+    table = pl.DataFrame(found) if not isinstance(found, pl.DataFrame) else found
+    assert table["id"].to_list() == ["a", "a", "b", "b", "c", "c"] and table["rank"].to_list() == [1, 2] * 3
+    alone = rec.rank(history=["k03"], k=2, model="item-knn")
+    assert table.filter(pl.col("id") == "c")["item_id"].to_list() == [each.item_id for each in alone]
+
+
+def test_a_bad_row_of_a_frame_is_an_error_in_its_place(rec: Loaded) -> None:
+    found = rec.rank([{"history": ["k01"]}, {"candidates": ["nowhere"]}, {"history": ["k02"]}], k=1)
+    assert [row["error"] is None for row in found] == [True, False, True] and "nowhere" in found[1]["error"]
+    assert [row["id"] for row in found] == ["1", "2", "3"]
+
+
+def test_what_cannot_be_asked_is_refused(rec: Loaded) -> None:
+    with raises(RecipeError, Facts(kind="unknown-name", column="model")):
+        rec.rank(history=["k01"], model="markow")
+    with raises(DataError, Facts(kind="contradiction")):
+        rec.rank([{"history": ["k01"]}], history=["k01"])
+    with raises(RecipeError, Facts(kind="unsupported", column="strategy")):
+        rec.rank(history=["k01"], model="popularity", strategy="list")
+    with raises(DataError, Facts(kind="unknown-name", column="item_id")):
+        rec.similar(["nowhere"])
+    with raises(LlmrecError, Facts(kind="unknown-key")):
+        llmrec.load("runs/x", colour="red")
+
+
+# --------------------------------------------------------------------------- one item
+
+
+def test_every_family_answers(rec: Loaded) -> None:
+    history = [{"item_id": "k01", "rating": 5.0}, {"item_id": "k02", "rating": 2.0}]
+    assert 1.0 <= rec.rate("k03", history=history) <= 5.0
+    assert 0.0 <= rec.predict("k03", history=history) <= 1.0
+    assert isinstance(rec.explain("k03", history=history), str)
+    assert "k03" not in {each.item_id for each in rec.similar(["k03"], k=3, by="text")}
+    with raises(RecipeError, Facts(kind="unsupported", column="model")):
+        rec.rate("k03", history=history, model="popularity")
+
+
+def test_a_file_of_questions(rec: Loaded, run: Path, tmp_path: Path) -> None:
+    asked = [
+        {"id": "a", "user_id": "u01", "history": [{"item_id": "k01", "rating": 5}], "item": "k03"},
+        {"id": "b", "history": ["k01"]},
+        {"id": "c", "history": ["k01"], "item": "nowhere"},
+    ]
+    out = tmp_path / "a.jsonl"
+    given = PredictOptions(
+        requests=jsonl(tmp_path / "q.jsonl", asked),
+        out=out,
+        model=str(run),
+        family="rating",
+        backend="hf",
+        dtype="float32",
+        quiet=True,
+    )
+    told = predict_file(given)
+    assert (told["answered"], told["failed"]) == ("1", "2")
+    first, none, strange = lines(out)
+    assert first["value"] == rec.rate("k03", history=[{"item_id": "k01", "rating": 5}], user="u01")
+    assert (first["item_id"], first["error"], first["request_id"]) == ("k03", None, "a")
+    assert "no 'item'" in none["error"] and "nowhere" in strange["error"]
+    assert not list(tmp_path.glob("*.sqlite*"))
+
+
+def test_a_family_must_be_one_that_was_tuned(run: Path, tmp_path: Path) -> None:
+    asked = jsonl(tmp_path / "q.jsonl", [{"item": "k01"}])
+    given = {"requests": asked, "out": tmp_path / "a.csv", "model": str(run), "backend": "hf", "quiet": True}
+    with raises(DataError, Facts(kind="ambiguous", column="--family")):
+        predict_file(PredictOptions(**given))
+    with raises(RecipeError, Facts(kind="unsupported", column="family")):
+        predict_file(PredictOptions(**given, family="stars"))
+
+
+# --------------------------------------------------------------------------- every user
+
+
+@pytest.mark.parametrize("name", ["lists.parquet", "lists.csv", "lists.jsonl", "lists.db"])
+def test_lists_of_every_user(rec: Loaded, run: Path, tmp_path: Path, name: str) -> None:
+    given = RankOptions(
+        model=str(run), all_users=True, to=str(tmp_path / name), by="item-knn", top=3, backend="hf", quiet=True
+    )
+    told = rank_users(given)
+    assert told["failed"] == "0"
+    rows = _rows(tmp_path / name)
+    assert [row["rank"] for row in rows[:3]] == [1, 2, 3] and len(rows) == 3 * int(told["users"])
+    own = [row["item_id"] for row in rows if row["user_id"] == "u02"]
+    assert own == [each.item_id for each in rec.rank(user="u02", k=3, model="item-knn", id="u02")]
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".db":
+        with closing(sqlite3.connect(path)) as database:
+            found = database.execute("SELECT user_id, rank, item_id FROM recommendations ORDER BY rowid").fetchall()
+        return [dict(zip(("user_id", "rank", "item_id"), row, strict=True)) for row in found]
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return (pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)).to_dicts()
+
+
+def test_where_lists_of_every_user_can_go(run: Path, tmp_path: Path) -> None:
+    with raises(DataError, Facts(kind="missing-key", column="--to")):
+        rank_users(RankOptions(model=str(run), all_users=True))
+    with raises(DataError, Facts(kind="wrong-format", column="--to")):
+        rank_users(RankOptions(model=str(run), all_users=True, to=str(tmp_path / "lists.xlsx")))
+
+
+# --------------------------------------------------------------------------- refresh
+
+
+def _csv(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_new_events_and_items_are_known_after_a_refresh(rec: Loaded, run: Path, tmp_path: Path) -> None:
+    events = _csv(tmp_path / "new.csv", "user_id,item_id,timestamp\nfresh,k01,9000000000\nfresh,n1,9000000001\n")
+    with raises(DataError, Facts(kind="unknown-name", column="--items")):
+        refresh(RefreshOptions(model=str(run), events=str(events), out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out-*"))
+    items = _csv(tmp_path / "items.csv", "item_id,title\nn1,A new kettle\n")
+    told = refresh(RefreshOptions(model=str(run), events=str(events), items=items, out=tmp_path / "out"))
+    assert (told["new events"], told["new items"]) == ("2", "1")
+    again = refresh(RefreshOptions(model=str(tmp_path / "out"), events=str(events)))
+    assert again["new events"] == "0"
+    with llmrec.load(str(tmp_path / "out"), backend="hf", dtype="float32") as new:
+        assert [event.item_id for event in new._known.histories.of_user("fresh")] == ["k01", "n1"]
+        # Held-out interactions of the run are learned from as well: nothing is measured with this folder.
+        assert new.rank(history=["k02"], k=1, model="popularity")[0].score >= rec.rank(
+            history=["k02"], k=1, model="popularity"
+        )[0].score
+        told_of = [each.item_id for each in new.rank(user="fresh", k=5)]
+        assert told_of and not {"k01", "n1"} & set(told_of)
+        # The model's own weights are as they were.
+        lists = [each.rank(history=["k02"], candidates=["k03", "k05", "k07"]) for each in (rec, new)]
+        assert lists[0] == lists[1]
+
+
+def test_a_refresh_does_not_write_over_other_files(run: Path, tmp_path: Path) -> None:
+    events = _csv(tmp_path / "new.csv", "user_id,item_id\nu01,k05\n")
+    with raises(DataError, Facts(kind="missing-key", column="--out")):
+        refresh(RefreshOptions(model=str(run), events=str(events)))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    _csv(mine / "notes.txt", "keep")
+    with raises(DataError, Facts(kind="exists", column="--out")):
+        refresh(RefreshOptions(model=str(run), events=str(events), out=mine))
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
