@@ -39,8 +39,8 @@ from llmrec.types import Item, Ranking, Unparsed
 
 # hf scores requests one by one, so that handing it few at a time costs nothing and keeps a progress bar moving.
 _FEW = 4
-# Strategies that generate, which hf does for many prompts at once.
-_GENERATE = ("list", TWO_STEP)
+# Strategies that generate or search, which hf does for many prompts at once.
+_TOGETHER = ("list", TWO_STEP, "search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +371,7 @@ class Recommender:
     def _ranked(
         self, requests: Sequence[RankRequest], backend: CachedBackend, advance: Callable[[int], None]
     ) -> list[Ranking | Unparsed]:
-        one_by_one = self.engine == "hf" and self.way.strategy not in _GENERATE
+        one_by_one = self.engine == "hf" and self.way.strategy not in _TOGETHER
         batch = min(_FEW, self.options.batch) if one_by_one else self.options.batch
         if self.whole is not None:
             return self.whole.rank(requests, backend, batch=batch, advance=advance)

@@ -210,9 +210,10 @@ def test_new_events_and_items_are_known_after_a_refresh(rec: Loaded, run: Path, 
     with llmrec.load(str(tmp_path / "out"), backend="hf", dtype="float32") as new:
         assert [event.item_id for event in new._known.histories.of_user("fresh")] == ["k01", "n1"]
         # Held-out interactions of the run are learned from as well: nothing is measured with this folder.
-        assert new.rank(history=["k02"], k=1, model="popularity")[0].score >= rec.rank(
-            history=["k02"], k=1, model="popularity"
-        )[0].score
+        assert (
+            new.rank(history=["k02"], k=1, model="popularity")[0].score
+            >= rec.rank(history=["k02"], k=1, model="popularity")[0].score
+        )
         told_of = [each.item_id for each in new.rank(user="fresh", k=5)]
         assert told_of and not {"k01", "n1"} & set(told_of)
         # The model's own weights are as they were.
@@ -222,6 +223,9 @@ def test_new_events_and_items_are_known_after_a_refresh(rec: Loaded, run: Path, 
 
 def test_a_refresh_does_not_write_over_other_files(run: Path, tmp_path: Path) -> None:
     events = _csv(tmp_path / "new.csv", "user_id,item_id\nu01,k05\n")
+    bad = _csv(tmp_path / "bad.csv", "user,item_id\nu01,k05\n")
+    with raises(DataError, Facts(kind="missing-column", column="user_id", file="bad.csv")):
+        refresh(RefreshOptions(model=str(run), events=str(bad), out=tmp_path / "out"))
     with raises(DataError, Facts(kind="missing-key", column="--out")):
         refresh(RefreshOptions(model=str(run), events=str(events)))
     mine = tmp_path / "mine"

@@ -20,10 +20,12 @@ from llmrec.answering.requests import ITEMS
 from llmrec.baselines.parameters import stops_early
 from llmrec.commands.refresh.options import RefreshOptions
 from llmrec.data.assemble import read_items, write_items
-from llmrec.data.dataset import SCHEMA, Dataset
-from llmrec.data.sources.table import load, table
+from llmrec.data.dataset import SCHEMA
+from llmrec.data.reading.table import read_table
+from llmrec.data.reading.typed import ids, numbers, times
+from llmrec.data.sources.table import load
 from llmrec.durable import replacing, write_json
-from llmrec.errors import DataError, LlmrecError, require
+from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
@@ -164,9 +166,7 @@ def _joined(before: _State, options: RefreshOptions) -> tuple[_State, int]:
         schema = {name: SCHEMA[name] for name in ("user_id", "item_id", "rating", "timestamp")}
         new = pl.DataFrame(found, schema=schema, orient="row").filter(~pl.col("item_id").is_in(list(removed)))
     else:
-        data: Dataset = table(DataSection(source="table", path=options.events), seed=0)
-        items.update({name: item for name, item in data.items.items() if item.title != name and name not in items})
-        new = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+        new = _events(options.events)
     strange = new.filter(~pl.col("item_id").is_in(list(items)))["item_id"].unique().sort().to_list()
     if strange:
         raise DataError(
@@ -177,6 +177,30 @@ def _joined(before: _State, options: RefreshOptions) -> tuple[_State, int]:
     both = pl.concat([rows, new.with_columns(part=pl.lit("train")).select(_KEPT)])
     after = both.unique(["user_id", "item_id", "timestamp"], keep="first", maintain_order=True)
     return _State(after, items), after.height - rows.height
+
+
+def _events(path: str) -> pl.DataFrame:
+    """Read a table of events: user_id, item_id and, where they are known, rating and timestamp.
+
+    Raises:
+        DataError: If it cannot be read, or a column or a value is missing.
+    """
+    read = read_table(Path(path))
+    for name in ("user_id", "item_id"):
+        if name not in read.frame.columns:
+            raise DataError.at(
+                read.name,
+                "missing-column",
+                f" has no column {name!r}{did_you_mean(name, read.frame.columns)}; new events are read under llmrec's "
+                "own names: user_id, item_id, rating, timestamp",
+                name,
+            )
+    given = {name: ids(read, name).cast(pl.String) for name in ("user_id", "item_id")}
+    nothing = pl.repeat(None, read.frame.height, dtype=pl.Float64, eager=True)
+    has = read.frame.columns
+    given["rating"] = numbers(read, "rating", "a rating") if "rating" in has else nothing
+    given["timestamp"] = times(read, "timestamp") if "timestamp" in has else nothing
+    return pl.DataFrame(given)
 
 
 def _is_store(events: str) -> bool:
