@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution lint docs pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote check-sources suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution lint docs openapi pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +49,7 @@ help:
 	@echo "make experiments  write the list of what was run, eval/EXPERIMENTS.md"
 	@echo "make figures      write figures and generated pages from eval/results/, and check that each has a source"
 	@echo "make docs         write the command-line reference, docs/cli.md"
+	@echo "make openapi      write the HTTP interface, docs/openapi.json and docs/clients/llmrec.d.ts"
 	@echo "make pictures     draw the pictures of docs/indexes/"
 	@echo "make setup        only make .venv"
 
@@ -75,10 +76,13 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.structure
 	@test ! -x $(BIN)/hadolint || (set -x; $(BIN)/hadolint docker/Dockerfile.*)
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.serve.yaml
 
 docs: setup
 	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
+
+openapi: setup
+	$(BIN)/python -m llmrec.commands.serve.typescript docs
 
 pictures: setup
 	$(BIN)/python -m eval.benchmarks.index_pictures docs/indexes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import sys
 from pathlib import Path
@@ -275,7 +274,6 @@ def fuse(
     and of all with the language models, beside the rows themselves and compared with them.
     """
     from llmrec import pipeline
-    from llmrec.commands.show.console import finish
 
     finish(pipeline.fuse(runs, out))
 
@@ -343,7 +341,7 @@ def rank(options: RankOptions) -> None:
     if options.all_users:
         told = rank_users(options)
         show("lists", dict(told))
-        raise typer.Exit(0 if told["failed"] == "0" else 1)
+        raise typer.Exit(int(told["failed"] != "0"))
     summary = rank_file(options)
     show("ranking", console_rows(summary))
     if summary["failed"]:
@@ -361,8 +359,7 @@ def predict(options: PredictOptions) -> None:
 
     told = predict_file(options)
     show("answers", dict(told))
-    if told["failed"] != "0":
-        raise typer.Exit(1)
+    raise typer.Exit(int(told["failed"] != "0"))
 
 
 @app.command()
@@ -389,16 +386,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Check versions, hardware, model and data, one line each with the mend; exit code 1 if something is wrong."""
-    from llmrec.commands.doctor.checks import examine
+    from llmrec.commands.doctor.told import tell
 
-    found = list(examine())
-    if as_json:
-        rows = [{"name": f.name, "level": f.level, "found": f.found, "mend": f.mend, "note": f.note} for f in found]
-        say(json.dumps({"llmrec": __version__, "findings": rows}, indent=1, ensure_ascii=False))
-    for finding in () if as_json else found:
-        advice = f". Mend: {finding.mend}" if finding.mend else f". Note: {finding.note}" if finding.note else ""
-        say(f"{'✗' if finding.mend else '✓'} {finding.name}: {finding.found}{advice}")
-    if any(finding.mend for finding in found):
+    if tell(as_json=as_json):
         raise typer.Exit(1)
 
 

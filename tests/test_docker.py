@@ -15,13 +15,16 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
 from llmrec import setup_env
+from llmrec.cli import app
 from llmrec.commands.doctor.checks import _DRIVERS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
-FILES = sorted(DOCKER.glob("Dockerfile.*"))
+FILES = [DOCKER / "Dockerfile.cpu", DOCKER / "Dockerfile.cuda"]
+SERVE = DOCKER / "Dockerfile.serve"
 SECRET = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
 
 
@@ -70,8 +73,8 @@ def allowed(path: str) -> bool:
 # --------------------------------------------------------------------------- Dockerfiles
 
 
-def test_there_is_one_for_the_cpu_and_one_for_cuda() -> None:
-    assert [file.name for file in FILES] == ["Dockerfile.cpu", "Dockerfile.cuda"]
+def test_there_is_one_for_the_cpu_one_for_cuda_and_one_that_serves() -> None:
+    assert sorted(DOCKER.glob("Dockerfile.*")) == [*FILES, SERVE]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -173,6 +176,57 @@ def test_both_images_differ_only_in_base_packages_and_engine() -> None:
     assert cpu == cuda
 
 
+def test_the_image_that_serves_is_a_layer_over_the_others_and_its_command_is_understood() -> None:
+    assert rests(SERVE, "ARG") == ["BASE=llmrec:cpu"]
+    assert rests(SERVE, "FROM") == ["${BASE}"]
+    assert rests(SERVE, "USER")[-1] == rests(FILES[0], "USER")[-1]
+    assert json.loads(rests(SERVE, "ENTRYPOINT")[-1]) == ["llmrec"]
+    name, *arguments = json.loads(rests(SERVE, "CMD")[-1])
+    made = get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    assert made.params["host"] == "0.0.0.0"
+    assert str(made.params["keys"]).startswith("/run/secrets/")
+    assert str(made.params["store"]).startswith(json.loads(rests(SERVE, "VOLUME")[-1])[0])
+    (health,) = rests(SERVE, "HEALTHCHECK")
+    assert f"http://127.0.0.1:{made.params['port']}/ready" in health
+    code = json.loads(health.partition("CMD")[2])
+    assert code[:2] == ["python", "-c"]
+    compile(code[2], "HEALTHCHECK", "exec")
+
+
+def test_compose_of_the_service() -> None:
+    loaded = yaml.safe_load((DOCKER / "compose.serve.yaml").read_text(encoding="utf-8"))
+    services = loaded["services"]
+    assert set(services) == {"serve", "key", "postgres", "prometheus"}
+    for name in ("serve", "key"):
+        assert services[name]["security_opt"] == ["no-new-privileges:true"], name
+        assert services[name]["cap_drop"] == ["ALL"], name
+        assert services[name]["read_only"] is True, name
+    for name, service in services.items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert not service["image"].endswith(":latest"), name
+    command, *arguments = services["serve"]["command"]
+    made = get_command(app).commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+    assert str(made.params["keys"]) == services["key"]["entrypoint"][-1]
+    (target,) = yaml.safe_load((DOCKER / "prometheus.yaml").read_text())["scrape_configs"][0]["static_configs"]
+    assert target["targets"] == ["serve:8000"]
+
+
+def test_the_example_for_kubernetes() -> None:
+    found = list(yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text(encoding="utf-8")))
+    (deployment,) = [each for each in found if each["kind"] == "Deployment"]
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    command, *arguments = container["args"]
+    made = get_command(app).commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+    assert pod["terminationGracePeriodSeconds"] > made.params["timeout"]
+    assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
+    assert container["livenessProbe"]["httpGet"]["path"] == "/health"
+    mounted = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert {mount["name"] for mount in mounted.values()} <= {volume["name"] for volume in pod["volumes"]}
+    for option in ("keys", "store"):
+        assert str(Path(str(made.params[option])).parent) in mounted
+
+
 # --------------------------------------------------------------------------- compose
 
 
@@ -265,7 +319,7 @@ def tool(name: str) -> str:
 
 
 def test_hadolint_is_content(tmp_path: Path) -> None:
-    done = subprocess.run([tool("hadolint"), *map(str, FILES)], capture_output=True, text=True, check=False)
+    done = subprocess.run([tool("hadolint"), *map(str, [*FILES, SERVE])], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
     # It does complain where there is reason to.
     bad = tmp_path / "Dockerfile"
@@ -275,7 +329,8 @@ def test_hadolint_is_content(tmp_path: Path) -> None:
 
 def test_compose_file_fits_its_schema(tmp_path: Path) -> None:
     command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
-    done = subprocess.run([*command, str(DOCKER / "compose.yaml")], capture_output=True, text=True, check=False)
+    files = [str(DOCKER / "compose.yaml"), str(DOCKER / "compose.serve.yaml")]
+    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     bad = tmp_path / "compose.yaml"
     bad.write_text("services: {cpu: {imagge: a}}\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 from pydantic import BaseModel
+from typer.main import get_command
 
 import llmrec
 from llmrec import cli, registry, setup_env
@@ -466,8 +467,7 @@ def test_commands_in_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     text = "\n".join(page.read_text(encoding="utf-8") for page in DOCUMENTS)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
-    known = {command.name or getattr(command.callback, "__name__", None) for command in cli.app.registered_commands}
-    known |= {group.name for group in cli.app.registered_groups}
+    known = set(get_command(cli.app).commands)  # type: ignore[attr-defined]
     used = set(re.findall(r"`llmrec ([a-z][a-z-]+)", text)) | {
         verb
         for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)

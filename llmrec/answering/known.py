@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from llmrec.answering.histories import Histories
 from llmrec.answering.requests import catalogue
 from llmrec.answering.rules import Rules
+from llmrec.data.codes import codes
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError, did_you_mean
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.fusion.carried import carried
 from llmrec.recipe.load import load_recipe
-from llmrec.types import Item
+from llmrec.types import Event, Item
 
 # Rule sets whose allowed items are remembered for one state of the catalogue.
 _REMEMBERED = 64
@@ -104,6 +105,62 @@ class Catalogue:
             titles = [item.title.casefold() for item in self.items.values()]
             self._search = ids, pl.Series(titles, dtype=pl.String)
         return self._search
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Past events of the users of a data set, oldest first.
+
+    Attributes:
+        users: Sorted.
+        starts: Where each user's rows begin, shape (users + 1,).
+        items: Item of each row.
+        ratings: Rating of each row; NaN: none.
+        times: Time of each row; NaN: none.
+    """
+
+    users: pl.Series
+    starts: NDArray[np.int64]
+    items: pl.Series
+    ratings: NDArray[np.float64]
+    times: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, interactions: pl.DataFrame) -> Histories:
+        """Sort a table of interactions by user and time; rows without a time stand first, in the table's order."""
+        names, rows = codes(interactions["user_id"])
+        times = interactions["timestamp"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+        order = np.lexsort((np.where(np.isnan(times), -np.inf, times), rows))
+        return cls(
+            users=names,
+            starts=np.searchsorted(rows[order], np.arange(len(names) + 1)),
+            items=interactions["item_id"].gather(order),
+            ratings=interactions["rating"].cast(pl.Float64).fill_null(np.nan).to_numpy()[order],
+            times=times[order],
+        )
+
+    @classmethod
+    def none(cls) -> Histories:
+        """Return those of nobody."""
+        empty = pl.Series(dtype=pl.String)
+        return cls(empty, np.zeros(1, dtype=np.int64), empty, np.empty(0), np.empty(0))
+
+    def of_user(self, user_id: str) -> list[Event]:
+        """Return a user's events; none of a user who is not known."""
+        if not len(self.users):
+            return []
+        place = int(self.users.search_sorted(user_id))
+        if place >= len(self.users) or self.users[place] != user_id:
+            return []
+        rows = range(int(self.starts[place]), int(self.starts[place + 1]))
+        return [
+            Event(
+                item_id=str(self.items[row]),
+                rating=None if np.isnan(self.ratings[row]) else float(self.ratings[row]),
+                timestamp=None if np.isnan(self.times[row]) else float(self.times[row]),
+            )
+            for row in rows
+        ]
 
 
 @dataclass(frozen=True)

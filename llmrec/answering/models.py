@@ -7,7 +7,7 @@ goes through `llmrec.answering.recommender`, so that a list is the one that `llm
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -20,6 +20,7 @@ from llmrec.answering.naming import Naming
 from llmrec.answering.rationales import Reasoner, Reasons, rationale_template
 from llmrec.answering.recommender import Answered, Recommender
 from llmrec.answering.requests import first_prompt
+from llmrec.answering.strategy import ranking_families_of
 from llmrec.data.assemble import digest_items
 from llmrec.data.requests import Past, RankRequest
 from llmrec.data.split import SplitDataset
@@ -94,7 +95,8 @@ class LanguageModel:
     @property
     def verbs(self) -> tuple[str, ...]:
         """See `AnsweringModel`."""
-        return (RANK, *about_families(self.base.bundle))
+        bundle = self.base.bundle
+        return (*((RANK,) if ranking_families_of(bundle) else ()), *about_families(bundle))
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -124,6 +126,12 @@ class LanguageModel:
         way = way_about(bundle, family)
         with self.base.asked(way.strategy) as backend:
             return answer_about(bundle, requests, way=way, backend=backend, encoder=self.base.encoder)
+
+    def written(self, family: str, request: RankRequest, listener: Callable[[str], None]) -> Answer:
+        """Answer a question about one item, whose text is handed out while it is generated, where the engine can."""
+        bundle, way = self.base.bundle, way_about(self.base.bundle, family)
+        with self.base.asked(way.strategy) as backend, backend.heard(listener):
+            return answer_about(bundle, [request], way=way, backend=backend, encoder=self.base.encoder)[0]
 
     def reasons(self, requests: Sequence[RankRequest], found: Sequence[Answered], first: int) -> list[Reasons]:
         """Write a sentence on each of the first items of every list; failed lists get none."""

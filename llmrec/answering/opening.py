@@ -12,6 +12,7 @@ from llmrec.answering.models import AnsweringModel, Classic, Fused, LanguageMode
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.answering.retrieval import training_data
+from llmrec.answering.strategy import ranking_families_of
 from llmrec.baselines.neural import NeuralConfig
 from llmrec.baselines.parameters import make
 from llmrec.data.split import SplitDataset
@@ -22,7 +23,7 @@ from llmrec.experiment.fusion import stored
 from llmrec.models.load import resolve
 from llmrec.recipe.load import load_recipe
 from llmrec.registry import BASELINES, lookup
-from llmrec.tasks.family import RANKERS, RATERS, family_of, ranking_families
+from llmrec.tasks.family import RANKERS, RATERS, family_of
 from llmrec.types import Item
 
 TUNED, UNTUNED, PLAIN, FUSION, FUSION_MODEL = "tuned", "untuned", "model", "fusion", "fusion-model"
@@ -128,7 +129,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     Raises:
         LlmrecError: If a model cannot be opened, or there is none of a name.
     """
-    base = Recommender.open(replace(options, candidates="file", top=None, rationale=0, fuse="none"))
+    base = Recommender.open(replace(options, candidates="file", top=None, rationale=0, fuse="none"), ranks=False)
     items = dict(base.items or {})
     base.items = items
     data = _data(base.bundle)
@@ -154,7 +155,7 @@ def _opened(
     if name == own:
         return LanguageModel(name, base, finder)
     if name == UNTUNED:
-        other = Recommender.open(base.options, bundle=_untuned(base.bundle))
+        other = Recommender.open(base.options, bundle=_untuned(base.bundle), ranks=False)
         other.items = models.items
         models._bases.append(other)
         return LanguageModel(name, other, finder)
@@ -183,7 +184,7 @@ def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
     """Return the fusions of rankings that a run weighed, by the names under which they answer."""
     found: dict[str, stored.Fused] = {}
     every = stored.read(bundle.run or Path(bundle.folder))
-    for family in reversed([name for name in ranking_families() if name in bundle.tasks.present()]):
+    for family in reversed(ranking_families_of(bundle)):
         for each in every:
             if each.family == family and each.arm in ("baseline", "tuned" if bundle.tuned else "zero-shot"):
                 # Of the fusions of baselines the last one joins the most.
@@ -195,7 +196,7 @@ def _cheap(bundle: Bundle, data: SplitDataset | None) -> list[str]:
     """Return the classic recommenders of the ranking families that are fitted in seconds."""
     if data is None:
         return []
-    sections = [bundle.tasks.present()[name] for name in ranking_families() if name in bundle.tasks.present()]
+    sections = [bundle.tasks.present()[name] for name in ranking_families_of(bundle)]
     named = dict.fromkeys([POPULAR, *(each.name for section in sections for each in section.baselines)])
     trained = [name for name in named if issubclass(lookup(BASELINES, name, "baseline").Config, NeuralConfig)]
     return [name for name in named if name != "random" and name not in trained]

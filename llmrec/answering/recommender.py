@@ -13,6 +13,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
+from llmrec.answering.about import about_families, way_about
 from llmrec.answering.catalogue import CatalogueRanking
 from llmrec.answering.checks import bundle_of, check_choices, engine_section, strategy_of, window_of
 from llmrec.answering.fused import Fuser, fusion_of
@@ -20,7 +21,7 @@ from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.rationales import TOKENS, Reasoner, Reasons, rationale_template
 from llmrec.answering.requests import catalogue, notes_of, rank_requests
 from llmrec.answering.retrieval import Retriever, training_data
-from llmrec.answering.strategy import TWO_STEP, Asking, choose_way
+from llmrec.answering.strategy import TWO_STEP, Asking, choose_way, ranking_families_of
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
@@ -34,7 +35,7 @@ from llmrec.experiment.engines import Engines, refuse_paired
 from llmrec.experiment.resume import Budget
 from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.models.traits import is_paired
-from llmrec.tasks.family import family_of, ranking_families
+from llmrec.tasks.family import family_of
 from llmrec.types import Item, Ranking, Unparsed
 
 # hf scores requests one by one, so that handing it few at a time costs nothing and keeps a progress bar moving.
@@ -113,6 +114,7 @@ class Recommender:
         store: Path | None = None,
         budget: Budget | None = None,
         bundle: Bundle | None = None,
+        ranks: bool = True,
     ) -> Recommender:
         """Open a model with what it is asked about; weights are loaded when the first question is asked.
 
@@ -122,6 +124,7 @@ class Recommender:
                 default nothing is remembered.
             budget: Where seconds are booked, by stage.
             bundle: The model, where it is not the one that ``options.model`` names.
+            ranks: It must rank; a model that was tuned on questions about single items alone can be opened without.
 
         Raises:
             LlmrecError: If an option, a file or the model cannot be used.
@@ -141,7 +144,9 @@ class Recommender:
         engines = Engines(bundle.model, section, encoder, bundle.seed, budget, answers)
         # A server answers with weights of its own; the folder gives the tokenizer alone.
         weights = "" if options.backend == "openai" else weights_stamp(bundle.folder)
-        return cls._made(options, bundle, items, retriever, encoder, engines, weights, answers, budget)
+        only = not ranks and not ranking_families_of(bundle)
+        way = way_about(bundle, next(iter(about_families(bundle)), "rating")) if only else None
+        return cls._made(options, bundle, items, retriever, encoder, engines, weights, answers, budget, way)
 
     def beside(self, **changes: Any) -> Recommender:
         """Return another recommender of the same model and engine, which is asked in another way.
@@ -173,8 +178,9 @@ class Recommender:
         weights: str,
         store: AnswerStore | None,
         budget: Budget,
+        way: Asking | None = None,
     ) -> Recommender:
-        way = choose_way(
+        way = way or choose_way(
             bundle,
             task=options.task,
             template=options.template,
@@ -232,9 +238,8 @@ class Recommender:
     @property
     def ways(self) -> tuple[str, ...]:
         """The strategies that the model can be asked to order candidates by."""
-        here = [family for family in ranking_families() if family in self.bundle.tasks.present()]
-        names = [name for family in here for name in family_of(family).strategies if name != "search"]
-        return tuple(dict.fromkeys(names))
+        here = [family_of(family).strategies for family in ranking_families_of(self.bundle)]
+        return tuple(dict.fromkeys(name for names in here for name in names if name != "search"))
 
     @property
     def searches(self) -> bool:

@@ -54,6 +54,11 @@ class Asking:
         return not family_of(self.family).lists and self.strategy in _BY_TITLE
 
 
+def ranking_families_of(bundle: Bundle) -> list[str]:
+    """Return the families that a model was tuned on and that rank items for users."""
+    return [family for family in ranking_families() if family in bundle.tasks.present()]
+
+
 def choose_way(
     bundle: Bundle,
     *,
@@ -78,7 +83,7 @@ def choose_way(
         RecipeError: If something asked for is unknown, or nothing fits.
     """
     ranking = ranking_families()
-    here = [family for family in ranking if family in bundle.tasks.present()]
+    here = ranking_families_of(bundle)
     if not here:
         tuned = ", ".join(bundle.tasks.present())
         raise RecipeError(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -55,6 +56,13 @@ class OneByOne(Protocol):
     ) -> Iterator[tuple[int, Scores]]:
         """Yield places and scores."""
         ...
+
+
+@runtime_checkable
+class Heard(Protocol):
+    """An engine whose text can be heard while it is generated."""
+
+    listener: Callable[[str], None] | None
 
 
 # Answers that are stored together, with the places of their questions.
@@ -179,6 +187,19 @@ class CachedBackend:
         if self._started is not None:
             self._started.close()
             self._started = None
+
+    @contextmanager
+    def heard(self, listener: Callable[[str], None]) -> Iterator[None]:
+        """Hand out the text of a prompt that is asked alone, as it is generated; engines that cannot say nothing."""
+        engine = self._engine()
+        if not isinstance(engine, Heard):
+            yield
+            return
+        engine.listener = listener
+        try:
+            yield
+        finally:
+            engine.listener = None
 
     def _engine(self) -> Backend:
         if self._started is None:

@@ -295,11 +295,21 @@ def weights_stamp(folder: str) -> str:
 
     That is the weights, the configurations, the tokenizer and the chat template. Content and not time stamps: a file
     that was replaced by one of the same size must not be answered for from a cache.
+
+    Raises:
+        ModelError: If a file may not be read.
     """
     digest = hashlib.sha256()
-    for file in sorted(Path(folder).iterdir()):
-        if file.is_file() and file.suffix in _ANSWERING and file.name not in (BUNDLE, MANIFEST):
-            digest.update(f"{file.name}\0{_content(file)}\n".encode())
+    try:
+        for file in sorted(Path(folder).iterdir()):
+            if file.is_file() and file.suffix in _ANSWERING and file.name not in (BUNDLE, MANIFEST):
+                digest.update(f"{file.name}\0{_content(file)}\n".encode())
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or folder} cannot be read: {error.strerror}; let this user read it (chmod, chown)",
+            kind="unreadable",
+            at=folder,
+        ) from None
     return digest.hexdigest()[:32]
 
 

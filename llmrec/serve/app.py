@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException as AnyHTTPException
+from fastapi.responses import StreamingResponse
 
 from llmrec import __version__
+from llmrec.data.reading.limits import ID_LIMIT
 from llmrec.errors import LlmrecError
 from llmrec.serve import schema
-from llmrec.serve.batching import Full, TooLate
-from llmrec.serve.forms import told
-from llmrec.serve.gates import BodyLimit, Door, Measured, SameOrigin
+from llmrec.serve.failures import answer_failures, failure, said
+from llmrec.serve.forms import document_text, told
+from llmrec.serve.gates import BodyLimit, Door, Measured, Plain, SameOrigin, json_alone
 from llmrec.serve.metrics import Metrics
 from llmrec.serve.service import Service
-from llmrec.serve.worker import EngineLost
 from llmrec.types import Item
 
 _T = TypeVar("_T")
-_Responses = dict[int | str, dict[str, Any]]
+
+log = logging.getLogger(__name__)
 
 _PAGE = {"page.js": "text/javascript", "page.css": "text/css"}
 _POLICY = (
@@ -39,34 +39,12 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_STATUS = {"unknown-name": 404, "busy": 429, "exhausted": 503, "defect": 500}
-# Seconds after which an engine that is starting is worth another question.
-_RETRY = 5
-
-_Id = Annotated[str, Path(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+_Id = Annotated[str, Path(min_length=1, max_length=ID_LIMIT, pattern=schema.NAME)]
 
 
-def _said(*statuses: int) -> _Responses:
-    """Return what OpenAPI says of the failures of an endpoint."""
-    words = {
-        400: "The body is no JSON, or a header is missing.",
-        401: "There is no API key, or one that is not known.",
-        403: "The key may not do this, or the call comes from a page of another site.",
-        404: "A model, an item or a user is not known.",
-        413: "The body is too large.",
-        415: "The body is not said to be JSON.",
-        422: "The body breaks a rule, or the question cannot be answered.",
-        429: "Too much is asked; Retry-After says when to ask again.",
-        500: "A defect of llmrec.",
-        503: "The engine is starting; Retry-After says when to ask again.",
-        504: "There was no answer in time.",
-    }
-    return {status: {"model": schema.Failed, "description": words[status]} for status in statuses}
-
-
-_ALWAYS = (400, 401, 403, 422, 429)
-_POSTED = (*_ALWAYS, 413, 415)
-_ASKED = (*_POSTED, 404, 500, 503, 504)
+_ALWAYS = (401, 403, 422, 429, 500, 503)
+_POSTED = (*_ALWAYS, 400, 413, 415)
+_ASKED = (*_POSTED, 404, 504)
 
 
 def make_app(service: Service, door: Door, *, body_limit: int = 1 << 20) -> FastAPI:
@@ -93,59 +71,21 @@ def make_app(service: Service, door: Door, *, body_limit: int = 1 << 20) -> Fast
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        redirect_slashes=False,
     )
     metrics = Metrics(service)
-    _handle_errors(app)
+    answer_failures(app)
     app.include_router(_open_routes(service, metrics))
     app.include_router(_questions(service, door))
     app.include_router(_knowledge(service, door))
     app.add_middleware(BodyLimit, most=body_limit)
-    app.add_middleware(SameOrigin)
+    app.add_middleware(SameOrigin, keyed=door.keyed)
+    app.add_middleware(Plain)
     app.add_middleware(Measured, metrics=metrics)
     return app
 
 
-# --------------------------------------------------------------------------- errors
-
-
-def _failed(status: int, kind: str, message: str, at: str | None = None, after: float | None = None) -> JSONResponse:
-    body = schema.Failed(error=schema.Failure(kind=kind, message=message, at=at))
-    headers = {} if after is None else {"Retry-After": str(max(1, round(after)))}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body.model_dump(), status_code=status, headers=headers)
-
-
-def _failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
-    """Return the status, the body and the seconds to wait that an error stands for."""
-    after = error.after if isinstance(error, Full) else float(_RETRY) if isinstance(error, EngineLost) else None
-    status = 503 if isinstance(error, EngineLost) else 504 if isinstance(error, TooLate) else None
-    status = status or _STATUS.get(error.kind or "", 422)
-    return status, schema.Failure(kind=error.kind or "failed", message=str(error), at=error.column), after
-
-
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(LlmrecError)
-    async def _(_: Request, error: LlmrecError) -> JSONResponse:
-        status, failure, after = _failure(error)
-        return _failed(status, failure.kind, failure.message, failure.at, after)
-
-    @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        if first["type"] == "json_invalid":
-            return _failed(400, "syntax", "the body is no JSON")
-        # The value itself may be a secret or hostile; it is not repeated.
-        return _failed(422, "bad-value", f"{where or 'the body'}: {first['msg']}", where or None)
-
-    @app.exception_handler(AnyHTTPException)
-    async def _(_: Request, error: AnyHTTPException) -> JSONResponse:
-        kinds = {401: "unreachable", 404: "unknown-name", 413: "too-large", 429: "busy"}
-        kind = kinds.get(error.status_code, "unsupported")
-        made = _failed(error.status_code, kind, str(error.detail))
-        made.headers.update(error.headers or {})
-        return made
+# --------------------------------------------------------------------------- who waits
 
 
 async def _while_there(request: Request, work: Awaitable[_T]) -> _T:
@@ -213,7 +153,9 @@ def _asset(name: str, kind: str) -> Response:
 
 
 def _questions(service: Service, door: Door) -> APIRouter:
-    router = APIRouter(tags=["questions"], dependencies=[Depends(door.key)], responses=_said(*_ASKED))
+    router = APIRouter(
+        tags=["questions"], dependencies=[Depends(door.key), Depends(json_alone)], responses=said(*_ASKED)
+    )
 
     @router.post("/v1/rank")
     async def rank(request: Request, body: schema.RankBody) -> schema.RankAnswer:
@@ -253,7 +195,10 @@ def _questions(service: Service, door: Door) -> APIRouter:
     async def explain(request: Request, body: schema.ItemBody) -> Any:
         """Say why an item suits a user; with ``Accept: text/event-stream`` as a stream of events."""
         if "text/event-stream" in request.headers.get("accept", ""):
-            return StreamingResponse(_streamed(service, body), media_type="text/event-stream")
+            events = service.streamed(body)
+            # What fails before the first of them has a status.
+            first = await _while_there(request, anext(events))
+            return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
         return await _while_there(request, service.explain(body))
 
     @router.post("/v1/explain/batch")
@@ -277,7 +222,7 @@ def _questions(service: Service, door: Door) -> APIRouter:
 
 
 def _knowledge(service: Service, door: Door) -> APIRouter:
-    router = APIRouter(tags=["knowledge"], dependencies=[Depends(door.key)], responses=_said(*_ALWAYS))
+    router = APIRouter(tags=["knowledge"], dependencies=[Depends(door.key)], responses=said(*_ALWAYS))
 
     @router.get("/v1/models")
     async def models() -> schema.Models:
@@ -294,24 +239,24 @@ def _knowledge(service: Service, door: Door) -> APIRouter:
         found, total = service.catalogue.search(q, limit=limit, offset=offset)
         return schema.FoundItems(items=[_item(item) for item in found], total=total)
 
-    @router.get("/v1/items/{item_id:path}", responses=_said(404))
+    @router.get("/v1/items/{item_id:path}", responses=said(404))
     async def item(item_id: _Id) -> schema.CatalogueItem:
         """Return an item."""
         return _item(service.catalogue.get(item_id))
 
-    @router.put("/v1/items", responses=_said(*_POSTED, 503), dependencies=[Depends(door.admin)])
+    @router.put("/v1/items", responses=said(*_POSTED), dependencies=[Depends(door.admin), Depends(json_alone)])
     async def put_items(body: schema.ItemsBody) -> schema.Stored:
         """Add or replace items; questions from then on know them."""
         found = [Item(item_id=each.item_id, title=each.title, fields=dict(each.fields)) for each in body.items]
         return schema.Stored(stored=await service.put_items(found))
 
-    @router.delete("/v1/items/{item_id:path}", responses=_said(404, 503), dependencies=[Depends(door.admin)])
+    @router.delete("/v1/items/{item_id:path}", responses=said(404), dependencies=[Depends(door.admin)])
     async def remove_item(item_id: _Id) -> schema.Removed:
         """Remove an item; no list holds it from then on."""
         await service.remove_item(item_id)
         return schema.Removed(removed=1)
 
-    @router.get("/v1/users/{user_id:path}", responses=_said(404))
+    @router.get("/v1/users/{user_id:path}", responses=said(404))
     async def user(user_id: _Id) -> schema.KnownUser:
         """Return what a user did, oldest first."""
         return told(user_id, await service.user(user_id), service.catalogue.items)
@@ -321,12 +266,12 @@ def _knowledge(service: Service, door: Door) -> APIRouter:
         """Erase a person: events, and texts about the person."""
         return await service.erase(user_id)
 
-    @router.post("/v1/events", responses=_said(*_POSTED, 404))
+    @router.post("/v1/events", responses=said(*_POSTED, 404), dependencies=[Depends(json_alone)])
     async def events(body: schema.EventsBody) -> schema.Stored:
         """Extend the histories of users; it is stored once this is answered."""
         return schema.Stored(stored=await service.add_events(body))
 
-    @router.post("/v1/reload", responses=_said(503), dependencies=[Depends(door.admin)])
+    @router.post("/v1/reload", dependencies=[Depends(door.admin)])
     async def reload() -> schema.Models:
         """Read the models anew and put them in the place of those that answer meanwhile."""
         await service.reload()
@@ -340,25 +285,32 @@ async def _batch(request: Request, service: Service, ask: Callable[[Any], Any], 
     answers: list[Any] = []
     for each in found:
         if isinstance(each, LlmrecError):
-            answers.append(schema.Failed(error=_failure(each)[1]))
-        elif isinstance(each, BaseException):
-            raise each
+            answers.append(schema.Failed(error=failure(each)[1]))
+        elif isinstance(each, Exception):
+            log.error("a question of a batch failed that should not have", exc_info=each)
+            defect = schema.Failure(kind="defect", message="this failed inside the service; its log says where")
+            answers.append(schema.Failed(error=defect))
         else:
             answers.append(each)
     return answers
 
 
-async def _streamed(service: Service, body: schema.ItemBody) -> AsyncIterator[str]:
+async def _streamed(first: tuple[str, Any], events: AsyncIterator[tuple[str, Any]]) -> AsyncIterator[str]:
+    yield _event(*first)
     try:
-        async for event, data in service.streamed(body):
-            yield f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+        async for each in events:
+            yield _event(*each)
     except LlmrecError as error:
-        yield f"event: error\ndata: {schema.Failed(error=_failure(error)[1]).model_dump_json()}\n\n"
+        yield _event("error", schema.Failed(error=failure(error)[1]).model_dump())
+
+
+def _event(name: str, data: Any) -> str:
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 async def _reranked(service: Service, body: schema.RerankBody) -> schema.RerankAnswer:
     model, places, usage = await service.rerank(body)
-    texts = [each if isinstance(each, str) else str(each.get("text", "")) for each in body.documents]
+    texts = [document_text(each) for each in body.documents]
     results = [
         schema.RerankResult(
             index=place, relevance_score=score, document={"text": texts[place]} if body.return_documents else None

@@ -7,15 +7,24 @@ is asked so. A queue that is full refuses at once and says when to come again.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
 from llmrec.serve.worker import EngineLost, Question, Reply
+
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+# An engine that works on one thing for so many times as long as anybody waits hangs.
+_HANGS = 5.0
 
 
 class Full(LlmrecError):
@@ -70,6 +79,8 @@ class Batcher:
         most: Questions of one batch.
         room: Questions that may wait; more are refused.
         patience: Seconds that a question may take, waiting included.
+        hangs: Called from another thread when the engine has worked on one thing for five times as long; it is to end
+            the call.
     """
 
     def __init__(
@@ -80,12 +91,18 @@ class Batcher:
         most: int = 32,
         room: int = 256,
         patience: float = 60.0,
+        hangs: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._window, self._most, self._room, self._patience = engine, window, most, room, patience
+        self._hangs = hangs
         self._queues: dict[Question, deque[_Waiting]] = {}
-        self._some = asyncio.Event()
+        # Those that the engine is answering now.
+        self._asked: list[_Waiting] = []
+        self._others = 0
+        self._some, self._turn = asyncio.Event(), asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmrec-engine")
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
         # Seconds that one question takes of the engine, as it was lately.
         self._each = 0.05
         self.load = Load()
@@ -95,13 +112,20 @@ class Batcher:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """End once what was asked is answered."""
-        while self.load.waiting:
+        """Take no more questions, and end once those that were asked are answered or given up."""
+        self._closed = True
+        ends = time.monotonic() + self._patience
+        while self._busy() and time.monotonic() < ends:
             await asyncio.sleep(0.01)
+        asked = self._asked
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await asyncio.to_thread(self._thread.shutdown)
+        for each in asked:
+            _settle(each.future, _stopping())
+        self._fail(_stopping())
+        # Nobody waits for what it may still be doing.
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, question: Question, request: RankRequest) -> Reply:
         """Wait for the answer to a request; a caller that is cancelled takes it out of the queue.
@@ -109,12 +133,9 @@ class Batcher:
         Raises:
             Full: If the queue is full, or so long that the answer would come too late.
             TooLate: If it was not answered in time.
-            EngineLost: If the engine ended.
+            EngineLost: If the engine ended, or the service does.
         """
-        ahead = self.load.waiting * self._each
-        if self.load.waiting >= self._room or ahead > self._patience:
-            self.load.refused += 1
-            raise Full.for_now(max(1.0, min(ahead, self._patience)))
+        self._admit(self.load.waiting)
         waiting = _Waiting(request, asyncio.get_running_loop().create_future(), time.monotonic() + self._patience)
         self._queues.setdefault(question, deque()).append(waiting)
         self.load.waiting += 1
@@ -122,16 +143,64 @@ class Batcher:
         try:
             return await asyncio.wait_for(waiting.future, self._patience)
         except TimeoutError:
-            self.load.late += 1
-            raise TooLate(
-                f"not answered within {self._patience:.0f} s; ask for less, or raise --timeout", kind="exhausted"
-            ) from None
+            raise self._late() from None
         finally:
             self._drop(question, waiting)
 
-    async def alone(self, call: Callable[[], object]) -> object:
-        """Call something in the engine's thread, between batches."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    async def between(self, call: Callable[[], _T]) -> _T:
+        """Ask the engine something else between batches; it waits, and is refused, as a question is.
+
+        Raises:
+            Full: If as many wait as may.
+            TooLate: If it was not answered in time.
+            EngineLost: If the engine ended, or the service does.
+        """
+        self._admit(self._others)
+        self._others += 1
+        try:
+            return await asyncio.wait_for(self._alone(call), self._patience)
+        except TimeoutError:
+            raise self._late() from None
+        finally:
+            self._others -= 1
+
+    async def tell(self, call: Callable[[], _T]) -> _T:
+        """Tell the engine something between batches, however many wait and however long it takes.
+
+        Raises:
+            EngineLost: If the engine ended, or the service does.
+        """
+        if self._closed:
+            raise _stopping()
+        self._others += 1
+        try:
+            # What is stored already has to reach the engine, whoever waits for that.
+            return await asyncio.shield(self._alone(call))
+        finally:
+            self._others -= 1
+
+    def _admit(self, waiting: int) -> None:
+        """Let a question in.
+
+        Raises:
+            Full: If too many wait.
+            EngineLost: If the service ends.
+        """
+        if self._closed:
+            raise _stopping()
+        ahead = waiting * self._each
+        if waiting >= self._room or ahead > self._patience:
+            self.load.refused += 1
+            raise Full.for_now(max(1.0, min(ahead, self._patience)))
+
+    def _late(self) -> TooLate:
+        self.load.late += 1
+        return TooLate(
+            f"not answered within {self._patience:.0f} s; ask for less, or raise --timeout", kind="exhausted"
+        )
+
+    def _busy(self) -> bool:
+        return bool(self.load.waiting or self._others or any(not each.future.done() for each in self._asked))
 
     def _drop(self, question: Question, waiting: _Waiting) -> None:
         queue = self._queues.get(question)
@@ -151,30 +220,60 @@ class Batcher:
 
     async def _next(self) -> None:
         """Ask the engine the kind of question that has waited longest."""
-        question = min(self._queues, key=lambda each: self._queues[each][0].ends)
-        queue = self._queues[question]
-        batch = [queue.popleft() for _ in range(min(self._most, len(queue)))]
-        if not queue:
-            del self._queues[question]
-        self.load.waiting -= len(batch)
+        async with self._turn:
+            if not self._queues:
+                return
+            question = min(self._queues, key=lambda each: self._queues[each][0].ends)
+            queue = self._queues[question]
+            self._asked = [queue.popleft() for _ in range(min(self._most, len(queue)))]
+            if not queue:
+                del self._queues[question]
+            self.load.waiting -= len(self._asked)
+            try:
+                await self._answer(question, self._asked)
+            finally:
+                self._asked = []
+
+    async def _answer(self, question: Question, batch: Sequence[_Waiting]) -> None:
         begun = time.monotonic()
+        requests = [each.request for each in batch]
         try:
-            answers = await self._asked(question, [each.request for each in batch])
+            answers = await self._called(lambda: self._engine(question, requests))
+            for each, answer in zip(batch, answers, strict=True):
+                _settle(each.future, answer)
         except LlmrecError as error:
             for each in batch:
                 _settle(each.future, error)
             if isinstance(error, EngineLost):
                 self._fail(error)
             return
+        except Exception:
+            # Nothing would be answered any more if this went further.
+            log.exception("a batch failed that should not have")
+            for each in batch:
+                _settle(each.future, LlmrecError("this question failed; the log says where", kind="defect"))
+            return
         took = time.monotonic() - begun
         self._each = 0.8 * self._each + 0.2 * took / len(batch)
         self.load.seconds += took
         self.load.batches[len(batch)] = self.load.batches.get(len(batch), 0) + 1
-        for each, answer in zip(batch, answers, strict=True):
-            _settle(each.future, answer)
 
-    def _asked(self, question: Question, requests: Sequence[RankRequest]) -> Awaitable[list[Reply]]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._engine, question, requests)
+    async def _alone(self, call: Callable[[], _T]) -> _T:
+        async with self._turn:
+            return await self._called(call)
+
+    async def _called(self, call: Callable[[], _T]) -> _T:
+        """Call something in the engine's thread, and notice where it never ends."""
+        running = asyncio.get_running_loop().run_in_executor(self._thread, call)
+        try:
+            done, _ = await asyncio.wait({running}, timeout=_HANGS * self._patience)
+            if not done:
+                log.error("the engine hangs: it has worked on one thing for %.0f s", _HANGS * self._patience)
+                await asyncio.to_thread(self._hangs)
+            return await running
+        finally:
+            # What has not begun when the caller goes is not begun.
+            running.cancel()
 
     def _fail(self, error: EngineLost) -> None:
         """Give up all that waits: nobody is left to answer it."""
@@ -183,6 +282,10 @@ class Batcher:
                 _settle(each.future, error)
         self._queues.clear()
         self.load.waiting = 0
+
+
+def _stopping() -> EngineLost:
+    return EngineLost("the service is stopping; ask again in a moment", kind="failed")
 
 
 def _settle(future: asyncio.Future[Reply], found: Reply | LlmrecError) -> None:

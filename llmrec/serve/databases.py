@@ -53,6 +53,10 @@ NOBODY = "0" * 32
 _Mend: TypeAlias = tuple[ErrorKind, str]
 
 
+class StoreError(LlmrecError):
+    """A store that cannot be used, whatever was asked of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Insert:
     """How rows come into a table.
@@ -146,7 +150,7 @@ class SQLite:
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
         """See `Database.error`."""
-        return LlmrecError(f"the store {self._path}{rest}", kind=kind, at=self._path)
+        return StoreError(f"the store {self._path}{rest}", kind=kind, at=self._path)
 
     def failure(self, error: BaseException) -> LlmrecError:
         """See `Database.failure`."""
@@ -332,7 +336,7 @@ class Postgres:
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
         """See `Database.error`."""
-        return LlmrecError(f"the store {self._shown}{rest}", kind=kind, at=self._shown)
+        return StoreError(f"the store {self._shown}{rest}", kind=kind, at=self._shown)
 
     def failure(self, error: BaseException) -> LlmrecError:
         """See `Database.failure`."""

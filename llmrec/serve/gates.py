@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,9 @@ log = logging.getLogger("llmrec.serve")
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, made by `llmrec serve-key`.")
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+# Of a number of bytes; Python itself refuses to read thousands.
+_DIGITS = 18
 
 
 class Door:
@@ -35,6 +39,11 @@ class Door:
 
     def __init__(self, keys: Keys | None = None, limit: RateLimit | None = None) -> None:
         self._keys, self._limit = keys, limit
+
+    @property
+    def keyed(self) -> bool:
+        """Whether API keys are asked for."""
+        return self._keys is not None
 
     async def key(
         self, request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -77,6 +86,38 @@ class Door:
             raise HTTPException(403, "this needs a key made with --admin")
 
 
+async def json_alone(request: Request) -> None:
+    """Refuse a body that is not said to be JSON: a page of another site can send any other without asking first.
+
+    Raises:
+        HTTPException: If it is not.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise HTTPException(415, "send the body with 'Content-Type: application/json'")
+
+
+class Plain:
+    """Answers HEAD as GET, and refuses addresses with control characters: a line break at the end is easily missed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 422, or hand on."""
+        if scope["type"] == "http":
+            if _CONTROL.search(scope["path"]):
+                await _refuse(send, 422, "bad-value", "the address holds a control character; leave it out")
+                return
+            if scope["method"] == "HEAD":
+                # The server knows by its own record that there is to be no body.
+                inner = {**scope, "method": "GET"}
+                await self._app(inner, receive, send)
+                scope.update({name: inner[name] for name in ("route", "state") if name in inner})
+                return
+        await self._app(scope, receive, send)
+
+
 class BodyLimit:
     """Refuses bodies that are too large, before they are read."""
 
@@ -89,10 +130,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         said = _header(scope, b"content-length")
-        if said is not None and (not said.isdigit() or int(said) > self._most):
+        if said is not None and (not said.isdecimal() or len(said) > _DIGITS or int(said) > self._most):
             await _refuse(send, 413, "too-large", f"the body is larger than {self._most} bytes")
             return
-        body, more = b"", True
+        body, more = bytearray(), True
         # A body of unknown length is read here, so that what reads it later cannot be surprised.
         while more and scope["method"] not in ("GET", "HEAD", "DELETE"):
             message = await receive()
@@ -103,7 +144,7 @@ class BodyLimit:
             if len(body) > self._most:
                 await _refuse(send, 413, "too-large", f"the body is larger than {self._most} bytes")
                 return
-        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+        given = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
         async def replay() -> Message:
             return next(given, None) or await receive()
@@ -115,10 +156,14 @@ class SameOrigin:
     """Refuses what a browser sends from a page of another site, and names of hosts that only pretend to be this one.
 
     Without it any page that a user looks at could ask a service on the user's own machine.
+
+    Args:
+        app: What is guarded.
+        keyed: API keys are asked for. A page under a made-up name has none, and a proxy may hand on a name of its own.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, keyed: bool = False) -> None:
+        self._app, self._keyed = app, keyed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403, or hand on."""
@@ -128,8 +173,8 @@ class SameOrigin:
             if origin is not None and origin.lower().partition("://")[2] != host:
                 await _refuse(send, 403, "unsafe", "the request comes from a page of another site")
                 return
-            listens = str((scope.get("server") or ("", 0))[0])
-            if listens in _LOCAL and host.rpartition(":")[0] not in _LOCAL and host not in _LOCAL and host != "":
+            local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
+            if local and host.rpartition(":")[0] not in _LOCAL and host not in _LOCAL and host != "":
                 await _refuse(send, 403, "unsafe", "this service answers to localhost alone; start it with --host")
                 return
         await self._app(scope, receive, send)
@@ -146,7 +191,8 @@ class Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status = time.monotonic(), 500
+        # As long as nothing is sent: whoever asked is gone.
+        begun, status = time.monotonic(), 499
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -156,6 +202,9 @@ class Measured:
 
         try:
             await self._app(scope, receive, noted)
+        except Exception:
+            status = 500
+            raise
         finally:
             seconds = time.monotonic() - begun
             endpoint = getattr(scope.get("route"), "path", "other")

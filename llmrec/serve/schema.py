@@ -5,9 +5,10 @@ Bodies are strict: a key that is not known is refused, so that a misspelt option
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from llmrec.data.reading.limits import ID_LIMIT
 
@@ -20,10 +21,31 @@ MOST_ITEMS = 1000
 """Items put, events added or found in one call."""
 LONGEST_TEXT = 4000
 
-# Characters that are no text (NUL, halves of surrogate pairs) and control characters are refused where ids stand.
-Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+# Characters that are no text (NUL, halves of surrogate pairs) and control characters are refused where ids stand, and
+# so is what nobody sees.
+_C = r"\x00-\x1f\x7f-\x9f"
+NAME = rf"^[^{_C}]*[^{_C}\s][^{_C}]*$"
+_SEEN = rf"^[^\x00]*[^{_C}\s][^\x00]*$"
+Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=NAME)]
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
-Fields = Annotated[dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], Prose], Field(max_length=50)]
+_Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
+_FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME)]
+# Keys of another form are refused; pydantic itself does not say so in a schema.
+_CLOSED: Any = {"additionalProperties": False}
+Fields = Annotated[dict[_FieldName, Prose], Field(max_length=50, json_schema_extra=_CLOSED)]
+_Values: TypeAlias = Annotated[dict[Id, list[Prose]], Field(max_length=20, json_schema_extra=_CLOSED)]
+
+
+def _no_text(value: object) -> object:
+    """Refuse what pydantic reads as a number and JSON does not."""
+    if isinstance(value, str | bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+_NUMBER = BeforeValidator(_no_text)
+_Float = Annotated[float, Field(allow_inf_nan=False), _NUMBER]
+_Bool = Annotated[bool, Field(strict=True)]
 
 
 class _Body(BaseModel):
@@ -36,23 +58,38 @@ class _Body(BaseModel):
 class ItemText(_Body):
     """An item by its id, by its title, or both; a title goes before that of the catalogue."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["item_id"], "properties": {"item_id": {"type": "string"}}},
+                {"required": ["title"], "properties": {"title": {"type": "string", "pattern": _SEEN}}},
+            ]
+        }
+    )
+
     item_id: Id | None = None
     title: Prose | None = None
     fields: Fields = {}
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.item_id is None and not (self.title or "").strip():
+            raise PydanticCustomError("nameless", "give an item_id or a title")
+        return self
 
 
 class PastEvent(ItemText):
     """One past event, oldest first in a history."""
 
-    rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    timestamp: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    rating: _Float | None = None
+    timestamp: _Float | None = None
 
 
 class Quota(_Body):
     """At most so many items of a list share a value of a field."""
 
     field: Id
-    most: Annotated[int, Field(ge=1, le=1000)]
+    most: Annotated[int, Field(ge=1, le=1000), _NUMBER]
 
 
 class Rules(_Body):
@@ -62,11 +99,11 @@ class Rules(_Body):
     that lists several values, with commas between them, matches by any of these.
     """
 
-    only: Annotated[dict[Id, list[Prose]], Field(max_length=20)] = {}
-    without: Annotated[dict[Id, list[Prose]], Field(max_length=20)] = {}
+    only: _Values = {}
+    without: _Values = {}
     block: Annotated[list[Id], Field(max_length=MOST_ITEMS)] = []
     quotas: Annotated[list[Quota], Field(max_length=10)] = []
-    diversity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    diversity: Annotated[float, Field(ge=0.0, le=1.0), _NUMBER] = 0.0
 
 
 class _About(_Body):
@@ -77,7 +114,7 @@ class _About(_Body):
     user_id: Id | None = None
     history: Annotated[list[Id | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
     profile: Prose = ""
-    show_prompt: Annotated[bool, Field(description="Return what the model read, too.")] = False
+    show_prompt: Annotated[_Bool, Field(description="Return what the model read, too.")] = False
 
 
 class RankBody(_About):
@@ -88,10 +125,10 @@ class RankBody(_About):
     )
 
     candidates: Annotated[list[Id | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
-    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    k: Annotated[int, Field(ge=1, le=1000), _NUMBER] = 10
     strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
-    exclude_seen: bool = True
-    rationale: Annotated[int, Field(ge=0, le=20, description="A sentence on each of so many first items.")] = 0
+    exclude_seen: _Bool = True
+    rationale: Annotated[int, Field(ge=0, le=20, description="A sentence on each of so many first items."), _NUMBER] = 0
     rules: Rules = Rules()
 
 
@@ -112,7 +149,7 @@ class SimilarBody(_Body):
     by: Annotated[
         Literal["interactions", "text"], Field(description="Chosen together, or described in like words.")
     ] = "interactions"
-    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    k: Annotated[int, Field(ge=1, le=1000), _NUMBER] = 10
     rules: Rules = Rules()
 
 
@@ -132,7 +169,7 @@ class NewItem(_Body):
     """An item of the catalogue."""
 
     item_id: Id
-    title: Annotated[Prose, StringConstraints(min_length=1)]
+    title: _Words
     fields: Fields = {}
 
 
@@ -151,11 +188,10 @@ class NewEvent(_Body):
 
     user_id: Id
     item_id: Id
-    rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    timestamp: (
-        Annotated[float, Field(allow_inf_nan=False, description="In the unit of the data; by default now, in seconds.")]
-        | None
-    ) = None
+    rating: _Float | None = None
+    timestamp: Annotated[_Float | None, Field(description="In the unit of the data; by default now, in seconds.")] = (
+        None
+    )
 
 
 class EventsBody(_Body):
@@ -368,10 +404,10 @@ class RerankBody(BaseModel):
     )
 
     model: str | None = None
-    query: Annotated[Prose, StringConstraints(min_length=1)]
+    query: _Words
     documents: Annotated[list[Prose | dict[str, JsonValue]], Field(min_length=1, max_length=MOST_DOCUMENTS)]
-    top_n: Annotated[int, Field(ge=1)] | None = None
-    return_documents: bool = False
+    top_n: Annotated[int, Field(ge=1), _NUMBER] | None = None
+    return_documents: _Bool = False
 
 
 class RerankResult(BaseModel):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from llmrec.answering.known import Catalogue, Known, unknown
+from llmrec.answering.known import Catalogue, Known, known_of, unknown
 from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
 from llmrec.answering.models import RANK
 from llmrec.answering.options import RecommenderOptions
@@ -22,13 +22,13 @@ from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
 from llmrec.augment.stores import forget
 from llmrec.data.requests import RankRequest, read_request, told_event
-from llmrec.errors import DataError, LlmrecError
+from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.serve import schema
 from llmrec.serve.batching import Batcher
 from llmrec.serve.forms import card_of, document_text, entry_of, list_of, ranked, shares, since, usage_of
 from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.serve.supervising import Supervisor
-from llmrec.serve.worker import POPULAR, SIMILAR, Card, Question, Reply
+from llmrec.serve.worker import POPULAR, SIMILAR, Card, EngineLost, Question, Reply
 from llmrec.types import Answer, Event, Item, Probability, Ranking, Rating, Text, Unparsed
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class Service:
 
     def __init__(self, settings: Settings, known: Known, store: ServiceStore) -> None:
         self.settings, self.store, self._known = settings, store, known
+        # What is stored last has to be what is known last.
+        self._changing = asyncio.Lock()
         self._reloading = asyncio.Lock()
         self.catalogue = Catalogue(known.items)
         self.catalogue.change(*_changes(store))
@@ -83,6 +85,7 @@ class Service:
             most=settings.batch,
             room=settings.room,
             patience=settings.patience,
+            hangs=self.engine.kill,
         )
 
     def start(self) -> None:
@@ -106,6 +109,7 @@ class Service:
         """
         begun = time.monotonic()
         rules = self.settings.rules.joined(Rules.read(body.rules.model_dump()))
+        self._check_strategy(body)
         request = await self._request(body, candidates=body.candidates)
         request = self._ruled(request, rules, exclude_seen=body.exclude_seen)
         cold = is_cold(request)
@@ -116,8 +120,8 @@ class Service:
         reasons = None
         if body.rationale:
             first = min(body.rationale, body.k)
-            written = await self.batcher.alone(lambda: self.engine.reasons(body.model, [request], [found], first))
-            reasons = written[0]  # type: ignore[index]
+            written = await self.batcher.between(lambda: self.engine.reasons(body.model, [request], [found], first))
+            reasons = written[0]
         texts = list(reasons.texts) if reasons else []
         notes = [*found.notes, *(reasons.notes if reasons else [])]
         if cold:
@@ -250,8 +254,9 @@ class Service:
 
     async def put_items(self, items: Sequence[Item]) -> int:
         """Add or replace items; questions that come after this returns know them."""
-        stored = await asyncio.to_thread(self.store.put_items, items)
-        await self._change(items, ())
+        async with self._changing:
+            stored = await asyncio.to_thread(self.store.put_items, items)
+            await self._change(items, ())
         return stored
 
     async def remove_item(self, item_id: str) -> None:
@@ -260,26 +265,34 @@ class Service:
         Raises:
             DataError: If there is none of this id.
         """
-        self.catalogue.get(item_id)
-        await asyncio.to_thread(self.store.remove_items, [item_id])
-        await self._change((), [item_id])
+        async with self._changing:
+            self.catalogue.get(item_id)
+            await asyncio.to_thread(self.store.remove_items, [item_id])
+            await self._change((), [item_id])
 
     async def reload(self) -> None:
         """Start an engine that reads everything anew, and let it answer in the place of the one before.
 
         Raises:
-            LlmrecError: If it cannot be started; the one before answers on.
+            LlmrecError: If that is under way already.
+            EngineLost: If it cannot be started; the one before answers on.
         """
         if self._reloading.locked():
             raise LlmrecError("the models are being read anew already; wait for that", kind="busy")
         async with self._reloading:
-            await asyncio.to_thread(self.engine.replace)
+            asked = self.settings.options
+            try:
+                known = await asyncio.to_thread(known_of, asked.model, asked.items)
+                await asyncio.to_thread(self.engine.replace)
+            except LlmrecError as error:
+                raise EngineLost(f"what answered before answers on: {error}", kind=error.kind) from error
+            self._known, self.catalogue = known, Catalogue(known.items)
+            self.catalogue.change(*_changes(self.store))
 
     async def _change(self, put: Sequence[Item], removed: Sequence[str]) -> None:
         self.catalogue.change(put, removed)
-        if self.engine.ready:
-            changed = {item.item_id: item for item in put}
-            await self.batcher.alone(lambda: self.engine.change_items(changed, removed))
+        changed = {item.item_id: item for item in put}
+        await self.batcher.tell(lambda: self.engine.change_items(changed, removed))
 
     def cards(self) -> list[schema.ModelCard]:
         """Return what is said of the models, the default first."""
@@ -317,12 +330,28 @@ class Service:
             Event(item_id=event.item_id, rating=event.rating, timestamp=event.timestamp)
             for event in self.store.events_of(user_id)
         ]
-        return since if self.store.erased(user_id) else [*self._known.histories.of_user(user_id), *since]
+        if self.store.erased(user_id):
+            return since
+        past = self._known.histories.of_user(user_id)
+        # A folder that was refreshed knows events of the store as well.
+        both = {(event.item_id, event.timestamp) for event in past}
+        return [*past, *(event for event in since if (event.item_id, event.timestamp) not in both)]
 
     def _check_model(self, name: str | None) -> None:
         names = [card.name for card in self.engine.cards]
         if name is not None and names and name not in names:
             raise unknown("model", name, names)
+
+    def _check_strategy(self, body: schema.RankBody) -> None:
+        """Refuse a way of asking that there is not; what it costs to try is not little."""
+        known = next((card.strategies for card in self.engine.cards if body.model in (None, card.name)), ())
+        if known and body.strategy not in ("auto", "search", *known):
+            raise DataError(
+                f"there is no strategy {body.strategy[:60]!r}{did_you_mean(body.strategy, known)}; there are auto, "
+                f"{', '.join(known)}",
+                kind="unknown-name",
+                column="strategy",
+            )
 
     def _ruled(self, request: RankRequest, rules: Rules, *, exclude_seen: bool) -> RankRequest:
         items, allowed = self.catalogue.items, self.catalogue.allowed
@@ -342,6 +371,8 @@ class Service:
 
     async def _about(self, family: str, body: schema.ItemBody) -> tuple[Answer, Mapping[str, Any]]:
         begun = time.monotonic()
+        if isinstance(body.item, str) and self.catalogue.items:
+            self.catalogue.get(body.item)
         request = await self._request(body, candidates=[body.item])
         question = Question(model=body.model, verb=family)
         reply = await self._ask(question, request)
@@ -365,8 +396,7 @@ class Service:
         return reply
 
     async def _prompt(self, question: Question, request: RankRequest) -> str | None:
-        found = await self.batcher.alone(lambda: self.engine.prompt(question, request))
-        return found if isinstance(found, str) else None
+        return await self.batcher.between(lambda: self.engine.prompt(question, request))
 
 
 def _changes(store: ServiceStore) -> tuple[list[Item], list[str]]:

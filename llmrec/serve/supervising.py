@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.rationales import Reasons
 from llmrec.answering.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
-from llmrec.serve.worker import Card, Engine, EngineLost, Question, Reply
+from llmrec.serve.worker import Card, Engine, EngineLost, Question, Reply, Started
 from llmrec.types import Item
 
 _T = TypeVar("_T")
@@ -40,9 +41,11 @@ class Supervisor:
     ) -> None:
         self._options, self._names, self._changes = options, names, changes
         self._engine: Engine | None = None
-        self._closed = False
+        self._opening: set[Engine] = set()
+        self._closed = threading.Event()
         self._starting: threading.Thread | None = None
-        self._lock = threading.Lock()
+        # The first guards which engine answers. Who holds the second changes what an engine's catalogue is.
+        self._lock, self._changing = threading.Lock(), threading.Lock()
         self.cards: tuple[Card, ...] = ()
         self.scale: tuple[float, float] | None = None
         self.fault: LlmrecError | None = None
@@ -61,9 +64,10 @@ class Supervisor:
 
     def start(self) -> None:
         """Start an engine in the background."""
-        if not self._closed:
-            self._starting = threading.Thread(target=self._begin, name="llmrec-starting", daemon=True)
-            self._starting.start()
+        with self._lock:
+            if not self._closed.is_set():
+                self._starting = threading.Thread(target=self._begin, name="llmrec-starting", daemon=True)
+                self._starting.start()
 
     def replace(self) -> None:
         """Put a new engine, which reads everything anew, in the place of the one that answers until then.
@@ -71,10 +75,7 @@ class Supervisor:
         Raises:
             LlmrecError: If the new one cannot be started; the old one answers on.
         """
-        new = self._made()
-        with self._lock:
-            old, self._engine = self._engine, new
-        self._follow(new)
+        old = self._put()
         if old is not None:
             old.close()
 
@@ -88,38 +89,53 @@ class Supervisor:
 
     def reasons(
         self, model: str | None, requests: Sequence[RankRequest], found: Sequence[Answered], first: int
-    ) -> object:
+    ) -> list[Reasons]:
         """Have rationales written; see `Engine.reasons`."""
-        return self._with(lambda engine: engine.reasons(model, requests, found, first))
+        written: list[Reasons] = self._with(lambda engine: engine.reasons(model, requests, found, first))
+        return written
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
         """Return what a model reads; see `Engine.prompt`."""
         return self._with(lambda engine: engine.prompt(question, request))
 
     def change_items(self, put: dict[str, Item], removed: Sequence[str]) -> None:
-        """Tell the engine of a changed catalogue; see `Engine.change_items`."""
-        self.cards = self._with(lambda engine: engine.change_items(put, removed))
+        """Tell the engine of a changed catalogue, which is stored already: one that starts reads it there."""
+        with self._changing:
+            if self._engine is not None:
+                with suppress(EngineLost):
+                    self.cards = self._with(lambda engine: engine.change_items(put, removed))
+
+    def kill(self) -> None:
+        """End the engine, whatever it does; another is started."""
+        engine = self._engine
+        if engine is not None:
+            engine.kill()
 
     def close(self) -> None:
-        """End the engine, after it has started where it is starting."""
-        self._closed = True
+        """End the engine after what it does now, and one that is starting at once."""
+        with self._lock:
+            self._closed.set()
+            engine, self._engine = self._engine, None
+            opening = list(self._opening)
+        for each in opening:
+            each.kill()
         if self._starting is not None:
             self._starting.join()
-        with self._lock:
-            engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
 
     def _with(self, call: Callable[[Engine], _T]) -> _T:
-        engine = self._engine
-        if engine is None:
-            why = f": {self.fault}" if self.fault else ""
-            raise EngineLost(f"the engine is starting{why}; ask again in a moment", kind="failed")
-        try:
-            return call(engine)
-        except EngineLost:
-            self._gone(engine)
-            raise
+        while True:
+            engine = self._engine
+            if engine is None:
+                why = f": {self.fault}" if self.fault else ""
+                raise EngineLost(f"the engine is starting{why}; ask again in a moment", kind="failed")
+            try:
+                return call(engine)
+            except EngineLost:
+                # One that was replaced meanwhile is not lost, and its place is taken.
+                if self._gone(engine):
+                    raise
 
     def _follow(self, engine: Engine) -> None:
         threading.Thread(target=self._watch, args=(engine,), name="llmrec-watching", daemon=True).start()
@@ -129,43 +145,71 @@ class Supervisor:
         engine.wait()
         self._gone(engine)
 
-    def _gone(self, engine: Engine) -> None:
-        """Start another engine in the place of one that ended, unless that was seen to already."""
+    def _gone(self, engine: Engine) -> bool:
+        """Start another engine in the place of one that ended; False if it did not answer any more."""
         with self._lock:
             if self._engine is not engine:
-                return
+                return False
             self._engine = None
         engine.kill()
         log.error("the engine ended; another is started")
         self.start()
+        return True
 
     def _begin(self) -> None:
         """Start until one runs."""
         wait = _SHORTEST
-        while not self._closed:
+        while not self._closed.is_set():
             try:
-                engine = self._made()
+                old = self._put()
             except LlmrecError as error:
                 self.fault = error
                 log.error("the engine does not start: %s", error)
-                time.sleep(wait)
+                self._closed.wait(wait)
                 wait = min(2 * wait, _LONGEST)
                 continue
-            with self._lock:
-                self._engine, self.fault = engine, None
-            self._follow(engine)
+            if old is not None:
+                old.close()
             return
 
-    def _made(self) -> Engine:
-        self.starts += 1
-        engine = Engine(self._options, self._names)
+    def _put(self) -> Engine | None:
+        """Start an engine, let it answer, and return the one that answered before.
+
+        Raises:
+            LlmrecError: If it cannot be started, or the service ends.
+        """
+        engine, started = self._opened()
         try:
-            started = engine.started()
-            self.cards, self.scale = started.cards, started.scale
-            put, removed = self._changes()
-            if put or removed:
-                self.cards = engine.change_items({item.item_id: item for item in put}, removed)
-        except LlmrecError:
+            with self._changing:
+                # What is stored after this is read is told to the engine that answers then: this one.
+                put, removed = self._changes()
+                cards = started.cards
+                if put or removed:
+                    cards = engine.change_items({item.item_id: item for item in put}, removed)
+                with self._lock:
+                    if self._closed.is_set():
+                        raise EngineLost("the service is stopping", kind="failed")
+                    old, self._engine = self._engine, engine
+                    self.cards, self.scale, self.fault = cards, started.scale, None
+        except BaseException:
             engine.kill()
             raise
-        return engine
+        self._follow(engine)
+        return old
+
+    def _opened(self) -> tuple[Engine, Started]:
+        self.starts += 1
+        engine = Engine(self._options, self._names)
+        with self._lock:
+            self._opening.add(engine)
+            closed = self._closed.is_set()
+        try:
+            if closed:
+                raise EngineLost("the service is stopping", kind="failed")
+            return engine, engine.started()
+        except BaseException:
+            engine.kill()
+            raise
+        finally:
+            with self._lock:
+                self._opening.discard(engine)

@@ -157,11 +157,14 @@ class Engine:
 
     def close(self) -> None:
         """End the engine after what it is doing now; one that does not end in time is killed."""
-        with self._lock:
-            with suppress(OSError):
-                self._line.send(None)
-            self._line.close()
-        self._process.join(_PATIENCE)
+        if self._lock.acquire(timeout=_PATIENCE):
+            try:
+                with suppress(OSError):
+                    self._line.send(None)
+                self._line.close()
+            finally:
+                self._lock.release()
+            self._process.join(_PATIENCE)
         self.kill()
 
     def wait(self) -> None:
@@ -180,10 +183,17 @@ class Engine:
                 self._line.send(message)
             except OSError as error:
                 raise _lost() from error
-            return self._receive()
+            found = self._receive()
+        if isinstance(found, LlmrecError):
+            raise found
+        return found
 
     def _receive(self) -> Any:
         try:
+            # The end of the process is enough: what it started may hold the line open.
+            wait([self._line, self._process.sentinel])
+            if not self._line.poll():
+                raise EOFError
             return self._line.recv()
         except (EOFError, OSError) as error:
             raise _lost() from error
@@ -202,6 +212,9 @@ def _work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         models = open_models(options, names)
+        for model in models.opened.values():
+            if isinstance(model, LanguageModel):
+                model.warm()
     except LlmrecError as error:
         line.send(error)
         return
@@ -209,13 +222,23 @@ def _work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -
     line.send(Started(cards=desk.cards(), scale=models.scale))
     try:
         while (message := line.recv()) is not None:
-            what, *arguments = message
-            line.send(getattr(desk, what)(*arguments))
+            line.send(_done(desk, *message))
     except (EOFError, OSError):
         # Whoever asked is gone.
         pass
     finally:
         models.close()
+
+
+def _done(desk: _Desk, what: str, *arguments: Any) -> Any:
+    """Return what came of a message; a defect is an answer too, since an engine that ended takes others with it."""
+    try:
+        return getattr(desk, what)(*arguments)
+    except LlmrecError as error:
+        return error
+    except Exception:
+        log.exception("%s failed that should not have", what)
+        return LlmrecError("this failed inside the engine; its log says where", kind="defect")
 
 
 class _Desk:
@@ -245,14 +268,14 @@ class _Desk:
                 check_verb(model, question.verb)
                 found = model.about(question.verb, requests)
             return [Reply(card=self._card(model), answer=answer) for answer in found]
-        except LlmrecError as error:
-            if len(requests) == 1:
-                return [Reply(fault=error)]
-            return [self.ask(question, [request])[0] for request in requests]
+        except LlmrecError as fault:
+            error = fault
         except Exception:
             log.exception("a question failed that should not have")
-            fault = LlmrecError("this question failed inside the engine; its log says where", kind="defect")
-            return [Reply(fault=fault) for _ in requests]
+            error = LlmrecError("this question failed inside the engine; its log says where", kind="defect")
+        if len(requests) == 1:
+            return [Reply(fault=error)]
+        return [self.ask(question, [request])[0] for request in requests]
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
         """Return what a language model reads; None of other models, and of what cannot be put."""

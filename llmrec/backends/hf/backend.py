@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -14,6 +14,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.bodies import reads_states, states_of, takes_trees
 from llmrec.backends.hf.prefix import BLOCK, PrefixReader
 from llmrec.backends.hf.rows import PlainTree
+from llmrec.backends.hf.streaming import Listening
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.backends.search import search, single_token_labels
 from llmrec.decode.beam import Fed, TreeEngine, Wanted
@@ -51,6 +52,9 @@ class HFBackend:
         warm: A search for one prompt goes on from the search before it, as far as both prompts begin alike: for servers
             that ask about the same user again. Sums then differ in their last bits from those of a search by itself.
         head: The rating head that was trained with the model, if one was.
+
+    Attributes:
+        listener: Gets the text of a prompt that is asked alone, piece by piece, while it is generated.
     """
 
     name = "hf"
@@ -80,6 +84,7 @@ class HFBackend:
         self._prefixes: Any = None if self._paired else PrefixReader(self.model)
         self._warm = warm
         self._head = head.to(model.device) if head is not None else None
+        self.listener: Callable[[str], None] | None = None
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
@@ -227,11 +232,15 @@ class HFBackend:
         torch, tokenizer = self._torch, self.encoder.tokenizer
         rows, mask = self._left_padded(prompts)
         options = _Stopping(stop_strings=[stop], tokenizer=tokenizer) if stop is not None else _Stopping()
+        listening = None
+        if self.listener is not None and len(prompts) == 1 and not self._paired:
+            listening = Listening(self.encoder, stop, self.listener)
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=rows,
                 attention_mask=mask,
                 max_new_tokens=max_tokens,
+                streamer=listening,
                 **options,
             )
         # What an encoder-decoder writes holds no prompt, and begins with the decoder's start token.

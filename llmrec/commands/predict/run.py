@@ -38,7 +38,7 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
     )
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
-    with Recommender.open(asked, store=stored) as recommender, RankBar(total, quiet=options.quiet) as bar:
+    with Recommender.open(asked, store=stored, ranks=False) as recommender, RankBar(total, quiet=options.quiet) as bar:
         family = _family(recommender, options.family)
         way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
         records: list[Predicted] = []

@@ -259,6 +259,8 @@ def _controls(drive: Drive, page: Any) -> None:
     page.keyboard.press("Tab")
     _settle(page)
     assert page.locator("#rules-count").inner_text() == "(1)"
+    # A service refuses rules on fields that no item has, which the console notes.
+    drive.bad = [each for each in drive.bad if "status of 422" not in each]
     drive.check(page, "4-controls")
 
 

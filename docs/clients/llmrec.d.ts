@@ -1,0 +1,377 @@
+// Types of llmrec's HTTP interface, for TypeScript. Written by `make openapi`; do not edit.
+// Every answer that is not a success has the body `Failed`. Send an API key as `Authorization: Bearer ...`.
+
+/** An item of the catalogue. */
+export interface CatalogueItem {
+  item_id: string;
+  title: string;
+  fields: Record<string, string>;
+}
+
+/** What was erased of a user, and what cannot be erased here. */
+export interface Erased {
+  user_id: string;
+  events: number;
+  features: number;
+  /** What a model was trained on stays in it until it is trained anew. */
+  remains: string[];
+}
+
+/** Events that extend histories; what a model has learned does not change. */
+export interface EventsBody {
+  events: NewEvent[];
+}
+
+/** Why the item suits the user, or what the user may write of it, in the model's words. */
+export interface ExplainAnswer {
+  model: ModelCard;
+  notes: string[];
+  prompt: string | null;
+  usage: Usage;
+  /** From the request's arrival to its answer. */
+  milliseconds: number;
+  item_id: string;
+  text: string;
+}
+
+/** One an asked question, in order. */
+export interface ExplainAnswers {
+  answers: (ExplainAnswer | Failed)[];
+}
+
+/** The body of every answer that is not a success. */
+export interface Failed {
+  error: Failure;
+}
+
+/** What went wrong, for programs (``kind``) and for people (``message``). */
+export interface Failure {
+  kind: string;
+  message: string;
+  at: string | null;
+}
+
+/** Items whose title, or id, holds what was searched for. */
+export interface FoundItems {
+  items: CatalogueItem[];
+  total: number;
+}
+
+/** The process answers. */
+export interface Health {
+  status: "ok";
+}
+
+/** Several questions; each is answered, or fails, by itself. */
+export interface ItemBatch {
+  requests: ItemBody[];
+}
+
+/** A question about one item: its rating, whether it will be liked, an explanation. */
+export interface ItemBody {
+  model?: string | null;
+  /** Of the question: it decides the order of equal scores, and of labels. */
+  id?: string;
+  user_id?: string | null;
+  history?: (string | PastEvent)[] | null;
+  profile?: string;
+  /** Return what the model read, too. */
+  show_prompt?: boolean;
+  item: string | ItemText;
+}
+
+/** An item by its id, by its title, or both; a title goes before that of the catalogue. */
+export interface ItemText {
+  item_id?: string | null;
+  title?: string | null;
+  fields?: Record<string, string>;
+}
+
+/** Items to add, or to replace. */
+export interface ItemsBody {
+  items: NewItem[];
+}
+
+export type JsonValue = unknown;
+
+/** One event of a user. */
+export interface KnownEvent {
+  item_id: string;
+  title: string | null;
+  rating: number | null;
+  timestamp: number | null;
+}
+
+/** A user's history, oldest first. */
+export interface KnownUser {
+  user_id: string;
+  history: KnownEvent[];
+}
+
+/** A model that answers. */
+export interface ModelCard {
+  name: string;
+  kind: "language model" | "classic" | "fusion";
+  /** Changes with everything that can change an answer, but for the request. */
+  signature: string;
+  /** Verbs: rank, rate, predict, explain. */
+  answers: string[];
+  strategies: string[];
+}
+
+/** All that answer, the default first. */
+export interface Models {
+  models: ModelCard[];
+}
+
+/** Something that a user did. */
+export interface NewEvent {
+  user_id: string;
+  item_id: string;
+  rating?: number | null;
+  timestamp?: number | null;
+}
+
+/** An item of the catalogue. */
+export interface NewItem {
+  item_id: string;
+  title: string;
+  fields?: Record<string, string>;
+}
+
+/** One past event, oldest first in a history. */
+export interface PastEvent {
+  item_id?: string | null;
+  title?: string | null;
+  fields?: Record<string, string>;
+  rating?: number | null;
+  timestamp?: number | null;
+}
+
+/** How likely the user is to like or choose the item. */
+export interface PredictAnswer {
+  model: ModelCard;
+  notes: string[];
+  prompt: string | null;
+  usage: Usage;
+  /** From the request's arrival to its answer. */
+  milliseconds: number;
+  item_id: string;
+  probability: number;
+}
+
+/** One an asked question, in order. */
+export interface PredictAnswers {
+  answers: (PredictAnswer | Failed)[];
+}
+
+/** At most so many items of a list share a value of a field. */
+export interface Quota {
+  field: string;
+  most: number;
+}
+
+/** Items, best first. */
+export interface RankAnswer {
+  model: ModelCard;
+  notes: string[];
+  prompt: string | null;
+  usage: Usage;
+  /** From the request's arrival to its answer. */
+  milliseconds: number;
+  items: RankedItem[];
+  /** Nothing was known of the user, and the popular list was given. */
+  cold: boolean;
+}
+
+/** One an asked question, in order. */
+export interface RankAnswers {
+  answers: (RankAnswer | Failed)[];
+}
+
+/** Several questions; each is answered, or fails, by itself. */
+export interface RankBatch {
+  requests: RankBody[];
+}
+
+/** Items in order; without ``candidates`` the whole catalogue is ranked. */
+export interface RankBody {
+  model?: string | null;
+  /** Of the question: it decides the order of equal scores, and of labels. */
+  id?: string;
+  user_id?: string | null;
+  history?: (string | PastEvent)[] | null;
+  profile?: string;
+  /** Return what the model read, too. */
+  show_prompt?: boolean;
+  candidates?: (string | ItemText)[] | null;
+  k?: number;
+  /** How a language model orders candidates; docs/strategies.md. */
+  strategy?: string;
+  exclude_seen?: boolean;
+  /** A sentence on each of so many first items. */
+  rationale?: number;
+  rules?: Rules;
+}
+
+/** One item of a list. */
+export interface RankedItem {
+  item_id: string;
+  title: string;
+  rank: number;
+  /** On the model's own scale; higher is better. */
+  score: number;
+  rationale: string | null;
+  fields: Record<string, string>;
+}
+
+/** A predicted rating on the data's own scale. */
+export interface RateAnswer {
+  model: ModelCard;
+  notes: string[];
+  prompt: string | null;
+  usage: Usage;
+  /** From the request's arrival to its answer. */
+  milliseconds: number;
+  item_id: string;
+  rating: number;
+  scale: [number, number] | null;
+}
+
+/** One an asked question, in order. */
+export interface RateAnswers {
+  answers: (RateAnswer | Failed)[];
+}
+
+/** Whether questions to models are answered now. */
+export interface Ready {
+  ready: boolean;
+  models: string[];
+}
+
+/** How many were removed. */
+export interface Removed {
+  removed: number;
+}
+
+/** Texts, best first. */
+export interface RerankAnswer {
+  id: string;
+  model: string;
+  results: RerankResult[];
+  usage: Record<string, number>;
+  meta: Record<string, JsonValue>;
+}
+
+/**
+ * Texts in, order out: the form of Cohere (v2) and of Jina.
+ *
+ * Keys that these have and llmrec does not are passed by.
+ */
+export interface RerankBody {
+  model?: string | null;
+  query: string;
+  documents: (string | Record<string, JsonValue>)[];
+  top_n?: number | null;
+  return_documents?: boolean;
+}
+
+/** One text. */
+export interface RerankResult {
+  index: number;
+  /** In [0, 1]; the scores of all texts add to 1. */
+  relevance_score: number;
+  document: Record<string, string> | null;
+}
+
+/**
+ * Business rules, applied exactly: what a rule forbids is never in a list.
+ *
+ * ``only`` and ``without`` compare fields of the catalogue, such as ``category`` or ``in_stock``, with values; a field
+ * that lists several values, with commas between them, matches by any of these.
+ */
+export interface Rules {
+  only?: Record<string, string[]>;
+  without?: Record<string, string[]>;
+  block?: string[];
+  quotas?: Quota[];
+  diversity?: number;
+}
+
+/** Items, most alike first. */
+export interface SimilarAnswer {
+  model: ModelCard;
+  items: RankedItem[];
+  notes: string[];
+  milliseconds: number;
+}
+
+/** Items like these. */
+export interface SimilarBody {
+  items: string[];
+  /** Chosen together, or described in like words. */
+  by?: "interactions" | "text";
+  k?: number;
+  rules?: Rules;
+}
+
+/** How many were stored. */
+export interface Stored {
+  stored: number;
+}
+
+/** Work of a language model. */
+export interface Usage {
+  prompt_tokens: number;
+  completion_tokens: number;
+  forwards: number;
+}
+
+export interface paths {
+  /** Whether the process answers. */
+  "GET /health": { body: undefined; answer: Health };
+  /** Whether questions to models are answered now. */
+  "GET /ready": { body: undefined; answer: Ready };
+  /** Figures for Prometheus. */
+  "GET /metrics": { body: undefined; answer: string };
+  /** Rank candidates, or the whole catalogue, for a user. */
+  "POST /v1/rank": { body: RankBody; answer: RankAnswer };
+  /** Rank for several users. */
+  "POST /v1/rank/batch": { body: RankBatch; answer: RankAnswers };
+  /** Predict a user's rating of an item. */
+  "POST /v1/rate": { body: ItemBody; answer: RateAnswer };
+  /** Predict several ratings. */
+  "POST /v1/rate/batch": { body: ItemBatch; answer: RateAnswers };
+  /** Predict whether a user likes or chooses an item. */
+  "POST /v1/predict": { body: ItemBody; answer: PredictAnswer };
+  /** Predict several yes or no. */
+  "POST /v1/predict/batch": { body: ItemBatch; answer: PredictAnswers };
+  /** Say why an item suits a user; with ``Accept: text/event-stream`` as a stream of events. */
+  "POST /v1/explain": { body: ItemBody; answer: ExplainAnswer };
+  /** Explain several items. */
+  "POST /v1/explain/batch": { body: ItemBatch; answer: ExplainAnswers };
+  /** Find items like others. */
+  "POST /v1/similar": { body: SimilarBody; answer: SimilarAnswer };
+  /** Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history. */
+  "POST /v1/rerank": { body: RerankBody; answer: RerankAnswer };
+  /** Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history. */
+  "POST /v2/rerank": { body: RerankBody; answer: RerankAnswer };
+  /** List the models, the default first; none while the engine starts for the first time. */
+  "GET /v1/models": { body: undefined; answer: Models };
+  /** Look for items by title or id. */
+  "GET /v1/items": { query: { q?: string; limit?: number; offset?: number }; body: undefined; answer: FoundItems };
+  /** Add or replace items; questions from then on know them. */
+  "PUT /v1/items": { body: ItemsBody; answer: Stored };
+  /** Return an item. */
+  "GET /v1/items/{item_id}": { path: { item_id: string }; body: undefined; answer: CatalogueItem };
+  /** Remove an item; no list holds it from then on. */
+  "DELETE /v1/items/{item_id}": { path: { item_id: string }; body: undefined; answer: Removed };
+  /** Return what a user did, oldest first. */
+  "GET /v1/users/{user_id}": { path: { user_id: string }; body: undefined; answer: KnownUser };
+  /** Erase a person: events, and texts about the person. */
+  "DELETE /v1/users/{user_id}": { path: { user_id: string }; body: undefined; answer: Erased };
+  /** Extend the histories of users; it is stored once this is answered. */
+  "POST /v1/events": { body: EventsBody; answer: Stored };
+  /** Read the models anew and put them in the place of those that answer meanwhile. */
+  "POST /v1/reload": { body: undefined; answer: Models };
+}

@@ -1,0 +1,271 @@
+"""Loads a service with a public tool, breaks its engine, swaps its models, and writes what happened.
+
+``LOCUST=/path/to/locust python -m eval.benchmarks.serving TARGET.json --titles RUN --decoder RUN [--seconds 20]
+[--minutes 10]``. ``--titles`` names a run whose model ranks titles and explains, such as the quickstart's;
+``--decoder`` one that was tuned on semantic IDs. locust wants an environment of its own. Results are written after
+every part, and a part that is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+
+CLIENTS = (1, 8, 32, 128)
+LOCUST = os.environ.get("LOCUST", "locust")
+LOAD = Path(__file__).with_name("serving_load.py")
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service under test."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+    def engine(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return max(children, key=lambda each: each.memory_info().rss)
+
+    def megabytes(self) -> float:
+        own = psutil.Process(self.process.pid)
+        return sum(each.memory_info().rss for each in [own, *own.children(recursive=True)]) / 1e6
+
+    def ready(self, patience: float = 600.0) -> float:
+        """Wait until it answers; returns the seconds that took."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < patience:
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
+                    return time.monotonic() - begun
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.05)
+        raise SystemExit("the service was not ready in time")
+
+
+@contextmanager
+def serving(run: str, store: Path, *options: str) -> Iterator[Service]:
+    command = [sys.executable, "-m", "llmrec.cli", "serve", run, "--port", "0", "--store", str(store), "--quiet"]
+    process = subprocess.Popen(
+        [*command, "--dtype", "float32", "--backend", "hf", *options], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://\S+", line)
+    assert found, line
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    service = Service(found[0], process)
+    try:
+        service.ready()
+        yield service
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+
+
+def load(service: Service, path: str, bodies: Sequence[Any], clients: int, seconds: float, folder: Path) -> np.ndarray:
+    """Let clients ask for some seconds; returns time, status and milliseconds of every answer, shape (n, 3)."""
+    log = folder / "answers.log"
+    log.unlink(missing_ok=True)
+    settings = {"path": path, "bodies": list(bodies), "log": str(log)}
+    command = [LOCUST, "-f", str(LOAD), "--headless", "-u", str(clients), "-r", str(clients)]
+    command += ["-t", f"{seconds:.0f}s", "--host", service.url, "--only-summary", "--stop-timeout", "70"]
+    subprocess.run(
+        command,
+        env={**os.environ, "LLMREC_LOAD": json.dumps(settings)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    rows = [list(map(float, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
+    return np.array(rows).reshape(-1, 3)
+
+
+def told(answers: np.ndarray) -> dict[str, Any]:
+    """Return throughput and times of what was answered, and how much was refused and how fast."""
+    ok, refused = answers[answers[:, 1] == 200], answers[answers[:, 1] == 429]
+    span = float(np.ptp(ok[:, 0] - ok[:, 2] / 1000)) if len(ok) > 1 else 0.0
+    last = float(ok[:, 0].max() - (ok[:, 0] - ok[:, 2] / 1000).min()) if len(ok) else 0.0
+    return {
+        "answered": len(ok),
+        "per_second": len(ok) / last if last else 0.0,
+        "p50_ms": _share(ok, 50),
+        "p99_ms": _share(ok, 99),
+        "refused": len(refused),
+        "refused_p99_ms": _share(refused, 99),
+        "others": int(len(answers) - len(ok) - len(refused)),
+        "span_s": span,
+    }
+
+
+def _share(rows: np.ndarray, percent: float) -> float | None:
+    return float(np.percentile(rows[:, 2], percent)) if len(rows) else None
+
+
+# --------------------------------------------------------------------------- workloads
+
+
+def questions(service: Service, kind: str) -> tuple[str, list[Any]]:
+    """Return an endpoint and bodies, all different, over the service's own items."""
+    items = [each["item_id"] for each in httpx.get(f"{service.url}/v1/items?limit=600").json()["items"]]
+    histories = [[items[(7 * n + 3 * k) % len(items)] for k in range(8)] for n in range(200)]
+    if kind == "decoder":
+        return "/v1/rank", [{"history": each, "k": 10} for each in histories]
+    if kind == "titles":
+        return "/v1/rank", [
+            {"history": each, "candidates": [items[(11 * n + 5 * k + 1) % len(items)] for k in range(20)]}
+            for n, each in enumerate(histories)
+        ]
+    return "/v1/explain", [{"history": each, "item": items[n]} for n, each in enumerate(histories)]
+
+
+def workload(kind: str, run: str, folder: Path, seconds: float, batch: int) -> dict[str, Any]:
+    with serving(run, folder / f"{kind}.sqlite", "--batch", str(batch), "--models", "tuned") as service:
+        path, bodies = questions(service, kind)
+        load(service, path, bodies, 4, 5, folder)
+        levels = CLIENTS if batch > 1 else (32,)
+        found = {str(each): told(load(service, path, bodies, each, seconds, folder)) for each in levels}
+        return {"levels": found, "megabytes": service.megabytes()}
+
+
+def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
+    """Ask five times as much as is answered in time, for minutes; returns refusals and memory by the minute."""
+    options = ("--models", "tuned", "--room", "32", "--timeout", "30")
+    with serving(run, folder / "overload.sqlite", *options) as service:
+        path, bodies = questions(service, "decoder")
+        alone = told(load(service, path, bodies, 16, 10, folder))
+        memory: list[float] = []
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(15):
+                memory.append(service.megabytes())
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        crowd = load(service, path, bodies, 5 * 32, 60 * minutes, folder)
+        ended.set()
+        watching.join()
+        return {
+            "minutes": minutes,
+            "without": alone,
+            "crowd": told(crowd),
+            "megabytes": memory,
+            "growth": (float(np.mean(memory[-4:]) / np.mean(memory[3:7]) - 1) if len(memory) > 8 else None),
+        }
+
+
+def broken(run: str, folder: Path) -> dict[str, Any]:
+    """Kill the engine while it is asked and events are sent; returns seconds and what became of the events."""
+    with serving(run, folder / "broken.sqlite", "--models", "tuned") as service:
+        begun = time.monotonic()
+        items = httpx.get(f"{service.url}/v1/items?limit=10").json()["items"]
+        event = {"user_id": "load", "item_id": items[0]["item_id"]}
+        sent, ended = [0], threading.Event()
+
+        def send() -> None:
+            while not ended.is_set():
+                answer = httpx.post(f"{service.url}/v1/events", json={"events": [event]}, timeout=30)
+                sent[0] += answer.status_code == 200
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        time.sleep(2)
+        service.engine().kill()
+        killed = time.monotonic()
+        body = {"history": [items[0]["item_id"]], "k": 3}
+        status = httpx.post(f"{service.url}/v1/rank", json=body, timeout=60).status_code
+        refused = time.monotonic() - killed
+        back = service.ready()
+        after = httpx.post(f"{service.url}/v1/rank", json=body, timeout=60).status_code
+        ended.set()
+        sending.join()
+        kept = len(httpx.get(f"{service.url}/v1/users/load").json()["history"])
+        return {
+            "start_seconds": killed - begun,
+            "status_after_kill": status,
+            "seconds_to_it": refused,
+            "back_seconds": refused + back,
+            "status_then": after,
+            "events_accepted": sent[0],
+            "events_kept": kept,
+        }
+
+
+def swapped(run: str, folder: Path) -> dict[str, Any]:
+    """Read the models anew while clients ask; returns how many answers were no success."""
+    with serving(run, folder / "swapped.sqlite", "--models", "tuned") as service:
+        path, bodies = questions(service, "decoder")
+        seconds: list[float] = []
+
+        def swap() -> None:
+            time.sleep(3)
+            begun = time.monotonic()
+            httpx.post(f"{service.url}/v1/reload", timeout=300).raise_for_status()
+            seconds.append(time.monotonic() - begun)
+
+        swapping = threading.Thread(target=swap)
+        swapping.start()
+        answers = load(service, path, bodies, 8, 60, folder)
+        swapping.join()
+        return {"seconds": seconds[0] if seconds else None, **told(answers)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--titles", required=True, help="a run that ranks titles and explains")
+    parser.add_argument("--decoder", required=True, help="a run that was tuned on semantic IDs")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    given = parser.parse_args()
+    folder = Path("runs") / "benchmarks" / "serving"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = json.loads(given.target.read_text()) if given.target.is_file() else {}
+    runs: Mapping[str, str] = {"decoder": given.decoder, "titles": given.titles, "generation": given.titles}
+    parts: dict[str, Any] = {}
+    for kind, run in runs.items():
+        for batch in (32, 1):
+            parts[f"{kind}/{batch}"] = lambda kind=kind, run=run, batch=batch: workload(
+                kind, run, folder, given.seconds, batch
+            )
+    parts["overload"] = lambda: overload(given.decoder, folder, given.minutes)
+    parts["broken"] = lambda: broken(given.titles, folder)
+    parts["swapped"] = lambda: swapped(given.decoder, folder)
+    for name, measure in parts.items():
+        if name in found:
+            continue
+        begun = time.monotonic()
+        found[name] = {**measure(), "seconds_taken": time.monotonic() - begun, "load_before": os.getloadavg()[0]}
+        found |= {
+            "machine": machine(),
+            "versions": versions(),
+            "seconds": given.seconds,
+            "locust": subprocess.run([LOCUST, "--version"], capture_output=True, text=True).stdout.split()[1],
+        }
+        write_json(given.target, found)
+        print(name, json.dumps(found[name])[:300], flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What is answered where there is no answer: the status, the one body that all failures have, and when to ask again."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from llmrec.errors import LlmrecError
+from llmrec.serve import schema
+from llmrec.serve.batching import Full, TooLate
+from llmrec.serve.databases import StoreError
+from llmrec.serve.worker import EngineLost
+
+log = logging.getLogger("llmrec.serve")
+
+_WORDS = {
+    400: "The body is no JSON.",
+    401: "There is no API key, or one that is not known.",
+    403: "The key may not do this, or the call comes from a page of another site.",
+    404: "A model, an item or a user is not known.",
+    413: "The body is too large.",
+    415: "The body is not said to be JSON.",
+    422: "The body or the address breaks a rule, or the question cannot be answered.",
+    429: "Too much is asked; Retry-After says when to ask again.",
+    500: "A defect of llmrec.",
+    503: "The engine is starting, or the store is out of order; Retry-After says when to ask again.",
+    504: "There was no answer in time.",
+}
+_STATUS = {"busy": 429, "exhausted": 503, "defect": 500}
+# What a question names that can be there or not; another name that is not known breaks a rule.
+_THINGS = frozenset({"model", "item_id", "user", "candidates"})
+_KINDS = {
+    400: "syntax",
+    401: "unreachable",
+    403: "unsafe",
+    404: "unknown-name",
+    413: "too-large",
+    415: "wrong-format",
+    429: "busy",
+    503: "unreadable",
+}
+# Seconds after which what is out of order is worth another question.
+_RETRY = 5.0
+# Characters of a client's own words that an answer repeats.
+_REPEATED = 200
+# What pydantic puts into the place of a fault beside keys and numbers: the form that a value was tried as.
+_FORMS = {"constrained-str", "str"} | {
+    name for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, BaseModel)
+}
+_OTHER_FORM = {"string_type", "model_type", "model_attributes_type", "dict_type"}
+# In place of pydantic's words.
+_SAID = {"string_pattern_mismatch": "Input should be text without control characters, and not only space"}
+
+
+def said(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI says of the failures of an endpoint."""
+    return {status: {"model": schema.Failed, "description": _WORDS[status]} for status in statuses}
+
+
+def failed(status: int, kind: str, message: str, at: str | None = None, after: float | None = None) -> JSONResponse:
+    """Return a failure; ``after``: in how many seconds to ask again."""
+    body = schema.Failed(error=schema.Failure(kind=kind, message=message, at=at))
+    headers = {} if after is None else {"Retry-After": str(max(1, round(after)))}
+    return JSONResponse(body.model_dump(), status_code=status, headers=headers)
+
+
+def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
+    """Return the status, the body and the seconds to wait that an error stands for."""
+    kind, message = error.kind or "failed", str(error)
+    if isinstance(error, StoreError):
+        # Where it lies and what is wrong with it is for its owner.
+        log.error("%s", error)
+        status, message = 503, "the store of this service cannot be used; its log says why"
+    elif isinstance(error, EngineLost):
+        status = 503
+    elif isinstance(error, TooLate):
+        status = 504
+    elif kind == "unknown-name":
+        status = 404 if error.column in _THINGS else 422
+    else:
+        status = _STATUS.get(kind, 422)
+    after = error.after if isinstance(error, Full) else _RETRY if status in (429, 503) else None
+    return status, schema.Failure(kind=kind, message=message, at=error.column), after
+
+
+def answer_failures(app: FastAPI) -> None:
+    """Have an application answer all failures in one form."""
+
+    @app.exception_handler(LlmrecError)
+    async def _(_: Request, error: LlmrecError) -> JSONResponse:
+        status, body, after = failure(error)
+        return failed(status, body.kind, body.message, body.at, after)
+
+    @app.exception_handler(RequestValidationError)
+    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
+        # Of a value that may have several forms, the form that it came closest to says most.
+        worst = max(error.errors(), key=lambda each: (len(each["loc"]), each["type"] not in _OTHER_FORM))
+        if worst["type"] == "json_invalid":
+            return failed(400, "syntax", "the body is no JSON")
+        parts = [str(part) for part in worst["loc"][1:] if not (isinstance(part, str) and _is_form(part))]
+        where = ".".join(parts)[:_REPEATED]
+        # The value itself may be a secret or hostile; it is not repeated.
+        said = _SAID.get(worst["type"], worst["msg"][:_REPEATED])
+        return failed(422, "bad-value", f"{where or 'the body'}: {said}", where or None)
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, error: HTTPException) -> JSONResponse:
+        status = error.status_code
+        message = "the body is no JSON" if status == 400 else str(error.detail)
+        made = failed(status, _KINDS.get(status, "unsupported"), message)
+        made.headers.update(error.headers or {})
+        if status == 405:
+            made.headers["Allow"] = ", ".join(sorted(_allowed(request)))
+        return made
+
+    @app.exception_handler(Exception)
+    async def _(_: Request, __: Exception) -> JSONResponse:
+        # The server writes it to its log.
+        return failed(500, "defect", "this failed inside the service; its log says where")
+
+
+def _is_form(part: str) -> bool:
+    return part in _FORMS or part.startswith(("dict[", "list[", "function-", "json-or-python["))
+
+
+def _allowed(request: Request) -> set[str]:
+    """Return the methods of an address: several routes may stand at one."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= set(getattr(route, "methods", None) or ())
+    return found | ({"HEAD"} if "GET" in found else set())

@@ -1,0 +1,141 @@
+"""An engine process without a model: it starts in a moment, ranks by id, and does as it is told.
+
+Its ``model`` is a file of JSON that says how it starts: ``{"seconds": 0.5}`` slowly, ``{"fails": true}`` not at all.
+Of a request the profile says what happens: ``sleep 0.5``, ``die``, ``defect`` or ``refuse``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.answering.known import Histories, Known
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.recommender import Answered
+from llmrec.data.requests import RankRequest
+from llmrec.errors import DataError, ModelError
+from llmrec.serve import worker
+from llmrec.serve.app import make_app
+from llmrec.serve.gates import Door
+from llmrec.serve.service import Service, Settings
+from llmrec.serve.store import ServiceStore
+from llmrec.types import Item, Ranking
+from tests.serve.served import listening, wait_ready
+
+ITEMS = {f"i{n}": Item(item_id=f"i{n}", title=f"Item {n}") for n in range(8)}
+
+
+@dataclass
+class Model:
+    """Ranks items in the order of the catalogue."""
+
+    items: dict[str, Item]
+    name: str = "fake"
+    kind: str = "classic"
+    verbs: tuple[str, ...] = ("rank",)
+    strategies: tuple[str, ...] = ()
+
+    @property
+    def signature(self) -> str:
+        return ",".join(self.items)
+
+    def rank(self, requests: Sequence[RankRequest], *, depth: int, strategy: str = "auto") -> list[Answered]:
+        for request in requests:
+            if request.profile.startswith("sleep "):
+                time.sleep(float(request.profile.split()[1]))
+            elif request.profile == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif request.profile == "defect":
+                raise ValueError("made up")
+            elif request.profile == "refuse":
+                raise DataError("made up", kind="bad-value")
+        return [self._ranked(request, depth) for request in requests]
+
+    def _ranked(self, request: RankRequest, depth: int) -> Answered:
+        pool = request.candidates or tuple(self.items.values())
+        out = request.barred | ({past.item.item_id for past in request.history} if not request.candidates else set())
+        found = [item for item in pool if item.item_id not in out][: depth or None]
+        names = tuple(item.item_id for item in found)
+        scores = tuple(float(-place) for place in range(len(found)))
+        answer = Ranking(request_id=request.id, items=names, scores=scores)
+        return Answered(answer=answer, titles=tuple(item.title for item in found), notes=request.notes)
+
+
+@dataclass
+class Models:
+    """What `llmrec.answering.opening.Models` is to a worker."""
+
+    items: dict[str, Item] = field(default_factory=lambda: dict(ITEMS))
+    scale: None = None
+    popular: None = None
+
+    def __post_init__(self) -> None:
+        self.opened = {"fake": Model(self.items)}
+
+    def get(self, name: str | None = None) -> Model:
+        return self.opened[name or "fake"]
+
+    def similar(self, by: str) -> Model:
+        return self.get()
+
+    def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> None:
+        for name in removed:
+            self.items.pop(name, None)
+        self.items.update(put)
+
+    def close(self) -> None:
+        pass
+
+
+def open_fake(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
+    told = json.loads(Path(options.model).read_text(encoding="utf-8"))
+    time.sleep(told.get("seconds", 0))
+    if told.get("fails"):
+        raise ModelError("this model is made up", kind="damaged")
+    if told.get("dies"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Models()
+
+
+def work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
+    """What runs in the engine's process."""
+    setattr(worker, "open_models", open_fake)  # noqa: B010
+    worker._work(line, options, names)
+
+
+def told(folder: Path, **told: Any) -> RecommenderOptions:
+    """Say how the next engine starts."""
+    (folder / "model.json").write_text(json.dumps(told), encoding="utf-8")
+    return RecommenderOptions(model=str(folder / "model.json"))
+
+
+@dataclass(frozen=True)
+class Faked:
+    """A service over a fake engine, and the folder that says how the next engine starts."""
+
+    url: str
+    service: Service
+    folder: Path
+
+
+@contextmanager
+def faking(folder: Path, patch: pytest.MonkeyPatch, *, door: Door | None = None, **settings: Any) -> Iterator[Faked]:
+    """Serve a fake engine over HTTP, and wait until it answers."""
+    patch.setattr(worker, "_work", work)
+    known = Known(ITEMS, Histories.none())
+    patch.setattr("llmrec.serve.service.known_of", lambda *_: known)
+    made = Settings(options=told(folder), store=str(folder / "store.sqlite"), **settings)
+    service = Service(made, known, ServiceStore.open(made.store))
+    with listening(make_app(service, door or Door())) as (url,):
+        wait_ready(url)
+        yield Faked(url, service, folder)

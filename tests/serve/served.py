@@ -1,0 +1,133 @@
+"""A real service for tests: a toy model in an engine process, behind uvicorn on free ports, with keys and without."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import uvicorn
+
+from llmrec.commands.serve.options import ServeOptions
+from llmrec.commands.serve.run import make_service
+from llmrec.experiment import bundle
+from llmrec.experiment.study import build_study
+from llmrec.recipe.load import dump, load_recipe
+from llmrec.serve.app import make_app
+from llmrec.serve.gates import Door
+from llmrec.serve.keys import Keys, new_key
+from llmrec.serve.mcp import mount
+from llmrec.serve.service import Service
+from tests.answering.rank_cases import make_run
+
+# Much more than an engine takes on a busy machine.
+_PATIENCE = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A service that runs.
+
+    Attributes:
+        url: Where whoever reaches it may ask.
+        keyed_url: The same service behind API keys.
+        key: One of these.
+        admin_key: One that may change the catalogue and erase users.
+        service: What answers at both.
+        run: The run's folder.
+    """
+
+    url: str
+    keyed_url: str
+    key: str
+    admin_key: str
+    service: Service
+    run: Path
+
+    def bearer(self, *, admin: bool = False) -> dict[str, str]:
+        """Return headers that `keyed_url` lets in."""
+        return {"Authorization": f"Bearer {self.admin_key if admin else self.key}"}
+
+
+class Unmanaged:
+    """A service that another application starts and closes."""
+
+    def __init__(self, service: Any) -> None:
+        self._service = service
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._service, name)
+
+    def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+@contextmanager
+def listening(*apps: Any) -> Iterator[list[str]]:
+    """Serve applications on free ports from one event loop in a thread; yields their addresses."""
+    servers = [
+        uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False, ws="none", lifespan="on"))
+        for app in apps
+    ]
+
+    async def serve() -> None:
+        await asyncio.gather(*(server.serve() for server in servers))
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), name="served")
+    thread.start()
+    try:
+        while not all(server.started for server in servers):
+            assert thread.is_alive(), "uvicorn did not start"
+            time.sleep(0.01)
+        ports = [server.servers[0].sockets[0].getsockname()[1] for server in servers]
+        yield [f"http://127.0.0.1:{port}" for port in ports]
+    finally:
+        for server in servers:
+            server.should_exit = True
+        thread.join()
+
+
+def wait_ready(url: str) -> None:
+    """Wait until questions are answered."""
+    ends = time.monotonic() + _PATIENCE
+    while (found := httpx.get(f"{url}/ready")).status_code != 200:
+        assert time.monotonic() < ends, found.text
+        time.sleep(0.1)
+
+
+def toy_run(model: Path, folder: Path) -> Path:
+    """Make a run whose model answers every verb."""
+    folder.mkdir()
+    run = make_run(model, folder)
+    recipe = load_recipe(str(run / "recipe.yaml"), ["tasks.ctr={}"])
+    bundle.write(build_study(recipe), run / "merged")
+    (run / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    return run
+
+
+@contextmanager
+def serving(model: Path, folder: Path) -> Iterator[Served]:
+    """Start a service over a toy run, with MCP, and wait until it answers."""
+    run = toy_run(model, folder / "run")
+    service = make_service(ServeOptions(model=str(run), backend="hf", dtype="float32", batch=4))
+    file = folder / "keys.json"
+    key, admin = new_key(file, "somebody"), new_key(file, "boss", admin=True)
+    doors = (Door(), Door(Keys.read(file)))
+    # The first starts and closes what both stand over.
+    services = (service, cast(Service, Unmanaged(service)))
+    apps = []
+    for each, door in zip(services, doors, strict=True):
+        apps.append(make_app(each, door))
+        mount(apps[-1], each, door)
+    with listening(*apps) as (url, keyed):
+        wait_ready(url)
+        yield Served(url=url, keyed_url=keyed, key=key, admin_key=admin, service=service, run=run)

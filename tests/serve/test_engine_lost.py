@@ -1,0 +1,396 @@
+"""Engines that are killed, hang, do not start, or are replaced while they are asked: over HTTP, with a fake engine."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi", reason="the serve extra is not installed")
+pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
+
+from llmrec.answering.known import Histories, Known
+from llmrec.errors import LlmrecError
+from llmrec.serve import supervising, worker
+from llmrec.serve.app import make_app
+from llmrec.serve.batching import Full, TooLate
+from llmrec.serve.gates import Door
+from llmrec.serve.service import Service, Settings
+from llmrec.serve.store import ServiceStore
+from llmrec.serve.worker import EngineLost
+from tests.serve.fake_engine import ITEMS, Faked, faking, told, work
+from tests.serve.served import listening, wait_ready
+
+_LONG = 60.0
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_PATIENCE", 1.0)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def faked(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> Iterator[Faked]:
+    with faking(tmp_path_factory.mktemp("faked"), patch, window=0.0, batch=4, patience=30.0) as found:
+        yield found
+
+
+def ask(faked: Faked, profile: str = "", **body: Any) -> httpx.Response:
+    body = {"history": [{"title": "x"}], "profile": profile, "k": 8, **body}
+    return httpx.post(f"{faked.url}/v1/rank", json=body, timeout=_LONG)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    ends = time.monotonic() + _LONG
+    while not condition():
+        assert time.monotonic() < ends, what
+        time.sleep(0.01)
+
+
+def failure(answer: httpx.Response) -> dict[str, Any]:
+    """Return the one form of failures, and check that it is one."""
+    body = answer.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"kind", "message", "at"}, body
+    return dict(body["error"])
+
+
+def listed(answer: httpx.Response) -> list[str]:
+    assert answer.status_code == 200, answer.text
+    return [item["item_id"] for item in answer.json()["items"]]
+
+
+def kill(faked: Faked) -> int:
+    """Kill the engine as the system does when memory runs out."""
+    pid = faked.service.engine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+# --------------------------------------------------------------------------- killed
+
+
+def test_a_killed_engine_comes_back_and_no_event_is_lost(faked: Faked) -> None:
+    def event(n: int) -> None:
+        body = {"events": [{"user_id": "killed", "item_id": f"i{n}"}]}
+        assert httpx.post(f"{faked.url}/v1/events", json=body).json() == {"stored": 1}
+
+    event(0)
+    told(faked.folder, seconds=1.0)
+    pid = kill(faked)
+    until(lambda: not faked.service.engine.ready, "the engine is not missed")
+    refused = ask(faked)
+    assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
+    assert failure(refused)["kind"] == "failed"
+    assert httpx.get(f"{faked.url}/ready").status_code == 503
+    assert "llmrec_engine_up 0.0" in httpx.get(f"{faked.url}/metrics").text
+    # What needs no engine is answered meanwhile.
+    event(1)
+    assert httpx.get(f"{faked.url}/v1/items/i3").json()["title"] == "Item 3"
+    assert httpx.get(f"{faked.url}/health").json() == {"status": "ok"}
+    wait_ready(faked.url)
+    told(faked.folder)
+    assert faked.service.engine.pid != pid
+    found = httpx.get(f"{faked.url}/v1/users/killed").json()["history"]
+    assert [each["item_id"] for each in found] == ["i0", "i1"]
+    assert listed(ask(faked, history=None, user_id="killed")) == ["i2", "i3", "i4", "i5", "i6", "i7"]
+
+
+def test_what_waits_when_the_engine_is_killed_is_refused_and_nothing_hangs(faked: Faked) -> None:
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(ask, faked, "sleep 50")
+        time.sleep(0.3)
+        rest = [pool.submit(ask, faked, profile) for profile in ["sleep 0.01"] * 8]
+        until(lambda: faked.service.batcher.load.waiting == 8, "they do not wait")
+        kill(faked)
+        found = [each.result() for each in (first, *rest)]
+    assert [each.status_code for each in found] == [503] * 9
+    assert all(each.headers["Retry-After"] and failure(each) for each in found)
+    wait_ready(faked.url)
+    assert listed(ask(faked)) == list(ITEMS)
+
+
+def test_a_question_that_kills_the_engine_is_the_last_that_this_one_hears(faked: Faked) -> None:
+    pid = faked.service.engine.pid
+    assert ask(faked, "die").status_code == 503
+    wait_ready(faked.url)
+    assert faked.service.engine.pid != pid and listed(ask(faked)) == list(ITEMS)
+
+
+@pytest.mark.parametrize(("profile", "status", "kind"), [("defect", 500, "defect"), ("refuse", 422, "bad-value")])
+def test_a_question_that_fails_takes_neither_others_nor_the_engine_with_it(
+    faked: Faked, profile: str, status: int, kind: str
+) -> None:
+    pid = faked.service.engine.pid
+    with ThreadPoolExecutor(5) as pool:
+        slow = pool.submit(ask, faked, "sleep 0.5")
+        time.sleep(0.2)
+        # These four are one batch.
+        together = [pool.submit(ask, faked, each) for each in ("", profile, "", "")]
+        found = [each.result() for each in (slow, *together)]
+    assert [each.status_code for each in found] == [200, 200, status, 200, 200]
+    assert failure(found[2])["kind"] == kind
+    assert faked.service.engine.pid == pid
+
+
+def test_what_fails_beside_questions_leaves_the_engine_alive(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = faked.service.engine.pid
+    with pytest.raises(LlmrecError) as caught:
+        faked.service.engine._with(lambda engine: engine._call(("prompt", "no question", None)))
+    assert caught.value.kind == "defect" and faked.service.engine.pid == pid
+    assert listed(ask(faked)) == list(ITEMS)
+
+
+# --------------------------------------------------------------------------- replaced
+
+
+def test_a_new_engine_takes_over_and_drops_no_question(faked: Faked) -> None:
+    before, stop = faked.service.engine.pid, threading.Event()
+
+    def client(n: int) -> list[int]:
+        statuses = []
+        while not stop.is_set():
+            statuses.append(ask(faked, "sleep 0.01" if n % 2 else "").status_code)
+        return statuses
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(client, n) for n in range(8)]
+        try:
+            for _ in range(3):
+                assert httpx.post(f"{faked.url}/v1/reload", timeout=_LONG).status_code == 200
+        finally:
+            stop.set()
+        statuses = [status for each in asking for status in each.result()]
+    assert set(statuses) == {200} and len(statuses) > 24
+    assert faked.service.engine.pid != before
+
+
+def test_a_new_engine_that_does_not_start_leaves_the_old_one(faked: Faked) -> None:
+    pid, models = faked.service.engine.pid, httpx.get(f"{faked.url}/v1/models").json()
+    told(faked.folder, fails=True)
+    try:
+        answer = httpx.post(f"{faked.url}/v1/reload", timeout=_LONG)
+        assert 400 <= answer.status_code < 600 and failure(answer)["kind"] == "damaged"
+    finally:
+        told(faked.folder)
+    assert faked.service.engine.pid == pid and listed(ask(faked)) == list(ITEMS)
+    assert httpx.get(f"{faked.url}/v1/models").json() == models
+
+
+def test_two_cannot_be_read_anew_at_a_time(faked: Faked) -> None:
+    told(faked.folder, seconds=1.0)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda _: httpx.post(f"{faked.url}/v1/reload", timeout=_LONG), range(2)))
+    finally:
+        told(faked.folder)
+    assert sorted(each.status_code for each in found) == [200, 429]
+    (refused,) = [each for each in found if each.status_code == 429]
+    assert failure(refused)["kind"] == "busy" and int(refused.headers["Retry-After"]) >= 1
+
+
+def put(faked: Faked, name: str) -> None:
+    body = {"items": [{"item_id": name, "title": f"Put {name}"}]}
+    assert httpx.put(f"{faked.url}/v1/items", json=body, timeout=_LONG).json() == {"stored": 1}
+
+
+def remove(faked: Faked, name: str) -> None:
+    assert httpx.delete(f"{faked.url}/v1/items/{name}", timeout=_LONG).json() == {"removed": 1}
+
+
+@pytest.mark.parametrize("how", ["replaced", "killed"])
+@pytest.mark.parametrize("change", ["put", "removed"])
+def test_what_changes_while_an_engine_starts_is_known_to_it(
+    faked: Faked, monkeypatch: pytest.MonkeyPatch, how: str, change: str
+) -> None:
+    """Between what a new engine reads of the store and its first answer, the store changes."""
+    engine, raced, threads = faked.service.engine, threading.Event(), []
+    read, name = engine._changes, f"{change}-{how}"
+    if change == "removed":
+        put(faked, name)
+
+    def reading() -> Any:
+        found = read()
+        threads.append(threading.Thread(target=put if change == "put" else remove, args=(faked, name)))
+        threads[-1].start()
+        until(lambda: name in faked.service.store.item_changes()[change == "removed"], "it is not stored")
+        raced.set()
+        return found
+
+    monkeypatch.setattr(engine, "_changes", reading)
+    if how == "replaced":
+        assert httpx.post(f"{faked.url}/v1/reload", timeout=_LONG).status_code == 200
+    else:
+        kill(faked)
+    assert raced.wait(_LONG)
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    wait_ready(faked.url)
+    assert (name in listed(ask(faked, k=20))) is (change == "put")
+    assert (name in engine.cards[0].signature) is (change == "put")
+    if change == "put":
+        remove(faked, name)
+
+
+def test_items_are_changed_while_there_is_no_engine(faked: Faked) -> None:
+    told(faked.folder, seconds=1.0)
+    try:
+        kill(faked)
+        until(lambda: not faked.service.engine.ready, "the engine is not missed")
+        put(faked, "between")
+        assert not faked.service.engine.ready
+    finally:
+        told(faked.folder)
+    wait_ready(faked.url)
+    assert "between" in listed(ask(faked, k=20))
+    remove(faked, "between")
+    assert "between" not in listed(ask(faked, k=20))
+
+
+def test_changes_of_one_item_at_once_leave_store_catalogue_and_engine_agreed(faked: Faked) -> None:
+    def change(n: int) -> int:
+        if n % 2:
+            return httpx.delete(f"{faked.url}/v1/items/contested", timeout=_LONG).status_code
+        put(faked, "contested")
+        return 200
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(change, range(80))) <= {200, 404}
+    stored = "contested" in faked.service.store.item_changes()[0]
+    assert (httpx.get(f"{faked.url}/v1/items/contested").status_code == 200) is stored
+    assert ("contested" in listed(ask(faked, k=20))) is stored
+    if stored:
+        remove(faked, "contested")
+
+
+# --------------------------------------------------------------------------- too much, too late, gone
+
+
+def test_too_many_questions_are_refused_and_the_others_answered(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    with faking(tmp_path, patch, window=0.0, batch=1, room=3, patience=30.0) as faked:
+        with ThreadPoolExecutor(20) as pool:
+            found = list(pool.map(lambda _: ask(faked, "sleep 0.05"), range(40)))
+        refused = [each for each in found if each.status_code == 429]
+        assert {each.status_code for each in found} == {200, 429} and len(refused) >= 10
+        assert all(int(each.headers["Retry-After"]) >= 1 and failure(each)["kind"] == "busy" for each in refused)
+        assert all(listed(each) == list(ITEMS) for each in found if each.status_code == 200)
+        figures = httpx.get(f"{faked.url}/metrics").text
+        assert f"llmrec_refused_total {float(len(refused))}" in figures and "llmrec_queue 0.0" in figures
+
+
+def test_an_engine_that_hangs_is_killed_and_another_answers(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    with faking(tmp_path, patch, window=0.0, patience=0.5) as faked:
+        pid = faked.service.engine.pid
+        late = ask(faked, "sleep 1000")
+        assert late.status_code == 504 and failure(late)["kind"] == "exhausted"
+        until(lambda: faked.service.engine.pid not in (pid, None), "it hangs on")
+        assert listed(ask(faked)) == list(ITEMS)
+
+
+def test_a_client_that_leaves_takes_its_question_along(faked: Faked) -> None:
+    host, port = faked.url.removeprefix("http://").split(":")
+    body = b'{"history": [{"title": "x"}], "profile": "die"}'
+    head = f"POST /v1/rank HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    pid, load = faked.service.engine.pid, faked.service.batcher.load
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(ask, faked, "sleep 1")
+        time.sleep(0.3)
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: load.waiting == 1, "it does not wait")
+        until(lambda: load.waiting == 0, "it waits on")
+        assert slow.result().status_code == 200
+    # The engine was never asked what would have killed it.
+    assert faked.service.engine.pid == pid and listed(ask(faked)) == list(ITEMS)
+
+
+# --------------------------------------------------------------------------- starting and stopping
+
+
+def test_an_engine_that_does_not_start_is_tried_again(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(worker, "_work", work)
+    for broken in ({"fails": True}, {"dies": True}):
+        options = told(tmp_path, **broken)
+        service = Service(Settings(options=options), Known(ITEMS, Histories.none()), ServiceStore.open(":memory:"))
+        with listening(make_app(service, Door())) as (url,):
+            until(lambda starts=service.engine: starts.starts >= 2, "it is not tried again")
+            assert httpx.get(f"{url}/ready").status_code == 503
+            refused = httpx.post(f"{url}/v1/rank", json={"history": [{"title": "x"}]})
+            assert refused.status_code == 503 and refused.headers["Retry-After"]
+            assert ("made up" in failure(refused)["message"]) is ("fails" in broken)
+            told(tmp_path)
+            wait_ready(url)
+            assert httpx.post(f"{url}/v1/rank", json={"history": [{"title": "x"}]}).status_code == 200
+
+
+def test_a_service_that_is_stopped_answers_what_was_asked(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        with faking(tmp_path, patch, window=0.0, batch=1, patience=30.0) as faked:
+            pid = faked.service.engine.pid
+            asked = [pool.submit(ask, faked, "sleep 0.5") for _ in range(3)]
+            until(lambda: faked.service.batcher.load.waiting == 2, "they do not wait")
+        assert [each.result().status_code for each in asked] == [200] * 3
+    assert pid is not None and not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("starts", [{"seconds": 1000}, {"fails": True}])
+def test_a_service_whose_engine_starts_can_be_stopped(
+    tmp_path: Path, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, starts: dict[str, Any]
+) -> None:
+    patch.setattr(worker, "_work", work)
+    monkeypatch.setattr(supervising, "_SHORTEST", 1000.0)
+    options = told(tmp_path, **starts)
+    service = Service(Settings(options=options), Known(ITEMS, Histories.none()), ServiceStore.open(":memory:"))
+    with listening(make_app(service, Door())) as (url,):
+        until(lambda: service.engine.starts > 0, "it does not start")
+        until(lambda: "fails" not in starts or service.engine.fault is not None, "it does not fail")
+        assert httpx.get(f"{url}/ready").status_code == 503
+    assert not service.engine.ready and not service.engine._opening
+
+
+def test_a_service_whose_engine_hangs_can_be_stopped(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    with faking(tmp_path, patch, window=0.0, patience=1.0) as faked:
+        pid = faked.service.engine.pid
+        assert ask(faked, "sleep 1000").status_code == 504
+    assert pid is not None and not Path(f"/proc/{pid}").exists()
+
+
+def test_a_service_can_be_stopped_while_it_is_read_anew(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with faking(tmp_path, patch) as faked:
+            told(tmp_path, seconds=1)
+            reading = pool.submit(httpx.post, f"{faked.url}/v1/reload", timeout=_LONG)
+            until(lambda: faked.service.engine.starts == 2, "it does not start")
+        assert reading.result().status_code in (200, 503)
+    assert not faked.service.engine.ready and not faked.service.engine._opening
+
+
+# --------------------------------------------------------------------------- between the processes
+
+
+def test_every_error_comes_through_the_line_as_it_is() -> None:
+    def kinds(error: type[LlmrecError]) -> Iterator[type[LlmrecError]]:
+        yield error
+        for each in error.__subclasses__():
+            yield from kinds(each)
+
+    found = {kind for kind in kinds(LlmrecError) if kind.__module__.startswith("llmrec.")}
+    assert {EngineLost, Full, TooLate} < found
+    for kind in found:
+        error = kind("made up", kind="failed", at="file.csv", column="k")
+        back = pickle.loads(pickle.dumps(error))
+        assert type(back) is kind and (str(back), back.__dict__) == (str(error), error.__dict__)
