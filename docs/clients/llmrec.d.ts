@@ -1,6 +1,38 @@
 // Types of llmrec's HTTP interface, for TypeScript. Written by `make openapi`; do not edit.
 // Every answer that is not a success has the body `Failed`. Send an API key as `Authorization: Bearer ...`.
 
+/** What the family answers; the others are null. */
+export interface AskAnswer {
+  model: ModelCard;
+  notes: string[];
+  prompt: string | null;
+  usage: Usage;
+  /** From the request's arrival to its answer. */
+  milliseconds: number;
+  item_id: string;
+  family: string;
+  rating: number | null;
+  probability: number | null;
+  text: string | null;
+}
+
+/** A question of any family that a model was tuned on. */
+export interface AskBody {
+  model?: string | null;
+  /** Of the question: it decides the order of equal scores, and of labels. */
+  id?: string;
+  user_id?: string | null;
+  history?: (string | PastEvent)[] | null;
+  profile?: string;
+  /** Return what the model read, too. */
+  show_prompt?: boolean;
+  item: string | ItemText;
+  /** What else is told: review, feature, headline, rating. */
+  context?: Record<string, string>;
+  /** rating, ctr, explanation, review or stars; a model's card says which. */
+  family: string;
+}
+
 /** An item of the catalogue. */
 export interface CatalogueItem {
   item_id: string;
@@ -78,6 +110,8 @@ export interface ItemBody {
   /** Return what the model read, too. */
   show_prompt?: boolean;
   item: string | ItemText;
+  /** What else is told: review, feature, headline, rating. */
+  context?: Record<string, string>;
 }
 
 /** An item by its id, by its title, or both; a title goes before that of the catalogue. */
@@ -114,7 +148,7 @@ export interface ModelCard {
   kind: "language model" | "classic" | "fusion";
   /** Changes with everything that can change an answer, but for the request. */
   signature: string;
-  /** Verbs: rank, rate, predict, explain. */
+  /** rank, and families of questions about an item: rating, ctr, explanation, review, stars. */
   answers: string[];
   strategies: string[];
 }
@@ -129,6 +163,7 @@ export interface NewEvent {
   user_id: string;
   item_id: string;
   rating?: number | null;
+  /** In the unit of the data; by default now, in seconds. */
   timestamp?: number | null;
 }
 
@@ -350,6 +385,8 @@ export interface paths {
   "POST /v1/explain": { body: ItemBody; answer: ExplainAnswer };
   /** Explain several items. */
   "POST /v1/explain/batch": { body: ItemBatch; answer: ExplainAnswers };
+  /** Answer a question of any family that a model was tuned on, such as a review's headline or its stars. */
+  "POST /v1/ask": { body: AskBody; answer: AskAnswer };
   /** Find items like others. */
   "POST /v1/similar": { body: SimilarBody; answer: SimilarAnswer };
   /** Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history. */

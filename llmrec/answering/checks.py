@@ -13,7 +13,7 @@ from llmrec.answering.strategy import explained, one_of
 from llmrec.errors import DataError, MissingExtra, RecipeError
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
-from llmrec.models.load import load_config
+from llmrec.models.load import device, load_config
 from llmrec.recipe.schema import EvalSection, ServerSection
 
 # Options of a server, by the key of eval.server that each sets.
@@ -128,6 +128,17 @@ def _server(options: RecommenderOptions) -> ServerSection:
         for key, option in _SERVER.items():
             problem = problem.replace(f"eval.server.{key}:", f"{option}:")
         raise RecipeError(problem, kind="bad-value", column=problem.partition(":")[0]) from None
+
+
+def decided(options: RecommenderOptions) -> RecommenderOptions:
+    """Return options that name one engine: hf on a CPU, where it reads trees at once, and on a GPU vLLM.
+
+    What answers many kinds of questions in turn has one engine open, and would change it with each.
+    """
+    if options.backend != "auto":
+        return options
+    on_gpu = device(bundles.read(options.model).model) == "cuda"
+    return replace(options, backend="vllm" if on_gpu and importlib.util.find_spec("vllm") else "hf")
 
 
 def bundle_of(options: RecommenderOptions) -> Bundle:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmrec.answering.about import value_of
+from llmrec.answering.checks import decided
 from llmrec.answering.known import Catalogue, Known, known_of
 from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
 from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
@@ -71,6 +72,7 @@ def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
         asked = RecommenderOptions(model=str(folder), **options)
     except TypeError as error:
         raise LlmrecError(f"llmrec.load: {error}", kind="unknown-key") from None
+    asked = decided(asked)
     return Loaded(asked, open_models(asked, models))
 
 

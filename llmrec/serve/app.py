@@ -206,6 +206,11 @@ def _questions(service: Service, door: Door) -> APIRouter:
         """Explain several items."""
         return schema.ExplainAnswers(answers=await _batch(request, service, service.explain, body.requests))
 
+    @router.post("/v1/ask")
+    async def ask(request: Request, body: schema.AskBody) -> schema.AskAnswer:
+        """Answer a question of any family that a model was tuned on, such as a review's headline or its stars."""
+        return await _while_there(request, service.ask(body))
+
     @router.post("/v1/similar")
     async def similar(request: Request, body: schema.SimilarBody) -> schema.SimilarAnswer:
         """Find items like others."""

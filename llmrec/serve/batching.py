@@ -104,7 +104,7 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         # Seconds that one question takes of the engine, as it was lately.
-        self._each = 0.05
+        self._each = 0.25
         self.load = Load()
 
     def start(self) -> None:

@@ -38,7 +38,7 @@ _STATUS = {"busy": 429, "exhausted": 503, "defect": 500}
 _THINGS = frozenset({"model", "item_id", "user", "candidates"})
 _KINDS = {
     400: "syntax",
-    401: "unreachable",
+    401: "missing-key",
     403: "unsafe",
     404: "unknown-name",
     413: "too-large",

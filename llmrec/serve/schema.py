@@ -138,6 +138,15 @@ class ItemBody(_About):
     model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item": "7"}]})
 
     item: Id | ItemText
+    context: Annotated[Fields, Field(description="What else is told: review, feature, headline, rating.")] = {}
+
+
+class AskBody(ItemBody):
+    """A question of any family that a model was tuned on."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item": "7"}]})
+
+    family: Annotated[Id, Field(description="rating, ctr, explanation, review or stars; a model's card says which.")]
 
 
 class SimilarBody(_Body):
@@ -225,7 +234,9 @@ class ModelCard(BaseModel):
     name: str
     kind: Literal["language model", "classic", "fusion"]
     signature: str = Field(description="Changes with everything that can change an answer, but for the request.")
-    answers: list[str] = Field(description="Verbs: rank, rate, predict, explain.")
+    answers: list[str] = Field(
+        description="rank, and families of questions about an item: rating, ctr, explanation, review, stars."
+    )
     strategies: list[str] = []
 
 
@@ -283,6 +294,16 @@ class ExplainAnswer(_Answer):
 
     item_id: str
     text: str
+
+
+class AskAnswer(_Answer):
+    """What the family answers; the others are null."""
+
+    item_id: str
+    family: str
+    rating: float | None = None
+    probability: float | None = None
+    text: str | None = None
 
 
 class SimilarAnswer(BaseModel):

@@ -44,7 +44,6 @@ class Settings:
     Attributes:
         options: Which model, and how it is asked.
         models: Names, the default first; none: see `llmrec.answering.opening.open_models`.
-        store: A file, or the address of a PostgreSQL database.
         rules: Rules that always stand.
         window: Seconds that a question waits for others.
         batch: Questions of one batch.
@@ -54,7 +53,6 @@ class Settings:
 
     options: RecommenderOptions
     models: tuple[str, ...] = ()
-    store: str = ":memory:"
     rules: Rules = field(default_factory=Rules)
     window: float = 0.005
     batch: int = 32
@@ -117,6 +115,8 @@ class Service:
         if cold:
             question = replace(question, strategy="auto")
         card, found = await self._listed(question, request, rules, body.k)
+        # A model without data has no popular items, and answers by itself.
+        cold = cold and card.kind != "language model"
         reasons = None
         if body.rationale:
             first = min(body.rationale, body.k)
@@ -172,11 +172,35 @@ class Service:
         assert isinstance(answer, Text)
         return schema.ExplainAnswer(**common, text=answer.text)
 
+    async def ask(self, body: schema.AskBody) -> schema.AskAnswer:
+        """Answer a question of any family about an item."""
+        answer, common = await self._about(body.family, body)
+        return schema.AskAnswer(
+            **common,
+            family=body.family,
+            rating=answer.value if isinstance(answer, Rating) else None,
+            probability=answer.value if isinstance(answer, Probability) else None,
+            text=answer.text if isinstance(answer, Text) else None,
+        )
+
     async def streamed(self, body: schema.ItemBody) -> AsyncIterator[tuple[str, Any]]:
         """Explain an item in events: ``text`` as it is written, then ``done`` with the whole answer."""
-        answer = await self.explain(body)
-        yield "text", {"text": answer.text}
-        yield "done", answer.model_dump(mode="json")
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def heard(piece: str) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        asking = asyncio.ensure_future(self._about("explanation", body, heard))
+        asking.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield "text", {"text": piece}
+            answer, common = await asking
+            assert isinstance(answer, Text)
+            yield "done", schema.ExplainAnswer(**common, text=answer.text).model_dump(mode="json")
+        finally:
+            asking.cancel()
 
     async def rerank(self, body: schema.RerankBody) -> tuple[str, list[tuple[int, float]], schema.Usage]:
         """Order texts by what a model expects after a query: its lines are the titles of a history.
@@ -369,13 +393,20 @@ class Service:
             except StopIteration as done:
                 return reply.card, done.value
 
-    async def _about(self, family: str, body: schema.ItemBody) -> tuple[Answer, Mapping[str, Any]]:
+    async def _about(
+        self, family: str, body: schema.ItemBody, heard: Callable[[str], None] | None = None
+    ) -> tuple[Answer, Mapping[str, Any]]:
         begun = time.monotonic()
         if isinstance(body.item, str) and self.catalogue.items:
             self.catalogue.get(body.item)
-        request = await self._request(body, candidates=[body.item])
+        request = replace(await self._request(body, candidates=[body.item]), context=dict(body.context))
         question = Question(model=body.model, verb=family)
-        reply = await self._ask(question, request)
+        if heard is None:
+            reply = await self._ask(question, request)
+        else:
+            reply = await self.batcher.between(lambda: self.engine.written(question, request, heard))
+            if reply.fault is not None:
+                raise reply.fault
         answer = reply.answer
         assert reply.card is not None and answer is not None and not isinstance(answer, Answered)
         if isinstance(answer, Unparsed):

@@ -31,6 +31,9 @@ class Supervisor:
         options: Which models, and how a language model is asked.
         names: Which of them, the default first.
         changes: Returns the items put and the ids removed since; a new engine is told of them before it answers.
+
+    Attributes:
+        hopeless: Is told why no engine can be started, where the first one says so itself; then none is tried again.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Supervisor:
         names: Sequence[str],
         changes: Callable[[], tuple[Sequence[Item], Sequence[str]]],
     ) -> None:
+        self.hopeless: Callable[[LlmrecError], None] | None = None
         self._options, self._names, self._changes = options, names, changes
         self._engine: Engine | None = None
         self._opening: set[Engine] = set()
@@ -93,6 +97,10 @@ class Supervisor:
         """Have rationales written; see `Engine.reasons`."""
         written: list[Reasons] = self._with(lambda engine: engine.reasons(model, requests, found, first))
         return written
+
+    def written(self, question: Question, request: RankRequest, heard: Callable[[str], None]) -> Reply:
+        """Put a question about one request whose text is handed out as it is written; see `Engine.written`."""
+        return self._with(lambda engine: engine.written(question, request, heard))
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
         """Return what a model reads; see `Engine.prompt`."""
@@ -164,6 +172,10 @@ class Supervisor:
                 old = self._put()
             except LlmrecError as error:
                 self.fault = error
+                if self.hopeless is not None and self.starts == 1 and not isinstance(error, EngineLost):
+                    # A model, a file or an option cannot be used: waiting does not change that.
+                    self.hopeless(error)
+                    return
                 log.error("the engine does not start: %s", error)
                 self._closed.wait(wait)
                 wait = min(2 * wait, _LONGEST)

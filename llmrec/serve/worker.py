@@ -10,12 +10,13 @@ import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from llmrec.answering.checks import decided
 from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
 from llmrec.answering.opening import Models, open_models
 from llmrec.answering.options import RecommenderOptions
@@ -141,6 +142,21 @@ class Engine:
         found: list[Reply] = self._call(("ask", question, tuple(requests)))
         return found
 
+    def written(self, question: Question, request: RankRequest, heard: Callable[[str], None]) -> Reply:
+        """Put a question about one request, and hand out what is written while it is.
+
+        Raises:
+            EngineLost: If the engine ended.
+        """
+        with self._lock:
+            self._send(("written", question, request))
+            while isinstance(found := self._receive(), str):
+                heard(found)
+        if isinstance(found, LlmrecError):
+            raise found
+        assert isinstance(found, Reply)
+        return found
+
     def reasons(self, model: str | None, requests: Sequence[RankRequest], found: Sequence[Answered], first: int) -> Any:
         """Have a sentence written on each of the first items of lists; an error in place of one that has none."""
         return self._call(("reasons", model, tuple(requests), tuple(found), first))
@@ -179,14 +195,17 @@ class Engine:
 
     def _call(self, message: tuple[Any, ...]) -> Any:
         with self._lock:
-            try:
-                self._line.send(message)
-            except OSError as error:
-                raise _lost() from error
+            self._send(message)
             found = self._receive()
         if isinstance(found, LlmrecError):
             raise found
         return found
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        try:
+            self._line.send(message)
+        except OSError as error:
+            raise _lost() from error
 
     def _receive(self) -> Any:
         try:
@@ -211,14 +230,14 @@ def _work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -
     # An interrupt at the terminal goes to all processes, and the one that serves decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        models = open_models(options, names)
+        models = open_models(decided(options), names)
         for model in models.opened.values():
             if isinstance(model, LanguageModel):
                 model.warm()
     except LlmrecError as error:
         line.send(error)
         return
-    desk = _Desk(models)
+    desk = _Desk(models, line.send)
     line.send(Started(cards=desk.cards(), scale=models.scale))
     try:
         while (message := line.recv()) is not None:
@@ -244,8 +263,8 @@ def _done(desk: _Desk, what: str, *arguments: Any) -> Any:
 class _Desk:
     """Answers messages, by their first word."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, models: Models, say: Callable[[str], None]) -> None:
+        self._models, self._say = models, say
         # A signature takes a look at the whole catalogue, so it is made once for each state of that.
         self._known: dict[str, Card] = {}
 
@@ -276,6 +295,14 @@ class _Desk:
         if len(requests) == 1:
             return [Reply(fault=error)]
         return [self.ask(question, [request])[0] for request in requests]
+
+    def written(self, question: Question, request: RankRequest) -> Reply:
+        """Answer a question about one item, and say the text while it is written."""
+        model = self._model(question)
+        check_verb(model, question.verb)
+        if isinstance(model, LanguageModel):
+            return Reply(card=self._card(model), answer=model.written(question.verb, request, self._say))
+        return self.ask(question, [request])[0]
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
         """Return what a language model reads; None of other models, and of what cannot be put."""

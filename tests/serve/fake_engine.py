@@ -134,8 +134,8 @@ def faking(folder: Path, patch: pytest.MonkeyPatch, *, door: Door | None = None,
     patch.setattr(worker, "_work", work)
     known = Known(ITEMS, Histories.none())
     patch.setattr("llmrec.serve.service.known_of", lambda *_: known)
-    made = Settings(options=told(folder), store=str(folder / "store.sqlite"), **settings)
-    service = Service(made, known, ServiceStore.open(made.store))
+    made = Settings(options=told(folder), **settings)
+    service = Service(made, known, ServiceStore.open(str(folder / "store.sqlite")))
     with listening(make_app(service, door or Door())) as (url,):
         wait_ready(url)
         yield Faked(url, service, folder)

@@ -60,6 +60,11 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
+def made(folder: Path, options: Any) -> Service:
+    store = ServiceStore.open(str(folder / "store.sqlite"))
+    return Service(Settings(options=options), Known(ITEMS, Histories.none()), store)
+
+
 def failure(answer: httpx.Response) -> dict[str, Any]:
     """Return the one form of failures, and check that it is one."""
     body = answer.json()
@@ -325,7 +330,7 @@ def test_an_engine_that_does_not_start_is_tried_again(tmp_path: Path, patch: pyt
     patch.setattr(worker, "_work", work)
     for broken in ({"fails": True}, {"dies": True}):
         options = told(tmp_path, **broken)
-        service = Service(Settings(options=options), Known(ITEMS, Histories.none()), ServiceStore.open(":memory:"))
+        service = made(tmp_path, options)
         with listening(make_app(service, Door())) as (url,):
             until(lambda starts=service.engine: starts.starts >= 2, "it is not tried again")
             assert httpx.get(f"{url}/ready").status_code == 503
@@ -354,7 +359,7 @@ def test_a_service_whose_engine_starts_can_be_stopped(
     patch.setattr(worker, "_work", work)
     monkeypatch.setattr(supervising, "_SHORTEST", 1000.0)
     options = told(tmp_path, **starts)
-    service = Service(Settings(options=options), Known(ITEMS, Histories.none()), ServiceStore.open(":memory:"))
+    service = made(tmp_path, options)
     with listening(make_app(service, Door())) as (url,):
         until(lambda: service.engine.starts > 0, "it does not start")
         until(lambda: "fails" not in starts or service.engine.fault is not None, "it does not fail")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import islice
 
 from llmrec.answering.about import about_families, answer_about, value_of, way_about
+from llmrec.answering.checks import decided
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.commands.predict.options import PredictOptions
@@ -38,7 +39,10 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
     )
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
-    with Recommender.open(asked, store=stored, ranks=False) as recommender, RankBar(total, quiet=options.quiet) as bar:
+    with (
+        Recommender.open(decided(asked), store=stored, ranks=False) as recommender,
+        RankBar(total, quiet=options.quiet) as bar,
+    ):
         family = _family(recommender, options.family)
         way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
         records: list[Predicted] = []

@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmrec.answering.checks import decided
 from llmrec.answering.known import known_of
 from llmrec.answering.loaded import Loaded
 from llmrec.answering.opening import open_models
@@ -53,7 +54,8 @@ def rank_users(options: RankOptions) -> Mapping[str, str]:
             kind="empty",
             column="--all-users",
         )
-    asked = RecommenderOptions(**{name.name: getattr(options, name.name) for name in fields(RecommenderOptions)})
+    given = RecommenderOptions(**{name.name: getattr(options, name.name) for name in fields(RecommenderOptions)})
+    asked = decided(given)
     with locked(_parts(to), _own), Loaded(asked, open_models(asked, [options.by] if options.by else ())) as rec:
         signature = rec.signature()
         key = key_of(signature=signature, k=k, users=users)

@@ -57,16 +57,12 @@ class ServeOptions:
     mcp: Annotated[bool, About(help="Offer the verbs to agents as well, at /mcp.")] = False
     quiet: Annotated[bool, About(names=("--quiet", "-q"), help="Write no line on each request.")] = False
 
-    def recommender(self, backend: str) -> RecommenderOptions:
-        """Return how the language model is asked.
-
-        Args:
-            backend: The engine, decided.
-        """
+    def recommender(self) -> RecommenderOptions:
+        """Return how the language model is asked."""
         return RecommenderOptions(
             model=self.model,
             items=self.items,
-            backend=backend,
+            backend=self.backend,
             server_url=self.server_url,
             server_model=self.server_model,
             server_key_env=self.server_key_env,

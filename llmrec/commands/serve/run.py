@@ -15,8 +15,6 @@ from llmrec.answering.rules import Rules
 from llmrec.commands.serve.options import ServeOptions
 from llmrec.commands.show.console import say
 from llmrec.errors import DataError, LlmrecError, require
-from llmrec.experiment import bundle as bundles
-from llmrec.models.load import device
 
 STORE = "service.sqlite"
 """What a service remembers, in the folder of its run."""
@@ -56,7 +54,16 @@ def serve(options: ServeOptions) -> None:
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=options.timeout)
     )
+    hopeless: list[LlmrecError] = []
+
+    def end(error: LlmrecError) -> None:
+        hopeless.append(error)
+        server.should_exit = True
+
+    service.engine.hopeless = end
     server.run(sockets=[listening])
+    if hopeless:
+        raise hopeless[0]
 
 
 def make_service(options: ServeOptions) -> Any:
@@ -65,13 +72,12 @@ def make_service(options: ServeOptions) -> Any:
     from llmrec.serve.service import Service, Settings
     from llmrec.serve.store import ServiceStore
 
-    asked = options.recommender(_engine(options))
+    asked = options.recommender()
     check_choices(asked)
     where = options.store or _default_store(options.model)
     settings = Settings(
         options=asked,
         models=options.models,
-        store=where,
         rules=_rules(options.rules),
         window=options.window / 1000,
         batch=options.batch,
@@ -79,13 +85,6 @@ def make_service(options: ServeOptions) -> Any:
         patience=float(options.timeout),
     )
     return Service(settings, known_of(options.model, options.items), ServiceStore.open(where))
-
-
-def _engine(options: ServeOptions) -> str:
-    """Return the engine: hf on a CPU, where it reads trees at once, and vLLM on a GPU, where one serves every verb."""
-    if options.backend != "auto":
-        return options.backend
-    return "vllm" if device(bundles.read(options.model).model) == "cuda" else "hf"
 
 
 def _default_store(model: str) -> str:

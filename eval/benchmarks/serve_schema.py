@@ -1,0 +1,169 @@
+"""Asks a service whatever its OpenAPI document allows, and what it does not: ``make bench-schema``.
+
+schemathesis (an executable of its own environment, ``SCHEMATHESIS=/path/to/schemathesis``) makes cases of every
+endpoint: examples, bounds, fuzzed bodies that fit the schema and bodies that do not, methods, keys left out, calls that
+follow from each other. Its checks say whether there is an error of the server, a status, type or body that is not
+documented, a bad body that is let in, a key that is not asked for.
+
+The service is that of ``RUN=FOLDER``, or a toy model of two layers over a shop of forty made-up products, in float32
+with transformers, behind API keys. What is put and removed goes to a store in a temporary folder.
+
+422 is counted as an answer to a good body, because a question of the right form can have none; that it is not the form
+which is refused is a check of ours, `serve_schema_hooks`. Statuses are those that the service itself counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from llmrec.commands.serve.options import ServeOptions
+from llmrec.commands.serve.run import make_service
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+from llmrec.serve.app import make_app
+from llmrec.serve.gates import Door
+from llmrec.serve.keys import Keys, new_key
+from tests.conftest import make_model
+from tests.serve.served import listening, toy_run, wait_ready
+
+HOOKS = Path(__file__).with_name("serve_schema_hooks.py")
+SEED = 20261
+# What examples of the document name, so that they are found.
+_NAMED = ("1", "2", "7", "9")
+_CONFIG = """
+hooks = {hooks}
+continue-on-failure = true
+request-timeout = 120
+max-time = {seconds}
+
+[generation]
+max-examples = {examples}
+no-shrink = true
+database = "none"
+
+[checks]
+enabled = true
+positive_data_acceptance.expected-statuses = ["2xx", "401", "403", "404", "409", "422", "429", "5xx"]
+
+# Each of its calls starts an engine.
+[[operations]]
+include-path = "/v1/reload"
+generation.max-examples = 1
+phases.fuzzing.enabled = false
+phases.stateful.enabled = false
+"""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service, and a key that may do everything."""
+
+    url: str
+    key: str
+
+    def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+        """Ask it, and insist on a success."""
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=120, **given).raise_for_status()
+
+
+def main() -> None:
+    """Run, and write what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--run", default="")
+    parser.add_argument("--seconds", type=int, default=300)
+    parser.add_argument("--examples", type=int, default=60)
+    chosen = parser.parse_args()
+    tool = os.environ.get("SCHEMATHESIS", "schemathesis")
+    with tempfile.TemporaryDirectory() as name, serving(chosen.run, Path(name)) as service:
+        found = asked(tool, service, Path(name), chosen.seconds, chosen.examples)
+        statuses = counted(service.ask("GET", "/metrics").text)
+    result = {
+        "command": f"make bench-schema{' RUN=...' if chosen.run else ''}",
+        "what": "a service asked by schemathesis whatever its OpenAPI document allows and does not",
+        "model": Path(chosen.run).name if chosen.run else "toy, two layers",
+        **found,
+        "statuses": statuses,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(chosen.target, result)
+    print(json.dumps({key: result[key] for key in ("cases", "failures", "statuses", "seconds")}, indent=1))  # noqa: T201
+
+
+@contextmanager
+def serving(run: str, folder: Path) -> Iterator[Running]:
+    """Serve a run, or a toy, behind keys."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run = run or str(toy_run(make_model(folder / "model"), folder / "run"))
+    options = ServeOptions(model=run, backend="hf", dtype="float32", store=str(folder / "store.sqlite"))
+    keys = folder / "keys.json"
+    key = new_key(keys, "schemathesis", admin=True)
+    with listening(make_app(make_service(options), Door(Keys.read(keys)))) as (url,):
+        wait_ready(url)
+        service = Running(url, key)
+        items = [{"item_id": name, "title": f"Example {name}"} for name in _NAMED]
+        service.ask("PUT", "/v1/items", json={"items": items})
+        service.ask("POST", "/v1/events", json={"events": [{"user_id": "42", "item_id": name} for name in _NAMED]})
+        yield service
+
+
+def asked(tool: str, service: Running, folder: Path, seconds: int, examples: int) -> dict[str, Any]:
+    """Have schemathesis ask, and return what it reports."""
+    config, report = folder / "schemathesis.toml", folder / "report.json"
+    config.write_text(_CONFIG.format(hooks=json.dumps(str(HOOKS)), seconds=seconds, examples=examples))
+    command = [tool, "--config-file", str(config), "run", f"{service.url}/openapi.json", "--seed", str(SEED)]
+    command += ["-H", f"Authorization: Bearer {service.key}"]
+    command += ["--report", "json", "--report-json-path", str(report), "--no-color"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    print(done.stdout[-6000:], done.stderr[-2000:])  # noqa: T201
+    told = json.loads(report.read_text(encoding="utf-8"))
+    return {
+        "schemathesis": told["schemathesis_version"],
+        "seed": told["seed"],
+        "seconds": round(told["running_time"], 1),
+        "complete": told["complete"],
+        "operations": {key: told["operations"][key] for key in ("total", "tested", "errored", "skipped")},
+        "phases": {name: each["status"] for name, each in told["phases"].items()},
+        "cases": told["test_cases"],
+        "failures": {each["title"]: each["count"] for each in told["failures"]},
+        "errors": told["errors"],
+        "warnings": {name: each for name, each in told["warnings"].items() if each},
+        "good_bodies": good_bodies(told["valid_rates"]),
+    }
+
+
+def good_bodies(rates: dict[str, Any]) -> dict[str, int]:
+    """Return what became of cases that fit the schema, over all endpoints and phases."""
+    found: Counter[str] = Counter()
+    for phases in rates.values():
+        for each in phases.values():
+            found.update(each)
+    return dict(found)
+
+
+def counted(metrics: str) -> dict[str, int]:
+    """Return how often the service answered with each status."""
+    found: Counter[str] = Counter()
+    for status, count in re.findall(r'^llmrec_requests_total\{.*status="(\d+)"\} (\S+)$', metrics, re.MULTILINE):
+        found[status] += int(float(count))
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    main()
