@@ -90,19 +90,24 @@ def main() -> None:
     chosen = parser.parse_args()
     tool = os.environ.get("SCHEMATHESIS", "schemathesis")
     with tempfile.TemporaryDirectory() as name, serving(chosen.run, Path(name)) as service:
+        before = counted(service)
         found = asked(tool, service, Path(name), chosen.seconds, chosen.examples)
-        statuses = counted(service.ask("GET", "/metrics").text)
+        answers = counted(service) - before
+    statuses: Counter[str] = Counter()
+    for (_, status), count in answers.items():
+        statuses[status] += count
     result = {
         "command": f"make bench-schema{' RUN=...' if chosen.run else ''}",
         "what": "a service asked by schemathesis whatever its OpenAPI document allows and does not",
         "model": Path(chosen.run).name if chosen.run else "toy, two layers",
         **found,
-        "statuses": statuses,
+        "statuses": dict(sorted(statuses.items())),
+        "faults": {f"{status} {endpoint}": count for (endpoint, status), count in answers.items() if status >= "500"},
         "machine": machine(),
         "versions": versions(),
     }
     write_json(chosen.target, result)
-    print(json.dumps({key: result[key] for key in ("cases", "failures", "statuses", "seconds")}, indent=1))  # noqa: T201
+    print(json.dumps({key: result[key] for key in ("cases", "failures", "statuses", "faults", "seconds")}, indent=1))  # noqa: T201
 
 
 @contextmanager
@@ -157,12 +162,11 @@ def good_bodies(rates: dict[str, Any]) -> dict[str, int]:
     return dict(found)
 
 
-def counted(metrics: str) -> dict[str, int]:
-    """Return how often the service answered with each status."""
-    found: Counter[str] = Counter()
-    for status, count in re.findall(r'^llmrec_requests_total\{.*status="(\d+)"\} (\S+)$', metrics, re.MULTILINE):
-        found[status] += int(float(count))
-    return dict(sorted(found.items()))
+def counted(service: Running) -> Counter[tuple[str, str]]:
+    """Return how often the service answered, by endpoint and status."""
+    row = r'^llmrec_requests_total\{endpoint="(.*)",status="(\d+)"\} (\S+)$'
+    found = re.findall(row, service.ask("GET", "/metrics").text, re.MULTILINE)
+    return Counter({(endpoint, status): int(float(count)) for endpoint, status, count in found})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from llmrec.data.requests import Past, RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.experiment.resume import key_of
+from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.types import Answer, CatalogueScorer, Item, Predictor, Ranking, Request, Unparsed
 
 Kind = Literal["language model", "classic", "fusion"]
@@ -33,6 +34,7 @@ RANK = "rank"
 """The verb of lists; the others are names of families."""
 
 _LEAST_BEAMS = 20
+_NOTHING = "no item of the catalogue is left to rank"
 # Candidates that a language model or a fusion with one orders, where it cannot search the catalogue itself.
 _RETRIEVED = 50
 
@@ -130,7 +132,7 @@ class LanguageModel:
     def written(self, family: str, request: RankRequest, listener: Callable[[str], None]) -> Answer:
         """Answer a question about one item, whose text is handed out while it is generated, where the engine can."""
         bundle, way = self.base.bundle, way_about(self.base.bundle, family)
-        with self.base.asked(way.strategy) as backend, backend.heard(listener):
+        with self.base.asked(way.strategy) as backend, backend.heard(_cleaned(listener)):
             return answer_about(bundle, [request], way=way, backend=backend, encoder=self.base.encoder)[0]
 
     def reasons(self, requests: Sequence[RankRequest], found: Sequence[Answered], first: int) -> list[Reasons]:
@@ -188,11 +190,12 @@ class LanguageModel:
             reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run, whose data finds them"
             return [Answered(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
         retrieved = self._fallback.rank(requests, depth=max(depth, _RETRIEVED))
-        return self.rank(
-            [_with(request, each, self.base.items) for request, each in zip(requests, retrieved, strict=True)],
-            depth=depth,
-            strategy=strategy,
-        )
+        filled = [_with(request, each, self.base.items) for request, each in zip(requests, retrieved, strict=True)]
+        found = iter(self.rank([each for each in filled if each.candidates], depth=depth, strategy=strategy))
+        return [
+            next(found) if each.candidates else Answered(answer=Unparsed(request_id=each.id, reason=_NOTHING))
+            for each in filled
+        ]
 
     def _searching(self, depth: int) -> Recommender | None:
         """Return what searches the catalogue; None where the model was not tuned to."""
@@ -332,11 +335,10 @@ class Fused:
         if self._model is not None and able:
             ranked = [each.answer for each in self._model.rank(able, depth=depth)]
         joined = iter(self._fuser.join(able, ranked))
-        empty = "no item of the catalogue is left to rank"
         found: list[Answered] = []
         for request, given in zip(filled, requests, strict=True):
             if not request.candidates:
-                found.append(Answered(answer=Unparsed(request_id=request.id, reason=empty)))
+                found.append(Answered(answer=Unparsed(request_id=request.id, reason=_NOTHING)))
                 continue
             answer = next(joined)
             if isinstance(answer, Ranking) and not given.candidates:
@@ -368,6 +370,21 @@ def check_verb(model: AnsweringModel, verb: str) -> None:
     """
     if verb not in model.verbs:
         raise _cannot(model, verb)
+
+
+def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what is to hear the pieces of a text whose answer is cleaned: it hands on what that has more each time."""
+    raw = said = ""
+
+    def heard(piece: str) -> None:
+        nonlocal raw, said
+        raw += piece
+        now = clean(raw, TEXT_LIMIT)
+        if len(now) > len(said) and now.startswith(said):
+            listener(now[len(said) :])
+            said = now
+
+    return heard
 
 
 def _cannot(model: AnsweringModel, verb: str) -> RecipeError:

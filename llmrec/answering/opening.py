@@ -13,6 +13,7 @@ from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.answering.retrieval import training_data
 from llmrec.answering.strategy import ranking_families_of
+from llmrec.answering.task import data_of
 from llmrec.baselines.neural import NeuralConfig
 from llmrec.baselines.parameters import make
 from llmrec.data.split import SplitDataset
@@ -42,12 +43,14 @@ class Models:
         items: The catalogue; `change_items` changes it.
         data: What classic recommenders learn from; None: there is none.
         scale: Lowest and highest rating, where ratings are predicted.
+        blank: Data of no interaction.
     """
 
     opened: dict[str, AnsweringModel]
     items: dict[str, Item]
     data: SplitDataset | None
     scale: tuple[float, float] | None
+    blank: SplitDataset
     _similar: dict[str, AnsweringModel] = field(default_factory=dict)
     _bases: list[Recommender] = field(default_factory=list)
 
@@ -81,12 +84,14 @@ class Models:
             by: ``interactions`` or ``text``.
 
         Raises:
-            DataError: If there is no data to learn it from.
+            DataError: If there are no interactions to learn it from, or no items.
         """
+        if by == "text" and self.items:
+            return self._kept(_SIMILAR[by])
         if self.data is None:
             raise DataError(
-                "items that are alike are found from the interactions or texts of a run's data, and this model carries "
-                "none; serve the run, or an export made with --with-interactions",
+                f"similar by {by}: this model carries no interactions or items; serve the run, or an export made with "
+                "--with-interactions, or name a table with --items and ask by text",
                 kind="unsupported",
                 column="by",
             )
@@ -112,8 +117,9 @@ class Models:
         if known is not None and name != _SIMILAR["text"]:
             return known
         if name not in self._similar:
-            assert self.data is not None
-            self._similar[name] = _classic(name, {}, self.data, self.items, seed=self.data.seed)
+            # Texts are compared where nobody has chosen anything, too.
+            data = self.data or self.blank
+            self._similar[name] = _classic(name, {}, data, self.items, seed=data.seed)
         return self._similar[name]
 
 
@@ -136,7 +142,14 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     known = _fusions(base.bundle) if data is not None else {}
     own = TUNED if base.bundle.tuned else PLAIN
     chosen = list(names) or [own, *known, *_cheap(base.bundle, data)]
-    models = Models(opened={}, items=items, data=data, scale=base.bundle.rating_scale, _bases=[base])
+    models = Models(
+        opened={},
+        items=items,
+        data=data,
+        scale=base.bundle.rating_scale,
+        blank=data_of(base.bundle, items),
+        _bases=[base],
+    )
     finder = _finder(models, known)
     for name in dict.fromkeys(chosen):
         models.opened[name] = _opened(name, own, models, base, known, finder, options)
@@ -215,7 +228,8 @@ def _classic(
 ) -> Classic:
     """Fit a classic recommender; one that reads texts reads those of the catalogue as it is now."""
     if name == _SIMILAR["text"]:
-        data = replace(data, dataset=replace(data.dataset, items=dict(items)))
+        # What was removed and has been chosen keeps its text; `Classic` lists only what the catalogue has.
+        data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
     model = make(name, parameters, seed=seed)
     model.fit(data)
     rates = name in RATERS

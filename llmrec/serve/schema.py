@@ -5,6 +5,7 @@ Bodies are strict: a key that is not known is refused, so that a misspelt option
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, model_validator
@@ -25,6 +26,7 @@ LONGEST_TEXT = 4000
 # so is what nobody sees.
 _C = r"\x00-\x1f\x7f-\x9f"
 NAME = rf"^[^{_C}]*[^{_C}\s][^{_C}]*$"
+_VISIBLE = re.compile(rf"[^{_C}\s]")
 _SEEN = rf"^[^\x00]*[^{_C}\s][^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=NAME)]
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
@@ -33,7 +35,10 @@ _FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, patte
 # Keys of another form are refused; pydantic itself does not say so in a schema.
 _CLOSED: Any = {"additionalProperties": False}
 Fields = Annotated[dict[_FieldName, Prose], Field(max_length=50, json_schema_extra=_CLOSED)]
-_Values: TypeAlias = Annotated[dict[Id, list[Prose]], Field(max_length=20, json_schema_extra=_CLOSED)]
+_Values: TypeAlias = Annotated[dict[Id, list[_Words]], Field(max_length=20, json_schema_extra=_CLOSED)]
+_SomeValues: TypeAlias = Annotated[
+    dict[Id, Annotated[list[_Words], Field(min_length=1)]], Field(max_length=20, json_schema_extra=_CLOSED)
+]
 
 
 def _no_text(value: object) -> object:
@@ -73,7 +78,7 @@ class ItemText(_Body):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        if self.item_id is None and not (self.title or "").strip():
+        if self.item_id is None and not _VISIBLE.search(self.title or ""):
             raise PydanticCustomError("nameless", "give an item_id or a title")
         return self
 
@@ -99,7 +104,7 @@ class Rules(_Body):
     that lists several values, with commas between them, matches by any of these.
     """
 
-    only: _Values = {}
+    only: _SomeValues = {}
     without: _Values = {}
     block: Annotated[list[Id], Field(max_length=MOST_ITEMS)] = []
     quotas: Annotated[list[Quota], Field(max_length=10)] = []
@@ -426,7 +431,7 @@ class RerankBody(BaseModel):
 
     model: str | None = None
     query: _Words
-    documents: Annotated[list[Prose | dict[str, JsonValue]], Field(min_length=1, max_length=MOST_DOCUMENTS)]
+    documents: Annotated[list[_Words | dict[str, JsonValue]], Field(min_length=1, max_length=MOST_DOCUMENTS)]
     top_n: Annotated[int, Field(ge=1), _NUMBER] | None = None
     return_documents: _Bool = False
 

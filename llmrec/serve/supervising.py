@@ -100,7 +100,13 @@ class Supervisor:
 
     def written(self, question: Question, request: RankRequest, heard: Callable[[str], None]) -> Reply:
         """Put a question about one request whose text is handed out as it is written; see `Engine.written`."""
-        return self._with(lambda engine: engine.written(question, request, heard))
+        begun = threading.Event()
+
+        def noted(piece: str) -> None:
+            begun.set()
+            heard(piece)
+
+        return self._with(lambda engine: engine.written(question, request, noted), lambda: not begun.is_set())
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
         """Return what a model reads; see `Engine.prompt`."""
@@ -132,7 +138,7 @@ class Supervisor:
         if engine is not None:
             engine.close()
 
-    def _with(self, call: Callable[[Engine], _T]) -> _T:
+    def _with(self, call: Callable[[Engine], _T], again: Callable[[], bool] = lambda: True) -> _T:
         while True:
             engine = self._engine
             if engine is None:
@@ -142,7 +148,7 @@ class Supervisor:
                 return call(engine)
             except EngineLost:
                 # One that was replaced meanwhile is not lost, and its place is taken.
-                if self._gone(engine):
+                if self._gone(engine) or not again():
                     raise
 
     def _follow(self, engine: Engine) -> None:

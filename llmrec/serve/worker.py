@@ -151,7 +151,11 @@ class Engine:
         with self._lock:
             self._send(("written", question, request))
             while isinstance(found := self._receive(), str):
-                heard(found)
+                try:
+                    heard(found)
+                except Exception:
+                    # What is left on the line would be taken for the answer to the next question.
+                    log.exception("nobody hears what is written")
         if isinstance(found, LlmrecError):
             raise found
         assert isinstance(found, Reply)

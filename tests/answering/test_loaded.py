@@ -121,6 +121,17 @@ def test_every_family_answers(rec: Loaded) -> None:
         rec.rate("k03", history=history, model="popularity")
 
 
+def test_a_plain_model_with_a_table_of_items(llama_folder: Path, tmp_path: Path) -> None:
+    from tests.answering.rank_cases import items_csv
+
+    with llmrec.load(str(llama_folder), items=items_csv(tmp_path), backend="hf", dtype="float32") as plain:
+        assert plain.models == ("model",)
+        assert len(plain.rank(history=["1"], k=3)) == 3
+        assert plain.similar(["1"], k=2, by="text")
+        with raises(DataError, Facts(kind="unsupported", column="by")):
+            plain.similar(["1"])
+
+
 def test_a_file_of_questions(rec: Loaded, run: Path, tmp_path: Path) -> None:
     asked = [
         {"id": "a", "user_id": "u01", "history": [{"item_id": "k01", "rating": 5}], "item": "k03"},
