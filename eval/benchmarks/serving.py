@@ -83,11 +83,24 @@ def serving(run: str, store: Path, *options: str) -> Iterator[Service]:
         process.wait(120)
 
 
-def load(service: Service, path: str, bodies: Sequence[Any], clients: int, seconds: float, folder: Path) -> np.ndarray:
-    """Let clients ask for some seconds; returns time, status and milliseconds of every answer, shape (n, 3)."""
+def load(
+    service: Service,
+    path: str,
+    bodies: Sequence[Any],
+    clients: int,
+    seconds: float,
+    folder: Path,
+    *,
+    pause: float = 0.0,
+) -> np.ndarray:
+    """Let clients ask for some seconds, with a pause behind each answer.
+
+    Returns:
+        Time, status and milliseconds of every answer, shape (n, 3).
+    """
     log = folder / "answers.log"
     log.unlink(missing_ok=True)
-    settings = {"path": path, "bodies": list(bodies), "log": str(log)}
+    settings = {"path": path, "bodies": list(bodies), "log": str(log), "wait": pause}
     command = [LOCUST, "-f", str(LOAD), "--headless", "-u", str(clients), "-r", str(clients)]
     command += ["-t", f"{seconds:.0f}s", "--host", service.url, "--only-summary", "--stop-timeout", "70"]
     subprocess.run(
@@ -149,7 +162,11 @@ def workload(kind: str, run: str, folder: Path, seconds: float, batch: int) -> d
 
 
 def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
-    """Ask five times as much as is answered in time, for minutes; returns refusals and memory by the minute."""
+    """Ask five times as much as there is room for; returns refusals, and memory every quarter of a minute.
+
+    A crowd that asks again at once is the worst there is, and takes the processor for refusals; one that waits for a
+    second, as Retry-After says at least, is what clients that can read it are like.
+    """
     options = ("--models", "tuned", "--room", "32", "--timeout", "30")
     with serving(run, folder / "overload.sqlite", *options) as service:
         path, bodies = questions(service, "decoder")
@@ -164,12 +181,14 @@ def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
         watching = threading.Thread(target=watch)
         watching.start()
         crowd = load(service, path, bodies, 5 * 32, 60 * minutes, folder)
+        patient = load(service, path, bodies, 5 * 32, 30, folder, pause=1.0)
         ended.set()
         watching.join()
         return {
             "minutes": minutes,
             "without": alone,
             "crowd": told(crowd),
+            "patient_crowd": told(patient),
             "megabytes": memory,
             "growth": (float(np.mean(memory[-4:]) / np.mean(memory[3:7]) - 1) if len(memory) > 8 else None),
         }
@@ -180,11 +199,12 @@ def broken(run: str, folder: Path) -> dict[str, Any]:
     with serving(run, folder / "broken.sqlite", "--models", "tuned") as service:
         begun = time.monotonic()
         items = httpx.get(f"{service.url}/v1/items?limit=10").json()["items"]
-        event = {"user_id": "load", "item_id": items[0]["item_id"]}
         sent, ended = [0], threading.Event()
 
         def send() -> None:
             while not ended.is_set():
+                # A user's history is handed out up to a thousand events.
+                event = {"user_id": f"load-{sent[0] % 20}", "item_id": items[0]["item_id"]}
                 answer = httpx.post(f"{service.url}/v1/events", json={"events": [event]}, timeout=30)
                 sent[0] += answer.status_code == 200
 
@@ -200,7 +220,8 @@ def broken(run: str, folder: Path) -> dict[str, Any]:
         after = httpx.post(f"{service.url}/v1/rank", json=body, timeout=60).status_code
         ended.set()
         sending.join()
-        kept = len(httpx.get(f"{service.url}/v1/users/load").json()["history"])
+        users = [httpx.get(f"{service.url}/v1/users/load-{n}").json() for n in range(20)]
+        kept = sum(len(user["history"]) for user in users)
         return {
             "start_seconds": killed - begun,
             "status_after_kill": status,
@@ -245,8 +266,8 @@ def main() -> None:
     runs: Mapping[str, str] = {"decoder": given.decoder, "titles": given.titles, "generation": given.titles}
     parts: dict[str, Any] = {}
     for kind, run in runs.items():
-        for batch in (32, 1):
-            parts[f"{kind}/{batch}"] = lambda kind=kind, run=run, batch=batch: workload(
+        for way, batch in (("batched", 32), ("alone", 1)):
+            parts[f"{kind}_{way}"] = lambda kind=kind, run=run, batch=batch: workload(
                 kind, run, folder, given.seconds, batch
             )
     parts["overload"] = lambda: overload(given.decoder, folder, given.minutes)

@@ -24,6 +24,7 @@ log = logging.getLogger("llmrec.serve")
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, made by `llmrec serve-key`.")
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+_THIS = re.compile(r"(localhost|127\.0\.0\.1|::1|\[::1\])(:[0-9]{1,5})?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 # Of a number of bytes; Python itself refuses to read thousands.
 _DIGITS = 18
@@ -174,7 +175,7 @@ class SameOrigin:
                 await _refuse(send, 403, "unsafe", "the request comes from a page of another site")
                 return
             local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
-            if local and host.rpartition(":")[0] not in _LOCAL and host not in _LOCAL and host != "":
+            if local and host and not _THIS.fullmatch(host):
                 await _refuse(send, 403, "unsafe", "this service answers to localhost alone; start it with --host")
                 return
         await self._app(scope, receive, send)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ SIMILAR, POPULAR = "similar", "popular"
 """Verbs of models that stand beside those with names."""
 # How long an engine that is to end may take before it is killed, in seconds.
 _PATIENCE = 10.0
+# How much the engine lets others go first, as `nice` counts it.
+_NICE = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +236,9 @@ def _work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -
     """Open the models, and answer until there is nobody left to ask."""
     # An interrupt at the terminal goes to all processes, and the one that serves decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A model that computes leaves a refusal, and the health of the service, their moment of the processor.
+    with suppress(OSError):
+        os.nice(_NICE)
     try:
         models = open_models(decided(options), names)
         for model in models.opened.values():

@@ -82,7 +82,7 @@ def test_lists_of_texts_are_fields_whatever_holds_them() -> None:
         assert llmrec.check(RECIPE, data=ROWS, items=frame).cases["sequential"] == 10
 
 
-@pytest.mark.parametrize("kind", ["pandas", "datasets"])
+@pytest.mark.parametrize("kind", ["pandas", pytest.param("datasets", marks=pytest.mark.slow)])
 def test_a_run_over_frames_is_the_run_over_files(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ROWS.write_parquet("rows.parquet")

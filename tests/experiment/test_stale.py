@@ -93,7 +93,7 @@ CHANGES = {
 
 
 # The others are slow: each is two runs, and most of them are also among the `FIELDS` below.
-ALWAYS = ("seed", "template", "candidates", "backend", "users")
+ALWAYS = ("seed", "candidates")
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def open_fake(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
 
 def work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
     """What runs in the engine's process."""
-    setattr(worker, "open_models", open_fake)  # noqa: B010
+    vars(worker).update(open_models=open_fake, decided=lambda options: options)
     worker._work(line, options, names)
 
 

@@ -275,7 +275,7 @@ def test_a_caller_who_goes_away_while_answered_harms_nobody(engine: FakeEngine) 
 
 def test_what_is_late_is_given_up_and_the_next_is_answered(engine: FakeEngine) -> None:
     async def work() -> None:
-        async with running(engine, window=0.0, most=1, patience=0.2) as batcher:
+        async with running(engine, window=0.0, most=1, patience=2.0) as batcher:
             engine.free.clear()
             asked = [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(3)]
             found = await asyncio.gather(*asked, return_exceptions=True)
@@ -409,7 +409,7 @@ def test_nothing_grows_with_the_number_of_questions(engine: FakeEngine) -> None:
     sizes: list[int] = []
 
     async def work() -> None:
-        async with running(engine, window=0.0, most=16, room=64, patience=5.0) as batcher:
+        async with running(engine, window=0.0, most=16, room=64, patience=600.0) as batcher:
 
             async def client(n: int) -> None:
                 # Each fifth asks a kind of its own, and each seventh goes away.

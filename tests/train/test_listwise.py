@@ -173,7 +173,7 @@ def test_steps_of_lists_are_as_full_as_they_may_be(count: int, prompt: int) -> N
 # --------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("loss", ["softmax", "lambda"])
+@pytest.mark.parametrize("loss", [pytest.param("softmax", marks=pytest.mark.slow), "lambda"])
 def test_it_learns_what_is_chosen(loss: Any, llama_folder: Path, tmp_path: Path) -> None:
     steps, rows = planned(llama_folder, 40, 400)
     section = ModelSection(name=str(llama_folder), dtype="float32")

@@ -1,0 +1,240 @@
+"""One list, whoever asks for it: a service, `llmrec.load` and `llmrec rank` agree to the last digit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import polars as pl
+import pytest
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+pytest.importorskip("fastapi", reason="the serve extra is not installed")
+
+import llmrec
+from llmrec import pipeline
+from llmrec.answering.loaded import Loaded, Scored
+from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.run import rank_file
+from llmrec.commands.rank.users import rank_users
+from llmrec.commands.serve.options import ServeOptions
+from llmrec.commands.serve.run import make_service
+from llmrec.recipe.load import load_recipe
+from llmrec.serve.app import make_app
+from llmrec.serve.gates import Door
+from tests.answering.rank_cases import jsonl, lines, options
+from tests.answering.test_ranking_fused import SMALL
+from tests.serve.served import Served, listening, wait_ready
+
+CLASSIC = ["popularity", "item-knn", "markov-1", "markov"]
+List = list[tuple[str, float]]
+
+
+@pytest.fixture(scope="module")
+def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained for two steps, with the fusions that it weighed."""
+    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL])
+    return pipeline.run(recipe, tmp_path_factory.mktemp("same") / "r", quiet=True).folder
+
+
+@pytest.fixture(scope="module")
+def url(run: Path) -> Iterator[str]:
+    service = make_service(ServeOptions(model=str(run), backend="hf", dtype="float32", batch=4))
+    with listening(make_app(service, Door())) as (url,):
+        wait_ready(url)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def rec(run: Path) -> Iterator[Loaded]:
+    with llmrec.load(str(run), backend="hf", dtype="float32") as found:
+        yield found
+
+
+def questions(count: int, *, candidates: int = 0) -> list[dict[str, Any]]:
+    """Return questions about made-up histories, the same each time."""
+    drawn = random.Random(5)
+    names = [f"k{n:02d}" for n in range(1, 41)]
+    return [
+        {"id": f"r{n}", "history": drawn.sample(names, drawn.randint(1, 6))}
+        | ({"candidates": drawn.sample(names, candidates)} if candidates else {})
+        for n in range(count)
+    ]
+
+
+def over_http(url: str, asked: Sequence[dict[str, Any]], *, together: bool = True, **more: Any) -> list[List]:
+    """Ask all at the same time, so that they go to the engine together, or one after the other."""
+
+    def one(question: dict[str, Any]) -> List:
+        found = httpx.post(f"{url}/v1/rank", json={"k": 1000, **question, **more}, timeout=120)
+        assert found.status_code == 200, found.text
+        return [(item["item_id"], item["score"]) for item in found.json()["items"]]
+
+    with ThreadPoolExecutor(8 if together else 1) as pool:
+        return list(pool.map(one, asked))
+
+
+def batched(url: str, asked: Sequence[dict[str, Any]], **more: Any) -> list[List]:
+    body = {"requests": [{"k": 1000, **question, **more} for question in asked]}
+    found = httpx.post(f"{url}/v1/rank/batch", json=body, timeout=120).json()["answers"]
+    return [[(item["item_id"], item["score"]) for item in each["items"]] for each in found]
+
+
+def in_python(rec: Loaded, asked: Sequence[dict[str, Any]], **more: Any) -> list[List]:
+    def plain(found: list[Scored]) -> List:
+        return [(each.item_id, each.score) for each in found]
+
+    return [plain(rec.rank(**{"k": 1000, **question, **more})) for question in asked]
+
+
+def in_frame(rec: Loaded, asked: list[dict[str, Any]], **more: Any) -> list[List]:
+    found = rec.rank(asked, **{"k": 1000, **more})
+    lists: dict[str, List] = {question["id"]: [] for question in asked}
+    for row in found:
+        assert row["error"] is None
+        lists[row["id"]].append((row["item_id"], row["score"]))
+    return list(lists.values())
+
+
+def in_file(run: Path, folder: Path, asked: list[Any], **changes: Any) -> list[List]:
+    target = folder / "out.jsonl"
+    rank_file(options(run, jsonl(folder / "in.jsonl", asked), target, **changes))
+    return [list(zip(line["items"], line["scores"], strict=True)) for line in lines(target)]
+
+
+def agree(*found: list[List]) -> None:
+    """Check that all are the same, to the last digit."""
+    first = found[0]
+    assert all(each for each in first)
+    for n, other in enumerate(found[1:], start=1):
+        assert other == first, n
+
+
+def agree_nearly(first: list[List], *found: list[List]) -> None:
+    """Check that items and order are the same, but for what the rounding of float32 says of scores.
+
+    Prompts that are read together are multiplied in other shapes than one that is read alone.
+    """
+    for n, other in enumerate(found):
+        for expected, given in zip(first, other, strict=True):
+            assert dict(given) == pytest.approx(dict(expected), rel=1e-5), n
+            scores = [score for _, score in given]
+            assert scores == sorted(scores, reverse=True), n
+
+
+# --------------------------------------------------------------------------- candidates
+
+
+def test_a_model_gives_one_list_of_candidates(url: str, rec: Loaded, run: Path, tmp_path: Path) -> None:
+    asked = questions(9, candidates=7)
+    agree(
+        in_file(run, tmp_path, asked),
+        over_http(url, asked),
+        over_http(url, asked, together=False, model="tuned"),
+        batched(url, asked),
+        in_python(rec, asked),
+        in_frame(rec, asked),
+    )
+
+
+@pytest.mark.parametrize("strategy", ["likelihood", "likelihood-prior", "pairwise", "two-step"])
+def test_every_strategy_gives_one_list(
+    url: str, rec: Loaded, run: Path, tmp_path: Path, strategy: str, served: Served
+) -> None:
+    asked = questions(4, candidates=4)
+    kinds = httpx.get(f"{url}/v1/models").json()["models"][0]["strategies"]
+    # The toy of the other tests was tuned on a family of more strategies.
+    address, folder = (url, run) if strategy in kinds else (served.url, served.run)
+    first = in_file(folder, tmp_path, asked, strategy=strategy, batch=1)
+    agree(first, over_http(address, asked, strategy=strategy, together=False))
+    agree_nearly(first, over_http(address, asked, strategy=strategy), batched(address, asked, strategy=strategy))
+    if folder is run:
+        agree(first, in_python(rec, asked, strategy=strategy))
+
+
+@pytest.mark.parametrize("model", CLASSIC)
+def test_a_classic_model_gives_one_list_of_candidates(url: str, rec: Loaded, model: str) -> None:
+    asked = questions(9, candidates=7)
+    agree(
+        over_http(url, asked, model=model),
+        batched(url, asked, model=model),
+        in_python(rec, asked, model=model),
+        in_frame(rec, asked, model=model),
+    )
+
+
+@pytest.mark.parametrize(("model", "fuse"), [("fusion", "baselines"), ("fusion-model", "model")])
+def test_a_fusion_gives_one_list_of_candidates(
+    url: str, rec: Loaded, run: Path, tmp_path: Path, model: str, fuse: str
+) -> None:
+    asked = questions(9, candidates=7)
+    agree(
+        in_file(run, tmp_path, asked, fuse=fuse, batch=64),
+        over_http(url, asked, model=model),
+        over_http(url, asked, model=model, together=False),
+        batched(url, asked, model=model),
+        in_python(rec, asked, model=model),
+        in_frame(rec, asked, model=model),
+    )
+
+
+# --------------------------------------------------------------------------- the whole catalogue
+
+
+@pytest.mark.parametrize("model", ["tuned", *CLASSIC, "fusion", "fusion-model"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"k": 5},
+        {"k": 40, "exclude_seen": False},
+        {"k": 5, "rules": {"only": {"brand": ["Brindal", "Orlune"]}, "quotas": [{"field": "category", "most": 1}]}},
+    ],
+    ids=["k", "seen", "rules"],
+)
+def test_a_model_gives_one_list_of_the_catalogue(url: str, rec: Loaded, model: str, more: dict[str, Any]) -> None:
+    asked = questions(5)
+    first = in_python(rec, asked, model=model, **more)
+    agree(first, over_http(url, asked, model=model, together=False, **more))
+    # What reads no prompt does not depend on who else asks.
+    same = agree_nearly if model in ("tuned", "fusion-model") else agree
+    same(
+        first,
+        over_http(url, asked, model=model, **more),
+        batched(url, asked, model=model, **more),
+        in_frame(rec, asked, model=model, **more),
+    )
+
+
+def test_a_model_that_searches_gives_one_list_of_the_catalogue(served: Served, tmp_path: Path) -> None:
+    asked = questions(5)
+    with llmrec.load(str(served.run), backend="hf", dtype="float32") as rec:
+        agree(
+            in_file(served.run, tmp_path, asked, candidates="all", top=10, beams=20, batch=1),
+            over_http(served.url, asked, together=False, k=10),
+            in_python(rec, asked, k=10),
+        )
+    agree_nearly(over_http(served.url, asked, k=10), batched(served.url, asked, k=10))
+
+
+@pytest.mark.parametrize("model", ["tuned", "markov", "fusion", "fusion-model"])
+def test_every_user_is_given_the_list_that_the_service_gives(
+    url: str, rec: Loaded, run: Path, tmp_path: Path, model: str
+) -> None:
+    target = tmp_path / "lists.parquet"
+    rank_users(
+        RankOptions(
+            model=str(run), backend="hf", dtype="float32", quiet=True, all_users=True, to=str(target), by=model, top=6
+        )
+    )
+    table = pl.read_parquet(target).sort("user_id", "rank")
+    assert table["error"].null_count() == len(table)
+    users = table["user_id"].unique().sort().to_list()[:6]
+    in_table = [list(table.filter(pl.col("user_id") == user).select("item_id", "score").iter_rows()) for user in users]
+    by_user = [{"id": user, "user_id": user} for user in users]
+    in_rec = [[(each.item_id, each.score) for each in rec.rank(user=user, id=user, k=6, model=model)] for user in users]
+    agree(in_rec, over_http(url, by_user, together=False, k=6, model=model))
+    (agree_nearly if model in ("tuned", "fusion-model") else agree)(in_rec, in_table)
