@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution lint docs openapi pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote check-sources suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution lint docs openapi pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -42,7 +42,9 @@ help:
 	@echo "make bench-rating     heads and tokens as ratings on MovieLens-100K, three seeds, eval/results/rating_heads.json"
 	@echo "make bench-cold       items of Amazon Toys that nobody chose before the test, eval/results/cold.json"
 	@echo "make bench-remote     ask a server that fails on purpose, and kill the client, eval/results/remote.json"
+	@echo "make bench-schema     ask a service whatever its OpenAPI document allows and does not, eval/results/serve_schema.json"
 	@echo "make bench-prefixes   what ranking strategies read where prompts begin alike, eval/results/prefixes.json"
+	@echo "make bench-serving    load a service with locust, break and swap its engine, eval/results/serving.json"
 	@echo "make check-sources DATA=FOLDER   read copies of published sets of yours and compare their counts"
 	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
@@ -119,6 +121,14 @@ bench-rating: setup
 
 bench-remote: setup
 	$(BIN)/python -m eval.benchmarks.remote eval/results/remote.json $(ARGS)
+
+# SCHEMATHESIS names an executable in an environment of its own; RUN a run to serve in place of a toy.
+bench-schema: setup
+	$(BIN)/python -m eval.benchmarks.serve_schema eval/results/serve_schema.json $(if $(RUN),--run $(RUN)) $(ARGS)
+
+# LOCUST names the load tool, of an environment of its own; ARGS="--titles RUN --decoder RUN" two runs.
+bench-serving: setup
+	$(BIN)/python -m eval.benchmarks.serving eval/results/serving.json $(ARGS)
 
 bench-prefixes: setup
 	$(BIN)/python -m eval.benchmarks.prefixes eval/results/prefixes.json

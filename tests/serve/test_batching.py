@@ -207,12 +207,12 @@ def test_who_was_let_in_is_not_harmed_by_five_times_too_much(engine: FakeEngine)
 
 def test_a_queue_that_could_not_be_answered_in_time_refuses_before_it_is_full(engine: FakeEngine) -> None:
     async def work() -> None:
-        async with running(engine, window=0.0, most=1, room=10_000, patience=1.0) as batcher:
-            engine.seconds = 0.3
+        async with running(engine, window=0.0, most=1, room=10_000, patience=3.0) as batcher:
+            engine.seconds = 0.5
             await batcher.ask(RANK, request("measures"))
             asked = [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(100)]
             found = outcomes(await asyncio.gather(*asked, return_exceptions=True))
-            assert found.count("Full") > 80 and found[0] == "0"
+            assert found.count("Full") > 60 and found[0] == "0"
 
     within(30, work)
 
@@ -296,7 +296,7 @@ def test_an_engine_that_hangs_is_ended(engine: FakeEngine) -> None:
             engine.fault = EngineLost("it was killed", kind="failed")
             engine.free.set()
 
-        async with running(engine, window=0.0, patience=0.1, hangs=end) as batcher:
+        async with running(engine, window=0.0, patience=0.5, hangs=end) as batcher:
             engine.free.clear()
             with pytest.raises(TooLate):
                 await batcher.ask(RANK, request("hangs"))
