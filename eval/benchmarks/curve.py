@@ -1,0 +1,57 @@
+"""The validation curve of a run that is trained, or was: ``python -m eval.benchmarks.curve RUN TARGET.json``.
+
+It reads the training log alone, so that a run which has not ended, or was ended early, can be told of as far as it got.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+from llmrec.recipe.load import load_recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("target", type=Path)
+    given = parser.parse_args()
+    recipe = load_recipe(str(given.run / "recipe.yaml"))
+    lines = (given.run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    looks = [
+        {
+            "step": row["step"],
+            "ndcg": row["valid_ndcg"],
+            "loss": sum(row["valid_loss"].values()),
+            "seconds": row["seconds"],
+        }
+        for row in rows
+        if row.get("valid_ndcg") is not None
+    ]
+    best = max(looks, key=lambda look: look["ndcg"])
+    judge = recipe.train.judge
+    found = {
+        "kind": "curve",
+        "recipe": recipe.name,
+        "command": f"python -m eval.benchmarks.curve {given.run} {given.target}",
+        "users": judge.users if judge else None,
+        "patience": judge.patience if judge else None,
+        "planned_steps": recipe.train.steps,
+        "steps": rows[-1]["step"],
+        "hours": rows[-1]["seconds"] / 3600,
+        "looks": looks,
+        "best": best,
+        "ended": (given.run / "train.json").is_file(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(given.target, found)
+    print(f"{given.target}: {len(looks)} looks, best {best['ndcg']:.4f} at step {best['step']}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
