@@ -87,11 +87,12 @@ def main() -> None:
     parser.add_argument("--run", default="")
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--examples", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=SEED)
     chosen = parser.parse_args()
     tool = os.environ.get("SCHEMATHESIS", "schemathesis")
     with tempfile.TemporaryDirectory() as name, serving(chosen.run, Path(name)) as service:
         before = counted(service)
-        found = asked(tool, service, Path(name), chosen.seconds, chosen.examples)
+        found = asked(tool, service, Path(name), chosen)
         answers = counted(service) - before
     statuses: Counter[str] = Counter()
     for (_, status), count in answers.items():
@@ -128,11 +129,12 @@ def serving(run: str, folder: Path) -> Iterator[Running]:
         yield service
 
 
-def asked(tool: str, service: Running, folder: Path, seconds: int, examples: int) -> dict[str, Any]:
+def asked(tool: str, service: Running, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """Have schemathesis ask, and return what it reports."""
     config, report = folder / "schemathesis.toml", folder / "report.json"
-    config.write_text(_CONFIG.format(hooks=json.dumps(str(HOOKS)), seconds=seconds, examples=examples))
-    command = [tool, "--config-file", str(config), "run", f"{service.url}/openapi.json", "--seed", str(SEED)]
+    settings = {"hooks": json.dumps(str(HOOKS)), "seconds": chosen.seconds, "examples": chosen.examples}
+    config.write_text(_CONFIG.format(**settings), encoding="utf-8")
+    command = [tool, "--config-file", str(config), "run", f"{service.url}/openapi.json", "--seed", str(chosen.seed)]
     command += ["-H", f"Authorization: Bearer {service.key}"]
     command += ["--report", "json", "--report-json-path", str(report), "--no-color"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -68,6 +68,10 @@ class Fuser:
         """Whether a language model is one of the parts."""
         return any(part.baseline is None for part in self._fused.parts)
 
+    def seen(self, request: RankRequest) -> frozenset[str]:
+        """Return the items of a request's history under the data's ids."""
+        return frozenset(event.item_id for event in self._naming.known(request)[0])
+
     @property
     def identity(self) -> dict[str, object]:
         """Everything that decides how rankings are joined."""

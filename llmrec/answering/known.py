@@ -5,8 +5,10 @@ Items and past events come from the run's data or the exported folder, and from 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ from numpy.typing import NDArray
 from llmrec.answering.requests import catalogue
 from llmrec.answering.rules import Rules
 from llmrec.data.codes import codes
+from llmrec.data.dataset import Dataset
+from llmrec.data.hashing import digest_strings
 from llmrec.data.sources.table import load
+from llmrec.data.split import time_order
 from llmrec.errors import DataError, did_you_mean
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.fusion.carried import carried
@@ -24,7 +29,9 @@ from llmrec.recipe.load import load_recipe
 from llmrec.types import Event, Item
 
 # Rule sets whose allowed items are remembered for one state of the catalogue.
-_REMEMBERED = 64
+_REMEMBERED = 8
+# As seconds, the year 5138; as milliseconds, 1973.
+_MILLISECONDS = 1e11
 
 
 class Catalogue:
@@ -126,17 +133,17 @@ class Histories:
     times: NDArray[np.float64]
 
     @classmethod
-    def of(cls, interactions: pl.DataFrame) -> Histories:
-        """Sort a table of interactions by user and time; rows without a time stand first, in the table's order."""
-        names, rows = codes(interactions["user_id"])
-        times = interactions["timestamp"].cast(pl.Float64).fill_null(np.nan).to_numpy()
-        order = np.lexsort((np.where(np.isnan(times), -np.inf, times), rows))
+    def of(cls, dataset: Dataset, seed: int) -> Histories:
+        """Sort interactions by user and time, those of one moment as a split with this seed does."""
+        frame = dataset.interactions[time_order(dataset, seed)]
+        names, rows = codes(frame["user_id"])
+        order = np.argsort(rows, kind="stable")
         return cls(
             users=names,
             starts=np.searchsorted(rows[order], np.arange(len(names) + 1)),
-            items=interactions["item_id"].gather(order),
-            ratings=interactions["rating"].cast(pl.Float64).fill_null(np.nan).to_numpy()[order],
-            times=times[order],
+            items=frame["item_id"].gather(order),
+            ratings=frame["rating"].cast(pl.Float64).fill_null(np.nan).to_numpy()[order],
+            times=frame["timestamp"].cast(pl.Float64).fill_null(np.nan).to_numpy()[order],
         )
 
     @classmethod
@@ -144,6 +151,20 @@ class Histories:
         """Return those of nobody."""
         empty = pl.Series(dtype=pl.String)
         return cls(empty, np.zeros(1, dtype=np.int64), empty, np.empty(0), np.empty(0))
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash over all of them."""
+        found = hashlib.sha256(digest_strings([*self.users.to_list(), *self.items.cast(pl.String).to_list()]).encode())
+        for numbers in (self.starts, self.ratings, self.times):
+            found.update(numbers.tobytes())
+        return found.hexdigest()[:32]
+
+    @property
+    def per_second(self) -> float:
+        """Units of time in a second: 1, or 1,000 where times are so large that they can only be milliseconds."""
+        latest = float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0
+        return 1000.0 if latest > _MILLISECONDS else 1.0
 
     def of_user(self, user_id: str) -> list[Event]:
         """Return a user's events; none of a user who is not known."""
@@ -191,13 +212,13 @@ def known_of(folder: str, items: Path | None) -> Known:
     bundle = bundles.read(folder)
     if bundle.run is None:
         brought = carried(Path(bundle.folder), seed=bundle.seed)
-        past = Histories.none() if brought is None else Histories.of(brought.dataset.interactions)
+        past = Histories.none() if brought is None else Histories.of(brought.dataset, bundle.seed)
         return Known(catalogue(bundle, items) or {}, past)
     recipe = load_recipe(str(bundle.run / "recipe.yaml"))
     data = load(recipe.data, seed=recipe.seed)
     found = data.items if items is None else catalogue(bundle, items)
     store = bundle.run / "features"
-    return Known(found or {}, Histories.of(data.interactions), (store,) if store.is_dir() else ())
+    return Known(found or {}, Histories.of(data, recipe.seed), (store,) if store.is_dir() else ())
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> DataError:

@@ -6,14 +6,15 @@ itself: `listing` says how deep to ask, is sent what came of it, and returns the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules, deep_enough
-from llmrec.data.requests import RankRequest
+from llmrec.data.requests import RankRequest, told_event
 from llmrec.errors import DataError
-from llmrec.types import Item, Ranking, Unparsed
+from llmrec.types import Event, Item, Ranking, Unparsed
 
 # What is looked through where a list is to be diverse or keeps quotas, before more is asked for.
 _DEEP = 50
@@ -43,7 +44,8 @@ def ruled(
     request = replace(request, keep_seen=not exclude_seen)
     if not rules:
         return request
-    own = {item.item_id: item for item in request.candidates}
+    # What the catalogue says of an item holds, whatever a request says of it.
+    own = {item.item_id: items.get(item.item_id, item) for item in request.candidates}
     left = rules.allowed(own) if own else allowed(rules)
     kept = tuple(item for item in request.candidates if item.item_id in left)
     if not (kept if own else left):
@@ -73,15 +75,36 @@ def listing(
         found = yield depth
         if isinstance(found.answer, Unparsed):
             raise DataError(found.answer.reason, kind="failed")
-        names, scores = found.answer.items, found.answer.scores
-        known = {**items, **{item.item_id: item for item in request.candidates}} if rules else items
-        chosen = rules.arrange(list(zip(names, scores, strict=True)), known, k)
-        if len(chosen) >= k or request.candidates or len(names) < depth or depth >= most:
+        given = {item.item_id: item for item in request.candidates}
+        # An engine may know an item that was put or removed a moment ago, about which nobody has asked the rules.
+        pairs = [
+            (name, score)
+            for name, score in zip(found.answer.items, found.answer.scores, strict=True)
+            if name in given or (name in items and name not in request.barred)
+        ]
+        known = {name: given.get(name) or items[name] for name, _ in pairs} if rules else items
+        chosen = rules.arrange(pairs, known, k)
+        if len(chosen) >= k or request.candidates or len(found.answer.items) < depth or depth >= most:
             break
         depth = min(most, depth * _DEEPER)
-    titles = dict(zip(names, found.titles, strict=True))
+    titles = dict(zip(found.answer.items, found.titles, strict=True))
     answer = replace(found.answer, items=tuple(name for name, _ in chosen), scores=tuple(score for _, score in chosen))
     return replace(found, answer=answer, titles=tuple(titles[name] for name, _ in chosen))
+
+
+def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
+    """Return a user's events of the data and those since, oldest first; one that is in both stands there once.
+
+    Events without a time are older than all that have one.
+    """
+    both = {(event.item_id, event.timestamp) for event in past}
+    every = [*past, *(event for event in since if (event.item_id, event.timestamp) not in both)]
+    return sorted(every, key=lambda event: -math.inf if event.timestamp is None else event.timestamp)
+
+
+def history_of(events: Sequence[Event], items: Mapping[str, Item]) -> list[dict[str, object]]:
+    """Return a known user's history as a request has it; items that the catalogue has no more are left out."""
+    return [told_event(event) for event in events if event.item_id in items]
 
 
 def is_cold(request: RankRequest) -> bool:

@@ -20,20 +20,19 @@ import pyarrow as pa
 from llmrec.answering.about import value_of
 from llmrec.answering.checks import decided
 from llmrec.answering.known import Catalogue, Known, known_of
-from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
+from llmrec.answering.listing import history_of, is_cold, listing, ranking_of, ruled
 from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
 from llmrec.answering.opening import Models, open_models
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
 from llmrec.data.frames import as_arrow, like
-from llmrec.data.requests import RankRequest, read_request, told_event
+from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError
 from llmrec.types import Unparsed
 
 __all__ = ["Loaded", "Scored", "load"]
 
-_EVENTS = 200
 _KEYS = ("id", "user_id", "history", "candidates", "profile")
 # Requests that are asked together, where a frame has many.
 _TOGETHER = 64
@@ -77,7 +76,7 @@ def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
 
 
 class Loaded:
-    """Models that are open; made by `load`. Several threads may ask it, which then wait for each other.
+    """Models that are open; made by `load`. Threads may ask it; those that ask a language model wait for each other.
 
     Args:
         options: What was asked for.
@@ -141,6 +140,17 @@ class Loaded:
             raise found
         return _scored(found)
 
+    @property
+    def users(self) -> list[str]:
+        """The users of the run's data, sorted."""
+        found: list[str] = self._known.histories.users.to_list()
+        return found
+
+    @property
+    def histories(self) -> str:
+        """A hash over what the users of the run's data did."""
+        return self._known.histories.digest
+
     def signature(self, model: str | None = None) -> str:
         """Return what changes with everything that can change an answer, but for the question."""
         return self._models.get(model).signature
@@ -190,7 +200,7 @@ class Loaded:
         known = {key: record[key] for key in _KEYS if record.get(key) is not None}
         if "history" not in known and "user_id" in known:
             events = self._known.histories.of_user(str(known["user_id"]))
-            known["history"] = [told_event(event) for event in events if event.item_id in self._models.items][-_EVENTS:]
+            known["history"] = history_of(events, self._models.items)
         return read_request(known, row, self._models.items or None, whole="candidates" not in known)
 
     def _lists(self, requests: Sequence[RankRequest], asked: _Wanted) -> list[Answered | LlmrecError]:

@@ -34,6 +34,11 @@ RANK = "rank"
 """The verb of lists; the others are names of families."""
 
 _LEAST_BEAMS = 20
+MOST_SEARCHED = 160
+"""Items of a catalogue that a language model returns at most: a search takes seconds, and grows with them."""
+
+MOST_ORDERED = 200
+"""Candidates that a language model orders in one question."""
 _NOTHING = "no item of the catalogue is left to rank"
 # Candidates that a language model or a fusion with one orders, where it cannot search the catalogue itself.
 _RETRIEVED = 50
@@ -108,14 +113,22 @@ class LanguageModel:
     @property
     def signature(self) -> str:
         """See `AnsweringModel`."""
-        return _signed(**self.base.identity)
+        finder = None if self._fallback is None else self._fallback.signature
+        return _signed(finder=finder, **self.base.identity)
 
     def rank(self, requests: Sequence[RankRequest], *, depth: int, strategy: str = "auto") -> list[Answered]:
         """See `AnsweringModel`."""
         found: dict[int, Answered] = {}
-        given = [n for n, request in enumerate(requests) if request.candidates]
+        for n, request in enumerate(requests):
+            if len(request.candidates) > MOST_ORDERED:
+                reason = (
+                    f"{len(request.candidates)} candidates are more than the {MOST_ORDERED} that a language model "
+                    "orders at once; let a classic recommender or a fusion choose among them first"
+                )
+                found[n] = Answered(answer=Unparsed(request_id=request.id, reason=reason), notes=request.notes)
+        given = [n for n, request in enumerate(requests) if request.candidates and n not in found]
         if given:
-            way = self._way(candidates="file", strategy=strategy)
+            way = self._way(candidates="file", strategy=self.base.options.strategy if strategy == "auto" else strategy)
             found.update(zip(given, way.answer([requests[n] for n in given]), strict=True))
         rest = [n for n in range(len(requests)) if n not in found]
         if rest:
@@ -189,7 +202,7 @@ class LanguageModel:
         if self._fallback is None:
             reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run, whose data finds them"
             return [Answered(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
-        retrieved = self._fallback.rank(requests, depth=max(depth, _RETRIEVED))
+        retrieved = self._fallback.rank(requests, depth=min(MOST_ORDERED, max(depth, _RETRIEVED)))
         filled = [_with(request, each, self.base.items) for request, each in zip(requests, retrieved, strict=True)]
         found = iter(self.rank([each for each in filled if each.candidates], depth=depth, strategy=strategy))
         return [
@@ -356,9 +369,11 @@ class Fused:
     def _filled(self, request: RankRequest, depth: int) -> RankRequest:
         """Give candidates to a request about the whole catalogue."""
         if self._model is not None and self._finder is not None:
-            return _with(request, self._finder.rank([request], depth=max(depth, _RETRIEVED))[0], self._items)
-        seen = set() if request.keep_seen else {past.item.item_id for past in request.history}
-        out = request.barred | seen
+            return _with(
+                request, self._finder.rank([request], depth=min(MOST_ORDERED, max(depth, _RETRIEVED)))[0], self._items
+            )
+        seen = frozenset() if request.keep_seen else self._fuser.seen(request)
+        out = request.barred | seen | {past.item.item_id for past in request.history if not request.keep_seen}
         return replace(request, candidates=tuple(item for name, item in self._items.items() if name not in out))
 
 

@@ -236,7 +236,16 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
 
 
 def _in_time_order(dataset: Dataset, seed: int, *, moments: bool) -> pl.DataFrame:
-    """Return the interactions, the oldest first.
+    """Return the interactions in the order of `time_order`."""
+    return (
+        dataset.interactions
+        if not dataset.has_time
+        else dataset.interactions[time_order(dataset, seed, moments=moments)]
+    )
+
+
+def time_order(dataset: Dataset, seed: int, *, moments: bool = False) -> NDArray[np.integer]:
+    """Return the places of the interactions, the oldest first; data without times is in order as it stands.
 
     Args:
         dataset: Holds them.
@@ -245,7 +254,7 @@ def _in_time_order(dataset: Dataset, seed: int, *, moments: bool) -> pl.DataFram
     """
     frame = dataset.interactions
     if not dataset.has_time:
-        return frame
+        return np.arange(frame.height)
     times = frame["timestamp"].fill_null(-np.inf).to_numpy()
     order = np.argsort(times, kind="stable")
     tied = _tied(times[order], None if moments else codes(frame["user_id"])[1][order])
@@ -256,7 +265,7 @@ def _in_time_order(dataset: Dataset, seed: int, *, moments: bool) -> pl.DataFram
         # Ratings and texts only order repeats of one pair within one moment.
         keys = [rows["timestamp"], pl.Series("_tie", tie), *rows.select(*PAIR, "rating", "text")]
         order[tied] = order[tied][pl.DataFrame(keys).with_row_index("_row").sort(pl.exclude("_row"))["_row"].to_numpy()]
-    return frame[order]
+    return order
 
 
 def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ from llmrec.serve.failures import answer_failures, failure, said
 from llmrec.serve.forms import document_text, told
 from llmrec.serve.gates import BodyLimit, Door, Measured, Plain, SameOrigin, json_alone
 from llmrec.serve.metrics import Metrics
+from llmrec.serve.schema_rerank import RerankAnswer, RerankBody, RerankResult
 from llmrec.serve.service import Service
 from llmrec.types import Item
 
@@ -219,7 +220,7 @@ def _questions(service: Service, door: Door) -> APIRouter:
     # Cohere's client of its second version asks the one, its first version and Jina's the other.
     @router.post("/v2/rerank", operation_id="rerank_v2")
     @router.post("/v1/rerank", operation_id="rerank_v1")
-    async def rerank(request: Request, body: schema.RerankBody) -> schema.RerankAnswer:
+    async def rerank(request: Request, body: RerankBody) -> RerankAnswer:
         """Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history."""
         return await _while_there(request, _reranked(service, body))
 
@@ -313,16 +314,16 @@ def _event(name: str, data: Any) -> str:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def _reranked(service: Service, body: schema.RerankBody) -> schema.RerankAnswer:
+async def _reranked(service: Service, body: RerankBody) -> RerankAnswer:
     model, places, usage = await service.rerank(body)
     texts = [document_text(each) for each in body.documents]
     results = [
-        schema.RerankResult(
+        RerankResult(
             index=place, relevance_score=score, document={"text": texts[place]} if body.return_documents else None
         )
         for place, score in places[: body.top_n]
     ]
-    return schema.RerankAnswer(
+    return RerankAnswer(
         id=service.next_id(),
         model=model,
         results=results,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from llmrec.data.reading.limits import ID_LIMIT
@@ -17,7 +17,6 @@ MOST_EVENTS = 1000
 """Events of a history in one request."""
 MOST_CANDIDATES = 2000
 MOST_BATCH = 64
-MOST_DOCUMENTS = 1000
 MOST_ITEMS = 1000
 """Items put, events added or found in one call."""
 LONGEST_TEXT = 4000
@@ -30,14 +29,14 @@ _VISIBLE = re.compile(rf"[^{_C}\s]")
 _SEEN = rf"^[^\x00]*[^{_C}\s][^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=NAME)]
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
-_Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
+Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
 _FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME)]
 # Keys of another form are refused; pydantic itself does not say so in a schema.
 _CLOSED: Any = {"additionalProperties": False}
 Fields = Annotated[dict[_FieldName, Prose], Field(max_length=50, json_schema_extra=_CLOSED)]
-_Values: TypeAlias = Annotated[dict[Id, list[_Words]], Field(max_length=20, json_schema_extra=_CLOSED)]
+_Values: TypeAlias = Annotated[dict[Id, list[Words]], Field(max_length=20, json_schema_extra=_CLOSED)]
 _SomeValues: TypeAlias = Annotated[
-    dict[Id, Annotated[list[_Words], Field(min_length=1)]], Field(max_length=20, json_schema_extra=_CLOSED)
+    dict[Id, Annotated[list[Words], Field(min_length=1)]], Field(max_length=20, json_schema_extra=_CLOSED)
 ]
 
 
@@ -48,9 +47,9 @@ def _no_text(value: object) -> object:
     return value
 
 
-_NUMBER = BeforeValidator(_no_text)
-_Float = Annotated[float, Field(allow_inf_nan=False), _NUMBER]
-_Bool = Annotated[bool, Field(strict=True)]
+NUMBER = BeforeValidator(_no_text)
+_Float = Annotated[float, Field(allow_inf_nan=False), NUMBER]
+Bool = Annotated[bool, Field(strict=True)]
 
 
 class _Body(BaseModel):
@@ -94,7 +93,7 @@ class Quota(_Body):
     """At most so many items of a list share a value of a field."""
 
     field: Id
-    most: Annotated[int, Field(ge=1, le=1000), _NUMBER]
+    most: Annotated[int, Field(ge=1, le=1000), NUMBER]
 
 
 class Rules(_Body):
@@ -108,7 +107,7 @@ class Rules(_Body):
     without: _Values = {}
     block: Annotated[list[Id], Field(max_length=MOST_ITEMS)] = []
     quotas: Annotated[list[Quota], Field(max_length=10)] = []
-    diversity: Annotated[float, Field(ge=0.0, le=1.0), _NUMBER] = 0.0
+    diversity: Annotated[float, Field(ge=0.0, le=1.0), NUMBER] = 0.0
 
 
 class _About(_Body):
@@ -119,7 +118,7 @@ class _About(_Body):
     user_id: Id | None = None
     history: Annotated[list[Id | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
     profile: Prose = ""
-    show_prompt: Annotated[_Bool, Field(description="Return what the model read, too.")] = False
+    show_prompt: Annotated[Bool, Field(description="Return what the model read, too.")] = False
 
 
 class RankBody(_About):
@@ -130,10 +129,10 @@ class RankBody(_About):
     )
 
     candidates: Annotated[list[Id | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
-    k: Annotated[int, Field(ge=1, le=1000), _NUMBER] = 10
+    k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
-    exclude_seen: _Bool = True
-    rationale: Annotated[int, Field(ge=0, le=20, description="A sentence on each of so many first items."), _NUMBER] = 0
+    exclude_seen: Bool = True
+    rationale: Annotated[int, Field(ge=0, le=20, description="A sentence on each of so many first items."), NUMBER] = 0
     rules: Rules = Rules()
 
 
@@ -163,7 +162,7 @@ class SimilarBody(_Body):
     by: Annotated[
         Literal["interactions", "text"], Field(description="Chosen together, or described in like words.")
     ] = "interactions"
-    k: Annotated[int, Field(ge=1, le=1000), _NUMBER] = 10
+    k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     rules: Rules = Rules()
 
 
@@ -183,7 +182,7 @@ class NewItem(_Body):
     """An item of the catalogue."""
 
     item_id: Id
-    title: _Words
+    title: Words
     fields: Fields = {}
 
 
@@ -413,42 +412,3 @@ class Ready(BaseModel):
 
     ready: bool
     models: list[str]
-
-
-# --------------------------------------------------------------------------- rerank, as Cohere and Jina have it
-
-
-class RerankBody(BaseModel):
-    """Texts in, order out: the form of Cohere (v2) and of Jina.
-
-    Keys that these have and llmrec does not are passed by.
-    """
-
-    model_config = ConfigDict(
-        extra="ignore",
-        json_schema_extra={"examples": [{"query": "Toy Story (1995)", "documents": ["Aladdin (1992)", "Heat (1995)"]}]},
-    )
-
-    model: str | None = None
-    query: _Words
-    documents: Annotated[list[_Words | dict[str, JsonValue]], Field(min_length=1, max_length=MOST_DOCUMENTS)]
-    top_n: Annotated[int, Field(ge=1), _NUMBER] | None = None
-    return_documents: _Bool = False
-
-
-class RerankResult(BaseModel):
-    """One text."""
-
-    index: int
-    relevance_score: float = Field(description="In [0, 1]; the scores of all texts add to 1.")
-    document: dict[str, str] | None = None
-
-
-class RerankAnswer(BaseModel):
-    """Texts, best first."""
-
-    id: str
-    model: str
-    results: list[RerankResult]
-    usage: dict[str, int]
-    meta: dict[str, JsonValue]

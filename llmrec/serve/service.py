@@ -15,17 +15,19 @@ from typing import Any
 from uuid import uuid4
 
 from llmrec.answering.known import Catalogue, Known, known_of, unknown
-from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
+from llmrec.answering.listing import history_of, is_cold, listing, merged, ranking_of, ruled
 from llmrec.answering.models import RANK
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
 from llmrec.augment.stores import forget
-from llmrec.data.requests import RankRequest, read_request, told_event
+from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, did_you_mean
+from llmrec.guard import clean
 from llmrec.serve import schema
 from llmrec.serve.batching import Batcher
 from llmrec.serve.forms import card_of, document_text, entry_of, list_of, ranked, shares, since, usage_of
+from llmrec.serve.schema_rerank import RerankBody
 from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.serve.supervising import Supervisor
 from llmrec.serve.worker import POPULAR, SIMILAR, Card, EngineLost, Question, Reply
@@ -33,8 +35,8 @@ from llmrec.types import Answer, Event, Item, Probability, Ranking, Rating, Text
 
 log = logging.getLogger(__name__)
 
-_EVENTS = 200
-"""Latest events of a user that a question shows a model."""
+_CONTEXT = frozenset({"review", "feature", "headline", "rating"})
+"""What a question may tell a family besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,7 @@ class Service:
         finally:
             asking.cancel()
 
-    async def rerank(self, body: schema.RerankBody) -> tuple[str, list[tuple[int, float]], schema.Usage]:
+    async def rerank(self, body: RerankBody) -> tuple[str, list[tuple[int, float]], schema.Usage]:
         """Order texts by what a model expects after a query: its lines are the titles of a history.
 
         Returns:
@@ -210,17 +212,16 @@ class Service:
         """
         texts = [document_text(document) for document in body.documents]
         history = [{"title": line} for line in body.query.splitlines() if line.strip()]
-        # Equal texts are asked about once, and share their place.
-        ids = {text: str(place) for place, text in reversed(list(enumerate(texts)))}
-        candidates = [{"item_id": place, "title": text} for text, place in ids.items()]
+        # Texts are no items of the catalogue, whatever it calls its own: they go by their titles, and equal ones once.
+        candidates = [{"title": text} for text in dict.fromkeys(texts)]
         request = read_request({"history": history, "candidates": candidates}, 1, None)
         model = body.model if body.model in {card.name for card in self.engine.cards} else None
         reply = await self._ask(Question(model=model, verb=RANK), request)
         found = list_of(reply)
         assert reply.card is not None and isinstance(found.answer, Ranking)
         share = dict(zip(found.answer.items, shares(found.answer.scores, reply.card), strict=True))
-        order = sorted(range(len(texts)), key=lambda place: (-share[ids[texts[place]]], place))
-        scores = [(place, share[ids[texts[place]]]) for place in order]
+        order = sorted(range(len(texts)), key=lambda place: (-share[clean(texts[place])], place))
+        scores = [(place, share[clean(texts[place])]) for place in order]
         total = sum(score for _, score in scores) or 1.0
         return reply.card.name, [(place, score / total) for place, score in scores], usage_of(found.answer.cost)
 
@@ -249,7 +250,7 @@ class Service:
         """
         for event in body.events:
             self.catalogue.get(event.item_id)
-        now = time.time()
+        now = time.time() * self._known.histories.per_second
         events = [
             StoredEvent(
                 user_id=event.user_id,
@@ -310,8 +311,10 @@ class Service:
                 await asyncio.to_thread(self.engine.replace)
             except LlmrecError as error:
                 raise EngineLost(f"what answered before answers on: {error}", kind=error.kind) from error
-            self._known, self.catalogue = known, Catalogue(known.items)
-            self.catalogue.change(*_changes(self.store))
+            catalogue = Catalogue(known.items)
+            async with self._changing:
+                catalogue.change(*await asyncio.to_thread(_changes, self.store))
+                self._known, self.catalogue = known, catalogue
 
     async def _change(self, put: Sequence[Item], removed: Sequence[str]) -> None:
         self.catalogue.change(put, removed)
@@ -336,8 +339,7 @@ class Service:
         history: list[Any] = [entry_of(each) for each in body.history or ()]
         if body.history is None and body.user_id is not None:
             events = await asyncio.to_thread(self._events, body.user_id)
-            known = [event for event in events if event.item_id in self.catalogue.items]
-            history = [told_event(event) for event in known[-_EVENTS:]]
+            history = list(history_of(events, self.catalogue.items))
         record: dict[str, object] = {
             "id": body.id,
             "user_id": body.user_id,
@@ -354,12 +356,7 @@ class Service:
             Event(item_id=event.item_id, rating=event.rating, timestamp=event.timestamp)
             for event in self.store.events_of(user_id)
         ]
-        if self.store.erased(user_id):
-            return since
-        past = self._known.histories.of_user(user_id)
-        # A folder that was refreshed knows events of the store as well.
-        both = {(event.item_id, event.timestamp) for event in past}
-        return [*past, *(event for event in since if (event.item_id, event.timestamp) not in both)]
+        return since if self.store.erased(user_id) else merged(self._known.histories.of_user(user_id), since)
 
     def _check_model(self, name: str | None) -> None:
         names = [card.name for card in self.engine.cards]
@@ -399,6 +396,12 @@ class Service:
         begun = time.monotonic()
         if isinstance(body.item, str) and self.catalogue.items:
             self.catalogue.get(body.item)
+        if strange := sorted(body.context.keys() - _CONTEXT):
+            raise DataError(
+                f"context: {strange[0]!r} is nothing that a family is told; it may have {', '.join(sorted(_CONTEXT))}",
+                kind="unknown-key",
+                column="context",
+            )
         request = replace(await self._request(body, candidates=[body.item]), context=dict(body.context))
         question = Question(model=body.model, verb=family)
         if heard is None:

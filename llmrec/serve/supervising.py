@@ -176,7 +176,9 @@ class Supervisor:
         while not self._closed.is_set():
             try:
                 old = self._put()
-            except LlmrecError as error:
+            except Exception as problem:
+                # Memory or processes may be short for a moment, which is no reason to give up either.
+                error = problem if isinstance(problem, LlmrecError) else EngineLost(str(problem), kind="exhausted")
                 self.fault = error
                 if self.hopeless is not None and self.starts == 1 and not isinstance(error, EngineLost):
                     # A model, a file or an option cannot be used: waiting does not change that.

@@ -234,8 +234,10 @@ def _lost() -> EngineLost:
 
 def _work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
     """Open the models, and answer until there is nobody left to ask."""
-    # An interrupt at the terminal goes to all processes, and the one that serves decides when this one ends.
+    # An interrupt at the terminal goes to all processes, as does what systemd sends at the end, and the one that serves
+    # decides when this one ends. What this one starts hears the latter as ever: handlers are not inherited.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     # A model that computes leaves a refusal, and the health of the service, their moment of the processor.
     with suppress(OSError):
         os.nice(_NICE)

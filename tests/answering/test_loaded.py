@@ -245,3 +245,84 @@ def test_a_refresh_does_not_write_over_other_files(run: Path, tmp_path: Path) ->
     with raises(DataError, Facts(kind="exists", column="--out")):
         refresh(RefreshOptions(model=str(run), events=str(events), out=mine))
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+
+
+# --------------------------------------------------------------------------- what a hostile reading found
+
+
+def test_known_users_have_the_order_of_the_split(rec: Loaded) -> None:
+    data = rec._models.data
+    assert data is not None
+    for user in data.users()[:20]:
+        learned = [event.item_id for event in data.train_events(user)]
+        assert [event.item_id for event in rec._known.histories.of_user(user)][: len(learned)] == learned
+
+
+def test_a_refreshed_folder_has_every_user_in_order(run: Path, tmp_path: Path) -> None:
+    # The new event is the oldest of all.
+    events = _csv(tmp_path / "new.csv", "user_id,item_id,timestamp\nu01,k40,1\n")
+    refresh(RefreshOptions(model=str(run), events=str(events), out=tmp_path / "out"))
+    rows = pl.read_parquet(tmp_path / "out" / "interactions.parquet")
+    times = rows["timestamp"].to_list()
+    assert times == sorted(times) and rows.filter(pl.col("user_id") == "u01")["item_id"][0] == "k40"
+
+
+def test_a_refresh_leaves_old_rows_alone(run: Path, tmp_path: Path) -> None:
+    with llmrec.load(str(run), backend="hf") as found:
+        before = len(found._known.histories.items)
+    events = _csv(tmp_path / "new.csv", "user_id,item_id,timestamp\nu01,k40,1\nu01,k40,1\n")
+    told = refresh(RefreshOptions(model=str(run), events=str(events), out=tmp_path / "out"))
+    assert told["new events"] == "1" and told["interactions"] == f"{before + 1:,}"
+
+
+@pytest.mark.parametrize("model", ["tuned", "popularity", "item-knn", "markov"])
+def test_histories_by_title_are_seen_too(rec: Loaded, model: str) -> None:
+    titles = [rec._models.items[item].title for item in ("k01", "k02")]
+    found = rec.rank(history=[{"title": title} for title in titles], k=40, model=model)
+    assert not {each.item_id for each in found} & {"k01", "k02"}
+
+
+def test_a_request_cannot_say_what_rules_look_at(rec: Loaded) -> None:
+    item = next(item for item in rec._models.items.values() if item.fields)
+    name, value = next(iter(item.fields.items()))
+    with raises(DataError, Facts(kind="empty", column="rules")):
+        rec.rank(
+            history=["k01"],
+            candidates=[{"item_id": item.item_id, name: "something else"}],
+            rules={"without": {name: [value]}},
+        )
+
+
+def test_more_candidates_than_a_language_model_orders(rec: Loaded) -> None:
+    many = [{"title": f"thing {n}"} for n in range(300)]
+    with raises(DataError, Facts(kind="failed", says="200")):
+        rec.rank(history=["k01"], candidates=many)
+    assert len(rec.rank(history=["k01"], candidates=many, model="popularity", k=5)) == 5
+
+
+def test_outputs_of_others_are_not_written_over(run: Path, tmp_path: Path) -> None:
+    mine = _csv(tmp_path / "mine.csv", "keep")
+    with raises(DataError, Facts(kind="exists", column="--to")):
+        rank_users(RankOptions(model=str(run), all_users=True, to=str(mine), by="popularity", backend="hf"))
+    asked = jsonl(tmp_path / "q.jsonl", [{"item": "k01"}])
+    for out in (asked, jsonl(tmp_path / "other.jsonl", [{}])):
+        with raises(DataError, Facts(kind="exists", column="--out")):
+            predict_file(PredictOptions(requests=asked, out=out, model=str(run), family="rating", backend="hf"))
+    theirs = tmp_path / "theirs.db"
+    with closing(sqlite3.connect(theirs)) as database, database:
+        database.execute("CREATE TABLE recommendations (what TEXT)")
+    (tmp_path / "theirs.db.summary.json").write_text("{}")
+    with raises(DataError, Facts(kind="exists", column="--to")):
+        rank_users(
+            RankOptions(model=str(run), all_users=True, to=str(theirs), by="popularity", backend="hf", quiet=True)
+        )
+    with raises(DataError, Facts(kind="contradiction", column="--retrieve")):
+        rank_users(RankOptions(model=str(run), all_users=True, to=str(tmp_path / "x.csv"), retrieve="markov"))
+
+
+def test_questions_of_known_users_bring_their_history(rec: Loaded, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    asked = jsonl(tmp_path / "q.jsonl", [{"user_id": "u01", "item": "k03"}])
+    told = {"model": str(run), "family": "rating", "backend": "hf", "dtype": "float32", "quiet": True}
+    predict_file(PredictOptions(requests=asked, out=out, **told))
+    assert lines(out)[0]["value"] == rec.rate("k03", user="u01")

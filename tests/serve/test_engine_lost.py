@@ -151,6 +151,19 @@ def test_a_question_that_fails_takes_neither_others_nor_the_engine_with_it(
     assert faked.service.engine.pid == pid
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_all_processes_are_sent_does_not_end_the_engine(faked: Faked, number: signal.Signals) -> None:
+    """The service answers what was asked before it ends, and needs the engine for that."""
+    pid = faked.service.engine.pid
+    assert pid is not None
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(ask, faked, "sleep 0.6")
+        time.sleep(0.3)
+        os.kill(pid, number)
+        assert listed(slow.result()) == list(ITEMS)
+    assert faked.service.engine.pid == pid
+
+
 def test_what_fails_beside_questions_leaves_the_engine_alive(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = faked.service.engine.pid
     with pytest.raises(LlmrecError) as caught:

@@ -135,3 +135,12 @@ def test_jinas_documents_stay_away_when_they_are_not_wanted(served: Served) -> N
     found = jina(served, model=JINA, query=QUERY, documents=DOCUMENTS, top_n=1, return_documents=False)
     (only,) = found["results"]
     assert only.get("document") is None and 0 < only["relevance_score"] <= 1
+
+
+def test_documents_are_no_items_of_the_catalogue(served: Served) -> None:
+    documents = [f"Nonsense {letter}" for letter in "ABCD"]
+    for model in ("popularity", "item-knn"):
+        body = {"model": model, "query": "Whatever", "documents": documents}
+        found = httpx.post(f"{served.url}/v1/rerank", json=body).json()["results"]
+        # Nobody has chosen any of them, so they stay as they were given.
+        assert [each["index"] for each in found] == [0, 1, 2, 3], model

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
 from llmrec.answering.about import about_families, answer_about, value_of, way_about
 from llmrec.answering.checks import decided
+from llmrec.answering.known import Histories, known_of
+from llmrec.answering.listing import history_of
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.commands.predict.options import PredictOptions
+from llmrec.commands.rank.outputs import check_out, write_summary
 from llmrec.commands.rank.progress import RankBar
 from llmrec.data.reading.ranked import Predicted, write_records
 from llmrec.data.reading.request_file import Raw, kind_of, open_requests
@@ -32,6 +34,7 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
         LlmrecError: If nothing can be answered, because a file, a model or an option cannot be used.
     """
     kind_of(options.out)
+    check_out(options.out, (options.requests, options.items), option="--out", by="predict")
     source = open_requests(options.requests)
     stored = options.out.with_name(options.out.name + ".answers.sqlite")
     asked = RecommenderOptions(
@@ -44,11 +47,12 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
         RankBar(total, quiet=options.quiet) as bar,
     ):
         family = _family(recommender, options.family)
+        known = known_of(options.model, options.items).histories
         way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
         records: list[Predicted] = []
         rows = islice(source, total)
         while raws := list(islice(rows, options.batch)):
-            read = [_read(raw, len(records) + n, recommender) for n, raw in enumerate(raws, start=1)]
+            read = [_read(raw, len(records) + n, recommender, known) for n, raw in enumerate(raws, start=1)]
             able = [request for request in read if isinstance(request, RankRequest)]
             with recommender.asked(way.strategy) as backend:
                 encoder = recommender.encoder
@@ -60,10 +64,9 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
             bar.advance(len(raws))
         write_records(options.out, records, Predicted)
         digest = recommender.weights[:12]
-    for path in options.out.parent.glob(f"{stored.name}*"):
-        with suppress(FileNotFoundError):
-            path.unlink()
-    return {
+    for ending in ("", "-wal", "-shm", "-journal"):
+        stored.with_name(stored.name + ending).unlink(missing_ok=True)
+    told = {
         "family": family,
         "template": way.template,
         "strategy": way.strategy,
@@ -72,6 +75,8 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
         "failed": f"{failed:,}",
         "file": str(options.out),
     }
+    write_summary(options.out, dict(told))
+    return told
 
 
 def _family(recommender: Recommender, asked: str) -> str:
@@ -93,7 +98,8 @@ def _family(recommender: Recommender, asked: str) -> str:
     return known[0]
 
 
-def _read(raw: Raw, number: int, recommender: Recommender) -> RankRequest | Unparsed:
+def _read(raw: Raw, number: int, recommender: Recommender, known: Histories) -> RankRequest | Unparsed:
+    """Read a question; a user of the run's data who comes without a history has the one that the data knows."""
     request_id = identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
         return Unparsed(request_id=request_id, reason=raw.error)
@@ -101,6 +107,8 @@ def _read(raw: Raw, number: int, recommender: Recommender) -> RankRequest | Unpa
         return Unparsed(request_id=request_id, reason="there is no 'item'; name the item that is asked about")
     context = {key: str(raw.record[key]) for key in _CONTEXT if raw.record.get(key) is not None}
     record = {key: value for key, value in raw.record.items() if key not in ("item", *_CONTEXT)}
+    if record.get("history") is None and record.get("user_id") is not None:
+        record["history"] = history_of(known.of_user(str(record["user_id"])), recommender.items or {})
     try:
         request = read_request({**record, "candidates": [raw.record["item"]]}, number, recommender.items)
     except DataError as error:

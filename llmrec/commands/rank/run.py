@@ -14,6 +14,7 @@ from typing import Any
 
 from llmrec.answering.recommender import Answered, Recommender
 from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.outputs import check_out
 from llmrec.commands.rank.progress import RankBar, Tally, summary_of
 from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_records
 from llmrec.data.reading.request_file import Raw, RequestFile, kind_of, open_requests
@@ -90,7 +91,9 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
     Raises:
         LlmrecError: If nothing can be ranked, because a file, a model or an option cannot be used.
     """
-    _check_out(options)
+    kind_of(options.target)
+    reads = (options.source, options.items)
+    check_out(options.target, reads, option="--out", by="rank", parts=options.parts)
     budget = Budget()
     with budget.stage("start"):
         source = open_requests(options.source)
@@ -115,27 +118,6 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
             log.warning("%s is complete already; --restart ranks again", options.target)
         _remove(options.parts)
     return summary
-
-
-def _check_out(options: RankOptions) -> None:
-    """Refuse to write over anything but an earlier ranking.
-
-    Raises:
-        DataError: If the output cannot be written there.
-    """
-    out = options.target
-    kind_of(out)
-    if out.is_dir():
-        raise DataError(f"--out {out} is a folder; name a file", kind="unreadable", at=out)
-    for given in (options.source, options.items):
-        if given is not None and given.exists() and given.resolve() == out.resolve():
-            raise DataError(f"--out {out} is one of the files that are read; name another", kind="exists", at=out)
-    if out.exists() and not options.summary.exists() and not options.parts.exists():
-        raise DataError(
-            f"--out {out} exists and was not written by `llmrec rank`; remove it, or name another file",
-            kind="exists",
-            at=out,
-        )
 
 
 def _check_titled(options: RankOptions, source: RequestFile, recommender: Recommender) -> None:

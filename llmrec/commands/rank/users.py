@@ -22,6 +22,7 @@ from llmrec.answering.loaded import Loaded
 from llmrec.answering.opening import open_models
 from llmrec.answering.options import RecommenderOptions
 from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.outputs import check_out, write_summary
 from llmrec.commands.rank.progress import RankBar
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, require
@@ -34,6 +35,10 @@ TABLE = "recommendations"
 _PART = 256
 _DATABASES = (".db", ".sqlite", ".sqlite3")
 _COLUMNS = ("user_id", "rank", "item_id", "title", "score", "error")
+_TABLE_COLUMNS = (
+    "SELECT column_name FROM information_schema.columns WHERE table_schema = current_schema() "
+    f"AND table_name = '{TABLE}' ORDER BY ordinal_position"
+)
 
 
 def rank_users(options: RankOptions) -> Mapping[str, str]:
@@ -44,11 +49,13 @@ def rank_users(options: RankOptions) -> Mapping[str, str]:
     """
     if options.to is None:
         raise DataError("--all-users takes --to: a file or a database", kind="missing-key", column="--to")
+    _refuse_others(options)
     to = options.to
     kind = _kind(to)
+    if "://" not in to:
+        check_out(Path(to), (options.items,), option="--to", by="rank --all-users", parts=_parts(to))
     k = options.top or 10
-    users = known_of(options.model, options.items).histories.users.to_list()[: options.limit]
-    if not users:
+    if not len(known_of(options.model, options.items).histories.users):
         raise DataError(
             f"--all-users: {options.model} knows no users; name a run folder, whose data has them",
             kind="empty",
@@ -57,18 +64,24 @@ def rank_users(options: RankOptions) -> Mapping[str, str]:
     given = RecommenderOptions(**{name.name: getattr(options, name.name) for name in fields(RecommenderOptions)})
     asked = decided(given)
     with locked(_parts(to), _own), Loaded(asked, open_models(asked, [options.by] if options.by else ())) as rec:
-        signature = rec.signature()
-        key = key_of(signature=signature, k=k, users=users)
-        paths = list(_ranked(rec, users, _parts(to), key, k, quiet=options.quiet))
+        users, signature = rec.users[: options.limit], rec.signature()
+        asks = {name.name: repr(getattr(asked, name.name)) for name in fields(RecommenderOptions)}
+        key = key_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
+        if options.restart:
+            for path in _parts(to).glob("part-*.parquet"):
+                path.unlink()
+        paths = list(_ranked(rec, users, _parts(to), key, k, options.strategy, quiet=options.quiet))
         table = pa.concat_tables([pq.read_table(path) for path in paths])
         _write(kind, to, table)
+        failed = int(table.num_rows - table["error"].null_count)
+        if "://" not in to:
+            write_summary(Path(to), {"model": signature, "users": len(users), "rows": table.num_rows, "failed": failed})
         for path in paths:
             path.unlink()
     _parts(to).joinpath(LOCK).unlink(missing_ok=True)
     # What somebody else put there stays, and the folder with it.
     with suppress(OSError):
         _parts(to).rmdir()
-    failed = int(table.num_rows - table["error"].null_count)
     return {
         "model": f"{options.by or rec.models[0]} ({signature})",
         "users": f"{len(users):,}",
@@ -78,7 +91,26 @@ def rank_users(options: RankOptions) -> Mapping[str, str]:
     }
 
 
-def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, *, quiet: bool) -> Iterator[Path]:
+def _refuse_others(options: RankOptions) -> None:
+    """Refuse options that say nothing about lists for every user.
+
+    Raises:
+        DataError: If there is one.
+    """
+    plain = RankOptions(model=options.model)
+    for name in ("requests", "out", "fuse", "retrieve", "rationale", "candidates", "settings", "template", "task"):
+        if getattr(options, name) != getattr(plain, name):
+            option = {"requests": "--in", "settings": "--set"}.get(name, f"--{name}")
+            raise DataError(
+                f"{option} says nothing about --all-users, which ranks the catalogue with --by; drop one of them",
+                kind="contradiction",
+                column=option,
+            )
+
+
+def _ranked(
+    rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, strategy: str, *, quiet: bool
+) -> Iterator[Path]:
     """Yield files of lists, a part of the users each; a part that is there already is not ranked again."""
     with RankBar(len(users), quiet=quiet) as bar:
         for start in range(0, len(users), _PART):
@@ -87,7 +119,7 @@ def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, *
             if path.is_file():
                 bar.skip(len(part))
             else:
-                found = rec.rank([{"id": user, "user_id": user} for user in part], k=k)
+                found = rec.rank([{"id": user, "user_id": user} for user in part], k=k, strategy=strategy)
                 made = pa.Table.from_pylist([{name: row[name] for name in _COLUMNS} for row in found], schema=_SCHEMA)
                 with replacing(path) as draft:
                     pq.write_table(made, draft)
@@ -151,6 +183,7 @@ def _write_sqlite(path: Path, table: pa.Table) -> None:
     try:
         with closing(sqlite3.connect(path)) as database, database:
             database.execute("BEGIN IMMEDIATE")
+            _check_table(path, database)
             database.execute(f"DROP TABLE IF EXISTS {TABLE}")
             database.execute(
                 f"CREATE TABLE {TABLE} (user_id TEXT, rank INTEGER, item_id TEXT, title TEXT, score REAL, error TEXT)"
@@ -161,12 +194,35 @@ def _write_sqlite(path: Path, table: pa.Table) -> None:
         raise DataError(f"--to {path}: {error}", kind="unreadable", at=path, column="--to") from None
 
 
+def _check_table(path: Path, database: sqlite3.Connection) -> None:
+    """Refuse a file that another program marked as its own, and a table that is not one of these lists.
+
+    Raises:
+        DataError: If it is somebody else's.
+    """
+    owner = database.execute("PRAGMA application_id").fetchone()[0]
+    columns = tuple(row[1] for row in database.execute(f"PRAGMA table_info({TABLE})"))
+    if owner or columns not in ((), _COLUMNS):
+        what = "belongs to another program" if owner else f"has another table {TABLE!r}"
+        raise DataError(f"--to {path} {what}; name another file", kind="exists", at=path, column="--to")
+
+
 def _write_postgres(url: str, table: pa.Table) -> None:
     dbapi = require("adbc_driver_postgresql.dbapi", "tables")
     try:
         with dbapi.connect(url) as database, database.cursor() as cursor:
+            cursor.execute(_TABLE_COLUMNS)
+            columns = tuple(row[0] for row in cursor.fetchall())
+            if columns not in ((), _COLUMNS):
+                raise DataError(
+                    f"--to {_shown(url)} has another table {TABLE!r}; name another database or schema",
+                    kind="exists",
+                    column="--to",
+                )
             cursor.adbc_ingest(TABLE, table, mode="replace")
             database.commit()
+    except LlmrecError:
+        raise
     except Exception as error:
         # The driver's message may hold the address, and with it a password.
         said = str(error).replace(url, _shown(url)).splitlines()[0]

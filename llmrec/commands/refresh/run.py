@@ -20,10 +20,11 @@ from llmrec.answering.requests import ITEMS
 from llmrec.baselines.parameters import stops_early
 from llmrec.commands.refresh.options import RefreshOptions
 from llmrec.data.assemble import read_items, write_items
-from llmrec.data.dataset import SCHEMA
+from llmrec.data.dataset import SCHEMA, Dataset, conform
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.typed import ids, numbers, times
 from llmrec.data.sources.table import load
+from llmrec.data.split import time_order
 from llmrec.durable import replacing, write_json
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.experiment import bundle as bundles
@@ -59,7 +60,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str]:
     bundle = bundles.read(options.model)
     out = _target(options, bundle)
     before = _before(bundle)
-    after, added = _joined(before, options)
+    after, added = _joined(before, options, bundle.seed)
     fusions = [each.model_copy(update={"reserved": 0.0}) for each in stored.read(bundle.run or Path(bundle.folder))]
     model = Path(bundle.folder)
     with _draft(out) as draft:
@@ -143,7 +144,7 @@ def _before(bundle: Bundle) -> _State:
     return _State(rows.select(_KEPT), dict(found.dataset.items))
 
 
-def _joined(before: _State, options: RefreshOptions) -> tuple[_State, int]:
+def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State, int]:
     """Add new events and items; an event that is known already is not added again.
 
     Raises:
@@ -174,9 +175,12 @@ def _joined(before: _State, options: RefreshOptions) -> tuple[_State, int]:
             kind="unknown-name",
             column="--items",
         )
-    both = pl.concat([rows, new.with_columns(part=pl.lit("train")).select(_KEPT)])
-    after = both.unique(["user_id", "item_id", "timestamp"], keep="first", maintain_order=True)
-    return _State(after, items), after.height - rows.height
+    same = ["user_id", "item_id", "timestamp"]
+    fresh = new.unique(same, keep="first", maintain_order=True).join(rows, on=same, how="anti", nulls_equal=True)
+    both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(_KEPT)])
+    # Who reads a split relies on each user's events being in order, those of one moment as its seed has them.
+    data = Dataset(name="refreshed", noun="items", interactions=conform(both), items=items)
+    return _State(both[time_order(data, seed)], items), fresh.height
 
 
 def _events(path: str) -> pl.DataFrame:
