@@ -729,6 +729,7 @@ function mark() {
 const QUESTIONS = [
   {
     verb: "rate",
+    family: "rating",
     title: "Rate",
     show: ({ rating, scale }) => {
       const ends = scale?.map((end) => SHORT.format(end));
@@ -737,10 +738,11 @@ const QUESTIONS = [
   },
   {
     verb: "predict",
+    family: "ctr",
     title: "Will they like it?",
     show: ({ probability }) => [el("strong", {}, `${SHORT.format(100 * probability)}%`), " likely to like it"],
   },
-  { verb: "explain", title: "Explain", show: ({ text }) => [bdi(text, "prose")] },
+  { verb: "explain", family: "explanation", title: "Explain", show: ({ text }) => [bdi(text, "prose")] },
   { verb: "similar", by: "interactions", title: "Similar: chosen together", show: showSimilar },
   { verb: "similar", by: "text", title: "Similar: described alike", show: showSimilar },
 ];
@@ -759,13 +761,13 @@ function showSimilar({ items }) {
 function detail(side, item) {
   const { signal } = (asking[side] = new AbortController());
   const below = el("div", { class: "answers" });
-  const can = ["similar", ...(cards.get(state.models[side])?.answers ?? [])];
+  const can = cards.get(state.models[side])?.answers ?? [];
   const block = () => {
     $("block").value += `${$("block").value ? "\n" : ""}${item.item_id}`;
     takeControls();
   };
   const tools = [
-    ...QUESTIONS.filter(({ verb }) => can.includes(verb)).map((each) => questionOf(side, item, each, below, signal)),
+    ...QUESTIONS.filter(({ family }) => !family || can.includes(family)).map((each) => questionOf(side, item, each, below, signal)),
     button("Add to the history", () => add(item)),
     button("Block", block),
   ];

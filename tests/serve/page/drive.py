@@ -272,7 +272,7 @@ def _one_item(drive: Drive, page: Any, cards: dict[str, Any]) -> None:
     row.locator(".open").focus()
     page.keyboard.press("Enter")
     assert row.locator(".open").get_attribute("aria-expanded") == "true"
-    names = {"rate": "Rate", "predict": "Will they like it?", "explain": "Explain"}
+    names = {"rating": "Rate", "ctr": "Will they like it?", "explanation": "Explain"}
     shown = row.locator(".verbs button").all_text_contents()
     assert [n for v, n in names.items() if v in card["answers"]] == [n for n in names.values() if n in shown]
     asked = [name for name in shown if name not in ("Add to the history", "Block")]
