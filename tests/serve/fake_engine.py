@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -33,8 +34,12 @@ from llmrec.serve.store import ServiceStore
 from llmrec.types import Item, Ranking
 from tests.serve.served import listening, wait_ready
 
-EVENTS = pl.DataFrame(
-    {"user_id": ["old", "old"], "item_id": ["i0", "i1"], "rating": [4.0, None], "timestamp": [1.0, 2.0]}
+PAST = Histories(
+    users=pl.Series(["old"]),
+    starts=np.array([0, 2]),
+    items=pl.Series(["i0", "i1"]),
+    ratings=np.array([4.0, np.nan]),
+    times=np.array([1.0, 2.0]),
 )
 ITEMS = {f"i{n}": Item(item_id=f"i{n}", title=f"Item {n}") for n in range(8)}
 
@@ -136,7 +141,7 @@ class Faked:
 def faking(folder: Path, patch: pytest.MonkeyPatch, *, door: Door | None = None, **settings: Any) -> Iterator[Faked]:
     """Serve a fake engine over HTTP, and wait until it answers."""
     patch.setattr(worker, "_work", work)
-    known = Known(ITEMS, Histories.of(EVENTS))
+    known = Known(ITEMS, PAST)
     patch.setattr("llmrec.serve.service.known_of", lambda *_: known)
     made = Settings(options=told(folder), **settings)
     service = Service(made, known, ServiceStore.open(str(folder / "store.sqlite")))
