@@ -24,9 +24,11 @@ LONGEST_TEXT = 4000
 # Characters that are no text (NUL, halves of surrogate pairs) and control characters are refused where ids stand, and
 # so is what nobody sees.
 _C = r"\x00-\x1f\x7f-\x9f"
-NAME = rf"^[^{_C}]*[^{_C}\s][^{_C}]*$"
-_VISIBLE = re.compile(rf"[^{_C}\s]")
-_SEEN = rf"^[^\x00]*[^{_C}\s][^\x00]*$"
+# Spelled out: what \s stands for differs between languages.
+_SPACE = r"\x20\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+NAME = rf"^[^{_C}]*[^{_C}{_SPACE}][^{_C}]*$"
+_VISIBLE = re.compile(rf"[^{_C}{_SPACE}]")
+_SEEN = rf"^[^\x00]*[^{_C}{_SPACE}][^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=NAME)]
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
 Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
