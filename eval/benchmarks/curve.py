@@ -35,13 +35,13 @@ def main() -> None:
     best = max(looks, key=lambda look: look["ndcg"])
     judge = recipe.train.judge
     found = {
-        "kind": "curve",
         "recipe": recipe.name,
         "command": f"python -m eval.benchmarks.curve {given.run} {given.target}",
         "users": judge.users if judge else None,
         "patience": judge.patience if judge else None,
         "planned_steps": recipe.train.steps,
         "steps": rows[-1]["step"],
+        "seconds": rows[-1]["seconds"],
         "hours": rows[-1]["seconds"] / 3600,
         "looks": looks,
         "best": best,

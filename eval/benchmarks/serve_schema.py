@@ -9,7 +9,8 @@ The service is that of ``RUN=FOLDER``, or a toy model of two layers over a shop 
 with transformers, behind API keys. What is put and removed goes to a store in a temporary folder.
 
 422 is counted as an answer to a good body, because a question of the right form can have none; that it is not the form
-which is refused is a check of ours, `serve_schema_hooks`. A body beyond the limit is 413, good or bad. Statuses are those that the service itself counted.
+which is refused is a check of ours, `serve_schema_hooks`. A body beyond the limit is 413, good or bad. Statuses are
+those that the service itself counted.
 """
 
 from __future__ import annotations
