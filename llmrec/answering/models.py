@@ -215,7 +215,8 @@ class LanguageModel:
         if not self.base.items or not self.base.searches:
             return None
         # Few widths, so that few searches are set up: powers of two times the least.
-        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(max(1, depth) / _LEAST_BEAMS)))
+        wanted = max(min(depth, MOST_SEARCHED), self.base.options.beams)
+        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(wanted / _LEAST_BEAMS)))
         return self._way(candidates="all", beams=beams)
 
     def _way(self, **changes: Any) -> Recommender:

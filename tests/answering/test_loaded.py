@@ -15,6 +15,7 @@ import pytest
 
 import llmrec
 from llmrec.answering.loaded import Loaded
+from llmrec.answering.models import LanguageModel
 from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.predict.run import predict_file
 from llmrec.commands.rank.options import RankOptions
@@ -298,6 +299,17 @@ def test_more_candidates_than_a_language_model_orders(rec: Loaded) -> None:
     with raises(DataError, Facts(kind="failed", says="200")):
         rec.rank(history=["k01"], candidates=many)
     assert len(rec.rank(history=["k01"], candidates=many, model="popularity", k=5)) == 5
+
+
+def test_a_search_is_as_wide_as_it_may_be(rec: Loaded) -> None:
+    model = rec._models.get("tuned")
+    assert isinstance(model, LanguageModel)
+    widths = {}
+    for depth in (1, 20, 21, 160, 161, 1000):
+        searching = model._searching(depth)
+        assert searching is not None
+        widths[depth] = searching.options.beams
+    assert widths == {1: 20, 20: 20, 21: 40, 160: 160, 161: 160, 1000: 160}
 
 
 def test_outputs_of_others_are_not_written_over(run: Path, tmp_path: Path) -> None:
