@@ -20,6 +20,9 @@ from llmrec.strategies.asking import Prompting
 from llmrec.tasks.family import Family, family_of
 from llmrec.types import Answer, Backend, Probability, Prompt, Ranking, Rating, Request, Text, Unparsed
 
+CONTEXT = frozenset({"review", "feature", "headline", "rating"})
+"""What a question may tell a family besides a history, by name."""
+
 # Tokens of a label or of a number, with what stands around it.
 _LABEL = 8
 
@@ -84,7 +87,7 @@ def answer_about(
         if request.candidates is None or len(request.candidates) != 1:
             failures[n] = f"{way.family} asks about one item; name it as 'item'"
             continue
-        asked[n] = replace(request, item=request.candidates[0], candidates=None)
+        asked[n] = _of_item(request)
         try:
             _check_length(posed.task.prompt(asked[n], template=way.template), way, posed.task.strategy_options, encoder)
         except LlmrecError as error:
@@ -105,9 +108,13 @@ def answer_about(
 def prompt_about(bundle: Bundle, request: RankRequest, way: Asking) -> Prompt:
     """Return what a model reads of a request."""
     posed = pose(bundle, [request], way)
-    asked = posed.requests[0]
-    assert asked.candidates is not None
-    return posed.task.prompt(replace(asked, item=asked.candidates[0], candidates=None), template=way.template)
+    return posed.task.prompt(_of_item(posed.requests[0]), template=way.template)
+
+
+def _of_item(request: Request) -> Request:
+    """Return a request about its only candidate."""
+    assert request.candidates is not None
+    return replace(request, item=request.candidates[0], candidates=None)
 
 
 def value_of(answer: Answer) -> float | str | None:

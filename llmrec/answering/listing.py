@@ -73,22 +73,21 @@ def listing(
     depth = deep_enough(rules, k) or min(most, max(_DEEP, 5 * k))
     while True:
         found = yield depth
-        if isinstance(found.answer, Unparsed):
-            raise DataError(found.answer.reason, kind="failed")
+        ranking = ranking_of(found)
         given = {item.item_id: item for item in request.candidates}
         # An engine may know an item that was put or removed a moment ago, about which nobody has asked the rules.
         pairs = [
             (name, score)
-            for name, score in zip(found.answer.items, found.answer.scores, strict=True)
+            for name, score in zip(ranking.items, ranking.scores, strict=True)
             if name in given or (name in items and name not in request.barred)
         ]
         known = {name: given.get(name) or items[name] for name, _ in pairs} if rules else items
         chosen = rules.arrange(pairs, known, k)
-        if len(chosen) >= k or request.candidates or len(found.answer.items) < depth or depth >= most:
+        if len(chosen) >= k or request.candidates or len(ranking.items) < depth or depth >= most:
             break
         depth = min(most, depth * _DEEPER)
-    titles = dict(zip(found.answer.items, found.titles, strict=True))
-    answer = replace(found.answer, items=tuple(name for name, _ in chosen), scores=tuple(score for _, score in chosen))
+    titles = dict(zip(ranking.items, found.titles, strict=True))
+    answer = replace(ranking, items=tuple(name for name, _ in chosen), scores=tuple(score for _, score in chosen))
     return replace(found, answer=answer, titles=tuple(titles[name] for name, _ in chosen))
 
 
@@ -113,6 +112,11 @@ def is_cold(request: RankRequest) -> bool:
 
 
 def ranking_of(found: Answered) -> Ranking:
-    """Return the ranking of a list that is one."""
-    assert isinstance(found.answer, Ranking)
+    """Return the ranking of a list.
+
+    Raises:
+        DataError: If there is none; it says why.
+    """
+    if isinstance(found.answer, Unparsed):
+        raise DataError(found.answer.reason, kind="failed")
     return found.answer

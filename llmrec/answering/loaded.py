@@ -315,7 +315,5 @@ _SCHEMA = pa.schema(
 
 
 def _scored(found: Answered) -> list[Scored]:
-    if isinstance(found.answer, Unparsed):
-        raise DataError(found.answer.reason, kind="failed")
     ranking = ranking_of(found)
     return [Scored(*each) for each in zip(ranking.items, found.titles, ranking.scores, strict=True)]

@@ -154,16 +154,12 @@ class LanguageModel:
             self.base.bundle, self.base.way, rationale_template(), self.base.encoder, first=first, batch=16
         )
         rankings = [each.answer for each in found]
-        pools = [
-            replace(request, candidates=tuple(Item(item_id=item, title=title) for item, title in _titled(each)))
-            for request, each in zip(requests, found, strict=True)
-        ]
-        if self.base.items:
-            known = self.base.items
-            pools = [
-                replace(pool, candidates=tuple(known.get(item.item_id, item) for item in pool.candidates))
-                for pool in pools
-            ]
+        known = self.base.items or {}
+
+        def listed(each: Answered) -> tuple[Item, ...]:
+            return tuple(known.get(name) or Item(item_id=name, title=title) for name, title in _titled(each))
+
+        pools = [replace(request, candidates=listed(each)) for request, each in zip(requests, found, strict=True)]
         with self.base.asked("list") as backend:
             return reasoner.write(pools, rankings, None, backend)
 

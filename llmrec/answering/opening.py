@@ -18,12 +18,12 @@ from llmrec.baselines.neural import NeuralConfig
 from llmrec.baselines.parameters import make
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
+from llmrec.experiment.fusion.carried import FILE as INTERACTIONS
 from llmrec.models.load import resolve
 from llmrec.recipe.load import load_recipe
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, TASKS, lookup
 from llmrec.tasks.family import RANKERS, RATERS, family_of
 from llmrec.types import Item
 
@@ -188,7 +188,7 @@ def _opened(
 
 
 def _data(bundle: Bundle) -> SplitDataset | None:
-    if bundle.run is None and not (Path(bundle.folder) / "interactions.parquet").is_file():
+    if bundle.run is None and not (Path(bundle.folder) / INTERACTIONS).is_file():
         return None
     return training_data(bundle, "--models")
 
@@ -232,8 +232,8 @@ def _classic(
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
     model = make(name, parameters, seed=seed)
     model.fit(data)
-    rates = name in RATERS
-    family = next((each for each in ("rating", "stars") if name in family_of(each).baselines), None) if rates else None
+    about = (each for each in TASKS if not family_of(each).answers_with_items)
+    family = next((each for each in about if name in family_of(each).baselines), None)
     return Classic(name, model, data, items, family, {"baseline": name, "parameters": dict(parameters), "seed": seed})
 
 
@@ -264,8 +264,3 @@ def _untuned(bundle: Bundle) -> Bundle:
     folder = str(resized) if resized.is_dir() else resolve(recipe.model, seed=recipe.seed)
     model = bundle.model.model_copy(update={"name": folder})
     return replace(bundle, folder=folder, model=model, tuned=False)
-
-
-def describe(folder: str) -> str:
-    """Return what a folder is called in answers: its last name."""
-    return Path(bundles.read(folder).run or folder).name

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llmrec.answering.listing import ranking_of
 from llmrec.answering.recommender import Answered
 from llmrec.errors import DataError
 from llmrec.serve import schema
-from llmrec.serve.worker import Card, Reply
-from llmrec.types import Cost, Event, Item, Ranking, Unparsed
+from llmrec.serve.worker import Card
+from llmrec.types import Cost, Event, Item
 
 
 def entry_of(given: str | schema.ItemText) -> str | Mapping[str, object]:
@@ -20,19 +21,6 @@ def entry_of(given: str | schema.ItemText) -> str | Mapping[str, object]:
         return given
     told = given.model_dump(exclude={"fields"}, exclude_none=True)
     return {**given.fields, **told}
-
-
-def list_of(reply: Reply) -> Answered:
-    """Return a list.
-
-    Raises:
-        DataError: If there is none.
-    """
-    found = reply.answer
-    assert isinstance(found, Answered)
-    if isinstance(found.answer, Unparsed):
-        raise DataError(found.answer.reason, kind="failed")
-    return found
 
 
 def shares(scores: Sequence[float], card: Card) -> list[float]:
@@ -82,8 +70,8 @@ def since(begun: float) -> float:
 
 def ranked(found: Answered, items: Mapping[str, Item], reasons: Sequence[str] = ()) -> list[schema.RankedItem]:
     """Return the items of a list, with the sentences on the first of them."""
-    assert isinstance(found.answer, Ranking)
-    rows = zip(found.answer.items, found.titles, found.answer.scores, strict=True)
+    ranking = ranking_of(found)
+    rows = zip(ranking.items, found.titles, ranking.scores, strict=True)
     return [
         schema.RankedItem(
             item_id=name,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from llmrec.answering.about import CONTEXT
 from llmrec.answering.known import Catalogue, Known, known_of, unknown
 from llmrec.answering.listing import history_of, is_cold, listing, merged, ranking_of, ruled
 from llmrec.answering.models import RANK
@@ -26,17 +27,14 @@ from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.guard import clean
 from llmrec.serve import schema
 from llmrec.serve.batching import Batcher
-from llmrec.serve.forms import card_of, document_text, entry_of, list_of, ranked, shares, since, usage_of
+from llmrec.serve.forms import card_of, document_text, entry_of, ranked, shares, since, usage_of
 from llmrec.serve.schema_rerank import RerankBody
 from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.serve.supervising import Supervisor
 from llmrec.serve.worker import POPULAR, SIMILAR, Card, EngineLost, Question, Reply
-from llmrec.types import Answer, Event, Item, Probability, Ranking, Rating, Text, Unparsed
+from llmrec.types import Answer, Event, Item, Probability, Rating, Text, Unparsed
 
 log = logging.getLogger(__name__)
-
-_CONTEXT = frozenset({"review", "feature", "headline", "rating"})
-"""What a question may tell a family besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +215,13 @@ class Service:
         request = read_request({"history": history, "candidates": candidates}, 1, None)
         model = body.model if body.model in {card.name for card in self.engine.cards} else None
         reply = await self._ask(Question(model=model, verb=RANK), request)
-        found = list_of(reply)
-        assert reply.card is not None and isinstance(found.answer, Ranking)
-        share = dict(zip(found.answer.items, shares(found.answer.scores, reply.card), strict=True))
+        assert reply.card is not None and isinstance(reply.answer, Answered)
+        ranking = ranking_of(reply.answer)
+        share = dict(zip(ranking.items, shares(ranking.scores, reply.card), strict=True))
         order = sorted(range(len(texts)), key=lambda place: (-share[clean(texts[place])], place))
         scores = [(place, share[clean(texts[place])]) for place in order]
         total = sum(score for _, score in scores) or 1.0
-        return reply.card.name, [(place, score / total) for place, score in scores], usage_of(found.answer.cost)
+        return reply.card.name, [(place, score / total) for place, score in scores], usage_of(ranking.cost)
 
     async def each(self, ask: Callable[[Any], Any], bodies: Sequence[Any]) -> list[Any]:
         """Answer several questions at once; one that fails is an error in its place."""
@@ -331,9 +329,7 @@ class Service:
 
     # ------------------------------------------------------------------- from bodies to requests and back
 
-    async def _request(
-        self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None, item: bool = False
-    ) -> RankRequest:
+    async def _request(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
         """Give a question its history, and every item its text."""
         self._check_model(body.model)
         history: list[Any] = [entry_of(each) for each in body.history or ()]
@@ -396,9 +392,9 @@ class Service:
         begun = time.monotonic()
         if isinstance(body.item, str) and self.catalogue.items:
             self.catalogue.get(body.item)
-        if strange := sorted(body.context.keys() - _CONTEXT):
+        if strange := sorted(body.context.keys() - CONTEXT):
             raise DataError(
-                f"context: {strange[0]!r} is nothing that a family is told; it may have {', '.join(sorted(_CONTEXT))}",
+                f"context: {strange[0]!r} is nothing that a family is told; it may have {', '.join(sorted(CONTEXT))}",
                 kind="unknown-key",
                 column="context",
             )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 
-from llmrec.answering.about import about_families, answer_about, value_of, way_about
+from llmrec.answering.about import CONTEXT, about_families, answer_about, value_of, way_about
 from llmrec.answering.checks import decided
 from llmrec.answering.known import Histories, known_of
 from llmrec.answering.listing import history_of
@@ -20,9 +21,6 @@ from llmrec.data.reading.request_file import Raw, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError
 from llmrec.types import Answer, Text, Unparsed
-
-# What a question may be told besides a history, by family.
-_CONTEXT = ("review", "feature", "headline", "rating")
 
 
 def predict_file(options: PredictOptions) -> Mapping[str, str]:
@@ -47,7 +45,8 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
         RankBar(total, quiet=options.quiet) as bar,
     ):
         family = _family(recommender, options.family)
-        known = known_of(options.model, options.items).histories
+        # Read where a question needs it, and once.
+        known = cache(lambda: known_of(options.model, options.items).histories)
         way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
         records: list[Predicted] = []
         rows = islice(source, total)
@@ -98,17 +97,17 @@ def _family(recommender: Recommender, asked: str) -> str:
     return known[0]
 
 
-def _read(raw: Raw, number: int, recommender: Recommender, known: Histories) -> RankRequest | Unparsed:
+def _read(raw: Raw, number: int, recommender: Recommender, known: Callable[[], Histories]) -> RankRequest | Unparsed:
     """Read a question; a user of the run's data who comes without a history has the one that the data knows."""
     request_id = identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
         return Unparsed(request_id=request_id, reason=raw.error)
     if raw.record.get("item") is None:
         return Unparsed(request_id=request_id, reason="there is no 'item'; name the item that is asked about")
-    context = {key: str(raw.record[key]) for key in _CONTEXT if raw.record.get(key) is not None}
-    record = {key: value for key, value in raw.record.items() if key not in ("item", *_CONTEXT)}
+    context = {key: str(raw.record[key]) for key in CONTEXT if raw.record.get(key) is not None}
+    record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT)}
     if record.get("history") is None and record.get("user_id") is not None:
-        record["history"] = history_of(known.of_user(str(record["user_id"])), recommender.items or {})
+        record["history"] = history_of(known().of_user(str(record["user_id"])), recommender.items or {})
     try:
         request = read_request({**record, "candidates": [raw.record["item"]]}, number, recommender.items)
     except DataError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmrec.answering.options import About, RecommenderOptions
+from llmrec.commands.rank.outputs import summary_beside
 from llmrec.errors import RecipeError
 
 
@@ -48,7 +49,7 @@ class RankOptions(RecommenderOptions):
     @property
     def summary(self) -> Path:
         """Where the summary is written."""
-        return self.target.with_name(self.target.name + ".summary.json")
+        return summary_beside(self.target)
 
 
 def _given(value: Path | None, option: str, what: str) -> Path:

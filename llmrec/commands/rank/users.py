@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.answering.checks import decided
-from llmrec.answering.known import known_of
 from llmrec.answering.loaded import Loaded
 from llmrec.answering.opening import open_models
 from llmrec.answering.options import RecommenderOptions
@@ -55,15 +54,17 @@ def rank_users(options: RankOptions) -> Mapping[str, str]:
     if "://" not in to:
         check_out(Path(to), (options.items,), option="--to", by="rank --all-users", parts=_parts(to))
     k = options.top or 10
-    if not len(known_of(options.model, options.items).histories.users):
-        raise DataError(
-            f"--all-users: {options.model} knows no users; name a run folder, whose data has them",
-            kind="empty",
-            column="--all-users",
-        )
     given = RecommenderOptions(**{name.name: getattr(options, name.name) for name in fields(RecommenderOptions)})
     asked = decided(given)
-    with locked(_parts(to), _own), Loaded(asked, open_models(asked, [options.by] if options.by else ())) as rec:
+    with ExitStack() as opened:
+        rec = opened.enter_context(Loaded(asked, open_models(asked, [options.by] if options.by else ())))
+        if not rec.users:
+            raise DataError(
+                f"--all-users: {options.model} knows no users; name a run folder, whose data has them",
+                kind="empty",
+                column="--all-users",
+            )
+        opened.enter_context(locked(_parts(to), _own))
         users, signature = rec.users[: options.limit], rec.signature()
         asks = {name.name: repr(getattr(asked, name.name)) for name in fields(RecommenderOptions)}
         key = key_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
@@ -119,24 +120,11 @@ def _ranked(
             if path.is_file():
                 bar.skip(len(part))
             else:
-                found = rec.rank([{"id": user, "user_id": user} for user in part], k=k, strategy=strategy)
-                made = pa.Table.from_pylist([{name: row[name] for name in _COLUMNS} for row in found], schema=_SCHEMA)
+                found = rec.rank(pa.table({"id": part, "user_id": part}), k=k, strategy=strategy)
                 with replacing(path) as draft:
-                    pq.write_table(made, draft)
+                    pq.write_table(found.select(_COLUMNS), draft)
                 bar.advance(len(part))
             yield path
-
-
-_SCHEMA = pa.schema(
-    [
-        ("user_id", pa.string()),
-        ("rank", pa.int64()),
-        ("item_id", pa.string()),
-        ("title", pa.string()),
-        ("score", pa.float64()),
-        ("error", pa.string()),
-    ]
-)
 
 
 def _kind(to: str) -> str:
