@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
@@ -401,6 +402,8 @@ def test_a_service_can_be_stopped_while_it_is_read_anew(tmp_path: Path, patch: p
 
 
 def test_every_error_comes_through_the_line_as_it_is() -> None:
+    importlib.import_module("llmrec.backends.server.client")  # its errors say more than a message
+
     def kinds(error: type[LlmrecError]) -> Iterator[type[LlmrecError]]:
         yield error
         for each in error.__subclasses__():

@@ -648,6 +648,9 @@ def test_no_address_is_a_defect(served: Served, tail: bytes, head: str) -> None:
 
 def test_log_lines_hold_nothing_of_anybody(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    # Commands set these levels, and other tests run commands in this process.
+    for name in ("llmrec", "llmrec.serve"):
+        caplog.set_level(logging.DEBUG, logger=name)
     for name in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     mark = "Zx7Qmark"

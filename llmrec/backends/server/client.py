@@ -28,7 +28,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from llmrec.errors import BackendError, ErrorKind, require
+from llmrec.errors import BackendError, require
 from llmrec.guard import clean
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Cost
@@ -136,9 +136,8 @@ _MENDS: Mapping[int, str] = {
 class Refused(BackendError):
     """An answer that another attempt would not change."""
 
-    def __init__(self, message: str, status: int, *, kind: ErrorKind, at: str) -> None:
-        super().__init__(message, kind=kind, at=at)
-        self.status = status
+    # Built from its message alone, as every `LlmrecError`, it passes between processes.
+    status: int | None = None
 
     @property
     def no_route(self) -> bool:
@@ -259,12 +258,13 @@ class Wire:
         if status != 200:
             mend = _MENDS.get(status, "see eval.server in the recipe")
             said = self._words(_message(response.text))
-            raise Refused(
+            refusal = Refused(
                 f"{self._url}{path} refused {what()} with status {status}: {said}; {mend}",
-                status,
                 kind="failed",
                 at=f"{self._url}{path}",
             )
+            refusal.status = status
+            raise refusal
         try:
             value = json.loads(response.content)
         except (ValueError, RecursionError):
