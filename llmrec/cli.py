@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrec import __version__
+from llmrec.commands.auto.app import app as searching
 from llmrec.commands.features.app import app as features
-from llmrec.commands.init.options import InitOptions
+from llmrec.commands.init.app import app as starting
 from llmrec.commands.options import takes
 from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.rank.options import RankOptions
@@ -36,6 +37,8 @@ app = typer.Typer(
 )
 
 app.add_typer(serving)
+app.add_typer(starting)
+app.add_typer(searching)
 app.add_typer(features, name="features", help="Stores of what a language model wrote: make, show, compare, correct.")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")]
@@ -360,25 +363,6 @@ def predict(options: PredictOptions) -> None:
     told = predict_file(options)
     show("answers", dict(told))
     raise typer.Exit(int(told["failed"] != "0"))
-
-
-@app.command()
-@takes(InitOptions)
-def init(options: InitOptions) -> None:
-    """Look at a table and write a recipe for it, saying which column was taken for what, and why."""
-    from llmrec.commands.init import start
-
-    made = start.init(
-        options.table,
-        items=options.items,
-        query=options.query,
-        out=options.out,
-        name=options.name,
-        asked=options.asked,
-        mend=options.mend,
-        force=options.force,
-    )
-    say(made.told)
 
 
 @app.command()

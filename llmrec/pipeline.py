@@ -44,6 +44,9 @@ from llmrec.types import Text
 
 log = logging.getLogger(__name__)
 
+Trained = dict[str, Any]
+"""What training left behind: ``train.json``."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -147,11 +150,11 @@ def check(recipe: Recipe | str | Path | Mapping[str, Any], *, data: Any = None, 
     return Checked(cases, statistics(study.data), tuple(warnings))
 
 
-def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> Trained:
     """Only train; returns the training record."""
     folder = folder_of(recipe, out)
     with locked(folder, RUN):
-        return open_session(recipe, folder, quiet=quiet).train()
+        return open_session(recipe, folder, quiet=quiet, trains=True).train()
 
 
 def fuse(runs: Sequence[Path], out: Path) -> Run:
@@ -166,50 +169,94 @@ def report(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Session:
-    """A study with its tokenizer, model folders, run folder and budget.
+class OpenedModel:
+    """The language model of a study.
 
-    ``base`` answers in the arms that are not tuned; training goes on from ``start``, which is another one only where
-    the recipe names a run (``train.start``). ``item_index`` is the report's line on the index.
+    Attributes:
+        encoder: Its tokenizer.
+        base: The folder that answers in the arms that are not tuned.
+        start: The folder that training goes on from; another one only where the recipe names a run (``train.start``).
     """
 
-    study: Study
     encoder: Encoder
     base: str
     start: str
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study with its run folder and budget, and the language model, where it asks one.
+
+    ``item_index`` is the report's line on the index.
+    """
+
+    study: Study
+    model: OpenedModel | None
     folder: Path
     budget: Budget
     quiet: bool
     item_index: str = ""
 
-    def trained(self) -> dict[str, Any] | None:
-        """Return the training record that this recipe left in the folder, if any."""
-        return trained(self.study, self.start, self.folder)
+    @property
+    def encoder(self) -> Encoder:
+        """The model's tokenizer."""
+        return self._asked.encoder
 
-    def train(self) -> dict[str, Any]:
+    @property
+    def base(self) -> str:
+        """The folder of the model that answers in the arms that are not tuned."""
+        return self._asked.base
+
+    @property
+    def start(self) -> str:
+        """The folder that training goes on from."""
+        return self._asked.start
+
+    @property
+    def _asked(self) -> OpenedModel:
+        assert self.model is not None, "a recipe that asks no language model opens none"
+        return self.model
+
+    def trained(self) -> Trained | None:
+        """Return the training record that this recipe left in the folder, if any."""
+        return trained(self.study, self.model.start, self.folder) if self.model else None
+
+    def train(self) -> Trained:
         """Train, or reuse."""
         return train_stage(self.study, self.encoder, self.start, self.folder, self.budget, quiet=self.quiet)
 
-    def evaluate(self, training: dict[str, Any] | None) -> tuple[list[ResultRow], Written]:
+    def evaluate(self, training: Trained | None) -> tuple[list[ResultRow], Written]:
         """Evaluate every arm and write the results; returns the rows and what was written."""
-        recipe = self.study.recipe
-        evaluation = Evaluation(self.study, self.encoder, self.folder, self.budget, quiet=self.quiet)
-        store = AnswerStore(self.folder / "answers.sqlite")
-        engines = Engines(recipe.model, recipe.eval, self.encoder, recipe.seed, self.budget, store)
+        encoder = self.model.encoder if self.model else None
+        evaluation = Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
         rows: list[ResultRow] = evaluation.baselines()
+        if self.model is not None:
+            rows += self._arms(evaluation, self.model, training, rows)
+        stored.write(self.study, rows, self.folder)
+        return rows, write_results(self.study, rows, training, self._told(), self.budget, self.folder)
+
+    def _arms(
+        self, evaluation: Evaluation, model: OpenedModel, training: Trained | None, rows: Sequence[ResultRow]
+    ) -> list[ResultRow]:
+        recipe = self.study.recipe
+        store = AnswerStore(self.folder / "answers.sqlite")
+        engines = Engines(recipe.model, recipe.eval, model.encoder, recipe.seed, self.budget, store)
         try:
-            weights = {arm: self._weights(arm, training) for arm in _by_model(recipe.eval.arms)}
-            rows += evaluation.arms(weights, engines, rows)
+            weights = {arm: self._weights(arm, model, training) for arm in _by_model(recipe.eval.arms)}
+            return evaluation.arms(weights, engines, rows)
         finally:
             engines.close()
             store.close()
+
+    def _told(self) -> Mapping[str, str]:
+        """Say which language model answered; nothing where none did."""
+        recipe = self.study.recipe
+        if self.model is None:
+            return {}
         if recipe.eval.server is not None:
             # The model folder lends its tokenizer at most.
-            model = {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
-        else:
-            model = {"name": recipe.model.name, "folder": Path(self.base).name, "dtype": dtype_name(recipe.model)}
-        stored.write(self.study, rows, self.folder)
-        return rows, write_results(self.study, rows, training, model, self.budget, self.folder)
+            return {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
+        return {"name": recipe.model.name, "folder": Path(self.model.base).name, "dtype": dtype_name(recipe.model)}
 
     def audit(self, written: Written) -> tuple[AuditLine, ...]:
         """Look for held-out data where it must not be; the report refuses a run that leaks."""
@@ -221,23 +268,27 @@ class Session:
                 log.warning("audit: %s: %s", check.name, check.found)
         return lines
 
-    def _weights(self, arm: str, training: dict[str, Any] | None) -> tuple[str, str]:
+    def _weights(self, arm: str, model: OpenedModel, training: Trained | None) -> tuple[str, str]:
         """Return the model folder of an arm and a hash that stands for its weights."""
         if arm != "tuned" or training is None:
-            return self.base, weights_stamp(self.base)
+            return model.base, weights_stamp(model.base)
         return str(self.folder / "merged"), training["merged_sha256"]
 
 
-def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: SplitDataset | None = None) -> Session:
+def open_session(
+    recipe: Recipe, folder: Path, *, quiet: bool = False, data: SplitDataset | None = None, trains: bool = False
+) -> Session:
     """Build the study, find the model, and write the resolved recipe, candidates and index to the run folder.
 
     Args:
-        recipe: The recipe.
+        recipe: The recipe. One without ``eval.arms`` measures classic recommenders and needs no language model.
         folder: The run folder.
         quiet: Show no progress bars.
         data: The data where it is at hand already; by default what the recipe names.
+        trains: The model is to be trained, whatever the recipe evaluates.
     """
-    _preflight(recipe)
+    asks = bool(recipe.eval.arms) or trains
+    _preflight(recipe, asks=asks)
     prepare_environment()
     quiet_libraries()
     budget = Budget()
@@ -253,6 +304,11 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: Spl
             with replacing(folder / "candidates" / f"alignment-{recipe.eval.split}.parquet") as draft:
                 study.aligned.save(draft)
         item_index = index_report.write_run(study, folder)
+    return Session(study, _opened(study, folder, budget) if asks else None, folder, budget, quiet, item_index)
+
+
+def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
+    recipe = study.recipe
     with budget.stage("model"):
         base = resolve(recipe.model, seed=recipe.seed)
         refuse_paired(base, recipe.model, recipe.eval)
@@ -260,17 +316,26 @@ def open_session(recipe: Recipe, folder: Path, *, quiet: bool = False, data: Spl
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
         )
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
-        start = start_of(study, encoder, base, folder)
-    return Session(study, encoder, base, start, folder, budget, quiet, item_index)
+        return OpenedModel(encoder, base, start_of(study, encoder, base, folder))
 
 
-def _preflight(recipe: Recipe) -> None:
+def _preflight(recipe: Recipe, *, asks: bool) -> None:
     """Find what is missing before minutes of work, not after.
 
     Raises:
         MissingExtra: If an engine or metric of this recipe is not installed.
         LlmrecError: If models cannot run where the recipe wants them.
     """
+    if asks:
+        _check_engine(recipe)
+    if any(family_of(name).answer is Text for name in recipe.tasks.present()):
+        require("sacrebleu", "text")
+        require("rouge_score", "text")
+    if recipe.train.method == "qlora" and "tuned" in recipe.eval.arms:
+        require("bitsandbytes", "quant")
+
+
+def _check_engine(recipe: Recipe) -> None:
     if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MissingExtra(
             "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
@@ -282,11 +347,6 @@ def _preflight(recipe: Recipe) -> None:
         require("httpx", "openai")
     else:
         refuse_device(recipe.model, recipe.eval)
-    if any(family_of(name).answer is Text for name in recipe.tasks.present()):
-        require("sacrebleu", "text")
-        require("rouge_score", "text")
-    if recipe.train.method == "qlora" and "tuned" in recipe.eval.arms:
-        require("bitsandbytes", "quant")
 
 
 def _by_model(arms: Sequence[str]) -> list[Arm]:

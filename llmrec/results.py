@@ -394,8 +394,8 @@ class Results(Record):
 
     @property
     def model_name(self) -> str | None:
-        """The model that the recipe names, if it names one."""
-        section = self.recipe.get("model")
+        """The language model that was asked, if any was."""
+        section = self.recipe.get("model") if any(row.arm != "baseline" for row in self.rows) else None
         found = section.get("name") if isinstance(section, dict) else None
         return str(found) if found else None
 

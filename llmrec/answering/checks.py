@@ -137,7 +137,8 @@ def decided(options: RecommenderOptions) -> RecommenderOptions:
     """
     if options.backend != "auto":
         return options
-    on_gpu = device(bundles.read(options.model).model) == "cuda"
+    found = bundles.read(options.model)
+    on_gpu = bool(found.folder) and device(found.model) == "cuda"
     return replace(options, backend="vllm" if on_gpu and importlib.util.find_spec("vllm") else "hf")
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmrec.answering.checks import bundle_of
 from llmrec.answering.fused import Fuser
 from llmrec.answering.models import AnsweringModel, Classic, Fused, LanguageModel
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
+from llmrec.answering.requests import catalogue
 from llmrec.answering.retrieval import training_data
 from llmrec.answering.strategy import ranking_families_of
 from llmrec.answering.task import data_of
@@ -135,56 +137,66 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     Raises:
         LlmrecError: If a model cannot be opened, or there is none of a name.
     """
-    base = Recommender.open(replace(options, candidates="file", top=None, rationale=0, fuse="none"), ranks=False)
-    items = dict(base.items or {})
-    base.items = items
-    data = _data(base.bundle)
-    known = _fusions(base.bundle) if data is not None else {}
-    own = TUNED if base.bundle.tuned else PLAIN
-    chosen = list(names) or [own, *known, *_cheap(base.bundle, data)]
+    asked = replace(options, candidates="file", top=None, rationale=0, fuse="none")
+    bundle = bundle_of(asked)
+    base = Recommender.open(asked, bundle=bundle, ranks=False) if bundle.folder else None
+    items = dict((base.items if base else catalogue(bundle, options.items)) or {})
+    if base is not None:
+        base.items = items
+    data = _data(bundle)
+    known = _fusions(bundle) if data is not None else {}
+    own = "" if base is None else TUNED if bundle.tuned else PLAIN
+    chosen = list(names) or [*([own] if own else []), *known, *_cheap(bundle, data)]
     models = Models(
         opened={},
         items=items,
         data=data,
-        scale=base.bundle.rating_scale,
-        blank=data_of(base.bundle, items),
-        _bases=[base],
+        scale=bundle.rating_scale,
+        blank=data_of(bundle, items),
+        _bases=[base] if base else [],
     )
     finder = _finder(models, known)
+    opener = _Opener(bundle, own, base, models, known, finder, options)
     for name in dict.fromkeys(chosen):
-        models.opened[name] = _opened(name, own, models, base, known, finder, options)
+        models.opened[name] = opener.opened(name)
     return models
 
 
-def _opened(
-    name: str,
-    own: str,
-    models: Models,
-    base: Recommender,
-    fusions: Mapping[str, stored.Fused],
-    finder: AnsweringModel | None,
-    options: RecommenderOptions,
-) -> AnsweringModel:
-    if name == own:
-        return LanguageModel(name, base, finder)
-    if name == UNTUNED:
-        other = Recommender.open(base.options, bundle=_untuned(base.bundle), ranks=False)
-        other.items = models.items
-        models._bases.append(other)
-        return LanguageModel(name, other, finder)
-    if name in fusions and models.data is not None:
-        fuser = Fuser(fusions[name], models.data)
-        return Fused(name, fuser, models.items, LanguageModel(own, base, finder) if fuser.asks_model else None, finder)
-    if name in (*RANKERS, *RATERS) and models.data is not None:
-        return _classic(name, _parameters(base.bundle, name), models.data, models.items, seed=base.bundle.seed)
-    has = [own, *([UNTUNED] if base.bundle.run else []), *fusions]
-    more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
-    raise RecipeError(
-        f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *RANKERS, *RATERS])}; it has "
-        f"{', '.join(has)}{more}",
-        kind="unknown-name",
-        column="--models",
-    )
+@dataclass(frozen=True)
+class _Opener:
+    """What models are opened from; ``own`` is what the language model ``base`` is called, if there is one."""
+
+    bundle: Bundle
+    own: str
+    base: Recommender | None
+    models: Models
+    fusions: Mapping[str, stored.Fused]
+    finder: AnsweringModel | None
+    options: RecommenderOptions
+
+    def opened(self, name: str) -> AnsweringModel:
+        models, base, bundle = self.models, self.base, self.bundle
+        if base is not None and name == self.own:
+            return LanguageModel(name, base, self.finder)
+        if base is not None and name == UNTUNED:
+            other = Recommender.open(base.options, bundle=_untuned(bundle), ranks=False)
+            other.items = models.items
+            models._bases.append(other)
+            return LanguageModel(name, other, self.finder)
+        if name in self.fusions and models.data is not None:
+            fuser = Fuser(self.fusions[name], models.data)
+            asked = LanguageModel(self.own, base, self.finder) if fuser.asks_model and base is not None else None
+            return Fused(name, fuser, models.items, asked, self.finder)
+        if name in (*RANKERS, *RATERS) and models.data is not None:
+            return _classic(name, _parameters(bundle, name), models.data, models.items, seed=bundle.seed)
+        has = [*filter(None, [self.own]), *([UNTUNED] if base is not None and bundle.run else []), *self.fusions]
+        more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
+        raise RecipeError(
+            f"{self.options.model} has no model {name!r}{did_you_mean(name, [*has, *RANKERS, *RATERS])}; it has "
+            f"{', '.join(has)}{more}",
+            kind="unknown-name",
+            column="--models",
+        )
 
 
 def _data(bundle: Bundle) -> SplitDataset | None:

@@ -29,7 +29,7 @@ from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.reading.limits import shortened
 from llmrec.data.requests import LEFT_ASIDE, RankRequest, identity, read_request, unknown_id
-from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.engines import Engines, refuse_paired
 from llmrec.experiment.resume import Budget
@@ -136,6 +136,14 @@ class Recommender:
         quiet_libraries()
         budget = budget or Budget()
         bundle = bundle or bundle_of(options)
+        if not bundle.folder:
+            raise ModelError(
+                f"{bundle.run} asked no language model (eval.arms is empty), so there is none to ask; its fusion of "
+                f"classic recommenders ranks for all users (llmrec rank --model {bundle.run} --by fusion --all-users "
+                f"--to FILE) and over HTTP (llmrec serve {bundle.run})",
+                kind="unsupported",
+                at=bundle.run,
+            )
         items, retriever = _items(options, bundle)
         encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=window_of(options, bundle))
         section = engine_section(options, paired=is_paired(load_config(bundle.folder, bundle.model)))

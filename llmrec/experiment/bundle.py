@@ -22,7 +22,8 @@ from llmrec.experiment.study import Study
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import BUNDLE, resolve
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.schema import DirectSection, ModelSection, SequentialSection, TasksSection
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, SequentialSection, TasksSection
 
 FILE = BUNDLE
 _FORMAT = 1
@@ -34,7 +35,7 @@ class Bundle:
     """A model that knows how it was asked in training.
 
     Attributes:
-        folder: The weights: a folder, or a hub name.
+        folder: The weights: a folder, or a hub name; empty where the run asked no language model (``eval.arms: []``).
         run: The run folder that it was opened from, if it was one; its recipe names the data.
         model: How to load it; ``name`` is ``folder``.
         tasks: Settings of each family that it was tuned on; of a plain model, the ranking families' defaults.
@@ -56,6 +57,11 @@ class Bundle:
     seed: int
     tuned: bool
     index: ItemIndex | None = None
+
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return self.folder or str(self.run)
 
 
 def describe(study: Study) -> dict[str, Json]:
@@ -94,10 +100,13 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         model: How to load it, without its name; by default as it was tuned, or the recipe's defaults.
 
     Raises:
-        ModelError: If a run folder holds no merged model, or ``llmrec.json`` cannot be read.
+        ModelError: If a run folder holds no merged model where it should, or ``llmrec.json`` cannot be read.
     """
     run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
     if run is not None and not (run / "merged" / "config.json").is_file():
+        recipe = load_recipe(str(run / "recipe.yaml"))
+        if not recipe.eval.arms:
+            return _classic(run, recipe)
         raise ModelError(
             f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
             kind="missing-file",
@@ -147,6 +156,21 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         raise ModelError(
             f"{stored}: {error}; export the run again", kind=error.kind, at=stored, column=error.column
         ) from error
+
+
+def _classic(run: Path, recipe: Recipe) -> Bundle:
+    """Return what a run of classic recommenders alone carries."""
+    return Bundle(
+        folder="",
+        run=run,
+        model=recipe.model,
+        tasks=recipe.tasks,
+        templates={family: load_templates(family) for family in recipe.tasks.present()},
+        noun=recipe.data.noun or "items",
+        rating_scale=recipe.data.rating_scale,
+        seed=recipe.seed,
+        tuned=False,
+    )
 
 
 def _plain(folder: str, model: ModelSection) -> Bundle:

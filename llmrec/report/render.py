@@ -20,6 +20,7 @@ from llmrec.report import costs, escape, index_summary, marks, positions, slices
 from llmrec.report import results as facts
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
 from llmrec.report.plots import plots
+from llmrec.report.summary import summary
 from llmrec.results import Results, lower
 
 _HERE = Path(__file__).resolve().parent
@@ -93,7 +94,7 @@ def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None,
     """Return what the HTML and the Markdown page are made from."""
     verdicts = {task: wording.verdict(results, task) for task in results.tasks}
     return {
-        "results": results, "reasons": reasons, "verdicts": verdicts, "summary": wording.summary(results),
+        "results": results, "reasons": reasons, "verdicts": verdicts, "summary": summary(results),
         "winner": {task: wording.winner_sentence(found) for task, found in verdicts.items()},
         "tuning": {task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
         "signatures": facts.signatures(results), "arms": costs.cost_by_arm(results), "made": facts.made_data(results),

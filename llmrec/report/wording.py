@@ -310,7 +310,7 @@ def winner_sentence(found: TaskVerdict) -> str:
     reach = f" The best {other}, {label(found.rival)}, reaches {number(found.rival.metrics[found.metric].value)}"
     if found.lead is None:
         return f"{start}{reach}."
-    return f"{start}{reach}; the difference: {_difference(found.lead)}, {outcome(found.lead.verdict)}."
+    return f"{start}{reach}; the difference: {stated(found.lead)}, {outcome(found.lead.verdict)}."
 
 
 def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
@@ -324,86 +324,13 @@ def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
         "contradicted": "The tuned row is significantly worse than zero-shot",
         None: "The tuned row less zero-shot, exploratory",
     }[found.tuned.verdict]
-    return f"{what}: {_difference(found.tuned)}."
+    return f"{what}: {stated(found.tuned)}."
 
 
-def _difference(comparison: Comparison) -> str:
+def stated(comparison: Comparison) -> str:
+    """Return a difference with its metric and interval, and which sign is the better one where lower is."""
     text = f"{comparison.metric} {with_interval(comparison.value, comparison.low, comparison.high, sign=True)}"
     return f"{text} (lower is better)" if lower(comparison.metric) else text
-
-
-def summary(results: Results) -> str:
-    """Return the opening paragraph: what the model adds, what was run, what tuning did, where a control is ahead."""
-    verdicts = [verdict(results, task) for task in results.tasks]
-    said = (added(results), _what_ran(results), _tuning_tally(verdicts), _control_tally(verdicts))
-    return " ".join(part for part in said if part)
-
-
-def added(results: Results) -> str:
-    """Say what the tuned model adds to the classic recommenders: their fusion with it less the best one without it.
-
-    Returns:
-        One sentence; nothing for a run without a tuned model.
-    """
-    rows = {row.id: row for row in results.rows}
-    if not any(row.arm == "tuned" for row in results.rows):
-        return ""
-    parts = []
-    for task in results.tasks:
-        places = {row.id: place for place, row in enumerate(results.standings(task))}
-        joined = {name for name in places if rows[name].fusion is not None}
-        metric = results.headline[task]
-        pairs = [
-            facing(entry, entry.a if rows[entry.a].arm == "tuned" else entry.b)
-            for entry in results.comparisons
-            if (entry.task, entry.metric) == (task, metric)
-            and {entry.a, entry.b} <= joined
-            and {rows[entry.a].arm, rows[entry.b].arm} == {"tuned", "baseline"}
-        ]
-        hardest = min(pairs, key=lambda entry: (entry.verdict is None, places[entry.b]), default=None)
-        if hardest is not None:
-            parts.append(f"{_difference(hardest)} in {title(task)}, {outcome(hardest.verdict)}")
-    if not parts:
-        return (
-            "What the tuned model adds to the classic recommenders was not measured: no fusion joins it with them "
-            "(eval.fusion)."
-        )
-    return f"Joined with the classic recommenders, the tuned model changes their fusion by {'; by '.join(parts)}."
-
-
-def _what_ran(results: Results) -> str:
-    model = visible(results.model_name or "The model")
-    main, training = results.data.get("main"), results.training
-    where, how = "", "was not tuned"
-    if main:
-        size = f"{count(main.users)} users, {count(main.items)} {visible(main.noun)}"
-        where = f" on {visible(main.name)} ({size})"
-    if training:
-        how = f"was tuned ({training.method}, {count(training.steps)} steps, {duration(training.seconds)})"
-    several = "one task" if len(results.tasks) == 1 else f"{len(results.tasks)} tasks"
-    return f"{model} {how} and measured{where} in {several}."
-
-
-def _tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
-    tested = [found for found in verdicts if found.tuned and found.tuned.verdict is not None]
-    if not tested:
-        return "No comparison of tuned with zero-shot rows was planned."
-    names: tuple[Verdict, ...] = ("shown", "contradicted", "not shown")
-    groups = {
-        name: [title(found.task) for found in tested if found.tuned and found.tuned.verdict == name] for name in names
-    }
-    several = "the only task" if len(tested) == 1 else f"{len(tested)} tasks"
-    parts = [f"{outcome(name)} in {listed(found)}" for name, found in groups.items() if found]
-    return f"Tuned against zero-shot, over {several}: {'; '.join(parts)}."
-
-
-def _control_tally(verdicts: Sequence[TaskVerdict]) -> str:
-    ahead = [found for found in verdicts if found.control and found.best]
-    if not ahead:
-        return "No trivial control or classic baseline is ahead of the best language-model row in any task."
-    named = [f"{title(found.task)} ({label(found.best)}, a {found.control})" for found in ahead if found.best]
-    several = "the only task" if len(verdicts) == 1 else f"{len(ahead)} of {len(verdicts)} tasks"
-    return f"A baseline is ahead of every language-model row in {several}: {listed(named)}."
 
 
 def listed(words: Sequence[str]) -> str:

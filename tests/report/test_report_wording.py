@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llmrec.report.escape import visible
 from llmrec.report.results import results_of
+from llmrec.report.summary import summary
 from llmrec.report.wording import (
     difference,
     duration,
@@ -19,7 +20,6 @@ from llmrec.report.wording import (
     outcome,
     p_value,
     share,
-    summary,
     tuning_sentence,
     verdict,
     winner_sentence,

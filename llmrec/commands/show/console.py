@@ -14,13 +14,13 @@ def finish(done: Any) -> None:
     from rich.console import Console
 
     from llmrec.report.results import results_of
+    from llmrec.report.summary import first_sentence
     from llmrec.report.table import console_tables
-    from llmrec.report.wording import added
 
     # Piped output has no width of its own; 80 columns would fold every cell.
     console = Console() if sys.stdout.isatty() else Console(width=150)
     found = results_of(done.results)
-    if sentence := added(found):
+    if sentence := first_sentence(found):
         say(sentence)
     for table in console_tables(found):
         console.print(table)

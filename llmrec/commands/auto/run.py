@@ -1,0 +1,399 @@
+"""From a table to a recommender within a budget: recommenders are tuned on validation, joined, and measured once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrec.commands.auto.model import MODEL, judged, plan, with_model
+from llmrec.commands.auto.options import AutoOptions
+from llmrec.commands.auto.parts import Part, has_texts, parts_for
+from llmrec.commands.auto.trial import Asked, Done, Tuning, data_of, done, trial_key
+from llmrec.durable import Json, write_json, write_text
+from llmrec.errors import DataError, ModelError
+from llmrec.experiment.claiming import LOCK
+from llmrec.experiment.resume import locked
+from llmrec.experiment.study import load_split
+from llmrec.pipeline import Run, run
+from llmrec.recipe.load import as_recipe, dump, load_recipe
+from llmrec.recipe.schema import FusionSection, Recipe
+from llmrec.report.summary import brought
+from llmrec.report.wording import duration
+from llmrec.results import Results
+
+STATE = "auto"
+"""Folder of a run that holds trials, the best recipe so far, and what became of each part."""
+_ENCODER = "all-MiniLM-L6-v2"
+_RESERVED = FusionSection().reserved
+# Trials are fitted on training data and asked about half of validation; at the end all of it and the test users are.
+_FINISH = 2.5
+_LEAST_FINISH = 20.0
+# Of the budget, the most that one first trial may take.
+_FIRST_SHARE = 0.15
+_POLL = 0.2
+# What is written into the folder of trials.
+_OWN = frozenset({"data.yaml", "best.yaml", "auto.json", "trials", LOCK})
+# Parts without which a table of rankings means nothing, and what each is tuned by.
+_CONTROLS = ("random", "popularity", "item-knn", "markov-1", "markov")
+
+
+@dataclass
+class Tried:
+    """What became of a part.
+
+    Attributes:
+        part: The part.
+        trials: Its trials.
+        note: Why there are no more; empty where its grid was searched through.
+        seconds: Spent on it.
+    """
+
+    part: Part
+    trials: list[Done] = field(default_factory=list)
+    note: str = ""
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> Done | None:
+        """The first of the best trials."""
+        return max(self.trials, key=lambda trial: trial.value, default=None)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """What `auto` made.
+
+    Attributes:
+        folder: The run folder, ready to be served.
+        run: Its figures.
+        tried: Every part.
+        sentence: What the recommender reaches, and what each part brought.
+        seconds: Wall time of this call.
+    """
+
+    folder: Path
+    run: Run
+    tried: tuple[Tried, ...]
+    sentence: str
+    seconds: float
+
+
+def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -> Auto:
+    """Make a recommender from a table, as good as the budget allows, and measure it on users held out for that.
+
+    Every part has one trial at its defaults, then they share what is left of the time and search their grids. All
+    choices are made by NDCG@10 on validation users; half of these only weigh the fusion. The test users are looked at
+    once, at the end. A killed call goes on where it was; Ctrl-C ends the search and finishes with what was found.
+
+    Args:
+        options: What is asked for.
+        say: Is told a line for every step.
+
+    Raises:
+        LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
+    """
+    began = time.monotonic()
+    recipe, folder = _asked(options)
+    state = folder / STATE
+    with locked(state, _OWN.__contains__):
+        write_text(state / "data.yaml", dump(recipe))
+        data = load_split(recipe.data, recipe.seed)
+        say(
+            f"{data.dataset.name}: {data.dataset.interactions.height:,} interactions, "
+            f"{data.dataset.interactions['user_id'].n_unique():,} users, {len(data.dataset.items):,} items"
+        )
+        encoder = _encoder() if has_texts(data.dataset) else None
+        parts = parts_for(data.dataset, encoder, torch=importlib.util.find_spec("torch") is not None)
+        planned = plan(options.seconds, titles=has_texts(data.dataset), device=_device())
+        say(planned.told)
+        search = _Search(recipe, state, parts, began + options.seconds - planned.seconds, options.seconds, say)
+        try:
+            search.first()
+            search.rest()
+        except KeyboardInterrupt:
+            say(
+                "stopped: finishing with what was found so far; Ctrl-C again ends at once, and the same command resumes"
+            )
+        chosen = search.chosen(options.users)
+        say(
+            f"fitting and measuring {len(chosen.tasks.present()['sequential'].baselines)} recommenders and their fusion"
+        )
+        found = run(chosen, folder, quiet=options.quiet)
+        sentence = brought(Results.model_validate(found.results), "sequential")
+        if planned.steps:
+            say(f"tuning a language model for {planned.steps} steps")
+            joined = run(with_model(chosen, planned), folder / MODEL, quiet=options.quiet)
+            verdict = judged(Results.model_validate(joined.results))
+            sentence += f" {verdict.sentence}"
+            if verdict.kept:
+                folder, found = folder / MODEL, joined
+    made = Auto(folder, found, tuple(search.tried.values()), sentence, time.monotonic() - began)
+    write_json(state / "auto.json", _record(made, options))
+    return made
+
+
+def told(made: Auto) -> str:
+    """Return what to print: the sentence, the parts, and what to do next."""
+    lines = [made.sentence, ""]
+    for tried in made.tried:
+        best = tried.best
+        value = "–" if best is None else f"{best.value:.4f}"
+        note = f"; {tried.note}" if tried.note else ""
+        lines.append(f"  {tried.part.label:26} validation NDCG@10 {value}, {len(tried.trials)} points{note}")
+    lines += [
+        "",
+        f"{duration(made.seconds)}. Report: {made.run.report}",
+        f"Serve it: llmrec serve {made.folder}",
+        f"Lists for all users: llmrec rank --model {made.folder} --by fusion --all-users --top 10 --to lists.csv",
+    ]
+    return "\n".join(lines)
+
+
+def _asked(options: AutoOptions) -> tuple[Recipe, Path]:
+    """Return a recipe of the data alone, and the run folder."""
+    if options.table.endswith((".yaml", ".yml")):
+        given = load_recipe(options.table)
+        name = options.name or f"{given.name}-auto"
+    else:
+        given = _looked_at(options)
+        name = f"{given.name}-auto"
+    recipe = as_recipe(
+        {
+            "name": name,
+            "seed": given.seed,
+            "data": given.data.model_dump(mode="json"),
+            "tasks": {"sequential": {"strategies": ["search"]}},
+            "eval": {"arms": [], "backend": "hf", "users": options.users, "candidates": {"kind": "catalogue"}},
+        }
+    )
+    return recipe, options.out or Path("runs") / name
+
+
+def _looked_at(options: AutoOptions) -> Recipe:
+    """Return what `init` makes of a table."""
+    from tempfile import TemporaryDirectory
+
+    from llmrec.commands.init.roles import asked
+    from llmrec.commands.init.start import init
+
+    columns = asked(
+        user=options.user,
+        item=options.item,
+        rating=options.rating,
+        time=options.time,
+        title=options.title,
+        fields=options.fields,
+    )
+    with TemporaryDirectory() as place:
+        page = Path(place) / "recipe.yaml"
+        init(options.table, items=options.items, out=page, name=options.name, asked=columns, backend="hf")
+        return load_recipe(page)
+
+
+def _device() -> str | None:
+    """Return what a language model would run on; None where there is nothing to train one with."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "trl", "peft")):
+        return None
+    from llmrec.models.load import device
+    from llmrec.recipe.schema import ModelSection
+
+    return device(ModelSection())
+
+
+def _encoder() -> str | None:
+    """Return the text encoder, where its weights are at hand or can be fetched and there is something to run them."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from llmrec.models.embedder import text_embedder
+
+    try:
+        text_embedder(_ENCODER)
+    except ModelError:
+        return None
+    return _ENCODER
+
+
+@dataclass
+class _Search:
+    """Tries parts until the time is up, which leaves what the end takes."""
+
+    recipe: Recipe
+    state: Path
+    parts: Sequence[Part]
+    deadline: float
+    budget: float
+    say: Callable[[str], None]
+    tried: dict[str, Tried] = field(default_factory=dict)
+
+    def first(self) -> None:
+        """Give every part a trial at its defaults, the cheap ones first."""
+        every = [Tried(part, done(self._file(part), self._key(part))) for part in self.parts]
+        self.tried = {tried.part.label: tried for tried in every}
+        untried = [tried for tried in every if not tried.trials]
+        self._round(untried, first=True, allowed=lambda waiting: min(self._left(), self.budget * _FIRST_SHARE))
+
+    def rest(self) -> None:
+        """Share the time that is left among the parts; what one does not need goes to the others."""
+        able = [tried for tried in self.tried.values() if tried.trials]
+        able.sort(key=lambda tried: max(trial.seconds for trial in tried.trials))
+        self._round(able, first=False, allowed=lambda waiting: self._left() / waiting)
+
+    def chosen(self, users: int) -> Recipe:
+        """Return the recipe of all parts with their best parameters.
+
+        Raises:
+            DataError: If no part has a trial.
+        """
+        for tried in self.tried.values():
+            # An interrupted part has more than was told of it.
+            tried.trials = done(self._file(tried.part), self._key(tried.part))
+        found = {tried.part.label: tried for tried in self.tried.values() if tried.best is not None}
+        if not found:
+            notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
+            raise DataError(
+                f"nothing could be fitted in the time ({notes or 'there was none'}); give --budget more", kind="too-few"
+            )
+        baselines: list[dict[str, Json]] = [{"name": name} for name in _CONTROLS if name not in found]
+        for tried in found.values():
+            assert tried.best is not None
+            # A parameter of the display is none of the recommender.
+            named = {key: value for key, value in tried.best.parameters.items() if key != "quiet"}
+            baselines.append({"name": tried.part.baseline, **named})
+        recipe = self.recipe.model_dump(mode="json")
+        recipe["tasks"]["sequential"]["baselines"] = baselines
+        recipe["eval"]["users"] = users
+        made = as_recipe(recipe)
+        write_text(self.state / "best.yaml", dump(made))
+        return made
+
+    def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Callable[[int], float]) -> None:
+        """Have parts tried; ``allowed`` is how long the first of so many that wait may take."""
+        waiting = list(parts)
+        while waiting:
+            if self._left() <= 0:
+                for tried in waiting:
+                    tried.note = "no time was left"
+                return
+            del waiting[: self._try(waiting, first=first, allowed=allowed)]
+
+    def _try(self, waiting: Sequence[Tried], *, first: bool, allowed: Callable[[int], float]) -> int:
+        """Have parts tried one after another until one takes too long or fails; return how many were."""
+        at = self.state / "trials" / "at.json"
+        asked = Asked(
+            recipe=str(self.state / "data.yaml"),
+            parts=[Tuning(each.part.baseline, dict(each.part.fixed), str(self._file(each.part))) for each in waiting],
+            first=first,
+            reserved=_RESERVED,
+            at=str(at),
+        )
+        log = at.with_name("log.txt")
+        places = _Places(at, len(waiting))
+        known = [len(tried.trials) for tried in waiting]
+        with _child(asked, log) as child:
+            began, may = time.monotonic(), allowed(len(waiting))
+            while (code := child.poll()) is None and time.monotonic() - began <= may:
+                for place in places.passed():
+                    self._told(waiting[place], known[place], time.monotonic() - began)
+                    began, may = time.monotonic(), allowed(len(waiting) - place - 1)
+                time.sleep(_POLL)
+        took = time.monotonic() - began
+        for place in places.passed(done=code == 0):
+            self._told(waiting[place], known[place], took)
+        if code != 0:
+            note = "its time was up" if code is None else f"it failed; see {log}"
+            self._told(waiting[places.now], known[places.now], took, note)
+        return min(places.now + 1, len(waiting))
+
+    def _told(self, tried: Tried, known: int, took: float, note: str = "") -> None:
+        """Take over what a part has tried, and say it."""
+        tried.note, tried.trials = note, done(self._file(tried.part), self._key(tried.part))
+        tried.seconds += took
+        figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no figure"
+        more = f"; {note}" if note else ""
+        self.say(f"{tried.part.label}: {figure}, {len(tried.trials) - known} new points in {duration(took)}{more}")
+
+    def _left(self) -> float:
+        """Return the seconds that may still be searched."""
+        return self.deadline - time.monotonic() - self._finish()
+
+    def _finish(self) -> float:
+        """Return what fitting and measuring the parts at the end takes."""
+        fits = sum(max(trial.seconds for trial in tried.trials) for tried in self.tried.values() if tried.trials)
+        return max(_LEAST_FINISH, _FINISH * fits)
+
+    def _file(self, part: Part) -> Path:
+        return self.state / "trials" / (part.label.replace(", ", "-").replace(" ", "-") + ".json")
+
+    def _key(self, part: Part) -> str:
+        return trial_key(data_of(self.recipe), part.baseline, dict(part.fixed), _RESERVED)
+
+
+@dataclass
+class _Places:
+    """Which of a child's parts it is at, as its file says."""
+
+    file: Path
+    count: int
+    now: int = 0
+
+    def __post_init__(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+    def passed(self, *, done: bool = False) -> range:
+        """Return the parts that it has left behind since the last call; all of them where it is done."""
+        found = self.count if done else json.loads(self.file.read_text()) if self.file.is_file() else 0
+        before, self.now = self.now, found
+        return range(before, found)
+
+
+@contextmanager
+def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run trials in a process of their own, which does not outlive this."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    page = log.with_name("asked.json")
+    write_json(page, asdict(asked))
+    with log.open("ab") as told:
+        # A group of its own: Ctrl-C is for the parent, which decides.
+        child = subprocess.Popen(
+            [sys.executable, "-m", "llmrec.commands.auto.trial", str(page)],
+            stdout=told,
+            stderr=told,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield child
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+
+
+def _record(made: Auto, options: AutoOptions) -> Mapping[str, Any]:
+    return {
+        "kind": "auto",
+        "table": options.table,
+        "budget_seconds": options.seconds,
+        "seconds": round(made.seconds, 1),
+        "sentence": made.sentence,
+        "parts": [
+            {
+                "label": tried.part.label,
+                "baseline": tried.part.baseline,
+                "points": len(tried.trials),
+                "validation": tried.best.value if tried.best else None,
+                "parameters": tried.best.parameters if tried.best else None,
+                "seconds": round(tried.seconds, 1),
+                "note": tried.note,
+            }
+            for tried in made.tried
+        ],
+    }

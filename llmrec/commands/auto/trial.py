@@ -1,0 +1,132 @@
+"""Tunes recommenders in a process of its own, which may be killed at any time: every trial is in a file at once.
+
+``python -m llmrec.commands.auto.trial ASKED.json`` reads what `Asked` holds and writes trials, one file a recommender.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec import __version__
+from llmrec.durable import Json, write_json
+from llmrec.experiment.resume import key_of, read_stage
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
+
+TABLE = "excluded"
+"""Rankings leave out what the user has had, as a recommender that is served does."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One recommender, and where its trials go.
+
+    Attributes:
+        baseline: Name in the registry.
+        fixed: Parameters that are not tuned.
+        out: The file of the trials.
+    """
+
+    baseline: str
+    fixed: dict[str, Json]
+    out: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is tuned.
+
+    Attributes:
+        recipe: Of the data.
+        parts: One after another.
+        first: Of each only the first trial, at the defaults.
+        reserved: Share of validation users that weigh the fusion and choose nothing.
+        at: A file that holds which of the parts is at work.
+    """
+
+    recipe: str
+    parts: list[Tuning]
+    first: bool
+    reserved: float
+    at: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """A trial: parameters, NDCG@10 on validation, and what fitting and asking took.
+
+    Attributes:
+        seconds: Of the trial.
+    """
+
+    parameters: dict[str, Json]
+    value: float
+    seconds: float
+
+
+def done(out: Path, key: str) -> list[Done]:
+    """Return the trials in a file; none where it is of other data or another version."""
+    stored = read_stage(out, key) or {"trials": []}
+    return [Done(**each) for each in stored["trials"]]
+
+
+def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float) -> str:
+    """Return what trials belong to; ``data`` is the recipe's section with its seed."""
+    return key_of(llmrec=__version__, data=data, baseline=baseline, fixed=fixed, reserved=reserved)
+
+
+def search(asked: Asked) -> None:
+    """Try points of each part until its grid is exhausted; one of each where that is asked."""
+    from llmrec.data.split import halves
+    from llmrec.experiment.study import load_split
+    from llmrec.recipe.load import load_recipe
+
+    recipe = load_recipe(asked.recipe)
+    choosing, _ = halves(load_split(recipe.data, recipe.seed), asked.reserved)
+    for place, part in enumerate(asked.parts):
+        write_json(Path(asked.at), place)
+        key = trial_key(data_of(recipe), part.baseline, part.fixed, asked.reserved)
+        known = done(Path(part.out), key)
+        if not (asked.first and known):
+            _tune(part, choosing, recipe.seed, key, known, first=asked.first)
+
+
+def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Done], *, first: bool) -> None:
+    from llmrec.baselines.tuning.tune import Trial, tune
+    from llmrec.registry import BASELINES, lookup
+
+    made = lookup(BASELINES, part.baseline, "baseline")
+    grid = {name: values for name, values in made.GRID.items() if name not in part.fixed}
+    fixed = {name: (value,) for name, value in part.fixed.items()}
+    if first:
+        defaults = made.Config(**part.fixed).model_dump()
+        grid = {name: (defaults[name],) for name in grid}
+    before = time.monotonic()
+
+    def keep(trials: Sequence[Trial]) -> None:
+        nonlocal before
+        now = time.monotonic()
+        for trial in trials[len(known) :]:
+            known.append(Done(dict(trial.parameters), trial.values[TABLE], now - before))
+        before = now
+        write_json(Path(part.out), {"key": key, "trials": [asdict(each) for each in known]})
+
+    earlier = [Trial(each.parameters, {TABLE: each.value}) for each in known]
+    tune(part.baseline, data, seed=seed, tables=(TABLE,), grid=grid | fixed, known=earlier, kept=keep)
+
+
+def data_of(recipe: Any) -> str:
+    """Return what trials depend on of a recipe."""
+    return json.dumps([recipe.data.model_dump(mode="json"), recipe.seed], sort_keys=True)
+
+
+if __name__ == "__main__":
+    _asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    search(Asked(**{**_asked, "parts": [Tuning(**part) for part in _asked["parts"]]}))

@@ -1,0 +1,30 @@
+"""The command that writes a recipe for a table: `llmrec init`."""
+
+from __future__ import annotations
+
+import typer
+
+from llmrec.commands.init.options import InitOptions
+from llmrec.commands.options import takes
+from llmrec.commands.show.console import say
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+@takes(InitOptions)
+def init(options: InitOptions) -> None:
+    """Look at a table and write a recipe for it, saying which column was taken for what, and why."""
+    from llmrec.commands.init import start
+
+    made = start.init(
+        options.table,
+        items=options.items,
+        query=options.query,
+        out=options.out,
+        name=options.name,
+        asked=options.asked,
+        mend=options.mend,
+        force=options.force,
+    )
+    say(made.told)

@@ -1,0 +1,210 @@
+"""`llmrec auto`: what is tried, what an early end leaves, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmrec.answering.opening import open_models
+from llmrec.answering.options import RecommenderOptions
+from llmrec.commands.auto import run as autos
+from llmrec.commands.auto.model import judged, plan, with_model
+from llmrec.commands.auto.options import AutoOptions, budget_seconds
+from llmrec.commands.auto.parts import Part, has_texts, parts_for
+from llmrec.commands.auto.trial import Done
+from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.experiment.study import load_split
+from llmrec.recipe.load import dump, load_recipe
+from llmrec.results import FusionWeights, PartWeight, Results
+
+FEW = [Part(name, name) for name in ("popularity", "markov", "item-knn")]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Write 60 users who walk along a ring of 30 items, with a title each."""
+    draws = np.random.default_rng(0)
+    lines = ["user,item,title,time"]
+    for user in range(60):
+        place = int(draws.integers(30))
+        for step in range(8):
+            place = (place + (1 if draws.random() < 0.9 else int(draws.integers(2, 9)))) % 30
+            lines.append(f"u{user},i{place},Tale number {place},{1000 * user + step}")
+    path = tmp_path / "walks.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try three recommenders only."""
+    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, torch: FEW)
+    monkeypatch.setattr(autos, "_encoder", lambda: None)
+    monkeypatch.setattr(autos, "_LEAST_FINISH", 1.0)
+
+
+def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
+    table: Path, tmp_path: Path, few: None
+) -> None:
+    options = AutoOptions(table=str(table), budget="40s", out=tmp_path / "run", quiet=True)
+    made = autos.auto(options)
+    best = {tried.part.label: tried.best for tried in made.tried}
+    assert all(best.values()) and best["markov"].value > best["popularity"].value  # type: ignore[union-attr]
+    assert len(next(tried for tried in made.tried if tried.part.label == "item-knn").trials) > 3
+    rows = {row["predictor"]: row for row in made.run.results["rows"]}
+    assert "fusion" in rows and "random" in rows and "markov-1" in rows
+    assert made.sentence.startswith("NDCG@10 of the fusion") and "markov" in autos.told(made)
+    assert made.sentence in (made.folder / "report" / "report.md").read_text(encoding="utf-8")
+    chosen = load_recipe(made.folder / "recipe.yaml")
+    assert chosen.eval.arms == () and not (made.folder / "merged").exists()
+
+    record = json.loads((made.folder / "auto" / "auto.json").read_text())
+    again: list[str] = []
+    same = autos.auto(options, again.append)
+    found = json.loads((same.folder / "auto" / "auto.json").read_text())
+    for parts in (record["parts"], found["parts"]):
+        parts[0]["seconds"] = 0
+    assert found["parts"][0] == record["parts"][0]
+    assert not [line for line in again if "new points" in line and " 0 new points" not in line]
+
+    models = open_models(RecommenderOptions(model=str(made.folder), backend="hf"))
+    assert next(iter(models.opened)) == "fusion"
+    models.close()
+
+
+def search_of(table: Path, tmp_path: Path, parts: list[Part], seconds: float, lines: list[str]) -> autos._Search:
+    """Return a search over a table's recommenders, which has not begun."""
+    recipe, _ = autos._asked(AutoOptions(table=str(table)))
+    state = tmp_path / "auto"
+    state.mkdir()
+    (state / "data.yaml").write_text(dump(recipe), encoding="utf-8")
+    return autos._Search(recipe, state, parts, time.monotonic() + seconds, seconds, lines.append)
+
+
+def test_what_was_found_before_an_interrupt_is_chosen(
+    table: Path, tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = search_of(table, tmp_path, FEW, 90.0, [])
+
+    def interrupted(seconds: float) -> None:
+        if sum(len(tried.trials) for tried in search.tried.values()) >= 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(autos.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search.first()
+        search.rest()
+    assert not search._left() <= 0
+    chosen = search.chosen(10).tasks.present()["sequential"].baselines
+    assert {"popularity", "markov", "random", "markov-1"} <= {each.name for each in chosen}
+
+
+def test_a_part_that_breaks_or_takes_too_long_leaves_the_others(table: Path, tmp_path: Path, few: None) -> None:
+    lines: list[str] = []
+    parts = [Part("broken", "item-knn", {"history": -1}), *FEW]
+    search = search_of(table, tmp_path, parts, 90.0, lines)
+    search.first()
+    assert [len(tried.trials) for tried in search.tried.values()] == [0, 1, 1, 1]
+    assert "failed" in search.tried["broken"].note and "history" in (tmp_path / "auto/trials/log.txt").read_text()
+    began = time.monotonic()
+    search.budget = 0.0  # no first trial may take any time
+    search.parts = [Part("ease", "ease"), *FEW]
+    search.first()
+    assert search.tried["ease"].note == "its time was up" and time.monotonic() - began < 5
+    names = [each.name for each in search.chosen(10).tasks.present()["sequential"].baselines]
+    assert "ease" not in names and "popularity" in names
+
+
+def test_no_time_is_an_error_that_names_the_option(table: Path, tmp_path: Path, few: None) -> None:
+    with pytest.raises(DataError) as caught:
+        autos.auto(AutoOptions(table=str(table), budget="0.1s", out=tmp_path / "run", quiet=True))
+    assert caught.value.kind == "too-few" and "--budget" in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("10", 600), ("2 min", 120)])
+def test_budgets(text: str, seconds: float) -> None:
+    assert budget_seconds(text, "--budget") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-3m", "0s", "3 weeks"])
+def test_no_budgets(text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        budget_seconds(text, "--budget")
+    assert caught.value.column == "--budget"
+
+
+def test_texts_and_size_decide_what_is_tried(table: Path, tmp_path: Path) -> None:
+    recipe, _ = autos._asked(AutoOptions(table=str(table)))
+    data = load_split(recipe.data, 0).dataset
+    assert has_texts(data)
+    labels = [part.label for part in parts_for(data, "all-MiniLM-L6-v2", torch=False)]
+    assert {"content", "transitions-text", "ease"} < set(labels) and "sasrec" not in labels
+    content = next(part for part in parts_for(data, None, torch=True) if part.label == "content")
+    assert content.fixed == {}
+
+
+def test_the_budget_says_whether_a_model_is_tuned() -> None:
+    assert plan(1800, titles=True, device="cpu").steps == 0
+    long = plan(4 * 3600, titles=True, device="cpu")
+    assert long.steps > 600 and long.seconds == 2 * 3600
+    assert plan(1800, titles=True, device="cuda").steps > 600
+    assert plan(4 * 3600, titles=False, device="cuda").steps == 0
+    assert "llmrec[train]" in plan(4 * 3600, titles=True, device=None).told
+
+
+def test_the_recipe_with_a_model_joins_it_with_the_parts(table: Path) -> None:
+    recipe, _ = autos._asked(AutoOptions(table=str(table)))
+    made = with_model(recipe, plan(4 * 3600, titles=True, device="cpu"))
+    assert made.eval.arms == ("tuned",) and made.eval.fusion.model_users == 200 and made.train.steps > 600
+    assert made.tasks.present()["sequential"].baselines == recipe.tasks.present()["sequential"].baselines
+
+
+@pytest.mark.parametrize(
+    ("loss", "low", "kept"), [(0.01, 0.002, True), (0.01, -0.002, False), (-0.01, -0.02, False), (None, None, False)]
+)
+def test_validation_users_say_whether_a_model_is_kept(
+    loss: float | None, low: float | None, kept: bool, results_of: Callable[[FusionWeights], Results]
+) -> None:
+    part = PartWeight(name="search", weight=0.1, loss=loss, loss_low=low, loss_high=None if loss is None else 0.05)
+    found = judged(results_of(FusionWeights(form="logit", parts=(PartWeight(name="markov", weight=1.0), part))))
+    assert found.kept is kept and ("is kept" in found.sentence) is kept
+
+
+@pytest.fixture
+def results_of() -> Callable[[FusionWeights], Results]:
+    """Return what makes results of a tuned row and a fusion with it."""
+
+    def made(weights: FusionWeights) -> Results:
+        rows = [
+            {"predictor": "search", "arm": "tuned", "fusion": None},
+            {"predictor": "fusion with models", "arm": "tuned", "fusion": weights},
+        ]
+        from types import SimpleNamespace
+
+        return SimpleNamespace(rows=[SimpleNamespace(**row) for row in rows])  # type: ignore[return-value]
+
+    return made
+
+
+def test_the_best_of_equal_trials_is_the_first() -> None:
+    tried = autos.Tried(FEW[0], [Done({"a": 1}, 0.5, 1.0), Done({"a": 2}, 0.5, 1.0)])
+    assert tried.best == tried.trials[0]
+
+
+def test_a_folder_of_somebody_else_is_refused(table: Path, tmp_path: Path, few: None) -> None:
+    (tmp_path / "run" / "auto").mkdir(parents=True)
+    (tmp_path / "run" / "auto" / "diary.txt").write_text("mine")
+    with pytest.raises(LlmrecError) as caught:
+        autos.auto(AutoOptions(table=str(table), out=tmp_path / "run"))
+    assert caught.value.kind == "exists" and (tmp_path / "run" / "auto" / "diary.txt").read_text() == "mine"
+
+
+def test_a_missing_table_is_one_error() -> None:
+    with pytest.raises(LlmrecError) as caught:
+        autos.auto(AutoOptions(table="nowhere.csv"))
+    assert caught.value.kind == "missing-file"
