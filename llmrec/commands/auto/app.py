@@ -1,4 +1,4 @@
-"""The command that searches within a budget: `llmrec auto`."""
+"""The commands that search within a budget: `llmrec auto` and `llmrec tune`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from llmrec.commands.auto.options import AutoOptions
 from llmrec.commands.options import takes
 from llmrec.commands.show.console import say
+from llmrec.commands.tune.options import TuneOptions
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -19,3 +20,12 @@ def auto(options: AutoOptions) -> None:
 
     made = autos.auto(options, say=(lambda line: None) if options.quiet else say)
     say(autos.told(made))
+
+
+@app.command()
+@takes(TuneOptions)
+def tune(options: TuneOptions) -> None:
+    """Search a recipe's own keys on the validation split, within a budget of time, and write the best as a recipe."""
+    from llmrec.commands.tune.run import told, tune
+
+    say(told(tune(options, say=say)))

@@ -1,0 +1,1 @@
+"""`llmrec tune`: a recipe's own keys, searched on validation."""
