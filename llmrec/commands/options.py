@@ -43,7 +43,7 @@ def _parameter(field: Field[Any], hint: Any) -> Parameter:
     default: Any = Parameter.empty if field.default is MISSING else field.default
     if get_origin(kind) is tuple:
         # An option that may be given several times.
-        kind, default = list[str], list(default)
+        kind, default = list[str], default if field.default is MISSING else list(default)
     if about.argument:
         given = typer.Argument(metavar=about.metavar, help=about.help)
         return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, given])
