@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmrec import __version__
+from llmrec.commands import common
 from llmrec.commands.auto.app import app as searching
 from llmrec.commands.features.app import app as features
 from llmrec.commands.init.app import app as starting
@@ -18,21 +16,15 @@ from llmrec.commands.options import takes
 from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.serve.app import app as serving
-from llmrec.commands.show.console import finish, readable, say, short, show
-from llmrec.errors import LlmrecError
+from llmrec.commands.show.console import finish, readable, say, short, show, show_prompts, tell, written
 
 if TYPE_CHECKING:
     from llmrec.recipe.schema import Recipe
 
-# What a user can mend: no space, no permission, a file system that is full or read-only.
-_MENDABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE})
-
-app = typer.Typer(
+app = common.App(
     name="llmrec",
     help="Tune a language model into a recommender, and measure it honestly.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -46,18 +38,17 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=20 eval.users=100.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/<name> by default.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet: Quiet = False) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
     """Run a recipe end to end: data, training, evaluation, report.
 
     A second run reuses every stage whose inputs did not change; a killed run goes on where it was.
     """
     from llmrec import pipeline
 
-    finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet))
+    finish(pipeline.run(_recipe(recipe, overrides), out))
 
 
 @app.command()
@@ -81,11 +72,13 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     from llmrec.experiment import study as studies
 
     study = studies.build_study(_recipe(recipe, overrides))
-    for used in filter(None, (study.data, study.reviews)):
-        show(used.dataset.name, {name: readable(value) for name, value in statistics(used).items()})
+    tables = [statistics(used) for used in study.tables]
+    tell(data=tables)
+    for used, found in zip(study.tables, tables, strict=True):
+        show(used.dataset.name, found, readable, told={})
     if study.candidates is not None:
         sets = study.candidates
-        show("candidates", {"count": str(sets.count), "kind": sets.kind, "digest": sets.digest})
+        show("candidates", {"count": sets.count, "kind": sets.kind, "digest": sets.digest})
 
 
 @app.command()
@@ -125,19 +118,18 @@ def prompts(
     study = studies.build_study(loaded)
     chosen = listing.named(study, template or (), sets or ())
     if diff is None:
+        tell(templates=chosen)
         for line in listing.lines(study, chosen):
             say(line)
     encoder = studies.encoder_of(study, resolve(loaded.model, seed=loaded.seed))
     if diff is not None:
-        for line in listing.compare(study, encoder, *diff):
-            say(line)
+        lines = list(listing.compare(study, encoder, *diff))
+        tell(differences=lines)
+        say("\n".join(lines))
     elif template or sets:
-        for text in listing.rendered(study, encoder, chosen, count or 1):
-            say(text + "\n")
+        show_prompts({each.id: list(listing.rendered(study, encoder, [each], count or 1)) for each in chosen})
     else:
-        for texts in estimate.rendered(study, encoder, count or estimate.SHOWN).values():
-            for text in texts:
-                say(text + "\n")
+        show_prompts(estimate.rendered(study, encoder, count or estimate.SHOWN))
 
 
 @app.command()
@@ -153,18 +145,20 @@ def index(
     from llmrec.experiment import index_report
 
     asked = [name for part in (items or "").split(",") if (name := part.strip())]
-    for title, rows in index_report.summary(index_report.index(_recipe(recipe, overrides), out, items=asked)).items():
-        show(title, rows)
+    made = index_report.index(_recipe(recipe, overrides), out, items=asked)
+    tell(index=made.folder, page=made.page, seconds=made.seconds, diagnostics=made.found)
+    for title, rows in index_report.summary(made).items():
+        show(title, rows, told={})
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None, quiet: Quiet = False) -> None:
+def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
     """Train and merge only; `run` and `eval` reuse the result."""
     from llmrec import pipeline
 
-    record = pipeline.train(_recipe(recipe, overrides), out, quiet=quiet)
+    record = pipeline.train(_recipe(recipe, overrides), out)
     shown = ("method", "steps", "tokens", "target_tokens", "seconds", "tokens_per_second", "adapter_sha256")
-    show("training", {name: short(record[name]) for name in shown})
+    show("training", {name: record[name] for name in shown}, short)
 
 
 @app.command("eval")
@@ -177,7 +171,6 @@ def evaluate(
     results: Annotated[
         Path, typer.Option("--results", help="Of a suite: folder for its results; its page goes beside the folder.")
     ] = Path("eval/results"),
-    quiet: Quiet = False,
 ) -> None:
     """Evaluate a recipe with the adapter that `train` left, never training; or run a suite or a benchmark.
 
@@ -193,17 +186,18 @@ def evaluate(
 
         page = load_benchmark(recipe, overrides or ())
         folder = out or Path("runs") / "benchmarks" / page.benchmark
-        made = run_benchmark(page, out=folder, results=results, say=say, quiet=quiet)
-        say("\n".join(f"{name}: {path}" for name, path in made.items()))
+        made = run_benchmark(page, out=folder, results=results, say=say)
+        written(made)
         return
     if kind == "suite":
         from llmrec.commands.compare.suite import run_suite
 
         suite = load_suite(recipe, overrides or ())
         ran = run_suite(suite, out=out or Path("runs") / "suites" / suite.suite, results=results, say=say)
-        say(f"results: {ran.file}" + (f"\nleaderboard: {ran.leaderboard}" if ran.leaderboard else ""))
+        tell(suite=suite.suite, rows=ran.results.rows)
+        written({"results": ran.file, **({"leaderboard": ran.leaderboard} if ran.leaderboard else {})})
         return
-    finish(pipeline.run(_recipe(recipe, overrides), out, quiet=quiet, may_train=False))
+    finish(pipeline.run(_recipe(recipe, overrides), out, may_train=False))
 
 
 @app.command()
@@ -218,9 +212,11 @@ def report(
     from llmrec.commands.compare import pages
 
     if pages.holds_results(folder):
-        say("\n".join(f"page: {path}" for path in pages.rewrite(folder)))
+        found = pages.rewrite(folder)
+        tell(pages=found)
+        say("\n".join(f"page: {path}" for path in found))
         return
-    say(f"report: {pipeline.report(folder)}")
+    written({"report": pipeline.report(folder)})
 
 
 @app.command("tune-encoder")
@@ -245,6 +241,7 @@ def tune_encoder(
     from llmrec.experiment.tuning.encoder import tune_encoder as tuned
 
     told = tuned(_recipe(recipe, overrides), out, TunedTowerConfig(encoder=encoder, blocks=blocks, step=step))
+    tell(encoder=out, **told)
     say(f"encoder: {out}, tuned on {told['interactions']:,} interactions of {told['data']}")
 
 
@@ -254,7 +251,6 @@ def augment(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="The store; <run folder>/features by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and a prompt.")] = False,
-    quiet: Quiet = False,
 ) -> None:
     """Have a language model write texts of users and items, and store them with their vectors as features.
 
@@ -263,7 +259,7 @@ def augment(
     """
     from llmrec.commands.features import augment as command
 
-    command.run(_recipe(recipe, overrides), out, dry_run=dry_run, quiet=quiet)
+    command.run(_recipe(recipe, overrides), out, dry_run=dry_run)
 
 
 @app.command()
@@ -326,8 +322,10 @@ def export(
         private=private,
         force=force,
     )
-    for title, rows in exports.summary(exports.export(run, options, say=say)):
-        show(title, rows)
+    done = exports.export(run, options, say=say)
+    tell(exported=done)
+    for title, rows in exports.summary(done):
+        show(title, rows, told={})
 
 
 @app.command()
@@ -343,10 +341,10 @@ def rank(options: RankOptions) -> None:
 
     if options.all_users:
         told = rank_users(options)
-        show("lists", dict(told))
-        raise typer.Exit(int(told["failed"] != "0"))
+        show("lists", told, short)
+        raise typer.Exit(int(told["failed"] != 0))
     summary = rank_file(options)
-    show("ranking", console_rows(summary))
+    show("ranking", console_rows(summary), told={"ranking": summary})
     if summary["failed"]:
         raise typer.Exit(1)
 
@@ -361,18 +359,16 @@ def predict(options: PredictOptions) -> None:
     from llmrec.commands.predict.run import predict_file
 
     told = predict_file(options)
-    show("answers", dict(told))
-    raise typer.Exit(int(told["failed"] != "0"))
+    show("answers", told, short)
+    raise typer.Exit(int(told["failed"] != 0))
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
-) -> None:
+def doctor() -> None:
     """Check versions, hardware, model and data, one line each with the mend; exit code 1 if something is wrong."""
-    from llmrec.commands.doctor.told import tell
+    from llmrec.commands.doctor.told import healthy
 
-    if tell(as_json=as_json):
+    if not healthy():
         raise typer.Exit(1)
 
 
@@ -401,27 +397,13 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say which stages are reused.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("llmrec").setLevel(logging.INFO if verbose else logging.WARNING)
+    pass
 
 
 def main() -> None:
     """Run the command line; expected failures print one paragraph and exit with 2."""
-    try:
-        app()
-    except LlmrecError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in _MENDABLE:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.stderr.write(
-            f"error: {error.strerror}{where}; mend this and run the same command again: it goes on where it stopped\n"
-        )
-        sys.exit(2)
+    common.main(app)
 
 
 def _recipe(path: str, overrides: list[str] | None) -> Recipe:

@@ -23,6 +23,7 @@ ErrorKind = Literal[
     "empty",
     "ambiguous",  # several could be meant
     # rows and columns
+    "usage",  # a command line that cannot be read
     "syntax",  # no JSON, CSV, YAML or template
     "encoding",  # bytes or characters that are no text
     "ragged-row",

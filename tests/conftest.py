@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from llmrec.progress import QUIET
 
 # A busy machine is no failure of a property.
 settings.register_profile("llmrec", deadline=None)
@@ -22,6 +26,17 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 # `make test` runs two processes; models of tests are too small to be worth two threads each beside that.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _levels() -> Iterator[None]:
+    """Put back what a command sets for its process: levels of logs, and that there are no bars."""
+    loggers = [logging.getLogger(), logging.getLogger("llmrec")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+    os.environ.pop(QUIET, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
-from llmrec.recipe.schema import EvalSection, ModelSection
-
-_EVAL, _MODEL = EvalSection(), ModelSection()
+from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +54,8 @@ class RecommenderOptions:
     ] = "auto"
     beams: Annotated[
         int, About(least=1, help="With --candidates all: prefixes kept of each request, and items returned.")
-    ] = _EVAL.beams
-    exact: Annotated[bool, About(help="With --candidates all: search until no other item can be better.")] = _EVAL.exact
+    ] = BEAMS
+    exact: Annotated[bool, About(help="With --candidates all: search until no other item can be better.")] = EXACT
     settings: Annotated[
         tuple[str, ...],
         About(names=("--set",), metavar="KEY=VALUE", help="What the strategy takes, such as eval.permutations=3."),
@@ -89,14 +87,12 @@ class RecommenderOptions:
         str | None, About(metavar="VARIABLE", help="The environment variable that holds the server's key.")
     ] = None
     top: Annotated[int | None, About(least=1, help="Keep the first so many; default: all.")] = None
-    batch: Annotated[int, About(least=1, help="Requests handed to the engine at a time.")] = _EVAL.batch
+    batch: Annotated[int, About(least=1, help="Requests handed to the engine at a time.")] = BATCH
     noun: Annotated[str | None, About(metavar="PLURAL", help="What prompts call the items.")] = None
     max_length: Annotated[
         int | None, About(least=16, help="Longest prompt with answer in tokens; default: as tuned.")
     ] = None
-    dtype: Annotated[
-        str, About(choices=get_args(ModelSection.model_fields["dtype"].annotation), help="Of the weights.")
-    ] = _MODEL.dtype
+    dtype: Annotated[str, About(choices=get_args(Dtype), help="Of the weights.")] = DTYPE
 
     @property
     def whole(self) -> bool:

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import require
 from llmrec.models.load import cpu_has_bf16
+from llmrec.progress import bars
 from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Case, CatalogueScorer, Request
 
@@ -41,6 +40,8 @@ log = logging.getLogger(__name__)
 _CELLS = 1 << 19
 # Sequences that are scored together.
 _ROWS = 512
+# What the line of progress says of the epochs.
+_TOLD = ("epochs  {task.fields[loss]}  {task.fields[best]}",)
 # Validation cases that decide when to stop; a sample of more moves the third digit of NDCG@10 only.
 _STOP_CASES = 10_000
 
@@ -203,7 +204,7 @@ def until_best(
         rates or network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     best, kept, since = -math.inf, None, 0
-    with _bar(config) as progress:
+    with bars(*_TOLD, left="left at most", quiet=config.quiet, transient=True) as progress:
         task = progress.add_task("training", total=config.epochs, loss="", best="")
         for epoch in range(0 if learned and cases else 1, config.epochs + 1):
             mean = learn(optimiser) if epoch else math.nan
@@ -367,18 +368,3 @@ class _Sampled:
         of_table.index_add_(0, targets, share[:, :1] * vectors)
         of_table.index_add_(0, items, share[:, 1:].T @ vectors)
         return loss, share[:, :1] * table[targets] + share[:, 1:] @ table[items], of_table
-
-
-def _bar(config: NeuralConfig) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs  {task.fields[loss]}  {task.fields[best]}"),
-        TimeElapsedColumn(),
-        TextColumn("left at most"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=config.quiet,
-        transient=True,
-    )

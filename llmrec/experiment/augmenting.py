@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmrec import __version__
 from llmrec.augment.stores import of_texts
@@ -28,6 +24,7 @@ from llmrec.experiment.study import load_tables
 from llmrec.guard import clean
 from llmrec.models.embedder import text_embedder
 from llmrec.models.load import load_tokenizer, resolve, weights_stamp
+from llmrec.progress import bars
 from llmrec.recipe.schema import AugmentSection, Recipe
 from llmrec.strategies.asking import cost_of
 from llmrec.types import Backend, Cost, Prompt
@@ -205,9 +202,7 @@ def _write(
     backend: Backend, asked: Sequence[Asked], section: AugmentSection, batch: int, what: str, *, quiet: bool
 ) -> tuple[dict[str, str], Cost]:
     written, cost = {}, Cost()
-    counted = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    hidden = quiet or not sys.stderr.isatty()
-    with Progress(TextColumn(what), *counted, console=Console(stderr=True), disable=hidden) as bar:
+    with bars(quiet=quiet, piped=False) as bar:
         task = bar.add_task(what, total=len(asked))
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]

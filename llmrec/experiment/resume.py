@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from llmrec.errors import LlmrecError
 from llmrec.experiment.claiming import mark, open_lock, refuse_foreign
+from llmrec.progress import bars
 
 
 def key_of(**inputs: Any) -> str:
@@ -98,15 +97,7 @@ class Bar:
     """One progress line a row."""
 
     def __init__(self, name: str, total: int, *, quiet: bool) -> None:
-        self._progress = Progress(
-            TextColumn(name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            disable=quiet,
-        )
+        self._progress = bars(quiet=quiet)
         self._bar = self._progress.add_task(name, total=total)
 
     def __enter__(self) -> Callable[[int], None]:

@@ -14,7 +14,6 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
@@ -26,6 +25,7 @@ from llmrec.experiment.study import Study
 from llmrec.guard import clean
 from llmrec.metrics import ranking
 from llmrec.metrics.multiple import holm
+from llmrec.metrics.stats import mean_ranks
 from llmrec.prompts.template import Template
 from llmrec.records import Product, Sample, Told, User, Written
 from llmrec.results import AtPosition, Prediction, SliceOfRow, Trend
@@ -207,8 +207,8 @@ def trend(
     Returns:
         None where all positions or all ranks are equal.
     """
-    x = rankdata(position) - (len(position) + 1) / 2
-    y = rankdata(rank) - (len(rank) + 1) / 2
+    x = mean_ranks(position) - (len(position) + 1) / 2
+    y = mean_ranks(rank) - (len(rank) + 1) / 2
     scale = float(np.sqrt((x @ x) * (y @ y)))
     if scale == 0:
         return None

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmrec.errors import require
 from llmrec.index.kmeans import Floats, nearest, reconstructed, residual_kmeans
+from llmrec.progress import bars
 from llmrec.recipe.schema import RQVAEIndex
 
 _WEIGHT_DECAY = 1e-4
@@ -89,7 +88,7 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
     _first_codewords(network, source[rng.permutation(len(x))[: section.batch]], seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=section.learning_rate, weight_decay=_WEIGHT_DECAY)
     means = []
-    with _bar(quiet) as bar:
+    with bars("epochs  {task.fields[loss]}", quiet=quiet, transient=True) as bar:
         shown = bar.add_task("RQ-VAE", total=section.epochs, loss="")
         for _ in range(section.epochs):
             total, used, order = 0.0, torch.zeros(levels, k, dtype=torch.bool), rng.permutation(len(x))
@@ -205,18 +204,3 @@ def _numbers(network: Network, x: Floats, loss: tuple[float, float]) -> RQVAE:
         decoded = _through(network.decoder, torch.from_numpy(total)).numpy()
     error = np.square(x - decoded).sum(dtype=np.float64) / max(np.square(x).sum(dtype=np.float64), 1e-30)
     return RQVAE(weights, codebooks, float(error), loss)
-
-
-def _bar(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs  {task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=quiet,
-        transient=True,
-    )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from llmrec.durable import Json
 from llmrec.errors import ModelError, require
 from llmrec.models.load import has_cuda, quiet_libraries, resolve, weights_stamp
 from llmrec.models.tensors import load_whole
+from llmrec.progress import bars
 from llmrec.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -115,9 +113,7 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
     torch, encoder = require("torch", "train"), open_encoder(folder)
     encoded = encoder.tokens(texts)
     vectors = np.zeros((len(texts), encoder.model.config.hidden_size), dtype=np.float32)
-    console = Console(stderr=True)
-    hidden = len(texts) < _MANY or not sys.stderr.isatty()
-    with Progress(console=console, disable=hidden) as bar, torch.inference_mode():
+    with bars(quiet=len(texts) < _MANY, piped=False) as bar, torch.inference_mode():
         task = bar.add_task("texts", total=len(texts))
         for rows in batches_of([len(ids) for ids in encoded]):
             batch = encoder.padded([encoded[row] for row in rows])

@@ -28,6 +28,8 @@ from llmrec.types import Message, Role, Segment
 __all__ = ["Template", "clean", "load_templates", "neutralise"]
 
 SOURCE_LIMIT = 16 * 1024
+# That of libyaml reads a tenth as long, where PyYAML was built with it.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
 # What is said about a template; it changes no prompt, and so not the hash.
@@ -357,8 +359,8 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
             raise RecipeError.at(
                 file, "too-large", f": longer than {4 * SOURCE_LIMIT} characters; a template is one short page"
             )
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        tree = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError as error:
         raise RecipeError.at(
             file, "encoding", f": not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema, mo
 from pydantic_core import PydanticCustomError
 
 from llmrec.errors import did_you_mean
+from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
 from llmrec.registry import TASKS, lookup
 
 Positive = Annotated[int, Field(gt=0)]
@@ -509,9 +510,7 @@ class ModelSection(Section):
     name: str = Field("SmolLM2-135M-Instruct", description="`new` makes a model of `shape`")
     shape: ShapeSection | None = None
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where it is fast"
-    )
+    dtype: Dtype = Field(DTYPE, description="auto: bfloat16 where it is fast")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: the GPU where there is one; a GPU that torch cannot use is refused"
     )
@@ -788,16 +787,18 @@ class EvalSection(Section):
         "best control; None: the tuned row of each family with its untuned row and with its best control",
     )
     fusion: FusionSection = FusionSection()
-    batch: Positive = Field(64, description="requests handed to a backend at a time")
+    batch: Positive = Field(BATCH, description="requests handed to a backend at a time")
     gpu_memory: float | None = Field(
         None,
         gt=0,
         le=1,
         description="vllm: share of the GPU's memory that the engine takes; None: what is free, at most 92 %",
     )
-    beams: Positive = Field(20, description="search: prefixes that are kept of each request, and items in its answer")
+    beams: Positive = Field(
+        BEAMS, description="search: prefixes that are kept of each request, and items in its answer"
+    )
     exact: bool = Field(
-        False, description="search: widen it until no other item can be better, or 4,096 prefixes are kept"
+        EXACT, description="search: widen it until no other item can be better, or 4,096 prefixes are kept"
     )
     prior_weight: float = Field(
         1.0, ge=0, description="likelihood-prior: what is subtracted of a title's likelihood without a history"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from llmrec.backends.encode import TokenRow
 from llmrec.durable import write_text
 from llmrec.errors import LlmrecError
+from llmrec.progress import bars
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import laid_out
 from llmrec.train.best import Best
@@ -49,16 +49,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._spent = 0.0
         self._steps_timed = 0
         self._step_start = 0.0
-        self._progress = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            disable=quiet,
-        )
+        self._progress = bars("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s", quiet=quiet)
         self._bar = self._progress.add_task("train", total=steps, loss=float("nan"), speed=0.0)
 
     def open(self, *, resumed: bool) -> None:

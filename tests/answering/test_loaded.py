@@ -147,7 +147,6 @@ def test_a_file_of_questions(rec: Loaded, run: Path, tmp_path: Path) -> None:
         family="rating",
         backend="hf",
         dtype="float32",
-        quiet=True,
     )
     told = predict_file(given)
     assert (told["answered"], told["failed"]) == ("1", "2")
@@ -172,9 +171,7 @@ def test_a_family_must_be_one_that_was_tuned(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lists.parquet", "lists.csv", "lists.jsonl", "lists.db"])
 def test_lists_of_every_user(rec: Loaded, run: Path, tmp_path: Path, name: str) -> None:
-    given = RankOptions(
-        model=str(run), all_users=True, to=str(tmp_path / name), by="item-knn", top=3, backend="hf", quiet=True
-    )
+    given = RankOptions(model=str(run), all_users=True, to=str(tmp_path / name), by="item-knn", top=3, backend="hf")
     told = rank_users(given)
     assert told["failed"] == "0"
     rows = _rows(tmp_path / name)
@@ -325,9 +322,7 @@ def test_outputs_of_others_are_not_written_over(run: Path, tmp_path: Path) -> No
         database.execute("CREATE TABLE recommendations (what TEXT)")
     (tmp_path / "theirs.db.summary.json").write_text("{}")
     with raises(DataError, Facts(kind="exists", column="--to")):
-        rank_users(
-            RankOptions(model=str(run), all_users=True, to=str(theirs), by="popularity", backend="hf", quiet=True)
-        )
+        rank_users(RankOptions(model=str(run), all_users=True, to=str(theirs), by="popularity", backend="hf"))
     with raises(DataError, Facts(kind="contradiction", column="--retrieve")):
         rank_users(RankOptions(model=str(run), all_users=True, to=str(tmp_path / "x.csv"), retrieve="markov"))
 

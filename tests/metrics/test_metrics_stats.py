@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.metrics.multiple import holm
-from llmrec.metrics.stats import Difference, interval, interval_of, paired, paired_of, verdict
+from llmrec.metrics.stats import Difference, interval, interval_of, mean_ranks, paired, paired_of, verdict
 
 _VALUES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=40)
 
@@ -289,3 +289,8 @@ def test_verdicts() -> None:
     assert verdict(Difference(0.1, -0.01, 0.2, 0.08)) == "not shown"
     assert verdict(up, p=0.06) == "not shown"  # after correction for several comparisons
     assert verdict(up, alpha=0.005) == "not shown"
+
+
+@given(st.lists(st.integers(-3, 3) | st.floats(-2, 2), min_size=1, max_size=12))
+def test_equal_values_share_the_mean_of_their_ranks(values: list[float]) -> None:
+    assert mean_ranks(values).tolist() == scipy.stats.rankdata(values).tolist()

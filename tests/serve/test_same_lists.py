@@ -226,9 +226,7 @@ def test_every_user_is_given_the_list_that_the_service_gives(
 ) -> None:
     target = tmp_path / "lists.parquet"
     rank_users(
-        RankOptions(
-            model=str(run), backend="hf", dtype="float32", quiet=True, all_users=True, to=str(target), by=model, top=6
-        )
+        RankOptions(model=str(run), backend="hf", dtype="float32", all_users=True, to=str(target), by=model, top=6)
     )
     table = pl.read_parquet(target).sort("user_id", "rank")
     assert table["error"].null_count() == len(table)

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from llmrec.commands.show.console import say, show
+from llmrec.commands.common import App
+from llmrec.commands.show.console import say, short, show, tell
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = App(no_args_is_help=True)
 
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="A folder of features; docs/features.md.")]
 Kind = Annotated[Literal["user", "item"], typer.Option("--kind", help="What the ids name.")]
@@ -57,6 +58,7 @@ def what(
         return
     opened = FeatureStore.open(store)
     texts, seen = opened.texts(kind, ids), opened.seen_by(kind)
+    tell(texts={each: {"text": texts.get(each), "seen": len(seen.get(each, ()))} for each in ids})
     for each in ids:
         say(f"{each}: {texts.get(each, 'no text')}")
         if each in seen:
@@ -70,6 +72,7 @@ def diff(old: Store, new: Annotated[Path, typer.Argument(metavar="STORE", help="
     from llmrec.data.features import FeatureStore
 
     found = compare(FeatureStore.open(old), FeatureStore.open(new))
+    tell(differences=found)
     for each in found:
         say(f"{each.kind}s: {len(each.added)} added, {len(each.removed)} removed, {len(each.changed)} texts changed")
         for name, before, after in each.changed[:20]:
@@ -89,6 +92,7 @@ def edit(
     from llmrec.augment import stores
 
     stores.edit(store, kind, name, text)
+    tell(kind=kind, id=name, text=text)
 
 
 @app.command()
@@ -97,6 +101,7 @@ def forget(store: Store, user: Annotated[str, typer.Argument(metavar="USER", hel
     from llmrec.augment import stores
 
     gone = stores.forget(store, user)
+    tell(erased=gone)
     say(f"erased: {'a text, ' if gone.text else ''}{gone.pairs} interactions; versions before are removed")
     if gone.others:
         say(f"written from them too, and to be written anew: {', '.join(gone.others)}")
@@ -110,7 +115,7 @@ def bench(store: Store) -> None:
 
     opened = FeatureStore.open(store)
     for kind in opened.kinds:
-        show(f"look-ups of {kind}s", {name: f"{value:,.1f}" for name, value in timed(opened, kind).items()})
+        show(f"look-ups of {kind}s", timed(opened, kind), short)
 
 
 def _facts(folder: Path) -> dict[str, str]:

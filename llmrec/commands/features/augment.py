@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmrec.commands.show.console import say, show
+from llmrec.commands.show.console import say, show, tell
 from llmrec.data.features import FeatureStore
 from llmrec.experiment import augmenting
 from llmrec.experiment.study import folder_of
@@ -13,7 +13,7 @@ from llmrec.recipe.schema import Recipe
 _SHOWN = 3
 
 
-def run(recipe: Recipe, out: Path | None, *, dry_run: bool, quiet: bool) -> None:
+def run(recipe: Recipe, out: Path | None, *, dry_run: bool) -> None:
     """Write the features of a recipe, or say what that would cost."""
     if dry_run:
         planned = augmenting.plan(recipe)
@@ -23,11 +23,12 @@ def run(recipe: Recipe, out: Path | None, *, dry_run: bool, quiet: bool) -> None
         assert recipe.augment is not None
         show("augment", augmenting.estimate(planned, recipe.augment))
         return
-    done = augmenting.augment(recipe, out or folder_of(recipe, None) / augmenting.FEATURES, quiet=quiet)
+    done = augmenting.augment(recipe, out or folder_of(recipe, None) / augmenting.FEATURES)
     store = FeatureStore.open(done.folder)
     for kind in store.kinds:
         for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN]).items()):
             say(f"{kind} {name}: {text}")
+    tell(texts=done.texts, cost=done.cost, seconds=done.seconds, store=done.folder)
     facts = {f"{kind}s": f"{count:,} texts" for kind, count in done.texts.items()}
     tokens = f"{done.cost.prompt_tokens:,} tokens read, {done.cost.completion_tokens:,} written"
     show("augment", {**facts, "cost": tokens, "seconds": f"{done.seconds:.0f}", "store": str(done.folder)})

@@ -6,7 +6,7 @@ import typer
 
 from llmrec.commands.init.options import InitOptions
 from llmrec.commands.options import takes
-from llmrec.commands.show.console import say
+from llmrec.commands.show.console import say, tell
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -27,4 +27,5 @@ def init(options: InitOptions) -> None:
         mend=options.mend,
         force=options.force,
     )
+    tell(recipe=made.recipe, found=made.found, then=made.then)
     say(made.told)

@@ -30,4 +30,3 @@ class PredictOptions:
     dtype: Annotated[str, About(choices=("auto", "float32", "bfloat16", "float16"), help="Of the weights.")] = "auto"
     batch: Annotated[int, About(least=1, help="Questions handed to the engine at a time.")] = 64
     limit: Annotated[int | None, About(least=1, help="Answer the first so many questions only.")] = None
-    quiet: Annotated[bool, About(names=("--quiet", "-q"), help="Show no progress bars.")] = False

@@ -23,7 +23,7 @@ from llmrec.errors import DataError
 from llmrec.types import Answer, Text, Unparsed
 
 
-def predict_file(options: PredictOptions) -> Mapping[str, str]:
+def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
     """Answer a file of questions and return what to print.
 
     What was asked is remembered beside the output until that is written, so that a killed call goes on where it was.
@@ -42,7 +42,7 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     with (
         Recommender.open(decided(asked), store=stored, ranks=False) as recommender,
-        RankBar(total, quiet=options.quiet) as bar,
+        RankBar(total) as bar,
     ):
         family = _family(recommender, options.family)
         # Read where a question needs it, and once.
@@ -65,13 +65,13 @@ def predict_file(options: PredictOptions) -> Mapping[str, str]:
         digest = recommender.weights[:12]
     for ending in ("", "-wal", "-shm", "-journal"):
         stored.with_name(stored.name + ending).unlink(missing_ok=True)
-    told = {
+    told: dict[str, str | int] = {
         "family": family,
         "template": way.template,
         "strategy": way.strategy,
         "weights": digest or "a server's own",
-        "answered": f"{len(records) - failed:,}",
-        "failed": f"{failed:,}",
+        "answered": len(records) - failed,
+        "failed": failed,
         "file": str(options.out),
     }
     write_summary(options.out, dict(told))

@@ -29,7 +29,6 @@ class RankOptions(RecommenderOptions):
     ] = None
     limit: Annotated[int | None, About(least=1, help="Rank the first so many requests only.")] = None
     restart: Annotated[bool, About(help="Drop what an earlier, killed run left.")] = False
-    quiet: Annotated[bool, About(names=("--quiet", "-q"), help="Show no progress bars.")] = False
 
     @property
     def source(self) -> Path:

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from llmrec.answering.recommender import Recommender
 from llmrec.commands.rank.options import RankOptions
 from llmrec.data.reading.ranked import Ranked
@@ -17,6 +14,7 @@ from llmrec.data.reading.request_file import RequestFile
 from llmrec.durable import sha256_of
 from llmrec.experiment.engines import dtype_name
 from llmrec.machine import machine, versions
+from llmrec.progress import bars
 from llmrec.types import Cost
 
 _SHOWN = 5
@@ -94,18 +92,8 @@ class Tally:
 class RankBar:
     """One progress line on the error stream, with the rate of this invocation."""
 
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self._progress = Progress(
-            TextColumn("ranking"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
+    def __init__(self, total: int) -> None:
+        self._progress = bars("{task.fields[rate]}")
         self._line = self._progress.add_task("ranking", total=total, rate="")
         self._done = 0
         self._begin: float | None = None

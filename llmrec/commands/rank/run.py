@@ -195,7 +195,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Recommender, k
     earlier: dict[bytes, int] = {}
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     number = 0
-    with budget.stage("reading"), RankBar(total, quiet=options.quiet) as bar:
+    with budget.stage("reading"), RankBar(total) as bar:
         rows = islice(source, total)
         while raws := list(islice(rows, max(PART, options.batch))):
             lines = [Row.of(raw, tally.lines + n, earlier) for n, raw in enumerate(raws, start=1)]

@@ -40,7 +40,7 @@ _TABLE_COLUMNS = (
 )
 
 
-def rank_users(options: RankOptions) -> Mapping[str, str]:
+def rank_users(options: RankOptions) -> Mapping[str, str | int]:
     """Rank the whole catalogue for every user, and return what to print.
 
     Raises:
@@ -71,7 +71,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str]:
         if options.restart:
             for path in _parts(to).glob("part-*.parquet"):
                 path.unlink()
-        paths = list(_ranked(rec, users, _parts(to), key, k, options.strategy, quiet=options.quiet))
+        paths = list(_ranked(rec, users, _parts(to), key, k, options.strategy))
         table = pa.concat_tables([pq.read_table(path) for path in paths])
         _write(kind, to, table)
         failed = int(table.num_rows - table["error"].null_count)
@@ -85,9 +85,9 @@ def rank_users(options: RankOptions) -> Mapping[str, str]:
         _parts(to).rmdir()
     return {
         "model": f"{options.by or rec.models[0]} ({signature})",
-        "users": f"{len(users):,}",
-        "rows": f"{table.num_rows - failed:,}",
-        "failed": f"{failed:,}",
+        "users": len(users),
+        "rows": table.num_rows - failed,
+        "failed": failed,
         "written to": _shown(to),
     }
 
@@ -109,11 +109,9 @@ def _refuse_others(options: RankOptions) -> None:
             )
 
 
-def _ranked(
-    rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, strategy: str, *, quiet: bool
-) -> Iterator[Path]:
+def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, strategy: str) -> Iterator[Path]:
     """Yield files of lists, a part of the users each; a part that is there already is not ranked again."""
-    with RankBar(len(users), quiet=quiet) as bar:
+    with RankBar(len(users)) as bar:
         for start in range(0, len(users), _PART):
             part = users[start : start + _PART]
             path = folder / f"part-{start // _PART:06d}-{key[:16]}.parquet"

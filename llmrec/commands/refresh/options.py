@@ -32,4 +32,3 @@ class RefreshOptions:
     key_env: Annotated[
         str | None, About(metavar="VARIABLE", help="With --server: the environment variable that holds an admin key.")
     ] = None
-    quiet: Annotated[bool, About(names=("--quiet", "-q"), help="Show no progress bars.")] = False

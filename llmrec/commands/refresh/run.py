@@ -50,7 +50,7 @@ class _State:
     items: dict[str, Item]
 
 
-def refresh(options: RefreshOptions) -> Mapping[str, str]:
+def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     """Write the folder and return what to print.
 
     Raises:
@@ -81,10 +81,10 @@ def refresh(options: RefreshOptions) -> Mapping[str, str]:
     if options.server is not None:
         _tell(options.server, options.key_env)
     return {
-        "new events": f"{added:,}",
-        "interactions": f"{after.rows.height:,}",
-        "new items": f"{len(after.items) - len(before.items):,}",
-        "items": f"{len(after.items):,}",
+        "new events": added,
+        "interactions": after.rows.height,
+        "new items": len(after.items) - len(before.items),
+        "items": len(after.items),
         "weights": f"trained for {options.train} more steps" if options.train else "as they were",
         "folder": str(out),
         "service": "has read it anew" if options.server else f"llmrec serve {out}",
@@ -249,7 +249,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
     )
     train = recipe.train.model_copy(update={"start": str(bundle.run), "steps": options.train})
     changed = recipe.model_copy(update={"data": section, "train": train, "name": folder.name})
-    pipeline.train(changed, folder / "run", quiet=options.quiet)
+    pipeline.train(changed, folder / "run")
     return folder / "run" / "merged"
 
 

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from llmrec.commands.common import App
 from llmrec.commands.options import takes
 from llmrec.commands.refresh.options import RefreshOptions
 from llmrec.commands.serve.options import ServeOptions
-from llmrec.commands.show.console import say, show
+from llmrec.commands.show.console import say, short, show, tell
 
-app = typer.Typer(rich_markup_mode=None)
+app = App()
 
 
 @app.command()
@@ -36,7 +37,7 @@ def refresh(options: RefreshOptions) -> None:
     """
     from llmrec.commands.refresh.run import refresh
 
-    show("refreshed", dict(refresh(options)))
+    show("refreshed", refresh(options), short)
 
 
 @app.command("serve-key")
@@ -53,6 +54,9 @@ def serve_key(
 
     if revoke:
         keys.revoke(file, name)
+        tell(name=name, revoked=True)
         say(f"{name}: taken back")
         return
-    say(keys.new_key(file, name, admin=admin))
+    key = keys.new_key(file, name, admin=admin)
+    tell(name=name, key=key)
+    say(key)

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 from llmrec.answering.options import About, RecommenderOptions
-from llmrec.recipe.schema import ModelSection
-
-_MODEL = ModelSection()
+from llmrec.recipe.shared import DTYPE, Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +43,7 @@ class ServeOptions:
     server_key_env: Annotated[
         str | None, About(metavar="VARIABLE", help="The environment variable that holds the server's key.")
     ] = None
-    dtype: Annotated[
-        str, About(choices=get_args(ModelSection.model_fields["dtype"].annotation), help="Of the weights.")
-    ] = _MODEL.dtype
+    dtype: Annotated[str, About(choices=get_args(Dtype), help="Of the weights.")] = DTYPE
     noun: Annotated[str | None, About(metavar="PLURAL", help="What prompts call the items.")] = None
     batch: Annotated[int, About(least=1, help="Questions that the engine is asked at once.")] = 32
     window: Annotated[int, About(least=0, help="Milliseconds that a question waits for others.")] = 5
@@ -55,7 +51,6 @@ class ServeOptions:
     timeout: Annotated[int, About(least=1, help="Seconds that a question may take.")] = 60
     body_limit: Annotated[int, About(least=1024, help="Bytes of a body.")] = 1 << 20
     mcp: Annotated[bool, About(help="Offer the verbs to agents as well, at /mcp.")] = False
-    quiet: Annotated[bool, About(names=("--quiet", "-q"), help="Write no line on each request.")] = False
 
     def recommender(self) -> RecommenderOptions:
         """Return how the language model is asked."""

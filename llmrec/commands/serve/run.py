@@ -48,7 +48,9 @@ def serve(options: ServeOptions) -> None:
         from llmrec.serve.mcp import mount
 
         mount(app, service, Door(keys, limit))
-    logging.getLogger("llmrec.serve").setLevel(logging.WARNING if options.quiet else logging.INFO)
+    if logging.getLogger("llmrec").level <= logging.WARNING:
+        # A line on each request, unless errors alone are asked for.
+        logging.getLogger("llmrec.serve").setLevel(logging.INFO)
     host, port = listening.getsockname()[:2]
     say(f"llmrec serves {options.model} at http://{'localhost' if host in _LOOPBACK else host}:{port}")
     server = uvicorn.Server(

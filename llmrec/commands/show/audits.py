@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmrec.commands.show.console import say
+from llmrec.commands.show.console import say, tell
 from llmrec.experiment import audit as audits
 
 _MARKS = {"clean": "✓", "notice": "·", "leak": "✗"}
@@ -13,6 +13,7 @@ _MARKS = {"clean": "✓", "notice": "·", "leak": "✗"}
 def leaks(folder: Path, *, memory: bool) -> bool:
     """Audit a run, print what was found, and say whether there is a leak."""
     checks = audits.audit(folder, memory=memory)
+    tell(checks=checks)
     for check in checks:
         say(f"{_MARKS[check.verdict]} {check.name}: {check.found}")
         for example in check.examples:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmrec.baselines.parameters import config_of
-from llmrec.commands.compare.benchmark import points, recipe_of
-from llmrec.commands.show.console import say, show_dry_run
+from llmrec.commands.show.console import say, show_dry_run, tell
 from llmrec.data.stats import baskets
 from llmrec.errors import RecipeError
 from llmrec.experiment.study import build_study
@@ -22,6 +21,7 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
         DataError: If a recipe's data cannot be used.
     """
     kind = kind_of_page(page)
+    tell(page=page, kind=kind)
     if kind != "recipe" and dry_run:
         raise RecipeError(f"--dry-run estimates a recipe, and {page} is a {kind}; leave it out", kind="contradiction")
     if kind == "suite":
@@ -35,25 +35,33 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
                 for key, values in row.grid.items():
                     for value in values:
                         config_of(row.baseline, {key: value}, where)
+        tell(name=suite.suite, rows=[row.label for row in suite.rows], pairs=suite.pairs)
         say(f"suite {suite.suite} is valid: {len(suite.rows)} rows, {len(suite.pairs)} planned comparisons")
         return
     if kind == "benchmark":
+        from llmrec.commands.compare.benchmark import points, recipe_of
+
         bench = load_benchmark(page, overrides)
         todo = list(points(bench))
         for point in todo:
             recipe_of(bench, point)
+        tell(name=bench.benchmark, runs=[run.name for run in bench.runs], models=len(todo))
         say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models")
         return
     loaded = load_recipe(page, overrides)
     study = build_study(loaded)
-    for family in study.tasks:
-        templates = ", ".join(template.id for template in study.eval_templates(family))
-        say(f"{family}: {len(study.cases(family))} {loaded.eval.split} cases, evaluated with {templates}")
+    asked = {family: [template.id for template in study.eval_templates(family)] for family in study.tasks}
+    cases = {family: len(study.cases(family)) for family in asked}
+    tell(name=loaded.name, split=loaded.eval.split, cases=cases, templates=asked, warnings=(warned := list[str]()))
+    for family, templates in asked.items():
+        say(f"{family}: {cases[family]} {loaded.eval.split} cases, evaluated with {', '.join(templates)}")
     for table in study.tables:
         if cut := baskets(table):
+            warned.append(cut)
             say(cut)
         if found := study.told(table):
-            say(f"{sentence(table, found)}; write profiles from training interactions alone")
+            warned.append(sentence(table, found))
+            say(f"{warned[-1]}; write profiles from training interactions alone")
             say(f"    users: {', '.join(users(found))}")
     if dry_run:
         show_dry_run(study)

@@ -1,12 +1,26 @@
-"""What commands print: tables of names and values, a run's results, and the estimate of a dry run."""
+"""What commands print: tables of names and values, a run's results, and the estimate of a dry run.
+
+Words go to the standard output. What they say is kept as facts beside them, which `--json` prints in their place.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import typer
+
+facts: dict[str, object] = {}
+"""What the command of this process has told so far, by name."""
+
+
+# Of a row: they stand in results.json, which is named.
+_DETAILS = {"slices", "by_position", "position_trend"}
 
 
 def finish(done: Any) -> None:
@@ -24,9 +38,16 @@ def finish(done: Any) -> None:
         say(sentence)
     for table in console_tables(found):
         console.print(table)
-    budget = {entry["stage"]: f"{entry['seconds']:.0f} s" for entry in done.results["budget"]}
-    show("budget", {**budget, "total": f"{done.results['seconds']:.0f} s"})
-    say(f"results: {done.folder / 'results.json'}\nreport: {done.report}")
+    budget = {entry["stage"]: entry["seconds"] for entry in done.results["budget"]}
+    show("budget", {**budget, "total": done.results["seconds"]}, lambda seconds: f"{seconds:.0f} s")
+    tell(
+        name=found.name,
+        headline=found.headline,
+        rows=[{key: row[key] for key in row if key not in _DETAILS} for row in done.results["rows"]],
+        comparisons=done.results["comparisons"],
+        notes=[sentence] if sentence else [],
+    )
+    written({"results": done.folder / "results.json", "report": done.report})
 
 
 def show_dry_run(study: Any) -> None:
@@ -37,12 +58,10 @@ def show_dry_run(study: Any) -> None:
 
     base = resolve(study.recipe.model, seed=study.recipe.seed)
     encoder = encoder_of(study, base)
-    for texts in estimate.rendered(study, encoder).values():
-        for text in texts:
-            say(text + "\n")
+    show_prompts(estimate.rendered(study, encoder))
     rows = estimate.train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
     if rows:
-        show("training rows", {name: json.dumps(value) for name, value in rows.items()})
+        show("training rows", rows, json.dumps)
     found = estimate.estimate(study, encoder, base, rows)
     arms = {
         f"{arm}: about": f"{count:,} tokens"
@@ -57,15 +76,68 @@ def show_dry_run(study: Any) -> None:
             **arms,
             "memory: about": f"{found.memory_gb} GiB",
         },
+        told={"estimate": found},
     )
 
 
-def show(title: str, rows: dict[str, str]) -> None:
-    """Print a title, and names with their values below it."""
+def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
+    """Print rendered prompts, by what they are of."""
+    tell(prompts=prompts)
+    for texts in prompts.values():
+        for text in texts:
+            say(text + "\n")
+
+
+def tell(**found: Any) -> None:
+    """Keep facts: what a program reads where a person reads words."""
+    facts.update(found)
+
+
+def as_json(value: Any) -> str:
+    """Return facts as JSON: records as objects, paths and dates as texts, and no NaN."""
+    return json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in value]
+    if hasattr(value, "model_dump"):
+        return _plain(value.model_dump(mode="json"))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, date):
+        return value.isoformat()
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def show(
+    title: str, rows: Mapping[str, Any], form: Callable[[Any], str] = str, told: Mapping[str, Any] | None = None
+) -> None:
+    """Print a title, and names with their values below it.
+
+    Args:
+        title: The title.
+        rows: Values by name.
+        form: How a value is written.
+        told: The facts that are kept; None: the rows, under their title.
+    """
+    tell(**({title: rows} if told is None else told))
     width = max((len(name) for name in rows), default=0)
     say(title)
     for name, value in rows.items():
-        say(f"  {name:<{width}}  {value}")
+        say(f"  {name:<{width}}  {form(value)}")
+
+
+def written(files: Mapping[str, Any]) -> None:
+    """Say which files were written, by what each is."""
+    tell(**files)
+    say("\n".join(f"{name}: {path}" for name, path in files.items()))
 
 
 def short(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from scipy.stats import chi2, rankdata
+from scipy.special import chdtrc
 
 from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.candidates import touched
@@ -24,6 +24,7 @@ from llmrec.data.split import SplitDataset, earlier, request_id
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, told, users
+from llmrec.metrics.stats import mean_ranks
 from llmrec.recipe.schema import BaselineSection
 from llmrec.tasks.family import families
 
@@ -140,7 +141,7 @@ def _placed(positions: Sequence[int], count: int) -> Check:
     seen = np.bincount(positions, minlength=count)
     expected = len(positions) / count
     statistic = float(((seen - expected) ** 2 / expected).sum())
-    p = float(chi2.sf(statistic, count - 1))
+    p = float(chdtrc(count - 1, statistic))
     figures = {"chi2": statistic, "p": p}
     if p < _ALARM:
         return Check(
@@ -169,7 +170,7 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
 
 def _correlation(values: np.ndarray[Any, Any]) -> float:
     # Equal values share a rank: in the order of their places they would follow it by themselves.
-    return float(np.corrcoef(rankdata(values), np.arange(len(values)))[0, 1])
+    return float(np.corrcoef(mean_ranks(values), np.arange(len(values)))[0, 1])
 
 
 def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:

@@ -1,0 +1,203 @@
+"""What all commands share: options that may stand anywhere on the line, log levels, and JSON in place of words.
+
+`App` gives every command the options, `main` runs it and says how it ended. A command prints with
+`llmrec.commands.show.console` and need not know whether it is asked for words or for JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TextIO
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+from llmrec import __version__
+from llmrec.commands.show.console import as_json, facts
+from llmrec.errors import ErrorKind, LlmrecError
+from llmrec.progress import QUIET
+
+Level = Literal["debug", "info", "warning", "error"]
+
+# What a user can mend: no space, no permission, a file system that is full or read-only.
+_MENDABLE: Mapping[int, ErrorKind] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EMFILE), "exhausted"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "unreadable"),
+}
+_AGAIN = "mend this and run the same command again: it goes on where it stopped"
+# What other libraries say of themselves; read when they are imported, and by the processes that they start.
+_SILENT = {
+    QUIET: "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_LOGGING_LEVEL": "CRITICAL",
+}
+# The base of what is wrong with a command line, whichever click it is that typer brings.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
+
+# --------------------------------------------------------------------------- options of every command
+
+
+def _heard(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+    if value:
+        context.meta[f"llmrec.{option.name}"] = value
+    return value
+
+
+def _options(
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            callback=_heard,
+            expose_value=False,
+            help="Print one JSON object, and all else on the error stream.",
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", callback=_heard, expose_value=False, help="Say which stages are reused.")
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", callback=_heard, expose_value=False, help="No progress bars, and errors as the only notes."
+        ),
+    ] = False,
+    log_level: Annotated[
+        Level | None,
+        typer.Option("--log-level", callback=_heard, expose_value=False, help="In place of -v (info) and -q (error)."),
+    ] = None,
+) -> None:
+    """Take the options that every command has; `_Shared` adds them."""
+
+
+_holder = typer.Typer(add_completion=False)
+_holder.command()(_options)
+_OPTIONS = get_command(_holder).params
+
+
+class _Shared:
+    """Adds the options to a command or a group, and heeds them before it runs."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return [*super().get_params(ctx), *_OPTIONS]  # type: ignore[misc]
+
+    def invoke(self, ctx: Any) -> Any:
+        # The path begins with the program, which may be several words.
+        facts["command"] = ctx.command_path.removeprefix(ctx.find_root().command_path).strip()
+        _heed(ctx.meta)
+        return super().invoke(ctx)  # type: ignore[misc]
+
+
+class _Command(_Shared, TyperCommand):
+    pass
+
+
+class _Group(_Shared, TyperGroup):
+    pass
+
+
+class App(typer.Typer):
+    """A group of commands which all have the shared options."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        """Register a command; see `typer.Typer.command`."""
+        return super().command(name, **{"cls": _Command, **settings})
+
+
+def _heed(meta: Mapping[str, Any]) -> None:
+    quiet = bool(meta.get("llmrec.quiet"))
+    if quiet:
+        os.environ.update({name: value for name, value in _SILENT.items() if name == QUIET or name not in os.environ})
+        warnings.simplefilter("ignore")
+    level: Level = meta.get("llmrec.log_level") or (
+        "error" if quiet else "info" if meta.get("llmrec.verbose") else "warning"
+    )
+    # Other libraries say at most what they warn of.
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
+    logging.getLogger("llmrec").setLevel(level.upper())
+
+
+# --------------------------------------------------------------------------- how a command ends
+
+
+def main(app: typer.Typer) -> None:
+    """Run the command line; expected failures are one paragraph, or an ``error`` in JSON, and exit with 2."""
+    if not _asks_for_json(sys.argv[1:]):
+        try:
+            app()
+        except Exception as error:
+            if (wrong := _problem(error)) is None:
+                raise
+            sys.stderr.write(f"error: {wrong['message']}\n")
+            sys.exit(2)
+        return
+    with _aside() as out:
+        told, code = _told(app)
+        out.write(as_json(told) + "\n")
+    sys.exit(code)
+
+
+def _told(app: typer.Typer) -> tuple[Mapping[str, Any], int]:
+    """Run a command and return what it says of itself, and its exit status."""
+    try:
+        code = app(standalone_mode=False)
+        return {"llmrec": __version__, **facts}, code if isinstance(code, int) else 0
+    except _UsageError as error:
+        wrong: Mapping[str, Any] | None = _error("usage", error.format_message())
+    except typer.Abort:
+        return {"error": _error("closed", "it was broken off")}, 1
+    except Exception as error:
+        wrong = _problem(error)
+        if wrong is None:
+            traceback.print_exc()
+            return {"error": _error("defect", f"{type(error).__name__}: {error}")}, 1
+    assert wrong is not None
+    sys.stderr.write(f"error: {wrong['message']}\n")
+    return {"error": wrong}, 2
+
+
+def _problem(error: Exception) -> Mapping[str, Any] | None:
+    """Return the facts of what a user can mend, and None of anything else."""
+    if isinstance(error, LlmrecError):
+        return _error(error.kind, str(error), file=error.file, row=error.row, line=error.line, column=error.column)
+    if isinstance(error, OSError) and error.errno is not None and error.errno in _MENDABLE:
+        where = f" ({error.filename})" if error.filename else ""
+        return _error(_MENDABLE[error.errno], f"{error.strerror}{where}; {_AGAIN}", file=error.filename)
+    return None
+
+
+def _error(kind: ErrorKind | None, message: str, **facts: Any) -> Mapping[str, Any]:
+    return {"kind": kind, "message": message, "file": None, "row": None, "line": None, "column": None, **facts}
+
+
+def _asks_for_json(line: Sequence[str]) -> bool:
+    # Looked for before the line is read: what is wrong with it is told in JSON too.
+    return "--json" in line[: line.index("--") if "--" in line else len(line)]
+
+
+@contextmanager
+def _aside() -> Iterator[TextIO]:
+    """Hand out the standard output, and send whatever else is written there to the error stream.
+
+    Libraries and the processes that they start write to it as well, so the descriptor itself is moved.
+    """
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+        yield out

@@ -1,0 +1,11 @@
+"""What options of commands share with recipes, apart from `schema`: the sections take longer to load than `--help`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPE: Dtype = "auto"
+BEAMS = 20
+EXACT = False
+BATCH = 64
