@@ -50,7 +50,7 @@ help:
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
 	@echo "make experiments  write the list of what was run, eval/EXPERIMENTS.md"
 	@echo "make figures      write figures and generated pages from eval/results/, and check that each has a source"
-	@echo "make docs         write the command-line reference, docs/cli.md"
+	@echo "make docs         write the command-line reference, docs/cli.md, and the schemas of docs/schema/"
 	@echo "make openapi      write the HTTP interface, docs/openapi.json and docs/clients/llmrec.d.ts"
 	@echo "make pictures     draw the pictures of docs/indexes/"
 	@echo "make setup        only make .venv"
@@ -82,6 +82,8 @@ lint: setup
 
 docs: setup
 	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
+	$(BIN)/llmrec schema recipe --out docs/schema/recipe.json
+	$(BIN)/llmrec schema suite --out docs/schema/suite.json
 
 openapi: setup
 	$(BIN)/python -m llmrec.commands.serve.typescript docs

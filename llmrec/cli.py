@@ -16,6 +16,7 @@ from llmrec.commands.options import takes
 from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.serve.app import app as serving
+from llmrec.commands.show.app import app as showing
 from llmrec.commands.show.console import finish, readable, say, short, show, show_prompts, tell, written
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = common.App(
 app.add_typer(serving)
 app.add_typer(starting)
 app.add_typer(searching)
+app.add_typer(showing)
 app.add_typer(features, name="features", help="Stores of what a language model wrote: make, show, compare, correct.")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")]

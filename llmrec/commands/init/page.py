@@ -13,6 +13,8 @@ from llmrec.commands.init.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tok
 from llmrec.commands.init.profile import shown
 from llmrec.recipe.schema import Columns
 
+SCHEMA = "llmrec.schema.json"
+"""Beside the page, for editors."""
 _PLAIN = re.compile(r"[A-Za-z0-9_./-]+(?: [A-Za-z0-9_./-]+)*")
 
 
@@ -22,7 +24,7 @@ class Page:
 
     Attributes:
         name: The recipe's name.
-        made_from: The files, as the first line names them.
+        made_from: The files, as its first words name them.
         path: ``data.path``.
         items: ``data.items``.
         columns: ``data.columns``.
@@ -71,6 +73,7 @@ def _head(page: Page) -> list[str]:
     plan = page.plan
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in plan.seconds.items())
     return [
+        f"# yaml-language-server: $schema={SCHEMA}",
         f"# Made by `llmrec init` from {shown(page.made_from, 200)}; docs/recipe.md explains the keys.",
         f"# Estimate: {minutes(plan)} on two CPU cores ({seconds});",
         "# `llmrec check RECIPE --dry-run` estimates it for your machine.",

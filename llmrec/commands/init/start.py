@@ -13,7 +13,7 @@ import yaml
 
 from llmrec.commands.init.columns import guess
 from llmrec.commands.init.faults import faults, mended, refusal, write_copy
-from llmrec.commands.init.page import Page, minutes, render
+from llmrec.commands.init.page import SCHEMA, Page, minutes, render
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
 from llmrec.commands.init.profile import Peek, peek, profile, shown
 from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
@@ -27,8 +27,11 @@ from llmrec.data.stats import baskets
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.recipe.schema import Columns, Recipe
+from llmrec.resources import resource
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# What a schema begins with that llmrec wrote.
+_TITLE = '"title": "llmrec recipe"'
 _CHECKED_ROWS = 300_000
 _COMPANIONS = 20
 _TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".gz")
@@ -310,9 +313,18 @@ def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe, str]
             page = replace(page, plan=page.plan.without(family, refused.partition(": ")[2] or refused))
             continue
         write_text(target, text)
+        _write_schema(target.with_name(SCHEMA))
         return page.plan, recipe, cut
     off = "; ".join(f"{family} {reason}" for family, (_, reason) in page.plan.tasks.items())
     raise DataError.at(page.path, "too-few", f": this table can carry none of the four tasks: {off}")
+
+
+def _write_schema(file: Path) -> None:
+    """Put the schema beside the recipe, which names it: editors find it there on every machine."""
+    text = resource("docs", "schema", "recipe.json").read_text(encoding="utf-8")
+    # Somebody else's file of that name stays.
+    if not file.exists() or (file.is_file() and _TITLE in file.read_text(encoding="utf-8", errors="replace")[:200]):
+        write_text(file, text)
 
 
 # --------------------------------------------------------------------------- what is printed
@@ -421,7 +433,7 @@ def _companion(path: Path, item: str) -> Path | None:
 def _next(recipe: Recipe, target: Path, plan: Plan) -> list[str]:
     file = shlex.quote(str(target))
     return [
-        f"wrote {target}",
+        f"wrote {target}, and {SCHEMA} for editors",
         f"next: llmrec check {file}",
         f"then: llmrec run {file}  ({minutes(plan)} on two CPU cores; results in runs/{recipe.name})",
     ]

@@ -1,0 +1,150 @@
+"""JSON schemas of recipes and suites, by which editors complete keys and names, explain them and mark mistakes.
+
+Keys, bounds and words are those of `llmrec.recipe`; names are those that this installation knows. A schema sees a page
+alone: what a ``base`` brings, and whether keys go together, `llmrec check` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel
+
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.schema import Recipe, TasksSection
+from llmrec.registry import BASELINES, SOURCES, TASKS, lookup
+from llmrec.tasks.family import families
+
+Schema: TypeAlias = "dict[str, Any]"
+PageKind = Literal["recipe", "suite"]
+
+_DIALECT = "http://json-schema.org/draft-07/schema#"
+# A name of somebody's own is a path or module:attribute, which no list can hold.
+_OWN = {"type": "string", "pattern": r"[:/.\\]"}
+
+
+def schema_text(kind: PageKind) -> str:
+    """Return the schema of a kind of page as a file holds it; that of suites is that of benchmarks too."""
+    return json.dumps({"recipe": _recipe, "suite": _suite}[kind](), ensure_ascii=False, indent=1) + "\n"
+
+
+def _recipe() -> Schema:
+    made = _plain(Recipe)
+    defs = made["$defs"]
+    for name, family in families().items():
+        section = _section(family.section, defs)
+        section["strategies"]["items"] = _named(family.strategies)
+        section["baselines"]["items"] = {"$ref": "#/$defs/Baseline"}
+        templates = load_templates(name, family.prompts)
+        sets = dict.fromkeys(each for template in templates.values() for each in template.sets)
+        for key in ("templates", "eval_templates"):
+            section[key]["items"] = _named([*templates, *sets])
+    tasks = defs["TasksSection"]
+    tasks["additionalProperties"] = False
+    further = {name: {"type": "object"} for name in TASKS if name not in TasksSection.model_fields}
+    tasks["properties"] |= further
+    defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
+    defs["Baseline"] = _baseline(defs)
+    del defs["BaselineSection"]
+    base = {"type": "string", "description": "a page beside this one whose keys stand wherever this one has none"}
+    made["properties"] = {"base": base} | made["properties"]
+    needed = made.pop("required")
+    made["anyOf"] = [{"required": ["base"]}, {"required": needed}]
+    for section in defs.values():
+        # The base may have it.
+        section.pop("required", None)
+    return {"$schema": _DIALECT, "title": "llmrec recipe", **made}
+
+
+def _suite() -> Schema:
+    suite, benchmark = _plain(Suite), _plain(Benchmark)
+    defs = suite.pop("$defs") | benchmark.pop("$defs")
+    defs["SuiteRow"]["properties"]["baseline"]["anyOf"][0] = _named(BASELINES)
+    defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
+    return {
+        "$schema": _DIALECT,
+        "title": "llmrec suite or benchmark",
+        "if": {"required": ["benchmark"]},
+        "then": {"$ref": "#/$defs/Benchmark"},
+        "else": {"$ref": "#/$defs/Suite"},
+        "$defs": defs | {"Suite": suite, "Benchmark": benchmark},
+    }
+
+
+def _baseline(defs: Schema) -> Schema:
+    """Return a baseline as its name, or as a mapping of its name and its own parameters."""
+    rules = []
+    for name in BASELINES:
+        config: type[BaseModel] = lookup(BASELINES, name, "baseline").Config
+        made = _plain(config)
+        defs |= made.pop("$defs", {})
+        parameters = made["properties"]
+        rules.append(
+            {
+                "if": {"properties": {"name": {"const": name}}},
+                "then": {
+                    "properties": {"name": {}, "parameters": {"type": "object"}} | parameters,
+                    "additionalProperties": False,
+                },
+            }
+        )
+    return {
+        "description": "A classic predictor, written as its name, or as a mapping of its name and parameters.",
+        "anyOf": [
+            _named(BASELINES),
+            {"type": "object", "properties": {"name": _named(BASELINES)}, "required": ["name"]},
+        ],
+        "if": {"type": "object"},
+        "then": {"allOf": rules},
+    }
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _section(section: type[BaseModel], defs: Schema) -> Schema:
+    """Return the keys of a family's section; one from outside is added."""
+    if section.__name__ not in defs:
+        made = _plain(section)
+        defs |= made.pop("$defs", {})
+        defs[section.__name__] = made
+    properties: Schema = defs[section.__name__]["properties"]
+    return properties
+
+
+def _named(names: Iterable[str]) -> Schema:
+    return {"anyOf": [{"type": "string", "enum": list(names)}, _OWN]}
+
+
+def _plain(model: type[BaseModel]) -> Schema:
+    """Return pydantic's schema with words in place of titles that repeat a key."""
+    made = model.model_json_schema()
+    for each in _objects(made):
+        if isinstance(each.get("title"), str):
+            del each["title"]
+    for owner in (made, *made.get("$defs", {}).values()):
+        if "description" in owner:
+            owner["description"] = " ".join(owner["description"].split())
+        for key in owner.get("properties", {}).values():
+            if "description" not in key and (said := _said_of(key, made.get("$defs", {}))):
+                key["description"] = said
+    return made
+
+
+def _objects(value: Any) -> Iterator[Schema]:
+    if isinstance(value, dict):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _objects(each)
+
+
+def _said_of(key: Mapping[str, Any], defs: Mapping[str, Schema]) -> str:
+    """Return what the docstring of a key's section says first."""
+    for option in (key, *key.get("anyOf", ())):
+        if "$ref" in option:
+            said: str = defs[option["$ref"].rpartition("/")[2]].get("description", "")
+            return said.split("\n\n")[0]
+    return ""
