@@ -1,6 +1,7 @@
-"""What can change a figure besides the recipe: versions, processor and memory.
+"""What depends on the machine: versions, processor and memory, and what only some systems can do.
 
-A container's limits count, not only what is built in.
+A container's limits count, not only what is built in. Locks, priorities, links and folders are asked for here and
+nowhere else, so that what Linux, macOS and Windows have apart stands in one place.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -186,3 +189,58 @@ def _words(path: Path) -> list[str]:
 def _number(path: Path) -> int | None:
     words = _words(path)
     return int(words[0]) if words and words[0].isdigit() else None
+
+
+# --------------------------------------------------------------------------- what only some systems can do
+
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+"""Flags of `os.open`: refuse a link, and keep the file from processes that are started, where the system can."""
+# Windows lets nobody read what is locked, so a byte is locked that no file reaches.
+_BEYOND = 1 << 30
+
+
+def lock(file: IO[str] | int) -> bool:
+    """Lock an open file until it is closed; False where another process holds it, or it cannot be locked."""
+    handle = file if isinstance(file, int) else file.fileno()
+    try:
+        try:
+            import fcntl
+        except ImportError:
+            return _lock_a_byte(handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _lock_a_byte(handle: int) -> bool:
+    import msvcrt
+
+    here = os.lseek(handle, 0, os.SEEK_CUR)
+    os.lseek(handle, _BEYOND, os.SEEK_SET)
+    try:
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    finally:
+        os.lseek(handle, here, os.SEEK_SET)
+    return True
+
+
+def alive(process: int) -> bool:
+    """Whether there is a process of this number."""
+    return bool(psutil.pid_exists(process))
+
+
+def step_back(by: int) -> None:
+    """Let other processes go before this one, where the system can."""
+    with suppress(OSError, AttributeError):
+        os.nice(by)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have a folder's entries written to the disk; Windows does so by itself, and opens no folder."""
+    with suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -31,6 +31,7 @@ import numpy as np
 
 from llmrec.durable import Json, refuse_link, write_json, write_text
 from llmrec.errors import DataError, LlmrecError
+from llmrec.machine import lock
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -295,8 +296,6 @@ def writing(folder: str | Path) -> Iterator[Path]:
     Raises:
         LlmrecError: If it is a link, holds other things than a store, or somebody else writes to it.
     """
-    import fcntl
-
     place = Path(folder).expanduser()
     refuse_link(place)
     if place.is_dir() and not (place / _CURRENT).is_file():
@@ -309,13 +308,11 @@ def writing(folder: str | Path) -> Iterator[Path]:
             )
     place.mkdir(parents=True, exist_ok=True)
     refuse_link(place / _LOCK)
-    with (place / _LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    with (place / _LOCK).open("a") as held:
+        if not lock(held):
             raise LlmrecError(
                 f"{place} is being written by another process; wait until it has ended", kind="busy", at=place
-            ) from error
+            )
         yield place
 
 

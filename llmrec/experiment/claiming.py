@@ -14,6 +14,7 @@ from typing import IO
 
 from llmrec.durable import refuse_link
 from llmrec.errors import LlmrecError
+from llmrec.machine import NO_LINK
 
 LOCK = ".lock"
 _MARK = "llmrec works in this folder: it writes, replaces and removes its own files there\n"
@@ -73,7 +74,7 @@ def open_lock(folder: Path) -> IO[str]:
         raise LlmrecError(
             f"{path} is no file, so the folder cannot be locked; move it away", kind="unreadable", at=path
         )
-    opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o666)
     return os.fdopen(opened, "a", encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmrec.errors import LlmrecError
 from llmrec.experiment.claiming import mark, open_lock, refuse_foreign
+from llmrec.machine import lock
 from llmrec.progress import bars
 
 
@@ -68,8 +69,6 @@ def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Ite
     Raises:
         LlmrecError: If another live process holds the folder, or somebody's files in it could be lost.
     """
-    import fcntl
-
     refuse_foreign(folder, own)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,14 +79,12 @@ def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Ite
             at=folder,
         ) from None
     with open_lock(folder) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock(file):
             raise LlmrecError(
                 f"another run is writing to {folder}; wait for it, or choose a folder with --out",
                 kind="busy",
                 at=folder,
-            ) from None
+            )
         if own:
             mark(file)
         yield

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ModelError, did_you_mean, require
+from llmrec.machine import processor
 from llmrec.models.from_scratch import made
 from llmrec.models.tensors import load_whole
 from llmrec.models.traits import auto_class
@@ -193,9 +194,7 @@ def gpu_has_bf16() -> bool:
 
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 natively (AVX512_BF16, AMX or Arm BF16)."""
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text(encoding="utf-8", errors="replace").split()) if info.is_file() else set()
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(processor().flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def quiet_libraries() -> None:

@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from llmrec.data.reading.limits import no_file, reason, shown
 from llmrec.errors import DataError, ErrorKind, LlmrecError, require
+from llmrec.machine import flush_folder
 
 log = logging.getLogger(__name__)
 
@@ -235,11 +236,7 @@ class SQLite:
         finally:
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{draft}{suffix}").unlink(missing_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush_folder(folder)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from llmrec.data.reading.limits import reason, require_file, shown
 from llmrec.durable import refuse_link, replacing
 from llmrec.errors import DataError, LlmrecError, did_you_mean
+from llmrec.machine import NO_LINK, lock
 
 PREFIX = "llmrec_"
 """How every key begins, so that it is known where it should not stand: in a log, in a repository."""
@@ -141,25 +142,22 @@ def revoke(file: Path, name: str) -> None:
 @contextmanager
 def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
     """Hold the lock of a file, and hand out the keys that are in it; with ``make`` it may be missing, and has none."""
-    import fcntl
-
     refuse_link(file)
     if not make:
         _read(file)
-    lock = file.with_name(f".{file.name}.lock")
-    refuse_link(lock)
+    guard = file.with_name(f".{file.name}.lock")
+    refuse_link(guard)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(guard, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(handle):
+                raise LlmrecError(
+                    f"another process is writing to {file}; wait until it has ended", kind="busy", at=file
+                )
             yield _read(file)[1] if file.exists() else ()
         finally:
             os.close(handle)
-    except BlockingIOError as error:
-        raise LlmrecError(
-            f"another process is writing to {file}; wait until it has ended", kind="busy", at=file
-        ) from error
     except OSError as error:
         raise LlmrecError(
             f"the file of keys {file} cannot be written ({reason(error)}); make it writable, or name another",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from llmrec.answering.rationales import Reasons
 from llmrec.answering.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
+from llmrec.machine import step_back
 from llmrec.types import Answer, Item
 
 log = logging.getLogger(__name__)
@@ -239,8 +239,7 @@ def _work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None)
     # A model that computes leaves a refusal, and the health of the service, their moment of the processor.
-    with suppress(OSError):
-        os.nice(_NICE)
+    step_back(_NICE)
     try:
         models = open_models(decided(options), names)
         for model in models.opened.values():

@@ -28,7 +28,7 @@ TITLES = {str(n): f"{WORDS[n % 12]} {WORDS[(n // 12 + n) % 12]} ({1950 + n})" fo
 
 def options(model: Path | str, requests: Path, out: Path, **changes: Any) -> RankOptions:
     """Return options as the command line gives them, on hf and in float32."""
-    values: dict[str, Any] = {"backend": "hf", "dtype": "float32", "batch": 3, "quiet": True}
+    values: dict[str, Any] = {"backend": "hf", "dtype": "float32", "batch": 3}
     return RankOptions(model=str(model), requests=requests, out=out, **values | changes)
 
 

@@ -18,6 +18,7 @@ from llmrec.experiment import bundle
 from llmrec.experiment.indexing import FOLDER
 from llmrec.experiment.runs import Source
 from llmrec.experiment.study import Study
+from llmrec.machine import alive
 from llmrec.models.rating_head import CONFIG, WEIGHTS, copy_head
 from llmrec.recipe.schema import Recipe
 
@@ -254,13 +255,7 @@ def _alive(process: int) -> bool:
     # In a container the same number comes back at every start: what this process did not make is a leftover.
     if process == os.getpid():
         return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    return alive(process)
 
 
 def _beside(target: Path, kind: str) -> Path:

@@ -7,7 +7,7 @@ alone: what a ``base`` brings, and whether keys go together, `llmrec check` says
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel
@@ -18,7 +18,7 @@ from llmrec.recipe.schema import Recipe, TasksSection
 from llmrec.registry import BASELINES, SOURCES, TASKS, lookup
 from llmrec.tasks.family import families
 
-Schema: TypeAlias = "dict[str, Any]"
+Schema: TypeAlias = MutableMapping[str, Any]
 PageKind = Literal["recipe", "suite"]
 
 _DIALECT = "http://json-schema.org/draft-07/schema#"
