@@ -14,16 +14,18 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution lint docs openapi pictures bench bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving check-sources suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution check-lowest lint docs openapi pictures bench bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the tests that make test skips: killed engines, real servers"
-	@echo "make lint         ruff, mypy, import-linter; hadolint and a schema for docker/"
+	@echo "make lint         ruff, mypy, import-linter; hadolint for docker/; schemas for compose files, CITATION.cff and workflows"
 	@echo "make check-resolution   ask the package index what a set-up for a GPU would install (needs the network)"
+	@echo "make check-lowest     ask the package index whether the lowest allowed versions go together (needs the network)"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
+	@echo "make bench-commands   processor time of small commands, eval/results/small_commands.json"
 	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
 	@echo "make bench-recovery   kill a run, an export and a ranking at named and random points, eval/results/recovery.json"
 	@echo "make bench-metrics    metrics beside other libraries' and calibration of the tests, eval/results/"
@@ -69,7 +71,10 @@ test-slow: setup
 	LLMREC_SLOW=1 $(BIN)/pytest -m slow $(ARGS)
 
 check-resolution: setup
-	LLMREC_NETWORK=1 $(BIN)/pytest tests/test_resolution.py $(ARGS)
+	LLMREC_NETWORK=1 $(BIN)/pytest tests/test_resolution.py -k "not lowest" $(ARGS)
+
+check-lowest: setup
+	LLMREC_NETWORK=1 $(BIN)/pytest tests/test_resolution.py -k lowest $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -79,6 +84,8 @@ lint: setup
 	$(BIN)/python -m tests.structure
 	@test ! -x $(BIN)/hadolint || (set -x; $(BIN)/hadolint docker/Dockerfile.*)
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.serve.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 docs: setup
 	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
@@ -93,6 +100,9 @@ pictures: setup
 
 bench: setup
 	$(BIN)/python -m eval.benchmarks.scoring eval/results/scoring.json
+
+bench-commands: setup
+	$(BIN)/python -m eval.benchmarks.small_commands eval/results/small_commands.json $(ARGS)
 
 bench-rank: setup
 	$(BIN)/python -m eval.benchmarks.rank_requests eval/results/rank.json $(ARGS)

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -98,6 +99,56 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert "License-Expression: Apache-2.0" in metadata
     assert "License-File: LICENSE" in metadata
     assert "llmrec = llmrec.cli:main" in wheel.read(f"llmrec-{llmrec.__version__}.dist-info/entry_points.txt").decode()
+
+
+def test_metadata_is_what_an_index_takes_and_shows(wheel: zipfile.ZipFile) -> None:
+    from email.parser import Parser
+
+    from trove_classifiers import classifiers
+
+    metadata = Parser().parsestr(wheel.read(f"llmrec-{llmrec.__version__}.dist-info/METADATA").decode())
+    assert (metadata["Name"], metadata["Version"]) == ("llmrec", llmrec.__version__)
+    for field in ("Summary", "Author", "Keywords", "Requires-Python", "Description-Content-Type"):
+        assert metadata[field], field
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert str(metadata.get_payload()).startswith("# ")
+    named = metadata.get_all("Classifier")
+    assert named and set(named) <= classifiers
+    # With a licence expression an index refuses classifiers of licences.
+    assert not [name for name in named if name.startswith("License ::")]
+    assert not [want for want in metadata.get_all("Requires-Dist", ()) if " @ " in want]
+
+
+def test_source_distribution_builds_and_holds_what_a_wheel_is_made_of(tmp_path: Path) -> None:
+    from hatchling.builders.sdist import SdistBuilder
+
+    with tarfile.open(next(iter(SdistBuilder(str(ROOT)).build(directory=str(tmp_path))))) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "PKG-INFO", "llmrec/cli.py"} <= held
+    assert {"prompts/rating/list-ratings.yaml", "recipes/wheels.txt", "docs/schema/recipe.json"} <= held
+    assert not [name for name in held if name.startswith((".venv", "runs/", ".git/"))]
+
+
+def test_citation_and_workflows_are_valid_and_name_the_version() -> None:
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
+    for schema, file in (
+        ("citation-file-format", "CITATION.cff"),
+        ("github-workflows", ".github/workflows/publish.yml"),
+    ):
+        done = subprocess.run(
+            [*check, f"vendor.{schema}", str(ROOT / file)], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stdout
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (cited["version"], cited["license"]) == (llmrec.__version__, "Apache-2.0")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))["jobs"]
+    # Only the job that runs nothing of the checkout may publish, and none has a secret.
+    assert {name for name, job in jobs.items() if "id-token" in job.get("permissions", {})} == {"publish"}
+    assert [step["uses"].partition("@")[0] for step in jobs["publish"]["steps"]] == [
+        "actions/download-artifact",
+        "pypa/gh-action-pypi-publish",
+    ]
+    assert "secrets." not in (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
 
 
 def test_no_module_is_ignored_by_git() -> None:

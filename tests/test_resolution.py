@@ -1,4 +1,6 @@
-"""What pip would install for a GPU, asked of the configured package index; `make check-resolution` starts it.
+"""What pip would install for a GPU, and whether the lowest allowed versions go together, asked of the package index.
+
+`make check-resolution` and `make check-lowest` start it.
 
 It needs the network and minutes, and downloads little: pip reads the metadata of wheels.
 """
@@ -9,10 +11,12 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from llmrec import setup_env
 
@@ -37,6 +41,33 @@ def _plain_index() -> dict[str, str]:
         if value:
             environment[variable] = value
     return {**environment, "PIP_CONFIG_FILE": os.devnull}
+
+
+# Those that need no engine, which pins its own versions; the first is the core.
+EXTRAS = ("", "train", "text", "openai", "serve", "mcp", "reviews", "tables")
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_lowest_versions_resolve(extra: str, tmp_path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # What an extra brings may need more than the core's own lowest versions, so that each is held to its own bounds.
+    told = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    wanted = [Requirement(each) for each in told]
+    bounds = {want.name: bound.version for want in wanted for bound in want.specifier if bound.operator == ">="}
+    # Of a bound such as 5.16 any 5.16.x will do: the first of them may never have been published.
+    lines = [f"{name}=={version}{'.*' if version.count('.') < 2 else ''}" for name, version in bounds.items()]
+    (tmp_path / "lowest.txt").write_text("\n".join(lines), encoding="utf-8")
+    venv.create(tmp_path / "venv", with_pip=True)
+    command = [str(tmp_path / "venv" / "bin" / "pip"), "install", "--dry-run", "--ignore-installed", "--quiet"]
+    done = subprocess.run(
+        [*command, "--constraint", str(tmp_path / "lowest.txt"), f".[{extra}]" if extra else "."],
+        cwd=ROOT,
+        env=_plain_index(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("pip", ["own", "newest"])

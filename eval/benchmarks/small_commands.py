@@ -1,0 +1,82 @@
+"""Processor time of commands that do little: what a user waits for before anything is computed.
+
+`make bench-commands` writes eval/results/small_commands.json. Seconds are user time of the process and its threads, the
+least of some rounds: a busy machine stretches it far less than time on the clock, and still by half where cores are
+shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+
+RECIPE = "recipes/quickstart.yaml"
+# What was aimed at, in seconds.
+GOALS: Mapping[str, float] = {"--help": 0.1, "check": 1.5, "data": 1.5, "prompts": 2.0, "rank": 5.0}
+ITEMS = 40
+
+
+def lines(folder: Path) -> dict[str, list[str]]:
+    """Return the commands, with one request for the model of the wheels in a folder."""
+    titles = "".join(f"i{n},Film number {n} ({1950 + n})\n" for n in range(ITEMS))
+    (folder / "items.csv").write_text(f"item_id,title\n{titles}", encoding="utf-8")
+    asked = {"history": ["i1", "i2", "i3"], "candidates": [f"i{n}" for n in range(4, 12)]}
+    (folder / "one.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    files = ["--items", f"{folder}/items.csv", "--in", f"{folder}/one.jsonl", "--out", f"{folder}/out.jsonl"]
+    return {
+        "--help": ["--help"],
+        "check": ["check", RECIPE],
+        "data": ["data", RECIPE],
+        "prompts": ["prompts", RECIPE],
+        "rank": ["rank", "--model", "SmolLM2-135M-Instruct", "--backend", "hf", "--restart", "-q", *files],
+    }
+
+
+def user_seconds(words: Sequence[str]) -> float:
+    """Run llmrec once and return the user time of it and of what it started."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    # Threads that wait for each other by spinning would count as work.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([sys.executable, "-m", "llmrec.cli", *words], check=True, capture_output=True, env=environment)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        todo, spent = lines(Path(folder)), dict[str, list[float]]()
+        for _ in range(given.rounds):
+            for name, words in todo.items():
+                Path(folder, "out.jsonl").unlink(missing_ok=True)
+                spent.setdefault(name, []).append(user_seconds(words))
+    found = {
+        name: {"user_seconds": round(min(seconds), 3), "goal": GOALS[name], "met": min(seconds) <= GOALS[name]}
+        for name, seconds in spent.items()
+    }
+    write_json(
+        given.out,
+        {
+            "command": "make bench-commands",
+            "rounds": given.rounds,
+            "commands": found,
+            "machine": machine(),
+            "versions": versions(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
