@@ -33,7 +33,7 @@ from llmrec.experiment.study import Study, build_study, folder_of
 from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
 from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
-from llmrec.recipe.load import as_recipe, dump
+from llmrec.recipe.load import Overrides, as_recipe, dump
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.report.audit import AuditLine
@@ -67,8 +67,9 @@ class Run:
 
 def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
-    out: Path | str | None = None,
+    out: Path | str | Mapping[str, Any] | None = None,
     *,
+    overrides: Overrides = (),
     data: Any = None,
     items: Any = None,
     quiet: bool = False,
@@ -82,7 +83,8 @@ def run(
 
     Args:
         recipe: From `llmrec.load_recipe`, the path of a page, or its sections as a mapping.
-        out: The run folder; ``runs/<name>`` by default.
+        out: The run folder; ``runs/<name>`` by default. A mapping in its place is read as ``overrides``.
+        overrides: Changed keys, such as ``{"train.steps": 5}``.
         data: Interactions as a frame, in place of ``data.path``; see `llmrec.data.frames.with_frames`.
         items: One row an item, as a frame, in place of ``data.items``.
         quiet: Show no progress bars.
@@ -92,7 +94,9 @@ def run(
     Raises:
         RecipeError: If the tuned arm has no adapter and ``may_train`` is off.
     """
-    recipe = as_recipe(recipe)
+    if isinstance(out, Mapping):
+        overrides, out = out, None
+    recipe = as_recipe(recipe, overrides)
     folder = folder_of(recipe, Path(out) if out is not None else None)
     with locked(folder, RUN):
         recipe = with_frames(recipe, folder, data, items)
@@ -130,11 +134,14 @@ class Checked:
     warnings: tuple[str, ...]
 
 
-def check(recipe: Recipe | str | Path | Mapping[str, Any], *, data: Any = None, items: Any = None) -> Checked:
+def check(
+    recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = (), *, data: Any = None, items: Any = None
+) -> Checked:
     """Validate a recipe, its data, templates and names, without loading weights and without a run folder.
 
     Args:
         recipe: See `run`.
+        overrides: See there.
         data: See there.
         items: See there.
 
@@ -143,7 +150,7 @@ def check(recipe: Recipe | str | Path | Mapping[str, Any], *, data: Any = None, 
         RecipeError: If the recipe cannot be.
     """
     with only_for_a_moment() as (place, _):
-        study = build_study(with_frames(as_recipe(recipe), place, data, items))
+        study = build_study(with_frames(as_recipe(recipe, overrides), place, data, items))
     warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
     warnings += [cut for table in study.tables if (cut := baskets(table))]
     cases = {family: len(study.cases(family)) for family in study.tasks}

@@ -32,7 +32,7 @@ def rows() -> list[str]:
 
 def llmrec(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "llmrec.cli", *args], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
+        [sys.executable, "-m", "llmrec", *args], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
     )
 
 

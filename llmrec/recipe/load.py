@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -19,11 +20,16 @@ from llmrec.registry import TASKS
 from llmrec.resources import resource
 
 KeyPath = tuple[str | int, ...]
+_END = "...\n"
 Page = TypeVar("Page", bound=BaseModel)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as ``train.steps=20``.
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Changed keys, as words such as ``train.steps=20``, or as a mapping such as ``{"train.steps": 20}``."""
+
+
+def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
+    """Read a recipe and apply overrides such as ``train.steps=20`` or ``{"train.steps": 20}``.
 
     A path that does not exist in the working folder is looked up among the shipped recipes, so that
     ``recipes/quickstart.yaml`` works from an installed wheel too.
@@ -75,23 +81,20 @@ def _on_its_base(
     return _merge(base_values, values), {**base_lines, **lines}
 
 
-def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
     """Return a recipe from whatever says what it is.
 
     Args:
         recipe: A recipe, the path of a page, or its sections as a mapping; a mapping may leave out ``name``.
-        overrides: Such as ``train.steps=20``.
+        overrides: See `load_recipe`.
 
     Raises:
-        RecipeError: If a key or a value is wrong, or a finished recipe is to be overridden.
+        RecipeError: If a key or a value is wrong.
     """
     if isinstance(recipe, Recipe):
-        if overrides:
-            raise RecipeError(
-                "overrides change pages and mappings, and this recipe is read already; give them to load_recipe",
-                kind="contradiction",
-            )
-        return recipe
+        if not overrides:
+            return recipe
+        recipe = recipe.model_dump(mode="json")
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides)
     values = json.loads(json.dumps({"name": "recipe", **recipe}, default=_plain))
@@ -144,9 +147,20 @@ def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> 
     return _validated(model, values, lines, file, overrides)
 
 
+def _in_words(overrides: Overrides) -> Sequence[str]:
+    """Return overrides as the command line has them."""
+    if not isinstance(overrides, Mapping):
+        return overrides
+    plain = json.loads(json.dumps(dict(overrides), default=_plain))
+    flow = {key: yaml.safe_dump(value, default_flow_style=True, width=math.inf) for key, value in plain.items()}
+    # YAML ends a bare value with a line of dots.
+    return [f"{key}={text.removesuffix(_END).strip()}" for key, text in flow.items()]
+
+
 def _validated(
-    model: type[Page], values: dict[str, Json], lines: dict[KeyPath, int], file: Path, overrides: Sequence[str]
+    model: type[Page], values: dict[str, Json], lines: dict[KeyPath, int], file: Path, overrides: Overrides
 ) -> Page:
+    overrides = _in_words(overrides)
     for override in overrides:
         _override(values, override)
     try:

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llmrec.errors import RecipeError
-from llmrec.recipe.load import dump, load_recipe, recipe_hash
+from llmrec.recipe.load import as_recipe, dump, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.resources import resource
 from tests.facts import Facts, raises
@@ -116,3 +117,22 @@ def test_every_knob_of_the_sections_says_what_it_is() -> None:
     """A knob is either named so plainly that its section's docstring covers it, or described."""
     schema = Recipe.model_json_schema()
     assert all(definition.get("description") for definition in schema["$defs"].values())
+
+
+def test_overrides_may_be_a_mapping() -> None:
+    """Values keep their types, also those that YAML would read otherwise, and win over a page or a finished recipe."""
+    changed = {
+        "train.steps": 5, "train.learning_rate": 1e-5, "train.start": None, "description": "yes: [no]",
+        "eval.arms": ["zero-shot"], "data.filter": {"min_rating": 4},
+    }  # fmt: skip
+    page = "recipes/quickstart.yaml"
+    for recipe in (
+        load_recipe(page, changed),
+        as_recipe(page, changed),
+        as_recipe(load_recipe(page), changed),
+        as_recipe(as_recipe(yaml.safe_load(Path(page).read_text())), changed),
+    ):
+        assert (recipe.train.steps, recipe.train.learning_rate, recipe.train.start) == (5, 1e-5, None)
+        assert (recipe.description, recipe.eval.arms, recipe.data.filter.min_rating) == ("yes: [no]", ("zero-shot",), 4)
+    with raises(RecipeError, Facts("unknown-key", "quickstart.yaml", column="train.stpes", says="'steps'")):
+        load_recipe(page, {"train.stpes": 5})
