@@ -33,7 +33,7 @@ from llmrec.experiment.study import Study, build_study, folder_of
 from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
 from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
-from llmrec.recipe.load import Overrides, as_recipe, dump
+from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.report.audit import AuditLine
@@ -171,7 +171,14 @@ def fuse(runs: Sequence[Path], out: Path) -> Run:
 
 
 def report(folder: Path) -> Path:
-    """Write the report of a run folder and return the page's path."""
+    """Write the report of a run folder and return the page's path.
+
+    It shows what is stored, so a plug-in that must not be imported is no reason to refuse: its family goes by its name.
+    """
+    try:
+        import_stored(folder)
+    except RecipeError as error:
+        log.warning("%s", error)
     return page.write(folder)["html"]
 
 

@@ -1,15 +1,17 @@
 """Name tables: what a recipe may say, and the attribute that answers to it.
 
-A plug-in is one more entry here. Values are ``module:attribute``, imported when first used.
+Values are ``module:attribute``, imported when first used. Beside these names a recipe may say those of
+`llmrec.plugins`: an installed entry point, or ``module:attribute`` itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from llmrec import plugins
 from llmrec.durable import Json
 from llmrec.errors import RecipeError, did_you_mean
 
@@ -132,21 +134,113 @@ STRATEGY_KEYS: Mapping[str, tuple[str, ...]] = {
 POSITIONAL = ("label", "permutation", "window", "setwise")
 
 
+TABLES: Mapping[str, Mapping[str, str]] = {
+    "baselines": BASELINES,
+    "strategies": STRATEGIES,
+    "tasks": TASKS,
+    "indexes": INDEXES,
+    "sources": SOURCES,
+    "backends": BACKENDS,
+}
+"""By kind of plug-in; see `llmrec.plugins.KINDS`."""
+
+# Families that are plug-ins, by their own names: what recipes write for them.
+_FURTHER: dict[str, str] = {}
+
+
 def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
-    """Import what a name stands for.
+    """Import what a name stands for: a built-in one of a table, or a plug-in of its kind.
 
     Raises:
-        RecipeError: If the table has no such name; the message suggests the closest one.
+        RecipeError: If there is none of that name, with the closest one; or as `llmrec.plugins.find`.
     """
-    if name not in table:
+    if name in table:
+        module, attribute = table[name].split(":")
+        return getattr(import_module(module), attribute)
+    group = _group(table)
+    found = plugins.find(group, name) if group else None
+    if found is None:
+        known = sorted({*table, *(plugins.installed(group) if group else ())})
         raise RecipeError(
-            f"unknown {what} {name!r}{did_you_mean(name, table)}; known: {', '.join(sorted(table))}",
-            kind="unknown-name",
+            f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}", kind="unknown-name"
         )
-    module, attribute = table[name].split(":")
-    return getattr(import_module(module), attribute)
+    return found
+
+
+def is_plugin(table: Mapping[str, str], name: str) -> bool:
+    """Whether a name is of the form of a plug-in's, or an installed one of the table's kind."""
+    return name not in table and (plugins.is_address(name) or name in plugins.installed(_group(table)))
+
+
+def stamp(table: Mapping[str, str], name: str) -> str:
+    """Return a hash of a plug-in's code; empty for a built-in name, whose code goes by the version of llmrec."""
+    return plugins.stamp(_group(table), name) if is_plugin(table, name) else ""
+
+
+def stamps(named: Iterable[tuple[Mapping[str, str], str]]) -> dict[str, dict[str, str]]:
+    """Return the hashes of those of some names that are plug-ins, for the key of what they make; empty without any."""
+    found = {name: code for table, name in named if (code := stamp(table, name))}
+    return {"plugins": found} if found else {}
+
+
+def _group(table: Mapping[str, str]) -> str:
+    return next((group for group, each in TABLES.items() if each is table), "")
+
+
+# --------------------------------------------------------------------------- families
+
+
+def open_family(name: str) -> Any:
+    """Import the record of a family, by its own name or what a recipe writes; from then on it goes by its own.
+
+    Raises:
+        RecipeError: As `lookup`; or if a plug-in has the name of another family.
+    """
+    if name in TASKS:
+        return lookup(TASKS, name, "task")
+    written = _FURTHER.get(name, name)
+    found = lookup(TASKS, written, "task")
+    other = found.name if found.name in TASKS else _FURTHER.setdefault(found.name, written)
+    if other != written:
+        raise RecipeError(
+            f"the task family {written!r} calls itself {found.name!r}, as {other!r} does; give its Family another name",
+            kind="duplicate",
+        )
+    return found
+
+
+def is_family(name: str) -> bool:
+    """Whether a family is known by this name: a built-in or installed one, or one that a recipe of this process has."""
+    return name in TASKS or name in _FURTHER or name in plugins.installed("tasks")
+
+
+def written(family: str) -> str:
+    """Return what recipes write for a family."""
+    return _FURTHER.get(family, family)
+
+
+def family_names() -> tuple[str, ...]:
+    """Return the names of all families that recipes of this process may have, built-in ones first."""
+    return (*TASKS, *(name for name in _FURTHER if name not in TASKS))
+
+
+# --------------------------------------------------------------------------- strategies
 
 
 def options_of(strategy: str, section: object) -> dict[str, Json]:
     """Return what a strategy is handed of an eval section, by name."""
-    return {key: getattr(section, key) for key in STRATEGY_KEYS.get(strategy, ())}
+    return {key: getattr(section, key) for key in keys_of(strategy)}
+
+
+def keys_of(strategy: str) -> tuple[str, ...]:
+    """Return the keys of the eval section that a strategy takes; a plug-in has them in its attribute ``keys``."""
+    if is_plugin(STRATEGIES, strategy):
+        return tuple(getattr(lookup(STRATEGIES, strategy, "strategy"), "keys", ()))
+    return STRATEGY_KEYS.get(strategy, ())
+
+
+def is_positional(strategy: str) -> bool:
+    """Whether a strategy's answer depends on where a candidate stands; a plug-in says so in ``positional``."""
+    if is_plugin(STRATEGIES, strategy):
+        return bool(getattr(lookup(STRATEGIES, strategy, "strategy"), "positional", False))
+    return strategy in POSITIONAL

@@ -15,8 +15,8 @@ from llmrec.backends.encode import Encoder
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.bundle import Bundle
-from llmrec.registry import STRATEGIES, lookup, options_of
-from llmrec.strategies.asking import Prompting
+from llmrec.registry import options_of
+from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.tasks.family import Family, family_of
 from llmrec.types import Answer, Backend, Probability, Prompt, Ranking, Rating, Request, Text, Unparsed
 
@@ -95,7 +95,7 @@ def answer_about(
     able = [n for n in asked if n not in failures]
     options = {**posed.task.strategy_options, **options_of(way.strategy, way.asking)}
     asker = Prompting(backend=backend, task=posed.task, template=way.template)
-    strategy = lookup(STRATEGIES, way.strategy, "strategy")(asker, **options)
+    strategy = strategy_of(way.strategy, asker, **options)
     found = dict(zip(able, strategy.answer([asked[n] for n in able]), strict=True)) if able else {}
     return [
         Unparsed(request_id=request.id, reason=failures[n])

@@ -25,7 +25,7 @@ from llmrec.data.split import time_order
 from llmrec.errors import DataError, did_you_mean
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.fusion.carried import carried
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import load_stored
 from llmrec.types import Event, Item
 
 # Rule sets whose allowed items are remembered for one state of the catalogue.
@@ -214,7 +214,7 @@ def known_of(folder: str, items: Path | None) -> Known:
         brought = carried(Path(bundle.folder), seed=bundle.seed)
         past = Histories.none() if brought is None else Histories.of(brought.dataset, bundle.seed)
         return Known(catalogue(bundle, items) or {}, past)
-    recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+    recipe = load_stored(bundle.run)
     data = load(recipe.data, seed=recipe.seed)
     found = data.items if items is None else catalogue(bundle, items)
     store = bundle.run / "features"

@@ -24,9 +24,9 @@ from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE as INTERACTIONS
 from llmrec.models.load import resolve
-from llmrec.recipe.load import load_recipe
-from llmrec.registry import BASELINES, TASKS, lookup
-from llmrec.tasks.family import RANKERS, RATERS, family_of
+from llmrec.recipe.load import load_stored
+from llmrec.registry import BASELINES, is_plugin, lookup
+from llmrec.tasks.family import RANKERS, RATERS, answers, families
 from llmrec.types import Item
 
 TUNED, UNTUNED, PLAIN, FUSION, FUSION_MODEL = "tuned", "untuned", "model", "fusion", "fusion-model"
@@ -187,7 +187,7 @@ class _Opener:
             fuser = Fuser(self.fusions[name], models.data)
             asked = LanguageModel(self.own, base, self.finder) if fuser.asks_model and base is not None else None
             return Fused(name, fuser, models.items, asked, self.finder)
-        if name in (*RANKERS, *RATERS) and models.data is not None:
+        if (name in (*RANKERS, *RATERS) or is_plugin(BASELINES, name)) and models.data is not None:
             return _classic(name, _parameters(bundle, name), models.data, models.items, seed=bundle.seed)
         has = [*filter(None, [self.own]), *([UNTUNED] if base is not None and bundle.run else []), *self.fusions]
         more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
@@ -244,8 +244,8 @@ def _classic(
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
     model = make(name, parameters, seed=seed)
     model.fit(data)
-    about = (each for each in TASKS if not family_of(each).answers_with_items)
-    family = next((each for each in about if name in family_of(each).baselines), None)
+    about = (each for each in families().values() if not each.answers_with_items)
+    family = next((each.name for each in about if answers(each, BASELINES, name, silent=False)), None)
     return Classic(name, model, data, items, family, {"baseline": name, "parameters": dict(parameters), "seed": seed})
 
 
@@ -270,7 +270,7 @@ def _untuned(bundle: Bundle) -> Bundle:
             kind="unsupported",
             column="--models",
         )
-    recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+    recipe = load_stored(bundle.run)
     # A base with more tokens lies in the run.
     resized = bundle.run / "base"
     folder = str(resized) if resized.is_dir() else resolve(recipe.model, seed=recipe.seed)

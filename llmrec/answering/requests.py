@@ -21,9 +21,8 @@ from llmrec.data.requests import RankRequest
 from llmrec.data.sources.table import load
 from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.experiment.bundle import Bundle
-from llmrec.recipe.load import load_recipe
-from llmrec.registry import STRATEGIES, lookup
-from llmrec.strategies.asking import Prompting
+from llmrec.recipe.load import load_stored
+from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.strategies.counting import questions_of
 from llmrec.strategies.listwise import list_room
 from llmrec.types import Answer, Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
@@ -52,7 +51,7 @@ def catalogue(bundle: Bundle, items: Path | None) -> Mapping[str, Item] | None:
     if items is not None:
         return read_items(items)
     if bundle.run is not None:
-        recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+        recipe = load_stored(bundle.run)
         try:
             return load(recipe.data, seed=recipe.seed).items
         except DataError as error:
@@ -164,7 +163,7 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
         owners[size] += [n] * len(slices)
     for size, asked in calls.items():
         asker = Prompting(backend=backend, task=posed.task, template=posed.way.template, batch=len(asked))
-        strategy = lookup(STRATEGIES, posed.way.strategy, "strategy")(asker, **posed.way.options)
+        strategy: Any = strategy_of(posed.way.strategy, asker, **posed.way.options)
         answers = _two_steps(strategy, asked, encoder) if posed.way.strategy == TWO_STEP else strategy.answer(asked)
         for n, answer in zip(owners[size], answers, strict=True):
             _add(found[n], answer)

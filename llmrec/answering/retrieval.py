@@ -15,7 +15,7 @@ from llmrec.errors import DataError
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion.carried import carried
 from llmrec.experiment.study import load_tables
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import load_stored
 from llmrec.registry import BASELINES, lookup
 from llmrec.types import CatalogueScorer, Item, Request
 
@@ -44,7 +44,7 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
             at=bundle.folder,
             column=option,
         )
-    recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+    recipe = load_stored(bundle.run)
     try:
         return load_tables(recipe)[0]
     except DataError as error:

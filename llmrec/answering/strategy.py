@@ -13,7 +13,7 @@ from llmrec.answering.task import task_of
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.experiment.bundle import Bundle
 from llmrec.recipe.schema import EvalSection
-from llmrec.registry import STRATEGY_KEYS, options_of
+from llmrec.registry import STRATEGIES, is_plugin, keys_of, options_of
 from llmrec.tasks.direct_answers import fits, reader_of, refuse
 from llmrec.tasks.family import family_of, ranking_families
 
@@ -92,21 +92,21 @@ def choose_way(
             kind="unsupported",
             at=bundle.folder,
         )
-    strategies = [name for family in ranking for name in family_of(family).strategies]
+    strategies = [name for family in ranking for name in _strategies(bundle, family)]
     one_of("task", task, ("auto", *ranking))
     one_of("strategy", strategy, ("auto", *strategies))
     templates = {family: bundle.templates[family] for family in here}
     if template is not None:
         one_of("template", template.rpartition("/")[2], [name for known in templates.values() for name in known])
     for family in here:
-        fits = task in ("auto", family) and strategy in ("auto", *family_of(family).strategies)
+        fits = task in ("auto", family) and strategy in ("auto", *_strategies(bundle, family))
         if fits and (template is None or _named(template, family, templates[family])):
             name = _template(bundle, family, strategy, template)
             chosen = _strategy(bundle, family, strategy, name)
             return Asking(family, name, chosen, settings_of(chosen, settings))
     asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
-        f"{family} with {' or '.join(family_of(family).strategies)}, templates {', '.join(templates[family])}"
+        f"{family} with {' or '.join(_strategies(bundle, family))}, templates {', '.join(templates[family])}"
         for family in here
     )
     raise RecipeError(
@@ -114,6 +114,13 @@ def choose_way(
         kind="contradiction",
         at=bundle.folder,
     )
+
+
+def _strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
+    """Return a family's strategies, and the plug-ins that a bundle was evaluated with."""
+    section = bundle.tasks.present().get(family)
+    further = [name for name in section.strategies if is_plugin(STRATEGIES, name)] if section else []
+    return (*family_of(family).strategies, *further)
 
 
 def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
@@ -143,7 +150,7 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
     Raises:
         RecipeError: If a key is not one of the strategy's, or a value breaks its rule.
     """
-    known = [key for key in STRATEGY_KEYS.get(strategy, ()) if key not in _OWN_OPTIONS]
+    known = [key for key in keys_of(strategy) if key not in _OWN_OPTIONS]
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")

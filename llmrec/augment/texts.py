@@ -36,13 +36,13 @@ class Asked:
     seen: frozenset[Pair]
 
 
-def template_of(kind: FeatureKind, name: str) -> Template:
-    """Return a template of ``prompts/augment``.
+def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Template:
+    """Return a template of ``prompts/augment``, or of the recipe's own ``prompts``.
 
     Raises:
         RecipeError: If there is none of this name, or it shows what is not known there.
     """
-    known = load_templates(FAMILY)
+    known = load_templates(FAMILY, *prompts)
     if name not in known:
         raise RecipeError(
             f"augment.{kind}s: there is no template {name!r}{did_you_mean(name, known)}; known: "
@@ -63,10 +63,10 @@ def readable(data: SplitDataset, user: str) -> tuple[Event, ...]:
     return data.known_events(user) if data.kind == "prefix" else data.train_events(user)
 
 
-def about_users(data: SplitDataset, section: AugmentSection, seed: int) -> list[Asked]:
+def about_users(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
     """Return the questions about users who have events that may be read."""
     assert section.users is not None
-    template, view = template_of("user", section.users), View(data)
+    template, view = template_of("user", section.users, prompts), View(data)
     able = [user for user in data.users() if readable(data, user)]
     found = []
     for user in _some(able, section.limit, seed):
@@ -77,10 +77,10 @@ def about_users(data: SplitDataset, section: AugmentSection, seed: int) -> list[
     return found
 
 
-def about_items(data: SplitDataset, section: AugmentSection, seed: int) -> list[Asked]:
+def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
     """Return the questions about the items of the catalogue; they show no interaction."""
     assert section.items is not None
-    template, view = template_of("item", section.items), View(data)
+    template, view = template_of("item", section.items, prompts), View(data)
     found = []
     for item in _some(sorted(data.dataset.items), section.limit, seed):
         values = view.about(item) | {"factors": list(section.factors), "noun": data.dataset.noun}

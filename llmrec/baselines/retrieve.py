@@ -17,7 +17,7 @@ from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import CandidateSection
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, is_plugin, lookup
 from llmrec.tasks.base import keyed
 from llmrec.tasks.family import RANKERS
 from llmrec.types import CatalogueScorer, Request, SplitName
@@ -230,13 +230,19 @@ def check_retriever(name: str, where: str, *others: str) -> None:
         RecipeError: If it does not; the message lists those that do.
     """
     known = (*RANKERS, *others)
-    if name not in RANKERS:
+    if name not in RANKERS and not _scores(name):
         raise RecipeError(
             f"{where}: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from "
             f"{', '.join(known)}",
             kind="unknown-name",
             column=where,
         )
+
+
+def _scores(name: str) -> bool:
+    """Whether a name is that of a plug-in that scores the whole catalogue."""
+    made = lookup(BASELINES, name, "baseline") if is_plugin(BASELINES, name) else None
+    return all(hasattr(made, verb) for verb in ("scores", "items"))
 
 
 def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:

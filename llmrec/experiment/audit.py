@@ -32,7 +32,8 @@ from llmrec.experiment.row_specs import asks
 from llmrec.experiment.study import Study, build_study
 from llmrec.machine import versions
 from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import load_stored
+from llmrec.registry import BASELINES, stamps
 from llmrec.report import page
 from llmrec.report.audit import AuditLine, LeakError, lines_of
 from llmrec.report.results import Made
@@ -65,7 +66,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
             at=folder,
         )
     with locked(folder):
-        study = build_study(load_recipe(str(recipe)))
+        study = build_study(load_stored(folder))
         results = json.loads(stored.read_text(encoding="utf-8"))
         predictions = pl.read_parquet(folder / "predictions.parquet")
         checks = list(examine(study, results, predictions))
@@ -128,6 +129,7 @@ def _baselines(study: Study, kept: Path) -> Check:
         packages={name: version for name, version in versions().items() if name in _FITTING},
         baselines={family: [each.label for each in study.baselines(family)] for family in used},
         **({"stores": stores} if (stores := _stores(study)) else {}),
+        **stamps((BASELINES, each.name) for family in used for each in study.baselines(family)),
         data={family: data.fingerprint for family, data in used.items()},
         cases={family: [case.request.id for case in study.cases(family)] for family in used},
         candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},

@@ -87,9 +87,9 @@ def plan(recipe: Recipe) -> Plan:
     data, _ = load_tables(recipe, None)
     asked: dict[FeatureKind, list[Asked]] = {}
     if section.users is not None:
-        asked["user"] = about_users(data, section, recipe.seed)
+        asked["user"] = about_users(data, section, recipe.seed, recipe.prompts)
     if section.items is not None:
-        asked["item"] = about_items(data, section, recipe.seed)
+        asked["item"] = about_items(data, section, recipe.seed, recipe.prompts)
     base = resolve(recipe.model, seed=recipe.seed)
     encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
     return Plan(data, asked, encoder, base)
@@ -153,6 +153,7 @@ def _weights(engine: str, planned: Plan) -> str:
 def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind) -> Provenance:
     """Return where texts come from, but for the encoder: equal ones are equal texts."""
     section, data = _section(recipe), planned.data
+    template = template_of(kind, str(getattr(section, f"{kind}s")), recipe.prompts)
     engine = recipe.eval.backend
     # Texts on items show no interaction, and belong to no split; but for titles that are made of training reviews.
     of_split = kind == "user" or TITLES in data.dataset.derives
@@ -160,7 +161,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind) -> Provenance:
     return Provenance(
         system="augment",
         split=data.readable if of_split else "",
-        template=_digest([template_of(kind, str(getattr(section, f"{kind}s"))).sha, json.dumps(shown, sort_keys=True)]),
+        template=_digest([template.sha, json.dumps(shown, sort_keys=True)]),
         generator={
             "model": recipe.model.name,
             "weights": _weights(engine, planned),

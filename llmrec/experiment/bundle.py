@@ -22,7 +22,7 @@ from llmrec.experiment.study import Study
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import BUNDLE, resolve
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import import_stored, load_recipe
 from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, SequentialSection, TasksSection
 
 FILE = BUNDLE
@@ -112,6 +112,8 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
             kind="missing-file",
             at=run,
         )
+    if run is not None:
+        import_stored(run)
     asked = (model or ModelSection()).model_copy(update={"name": str(run / "merged") if run else name})
     folder = resolve(asked)
     stored = Path(folder) / FILE

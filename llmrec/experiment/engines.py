@@ -16,7 +16,7 @@ from llmrec.models.load import check_weights, device, dtype, load_config, load_m
 from llmrec.models.rating_head import load_head
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import EvalSection, ModelSection, ServerSection
-from llmrec.registry import BACKENDS, lookup
+from llmrec.registry import BACKENDS, is_plugin, lookup, stamp
 from llmrec.types import Backend
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,10 @@ class Engines:
                 "decoding": "greedy",
                 "versions": {"llmrec": versions()["llmrec"]},
             }
+        code = stamp(BACKENDS, engine)
         return {
             "engine": engine,
+            **({"plugin": code} if code else {}),
             "weights": weights,
             # The tokenizer and its chat template may lie in another folder than the weights.
             "tokenizer": self._encoder.digest,
@@ -117,6 +119,11 @@ class Engines:
             return self._start(engine, folder)
 
     def _start(self, engine: str, folder: str) -> Backend:
+        if is_plugin(BACKENDS, engine):
+            made: Backend = lookup(BACKENDS, engine, "backend")(
+                folder, self._encoder, model=self._model, section=self._section, seed=self._seed
+            )
+            return made
         if engine == "fake":
             fake: Backend = lookup(BACKENDS, "fake", "backend")()
             return fake

@@ -45,6 +45,7 @@ from llmrec.experiment.resume import Bar, Budget, key_of, read_stage
 from llmrec.experiment.row_specs import (
     RowSpec,
     asking_of,
+    code_of,
     drawing,
     inputs_of,
     left_out,
@@ -60,9 +61,9 @@ from llmrec.recipe.schema import (
     BaselineSection,
 )
 from llmrec.records import Shown
-from llmrec.registry import POSITIONAL, STRATEGIES, lookup, options_of
+from llmrec.registry import is_positional, options_of
 from llmrec.results import Arm, Calibration, FusionWeights, Prediction, Reads, Row
-from llmrec.strategies.asking import AsksFirst, Prompting, Strategy
+from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Predictor, Rating, Request
@@ -262,6 +263,7 @@ class Evaluation:
             **nearness(spec, study),
             **drawing(spec, recipe.eval),
             **stores(spec, study),
+            **code_of(spec, study),
         )
 
     def _digest(self, family: str) -> str | None:
@@ -311,9 +313,9 @@ class Evaluation:
             advance=advance,
         )
         options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
-        measured = eval_section.debias == "measured" and spec.predictor in POSITIONAL
+        measured = eval_section.debias == "measured" and is_positional(spec.predictor)
         asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
-        predictor: Strategy = lookup(STRATEGIES, spec.predictor, "strategy")(asker, **options, **asked)
+        predictor = strategy_of(spec.predictor, asker, **options, **asked)
         found = self._evaluate(spec, predictor, backend)
         return Made(found, predictor.engine, self._examples(spec, predictor, found), self._said(spec, predictor))
 

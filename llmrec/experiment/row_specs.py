@@ -14,7 +14,7 @@ from llmrec.experiment.fusion.parts import FUSIONS, fusible, joins_model
 from llmrec.experiment.study import Study
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CandidateSection, EvalSection, Recipe
-from llmrec.registry import POSITIONAL, options_of
+from llmrec.registry import BASELINES, STRATEGIES, TASKS, is_positional, options_of, stamps, written
 from llmrec.results import Arm
 from llmrec.tasks.family import family_of
 from llmrec.tasks.fewshot import BY_TEXT
@@ -95,6 +95,15 @@ def stores(spec: RowSpec, study: Study) -> dict[str, dict[str, str]]:
     return {"stores": found[0]} if any(found) else {}
 
 
+def code_of(spec: RowSpec, study: Study) -> dict[str, dict[str, str]]:
+    """Return hashes of the code of the plug-ins that make a row; nothing where llmrec's own version says it all."""
+    named = [(TASKS, written(spec.family)), (STRATEGIES, spec.predictor)]
+    if spec.template is None:
+        own = [each.name for each in study.baselines(spec.family) if each.label == spec.predictor]
+        named[1:] = [(BASELINES, name) for name in own]
+    return stamps(named)
+
+
 def nearness(spec: RowSpec, study: Study) -> dict[str, str]:
     """Return what says which items read alike, where that decides what a prompt shows."""
     near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
@@ -104,7 +113,7 @@ def nearness(spec: RowSpec, study: Study) -> dict[str, str]:
 
 def drawing(spec: RowSpec, section: EvalSection) -> dict[str, int]:
     """Return what says how negatives are drawn, where solved examples or questions about positions show any."""
-    measured = section.debias == "measured" and spec.predictor in POSITIONAL
+    measured = section.debias == "measured" and is_positional(spec.predictor)
     if not family_of(spec.family).lists or spec.template is None or not (spec.shots or measured):
         return {}
     return {"negatives": NEGATIVES} | listing(section) if measured else {"negatives": NEGATIVES}
@@ -117,7 +126,7 @@ def listing(section: EvalSection) -> dict[str, int]:
 
 def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
     """Return every key of the eval section that can change a strategy's answers, with its value."""
-    measured = strategy in POSITIONAL and section.debias != "none"
+    measured = is_positional(strategy) and section.debias != "none"
     more = {"debias": section.debias, "debias_questions": section.debias_questions} if measured else {}
     return options_of(strategy, section) | more
 

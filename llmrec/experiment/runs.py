@@ -14,7 +14,7 @@ from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
 from llmrec.models.load import load_tokenizer, weights_stamp
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import DataSection, Recipe
 
 
@@ -36,7 +36,7 @@ def open_run(run: Path) -> Source:
             kind="missing-file",
             at=run,
         )
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_stored(run)
     path = run / "train.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

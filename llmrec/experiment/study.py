@@ -224,7 +224,7 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
         for baseline in section.baselines:
             _check_parameters(family, baseline)
     data, reviews = load_tables(recipe, data)
-    templates = {family: load_templates(family, family_of(family).prompts) for family in families}
+    templates = {family: load_templates(family, family_of(family).prompts, *recipe.prompts) for family in families}
     candidates = None
     if any(family_of(family).ranks_for_users for family in families):
         candidates = draw_sets(recipe, data, recipe.eval.split)

@@ -23,6 +23,7 @@ from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
 from llmrec.recipe.schema import Recipe
+from llmrec.registry import TASKS, stamps, written
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
 from llmrec.tasks.pool import NEGATIVES
@@ -225,6 +226,7 @@ def training_key(study: Study, folder: str) -> str:
         # What training starts from stands in its weights, wherever they lie.
         train=recipe.train.model_dump(exclude=_UNLEARNED if recipe.train.judge else {*_UNLEARNED, "judge"}),
         seed=recipe.seed,
+        **stamps((TASKS, written(family)) for family in study.tasks),
         **_nearness(study),
         **_drawing(study),
         **_judging(study),

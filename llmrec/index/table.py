@@ -270,4 +270,14 @@ def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed 
         RecipeError: If there is no such scheme.
     """
     scheme: Scheme = lookup(INDEXES, section.scheme, "index scheme")
-    return scheme.build(section, data, seed=seed, embed=embed)
+    built = scheme.build(section, data, seed=seed, embed=embed)
+    if not isinstance(built, ItemIndex):
+        raise DataError(
+            f"index.scheme: {section.scheme!r} gave a {type(built).__name__}; its build returns a "
+            "llmrec.index.table.ItemIndex",
+            kind="defect",
+            at=section.scheme,
+            column="index.scheme",
+        )
+    # A plug-in need not know the name that the recipe has for it.
+    return built if built.scheme == section.scheme else replace(built, scheme=section.scheme)

@@ -209,12 +209,13 @@ class Template:
         return ledger.segments("".join(chunks))
 
 
-def load_templates(family: str, extra: Path | None = None) -> dict[str, Template]:
+def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template]:
     """Read every template of a family.
 
     Args:
         family: Name of a task.
-        extra: A file or folder of further templates; in a folder, ``extra/<family>/*.yaml`` where that exists.
+        extra: Files and folders of further templates, of this family and others; in a folder, ``<family>/*.yaml`` where
+            that exists. None is passed over.
 
     Returns:
         Templates by name: seen before named before unseen, lists before chats, then by name. The first is the default.
@@ -223,18 +224,21 @@ def load_templates(family: str, extra: Path | None = None) -> dict[str, Template
         RecipeError: If a file is not a template of this grammar, or a name stands twice.
     """
     files = sorted(resource("prompts").joinpath(family).glob("*.yaml"))
-    if extra is not None and not extra.exists():
-        raise RecipeError(
-            f"template file or folder {extra} does not exist; check the path", kind="missing-file", at=extra
-        )
-    if extra is not None:
-        folder = extra / family if (extra / family).is_dir() else extra
-        files += [extra] if extra.is_file() else sorted(folder.glob("*.yaml"))
+    mixed: list[Path] = []
+    for each in (Path(path) for path in extra if path is not None):
+        if not each.exists():
+            raise RecipeError(
+                f"template file or folder {each} does not exist; check the path", kind="missing-file", at=each
+            )
+        if (each / family).is_dir():
+            files += sorted((each / family).glob("*.yaml"))
+        else:
+            mixed += [each] if each.is_file() else sorted(each.glob("*.yaml"))
     found: dict[str, tuple[Template, Path]] = {}
-    for file in files:
+    for file in (*files, *mixed):
         template = _read(file)
         if template.family != family:
-            if extra is not None and file.parent == extra:
+            if file in mixed:
                 continue
             raise RecipeError.at(
                 file,

@@ -95,6 +95,7 @@ class Suite(Section):
     task: Literal["ranking", "rating", "ctr"] = Field("ranking", description="ctr: will the user like the item")
     suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
+    plugins: str | None = Field(None, description="folder beside this page with modules of plug-ins; docs/plugins.md")
     data: DataSection
     split: Literal["valid", "test"] = "test"
     seen: tuple[Literal["excluded", "included"], ...] = Field(

@@ -12,15 +12,18 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from llmrec import plugins
 from llmrec.durable import Json
 from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.plugged import KeyPath, dotted, import_all, located
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import TASKS
 from llmrec.resources import resource
 
-KeyPath = tuple[str | int, ...]
 _END = "...\n"
+STORED = "recipe.yaml"
+"""The recipe of a run folder."""
 Page = TypeVar("Page", bound=BaseModel)
 
 
@@ -30,6 +33,8 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     """Read a recipe and apply overrides such as ``train.steps=20`` or ``{"train.steps": 20}``.
+
+    The plug-ins that it names are imported: whoever gives a page says that its code may run.
 
     A path that does not exist in the working folder is looked up among the shipped recipes, so that
     ``recipes/quickstart.yaml`` works from an installed wheel too.
@@ -41,6 +46,28 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     values, lines = _read(file)
     values, lines = _on_its_base(file, values, lines, {})
     return _validated(Recipe, values, lines, file, overrides)
+
+
+def load_stored(run: Path) -> Recipe:
+    """Read the recipe that a run folder holds; unlike `load_recipe` it imports only plug-ins that the user named.
+
+    Raises:
+        RecipeError: As `load_recipe`; or if it names a plug-in that no page of the user's did.
+    """
+    file = run / STORED
+    values, lines = _read(file)
+    return _validated(Recipe, values, lines, file, (), given=False)
+
+
+def import_stored(run: Path) -> None:
+    """Import the plug-ins that a run folder's recipe names, where it holds one; for what reads its results alone.
+
+    Raises:
+        RecipeError: As `load_stored`.
+    """
+    if (run / STORED).is_file():
+        values, lines = _read(run / STORED)
+        _import(values, lines, run / STORED, (), given=False)
 
 
 def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Mapping[str, Path]) -> Page:
@@ -78,7 +105,7 @@ def _on_its_base(
         raise RecipeError.at(
             file, "contradiction", f": its base {base} has a base of its own; only one level is read", "base"
         )
-    return _merge(base_values, values), {**base_lines, **lines}
+    return _merge(located(base_values, below.parent), values), {**base_lines, **lines}
 
 
 def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
@@ -93,6 +120,7 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overri
     """
     if isinstance(recipe, Recipe):
         if not overrides:
+            _import(recipe.model_dump(mode="json"), {}, Path("recipe"), (), given=True)
             return recipe
         recipe = recipe.model_dump(mode="json")
     if isinstance(recipe, str | Path):
@@ -158,15 +186,32 @@ def _in_words(overrides: Overrides) -> Sequence[str]:
 
 
 def _validated(
-    model: type[Page], values: dict[str, Json], lines: dict[KeyPath, int], file: Path, overrides: Overrides
+    model: type[Page],
+    values: dict[str, Json],
+    lines: dict[KeyPath, int],
+    file: Path,
+    overrides: Overrides,
+    *,
+    given: bool = True,
 ) -> Page:
+    """Validate a page; of recipes and suites the plug-ins are imported, if the user has ``given`` the page or them."""
     overrides = _in_words(overrides)
     for override in overrides:
         _override(values, override)
+    if issubclass(model, Recipe | Suite):
+        values = located(values, file.parent)
+        _import(values, lines, file, overrides, given=given)
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise _explained(error, model, file, lines, overrides) from None
+
+
+def _import(
+    values: Mapping[str, Json], lines: Mapping[KeyPath, int], file: Path, overrides: Sequence[str], *, given: bool
+) -> None:
+    """Import the plug-ins of a page; what is wrong with one is said with its file, line and key."""
+    import_all(values, lambda key: _overriding(key, overrides) or _place(key, file, lines), file, given=given)
 
 
 def recipe_hash(recipe: Recipe | Suite | Benchmark) -> str:
@@ -226,9 +271,7 @@ def _mark(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], file
             here = (*path, str(key.value))
             if here in lines:
                 place = Place(str(file), line=key.start_mark.line + 1)
-                raise RecipeError.at(
-                    place, "duplicate", f": key {_dotted(here)!r} stands twice; keep one", _dotted(here)
-                )
+                raise RecipeError.at(place, "duplicate", f": key {dotted(here)!r} stands twice; keep one", dotted(here))
             lines[here] = key.start_mark.line + 1
             _mark(value, here, lines, file)
     elif isinstance(node, yaml.SequenceNode):
@@ -289,7 +332,7 @@ def _explained(
         kind=_KINDS.get(details[0]["type"], "bad-value"),
         at=place if isinstance(place, Place) else file,
         # A rule over several keys is told to its section, and names the key first.
-        column=said[0].partition(":")[0] if details[0]["type"] == "value_error" else _dotted(paths[0]),
+        column=said[0].partition(":")[0] if details[0]["type"] == "value_error" else dotted(paths[0]),
     )
 
 
@@ -303,10 +346,10 @@ _KINDS: Mapping[str, ErrorKind] = {
 
 def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
     """Return which override a key is from; empty: none."""
-    dotted = _dotted(path)
+    mine = dotted(path)
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if dotted == key or dotted.startswith(key + "."):
+        if mine == key or mine.startswith(key + "."):
             return f"override of {key}" if _may_be_secret(path) else f"override {override!r}"
     return ""
 
@@ -318,19 +361,19 @@ def _place(path: KeyPath, file: Path, lines: Mapping[KeyPath, int]) -> Place:
 
 
 def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
-    dotted = _dotted(path)
+    key = dotted(path)
     kind = detail["type"]
     if kind in ("extra_forbidden", UNKNOWN_KEY):
         known = _known_keys(path[:-1], page)
-        return f"unknown key {dotted!r}{did_you_mean(str(path[-1]), known)}; known here: {', '.join(known)}"
+        return f"unknown key {key!r}{did_you_mean(str(path[-1]), known)}; known here: {', '.join(known)}"
     if kind == "missing":
-        return f"key {dotted!r} is missing; add it"
+        return f"key {key!r} is missing; add it"
     message = str(detail["msg"]).removeprefix("Value error, ")
-    if kind == "value_error" and (not path or message.startswith(f"{dotted}.")):
+    if kind == "value_error" and (not path or message.startswith(f"{key}.")):
         return message
     if _may_be_secret(path):
-        return f"{dotted}: {message[:1].lower()}{message[1:]}"
-    return f"{dotted}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}"
+        return f"{key}: {message[:1].lower()}{message[1:]}"
+    return f"{key}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}"
 
 
 def _may_be_secret(path: KeyPath) -> bool:
@@ -350,8 +393,5 @@ def _known_keys(path: KeyPath, page: type[BaseModel]) -> list[str]:
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if model is None:
             return []
-    return list(dict.fromkeys([*model.model_fields, *(TASKS if model is TasksSection else ())]))
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(str(part) for part in path)
+    further = (*TASKS, *plugins.installed("tasks")) if model is TasksSection else ()
+    return list(dict.fromkeys([*model.model_fields, *further]))

@@ -7,14 +7,25 @@ the line and the closest known key. Each component is handed its own section, ne
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from llmrec.errors import did_you_mean
 from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
-from llmrec.registry import TASKS, lookup
+from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -27,6 +38,22 @@ ShotChoice = Literal["random", "own", "similar", "nearest", "diverse", "recent",
 
 UNKNOWN_KEY = "unknown_key"
 """Type of the error of a key that a section does not take, under the path of that section."""
+
+
+def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
+    """Return a validator of names: those of a table, or of plug-ins of its kind."""
+
+    def check(name: str) -> str:
+        known = [each for each in table if each not in but]
+        if name not in known and not is_plugin(table, name):
+            raise PydanticCustomError(
+                "unknown_name",
+                "unknown name{close}; choose one of {known}, or write a plug-in as module:attribute",
+                {"close": did_you_mean(name, known), "known": ", ".join(known)},
+            )
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -89,7 +116,9 @@ class Files(Section):
 class DataSection(Section):
     """Where interactions come from."""
 
-    source: str = Field(description="name of a data set, such as movielens-100k, or table; docs/data.md lists them")
+    source: str = Field(
+        description="name of a data set, such as movielens-100k, or table; docs/data.md lists them; or a plug-in"
+    )
     path: str | None = Field(
         None,
         description="file or folder; for table also hf://dataset-name[:split], BOOK.xlsx#SHEET, or with query a "
@@ -198,9 +227,7 @@ class CategoryIndex(Section):
 class IndexSection(Section):
     """How an item is written where a template says ``item.code``."""
 
-    scheme: Literal["title", "random", "sequential", "token", "collaborative", "semantic", "category", "external"] = (
-        "title"
-    )
+    scheme: Annotated[str, _known(INDEXES)] = Field("title", description="how codes are found; docs/generative.md")
     item_token: bool = Field(
         False, description="collaborative, semantic, category: the last piece is a token of the item's own (hybrid)"
     )
@@ -440,10 +467,15 @@ class StarsSection(TaskSection):
     shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
 
 
+def _is_further(name: str) -> bool:
+    return name in TASKS or is_family(name) or is_plugin(TASKS, name)
+
+
 class TasksSection(Section):
     """The mixture. A family that is left out is neither trained nor evaluated.
 
-    Further families are those that `llmrec.registry.TASKS` has beside these; each brings its own section.
+    Further families are those that `llmrec.registry.TASKS` has beside these, and plug-ins; each brings its own section,
+    which stands under the family's own name and is written as the recipe wrote it.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
@@ -462,9 +494,9 @@ class TasksSection(Section):
     def _of_further_families(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        further = [name for name in given if name in TASKS and name not in cls.model_fields]
-        made = {name: lookup(TASKS, name, "task").section.model_validate(given[name] or {}) for name in further}
-        return given | made
+        known = {name: section for name, section in given.items() if name in cls.model_fields or not _is_further(name)}
+        further = [(open_family(name), section) for name, section in given.items() if name not in known]
+        return known | {own.name: own.section.model_validate(section or {}) for own, section in further}
 
     @model_validator(mode="after")
     def _no_unknown_family(self) -> TasksSection:
@@ -477,6 +509,10 @@ class TasksSection(Section):
         """Return the chosen families by name."""
         named = {name: section for name in type(self).model_fields if (section := getattr(self, name)) is not None}
         return named | (self.model_extra or {})
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {written(name): section for name, section in handler(self).items()}
 
 
 # --------------------------------------------------------------------------- model and training
@@ -772,10 +808,10 @@ class EvalSection(Section):
     arms: Arms = ("zero-shot", "few-shot", "tuned")
     split: Literal["valid", "test"] = "test"
     users: Positive = 200
-    backend: Literal["vllm", "hf", "openai", "fake"] = "vllm"
+    backend: Annotated[str, _known(BACKENDS)] = Field("vllm", description="vllm, hf, openai, fake, or a plug-in")
     server: ServerSection | None = Field(None, description="openai: which server, and how it is asked")
-    scorer: Literal["auto", "vllm", "hf", "fake"] = Field(
-        "auto", description="engine for title likelihoods; auto: the faster one here"
+    scorer: Annotated[str, _known({"auto": "", **BACKENDS}, "openai")] = Field(
+        "auto", description="engine for title likelihoods: a backend, or auto, the faster one here"
     )
     candidates: CandidateSection = CandidateSection()
     shots: ShotSection = ShotSection()
@@ -871,6 +907,12 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     seed: int = Field(0, ge=0)
+    prompts: tuple[str, ...] = Field(
+        (), description="files and folders of further templates, beside this page or in the working folder"
+    )
+    plugins: str | None = Field(
+        None, description="folder beside this page with modules of plug-ins, such as mine:Model; docs/plugins.md"
+    )
     model: ModelSection = ModelSection()
     data: DataSection
     reviews: DataSection | None = Field(None, description="a second table for explanation, where `data` has no text")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from llmrec.errors import LlmrecError
-from llmrec.registry import TASKS
+from llmrec.registry import is_family
 from llmrec.results import Results, Row
 from llmrec.tasks.family import missing_controls
 
@@ -66,7 +66,7 @@ def check(results: Results, *, source: str = "results.json") -> None:
 def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) -> None:
     """Refuse a table without the family's compulsory controls, measured by its headline metric."""
     there = [row.method for row in rows if row.arm == "baseline" and metric in row.metrics]
-    lacking = missing_controls(task, there) if task in TASKS else []
+    lacking = missing_controls(task, there) if is_family(task) else []
     if lacking or not there:
         raise LlmrecError(
             f"{source}: task {task!r} lacks the controls {', '.join(lacking) or 'of any kind'}, measured by its "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmrec.registry import TASKS
+from llmrec.registry import is_family
 from llmrec.report.escape import flat, visible
 from llmrec.results import Comparison, Metric, Reads, Results, Row, Verdict, lower
 from llmrec.tasks.family import family_of
@@ -60,7 +60,7 @@ FORMS: Mapping[str, str] = {
 
 def title(task: str) -> str:
     """Return a task's heading."""
-    return family_of(task).title if task in TASKS else task
+    return family_of(task).title if is_family(task) else task
 
 
 def number(value: float | None, *, sign: bool = False) -> str:

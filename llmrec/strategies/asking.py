@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
-from llmrec.errors import BackendError
+from llmrec.errors import BackendError, RecipeError
+from llmrec.registry import STRATEGIES, is_plugin, lookup
 from llmrec.tasks.task import Task, Want
 from llmrec.types import (
     Answer,
@@ -93,6 +94,41 @@ class Strategy(Predictor, Protocol):
 
     asker: Prompting
     engine: str
+
+
+def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
+    """Make a strategy by its name.
+
+    Args:
+        name: Of `llmrec.registry.STRATEGIES`, or of a plug-in.
+        asker: How it asks.
+        options: The keys of ``eval`` that it takes, and what its task gives it.
+
+    Raises:
+        RecipeError: If there is no such strategy, or a plug-in cannot be made of these or lacks what a strategy has.
+    """
+    made = lookup(STRATEGIES, name, "strategy")
+    if not is_plugin(STRATEGIES, name):
+        found: Strategy = made(asker, **options)
+        return found
+    try:
+        found = made(asker, **options)
+    except TypeError as error:
+        given = ", ".join(["a Prompting", *options])
+        raise RecipeError(
+            f"the strategy {name!r} cannot be made of {given} ({error}); let it take these, the keys of eval by its "
+            "attribute keys",
+            kind="defect",
+            at=name,
+        ) from error
+    lacking = [each for each in ("asker", "engine", "answer") if not hasattr(found, each)]
+    if lacking:
+        raise RecipeError(
+            f"the strategy {name!r} lacks {', '.join(lacking)}; see llmrec.strategies.asking.Strategy",
+            kind="defect",
+            at=name,
+        )
+    return found
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from typing import Literal
 
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.prompts.template import Template, load_templates
+from llmrec.registry import STRATEGIES, is_plugin, lookup
 from llmrec.tasks.base import ABOUT_USER, NO, USER_STATS, YES
 
 Asks = Literal["label", "item", "yes"]
@@ -35,8 +36,11 @@ def reader_of(template: Template) -> str:
 def fits(template: Template, strategy: str) -> bool:
     """Whether a strategy of the direct family reads what a template asks for.
 
-    ``pointwise-yes`` also takes templates of labels, where these have words for it.
+    ``pointwise-yes`` also takes templates of labels, where these have words for it. A plug-in says what it reads in its
+    attribute ``reads``, of ``label``, ``item`` and ``yes``; labels by default.
     """
+    if is_plugin(STRATEGIES, strategy):
+        return asks_for(template) in getattr(lookup(STRATEGIES, strategy, "strategy"), "reads", ("label",))
     asks = asks_for(template)
     return strategy != _READER["item"] if asks == "label" else strategy == _READER[asks]
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from llmrec import registry
 from llmrec.data.split import Part
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.recipe.schema import TaskSection
@@ -110,18 +111,36 @@ def family_of(name: str) -> Family:
     """Return a family by its name.
 
     Raises:
-        RecipeError: If there is none; the message suggests the closest one.
+        RecipeError: If there is none, with the closest one; or if a plug-in is no `Family`.
     """
-    if name not in TASKS:
+    if name in TASKS:
+        return _loaded(TASKS[name])
+    found = registry.open_family(name)
+    if not isinstance(found, Family):
         raise RecipeError(
-            f"unknown task {name!r}{did_you_mean(name, TASKS)}; known: {', '.join(sorted(TASKS))}", kind="unknown-name"
+            f"the task family {name!r} is no llmrec.tasks.family.Family; make it one", kind="defect", at=name
         )
-    return _loaded(TASKS[name])
+    return found
 
 
 def families() -> Mapping[str, Family]:
-    """Return every family by name, in the order of tables."""
-    return {name: _loaded(address) for name, address in TASKS.items()}
+    """Return every family by name, in the order of tables; of plug-ins those that a recipe of this process has."""
+    return {name: family_of(name) for name in registry.family_names()}
+
+
+def answers(family: Family, table: Mapping[str, str], name: str, *, silent: bool = True) -> bool:
+    """Whether a strategy or baseline answers a family; a plug-in says so in its attribute ``families``.
+
+    Args:
+        family: The family.
+        table: ``STRATEGIES`` or ``BASELINES``.
+        name: In that table, or of a plug-in.
+        silent: What holds for a plug-in that says nothing.
+    """
+    if not registry.is_plugin(table, name):
+        return name in (family.strategies if table is STRATEGIES else family.baselines)
+    named = getattr(lookup(table, name, "plug-in"), "families", None)
+    return silent if named is None else family.name in named
 
 
 def ranking_families() -> tuple[str, ...]:
@@ -141,9 +160,10 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
         ("baselines", baselines, own.baselines, BASELINES),
     ):
         for name in names:
-            if name in known:
+            if name in known or answers(own, table, name):
                 continue
-            why = "does not answer this family" if name in table else f"is unknown{did_you_mean(name, known)}"
+            exists = name in table or registry.is_plugin(table, name)
+            why = "does not answer this family" if exists else f"is unknown{did_you_mean(name, known)}"
             raise RecipeError(
                 f"tasks.{family}.{kind}: {name!r} {why}; choose from {', '.join(known)}",
                 kind="unknown-name",

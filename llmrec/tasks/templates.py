@@ -77,7 +77,9 @@ class Chosen:
         if bare not in self.every:
             known = ", ".join(self.every)
             raise RecipeError(
-                f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}", kind="unknown-name"
+                f"unknown template {name!r}{did_you_mean(bare, self.every)}; known: {known}. Your own are "
+                "named under the key prompts of the recipe",
+                kind="unknown-name",
             )
         found = self.every[bare]
         if lacking := self.lacks(found):

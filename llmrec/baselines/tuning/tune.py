@@ -20,7 +20,7 @@ from llmrec.baselines.tuning.validation import (
 from llmrec.data.split import scale_of, threshold
 from llmrec.errors import DataError, RecipeError
 from llmrec.registry import BASELINES, lookup
-from llmrec.tasks.family import WRITERS, families
+from llmrec.tasks.family import WRITERS, answers, families
 from llmrec.types import Probability, Rating
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _measured(
 ) -> tuple[str, Callable[[Any, Parameters], Mapping[str, float]]]:
     """Return the metric that a baseline is chosen by, and how a fitted point is measured."""
     rates, judges = (
-        any(name in known.baselines for known in families().values() if known.answer is answer)
+        any(answers(known, BASELINES, name, silent=False) for known in families().values() if known.answer is answer)
         for answer in (Rating, Probability)
     )
     limit = min(_CASES, max(1, _SCORES // len(data.dataset.items)))

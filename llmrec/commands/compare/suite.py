@@ -43,8 +43,10 @@ from llmrec.experiment.study import load_split
 from llmrec.machine import machine, versions
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import recipe_hash
+from llmrec.registry import BASELINES
 from llmrec.resources import resource
 from llmrec.results import Figure
+from llmrec.tasks.family import answers
 from llmrec.types import Probability
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         if row.baseline is None:
             continue
         able = family(suite).baselines
-        if row.baseline not in able:
+        if not answers(family(suite), BASELINES, row.baseline):
             raise RecipeError(
                 f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}; choose from "
                 f"{', '.join(able)}",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llmrec import __version__
+from llmrec import __version__, plugins
 from llmrec.commands.doctor.packages import (
     Finding,
     Packages,
@@ -29,6 +29,7 @@ from llmrec.commands.doctor.packages import (
 from llmrec.machine import Memory, Processor, memory, processor
 from llmrec.models.load import WHEELS, available
 from llmrec.recipe.schema import ModelSection
+from llmrec.registry import TABLES
 from llmrec.resources import cache_dir, resource
 
 _MIN_MEMORY_GB = 6
@@ -90,6 +91,7 @@ def examine() -> Iterator[Finding]:
         ("environment", lambda: check_environment(os.environ, chip())),
         *((f"model {name}", lambda name=name: check_model(name)) for name in WHEELS),
         ("data movielens-100k", lambda: [_movielens()]),
+        ("plug-ins", check_plugins),
         ("gpu", lambda: check_gpu(gpus(), packages())),
     )
     for name, check in checks:
@@ -277,6 +279,18 @@ def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterat
 def check_model(name: str) -> Iterator[Finding]:
     """Where a named model would come from."""
     yield Finding(f"model {name}", available(ModelSection(name=name)))
+
+
+def check_plugins() -> Iterator[Finding]:
+    """Installed plug-ins, by their entry points; none is imported."""
+    found = [(group, name) for group in TABLES for name in plugins.installed(group)]
+    for group, name in found:
+        points = plugins.installed(group)[name]
+        where = " and ".join(f"{plugins.package_of(point)} ({point.value})" for point in points)
+        fault = plugins.fault_of(group, name, TABLES[group])
+        yield Finding(f"plug-in {name}", f"{plugins.KINDS[group].what} of {where}", mend=fault and f"it {fault}")
+    if not found:
+        yield Finding("plug-ins", "none installed")
 
 
 def _movielens() -> Finding:

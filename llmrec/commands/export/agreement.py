@@ -26,8 +26,7 @@ from llmrec.experiment.resume import Budget
 from llmrec.experiment.study import Study, build_study
 from llmrec.models.load import device, load_model, release_memory
 from llmrec.recipe.schema import ModelSection, Recipe
-from llmrec.registry import STRATEGIES, lookup
-from llmrec.strategies.asking import Prompting
+from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.tasks.family import family_of
 from llmrec.train.batches import fit_row, padded
 from llmrec.train.lora import QUANTISED
@@ -176,7 +175,7 @@ def _figures(
         asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
-        predictor = lookup(STRATEGIES, strategy, "strategy")(asker)
+        predictor = strategy_of(strategy, asker)
         protocol = protocols.protocol(family)
         kind = family_of(family).answer
         found = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)

@@ -17,7 +17,7 @@ from llmrec.recipe.schema import (
     Split,
     TaskSection,
 )
-from llmrec.registry import TASKS
+from llmrec.registry import family_names
 from llmrec.tasks.direct_answers import asks_for
 from llmrec.tasks.family import family_of
 from llmrec.tasks.task import Task, TaskInputs
@@ -99,7 +99,7 @@ def sample_prompt(
 def _first(name: str) -> tuple[bool, bool, int]:
     """Order families: chat servers take chat templates as they are, which lists of candidates have."""
     family = family_of(name)
-    return not family.lists, not family.ranks_for_users, list(TASKS).index(name)
+    return not family.lists, not family.ranks_for_users, family_names().index(name)
 
 
 def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:

@@ -31,7 +31,7 @@ from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE, carried
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import Columns, DataSection, Filter
 from llmrec.serve.store import ServiceStore
 from llmrec.types import Item
@@ -128,7 +128,7 @@ def _before(bundle: Bundle) -> _State:
         DataError: If it knows no interactions.
     """
     if bundle.run is not None:
-        recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+        recipe = load_stored(bundle.run)
         data = load(recipe.data, seed=recipe.seed)
         rows = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String), part=pl.lit("train"))
         return _State(rows.select(_KEPT), dict(data.items))
@@ -229,7 +229,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
     from llmrec import pipeline
 
     assert bundle.run is not None
-    recipe = load_recipe(str(bundle.run / "recipe.yaml"))
+    recipe = load_stored(bundle.run)
     folder.mkdir()
     state.rows.drop("part").write_parquet(folder / "interactions.parquet")
     write_items(state.items, folder / "items.parquet")

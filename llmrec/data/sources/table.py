@@ -50,7 +50,16 @@ def load(section: DataSection, *, seed: int) -> Dataset:
     """
     source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source")
     section = located(section)
-    dataset: Dataset = filters.apply(source(section, seed=seed), section.filter)
+    found = source(section, seed=seed)
+    if not isinstance(found, Dataset):
+        raise DataError(
+            f"data.source: {section.source!r} gave a {type(found).__name__}; a source returns a "
+            "llmrec.data.dataset.Dataset",
+            kind="defect",
+            at=section.source,
+            column="data.source",
+        )
+    dataset = filters.apply(found, section.filter)
     if len(dataset.items) < 2:
         raise DataError(
             f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter",

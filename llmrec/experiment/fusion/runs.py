@@ -17,7 +17,7 @@ from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study, build_study
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import load_stored
 from llmrec.results import Reads, Results, Row
 from llmrec.tasks.family import family_of
 from llmrec.types import Case
@@ -44,7 +44,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
     Raises:
         DataError: If a run is not finished, is about other data or cases, or no rows can be joined.
     """
-    study = build_study(load_recipe(runs[0] / "recipe.yaml"))
+    study = build_study(load_stored(runs[0]))
     budget, weighing = Budget(), Weighing(study)
     with locked(out, RUN), budget.stage("fusing"):
         found = [_rows(run, study) for run in runs]

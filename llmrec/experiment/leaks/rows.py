@@ -20,7 +20,7 @@ from llmrec.experiment.study import Study, build_task
 from llmrec.experiment.told import NAMED
 from llmrec.index.table import ItemIndex
 from llmrec.prompts.template import Template, clean
-from llmrec.registry import POSITIONAL
+from llmrec.registry import is_positional
 from llmrec.tasks.direct_answers import asks_for
 from llmrec.tasks.family import Family, family_of
 from llmrec.tasks.pool import training_examples
@@ -299,7 +299,7 @@ def shots_drawn_again(study: Study, family: str) -> Check:
 def positions_drawn_again(study: Study, family: str) -> Check | None:
     """Questions that measure what a position is worth, and move with held-out interactions; None: none are asked."""
     section = study.recipe.eval
-    if section.debias != "measured" or not set(POSITIONAL) & set(study.section(family).strategies):
+    if section.debias != "measured" or not any(map(is_positional, study.section(family).strategies)):
         return None
     made = study.tasks[family].questions(section.debias_questions)
     toward: dict[str, list[str]] = defaultdict(list)

@@ -29,8 +29,8 @@ from llmrec.experiment.fusion.parts import (
 )
 from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study, build_task, draw_sets
-from llmrec.registry import STRATEGIES, lookup, options_of
-from llmrec.strategies.asking import Prompting
+from llmrec.registry import options_of
+from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.tasks.family import family_of
 from llmrec.tasks.task import Task
 from llmrec.types import Case, Predictor, Ranking
@@ -111,7 +111,7 @@ class Judge:
         )
         name = self.study.section(self.family).strategies[0]
         options = options_of(name, section) | dict(self.task.strategy_options)
-        return self.figure(lookup(STRATEGIES, name, "strategy")(asker, **options))
+        return self.figure(strategy_of(name, asker, **options))
 
     def figure(self, predictor: Predictor) -> float:
         """Return NDCG@10 of a predictor."""

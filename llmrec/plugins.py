@@ -1,0 +1,325 @@
+"""Plug-ins: components that are no part of llmrec, named as ``module:attribute`` or by an installed entry point.
+
+Naming a plug-in runs its code, so the name must be the user's own: it stands in a page that the user gave (`allow`), in
+the environment variable `VARIABLE`, or the user installed the package that has the entry point. What a run folder or an
+exported model of somebody else names is refused. A module that a user's page named is remembered by its file, so that
+the user's own runs can be audited, reported and asked in another process; see `remembered`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.metadata import EntryPoint, distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llmrec.errors import RecipeError, did_you_mean
+
+VARIABLE = "LLMREC_PLUGINS"
+"""Environment variable with the modules, separated by commas, that run folders and exported models may name."""
+_GROUP = "llmrec."
+_ADDRESS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a plug-in of one kind must have.
+
+    Attributes:
+        what: What errors call it.
+        needs: Its attributes.
+        mend: How to get them.
+        called: Whether it is called, as a class or a function is.
+    """
+
+    what: str
+    needs: tuple[str, ...]
+    mend: str
+    called: bool = True
+
+
+KINDS: Mapping[str, Kind] = {
+    "baselines": Kind(
+        "baseline",
+        ("name", "Config", "fit", "answer", "with_config", "GRID", "READS", "SCORES", "FITS", "AT_ANSWER", "looked_at"),
+        "derive it from llmrec.baselines.base.Baseline, and give it name, Config, fit(data) and answer(requests)",
+    ),
+    "strategies": Kind(
+        "strategy", (), "write a class that is made from a Prompting, with asker, engine and answer(requests)"
+    ),
+    "tasks": Kind(
+        "task family",
+        ("name", "title", "task", "section", "answer", "headline", "strategies", "baselines", "controls"),
+        "make it a llmrec.tasks.family.Family",
+        called=False,
+    ),
+    "indexes": Kind(
+        "index scheme", ("build", "extend"), "give it build and extend as llmrec.index.table.Scheme has", called=False
+    ),
+    "sources": Kind("data source", (), "write a function (section, *, seed) -> llmrec.data.dataset.Dataset"),
+    "backends": Kind(
+        "backend",
+        ("name", "capabilities", "close"),
+        "give it name, capabilities, the verbs among them, and close(), as llmrec.types.Backend has",
+    ),
+}
+"""By the name of their table; ``llmrec.NAME`` is the group of their entry points."""
+
+# Files of modules that pages of this process named; modules without a file go by their names.
+_NAMED: set[str] = set()
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is of the form ``module:attribute``."""
+    return _ADDRESS.fullmatch(name) is not None
+
+
+# --------------------------------------------------------------------------- entry points
+
+
+@cache
+def _every() -> tuple[EntryPoint, ...]:
+    """Return all entry points of llmrec's groups; of a package that is there twice, those that Python would import."""
+    found: dict[tuple[str, str, str], EntryPoint] = {}
+    for package in distributions():
+        for point in package.entry_points:
+            if point.group.startswith(_GROUP):
+                found.setdefault((package.name, point.group, point.name), point)
+    return tuple(sorted(found.values(), key=lambda point: (point.name, point.value)))
+
+
+@cache
+def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
+    """Return the entry points of a kind of plug-in by name; several of one name where packages disagree."""
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in _every():
+        if point.group == _GROUP + group:
+            found[point.name] = (*found.get(point.name, ()), point)
+    return found
+
+
+def package_of(point: EntryPoint) -> str:
+    """Return the name and version of the package that an entry point comes from."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
+
+
+def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
+    """Say why an installed name cannot be used, as the rest of a sentence; empty: it can."""
+    packages = " and ".join(package_of(point) for point in installed(group)[name])
+    if name in built_in:
+        return f"has the name of a {KINDS[group].what} of llmrec; uninstall {packages}, or have it choose another name"
+    if len(installed(group)[name]) > 1:
+        return f"comes from {packages}; uninstall one of them"
+    return ""
+
+
+def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
+    """Refuse installed names that shadow a built-in one, or each other.
+
+    Args:
+        tables: The built-in names by the kind of plug-in.
+
+    Raises:
+        RecipeError: Naming the first one and its package.
+    """
+    for group in KINDS:
+        for name, (point, *_) in installed(group).items():
+            if fault := fault_of(group, name, tables[group]):
+                raise RecipeError(
+                    f"the entry point {name!r} of the group {_GROUP}{group} ({package_of(point)}) {fault}",
+                    kind="duplicate",
+                    at=_GROUP + group,
+                    column=name,
+                )
+
+
+# --------------------------------------------------------------------------- finding
+
+
+def find(group: str, name: str) -> Any:
+    """Return what a name stands for, or None if it is neither an address nor installed.
+
+    Raises:
+        RecipeError: If its module was not named by the user, cannot be imported, lacks the attribute, or if what is
+            there lacks what a plug-in of this kind has.
+    """
+    if is_address(name):
+        consent(name)
+    elif name not in installed(group):
+        return None
+    return _loaded(group, _address(group, name))
+
+
+def stamp(group: str, name: str) -> str:
+    """Return a hash of a plug-in's code, that of its whole package; empty for a name that is no plug-in."""
+    known = is_address(name) or name in installed(group)
+    return _code(_address(group, name).partition(":")[0]) if known and find(group, name) is not None else ""
+
+
+def _address(group: str, name: str) -> str:
+    return name if is_address(name) else installed(group)[name][0].value.partition("[")[0].replace(" ", "")
+
+
+@cache
+def _loaded(group: str, address: str) -> Any:
+    module, _, attribute = address.partition(":")
+    found = _imported(module)
+    for part in attribute.split(".") if attribute else ():
+        if not hasattr(found, part):
+            raise RecipeError(
+                f"{module} has no {part!r}{did_you_mean(part, dir(found))}; name an attribute of "
+                f"{getattr(found, '__file__', None) or module}",
+                kind="unknown-name",
+                at=module,
+            )
+        found = getattr(found, part)
+    kind = KINDS[group]
+    lacking = [each for each in _needs(group, found) if not hasattr(found, each)]
+    if lacking or (kind.called and not callable(found)):
+        lacks = f"lacks {', '.join(lacking)}" if lacking else "cannot be called"
+        raise RecipeError(f"{address} is no {kind.what}: it {lacks}; {kind.mend}", kind="defect", at=address)
+    return found
+
+
+def _needs(group: str, found: object) -> tuple[str, ...]:
+    """Return what a plug-in must have; a function is looked at when it has been called."""
+    needs = KINDS[group].needs
+    if not isinstance(found, type):
+        return needs
+    if group == "backends":
+        return (*needs, *sorted(map(str, getattr(found, "capabilities", ()))))
+    return (*needs, "answer") if group == "strategies" else needs
+
+
+def _imported(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise _broken(module, error) from error
+        raise RecipeError(
+            f"there is no module {error.name!r} on the Python path; install its package, set PYTHONPATH, or name the "
+            "folder that it lies in under the recipe's key plugins",
+            kind="not-installed",
+            at=module,
+        ) from None
+    except Exception as error:
+        raise _broken(module, error) from error
+
+
+def _broken(module: str, error: Exception) -> RecipeError:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return RecipeError(
+        f"importing {module} failed ({said}, at line {last.lineno} of {last.filename}); mend the module",
+        kind="failed",
+        at=module,
+    )
+
+
+@cache
+def _code(module: str) -> str:
+    top = sys.modules[module.partition(".")[0]]
+    folders = [Path(folder) for folder in getattr(top, "__path__", ())]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in files or filter(None, [getattr(top, "__file__", None)]):
+        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------- consent
+
+
+def allow(addresses: Iterable[str], folder: str | None) -> None:
+    """Take a page that the user gave as consent to the modules that it names, and remember their files.
+
+    Args:
+        addresses: What the page names, as ``module:attribute``.
+        folder: Where its modules may lie beside those of the Python path, and behind them.
+    """
+    use(folder)
+    found = {origin for address in addresses if (origin := _origin(address))}
+    fresh = sorted(found - remembered()) if found else []
+    _NAMED.update(found)
+    lines = [f"{name}\n" for name in fresh if Path(name).is_absolute()]
+    # Where nothing can be remembered, the variable is left.
+    with suppress(OSError, RuntimeError):
+        if lines:
+            _memory().parent.mkdir(parents=True, exist_ok=True)
+            with _memory().open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+
+
+def consent(address: str, folder: str | None = None) -> None:
+    """Refuse a module that the user has not named; nothing of it is imported.
+
+    Args:
+        address: As ``module:attribute``.
+        folder: Where it may lie beside the Python path.
+
+    Raises:
+        RecipeError: If it was not.
+    """
+    top, origin = _top(address), _origin(address, folder)
+    if not origin or origin in _NAMED or origin in remembered() or top in _variable():
+        return
+    where = f" ({origin})" if Path(origin).is_absolute() else ""
+    raise RecipeError(
+        f"the plug-in {address!r} would run the code of the module {top}{where}, which no recipe of yours has named "
+        f"here; where you trust it, set the environment variable {VARIABLE}={top}",
+        kind="unsafe",
+        at=address,
+    )
+
+
+def use(folder: str | None) -> None:
+    """Let modules be imported from a folder too, where the Python path has none of their names."""
+    if folder is not None and folder not in sys.path:
+        sys.path.append(folder)
+
+
+def remembered() -> frozenset[str]:
+    """Return the files of the modules that the user's pages named: lines of ``~/.config/llmrec/plugins.txt``."""
+    try:
+        return frozenset(_memory().read_text(encoding="utf-8").splitlines())
+    except (OSError, RuntimeError, UnicodeDecodeError):
+        return frozenset()
+
+
+def _memory() -> Path:
+    chosen = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(chosen) if chosen else Path.home() / ".config") / "llmrec" / "plugins.txt"
+
+
+def _variable() -> list[str]:
+    return [_top(each.strip()) for each in os.environ.get(VARIABLE, "").split(",")]
+
+
+def _top(address: str) -> str:
+    return address.partition(":")[0].partition(".")[0]
+
+
+def _origin(address: str, folder: str | None = None) -> str:
+    """Return the file of a module's package, or its name where it has none; empty: there is none. Imports nothing."""
+    top = _top(address)
+    try:
+        spec = find_spec(top) or PathFinder.find_spec(top, [folder] if folder else [])
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        return ""
+    if spec.has_location and spec.origin:
+        return str(Path(spec.origin).resolve())
+    return str(Path(next(iter(spec.submodule_search_locations))).resolve()) if spec.submodule_search_locations else top
