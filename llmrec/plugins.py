@@ -52,7 +52,10 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "baselines": Kind(
         "baseline",
-        ("name", "Config", "fit", "answer", "with_config", "GRID", "READS", "SCORES", "FITS", "AT_ANSWER", "looked_at"),
+        (
+            *("name", "Config", "fit", "answer", "with_config", "looked_at"),
+            *("stochastic", "GRID", "READS", "SCORES", "FITS", "AT_ANSWER"),
+        ),
         "derive it from llmrec.baselines.base.Baseline, and give it name, Config, fit(data) and answer(requests)",
     ),
     "strategies": Kind(

@@ -511,7 +511,7 @@ class TasksSection(Section):
         return named | (self.model_extra or {})
 
     @model_serializer(mode="wrap")
-    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         return {written(name): section for name, section in handler(self).items()}
 
 

@@ -43,7 +43,7 @@ from llmrec.experiment.study import load_split
 from llmrec.machine import machine, versions
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import recipe_hash
-from llmrec.registry import BASELINES
+from llmrec.registry import BASELINES, stamps
 from llmrec.resources import resource
 from llmrec.results import Figure
 from llmrec.tasks.family import answers
@@ -52,7 +52,7 @@ from llmrec.types import Probability
 log = logging.getLogger(__name__)
 
 # What has no say in a row's figures.
-_SILENT = {"suite", "description", "data", "rows", "references", "pairs", "explored", "skip", "reserved"}
+_SILENT = {"suite", "description", "plugins", "data", "rows", "references", "pairs", "explored", "skip", "reserved"}
 _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 
 
@@ -147,6 +147,7 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         parts=[contenders.chosen[label] for label in row.parts],
         inputs=contenders.inputs(row) if row.baseline is None else None,
         **({"stores": stores} if row.baseline and (stores := stores_of(row.baseline, row.parameters)) else {}),
+        **stamps([(BASELINES, row.baseline)] if row.baseline else []),
         data={seed: data.fingerprint for seed, data in splits.items()},
         reserved=suite.reserved if any(other.fuse for other in suite.rows) else None,
         protocol=suite.model_dump(
