@@ -14,7 +14,7 @@ from llmrec.commands.features.app import app as features
 from llmrec.commands.init.app import app as starting
 from llmrec.commands.options import takes
 from llmrec.commands.predict.options import PredictOptions
-from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.app import app as ranking
 from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.app import app as showing
 from llmrec.commands.show.console import finish, readable, say, short, show, show_prompts, tell, written
@@ -29,6 +29,7 @@ app = common.App(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(ranking)
 app.add_typer(serving)
 app.add_typer(starting)
 app.add_typer(searching)
@@ -328,27 +329,6 @@ def export(
     tell(exported=done)
     for title, rows in exports.summary(done):
         show(title, rows, told={})
-
-
-@app.command()
-@takes(RankOptions)
-def rank(options: RankOptions) -> None:
-    """Rank candidate sets: a file of requests in, a file of ranked lists with scores out.
-
-    A killed run goes on where it was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
-    """
-    from llmrec.commands.rank.progress import console_rows
-    from llmrec.commands.rank.run import rank_file
-    from llmrec.commands.rank.users import rank_users
-
-    if options.all_users:
-        told = rank_users(options)
-        show("lists", told, short)
-        raise typer.Exit(int(told["failed"] != 0))
-    summary = rank_file(options)
-    show("ranking", console_rows(summary), told={"ranking": summary})
-    if summary["failed"]:
-        raise typer.Exit(1)
 
 
 @app.command()

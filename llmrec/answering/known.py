@@ -6,7 +6,7 @@ Items and past events come from the run's data or the exported folder, and from 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from llmrec.answering.listing import history_of
 from llmrec.answering.requests import catalogue
 from llmrec.answering.rules import Rules
 from llmrec.data.codes import codes
@@ -219,6 +220,27 @@ def known_of(folder: str, items: Path | None) -> Known:
     found = data.items if items is None else catalogue(bundle, items)
     store = bundle.run / "features"
     return Known(found or {}, Histories.of(data, recipe.seed), (store,) if store.is_dir() else ())
+
+
+def known_in(dataset: Dataset, items: Mapping[str, Item], seed: int) -> Known:
+    """Return what is known of data that are at hand, with the catalogue that goes before theirs."""
+    return Known(items, Histories.of(dataset, seed))
+
+
+def with_history(
+    record: Mapping[str, object], histories: Callable[[], Histories], items: Mapping[str, Item]
+) -> Mapping[str, object]:
+    """Return a request with what the data know of its user, where it brings a user and no history.
+
+    Args:
+        record: A request as it was given.
+        histories: What users did; it is called where a request needs it.
+        items: The catalogue; items that it has no more are left out.
+    """
+    user = record.get("user_id")
+    if user is None or record.get("history") is not None:
+        return record
+    return {**record, "history": history_of(histories().of_user(str(user)), items)}
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> DataError:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from llmrec.answering.about import value_of
 from llmrec.answering.checks import decided
-from llmrec.answering.known import Catalogue, Known, known_of
-from llmrec.answering.listing import history_of, is_cold, listing, ranking_of, ruled
+from llmrec.answering.known import Catalogue, Known, known_of, with_history
+from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
 from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
 from llmrec.answering.opening import Models, open_models
 from llmrec.answering.options import RecommenderOptions
@@ -31,7 +31,10 @@ from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError
 from llmrec.types import Unparsed
 
-__all__ = ["Loaded", "Scored", "load"]
+__all__ = ["Loaded", "Scored", "Wanted", "load"]
+
+WHOLE = 20
+"""Items of a list over the whole catalogue, where nobody says how many."""
 
 _KEYS = ("id", "user_id", "history", "candidates", "profile")
 # Requests that are asked together, where a frame has many.
@@ -51,6 +54,25 @@ class Scored:
     item_id: str
     title: str
     score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How lists are asked for; see `Loaded.rank`.
+
+    Attributes:
+        k: Items of a list, at most; None: all candidates, or `WHOLE` items of a catalogue.
+        model: One of `Loaded.models`; None: the default.
+        strategy: How a language model orders candidates.
+        exclude_seen: Items of the history are left out, where the catalogue is ranked.
+        rules: What a list may hold.
+    """
+
+    k: int | None = None
+    model: str | None = None
+    strategy: str = "auto"
+    exclude_seen: bool = True
+    rules: Rules = field(default_factory=Rules)
 
 
 def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
@@ -81,10 +103,11 @@ class Loaded:
     Args:
         options: What was asked for.
         models: What answers.
+        known: What is known of items and users; None: what the folder of ``options`` holds, read when it is needed.
     """
 
-    def __init__(self, options: RecommenderOptions, models: Models) -> None:
-        self._options, self._models = options, models
+    def __init__(self, options: RecommenderOptions, models: Models, known: Known | None = None) -> None:
+        self._options, self._models, self._given = options, models, known
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -129,13 +152,13 @@ class Loaded:
         Raises:
             LlmrecError: If one question cannot be answered; of a frame, if it cannot be read.
         """
-        asked = _Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
+        asked = Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
         if frame is not None:
             if not (history is None and user is None and candidates is None and not profile):
                 raise DataError("rank takes a frame, or one user's history; give one of them", kind="contradiction")
             return like(frame, self._frame(as_arrow(frame, "requests frame").to_pylist(), asked))
         record = {"id": id, "user_id": user, "history": history, "candidates": candidates, "profile": profile}
-        (found,) = self._lists([self._request(record, 1)], asked)
+        (found,) = self.lists([self._request(record, 1)], asked)
         if isinstance(found, LlmrecError):
             raise found
         return _scored(found)
@@ -143,17 +166,50 @@ class Loaded:
     @property
     def users(self) -> list[str]:
         """The users of the run's data, sorted."""
-        found: list[str] = self._known.histories.users.to_list()
+        found: list[str] = self.known.histories.users.to_list()
         return found
 
     @property
     def histories(self) -> str:
         """A hash over what the users of the run's data did."""
-        return self._known.histories.digest
+        return self.known.histories.digest
 
     def signature(self, model: str | None = None) -> str:
         """Return what changes with everything that can change an answer, but for the question."""
         return self._models.get(model).signature
+
+    def lists(self, requests: Sequence[RankRequest], asked: Wanted) -> list[Answered | LlmrecError]:
+        """Return a list, or why there is none, for every request; those that need the same depth are asked together."""
+        model = self._models.get(asked.model)
+        check_verb(model, RANK)
+        items, allowed = self._models.items, self._catalogue.allowed
+        found: dict[int, Answered | LlmrecError] = {}
+        steps, depths, posed = {}, {}, {}
+        for n, request in enumerate(requests):
+            try:
+                posed[n] = ruled(request, asked.rules, items, allowed, exclude_seen=asked.exclude_seen)
+            except LlmrecError as error:
+                found[n] = error
+                continue
+            k = asked.k or len(request.candidates) or WHOLE
+            steps[n] = listing(posed[n], asked.rules, items, k)
+            depths[n] = next(steps[n])
+        while depths:
+            depth = next(iter(depths.values()))
+            cold = is_cold(posed[next(iter(depths))])
+            group = [n for n, own in depths.items() if own == depth and is_cold(posed[n]) == cold]
+            asker, strategy = (self._models.popular or model, "auto") if cold else (model, asked.strategy)
+            answers = asker.rank([posed[n] for n in group], depth=depth, strategy=strategy)
+            for n, answer in zip(group, answers, strict=True):
+                try:
+                    depths[n] = steps[n].send(answer)
+                except StopIteration as done:
+                    found[n] = done.value
+                    del depths[n]
+                except LlmrecError as error:
+                    found[n] = error
+                    del depths[n]
+        return [found[n] for n in range(len(requests))]
 
     def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
         """Find items that are chosen together with others (``interactions``), or described like them (``text``)."""
@@ -189,8 +245,9 @@ class Loaded:
     # ------------------------------------------------------------------- behind them
 
     @cached_property
-    def _known(self) -> Known:
-        return known_of(self._options.model, self._options.items)
+    def known(self) -> Known:
+        """Items, and what users did."""
+        return self._given or known_of(self._options.model, self._options.items)
 
     @cached_property
     def _catalogue(self) -> Catalogue:
@@ -198,44 +255,10 @@ class Loaded:
 
     def _request(self, record: Mapping[str, Any], row: int) -> RankRequest:
         known = {key: record[key] for key in _KEYS if record.get(key) is not None}
-        if "history" not in known and "user_id" in known:
-            events = self._known.histories.of_user(str(known["user_id"]))
-            known["history"] = history_of(events, self._models.items)
-        return read_request(known, row, self._models.items or None, whole="candidates" not in known)
+        told = with_history(known, lambda: self.known.histories, self._models.items)
+        return read_request(told, row, self._models.items or None, whole="candidates" not in known)
 
-    def _lists(self, requests: Sequence[RankRequest], asked: _Wanted) -> list[Answered | LlmrecError]:
-        """Rank for every request; those that need the same depth are asked together."""
-        model = self._models.get(asked.model)
-        check_verb(model, RANK)
-        items, allowed = self._models.items, self._catalogue.allowed
-        found: dict[int, Answered | LlmrecError] = {}
-        steps, depths, posed = {}, {}, {}
-        for n, request in enumerate(requests):
-            try:
-                posed[n] = ruled(request, asked.rules, items, allowed, exclude_seen=asked.exclude_seen)
-            except LlmrecError as error:
-                found[n] = error
-                continue
-            steps[n] = listing(posed[n], asked.rules, items, asked.k)
-            depths[n] = next(steps[n])
-        while depths:
-            depth = next(iter(depths.values()))
-            cold = is_cold(posed[next(iter(depths))])
-            group = [n for n, own in depths.items() if own == depth and is_cold(posed[n]) == cold]
-            asker, strategy = (self._models.popular or model, "auto") if cold else (model, asked.strategy)
-            answers = asker.rank([posed[n] for n in group], depth=depth, strategy=strategy)
-            for n, answer in zip(group, answers, strict=True):
-                try:
-                    depths[n] = steps[n].send(answer)
-                except StopIteration as done:
-                    found[n] = done.value
-                    del depths[n]
-                except LlmrecError as error:
-                    found[n] = error
-                    del depths[n]
-        return [found[n] for n in range(len(requests))]
-
-    def _frame(self, rows: Sequence[Mapping[str, Any]], asked: _Wanted) -> pa.Table:
+    def _frame(self, rows: Sequence[Mapping[str, Any]], asked: Wanted) -> pa.Table:
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
 
         def add(row: Mapping[str, Any], number: int, **rest: Any) -> None:
@@ -253,7 +276,7 @@ class Loaded:
                     posed[number] = self._request(row, number)
                 except LlmrecError as error:
                     answers[number] = error
-            answers.update(zip(posed, self._lists(list(posed.values()), asked), strict=True))
+            answers.update(zip(posed, self.lists(list(posed.values()), asked), strict=True))
             for number, row in part:
                 answer = answers[number]
                 if isinstance(answer, LlmrecError):
@@ -290,15 +313,6 @@ class Loaded:
         if "item" in who:
             record["candidates"] = [who["item"]]
         return asked.prompt(self._request(record, 1), verb)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    k: int
-    model: str | None
-    strategy: str
-    exclude_seen: bool
-    rules: Rules
 
 
 _SCHEMA = pa.schema(

@@ -18,13 +18,17 @@ from llmrec.answering.strategy import ranking_families_of
 from llmrec.answering.task import data_of
 from llmrec.baselines.neural import NeuralConfig
 from llmrec.baselines.parameters import make
+from llmrec.baselines.retrieve import check_retriever
+from llmrec.data.assemble import read_items
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE as INTERACTIONS
+from llmrec.experiment.study import load_tables
 from llmrec.models.load import resolve
 from llmrec.recipe.load import load_stored
+from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
 from llmrec.registry import BASELINES, is_plugin, lookup
 from llmrec.tasks.family import RANKERS, RATERS, answers, families
 from llmrec.types import Item
@@ -188,7 +192,8 @@ class _Opener:
             asked = LanguageModel(self.own, base, self.finder) if fuser.asks_model and base is not None else None
             return Fused(name, fuser, models.items, asked, self.finder)
         if (name in (*RANKERS, *RATERS) or is_plugin(BASELINES, name)) and models.data is not None:
-            return _classic(name, _parameters(bundle, name), models.data, models.items, seed=bundle.seed)
+            found = _section(bundle.tasks, name)
+            return _classic(name, found.parameters, models.data, models.items, seed=bundle.seed)
         has = [*filter(None, [self.own]), *([UNTUNED] if base is not None and bundle.run else []), *self.fusions]
         more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
         raise RecipeError(
@@ -197,6 +202,28 @@ class _Opener:
             kind="unknown-name",
             column="--models",
         )
+
+
+def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = None) -> Models:
+    """Open classic recommenders over the data of a recipe: no run and no language model is needed.
+
+    Args:
+        recipe: Its data are what is learned from, and its families say the parameters.
+        names: Baselines that rank, the default first, each by its name or as tables call it.
+        items: A table of items that goes before those of the data.
+
+    Raises:
+        LlmrecError: If the data cannot be read, or there is no baseline of a name.
+    """
+    chosen = [_section(recipe.tasks, name) for name in names]
+    for each in chosen:
+        check_retriever(each.name, "--baseline")
+    data = load_tables(recipe)[0]
+    known = dict(data.dataset.items if items is None else read_items(items))
+    models = Models(opened={}, items=known, data=data, scale=data.dataset.rating_scale, blank=data)
+    for name, each in zip(names, chosen, strict=True):
+        models.opened[name] = _classic(each.name, each.parameters, data, known, seed=recipe.seed)
+    return models
 
 
 def _data(bundle: Bundle) -> SplitDataset | None:
@@ -227,12 +254,10 @@ def _cheap(bundle: Bundle, data: SplitDataset | None) -> list[str]:
     return [name for name in named if name != "random" and name not in trained]
 
 
-def _parameters(bundle: Bundle, name: str) -> Mapping[str, Any]:
-    for section in bundle.tasks.present().values():
-        for each in section.baselines:
-            if each.name == name:
-                return each.parameters
-    return {}
+def _section(tasks: TasksSection, name: str) -> BaselineSection:
+    """Return the first baseline of the families that has a name, or is called so in tables."""
+    every = (each for section in tasks.present().values() for each in section.baselines)
+    return next((each for each in every if name in (each.name, each.label)), BaselineSection(name=name))
 
 
 def _classic(

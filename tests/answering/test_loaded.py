@@ -55,7 +55,7 @@ def test_a_list_holds_no_seen_item_and_is_best_first(rec: Loaded) -> None:
 
 
 def test_known_users_bring_their_history(rec: Loaded) -> None:
-    events = rec._known.histories.of_user("u01")
+    events = rec.known.histories.of_user("u01")
     own = [event.item_id for event in events]
     told = [{"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp} for event in events]
     assert own and rec.rank(user="u01", k=5) == rec.rank(user="u01", history=told, k=5)
@@ -217,7 +217,7 @@ def test_new_events_and_items_are_known_after_a_refresh(rec: Loaded, run: Path, 
     again = refresh(RefreshOptions(model=str(tmp_path / "out"), events=str(events)))
     assert again["new events"] == "0"
     with llmrec.load(str(tmp_path / "out"), backend="hf", dtype="float32") as new:
-        assert [event.item_id for event in new._known.histories.of_user("fresh")] == ["k01", "n1"]
+        assert [event.item_id for event in new.known.histories.of_user("fresh")] == ["k01", "n1"]
         # Held-out interactions of the run are learned from as well: nothing is measured with this folder.
         assert (
             new.rank(history=["k02"], k=1, model="popularity")[0].score
@@ -253,7 +253,7 @@ def test_known_users_have_the_order_of_the_split(rec: Loaded) -> None:
     assert data is not None
     for user in data.users()[:20]:
         learned = [event.item_id for event in data.train_events(user)]
-        assert [event.item_id for event in rec._known.histories.of_user(user)][: len(learned)] == learned
+        assert [event.item_id for event in rec.known.histories.of_user(user)][: len(learned)] == learned
 
 
 def test_a_refreshed_folder_has_every_user_in_order(run: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_refreshed_folder_has_every_user_in_order(run: Path, tmp_path: Path) -
 
 def test_a_refresh_leaves_old_rows_alone(run: Path, tmp_path: Path) -> None:
     with llmrec.load(str(run), backend="hf") as found:
-        before = len(found._known.histories.items)
+        before = len(found.known.histories.items)
     events = _csv(tmp_path / "new.csv", "user_id,item_id,timestamp\nu01,k40,1\nu01,k40,1\n")
     told = refresh(RefreshOptions(model=str(run), events=str(events), out=tmp_path / "out"))
     assert told["new events"] == "1" and told["interactions"] == f"{before + 1:,}"

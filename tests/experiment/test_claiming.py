@@ -50,14 +50,14 @@ def test_a_folder_of_parts_that_is_a_link_is_refused(asked, tmp_path: Path, rest
 def test_what_was_put_beside_the_parts_stays(asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     from llmrec.commands.rank import run as rank_files
 
-    write = rank_files.write_records
+    write = rank_files.write_lists
     mine = tmp_path / "o.jsonl.parts" / "mine.txt"
 
     def late(*given: object) -> None:
         mine.write_text("mine")
         write(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(rank_files, "write_records", late)
+    monkeypatch.setattr(rank_files, "write_lists", late)
     rank_file(asked())
     assert mine.read_text() == "mine"
     assert {path.name for path in mine.parent.iterdir()} == {"mine.txt", LOCK}

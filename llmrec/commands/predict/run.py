@@ -9,8 +9,7 @@ from itertools import islice
 
 from llmrec.answering.about import CONTEXT, about_families, answer_about, value_of, way_about
 from llmrec.answering.checks import decided
-from llmrec.answering.known import Histories, known_of
-from llmrec.answering.listing import history_of
+from llmrec.answering.known import Histories, known_of, with_history
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.commands.predict.options import PredictOptions
@@ -106,10 +105,9 @@ def _read(raw: Raw, number: int, recommender: Recommender, known: Callable[[], H
         return Unparsed(request_id=request_id, reason="there is no 'item'; name the item that is asked about")
     context = {key: str(raw.record[key]) for key in CONTEXT if raw.record.get(key) is not None}
     record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT)}
-    if record.get("history") is None and record.get("user_id") is not None:
-        record["history"] = history_of(known().of_user(str(record["user_id"])), recommender.items or {})
+    told = with_history(record, known, recommender.items or {})
     try:
-        request = read_request({**record, "candidates": [raw.record["item"]]}, number, recommender.items)
+        request = read_request({**told, "candidates": [raw.record["item"]]}, number, recommender.items)
     except DataError as error:
         return Unparsed(request_id=request_id, reason=str(error))
     return replace(request, context=context)

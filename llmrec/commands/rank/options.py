@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from llmrec.answering.options import About, RecommenderOptions
 from llmrec.commands.rank.outputs import summary_beside
 from llmrec.errors import RecipeError
+from llmrec.types import Form
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions(RecommenderOptions):
     """A file of requests, a file of ranked lists, and what ranks them."""
 
+    model: Annotated[str, About(help="A run folder, an exported folder, a model folder or hub name.")] = ""
+    baseline: Annotated[
+        str | None, About(metavar="NAME", help="In place of --model: a classic recommender; docs/baselines.md.")
+    ] = None
+    recipe: Annotated[
+        str | None,
+        About(metavar="PAGE", help="With --baseline: a recipe or run, whose data it learns from, with its parameters."),
+    ] = None
     requests: Annotated[
         Path | None,
         About(names=("--in",), help="Requests: .jsonl, .csv, .tsv (each also .gz) or .parquet; see docs/rank.md."),
     ] = None
-    out: Annotated[Path | None, About(help="Rankings, in any of these formats.")] = None
+    out: Annotated[Path | None, About(help="Rankings, in any of these formats; - is the standard output.")] = None
+    form: Annotated[
+        str,
+        About(
+            choices=("auto", *get_args(Form)),
+            help="One record a request, a row a ranked item, or a TREC run; auto: by the ending of --out.",
+        ),
+    ] = "auto"
     all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data instead.")] = False
     to: Annotated[
         str | None, About(metavar="FILE|URL", help="With --all-users: .parquet, .csv, .jsonl, .db or postgresql://...")
@@ -39,6 +55,13 @@ class RankOptions(RecommenderOptions):
     def target(self) -> Path:
         """The file of rankings."""
         return _given(self.out, "--out", "the file that rankings are written to")
+
+    @property
+    def layout(self) -> Form:
+        """How rankings are laid out in their file."""
+        from llmrec.data.reading.ranked import form_of
+
+        return form_of(self.target, self.form)
 
     @property
     def parts(self) -> Path:

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmrec.answering.recommender import Recommender
 from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.ranker import Ranker, told_of
 from llmrec.data.reading.ranked import Ranked
 from llmrec.data.reading.request_file import RequestFile
 from llmrec.durable import sha256_of
-from llmrec.experiment.engines import dtype_name
 from llmrec.machine import machine, versions
 from llmrec.progress import bars
 from llmrec.types import Cost
@@ -136,21 +135,24 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
         note = "; ".join(each["notes"])
         rows[f"  note on line {each['line']}"] = note if len(note) <= _LONGEST else f"{note[: _LONGEST - 1]}…"
     if summary["requests_per_second"] is not None:
-        rows["speed"] = (
-            f"{summary['requests_per_second']:,.2f} requests/s, {summary['tokens_per_second']:,.0f} tokens/s"
-        )
+        tokens = "" if "baseline" in summary else f", {summary['tokens_per_second']:,.0f} tokens/s"
+        rows["speed"] = f"{summary['requests_per_second']:,.2f} requests/s{tokens}"
     if summary["seconds_per_request"] is not None:
         each = summary["seconds_per_request"]
         rows["seconds a request"] = (
             f"{each['mean']:.3f}, from {each['fastest_part']:.3f} in the fastest part to {each['slowest_part']:.3f}"
         )
-    rows["cost"] = _cost(summary)
+    if "baseline" not in summary:
+        rows["cost"] = _cost(summary)
     if summary["rationale"] is not None:
         rows["cost of rationales"] = f"{summary['rationale']['written']:,} written: {_cost(summary['rationale'])}"
-    if summary["retriever"] is not None:
+    if summary.get("retriever") is not None:
         found = summary["retriever"]
         rows["retrieved"] = f"{found['k']} by {found['retriever']}, for {summary['with_retrieved']:,} lines"
-    rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
+    if "baseline" in summary:
+        rows["asked"] = f"{summary['baseline']}, fitted to {summary['data']}"
+    else:
+        rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
     rows["seconds"] = ", ".join(f"{name} {spent:.1f}" for name, spent in summary["seconds"].items())
     if summary["from_earlier_run"]:
         rows["from an earlier run"] = f"{summary['from_earlier_run']:,} lines"
@@ -169,27 +171,20 @@ def _cost(spent: Mapping[str, Any]) -> str:
 
 
 def summary_of(
-    options: RankOptions, source: RequestFile, recommender: Recommender, key: str, tally: Tally
+    options: RankOptions, source: RequestFile, recommender: Ranker, key: str, tally: Tally
 ) -> dict[str, Any]:
     """Return what the console and the JSON file say."""
     seconds = recommender.budget.stages
     ranking = seconds.get("ranking", 0.0)
+    told = dict(told_of(recommender))
+    reasons = bool(told.pop("rationales", False))
     return {
         "key": key,
-        "model": options.model,
         "requests": str(options.source),
         "out": str(options.target),
+        "form": options.layout,
         "sha256": sha256_of(options.target),
-        "task": recommender.way.family,
-        "template": recommender.way.template,
-        "strategy": recommender.way.strategy,
-        "options": recommender.way.options,
-        "engine": recommender.engine,
-        "server": options.server_model if recommender.engine == "openai" else None,
-        "dtype": dtype_name(recommender.bundle.model),
-        "window": recommender.encoder.max_length,
-        "history": recommender.bundle.tasks.present()[recommender.way.family].history,
-        "retriever": recommender.retriever.identity if recommender.retriever else None,
+        **told,
         "lines": tally.lines,
         "blank_lines": source.blank,
         "ranked": tally.lines - tally.failed,
@@ -202,7 +197,7 @@ def summary_of(
         "completion_tokens": tally.completion_tokens,
         "forwards": tally.forwards,
         "per_request": _means(tally, tally.prompt_tokens, tally.completion_tokens, tally.forwards),
-        "rationale": _rationale(tally) if recommender.reasoner else None,
+        "rationale": _rationale(tally) if reasons else None,
         "from_earlier_run": tally.lines - tally.fresh,
         "requests_per_second": round(tally.fresh_ranked / ranking, 3) if tally.fresh_ranked else None,
         "tokens_per_second": round(tally.fresh_tokens / ranking, 1) if tally.fresh_ranked else None,

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from llmrec.answering.recommender import Answered, Recommender
+from llmrec.answering.recommender import Answered
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.outputs import check_out
 from llmrec.commands.rank.progress import RankBar, Tally, summary_of
-from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_records
-from llmrec.data.reading.request_file import Raw, RequestFile, kind_of, open_requests
+from llmrec.commands.rank.ranker import Ranker, open_ranker
+from llmrec.data.reading.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
+from llmrec.data.reading.request_file import Raw, RequestFile, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_json, write_text
 from llmrec.errors import DataError, LlmrecError, Place
@@ -26,6 +30,9 @@ from llmrec.experiment.resume import Budget, key_of, locked, read_stage
 from llmrec.types import Ranking, Unparsed
 
 log = logging.getLogger(__name__)
+
+STDOUT = Path("-")
+"""Stands for the standard output."""
 
 PART = 64
 """Requests of one part; more where the backend is handed more at a time."""
@@ -54,7 +61,7 @@ class Row:
                 error = f"the id {request_id!r} is that of line {first}; give each request its own"
         return cls(raw, number, request_id, user_id, error)
 
-    def asked(self, recommender: Recommender) -> RankRequest | Unparsed:
+    def asked(self, recommender: Ranker) -> RankRequest | Unparsed:
         """Return the row's request, or why there is none."""
         if self.error or self.raw.record is None:
             return Unparsed(request_id=self.request_id or "", reason=self.error)
@@ -85,25 +92,40 @@ class Row:
         )
 
 
-def rank_file(options: RankOptions) -> dict[str, Any]:
+def rank_file(options: RankOptions) -> Mapping[str, Any]:
     """Rank a file of requests and return the summary, which also lies beside the output.
+
+    Where the output is the standard output, nothing else is written there, and nothing is kept for another call.
 
     Raises:
         LlmrecError: If nothing can be ranked, because a file, a model or an option cannot be used.
     """
-    kind_of(options.target)
+    if options.target != STDOUT:
+        return _rank_into(options)
+    with TemporaryDirectory(prefix="llmrec-rank-") as folder:
+        target = Path(folder) / ("lists.trec" if options.form == "trec" else "lists.jsonl")
+        summary = _rank_into(replace(options, out=target))
+        with target.open("rb") as found:
+            shutil.copyfileobj(found, sys.stdout.buffer)
+        sys.stdout.flush()
+    return {**summary, "out": str(STDOUT)}
+
+
+def _rank_into(options: RankOptions) -> Mapping[str, Any]:
+    form_of(options.target, options.form)
     reads = (options.source, options.items)
     check_out(options.target, reads, option="--out", by="rank", parts=options.parts)
     budget = Budget()
     with budget.stage("start"):
-        source = open_requests(options.source)
+        bare = options.whole or options.retrieve is not None or options.baseline is not None
+        source = open_requests(options.source, bare=bare)
     with locked(options.parts, _own):
         if options.restart:
             _empty(options.parts)
         with ExitStack() as opened:
             try:
                 with budget.stage("start"):
-                    recommender = Recommender.open(options, store=options.parts / "answers.sqlite", budget=budget)
+                    recommender = open_ranker(options, store=options.parts / "answers.sqlite", budget=budget)
                     opened.enter_context(recommender)
                     _check_titled(options, source, recommender)
                     key = key_of(requests=source.sha256, limit=options.limit, **recommender.identity)
@@ -120,7 +142,7 @@ def rank_file(options: RankOptions) -> dict[str, Any]:
     return summary
 
 
-def _check_titled(options: RankOptions, source: RequestFile, recommender: Recommender) -> None:
+def _check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
     """Refuse the whole file where a request names an item by its id alone, and no item is known.
 
     Raises:
@@ -136,10 +158,15 @@ def _check_titled(options: RankOptions, source: RequestFile, recommender: Recomm
             )
 
 
-def _finished(options: RankOptions, key: str) -> dict[str, Any] | None:
+def _finished(options: RankOptions, key: str) -> Mapping[str, Any] | None:
     """Return the summary of an output that the same inputs gave, if it still lies there as it was written."""
     done = read_stage(options.summary, key)
-    same = done is not None and options.target.is_file() and sha256_of(options.target) == done["sha256"]
+    same = (
+        done is not None
+        and done.get("form") == options.layout
+        and options.target.is_file()
+        and sha256_of(options.target) == done["sha256"]
+    )
     return done if same else None
 
 
@@ -188,11 +215,12 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def _work(options: RankOptions, source: RequestFile, recommender: Recommender, key: str) -> dict[str, Any]:
+def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Mapping[str, Any]:
     _claim(options.parts, key)
     budget = recommender.budget
-    tally = Tally()
+    tally, form = Tally(), options.layout
     earlier: dict[bytes, int] = {}
+    owners: dict[str, int] = {}
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     number = 0
     with budget.stage("reading"), RankBar(total) as bar:
@@ -211,12 +239,32 @@ def _work(options: RankOptions, source: RequestFile, recommender: Recommender, k
                     records = [row.record(answer) for row, answer in zip(lines, answers, strict=True)]
                 write_part(path, records)
                 tally.add(records, seconds=budget.stages["ranking"] - before)
+            if form != "records":
+                _check_owners(source, records, owners)
             number += 1
     with budget.stage("write"):
-        write_records(options.target, _stored(options.parts, number))
+        write_lists(options.target, _stored(options.parts, number), form, options.baseline or "llmrec")
     summary = summary_of(options, source, recommender, key, tally)
     write_json(options.summary, summary)
     return summary
+
+
+def _check_owners(source: RequestFile, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
+    """Refuse a second list of a user where a row of the output names the user alone.
+
+    Raises:
+        DataError: If there is one; what was ranked is kept, for a call that writes another form.
+    """
+    for record in records:
+        if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
+            raise DataError(
+                f"{source.path}, line {record.line} asks for a second list of {listed(record)[:60]!r}, after line "
+                f"{first}, and --form long and trec tell lists apart by the user; leave user_id out, so that the id of "
+                "the request stands for it, or write --form records",
+                kind="duplicate",
+                at=Place(str(source.path), line=record.line),
+                column="user_id",
+            )
 
 
 def _stored(folder: Path, parts: int) -> Iterator[Ranked]:

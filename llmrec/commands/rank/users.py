@@ -23,6 +23,7 @@ from llmrec.answering.options import RecommenderOptions
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.outputs import check_out, write_summary
 from llmrec.commands.rank.progress import RankBar
+from llmrec.commands.rank.ranker import check_named, loaded_classic, open_classic
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, require
 from llmrec.experiment.claiming import LOCK
@@ -54,10 +55,8 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
     if "://" not in to:
         check_out(Path(to), (options.items,), option="--to", by="rank --all-users", parts=_parts(to))
     k = options.top or 10
-    given = RecommenderOptions(**{name.name: getattr(options, name.name) for name in fields(RecommenderOptions)})
-    asked = decided(given)
     with ExitStack() as opened:
-        rec = opened.enter_context(Loaded(asked, open_models(asked, [options.by] if options.by else ())))
+        rec = opened.enter_context(_opened(options))
         if not rec.users:
             raise DataError(
                 f"--all-users: {options.model} knows no users; name a run folder, whose data has them",
@@ -66,7 +65,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
             )
         opened.enter_context(locked(_parts(to), _own))
         users, signature = rec.users[: options.limit], rec.signature()
-        asks = {name.name: repr(getattr(asked, name.name)) for name in fields(RecommenderOptions)}
+        asks = {name.name: repr(getattr(options, name.name)) for name in fields(RecommenderOptions)}
         key = key_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
         if options.restart:
             for path in _parts(to).glob("part-*.parquet"):
@@ -92,14 +91,25 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
     }
 
 
+def _opened(options: RankOptions) -> Loaded:
+    """Open what ranks: a classic recommender over the data of a recipe, or a model of a folder."""
+    if options.baseline is not None:
+        return loaded_classic(options, open_classic(options))
+    check_named(options)
+    given = RecommenderOptions(**{name.name: getattr(options, name.name) for name in fields(RecommenderOptions)})
+    asked = decided(given)
+    return Loaded(asked, open_models(asked, [options.by] if options.by else ()))
+
+
 def _refuse_others(options: RankOptions) -> None:
     """Refuse options that say nothing about lists for every user.
 
     Raises:
         DataError: If there is one.
     """
-    plain = RankOptions(model=options.model)
-    for name in ("requests", "out", "fuse", "retrieve", "rationale", "candidates", "settings", "template", "task"):
+    plain = RankOptions()
+    named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task")
+    for name in (*named, *(("by",) if options.baseline is not None else ("settings",))):
         if getattr(options, name) != getattr(plain, name):
             option = {"requests": "--in", "settings": "--set"}.get(name, f"--{name}")
             raise DataError(

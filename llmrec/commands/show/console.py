@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -117,7 +117,11 @@ def _plain(value: Any) -> Any:
 
 
 def show(
-    title: str, rows: Mapping[str, Any], form: Callable[[Any], str] = str, told: Mapping[str, Any] | None = None
+    title: str,
+    rows: Mapping[str, Any],
+    form: Callable[[Any], str] = str,
+    told: Mapping[str, Any] | None = None,
+    file: TextIO | None = None,
 ) -> None:
     """Print a title, and names with their values below it.
 
@@ -126,12 +130,12 @@ def show(
         rows: Values by name.
         form: How a value is written.
         told: The facts that are kept; None: the rows, under their title.
+        file: Where it is printed; None: the standard output.
     """
     tell(**({title: rows} if told is None else told))
     width = max((len(name) for name in rows), default=0)
-    say(title)
-    for name, value in rows.items():
-        say(f"  {name:<{width}}  {form(value)}")
+    for line in (title, *(f"  {name:<{width}}  {form(value)}" for name, value in rows.items())):
+        typer.echo(line, file=file)
 
 
 def written(files: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Ranked lists as files: one record a request, kept in parts while the work goes on and then written as one table."""
+"""Ranked lists as files: one record a request, kept in parts while the work goes on and then written as one table.
+
+A table has a row a request, or in its long form one a ranked item; a TREC run has a line a ranked item.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, get_type_hints
+from typing import Any, TextIO, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.reading.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
 from llmrec.durable import replacing, write_text
+from llmrec.errors import DataError, RecipeError
+from llmrec.types import Form
 
 _ROW_GROUP = 4096
 # A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms.
@@ -97,6 +102,12 @@ class Predicted:
 
 
 Written = Ranked | Predicted
+LONG = ("user", "item", "rank", "score")
+"""Columns of the long form."""
+TREC = (".trec", ".run")
+"""What a file of the form of TREC runs ends in."""
+
+_LONG_SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("rank", pa.int64()), ("score", pa.float64())])
 _LISTS = ("items", "scores", "titles", "notes", "rationale")
 
 
@@ -143,6 +154,93 @@ def _line(record: Written) -> str:
 
 
 # --------------------------------------------------------------------------- the table
+
+
+def form_of(path: Path, asked: str) -> Form:
+    """Return how lists are laid out in a file: as it is asked, or as the ending of its name says.
+
+    Raises:
+        RecipeError: If the two contradict each other.
+        DataError: If the file's name ends in nothing that is known.
+    """
+    ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+    trec = ending.lower() in TREC
+    if trec and asked not in ("auto", "trec"):
+        raise RecipeError(
+            f"--form {asked}: {path} ends in {ending}, which is a TREC run; name another file, or leave --form out",
+            kind="contradiction",
+            column="--form",
+        )
+    form: Form = "trec" if trec else next((each for each in get_args(Form) if each == asked), "records")
+    if form != "trec":
+        kind_of(path)
+    return form
+
+
+def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "llmrec") -> None:
+    """Write ranked lists in one step; in the forms of a row an item, failed requests have no row.
+
+    Args:
+        path: The file.
+        records: Taken one by one.
+        form: See `Form`.
+        tag: What a TREC run calls the system.
+
+    Raises:
+        DataError: If an id cannot stand in a TREC run.
+    """
+    if form == "records":
+        write_records(path, records)
+        return
+    rows = ((listed(each), item, place, score) for each in records for place, (item, score) in enumerate(_pairs(each)))
+    packed = path.suffix.lower() == ".gz"
+    with replacing(path) as draft:
+        if form == "trec":
+            with _text_file(draft, packed=packed) as stream:
+                stream.writelines(_trec(path, row, tag) for row in rows)
+        elif (suffix := kind_of(path)) in PARQUET:
+            with pq.ParquetWriter(draft, _LONG_SCHEMA) as writer:
+                while group := [dict(zip(LONG, _counted(row), strict=True)) for row in islice(rows, _ROW_GROUP)]:
+                    writer.write_table(pa.Table.from_pylist(group, schema=_LONG_SCHEMA))
+        else:
+            with _text_file(draft, packed=packed) as stream:
+                _write_long(stream, map(_counted, rows), suffix)
+
+
+def listed(record: Ranked) -> str:
+    """Return whose list a record is, where a row names it by one id: the user, or the request of nobody."""
+    return record.user_id or record.request_id or str(record.line)
+
+
+def _pairs(record: Ranked) -> Iterable[tuple[str, float]]:
+    return zip(record.items, record.scores, strict=True)
+
+
+def _counted(row: tuple[str, str, int, float]) -> tuple[str, str, int, float]:
+    user, item, place, score = row
+    return user, item, place + 1, score
+
+
+def _write_long(stream: TextIO, rows: Iterable[tuple[str, str, int, float]], suffix: str) -> None:
+    if suffix in JSON_LINES:
+        stream.writelines(json.dumps(dict(zip(LONG, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
+        return
+    writer = csv.writer(stream, delimiter=SEPARATORS[suffix], lineterminator="\n")
+    writer.writerow(LONG)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _trec(path: Path, row: tuple[str, str, int, float], tag: str) -> str:
+    user, item, rank, score = _counted(row)
+    for what, value in (("user", user), ("item", item)):
+        if not value or any(mark.isspace() for mark in value):
+            raise DataError.at(
+                path,
+                "bad-value",
+                f": a TREC run parts its columns by blanks, and the {what} {value[:60]!r} has one; write --form long",
+                what,
+            )
+    return f"{user} Q0 {item} {rank} {score!r} {tag}\n"
 
 
 def write_records(path: Path, records: Iterable[Written], kind: type[Written] = Ranked) -> None:

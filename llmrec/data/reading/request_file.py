@@ -62,6 +62,7 @@ class RequestFile:
         sha256: Of the file as it is stored.
         rows: Number of requests.
         blank: Number of blank lines between them; they are no requests.
+        bare: Whether its requests may all lack candidates.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class RequestFile:
     sha256: str
     rows: int
     blank: int
+    bare: bool = False
 
     def __iter__(self) -> Iterator[Raw]:
         """Yield every row in order.
@@ -82,11 +84,16 @@ class RequestFile:
             elif self.suffix in JSON_LINES:
                 yield from (_json(line, raw) for line, raw in _lines(self.path) if raw is None or raw.strip())
             else:
-                yield from (found for found in _delimited(self.path, self.suffix) if found is not None)
+                rows = _delimited(self.path, self.suffix, self.bare)
+                yield from (found for found in rows if found is not None)
 
 
-def open_requests(path: Path) -> RequestFile:
+def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
     """Look through a JSON Lines, CSV, TSV or Parquet file, the text ones optionally gzipped.
+
+    Args:
+        path: The file.
+        bare: Its requests may lack candidates, which are found for them; a history or a user then suffices.
 
     Raises:
         DataError: If it is missing, empty, damaged or of no known kind, or has no column of candidates.
@@ -97,7 +104,7 @@ def open_requests(path: Path) -> RequestFile:
         if suffix in PARQUET:
             file = pq.ParquetFile(path)
             check_size(str(path), file, path.stat().st_size)
-            _has_candidates(path, file.schema_arrow.names)
+            _has_columns(path, file.schema_arrow.names, bare)
             rows, blank = file.metadata.num_rows, 0
         elif suffix in JSON_LINES:
             filled = [0, 0]
@@ -106,13 +113,13 @@ def open_requests(path: Path) -> RequestFile:
             blank, rows = filled
         else:
             filled = [0, 0]
-            for found in _delimited(path, suffix):
+            for found in _delimited(path, suffix, bare):
                 filled[found is not None] += 1
             blank, rows = filled
         sha256 = sha256_of(path)
     if rows == 0:
         raise DataError.at(path, "empty", " holds no request; write at least one")
-    return RequestFile(path, suffix, sha256, rows, blank)
+    return RequestFile(path, suffix, sha256, rows, blank, bare)
 
 
 def kind_of(path: Path) -> str:
@@ -249,9 +256,9 @@ class _Feed:
         self._back.extend(reversed(self.taken[1:]))
 
 
-def _delimited(path: Path, suffix: str) -> Iterator[Raw | None]:
+def _delimited(path: Path, suffix: str, bare: bool) -> Iterator[Raw | None]:
     """Yield rows after the header; None stands for a blank line."""
-    columns, separator = _header(path, SEPARATORS[suffix])
+    columns, separator = _header(path, SEPARATORS[suffix], bare)
     feed = _Feed(path)
     next(feed)
     rows = csv.reader(feed, delimiter=separator, strict=True)
@@ -269,7 +276,7 @@ def _delimited(path: Path, suffix: str) -> Iterator[Raw | None]:
         yield _row(feed.taken[0][0], columns, cells, separator) if cells else None
 
 
-def _header(path: Path, separator: str) -> tuple[list[str], str]:
+def _header(path: Path, separator: str, bare: bool) -> tuple[list[str], str]:
     feed = _Feed(path)
     first = next(feed, "").rstrip("\r\n")
     separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
@@ -277,11 +284,13 @@ def _header(path: Path, separator: str) -> tuple[list[str], str]:
         columns = column_names(str(path), next(csv.reader([first], delimiter=separator, strict=True), []))
     except csv.Error as error:
         raise DataError.at(Place(str(path), 0, 1), "syntax", f": {csv_problem(error)}") from error
-    _has_candidates(path, columns)
+    _has_columns(path, columns, bare)
     return columns, separator
 
 
-def _has_candidates(path: Path, columns: list[str]) -> None:
+def _has_columns(path: Path, columns: list[str], bare: bool) -> None:
+    if bare and not {"history", "user_id"}.isdisjoint(columns):
+        return
     if "candidates" not in columns and "item" not in columns:
         raise DataError.at(
             path,

@@ -1,0 +1,35 @@
+"""The command `llmrec rank`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from llmrec.commands.options import takes
+from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.show.console import short, show
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+@takes(RankOptions)
+def rank(options: RankOptions) -> None:
+    """Rank a file of requests by a language model or a classic recommender: candidate sets, or the whole catalogue.
+
+    A killed run goes on where it was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
+    """
+    from llmrec.commands.rank.progress import console_rows
+    from llmrec.commands.rank.run import STDOUT, rank_file
+    from llmrec.commands.rank.users import rank_users
+
+    if options.all_users:
+        told = rank_users(options)
+        show("lists", told, short)
+        raise typer.Exit(int(told["failed"] != 0))
+    summary = rank_file(options)
+    where = sys.stderr if options.target == STDOUT else None
+    show("ranking", console_rows(summary), told={"ranking": summary}, file=where)
+    if summary["failed"]:
+        raise typer.Exit(1)
