@@ -18,11 +18,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["Recipe", "__version__", "check", "init", "load", "load_recipe", "run"]
+__all__ = ["Recipe", "__version__", "check", "init", "load", "load_recipe", "run", "score"]
 
 if TYPE_CHECKING:
     from llmrec.answering.loaded import load as load
     from llmrec.commands.init.frame import init as init
+    from llmrec.commands.score.run import score as score
     from llmrec.pipeline import check as check
     from llmrec.pipeline import run as run
     from llmrec.recipe.load import load_recipe as load_recipe
@@ -35,6 +36,7 @@ _HOMES = {
     "load": "llmrec.answering.loaded",
     "load_recipe": "llmrec.recipe.load",
     "run": "llmrec.pipeline",
+    "score": "llmrec.commands.score.run",
 }
 
 

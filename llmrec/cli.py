@@ -15,6 +15,7 @@ from llmrec.commands.init.app import app as starting
 from llmrec.commands.options import takes
 from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.rank.app import app as ranking
+from llmrec.commands.score.app import app as scoring
 from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.app import app as showing
 from llmrec.commands.show.console import finish, readable, say, short, show, show_prompts, tell, written
@@ -30,6 +31,7 @@ app = common.App(
 )
 
 app.add_typer(ranking)
+app.add_typer(scoring)
 app.add_typer(serving)
 app.add_typer(starting)
 app.add_typer(searching)

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, get_args, get_type_hints
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -298,3 +299,9 @@ def _cell(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     text = "" if value is None else str(value)
     return f"'{text}" if isinstance(value, str) and text.startswith(_FORMULA) else text
+
+
+def unguarded(texts: pl.Series) -> pl.Series:
+    """Return texts of cells without the apostrophe that keeps a spreadsheet from taking one for a formula."""
+    marks = "".join(f"\\x{{{ord(mark):x}}}" for mark in _FORMULA)
+    return texts.str.replace(f"^'([{marks}])", "${1}")

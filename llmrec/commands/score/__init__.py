@@ -1,0 +1,1 @@
+"""The command score: ranked lists of any system against what is relevant."""

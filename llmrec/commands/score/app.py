@@ -1,0 +1,44 @@
+"""The command `llmrec score`."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from llmrec.commands.options import takes
+from llmrec.commands.score.options import ScoreOptions
+from llmrec.commands.show.console import say
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+@takes(ScoreOptions)
+def score(options: ScoreOptions) -> None:
+    """Measure ranked lists of any system against what is relevant: every ranking metric, with a 95 % interval.
+
+    Lists are those of `llmrec rank`, a table with a row a ranked item, or a TREC run. Two files are compared, by user.
+    """
+    from llmrec.commands.score.run import cutoffs, lines, score
+    from llmrec.errors import RecipeError
+
+    if len(options.ranked) not in (1, 2):
+        raise RecipeError(
+            f"{len(options.ranked)} files of lists: give one, or two to compare", kind="missing-key", column="RANKED"
+        )
+    found = score(
+        options.ranked[0],
+        options.truth,
+        against=options.ranked[1] if len(options.ranked) > 1 else None,
+        k=cutoffs(options.k),
+        graded=options.graded,
+        planned=options.planned,
+        resamples=options.resamples,
+        seed=options.seed,
+    )
+    if options.json:
+        say(json.dumps(found.as_json(), ensure_ascii=False, indent=1))
+        return
+    for line in lines(found):
+        say(line)

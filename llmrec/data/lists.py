@@ -1,0 +1,426 @@
+"""Ranked lists and what they are judged by, as any system writes them: read into a row a ranked or relevant item.
+
+Lists are llmrec's own records, a table with a row an item (RecBole's too), or a TREC run; what is relevant is such a
+table or TREC's qrels. Tables are frames in memory or files that `llmrec.data.reading.table` reads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from llmrec.data.frames import as_arrow
+from llmrec.data.reading import typed
+from llmrec.data.reading.limits import enumerated, reason, require_file, shown
+from llmrec.data.reading.objects import json_object
+from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
+from llmrec.data.reading.ranked import TREC, unguarded
+from llmrec.data.reading.request_file import JSON_LINES, PARQUET
+from llmrec.data.reading.table import is_pattern, read_table, without_kinds
+from llmrec.data.reading.text import Table, decode, read_bytes
+from llmrec.errors import DataError, Place, did_you_mean
+
+Unit = Literal["user", "request"]
+Order = Literal["score", "rank", "order"]
+
+USERS = ("user", "user_id", "userid", "uid", "qid", "query_id", "query", "topic")
+REQUESTS = ("request_id", "request")
+ITEMS = ("item", "item_id", "itemid", "iid", "docno", "docid", "doc_id", "document")
+SCORES = ("score", "scores", "prediction", "pred")
+RANKS = ("rank", "position")
+GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
+"""What columns are called, without regard to case."""
+
+_QRELS = (".qrels", ".qrel")
+_RUN_COLUMNS = ("user", "q0", "item", "rank", "score", "tag")
+_QRELS_COLUMNS = ("user", "iteration", "item", "relevance")
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Ranked items, a row each.
+
+    Attributes:
+        name: The file, as errors call it.
+        unit: What has a list.
+        frame: Columns ``key`` (of the user or request), ``item`` and ``score``, higher is better.
+        empty: Keys of lists without an item, such as those of requests that failed.
+        order: What ranks: a score, a rank, or the order of the rows.
+        where: The place of a row of ``frame``.
+    """
+
+    name: str
+    unit: Unit
+    frame: pl.DataFrame
+    empty: frozenset[str]
+    order: Order
+    where: Callable[[int], Place]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Relevant items, a row each.
+
+    Attributes:
+        name: The file, as errors call it.
+        unit: What they are relevant for.
+        frame: Columns ``key``, ``owner`` (the user of a request, else the key), ``item`` and ``gain``, above 0.
+        barren: Keys for which nothing is relevant; they are not judged.
+    """
+
+    name: str
+    unit: Unit
+    frame: pl.DataFrame
+    barren: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Lists as one record each, in columns of lists."""
+
+    name: str
+    rows: Iterable[tuple[Place, Mapping[str, Any]]]
+
+
+def read_truth(source: Any) -> Truth:
+    """Read what is relevant.
+
+    Args:
+        source: The path of a table or of TREC qrels, or a frame (see `llmrec.data.frames.as_arrow`). Columns: a user or
+            a request, an item, and where items are relevant to several degrees, a relevance; without one all are.
+
+    Raises:
+        DataError: If it cannot be read, or a pair stands there twice.
+    """
+    table = _opened(source, "truth", _QRELS, _QRELS_COLUMNS)
+    if isinstance(table, _Records):
+        raise DataError.at(
+            table.name,
+            "wrong-format",
+            ": these are ranked lists and not what is relevant; give a table with a user and an item in each row",
+        )
+    requests, users = _found(table, REQUESTS), _found(table, USERS)
+    key = requests or users
+    if key is None:
+        raise _lacks(table, "user", USERS)
+    item = _needed(table, "item", ITEMS)
+    gains = _found(table, GAINS)
+    frame = pl.DataFrame(
+        {
+            "key": _ids(table, key),
+            "owner": _ids(table, users or key),
+            "item": _ids(table, item),
+            "gain": typed.numbers(table, gains, "relevance")
+            if gains
+            else pl.repeat(1.0, table.frame.height, eager=True),
+        }
+    )
+    _once(frame, table.where, "the relevant items")
+    kept = frame.filter(pl.col("gain") > 0)
+    barren = frozenset(frame["key"].unique()) - frozenset(kept["key"].unique())
+    if kept.is_empty():
+        raise DataError.at(table.name, "empty", ": no row holds a relevant item; check its column of relevance", gains)
+    return Truth(table.name, "user" if requests is None else "request", kept, barren)
+
+
+def read_lists(source: Any, unit: Unit = "user") -> Lists:
+    """Read ranked lists.
+
+    Args:
+        source: The path of a file or a frame; see the module. Where there is neither a score nor a rank, the order of a
+            user's rows is that of the list.
+        unit: What has a list: with ``request`` there must be a column of requests.
+
+    Raises:
+        DataError: If it cannot be read, an item stands twice in a list, or a score is no finite number.
+    """
+    table = _opened(source, "ranked", TREC, _RUN_COLUMNS)
+    found = _of_records(table, unit) if isinstance(table, _Records) else _of_rows(table, unit)
+    _once(found.frame, found.where, "the list")
+    return found
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def _of_rows(table: Table, unit: Unit) -> Lists:
+    key = _found(table, REQUESTS) if unit == "request" else _found(table, USERS) or _found(table, REQUESTS)
+    if key is None:
+        raise _lacks(table, unit, USERS if unit == "user" else REQUESTS)
+    item, score, rank = _needed(table, "item", ITEMS), _found(table, SCORES), _found(table, RANKS)
+    table, failed = _without_failures(table, key, item)
+    if score is not None:
+        order: Order = "score"
+        values = typed.numbers(table, score, "score")
+    elif rank is not None:
+        order, values = "rank", -typed.numbers(table, rank, "rank")
+    else:
+        order, values = "order", -pl.int_range(table.frame.height, eager=True).cast(pl.Float64)
+    frame = pl.DataFrame({"key": _ids(table, key), "item": _ids(table, item), "score": values})
+    return Lists(table.name, unit, frame, failed - frozenset(frame["key"].unique()), order, table.where)
+
+
+def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozenset[str]]:
+    """Return the rows with an item, and whose list is a row that says why there is none, as llmrec writes it."""
+    if "error" not in table.frame.columns or table.parts:
+        return table, frozenset()
+    told = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")
+    if not told.any():
+        return table, frozenset()
+    rows = (~told).arg_true().to_list()
+    owners = frozenset(typed.texts(table, key).filter(told).cast(pl.String).unique())
+    lines = [table.line(row) for row in rows]
+    return replace(table, frame=table.frame[rows], lines=lines, rows=rows), owners
+
+
+def _ids(table: Table, column: str) -> pl.Series:
+    """Return a column of ids as texts, without what keeps a spreadsheet from taking one for a formula."""
+    found = typed.ids(table, column).cast(pl.String)
+    return unguarded(found) if _is_delimited(table.name) else found
+
+
+def _is_delimited(name: str) -> bool:
+    return any(ending in (".csv", ".tsv", ".txt", ".psv") for ending in Path(name).suffixes)
+
+
+def _found(table: Table, names: Sequence[str]) -> str | None:
+    """Return the column of one of some names, in their order."""
+    known = {column.strip().lower(): column for column in reversed(table.frame.columns)}
+    return next((known[name] for name in names if name in known), None)
+
+
+def _needed(table: Table, what: str, names: Sequence[str]) -> str:
+    found = _found(table, names)
+    if found is None:
+        raise _lacks(table, what, names)
+    return found
+
+
+def _lacks(table: Table, what: str, names: Sequence[str]) -> DataError:
+    columns = table.frame.columns
+    return DataError.at(
+        table.name,
+        "missing-column",
+        f" has no column of the {what}{did_you_mean(names[0], columns)}; its columns are: {enumerated(columns)}. Call "
+        f"it {' or '.join(map(repr, names[:2]))}",
+        names[0],
+    )
+
+
+def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None:
+    """Refuse an item that stands twice for one key."""
+    twice = frame.select(~pl.struct("key", "item").is_first_distinct())["key"].arg_true()
+    if len(twice):
+        row = int(twice[0])
+        key, item = frame["key"][row], frame["item"][row]
+        raise DataError.at(
+            where(row),
+            "duplicate",
+            f": the item {shown(item)} stands twice in {what} of {shown(key)}; keep one",
+            "item",
+        )
+
+
+# --------------------------------------------------------------------------- llmrec's own records
+
+
+def _of_records(records: _Records, unit: Unit) -> Lists:
+    keys: list[str] = []
+    items: list[str] = []
+    scores: list[float] = []
+    rows: list[int] = []
+    places: list[Place] = []
+    first: dict[str, Place] = {}
+    empty: set[str] = set()
+    scored = True
+    for place, record in records.rows:
+        key = _key(place, record, unit)
+        if (earlier := first.setdefault(key, place)) is not place:
+            raise DataError.at(
+                place,
+                "duplicate",
+                f": {shown(key)} has a list in row {earlier.row} already; where a user has several, give the truth a "
+                "column request_id",
+                "request_id" if unit == "request" else "user_id",
+            )
+        names, values = _listed(place, record)
+        scored = scored and values is not None
+        if not names:
+            empty.add(key)
+        keys += [key] * len(names)
+        items += names
+        scores += [-float(n) for n in range(len(names))] if values is None else values
+        rows += [len(places)] * len(names)
+        places.append(place)
+    if not places:
+        raise DataError.at(records.name, "empty", " holds no list; write at least one")
+    frame = pl.DataFrame(
+        {"key": keys, "item": items, "score": scores},
+        schema={"key": pl.String, "item": pl.String, "score": pl.Float64},
+    )
+    order: Order = "score" if scored else "order"
+    return Lists(records.name, unit, frame, frozenset(empty), order, lambda row: places[rows[row]])
+
+
+def _key(place: Place, record: Mapping[str, Any], unit: Unit) -> str:
+    """Return what a list belongs to; a request of nobody stands for a user of its own."""
+    names = REQUESTS if unit == "request" else (*USERS, *REQUESTS)
+    for name in names:
+        value = record.get(name)
+        if value is not None and str(value).strip():
+            return str(value)
+    raise DataError.at(place, "missing-value", f": the list has no {names[0]}; every list needs one", names[0])
+
+
+def _listed(place: Place, record: Mapping[str, Any]) -> tuple[list[str], list[float] | None]:
+    items, scores = _list(place, "items", record.get("items")), record.get("scores")
+    names = [_name(place, item) for item in items]
+    if scores is None:
+        return names, None
+    values = [_finite(place, value) for value in _list(place, "scores", scores)]
+    if len(values) != len(names):
+        raise DataError.at(
+            place, "mismatch", f": the list has {len(names)} items and {len(values)} scores; write one each", "scores"
+        )
+    return names, values
+
+
+def _list(place: Place, column: str, value: Any) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise DataError.at(
+                place, "syntax", f": column {column!r} is no JSON list ({reason(error)}); write one", column
+            ) from None
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise DataError.at(place, "bad-value", f": column {column!r} is no list; write one", column)
+    return value
+
+
+def _name(place: Place, item: Any) -> str:
+    if isinstance(item, bool) or not isinstance(item, str | int) or not str(item).strip():
+        raise DataError.at(place, "bad-value", f": the item {shown(item)} is no id; write texts or numbers", "items")
+    return str(item)
+
+
+def _finite(place: Place, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError.at(
+            place, "bad-value", f": the score {shown(value)} is no finite number; correct or drop the list", "scores"
+        )
+    return float(value)
+
+
+# --------------------------------------------------------------------------- files and frames
+
+
+def _opened(source: Any, what: str, endings: Sequence[str], columns: Sequence[str]) -> Table | _Records:
+    """Open a file or a frame; one of TREC's by its ending, or where its first line is such a line."""
+    if not isinstance(source, str | Path):
+        return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"))
+    path = Path(source).expanduser()
+    name = str(path)
+    if path.is_dir() or is_pattern(path):
+        return without_kinds(read_table(path))
+    require_file(path, "check the path", "the ranked lists" if what == "ranked" else "the file of what is relevant")
+    ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    if ending in endings or (ending in ("", ".txt", *TREC, *_QRELS) and _is_trec(path, columns)):
+        raw, sha256 = read_bytes(path)
+        return _blanks(name, decode(name, raw, header=0), columns, sha256)
+    if ending in PARQUET:
+        return _of_parquet(name, read_bytes(path, text=False)[0])
+    if ending in JSON_LINES:
+        text = decode(name, read_bytes(path)[0], header=0)
+        head = next((line for line in text.split("\n") if line.strip()), "")
+        if isinstance(json_object(Place(name, 1, 1), head).get("items"), list):
+            return _Records(name, _lines(name, text))
+    table = without_kinds(read_table(path))
+    return _with_lists(table) if _found(table, ("items",)) and not _found(table, ITEMS) else table
+
+
+def _of_parquet(name: str, raw: bytes) -> Table | _Records:
+    try:
+        file = pq.ParquetFile(io.BytesIO(raw))
+        check_size(name, file, len(raw))
+        return _of_arrow(name, file.read())
+    except FAULTS as error:
+        raise DataError.at(
+            name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
+        ) from error
+
+
+def _of_arrow(name: str, table: Any) -> Table | _Records:
+    if "items" not in table.column_names:
+        return without_kinds(from_arrow(name, table))
+    wanted = [column for column in (*USERS, *REQUESTS, "items", "scores") if column in table.column_names]
+
+    def rows() -> Iterator[tuple[Place, Mapping[str, Any]]]:
+        number = 0
+        for batch in table.select(wanted).to_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield Place(name, number), record
+
+    return _Records(name, rows())
+
+
+def _with_lists(table: Table) -> _Records:
+    """Return records whose lists stand as JSON in cells."""
+    known = {"items": "items", "scores": "scores"} | {n: n for n in (*USERS, *REQUESTS)}
+    columns = [column for column in table.frame.columns if column in known]
+    frame = table.frame.with_columns(unguarded(table.frame[n]) for n in columns if n not in ("items", "scores"))
+    rows = enumerate(frame.select(columns).iter_rows(named=True))
+    return _Records(table.name, ((table.where(n), row) for n, row in rows))
+
+
+def _lines(name: str, text: str) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    row = 0
+    for line, each in enumerate(text.split("\n"), start=1):
+        if each.strip():
+            row += 1
+            yield (place := Place(name, row, line)), json_object(place, each)
+
+
+def _is_trec(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a file without a telling ending begins as a TREC run or qrels do."""
+    if path.suffix.lower() == ".gz":
+        return False
+    with path.open("rb") as stream:
+        head = stream.readline(4096).decode("utf-8", "replace").split()
+    if len(head) != len(columns):
+        return False
+    return head[1].upper() == "Q0" if columns is _RUN_COLUMNS else head[3].lstrip("-").isdigit()
+
+
+def _blanks(name: str, text: str, columns: Sequence[str], sha256: str) -> Table:
+    """Read lines whose fields are parted by blanks."""
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    for line, each in enumerate(text.split("\n"), start=1):
+        fields = each.split()
+        if not fields:
+            continue
+        if len(fields) != len(columns):
+            raise DataError.at(
+                Place(name, len(rows) + 1, line),
+                "ragged-row",
+                f" has {len(fields)} fields where it should have {len(columns)}: {' '.join(columns)}",
+            )
+        rows.append(fields)
+        lines.append(line)
+    if not rows:
+        raise DataError.at(name, "empty", " is empty; write the file again")
+    values = zip(*rows, strict=True)
+    frame = pl.DataFrame([pl.Series(n, v, pl.String) for n, v in zip(columns, values, strict=True)])
+    return Table(name, frame, sha256, lines)

@@ -1,0 +1,216 @@
+"""Ranked lists of any system and what is relevant -> every ranking metric with its interval, and two lists compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import Field
+
+from llmrec import __version__
+from llmrec.data.lists import Lists, Order, Truth, Unit
+from llmrec.errors import DataError
+from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned
+from llmrec.evaluate.figures import EvalProtocol, mean_figure
+from llmrec.metrics import multi_target
+from llmrec.metrics.judged import Judged, Pairs, judge
+from llmrec.metrics.signature import signature
+from llmrec.records import Record
+from llmrec.results import Metric, Pair
+
+_SHOWN = 3
+_CUT: Mapping[str, Callable[[Judged, int], NDArray[np.float64]]] = {
+    "HR": multi_target.hit_rate,
+    "Recall": multi_target.recall,
+    "Precision": multi_target.precision,
+    "NDCG": multi_target.ndcg,
+    "MRR": multi_target.reciprocal_rank,
+    "MAP": multi_target.average_precision,
+}
+_WHOLE: Mapping[str, Callable[[Judged], NDArray[np.float64]]] = {
+    "MRR": multi_target.reciprocal_rank,
+    "MAP": multi_target.average_precision,
+}
+
+
+class ScoredLists(Record):
+    """The figures of one file of lists.
+
+    Attributes:
+        name: The file.
+        metrics: By name; those without a cut-off are over whole lists.
+        judged: Users (or requests) with something relevant: the denominator.
+        without_list: How many of them have no list, which counts as 0 in every metric.
+        without_truth: How many lists belong to nobody with something relevant; they are left out.
+        short: How many of the judged lists are shorter than the largest cut-off.
+        tied: Share of the judged whose relevant items share a score with other items.
+        order: What ranks: a score, a rank, or the order of the rows.
+    """
+
+    name: str
+    metrics: dict[str, Metric]
+    judged: int
+    without_list: int
+    without_truth: int
+    short: int
+    tied: float
+    order: Order
+
+
+class Scores(Record):
+    """What `llmrec.score` returns.
+
+    Attributes:
+        truth: The file of what is relevant.
+        unit: What has a list: a user, or a request.
+        users: How many users are judged, the units of chance.
+        relevant: How many pairs are relevant.
+        barren: How many users of the truth have nothing relevant, and are left out.
+        lists: One file of lists, or the two that are compared.
+        comparisons: Of two files, the first less the second, a metric each.
+    """
+
+    truth: str
+    unit: Unit
+    users: int
+    relevant: int
+    barren: int
+    lists: tuple[ScoredLists, ...]
+    comparisons: dict[str, Pair] = Field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The figures of the first file."""
+        return self.lists[0].metrics
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How lists are judged.
+
+    Attributes:
+        cutoffs: Ranks at which metrics are cut.
+        resamples: Bootstrap samples over users.
+        seed: Seeds them.
+        graded: NDCG takes the relevance for its gain; else every relevant item has a gain of 1.
+        planned: The metric that a comparison was planned on: it is tested; the others are described.
+    """
+
+    cutoffs: tuple[int, ...]
+    resamples: int
+    seed: int = 0
+    graded: bool = False
+    planned: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics."""
+        return (*(f"{name}@{k}" for k in self.cutoffs for name in _CUT), *_WHOLE)
+
+
+def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
+    """Judge lists, and compare the second with the first where there are two.
+
+    Ties are taken as the expectation over all orders of equal scores; see `llmrec.metrics.multi_target`.
+
+    Args:
+        lists: One or two.
+        truth: What is relevant.
+        how: See `Judging`.
+
+    Raises:
+        DataError: If no list belongs to anybody with something relevant.
+    """
+    keys = truth.frame["key"].unique().sort()
+    owners = truth.frame.group_by("key").agg(pl.col("owner").first()).sort("key")["owner"].to_list()
+    values, scored = [], []
+    for each in lists:
+        judged, about = _judged(each, truth, keys, how)
+        found = _values(judged, how)
+        values.append(found)
+        metrics = {name: _figure(name, found[name], owners, how) for name in how.names}
+        scored.append(ScoredLists(name=each.name, metrics=metrics, order=each.order, **about))
+    comparisons = {}
+    if len(lists) > 1:
+        for name in how.names:
+            a, b = (
+                Standing(one.name, one.metrics[name].value, own[name]) for one, own in zip(scored, values, strict=True)
+            )
+            contrast = [Contrast(name, a, b, owners)]
+            tested = planned if name == how.planned else exploratory
+            (comparisons[name],) = tested(contrast, resamples=how.resamples, seed=how.seed)
+    return Scores(
+        truth=truth.name,
+        unit=truth.unit,
+        users=len(set(owners)),
+        relevant=truth.frame.height,
+        barren=len(truth.barren),
+        lists=tuple(scored),
+        comparisons=comparisons,
+    )
+
+
+def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[Judged, dict[str, int | float]]:
+    """Match lists with what is relevant, and count what does not match."""
+    known = set(keys.to_list())
+    listed = set(lists.frame["key"].unique().to_list())
+    strangers = (listed | lists.empty) - known
+    if not known & (listed | lists.empty):
+        raise DataError.at(
+            lists.name,
+            "mismatch",
+            f": no {lists.unit} of its lists ({_some(sorted(strangers))}) is in {truth.name} "
+            f"({_some(keys.to_list())}); check that both files use the same ids",
+            "user",
+        )
+    frame = lists.frame.filter(pl.col("key").is_in(keys.implode()))
+    items = pl.concat([frame["item"], truth.frame["item"]]).unique().sort()
+    wanted = truth.frame
+    gains = wanted["gain"].to_numpy() if how.graded else np.ones(wanted.height)
+    ranked = Pairs(_numbers(frame["key"], keys), _numbers(frame["item"], items), frame["score"].to_numpy())
+    relevant = Pairs(_numbers(wanted["key"], keys), _numbers(wanted["item"], items), gains)
+    judged = judge(ranked, relevant, len(keys))
+    tied = np.unique(judged.request[judged.tied > judged.relevant])
+    about: dict[str, int | float] = {
+        "judged": len(keys),
+        "without_list": int((judged.ranked == 0).sum()),
+        "without_truth": len(strangers),
+        "short": int(((judged.ranked > 0) & (judged.ranked < max(how.cutoffs))).sum()),
+        "tied": len(tied) / len(keys),
+    }
+    return judged, about
+
+
+def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
+    return known.search_sorted(names).to_numpy().astype(np.int64)
+
+
+def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:
+    found = {f"{name}@{k}": metric(judged, k) for k in how.cutoffs for name, metric in _CUT.items()}
+    return {**found, **{name: metric(judged) for name, metric in _WHOLE.items()}}
+
+
+def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: Judging) -> Metric:
+    # What could be ranked, and which items of the history, only whoever made the lists knows.
+    protocol = EvalProtocol(
+        split="given", candidates="given", cutoffs=how.cutoffs, resamples=how.resamples, seed=how.seed, catalogue=0
+    )
+    gain = "graded" if how.graded and name.startswith("NDCG") else "binary"
+    signed = signature(
+        name,
+        gain=gain,
+        candidates="given",
+        seen="given",
+        users=str(len(set(owners))),
+        split="given",
+        version=__version__,
+    )
+    return mean_figure(name, values, owners, protocol, signed)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:40]) for name in names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown}, ..."
