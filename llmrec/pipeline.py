@@ -305,7 +305,7 @@ def open_session(
     _preflight(recipe, asks=asks)
     prepare_environment()
     quiet_libraries()
-    budget = Budget()
+    budget = Budget(quiet=quiet)
     folder.mkdir(parents=True, exist_ok=True)
     with budget.stage("data"):
         study = build_study(recipe, data)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmrec.answering.naming import Naming
 from llmrec.answering.strategy import Asking
-from llmrec.baselines.parameters import make
+from llmrec.baselines.fits.fitting import fitted
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
@@ -109,7 +109,6 @@ class Fuser:
         if part.baseline is None:
             return Recalled(part.name, "language model", part.kind, answers)
         if part.name not in self._baselines:
-            model = make(part.baseline, part.parameters, seed=self._fused.seed)
-            model.fit(choosing(part.baseline, self._data, self._fused.reserved))
-            self._baselines[part.name] = model
+            data = choosing(part.baseline, self._data, self._fused.reserved)
+            self._baselines[part.name] = fitted(part.baseline, part.parameters, data, seed=self._fused.seed)
         return self._baselines[part.name]

@@ -16,8 +16,8 @@ from llmrec.answering.requests import catalogue
 from llmrec.answering.retrieval import training_data
 from llmrec.answering.strategy import ranking_families_of
 from llmrec.answering.task import data_of
+from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.neural import NeuralConfig
-from llmrec.baselines.parameters import make
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import read_items
 from llmrec.data.split import SplitDataset
@@ -267,8 +267,7 @@ def _classic(
     if name == _SIMILAR["text"]:
         # What was removed and has been chosen keeps its text; `Classic` lists only what the catalogue has.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
-    model = make(name, parameters, seed=seed)
-    model.fit(data)
+    model = fitted(name, parameters, data, seed=seed)
     about = (each for each in families().values() if not each.answers_with_items)
     family = next((each.name for each in about if answers(each, BASELINES, name, silent=False)), None)
     return Classic(name, model, data, items, family, {"baseline": name, "parameters": dict(parameters), "seed": seed})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmrec.answering.naming import Naming
 from llmrec.answering.questions import NOBODY
+from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.retrieve import best, shuffled
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
@@ -16,7 +17,6 @@ from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion.carried import carried
 from llmrec.experiment.study import load_tables
 from llmrec.recipe.load import load_stored
-from llmrec.registry import BASELINES, lookup
 from llmrec.types import CatalogueScorer, Item, Request
 
 # What retrieves where nothing in the history is known: it needs no history.
@@ -107,9 +107,7 @@ class Retriever:
 
     def _fitted(self, name: str) -> CatalogueScorer:
         if name not in self._models:
-            model = lookup(BASELINES, name, "baseline")(seed=self._seed)
-            model.fit(self._data)
-            self._models[name] = model
+            self._models[name] = fitted(name, {}, self._data, seed=self._seed)
         return self._models[name]
 
 

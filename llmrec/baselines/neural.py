@@ -22,7 +22,7 @@ from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, War
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import require
 from llmrec.models.load import cpu_has_bf16
-from llmrec.progress import bars
+from llmrec.progress import Bar
 from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Case, CatalogueScorer, Request
 
@@ -71,7 +71,7 @@ class NeuralConfig(Section):
         description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
         "a look at the validation split",
     )
-    quiet: bool = Field(False, description="no progress line on the standard error")
+    quiet: bool = Field(False, description="no progress on the standard error")
 
     @property
     def half(self) -> bool:
@@ -126,7 +126,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         Raises:
             MissingExtra: If torch is not installed.
         """
-        self._model = train(data, self._build, self._encode, self._config, self._seed)
+        self._model = train(data, self._build, self._encode, self._config, self._seed, name=self.name)
         self.looked_at = self._model.looked_at
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
@@ -140,7 +140,15 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         raise NotImplementedError
 
 
-def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, config: NeuralConfig, seed: int) -> Trained:
+def train(
+    data: SplitDataset,
+    build: Callable[[int], Any],
+    encode: Encode,
+    config: NeuralConfig,
+    seed: int,
+    *,
+    name: str = "network",
+) -> Trained:
     """Train a network on the training sequences, and keep the weights of its best epoch.
 
     Args:
@@ -150,6 +158,7 @@ def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, confi
         encode: What the network does.
         config: How to train.
         seed: Seeds weights, dropout, order and negatives.
+        name: What its progress is called.
     """
     torch = require("torch", "baselines")
     catalogue = Catalogue.of(data)
@@ -161,7 +170,7 @@ def train(data: SplitDataset, build: Callable[[int], Any], encode: Encode, confi
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build(len(warm.places))
-        model = Trained(catalogue, warm, network, encode, config.max_len, 0)
+        model = Trained(catalogue, warm, network, encode, config.max_len, 0, name=name)
         whole = partial(over_all, half=config.half)
         loss = whole if config.negatives is None else _Sampled(warm, config.negatives, seed)
         rng = np.random.default_rng(seed)
@@ -204,11 +213,11 @@ def until_best(
         rates or network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     best, kept, since = -math.inf, None, 0
-    with bars(*_TOLD, left="left at most", quiet=config.quiet, transient=True) as progress:
-        task = progress.add_task("training", total=config.epochs, loss="", best="")
+    early = config.patience is not None
+    with Bar(model.name, config.epochs, unit="epochs", quiet=config.quiet, early=early, passing=True) as bar:
         for epoch in range(0 if learned and cases else 1, config.epochs + 1):
             mean = learn(optimiser) if epoch else math.nan
-            progress.update(task, completed=epoch, loss=f"loss {mean:.3f}")
+            bar.reach(epoch, f"loss {mean:.3f}")
             if not cases:
                 continue
             value = mean_ndcgs(model, cases)["excluded"]
@@ -216,7 +225,7 @@ def until_best(
             since += 1
             if value > best:
                 best, kept, since = value, (epoch, copy.deepcopy(network.state_dict())), 0
-            progress.update(task, best=f"NDCG@10 {value:.4f}, best {best:.4f}")
+            bar.reach(epoch, f"loss {mean:.3f}, validation NDCG@10 {value:.4f}, best {best:.4f}")
             if config.patience is not None and since >= config.patience:
                 break
     if kept is not None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 
+from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.neural import NeuralConfig
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
@@ -74,9 +75,7 @@ class Single:
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
         """Return the recommender, fitted to training interactions; see `Finder`."""
-        model = lookup(BASELINES, self.name, "baseline")(seed=self.seed)
-        model.fit(data)
-        return [(model, None)]
+        return [(fitted(self.name, {}, data, seed=self.seed), None)]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
         """Return the recommender, fitted to the interactions of the other parts; see `Finder`."""
@@ -89,9 +88,9 @@ class Single:
                 kind="unsupported",
                 column="eval.candidates.retriever",
             )
-        model: CatalogueScorer = made(seed=self.seed)
         inside = [user for user, own in parts.items() if own == part]
-        model.fit(replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside))))  # type: ignore[attr-defined]
+        rest = replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside)))
+        model: CatalogueScorer = fitted(self.name, {}, rest, seed=self.seed)
         return model
 
 

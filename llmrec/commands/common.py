@@ -131,6 +131,8 @@ def _heed(meta: Mapping[str, Any]) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
     logging.getLogger("llmrec").setLevel(level.upper())
+    # How far long work is, in lines where there is no terminal for a bar.
+    logging.getLogger("llmrec.progress").setLevel(level.upper() if quiet or level == "error" else logging.INFO)
 
 
 # --------------------------------------------------------------------------- how a command ends

@@ -24,7 +24,7 @@ from llmrec.experiment.study import load_tables
 from llmrec.guard import clean
 from llmrec.models.embedder import text_embedder
 from llmrec.models.load import load_tokenizer, resolve, weights_stamp
-from llmrec.progress import bars
+from llmrec.progress import Bar
 from llmrec.recipe.schema import AugmentSection, Recipe
 from llmrec.strategies.asking import cost_of
 from llmrec.types import Backend, Cost, Prompt
@@ -203,8 +203,7 @@ def _write(
     backend: Backend, asked: Sequence[Asked], section: AugmentSection, batch: int, what: str, *, quiet: bool
 ) -> tuple[dict[str, str], Cost]:
     written, cost = {}, Cost()
-    with bars(quiet=quiet, piped=False) as bar:
-        task = bar.add_task(what, total=len(asked))
+    with Bar(what, len(asked), quiet=quiet) as bar:
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]
             prompts: list[Prompt] = [each.prompt for each in part]
@@ -212,7 +211,7 @@ def _write(
                 # What a model writes is data like any other, and can forge no word of a template.
                 written[each.id] = clean(done.text)
                 cost += cost_of(done)
-            bar.advance(task, len(part))
+            bar.advance(len(part))
     return written, cost
 
 

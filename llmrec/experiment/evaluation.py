@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
-from llmrec.baselines.parameters import make
+from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.rating import UserMean
 from llmrec.data.split import SplitDataset
 from llmrec.durable import Json, write_json
@@ -41,7 +41,7 @@ from llmrec.experiment.fusion.parts import (
     weights_of,
     widest,
 )
-from llmrec.experiment.resume import Bar, Budget, key_of, read_stage
+from llmrec.experiment.resume import Budget, key_of, read_stage
 from llmrec.experiment.row_specs import (
     RowSpec,
     asking_of,
@@ -57,6 +57,7 @@ from llmrec.experiment.row_specs import (
 )
 from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background, background
+from llmrec.progress import Bar
 from llmrec.recipe.schema import (
     BaselineSection,
 )
@@ -148,8 +149,8 @@ class Evaluation:
             def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder, digest: str = digest) -> Made:
                 backend = engines.get(engine, folder, digest)
                 before = backend.recalled_seconds
-                with self._budget.stage(spec.arm), self._progress(spec) as advance:
-                    made = self._ask(spec, backend, advance)
+                with self._budget.stage(spec.arm), self._progress(spec) as bar:
+                    made = self._ask(spec, backend, bar.advance)
                 # What a killed run had answered already costs what it cost then.
                 self._budget.add(spec.arm, backend.recalled_seconds - before)
                 return made
@@ -278,9 +279,9 @@ class Evaluation:
         if key not in self._fitted:
             # Families that read the same data share it.
             where = f"tasks.{spec.family}.baselines"
-            predictor = make(baseline.name, {**baseline.parameters, **options}, seed=seed, where=where)
-            predictor.fit(self._weighing.choosing(baseline.name, data))
-            self._fitted[key] = predictor
+            used = self._weighing.choosing(baseline.name, data)
+            parameters = {**baseline.parameters, **options}
+            self._fitted[key] = fitted(baseline.name, parameters, used, seed=seed, where=where)
         return Made(self._evaluate(spec, self._fitted[key]), "numpy", weighing=self._said(spec, self._fitted[key]))
 
     def _weighers(self, spec: RowSpec) -> list[Case]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec import __version__
-from llmrec.baselines.parameters import make
+from llmrec.baselines.fits.fitting import fitted
 from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json
 from llmrec.errors import DataError
@@ -192,8 +192,7 @@ def _vectors(
 ) -> dict[str, NDArray[np.float32]]:
     """Return a vector of each item, by what is said of it or by who chose it in training; some may have none."""
     if section.tokens == LEARNED:
-        model = make(section.recommender, {}, seed=seed)
-        model.fit(data)
+        model = fitted(section.recommender, {}, data, seed=seed)
         return {item: vector for item, vector in model.item_vectors().items() if item in items}
     names = sorted(items)
     entries = [items[name] for name in names]

@@ -1,4 +1,4 @@
-"""Stages remember what they were made from, so that a second run reuses what it has; and a line of progress."""
+"""Stages remember what they were made from, so that a second run reuses what it has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from llmrec.errors import LlmrecError
 from llmrec.experiment.claiming import mark, open_lock, refuse_foreign
 from llmrec.machine import lock
-from llmrec.progress import bars
+from llmrec.progress import Bar
 
 
 def key_of(**inputs: Any) -> str:
@@ -34,9 +34,14 @@ def read_stage(path: Path, key: str) -> dict[str, Any] | None:
 
 
 class Budget:
-    """Seconds by stage, in the order they were spent."""
+    """Seconds by stage, in the order they were spent.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: Write no lines into a log while a stage goes on.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.stages: dict[str, float] = {}
         self._inner: list[float] = []
 
@@ -46,7 +51,8 @@ class Budget:
         begin = time.monotonic()
         self._inner.append(0.0)
         try:
-            yield
+            with Bar(name, None, quiet=self._quiet):
+                yield
         finally:
             spent = time.monotonic() - begin
             self.add(name, spent - self._inner.pop())
@@ -88,18 +94,3 @@ def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Ite
         if own:
             mark(file)
         yield
-
-
-class Bar:
-    """One progress line a row."""
-
-    def __init__(self, name: str, total: int, *, quiet: bool) -> None:
-        self._progress = bars(quiet=quiet)
-        self._bar = self._progress.add_task(name, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._progress.start()
-        return lambda done: self._progress.advance(self._bar, done)
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import require
 from llmrec.index.kmeans import Floats, nearest, reconstructed, residual_kmeans
-from llmrec.progress import bars
+from llmrec.progress import Bar
 from llmrec.recipe.schema import RQVAEIndex
 
 _WEIGHT_DECAY = 1e-4
@@ -88,8 +88,7 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
     _first_codewords(network, source[rng.permutation(len(x))[: section.batch]], seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=section.learning_rate, weight_decay=_WEIGHT_DECAY)
     means = []
-    with bars("epochs  {task.fields[loss]}", quiet=quiet, transient=True) as bar:
-        shown = bar.add_task("RQ-VAE", total=section.epochs, loss="")
+    with Bar("RQ-VAE", section.epochs, unit="epochs", quiet=quiet, passing=True) as bar:
         for _ in range(section.epochs):
             total, used, order = 0.0, torch.zeros(levels, k, dtype=torch.bool), rng.permutation(len(x))
             for start in range(0, len(x), section.batch):
@@ -104,7 +103,7 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
             means.append(total / len(x))
             if len(means) < section.epochs:
                 _revive(network, source, used, rng)
-            bar.update(shown, advance=1, loss=f"loss {means[-1]:.4f}")
+            bar.advance(1, f"loss {means[-1]:.4f}")
     return _numbers(network, x, (means[0], means[-1]))
 
 

@@ -14,7 +14,7 @@ from llmrec.durable import Json
 from llmrec.errors import ModelError, require
 from llmrec.models.load import has_cuda, quiet_libraries, resolve, weights_stamp
 from llmrec.models.tensors import load_whole
-from llmrec.progress import bars
+from llmrec.progress import Bar
 from llmrec.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -113,13 +113,12 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
     torch, encoder = require("torch", "train"), open_encoder(folder)
     encoded = encoder.tokens(texts)
     vectors = np.zeros((len(texts), encoder.model.config.hidden_size), dtype=np.float32)
-    with bars(quiet=len(texts) < _MANY, piped=False) as bar, torch.inference_mode():
-        task = bar.add_task("texts", total=len(texts))
+    with Bar("encoding", len(texts), unit="texts", quiet=len(texts) < _MANY) as bar, torch.inference_mode():
         for rows in batches_of([len(ids) for ids in encoded]):
             batch = encoder.padded([encoded[row] for row in rows])
             states = encoder.model(**batch).last_hidden_state
             vectors[rows] = encoder.pooled(states, batch["attention_mask"]).cpu().numpy()
-            bar.advance(task, len(rows))
+            bar.advance(len(rows))
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
     return unit

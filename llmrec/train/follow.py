@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from llmrec.backends.encode import TokenRow
 from llmrec.durable import write_text
 from llmrec.errors import LlmrecError
-from llmrec.progress import bars
+from llmrec.progress import Bar
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import laid_out
 from llmrec.train.best import Best
@@ -49,8 +49,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._spent = 0.0
         self._steps_timed = 0
         self._step_start = 0.0
-        self._progress = bars("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s", quiet=quiet)
-        self._bar = self._progress.add_task("train", total=steps, loss=float("nan"), speed=0.0)
+        self._bar = Bar("train", steps, unit="steps", quiet=quiet)
 
     def open(self, *, resumed: bool) -> None:
         """Start a new log, or read back the one that a resumed run continues."""
@@ -72,7 +71,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self.records = [record for record in self.records if record["step"] <= state.global_step]
         write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
         self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
-        self._progress.start()
+        self._bar.start()
         if self._best is not None:
             looks = [(record["step"], record.get("valid_ndcg")) for record in self.records]
             self._best.resume((step, value) for step, value in looks if value is not None)
@@ -98,7 +97,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             return
         step = state.global_step
         if not math.isfinite(float(logs["loss"])):
-            self._progress.stop()
+            self._bar.stop(failed=True)
             raise LlmrecError(
                 f"training: the loss is {logs['loss']} at step {step}; "
                 "lower train.learning_rate, or set model.dtype=float32",
@@ -116,11 +115,11 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         )
         if self._best is not None and self._best.done:
             control.should_training_stop = True
-        self._progress.update(self._bar, completed=step, loss=float(logs["loss"]), speed=self.speed())
+        self._bar.reach(step, f"loss {float(logs['loss']):.3f}  {self.speed():,.0f} tokens/s")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the progress bar."""
-        self._progress.stop()
+        self._bar.stop()
 
     def _record(self, record: dict[str, Any]) -> None:
         record["tokens_per_second"] = self.speed()

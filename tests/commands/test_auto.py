@@ -51,7 +51,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
     table: Path, tmp_path: Path, few: None
 ) -> None:
-    options = AutoOptions(table=str(table), budget="40s", out=tmp_path / "run", quiet=True)
+    options = AutoOptions(table=str(table), budget="40s", out=tmp_path / "run")
     made = autos.auto(options)
     best = {tried.part.label: tried.best for tried in made.tried}
     assert all(best.values()) and best["markov"].value > best["popularity"].value  # type: ignore[union-attr]
@@ -122,7 +122,7 @@ def test_a_part_that_breaks_or_takes_too_long_leaves_the_others(table: Path, tmp
 
 def test_no_time_is_an_error_that_names_the_option(table: Path, tmp_path: Path, few: None) -> None:
     with pytest.raises(DataError) as caught:
-        autos.auto(AutoOptions(table=str(table), budget="0.1s", out=tmp_path / "run", quiet=True))
+        autos.auto(AutoOptions(table=str(table), budget="0.1s", out=tmp_path / "run"))
     assert caught.value.kind == "too-few" and "--budget" in str(caught.value)
 
 

@@ -37,7 +37,7 @@ def page(tmp_path: Path) -> Path:
 
 
 def options(page: Path, tmp_path: Path, *over: str, **more: object) -> TuneOptions:
-    return TuneOptions(recipe=str(page), over=over, out=tmp_path / "search", quiet=True, **more)  # type: ignore[arg-type]
+    return TuneOptions(recipe=str(page), over=over, out=tmp_path / "search", **more)  # type: ignore[arg-type]
 
 
 def test_spaces_are_ranges_and_lists() -> None:

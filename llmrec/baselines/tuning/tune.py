@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmrec.baselines.parameters import config_of, make
+from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.parameters import config_of
 from llmrec.baselines.tuning.search import Grid, borders, explore
 from llmrec.baselines.tuning.validation import (
     mean_log_loss,
@@ -132,26 +133,6 @@ def tune(
             model.looked_at |= frozenset(data.valid["user_id"].to_list())
         choices[table] = Choice(best.parameters, borders(made.Config, declared, best.parameters), model)
     return Tuned(choices=choices, trials=tuple(search.trials), metric=metric)
-
-
-def fitted(name: str, parameters: Parameters, data: SplitDataset, *, seed: int, like: Sequence[Any] = ()) -> Any:
-    """Return a fitted baseline.
-
-    Args:
-        name: Of the baseline.
-        parameters: Its parameters.
-        data: The split.
-        seed: Of the fit.
-        like: Baselines of this name that were fitted on the same data with the same seed. Where one differs only in
-            parameters that have no part in fitting, nothing is fitted again.
-    """
-    made = lookup(BASELINES, name, "baseline")
-    model = make(name, parameters, seed=seed)
-    for other in like:
-        if other.config.model_dump(exclude=made.AT_ANSWER) == model.config.model_dump(exclude=made.AT_ANSWER):
-            return other.with_config(model.config)
-    model.fit(data)
-    return model
 
 
 @dataclass

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import typer
-
 from llmrec.commands.auto.options import AutoOptions
+from llmrec.commands.common import App
 from llmrec.commands.options import takes
-from llmrec.commands.show.console import say
+from llmrec.commands.show.console import say, tell
 from llmrec.commands.tune.options import TuneOptions
+from llmrec.progress import note
 
-app = typer.Typer(rich_markup_mode=None)
+app = App()
 
 
 @app.command()
@@ -18,7 +18,8 @@ def auto(options: AutoOptions) -> None:
     """From a table to a recommender that is ready to serve, within a budget of time: tuned, joined, measured."""
     from llmrec.commands.auto import run as autos
 
-    made = autos.auto(options, say=(lambda line: None) if options.quiet else say)
+    made = autos.auto(options, say=note)
+    tell(**autos.record(made, options))
     say(autos.told(made))
 
 
@@ -28,4 +29,6 @@ def tune(options: TuneOptions) -> None:
     """Search a recipe's own keys on the validation split, within a budget of time, and write the best as a recipe."""
     from llmrec.commands.tune.run import told, tune
 
-    say(told(tune(options, say=say)))
+    found = tune(options, say=note)
+    tell(**vars(found))
+    say(told(found))

@@ -37,7 +37,6 @@ class AutoOptions:
     time: Annotated[str | None, About(help="Column of times; none: the order of the rows.")] = None
     title: Annotated[str | None, About(help="Column of item titles; none: ids stand in.")] = None
     fields: Annotated[str | None, About(help="Further item columns, A,B; none: no such.")] = None
-    quiet: Annotated[bool, About(help="Print the result alone.")] = False
 
     @property
     def seconds(self) -> float:

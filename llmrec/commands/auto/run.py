@@ -126,17 +126,17 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
         say(
             f"fitting and measuring {len(chosen.tasks.present()['sequential'].baselines)} recommenders and their fusion"
         )
-        found = run(chosen, folder, quiet=options.quiet)
+        found = run(chosen, folder)
         sentence = brought(Results.model_validate(found.results), "sequential")
         if planned.steps:
             say(f"tuning a language model for {planned.steps} steps")
-            joined = run(with_model(chosen, planned), folder / MODEL, quiet=options.quiet)
+            joined = run(with_model(chosen, planned), folder / MODEL)
             verdict = judged(Results.model_validate(joined.results))
             sentence += f" {verdict.sentence}"
             if verdict.kept:
                 folder, found = folder / MODEL, joined
     made = Auto(folder, found, tuple(search.tried.values()), sentence, time.monotonic() - began)
-    write_json(state / "auto.json", _record(made, options))
+    write_json(state / "auto.json", record(made, options))
     return made
 
 
@@ -377,7 +377,8 @@ def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
                 child.wait()
 
 
-def _record(made: Auto, options: AutoOptions) -> Mapping[str, Any]:
+def record(made: Auto, options: AutoOptions) -> Mapping[str, Any]:
+    """Return what `auto.json` holds."""
     return {
         "kind": "auto",
         "table": options.table,

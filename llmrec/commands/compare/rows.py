@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.backends.cache import AnswerStore
-from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned, fitted
+from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
 from llmrec.errors import RecipeError

@@ -33,9 +33,10 @@ from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.fusion.parts import weights_of
-from llmrec.experiment.resume import Bar, read_stage
+from llmrec.experiment.resume import read_stage
 from llmrec.metrics.significance import over_seeds
 from llmrec.models.embedder import text_embedder
+from llmrec.progress import Bar
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.registry import BASELINES, lookup
 from llmrec.types import Case, Interaction, Probability, Rating
@@ -221,9 +222,9 @@ def _measure(
     found: dict[str, Once] = {}
     if suite.task == "ranking":
         background = contenders.background(data)
-        with Bar(row.label, len(cases), quiet=row.recipe is None) as advance:
+        with Bar(row.label, len(cases)) as bar:
             ranked = evaluate_catalogue(
-                predictor, cases, protocol, seen=conventions(tables), background=background, progress=advance
+                predictor, cases, protocol, seen=conventions(tables), background=background, progress=bar.advance
             )
         for seen, each in ranked.items():
             found[seen] = Once(each, cold_figures(cases, background, each.values, metrics_of(suite)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import typer
-
+from llmrec.commands.common import App
 from llmrec.commands.init.options import InitOptions
 from llmrec.commands.options import takes
 from llmrec.commands.show.console import say, tell
 
-app = typer.Typer(rich_markup_mode=None)
+app = App()
 
 
 @app.command()

@@ -6,11 +6,12 @@ import sys
 
 import typer
 
+from llmrec.commands.common import App
 from llmrec.commands.options import takes
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.show.console import short, show
 
-app = typer.Typer(rich_markup_mode=None)
+app = App()
 
 
 @app.command()

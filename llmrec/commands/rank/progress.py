@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 from llmrec.commands.rank.options import RankOptions
@@ -13,7 +14,7 @@ from llmrec.data.reading.ranked import Ranked
 from llmrec.data.reading.request_file import RequestFile
 from llmrec.durable import sha256_of
 from llmrec.machine import machine, versions
-from llmrec.progress import bars
+from llmrec.progress import Bar
 from llmrec.types import Cost
 
 _SHOWN = 5
@@ -89,24 +90,25 @@ class Tally:
 
 
 class RankBar:
-    """One progress line on the error stream, with the rate of this invocation."""
+    """The progress of a ranking, with the rate of this invocation."""
 
     def __init__(self, total: int) -> None:
-        self._progress = bars("{task.fields[rate]}")
-        self._line = self._progress.add_task("ranking", total=total, rate="")
+        self._bar = Bar("ranking", total, unit="requests")
         self._done = 0
         self._begin: float | None = None
 
     def __enter__(self) -> RankBar:
-        self._progress.start()
+        self._bar.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop(failed=error is not None)
 
     def skip(self, count: int) -> None:
         """Show requests that an earlier run ranked."""
-        self._progress.update(self._line, advance=count)
+        self._bar.advance(count)
 
     def advance(self, count: int) -> None:
         """Show requests that were just ranked."""
@@ -117,7 +119,7 @@ class RankBar:
         else:
             self._done += count
             rate = f"{self._done / max(time.monotonic() - self._begin, 0.001):.1f} requests/s"
-        self._progress.update(self._line, advance=count, rate=rate)
+        self._bar.advance(count, rate)
 
 
 def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:

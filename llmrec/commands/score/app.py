@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
-import typer
-
+from llmrec.commands.common import App
 from llmrec.commands.options import takes
 from llmrec.commands.score.options import ScoreOptions
-from llmrec.commands.show.console import say
+from llmrec.commands.show.console import say, tell
 
-app = typer.Typer(rich_markup_mode=None)
+app = App()
 
 
 @app.command()
@@ -37,8 +34,6 @@ def score(options: ScoreOptions) -> None:
         resamples=options.resamples,
         seed=options.seed,
     )
-    if options.json:
-        say(json.dumps(found.as_json(), ensure_ascii=False, indent=1))
-        return
+    tell(**found.as_json())
     for line in lines(found):
         say(line)

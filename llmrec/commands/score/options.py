@@ -27,4 +27,3 @@ class ScoreOptions:
     ] = None
     resamples: Annotated[int, About(least=1, help="Of the bootstrap over users.")] = _EVAL.bootstrap
     seed: Annotated[int, About(help="Of the resamples.")] = 0
-    json: Annotated[bool, About(help="Print one JSON object instead of lines.")] = False

@@ -34,4 +34,3 @@ class TuneOptions:
         ),
     ] = None
     out: Annotated[Path | None, About(help="The folder of trials; runs/<name>-tune by default.")] = None
-    quiet: Annotated[bool, About(help="Show no progress bars.")] = False

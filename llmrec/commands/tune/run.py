@@ -281,7 +281,7 @@ class _Search:
         if "tuned" in recipe.eval.arms:
             recipe = load_recipe(self.options.recipe, [*asked, "eval.arms=[tuned]"])
         params = {space.key: space.parameter(point[space.key]) for space in self.spaces}
-        made = run(recipe, self._folder(params), quiet=self.options.quiet)
+        made = run(recipe, self._folder(params))
         rows = [row for row in made.results["rows"] if row["task"] == self.family]
         models = [row for row in rows if row["arm"] != "baseline"]
         figures = [row["metrics"].get(self.metric, {}).get("value") for row in models or rows]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
+from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.item_texts import LSA
-from llmrec.baselines.parameters import make, stops_early
+from llmrec.baselines.parameters import stops_early
 from llmrec.baselines.retrieve import FUSED
 from llmrec.data.split import SplitDataset, halves, request_of
 from llmrec.errors import DataError, RecipeError
@@ -81,8 +82,7 @@ class FusedFinder:
                 continue
             if encoder != LSA and learned_from(encoder):
                 continue
-            model = make(section.name, section.parameters, seed=self.seed)
-            model.fit(data)
+            model = fitted(section.name, section.parameters, data, seed=self.seed)
             found.append(Part(section.label, model, made.SCORES))
         if len(found) < 2:
             raise RecipeError(

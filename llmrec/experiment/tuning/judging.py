@@ -9,7 +9,7 @@ from typing import Any
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.baselines.parameters import make
+from llmrec.baselines.fits.fitting import fitted
 from llmrec.data.split import halves
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
@@ -126,8 +126,8 @@ class Judge:
         weighers = weighing.cases(self.family)
         data, found, parts = self.study.task_data(self.family), {}, []
         for section in self.study.baselines(self.family):
-            predictor = make(section.name, section.parameters, seed=self.study.recipe.seed)
-            predictor.fit(weighing.choosing(section.name, data))
+            used = weighing.choosing(section.name, data)
+            predictor = fitted(section.name, section.parameters, used, seed=self.study.recipe.seed)
             found[section.label] = self.figure(predictor)
             if section.name != NOTHING:
                 requests = [case.request for case in (*weighers, *self.cases)]
