@@ -64,7 +64,7 @@ def check(
         bool, typer.Option("--dry-run", help="Also count rows and tokens, render prompts, estimate time and memory.")
     ] = False,
 ) -> None:
-    """Validate a recipe, its data, templates and names, or the pages that a suite names, without loading weights."""
+    """Refuse what a run would refuse of a recipe, its data and its model, or of a suite's pages, without weights."""
     from llmrec.commands.show.checking import check
 
     check(recipe, overrides or (), dry_run=dry_run)

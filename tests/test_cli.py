@@ -84,8 +84,8 @@ def test_the_reference_is_what_the_program_says() -> None:
     assert done.stdout.strip() == page.read_text(encoding="utf-8").strip(), "run make docs"
 
 
-def test_check_passes_on_good_data_and_shows_counts(tmp_path: Path) -> None:
-    done = llmrec("check", write(tmp_path, HEADER + "\n".join(rows()) + "\n"))
+def test_check_passes_on_good_data_and_shows_counts(tmp_path: Path, llama_folder: Path) -> None:
+    done = llmrec("check", write(tmp_path, HEADER + "\n".join(rows()) + "\n", model=str(llama_folder)))
     assert done.returncode == 0, done.stderr
     assert "sequential: 4 test cases" in done.stdout
     done = llmrec("data", str(tmp_path / "shop.yaml"))
@@ -114,6 +114,7 @@ def test_unknown_key_wrong_model_path_and_missing_files(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER + "\n".join(rows()), model="./no-such-model")
     expect_error(llmrec("check", path, "train.stepz=3"), "train.stepz", "did you mean 'steps'")
     expect_error(llmrec("run", path, "--out", str(tmp_path / "r")), "./no-such-model", "model.name")
+    expect_error(llmrec("check", path), "./no-such-model", "model.name")
     expect_error(
         llmrec("run", str(tmp_path / "no.yaml")), "no.yaml", "shipped are: recipes/", "recipes/quickstart.yaml"
     )

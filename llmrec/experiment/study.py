@@ -27,6 +27,7 @@ from llmrec.models.embedder import text_embedder
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
 from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
 from llmrec.registry import BASELINES, lookup
 from llmrec.tasks.cases import Cases
@@ -229,7 +230,8 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     if any(family_of(family).ranks_for_users for family in families):
         candidates = draw_sets(recipe, data, recipe.eval.split)
     held, aligned = _aligned(recipe, data)
-    index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
+    with both_places(recipe):
+        index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
     for family in families:
         _check_data(family, study.task_data(family), recipe)
@@ -338,10 +340,11 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
         recipe: The recipe.
         data: The main data where it is at hand already.
     """
-    data = data or load_split(recipe.data, recipe.seed)
-    if recipe.reviews is None:
-        return data, None
-    reviews = load_split(recipe.reviews, recipe.seed)
+    with both_places(recipe):
+        data = data or load_split(recipe.data, recipe.seed)
+        if recipe.reviews is None:
+            return data, None
+        reviews = load_split(recipe.reviews, recipe.seed)
     return data.without(reviews.held_out), reviews.without(data.held_out)
 
 

@@ -73,7 +73,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         refuse_words(study.recipe.model.name)
     shares = study.shares
     dropped = dict.fromkeys(shares, 0)
-    classes, listwise = _classes(study, encoder, paired=paired), listwise_of(study, paired=paired)
+    classes, listwise = classes_of(study, encoder, paired=paired), listwise_of(study, paired=paired)
     families: list[str] = []
 
     def rows() -> Iterator[TokenRow]:
@@ -140,7 +140,7 @@ def _followed(study: Study) -> list[str]:
     return [family for family in study.tasks if study.section(family).weight > 0]
 
 
-def _classes(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
+def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
     """Return what puts classes in place of target tokens, where the recipe trains a rating head.
 
     Raises:
@@ -374,7 +374,7 @@ def _train(
 
 def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHead | None:
     """Put a rating head on the model where the recipe trains one; it starts from what the planned rows say."""
-    classes = _classes(study, encoder)
+    classes = classes_of(study, encoder)
     section = study.recipe.tasks.rating
     if classes is None or section is None or section.head is None:
         return None

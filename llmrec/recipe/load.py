@@ -16,6 +16,7 @@ from llmrec import plugins
 from llmrec.durable import Json
 from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.paths import placed
 from llmrec.recipe.plugged import KeyPath, dotted, import_all, located
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import TASKS
@@ -37,15 +38,18 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     The plug-ins that it names are imported: whoever gives a page says that its code may run.
 
     A path that does not exist in the working folder is looked up among the shipped recipes, so that
-    ``recipes/quickstart.yaml`` works from an installed wheel too.
+    ``recipes/quickstart.yaml`` works from an installed wheel too. Paths that the page names are those that exist from
+    the working folder, or else from the page's own; paths in overrides go from the working folder alone.
 
     Raises:
         RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
     """
     file = _find(Path(path), "recipes")
+    sought: dict[str, Path] = {}
     values, lines = _read(file)
-    values, lines = _on_its_base(file, values, lines, {})
-    return _validated(Recipe, values, lines, file, overrides)
+    placed(values, file.parent, sought)
+    values, lines = _on_its_base(file, values, lines, {}, sought)
+    return _validated(Recipe, values, lines, file, overrides).looked_for(sought)
 
 
 def load_stored(run: Path) -> Recipe:
@@ -90,14 +94,20 @@ def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Ma
 
 
 def _on_its_base(
-    file: Path, values: dict[str, Json], lines: dict[KeyPath, int], known: Mapping[str, Path]
+    file: Path,
+    values: dict[str, Json],
+    lines: dict[KeyPath, int],
+    known: Mapping[str, Path],
+    sought: dict[str, Path] | None = None,
 ) -> tuple[dict[str, Json], dict[KeyPath, int]]:
-    """Return a page's values and lines over those of its base, if it names one."""
+    """Return a page's values and lines over those of its base, if it names one; ``sought`` is for paths of recipes."""
     base = values.pop("base", None)
     if base is None:
         return values, lines
     below = known.get(str(base)) or _find(file.parent / str(base), "recipes")
     base_values, base_lines = _read(below)
+    if sought is not None:
+        placed(base_values, below.parent, sought)
     if below in known.values():
         # Those that are shipped with the package end somewhere.
         base_values, base_lines = _on_its_base(below, base_values, base_lines, known)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     model_serializer,
@@ -925,6 +927,17 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     augment: AugmentSection | None = Field(None, description="texts of users and items, which `llmrec augment` writes")
+    _sought: dict[str, Path] = PrivateAttr(default_factory=dict)
+
+    @property
+    def sought(self) -> Mapping[str, Path]:
+        """Paths of its page that are nowhere, each with the folder beside the page where they were looked for too."""
+        return self._sought
+
+    def looked_for(self, sought: Mapping[str, Path]) -> Self:
+        """Return the recipe with what `sought` says."""
+        self._sought = {str(Path(path)): folder for path, folder in sought.items()}
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:

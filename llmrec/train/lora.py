@@ -174,16 +174,25 @@ def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
     return base
 
 
+def refuse_method(model: ModelSection, train: TrainSection) -> None:
+    """Refuse a method that does not run here.
+
+    Raises:
+        RecipeError: If 8-bit training is asked for without CUDA.
+    """
+    if train.method == "lora8" and device(model) == "cpu":
+        raise RecipeError(
+            "train.method 'lora8' needs a CUDA GPU; use 'qlora', which runs on the CPU too",
+            kind="unsupported",
+            column="train.method",
+        )
+
+
 def _quantization(model: ModelSection, train: TrainSection) -> Any:
     transformers = require("transformers", "train")
     require("bitsandbytes", "quant")
+    refuse_method(model, train)
     if train.method == "lora8":
-        if device(model) == "cpu":
-            raise RecipeError(
-                "train.method 'lora8' needs a CUDA GPU; use 'qlora', which runs on the CPU too",
-                kind="unsupported",
-                column="train.method",
-            )
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,

@@ -169,7 +169,7 @@ class Wire:
         httpx = require("httpx", "openai")
         self._httpx, self._section, self._spending = httpx, section, spending
         self._url = section.url.rstrip("/")
-        self._key = _key(section)
+        self._key = key_of(section)
         self.attempts: Counter[str] = Counter()
         """Attempts by how they ended: ``ok`` or the kind of fault."""
         for name in ("httpx", "httpcore"):
@@ -347,7 +347,12 @@ def _message(text: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _key(section: ServerSection) -> str | None:
+def key_of(section: ServerSection) -> str | None:
+    """Return the key that a server is asked with; None where it takes none.
+
+    Raises:
+        BackendError: If the environment variable that holds it is not set, or holds no key.
+    """
     if section.key_env is None:
         return None
     key = os.environ.get(section.key_env, "").strip()

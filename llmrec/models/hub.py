@@ -1,0 +1,214 @@
+"""Models of the hub: what its cache holds whole, what is fetched, and a sentence for each way in which that fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from llmrec.errors import ErrorKind, ModelError, require
+
+_DESCRIBING = ("*.json", "*.jinja", "*.txt", "*.model")
+_WEIGHTS = "*.safetensors"
+# Seconds that the hub has to say whether it has a model.
+_PATIENCE = 5
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNREACHED = {"ConnectError", "ConnectionError", "TimeoutException", "TimeoutError", "Timeout", "TransportError"}
+
+
+def cached(name: str, revision: str | None, *, code: bool) -> str | None:
+    """Return the folder of a model that the hub's cache holds whole, weights included; None where it does not."""
+    hub = require("huggingface_hub", "train")
+    try:
+        found = hub.snapshot_download(
+            name, revision=revision, allow_patterns=_patterns(weights=True, code=code), local_files_only=True
+        )
+    except Exception:
+        return None
+    folder = Path(found)
+    return found if (folder / "config.json").is_file() and is_whole(folder) else None
+
+
+def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True) -> str:
+    """Fetch a model into the hub's cache and return its folder.
+
+    Args:
+        name: Of the hub, such as ``org/model``.
+        revision: A branch, tag or commit; None: the main one.
+        code: Fetch Python files too.
+        weights: Fetch the weights; otherwise what describes the model, which takes seconds.
+
+    Raises:
+        ModelError: If the hub does not give it out or cannot be asked, or the disk is full; the message says what to
+            do. Also if its weights are in pickle files alone.
+    """
+    hub = require("huggingface_hub", "train")
+    try:
+        told = hub.HfApi(endpoint=_endpoint()).model_info(name, revision=revision, timeout=_PATIENCE)
+        files = [each.rfilename for each in told.siblings or ()]
+        if not any(file.endswith(".safetensors") for file in files):
+            raise ModelError(
+                f"model {name} has no safetensors files on the hub, and weights in pickle files are not loaded; choose "
+                "a revision that has them (model.revision), or convert it with save_pretrained and name the folder",
+                kind="unsafe",
+                at=name,
+                column="model.name",
+            )
+        wanted = _patterns(weights=weights, code=code)
+        return str(hub.snapshot_download(name, revision=revision, allow_patterns=wanted, endpoint=_endpoint()))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _refused(name, revision, error) from error
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all safetensors files of a model are there: a download that broke off left some of them out."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob(_WEIGHTS))
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, OSError):
+        return False
+    return all((folder / str(shard)).is_file() for shard in shards)
+
+
+def _patterns(*, weights: bool, code: bool) -> list[str]:
+    return [*_DESCRIBING, *((_WEIGHTS,) if weights else ()), *(("*.py",) if code else ())]
+
+
+def _refused(name: str, revision: str | None, error: Exception) -> ModelError:
+    """Return what kept the hub from giving out a model, with what to do."""
+    chain = list(_chain(error))
+    kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    status = next((code for each in chain if (code := _status(each)) is not None), None)
+    # A proxy's address may hold a password.
+    said = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300] or type(error).__name__
+    kind, sentence = _disk(name, chain, said) or _answered(name, revision, kinds, status, said) or _unasked(kinds, said)
+    key = "model.revision" if "RevisionNotFoundError" in kinds else "model.name"
+    return ModelError(f"model {name!r}: {sentence}", kind=kind, at=name, column=key)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    found = getattr(getattr(error, "response", None), "status_code", None)
+    return found if isinstance(found, int) else None
+
+
+def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, str] | None:
+    """Say that the download cannot be stored."""
+    place = _cache()
+    numbers = {each.errno for each in chain if isinstance(each, OSError)}
+    if numbers & set(_FULL) or "No space left on device" in said:
+        free = _free(place)
+        return "exhausted", (
+            f"the disk is full while it is fetched: {place} has {free:.1f} GiB left. Make room and run the command "
+            "again, which goes on where it broke off, or set HF_HOME to a folder on a larger disk"
+        )
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return "unreadable", (
+            f"the hub's cache {place} cannot be written; let this user write it (chown), or set HF_HOME to a folder "
+            "of yours"
+        )
+    return None
+
+
+def _answered(
+    name: str, revision: str | None, kinds: set[str], status: int | None, said: str
+) -> tuple[ErrorKind, str] | None:
+    """Say what the hub answered, if it did."""
+    page = f"{_endpoint()}/{name}"
+    token = "the token in HF_TOKEN or of `hf auth login`" if _token() else "there is no token (HF_TOKEN)"
+    if "HFValidationError" in kinds:
+        return "unknown-name", f"it is no folder here, and no name that the hub can have ({said}); correct model.name"
+    if "GatedRepoError" in kinds:
+        return "unreachable", (
+            f"the hub gives it out only to those who accepted its licence, and {token}. Accept it at {page}, and set "
+            "HF_TOKEN to a token of that account"
+        )
+    if "RevisionNotFoundError" in kinds:
+        return "unknown-name", f"the hub has it, but no revision {revision!r}; see {page}/tree/main, or drop the key"
+    if status == 401:
+        return "unreachable", (
+            f"the hub does not know it, or it is private and the hub does not know who asks: {token}. Check the name "
+            f"at {page}, and set HF_TOKEN to a token that may read it"
+        )
+    if status == 403:
+        return "unreachable", (
+            f"the hub forbids it (403) to whom asks: {token}. Set HF_TOKEN to a token with the right to read it, which "
+            f"a fine-grained token has to name; see {page}"
+        )
+    if status == 404 or "RepositoryNotFoundError" in kinds:
+        return "unknown-name", f"it is no folder here, and {_endpoint()} has no model of this name (404); correct it"
+    if status == 407:
+        return _unasked({"ProxyError"}, said)
+    if status is not None:
+        return "unreachable", (
+            f"the hub answers with status {status} ({said}); try again later, or name a folder that holds the model"
+        )
+    return None
+
+
+def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
+    """Say why the hub could not be asked, or broke off."""
+    if "OfflineModeIsEnabled" in kinds:
+        return "unreachable", (
+            f"the hub is not asked, since HF_HUB_OFFLINE is set, and its cache {_cache()} does not hold the model "
+            "whole; fetch it once without HF_HUB_OFFLINE, or set model.name to a folder"
+        )
+    if "ProxyError" in kinds or "proxy" in said.lower() or (kinds & _UNREACHED and _behind_proxy()):
+        return "unreachable", (
+            f"the proxy on the way to {_endpoint()} does not work ({said}); correct HTTPS_PROXY and NO_PROXY, or set "
+            "HF_HUB_OFFLINE=1 to do without the hub"
+        )
+    if kinds & _UNREACHED:
+        return "unreachable", (
+            f"{_endpoint()} cannot be reached ({said}); check the network, set HF_ENDPOINT to a mirror, or set "
+            "model.name to a folder that holds the model"
+        )
+    return "failed", (
+        f"fetching it from {_endpoint()} broke off ({said}); run the command again, which goes on where it broke off"
+    )
+
+
+def _behind_proxy() -> bool:
+    """Whether the environment sends requests for the hub through a proxy."""
+    hub = urlsplit(_endpoint())
+    return {hub.scheme, "all"} & getproxies().keys() != set() and not proxy_bypass(hub.netloc)
+
+
+def _endpoint() -> str:
+    return str(_constants().ENDPOINT).rstrip("/")
+
+
+def _cache() -> str:
+    return str(_constants().HF_HUB_CACHE)
+
+
+def _constants() -> Any:
+    return require("huggingface_hub", "train").constants
+
+
+def _token() -> bool:
+    return bool(require("huggingface_hub", "train").get_token())
+
+
+def _free(place: str) -> float:
+    """Return the GiB that are free where a folder is, or will be."""
+    there = Path(place)
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return shutil.disk_usage(os.fspath(there)).free / 2**30

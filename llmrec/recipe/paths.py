@@ -1,0 +1,88 @@
+"""Paths that a page names: they go from the working folder, and from the page's own folder where nothing is there."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmrec.durable import Json
+from llmrec.errors import LlmrecError
+from llmrec.recipe.schema import Recipe
+
+_DATA = (("source",), ("path",), ("items",), ("files", "train"), ("files", "valid"), ("files", "test"))
+_KEYS = (
+    *((table, *key) for table in ("data", "reviews") for key in _DATA),
+    ("index", "path"),
+    ("train", "start"),
+    ("model", "name"),
+    ("encoder",),
+    ("index", "semantic", "encoder"),
+    ("augment", "encoder"),
+)
+# Keys whose values are names too, of the hub or of data sets.
+_NAMES = ("source", "name", "encoder")
+# A database is a path behind one of these; a fourth slash would be a path from the root.
+_DATABASE = re.compile(r"(?:sqlite|duckdb):///(?!/)")
+
+
+def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> None:
+    """Put paths under a page's folder that are there, and not under the working folder; in place.
+
+    Args:
+        values: What the page says.
+        folder: Where it is.
+        sought: Receives the paths that are in neither place, with that folder.
+    """
+    for *parents, last in _KEYS:
+        section: Any = values
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        named = section.get(last) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or not isinstance(named, str) or not named:
+            continue
+        head = found.group() if (found := _DATABASE.match(named)) else ""
+        path = named.removeprefix(head)
+        if "://" in path or path.startswith("~") or Path(path).is_absolute() or _is_there(path):
+            continue
+        beside = str(folder / path)
+        if _is_there(beside):
+            section[last] = head + beside
+        elif last not in _NAMES or path.startswith(".") or path.endswith(".yaml"):
+            sought[path] = folder
+
+
+@contextmanager
+def both_places(recipe: Recipe) -> Iterator[None]:
+    """Have the error of a path that is nowhere name both folders in which it was looked for.
+
+    Raises:
+        LlmrecError: As the block does.
+    """
+    try:
+        yield
+    except LlmrecError as error:
+        folder = recipe.sought.get(str(Path(error.file))) if error.file and error.kind == "missing-file" else None
+        if folder is None or folder.resolve() == Path.cwd():
+            raise
+        raise type(error)(
+            f"{error}. Paths of a recipe are looked for from the working folder, {Path.cwd()}, and then beside the "
+            f"recipe, in {folder.resolve()}",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from error
+
+
+def _is_there(path: str) -> bool:
+    """Whether a file, a folder, the book of a sheet or a file that fits a pattern is there."""
+    start = Path(Path(path).anchor)
+    try:
+        if Path(path).exists() or Path(path.partition("#")[0] or path).exists():
+            return True
+        return glob.has_magic(path) and any(start.glob(str(Path(path).relative_to(start))))
+    except (OSError, ValueError):
+        return False
