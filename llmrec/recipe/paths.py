@@ -23,7 +23,7 @@ _KEYS = (
     ("index", "semantic", "encoder"),
     ("augment", "encoder"),
 )
-# Keys whose values are names too, of the hub or of data sets.
+# Keys whose values are names too, of the hub or of data sets: a path begins with a dot, or is that of a page.
 _NAMES = ("source", "name", "encoder")
 # A database is a path behind one of these; a fourth slash would be a path from the root.
 _DATABASE = re.compile(r"(?:sqlite|duckdb):///(?!/)")
@@ -48,10 +48,12 @@ def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> No
         path = named.removeprefix(head)
         if "://" in path or path.startswith("~") or Path(path).is_absolute() or _is_there(path):
             continue
+        if last in _NAMES and not path.startswith(".") and not path.endswith(".yaml"):
+            continue
         beside = str(folder / path)
         if _is_there(beside):
             section[last] = head + beside
-        elif last not in _NAMES or path.startswith(".") or path.endswith(".yaml"):
+        else:
             sought[path] = folder
 
 

@@ -93,6 +93,14 @@ def test_an_override_goes_from_the_working_folder(shop: Path) -> None:
     assert "beside the recipe" not in str(refused.value)
 
 
+def test_a_name_is_no_path(shop: Path) -> None:
+    """A folder beside a page may be called as a data set or a model is."""
+    (shop / "table").mkdir()
+    (shop / "some").mkdir()
+    recipe = load_recipe(page(shop, "orders.csv", model="{name: some}"))
+    assert (recipe.data.source, recipe.model.name) == ("table", "some")
+
+
 def test_a_model_folder_is_looked_for_too(shop: Path, llama_folder: Path) -> None:
     (shop / "model").symlink_to(llama_folder)
     file = page(shop, "orders.csv", model="{name: ./model}")
