@@ -40,6 +40,7 @@ from llmrec.report import page
 from llmrec.report.audit import AuditLine
 from llmrec.report.results import Made
 from llmrec.results import Arm
+from llmrec.train import trackers
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +249,10 @@ class Session:
         if self.model is not None:
             rows += self._arms(evaluation, self.model, training, rows)
         stored.write(self.study, rows, self.folder)
-        return rows, write_results(self.study, rows, training, self._told(), self.budget, self.folder)
+        written = write_results(self.study, rows, training, self._told(), self.budget, self.folder)
+        steps = int(training["steps"]) if training is not None else 0
+        trackers.report(trackers.chosen(self.study.recipe.train), _figures(rows), self.folder, step=steps)
+        return rows, written
 
     def _arms(
         self, evaluation: Evaluation, model: OpenedModel, training: Trained | None, rows: Sequence[ResultRow]
@@ -332,7 +336,16 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
         )
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
-        return OpenedModel(encoder, base, start_of(study, encoder, base, folder))
+        with both_places(recipe):
+            return OpenedModel(encoder, base, start_of(study, encoder, base, folder))
+
+
+def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
+    """Return every figure of finished rows, as trackers take them."""
+    metrics = {f"{row.figures.id}/{name}": metric for row in rows for name, metric in row.figures.metrics.items()}
+    return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
+
+
 def _by_model(arms: Sequence[str]) -> list[Arm]:
     """Order arms so that those of the base model stand together: one engine start serves both."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")

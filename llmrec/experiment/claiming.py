@@ -21,7 +21,7 @@ _MARK = "llmrec works in this folder: it writes, replaces and removes its own fi
 RUN = (
     *("recipe.yaml", "candidates", "index", "base", "base.json", "checkpoints", "best", "adapter", "merged"),
     *("train.json", "train_log.jsonl", "answers.sqlite", "rows", "predictions.parquet", "items.parquet"),
-    *("data", "results.json", "report", "audit.json", "audit-baselines.json"),
+    *("data", "results.json", "report", "audit.json", "audit-baselines.json", "trackers.json", "tensorboard"),
 )
 """What a run writes into its folder."""
 SUITE = ("rows", "models")

@@ -34,6 +34,7 @@ from llmrec.train.listwise import Listing
 from llmrec.train.rows import Sources, followed, streams
 from llmrec.train.shares import weighted
 from llmrec.train.steps import Steps
+from llmrec.train.trackers import forget
 
 if TYPE_CHECKING:
     from llmrec.train.sft import Training
@@ -410,4 +411,5 @@ def _clear_foreign(folder: Path, key: str) -> None:
         return
     for checkpoint in found:
         shutil.rmtree(checkpoint)
+    forget(folder)
     write_text(mark, key)

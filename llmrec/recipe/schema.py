@@ -659,7 +659,11 @@ class TrainSection(Section):
         "a no; None: fresh ones without end",
     )
     gradient_checkpointing: bool = False
-    report_to: tuple[str, ...] = Field((), description="passed through to the trainer: tensorboard, wandb, mlflow, ...")
+    report_to: tuple[str, ...] | None = Field(
+        None,
+        description="trackers of losses and evaluation figures: tensorboard, wandb, mlflow, trackio; and others, of "
+        "losses; None: tensorboard where it is installed",
+    )
 
     @model_validator(mode="after")
     def _a_band_takes_packing(self) -> TrainSection:

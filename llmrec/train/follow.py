@@ -105,12 +105,15 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                 column="train.learning_rate",
             )
         due = step % self._section.valid_every == 0 or step == state.max_steps
+        looks = self._looks(step, kwargs["model"]) if due else self._unlooked()
+        # Trackers, which are called next with the same log, have them too.
+        logs.update(_as_logged(looks))
         self._record(
             {
                 "step": step,
                 "loss": float(logs["loss"]),
                 "learning_rate": float(logs.get("learning_rate", 0.0)),
-                **(self._looks(step, kwargs["model"]) if due else self._unlooked()),
+                **looks,
             }
         )
         if self._best is not None and self._best.done:
@@ -169,6 +172,13 @@ def _read(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record
+
+
+def _as_logged(looks: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a look at the validation split found, under the names that trainers give it."""
+    losses = {f"eval_loss/{task}": loss for task, loss in (looks.get("valid_loss") or {}).items()}
+    ndcg = looks.get("valid_ndcg")
+    return losses if ndcg is None else {**losses, "eval_NDCG@10": ndcg}
 
 
 def _now() -> float:

@@ -37,6 +37,7 @@ from llmrec.train.packing import stack, tree
 from llmrec.train.precision import adapters_as_they_are, mixed_precision, widen
 from llmrec.train.rating_head import HeadLoss, detach, measure, restore
 from llmrec.train.steps import Step
+from llmrec.train.trackers import callbacks, chosen, trackio_project
 from llmrec.train.whole_words import restore_words
 
 log = logging.getLogger(__name__)
@@ -169,22 +170,16 @@ def train(
     best = Best(folder / "best", patience, judge, write) if judge is not None else None
     log_file = folder / "train_log.jsonl"
     follow = Follow(len(steps), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=by, best=best)
-    try:
-        with adapters_as_they_are(model):
-            trainer = LabelRowTrainer(
-                model=model,
-                args=_config(section, folder, len(steps), seed, device or ("cuda" if has_cuda() else "cpu")),
-                train_dataset=_numbered(steps),
-                processing_class=encoder.tokenizer,
-                data_collator=partial(_batch, model, steps, pad),
-                callbacks=[follow, *(OnSave(work) for work in saving)],
-            )
-    except (RuntimeError, ValueError) as error:
-        if not section.report_to:
-            raise
-        raise RecipeError(
-            f"train.report_to {list(section.report_to)}: {error}", kind="bad-value", column="train.report_to"
-        ) from error
+    with adapters_as_they_are(model):
+        trainer = LabelRowTrainer(
+            model=model,
+            args=_config(section, folder, len(steps), seed, device or ("cuda" if has_cuda() else "cpu")),
+            train_dataset=_numbered(steps),
+            processing_class=encoder.tokenizer,
+            data_collator=partial(_batch, model, steps, pad),
+            # Trackers come after what adds validation losses to a step's log.
+            callbacks=[follow, *callbacks(chosen(section), folder), *(OnSave(work) for work in saving)],
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.by, trainer.listwise = by, listwise
     checkpoint = newest(folder / "checkpoints")
@@ -306,7 +301,10 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         save_strategy="steps",
         save_steps=section.save_every,
         eval_strategy="no",
-        report_to=list(section.report_to) or "none",
+        # Trackers are callbacks of `trackers`; these two are what trackio's reads of its run.
+        report_to="none",
+        project=trackio_project(),
+        run_name=folder.name,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         dataloader_pin_memory=False,

@@ -1,22 +1,53 @@
-"""Experiment trackers, ``train.report_to``: which there are, and the figures of the evaluation beside the losses."""
+"""Experiment trackers, ``train.report_to``: losses while training, through transformers, and figures of the evaluation.
+
+Both go into one run of a tracker, whose id the run folder keeps. Evaluation figures go to those of `_TRACKED`; the
+others that transformers knows have the losses alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from llmrec.durable import write_json
 from llmrec.errors import MissingExtra, RecipeError, did_you_mean, require
+from llmrec.recipe.schema import TrainSection
+
+log = logging.getLogger(__name__)
+
+FILES = ("trackers.json", "tensorboard")
+"""What is written into a run folder: the ids of its runs, and TensorBoard's files."""
+PROJECT = "llmrec"
+"""Of trackers that have projects; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME and TRACKIO_PROJECT name another one."""
+_REPORTED = "reported"
+
+
+def chosen(section: TrainSection) -> tuple[str, ...]:
+    """Return the trackers of a recipe: without a word TensorBoard's files, where it is installed."""
+    if section.report_to is not None:
+        return section.report_to
+    there = all(importlib.util.find_spec(name) is not None for name in ("tensorboard", "torch"))
+    return ("tensorboard",) if there else ()
 
 
 def refuse_trackers(names: Sequence[str]) -> None:
     """Refuse trackers that do not exist, or are not installed.
 
     Raises:
-        RecipeError: If the trainer knows none of a name.
+        RecipeError: If the trainer does not know a name.
         MissingExtra: If the package of one is not installed.
     """
     if not names:
         return
-    known = require("transformers.integrations.integration_utils", "train")
+    known = _transformers()
     for name in names:
         if name not in known.INTEGRATION_TO_CALLBACK:
             raise RecipeError(
@@ -32,3 +63,140 @@ def refuse_trackers(names: Sequence[str]) -> None:
                 kind="not-installed",
                 column="train.report_to",
             )
+
+
+def forget(folder: Path) -> None:
+    """Drop what another training left in a run folder: this one has runs of its own."""
+    ids, events = (folder / name for name in FILES)
+    ids.unlink(missing_ok=True)
+    shutil.rmtree(events, ignore_errors=True)
+
+
+def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
+    """Begin a run of each tracker, or go on with that of the folder, and return what logs each training step to it.
+
+    Raises:
+        RecipeError: If one cannot begin.
+    """
+    refuse_trackers(names)
+    known, made = _transformers().INTEGRATION_TO_CALLBACK, []
+    for name in names:
+        try:
+            if name == "tensorboard":
+                made.append(known[name](_writer(folder)))
+            else:
+                _begin(name, folder)
+                made.append(known[name]())
+        except Exception as error:
+            raise RecipeError(
+                f"train.report_to: {name} cannot begin a run ({type(error).__name__}: {' '.join(str(error).split())}); "
+                "mend that, or take it out",
+                kind="failed",
+                column="train.report_to",
+            ) from error
+    return made
+
+
+def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:
+    """Log the figures of an evaluation, once; a tracker that fails is a warning, since the results are written.
+
+    Args:
+        names: Trackers; those that take no figures are passed over.
+        figures: Name, such as ``direct/tuned/label/after-history/NDCG@10``, -> value.
+        folder: The run folder.
+        step: Training steps that the evaluated model took.
+    """
+    stamp = hashlib.sha256(json.dumps([sorted(figures.items()), step]).encode()).hexdigest()[:16]
+    for name in names:
+        reported = f"{name} {_REPORTED}"
+        if name not in _TRACKED or _kept(folder).get(reported) == stamp:
+            continue
+        try:
+            if name != "tensorboard":
+                _begin(name, folder)
+            _TRACKED[name](figures, folder, step)
+        except Exception as error:
+            log.warning("%s did not take the figures of the evaluation (%s: %s)", name, type(error).__name__, error)
+        else:
+            write_json(folder / FILES[0], {**_kept(folder), reported: stamp})
+
+
+# --------------------------------------------------------------------------- one by one
+
+
+def _begin(name: str, folder: Path) -> None:
+    """Open a run, or that which the folder began, for all that is logged until it is closed."""
+    if name in _OPENED:
+        known = _kept(folder).get(name)
+        write_json(folder / FILES[0], {**_kept(folder), name: _OPENED[name](folder.name, known)})
+
+
+def _open_wandb(run: str, known: str | None) -> str:
+    wandb = require("wandb", "train")
+    if wandb.run is None:
+        wandb.init(project=os.getenv("WANDB_PROJECT", PROJECT), name=run, id=known, resume="allow" if known else None)
+    return str(wandb.run.id)
+
+
+def _open_mlflow(run: str, known: str | None) -> str:
+    mlflow = require("mlflow", "train")
+    if mlflow.active_run() is None:
+        mlflow.set_experiment(os.getenv("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=run)
+    return str(mlflow.active_run().info.run_id)
+
+
+def _to_wandb(figures: Mapping[str, float], folder: Path, step: int) -> None:
+    wandb = require("wandb", "train")
+    wandb.log({**figures, "train/global_step": step})
+    wandb.finish()
+
+
+def _to_mlflow(figures: Mapping[str, float], folder: Path, step: int) -> None:
+    mlflow = require("mlflow", "train")
+    mlflow.log_metrics({re.sub(r"[^\w\-. :/]", "_", name): value for name, value in figures.items()}, step=step)
+    mlflow.end_run()
+
+
+def _to_trackio(figures: Mapping[str, float], folder: Path, step: int) -> None:
+    trackio = require("trackio", "train")
+    trackio.init(project=trackio_project(), name=folder.name, resume="allow")
+    trackio.log({**figures, "train/global_step": step})
+    trackio.finish()
+
+
+def _to_tensorboard(figures: Mapping[str, float], folder: Path, step: int) -> None:
+    writer = _writer(folder)
+    for name, value in figures.items():
+        writer.add_scalar(name, value, step)
+    writer.close()
+
+
+_OPENED: Mapping[str, Callable[[str, str | None], str]] = {"wandb": _open_wandb, "mlflow": _open_mlflow}
+_TRACKED: Mapping[str, Callable[[Mapping[str, float], Path, int], None]] = {
+    "tensorboard": _to_tensorboard,
+    "wandb": _to_wandb,
+    "mlflow": _to_mlflow,
+    "trackio": _to_trackio,
+}
+
+
+def trackio_project() -> str:
+    """Return trackio's project, which transformers' own callback is told too."""
+    return os.getenv("TRACKIO_PROJECT", PROJECT)
+
+
+def _writer(folder: Path) -> Any:
+    return require("torch.utils.tensorboard", "train").SummaryWriter(log_dir=str(folder / FILES[1]))
+
+
+def _kept(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _transformers() -> Any:
+    return require("transformers.integrations.integration_utils", "train")
