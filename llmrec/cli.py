@@ -18,7 +18,7 @@ from llmrec.commands.rank.app import app as ranking
 from llmrec.commands.score.app import app as scoring
 from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.app import app as showing
-from llmrec.commands.show.console import finish, readable, say, short, show, show_prompts, tell, written
+from llmrec.commands.show.console import finish, readable, say, short, show, show_prompts, tell, tell_before, written
 
 if TYPE_CHECKING:
     from llmrec.recipe.schema import Recipe
@@ -53,7 +53,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> Non
     """
     from llmrec import pipeline
 
-    finish(pipeline.run(_recipe(recipe, overrides), out))
+    finish(pipeline.run(_recipe(recipe, overrides), out, before=tell_before))
 
 
 @app.command()

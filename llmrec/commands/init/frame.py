@@ -52,6 +52,7 @@ def init(frame: Any, items: Any = None, *, name: str = "frame", **columns: str) 
             out=place / "recipe.yaml",
             name=name,
             asked=asked(**columns),
+            measure=False,
         )
         recipe, found = load_recipe(made.recipe), named(made.found)
     data = recipe.data.model_copy(update={"path": None, "items": None})

@@ -11,6 +11,7 @@ import yaml
 
 from llmrec.commands.init.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tokens, shown_history, window
 from llmrec.commands.init.profile import shown
+from llmrec.commands.show.console import minutes
 from llmrec.recipe.schema import Columns
 
 SCHEMA = "llmrec.schema.json"
@@ -54,9 +55,9 @@ def scalar(value: str) -> str:
     return dumped.rstrip("\n")
 
 
-def minutes(plan: Plan) -> str:
+def expected(plan: Plan) -> str:
     """Return the estimate in words."""
-    return f"about {max(2, round(sum(plan.seconds.values()) / 60))} minutes"
+    return f"about {minutes(sum(plan.seconds.values()))} on {'this machine' if plan.measured else 'two CPU cores'}"
 
 
 def render(page: Page) -> str:
@@ -75,8 +76,8 @@ def _head(page: Page) -> list[str]:
     return [
         f"# yaml-language-server: $schema={SCHEMA}",
         f"# Made by `llmrec init` from {shown(page.made_from, 200)}; docs/recipe.md explains the keys.",
-        f"# Estimate: {minutes(plan)} on two CPU cores ({seconds});",
-        "# `llmrec check RECIPE --dry-run` estimates it for your machine.",
+        f"# Estimate: {expected(plan)} ({seconds});",
+        "# `llmrec check RECIPE --dry-run` estimates it for the machine that it runs on.",
         f"name: {scalar(page.name)}",
         "seed: 0",
         "",

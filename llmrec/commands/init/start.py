@@ -13,7 +13,7 @@ import yaml
 
 from llmrec.commands.init.columns import guess
 from llmrec.commands.init.faults import faults, mended, refusal, write_copy
-from llmrec.commands.init.page import SCHEMA, Page, minutes, render
+from llmrec.commands.init.page import SCHEMA, Page, expected, render
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
 from llmrec.commands.init.profile import Peek, peek, profile, shown
 from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
@@ -68,6 +68,7 @@ def init(
     force: bool = False,
     backend: str | None = None,
     query: str | None = None,
+    measure: bool = True,
 ) -> Made:
     """Write a recipe for a table.
 
@@ -81,6 +82,7 @@ def init(
         force: Write over an existing recipe or copy.
         backend: The engine; vLLM where it is installed, else hf.
         query: What is asked of a database.
+        measure: Estimate the time on this machine, which takes seconds, where the model is at hand.
 
     Raises:
         DataError: If the table cannot be read or judged, or could only be read after it is mended.
@@ -125,7 +127,8 @@ def init(
     written = _written(path, target) if path is not None else table
     page = _page(name, called, written, items_path, target, roles, plan, used, listed)
     page = replace(page, query=query)
-    plan, recipe, cut = _write(page, target, check=used.whole and plan.facts.rows <= _CHECKED_ROWS)
+    check = used.whole and plan.facts.rows <= _CHECKED_ROWS
+    plan, recipe, cut = _write(page, target, check=check, measure=measure)
     told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
     told += _hints(path, roles, items_path, used, plan, cut)
     return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)))
@@ -291,11 +294,12 @@ def _page(
     )
 
 
-def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe, str]:
+def _write(page: Page, target: Path, *, check: bool, measure: bool) -> tuple[Plan, Recipe, str]:
     """Write the page, once `llmrec check` would accept it, and say what that says of the split.
 
     A family that it refuses is switched off.
     """
+    from llmrec.commands.init.measure import seconds_of
     from llmrec.experiment.study import build_study
 
     while page.plan.on:
@@ -304,7 +308,11 @@ def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe, str]
         cut = ""
         try:
             if check:
-                cut = baskets(build_study(recipe).data)
+                study = build_study(recipe)
+                cut = baskets(study.data)
+                if measure and (seconds := seconds_of(study)) is not None:
+                    page = replace(page, plan=replace(page.plan, seconds=seconds, measured=True))
+                    text = render(page)
         except LlmrecError as error:
             refused = str(error)
             family = next((f for f in page.plan.on if refused.startswith(f"tasks.{f}")), None)
@@ -435,5 +443,5 @@ def _next(recipe: Recipe, target: Path, plan: Plan) -> list[str]:
     return [
         f"wrote {target}, and {SCHEMA} for editors",
         f"next: llmrec check {file}",
-        f"then: llmrec run {file}  ({minutes(plan)} on two CPU cores; results in runs/{recipe.name})",
+        f"then: llmrec run {file}  ({expected(plan)}; results in runs/{recipe.name})",
     ]

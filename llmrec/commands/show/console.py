@@ -15,12 +15,17 @@ from typing import Any, TextIO
 
 import typer
 
+from llmrec.errors import LlmrecError
+
 facts: dict[str, object] = {}
 """What the command of this process has told so far, by name."""
 
 
 # Of a row: they stand in results.json, which is named.
 _DETAILS = {"slices", "by_position", "position_trend"}
+
+LARGE = 1_000_000
+"""Interactions from which on a run says what it will take before it begins."""
 
 
 def finish(done: Any) -> None:
@@ -59,25 +64,54 @@ def show_dry_run(study: Any) -> None:
     base = resolve(study.recipe.model, seed=study.recipe.seed)
     encoder = encoder_of(study, base)
     show_prompts(estimate.rendered(study, encoder))
+    show_estimate(study, encoder, base)
+
+
+def tell_before(session: Any) -> None:
+    """Print the estimate of a run that is about to begin, where it is a long one or a server is to be paid."""
+    recipe = session.study.recipe
+    if session.model is None:
+        return
+    if recipe.eval.backend == "openai" or len(session.study.data.dataset.interactions) >= LARGE:
+        try:
+            show_estimate(session.study, session.encoder, session.base)
+        except LlmrecError as error:
+            say(f"no estimate: {error}")
+
+
+def show_estimate(study: Any, encoder: Any, base: str) -> None:
+    """Print what is trained on and asked, and an estimate of time, memory, and tokens of a server."""
+    from llmrec.commands.show import estimate
+
     rows = estimate.train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
     if rows:
         show("training rows", rows, json.dumps)
     found = estimate.estimate(study, encoder, base, rows)
     arms = {
-        f"{arm}: about": f"{count:,} tokens"
-        + (f", {found.eval_seconds[arm]:.0f} s" if arm in found.eval_seconds else "")
-        for arm, count in found.eval_tokens.items()
+        f"{arm}: about": f"{work.tokens:,} tokens"
+        + (f", {found.eval_seconds[arm]:.0f} s" if found.eval_seconds else "")
+        for arm, work in found.eval_work.items()
     }
-    show(
-        "estimate",
-        {
-            "parameters": f"{found.parameters:,}",
-            "training: about": f"{found.train_tokens:,} tokens, {found.train_seconds:.0f} s",
-            **arms,
-            "memory: about": f"{found.memory_gb} GiB",
-        },
-        told={"estimate": found},
-    )
+    lines = {
+        "parameters": f"{found.parameters:,}",
+        "training: about": f"{found.train_tokens:,} tokens, {found.train_seconds:.0f} s",
+        **arms,
+        "together: about": minutes(sum(found.stages.values())),
+        "memory: about": f"{found.memory_gb} GiB",
+    }
+    if study.recipe.eval.backend == "openai":
+        asked, written = (
+            sum(getattr(work, name) for work in found.eval_work.values()) for name in ("asked", "written")
+        )
+        cost = "" if found.cost is None else f", which cost {found.cost:.2f} by eval.server's prices"
+        lines["the server: about"] = f"{asked:,.0f} tokens read and {written:,.0f} written{cost}"
+    show("estimate", lines, told={"estimate": found})
+
+
+def minutes(seconds: float) -> str:
+    """Return seconds as minutes, one at least."""
+    count = max(1, round(seconds / 60))
+    return f"{count} minute{'s' if count > 1 else ''}"
 
 
 def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:

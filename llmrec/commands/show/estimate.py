@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
+import psutil
 
 from llmrec.backends.encode import Encoder
+from llmrec.commands.show.probe import measured
+from llmrec.commands.show.work import Work, eval_work
 from llmrec.errors import require
-from llmrec.experiment.row_specs import asks
 from llmrec.experiment.study import Study
 from llmrec.experiment.training import plan_training
-from llmrec.models.load import device, dtype, load_config
+from llmrec.models.load import load_config
 from llmrec.models.traits import auto_class, is_paired
-from llmrec.strategies.counting import questions_of
-from llmrec.types import Example, Request
+from llmrec.types import Example
 
 SHOWN = 3
 """Prompts that are shown of a task."""
-_SAMPLE = 24
-# Share of a plain matrix product's speed that a training step or a prefill reaches; measured on two cores.
-_EFFICIENCY = 0.45
-# A strategy that is not among them counts one token.
-_ONE_TOKEN = 1
-_ANSWER_TOKENS = {
-    "likelihood": 0,
-    "likelihood-prior": 0,
-    "search": 0,
-    "head": 0,
-    "expected": 1,
-    "parsed": 3,
-    "yes-no": 2,
-    "parsed-yes-no": 3,
-    "list": 60,
-    "text": 30,
-}
 # Seconds to start one vLLM engine, and to load one hf model.
 _START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Totals of a dry run.
-
-    Attributes:
-        parameters: Weights of the model.
-        train_tokens: Tokens of all planned steps.
-        eval_tokens: Prompt and answer tokens of every evaluated row, by arm.
-        train_seconds: Estimated.
-        eval_seconds: Estimated, engine starts included, by arm; empty where a server answers.
-        memory_gb: Estimated peak of the training process.
-    """
-
-    parameters: int
-    train_tokens: int
-    eval_tokens: dict[str, int]
-    train_seconds: float
-    eval_seconds: dict[str, float]
-    memory_gb: float
 
 
 def rendered(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, list[str]]:
@@ -101,87 +62,96 @@ def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | d
 
 
 def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
-    """Estimate each arm's tokens from a sample of its prompts."""
-    totals: dict[str, int] = {}
-    for arm in study.recipe.eval.arms:
-        shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
-        totals[arm] = 0
-        for family in (family for family in study.tasks if asks(study.recipe, family, arm)):
-            cases = study.cases(family)
-            for template in study.eval_templates(family):
-                strategies = study.section(family).strategies
-                for strategy in study.tasks[family].asked_by(template, strategies, tuned=arm == "tuned"):
-                    used = [
-                        _tokens(study, family, encoder, c.request, template.name, shots, strategy)
-                        for c in cases[:_SAMPLE]
-                    ]
-                    totals[arm] += round(sum(used) / max(len(used), 1) * len(cases))
-    return totals
+    """Estimate each arm's tokens, of prompts and answers, from a sample of its prompts."""
+    return {arm: work.tokens for arm, work in eval_work(study, encoder).items()}
 
 
-def _tokens(
-    study: Study, family: str, encoder: Encoder, request: Request, template: str, shots: int, strategy: str
-) -> int:
-    task = study.tasks[family]
-    asked = questions_of(strategy, len(request.candidates or ()), study.recipe.eval) if request.candidates else None
-    if asked is not None:
-        part = replace(request, candidates=(request.candidates or ())[: asked.size])
-        return asked.prompts * len(encoder.prompt(task.prompt(part, template=template, shots=shots, want=asked.want)))
-    prompt = task.prompt(request, template=template, shots=shots)
-    if strategy == "two-step":
-        # The second prompt holds what the first one wrote, at most as long as it may be.
-        second = len(encoder.prompt(prompt)) + task.profile_tokens
-        first = len(encoder.prompt(task.profile_prompt(request))) + task.profile_tokens
-        return int(first + study.recipe.eval.permutations * second)
-    length = len(encoder.prompt(prompt)) + _ANSWER_TOKENS.get(strategy, _ONE_TOKEN)
-    if strategy in ("likelihood", "likelihood-prior"):
-        length += sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
-    if strategy == "search":
-        length += study.recipe.eval.beams * len(encoder.piece(task.continuations(request, template=template)[0]))
-    return length
+@dataclass(frozen=True)
+class Estimate:
+    """Totals of a dry run.
+
+    Attributes:
+        parameters: Weights of the model.
+        train_tokens: Tokens of all planned steps.
+        eval_work: What every evaluated row asks, by arm.
+        train_seconds: Estimated, validation losses included.
+        eval_seconds: Estimated, engine starts included, by arm; empty where a server answers.
+        memory_gb: Peak of the training process: what it holds now, with data and libraries, and what training adds.
+        cost: Of the tokens that a server reads and writes, in the currency of its prices; None without prices.
+    """
+
+    parameters: int
+    train_tokens: int
+    eval_work: dict[str, Work]
+    train_seconds: float
+    eval_seconds: dict[str, float]
+    memory_gb: float
+    cost: float | None
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of training and of the whole evaluation."""
+        return {"training": self.train_seconds, "evaluation": sum(self.eval_seconds.values())}
 
 
 def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any]) -> Estimate:
-    """Estimate time and memory from token counts, model size and a short matrix product on this machine.
+    """Estimate time and memory from what is counted and from a probe of this machine; see `llmrec.commands.show.probe`.
 
     ``rows`` is what `train_rows` counted; empty where nothing is trained.
     """
     recipe = study.recipe
-    parameters, head = _size(folder, study)
-    speed = _flops_per_second(study)
-    body = parameters - head
-    share = 1.0
-    if recipe.train.method != "full" and recipe.train.lora.top_layers:
-        share = min(1.0, recipe.train.lora.top_layers / _layers(folder, study))
-    # Forward, and backward through the adapted blocks: to inputs only under LoRA, to weights too in full tuning.
-    per_token = 2 * body * (1 + share) if recipe.train.method != "full" else 6 * body
-    work = rows.get("padded_tokens", 0) * per_token + rows.get("target_tokens", 0) * 4 * head
-    tokens = eval_tokens(study, encoder)
+    work = eval_work(study, encoder)
+    parameters = _size(folder, study)
+    if recipe.eval.backend == "openai" and not rows:
+        # A server takes its own time, and nothing is computed here.
+        return Estimate(parameters, 0, work, 0.0, {}, _used(), _cost(study, work))
+    speed = measured(_config(folder, study), recipe.model, recipe.train)
+    looks = 2 + recipe.train.steps // recipe.train.valid_every
+    # A position with a target has its logits computed forward, and twice as much backward.
+    training = rows.get("padded_tokens", 0) * speed.train + rows.get("target_tokens", 0) * 3 * speed.head
+    training += looks * rows.get("validation_tokens", 0) * speed.read if rows else 0.0
     start = _START[recipe.eval.backend] + _START["hf"]
-    seconds = {arm: count * 2 * body / (speed * _EFFICIENCY) + start for arm, count in tokens.items()}
-    if recipe.eval.backend == "openai":
-        seconds = {}  # a server takes its own time
+    seconds = {
+        arm: each.read * speed.read + each.scored * speed.head + each.written * (speed.write + speed.head) + start
+        for arm, each in work.items()
+    }
     size = 4 if recipe.train.method == "full" else 2
     states = 12 * parameters if recipe.train.method == "full" else 0
-    activations = recipe.train.batch_tokens * _layers(folder, study) * 34 * _width(folder, study) * share
+    layers, share = _layers(folder, study), 1.0
+    if recipe.train.method != "full" and recipe.train.lora.top_layers:
+        share = min(1.0, recipe.train.lora.top_layers / layers)
+    activations = recipe.train.batch_tokens * layers * 34 * _width(folder, study) * share
     return Estimate(
         parameters=parameters,
         train_tokens=rows.get("tokens", 0),
-        eval_tokens=tokens,
-        train_seconds=work / (speed * _EFFICIENCY),
-        eval_seconds=seconds,
-        memory_gb=round((parameters * size + states + activations + 1.5e9) / 2**30, 1),
+        eval_work=work,
+        train_seconds=training,
+        eval_seconds={} if recipe.eval.backend == "openai" else seconds,
+        memory_gb=round(_used() + (parameters * size + states + activations) / 2**30, 1),
+        cost=_cost(study, work),
     )
 
 
-def _size(folder: str, study: Study) -> tuple[int, int]:
-    """Count weights, and those of the head, on the meta device: nothing is loaded."""
+def _used() -> float:
+    """Return the GiB that this process holds."""
+    return round(float(psutil.Process().memory_info().rss) / 2**30, 1)
+
+
+def _cost(study: Study, work: Mapping[str, Work]) -> float | None:
+    """Return what a server's tokens cost, where the recipe has prices."""
+    server = study.recipe.eval.server
+    if study.recipe.eval.backend != "openai" or server is None or not (server.price_in or server.price_out):
+        return None
+    return sum(each.asked * server.price_in + each.written * server.price_out for each in work.values()) / 1e6
+
+
+def _size(folder: str, study: Study) -> int:
+    """Count weights on the meta device: nothing is loaded."""
     torch = require("torch", "train")
     config = _config(folder, study)
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
-    total = sum(p.numel() for p in model.parameters())
-    return total, model.get_output_embeddings().weight.numel()
+    return sum(p.numel() for p in model.parameters())
 
 
 def _config(folder: str, study: Study) -> Any:
@@ -194,19 +164,3 @@ def _layers(folder: str, study: Study) -> int:
 
 def _width(folder: str, study: Study) -> int:
     return int(_config(folder, study).get_text_config().hidden_size)
-
-
-def _flops_per_second(study: Study) -> float:
-    """Time a matrix product in the model's dtype; about a fifth of a second."""
-    torch = require("torch", "train")
-    place = device(study.recipe.model)
-    a = torch.ones(1024, 1024, dtype=dtype(study.recipe.model), device=place)
-    times = []
-    for _ in range(12):
-        begin = time.perf_counter()
-        product = a @ a
-        if place == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    del product
-    return float(2 * 1024**3 / np.median(times))
