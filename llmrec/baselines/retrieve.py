@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from llmrec.baselines.fits.fitting import fitted
-from llmrec.baselines.neural import NeuralConfig
+from llmrec.baselines.parameters import stops_early
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id, request_of
@@ -80,7 +80,7 @@ class Single:
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
         """Return the recommender, fitted to the interactions of the other parts; see `Finder`."""
         made = lookup(BASELINES, self.name, "baseline")
-        if issubclass(made.Config, NeuralConfig):
+        if stops_early(self.name):
             raise RecipeError(
                 f"eval.candidates.retriever: {self.name} chooses its epoch on the validation split, and the lists of "
                 "training rows must not depend on that; choose another retriever, such as transitions, or train no "

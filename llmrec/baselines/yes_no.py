@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 from scipy import sparse
-from scipy.optimize import minimize
 
 from llmrec.baselines.base import AboveZero, Baseline, Decay
 from llmrec.baselines.ctr.counted import Counted, Counts
@@ -155,6 +154,9 @@ def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.fl
         gradient = np.append(features.T @ pull + penalties / size * weights[:-1], pull.sum())
         value = np.logaddexp(0, -margins).mean() + float(penalties @ weights[:-1] ** 2) / (2 * size)
         return float(value), gradient
+
+    # Takes a tenth of a second to import, and most commands fit nothing.
+    from scipy.optimize import minimize
 
     found = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"gtol": 1e-9})
     best: NDArray[np.float64] = found.x

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean
@@ -242,6 +241,9 @@ def _moved(vectors: Floats, found: Quantised) -> Ints:
         if len(np.unique(moved[rows])) < len(rows):
             # A row's own norm is left out: it is the same wherever the item goes.
             costs = np.square(codebook).sum(axis=1) - 2 * rest[rows] @ codebook.T
+            # Takes a tenth of a second to import, and most commands fit nothing.
+            from scipy.optimize import linear_sum_assignment
+
             moved[rows] = linear_sum_assignment(costs)[1]
     return moved
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -257,12 +258,27 @@ def load_tokenizer(folder: str, section: ModelSection) -> Any:
     """Load a tokenizer; the padding token falls back to the end-of-text token."""
     transformers = require("transformers", "train")
     with _as_model_error(section, folder, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tokenizer = _tokenizer_class(Path(folder), transformers).from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_class(folder: Path, transformers: Any) -> Any:
+    """Return the class that reads a folder's tokenizer.
+
+    The one that works it out imports every model's configuration and torch with them, which takes seconds. A file that
+    says that the tokenizer is all in tokenizer.json leaves nothing to work out.
+    """
+    said = folder / "tokenizer_config.json"
+    if said.is_file() and (folder / "tokenizer.json").is_file():
+        with suppress(ValueError):
+            settings = json.loads(said.read_text(encoding="utf-8"))
+            if isinstance(settings, dict) and settings.get("tokenizer_class") == "TokenizersBackend":
+                return transformers.TokenizersBackend
+    return transformers.AutoTokenizer
 
 
 def load_model(folder: str, section: ModelSection, **options: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from jinja2 import StrictUndefined, Template, TemplateError, Undefined, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -36,10 +36,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A template text with the variables that it mentions."""
+    """A template text that keeps to the grammar, with the variables that it mentions."""
 
     names: frozenset[str]
-    template: Template
+    source: str
+
+    @cached_property
+    def template(self) -> Template:
+        """What renders it; compiled when it is first asked for, since most of the shipped ones are only checked."""
+        return _ENVIRONMENT.from_string(self.source)
 
 
 def _finalize(value: object) -> object:
@@ -62,7 +67,7 @@ _ENVIRONMENT.tests.clear()
 
 @lru_cache(maxsize=1024)
 def compiled(source: str) -> Compiled:
-    """Check a template text against the grammar and compile it.
+    """Check a template text against the grammar.
 
     Raises:
         Refused: If it holds anything else; naming the line and the construct.
@@ -71,7 +76,7 @@ def compiled(source: str) -> Compiled:
     try:
         for node in _ENVIRONMENT.parse(source).body:
             _walk(node, 0, None, names)
-        return Compiled(frozenset(names), _ENVIRONMENT.from_string(source))
+        return Compiled(frozenset(names), source)
     except TemplateError as error:
         raise Refused(getattr(error, "lineno", None) or 1, str(error.message)) from None
     except (RecursionError, ValueError, MemoryError, OverflowError, SyntaxError):

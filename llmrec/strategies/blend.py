@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 from llmrec.errors import LlmrecError
@@ -269,6 +268,9 @@ class Blend(Weighed):
             error = expit(total) - truth
             value = np.logaddexp(0, total).sum() - truth @ total + penalty / 2 * free[1:] @ free[1:]
             return float(value), np.concatenate([[error.sum()], wide.T @ error + penalty * free[1:]])
+
+        # Takes a tenth of a second to import, and most commands fit nothing.
+        from scipy.optimize import minimize
 
         found = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
         weights = found[1:] / scales

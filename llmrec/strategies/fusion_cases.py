@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import minimize
 
 from llmrec.metrics.ranking import ndcg
 from llmrec.strategies.fusion_weights import (
@@ -104,6 +103,9 @@ class Known:
         begin = np.full(count, 1.0 / parts)
         if start is not None:
             begin = np.array([*start.parts, *([start.repeat] if self.repeats else [])]) * scales
+        # Takes a tenth of a second to import, and most commands fit nothing.
+        from scipy.optimize import minimize
+
         fitted = minimize(loss, begin[used], jac=True, method="L-BFGS-B", options={"maxiter": 100, "ftol": 1e-8}).x
         found = np.zeros(count)
         found[used] = fitted / scales[used]
@@ -185,6 +187,8 @@ class Known:
             return float(-np.log(np.maximum(mixed, 1e-300)).sum())
 
         begin = np.zeros(own.shape[1] + self.repeats)
+        from scipy.optimize import minimize
+
         found = minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x
         shares = np.zeros(len(self.raw))
         shares[used] = _softmax(found[: own.shape[1]])
@@ -227,6 +231,8 @@ class Known:
             return value + _PENALTY * float(away @ away), slope
 
         bounds = [(0.0, None), *((None, None) for _ in places)]
+        from scipy.optimize import minimize
+
         found = placed(minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=bounds).x)
         parts = tuple(float(weight) for weight in found[: len(self.raw)])
         return Weights("logit", parts, float(found[-1]) if self.repeats else 0.0)
@@ -244,6 +250,8 @@ class Known:
             return float(-np.log(np.maximum(mixed, 1e-300)).sum())
 
         begin = np.zeros(own.shape[1])
+        from scipy.optimize import minimize
+
         shares = _softmax(minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x)
         parts = shares[0] * np.array(base.parts)
         parts[list(free)] = shares[1:]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import minimize
 
 from llmrec.errors import BackendError, LlmrecError
 from llmrec.strategies.asking import Prompting, cost_of, generated, prompt_hash, scored
@@ -226,6 +225,9 @@ def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
     def loss(point: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
         score = math.exp(point[0]) * odds + point[1]
         return float((np.logaddexp(0, score) - wanted * score).mean())
+
+    # Takes a tenth of a second to import, and most commands fit nothing.
+    from scipy.optimize import minimize
 
     found = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])
     return Curve(scale=math.exp(found.x[0]), bias=float(found.x[1]))

@@ -330,6 +330,6 @@ def test_outputs_of_others_are_not_written_over(run: Path, tmp_path: Path) -> No
 def test_questions_of_known_users_bring_their_history(rec: Loaded, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     asked = jsonl(tmp_path / "q.jsonl", [{"user_id": "u01", "item": "k03"}])
-    told = {"model": str(run), "family": "rating", "backend": "hf", "dtype": "float32", "quiet": True}
+    told = {"model": str(run), "family": "rating", "backend": "hf", "dtype": "float32"}
     predict_file(PredictOptions(requests=asked, out=out, **told))
     assert lines(out)[0]["value"] == rec.rate("k03", user="u01")
