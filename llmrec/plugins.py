@@ -29,7 +29,7 @@ from llmrec.errors import RecipeError, did_you_mean
 VARIABLE = "LLMREC_PLUGINS"
 """Environment variable with the modules, separated by commas, that run folders and exported models may name."""
 _GROUP = "llmrec."
-_ADDRESS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_ADDRESS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Kind:
 
     Attributes:
         what: What errors call it.
-        needs: Its attributes.
+        needs: Its attributes; behind a dot those of one.
         mend: How to get them.
         called: Whether it is called, as a class or a function is.
     """
@@ -53,7 +53,7 @@ KINDS: Mapping[str, Kind] = {
     "baselines": Kind(
         "baseline",
         (
-            *("name", "Config", "fit", "answer", "with_config", "looked_at"),
+            *("name", "Config.model_validate", "fit", "answer", "with_config", "looked_at"),
             *("stochastic", "GRID", "READS", "SCORES", "FITS", "AT_ANSWER"),
         ),
         "derive it from llmrec.baselines.base.Baseline, and give it name, Config, fit(data) and answer(requests)",
@@ -63,7 +63,17 @@ KINDS: Mapping[str, Kind] = {
     ),
     "tasks": Kind(
         "task family",
-        ("name", "title", "task", "section", "answer", "headline", "strategies", "baselines", "controls"),
+        (
+            "name",
+            "title",
+            "task",
+            "section.model_validate",
+            "answer",
+            "headline",
+            "strategies",
+            "baselines",
+            "controls",
+        ),
         "make it a llmrec.tasks.family.Family",
         called=False,
     ),
@@ -188,11 +198,22 @@ def _loaded(group: str, address: str) -> Any:
             )
         found = getattr(found, part)
     kind = KINDS[group]
-    lacking = [each for each in _needs(group, found) if not hasattr(found, each)]
+    lacking = [missing for each in _needs(group, found) if (missing := _missing(found, each))]
     if lacking or (kind.called and not callable(found)):
         lacks = f"lacks {', '.join(lacking)}" if lacking else "cannot be called"
         raise RecipeError(f"{address} is no {kind.what}: it {lacks}; {kind.mend}", kind="defect", at=address)
     return found
+
+
+def _missing(found: object, path: str) -> str:
+    """Return what is not there of an attribute, or of one behind it; empty: nothing."""
+    known: list[str] = []
+    for part in path.split("."):
+        known.append(part)
+        if not hasattr(found, part):
+            return ".".join(known)
+        found = getattr(found, part)
+    return ""
 
 
 def _needs(group: str, found: object) -> tuple[str, ...]:
