@@ -18,6 +18,8 @@ settings.register_profile("llmrec", deadline=None)
 settings.load_profile("llmrec")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What a test fits is fitted there and then.
+os.environ["LLMREC_FITS"] = "off"
 # Threads that wait for each other give their core away: on a busy machine spinning costs ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     #: Scores of every catalogue item: requests -> (b, items).
     Scorer = Callable[[Sequence[Request]], NDArray[np.floating[Any]]]
 
-
 TOP = 100
 """How many items of a whole catalogue are returned."""
 
@@ -35,7 +34,6 @@ _CELLS = 1 << 22
 _STEPS, _EXACT = 1 << 24, 1 << 26
 # Popularity adds at most this share of a request's smallest score.
 _FILLER = 2.0**-20
-
 
 DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
 """How fast a history fades, from the last event alone, nearly, to all alike: what tuning tries."""
@@ -96,6 +94,7 @@ class Baseline(Generic[C, M]):
         AT_ANSWER: Parameters that are read when answering and not by ``fit``: see `with_config`.
         looked_at: Users whose validation interactions chose something of it, an epoch or a parameter; they do not weigh
             it in a fusion.
+        recalled: Seconds that its fit took when it was made, where it was kept from then; else 0.
         Config: Its parameters with their defaults and bounds.
     """
 
@@ -108,6 +107,7 @@ class Baseline(Generic[C, M]):
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()
     Config: type[C]
     looked_at: frozenset[str] = frozenset()
+    recalled: float = 0.0
 
     def __init__(self, config: C | None = None, *, seed: int = 0) -> None:
         """Set up.

@@ -77,6 +77,15 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         np.fill_diagonal(weights, 0.0)
         self._model = _Linear(catalogue, warm, weights)
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the weights, shape (warm, warm)."""
+        return {"weights": self._fitted.weights}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        catalogue = Catalogue.of(data)
+        self._model = _Linear(catalogue, Warm.of(Log.of(data, catalogue), catalogue), state["weights"])
+
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the sums of weights for every request, shape (n, items)."""
         model = self._fitted

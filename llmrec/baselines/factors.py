@@ -91,16 +91,29 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
         """
         warm, binary = _training(data)
         with _pinned():
-            library = require("implicit.cpu.als", "baselines").AlternatingLeastSquares(
-                factors=self._config.factors,
-                regularization=self._config.regularization,
-                alpha=self._config.alpha,
-                iterations=self._config.iterations,
-                num_threads=self._config.threads,
-                random_state=self._seed,
-            )
+            library = self._library()
             library.fit(binary, show_progress=False)
         self._model = _Vectors(warm.catalogue, warm, np.asarray(library.item_factors), library)
+
+    def _library(self) -> Any:
+        return require("implicit.cpu.als", "baselines").AlternatingLeastSquares(
+            factors=self._config.factors,
+            regularization=self._config.regularization,
+            alpha=self._config.alpha,
+            iterations=self._config.iterations,
+            num_threads=self._config.threads,
+            random_state=self._seed,
+        )
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the vectors of the warm items, shape (warm, factors)."""
+        return {"vectors": self._fitted.vectors}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        warm, library = _warm(data), self._library()
+        library.item_factors = state["vectors"]
+        self._model = _Vectors(warm.catalogue, warm, state["vectors"], library)
 
     def item_vectors(self) -> dict[str, NDArray[np.float32]]:
         """Return the vector of each item with training interactions, by its id, shape (factors,)."""
@@ -173,6 +186,15 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
         # The package keeps the bias in a last column.
         self._model = _Vectors(warm.catalogue, warm, np.ascontiguousarray(library.item_factors[:, :-1]), None)
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the vectors of the warm items, shape (warm, factors)."""
+        return {"vectors": self._fitted.vectors}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        warm = _warm(data)
+        self._model = _Vectors(warm.catalogue, warm, state["vectors"], None)
+
     def item_vectors(self) -> dict[str, NDArray[np.float32]]:
         """Return the vector of each item with training interactions, by its id, shape (factors,)."""
         return self._fitted.by_item()
@@ -190,6 +212,11 @@ def _means(weights: Any, vectors: NDArray[np.float32]) -> NDArray[np.floating[An
     whole = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
     means: NDArray[np.floating[Any]] = (sparse.diags_array(1 / whole) @ weights) @ vectors
     return means
+
+
+def _warm(data: SplitDataset) -> Warm:
+    catalogue = Catalogue.of(data)
+    return Warm.of(Log.of(data, catalogue), catalogue)
 
 
 def _training(data: SplitDataset) -> tuple[Warm, Any]:

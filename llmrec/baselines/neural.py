@@ -71,7 +71,7 @@ class NeuralConfig(Section):
         description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
         "a look at the validation split",
     )
-    quiet: bool = Field(False, description="no progress on the standard error")
+    quiet: bool = Field(False, description="no progress line on the standard error")
 
     @property
     def half(self) -> bool:
@@ -133,6 +133,22 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """Return the logits after each history, shape (n, items)."""
         return self._fitted.scores(requests)
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the weights and the epoch, as arrays."""
+        return {"epochs": np.array([self._fitted.epochs]), **weights_of(self._fitted.network)}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        catalogue = Catalogue.of(data)
+        warm = Warm.of(Log.of(data, catalogue), catalogue)
+        with require("torch", "baselines").random.fork_rng(devices=[]):
+            network = self._build(len(warm.places))
+        put_back(network, state)
+        epochs, looked_at = int(state["epochs"][0]), stopped_by(stop_cases(data, self._config, _STOP_CASES))
+        most = self._config.max_len
+        self._model = Trained(catalogue, warm, network, self._encode, most, epochs, looked_at, self.name)
+        self.looked_at = looked_at
+
     def _build(self, items: int) -> Any:
         raise NotImplementedError
 
@@ -165,7 +181,7 @@ def train(
     events = Log.of(data, catalogue)
     warm = Warm.of(events, catalogue)
     sequences = _sequences(warm.log(events), config.max_len)
-    cases = [] if config.patience is None else ranking_cases(data, _STOP_CASES)
+    cases = stop_cases(data, config, _STOP_CASES)
     # Seeds torch for this fit alone, and leaves the caller's stream as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -176,8 +192,30 @@ def train(
         rng = np.random.default_rng(seed)
         batches = partial(_batches, sequences, config.batch, rng)
         epoch = until_best(model, cases, config, lambda optimiser: _epoch(network, encode, batches(), optimiser, loss))
-    looked_at = frozenset(case.request.user_id for case in cases)
-    return replace(model, epochs=epoch, looked_at=looked_at)
+    return replace(model, epochs=epoch, looked_at=stopped_by(cases))
+
+
+def stop_cases(data: SplitDataset, config: NeuralConfig, most: int) -> Sequence[Case]:
+    """Return the validation cases that decide when training stops; none where it does not look."""
+    return [] if config.patience is None else ranking_cases(data, most)
+
+
+def stopped_by(cases: Sequence[Case]) -> frozenset[str]:
+    """Return the users of cases."""
+    return frozenset(case.request.user_id for case in cases)
+
+
+def weights_of(network: Any) -> dict[str, NDArray[Any]]:
+    """Return the weights of a network as arrays."""
+    return {f"network.{name}": tensor.detach().numpy() for name, tensor in network.state_dict().items()}
+
+
+def put_back(network: Any, state: Mapping[str, NDArray[Any]]) -> None:
+    """Put weights into a network that was built for them, which from then on is asked and not trained."""
+    torch = require("torch", "baselines")
+    own = {name.removeprefix("network."): array for name, array in state.items() if name.startswith("network.")}
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in own.items()})
+    network.eval()
 
 
 class Learner(CatalogueScorer, Protocol):

@@ -12,8 +12,15 @@ from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Decay, Log, ScoredBaseline, counts, fading
 from llmrec.baselines.item_texts import LSA, WHITENINGS, Turned, WhitenedConfig, text_vectors, texts_of
-from llmrec.baselines.neural import NeuralConfig, over_all, until_best
-from llmrec.baselines.tuning.validation import ranking_cases
+from llmrec.baselines.neural import (
+    NeuralConfig,
+    over_all,
+    put_back,
+    stop_cases,
+    stopped_by,
+    until_best,
+    weights_of,
+)
 from llmrec.errors import RecipeError, require
 from llmrec.models.text_encoder import find_encoder
 from llmrec.models.tuned_encoder import TunedEncoder
@@ -151,7 +158,7 @@ class Tower(ScoredBaseline[TowerConfig, Towers]):
         vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
         events = Log.of(data, catalogue)
         popular = counts(events, catalogue)
-        cases = [] if config.patience is None else ranking_cases(data, _STOP_CASES)
+        cases = stop_cases(data, config, _STOP_CASES)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             network = _network(vectors.shape[1], config.dim)
@@ -161,8 +168,25 @@ class Tower(ScoredBaseline[TowerConfig, Towers]):
             rows, rng = _rows(events, config.max_len), np.random.default_rng(self._seed)
             until_best(model, cases, config, lambda optimiser: epoch_of(model, rows, optimiser, rng))
             self._tune(model, data, texts, rows, cases)
-        self.looked_at = frozenset(case.request.user_id for case in cases)
+        self.looked_at = stopped_by(cases)
         self._model = model
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the maps and the vectors of the items, as arrays."""
+        return {"vectors": self._fitted.vectors.detach().numpy(), **weights_of(self._fitted.network)}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        torch, config = require("torch", "baselines"), self._config
+        catalogue = Catalogue.of(data)
+        popular = counts(Log.of(data, catalogue), catalogue)
+        vectors = torch.from_numpy(state["vectors"])
+        with torch.random.fork_rng(devices=[]):
+            network = _network(vectors.shape[1], config.dim)
+        put_back(network, state)
+        shares = popular / popular.max(initial=1.0)
+        self._model = Towers(catalogue, vectors, np.flatnonzero(popular), shares, network, config)
+        self.looked_at = stopped_by(stop_cases(data, config, _STOP_CASES))
 
     def _tune(
         self, model: Towers, data: SplitDataset, texts: Turned, rows: Sequence[NDArray[np.int64]], cases: Sequence[Case]

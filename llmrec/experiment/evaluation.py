@@ -282,6 +282,8 @@ class Evaluation:
             used = self._weighing.choosing(baseline.name, data)
             parameters = {**baseline.parameters, **options}
             self._fitted[key] = fitted(baseline.name, parameters, used, seed=seed, where=where)
+            # A fit that is kept from before costs what it cost then.
+            self._budget.add("baselines", self._fitted[key].recalled)
         return Made(self._evaluate(spec, self._fitted[key]), "numpy", weighing=self._said(spec, self._fitted[key]))
 
     def _weighers(self, spec: RowSpec) -> list[Case]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmrec.baselines.fits.store import Storable, keep, keeps, key_of, recall
 from llmrec.baselines.parameters import make
 from llmrec.progress import Bar
 
@@ -21,7 +23,7 @@ def fitted(
     like: Sequence[Any] = (),
     where: str = "parameters",
 ) -> Any:
-    """Return a fitted baseline; a log shows that the fit goes on.
+    """Return a fitted baseline: one that is kept from before, or a new one, whose log shows that the fit goes on.
 
     Args:
         name: Of the baseline.
@@ -38,7 +40,16 @@ def fitted(
     model = make(name, parameters, seed=seed, where=where)
     for other in like:
         if other.config.model_dump(exclude=model.AT_ANSWER) == model.config.model_dump(exclude=model.AT_ANSWER):
-            return other.with_config(model.config)
+            same = other.with_config(model.config)
+            same.recalled = 0.0
+            return same
+    key = key_of(model, parameters, data, seed) if isinstance(model, Storable) and keeps() else None
+    if key is not None and (seconds := recall(model, key, data)) is not None:
+        model.recalled = seconds
+        return model
+    begin = time.monotonic()
     with Bar(f"fitting {name}", None, quiet=bool(getattr(model.config, "quiet", False))):
         model.fit(data)
+    if key is not None:
+        keep(model, key, time.monotonic() - begin)
     return model

@@ -70,11 +70,13 @@ class Tuned:
         trials: Every point, in the order that they were tried.
         metric: ``NDCG@10`` over the whole catalogue, higher is better; for ratings ``RMSE`` and for yes/no answers
             ``LogLoss``, lower is better.
+        recalled: Seconds that fits took which were kept from before.
     """
 
     choices: Mapping[str, Choice]
     trials: tuple[Trial, ...]
     metric: str
+    recalled: float = 0.0
 
     @property
     def parameters(self) -> Parameters:
@@ -132,7 +134,7 @@ def tune(
         if model is not None and len(search.trials) > 1:
             model.looked_at |= frozenset(data.valid["user_id"].to_list())
         choices[table] = Choice(best.parameters, borders(made.Config, declared, best.parameters), model)
-    return Tuned(choices=choices, trials=tuple(search.trials), metric=metric)
+    return Tuned(choices=choices, trials=tuple(search.trials), metric=metric, recalled=search.recalled)
 
 
 @dataclass
@@ -147,6 +149,7 @@ class _Search:
     kept: Callable[[Sequence[Trial]], None]
     fits: int | None
     trials: list[Trial]
+    recalled: float = 0.0
     _models: dict[str, tuple[Trial, Any]] = field(default_factory=dict)
     _last: Any = None
 
@@ -170,6 +173,7 @@ class _Search:
     def _try(self, point: dict[str, Any]) -> Trial:
         like = [self._last, *(model for _, model in self._models.values())]
         model = fitted(self.name, point, self.data, seed=self.seed, like=[each for each in like if each is not None])
+        self.recalled += model.recalled
         trial = Trial(point, self.measure(model, point))
         log.info("%s %s: validation %s %s", self.name, point, self.metric, trial.values)
         self.trials.append(trial)

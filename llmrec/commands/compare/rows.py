@@ -65,7 +65,7 @@ class SuiteModels:
         suite: The suite.
         folder: Where models and their rankings are kept, so that a killed suite goes on.
         chosen: Parameters of the rows that are done, by label and table.
-        earlier: Seconds of training that earlier calls spent on the models of this one.
+        earlier: Seconds that earlier calls spent on the models and fits of this one.
     """
 
     suite: Suite
@@ -98,6 +98,7 @@ class SuiteModels:
             model = known[0] if known else self._tuned(row, self.choosing(data), seed)
         else:
             model = fitted(row.baseline, parameters, self.choosing(data), seed=seed, like=known)
+            self.earlier += model.recalled
         self.keep(row, data, seed, model)
         return model
 

@@ -101,7 +101,7 @@ def make_row(
             if row.baseline
             else contenders.choose(row, splits[first], tables_of(suite))
         )
-        seconds["tune"] = time.monotonic() - begin
+        seconds["tune"] = time.monotonic() - begin + tuned.recalled
         seeds = suite.seeds if contenders.stochastic(row) else suite.seeds[:1]
         measure = partial(_measured, contenders, row, tuned, seconds)
         # Tuning has fitted the chosen point with the first seed.

@@ -1,0 +1,200 @@
+"""Keeps what expensive fits made, by a hash of all that can change it, so that another run or suite reads it back.
+
+Files are safetensors in ``fits`` of the cache folder; the least recently used go first where they outgrow `LIMIT`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from llmrec.baselines.item_texts import LSA, STORE
+from llmrec.baselines.parameters import stores_of
+from llmrec.errors import RecipeError
+from llmrec.machine import versions
+from llmrec.models.load import cpu_has_bf16
+from llmrec.models.text_encoder import find_encoder
+from llmrec.resources import cache_dir
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+    State = Mapping[str, NDArray[Any]]
+
+log = logging.getLogger(__name__)
+
+SWITCH = "LLMREC_FITS"
+"""The environment variable: how many GiB are kept, or ``off``."""
+LIMIT = 4.0
+"""GiB that are kept by default."""
+LEAST = 2.0
+"""Seconds that a fit must have taken to be kept; reading it back would gain nothing otherwise."""
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+# What makes a fit: a change in any of these files is another fit.
+_CODE = ("baselines", "data/codes.py", "data/split.py", "index/semantic.py", "models/embedder.py")
+# Parameters that say how a fit is shown.
+_SHOWN = {"quiet"}
+
+
+@runtime_checkable
+class Storable(Protocol):
+    """A baseline whose fit is worth keeping."""
+
+    name: str
+    AT_ANSWER: frozenset[str]
+
+    def state(self) -> State:
+        """Return what ``fit`` made, as arrays; nothing that can be made of the data at once, and no user's id."""
+        ...
+
+    def restore(self, data: SplitDataset, state: State) -> None:
+        """Put back what `state` returned, in place of a fit to the same data."""
+        ...
+
+
+def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: int) -> str:
+    """Return a hash of all that can change a fit: data and split, baseline and parameters, texts, code and versions."""
+    config = model.config.model_dump(mode="json", exclude=model.AT_ANSWER | _SHOWN)
+    encoder = str(config.get("encoder", LSA))
+    inputs = {
+        "name": model.name,
+        "config": config,
+        "seed": seed,
+        "data": data.fingerprint,
+        "stores": stores_of(model.name, parameters),
+        "encoder": find_encoder(encoder)[1] if encoder != LSA and not encoder.startswith(STORE) else None,
+        "bf16": cpu_has_bf16(),
+        "versions": {**versions(), "implicit": _version("implicit")},
+        "code": _code(),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def keeps() -> bool:
+    """Whether fits are kept at all.
+
+    Raises:
+        RecipeError: If the switch says nothing that is known.
+    """
+    return _limit() > 0
+
+
+def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
+    """Put a kept fit back into a baseline, and return the seconds that it took; None if there is none."""
+    path = _path(model, key)
+    if not path.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            told = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if told.get("key") != key or told.get("sha256") != _digest(state):
+            raise ValueError("it is not what was stored")
+        model.restore(data, state)
+        seconds = float(told["seconds"])
+        os.utime(path)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        log.warning("the kept fit %s cannot be used (%s); %s is fitted again", path, error, model.name)
+        return None
+    log.info("%s: its fit is kept in %s, and not made again", model.name, path)
+    return seconds
+
+
+def keep(model: Storable, key: str, seconds: float) -> None:
+    """Keep a fit, where it took long and fits the limit; one that cannot be written is fitted again another time."""
+    limit = _limit()
+    state = model.state() if seconds >= LEAST else {}
+    if not state or sum(array.nbytes for array in state.values()) > limit:
+        return
+    from safetensors.numpy import save_file
+
+    path = _path(model, key)
+    told = {"key": key, "seconds": repr(seconds), "sha256": _digest(state)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # A name of its own: several processes may keep the same fit at once.
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".draft")
+        os.close(handle)
+        try:
+            save_file({name: np.asarray(array, order="C") for name, array in state.items()}, draft, metadata=told)
+            Path(draft).replace(path)
+        finally:
+            Path(draft).unlink(missing_ok=True)
+        _trim(path.parent, limit)
+    except OSError as error:
+        log.warning("the fit of %s cannot be kept in %s (%s)", model.name, path.parent, error)
+
+
+def _trim(folder: Path, limit: float) -> None:
+    """Remove the least recently used fits until the rest is within the limit."""
+    kept = sorted(((file.stat().st_mtime, file) for file in folder.glob("*.safetensors")), reverse=True)
+    size = 0
+    for _, file in kept:
+        size += file.stat().st_size
+        if size > limit:
+            file.unlink(missing_ok=True)
+
+
+def _path(model: Storable, key: str) -> Path:
+    return cache_dir() / "fits" / f"{model.name}-{key[:32]}.safetensors"
+
+
+def _limit() -> float:
+    """Return how many bytes are kept; 0: none.
+
+    Raises:
+        RecipeError: If the switch is no number.
+    """
+    said = os.environ.get(SWITCH, "").strip().lower()
+    try:
+        size = 0.0 if said == "off" else float(said or LIMIT)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < float("inf"):
+        raise RecipeError(
+            f"{SWITCH} is {said[:40]!r}; write how many GiB of fits are kept, such as 4, or off",
+            kind="bad-value",
+            column=SWITCH,
+        )
+    return size * 2**30
+
+
+def _digest(state: State) -> str:
+    found = hashlib.sha256()
+    for name, array in sorted(state.items()):
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(np.asarray(array, order="C").tobytes())
+    return found.hexdigest()
+
+
+@cache
+def _code() -> str:
+    found = hashlib.sha256()
+    for part in _CODE:
+        path = _PACKAGE / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            found.update(file.relative_to(_PACKAGE).as_posix().encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+"""Fits that are kept: the same scores to the last bit, by a hash of all that can change them, within a bound."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmrec.baselines.fits import store
+from llmrec.baselines.fits.fitting import fitted
+from llmrec.data.split import SplitDataset
+from llmrec.errors import RecipeError
+from llmrec.types import Event, Request
+from tests.baselines.test_baselines_neural import _ring
+from tests.facts import Facts, raises
+
+pytest.importorskip("torch")
+NEURAL = {"quiet": True, "epochs": 3, "dim": 8}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "ease": {},
+    "als": {"factors": 8},
+    "bpr": {"factors": 8, "iterations": 5},
+    "sasrec": NEURAL,
+    "gru4rec": {**NEURAL, "patience": None},
+    "tower": NEURAL,
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> SplitDataset:
+    found = _ring(users=60)
+    items = {
+        name: replace(item, title=f"number {name} of {int(name[1:]) % 7}") for name, item in found.dataset.items.items()
+    }
+    return replace(found, dataset=replace(found.dataset, items=items))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    monkeypatch.setenv(store.SWITCH, "1")
+    monkeypatch.setattr(store, "LEAST", 0.0)
+    return tmp_path / "fits"
+
+
+def requests() -> list[Request]:
+    histories = [(), ("i01",), ("i03", "i07", "i02"), ("nothing",)]
+    return [Request(id=str(n), user_id="u", history=tuple(map(_event, each))) for n, each in enumerate(histories)]
+
+
+def _event(item: str) -> Event:
+    return Event(item_id=item)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_kept_fit_gives_the_same_scores_to_the_last_bit(
+    data: SplitDataset, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = fitted(name, PARAMETERS[name], data, seed=3)
+    assert made.recalled == 0.0 and len(list(folder.glob(f"{name}-*.safetensors"))) == 1
+    monkeypatch.setattr(type(made), "fit", lambda *given: pytest.fail("it was fitted again"))
+    found = fitted(name, PARAMETERS[name], data, seed=3)
+    assert found.recalled > 0 and found.looked_at == made.looked_at and found.items == made.items
+    for model in (made, found):
+        assert model.scores(requests()).dtype == made.scores(requests()).dtype
+    assert np.array_equal(found.scores(requests()), made.scores(requests()))
+    assert found.answer(requests()) == made.answer(requests())
+    again = found.state()
+    assert all(np.array_equal(again[key], value) for key, value in made.state().items())
+
+
+def test_parameters_of_answers_share_a_fit(data: SplitDataset, folder: Path) -> None:
+    fitted("als", {"factors": 8}, data, seed=0)
+    solved = fitted("als", {"factors": 8, "user": "solve"}, data, seed=0)
+    fresh = type(solved)(solved.config, seed=0)
+    fresh.fit(data)
+    assert solved.recalled > 0 and np.array_equal(solved.scores(requests()), fresh.scores(requests()))
+
+
+def test_whatever_can_change_a_fit_makes_another(
+    data: SplitDataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted("ease", {}, data, seed=0)
+    others: list[tuple[dict[str, Any], SplitDataset, int]] = [
+        ({"penalty": 9.0}, data, 0),
+        ({}, data, 1),
+        ({}, _ring(users=61), 0),
+        ({}, replace(data, train=data.train.head(300)), 0),
+    ]
+    for count, (parameters, used, seed) in enumerate(others, start=2):
+        assert fitted("ease", parameters, used, seed=seed).recalled == 0.0
+        assert len(list(folder.iterdir())) == count
+    monkeypatch.setattr(store, "_code", lambda: "other code")
+    assert fitted("ease", {}, data, seed=0).recalled == 0.0
+
+
+def test_what_is_damaged_is_fitted_again(data: SplitDataset, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fitted("ease", {}, data, seed=0)
+    (file,) = folder.iterdir()
+    whole = bytearray(file.read_bytes())
+    for torn in (bytes(whole[:-8]) + b"\1" * 8, bytes(whole[: len(whole) // 2]), b""):
+        file.write_bytes(torn)
+        with caplog.at_level(logging.WARNING):
+            assert fitted("ease", {}, data, seed=0).recalled == 0.0
+        assert str(file) in caplog.text
+        caplog.clear()
+    assert fitted("ease", {}, data, seed=0).recalled > 0
+
+
+def test_the_folder_is_bounded_and_the_last_used_stay(
+    data: SplitDataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted("ease", {"penalty": 1.0}, data, seed=0)
+    (first,) = folder.iterdir()
+    size = first.stat().st_size
+    monkeypatch.setenv(store.SWITCH, str(2.5 * size / 2**30))
+    fitted("ease", {"penalty": 2.0}, data, seed=0)
+    assert fitted("ease", {"penalty": 1.0}, data, seed=0).recalled > 0
+    fitted("ease", {"penalty": 3.0}, data, seed=0)
+    assert len(list(folder.iterdir())) == 2 and first.exists()
+    monkeypatch.setenv(store.SWITCH, str(0.5 * size / 2**30))
+    fitted("ease", {"penalty": 4.0}, data, seed=0)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_quick_fits_cheap_baselines_and_the_switch_keep_nothing(
+    data: SplitDataset, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted("popularity", {}, data, seed=0)
+    monkeypatch.setattr(store, "LEAST", 1000.0)
+    fitted("ease", {}, data, seed=0)
+    monkeypatch.setattr(store, "LEAST", 0.0)
+    monkeypatch.setenv(store.SWITCH, "off")
+    fitted("ease", {}, data, seed=0)
+    assert not folder.exists()
+    for wrong in ("many", "-1", "nan"):
+        monkeypatch.setenv(store.SWITCH, wrong)
+        with raises(RecipeError, Facts(kind="bad-value", column=store.SWITCH)):
+            fitted("ease", {}, data, seed=0)
+
+
+def test_no_user_stands_in_a_kept_fit(data: SplitDataset, folder: Path) -> None:
+    fitted("sasrec", NEURAL, data, seed=0)
+    (file,) = folder.iterdir()
+    assert all(user.encode() not in file.read_bytes() for user in data.users())
