@@ -79,7 +79,6 @@ class Single:
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
         """Return the recommender, fitted to the interactions of the other parts; see `Finder`."""
-        made = lookup(BASELINES, self.name, "baseline")
         if stops_early(self.name):
             raise RecipeError(
                 f"eval.candidates.retriever: {self.name} chooses its epoch on the validation split, and the lists of "
