@@ -135,9 +135,10 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
             seed=int(found["seed"]),
             tuned=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{stored} cannot be read ({type(error).__name__}: {error}); export the run again",
+            f"{stored} cannot be read ({type(error).__name__}: {reason}); export the run again",
             kind="damaged",
             at=stored,
         ) from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmrec.durable import MANIFEST, sha256_of
-from llmrec.errors import ModelError, did_you_mean, require
+from llmrec.errors import LlmrecError, ModelError, did_you_mean, require
 from llmrec.models.from_scratch import made
 from llmrec.models.tensors import load_whole
 from llmrec.models.traits import auto_class
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 BUNDLE = "llmrec.json"
 """How the model was tuned, beside its weights; see `llmrec.experiment.bundle`."""
+# What no model has 0 of.
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
 _ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".py"})
 
 
@@ -219,6 +221,7 @@ def load_tokenizer(folder: str, section: ModelSection) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+        tokenizer("a")  # what is odd in its settings shows at the first text
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -275,9 +278,13 @@ def load_config(folder: str, section: ModelSection) -> Any:
     """Load a model's configuration."""
     transformers = require("transformers", "train")
     with _as_model_error(section, folder, "configuration"):
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+        for name in _SIZES:
+            if (size := getattr(config, name, 1)) is not None and size < 1:
+                raise ValueError(f"config.json says {name}={size}")
+        return config
 
 
 def release_memory() -> None:
@@ -329,11 +336,16 @@ def _hashed(file: Path, *status: int) -> str:
 
 @contextmanager
 def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[None]:
-    """Turn a library's many ways to refuse a model into one line; programming errors pass."""
-    safetensors = require("safetensors", "train")
+    """Turn a library's many ways to refuse a model into one line.
+
+    A file of another form, sizes of 0 and odd values end in any exception there is, so none is left out: whatever
+    transformers stumbles over, it is this folder that it cannot load.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+    except (LlmrecError, MemoryError):
+        raise
+    except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
             f"the {part} of model {section.name} cannot be loaded from {folder}: {reason[:400]}; "
