@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmrec import __version__
+from llmrec.commands.ending import mend_of, told_of_signals
 from llmrec.commands.features.app import app as features
 from llmrec.commands.init.options import InitOptions
 from llmrec.commands.options import takes
@@ -18,13 +18,9 @@ from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.console import finish, readable, say, short, show
-from llmrec.errors import LlmrecError
 
 if TYPE_CHECKING:
     from llmrec.recipe.schema import Recipe
-
-# What a user can mend: no space, no permission, a file system that is full or read-only.
-_MENDABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE})
 
 app = typer.Typer(
     name="llmrec",
@@ -384,11 +380,17 @@ def init(options: InitOptions) -> None:
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    security: Annotated[
+        bool,
+        typer.Option(
+            "--security", help="Look for what is outdated or unsafe instead: packages, weights, modes, keys, services."
+        ),
+    ] = False,
 ) -> None:
     """Check versions, hardware, model and data, one line each with the mend; exit code 1 if something is wrong."""
     from llmrec.commands.doctor.told import tell
 
-    if tell(as_json=as_json):
+    if tell(as_json=as_json, security=security):
         raise typer.Exit(1)
 
 
@@ -425,19 +427,15 @@ def _root(
 
 def main() -> None:
     """Run the command line; expected failures print one paragraph and exit with 2."""
-    try:
-        app()
-    except LlmrecError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in _MENDABLE:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.stderr.write(
-            f"error: {error.strerror}{where}; mend this and run the same command again: it goes on where it stopped\n"
-        )
-        sys.exit(2)
+    with told_of_signals():
+        try:
+            app()
+        except Exception as error:
+            said = mend_of(error)
+            if not said:
+                raise
+            sys.stderr.write(f"error: {said}\n")
+            sys.exit(2)
 
 
 def _recipe(path: str, overrides: list[str] | None) -> Recipe:

@@ -6,12 +6,13 @@ import json
 
 from llmrec import __version__
 from llmrec.commands.doctor.checks import examine
+from llmrec.commands.doctor.security import examine as secured
 from llmrec.commands.show.console import say
 
 
-def tell(*, as_json: bool) -> bool:
+def tell(*, as_json: bool, security: bool = False) -> bool:
     """Print what was found, a line each or one JSON object; returns whether something is wrong."""
-    found = list(examine())
+    found = list(secured() if security else examine())
     if as_json:
         rows = [{"name": f.name, "level": f.level, "found": f.found, "mend": f.mend, "note": f.note} for f in found]
         say(json.dumps({"llmrec": __version__, "findings": rows}, indent=1, ensure_ascii=False))
