@@ -38,22 +38,23 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
         if self._depth >= MOST_NESTED:
-            raise OutOfBounds(problem=f"nested more than {MOST_NESTED} deep", problem_mark=event.start_mark)
+            raise OutOfBounds(problem=f"nested more than {MOST_NESTED} deep", problem_mark=mark)
         before = self._values
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise OutOfBounds(problem="an alias inside of what it stands for", problem_mark=event.start_mark)
+                raise OutOfBounds(problem="an alias inside of what it stands for", problem_mark=mark)
             self._values += self._sizes[id(node)]
         else:
             self._values += 1
             self._sizes[id(node)] = self._values - before
         if self._values > MOST_VALUES:
-            raise OutOfBounds(problem=f"it unfolds to more than {MOST_VALUES:,} values", problem_mark=event.start_mark)
+            raise OutOfBounds(problem=f"it unfolds to more than {MOST_VALUES:,} values", problem_mark=mark)
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:

@@ -180,7 +180,8 @@ def _cut(stream: Any) -> Iterator[bytes | None]:
     """Yield lines; reading by blocks, since a file may have millions of empty ones."""
     # Of the line at hand: what was read of it, until it is too long. Bytes that are added to one by one are copied
     # with every block.
-    rest, size = [], 0
+    rest: list[bytes] = []
+    size = 0
     while chunk := stream.read(_CHUNK):
         first, *others = chunk.split(b"\n")
         size += len(first)
