@@ -334,7 +334,7 @@ def _read(file: Path) -> Template:
     if file.stat().st_size > 4 * SOURCE_LIMIT:
         raise RecipeError.at(file, "too-large", f": longer than {4 * SOURCE_LIMIT} bytes; a template is one short page")
     page, places = read_page(file)
-    values: dict[str, Any] = dict(page)
+    values: Mapping[str, Any] = page
     for key in values:
         if key not in _ALL_KEYS:
             place, known = places.get((str(key),), Place(str(file), line=1)), ", ".join(_ALL_KEYS)
