@@ -21,7 +21,7 @@ help:
 	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the tests that make test skips: killed engines, real servers"
-	@echo "make lint         ruff, mypy, import-linter; hadolint for docker/; schemas for compose files, CITATION.cff and workflows"
+	@echo "make lint         ruff, mypy, import-linter, licences; schemas for docker/, CITATION.cff and workflows, hadolint if there"
 	@echo "make check-resolution   ask the package index what a set-up for a GPU would install (needs the network)"
 	@echo "make check-lowest     ask the package index whether the lowest allowed versions go together (needs the network)"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
@@ -82,7 +82,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.structure
-	@test ! -x $(BIN)/hadolint || (set -x; $(BIN)/hadolint docker/Dockerfile.*)
+	$(BIN)/python -m tests.licences
+	@! command -v hadolint >/dev/null || (set -x; hadolint docker/Dockerfile.*)
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.serve.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

@@ -348,11 +348,18 @@ def predict(options: PredictOptions) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    security: Annotated[
+        bool,
+        typer.Option(
+            "--security", help="Look for what is outdated or unsafe instead: packages, weights, modes, keys, services."
+        ),
+    ] = False,
+) -> None:
     """Check versions, hardware, model and data, one line each with the mend; exit code 1 if something is wrong."""
     from llmrec.commands.doctor.told import healthy
 
-    if not healthy():
+    if not healthy(security=security):
         raise typer.Exit(1)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from llmrec.errors import LlmrecError
+from llmrec.errors import ErrorKind, LlmrecError
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 """What a JSON file, a request or a page of YAML can hold."""
@@ -55,6 +55,30 @@ def write_json(path: Path, value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     write_text(path, text)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: Path, mend: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        mend: What to do where it is damaged, for the error.
+
+    Raises:
+        LlmrecError: If it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise LlmrecError(f"{path} cannot be read ({error.strerror}); {mend}", kind=kind, at=path) from None
+    except (ValueError, RecursionError) as error:
+        raise LlmrecError(f"{path} is no JSON ({error}); {mend}", kind="damaged", at=path) from None
+    if not isinstance(found, dict):
+        raise LlmrecError(
+            f"{path} holds a {type(found).__name__} where an object is expected; {mend}", kind="damaged", at=path
+        )
+    return found
 
 
 def sha256_of(file: Path) -> str:

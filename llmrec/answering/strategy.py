@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from llmrec.answering.task import task_of
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.experiment.bundle import Bundle
+from llmrec.recipe.pages import value_of
 from llmrec.recipe.schema import EvalSection
 from llmrec.registry import STRATEGIES, is_plugin, keys_of, options_of
 from llmrec.tasks.direct_answers import fits, reader_of, refuse
@@ -184,7 +184,7 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
             )
         if key in values:
             raise RecipeError(f"--set eval.{key}: it stands twice; keep one", kind="duplicate", column=f"eval.{key}")
-        values[key] = _value(text)
+        values[key] = value_of(text, f"eval.{key}")
     try:
         return EvalSection(**values)
     except ValidationError as error:
@@ -216,13 +216,6 @@ def one_of(what: str, name: str, known: Sequence[str]) -> None:
             kind="unknown-name",
             column=f"--{what}",
         )
-
-
-def _value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        return text
 
 
 def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> str:

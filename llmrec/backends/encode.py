@@ -19,8 +19,8 @@ from typing import Any
 
 from llmrec import __version__
 from llmrec.decode.token_tree import Catalogue
-from llmrec.errors import BackendError, DataError
-from llmrec.guard import control_tokens, neutralise
+from llmrec.errors import BackendError, DataError, ModelError
+from llmrec.guard import clean, control_tokens, neutralise
 from llmrec.resources import cache_dir
 from llmrec.types import Completion, Example, Message, Prompt, Segment
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100
 _CACHE_LIMIT = 500_000
+# Characters of the error of a chat template.
+_SHOWN = 200
 _CATALOGUES = 4
 # Texts of a catalogue that is worth a file.
 _LARGE = 20_000
@@ -278,7 +280,7 @@ class Encoder:
             return start + "".join(turn["content"] + "\n\n" for turn in turns)
         try:
             return self._apply(turns)
-        except Exception:
+        except ModelError:
             # Some chat templates know no system role: its words then open the first user turn.
             if turns[0]["role"] != "system" or len(turns) < 2:
                 raise
@@ -286,9 +288,21 @@ class Encoder:
             return self._apply([joined, *turns[2:]])
 
     def _apply(self, turns: list[dict[str, str]], *, answering: bool = True) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False
+            )
+        except Exception as error:
+            # It is a program of whoever made the model, in a sandbox that refuses what it must not do.
+            folder = self.tokenizer.name_or_path
+            reason = clean(str(error), _SHOWN) or type(error).__name__
+            raise ModelError(
+                f"the chat template of {folder} cannot be used: {reason}; put chat_template.jinja (or the one in "
+                "tokenizer_config.json) back as the model's makers wrote it, or name another model",
+                kind="unsupported",
+                at=folder,
+                column="model.name",
+            ) from error
         return text
 
     def _find_end(self) -> int:

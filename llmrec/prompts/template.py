@@ -15,21 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jinja2 import TemplateError
 
 from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.guard import clean, neutralise
 from llmrec.prompts.grammar import FORBIDDEN, Refused, compiled
 from llmrec.prompts.values import Ledger
+from llmrec.recipe.pages import read_page
 from llmrec.resources import resource
 from llmrec.types import Message, Role, Segment
 
 __all__ = ["Template", "clean", "load_templates", "neutralise"]
 
 SOURCE_LIMIT = 16 * 1024
-# That of libyaml reads a tenth as long, where PyYAML was built with it.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
 # What is said about a template; it changes no prompt, and so not the hash.
@@ -337,10 +335,13 @@ def _check_fields(template: Template) -> None:
 
 
 def _read(file: Path) -> Template:
-    values, lines = _read_yaml(file)
+    if file.stat().st_size > 4 * SOURCE_LIMIT:
+        raise RecipeError.at(file, "too-large", f": longer than {4 * SOURCE_LIMIT} bytes; a template is one short page")
+    page, places = read_page(file)
+    values: Mapping[str, Any] = page
     for key in values:
         if key not in _ALL_KEYS:
-            place, known = Place(str(file), line=lines.get(key, 1)), ", ".join(_ALL_KEYS)
+            place, known = places.get((str(key),), Place(str(file), line=1)), ", ".join(_ALL_KEYS)
             rest = f": unknown key {key!r}{did_you_mean(str(key), _ALL_KEYS)}; known: {known}"
             raise RecipeError.at(place, "unknown-key", rest, str(key))
     for key in _NEEDED:
@@ -348,40 +349,9 @@ def _read(file: Path) -> Template:
             raise RecipeError.at(file, "missing-key", f": key {key!r} is missing; add it", key)
     if values["name"] != file.stem:
         rest = f": name is {values['name']!r} but the file is {file.stem!r}; make them equal"
-        raise RecipeError.at(Place(str(file), line=lines.get("name", 1)), "contradiction", rest, "name")
+        raise RecipeError.at(places[("name",)], "contradiction", rest, "name")
     try:
         return Template(**values)
     except RecipeError as fault:
-        place = Place(str(file), line=lines.get(fault.column or "", 1))
+        place = places.get((fault.column or "",), Place(str(file), line=1))
         raise RecipeError(f"{place}: {fault}", kind=fault.kind, at=place, column=fault.column) from None
-
-
-def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        if len(text) > 4 * SOURCE_LIMIT:
-            raise RecipeError.at(
-                file, "too-large", f": longer than {4 * SOURCE_LIMIT} characters; a template is one short page"
-            )
-        tree = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise RecipeError.at(
-            file, "encoding", f": not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = Place(str(file), line=mark.line + 1 if mark else None)
-        problem = getattr(error, "problem", None) or type(error).__name__
-        raise RecipeError.at(place, "syntax", f": not valid YAML ({problem}); check quoting and indentation") from None
-    if not isinstance(values, dict) or not isinstance(tree, yaml.MappingNode):
-        raise RecipeError.at(
-            file, "wrong-format", f": a template is a mapping of keys ({', '.join(_KEYS)}); this file is none"
-        )
-    lines: dict[str, int] = {}
-    for key, _ in tree.value:
-        if str(key.value) in lines:
-            place = Place(str(file), line=key.start_mark.line + 1)
-            raise RecipeError.at(place, "duplicate", f": key {key.value!r} stands twice; keep one", str(key.value))
-        lines[str(key.value)] = key.start_mark.line + 1
-    return values, lines

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmrec.recipe.schema import DataSection, Positive, Section, Value
+from llmrec.recipe.schema import DataSection, Name, Positive, Resamples, Section, Seed, Value
 
 
 class SuiteRow(Section):
@@ -93,7 +93,7 @@ class Suite(Section):
     """A protocol with its data and rows: full ranking of the catalogue, or held-out items rated or judged yes or no."""
 
     task: Literal["ranking", "rating", "ctr"] = Field("ranking", description="ctr: will the user like the item")
-    suite: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    suite: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     plugins: str | None = Field(None, description="folder beside this page with modules of plug-ins; docs/plugins.md")
     data: DataSection
@@ -105,10 +105,10 @@ class Suite(Section):
     )
     cutoffs: tuple[Positive, ...] = Field((5, 10), min_length=1)
     liked: float | None = Field(None, description="ctr: lowest rating that is a yes; None: three quarters up the scale")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the chosen point, where it has any chance")
-    split_seeds: tuple[int, ...] = Field((0,), min_length=1, description="tie rules of the split; several: a range")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of the chosen point, where it has any chance")
+    split_seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="tie rules of the split; several: a range")
     diversity: DiversitySection | None = Field(None, description="ranking: how ILD compares items; None: no ILD")
-    bootstrap: Positive = 2000
+    bootstrap: Resamples = 2000
     users: Positive | None = Field(None, description="evaluated users, the first in seeded order; None: all")
     reserved: float = Field(
         0.5, gt=0, lt=1, description="share of validation users that weigh fusions and choose no parameter or epoch"
@@ -170,7 +170,7 @@ def names_of(pair: AnyPair) -> tuple[str, str]:
 class BenchmarkRun(Section):
     """Runs of one recipe: one for each point of a grid, and each seed."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="its label in tables")
+    name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="its label in tables")
     recipe: str = Field("", description="a recipe page; empty: the benchmark's own")
     overrides: tuple[str, ...] = Field((), description="changed keys, such as eval.arms=[zero-shot]")
     grid: dict[str, tuple[Any, ...]] = Field(
@@ -184,12 +184,12 @@ class BenchmarkRun(Section):
 class Benchmark(Section):
     """Recipes beside each other on the same cases: models, examples, strategies and templates, with what they cost."""
 
-    benchmark: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    benchmark: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     recipe: str = Field("", description="a recipe page for runs that name none")
     overrides: tuple[str, ...] = Field((), description="changed keys of every run")
     runs: tuple[BenchmarkRun, ...] = Field(min_length=1)
-    bootstrap: Positive = 2000
+    bootstrap: Resamples = 2000
     pairs: tuple[tuple[str, str], ...] = Field(
         (), description="planned comparisons: names of rows as the page has them, is the first better than the second"
     )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -16,15 +17,19 @@ from llmrec import plugins
 from llmrec.durable import Json
 from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.pages import KeyPath, read_page, value_of
 from llmrec.recipe.paths import placed
-from llmrec.recipe.plugged import KeyPath, dotted, import_all, located
+from llmrec.recipe.plugged import dotted, import_all, located
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import TASKS
 from llmrec.resources import resource
 
+# Characters of a value that an error repeats.
+_SHOWN = 200
 _END = "...\n"
 STORED = "recipe.yaml"
 """The recipe of a run folder."""
+
 Page = TypeVar("Page", bound=BaseModel)
 
 
@@ -46,7 +51,7 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     """
     file = _find(Path(path), "recipes")
     sought: dict[str, Path] = {}
-    values, lines = _read(file)
+    values, lines = read_page(file)
     placed(values, file.parent, sought)
     values, lines = _on_its_base(file, values, lines, {}, sought)
     return _validated(Recipe, values, lines, file, overrides).looked_for(sought)
@@ -59,7 +64,7 @@ def load_stored(run: Path) -> Recipe:
         RecipeError: As `load_recipe`; or if it names a plug-in that no page of the user's did.
     """
     file = run / STORED
-    values, lines = _read(file)
+    values, lines = read_page(file)
     return _validated(Recipe, values, lines, file, (), given=False)
 
 
@@ -70,7 +75,7 @@ def import_stored(run: Path) -> None:
         RecipeError: As `load_stored`.
     """
     if (run / STORED).is_file():
-        values, lines = _read(run / STORED)
+        values, lines = read_page(run / STORED)
         _import(values, lines, run / STORED, (), given=False)
 
 
@@ -88,7 +93,7 @@ def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Ma
     """
     if not path.is_file():
         raise RecipeError.at(path, "missing-file", " does not exist; give the path of a page")
-    values, lines = _read(path)
+    values, lines = read_page(path)
     values, lines = _on_its_base(path, values, lines, known)
     return _validated(model, {**more, **values}, lines, path, ())
 
@@ -96,21 +101,25 @@ def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Ma
 def _on_its_base(
     file: Path,
     values: dict[str, Json],
-    lines: dict[KeyPath, int],
+    lines: dict[KeyPath, Place],
     known: Mapping[str, Path],
     sought: dict[str, Path] | None = None,
-) -> tuple[dict[str, Json], dict[KeyPath, int]]:
+) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
     """Return a page's values and lines over those of its base, if it names one; ``sought`` is for paths of recipes."""
     base = values.pop("base", None)
     if base is None:
         return values, lines
-    below = known.get(str(base)) or _find(file.parent / str(base), "recipes")
-    base_values, base_lines = _read(below)
-    if sought is not None:
-        placed(base_values, below.parent, sought)
-    if below in known.values():
-        # Those that are shipped with the package end somewhere.
-        base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
+    asking = lines.get(("base",), Place(str(file)))
+    try:
+        below = known.get(str(base)) or _find(file.parent / str(base), "recipes")
+        base_values, base_lines = read_page(below)
+        if sought is not None:
+            placed(base_values, below.parent, sought)
+        if below in known.values():
+            # Those that are shipped with the package end somewhere.
+            base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
+    except RecipeError as error:
+        raise RecipeError(f"{asking}: base: {error}", kind=error.kind, at=error.place, column=error.column) from None
     if "base" in base_values:
         raise RecipeError.at(
             file, "contradiction", f": its base {base} has a base of its own; only one level is read", "base"
@@ -172,7 +181,7 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark
 def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark"]:
     """Tell what a page is: a suite has the key ``suite``, a benchmark ``benchmark``, all others are recipes."""
     try:
-        keys = _read(_find(Path(path), "eval"))[0]
+        keys = read_page(_find(Path(path), "eval"))[0]
     except RecipeError:
         return "recipe"
     return "suite" if "suite" in keys else "benchmark" if "benchmark" in keys else "recipe"
@@ -181,7 +190,7 @@ def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark"]:
 def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> Page:
     """Read a page of those under eval/, which have no base."""
     file = _find(Path(path), "eval")
-    values, lines = _read(file)
+    values, lines = read_page(file)
     return _validated(model, values, lines, file, overrides)
 
 
@@ -198,7 +207,7 @@ def _in_words(overrides: Overrides) -> Sequence[str]:
 def _validated(
     model: type[Page],
     values: dict[str, Json],
-    lines: dict[KeyPath, int],
+    lines: dict[KeyPath, Place],
     file: Path,
     overrides: Overrides,
     *,
@@ -218,7 +227,7 @@ def _validated(
 
 
 def _import(
-    values: Mapping[str, Json], lines: Mapping[KeyPath, int], file: Path, overrides: Sequence[str], *, given: bool
+    values: Mapping[str, Json], lines: Mapping[KeyPath, Place], file: Path, overrides: Sequence[str], *, given: bool
 ) -> None:
     """Import the plug-ins of a page; what is wrong with one is said with its file, line and key."""
     import_all(values, lambda key: _overriding(key, overrides) or _place(key, file, lines), file, given=given)
@@ -236,8 +245,9 @@ def dump(recipe: Recipe) -> str:
 
 
 def _find(path: Path, home: str) -> Path:
-    if path.is_file():
-        return path
+    with suppress(OSError):  # a name that is too long for a file
+        if path.is_file():
+            return path
     if not path.is_absolute() and path.parts and path.parts[0] == home:
         shipped = resource(home).joinpath(*path.parts[1:])
         if shipped.is_file():
@@ -245,49 +255,9 @@ def _find(path: Path, home: str) -> Path:
     folder = Path(*{"recipes": ("recipes",), "eval": ("eval", "suites")}[home])
     shipped = resource(*folder.parts)
     names = sorted((folder / page.relative_to(shipped)).as_posix() for page in shipped.rglob("*.yaml"))
-    raise RecipeError(f"page {path} does not exist; shipped are: {', '.join(names)}", kind="missing-file", at=path)
-
-
-def _read(file: Path) -> tuple[dict[str, Json], dict[KeyPath, int]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise RecipeError.at(
-            file, "encoding", f": not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        place = Place(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
-        raise RecipeError.at(
-            place, "syntax", f": not valid YAML ({error.problem}); check quoting and indentation"
-        ) from None
-    except yaml.YAMLError as error:
-        raise RecipeError.at(file, "syntax", f": not valid YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise RecipeError.at(
-            file,
-            "wrong-format",
-            ": a recipe is a mapping of sections (name, data, tasks, ...), this file is empty or a list",
-        )
-    lines: dict[KeyPath, int] = {}
-    _mark(node, (), lines, file)
-    return values, lines
-
-
-def _mark(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int], file: Path) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            if here in lines:
-                place = Place(str(file), line=key.start_mark.line + 1)
-                raise RecipeError.at(place, "duplicate", f": key {dotted(here)!r} stands twice; keep one", dotted(here))
-            lines[here] = key.start_mark.line + 1
-            _mark(value, here, lines, file)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[(*path, index)] = value.start_mark.line + 1
-            _mark(value, (*path, index), lines, file)
+    raise RecipeError(
+        f"page {_shortened(str(path))} does not exist; shipped are: {', '.join(names)}", kind="missing-file", at=path
+    )
 
 
 def _merge(below: dict[str, Json], above: Mapping[str, Any]) -> dict[str, Json]:
@@ -302,14 +272,11 @@ def _override(values: dict[str, Json], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
-            f"override {override!r} is not of the form key=value, such as train.steps=20",
+            f"override {_shortened(repr(override))} is not of the form key=value, such as train.steps=20",
             kind="syntax",
             column=key.strip() or None,
         )
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        value = text
+    value = value_of(text, key.strip())
     *parents, last = key.strip().split(".")
     here = values
     for parent in parents:
@@ -325,7 +292,7 @@ def _explained(
     error: ValidationError,
     model: type[BaseModel],
     file: Path,
-    lines: Mapping[KeyPath, int],
+    lines: Mapping[KeyPath, Place],
     overrides: Sequence[str],
 ) -> RecipeError:
     """Return one error that says all that is wrong; its facts are those of the first."""
@@ -337,8 +304,10 @@ def _explained(
     said = [_problem(path, detail, model) for path, detail in zip(paths, details, strict=True)]
     places = [_overriding(path, overrides) or _place(path, file, lines) for path in paths]
     place = places[0]
+    below = next((each.file for each in places if isinstance(each, Place) and each.file != str(file)), None)
     return RecipeError(
-        "; ".join(f"{where}: {problem}" for where, problem in zip(places, said, strict=True)),
+        "; ".join(f"{where}: {problem}" for where, problem in zip(places, said, strict=True))
+        + (f"; {below} is the base of {file}" if below else ""),
         kind=_KINDS.get(details[0]["type"], "bad-value"),
         at=place if isinstance(place, Place) else file,
         # A rule over several keys is told to its section, and names the key first.
@@ -360,14 +329,14 @@ def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if mine == key or mine.startswith(key + "."):
-            return f"override of {key}" if _may_be_secret(path) else f"override {override!r}"
+            return f"override of {key}" if _may_be_secret(path) else f"override {_shortened(repr(override))}"
     return ""
 
 
-def _place(path: KeyPath, file: Path, lines: Mapping[KeyPath, int]) -> Place:
-    """Return the line of a key, or else of the section that should hold it."""
+def _place(path: KeyPath, file: Path, lines: Mapping[KeyPath, Place]) -> Place:
+    """Return where a key stands, or else the section that should hold it."""
     known = (path[:length] for length in range(len(path), 0, -1) if path[:length] in lines)
-    return Place(str(file), line=next((lines[part] for part in known), None))
+    return next((lines[part] for part in known), Place(str(file)))
 
 
 def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
@@ -383,7 +352,11 @@ def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
         return message
     if _may_be_secret(path):
         return f"{key}: {message[:1].lower()}{message[1:]}"
-    return f"{key}: {message[:1].lower()}{message[1:]}, got {detail['input']!r}"
+    return f"{key}: {message[:1].lower()}{message[1:]}, got {_shortened(repr(detail['input']))}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 def _may_be_secret(path: KeyPath) -> bool:

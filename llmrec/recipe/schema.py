@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,7 +30,12 @@ from llmrec.errors import did_you_mean
 from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
 from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
 
-Positive = Annotated[int, Field(gt=0)]
+# Bounds keep what is a slip of the pen from filling the memory; no experiment comes near them.
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Resamples = Annotated[int, Field(gt=0, le=100_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rate = Annotated[float, Field(gt=0, le=100)]
+Name = Annotated[str, Field(max_length=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 #: A parameter of a baseline.
 Value = bool | int | float | str | None
@@ -61,7 +67,7 @@ def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
 class Section(BaseModel):
     """Frozen, closed base of every section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 # --------------------------------------------------------------------------- data
@@ -192,7 +198,7 @@ class RQVAEIndex(Section):
     dim: Positive = Field(32, description="of the codebooks")
     epochs: Positive = 300
     batch: Positive = 1024
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: Rate = 1e-3
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss")
 
 
@@ -637,7 +643,7 @@ class TrainSection(Section):
     band: Positive | None = Field(
         None, description="packing: tree, lists: how many lines before its own a token sees; None: all"
     )
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: Rate = 5e-4
     schedule: Literal["linear", "cosine", "constant_with_warmup", "inverse_sqrt"] = Field(
         "linear", description="inverse_sqrt: after the warm-up, 1 over the root of the step (TIGER, section 4)"
     )
@@ -751,7 +757,7 @@ class ServerSection(Section):
     @model_validator(mode="after")
     def _holds_no_secret(self) -> ServerSection:
         # No message repeats a value: it may be a key.
-        if not re.fullmatch(r"https?://[A-Za-z0-9._\[\]:-]+(/[A-Za-z0-9._~%/-]*)?", self.url):
+        if not _is_address(self.url):
             raise ValueError(
                 "eval.server.url: write http://host:port/v1 or https://host/v1, with no user, password or parameters; "
                 "a key belongs into the environment variable that eval.server.key_env names"
@@ -773,6 +779,26 @@ class ServerSection(Section):
         """Return what can change an answer; nothing in it is secret."""
         kept = self.model_dump(mode="json", include={"url", "model", "chat", "thinking_tokens", "extra"})
         return kept | {"url": self.url.rstrip("/")}
+
+
+_ADDRESS = re.compile(
+    r"https?://(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::(?P<port>[0-9]{1,5}))?(?:/[A-Za-z0-9._~%/-]*)?"
+)
+_LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+
+
+def _is_address(url: str) -> bool:
+    """Whether it is http(s)://host[:port][/path] with a name or an IP address as its host, and nothing else."""
+    form = _ADDRESS.fullmatch(url)
+    if form is None or not 0 < int(form["port"] or 80) < 2**16:
+        return False
+    if form["six"] is None:
+        labels = form["name"].removesuffix(".").split(".")
+        return len(form["name"]) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
+    try:
+        return bool(IPv6Address(form["six"]))
+    except ValueError:
+        return False
 
 
 # Keys of a request that decide what is asked, and so are never further ones.
@@ -822,7 +848,7 @@ class EvalSection(Section):
     candidates: CandidateSection = CandidateSection()
     shots: ShotSection = ShotSection()
     cutoffs: tuple[Positive, ...] = Field((1, 5, 10), min_length=1, description="ranks at which HR and NDCG are cut")
-    bootstrap: Positive = Field(2000, description="resamples over users for the 95 % intervals")
+    bootstrap: Resamples = Field(2000, description="resamples over users for the 95 % intervals")
     planned: tuple[tuple[str, str], ...] | None = Field(
         None,
         description="pairs of row ids to test: is the first better than the second; FAMILY/best-baseline is a family's "
@@ -910,9 +936,9 @@ class AugmentSection(Section):
 class Recipe(Section):
     """One experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     prompts: tuple[str, ...] = Field(
         (), description="files and folders of further templates, beside this page or in the working folder"
     )

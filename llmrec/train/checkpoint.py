@@ -13,9 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from llmrec.durable import refuse_link, verifies
+
+# What the Trainer goes on from beside weights; it has torch load these, and nothing else of a checkpoint.
+_STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +63,37 @@ def keep_newest(count: int, checkpoint: Path) -> None:
         shutil.rmtree(old)
 
 
+def _unloadable(checkpoint: Path) -> str:
+    """Say which file of a checkpoint torch would not load, without running anything in it; empty: none.
+
+    Whoever can seal a folder can put pickled objects into it. The Trainer refuses them too, by ending.
+    """
+    for name in _STATES:
+        file = checkpoint / name
+        try:
+            with safe_globals():
+                if file.is_file():
+                    torch.load(file, map_location="cpu", weights_only=True, mmap=file.suffix == ".pt")
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:100]
+            return f"holds {name}, which is no plain state ({reason}),"
+    return ""
+
+
 def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint that verifies, and remove those that do not.
+    """Return the newest checkpoint that verifies and can be loaded, and remove newer ones and those that do not verify.
 
     Raises:
         LlmrecError: If one is a link.
     """
-    sound = []
+    sound: list[Path] = []
     for checkpoint in checkpoints(folder):
-        if verifies(checkpoint):
+        why = "" if verifies(checkpoint) else "was not saved in full"
+        if not why and not sound:
+            why = _unloadable(checkpoint)
+        if not why:
             sound.append(checkpoint)
         else:
-            log.warning("training: %s was not saved in full and is dropped", checkpoint)
+            log.warning("training: %s %s and is dropped", checkpoint, why)
             shutil.rmtree(checkpoint)
     return sound[0] if sound else None

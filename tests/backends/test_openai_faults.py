@@ -12,7 +12,8 @@ import pytest
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.backends.server.client import Spending, Wire, retry_after
+from llmrec.backends.server.client import Wire, retry_after
+from llmrec.backends.server.spending import Spending
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.conftest import make_tokenizer
@@ -125,7 +126,7 @@ def test_brackets_without_end_are_no_json(status: int) -> None:
 
     def respond(request: Any) -> Any:
         code, content = next(bodies)
-        return httpx.Response(code, content=content)
+        return httpx.Response(code, stream=httpx.ByteStream(content))
 
     async def ask() -> str:
         asked = section("http://127.0.0.1:9/v1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,10 +25,12 @@ from llmrec.commands.export.files import verify
 from llmrec.commands.rank.run import rank_file
 from llmrec.data.assemble import read_items
 from llmrec.errors import DataError, LlmrecError
+from llmrec.experiment import audit as audits
 from llmrec.experiment import bundle, runs
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import ModelSection, Recipe
+from llmrec.report import page as pages
 from llmrec.resources import resource
 from tests.answering import rank_cases
 from tests.commands.fake_hub import Hub, serving
@@ -652,3 +655,75 @@ def test_what_a_push_lacks_is_found_before_any_work(run: Path, tmp_path: Path, m
         with raises(LlmrecError, Facts("bad-value", column="--push", says="USER/NAME")):
             write(run, tmp_path / "out", push=name)
     assert not list(tmp_path.glob("out*"))
+
+
+# --------------------------------------------------------------------------- damaged runs
+
+
+_DAMAGE = {
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "null": lambda file: file.write_text("null"),
+    "a list": lambda file: file.write_text("[]"),
+    "empty": lambda file: file.write_text("{}"),
+    "nested": lambda file: file.write_text("[" * 100_000),
+    "bytes": lambda file: file.write_bytes(b"\xff\xfe\0"),
+}
+_BROKEN = ("damaged", "syntax", "wrong-format", "missing-key", "bad-value")
+
+
+@pytest.mark.parametrize("damage", _DAMAGE.values(), ids=_DAMAGE)
+@pytest.mark.parametrize("reader", ["audit", "report", "export"])
+def test_damaged_results_are_one_line(run: Path, tmp_path: Path, reader: str, damage: Callable[[Path], object]) -> None:
+    damage(run / "results.json")
+    with pytest.raises(LlmrecError) as error:
+        if reader == "audit":
+            audits.audit(run)
+        elif reader == "report":
+            pages.write(run)
+        else:
+            write(run, tmp_path / "out")
+    assert error.value.kind in _BROKEN
+    assert (error.value.file or "").endswith("results.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [each for name, each in _DAMAGE.items() if name != "null"])
+def test_a_damaged_bundle_is_one_line(run: Path, tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    damage(run / "merged" / "llmrec.json")
+    for open_it in (lambda: write(run, tmp_path / "out"), lambda: bundle.read(str(run))):
+        with raises(LlmrecError, Facts("damaged", "llmrec.json")):
+            open_it()
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_answers_are_one_line(run: Path) -> None:
+    (run / "predictions.parquet").write_bytes(b"PAR1")
+    with raises(LlmrecError, Facts("damaged", "predictions.parquet", says="llmrec eval")):
+        audits.audit(run)
+    (run / "predictions.parquet").unlink()
+    with raises(LlmrecError, Facts("missing-file", "predictions.parquet")):
+        audits.audit(run)
+
+
+def test_a_run_that_cannot_be_written_to_is_audited_and_left_as_it_is(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    checks = audits.audit(run)
+    assert (run / "audit.json").stat().st_mtime_ns > before[run / "audit.json"]
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    monkeypatch.setattr(audits.os, "access", lambda path, mode: False)
+    logging.getLogger("llmrec").setLevel(logging.WARNING)
+    assert audits.audit(run) == checks
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+    assert "cannot be written to" in caplog.text
+
+
+def test_a_report_does_not_write_through_a_link(run: Path, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(run / "report", tmp_path / "elsewhere"))
+    before = {file.name: file.stat().st_mtime_ns for file in elsewhere.iterdir()}
+    shutil.rmtree(run / "report")
+    (run / "report").symlink_to(elsewhere)
+    with raises(LlmrecError, Facts("unsafe", "report")):
+        pages.write(run)
+    assert {file.name: file.stat().st_mtime_ns for file in elsewhere.iterdir()} == before

@@ -6,6 +6,8 @@ import csv
 import gzip
 import json
 import random
+import resource
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.reading import request_file
 from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_records
 from llmrec.data.reading.request_file import Raw, open_requests
+from llmrec.data.reading.text import read_bytes
 from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError
 from llmrec.types import Item
@@ -440,3 +443,23 @@ def test_many_records_make_several_row_groups(tmp_path: Path) -> None:
     file = pq.ParquetFile(tmp_path / "r.parquet")
     assert file.num_row_groups > 1 and file.metadata.num_rows == count
     assert file.read().column("line").to_pylist() == list(range(count))
+
+
+def test_one_long_line_takes_linear_time(tmp_path: Path) -> None:
+    file = tmp_path / "long.jsonl"
+    file.write_bytes(b"x" * (60 * 2**20))
+    begin = time.process_time()
+    assert [line for line, _ in request_file._lines(file)] == [1]
+    assert time.process_time() - begin < 3
+
+
+def test_a_small_table_reserves_little_memory(tmp_path: Path) -> None:
+    file = tmp_path / "small.csv"
+    file.write_bytes(b"user_id,item_id\n" * 1000)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
+    try:
+        assert read_bytes(file)[0] == file.read_bytes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -12,14 +12,13 @@ import pytest
 from llmrec.data import derived
 from llmrec.data.dataset import Dataset
 from llmrec.data.derived import pseudonyms, sentences
+from llmrec.data.keyphrases import extract
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
-from llmrec.errors import DataError, MissingExtra
+from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection, Filter, Split
 from tests.facts import Facts, raises
 from tests.review_files import FEATURES, marks, records, write
-
-pytest.importorskip("yake", reason="the reviews extra is not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -268,7 +267,19 @@ def test_phrases_are_kept_on_disk_and_a_damaged_file_is_made_again(
     assert derived.keyphrases(texts[:1]) == found[:1]
 
 
-def test_without_the_package_the_install_command_is_printed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "yake", None)
-    with raises(MissingExtra, Facts("not-installed", says="llmrec[reviews]")):
-        section_data(file)
+def test_phrases_follow_case_place_frequency_and_neighbours() -> None:
+    text = (
+        "This guitar strap is comfortable and the leather is thick. The leather strap holds my guitar well, and the "
+        "buckle of the Fender strap is solid. I bought it for $15."
+    )
+    # The scores that the reference implementation of the paper gives this text.
+    assert extract(text, words=2, most=7, alike=0.9) == [
+        (pytest.approx(score, abs=5e-5), phrase)
+        for score, phrase in (
+            *((0.0919, "fender strap"), (0.1158, "leather strap"), (0.1166, "strap"), (0.1419, "guitar strap")),
+            *((0.1483, "leather"), (0.1523, "thick"), (0.1776, "guitar")),
+        )
+    ]
+    assert extract("", words=2, most=7, alike=0.9) == extract("ok 123 the", words=2, most=7, alike=0.9) == []
+    alike = [phrase for _, phrase in extract("Good strings, good string", words=1, most=9, alike=0.9)]
+    assert alike == ["good", "string"]

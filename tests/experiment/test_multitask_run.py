@@ -142,7 +142,6 @@ def test_a_plan_follows_the_mixture(llama_folder: Path) -> None:
 
 
 def test_sizes_are_what_a_family_can_ask_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("yake", reason="the reviews extra is not installed")
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     rows = records()
     for row in rows[::2]:

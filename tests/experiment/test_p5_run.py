@@ -29,7 +29,6 @@ from tests.facts import Facts, raises
 from tests.review_files import records, write
 
 pytest.importorskip("trl", reason="the train extra is not installed")
-pytest.importorskip("yake", reason="the reviews extra is not installed")
 
 PAGE = """
 name: p5

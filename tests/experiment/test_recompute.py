@@ -74,7 +74,6 @@ def runs(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         name: pipeline.run(load_recipe(str(page), list(words)), folder / name, quiet=True)
         for name, words in TABLES.items()
     }
-    pytest.importorskip("yake", reason="the reviews extra is not installed")
     path = write(folder / "reviews.jsonl.gz", records())
     named = [f"model.name={llama_folder}", "model.dtype=float32", f"data.path={path}", *REVIEWS]
     with pytest.MonkeyPatch.context() as patch:

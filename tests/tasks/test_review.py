@@ -22,8 +22,6 @@ from tests.facts import Facts, raises
 from tests.review_files import HOSTILE, marks, records, write
 from tests.tasks.making import make as built
 
-pytest.importorskip("yake", reason="the reviews extra is not installed")
-
 ROWS = 400
 PARTS = {"explanation": "sentence", "review": "headline"}
 FAMILIES = ("explanation", "review", "stars", "rating")

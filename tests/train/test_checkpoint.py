@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason="the train extra is not installed")
+
+import torch
 
 from llmrec.durable import MANIFEST, replacing, seal, verifies, write_json
 from llmrec.errors import LlmrecError
@@ -100,3 +103,17 @@ def test_a_checkpoint_that_is_a_link_is_refused_and_kept(tmp_path: Path) -> None
     with raises(LlmrecError, Facts("unsafe", "checkpoint-4")):
         newest(tmp_path)
     assert verifies(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_in_a_sealed_checkpoint_is_not_run_and_the_one_before_is_used(tmp_path: Path, name: str) -> None:
+    before, sealed = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
+    torch.save({"random": torch.zeros(3), "numpy": np.random.RandomState(0).get_state()}, before / "rng_state.pth")
+    seal(before)
+    proof = tmp_path / "ran"
+    (sealed / name).write_bytes(f"\x80\x04cos\nsystem\n(S'touch {proof}'\ntR.".encode("latin-1"))
+    seal(sealed)
+    assert verifies(sealed)
+    assert newest(tmp_path) == before
+    assert not sealed.exists()
+    assert not proof.exists()

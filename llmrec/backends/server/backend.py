@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import Labels, single_token_labels
 from llmrec.backends.server import read as remote_read
-from llmrec.backends.server.client import Ledger, Loop, Spending, Wire, usage
+from llmrec.backends.server.client import Loop, Wire
 from llmrec.backends.server.probe import Offers, probe
 from llmrec.backends.server.read import MARGIN, Labelled
 from llmrec.backends.server.requests import chat_body, completion_body, likelihood_body
+from llmrec.backends.server.spending import Ledger, Spending, usage
 from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.guard import clean

@@ -1,9 +1,10 @@
 """Requests to a server, many at a time, each tried again where that can help: the only layer that retries.
 
-Tried again are 408, 425, 429 and 5xx, attempts that take too long, connections that break, bodies that end early, and
-bodies that are no JSON or not of the right form. Waits double and are drawn between nothing and their bound ("full
-jitter"), so that many clients do not come back at once; a server that says when to come back is heeded. All else is
-refused at once. A server's own words are shown shortened, with the key taken out.
+Tried again are 408, 425, 429 and 5xx, attempts that take too long, connections that break, bodies that end early, that
+are larger than any answer, and that are no JSON or not of the right form. Waits double and are drawn between nothing
+and their bound ("full jitter"), so that many clients do not come back at once; a server that says when to come back is
+heeded. All else is refused at once. A server's own words are shown shortened, with the key taken out, and no answer is
+handed on with it.
 
 An event loop lives in a thread of its own, so that connections outlast a call. What it finishes is handed over one by
 one; the caller's thread stores each answer before it takes the next. Until then the answer keeps its place among those
@@ -21,101 +22,29 @@ import os
 import random
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from llmrec.backends.server.spending import Spending, usage
 from llmrec.errors import BackendError, require
 from llmrec.guard import clean
 from llmrec.recipe.schema import ServerSection
-from llmrec.types import Cost
 
-_MILLION = 1_000_000
+log = logging.getLogger(__name__)
 
+LARGEST = 64 * 2**20
+"""Bytes of the largest answer."""
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+"""What a reader of an answer raises where that has not the right form."""
 
-class Ledger(Protocol):
-    """Where what was spent outlives the process."""
-
-    def spent(self) -> Cost:
-        """Return all that was ever booked."""
-        ...
-
-    def spend(self, cost: Cost) -> None:
-        """Book some more."""
-        ...
-
-
-class Spending:
-    """What was spent on a server, by this process and those before it.
-
-    Requests under way when a cap is reached are finished and kept, so a cap can be passed by what they cost.
-
-    Args:
-        section: Caps and prices.
-        ledger: Where it is booked; None forgets it with the process.
-    """
-
-    def __init__(self, section: ServerSection, ledger: Ledger | None) -> None:
-        self._section, self._ledger = section, ledger
-        self._lock = threading.Lock()
-        self._total = ledger.spent() if ledger is not None else Cost()
-        self._unbooked = Cost()
-
-    @property
-    def capped(self) -> bool:
-        """Whether there is a cap, so that answers must say what they used."""
-        return self._section.max_tokens_budget is not None or self._section.max_cost is not None
-
-    @property
-    def total(self) -> Cost:
-        """All tokens so far."""
-        with self._lock:
-            return self._total
-
-    @property
-    def money(self) -> float:
-        """What they cost, in the currency of the prices."""
-        total, section = self.total, self._section
-        return (total.prompt_tokens * section.price_in + total.completion_tokens * section.price_out) / _MILLION
-
-    def check(self) -> None:
-        """Stop here once a cap is reached.
-
-        Raises:
-            BackendError: If it is; the message names the key.
-        """
-        section, total = self._section, self.total
-        used = total.prompt_tokens + total.completion_tokens
-        kept = "what was answered is kept; raise the cap and run the same command again to continue"
-        if section.max_tokens_budget is not None and used >= section.max_tokens_budget:
-            raise BackendError(
-                f"the budget eval.server.max_tokens_budget={section.max_tokens_budget:,} is used up: "
-                f"{total.prompt_tokens:,} tokens were read and {total.completion_tokens:,} written; {kept}",
-                kind="exhausted",
-                column="eval.server.max_tokens_budget",
-            )
-        if section.max_cost is not None and self.money >= section.max_cost:
-            raise BackendError(
-                f"the budget eval.server.max_cost={section.max_cost:g} is used up: {self.money:.4g} was spent on "
-                f"{total.prompt_tokens:,} tokens read and {total.completion_tokens:,} written; {kept}",
-                kind="exhausted",
-                column="eval.server.max_cost",
-            )
-
-    def count(self, cost: Cost) -> None:
-        """Count what one answer used, whether or not it could be read; from any thread."""
-        with self._lock:
-            self._total, self._unbooked = self._total + cost, self._unbooked + cost
-
-    def book(self) -> None:
-        """Write down what is not yet in the ledger; only from the thread that the ledger belongs to."""
-        with self._lock:
-            cost, self._unbooked = self._unbooked, Cost()
-        if self._ledger is not None and cost != Cost():
-            self._ledger.spend(cost)
+_MASK = "***"
+# Shorter keys are placeholders for servers that take none ("EMPTY"), and words that an answer may well hold.
+_SECRET = 8
 
 
 T = TypeVar("T")
@@ -170,14 +99,17 @@ class Wire:
         self._httpx, self._section, self._spending = httpx, section, spending
         self._url = section.url.rstrip("/")
         self._key = key_of(section)
+        self._told = False
         self.attempts: Counter[str] = Counter()
         """Attempts by how they ended: ``ok`` or the kind of fault."""
         for name in ("httpx", "httpcore"):
             # They write a line a request otherwise.
             logging.getLogger(name).setLevel(logging.WARNING)
         local = urlsplit(self._url).hostname in _LOCAL
+        bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client: Any = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            # What is packed otherwise could not be unpacked a bit at a time.
+            headers={**bearer, "Accept-Encoding": "gzip"},
             timeout=section.timeout,
             limits=httpx.Limits(max_connections=section.concurrency, max_keepalive_connections=section.concurrency),
             # A proxy is for other machines.
@@ -192,7 +124,7 @@ class Wire:
         Args:
             path: Behind the address, such as ``/completions``.
             body: The JSON to send.
-            read: Reads the answer; a ValueError, LookupError, TypeError or AttributeError calls it malformed.
+            read: Reads the answer; one of `MALFORMED` calls it malformed.
             what: Names the request in an error.
 
         Raises:
@@ -241,11 +173,9 @@ class Wire:
         try:
             # The client's own time-outs bound single reads; one that trickles would go on for ever.
             async with asyncio.timeout(self._section.timeout):
-                response = await (
-                    self._client.get(self._url + path)
-                    if body is None
-                    else self._client.post(self._url + path, json=body)
-                )
+                asked = self._client.stream("GET" if body is None else "POST", self._url + path, json=body)
+                async with asked as response:
+                    content = await unpacked(response)
         except (TimeoutError, self._httpx.TimeoutException):
             raise _Again("time-out") from None
         except (self._httpx.RemoteProtocolError, self._httpx.ReadError, self._httpx.DecodingError):
@@ -257,7 +187,7 @@ class Wire:
             raise _Again(f"status {status}", retry_after(response.headers.get("retry-after"), time.time()))
         if status != 200:
             mend = _MENDS.get(status, "see eval.server in the recipe")
-            said = self._words(_message(response.text))
+            said = self._words(_message(content.decode("utf-8", "replace")))
             refusal = Refused(
                 f"{self._url}{path} refused {what()} with status {status}: {said}; {mend}",
                 kind="failed",
@@ -266,13 +196,13 @@ class Wire:
             refusal.status = status
             raise refusal
         try:
-            value = json.loads(response.content)
+            value = self._masked(json.loads(content))
         except (ValueError, RecursionError):
             raise _Again("no JSON") from None
         self._count(value, body)
         try:
             return read(value)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise _Again(f"malformed answer: {self._words(str(error))}") from None
 
     def _count(self, value: Any, body: Mapping[str, Any] | None) -> None:
@@ -301,19 +231,56 @@ class Wire:
     def _words(self, text: str) -> str:
         """Return a server's words in one short line without the key."""
         if self._key:
-            text = text.replace(self._key, "***")
+            text = text.replace(self._key, _MASK)
         return clean(text, _SHOWN)
 
+    def _masked(self, value: Any) -> Any:
+        """Return an answer without the key, which a server may repeat, and a cache and a report would keep."""
+        if self._key is None or len(self._key) < _SECRET:
+            return value
+        masked = _replaced(value, self._key, _MASK)
+        if masked != value and not self._told:
+            self._told = True
+            log.warning("%s repeats the key in its answers; it is kept as %s", self._url, _MASK)
+        return masked
 
-def usage(value: Any) -> Cost | None:
-    """Return the tokens that an answer says it used; None if it does not."""
-    found = value.get("usage") if isinstance(value, dict) else None
-    if not isinstance(found, dict):
-        return None
-    counts = [found.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
-        return None
-    return Cost(prompt_tokens=counts[0], completion_tokens=counts[1])
+
+async def unpacked(response: Any) -> bytes:
+    """Read the body of a response, no further than `LARGEST` bytes, neither as it is sent nor unpacked.
+
+    Raises:
+        _Again: If there is more, or it cannot be unpacked.
+    """
+    packing = response.headers.get("content-encoding", "identity").strip().lower()
+    if packing not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        raise _Again(f"packed as {clean(packing, 20)}")
+    unpacker = None if packing in ("", "identity") else zlib.decompressobj(wbits=47 if "gzip" in packing else 15)
+    parts, size, sent = [], 0, 0
+    async for chunk in response.aiter_raw():
+        sent += len(chunk)
+        if unpacker is not None:
+            try:
+                chunk = unpacker.decompress(chunk, LARGEST - size + 1)
+            except zlib.error:
+                raise _Again("answer cut off") from None
+        parts.append(chunk)
+        size += len(chunk)
+        if max(size, sent) > LARGEST:
+            raise _Again(f"an answer of more than {LARGEST // 2**20} MiB")
+    if unpacker is not None and sent and not unpacker.eof:
+        raise _Again("answer cut off")
+    return b"".join(parts)
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """Return a JSON value with a text replaced wherever it stands in one."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, list):
+        return [_replaced(each, old, new) for each in value]
+    if isinstance(value, dict):
+        return {name.replace(old, new): _replaced(each, old, new) for name, each in value.items()}
+    return value
 
 
 def retry_after(value: str | None, now: float) -> float | None:

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server import read as remote_read
-from llmrec.backends.server.client import Refused, Wire, usage
+from llmrec.backends.server.client import MALFORMED, Refused, Wire
 from llmrec.backends.server.requests import chat_body, completion_body, likelihood_body
+from llmrec.backends.server.spending import usage
 from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.recipe.schema import ServerSection
@@ -149,7 +150,7 @@ async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[
         remote_read.choices(value, count)
         try:
             read(value)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except MALFORMED:
             return False
         return True
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmrec.backends.server.client import usage
+from llmrec.backends.server.spending import usage
 from llmrec.types import Completion, Cost
 
 MARGIN = 1.0

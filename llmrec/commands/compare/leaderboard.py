@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
 from llmrec.commands.compare.wording import drawn, explored_lines, planned_lines, planned_note, standing
-from llmrec.errors import DataError, LlmrecError
+from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.recipe.pages import parsed
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, FORMS, KINDS, UNDEFINED, difference, history_worth, undefined_lines
@@ -85,8 +85,8 @@ def load_reference(path: Path) -> Reference:
         DataError: If it cannot be read or does not have this form.
     """
     try:
-        return Reference.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValueError) as error:
+        return Reference.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])
+    except (OSError, RecipeError, ValueError) as error:
         raise DataError(
             f"{path}: not a page of published figures ({flat(str(error))}); see the other pages beside it",
             kind="wrong-format",

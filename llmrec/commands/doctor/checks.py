@@ -27,7 +27,8 @@ from llmrec.commands.doctor.packages import (
     read_packages,
 )
 from llmrec.machine import Memory, Processor, memory, processor
-from llmrec.models.load import WHEELS, available
+from llmrec.models.load import available
+from llmrec.models.wheels import WHEELS
 from llmrec.recipe.schema import ModelSection
 from llmrec.registry import TABLES
 from llmrec.resources import cache_dir, resource

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.commands.export.card import UNKNOWN, Agreement, Asked, BaseFacts, Card, DataFacts
 from llmrec.commands.export.sample import example_of, sample_prompt
 from llmrec.commands.export.snippets import Example
 from llmrec.durable import Json, write_text
+from llmrec.errors import RecipeError
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
-from llmrec.models.load import WHEELS, weights_stamp
+from llmrec.models.load import weights_stamp
+from llmrec.models.wheels import WHEELS
 from llmrec.prompts.template import Template
+from llmrec.recipe.pages import parsed
 from llmrec.recipe.schema import (
     DataSection,
     Filter,
@@ -168,8 +169,8 @@ def _front_matter(path: Path) -> dict[str, Json]:
     try:
         text = path.read_text(encoding="utf-8")
         match = re.match(r"---\r?\n(.*?)\r?\n---(?:\r?\n|$)", text, flags=re.DOTALL)
-        found = yaml.safe_load(match[1]) if match else {}
-    except (OSError, ValueError, yaml.YAMLError):
+        found = parsed(match[1], path)[0] if match else {}
+    except (OSError, ValueError, RecipeError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -6,7 +6,6 @@ folder is built beside its place and moved there whole, so that a killed export 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -36,7 +35,7 @@ from llmrec.commands.export.files import (
     seal,
     settle_generation,
 )
-from llmrec.durable import sha256_of, write_text
+from llmrec.durable import read_json, sha256_of, write_text
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
 from llmrec.experiment import bundle
 from llmrec.experiment.fusion.carried import carry
@@ -235,7 +234,7 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
             record=source.record,
             base=origin,
             study=study,
-            told=json.loads((draft / bundle.FILE).read_text(encoding="utf-8")),
+            told=read_json(draft / bundle.FILE, "export the run again"),
             encoder=encoder,
             dtype=dtype,
             agreement=found,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llmrec.backends.encode import Encoder
 from llmrec.commands.export import card_facts
 from llmrec.data.assemble import write_items
-from llmrec.durable import sha256_of, write_json, write_text
+from llmrec.durable import read_json, sha256_of, write_json, write_text
 from llmrec.errors import LlmrecError
 from llmrec.experiment import bundle
 from llmrec.experiment.indexing import FOLDER
@@ -28,6 +29,8 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "additional_chat_templates/*.jinja"),
 )
+# What to do about a damaged file of a run.
+_ANEW = "train again with `llmrec train`"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, "config.json", "generation_config.json", *TOKENIZER)
 # Where libraries note which folder of which machine something was loaded from.
@@ -51,14 +54,14 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 def drop_places(path: Path) -> None:
     """Take out of a configuration where on this machine things were loaded from."""
     if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, _ANEW)
         write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
 
 
 def settle_generation(draft: Path, encoder: Encoder) -> None:
     """Ask for what evaluation did: greedy decoding up to the end of turn, whatever the base model sampled with."""
     path = draft / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path, _ANEW) if path.is_file() else {}
     ends = found.get("eos_token_id") or []
     tokenizer = encoder.tokenizer
     settled = {
@@ -81,7 +84,7 @@ def put_adapter(source: Source, base: str, draft: Path) -> None:
         )
     adapter = source.folder / "adapter"
     shutil.copyfile(adapter / "adapter_model.safetensors", draft / "adapter_model.safetensors")
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter / "adapter_config.json", _ANEW)
     origin = card_facts.origin(source.recipe.model, base)
     config |= {"base_model_name_or_path": origin.hub or origin.name, "revision": origin.revision}
     write_json(draft / "adapter_config.json", config)
@@ -99,7 +102,8 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
     """
     stored = source.folder / "merged" / bundle.FILE
     if stored.is_file():
-        told = json.loads(stored.read_text(encoding="utf-8"))
+        bundle.read(str(source.folder))  # what is damaged is refused here and not by whoever gets the export
+        told: Mapping[str, Any] = read_json(stored, _ANEW)
     elif study is not None:
         told = bundle.describe(study)
     else:
@@ -117,7 +121,7 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
     Raises:
         LlmrecError: If the merged model has lost them.
     """
-    index, told = source.folder / "merged" / FOLDER, json.loads((draft / bundle.FILE).read_text(encoding="utf-8"))
+    index, told = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _ANEW)
     if told.get("index") is None or (told["index"] == "title" and not titles):
         return
     if not index.is_dir():

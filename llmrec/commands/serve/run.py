@@ -8,13 +8,12 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmrec.answering.checks import check_choices
 from llmrec.answering.rules import Rules
 from llmrec.commands.serve.options import ServeOptions
 from llmrec.commands.show.console import say
 from llmrec.errors import DataError, LlmrecError, require
+from llmrec.recipe.pages import parsed
 
 STORE = "service.sqlite"
 """What a service remembers, in the folder of its run."""
@@ -140,11 +139,11 @@ def _rules(file: Path | None) -> Rules:
         return Rules()
     try:
         text = file.read_text(encoding="utf-8")
-        found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        found = json.loads(text) if file.suffix == ".json" else parsed(text, file)[0]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--rules {file} cannot be read: {error}", kind="unreadable", at=file) from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"--rules {file} is no YAML or JSON: {error}", kind="syntax", at=file) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"--rules {file} is no JSON: {error}", kind="syntax", at=file) from None
     try:
         return Rules.read(found or {})
     except LlmrecError as error:

@@ -185,19 +185,23 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 def _cut(stream: Any) -> Iterator[bytes | None]:
     """Yield lines; reading by blocks, since a file may have millions of empty ones."""
-    rest: bytes | None = b""
+    # Of the line at hand: what was read of it, until it is too long. Bytes that are added to one by one are copied
+    # with every block.
+    rest: list[bytes] = []
+    size = 0
     while chunk := stream.read(_CHUNK):
         first, *others = chunk.split(b"\n")
-        if rest is not None:
-            rest += first
-        if rest is not None and len(rest) > LONGEST:
-            rest = None
+        size += len(first)
+        if size > LONGEST:
+            rest.clear()
+        else:
+            rest.append(first)
         if others:
-            yield rest
+            yield None if size > LONGEST else b"".join(rest)
             yield from (None if len(line) > LONGEST else line for line in others[:-1])
-            rest = others[-1]
-    if rest is None or rest:
-        yield rest
+            rest, size = [others[-1]], len(others[-1])
+    if size:
+        yield None if size > LONGEST else b"".join(rest)
 
 
 def _json(line: int, raw: bytes | None) -> Raw:

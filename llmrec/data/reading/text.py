@@ -114,7 +114,8 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
             head = stream.read(_HEAD)
             if text and not packed:
                 recognised(str(path), head)
-            stored = head + stream.read(limits.MAX_BYTES)
+            # Reading reserves what it is asked for.
+            stored = head + stream.read(max(0, size - len(head)) + 1)
     except OSError as error:
         raise DataError.at(path, "unreadable", f" cannot be read ({reason(error)}); {_MEND}") from error
     if packed and not stored:

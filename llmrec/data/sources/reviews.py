@@ -32,7 +32,6 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
 
     Raises:
         DataError: If the file is missing or damaged, or holds a row that cannot be used.
-        MissingExtra: If the package that extracts keyphrases is not installed.
     """
     if section.path is None:
         raise DataError(

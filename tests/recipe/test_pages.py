@@ -1,0 +1,167 @@
+"""YAML that means harm or was written by accident is one error with its line, in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmrec.answering.strategy import settings_of
+from llmrec.errors import RecipeError
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
+from llmrec.recipe.pages import MOST_CHARACTERS
+from tests.facts import Facts, raises
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11)
+)
+ODD = [
+    pytest.param(BOMB, Facts("too-large", line=6), id="aliases that unfold to billions"),
+    pytest.param("x: &a [*a]\n", Facts("too-large", line=1), id="an alias of itself"),
+    pytest.param("x:\n- &a {b: *a}\n", Facts("too-large", line=2), id="a mapping of itself"),
+    pytest.param("x: " + "[" * 500 + "]" * 500, Facts("too-large", line=1), id="nested brackets"),
+    pytest.param("x: " + "[" * 50_000, Facts("too-large", line=1), id="many brackets that nothing closes"),
+    pytest.param("x: " + "y" * MOST_CHARACTERS, Facts("too-large"), id="a megabyte"),
+    pytest.param("x: 2024-99-99\n", Facts("syntax", line=1, says="2024-99-99"), id="a day that there is not"),
+    pytest.param("x: !!int abc\n", Facts("syntax", line=1, says="'abc' is no int"), id="letters as a number"),
+    pytest.param("x: !!float abc\n", Facts("syntax", line=1), id="letters as a float"),
+    pytest.param("x: !!bool abc\n", Facts("syntax", line=1), id="letters as a truth"),
+    pytest.param("x: !!timestamp abc\n", Facts("syntax", line=1), id="letters as a time"),
+    pytest.param("y: 1\nx: " + "9" * 5000, Facts("syntax", line=2, says="…"), id="5,000 digits"),
+    pytest.param("x: " + "9" * 19, Facts("syntax", line=1), id="a number beyond 64 bits"),
+    pytest.param("x: !!python/object/apply:os.system [ls]\n", Facts("syntax", line=1), id="an object"),
+    pytest.param("? [a, b]\n: 3\n", Facts("syntax", line=1), id="a list as a key"),
+    pytest.param("x: \0", Facts("syntax"), id="NUL"),
+]
+
+
+@pytest.mark.parametrize(("text", "facts"), ODD)
+def test_odd_yaml_is_one_error_in_every_kind_of_page(text: str, facts: Facts, tmp_path: Path) -> None:
+    page = tmp_path / "odd.yaml"
+    page.write_text(text, encoding="utf-8")
+    for load in (load_recipe, load_suite, load_benchmark):
+        with raises(RecipeError, facts) as caught:
+            load(str(page))
+        assert caught.value.file == str(page)
+    assert kind_of_page(page) == "recipe"
+
+
+@pytest.mark.parametrize(("text", "facts"), [case for case in ODD if case.id != "a megabyte"])
+def test_odd_yaml_in_a_template(text: str, facts: Facts, tmp_path: Path) -> None:
+    (tmp_path / "rating").mkdir()
+    (tmp_path / "rating" / "odd.yaml").write_text(text, encoding="utf-8")
+    with raises(RecipeError, facts) as caught:
+        load_templates("rating", tmp_path)
+    assert (caught.value.file or "").endswith("odd.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("[" * 5000, "too-large"),
+        (BOMB, "too-large"),
+        ("&a [*a]", "too-large"),
+        ("2024-99-99", "bad-value"),
+        ("!!int abc", "bad-value"),
+        ("9" * 5000, "bad-value"),
+    ],
+)
+def test_odd_values_of_overrides_name_their_key(value: str, kind: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("recipes/quickstart.yaml", [f"seed={value}"])
+    assert (caught.value.kind, caught.value.column) == (kind, "seed")
+    assert len(str(caught.value)) < 1000
+
+
+def test_odd_values_of_options_name_theirs() -> None:
+    with raises(RecipeError, Facts("too-large", column="eval.window")):
+        settings_of("window", ["eval.window=" + "[" * 5000])
+
+
+def test_a_merge_key_is_no_key_that_stands_twice(tmp_path: Path) -> None:
+    page = tmp_path / "merged.yaml"
+    page.write_text(
+        "name: x\ndata: {source: movielens-100k}\ntasks:\n  sequential: &a {history: 7, weight: 2}\n"
+        "  direct: {<<: *a, weight: 3}\n",
+        encoding="utf-8",
+    )
+    direct = load_recipe(page).tasks.direct
+    assert direct is not None
+    assert (direct.history, direct.weight) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [
+        ("nope.yaml", "missing-file"),
+        ("a" * 5000, "missing-file"),
+        ("broken.yaml", "syntax"),
+        ("list.yaml", "wrong-format"),
+    ],
+)
+def test_an_error_of_a_base_names_the_page_that_asks_for_it(base: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("name: [\n", encoding="utf-8")
+    (tmp_path / "list.yaml").write_text("- a\n", encoding="utf-8")
+    page = tmp_path / "page.yaml"
+    page.write_text(f"name: x\nbase: {base}\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(page)
+    assert caught.value.kind == kind
+    assert Path(caught.value.file or "").name == Path(base).name
+    assert str(caught.value).startswith(f"{page}, line 2: base: ")
+
+
+def test_a_wrong_value_of_a_base_names_both_pages(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text(
+        "name: b\n\ndata: {source: movielens-100k}\ntasks: {rating: {}}\ntrain:\n  steps: many\n", encoding="utf-8"
+    )
+    page = tmp_path / "page.yaml"
+    page.write_text("base: below.yaml\nname: x\n", encoding="utf-8")
+    facts = Facts("bad-value", tmp_path / "below.yaml", line=6, column="train.steps", says=f"is the base of {page}")
+    with raises(RecipeError, facts):
+        load_recipe(page)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "eval.bootstrap=99999999999999999999",
+        "eval.bootstrap=1000000",
+        "train.steps=" + "9" * 30,
+        "train.learning_rate=.inf",
+        "train.learning_rate=.nan",
+        "train.weight_decay=.inf",
+        "eval.users=99999999999999999999",
+        "seed=4294967296",
+        "name=" + "a" * 300,
+    ],
+)
+def test_numbers_and_names_have_upper_bounds(override: str) -> None:
+    with raises(RecipeError, Facts("bad-value", column=override.partition("=")[0])):
+        load_recipe("recipes/quickstart.yaml", [override])
+
+
+ADDRESSES = [
+    *("http://[/v1", "http://127.0.0.1:abc/v1", "http://[::1]:99999/v1", "http://a:0/v1", "http://:80/v1"),
+    *("http://a..b/v1", "http://-/v1", "http://a]/v1", "http://[1::2::3]/v1", "http://a:b:c/v1", "ftp://a/v1"),
+    *(f"http://{'a' * 64}/v1", f"http://{'a.' * 200}a/v1", "http://u:p@a/v1", "http://a/v1?key=x"),
+]
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
+def test_addresses_that_no_client_could_ask_are_refused(url: str) -> None:
+    server = ["eval.arms=[zero-shot]", "eval.backend=openai", "eval.server.model=m", f"eval.server.url={url}"]
+    with raises(RecipeError, Facts("contradiction", column="eval.server.url")) as caught:
+        load_recipe("recipes/quickstart.yaml", server)
+    assert url not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1]:8000/v1", "https://api.example.com/v1", "http://my_host:80", "http://a./v1"]
+)
+def test_addresses_that_a_client_can_ask(url: str) -> None:
+    server = ["eval.arms=[zero-shot]", "eval.backend=openai", "eval.server.model=m", f"eval.server.url={url}"]
+    section = load_recipe("recipes/quickstart.yaml", server).eval.server
+    assert section is not None
+    assert section.url == url
