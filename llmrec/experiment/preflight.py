@@ -33,7 +33,7 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
 
     Raises:
         MissingExtra: If an engine, a metric or a tracker of this recipe is not installed.
-        LlmrecError: If models cannot run where the recipe wants them, or a name, a key or weights are not there.
+        LlmrecError: If models cannot run where the recipe wants them, or a name or weights are not there.
     """
     if any(family_of(name).answer is Text for name in recipe.tasks.present()):
         require("sacrebleu", "text")
@@ -51,11 +51,11 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
 
 
 def refuse_engine(recipe: Recipe) -> None:
-    """Refuse an engine that is not installed, has no key, or cannot run the model.
+    """Refuse an engine that is not installed or cannot run the model.
 
     Raises:
         MissingExtra: If it is not installed.
-        LlmrecError: If it cannot run the model, or has no key.
+        LlmrecError: If it cannot run the model.
     """
     if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise MissingExtra(
@@ -66,8 +66,6 @@ def refuse_engine(recipe: Recipe) -> None:
         )
     if recipe.eval.backend == "openai":
         require("httpx", "openai")
-        assert recipe.eval.server is not None  # the recipe says so where a server answers
-        key_of(recipe.eval.server)
     else:
         refuse_device(recipe.model, recipe.eval)
 
@@ -119,6 +117,9 @@ def checked_study(recipe: Recipe) -> Study:
     """
     asks = bool(recipe.eval.arms)
     refuse(recipe, asks=asks)
+    if recipe.eval.backend == "openai" and recipe.eval.server is not None:
+        # A run whose answers are all remembered asks nobody, so that only the check insists on a key.
+        key_of(recipe.eval.server)
     study = build_study(recipe)
     refuse_unknown(study)
     if not asks:
