@@ -79,7 +79,7 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
 
 def search_of(table: Path, tmp_path: Path, parts: list[Part], seconds: float, lines: list[str]) -> autos._Search:
     """Return a search over a table's recommenders, which has not begun."""
-    recipe, _ = autos._asked(AutoOptions(table=str(table)))
+    recipe = autos._data(AutoOptions(table=str(table)), "walks-auto", tmp_path)
     state = tmp_path / "auto"
     state.mkdir()
     (state / "data.yaml").write_text(dump(recipe), encoding="utf-8")
@@ -139,7 +139,7 @@ def test_no_budgets(text: str) -> None:
 
 
 def test_texts_and_size_decide_what_is_tried(table: Path, tmp_path: Path) -> None:
-    recipe, _ = autos._asked(AutoOptions(table=str(table)))
+    recipe = autos._data(AutoOptions(table=str(table)), "walks-auto", tmp_path)
     data = load_split(recipe.data, 0).dataset
     assert has_texts(data)
     labels = [part.label for part in parts_for(data, "all-MiniLM-L6-v2", torch=False)]
@@ -157,8 +157,8 @@ def test_the_budget_says_whether_a_model_is_tuned() -> None:
     assert "llmrec[train]" in plan(4 * 3600, titles=True, device=None).told
 
 
-def test_the_recipe_with_a_model_joins_it_with_the_parts(table: Path) -> None:
-    recipe, _ = autos._asked(AutoOptions(table=str(table)))
+def test_the_recipe_with_a_model_joins_it_with_the_parts(table: Path, tmp_path: Path) -> None:
+    recipe = autos._data(AutoOptions(table=str(table)), "walks-auto", tmp_path)
     made = with_model(recipe, plan(4 * 3600, titles=True, device="cpu"))
     assert made.eval.arms == ("tuned",) and made.eval.fusion.model_users == 200 and made.train.steps > 600
     assert made.tasks.present()["sequential"].baselines == recipe.tasks.present()["sequential"].baselines
@@ -194,6 +194,20 @@ def results_of() -> Callable[[FusionWeights], Results]:
 def test_the_best_of_equal_trials_is_the_first() -> None:
     tried = autos.Tried(FEW[0], [Done({"a": 1}, 0.5, 1.0), Done({"a": 2}, 0.5, 1.0)])
     assert tried.best == tried.trials[0]
+
+
+def test_a_table_whose_faults_can_be_mended_is_mended_in_the_run_folder(tmp_path: Path) -> None:
+    rows = [f"u{user},s{(user + step) % 12},{10 * user + step}" for user in range(20) for step in range(5)]
+    (tmp_path / "orders.csv").write_text("\n".join(["user,product,time", *rows]) + "\n", encoding="utf-8")
+    items = [f"s{n},Thing {n}" for n in range(12)]
+    (tmp_path / "items.csv").write_text("\n".join(["sku,title", *items]) + "\n", encoding="utf-8")
+    before = (tmp_path / "orders.csv").read_bytes()
+    asked = AutoOptions(table=str(tmp_path / "orders.csv"), items=str(tmp_path / "items.csv"))
+    (tmp_path / "state").mkdir()
+    recipe = autos._data(asked, "orders-auto", tmp_path / "state")
+    data = load_split(recipe.data, 0).dataset
+    assert data.items["s3"].title == "Thing 3" and len(data.interactions) == 100
+    assert (tmp_path / "orders.csv").read_bytes() == before
 
 
 def test_a_folder_of_somebody_else_is_refused(table: Path, tmp_path: Path, few: None) -> None:

@@ -17,6 +17,9 @@ from llmrec.commands.auto.model import MODEL, judged, plan, with_model
 from llmrec.commands.auto.options import AutoOptions
 from llmrec.commands.auto.parts import Part, has_texts, parts_for
 from llmrec.commands.auto.trial import Asked, Done, Tuning, data_of, done, trial_key
+from llmrec.commands.init.page import SCHEMA
+from llmrec.commands.init.roles import asked
+from llmrec.commands.init.start import init, name_of
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import DataError, ModelError
 from llmrec.experiment.claiming import LOCK
@@ -40,7 +43,9 @@ _LEAST_FINISH = 20.0
 _FIRST_SHARE = 0.15
 _POLL = 0.2
 # What is written into the folder of trials.
-_OWN = frozenset({"data.yaml", "best.yaml", "auto.json", "trials", LOCK})
+_PAGE, _MENDED = "table.yaml", "table-mended.csv"
+_OWN = frozenset({_PAGE, _MENDED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
+_PAGES = (".yaml", ".yml")
 # Parts without which a table of rankings means nothing, and what each is tuned by.
 _CONTROLS = ("random", "popularity", "item-knn", "markov-1", "markov")
 
@@ -101,9 +106,10 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
         LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
     """
     began = time.monotonic()
-    recipe, folder = _asked(options)
+    name, folder = _folder(options)
     state = folder / STATE
     with locked(state, _OWN.__contains__):
+        recipe = _data(options, name, state)
         write_text(state / "data.yaml", dump(recipe))
         data = load_split(recipe.data, recipe.seed)
         say(
@@ -157,15 +163,19 @@ def told(made: Auto) -> str:
     return "\n".join(lines)
 
 
-def _asked(options: AutoOptions) -> tuple[Recipe, Path]:
-    """Return a recipe of the data alone, and the run folder."""
-    if options.table.endswith((".yaml", ".yml")):
-        given = load_recipe(options.table)
-        name = options.name or f"{given.name}-auto"
+def _folder(options: AutoOptions) -> tuple[str, Path]:
+    """Return the name of the run, and its folder."""
+    if options.table.endswith(_PAGES):
+        name = options.name or f"{load_recipe(options.table).name}-auto"
     else:
-        given = _looked_at(options)
-        name = f"{given.name}-auto"
-    recipe = as_recipe(
+        name = f"{name_of(options.name, options.table)}-auto"
+    return name, options.out or Path("runs") / name
+
+
+def _data(options: AutoOptions, name: str, state: Path) -> Recipe:
+    """Return a recipe of the data alone."""
+    given = load_recipe(options.table) if options.table.endswith(_PAGES) else _looked_at(options, state)
+    return as_recipe(
         {
             "name": name,
             "seed": given.seed,
@@ -174,16 +184,10 @@ def _asked(options: AutoOptions) -> tuple[Recipe, Path]:
             "eval": {"arms": [], "backend": "hf", "users": options.users, "candidates": {"kind": "catalogue"}},
         }
     )
-    return recipe, options.out or Path("runs") / name
 
 
-def _looked_at(options: AutoOptions) -> Recipe:
-    """Return what `init` makes of a table."""
-    from tempfile import TemporaryDirectory
-
-    from llmrec.commands.init.roles import asked
-    from llmrec.commands.init.start import init
-
+def _looked_at(options: AutoOptions, state: Path) -> Recipe:
+    """Return what `init` makes of a table; where faults can be mended, of a mended copy."""
     columns = asked(
         user=options.user,
         item=options.item,
@@ -192,10 +196,18 @@ def _looked_at(options: AutoOptions) -> Recipe:
         title=options.title,
         fields=options.fields,
     )
-    with TemporaryDirectory() as place:
-        page = Path(place) / "recipe.yaml"
-        init(options.table, items=options.items, out=page, name=options.name, asked=columns, backend="hf")
-        return load_recipe(page)
+    page = state / _PAGE
+    init(
+        options.table,
+        items=options.items,
+        out=page,
+        name=options.name,
+        asked=columns,
+        mend=state / _MENDED,
+        force=True,
+        backend="hf",
+    )
+    return load_recipe(page)
 
 
 def _device() -> str | None:
@@ -287,7 +299,7 @@ class _Search:
     def _try(self, waiting: Sequence[Tried], *, first: bool, allowed: Callable[[int], float]) -> int:
         """Have parts tried one after another until one takes too long or fails; return how many were."""
         at = self.state / "trials" / "at.json"
-        asked = Asked(
+        wanted = Asked(
             recipe=str(self.state / "data.yaml"),
             parts=[Tuning(each.part.baseline, dict(each.part.fixed), str(self._file(each.part))) for each in waiting],
             first=first,
@@ -297,7 +309,7 @@ class _Search:
         log = at.with_name("log.txt")
         places = _Places(at, len(waiting))
         known = [len(tried.trials) for tried in waiting]
-        with _child(asked, log) as child:
+        with _child(wanted, log) as child:
             began, may = time.monotonic(), allowed(len(waiting))
             while (code := child.poll()) is None and time.monotonic() - began <= may:
                 for place in places.passed():

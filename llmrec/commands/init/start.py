@@ -89,7 +89,7 @@ def init(
         RecipeError: If the name or the place of the recipe cannot be used.
     """
     asked = asked or Asked()
-    name = _name(name, table)
+    name = name_of(name, table)
     target = _target(out, name, force)
     path = None if _is_elsewhere(table) else _file(table)
     items_path = _file(items) if items is not None else None
@@ -137,7 +137,12 @@ def init(
 # --------------------------------------------------------------------------- files and names
 
 
-def _name(name: str | None, table: str) -> str:
+def name_of(name: str | None, table: str) -> str:
+    """Return what a recipe is called: as asked, or after its table.
+
+    Raises:
+        RecipeError: If the name cannot be one.
+    """
     if name is None:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(table).name.split(".")[0]).strip("-._")
         return stem or "mine"
