@@ -106,8 +106,10 @@ def brought(results: Results, task: str) -> str:
     if not told:
         return f"{first}."
     what = f"What it loses without a part, on validation users: {listed(gains)}" if gains else ""
-    others = f"{rest} parts could each be left out without a loss that shows" if rest else ""
-    return f"{first}. {'; '.join(filter(None, (what, others)))}."
+    several = "one part could" if rest == 1 else f"{rest} parts could each"
+    others = f"{several} be left out without a loss that shows" if rest else ""
+    said = "; ".join(filter(None, (what, others)))
+    return f"{first}. {said[:1].upper()}{said[1:]}."
 
 
 def _what_ran(results: Results) -> str:

@@ -70,7 +70,7 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
     for parts in (record["parts"], found["parts"]):
         parts[0]["seconds"] = 0
     assert found["parts"][0] == record["parts"][0]
-    assert not [line for line in again if "new points" in line and " 0 new points" not in line]
+    assert not [line for line in again if "new point" in line and " 0 new points" not in line]
 
     models = open_models(RecommenderOptions(model=str(made.folder), backend="hf"))
     assert next(iter(models.opened)) == "fusion"

@@ -329,8 +329,10 @@ class _Search:
         tried.note, tried.trials = note, done(self._file(tried.part), self._key(tried.part))
         tried.seconds += took
         figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no figure"
-        more = f"; {note}" if note else ""
-        self.say(f"{tried.part.label}: {figure}, {len(tried.trials) - known} new points in {duration(took)}{more}")
+        new = tried.trials[known:]
+        spent = took if note else sum(trial.seconds for trial in new)
+        points = "1 new point" if len(new) == 1 else f"{len(new)} new points"
+        self.say(f"{tried.part.label}: {figure}, {points} in {duration(spent)}{f'; {note}' if note else ''}")
 
     def _left(self) -> float:
         """Return the seconds that may still be searched."""
