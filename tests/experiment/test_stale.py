@@ -93,7 +93,7 @@ CHANGES = {
 
 
 # The others are slow: each is two runs, and most of them are also among the `FIELDS` below.
-ALWAYS = ("seed", "candidates")
+ALWAYS = ("seed",)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,7 @@ def test_no_change_gets_a_stale_answer(
     assert again != base[1]
 
 
+@pytest.mark.slow
 def test_another_model_gets_no_stale_answer(
     model: Path, qwen_folder: Path, base: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -125,7 +126,9 @@ def test_another_adapter_gets_no_stale_answer(model: Path, tmp_path: Path) -> No
     assert again != first
 
 
-@pytest.mark.parametrize("part", ["weights", "chat template", "tokenizer"])
+@pytest.mark.parametrize(
+    "part", ["weights", *(pytest.param(p, marks=pytest.mark.slow) for p in ("chat template", "tokenizer"))]
+)
 def test_a_changed_model_folder_gets_no_stale_answer(
     part: str, model: Path, base: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
