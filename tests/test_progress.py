@@ -72,7 +72,8 @@ def test_times_are_in_words() -> None:
 
 def test_a_log_file_has_lines_before_the_command_ends(tmp_path: Path) -> None:
     code = (
-        "import time; from llmrec import cli, progress; progress.FIRST = 0.05; cli._root()\n"
+        "import time; from llmrec import progress; progress.FIRST = 0.05\n"
+        "from llmrec.commands import common; common._heed({})\n"
         "with progress.Bar('train', 8, unit='steps') as bar:\n"
         "    bar.advance(2, 'loss 1.0'); time.sleep(0.3)\n"
     )

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -21,18 +20,13 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from llmrec import __version__
+from llmrec.commands.ending import mend_of, told_of_signals
 from llmrec.commands.show.console import as_json, facts
-from llmrec.errors import ErrorKind, LlmrecError
+from llmrec.errors import ErrorKind
 from llmrec.progress import QUIET
 
 Level = Literal["debug", "info", "warning", "error"]
 
-# What a user can mend: no space, no permission, a file system that is full or read-only.
-_MENDABLE: Mapping[int, ErrorKind] = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EMFILE), "exhausted"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "unreadable"),
-}
-_AGAIN = "mend this and run the same command again: it goes on where it stopped"
 # What other libraries say of themselves; read when they are imported, and by the processes that they start.
 _SILENT = {
     QUIET: "1",
@@ -140,19 +134,19 @@ def _heed(meta: Mapping[str, Any]) -> None:
 
 def main(app: typer.Typer) -> None:
     """Run the command line; expected failures are one paragraph, or an ``error`` in JSON, and exit with 2."""
-    if not _asks_for_json(sys.argv[1:]):
+    with told_of_signals():
+        if _asks_for_json(sys.argv[1:]):
+            with _aside() as out:
+                told, code = _told(app)
+                out.write(as_json(told) + "\n")
+            sys.exit(code)
         try:
             app()
         except Exception as error:
-            if (wrong := _problem(error)) is None:
+            if (wrong := mend_of(error)) is None:
                 raise
-            sys.stderr.write(f"error: {wrong['message']}\n")
+            sys.stderr.write(f"error: {wrong}\n")
             sys.exit(2)
-        return
-    with _aside() as out:
-        told, code = _told(app)
-        out.write(as_json(told) + "\n")
-    sys.exit(code)
 
 
 def _told(app: typer.Typer) -> tuple[Mapping[str, Any], int]:
@@ -176,12 +170,9 @@ def _told(app: typer.Typer) -> tuple[Mapping[str, Any], int]:
 
 def _problem(error: Exception) -> Mapping[str, Any] | None:
     """Return the facts of what a user can mend, and None of anything else."""
-    if isinstance(error, LlmrecError):
-        return _error(error.kind, str(error), file=error.file, row=error.row, line=error.line, column=error.column)
-    if isinstance(error, OSError) and error.errno is not None and error.errno in _MENDABLE:
-        where = f" ({error.filename})" if error.filename else ""
-        return _error(_MENDABLE[error.errno], f"{error.strerror}{where}; {_AGAIN}", file=error.filename)
-    return None
+    if (wrong := mend_of(error)) is None:
+        return None
+    return _error(wrong.kind, str(wrong), file=wrong.file, row=wrong.row, line=wrong.line, column=wrong.column)
 
 
 def _error(kind: ErrorKind | None, message: str, **facts: Any) -> Mapping[str, Any]:

@@ -8,40 +8,45 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from llmrec.errors import LlmrecError
+from llmrec.errors import ErrorKind, LlmrecError
 
 # What a user can mend: no space, no permission, a file system that is full or read-only, too many open files.
-_MENDABLE = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
-)
+_MENDABLE: Mapping[int, ErrorKind] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE), "exhausted"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "unreadable"),
+}
 # Libraries that are written in Rust or C++ tell the same in words alone.
 _TOLD = re.compile(r"os error (\d+)|(No space left on device)|(PytorchStreamWriter failed|inline_container\.cc)")
 _MOST_CAUSES = 10
 # Commands that go on where they were.
-_RESUMED = frozenset({"run", "train", "eval", "export", "rank", "predict", "augment", "refresh", "fuse"})
+_RESUMED = frozenset(
+    {"run", "train", "eval", "export", "rank", "predict", "augment", "refresh", "fuse", "auto", "tune"}
+)
 
 
-def mend_of(error: BaseException) -> str:
-    """Return the paragraph of a failure that a user can mend; empty: it is a defect, and its traceback counts."""
+def mend_of(error: BaseException) -> LlmrecError | None:
+    """Return a failure as what a user can mend; None: it is a defect, and its traceback counts."""
     if isinstance(error, LlmrecError):
-        return str(error)
+        return error
     seen: BaseException | None = error
     for _ in range(_MOST_CAUSES):
         if seen is None:
-            return ""
+            return None
         number = seen.errno if isinstance(seen, OSError) else _errno_of(str(seen))
-        if number in _MENDABLE:
-            place = seen.filename if isinstance(seen, OSError) else None
-            where = f" ({place})" if place else ""
-            return (
-                f"{os.strerror(number)}{where}; mend this and run the same command again: it goes on where it stopped"
+        if number is not None and number in _MENDABLE:
+            file = seen.filename if isinstance(seen, OSError) else None
+            where = f" ({file})" if file else ""
+            return LlmrecError(
+                f"{os.strerror(number)}{where}; mend this and run the same command again: it goes on where it stopped",
+                kind=_MENDABLE[number],
+                at=str(file) if file else None,
             )
         seen = seen.__cause__ or seen.__context__
-    return ""
+    return None
 
 
 def _errno_of(text: str) -> int:

@@ -159,7 +159,7 @@ def test_a_file_of_questions(rec: Loaded, run: Path, tmp_path: Path) -> None:
 
 def test_a_family_must_be_one_that_was_tuned(run: Path, tmp_path: Path) -> None:
     asked = jsonl(tmp_path / "q.jsonl", [{"item": "k01"}])
-    given = {"requests": asked, "out": tmp_path / "a.csv", "model": str(run), "backend": "hf", "quiet": True}
+    given = {"requests": asked, "out": tmp_path / "a.csv", "model": str(run), "backend": "hf"}
     with raises(DataError, Facts(kind="ambiguous", column="--family")):
         predict_file(PredictOptions(**given))
     with raises(RecipeError, Facts(kind="unsupported", column="family")):

@@ -20,7 +20,7 @@ from llmrec import cli, pipeline
 from llmrec.commands.common import App
 from llmrec.commands.show import console
 from llmrec.commands.show.audits import leaks
-from llmrec.progress import QUIET, bars
+from llmrec.progress import QUIET, Bar
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Cost
 from tests.test_cli import HEADER, llmrec, rows, write
@@ -94,19 +94,18 @@ def test_they_count_before_and_after_the_command(levels: App, line: str, said: s
     assert done.output == f"{said}\n"
 
 
-def test_no_bar_is_shown_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_shown_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(QUIET, raising=False)
-    assert not bars().disable
-    assert bars(quiet=True).disable
+    assert Bar("work", 2)._ticks and not Bar("work", 2, quiet=True)._ticks
     monkeypatch.setenv(QUIET, "1")
-    assert bars().disable
+    assert not Bar("work", 2)._ticks
 
 
 # --------------------------------------------------------------------------- JSON
 
 
-def test_check_and_data(tmp_path: Path) -> None:
-    page = write(tmp_path, HEADER + "\n".join(rows()) + "\n")
+def test_check_and_data(tmp_path: Path, llama_folder: Path) -> None:
+    page = write(tmp_path, HEADER + "\n".join(rows()) + "\n", model=str(llama_folder))
     found = told("check", page)
     assert found["command"] == "check" and found["kind"] == "recipe"
     assert found["cases"] == {"rating": 4, "sequential": 4}

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
-from typer.testing import CliRunner
 
-from llmrec.cli import app
 from llmrec.commands.doctor import security
 from llmrec.commands.doctor.packages import Finding
+from tests.test_cli import llmrec
 
 SECRET = "sk-abcdefghijklmnop1234567890"
 
@@ -137,8 +136,8 @@ def test_once_mended_nothing_is_left(shop: Path) -> None:
 
 def test_the_command_exits_with_1_where_something_is_wrong(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shop)
-    done = CliRunner().invoke(app, ["doctor", "--security", "--json"])
-    assert done.exit_code == 1
+    done = llmrec("doctor", "--security", "--json")
+    assert done.returncode == 1
     rows = json.loads(done.stdout)["findings"]
     assert {"advisories", "key files", "services"} <= {row["name"] for row in rows}
     assert SECRET not in done.stdout

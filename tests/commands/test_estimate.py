@@ -128,7 +128,7 @@ def test_init_and_the_dry_run_say_one_number(shop: Path, llama_folder: Path, mon
     said = CliRunner().invoke(app, ["init", "shop.csv", "--out", "mine.yaml"]).output
     minutes = re.search(r"about (\d+) minutes? on this machine", said)
     assert minutes is not None, said
-    head = Path("mine.yaml").read_text().splitlines()[1]
+    head = Path("mine.yaml").read_text().splitlines()[2]
     assert f"about {minutes[1]} minute" in head
     dry = CliRunner().invoke(app, ["check", "mine.yaml", "--dry-run", f"model.name={llama_folder}"]).output
     together = re.search(r"together: about +(\d+) minute", dry)

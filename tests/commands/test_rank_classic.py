@@ -36,7 +36,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(recipe: Path, requests: Path, out: Path, **changes: Any) -> RankOptions:
-    values: dict[str, Any] = {"baseline": "markov", "quiet": True}
+    values: dict[str, Any] = {"baseline": "markov"}
     return RankOptions(recipe=str(recipe), requests=requests, out=out, **values | changes)
 
 
@@ -119,11 +119,9 @@ def test_the_whole_catalogue_leaves_candidates_aside(recipe: Path, tmp_path: Pat
 
 def test_every_user_gets_a_list_without_a_run(recipe: Path, tmp_path: Path) -> None:
     told = rank_users(
-        RankOptions(
-            baseline="markov", recipe=str(recipe), all_users=True, to=str(tmp_path / "all.csv"), limit=3, quiet=True
-        )
+        RankOptions(baseline="markov", recipe=str(recipe), all_users=True, to=str(tmp_path / "all.csv"), limit=3)
     )
-    assert told["users"] == "3" and pl.read_csv(tmp_path / "all.csv")["user_id"].n_unique() == 3
+    assert told["users"] == 3 and pl.read_csv(tmp_path / "all.csv")["user_id"].n_unique() == 3
 
 
 # --------------------------------------------------------------------------- forms
@@ -215,5 +213,5 @@ def test_what_does_not_go_together_is_refused(
     values: dict[str, Any] = {"recipe": str(recipe), "baseline": "markov", "out": Path("out.jsonl")} | changes
     out = tmp_path / values.pop("out")
     with raises(RecipeError, facts):
-        rank_file(RankOptions(requests=file, out=out, quiet=True, **values))
+        rank_file(RankOptions(requests=file, out=out, **values))
     assert sorted(tmp_path.iterdir()) == [file]

@@ -30,6 +30,7 @@ from llmrec.types import Ranking
 from tests.answering.rank_cases import jsonl
 from tests.commands.test_rank_classic import BASELINES, CHANGES
 from tests.facts import Facts, raises
+from tests.test_cli import llmrec as command
 
 LISTS = {"u1": ["a", "b", "c"], "u2": ["d", "a"], "u3": ["b"], "u9": ["a"]}
 TRUTH = {"u1": ["b", "c", "x"], "u2": ["a"], "u4": ["a"]}
@@ -128,7 +129,7 @@ def test_figures_of_ranked_requests_are_those_of_the_evaluation(tmp_path: Path) 
     out = tmp_path / "out.parquet"
     page = str(tmp_path / "recipe.yaml")
     file = jsonl(tmp_path / "in.jsonl", requests)
-    rank_file(RankOptions(baseline="popularity", recipe=page, requests=file, out=out, quiet=True))
+    rank_file(RankOptions(baseline="popularity", recipe=page, requests=file, out=out))
     truth = [
         {"request_id": case.request.id, "user_id": case.request.user_id, "item_id": str(case.truth)} for case in cases
     ]
@@ -230,7 +231,7 @@ def test_the_command_prints_lines_or_json(truth: Path, tmp_path: Path) -> None:
     assert "without a list, counted as 0: 1 of 3 users" in told and "ranked without truth, left out: 2 users" in told
     both = CliRunner().invoke(cli.app, [asked[0], asked[1], str(tmp_path / "x.run"), *asked[2:]]).output
     assert "A - B" in both
-    found = json.loads(CliRunner().invoke(cli.app, [*asked, "--json"]).output)
+    found = json.loads(command(*asked, "--json").stdout)
     assert found["lists"][0]["metrics"]["HR@2"]["value"] == pytest.approx(2 / 3)
 
 
