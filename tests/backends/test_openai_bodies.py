@@ -102,7 +102,8 @@ def test_packed_answers_are_read(kind: str) -> None:
     ("encoding", "body", "says"),
     [
         ("gzip", b"no gzip at all", "answer cut off"),
-        ("gzip", packed("gzip")[:-9], "answer cut off"),
+        # Named, since gzip writes the time into its head.
+        pytest.param("gzip", packed("gzip")[:-9], "answer cut off", id="half a gzip"),
         ("zstd", b"whatever", "packed as zstd"),
         ("br", b"whatever", "packed as br"),
     ],
