@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -220,21 +221,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Listing:
-    """A table whose rows are about items, and the item of each row."""
+    """A table whose rows are about items or users, and the id of each row."""
 
     table: Table
-    item_ids: pl.Series
+    own: pl.Series
     unique: bool
     first: bool = False
 
     def column(self, name: str) -> dict[str, str]:
-        """Return a column's text by item; where rows disagree, the most frequent one, or of a listing the last."""
+        """Return a column's text by id; where rows disagree, the most frequent one, or of a listing the last."""
         if self.unique:
             values = texts(self.table, name)
             if self.first:
-                return dict(zip(self.item_ids.reverse(), values.reverse(), strict=True))
-            return dict(zip(self.item_ids, values, strict=True))
-        return one_per_item(self.table, self.item_ids, name)
+                return dict(zip(self.own.reverse(), values.reverse(), strict=True))
+            return dict(zip(self.own, values, strict=True))
+        return one_per_item(self.table, self.own, name)
 
 
 def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None) -> dict[str, Item]:
@@ -255,9 +256,9 @@ def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, it
     listings = [_Listing(interactions, item_ids, False)]
     known = item_ids.unique(maintain_order=True).to_list()
     if items is not None:
-        listing = _listing(section, items)
+        listing = _listing(section, items, "item")
         listings.insert(0, listing)
-        listed = set(listing.item_ids)
+        listed = set(listing.own)
         known = [item for item in known if item in listed]
     fields = {
         name: _source(listings, name, f"data.columns.fields=[{name}]").column(name) for name in section.columns.fields
@@ -273,19 +274,47 @@ def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, it
     }
 
 
-def _listing(section: DataSection, items: Table) -> _Listing:
-    column = find(items, section.columns.item, "item_id", "data.columns.item") or ""
-    item_ids = ids(items, column)
-    again = (~item_ids.is_first_distinct()).arg_true()
+def profiles(
+    section: DataSection, interactions: Table, user_ids: pl.Series, users: Table | None
+) -> dict[str, dict[str, str]]:
+    """Return the fields ``data.columns.user_fields`` by user; users without a value have no such field.
+
+    A column is taken from the table of users, and from the interactions if it is not there.
+
+    Args:
+        section: The recipe's section.
+        interactions: The table of interactions.
+        user_ids: The user of each of its rows.
+        users: The table of users, if there is one.
+
+    Raises:
+        DataError: If a column is in neither table, or a user is listed twice.
+    """
+    listings = [_Listing(interactions, user_ids, False)]
+    if users is not None:
+        listings.insert(0, _listing(section, users, "user"))
+    found: dict[str, dict[str, str]] = {}
+    for name in section.columns.user_fields:
+        values = _source(listings, name, f"data.columns.user_fields=[{name}]").column(name)
+        for user, value in values.items():
+            if value.strip():
+                found.setdefault(user, {})[name] = value
+    return found
+
+
+def _listing(section: DataSection, listed: Table, kind: Literal["item", "user"]) -> _Listing:
+    column = find(listed, getattr(section.columns, kind), f"{kind}_id", f"data.columns.{kind}") or ""
+    own = ids(listed, column)
+    again = (~own.is_first_distinct()).arg_true()
     if again.len() and section.duplicates == "error":
         raise DataError.at(
-            items.where(again[0]),
+            listed.where(again[0]),
             "duplicate",
-            f" repeats item {shown(item_ids[again[0]])} ({again.len()} such rows); "
+            f" repeats {kind} {shown(own[again[0]])} ({again.len()} such rows); "
             "drop the repeats, or set data.duplicates=keep_last to keep the last of each",
             column,
         )
-    return _Listing(items, item_ids, True, section.duplicates == "keep_first")
+    return _Listing(listed, own, True, section.duplicates == "keep_first")
 
 
 def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:

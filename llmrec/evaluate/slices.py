@@ -1,7 +1,8 @@
-"""Figures by slice: cold and long-tail items, short and long histories, quiet and busy users.
+"""Figures by slice: cold and long-tail items, short and long histories, quiet and busy users, attributes of users.
 
-What puts a case into a slice is counted in training interactions only, and the thresholds stand in the slice's name,
-which stands in the signature: figures of different slices, or of one slice by different thresholds, cannot be mixed up.
+What puts a case into a slice is counted in training interactions, or known of its user (`llmrec.evaluate.attributes`).
+The thresholds stand in the slice's name, which stands in the signature: figures of different slices, or of one slice by
+different thresholds, cannot be mixed up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import LlmrecError
+from llmrec.evaluate.attributes import attribute_slices, attributes_of
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
 from llmrec.metrics.signature import parse_signature
 from llmrec.results import Metric, SliceOfRow
@@ -60,7 +62,7 @@ class SliceRules:
 
 
 def slices_of(
-    cases: Sequence[Case], data: SplitDataset, rules: SliceRules | None = None
+    cases: Sequence[Case], data: SplitDataset, rules: SliceRules | None = None, attributes: Sequence[str] = ()
 ) -> dict[str, NDArray[np.bool_]]:
     """Say for each slice which cases belong to it.
 
@@ -71,6 +73,7 @@ def slices_of(
         cases: The evaluated cases.
         data: Its training interactions are counted.
         rules: The thresholds; None takes the defaults.
+        attributes: Attributes of users by which cases are sliced too; one that no user of the data has is passed over.
 
     Returns:
         Membership by slice name, shape (n,) each.
@@ -93,6 +96,11 @@ def slices_of(
     found |= _bins(
         "activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), rules.activity
     )
+    known = attributes_of(data.dataset) if attributes else ()
+    users = [case.request.user_id for case in cases]
+    for name in dict.fromkeys(attributes):
+        if name in known:
+            found |= attribute_slices(users, data.dataset, name)
     return found
 
 
@@ -127,6 +135,7 @@ def slice_figures(
     metrics: Mapping[str, Metric],
     protocol: EvalProtocol,
     rules: SliceRules | None = None,
+    attributes: Sequence[str] = (),
 ) -> tuple[SliceOfRow, ...]:
     """Average per-request values inside each slice, with intervals over the slice's users.
 
@@ -138,6 +147,7 @@ def slice_figures(
         metrics: The row's figures, ``Evaluated.figures.metrics``, whose signatures the slices' figures carry on.
         protocol: Says how intervals are drawn.
         rules: See `slices_of`.
+        attributes: See `slices_of`.
 
     Returns:
         One entry a slice, those without cases too.
@@ -155,7 +165,7 @@ def slice_figures(
         if metric not in ("AUC", "GAUC")
     }
     figures = []
-    for name, member in slices_of(cases, data, rules).items():
+    for name, member in slices_of(cases, data, rules, attributes).items():
         own = users[member].tolist()
         found = {
             metric: mean_figure(metric, each[member], own, protocol, str(replace(sign, slice=name)))

@@ -119,6 +119,7 @@ def _slices(
         study.task_data(family),
         metrics=row.figures.metrics,
         protocol=protocols[family],
+        attributes=study.recipe.eval.slices,
     )
 
 

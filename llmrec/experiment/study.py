@@ -15,9 +15,11 @@ from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import config_of
 from llmrec.baselines.retrieve import FUSED, Lists, retrieve
 from llmrec.data.candidates import CandidateSets, draw
+from llmrec.data.reading.limits import shown
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
-from llmrec.errors import DataError, RecipeError
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.evaluate.attributes import attributes_of
 from llmrec.experiment.fusion.retrieving import FusedFinder
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.told import Told, told, users
@@ -233,6 +235,7 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     with both_places(recipe):
         index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
+    _check_slices(study)
     for family in families:
         _check_data(family, study.task_data(family), recipe)
     study = replace(study, tasks=_tasks(study, recipe.seed))
@@ -264,6 +267,19 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
                 column=f"tasks.{family}.calibrate",
             )
     return study
+
+
+def _check_slices(study: Study) -> None:
+    known = sorted({name for table in study.tables for name in attributes_of(table.dataset)})
+    for name in study.recipe.eval.slices:
+        if name not in known:
+            there = f"the attributes are {', '.join(map(shown, known))}" if known else "the data has no attributes"
+            raise RecipeError(
+                f"eval.slices: no user has an attribute {shown(name)}{did_you_mean(name, known)}; {there}. A table of "
+                "one's own gets them by data.columns.user_fields",
+                kind="unknown-name",
+                column="eval.slices",
+            )
 
 
 def draw_sets(recipe: Recipe, data: SplitDataset, split: SplitName) -> CandidateSets | None:

@@ -13,7 +13,7 @@ from llmrec.durable import Json
 from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import Recipe
 
-_DATA = (("source",), ("path",), ("items",), ("files", "train"), ("files", "valid"), ("files", "test"))
+_DATA = (("source",), ("path",), ("items",), ("users",), *(("files", part) for part in ("train", "valid", "test")))
 _KEYS = (
     *((table, *key) for table in ("data", "reviews") for key in _DATA),
     ("index", "path"),

@@ -86,6 +86,9 @@ class Columns(Section):
         None, description="for data.split.kind=given: the part of each row; train, valid, validation, val, dev or test"
     )
     fields: tuple[str, ...] = Field((), description="further item columns that templates may show")
+    user_fields: tuple[str, ...] = Field(
+        (), description="table: columns about users, such as gender, for eval.slices; templates may show them"
+    )
 
 
 class Filter(Section):
@@ -135,6 +138,9 @@ class DataSection(Section):
     query: str | None = Field(None, description="table: the SELECT whose rows are read of the database that path names")
     files: Files | None = Field(None, description="table: one file a part in place of path, with split.kind given")
     items: str | None = Field(None, description="table of items, joined on the item column")
+    users: str | None = Field(
+        None, description="table: table of users, joined on the user column; columns.user_fields says what is read"
+    )
     columns: Columns = Columns()
     filter: Filter = Filter()
     split: Split = Split()
@@ -159,6 +165,17 @@ class DataSection(Section):
             raise ValueError(
                 f"data.query: only the source 'table' reads a database, not {self.source!r}; set data.source=table, or "
                 "drop the key"
+            )
+        for key, given in (("data.users", self.users), ("data.columns.user_fields", self.columns.user_fields)):
+            if given and self.source != "table":
+                raise ValueError(
+                    f"{key}: only the source 'table' reads users of its own, not {self.source!r}; set "
+                    "data.source=table, or drop the key"
+                )
+        if self.users is not None and not self.columns.user_fields:
+            raise ValueError(
+                "data.users: nothing says which of its columns are read; name them as data.columns.user_fields, such "
+                "as [gender, age], or drop the key"
             )
         if self.files is not None and self.source != "table":
             raise ValueError(
@@ -853,6 +870,9 @@ class EvalSection(Section):
         None,
         description="pairs of row ids to test: is the first better than the second; FAMILY/best-baseline is a family's "
         "best control; None: the tuned row of each family with its untuned row and with its best control",
+    )
+    slices: tuple[str, ...] = Field(
+        (), description="attributes of users, such as gender or age, by which figures are sliced too"
     )
     fusion: FusionSection = FusionSection()
     batch: Positive = Field(BATCH, description="requests handed to a backend at a time")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import unquote
 
+from llmrec.guard import clean
 from llmrec.report.marks import best_baseline
 from llmrec.results import Metric, Results, Row, SliceOfRow, lower
 
@@ -22,6 +24,12 @@ _NAMES = (
     (r"history:from-(\d+)", "History of {0} events or more"),
     (r"activity:(\d+)-(\d+)", "Users with {0} to {1} training interactions"),
     (r"activity:from-(\d+)", "Users with {0} training interactions or more"),
+    (r"user:([^:=]+)=([^:=]+)", "Users with {0}: {1}"),
+    (r"user:([^:=]+):other", "Users with another {0}"),
+    (r"user:([^:=]+):below-([^:=]+)", "Users with {0} below {1}"),
+    (r"user:([^:=]+):([^:=]+)-to-([^:=]+)", "Users with {0} from {1} to below {2}"),
+    (r"user:([^:=]+):from-([^:=]+)", "Users with {0} from {1} on"),
+    (r"user:([^:=]+):none", "Users whose {0} is not given"),
 )
 
 
@@ -69,7 +77,8 @@ def in_words(name: str) -> str:
         match = re.fullmatch(pattern, name)
         if match:
             share = f"{100 * float(match[1]):g} %" if "{share}" in words else ""
-            return words.format(*match.groups(), share=share)
+            # Names and values of attributes are percent-encoded, and what others wrote.
+            return words.format(*(clean(unquote(part)) for part in match.groups()), share=share)
     return name
 
 

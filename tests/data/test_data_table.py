@@ -176,6 +176,36 @@ def test_named_columns_items_table_and_fields(tmp_path: Path) -> None:
     assert data.provenance["path"] == f"{main}; {items}"
 
 
+def test_a_table_of_users(tmp_path: Path) -> None:
+    main = write(tmp_path, "who,item_id,region\na,x,N\na,y,N\nb,x,S\nc,y,\n")
+    users = write(tmp_path, "who,gender,mail\nb,f,b@b\na,,a@a\nz,m,z@z\n", "users.csv")
+    columns = Columns(user="who", user_fields=("gender", "region"))
+    data = load(section(main, users=str(users), columns=columns), seed=0)
+    # What is blank is not given, what no key names is not read, and who did nothing is not there.
+    assert data.users == {"a": {"region": "N"}, "b": {"gender": "f", "region": "S"}}
+    assert data.provenance["path"] == f"{main}; {users}"
+    assert load(section(main, columns=Columns(user="who", user_fields=("region",))), seed=0).users.keys() == {"a", "b"}
+
+
+def test_the_table_of_users_lists_every_user_once_and_has_the_columns(tmp_path: Path) -> None:
+    main = write(tmp_path, GOOD)
+    columns = Columns(user_fields=("gender",))
+    users = write(tmp_path, "user_id,gender\na,f\nb,m\na,m\n", "users.csv")
+    fails(main, Facts("duplicate", users, 3, "user_id", 4, "user 'a'"), users=str(users), columns=columns)
+    kept = load(section(main, users=str(users), columns=columns, duplicates="keep_last"), seed=0)
+    assert kept.users["a"] == {"gender": "m"}
+    write(tmp_path, "user_id,gender\na,f\nb,m\n", "users.csv")
+    wrong = Columns(user_fields=("gendr",))
+    said = ("'gender'", "data.columns.user_fields=[gendr]")
+    fails(main, Facts("missing-column", users, column="gendr", says=said), users=str(users), columns=wrong)
+    gone = tmp_path / "gone.csv"
+    fails(main, Facts("missing-file", "gone.csv", says="data.users"), users=str(gone), columns=columns)
+    with pytest.raises(ValueError, match=r"data\.users: nothing says which"):
+        section(main, users=str(users))
+    with pytest.raises(ValueError, match=r"data\.users: only the source 'table'"):
+        DataSection(source="made-reviews", users=str(users), columns=columns)
+
+
 @pytest.mark.parametrize(
     ("users", "warned"),
     [

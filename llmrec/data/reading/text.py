@@ -37,7 +37,7 @@ _LONGEST_NAME = 1000
 _HEAD = 2**16
 # Lines above a header, lines that show that it is one, and characters that are looked at for them.
 _MOST_ABOVE, _ALIKE, _LOOKED_AT = 20, 4, 2**16
-_MEND = "check data.path and data.items"
+_MEND = "check data.path, data.items and data.users"
 _FIELD = "\x1f"  # a separator of one character, which stands in for a longer one
 
 # The library's own limit is 128 KiB a field, which a long text or a set of a thousand candidates can pass.
@@ -162,7 +162,7 @@ def user_path(text: str) -> Path:
         path.exists()
     except OSError as error:
         raise DataError(
-            f"{shown(text)} cannot be a path ({reason(error)}); check data.path and data.items",
+            f"{shown(text)} cannot be a path ({reason(error)}); check data.path, data.items and data.users",
             kind="bad-value",
             at=text,
         ) from error

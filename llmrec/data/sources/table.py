@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.data import dataset as filters
-from llmrec.data.assemble import assemble, catalogue
+from llmrec.data.assemble import assemble, catalogue, profiles
 from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.reading.columns import find
 from llmrec.data.reading.databases import is_database, read_query
@@ -106,7 +106,8 @@ def table(section: DataSection, *, seed: int) -> Dataset:
     time = find(main, columns.time, "timestamp", "data.columns.time")
     text = find(main, columns.text, "text", "data.columns.text")
     item_ids = ids(main, item)
-    series = {"user_id": ids(main, user), "item_id": item_ids}
+    user_ids = ids(main, user)
+    series = {"user_id": user_ids, "item_id": item_ids}
     if rating is not None:
         series["rating"] = numbers(main, rating, "rating")
     if time is not None:
@@ -115,14 +116,15 @@ def table(section: DataSection, *, seed: int) -> Dataset:
         given = texts(main, text)
         series["text"] = given.set(given.str.strip_chars() == "", None)
     listed = _read(section.items) if section.items is not None else None
-    tables = [main] if listed is None else [main, listed]
+    people = _read(section.users) if section.users is not None else None
+    tables = [each for each in (main, listed, people) if each is not None]
     frame, parts = pl.DataFrame(series), parts_of(section, main)
     return assemble(
         section,
         main,
         frame,
         catalogue(section, main, item_ids, listed),
-        {},
+        profiles(section, main, user_ids, people),
         name=_name(section),
         noun="items",
         scale=None,
@@ -177,7 +179,7 @@ def _queried(path: str, query: str | None) -> Table:
 
 def _wanted(columns: Columns) -> dict[str, Kind]:
     """Return what is read of a table: nothing of the columns that no key names and that have no name of ours."""
-    fields: dict[str, Kind] = dict.fromkeys(columns.fields, "id")
+    fields: dict[str, Kind] = dict.fromkeys((*columns.fields, *columns.user_fields), "id")
     return fields | {
         columns.user or "user_id": "id",
         columns.item or "item_id": "id",
