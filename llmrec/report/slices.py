@@ -25,7 +25,7 @@ _NAMES = (
     (r"activity:(\d+)-(\d+)", "Users with {0} to {1} training interactions"),
     (r"activity:from-(\d+)", "Users with {0} training interactions or more"),
     (r"user:([^:=]+)=([^:=]+)", "Users with {0}: {1}"),
-    (r"user:([^:=]+):other", "Users with another {0}"),
+    (r"user:([^:=]+):other", "Users with a less frequent {0}"),
     (r"user:([^:=]+):below-([^:=]+)", "Users with {0} below {1}"),
     (r"user:([^:=]+):([^:=]+)-to-([^:=]+)", "Users with {0} from {1} to below {2}"),
     (r"user:([^:=]+):from-([^:=]+)", "Users with {0} from {1} on"),

@@ -92,7 +92,7 @@ def test_every_case_is_in_one_slice_whatever_the_values_say(values: dict[str, st
         ("user:job%20title=a%7Cb%3Ac", "Users with job title: a|b:c"),
         ("user:gender=none", "Users with gender: none"),
         ("user:gender:none", "Users whose gender is not given"),
-        ("user:job:other", "Users with another job"),
+        ("user:job:other", "Users with a less frequent job"),
         ("user:age:below-18", "Users with age below 18"),
         ("user:age:18-to-25.5", "Users with age from 18 to below 25.5"),
         ("user:age:-5-to--1", "Users with age from -5 to below -1"),

@@ -146,6 +146,10 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
     return made
 
 
+def _points(number: int, which: str = "") -> str:
+    return f"{number} {which}{'point' if number == 1 else 'points'}"
+
+
 def told(made: Auto) -> str:
     """Return what to print: the sentence, the parts, and what to do next."""
     lines = [made.sentence, ""]
@@ -153,7 +157,7 @@ def told(made: Auto) -> str:
         best = tried.best
         value = "–" if best is None else f"{best.value:.4f}"
         note = f"; {tried.note}" if tried.note else ""
-        lines.append(f"  {tried.part.label:26} validation NDCG@10 {value}, {len(tried.trials)} points{note}")
+        lines.append(f"  {tried.part.label:26} validation NDCG@10 {value}, {_points(len(tried.trials))}{note}")
     lines += [
         "",
         f"{duration(made.seconds)}. Report: {made.run.report}",
@@ -331,8 +335,8 @@ class _Search:
         figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no figure"
         new = tried.trials[known:]
         spent = took if note else sum(trial.seconds for trial in new)
-        points = "1 new point" if len(new) == 1 else f"{len(new)} new points"
-        self.say(f"{tried.part.label}: {figure}, {points} in {duration(spent)}{f'; {note}' if note else ''}")
+        told = f"{figure}, {_points(len(new), 'new ')} in {duration(spent)}{f'; {note}' if note else ''}"
+        self.say(f"{tried.part.label}: {told}")
 
     def _left(self) -> float:
         """Return the seconds that may still be searched."""
