@@ -138,11 +138,7 @@ def init(
 
 
 def name_of(name: str | None, table: str) -> str:
-    """Return what a recipe is called: as asked, or after its table.
-
-    Raises:
-        RecipeError: If the name cannot be one.
-    """
+    """Return what a recipe is called: as asked, if that can be a name (else `RecipeError`), or after its table."""
     if name is None:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(table).name.split(".")[0]).strip("-._")
         return stem or "mine"
