@@ -481,6 +481,7 @@ def test_real_engine_does_not_outlive_its_killed_owner(run: Run) -> None:
     assert run.nothing_left()
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_real_engine_killed_while_it_starts(run: Run) -> None:
     def spawned() -> list[psutil.Process]:

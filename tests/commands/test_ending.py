@@ -89,7 +89,8 @@ def command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         pytest.param(30_000, marks=pytest.mark.slow),
         pytest.param(100_000, marks=pytest.mark.slow),
         pytest.param(600_000, marks=pytest.mark.slow),
-        (60_000, 250_000),
+        pytest.param((60_000, 250_000), marks=pytest.mark.slow),
+        250_000,
     ],
 )
 def test_a_full_disk_is_one_error_and_the_same_command_goes_on(

@@ -346,6 +346,7 @@ def test_fully_tuned_weights_are_exported(llama_folder: Path, tmp_path: Path) ->
         write(run, tmp_path / "adapter", adapter_only=True)
 
 
+@pytest.mark.slow
 def test_what_a_quantised_run_loses_is_measured(llama_folder: Path, tmp_path: Path) -> None:
     """The adapter learned on NF4 weights and the export has the plain ones: losses and figures move, and are shown."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -460,6 +461,7 @@ def test_an_existing_folder_is_replaced_by_force_alone(run: Path, tmp_path: Path
     assert (tmp_path / "out" / "mine.txt").is_file() and (run / "train.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_under_the_name_and_goes_on(run: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"

@@ -57,7 +57,10 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-@pytest.fixture(scope="module", params=[TREE, "index={scheme: title}", MEANING, "index={scheme: token}"])
+@pytest.fixture(
+    scope="module",
+    params=[TREE, "index={scheme: title}", MEANING, pytest.param("index={scheme: token}", marks=pytest.mark.slow)],
+)
 def done(
     request: pytest.FixtureRequest, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Recipe, pipeline.Run]:

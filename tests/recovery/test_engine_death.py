@@ -93,6 +93,7 @@ def ended_by(command: Command, way: Literal["killed", "stopped"]) -> dict[str, s
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_run_whose_engine_was_stopped_ends(command: Command) -> None:
     ended_by(command, "stopped")

@@ -220,7 +220,7 @@ def test_a_model_that_searches_gives_one_list_of_the_catalogue(served: Served, t
     agree_nearly(over_http(served.url, asked, k=10), batched(served.url, asked, k=10))
 
 
-@pytest.mark.parametrize("model", ["tuned", "markov", "fusion", "fusion-model"])
+@pytest.mark.parametrize("model", ["tuned", "markov", "fusion", pytest.param("fusion-model", marks=pytest.mark.slow)])
 def test_every_user_is_given_the_list_that_the_service_gives(
     url: str, rec: Loaded, run: Path, tmp_path: Path, model: str
 ) -> None:
