@@ -139,8 +139,8 @@ class Recommender:
         if not bundle.folder:
             raise ModelError(
                 f"{bundle.run} asked no language model (eval.arms is empty), so there is none to ask; its fusion of "
-                f"classic recommenders ranks for all users (llmrec rank --model {bundle.run} --by fusion --all-users "
-                f"--to FILE) and over HTTP (llmrec serve {bundle.run})",
+                f"classic recommenders ranks: llmrec rank --baseline fusion --recipe {bundle.run}, or llmrec serve "
+                f"{bundle.run}",
                 kind="unsupported",
                 at=bundle.run,
             )

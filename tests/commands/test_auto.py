@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmrec.answering.loaded import load
 from llmrec.answering.opening import open_models
 from llmrec.answering.options import RecommenderOptions
 from llmrec.commands.auto import run as autos
@@ -17,6 +18,8 @@ from llmrec.commands.auto.model import judged, plan, with_model
 from llmrec.commands.auto.options import AutoOptions, budget_seconds
 from llmrec.commands.auto.parts import Part, has_texts, parts_for
 from llmrec.commands.auto.trial import Done
+from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.run import rank_file
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.experiment.study import load_split
 from llmrec.recipe.load import dump, load_recipe
@@ -75,6 +78,12 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
     models = open_models(RecommenderOptions(model=str(made.folder), backend="hf"))
     assert next(iter(models.opened)) == "fusion"
     models.close()
+    asked, lists = tmp_path / "asked.jsonl", tmp_path / "lists.jsonl"
+    asked.write_text('{"id": "a", "history": ["i3", "i4"]}\n', encoding="utf-8")
+    rank_file(RankOptions(baseline="fusion", recipe=str(made.folder), requests=asked, out=lists, top=3))
+    (told,) = [json.loads(line) for line in lists.read_text(encoding="utf-8").splitlines()]
+    with load(str(made.folder), backend="hf") as rec:
+        assert told["items"] == [each.item_id for each in rec.rank(history=["i3", "i4"], k=3)]
 
 
 def search_of(table: Path, tmp_path: Path, parts: list[Part], seconds: float, lines: list[str]) -> autos._Search:

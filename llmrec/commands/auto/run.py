@@ -163,6 +163,7 @@ def told(made: Auto) -> str:
         f"{duration(made.seconds)}. Report: {made.run.report}",
         f"Serve it: llmrec serve {made.folder}",
         f"Lists for all users: llmrec rank --model {made.folder} --by fusion --all-users --top 10 --to lists.csv",
+        f"Lists for a file of requests: llmrec rank --baseline fusion --recipe {made.folder} --in F --out G",
     ]
     return "\n".join(lines)
 

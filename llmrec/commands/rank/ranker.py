@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from llmrec.answering.known import known_in, with_history
 from llmrec.answering.loaded import Loaded, Wanted
-from llmrec.answering.opening import Models, open_classics
+from llmrec.answering.opening import FUSION, Models, open_classics, open_models
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered, Recommender
 from llmrec.commands.rank.options import RankOptions
@@ -139,6 +139,14 @@ def open_classic(options: RankOptions) -> Models:
             column="--recipe",
         )
     page = Path(options.recipe)
+    if options.baseline == FUSION:
+        if not page.is_dir():
+            raise RecipeError(
+                f"--baseline {FUSION} is weighed by a run; name its folder with --recipe",
+                kind="unsupported",
+                column="--recipe",
+            )
+        return open_models(RecommenderOptions(model=str(page), items=options.items), [FUSION])
     recipe = load_recipe(str(page / _PAGE if page.is_dir() else page), options.settings)
     return open_classics(recipe, [str(options.baseline)], options.items)
 
