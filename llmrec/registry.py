@@ -148,8 +148,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
 _FURTHER: dict[str, str] = {}
 
 
-def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
-    """Import what a name stands for: a built-in one of a table, or a plug-in of its kind.
+def lookup(table: Mapping[str, str], name: str, what: str, *, key: str | None = None) -> Any:
+    """Import what a name stands for: a built-in one of a table, or a plug-in of its kind; ``key`` is where it stands.
 
     Raises:
         RecipeError: If there is none of that name, with the closest one; or as `llmrec.plugins.find`.
@@ -162,7 +162,9 @@ def lookup(table: Mapping[str, str], name: str, what: str) -> Any:
     if found is None:
         known = sorted({*table, *(plugins.installed(group) if group else ())})
         raise RecipeError(
-            f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}", kind="unknown-name"
+            f"unknown {what} {name[:80]!r}{did_you_mean(name, known)}; known: {', '.join(known)}",
+            kind="unknown-name",
+            column=key or what,
         )
     return found
 

@@ -24,7 +24,7 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
     Raises:
         RecipeError: If there is no such baseline or parameter, or a value is out of bounds.
     """
-    made: type[Section] = lookup(BASELINES, name, f"baseline of {where}").Config
+    made: type[Section] = lookup(BASELINES, name, f"baseline of {where}", key=where).Config
     known = list(made.model_fields)
     try:
         return made.model_validate(parameters)

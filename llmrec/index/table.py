@@ -242,8 +242,11 @@ class ItemIndex:
                 users={str(user): str(name) for user, name in found.get("users", {}).items()},
                 writes_ids=bool(found.get("writes_ids", False)),
             )
-        except DataError:
-            raise
+        except DataError as error:
+            if error.file is not None:
+                raise
+            # What the codes of an index must be is said of any; here they stand in a file.
+            raise DataError(f"{file}: {error}; build the index again", kind=error.kind, at=file) from error
         except Exception as error:  # a damaged file of numbers ends in an error of its library's own
             raise DataError(
                 f"{file} cannot be read ({type(error).__name__}: {error}); build the index again",

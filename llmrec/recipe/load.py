@@ -274,7 +274,7 @@ def _override(values: dict[str, Json], override: str) -> None:
         raise RecipeError(
             f"override {_shortened(repr(override))} is not of the form key=value, such as train.steps=20",
             kind="syntax",
-            column=key.strip() or None,
+            column=key.strip() or override[:80],
         )
     value = value_of(text, key.strip())
     *parents, last = key.strip().split(".")

@@ -558,7 +558,7 @@ def test_the_rating_scale(tmp_path: Path) -> None:
 
 
 def test_an_unknown_source() -> None:
-    with raises(RecipeError, Facts("unknown-name", says="did you mean 'movielens-100k'")):
+    with raises(RecipeError, Facts("unknown-name", column="data.source", says="did you mean 'movielens-100k'")):
         load(DataSection(source="movielens100k"), seed=0)
 
 

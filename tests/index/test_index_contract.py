@@ -184,6 +184,15 @@ def test_a_torn_or_foreign_file_is_one_clear_error(tmp_path: Path, content: str,
         ItemIndex.load(tmp_path / "nowhere")
 
 
+def test_codes_that_are_none_name_their_file(tmp_path: Path) -> None:
+    ItemIndex("external", {"i": ("<a_0>",)}, tokens=("<a_0>",)).save(tmp_path / "index")
+    file = tmp_path / "index" / "index.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {"codes": {"i": ["<a_1>"]}}), encoding="utf-8")
+    with raises(DataError, Facts("bad-value", file, says="build the index again")):
+        ItemIndex.load(tmp_path / "index")
+
+
 def test_a_stored_index_is_json_and_safetensors_only(tmp_path: Path) -> None:
     index = ItemIndex(
         "x", {"i": (own_token(0),)}, tokens=(own_token(0),), arrays={"c": np.ones((2, 3), dtype=np.float32)}

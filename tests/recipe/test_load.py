@@ -82,6 +82,8 @@ def test_overrides_win_and_are_named_in_errors(tmp_path: Path) -> None:
     assert caught.value.line is None
     with raises(RecipeError, Facts("syntax", column="train.steps", says="key=value")):
         load_recipe(file, ["train.steps"])
+    with raises(RecipeError, Facts("syntax", column="=7")):
+        load_recipe(file, ["=7"])
 
 
 def test_one_level_of_base(tmp_path: Path) -> None:

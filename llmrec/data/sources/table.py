@@ -48,7 +48,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
         RecipeError: If there is no such source, or its page is wrong.
         DataError: If the data is missing or malformed, or the filters leave less than 2 items.
     """
-    source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source")
+    source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source", key="data.source")
     section = located(section)
     found = source(section, seed=seed)
     if not isinstance(found, Dataset):
