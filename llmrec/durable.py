@@ -28,7 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
     move.
 
     Raises:
-        LlmrecError: If ``path`` is a link to a folder, which a folder cannot replace.
+        LlmrecError: If ``path`` is a link to a folder, which a folder cannot replace, or a folder where the draft is a
+            file.
     """
     if path.is_dir():
         refuse_link(path)
@@ -39,6 +40,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield draft
         if draft.is_dir() and path.is_dir():
             _remove(path)
+        elif path.is_dir():
+            raise LlmrecError(
+                f"{path} is a folder, and a file is to be written there; move it away", kind="exists", at=path
+            )
         draft.replace(path)
     finally:
         _remove(draft)
@@ -48,6 +53,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def loads(text: str | bytes) -> Any:
+    """Parse JSON from a file.
+
+    Raises:
+        ValueError: If it is none; also if it nests deeper than Python reads, or holds half a character, which could not
+            be written again.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    if (rb"\ud" if isinstance(text, bytes) else r"\ud") in (text.lower()):  # type: ignore[operator]
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def write_json(path: Path, value: Any) -> str:

@@ -22,6 +22,7 @@ from llmrec.data.codes import Runs, codes, in_numbers
 from llmrec.data.hashing import digest_strings, hash_one
 from llmrec.data.reading.limits import reason
 from llmrec.data.split import SplitDataset, request_id
+from llmrec.durable import loads
 from llmrec.errors import DataError
 from llmrec.recipe.schema import CandidateSection
 from llmrec.types import SplitName
@@ -74,7 +75,7 @@ class CandidateSets:
         """
         try:
             table = pq.read_table(path)
-            head = json.loads((table.schema.metadata or {})[_META])
+            head = loads((table.schema.metadata or {})[_META])
             names, sets = table["request_id"].to_pylist(), table["candidates"].to_pylist()
             found = _sets(head["kind"], head["count"], head["seed"], dict(zip(names, map(tuple, sets), strict=True)))
             stored = head["digest"]

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llmrec.durable import Json, refuse_link, write_json, write_text
+from llmrec.durable import Json, loads, refuse_link, write_json, write_text
 from llmrec.errors import DataError, LlmrecError
 from llmrec.machine import lock
 
@@ -169,7 +169,7 @@ class FeatureStore:
         place = Path(folder).expanduser()
         try:
             version = place / (place / _CURRENT).read_text(encoding="utf-8").strip()
-            meta = json.loads((version / _META).read_text(encoding="utf-8"))
+            meta = loads((version / _META).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise DataError.at(
                 place, "missing-file", " holds no features; write them with llmrec augment, or correct the path"

@@ -163,10 +163,14 @@ def _baselines(study: Study, kept: Path) -> Check:
         seed=study.recipe.seed,
         redrawn=leaks.REDRAWN,
     )
-    stored = read_stage(kept, key)
+    stored = read_stage(kept, key, _check_of)
     if stored is None:
         stored = {"key": key, "check": asdict(leaks.baselines(study))}
         write_json(kept, stored)
+    return _check_of(stored)
+
+
+def _check_of(stored: Mapping[str, Any]) -> Check:
     found = stored["check"]
     return Check(**{**found, "examples": tuple(found["examples"])})
 

@@ -6,13 +6,12 @@ and never replaced.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
-from llmrec.durable import refuse_link
+from llmrec.durable import loads, refuse_link
 from llmrec.errors import LlmrecError
 from llmrec.machine import NO_LINK
 
@@ -99,7 +98,7 @@ def _begun_before(folder: Path) -> bool:
         return True
     for name, key in _RECORDS.items():
         try:
-            if key in json.loads((folder / name).read_text(encoding="utf-8")):
+            if key in loads((folder / name).read_text(encoding="utf-8")):
                 return True
         except (OSError, ValueError, TypeError):
             continue

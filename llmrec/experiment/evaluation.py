@@ -206,7 +206,7 @@ class Evaluation:
     def _stored(self, spec: RowSpec, key: str, make: Callable[[], Made], inputs: str, reads: Reads) -> ResultRow:
         """Return the stored row with a key, or make it and store it."""
         path = self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
-        stored = read_stage(path, key)
+        stored = read_stage(path, key, row_of)
         if stored is None:
             made = make()
             found = made.found

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,7 +178,7 @@ def with_tokens(
         hidden=sorted(hidden) if start != "random" else None,
         seed=seed,
     )
-    stored = read_stage(record, key)
+    stored = read_stage(record, key, itemgetter("stamp"))
     if stored is None or not target.is_dir() or weights_stamp(str(target)) != stored["stamp"]:
         items = {item: entry for item, entry in data.dataset.items.items() if item not in hidden}
         titles = {item: entry.title for item, entry in items.items()}

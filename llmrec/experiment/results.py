@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets
-from llmrec.durable import write_json
+from llmrec.durable import loads, write_json
 from llmrec.experiment.comparing import compare_rows
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.predictions import write_items, write_predictions
@@ -100,7 +99,7 @@ def write_results(
 def _spent_before(path: Path, hashed: str) -> dict[str, float]:
     """Read the stage costs of an earlier run of the same recipe, if there is one."""
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = loads(path.read_text(encoding="utf-8"))
         return {e["stage"]: float(e["seconds"]) for e in earlier["budget"]} if earlier["recipe_hash"] == hashed else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

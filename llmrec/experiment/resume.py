@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmrec.durable import loads
 from llmrec.errors import LlmrecError
 from llmrec.experiment.claiming import mark, open_lock, refuse_foreign
 from llmrec.machine import lock
 from llmrec.progress import Bar
+
+log = logging.getLogger(__name__)
 
 
 def key_of(**inputs: Any) -> str:
@@ -22,15 +26,28 @@ def key_of(**inputs: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_stage(path: Path, key: str) -> dict[str, Any] | None:
-    """Return a stored stage if it was made from the same inputs."""
+def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]) -> dict[str, Any] | None:
+    """Return a stored stage if it was made from the same inputs.
+
+    Args:
+        path: Its file.
+        key: See `key_of`.
+        form: Reads what was stored; where it cannot, the file is damaged, and the stage is made again.
+    """
     if not path.is_file():
         return None
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        stored = loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return stored if isinstance(stored, dict) and stored.get("key") == key else None
+    if not isinstance(stored, dict) or stored.get("key") != key:
+        return None
+    try:
+        form(stored)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged (%s); it is made again", path, type(error).__name__)
+        return None
+    return stored
 
 
 class Budget:

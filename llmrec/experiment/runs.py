@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
+from llmrec.durable import loads
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
@@ -39,7 +39,7 @@ def open_run(run: Path) -> Source:
     recipe = load_stored(run)
     path = run / "train.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = loads(path.read_text(encoding="utf-8"))
         recorded, method, steps = str(record["adapter_sha256"]), str(record["method"]), int(record["steps"])
     except FileNotFoundError:
         raise LlmrecError(
@@ -47,7 +47,7 @@ def open_run(run: Path) -> Source:
             kind="missing-file",
             at=path,
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise LlmrecError(
             f"{path} is no training record ({error!r}); train again with `llmrec train`", kind="damaged", at=path
         ) from error
@@ -84,7 +84,7 @@ def _sound(merged: Path, record: Mapping[str, Any]) -> str | None:
     """Return the dtype of a merged model that is as training left it, else None."""
     if not (merged / "config.json").is_file() or record.get("merged_sha256") != weights_stamp(str(merged)):
         return None
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    config = loads((merged / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype"))
 
 

@@ -23,6 +23,7 @@ from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
 from llmrec.recipe.schema import Recipe
+from llmrec.records import Training as TrainingRecord
 from llmrec.registry import TASKS, stamps, written
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
@@ -278,7 +279,7 @@ def _finding(recipe: Recipe) -> dict[str, object]:
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
     """Return the record of a finished training from the same inputs, if this folder still holds what it made."""
-    done = read_stage(folder / "train.json", training_key(study, base))
+    done = read_stage(folder / "train.json", training_key(study, base), _record_of)
     if done is None:
         return None
     merged = folder / "merged"
@@ -286,6 +287,11 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
         return done
     log.warning("training: %s is not what training left there; it is made again", merged)
     return None
+
+
+def _record_of(stored: Mapping[str, Any]) -> tuple[TrainingRecord, str]:
+    """Return a stored training, and the stamp of the weights that it left."""
+    return TrainingRecord.model_validate(stored), str(stored["merged_sha256"])
 
 
 def train_stage(

@@ -7,7 +7,6 @@ what they mean in ``rating_head.json``.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrec.durable import write_json
+from llmrec.durable import loads, write_json
 from llmrec.errors import ModelError, require
 
 WEIGHTS = "rating_head.safetensors"
@@ -138,7 +137,7 @@ def load_head(folder: Path) -> RatingHead | None:
         return None
     errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
     try:
-        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        told = loads((folder / CONFIG).read_text(encoding="utf-8"))
         shape = HeadShape(
             values=tuple(float(value) for value in told["values"]), alpha=float(told["alpha"]), width=int(told["width"])
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from llmrec.durable import replacing, write_json
+from llmrec.durable import loads, replacing, write_json
 
 _TOLD = "step.json"
 
@@ -62,7 +61,7 @@ class Best:
         Raises:
             RuntimeError: If what lies there is of another step: somebody changed it.
         """
-        told = json.loads((self._folder / _TOLD).read_text(encoding="utf-8"))
+        told = loads((self._folder / _TOLD).read_text(encoding="utf-8"))
         if told["step"] != self.step:
             raise RuntimeError(f"{self._folder} holds step {told['step']}, and step {self.step} was the best")
         shutil.copytree(self._folder, folder, ignore=shutil.ignore_patterns(_TOLD))

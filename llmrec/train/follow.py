@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from llmrec.backends.encode import TokenRow
-from llmrec.durable import write_text
+from llmrec.durable import loads, write_text
 from llmrec.errors import LlmrecError
 from llmrec.progress import Bar
 from llmrec.recipe.schema import TrainSection
@@ -168,7 +168,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
 def _read(line: str) -> dict[str, Any] | None:
     """Read a log line; the last one of a killed run may be torn."""
     try:
-        record: dict[str, Any] = json.loads(line)
+        record: dict[str, Any] = loads(line)
     except ValueError:
         return None
     return record

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmrec.durable import write_json
+from llmrec.durable import loads, write_json
 from llmrec.errors import MissingExtra, RecipeError, did_you_mean, require
 from llmrec.recipe.schema import TrainSection
 
@@ -192,7 +192,7 @@ def _writer(folder: Path) -> Any:
 
 def _kept(folder: Path) -> dict[str, str]:
     try:
-        found = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+        found = loads((folder / FILES[0]).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}

@@ -160,3 +160,10 @@ def test_an_index_takes_the_place_of_an_index_alone(tmp_path: Path) -> None:
     (folder / "mine.txt").unlink()
     (folder / "index.json").write_text("{}")
     assert _holds_more(folder)
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "row.json").mkdir()
+    with raises(LlmrecError, Facts("exists", tmp_path / "row.json", says="move it away")):
+        write_text(tmp_path / "row.json", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["row.json"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,11 @@ class Done:
 
 def done(out: Path, key: str) -> list[Done]:
     """Return the trials in a file; none where it is of other data or another version."""
-    stored = read_stage(out, key) or {"trials": []}
+    stored = read_stage(out, key, _trials)
+    return _trials(stored) if stored else []
+
+
+def _trials(stored: Mapping[str, Any]) -> list[Done]:
     return [Done(**each) for each in stored["trials"]]
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -154,7 +155,7 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
             exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}, exclude_defaults=True
         ),
     )
-    stored = read_stage(path, key)
+    stored = read_stage(path, key, _done)
     if stored is not None and row.fuse:
         line = SuiteLine.model_validate(stored)
         # An earlier version chose the form with every seed anew, and named no "of".
@@ -166,6 +167,10 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         write_json(path, stored)
     else:
         log.info("suite: reusing %s", path)
+    return _done(stored)
+
+
+def _done(stored: Mapping[str, Any]) -> Done:
     return Done(SuiteLine.model_validate(stored), stored["values"])
 
 

@@ -71,13 +71,17 @@ class Trials:
 
     def known(self) -> list[Tried]:
         """Return the points of an earlier call for the same row."""
-        stored = read_stage(self.path, self.key) or {"trials": []}
-        return [Tried(each["parameters"], each["values"]) for each in stored["trials"]]
+        stored = read_stage(self.path, self.key, _tried)
+        return _tried(stored) if stored else []
 
     def keep(self, trials: Sequence[Tried]) -> None:
         """Store all points."""
         points = [{"parameters": dict(trial.parameters), "values": dict(trial.values)} for trial in trials]
         write_json(self.path, {"key": self.key, "trials": points})
+
+
+def _tried(stored: Mapping[str, Any]) -> list[Tried]:
+    return [Tried(each["parameters"], each["values"]) for each in stored["trials"]]
 
 
 def make_row(

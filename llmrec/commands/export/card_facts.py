@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.commands.export.card import UNKNOWN, Agreement, Asked, BaseFacts, Card, DataFacts
 from llmrec.commands.export.sample import example_of, sample_prompt
 from llmrec.commands.export.snippets import Example
-from llmrec.durable import Json, write_text
+from llmrec.durable import Json, loads, write_text
 from llmrec.errors import RecipeError
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
@@ -177,7 +176,7 @@ def _front_matter(path: Path) -> dict[str, Json]:
 
 def _config(folder: str) -> dict[str, Json]:
     try:
-        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        found = loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -259,7 +258,7 @@ def _results(facts: Facts) -> tuple[Results | None, str | None]:
     found = results.read(facts.run)
     if found.training is None or found.training.adapter_sha256 != facts.record["adapter_sha256"]:
         return None, None
-    model = json.loads(path.read_text(encoding="utf-8")).get("model") or {}
+    model = loads(path.read_text(encoding="utf-8")).get("model") or {}
     return found, _short(model.get("dtype"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from llmrec.backends.encode import Encoder
 from llmrec.commands.export import card_facts
 from llmrec.data.assemble import write_items
-from llmrec.durable import read_json, sha256_of, write_json, write_text
+from llmrec.durable import loads, read_json, sha256_of, write_json, write_text
 from llmrec.errors import LlmrecError
 from llmrec.experiment import bundle
 from llmrec.experiment.indexing import FOLDER
@@ -136,7 +135,7 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
 def made_from(folder: Path) -> str | None:
     """Return the hash that `put_bundle` left in a folder; None unless that is an export, still as it was written."""
     try:
-        found = json.loads((folder / bundle.FILE).read_text(encoding="utf-8")).get("made_from")
+        found = loads((folder / bundle.FILE).read_text(encoding="utf-8")).get("made_from")
     except (OSError, ValueError, AttributeError):
         return None
     return str(found) if found and verify(folder) else None

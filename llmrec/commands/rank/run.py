@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -160,7 +161,7 @@ def _check_titled(options: RankOptions, source: RequestFile, recommender: Ranker
 
 def _finished(options: RankOptions, key: str) -> Mapping[str, Any] | None:
     """Return the summary of an output that the same inputs gave, if it still lies there as it was written."""
-    done = read_stage(options.summary, key)
+    done = read_stage(options.summary, key, itemgetter("sha256"))
     same = (
         done is not None
         and done.get("form") == options.layout

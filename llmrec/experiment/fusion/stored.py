@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field, JsonValue, ValidationError
 
-from llmrec.durable import write_json
+from llmrec.durable import loads, write_json
 from llmrec.errors import ModelError
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.fusion.parts import kind_of
@@ -108,7 +107,7 @@ def read(folder: Path) -> list[Fused]:
     if not path.is_file():
         return []
     try:
-        return [Fused.model_validate(each) for each in json.loads(path.read_text(encoding="utf-8"))["fusions"]]
+        return [Fused.model_validate(each) for each in loads(path.read_text(encoding="utf-8"))["fusions"]]
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); run `llmrec eval` on its recipe again",

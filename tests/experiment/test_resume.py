@@ -1,0 +1,51 @@
+"""A stored stage is reused where it is sound, and made again where it is not."""
+
+from __future__ import annotations
+
+import json
+from operator import itemgetter
+from pathlib import Path
+
+import pytest
+
+from llmrec.errors import LlmrecError
+from llmrec.experiment.evaluation import row_of
+from llmrec.experiment.resume import read_stage
+from llmrec.experiment.runs import open_run
+from tests.facts import Facts, raises
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "[" * 100_000,
+        '{"key": "k"}',
+        '{"key": "other", "stamp": "s"}',
+        '{"key": "k", "stamp": "\\ud800"}',
+    ],
+)
+def test_a_stage_that_is_damaged_or_of_other_inputs_is_made_again(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "stage.json"
+    file.write_text(content, encoding="utf-8")
+    assert read_stage(file, "k", itemgetter("stamp")) is None
+    file.write_text('{"key": "k", "stamp": "s"}', encoding="utf-8")
+    assert read_stage(file, "k", itemgetter("stamp")) == {"key": "k", "stamp": "s"}
+
+
+def test_a_row_whose_figures_are_none_is_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "row.json"
+    stored = {"key": "k", "figures": {"arm": 3}, "values": {}, "records": [], "examples": [], "weighing": {}}
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    assert read_stage(file, "k", row_of) is None
+
+
+@pytest.mark.parametrize("record", ["[" * 100_000, '{"adapter_sha256": "x", "method": "lora", "steps": Infinity}', ""])
+def test_a_damaged_record_of_training_is_named(record: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: x\ndata: {source: made-reviews}\ntasks: {rating: {}}\n", encoding="utf-8"
+    )
+    file = tmp_path / "train.json"
+    file.mkdir() if not record else file.write_text(record, encoding="utf-8")
+    with raises(LlmrecError, Facts("damaged", file, says="llmrec train")):
+        open_run(tmp_path)
