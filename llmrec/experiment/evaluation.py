@@ -403,7 +403,7 @@ def row_of(stored: Mapping[str, Any]) -> ResultRow:
     """Return a row as it was stored."""
     return ResultRow(
         Row.model_validate(stored["figures"]),
-        {metric: np.array(numbers) for metric, numbers in stored["values"].items()},
+        {metric: np.array(numbers, dtype=np.float64) for metric, numbers in stored["values"].items()},
         [Prediction.model_validate(record) for record in stored["records"]],
         [Shown.model_validate(example) for example in stored["examples"]],
         stored["weighing"],

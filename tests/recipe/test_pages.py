@@ -74,6 +74,13 @@ def test_odd_values_of_overrides_name_their_key(value: str, kind: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize("name", ["y" * 300, "a/" * 3000, "é" * 130])
+def test_a_name_that_no_folder_can_have_is_refused_before_one_is_looked_for(name: str) -> None:
+    with raises(RecipeError, Facts("bad-value", column="model.name")) as caught:
+        load_recipe("recipes/quickstart.yaml", [f"model.name={name}"])
+    assert len(str(caught.value)) < 1000
+
+
 def test_odd_values_of_options_name_theirs() -> None:
     with raises(RecipeError, Facts("too-large", column="eval.window")):
         settings_of("window", ["eval.window=" + "[" * 5000])
