@@ -246,7 +246,7 @@ def tune_encoder(
     from llmrec.experiment.tuning.encoder import tune_encoder as tuned
 
     told = tuned(_recipe(recipe, overrides), out, TunedTowerConfig(encoder=encoder, blocks=blocks, step=step))
-    tell(encoder=out, **told)
+    tell(folder=out, **told)
     say(f"encoder: {out}, tuned on {told['interactions']:,} interactions of {told['data']}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from llmrec import __version__
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.durable import Json, write_json
-from llmrec.errors import LlmrecError, ModelError
+from llmrec.errors import LlmrecError, ModelError, RecipeError
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
 from llmrec.index.table import ItemIndex
@@ -104,9 +105,10 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
     """
     run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
     if run is not None and not (run / "merged" / "config.json").is_file():
-        recipe = load_stored(run)
-        if not recipe.eval.arms:
-            return _classic(run, recipe)
+        with suppress(RecipeError):  # what cannot be read is an unfinished run all the same
+            recipe = load_stored(run)
+            if not recipe.eval.arms:
+                return _classic(run, recipe)
         raise ModelError(
             f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
             kind="missing-file",
