@@ -115,13 +115,14 @@ def checked_study(recipe: Recipe) -> Study:
         ModelError: If the model is not there, or configuration and tokenizer cannot be opened.
         LlmrecError: If anything else does not exist or fit.
     """
+    # What is wrong with data is told without torch, which the rest takes seconds to import.
+    study = build_study(recipe)
+    refuse_unknown(study)
     asks = bool(recipe.eval.arms)
     refuse(recipe, asks=asks)
     if recipe.eval.backend == "openai" and recipe.eval.server is not None:
         # A run whose answers are all remembered asks nobody, so that only the check insists on a key.
         key_of(recipe.eval.server)
-    study = build_study(recipe)
-    refuse_unknown(study)
     if not asks:
         return study
     with both_places(recipe):
