@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution check-lowest lint docs openapi pictures bench bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving check-sources suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution check-lowest lint docs openapi pictures bench bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -47,6 +47,7 @@ help:
 	@echo "make bench-schema     ask a service whatever its OpenAPI document allows and does not, eval/results/serve_schema.json"
 	@echo "make bench-prefixes   what ranking strategies read where prompts begin alike, eval/results/prefixes.json"
 	@echo "make bench-serving    load a service with locust, break and swap its engine, eval/results/serving.json"
+	@echo "make campaign     hand malformed inputs to everything that reads what a user names, eval/results/campaign.json"
 	@echo "make check-sources DATA=FOLDER   read copies of published sets of yours and compare their counts"
 	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
@@ -142,6 +143,10 @@ bench-schema: setup
 # LOCUST names the load tool, of an environment of its own; ARGS="--titles RUN --decoder RUN" two runs.
 bench-serving: setup
 	$(BIN)/python -m eval.benchmarks.serving eval/results/serving.json $(ARGS)
+
+# ARGS="--against FOLDER" asks another checkout the same; its counts go under `earlier` of the same file.
+campaign: setup
+	$(BIN)/python -m eval.benchmarks.campaign eval/results/campaign.json $(ARGS)
 
 bench-prefixes: setup
 	$(BIN)/python -m eval.benchmarks.prefixes eval/results/prefixes.json

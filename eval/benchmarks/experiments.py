@@ -134,7 +134,12 @@ def _script(result: Mapping[str, Any]) -> tuple[int, int, float]:
     return users, len(result.get("seeds") or [0]), seconds
 
 
-_READERS = {"suite": _suite, "benchmark": _benchmark, "run": _run, "script": _script}
+def _campaign(result: Mapping[str, Any]) -> tuple[int, int, float]:
+    """Return the number of inputs; nothing in a campaign learns."""
+    return result["all"]["tried"], 0, result["seconds"]
+
+
+_READERS = {"suite": _suite, "benchmark": _benchmark, "run": _run, "script": _script, "campaign": _campaign}
 
 
 def _at(result: Any, pointer: str) -> Any:

@@ -1,0 +1,180 @@
+"""Run the campaign and write what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from eval.benchmarks.campaign import good
+from eval.benchmarks.campaign.surfaces import SURFACES, Case, Content, Surface, cases
+from eval.benchmarks.campaign.watch import BYTES, SECONDS, Worker
+from llmrec.durable import write_json
+from llmrec.machine import machine
+
+_HOWS = {"answered": "answered", "refused": "refused", "traceback": "tracebacks", "hang": "hangs", "death": "deaths"}
+_LONG = 200
+
+
+def main() -> None:
+    """Ask this checkout, or another, about every malformed input."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.campaign", description=__doc__)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--against", type=Path, help="another checkout of llmrec, counted under `earlier`")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--surface", choices=list(SURFACES), action="append", help="this alone; nothing is written")
+    parser.add_argument("--count", type=int, help="the first so many inputs of each surface")
+    parser.add_argument("--show", choices=["unplaced", "answered", "refused", "slow"], action="append", default=[])
+    chosen = parser.parse_args()
+    checkout = (chosen.against or Path()).resolve()
+    begin = time.monotonic()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="llmrec-campaign-") as name:
+        bases = made(Path(name) / "bases", checkout)
+        for surface in chosen.surface or SURFACES:
+            asked = _Asked(surface, SURFACES[surface], bases, Path(name) / "case", checkout)
+            found[surface] = asked.all(chosen.seed, chosen.count or SURFACES[surface].count, chosen.show)
+            _say(json.dumps({surface: found[surface]}, indent=1))
+    if chosen.surface or (chosen.count and not chosen.against):
+        return
+    state = {"date": date.today().isoformat(), "commit": _commit(checkout), "seed": chosen.seed, **_summed(found)}
+    state["seconds"] = round(time.monotonic() - begin)
+    stored = json.loads(chosen.target.read_text(encoding="utf-8")) if chosen.target.is_file() else {}
+    if chosen.against is not None:
+        write_json(chosen.target, {**stored, "earlier": state})
+        return
+    head = {
+        "kind": "campaign",
+        "command": "make campaign",
+        "what": "malformed inputs of nine surfaces, each handed to what a user calls; how each call ended",
+        "limits": {"cpu_seconds": SECONDS, "bytes": BYTES},
+        "machine": machine(),
+    }
+    write_json(chosen.target, {**head, **state, **({"earlier": stored["earlier"]} if "earlier" in stored else {})})
+
+
+def made(bases: Path, checkout: Path) -> Path:
+    """Make the folders of sound files: pages with a table, a model, an index, and a run of the checkout's own."""
+    from llmrec.index.table import ItemIndex
+    from tests.conftest import make_model
+
+    page = bases / "page"
+    page.mkdir(parents=True)
+    (page / "events.csv").write_text("".join(f"{line}\n" for line in good.EVENT_LINES), encoding="utf-8")
+    (page / "items.csv").write_text("".join(f"{line}\n" for line in good.ITEM_LINES), encoding="utf-8")
+    (page / "recipe.yaml").write_text(json.dumps(good.RECIPES[0]), encoding="utf-8")
+    (page / "model").symlink_to(make_model(bases / "model" / "model", layers=1))
+    codes = {item: tuple(pieces) for item, pieces in good.TOKENS.items()}
+    tokens = tuple(sorted({piece for pieces in codes.values() for piece in pieces}))
+    (bases / "index").mkdir()
+    ItemIndex("external", codes, tokens=tokens, settings={"kind": "tokens", "spare": {}}).save(
+        bases / "index" / "index"
+    )
+    run = bases / "run"
+    shutil.copytree(page, run, symlinks=True)
+    (run / "page.yaml").write_text(json.dumps(good.RECIPES[0]), encoding="utf-8")
+    worker = Worker(checkout)
+    (told,) = worker.warm([{"surface": "make run", "folder": str(run), "given": {"overrides": []}, "names": []}])
+    worker.close()
+    if told["how"] != "answered":
+        raise SystemExit(f"the run that is to be spoiled could not be made: {told}")
+    return bases
+
+
+class _Asked:
+    """One surface: its inputs are put into a folder one after another, and what a worker says is counted."""
+
+    def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, checkout: Path) -> None:
+        self._name, self._surface, self._bases, self._folder = name, surface, bases, folder
+        self._worker = Worker(checkout)
+
+    def all(self, seed: int, count: int, show: list[str]) -> dict[str, Any]:
+        """Ask about every input, and return the counts and the distinct defects with an example each."""
+        sound = [self._put(case, self._folder.with_name(f"sound {n}")) for n, case in enumerate(self._surface.sound)]
+        for asked, told in zip(sound, self._worker.warm(sound), strict=True):
+            if told["how"] != "answered":
+                raise SystemExit(f"{self._name}: a sound input is not answered: {asked} {told}")
+        counts: Counter[str] = Counter()
+        defects: dict[str, dict[str, Any]] = {}
+        for case in cases(self._name, self._surface, self._bases, seed, count):
+            told = self._worker.ask(self._put(case, self._folder))
+            how = told["how"]
+            counts[how] += 1
+            unplaced = how == "refused" and not told["placed"]
+            counts["unplaced"] += unplaced
+            if how in ("traceback", "hang", "death"):
+                # One defect: an error of one kind at one place.
+                key = (
+                    f"{told['says'].split(':')[0]} {told.get('at', '')}"
+                    if how == "traceback"
+                    else f"{how} {case.fault}"
+                )
+                entry = {
+                    "how": how,
+                    "says": told["says"][:_LONG],
+                    "at": told.get("at", ""),
+                    "input": case.fault[:_LONG],
+                }
+                defects.setdefault(key, {**entry, "times": 0})["times"] += 1
+            slow = told.get("seconds", 0.0) > SECONDS / 4
+            if how in show or (unplaced and "unplaced" in show) or (slow and "slow" in show):
+                _say(f"{how} {told.get('seconds', 0):.1f} s | {case.fault[:90]} | {told.get('says', '')[:300]}")
+        self._worker.close()
+        return {
+            "tried": count,
+            **{name: counts[how] for how, name in _HOWS.items()},
+            "refused_without_a_place": counts["unplaced"],
+            "defects": sorted(defects.values(), key=lambda each: (-each["times"], each["at"], each["input"])),
+        }
+
+    def _put(self, case: Case, folder: Path) -> dict[str, Any]:
+        """Put an input into its folder and return what a worker is told."""
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(self._bases / case.base, folder, symlinks=True)
+        for name, content in case.files.items():
+            _write(folder / name, content)
+        names = [Path(name).stem for name in case.files]
+        return {"surface": self._name, "folder": str(folder), "given": dict(case.given), "names": names}
+
+
+def _write(path: Path, content: Content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content in ("loop", "dangling"):
+        path.symlink_to(path if content == "loop" else "nowhere")
+
+
+def _summed(found: dict[str, Any]) -> dict[str, Any]:
+    names = ("tried", *_HOWS.values(), "refused_without_a_place")
+    return {"all": {name: sum(each[name] for each in found.values()) for name in names}, "surfaces": found}
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _commit(checkout: Path) -> str:
+    told = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A worker process and the watch on it: what it answers, or that it hangs or died."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SECONDS = 10
+"""Of processor time, which a call may take."""
+BYTES = 2 * 2**30
+"""Of address space, which a worker may take beside its libraries."""
+_STARTING = 300  # seconds of a first call, which imports
+_WAITED = 120  # seconds of a call that computes nothing
+_TICK = os.sysconf("SC_CLK_TCK")
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "LLMREC_FITS": "off",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "POLARS_MAX_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+}
+
+
+class Worker:
+    """One process that makes calls of one surface in some checkout of llmrec."""
+
+    def __init__(self, checkout: Path) -> None:
+        self._checkout = checkout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._first: list[dict[str, Any]] = []
+
+    def warm(self, first: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Make sound calls, after which memory is bounded; a worker that is started again makes them too."""
+        self._first = [asked | {"bytes": BYTES if asked is first[-1] else None} for asked in first]
+        return [self._call(asked, seconds=_STARTING) for asked in self._first]
+
+    def ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Return how a call ended."""
+        if self._process is None:
+            for first in self._first:
+                self._call(first, seconds=_STARTING)
+        return self._call(asked, seconds=SECONDS)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _call(self, asked: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+        process = self._process or self._start()
+        assert process.stdin and process.stdout
+        begin, used = time.monotonic(), _used(process.pid)
+        process.stdin.write(json.dumps(asked).encode() + b"\n")
+        process.stdin.flush()
+        with selectors.DefaultSelector() as ready:
+            ready.register(process.stdout, selectors.EVENT_READ)
+            while not ready.select(timeout=0.5):
+                if _used(process.pid) - used > seconds or time.monotonic() - begin > _WAITED + seconds:
+                    self.close()
+                    return {"how": "hang", "says": f"{time.monotonic() - begin:.0f} s"}
+        line = process.stdout.readline()
+        if not line:
+            code = process.wait()
+            self.close()
+            return {"how": "death", "says": f"exit status {code}"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer | {"seconds": _used(process.pid) - used}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **_QUIET, "PYTHONPATH": str(self._checkout)},
+        )
+        return self._process
+
+
+def _used(pid: int) -> float:
+    """Return the seconds of processor time that a process has taken."""
+    try:
+        after = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(after[11]) + int(after[12])) / _TICK
