@@ -94,14 +94,16 @@ class _Asked:
 
     def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, checkout: Path) -> None:
         self._name, self._surface, self._bases, self._folder = name, surface, bases, folder
-        self._worker = Worker(checkout)
+        self._worker, self._older = Worker(checkout), checkout != Path().resolve()
 
     def all(self, seed: int, count: int, show: list[str]) -> dict[str, Any]:
         """Ask about every input, and return the counts and the distinct defects with an example each."""
         sound = [self._put(case, self._folder.with_name(f"sound {n}")) for n, case in enumerate(self._surface.sound)]
         for asked, told in zip(sound, self._worker.warm(sound), strict=True):
             if told["how"] != "answered":
-                raise SystemExit(f"{self._name}: a sound input is not answered: {asked} {told}")
+                _say(f"{self._name}: a sound input is not answered: {asked} {told}")
+                if not self._older:
+                    raise SystemExit(1)
         counts: Counter[str] = Counter()
         defects: dict[str, dict[str, Any]] = {}
         for case in cases(self._name, self._surface, self._bases, seed, count):

@@ -70,7 +70,7 @@ SUITES: tuple[dict[str, Any], ...] = (
         "split_seeds": [0, 1],
         "rows": [
             {"baseline": "global-mean"},
-            {"name": "factors", "baseline": "mf", "parameters": {"factors": 4}, "grid": {"rounds": [1, 2]}},
+            {"name": "factors", "baseline": "mf", "parameters": {"factors": 4}},
         ],
         "pairs": [["factors", "global-mean"]],
     },

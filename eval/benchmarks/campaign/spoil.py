@@ -154,7 +154,7 @@ def some_page(rng: Random, value: Any) -> tuple[str, bytes]:
         scalar = rng.choice(SCALARS)
         lines[at] = f"{key}: {scalar}"
         fault = f"{key.strip()} is {scalar[:30]!r}"
-    elif way < 0.86:
+    elif 0.85 < way < 0.86:
         return "a bomb of aliases", f"{text}{BOMB}".encode()
     else:
         more = rng.choice(
