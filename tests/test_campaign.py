@@ -1,12 +1,14 @@
-"""Malformed inputs follow from their seed."""
+"""Malformed inputs follow from their seed, and the committed campaign has found no defect left."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from eval.benchmarks.campaign.surfaces import SURFACES, cases
+from llmrec.resources import resource
 
 MADE_FROM_NOTHING = ("recipes", "suites", "templates", "tables", "requests", "server answers")
 
@@ -17,3 +19,14 @@ def test_inputs_follow_from_the_seed(name: str) -> None:
     assert first == again
     assert len({case.fault for case in first}) > 20
     assert first != other
+
+
+def test_nothing_is_left_of_what_the_campaign_found() -> None:
+    found = json.loads(resource("eval/results/campaign.json").read_text(encoding="utf-8"))
+    assert set(found["surfaces"]) == set(SURFACES)
+    for counts in found["surfaces"].values():
+        assert counts["tried"] >= 100
+        assert counts["answered"] + counts["refused"] == counts["tried"]
+        assert counts["refused_without_a_place"] == 0
+    assert found["all"]["tried"] >= 1500
+    assert found["earlier"]["all"]["tracebacks"] >= 50

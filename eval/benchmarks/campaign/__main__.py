@@ -16,7 +16,7 @@ from typing import Any
 
 from eval.benchmarks.campaign import good
 from eval.benchmarks.campaign.surfaces import SURFACES, Case, Content, Surface, cases
-from eval.benchmarks.campaign.watch import BYTES, SECONDS, Worker
+from eval.benchmarks.campaign.watch import SECONDS, Worker
 from llmrec.durable import write_json
 from llmrec.machine import machine
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="another checkout of llmrec, counted under `earlier`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--surface", choices=list(SURFACES), action="append", help="this alone; nothing is written")
+    parser.add_argument("--gib", type=int, default=2, help="of address space beside the libraries")
     parser.add_argument("--count", type=int, help="the first so many inputs of each surface")
     parser.add_argument("--show", choices=["unplaced", "answered", "refused", "slow"], action="append", default=[])
     chosen = parser.parse_args()
@@ -40,12 +41,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="llmrec-campaign-") as name:
         bases = made(Path(name) / "bases", checkout)
         for surface in chosen.surface or SURFACES:
-            asked = _Asked(surface, SURFACES[surface], bases, Path(name) / "case", checkout)
+            asked = _Asked(surface, SURFACES[surface], bases, Path(name) / "case", Worker(checkout, chosen.gib * 2**30))
+            asked.older = chosen.against is not None
             found[surface] = asked.all(chosen.seed, chosen.count or SURFACES[surface].count, chosen.show)
             _say(json.dumps({surface: found[surface]}, indent=1))
     if chosen.surface or (chosen.count and not chosen.against):
         return
-    state = {"date": date.today().isoformat(), "commit": _commit(checkout), "seed": chosen.seed, **_summed(found)}
+    state = {
+        "date": date.today().isoformat(),
+        "commit": _commit(checkout),
+        "seed": chosen.seed,
+        "gib": chosen.gib,
+        **_summed(found),
+    }
     state["seconds"] = round(time.monotonic() - begin)
     stored = json.loads(chosen.target.read_text(encoding="utf-8")) if chosen.target.is_file() else {}
     if chosen.against is not None:
@@ -55,7 +63,7 @@ def main() -> None:
         "kind": "campaign",
         "command": "make campaign",
         "what": "malformed inputs of nine surfaces, each handed to what a user calls; how each call ended",
-        "limits": {"cpu_seconds": SECONDS, "bytes": BYTES},
+        "cpu_seconds": SECONDS,
         "machine": machine(),
     }
     write_json(chosen.target, {**head, **state, **({"earlier": stored["earlier"]} if "earlier" in stored else {})})
@@ -92,9 +100,9 @@ def made(bases: Path, checkout: Path) -> Path:
 class _Asked:
     """One surface: its inputs are put into a folder one after another, and what a worker says is counted."""
 
-    def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, checkout: Path) -> None:
+    def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, worker: Worker) -> None:
         self._name, self._surface, self._bases, self._folder = name, surface, bases, folder
-        self._worker, self._older = Worker(checkout), checkout != Path().resolve()
+        self._worker, self.older = worker, False
 
     def all(self, seed: int, count: int, show: list[str]) -> dict[str, Any]:
         """Ask about every input, and return the counts and the distinct defects with an example each."""
@@ -102,12 +110,14 @@ class _Asked:
         for asked, told in zip(sound, self._worker.warm(sound), strict=True):
             if told["how"] != "answered":
                 _say(f"{self._name}: a sound input is not answered: {asked} {told}")
-                if not self._older:
+                if not self.older:
                     raise SystemExit(1)
         counts: Counter[str] = Counter()
         defects: dict[str, dict[str, Any]] = {}
         for case in cases(self._name, self._surface, self._bases, seed, count):
             told = self._worker.ask(self._put(case, self._folder))
+            # Where the inputs lie says nothing, and is another place each time.
+            told |= {"says": told.get("says", "").replace(str(self._folder.parent), "")}
             how = told["how"]
             counts[how] += 1
             unplaced = how == "refused" and not told["placed"]

@@ -32,14 +32,14 @@ _QUIET = {
 class Worker:
     """One process that makes calls of one surface in some checkout of llmrec."""
 
-    def __init__(self, checkout: Path) -> None:
-        self._checkout = checkout
+    def __init__(self, checkout: Path, most: int = BYTES) -> None:
+        self._checkout, self._most = checkout, most
         self._process: subprocess.Popen[bytes] | None = None
         self._first: list[dict[str, Any]] = []
 
     def warm(self, first: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Make sound calls, after which memory is bounded; a worker that is started again makes them too."""
-        self._first = [asked | {"bytes": BYTES if asked is first[-1] else None} for asked in first]
+        self._first = [asked | {"bytes": self._most if asked is first[-1] else None} for asked in first]
         return [self._call(asked, seconds=_STARTING) for asked in self._first]
 
     def ask(self, asked: dict[str, Any]) -> dict[str, Any]:
