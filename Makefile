@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution check-lowest lint docs openapi pictures bench bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution check-lowest lint docs openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make check-resolution   ask the package index what a set-up for a GPU would install (needs the network)"
 	@echo "make check-lowest     ask the package index whether the lowest allowed versions go together (needs the network)"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
+	@echo "make bench-auto       llmrec auto on MovieLens-100K and the made shop within BUDGET, eval/results/auto.json"
 	@echo "make bench-commands   processor time of small commands, eval/results/small_commands.json"
 	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
 	@echo "make bench-recovery   kill a run, an export and a ranking at named and random points, eval/results/recovery.json"
@@ -102,6 +103,13 @@ pictures: setup
 
 bench: setup
 	$(BIN)/python -m eval.benchmarks.scoring eval/results/scoring.json
+
+BUDGET ?= 30m
+bench-auto: setup
+	@test -d runs/auto-shop-tables || $(BIN)/python tests/commands/shop.py runs/auto-shop-tables
+	$(BIN)/llmrec auto eval/benchmarks/auto.yaml --budget $(BUDGET) --out runs/auto-movielens-100k
+	$(BIN)/llmrec auto runs/auto-shop-tables/orders.csv --items runs/auto-shop-tables/products.csv --budget $(BUDGET) --out runs/auto-shop
+	$(BIN)/python -m eval.benchmarks.auto runs/auto-movielens-100k runs/auto-shop
 
 bench-commands: setup
 	$(BIN)/python -m eval.benchmarks.small_commands eval/results/small_commands.json $(ARGS)

@@ -1,0 +1,77 @@
+"""What `llmrec auto` reached: figures of finished run folders, as one committed file.
+
+``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; the runs are made by ``make bench-auto``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmrec.durable import write_json
+from llmrec.machine import machine
+
+
+def measured(run: Path) -> dict[str, Any]:
+    """Return what a run folder says: data, budget, the fusion and the best single recommender on test users."""
+    told = json.loads((run / "auto" / "auto.json").read_text(encoding="utf-8"))
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    metric = results["headline"]["sequential"]
+    rows = [row for row in results["rows"] if row["task"] == "sequential"]
+    fused = max((row for row in rows if row["fusion"]), key=lambda row: len(row["fusion"]["parts"]))
+    single = max((row for row in rows if not row["fusion"]), key=lambda row: row["metrics"][metric]["value"])
+    return {
+        "data": results["data"]["main"]["name"],
+        "users": fused["users"],
+        "metric": metric,
+        "budget_seconds": told["budget_seconds"],
+        "seconds": told["seconds"],
+        "fusion": _figure(fused["metrics"][metric]),
+        "best_single": {"recommender": single["predictor"].partition("(")[0], **_figure(single["metrics"][metric])},
+        "less_best_single": _compared(results["comparisons"], fused["id"], single["id"], metric),
+        "sentence": told["sentence"],
+        "parts": told["parts"],
+        "machine": results["machine"],
+    }
+
+
+def _figure(metric: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: metric[key] for key in ("value", "low", "high")}
+
+
+def _compared(pairs: Sequence[Mapping[str, Any]], a: str, b: str, metric: str) -> dict[str, Any] | None:
+    """Return the fusion less the best single recommender, paired by user; None where they were not compared."""
+    for pair in pairs:
+        if pair["metric"] == metric and {pair["a"], pair["b"]} == {a, b}:
+            sign = 1 if pair["a"] == a else -1
+            ends = sorted(sign * pair[key] for key in ("low", "high"))
+            return {"value": sign * pair["value"], "low": ends[0], "high": ends[1], "verdict": pair["verdict"]}
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read run folders and write the file."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.auto")
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--target", type=Path, default=Path("eval/results/auto.json"))
+    asked = parser.parse_args(arguments)
+    found = {run.name: measured(run) for run in asked.runs}
+    write_json(
+        asked.target,
+        {
+            "command": "make bench-auto",
+            "what": "llmrec auto within a budget of wall time: NDCG@10 over the whole catalogue on test users",
+            "machine": machine(),
+            "runs": found,
+        },
+    )
+    for name, run in found.items():
+        sys.stdout.write(f"{name}: {run['sentence']}\n")
+
+
+if __name__ == "__main__":
+    main()
