@@ -22,8 +22,8 @@ def measured(run: Path) -> dict[str, Any]:
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     metric = results["headline"]["sequential"]
     rows = [row for row in results["rows"] if row["task"] == "sequential"]
-    fused = max((row for row in rows if row["fusion"]), key=lambda row: len(row["fusion"]["parts"]))
-    single = max((row for row in rows if not row["fusion"]), key=lambda row: row["metrics"][metric]["value"])
+    fused = max((row for row in rows if row.get("fusion")), key=lambda row: len(row["fusion"]["parts"]))
+    single = max((row for row in rows if not row.get("fusion")), key=lambda row: row["metrics"][metric]["value"])
     return {
         "data": results["data"]["main"]["name"],
         "users": fused["users"],
