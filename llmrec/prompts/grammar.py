@@ -125,6 +125,9 @@ def _walk_for(node: nodes.For, depth: int, bound: str | None, names: set[str]) -
         raise Refused(node.lineno, "a recursive or filtered for; put an if inside it")
     if not isinstance(node.iter, nodes.Name) or not isinstance(node.target, nodes.Name):
         raise Refused(node.lineno, "a for over something that is no plain list variable")
+    if node.target.name == "loop":
+        # Jinja refuses it when it compiles, which is done when the text is first rendered.
+        raise Refused(node.lineno, "a loop variable of the name loop, which is the loop itself")
     _walk(node.iter, depth + 1, None, names)
     for child in node.body:
         _walk(child, depth + 1, node.target.name, names)
