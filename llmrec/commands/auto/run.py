@@ -42,6 +42,7 @@ _LEAST_FINISH = 20.0
 # Of the budget, the most that one first trial may take.
 _FIRST_SHARE = 0.15
 _POLL = 0.2
+_LATE = "its time was up"
 # What is written into the folder of trials.
 _PAGE, _MENDED = "table.yaml", "table-mended.csv"
 _OWN = frozenset({_PAGE, _MENDED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
@@ -261,7 +262,14 @@ class _Search:
         """Share the time that is left among the parts; what one does not need goes to the others."""
         able = [tried for tried in self.tried.values() if tried.trials]
         able.sort(key=lambda tried: max(trial.seconds for trial in tried.trials))
-        self._round(able, first=False, allowed=lambda waiting: self._left() / waiting)
+        self._round(able, first=False, allowed=self._share)
+        # What took too long at first has what the others did not need.
+        late = [tried for tried in self.tried.values() if not tried.trials and tried.note == _LATE]
+        self._round(late, first=True, allowed=self._share)
+        self._round([tried for tried in late if tried.trials], first=False, allowed=self._share)
+
+    def _share(self, waiting: int) -> float:
+        return self._left() / waiting
 
     def chosen(self, users: int) -> Recipe:
         """Return the recipe of all parts with their best parameters.
@@ -325,7 +333,7 @@ class _Search:
         for place in places.passed(done=code == 0):
             self._told(waiting[place], known[place], took)
         if code != 0:
-            note = "its time was up" if code is None else f"it failed; see {log}"
+            note = _LATE if code is None else f"it failed; see {log}"
             self._told(waiting[places.now], known[places.now], took, note)
         return min(places.now + 1, len(waiting))
 
