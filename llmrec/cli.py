@@ -19,6 +19,7 @@ from llmrec.commands.score.app import app as scoring
 from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.app import app as showing
 from llmrec.commands.show.console import finish, readable, say, short, show, show_prompts, tell, tell_before, written
+from llmrec.commands.tune.app import app as tuning
 
 if TYPE_CHECKING:
     from llmrec.recipe.schema import Recipe
@@ -35,6 +36,7 @@ app.add_typer(scoring)
 app.add_typer(serving)
 app.add_typer(starting)
 app.add_typer(searching)
+app.add_typer(tuning)
 app.add_typer(showing)
 app.add_typer(features, name="features", help="Stores of what a language model wrote: make, show, compare, correct.")
 
@@ -356,7 +358,7 @@ def doctor(
         ),
     ] = False,
 ) -> None:
-    """Check versions, hardware, model and data, one line each with the mend; exit code 1 if something is wrong."""
+    """Check versions, hardware, model and data, one line each with the fix; exit code 1 if something is wrong."""
     from llmrec.commands.doctor.told import healthy
 
     if not healthy(security=security):

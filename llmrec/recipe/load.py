@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from llmrec import plugins
 from llmrec.durable import Json
 from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.recipe.comparisons import Benchmark, Suite
-from llmrec.recipe.pages import KeyPath, read_page, value_of
+from llmrec.recipe.pages import KeyPath, flow, read_page, value_of
 from llmrec.recipe.paths import placed
 from llmrec.recipe.plugged import dotted, import_all, located
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
@@ -26,7 +25,6 @@ from llmrec.resources import resource
 
 # Characters of a value that an error repeats.
 _SHOWN = 200
-_END = "...\n"
 STORED = "recipe.yaml"
 """The recipe of a run folder."""
 
@@ -194,14 +192,12 @@ def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> 
     return _validated(model, values, lines, file, overrides)
 
 
-def _in_words(overrides: Overrides) -> Sequence[str]:
+def in_words(overrides: Overrides) -> Sequence[str]:
     """Return overrides as the command line has them."""
     if not isinstance(overrides, Mapping):
         return overrides
     plain = json.loads(json.dumps(dict(overrides), default=_plain))
-    flow = {key: yaml.safe_dump(value, default_flow_style=True, width=math.inf) for key, value in plain.items()}
-    # YAML ends a bare value with a line of dots.
-    return [f"{key}={text.removesuffix(_END).strip()}" for key, text in flow.items()]
+    return [f"{key}={flow(value)}" for key, value in plain.items()]
 
 
 def _validated(
@@ -214,7 +210,7 @@ def _validated(
     given: bool = True,
 ) -> Page:
     """Validate a page; of recipes and suites the plug-ins are imported, if the user has ``given`` the page or them."""
-    overrides = _in_words(overrides)
+    overrides = in_words(overrides)
     for override in overrides:
         _override(values, override)
     if issubclass(model, Recipe | Suite):

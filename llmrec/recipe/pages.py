@@ -7,6 +7,7 @@ of these is one error with its line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,12 @@ def value_of(text: str, key: str) -> Any:
         raise RecipeError(f"{key}: {error.problem}; write it plainly", kind="too-large", column=key) from None
     except yaml.YAMLError:
         return text
+
+
+def flow(value: Json) -> str:
+    """Return a value on one line as `value_of` reads it."""
+    # YAML ends a bare value with a line of dots.
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:

@@ -46,7 +46,7 @@ def table(tmp_path: Path) -> Path:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try three recommenders only."""
-    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, torch: FEW)
+    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, texts, torch: FEW)
     monkeypatch.setattr(autos, "_encoder", lambda: None)
     monkeypatch.setattr(autos, "_LEAST_FINISH", 1.0)
 
@@ -151,9 +151,9 @@ def test_texts_and_size_decide_what_is_tried(table: Path, tmp_path: Path) -> Non
     recipe = autos._data(AutoOptions(table=str(table)), "walks-auto", tmp_path)
     data = load_split(recipe.data, 0).dataset
     assert has_texts(data)
-    labels = [part.label for part in parts_for(data, "all-MiniLM-L6-v2", torch=False)]
+    labels = [part.label for part in parts_for(data, "all-MiniLM-L6-v2", texts=True, torch=False)]
     assert {"content", "transitions-text", "ease"} < set(labels) and "sasrec" not in labels
-    content = next(part for part in parts_for(data, None, torch=True) if part.label == "content")
+    content = next(part for part in parts_for(data, None, texts=True, torch=True) if part.label == "content")
     assert content.fixed == {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llmrec.data.requests import told_event
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.study import build_study
 from llmrec.recipe.load import dump, load_recipe
-from llmrec.types import Ranking
+from llmrec.types import Case, Ranking
 from tests.answering.rank_cases import jsonl, lines
 from tests.facts import Facts, raises
 from tests.serve.served import toy_run
@@ -44,13 +45,9 @@ def ranked(rows: list[dict[str, Any]]) -> list[list[tuple[str, float]]]:
     return [list(zip(row["items"], row["scores"], strict=True)) for row in rows]
 
 
-# --------------------------------------------------------------------------- the same lists everywhere
-
-
-def test_lists_are_those_of_the_evaluation_with_the_recipes_parameters(recipe: Path, tmp_path: Path) -> None:
-    study = build_study(load_recipe(str(recipe)))
-    cases = study.cases("sequential")[:12]
-    requests = [
+def records_of(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Return the requests of an evaluation as a file of requests has them."""
+    return [
         {
             "id": case.request.id,
             "user_id": case.request.user_id,
@@ -59,6 +56,15 @@ def test_lists_are_those_of_the_evaluation_with_the_recipes_parameters(recipe: P
         }
         for case in cases
     ]
+
+
+# --------------------------------------------------------------------------- the same lists everywhere
+
+
+def test_lists_are_those_of_the_evaluation_with_the_recipes_parameters(recipe: Path, tmp_path: Path) -> None:
+    study = build_study(load_recipe(str(recipe)))
+    cases = study.cases("sequential")[:12]
+    requests = records_of(cases)
     rank_file(asked(recipe, jsonl(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"))
     found = ranked(lines(tmp_path / "out.jsonl"))
     models = [

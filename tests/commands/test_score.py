@@ -19,7 +19,6 @@ from llmrec.baselines.popular import Popularity
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.run import rank_file
 from llmrec.data.reading.ranked import Ranked, write_lists, write_records
-from llmrec.data.requests import told_event
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
@@ -28,7 +27,7 @@ from llmrec.experiment.study import build_study
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.types import Ranking
 from tests.answering.rank_cases import jsonl
-from tests.commands.test_rank_classic import BASELINES, CHANGES
+from tests.commands.test_rank_classic import BASELINES, CHANGES, records_of
 from tests.facts import Facts, raises
 from tests.test_cli import llmrec as command
 
@@ -117,15 +116,7 @@ def test_figures_of_ranked_requests_are_those_of_the_evaluation(tmp_path: Path) 
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     study = build_study(recipe)
     cases = study.cases("sequential")
-    requests = [
-        {
-            "id": case.request.id,
-            "user_id": case.request.user_id,
-            "history": [told_event(event) for event in case.request.history],
-            "candidates": list(case.request.candidates or ()),
-        }
-        for case in cases
-    ]
+    requests = records_of(cases)
     out = tmp_path / "out.parquet"
     page = str(tmp_path / "recipe.yaml")
     file = jsonl(tmp_path / "in.jsonl", requests)

@@ -1,4 +1,4 @@
-"""The commands that search within a budget: `llmrec auto` and `llmrec tune`."""
+"""The command `llmrec auto`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from llmrec.commands.auto.options import AutoOptions
 from llmrec.commands.common import App
 from llmrec.commands.options import takes
 from llmrec.commands.show.console import say, tell
-from llmrec.commands.tune.options import TuneOptions
 from llmrec.progress import note
 
 app = App()
@@ -21,14 +20,3 @@ def auto(options: AutoOptions) -> None:
     made = autos.auto(options, say=note)
     tell(**autos.record(made, options))
     say(autos.told(made))
-
-
-@app.command()
-@takes(TuneOptions)
-def tune(options: TuneOptions) -> None:
-    """Search a recipe's own keys on the validation split, within a budget of time, and write the best as a recipe."""
-    from llmrec.commands.tune.run import told, tune
-
-    found = tune(options, say=note)
-    tell(**vars(found))
-    say(told(found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from llmrec.commands.init.plan import BATCH_TOKENS
+from llmrec.commands.init.plan import BATCH_TOKENS, TRAIN_SPEED
 from llmrec.recipe.load import as_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.report.wording import duration, with_interval
@@ -19,7 +19,7 @@ _USERS = 200
 # Tokens below which a tuned model of 135 M parameters did not reach a Markov chain on any data set of docs/log.md.
 _LEAST_TOKENS = 1_000_000
 # Tokens a second in training, and seconds that a search of the catalogue takes, by device: two cores; one H100.
-_TRAINS = {"cpu": 900.0, "cuda": 20_000.0}
+_TRAINS = {"cpu": TRAIN_SPEED, "cuda": 20_000.0}
 _ASKS = {"cpu": 1.5, "cuda": 0.1}
 _START = 60.0
 # Of the budget, the most that the language model may have.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmrec.data.dataset import Dataset
@@ -10,7 +10,7 @@ from llmrec.durable import Json
 
 # Items beyond which EASE, which inverts a matrix of items by items, takes minutes and gigabytes.
 _MOST_SQUARE = 20_000
-# Interactions beyond which networks do not see them often enough within minutes on a processor.
+# Share of items with a title from which on texts are worth reading.
 _TITLED = 0.5
 
 
@@ -29,7 +29,7 @@ class Part:
     fixed: Mapping[str, Json] = field(default_factory=dict)
 
 
-def parts_for(dataset: Dataset, encoder: str | None, *, torch: bool) -> list[Part]:
+def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool) -> list[Part]:
     """Return what is tried on a data set.
 
     Tuned alone, recommenders forget what is more than a few events old and then say much the same: those with the
@@ -38,12 +38,13 @@ def parts_for(dataset: Dataset, encoder: str | None, *, torch: bool) -> list[Par
     Args:
         dataset: The data.
         encoder: The text encoder that is at hand; None: latent semantic analysis of the texts themselves.
+        texts: Items have texts; see `has_texts`.
         torch: Networks can be trained here.
     """
     parts = [Part(name, name) for name in ("popularity", "recent-popularity", "markov-1", "markov", "item-knn")]
     parts += [Part(name, name) for name in ("transitions", "markov-cooccurrence", "rp3beta")]
     parts.append(Part("item-knn, whole history", "item-knn", {"history": 200, "decay": 1.0}))
-    if has_texts(dataset):
+    if texts:
         read: Mapping[str, Json] = {"encoder": encoder} if encoder else {}
         parts += [Part("transitions-text", "transitions-text", read), Part("content", "content", read)]
     if len(dataset.items) <= _MOST_SQUARE:
@@ -58,8 +59,3 @@ def has_texts(dataset: Dataset) -> bool:
     """Whether most items have a title that is not their id."""
     titled = sum(item.title not in ("", name) for name, item in dataset.items.items())
     return titled > _TITLED * len(dataset.items)
-
-
-def ordered(parts: Sequence[Part], seconds: Mapping[str, float]) -> list[Part]:
-    """Return parts in the order of what a trial of each took."""
-    return sorted(parts, key=lambda part: seconds.get(part.label, 0.0))

@@ -31,6 +31,7 @@ from llmrec.recipe.schema import FusionSection, Recipe
 from llmrec.report.summary import brought
 from llmrec.report.wording import duration
 from llmrec.results import Results
+from llmrec.tasks.family import missing_controls
 
 STATE = "auto"
 """Folder of a run that holds trials, the best recipe so far, and what became of each part."""
@@ -47,8 +48,6 @@ _LATE = "its time was up"
 _PAGE, _MENDED = "table.yaml", "table-mended.csv"
 _OWN = frozenset({_PAGE, _MENDED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
 _PAGES = (".yaml", ".yml")
-# Parts without which a table of rankings means nothing, and what each is tuned by.
-_CONTROLS = ("random", "popularity", "item-knn", "markov-1", "markov")
 
 
 @dataclass
@@ -117,9 +116,10 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
             f"{data.dataset.name}: {data.dataset.interactions.height:,} interactions, "
             f"{data.dataset.interactions['user_id'].n_unique():,} users, {len(data.dataset.items):,} items"
         )
-        encoder = _encoder() if has_texts(data.dataset) else None
-        parts = parts_for(data.dataset, encoder, torch=importlib.util.find_spec("torch") is not None)
-        planned = plan(options.seconds, titles=has_texts(data.dataset), device=_device())
+        texts = has_texts(data.dataset)
+        encoder = _encoder() if texts else None
+        parts = parts_for(data.dataset, encoder, texts=texts, torch=importlib.util.find_spec("torch") is not None)
+        planned = plan(options.seconds, titles=texts, device=_device())
         say(planned.told)
         search = _Search(recipe, state, parts, began + options.seconds - planned.seconds, options.seconds, say)
         try:
@@ -286,7 +286,7 @@ class _Search:
             raise DataError(
                 f"nothing could be fitted in the time ({notes or 'there was none'}); give --budget more", kind="too-few"
             )
-        baselines: list[dict[str, Json]] = [{"name": name} for name in _CONTROLS if name not in found]
+        baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(found))]
         for tried in found.values():
             assert tried.best is not None
             # A parameter of the display is none of the recommender.

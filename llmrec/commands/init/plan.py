@@ -18,7 +18,7 @@ _CORE_LEFT = 200
 _MOST_LABELS = 101
 _LEAST_TEXTS = 20
 # Two cores, SmolLM2-135M, bf16: `make quickstart` trains 900 tokens a second; likelihoods and generation as measured.
-_TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 700.0
+TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 700.0
 _START = {"vllm": 60.0, "hf": 20.0}
 _OTHER_SECONDS = 40.0
 BUDGET_SECONDS = 600.0
@@ -307,7 +307,7 @@ def _seconds(plan: Plan) -> dict[str, float]:
     shots = 2.2 * arm if "few-shot" in plan.arms else 0.0
     evaluation = (len(plan.arms) - ("few-shot" in plan.arms)) * arm + shots
     return {
-        "training": plan.steps * BATCH_TOKENS / _TRAIN_SPEED,
+        "training": plan.steps * BATCH_TOKENS / TRAIN_SPEED,
         "evaluation": evaluation,
         "starts": _START[plan.backend] + _OTHER_SECONDS,
     }

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.commands.auto.options import budget_seconds
 from llmrec.commands.tune.options import TuneOptions
-from llmrec.commands.tune.space import Space, grid, spaces, written
+from llmrec.commands.tune.space import Space, grid, spaces
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.experiment.claiming import LOCK
 from llmrec.experiment.resume import key_of, locked
 from llmrec.pipeline import run
-from llmrec.recipe.load import dump, load_recipe, recipe_hash
+from llmrec.recipe.load import dump, in_words, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.report.wording import duration
 from llmrec.results import lower
@@ -83,7 +83,7 @@ def tune(options: TuneOptions, say: Callable[[str], None] = log.info) -> Found:
     found = spaces(options.over)
     base = load_recipe(options.recipe, options.overrides)
     for space in found:
-        load_recipe(options.recipe, [*options.overrides, f"{space.key}={written(space.start)}"])
+        load_recipe(options.recipe, [*options.overrides, *in_words({space.key: space.start})])
     family, metric = _metric(base, options.metric)
     out = options.out or Path("runs") / f"{base.name}-tune"
     with locked(out, _OWN.__contains__):
@@ -98,7 +98,7 @@ def tune(options: TuneOptions, say: Callable[[str], None] = log.info) -> Found:
 
 def told(found: Found) -> str:
     """Return what to print."""
-    values = ", ".join(f"{key}={written(value)}" for key, value in found.chosen.items())
+    values = ", ".join(in_words(found.chosen))
     first = "" if found.first is None else f"; the recipe as it is: {found.first:.4f}"
     broken = f", {found.failed} of them broke" if found.failed else ""
     return (
@@ -207,7 +207,7 @@ class _Search:
 
         asked = study.ask()
         point = {space.key: space.suggest(asked) for space in self.spaces}
-        shown = ", ".join(f"{key}={written(value)}" for key, value in point.items())
+        shown = ", ".join(in_words(point))
         begin = time.monotonic()
         try:
             value = self._value(point)
@@ -238,7 +238,7 @@ class _Search:
             )
         best = study.best_trial
         chosen = self._point(best.params)
-        made = load_recipe(self.options.recipe, [*self.options.overrides, *_overrides(chosen)])
+        made = load_recipe(self.options.recipe, [*self.options.overrides, *in_words(chosen)])
         head = (
             f"# The best of {len(complete)} trials of `llmrec tune`: {self.family}/{self.metric} {best.value:.4f} on "
             "validation users.\n"
@@ -276,7 +276,7 @@ class _Search:
 
     def _value(self, point: dict[str, Json]) -> float:
         """Run a point on the validation split; of several rows of the family the best counts."""
-        asked = [*self.options.overrides, *_overrides(point), "eval.split=valid"]
+        asked = [*self.options.overrides, *in_words(point), "eval.split=valid"]
         recipe = load_recipe(self.options.recipe, asked)
         if "tuned" in recipe.eval.arms:
             recipe = load_recipe(self.options.recipe, [*asked, "eval.arms=[tuned]"])
@@ -307,14 +307,7 @@ class _Search:
                         shutil.rmtree(folder / name)
 
     def _point(self, params: Mapping[str, Any]) -> dict[str, Json]:
-        import yaml
-
-        lists = {space.key for space in self.spaces if space.values}
-        return {key: yaml.safe_load(value) if key in lists else value for key, value in params.items()}
-
-
-def _overrides(point: dict[str, Json]) -> list[str]:
-    return [f"{key}={written(value)}" for key, value in point.items()]
+        return {space.key: space.value(params[space.key]) for space in self.spaces}
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-import yaml
-
 from llmrec.durable import Json
 from llmrec.errors import RecipeError
+from llmrec.recipe.pages import flow, value_of
 
 if TYPE_CHECKING:
     import optuna
@@ -48,8 +47,7 @@ class Space:
     def suggest(self, trial: optuna.Trial) -> Json:
         """Ask for a value."""
         if self.values:
-            # Texts, since Optuna takes no lists and tells 1 from True by neither value nor hash.
-            return _value(str(trial.suggest_categorical(self.key, [written(value) for value in self.values])))
+            return self.value(trial.suggest_categorical(self.key, [flow(value) for value in self.values]))
         if isinstance(self.low, int) and isinstance(self.high, int):
             return trial.suggest_int(self.key, self.low, self.high, log=self.log)
         return trial.suggest_float(self.key, self.low, self.high, log=self.log)
@@ -57,9 +55,15 @@ class Space:
     def parameter(self, value: Json) -> Json | None:
         """Return a value as trials hold it, None where it is not one of this space."""
         if self.values:
-            return written(value) if value in self.values else None
+            # Texts, since Optuna takes no lists and tells 1 from True by neither value nor hash.
+            return flow(value) if value in self.values else None
         able = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         return value if able else None
+
+    def value(self, parameter: Json) -> Json:
+        """Return what a trial holds as a value of the key."""
+        found: Json = value_of(str(parameter), self.key) if self.values else parameter
+        return found
 
 
 def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
@@ -91,11 +95,6 @@ def grid(found: Sequence[Space]) -> list[dict[str, Json]] | None:
     ]
 
 
-def written(value: Json) -> str:
-    """Return a value as an override writes it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
-
-
 def _space(text: str) -> Space:
     key, sign, values = text.partition("=")
     key, values = key.strip(), values.strip()
@@ -103,13 +102,13 @@ def _space(text: str) -> Space:
         raise _refused(text)
     low, dots, high = values.partition("..")
     if dots:
-        ends = _number(low), _number(high)
+        ends = _number(low, key), _number(high, key)
         if ends[0] is None or ends[1] is None or not ends[0] < ends[1]:
             raise _refused(text)
         if isinstance(ends[0], int) and isinstance(ends[1], int):
             return Space(key, (), ends[0], ends[1])
         return Space(key, (), float(ends[0]), float(ends[1]))
-    listed = _value(f"[{values}]")
+    listed = value_of(f"[{values}]", key)
     if not isinstance(listed, list) or not listed or any(isinstance(value, dict) for value in listed):
         raise _refused(text)
     return Space(key, tuple(dict.fromkeys(map(_number_or, listed))) if _flat(listed) else tuple(listed))
@@ -119,8 +118,8 @@ def _flat(values: Sequence[Json]) -> bool:
     return not any(isinstance(value, list) for value in values)
 
 
-def _number(text: str) -> int | float | None:
-    found = _number_or(_value(text))
+def _number(text: str, key: str) -> int | float | None:
+    found = _number_or(value_of(text, key))
     return found if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
@@ -132,14 +131,6 @@ def _number_or(value: Json) -> Json:
         return float(value)
     except ValueError:
         return value
-
-
-def _value(text: str) -> Json:
-    try:
-        found: Json = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return None
-    return found
 
 
 def _refused(text: str) -> RecipeError:
