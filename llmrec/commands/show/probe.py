@@ -1,4 +1,4 @@
-"""How fast this machine computes a model: a few of its layers, made from chance and timed for at most `SECONDS`.
+"""How fast this machine computes a model: a few of its layers, with random weights, timed for at most `SECONDS`.
 
 On a processor one thread computes, its own processor time is the clock, and all of torch's threads are taken to share
 the work: what other programs take away is not in it, so that a busy machine gives about the figure of an idle one. On a
@@ -46,7 +46,7 @@ class Speed:
 
 
 def measured(config: Any, model: ModelSection, train: TrainSection) -> Speed:
-    """Time a few layers of a model with weights from chance, and scale them to all of its layers.
+    """Time a few layers of a model with random weights, and scale them to all of its layers.
 
     Args:
         config: The model's configuration.
@@ -136,7 +136,7 @@ class _Clock:
 
 
 def _few_layers(config: Any, layers: int) -> Any:
-    """Return the body of a model of this configuration with fewer layers and a small vocabulary, from chance."""
+    """Return the body of a model of this configuration with fewer layers and a small vocabulary, from scratch."""
     torch = require("torch", "train")
     small = copy.deepcopy(config)
     text = small.get_text_config()
