@@ -1,8 +1,8 @@
 """The words of docs, docstrings, comments and messages: ``python -m tests.words``, in ``make lint``.
 
-The field has terms for what this project does, and a reader should not have to learn others. Looked at is prose: Markdown
-without its code, and of Python modules the docstrings, comments and those strings that hold a sentence. A word of the
-list is an error; with ``--count`` the hits are counted, page by page.
+The field has terms for what this project does, and a reader should not have to learn others. Prose is read: Markdown
+without its code, and of Python modules the docstrings, the comments and the strings that hold a sentence. A word of the
+list is an error; ``--count`` counts them file by file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BETTER = {
     r"from chance": "from scratch (randomly initialised)",
     r"(above|below) chance": "better or worse than a random ranking",
-    r"counting (alone|and|beside|has|is|of transitions|rows?)|(with|beside|and|than) counting": "Markov and co-occurrence baselines",
+    r"counting (alone|and|beside|has|is|of transitions|rows?)|(with|beside|and|than) counting": (
+        "Markov and co-occurrence baselines"
+    ),
     r"arms?": "settings (zero-shot, few-shot, tuned)",
     r"forwards": "forward passes",
     r"a (row|line) a user": "one training sequence per user",
@@ -102,11 +104,11 @@ def main(arguments: list[str]) -> int:
     found = list(hits(pages()))
     if "--count" in arguments:
         for path, times in Counter(hit.path for hit in found).most_common():
-            print(f"{times:5} {path}")
+            sys.stdout.write(f"{times:5} {path}\n")
     else:
         for hit in found:
-            print(f'{hit.path}:{hit.line}: "{hit.said}"; say: {hit.better}')
-    print(f"words: {len(found)} of {len(BETTER)} kinds in {len({hit.path for hit in found})} files")
+            sys.stdout.write(f'{hit.path}:{hit.line}: "{hit.said}"; say: {hit.better}\n')
+    sys.stdout.write(f"words: {len(found)} hits in {len({hit.path for hit in found})} files\n")
     return 1 if found else 0
 
 
