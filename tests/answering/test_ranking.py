@@ -422,6 +422,7 @@ def uninterrupted(model: Path, folder: Path, name: str, **changes: Any) -> bytes
     return target.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_bytes(llama_folder: Path, tmp_path: Path, small_parts: None) -> None:
     clean = uninterrupted(llama_folder, tmp_path, "out.jsonl")
     target = tmp_path / "out.jsonl"

@@ -113,6 +113,7 @@ def test_what_was_found_before_an_interrupt_is_chosen(
     assert {"popularity", "markov", "random", "markov-1"} <= {each.name for each in chosen}
 
 
+@pytest.mark.slow
 def test_a_part_that_breaks_or_takes_too_long_leaves_the_others(table: Path, tmp_path: Path, few: None) -> None:
     lines: list[str] = []
     parts = [Part("broken", "item-knn", {"history": -1}), *FEW]

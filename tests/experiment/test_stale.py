@@ -119,6 +119,7 @@ def test_another_model_gets_no_stale_answer(
     assert again != base[1]
 
 
+@pytest.mark.slow
 def test_another_adapter_gets_no_stale_answer(model: Path, tmp_path: Path) -> None:
     first = run(model, tmp_path / "used", "eval.arms=[tuned]")
     again = run(model, tmp_path / "used", "eval.arms=[tuned]", "train.learning_rate=0.1")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -471,7 +472,7 @@ def test_an_item_that_is_removed_is_never_listed_again(served: Served, asking: A
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         while served.service.engine.pid == pid:
-            pass
+            time.sleep(0.05)
         wait_ready(served.url)
         _nowhere(asking, "k33")
     finally:

@@ -176,6 +176,7 @@ def test_what_fails_beside_questions_leaves_the_engine_alive(faked: Faked, monke
 # --------------------------------------------------------------------------- replaced
 
 
+@pytest.mark.slow
 def test_a_new_engine_takes_over_and_drops_no_question(faked: Faked) -> None:
     before, stop = faked.service.engine.pid, threading.Event()
 
@@ -340,6 +341,7 @@ def test_a_client_that_leaves_takes_its_question_along(faked: Faked) -> None:
 # --------------------------------------------------------------------------- starting and stopping
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_start_is_tried_again(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(worker, "_work", work)
     for broken in ({"fails": True}, {"dies": True}):
@@ -381,6 +383,7 @@ def test_a_service_whose_engine_starts_can_be_stopped(
     assert not service.engine.ready and not service.engine._opening
 
 
+@pytest.mark.slow
 def test_a_service_whose_engine_hangs_can_be_stopped(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     with faking(tmp_path, patch, window=0.0, patience=1.0) as faked:
         pid = faked.service.engine.pid
@@ -388,6 +391,7 @@ def test_a_service_whose_engine_hangs_can_be_stopped(tmp_path: Path, patch: pyte
     assert pid is not None and not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_a_service_can_be_stopped_while_it_is_read_anew(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(1) as pool:
         with faking(tmp_path, patch) as faked:
