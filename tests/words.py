@@ -31,15 +31,15 @@ BETTER = {
     r"a (row|line) a position": "one example per target",
     r"made (data|reviews|shop|table|set|texts?)": "synthetic",
     r"mend(s|ed|ing)?": "fix",
-    r"(goes|went|go|going) on": "resumes, continues",
+    r"(goes|went) on (where|from)|killed \w+ (goes|go|went) on": "resumes, continues",
     r"(the )?histor(y|ies) (is |are )?(included|excluded)": "seen items filtered / not filtered",
     r"items of the history (are |is |left out|excluded|included)": "seen items",
     r"(is|are|not) (shown|contradicted)( to be)? (better|worse)|contradicted|not shown to": (
         "significantly better, no significant difference, significantly worse"
     ),
     r"of late": "recent",
-    r"(is|are|was|be) worth": "equals, contributes",
-    r"stands? beside|what stands beside what": "is compared with; neighbours",
+    r"what (\w+ ){1,4}(is|are) worth": "what it adds, its weight",
+    r"what stands beside what": "neighbours",
     r"one's own": "custom, your own",
     r"(wins|won) never": "never wins",
     r"the number is the number": "say what is guaranteed",
