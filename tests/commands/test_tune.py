@@ -120,6 +120,13 @@ def test_a_range_is_searched_until_the_trials_are_done(page: Path, tmp_path: Pat
     assert found.trials == 2 and lines[-1] == "2 trials are done" and found.first is not None
 
 
+def test_trials_that_answer_other_questions_are_no_search(page: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        tuning.tune(options(page, tmp_path, "eval.users=20,40"))
+    assert (caught.value.kind, caught.value.column) == ("mismatch", "--over")
+    assert "another number of cases" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("over", "more", "column"),
     [

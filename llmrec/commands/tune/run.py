@@ -210,7 +210,7 @@ class _Search:
         shown = ", ".join(in_words(point))
         begin = time.monotonic()
         try:
-            value = self._value(point)
+            value, question = self._value(point)
         except LlmrecError as error:
             if error.column == "--metric":
                 raise
@@ -219,6 +219,7 @@ class _Search:
             self.say(f"trial {asked.number}: {shown} broke: {error}")
             return
         asked.set_user_attr("seconds", time.monotonic() - begin)
+        self._same(study, question, shown)
         study.tell(asked, value)
         self.say(
             f"trial {asked.number}: {shown}: {self.family}/{self.metric} {value:.4f} in "
@@ -274,8 +275,28 @@ class _Search:
             seconds=seconds,
         )
 
-    def _value(self, point: dict[str, Json]) -> float:
-        """Run a point on the validation split; of several rows of the family the best counts."""
+    def _same(self, study: optuna.Study, question: dict[str, Json], shown: str) -> None:
+        """Refuse a search whose trials answer different questions: the easiest one would win."""
+        first = study.user_attrs.get("question")
+        if first is None:
+            study.set_user_attr("question", question)
+            return
+        other = [name for name, value in question.items() if value != first[name]]
+        if other:
+            raise RecipeError(
+                f"--over: the trial with {shown} was judged on another {' and another '.join(other)} than the first, so "
+                "their figures cannot be compared; search keys that change the recommender, and set those that change "
+                "the question with --set",
+                kind="mismatch",
+                column="--over",
+            )
+
+    def _value(self, point: dict[str, Json]) -> tuple[float, dict[str, Json]]:
+        """Run a point on the validation split; of several rows of the family the best counts.
+
+        Returns:
+            The figure, and what names the question that it answers.
+        """
         asked = [*self.options.overrides, *in_words(point), "eval.split=valid"]
         recipe = load_recipe(self.options.recipe, asked)
         if "tuned" in recipe.eval.arms:
@@ -284,8 +305,11 @@ class _Search:
         made = run(recipe, self._folder(params))
         rows = [row for row in made.results["rows"] if row["task"] == self.family]
         models = [row for row in rows if row["arm"] != "baseline"]
-        figures = [row["metrics"].get(self.metric, {}).get("value") for row in models or rows]
-        known = [float(figure) for figure in figures if figure is not None]
+        known = {
+            float(row["metrics"][self.metric]["value"]): row
+            for row in models or rows
+            if row["metrics"].get(self.metric, {}).get("value") is not None
+        }
         if not known:
             raise RecipeError(
                 f"--metric: no row of {self.family} has {self.metric}; they have "
@@ -293,7 +317,14 @@ class _Search:
                 kind="unknown-name",
                 column="--metric",
             )
-        return min(known) if lower(self.metric) else max(known)
+        best = min(known) if lower(self.metric) else max(known)
+        data = made.results["data"][made.results["tables"][self.family]]
+        return best, {
+            "split": data["split_fingerprint"],
+            "candidate set": known[best]["candidates"],
+            "number of cases": known[best]["n"],
+            "metric signature": known[best]["metrics"][self.metric]["signature"],
+        }
 
     def _folder(self, params: Mapping[str, Any]) -> Path:
         return self.out / _TRIALS / key_of(**params)
