@@ -284,8 +284,8 @@ class _Search:
         other = [name for name, value in question.items() if value != first[name]]
         if other:
             raise RecipeError(
-                f"--over: the trial with {shown} was judged on another {' and another '.join(other)} than the first, so "
-                "their figures cannot be compared; search keys that change the recommender, and set those that change "
+                f"--over: the trial with {shown} was judged on another {' and another '.join(other)} than the first, "
+                "so their figures cannot be compared; search keys that change the recommender, and set those that change "
                 "the question with --set",
                 kind="mismatch",
                 column="--over",
