@@ -285,8 +285,8 @@ class _Search:
         if other:
             raise RecipeError(
                 f"--over: the trial with {shown} was judged on another {' and another '.join(other)} than the first, "
-                "so their figures cannot be compared; search keys that change the recommender, and set those that change "
-                "the question with --set",
+                "so their figures cannot be compared; search keys that change the recommender, and set those that "
+                "change the question with --set",
                 kind="mismatch",
                 column="--over",
             )
