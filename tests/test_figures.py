@@ -57,8 +57,8 @@ def test_every_figure_is_what_its_source_says() -> None:
     [
         ("README.md", "| 1.109 |", "| 1.099 |", "README.md: is not what its generator writes"),
         ("README.md", "## Two commands", "It is 12 % better.\n\n## Two commands", "12 % has no source"),
-        ("docs/families/rating.md", "by .041 [", "by .031 [", ".031 is .041 in rating_users:"),
-        ("docs/families/rating.md", "$pair[b=user-item-bias]", "$pair[b=user-bias]", "leads to nothing"),
+        ("docs/rating-heads.md", "by .041 [", "by .031 [", ".031 is .041 in rating_users:"),
+        ("docs/rating-heads.md", "$pair[b=user-item-bias]", "$pair[b=user-bias]", "leads to nothing"),
         ("docs/indexes/README.md", "| 0.0524 |", "| 0.0534 |", "docs/indexes/README.md: is not what its generator"),
         ("docs/performance.md", "16.2 times", "18.2 times", "docs/performance.md: is not what its generator writes"),
         ("docs/performance/search-vllm-codes.svg", "<svg", "<svg ", "search-vllm-codes.svg: is not what its generator"),
@@ -83,7 +83,7 @@ def test_another_result_is_found_and_written(checkout: Path) -> None:
     results.write_text(json.dumps(content))
     pages = {name: (checkout / name).read_text(encoding="utf-8") for name in named(checkout)}
     assert len([fault for fault in faults(checkout) if "rating_users:" in fault]) == 4
-    assert write(checkout) == ["docs/families/rating.md", "docs/m6.md"]
+    assert write(checkout) == ["docs/m6.md", "docs/rating-heads.md"]
     assert faults(checkout) == []
     for name, text in pages.items():
         now = (checkout / name).read_text(encoding="utf-8")
@@ -95,12 +95,12 @@ def test_writing_what_is_right_changes_nothing(checkout: Path) -> None:
 
 
 def test_the_command_says_what_is_wrong_and_puts_it_right(checkout: Path) -> None:
-    plant(checkout, "docs/families/rating.md", "by .041 [", "by .031 [")
+    plant(checkout, "docs/rating-heads.md", "by .041 [", "by .031 [")
     command = [sys.executable, "-m", "eval.benchmarks.figures", "--root", str(checkout)]
     done = subprocess.run([*command, "--check"], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 1 and done.stdout.startswith("docs/families/rating.md, line ")
+    assert done.returncode == 1 and done.stdout.startswith("docs/rating-heads.md, line ")
     done = subprocess.run([*command, "--write"], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, "written: docs/families/rating.md\n")
+    assert (done.returncode, done.stdout) == (0, "written: docs/rating-heads.md\n")
 
 
 @pytest.mark.parametrize(
