@@ -56,7 +56,7 @@ help:
 	@echo "make figures      write figures and generated pages from eval/results/, and check that each has a source"
 	@echo "make docs         write the command-line reference, docs/cli.md, and the schemas of docs/schema/"
 	@echo "make openapi      write the HTTP interface, docs/openapi.json and docs/clients/llmrec.d.ts"
-	@echo "make pictures     draw the pictures of docs/indexes/"
+	@echo "make pictures     draw the pictures of docs/indexes.md, in docs/indexes/"
 	@echo "make setup        only make .venv"
 
 setup:
@@ -165,7 +165,7 @@ bench-cold: setup
 
 bench-index-leak: setup
 	$(BIN)/python -m eval.benchmarks.index_leak eval/results/index_leak.json
-	$(BIN)/python -m eval.benchmarks.index_collisions eval/results/index_collisions.json docs/indexes/README.md
+	$(BIN)/python -m eval.benchmarks.index_collisions eval/results/index_collisions.json docs/indexes.md
 
 bench-negatives: setup
 	$(BIN)/python -m eval.benchmarks.negatives eval/results/negatives.json

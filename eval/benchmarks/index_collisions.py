@@ -1,7 +1,7 @@
 """Builds every scheme on three catalogues and counts what must not be there.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.index_collisions eval/results/index_collisions.json
-docs/indexes/README.md``, where FOLDER holds ``amazon14_beauty`` and ``amazon14_toys``; MovieLens-100K comes from its
+docs/indexes.md``, where FOLDER holds ``amazon14_beauty`` and ``amazon14_toys``; MovieLens-100K comes from its
 wheel. Writes the table into the page too, and that of ``index_leak.json`` beside the result.
 """
 
@@ -119,7 +119,7 @@ def _cell(found: dict[str, Any]) -> str:
 def leak_table(result: dict[str, Any]) -> str:
     """Return the table in Markdown."""
     lines = [
-        "| Codes | HR@5 of counting on | Same over dealt-out codes | Same bytes without held-out data |",
+        "| Item IDs | HR@5 of the counting rule | Same rule over random IDs | Same bytes without held-out data |",
         "|---|---|---|---|",
     ]
     for name, found in result["rows"].items():

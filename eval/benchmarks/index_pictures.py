@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/indexes/: the code of one real film under each scheme, and what stands beside it.
+"""Draws the pictures of docs/indexes.md: the ID of one real film under each scheme, and its neighbours.
 
 ``python -m eval.benchmarks.index_pictures docs/indexes`` builds the indexes of recipes/movielens-100k/index-*.yaml.
 """

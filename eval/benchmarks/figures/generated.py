@@ -45,7 +45,7 @@ def wanted(root: Path) -> dict[str, str]:
     found["docs/generative/scaling.svg"] = scaling.picture(_read(results / "scaling.json"))
     parts = {
         "docs/performance.md": {"performance:figures": performance},
-        "docs/indexes/README.md": {
+        "docs/indexes.md": {
             "collisions:table": index_collisions.collisions_table(_read(results / "index_collisions.json")["rows"]),
             "leak:table": index_collisions.leak_table(_read(results / "index_leak.json")),
         },
