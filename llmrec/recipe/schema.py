@@ -259,7 +259,7 @@ class CategoryIndex(Section):
 class IndexSection(Section):
     """How an item is written where a template says ``item.code``."""
 
-    scheme: Annotated[str, _known(INDEXES)] = Field("title", description="how codes are found; docs/generative.md")
+    scheme: Annotated[str, _known(INDEXES)] = Field("title", description="how codes are found; docs/indexes.md")
     item_token: bool = Field(
         False, description="collaborative, semantic, category: the last piece is a token of the item's own (hybrid)"
     )
