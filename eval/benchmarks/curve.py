@@ -1,6 +1,7 @@
 """The validation curve of a run that is trained, or was: ``python -m eval.benchmarks.curve RUN TARGET.json``.
 
-It reads the training log alone, so that a run which has not ended, or was ended early, can be told of as far as it got.
+It reads the training log, so that a run which has not ended, or was ended early, can be told of as far as it got. Where
+the run was evaluated, its rows and comparisons stand beside the curve.
 """
 
 from __future__ import annotations
@@ -12,6 +13,20 @@ from pathlib import Path
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 from llmrec.recipe.load import load_recipe
+
+
+def _evaluated(path: Path) -> dict[str, object] | None:
+    """Return the figures of an evaluated run, None of one that was not."""
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "rows": [
+            {"name": row["id"], "users": row["users"], "metrics": row["metrics"], "cost": row["cost"]}
+            for row in results["rows"]
+        ],
+        "comparisons": results["comparisons"],
+    }
 
 
 def main() -> None:
@@ -46,6 +61,7 @@ def main() -> None:
         "looks": looks,
         "best": best,
         "ended": (given.run / "train.json").is_file(),
+        "test": _evaluated(given.run / "results.json"),
         "machine": machine(),
         "versions": versions(),
     }
