@@ -313,7 +313,8 @@ def open_session(
     asks = bool(recipe.eval.arms) or trains
     refuse(recipe, asks=asks)
     prepare_environment()
-    quiet_libraries()
+    if asks:
+        quiet_libraries()
     budget = Budget(quiet=quiet)
     folder.mkdir(parents=True, exist_ok=True)
     with budget.stage("data"):
