@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution check-lowest lint docs openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
+.PHONY: help setup quickstart test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +55,9 @@ help:
 	@echo "make experiments  write the list of what was run, eval/EXPERIMENTS.md"
 	@echo "make figures      write figures and generated pages from eval/results/, and check that each has a source"
 	@echo "make docs         write the command-line reference, docs/cli.md, and the schemas of docs/schema/"
+	@echo "make site         build the documentation site, build/site; no model and no data is fetched"
+	@echo "make site-check   build it, and check its links"
+	@echo "make screenshots  pictures of it, wide and narrow, light and dark, build/screenshots (needs Chromium)"
 	@echo "make openapi      write the HTTP interface, docs/openapi.json and docs/clients/llmrec.d.ts"
 	@echo "make pictures     draw the pictures of docs/indexes.md, in docs/indexes/"
 	@echo "make setup        only make .venv"
@@ -94,6 +97,24 @@ docs: setup
 	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
 	$(BIN)/llmrec schema recipe --out docs/schema/recipe.json
 	$(BIN)/llmrec schema suite --out docs/schema/suite.json
+
+# An environment of its own: the tools, and llmrec without the libraries of models.
+SITE := build/site-env
+$(SITE)/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make site PYTHON=/path/to/python"; exit 2; }
+	rm -rf $(SITE)
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --editable '.[site]'
+	touch $@
+
+site: $(SITE)/ready
+	@$(SITE)/bin/python -m docs.site
+
+site-check: site
+	@$(SITE)/bin/python -m docs.site.check build/site
+
+screenshots: site
+	@$(SITE)/bin/python -m docs.site.screenshots build/site build/screenshots
 
 openapi: setup
 	$(BIN)/python -m llmrec.commands.serve.typescript docs

@@ -137,6 +137,7 @@ def test_citation_and_workflows_are_valid_and_name_the_version() -> None:
     for schema, file in (
         ("citation-file-format", "CITATION.cff"),
         ("github-workflows", ".github/workflows/publish.yml"),
+        ("github-workflows", ".github/workflows/site.yml"),
     ):
         done = subprocess.run(
             [*check, f"vendor.{schema}", str(ROOT / file)], capture_output=True, text=True, check=False, timeout=60
@@ -456,7 +457,7 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", DOCUMENTS, ids=_within)
+@pytest.mark.parametrize("page", [*DOCUMENTS, *sorted((ROOT / "eval").glob("*.md"))], ids=_within)
 def test_links_and_paths_of_a_document_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]

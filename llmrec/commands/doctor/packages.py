@@ -142,7 +142,7 @@ def check_packages(packages: Packages) -> Iterator[Finding]:
         return
     yield _group("core", wanted(texts), packages, needed=True)
     for extra in extras(texts):
-        if extra not in (*_ENGINES, "dev"):
+        if extra not in (*_ENGINES, "dev", "site"):
             yield _group(f"extra {extra}", wanted(texts, extra), packages, needed=extra in _NEEDED_EXTRAS)
 
 

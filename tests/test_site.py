@@ -1,0 +1,143 @@
+"""The documentation site, as far as it goes without its generator: navigation, links, the example, the checker."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmrec
+from docs.site import check, pages
+from docs.site.screenshots import SHOWN
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, Any]:
+    read: dict[str, Any] = tomllib.loads((pages.ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    return read
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("site")
+    pages.write(folder)
+    return folder
+
+
+def _entries(nav: list[Any]) -> Iterator[str]:
+    for entry in nav:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for inside in entry.values():
+                yield from [inside] if isinstance(inside, str) else _entries(inside)
+
+
+def test_every_page_stands_in_the_navigation_once_and_every_entry_is_a_page(settings: dict[str, Any]) -> None:
+    named, wanted = Counter(_entries(settings["nav"])), {pages.place_of(path) for path in pages.pages()}
+    assert sorted(wanted - set(named)) == [], "add these to zensical.toml"
+    assert sorted(set(named) - wanted) == [], "take these out of zensical.toml: there is no such page"
+    assert [entry for entry, times in named.items() if times > 1] == []
+    assert [next(iter(part)) for part in settings["nav"]] == [
+        "Home",
+        "Tutorials",
+        "How-to guides",
+        "Reference",
+        "Background",
+    ]
+
+
+def test_nothing_is_fetched_from_elsewhere(settings: dict[str, Any]) -> None:
+    assert settings["theme"]["font"] is False
+    named = [*settings["extra_css"], *(each["path"] for each in settings["extra"]["polyfills"])]
+    assert all((pages.ASSETS / Path(path).name).is_file() for path in named)
+
+
+def test_every_link_of_every_page_leads_to_another_of_the_site(sources: Path) -> None:
+    found, missing = 0, list[str]()
+    for page in sources.rglob("*.md"):
+        text = re.sub(r"^ *(```+).*?^ *\1 *$|`[^`\n]+`", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+        assert "<!--" not in text, page
+        for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text):
+            if "://" in link:
+                continue
+            found += 1
+            if not (page.parent / link).is_file() and page.parent / link != sources / pages.REPORT:
+                missing.append(f"{page.relative_to(sources)}: {link}")
+    assert found > 300 and missing == []
+
+
+def test_links_follow_their_targets_and_code_stays_as_it_is() -> None:
+    text = (
+        "[a](../eval/LEADERBOARD.md#top) ![b](generative/scaling.svg) [c](https://x.org) [d](#here) [e](../LICENSE) "
+        "[f](../docker/) [`g`](../README.md)<!-- not seen --> `[h](../LICENSE) <!-- seen -->`\n"
+        "```md\n[i](../LICENSE)\n```\n" + pages.REPORT_HERE
+    )
+    written, linked = pages.rewritten(text, "docs/protocol.md", "protocol.md")
+    assert written == (
+        "[a](eval/LEADERBOARD.md#top) ![b](generative/scaling.svg) [c](https://x.org) [d](#here) [e](code/LICENSE.md) "
+        "[f](docker/README.md) [`g`](overview.md) `[h](../LICENSE) <!-- seen -->`\n"
+        "```md\n[i](../LICENSE)\n```\n[Open the report](example/report/index.html){ .md-button }"
+    )
+    assert linked == ["eval/LEADERBOARD.md", "docs/generative/scaling.svg", "LICENSE", "docker/README.md", "README.md"]
+
+
+def test_files_are_shown_as_code_and_folders_as_lists(sources: Path) -> None:
+    shown = (sources / "code" / "LICENSE.md").read_text(encoding="utf-8")
+    assert "exclude: true" in shown and "Apache License" in shown
+    folder = "docs/examples/llmrec-example"
+    listed = (sources / "code" / folder / "index.md").read_text(encoding="utf-8")
+    assert "[`recipe.yaml`](recipe.yaml.md)" in listed
+    assert "name:" in (sources / "code" / folder / "recipe.yaml.md").read_text(encoding="utf-8")
+    assert (sources / pages.place_of("docs/openapi.json")).read_bytes() == (
+        pages.ROOT / "docs" / "openapi.json"
+    ).read_bytes()
+
+
+def test_the_page_of_python_names_what_is_public_and_what_there_is() -> None:
+    text = (pages.ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    public = {f"llmrec.{name}" for name in llmrec.__all__ if name[0].islower()}
+    named = re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)
+    assert public <= set(named) and len(named) == len(set(named))
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(import_module(module), attribute).__doc__, name
+
+
+def test_the_example_needs_no_library_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    recipe = llmrec.load_recipe(pages.ROOT / "recipes" / "made" / "classic.yaml", {"eval.bootstrap": 50})
+    assert (recipe.data.source, recipe.eval.arms) == ("made-reviews", ())
+    run = llmrec.run(recipe, out=tmp_path / "run", quiet=True)
+    assert {row["arm"] for row in run.results["rows"]} == {"baseline"}
+    assert "made-reviews" in run.report.read_text(encoding="utf-8")
+
+
+def test_the_checker_finds_what_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top"></h1><a href="deep/#here">1</a><a href="#top">2</a><a href="https://x.org">3</a>'
+        '<a href="deep/b.html#gone">4</a><img src="no.svg"><script src="https://x.org/y.js"></script>'
+    )
+    (tmp_path / "deep" / "index.html").write_text('<p id="here"><a href="../a.html#top">1</a><a href="../../up">2</a>')
+    (tmp_path / "deep" / "b.html").write_text("")
+    problems, count, links = check.broken(tmp_path)
+    assert (count, links) == (3, 6)
+    assert problems == [
+        "a.html: no anchor for deep/b.html#gone",
+        "a.html: loads https://x.org/y.js from elsewhere",
+        "a.html: no file for no.svg",
+        "deep/index.html: no file for ../../up",
+    ]
+
+
+def test_pictures_are_taken_of_pages_that_there_are(sources: Path) -> None:
+    for page in set(SHOWN.values()) - {pages.REPORT}:
+        assert (sources / page).with_suffix(".md").is_file(), page
