@@ -490,6 +490,9 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
             suite = Suite(**{"suite": "part", "data": {"source": "movielens-100k"}, **parts})
             assert all(load_recipe(row.recipe, row.overrides) for row in suite.rows if row.recipe)
             continue
+        if block.startswith("suite:"):
+            assert Suite(**yaml.safe_load(block)).rows
+            continue
         if block.startswith("benchmark:"):
             bench = Benchmark(**yaml.safe_load(block))
             for run in bench.runs:

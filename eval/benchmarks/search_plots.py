@@ -24,15 +24,22 @@ FILES = {"search": "With transformers", "search_vllm": "With vLLM", "training": 
 HEADINGS = {
     "beam": "Search of a batch",
     "scoring": "Scores of candidates",
-    "warm": "A user with one new event",
+    "warm": "One new event of a user",
     "catalogue": "The catalogue",
     "exact": "Proofs",
-    "rows": "A row a user",
-    "prompts": "Rows from tokenised lines",
+    "rows": "One training sequence per user",
+    "prompts": "Rows from pre-tokenised lines",
     "memory": "Memory of the loss",
-    "packing": "Branches off one history",
+    "packing": "Several questions after one history",
     "windows": "Windows of long rows",
 }
+TERMS = {
+    "a forward a candidate": "one forward pass per candidate",
+    "forwards": "forward passes",
+    "a row a position": "one example per target",
+    "user row": "one sequence per user",
+}
+"""Words that stored results use, and what the page says in their place."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,14 @@ class Goal:
         what: str = self.goal["what"]
         shown = [self._value(value) for value in self.goal["found"].values()]
         median = f" (median {shown[1]})" if len(shown) > 1 else ""
-        return f"{what[0].upper()}{what[1:]}: {shown[0]}{median}" if self._plain else f"{shown[0]} {what}{median}"
+        return plain(
+            f"{what[0].upper()}{what[1:]}: {shown[0]}{median}" if self._plain else f"{shown[0]} {what}{median}"
+        )
+
+    @property
+    def compared(self) -> str:
+        """What the picture compares, without figures."""
+        return plain(f"{self.subject}: {self.goal['what'].removeprefix('times ')}")
 
     @property
     def wanted(self) -> str:
@@ -79,6 +93,13 @@ class Goal:
     def _plain(self) -> bool:
         """Whether the figure is no ratio."""
         return bool(self.goal["line"] == self.goal.get("at_most"))
+
+
+def plain(text: str) -> str:
+    """Return a text of a stored result in the terms of the page."""
+    for stored, term in TERMS.items():
+        text = text.replace(stored, term)
+    return text
 
 
 def amount(value: float, unit: str) -> str:
@@ -115,7 +136,7 @@ def draw(goal: Goal) -> str:
     x, bottom = _LEFT + line * scale, _TOP + _ROW * len(bars)
     for n, (name, value) in enumerate(bars.items()):
         y, width = _TOP + _ROW * n, max(2.0, value * scale)
-        canvas.text(26, y + 18, name, ink=_INK if n == 0 else _SOFT)
+        canvas.text(26, y + 18, plain(name), ink=_INK if n == 0 else _SOFT)
         canvas.parts.append(
             f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="26" rx="3" fill="{_THEIRS if n else _OURS}"/>'
         )
@@ -142,16 +163,16 @@ def draw(goal: Goal) -> str:
 def _warm(goal: Goal) -> str:
     bars, least = goal.goal["bars"], goal.around["seconds"][goal.name]["plain forwards"]["min"]
     return (
-        f"Of {amount(bars['llmrec'], 's')}, {amount(least, 's')} are what plain forwards over as few tokens take, one "
-        "after the other, behind a prompt that is kept."
+        f"{goal.name} tokens: plain forward passes over the same few tokens, one after the other behind the cached "
+        f"prompt, take {amount(least, 's')} of the {amount(bars['llmrec'], 's')}."
     )
 
 
 def _trie(goal: Goal) -> str:
     seconds = {name: amount(each["min"], "s") for name, each in goal.around["seconds"].items()}
     return (
-        f"Much of the time goes into turning four million Python numbers into an array; from an array it takes "
-        f"{seconds['llmrec']}, and the trie {seconds['dict trie']}."
+        f"Most of the time converts four million Python numbers into an array. From an array it takes "
+        f"{seconds['llmrec']}; the dict trie takes {seconds['dict trie']}."
     )
 
 
@@ -176,11 +197,11 @@ WHY: dict[tuple[str, str], Callable[[Goal], str]] = {
 def _beam(section: dict[str, Any]) -> str:
     exact, rough = section["agreement_in_float32"], section["agreement"]
     return (
-        f"`generate` reads {section['tokens_of_generate']:,} tokens, since it reads the prompt once a beam; here it is "
-        f"{section['work']['tokens']:,} in {section['work']['forwards']} forwards. In float32 the lists share "
-        f"{exact['shared_items']:.0%} of their items and scores differ by at most "
-        f"{exact['largest_difference_nats']:.0e} nats; as timed, {rough['shared_items']:.1%} and "
-        f"{rough['largest_difference_nats']:.2g}, where rounding parts near ties."
+        f"`generate` reads {section['tokens_of_generate']:,} tokens, because it reads the prompt once per beam; "
+        f"llmrec reads {section['work']['tokens']:,} in {section['work']['forwards']} forward passes. In float32 both "
+        f"lists share {exact['shared_items']:.0%} of their items and scores differ by at most "
+        f"{exact['largest_difference_nats']:.0e} nats; in bfloat16, as timed, {rough['shared_items']:.1%} and "
+        f"{rough['largest_difference_nats']:.2g} nats, because rounding separates near ties."
     )
 
 
@@ -188,8 +209,8 @@ def _scoring(section: dict[str, Any]) -> str:
     seconds = section["seconds"]
     short = seconds["a forward a candidate, few logits"]["min"] / seconds["llmrec"]["min"]
     return (
-        f"Beside a loop that computes only the logits it needs, it is {short:.3g} times faster. Scores differ by at "
-        f"most {section['largest_difference_nats_in_float32']:.0e} nats in float32, and by "
+        f"Compared with a loop that computes only the logits it needs, it is {short:.3g} times faster. Scores differ "
+        f"by at most {section['largest_difference_nats_in_float32']:.0e} nats in float32, and by "
         f"{section['largest_difference_nats']:.2g} as timed."
     )
 
@@ -197,8 +218,8 @@ def _scoring(section: dict[str, Any]) -> str:
 def _warm_lists(section: dict[str, Any]) -> str:
     same = "the same" if section["same_lists_in_float32"] else "NOT the same"
     return (
-        f"In float32 the lists are {same} with and without. Codes of 4 tokens take four forwards, one after the other, "
-        "which no kept prompt saves; what is saved grows with the prompt."
+        f"In float32 the lists are {same} with and without the cache. Codes of 4 tokens need four sequential forward "
+        "passes, which no cached prompt saves; the gain grows with the prompt."
     )
 
 
@@ -208,9 +229,9 @@ def _catalogue(section: dict[str, Any]) -> str:
     few, many = (whole["branches_opened_per_user"][name] for name in ("10,000", "1,000,000"))
     return (
         f"Steps are compared where every node has ten children in both catalogues (10,000 codes of 4 tokens, 1,000,000 "
-        "of 6). A step costs what it opens, not what the catalogue holds. With codes of 4 tokens in both, a million "
-        f"items have more children a node: a whole search then opens {many:,.0f} branches a user, not {few:,.0f}, "
-        f"and takes {large} instead of {small}, without a model."
+        "of 6). The cost of a step depends on the branches it opens, not on the size of the catalogue. With codes of 4 "
+        f"tokens in both, a million items have more children per node: a whole search then opens {many:,.0f} branches "
+        f"per user, not {few:,.0f}, and takes {large} instead of {small}, without a model."
     )
 
 
@@ -245,16 +266,16 @@ def _rows(section: dict[str, Any]) -> str:
     work, losses, speed = section["work"], section["losses"], section["targets_per_second"]
     rows = ["| | Tokens computed | Steps | Targets a second | Mean loss |", "|---|---|---|---|---|"]
     for name, each in work.items():
-        cells = (name, f"{each['tokens']:,}", each["steps"], f"{speed[name]:,.0f}", f"{losses[name]:.4f}")
+        cells = (plain(name), f"{each['tokens']:,}", each["steps"], f"{speed[name]:,.0f}", f"{losses[name]:.4f}")
         rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     apart = abs(section["loss_in_float32"] - section["loss_of_positions_in_float32"])
     warned = "; ".join(dict.fromkeys(section["warnings"])) or "nothing about neighbours in a packed row"
     return "\n".join(
         [
-            f"In float32 the mean loss of a user row is that of its positions, one by one and from full logits, within "
-            f"{max(apart, 1e-7):.0e} nats. TRL's losses are means over its steps. With packing it warned of: {warned}. "
-            "It was given a row a position; the same row a user with labels of one's own, which it can take too, was "
-            "not timed.",
+            "In float32 the mean loss of one sequence per user equals that of its targets one by one, from full logits,"
+            f" within {max(apart, 1e-7):.0e} nats. TRL's losses are means over its steps. With packing it warned of: "
+            f"{warned}. TRL was given one example per target; one sequence per user with custom labels, which it can "
+            "also train, was not timed.",
             "",
             *rows,
         ]
@@ -264,11 +285,11 @@ def _rows(section: dict[str, Any]) -> str:
 def _prompts(section: dict[str, Any]) -> str:
     speed = section["million_tokens_per_second"]
     return (
-        f"Million tokens a second: {', '.join(f'{name} {value:.3g}' for name, value in speed.items())}. The first is "
-        "arrays; as planned, rows become Python tuples, a sample of them is encoded from its words and compared, and "
-        f"the draws are made anew. The table took {amount(section['seconds_to_fill_the_table'], 's')} to fill. All "
-        f"rows are those of `Encoder.row`, byte for byte; {section['rows_of_whole_strings_that_are_equal']:.0%} of "
-        "whole strings have the same ids as their lines."
+        f"Million tokens per second: {', '.join(f'{name} {value:.3g}' for name, value in speed.items())}. The first "
+        "writes arrays; *rows as planned* also makes Python tuples, repeats the draws, and checks a sample against "
+        f"rows encoded from their words. Filling the table took {amount(section['seconds_to_fill_the_table'], 's')}. "
+        f"All rows equal those of `Encoder.row`; {section['rows_of_whole_strings_that_are_equal']:.0%} of whole "
+        "strings have the same ids as their lines."
     )
 
 
@@ -276,26 +297,27 @@ def _packing(section: dict[str, Any]) -> str:
     tokens, steps = section["tokens"], section["steps"]
     apart = abs(section["loss_in_float32"] - section["loss_of_rows_in_float32"])
     return (
-        f"The rows hold {tokens['rows']:,} tokens; padded they take {tokens['padded']:,} in {steps['padded']} steps, "
-        f"packed {tokens['packed']:,} in {steps['packed']}. In float32 mean losses differ by {max(apart, 1e-7):.0e}."
+        f"The rows hold {tokens['rows']:,} tokens. Padded, they take {tokens['padded']:,} in {steps['padded']} steps; "
+        f"packed, {tokens['packed']:,} in {steps['packed']}. In float32 mean losses differ by {max(apart, 1e-7):.0e}."
     )
 
 
 def _windows(section: dict[str, Any]) -> str:
     rows = [
-        "| | Mean loss | From evaluation | Apart from evaluation | Apart from the same places |",
+        "| | Mean loss | Less evaluation | Mean distance from evaluation | from the same positions |",
         "|---|---|---|---|---|",
     ]
     for name, each in section["losses"].items():
         if name != "targets":
             cells = (f"{each[key]:.4f}" for key in ("mean_loss", "apart_from_evaluation", "apart_from_same_places"))
             mean, apart, places = cells
-            rows.append(f"| {name} | {mean} | {each['from_evaluation']:+.4f} | {apart} | {places} |")
+            rows.append(f"| {plain(name)} | {mean} | {each['from_evaluation']:+.4f} | {apart} | {places} |")
     return "\n".join(
         [
-            f"{section['losses']['targets']['late']:.0f} target tokens; exploratory. Evaluation reads a row a target. "
-            "At the same places its tokens stand where the user's row has them, with a gap behind the question; what "
-            "then is left between it and the band is what states of earlier lines carry on (hidden-state leakage).",
+            f"{section['losses']['targets']['late']:.0f} target tokens; exploratory. *Evaluation* reads one prompt per "
+            "target. *Same places* gives its tokens the positions that they have in the sequence per user. What "
+            "remains between that and the *band* is information carried by the states of earlier lines (hidden-state "
+            "leakage).",
             "",
             *rows,
         ]
@@ -323,12 +345,12 @@ NOTES: dict[str, Callable[[dict[str, Any]], str]] = {
 def page(files: list[Path], folder: str) -> str:
     """Return what stands between the marks."""
     found = [goal for file in files for goal in goals(file)]
-    lines = ["| Of | Found | Goal | |", "|---|---|---|---|"]
+    lines = ["| Measured | Result | Goal | |", "|---|---|---|---|"]
     lines += [f"| {each.subject} | {each.sentence} | {each.wanted} | {each.verdict} |" for each in found]
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
         what = f"{result['what'][0].upper()}{result['what'][1:]}"
-        lines += ["", f"## {FILES[file.stem]}", "", f"{what}: `{result['command']}`. {conditions(result)}."]
+        lines += ["", f"## {FILES[file.stem]}", "", f"{plain(what)}: `{result['command']}`. {conditions(result)}."]
         for section, around in result.get("sections", {"": result}).items():
             own = [each for each in found if (each.file, each.section) == (file.stem, section)]
             lines += _section(section, around, own, folder)
@@ -336,12 +358,11 @@ def page(files: list[Path], folder: str) -> str:
 
 
 def _section(section: str, around: dict[str, Any], own: list[Goal], folder: str) -> list[str]:
-    lines = ["", f"### {HEADINGS[section]}", "", around["what"]] if section else []
+    lines = ["", f"### {HEADINGS[section]}", "", plain(around["what"])] if section else []
     for each in own:
         known = (section, each.name) in WHY and not each.goal["met"]
         why = WHY[section, each.name](each) if known else ""
-        text = f"{each.sentence}. Goal {each.wanted}: {each.verdict}. {why}".rstrip()
-        lines += ["", f"![{each.sentence}]({folder}/{each.picture})", "", text]
+        lines += ["", f"![{each.compared}]({folder}/{each.picture})", *(["", why] if why else [])]
         if not each.goal["met"] and not why:
             sys.stdout.write(f"no reason is written down for {each.file} {section} {each.name}\n")
     return [*lines, "", NOTES[section](around)] if section in NOTES else lines

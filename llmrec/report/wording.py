@@ -148,8 +148,8 @@ def history_worth(repeat: float | None) -> str:
     if not repeat:
         return ""
     if repeat <= _BEHIND:
-        return "Items of the history are ranked behind all others."
-    return f"An item of the history is worth {repeat:+.2f} (logarithm) beside another."
+        return "Seen items are ranked behind all others."
+    return f"A seen item adds {repeat:+.2f} to the logarithm of a score."
 
 
 def difference(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:

@@ -414,7 +414,7 @@ def test_the_command_writes_results_and_the_leaderboard_beside_them(
     assert "popularity" in capsys.readouterr().out
     assert json.loads((results / "made.json").read_text(encoding="utf-8"))["protocol"]["seeds"] == [3]
     board = (tmp_path / "eval" / "LEADERBOARD.md").read_text(encoding="utf-8")
-    assert "## made" in board and "Items of the history excluded" in board and "| popularity |" in board
+    assert "## made" in board and "Seen items filtered" in board and "| popularity |" in board
 
 
 PAGES = sorted(resource("eval", "suites").glob("*.yaml"))

@@ -25,7 +25,8 @@ class Allowed:
 
     Attributes:
         page: The page.
-        text: What it says, to the letter. The first line of a table means all of the table, ``*`` all of the page.
+        text: What it says, to the letter. The first line of a table means all of the table, a heading all of its
+            section, ``*`` all of the page.
         reason: Why there is no source.
     """
 
@@ -37,6 +38,10 @@ class Allowed:
         """Return the stretches of a page that this covers."""
         if self.text == "*":
             return [(0, len(text))]
+        if self.text.startswith("#"):
+            level = len(self.text) - len(self.text.lstrip("#"))
+            section = rf"^{re.escape(self.text)}$.*?(?=^#{{1,{level}}} |\Z)"
+            return [found.span() for found in re.finditer(section, text, re.M | re.S)]
         words = r"\s+".join(map(re.escape, self.text.split()))
         table = r".*(?:\n\|.*)*" if self.text.startswith("|") else ""
         return [found.span() for found in re.finditer(words + table, text)]

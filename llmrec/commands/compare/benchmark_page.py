@@ -57,7 +57,7 @@ def page(results: BenchmarkResult, names: Sequence[str]) -> str:
     names_of = [row.name for table in results.tables for row in table.rows]
     lines += ["", chance] if (chance := drawn(results.llmrec, names_of)) else []
     if results.missing:
-        lines += ["", f"**{results.missing} runs are missing**: the same command goes on."]
+        lines += ["", f"**{results.missing} runs are missing**: the same command resumes."]
     for table, file, pairs in zip(results.tables, names, tested, strict=True):
         lines += ["", *_section(table, file, pairs)]
     return "\n".join([*lines, ""])

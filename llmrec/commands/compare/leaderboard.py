@@ -29,7 +29,12 @@ catalogue, with the exact expectation over ties. A table holds one protocol, and
 of its rows came about.
 Published figures are as printed by their source; nobody but the source vouches for them.
 """
-_HEADINGS = {"rating": "Ratings", "yes-no": "Yes or no to an item"}
+_HEADINGS = {
+    "rating": "Ratings",
+    "yes-no": "Yes or no to an item",
+    "excluded": "Seen items filtered",
+    "included": "Seen items not filtered",
+}
 _LATER = "Thought of after the test split was seen, so that they are exploratory (95 %, no p and no verdict):"
 _RULE = (
     "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these differences "
@@ -204,7 +209,7 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
     if many := sum(map(len, tested.values())):
         lines += ["", planned_note(many, earlier=any(pair.earlier for pairs in tested.values() for pair in pairs))]
     for seen in protocol.seen:
-        heading = _HEADINGS.get(seen, f"Items of the history {seen}")
+        heading = _HEADINGS[seen]
         lines += ["", f"### {cell(heading)}", "", _ours(found, seen)]
         lines += ["", _RULE] if _less(found, seen) else []
         lines += [part for line in _undefined(found, seen) for part in ("", cell(line))]
@@ -242,7 +247,7 @@ def _beside(found: SuiteResult, references: Sequence[Reference], seen: str, head
 
 
 def _fusions(found: SuiteResult, seen: str) -> list[str]:
-    """Show the weights of every fusion of a table, what each part is worth, and what the fusion costs."""
+    """Show the weights of every fusion of a table, what each part contributes, and what the fusion costs."""
     rows, blocks = {row.name: row for row in found.rows}, []
     for row in found.rows:
         fusion = row.tables[seen].fusion
@@ -309,7 +314,7 @@ def _tested(found: SuiteResult) -> dict[str, list[SuitePair]]:
 
 
 def _cold(found: SuiteResult, seen: str) -> list[str]:
-    """Show rows that find items without training interactions, and what they are worth on all other requests."""
+    """Show rows that find items without training interactions, and their figures on all other requests."""
     metrics, rows = found.protocol.metrics, []
     last = metrics[-1]
     for row in found.rows:

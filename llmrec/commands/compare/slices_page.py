@@ -15,13 +15,13 @@ from llmrec.results import Reads
 _HEAD = """# Where texts and language models help
 
 Written by `llmrec eval SUITE` from `eval/results/`; do not edit. Each table takes apart a planned comparison between
-rows that know items by different things: what the row named first has above the other, over requests of one kind.
-Counts are those of the training interactions. The whole comparison has its verdict in [LEADERBOARD.md](LEADERBOARD.md);
-its parts are exploratory: unadjusted 95 % intervals, no p and no verdict. They are over users, and for kinds of targets
-over the items that are targets, whose number stands beside that of the requests. An interval that leaves out 0 is set
-in bold.
+rows that know items by different things: the figure of the row named first less that of the other, over requests of
+one kind. Counts are those of the training interactions. The whole comparison has its verdict in
+[LEADERBOARD.md](LEADERBOARD.md); its parts are exploratory: unadjusted 95 % intervals, no p and no verdict. They are
+over users, and for kinds of targets over the items that are targets, whose number is printed after that of the
+requests. An interval that leaves out 0 is set in bold.
 """
-_TREATED = {"excluded": "history excluded", "included": "history included"}
+_TREATED = {"excluded": "seen items filtered", "included": "seen items not filtered"}
 
 
 def slices_page(results: Sequence[SuiteResult]) -> str:

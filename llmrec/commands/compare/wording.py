@@ -81,7 +81,7 @@ def drawn(version: str, rows: Collection[str]) -> str:
     """
     if "random" not in rows or not version.startswith("0.1."):
         return ""
-    return "An earlier version drew `random` once: it may stand above or below chance, and no row is to be read by it."
+    return "An earlier version drew `random` once: its figure is not that of a random ranking; compare no row with it."
 
 
 def planned_note(comparisons: int, *, earlier: bool) -> str:
