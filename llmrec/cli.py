@@ -18,7 +18,18 @@ from llmrec.commands.rank.app import app as ranking
 from llmrec.commands.score.app import app as scoring
 from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.app import app as showing
-from llmrec.commands.show.console import finish, readable, say, short, show, show_prompts, tell, tell_before, written
+from llmrec.commands.show.console import (
+    finish,
+    readable,
+    say,
+    short,
+    show,
+    show_prompts,
+    show_tables,
+    tell,
+    tell_before,
+    written,
+)
 from llmrec.commands.tune.app import app as tuning
 
 if TYPE_CHECKING:
@@ -213,6 +224,7 @@ def report(
         Path,
         typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart, or a folder such as eval/results."),
     ],
+    table: Annotated[bool, typer.Option("--table", help="Of a run folder: also print its tables.")] = False,
 ) -> None:
     """Write a run's report again from its results, or the leaderboard and the benchmarks' pages from theirs."""
     from llmrec import pipeline
@@ -223,7 +235,10 @@ def report(
         tell(pages=found)
         say("\n".join(f"page: {path}" for path in found))
         return
-    written({"report": pipeline.report(folder)})
+    page = pipeline.report(folder)
+    if table:
+        show_tables(folder)
+    written({"report": page})
 
 
 @app.command("tune-encoder")

@@ -16,12 +16,11 @@ from typing import Any
 
 import yaml
 
-from llmrec.commands.compare.wording import SEEDS, USERS
 from llmrec.durable import write_text
 from llmrec.errors import DataError
 from llmrec.report.escape import cell, code
 from llmrec.report.table import grid
-from llmrec.report.wording import DASH
+from llmrec.report.wording import DASH, SEEDS, USERS
 
 _HEAD = f"""# Experiments
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from llmrec.commands.compare.wording import USERS
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.report.marks import rule
+from llmrec.report.summary import caution
 from llmrec.report.wording import outcome
 from llmrec.results import Results
 
@@ -107,8 +107,7 @@ def _how(results: dict[str, Any]) -> str:
     """Say how the figures came about, from the run alone."""
     tasks = list(results["headline"])
     asked = {row["task"]: row["predictor"] for row in reversed(results["rows"]) if row["arm"] == "zero-shot"}
-    users = {row["task"]: row["users"] for row in results["rows"]}
-    few = [task for task in tasks if users[task] < USERS]
+    read = Results.model_validate(results)
     machine = results["machine"]
     machine_said = f"{machine['cores']} cores ({machine['cpu']}), {machine['gpu'] or 'no GPU'}"
     stages = ", ".join(f"{entry['stage']} {entry['seconds']:.0f} s" for entry in results["budget"])
@@ -116,8 +115,8 @@ def _how(results: dict[str, Any]) -> str:
         f"`{results['command']}` with llmrec {results['llmrec']}, recipe {results['recipe_hash']}",
         f"Asked by {_listed([f'{asked[task]} ({task})' for task in tasks])}",
         f"Training rows: {', '.join(f'{task} {count}' for task, count in results['training']['rows'].items())}",
-        rule(Results.model_validate(results)).rstrip("."),
-        "Exploratory, with one training seed" + (f", and fewer than {USERS} users for {_listed(few)}" if few else ""),
+        rule(read).rstrip("."),
+        caution(read, name=str).rstrip("."),
         f"{machine_said}. Seconds by stage: {stages}; {results['seconds']:.0f} s in all",
     ]
     return f"{'. '.join(said)}."

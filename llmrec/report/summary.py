@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmrec.report.escape import flat, visible
 from llmrec.report.wording import (
+    USERS,
     TaskVerdict,
     count,
     duration,
@@ -33,8 +34,8 @@ def first_sentence(results: Results) -> str:
 def summary(results: Results) -> str:
     """Return the opening paragraph: what the model adds, what was run, what tuning did, where a control is ahead."""
     verdicts = [verdict(results, task) for task in results.tasks]
-    tallies = (_tuning_tally(verdicts), _control_tally(verdicts)) if _asks(results) else ()
-    return " ".join(filter(None, (first_sentence(results), _what_ran(results), *tallies)))
+    tallies = (tuning_tally(verdicts), _control_tally(verdicts)) if _asks(results) else ()
+    return " ".join(filter(None, (first_sentence(results), _what_ran(results), *tallies, caution(results))))
 
 
 def added(results: Results) -> str:
@@ -67,6 +68,30 @@ def added(results: Results) -> str:
             "(eval.fusion)."
         )
     return f"Joined with the classic recommenders, the tuned model changes their fusion by {'; by '.join(parts)}."
+
+
+def caution(results: Results, name: Callable[[str], str] = title) -> str:
+    """Say what makes a run exploratory: one training seed, which is all that a run has, or few users.
+
+    Args:
+        results: Of the run.
+        name: How a task is named.
+
+    Returns:
+        One sentence; nothing for a run with enough of both.
+    """
+    few = [name(task) for task in results.tasks if few_users(results, task)]
+    short = [
+        "one training seed" if results.training else "",
+        f"fewer than {USERS} users for {listed(few)}" if few else "",
+    ]
+    said = ", and ".join(filter(None, short))
+    return f"Exploratory, with {said}." if said else ""
+
+
+def few_users(results: Results, task: str) -> bool:
+    """Say whether a task has too few users for a claim; False where results do not say how many it has."""
+    return any(row.task == task and row.users is not None and row.users < USERS for row in results.rows)
 
 
 def _asks(results: Results) -> bool:
@@ -126,7 +151,8 @@ def _what_ran(results: Results) -> str:
     return f"{visible(results.model_name or 'The model')} {how} and measured{where} in {several}."
 
 
-def _tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
+def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
+    """Say in which tasks the planned comparison of the tuned with the zero-shot row came out how."""
     tested = [found for found in verdicts if found.tuned and found.tuned.verdict is not None]
     if not tested:
         return "No comparison of tuned with zero-shot rows was planned."

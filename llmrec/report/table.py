@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -24,8 +25,6 @@ from llmrec.report.results import results_of
 from llmrec.report.wording import (
     KINDS,
     UNDEFINED,
-    count,
-    coverage,
     figure,
     interval,
     label,
@@ -114,7 +113,7 @@ def _csv_costs(row: Row) -> tuple[object, ...]:
 
 
 def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
-    """Return one rich table a task, and one of planned comparisons if there are any, for the end of a run.
+    """Return one rich table a task, and one of planned comparisons if there are any; each fits into eighty columns.
 
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.
@@ -130,16 +129,17 @@ def _plain(text: str, style: str = "") -> Text:
 
 
 def _task_table(results: Results, task: str) -> Table:
-    names = results.metrics(task)[:3]
-    notes = _plain("\n".join(undefined(results, task))) if undefined(results, task) else None
-    table = Table(title=_plain(title(task), "bold"), title_justify="left", header_style="bold", caption=notes)
-    table.add_column("Row", overflow="fold", ratio=1)
+    names = results.metrics(task)[:2]
+    # What all rows read without a failure needs no column.
+    parsed = any(row.parse_rate is not None and row.parse_rate < 1 for row in results.standings(task))
+    table = _table(title(task), undefined(results, task))
+    table.add_column("Row", overflow="fold")
     for place, name in enumerate(names):
         table.add_column(_plain(name), justify="right", no_wrap=True)
         if place == 0:
             table.add_column("95 %", justify="right", no_wrap=True)
-    for head in ("Parsed", "Ties", "Tok/s"):
-        table.add_column(head, justify="right", no_wrap=True)
+    if parsed:
+        table.add_column("Parsed", justify="right", no_wrap=True)
     best = {name: results.best(task, name) for name in names}
     for kind, row in [(kind, row) for kind, own in results.kinds(task) for row in (None, *own)]:
         if row is None:
@@ -153,28 +153,32 @@ def _task_table(results: Results, task: str) -> Table:
             cells.append(Text(figure(metric), style="bold green" if value is not None and value == best[name] else ""))
             if place == 0:
                 cells.append(Text(interval(metric.low, metric.high) if metric else ""))
-        cells += [Text(share(row.parse_rate)), Text(share(row.tie_rate)), Text(count(row.cost.tokens_per_second))]
-        table.add_row(*cells)
+        table.add_row(*cells, *([Text(share(row.parse_rate))] if parsed else []))
     return table
 
 
 def _comparison_table(results: Results) -> Table:
     styles = {"shown": "green", "not shown": "yellow", "contradicted": "red"}
-    lines = [rule(results), *results.detectable.values()]
-    notes = _plain("\n".join(line for line in lines if line))
-    table = Table(title="Planned comparisons", title_justify="left", header_style="bold", caption=notes)
-    for head in ("Metric", "a", "b"):
-        table.add_column(head, overflow="fold")
-    for head in ("a − b", "Interval", "p"):
+    table = _table("Planned comparisons", [rule(results)])
+    table.add_column("a, less b", overflow="fold")
+    for head in ("Difference", "p"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("a is")
     for entry in planned(results):
+        one, other = (label(results.row(side)) for side in (entry.a, entry.b))
         table.add_row(
-            _plain(entry.metric),
-            *(_plain(label(results.row(side))) for side in (entry.a, entry.b)),
+            _plain(f"{one}, less {other} ({entry.metric})"),
             Text(with_interval(entry.value, entry.low, entry.high, sign=True)),
-            Text(coverage(entry.level)),
             Text(p_value(entry.p)),
             Text(outcome(entry.verdict), style=styles.get(entry.verdict or "", "")),
         )
     return table
+
+
+def _table(head: str, notes: Sequence[str]) -> Table:
+    """Return a table of eighty columns without frames between its columns, and with notes under it."""
+    caption = _plain("\n".join(notes)) if notes else None
+    return Table(
+        title=_plain(head, "bold"), title_justify="left", header_style="bold", caption=caption, caption_justify="left",
+        box=SIMPLE_HEAD, pad_edge=False, show_edge=False,
+    )  # fmt: skip

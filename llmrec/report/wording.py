@@ -17,6 +17,8 @@ TRIVIAL = frozenset(
     }
 )
 """Controls that only count: no neighbours, no factors, no weights."""
+USERS, SEEDS = 200, 3
+"""The least number of users and of training seeds behind a claim."""
 DASH = "–"
 UNDEFINED = "undefined"
 DETECTABLE = (

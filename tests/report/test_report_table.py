@@ -122,8 +122,8 @@ def test_csv_cell_round_trip(value: str | float | int | None) -> None:
 def test_markdown_cell_holds_no_markup(text: str) -> None:
     shown = cell(text)
     assert "<" not in shown and ">" not in shown and not re.search(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", shown)
-    # After the escaped characters are taken away, none that could mark up is left.
-    assert not re.search(r"[`*|~$#\\]|\]\(", re.sub(r"\\.", "", shown))
+    # After the escaped characters are replaced, none that could mark up is left.
+    assert not re.search(r"[`*|~$#\\]|\]\(", re.sub(r"\\.", "x", shown))
 
 
 def test_markdown_table_keeps_its_shape_under_hostile_names(results: dict[str, Any]) -> None:

@@ -8,10 +8,10 @@ from html import escape
 from typing import Any
 
 from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable, retested
-from llmrec.commands.compare.wording import SEEDS, about_detectable, drawn, planned_line, planned_note, standing
+from llmrec.commands.compare.wording import about_detectable, drawn, planned_line, planned_note, standing
 from llmrec.report.escape import cell, code, flat
 from llmrec.report.table import grid
-from llmrec.report.wording import DASH, UNDEFINED, difference, title, undefined_lines
+from llmrec.report.wording import DASH, SEEDS, UNDEFINED, difference, title, undefined_lines
 from llmrec.results import Figure, Pair, lower
 
 _WIDTH, _HEIGHT = 960, 560

@@ -7,12 +7,10 @@ from collections.abc import Collection, Sequence
 from llmrec.commands.compare.records import SuitePair
 from llmrec.metrics.significance import detectable_from, detectable_line
 from llmrec.report.escape import cell
-from llmrec.report.wording import coverage, difference, outcome, p_value
+from llmrec.report.wording import SEEDS, USERS, coverage, difference, outcome, p_value
 from llmrec.results import Pair
 
 _NORMAL = 1.96
-USERS, SEEDS = 200, 3
-"""The least number of users and of training seeds behind a claim."""
 _NONE = "there is no such request"
 
 

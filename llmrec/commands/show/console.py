@@ -8,14 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from llmrec.errors import LlmrecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 facts: dict[str, object] = {}
 """What the command of this process has told so far, by name."""
@@ -29,30 +34,51 @@ LARGE = 1_000_000
 
 
 def finish(done: Any) -> None:
-    """Print the tables, the budget and where the report lies."""
-    from rich.console import Console
+    """Print the verdicts of a run, how long it took, where its report lies, and what to do next."""
+    from rich.text import Text
 
     from llmrec.report.results import results_of
     from llmrec.report.summary import first_sentence
-    from llmrec.report.table import console_tables
+    from llmrec.report.verdicts import coloured, screen, spent
 
-    # Piped output has no width of its own; 80 columns would fold every cell.
-    console = Console() if sys.stdout.isatty() else Console(width=150)
     found = results_of(done.results)
-    if sentence := first_sentence(found):
-        say(sentence)
-    for table in console_tables(found):
-        console.print(table)
+    sentence = first_sentence(found)
+    verdicts = Text("\n".join(screen(found)))
+    for pattern, style in coloured():
+        verdicts.highlight_regex(pattern, style)
+    _console().print(verdicts, soft_wrap=True)
+    say("")
     budget = {entry["stage"]: entry["seconds"] for entry in done.results["budget"]}
-    show("budget", {**budget, "total": done.results["seconds"]}, lambda seconds: f"{seconds:.0f} s")
     tell(
         name=found.name,
+        budget={**budget, "total": done.results["seconds"]},
         headline=found.headline,
         rows=[{key: row[key] for key in row if key not in _DETAILS} for row in done.results["rows"]],
         comparisons=done.results["comparisons"],
         notes=[sentence] if sentence else [],
     )
+    say(f"time: {spent(found)}")
     written({"results": done.folder / "results.json", "report": done.report})
+    say(f"all tables: llmrec report {shlex.quote(str(done.folder))} --table")
+    if (done.folder / "merged").is_dir() or any(row.fusion for row in found.rows):
+        say(f"serve it: llmrec serve {shlex.quote(str(done.folder))}")
+
+
+def show_tables(folder: Path) -> None:
+    """Print the tables of a run folder."""
+    from llmrec.report.results import content_of
+    from llmrec.report.table import console_tables
+
+    console = _console()
+    for table in console_tables(content_of(folder)):
+        console.print(table, "")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # What is piped has no width of its own.
+    return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
 
 
 def show_dry_run(study: Any) -> None:
