@@ -104,7 +104,7 @@ def prompts(
     recipe: RecipePath,
     overrides: Overrides = None,
     count: Annotated[
-        int | None, typer.Option("--count", "-n", min=1, help="Prompts per task (3), or per template named here (1).")
+        int | None, typer.Option("--count", "-n", min=1, help="Prompts per task, or per template named here; 1.")
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -116,6 +116,10 @@ def prompts(
         list[str] | None,
         typer.Option("--set", metavar="NAME", help="Show the templates of this set alone, such as m6; repeatable."),
     ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Say of every template what it shows and writes, and show three prompts a task."),
+    ] = False,
     diff: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -123,7 +127,7 @@ def prompts(
         ),
     ] = None,
 ) -> None:
-    """Show a recipe's templates, what each shows and writes, and rendered training prompts.
+    """Show the templates that a recipe uses, and one rendered training prompt a task.
 
     What is learned stands in «these marks». A template that the recipe does not train on is rendered where it is named.
     """
@@ -137,8 +141,11 @@ def prompts(
     chosen = listing.named(study, template or (), sets or ())
     if diff is None:
         tell(templates=chosen)
-        for line in listing.lines(study, chosen):
+        detailed = every or template or sets
+        for line in listing.lines(study, chosen) if detailed else listing.names(study):
             say(line)
+        if not detailed:
+            say("--all says what each shows and writes; --template NAME renders any of them\n")
     encoder = studies.encoder_of(study, resolve(loaded.model, seed=loaded.seed))
     if diff is not None:
         lines = list(listing.compare(study, encoder, *diff))
@@ -147,7 +154,7 @@ def prompts(
     elif template or sets:
         show_prompts({each.id: list(listing.rendered(study, encoder, [each], count or 1)) for each in chosen})
     else:
-        show_prompts(estimate.rendered(study, encoder, count or estimate.SHOWN))
+        show_prompts(estimate.rendered(study, encoder, count or (estimate.SHOWN if every else 1)))
 
 
 @app.command()

@@ -33,6 +33,7 @@ from llmrec.experiment.study import Study, build_study, folder_of
 from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
 from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
+from llmrec.progress import Bar
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import Recipe
@@ -40,6 +41,7 @@ from llmrec.report import page
 from llmrec.report.audit import AuditLine
 from llmrec.report.results import Made
 from llmrec.results import Arm
+from llmrec.terminal import works_in
 from llmrec.train import trackers
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ def run(
     recipe = as_recipe(recipe, overrides)
     folder = folder_of(recipe, Path(out) if out is not None else None)
     with locked(folder, RUN):
+        works_in(folder)
         recipe = with_frames(recipe, folder, data, items)
         if recipe.augment is not None and may_train:
             augment(recipe, folder / FEATURES, quiet=quiet)
@@ -119,8 +122,11 @@ def run(
                     column="eval.arms",
                 )
         rows, written = session.evaluate(training)
-        made = Made(written.results, written.predictions, session.audit(written), session.item_index)
-        return Run(folder, written.results, rows, page.write(folder, made)["html"])
+        with Bar("audit", None, quiet=quiet):
+            audited = session.audit(written)
+        made = Made(written.results, written.predictions, audited, session.item_index)
+        with Bar("report", None, quiet=quiet):
+            return Run(folder, written.results, rows, page.write(folder, made)["html"])
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,7 @@ def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> Tr
     """Only train; returns the training record."""
     folder = folder_of(recipe, out)
     with locked(folder, RUN):
+        works_in(folder)
         return open_session(recipe, folder, quiet=quiet, trains=True).train()
 
 
@@ -253,7 +260,8 @@ class Session:
         if self.model is not None:
             rows += self._arms(evaluation, self.model, training, rows)
         stored.write(self.study, rows, self.folder)
-        written = write_results(self.study, rows, training, self._told(), self.budget, self.folder)
+        with Bar("comparisons", None, quiet=self.quiet):
+            written = write_results(self.study, rows, training, self._told(), self.budget, self.folder)
         steps = int(training["steps"]) if training is not None else 0
         trackers.report(trackers.chosen(self.study.recipe.train), _figures(rows), self.folder, step=steps)
         return rows, written

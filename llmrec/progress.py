@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TextIO
+
+from llmrec import terminal
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +24,84 @@ QUIET = "LLMREC_QUIET"
 FIRST, MOST, SHARE = 10.0, 600.0, 0.5
 """Seconds up to the first line, seconds between two at most, and what part of the time so far lies between them."""
 
-# What is under way, the innermost last: it alone writes lines.
+# What is under way, the innermost last: it alone is drawn, or writes lines.
 _open: list[Bar] = []
+
+# Columns of a drawn name, and of its bar.
+_NAME, _BAR = 34, 8
+
+
+class _Screen:
+    """The one line at the end of a terminal that shows the innermost piece of work."""
+
+    def __init__(self) -> None:
+        self._live: Any = None
+        self._lock = threading.RLock()
+
+    def show(self) -> None:
+        """Draw the innermost piece of work, or nothing where none is under way."""
+        drawn = [bar for bar in _open if bar._drawn]
+        with self._lock:
+            if not drawn:
+                self._end()
+            elif self._live is None:
+                self._begin()
+            else:
+                self._live.refresh()
+
+    def say(self, text: str, stream: TextIO) -> None:
+        """Write a line above what is drawn."""
+        with self._lock:
+            drawn = self._live is not None
+            self._end()
+            stream.write(f"{text}\n")
+            stream.flush()
+            if drawn:
+                self._begin()
+
+    def _begin(self) -> None:
+        # rich takes a tenth of a second to import, which commands that show no bar need not spend.
+        from rich.console import Console
+        from rich.live import Live
+
+        # What is printed meanwhile is none of its business: libraries print into a log.
+        self._live = Live(
+            get_renderable=lambda: _open[-1] if _open else "",
+            console=Console(file=terminal.err()),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._live.start()
+
+    def _end(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+_screen = _Screen()
+
+
+def _shows() -> bool:
+    """Whether a bar can be drawn: on a terminal, or in a notebook."""
+    if terminal.err().isatty():
+        return True
+    if "ipykernel" not in sys.modules:
+        return False
+    from rich.console import Console
+
+    return Console().is_jupyter
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Write a line to a stream, above the bar where one is drawn."""
+    _screen.say(text, stream)
+
+
+def under_way() -> list[Bar]:
+    """Return the pieces of work that are under way, the innermost last."""
+    return list(_open)
 
 
 class Bar:
@@ -34,7 +113,7 @@ class Bar:
         unit: What a step is, such as ``epochs``.
         quiet: Show nothing.
         early: It may end before all steps are done, so that what is left is an upper bound.
-        passing: One of many: its bar vanishes from the terminal at the end.
+        passing: One of many: on a terminal no line says that it is done.
     """
 
     def __init__(
@@ -47,36 +126,12 @@ class Bar:
         early: bool = False,
         passing: bool = False,
     ) -> None:
-        # rich takes a tenth of a second to import, which commands that show no bar need not spend.
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         quiet = quiet or QUIET in os.environ
-        console = Console(stderr=True)
-        shown = console.is_terminal or console.is_jupyter
-        self._name, self._total, self._unit, self._early = name, total, unit, early
+        shown = _shows()
+        self.name, self._total, self._unit, self._early, self._passing = name, total, unit, early, passing
         self._done, self._said = 0, ""
         self._begin, self._wrote = time.monotonic(), False
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left at most" if early else "left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=passing,
-            disable=quiet or not shown or total is None,
-        )
-        self._task = self._bar.add_task(name, total=total, said=unit)
+        self._drawn = shown and not quiet
         self._ticks = not quiet and not shown
         self._ended = threading.Event()
         self._ticker: threading.Thread | None = None
@@ -84,24 +139,30 @@ class Bar:
     def start(self) -> None:
         """Begin."""
         self._begin = time.monotonic()
-        self._bar.start()
+        if self._drawn and self not in _open:
+            _open.append(self)
+            _screen.show()
         if self._ticks and self._ticker is None:
             _open.append(self)
             self._ended.clear()
-            self._ticker = threading.Thread(target=self._tick, name=f"progress of {self._name}", daemon=True)
+            self._ticker = threading.Thread(target=self._tick, name=f"progress of {self.name}", daemon=True)
             self._ticker.start()
 
     def stop(self, *, failed: bool = False) -> None:
-        """End; a last line says how long it took, where there were lines before it."""
-        self._bar.stop()
-        if self._ticker is None:
+        """End; a last line says how long it took, where that was long."""
+        if self not in _open:
             return
-        self._ended.set()
-        self._ticker.join()
-        self._ticker = None
+        spent = time.monotonic() - self._begin
+        if self._ticker is not None:
+            self._ended.set()
+            self._ticker.join()
+            self._ticker = None
         _open.remove(self)
+        if self._drawn:
+            _screen.show()
+            self._wrote = spent >= FIRST and not self._passing
         if self._wrote and not failed:
-            log.info("%s: done%s, %s", self._name, self._count(), span(time.monotonic() - self._begin))
+            log.info("%s: done%s, %s", self.name, self._count(), span(spent))
 
     def advance(self, steps: int = 1, said: str | None = None) -> None:
         """Note that so many more steps are done, and what there is to say of the work."""
@@ -111,7 +172,6 @@ class Bar:
         """Note that so many steps are done in all."""
         self._done = done
         self._said = self._said if said is None else said
-        self._bar.update(self._task, completed=done, said=f"{self._unit}  {self._said}".strip())
 
     def __enter__(self) -> Self:
         self.start()
@@ -122,6 +182,26 @@ class Bar:
     ) -> None:
         self.stop(failed=error is not None)
 
+    def reached(self) -> str:
+        """Return how many of its steps are done, such as ``37 of 90 steps``; nothing where nobody knows."""
+        return self._count().strip()
+
+    def __rich__(self) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        spent = time.monotonic() - self._begin
+        told = f"{self._count()}{f'  {self._said}' if self._said else ''}".strip()
+        row = Table.grid(padding=(0, 1), expand=False)
+        row.add_column(no_wrap=True, overflow="ellipsis", max_width=_NAME)
+        row.add_column(width=_BAR)
+        for _ in range(2):
+            row.add_column(no_wrap=True, overflow="ellipsis")
+        bar = ProgressBar(self._total, self._done, width=_BAR, pulse=self._total is None, animation_time=spent)
+        row.add_row(Text(self.name), bar, Text(told), Text(self._left(spent).removeprefix(", ") or span(spent)))
+        return row
+
     # ------------------------------------------------------------------- lines
 
     def _tick(self) -> None:
@@ -131,7 +211,7 @@ class Bar:
             wait = min(MOST, max(FIRST, SHARE * spent))
             if _open and _open[-1] is self:
                 self._wrote = True
-                log.info("%s:%s%s %s so far%s", self._name, self._count(), self._told(), span(spent), self._left(spent))
+                log.info("%s:%s%s %s so far%s", self.name, self._count(), self._told(), span(spent), self._left(spent))
 
     def _count(self) -> str:
         if self._total is None:

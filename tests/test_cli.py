@@ -87,7 +87,10 @@ def test_the_reference_is_what_the_program_says() -> None:
 def test_check_passes_on_good_data_and_shows_counts(tmp_path: Path, llama_folder: Path) -> None:
     done = llmrec("check", write(tmp_path, HEADER + "\n".join(rows()) + "\n", model=str(llama_folder)))
     assert done.returncode == 0, done.stderr
-    assert "sequential: 4 test cases" in done.stdout
+    assert done.stdout.startswith("recipe shop is valid: ") and done.stdout.count("\n") == 1
+    assert "test cases: rating 4, sequential 4" in done.stdout
+    done = llmrec("check", str(tmp_path / "shop.yaml"), "-v")
+    assert "sequential: 4 test cases, evaluated with sequential/" in done.stdout
     done = llmrec("data", str(tmp_path / "shop.yaml"))
     assert done.returncode == 0
     assert "interactions" in done.stdout

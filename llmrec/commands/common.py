@@ -12,14 +12,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from llmrec import __version__
+from llmrec import __version__, progress, terminal
 from llmrec.commands.ending import mend_of, told_of_signals
 from llmrec.commands.show.console import as_json, facts
 from llmrec.errors import ErrorKind
@@ -36,6 +36,11 @@ _SILENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "CRITICAL",
 }
+_SERVICES = frozenset({"serve"})
+# Marks commands that `main` runs: tests that call one inside their own process keep their streams.
+_MAIN = object()
+# What may be due to a library that broke down, so that its last words are shown.
+_BROKEN: frozenset[ErrorKind | None] = frozenset({None, "failed", "exhausted", "defect"})
 # The base of what is wrong with a command line, whichever click it is that typer brings.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
@@ -95,7 +100,11 @@ class _Shared:
 
 
 class _Command(_Shared, TyperCommand):
-    pass
+    def invoke(self, ctx: Any) -> Any:
+        # What a service and its libraries say is read together, where its error stream goes.
+        listens = ctx.find_root().obj is not _MAIN or self.name in _SERVICES
+        with nullcontext() if listens else terminal.apart():
+            return super().invoke(ctx)
 
 
 class _Group(_Shared, TyperGroup):
@@ -113,6 +122,17 @@ class App(typer.Typer):
         return super().command(name, **{"cls": _Command, **settings})
 
 
+class _Voice(logging.Handler):
+    """Says llmrec's notes, and leaves those of other libraries where the rest of their output goes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            own = record.name.partition(".")[0] == "llmrec"
+            progress.say(self.format(record), terminal.err() if own else sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
 def _heed(meta: Mapping[str, Any]) -> None:
     quiet = bool(meta.get("llmrec.quiet"))
     if quiet:
@@ -122,7 +142,7 @@ def _heed(meta: Mapping[str, Any]) -> None:
         "error" if quiet else "info" if meta.get("llmrec.verbose") else "warning"
     )
     # Other libraries say at most what they warn of.
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", handlers=[_Voice()])
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
     logging.getLogger("llmrec").setLevel(level.upper())
     # How far long work is, in lines where there is no terminal for a bar.
@@ -141,18 +161,26 @@ def main(app: typer.Typer) -> None:
                 out.write(as_json(told) + "\n")
             sys.exit(code)
         try:
-            app()
+            app(obj=_MAIN)
         except Exception as error:
-            if (wrong := mend_of(error)) is None:
+            wrong = mend_of(error)
+            _last_words(wrong.kind if wrong else "defect")
+            if wrong is None:
                 raise
             sys.stderr.write(f"error: {wrong}\n")
             sys.exit(2)
 
 
+def _last_words(kind: ErrorKind | None) -> None:
+    """Show what libraries printed last, where they may have caused what is wrong."""
+    if kind in _BROKEN:
+        sys.stderr.writelines(f"{line}\n" for line in terminal.last_words())
+
+
 def _told(app: typer.Typer) -> tuple[Mapping[str, Any], int]:
     """Run a command and return what it says of itself, and its exit status."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, obj=_MAIN)
         return {"llmrec": __version__, **facts}, code if isinstance(code, int) else 0
     except _UsageError as error:
         wrong: Mapping[str, Any] | None = _error("usage", error.format_message())
@@ -160,6 +188,7 @@ def _told(app: typer.Typer) -> tuple[Mapping[str, Any], int]:
         return {"error": _error("closed", "it was broken off")}, 1
     except Exception as error:
         wrong = _problem(error)
+        _last_words(wrong["kind"] if wrong else "defect")
         if wrong is None:
             traceback.print_exc()
             return {"error": _error("defect", f"{type(error).__name__}: {error}")}, 1

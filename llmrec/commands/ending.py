@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
+from llmrec import terminal
 from llmrec.errors import ErrorKind, LlmrecError
+from llmrec.progress import under_way
+from llmrec.report.escape import visible
 
 # What a user can mend: no space, no permission, a file system that is full or read-only, too many open files.
 _MENDABLE: Mapping[int, ErrorKind] = {
@@ -26,6 +31,7 @@ _MOST_CAUSES = 10
 _RESUMED = frozenset(
     {"run", "train", "eval", "export", "rank", "predict", "augment", "refresh", "fuse", "auto", "tune"}
 )
+_CHECKPOINT = "checkpoint-"
 
 
 def mend_of(error: BaseException) -> LlmrecError | None:
@@ -74,7 +80,7 @@ def told_of_signals() -> Iterator[None]:
         if os.getpid() != owner:  # a fork that inherited this
             os.kill(os.getpid(), number)
             return
-        os.write(2, _last_line(sys.argv[1:]).encode())
+        os.write(_error_stream(), last_line(sys.argv[1:], ended=number != signal.SIGINT).encode())
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         os._exit(128 + number)
@@ -91,6 +97,45 @@ def told_of_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _last_line(words: list[str]) -> str:
+def last_line(words: list[str], *, ended: bool = True) -> str:
+    """Say what a command was at, what of its work is kept, and which command goes on with it.
+
+    Args:
+        words: The command line, without the program.
+        ended: Whether the process ends now; where it does not, `llmrec auto` says itself how it goes on.
+    """
     command = next((word for word in words if not word.startswith("-")), "")
-    return "\nstopped" + ("; run the same command again, it resumes\n" if command in _RESUMED else "\n")
+    if command == "auto" and not ended:
+        return "\n"
+    said = " ".join(filter(None, ("stopped", _at())))
+    if command not in _RESUMED:
+        return f"\n{said}\n"
+    folder = terminal.folder()
+    kept = _kept(folder) if folder is not None else []
+    what = f"; kept in {visible(str(folder))}: {', '.join(kept)}" if kept else ""
+    return f"\n{said}{what}\nthe same command resumes: {visible(shlex.join(['llmrec', *words]))}\n"
+
+
+def _at() -> str:
+    """Return which pieces of work were under way, and how far the innermost was."""
+    found = under_way()
+    names = " / ".join(dict.fromkeys(bar.name for bar in found))
+    reached = found[-1].reached() if found else ""
+    return visible(f"at {names}{f', {reached}' if reached else ''}") if found else ""
+
+
+def _kept(folder: Path) -> list[str]:
+    """Return what of a run or a suite is stored in its folder."""
+    trained = (folder / "train.json").is_file()
+    steps = [int(path.name.removeprefix(_CHECKPOINT)) for path in folder.glob(f"checkpoints/{_CHECKPOINT}*[0-9]")]
+    rows = sum(1 for _ in folder.glob("rows/*.json"))
+    found = ["the tuned model"] if trained else [f"training up to step {max(steps)}"] if steps else []
+    found += [f"{rows} finished {'row' if rows == 1 else 'rows'}"] if rows else []
+    return found + (["every answer so far"] if (folder / "answers.sqlite").is_file() else [])
+
+
+def _error_stream() -> int:
+    try:
+        return terminal.err().fileno()
+    except (OSError, ValueError):  # in a notebook
+        return 2

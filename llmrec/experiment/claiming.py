@@ -14,6 +14,7 @@ from typing import IO
 from llmrec.durable import loads, refuse_link
 from llmrec.errors import LlmrecError
 from llmrec.machine import NO_LINK
+from llmrec.terminal import LOG
 
 LOCK = ".lock"
 _MARK = "llmrec works in this folder: it writes, replaces and removes its own files there\n"
@@ -21,9 +22,10 @@ RUN = (
     *("recipe.yaml", "candidates", "index", "base", "base.json", "checkpoints", "best", "adapter", "merged"),
     *("train.json", "train_log.jsonl", "answers.sqlite", "rows", "predictions.parquet", "items.parquet"),
     *("data", "results.json", "report", "audit.json", "audit-baselines.json", "trackers.json", "tensorboard"),
+    LOG,
 )
 """What a run writes into its folder."""
-SUITE = ("rows", "models")
+SUITE = ("rows", "models", LOG)
 """What a suite writes into its folder."""
 # What runs of before there was a mark say of themselves, where their lock was not copied with them.
 _RECORDS = {"train.json": "key", "results.json": "llmrec", "base.json": "key"}

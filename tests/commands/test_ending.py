@@ -125,9 +125,15 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(
 WAITING = """
 import sys, time
 from llmrec import cli
+from pathlib import Path
+from llmrec import terminal
+from llmrec.progress import Bar
 def wait(*_):
-    sys.stderr.write("ready\\n")
-    time.sleep(60)
+    terminal.works_in(Path({folder!r}))
+    with Bar("train", 90, unit="steps") as bar:
+        bar.reach(37)
+        terminal.err().write("ready\\n")
+        time.sleep(60)
 cli._recipe = wait
 sys.argv = ["llmrec", "-v", {command!r}, "page.yaml"]
 cli.main()
@@ -142,12 +148,19 @@ cli.main()
         (signal.SIGTERM, 143, "data", False),
     ],
 )
-def test_a_signal_is_told_in_one_line(number: signal.Signals, code: int, name: str, resumes: bool) -> None:
+def test_a_signal_says_where_it_stopped_what_is_kept_and_how_to_resume(
+    number: signal.Signals, code: int, name: str, resumes: bool, tmp_path: Path
+) -> None:
+    for file in ("checkpoints/checkpoint-25/x", "checkpoints/checkpoint-5/x", "rows/a.json", "rows/b.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
     # A shell that starts tests in the background has them ignore SIGINT, and children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-c", WAITING.format(command=name)], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", WAITING.format(command=name, folder=str(tmp_path))],
+            stderr=subprocess.PIPE,
+            text=True,
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -156,7 +169,10 @@ def test_a_signal_is_told_in_one_line(number: signal.Signals, code: int, name: s
     os.kill(process.pid, number)
     said = process.communicate(timeout=20)[1]
     assert process.returncode == code
-    assert said.strip() == ("stopped; run the same command again, it resumes" if resumes else "stopped")
+    stopped, *next_line = said.strip().splitlines()
+    assert stopped.startswith("stopped at train, 37 of 90 steps")
+    assert (f"kept in {tmp_path}: training up to step 25, 2 finished rows" in stopped) == resumes
+    assert next_line == ([f"the same command resumes: llmrec -v {name} page.yaml"] if resumes else [])
 
 
 def test_what_answered_signals_before_answers_them_again(monkeypatch: pytest.MonkeyPatch) -> None:

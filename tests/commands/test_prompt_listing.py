@@ -51,6 +51,17 @@ def test_the_list_has_every_template_once_and_fits_a_terminal(study: Study) -> N
     assert max(map(len, listed)) <= WIDTH
 
 
+def test_the_short_list_names_every_template_and_says_which_are_used(study: Study) -> None:
+    told = list(prompts.names(study))
+    words = " ".join(" ".join(told).replace(",", " ").split()).split()
+    for known in study.templates.values():
+        for template in known.values():
+            assert template.name in words or template.id in words
+    assert ["rating/rate-next", "trained", "on,", "evaluated", "with"] in [line.split() for line in told]
+    assert ["rating/judge-one", "evaluated", "with"] in [line.split() for line in told]
+    assert max(map(len, told)) <= WIDTH and len(told) < 40
+
+
 def test_the_list_says_what_is_trained_on_and_asked_with(study: Study) -> None:
     assert block(study, "rate-next").startswith(
         "rating templates rating/rate-next version 1, seen, chat, trained on, evaluated with shows noun, scale_low"

@@ -48,6 +48,7 @@ from llmrec.registry import BASELINES, stamps
 from llmrec.resources import resource
 from llmrec.results import Figure
 from llmrec.tasks.family import answers
+from llmrec.terminal import works_in
 from llmrec.types import Probability
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
                 config_of(row.baseline, {**row.parameters, name: value}, f"suite {suite.suite}: grid")
     pages = {name: _reference(name) for name in suite.references}
     with locked(out, SUITE):
+        works_in(out)
         begin = time.monotonic()
         splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
         rows: list[Done] = []

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
+from llmrec import terminal
 from llmrec.commands.common import App
 from llmrec.commands.options import takes
 from llmrec.commands.rank.options import RankOptions
@@ -30,7 +29,7 @@ def rank(options: RankOptions) -> None:
         show("lists", told, short)
         raise typer.Exit(int(told["failed"] != 0))
     summary = rank_file(options)
-    where = sys.stderr if options.target == STDOUT else None
+    where = terminal.err() if options.target == STDOUT else None
     show("ranking", console_rows(summary), told={"ranking": summary}, file=where)
     if summary["failed"]:
         raise typer.Exit(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from llmrec import terminal
 from llmrec.answering.recommender import Answered
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.outputs import check_out
@@ -107,8 +107,8 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
         target = Path(folder) / ("lists.trec" if options.form == "trec" else "lists.jsonl")
         summary = _rank_into(replace(options, out=target))
         with target.open("rb") as found:
-            shutil.copyfileobj(found, sys.stdout.buffer)
-        sys.stdout.flush()
+            shutil.copyfileobj(found, terminal.out().buffer)
+        terminal.out().flush()
     return {**summary, "out": str(STDOUT)}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llmrec.baselines.parameters import config_of
-from llmrec.commands.show.console import say, show_dry_run, tell
+from llmrec.commands.show.console import detail, say, show_dry_run, tell
 from llmrec.data.stats import baskets
 from llmrec.errors import RecipeError
 from llmrec.experiment.preflight import checked_study
+from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
 
@@ -55,7 +56,7 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
     cases = {family: len(study.cases(family)) for family in asked}
     tell(name=loaded.name, split=loaded.eval.split, cases=cases, templates=asked, warnings=(warned := list[str]()))
     for family, templates in asked.items():
-        say(f"{family}: {cases[family]} {loaded.eval.split} cases, evaluated with {', '.join(templates)}")
+        detail(f"{family}: {cases[family]} {loaded.eval.split} cases, evaluated with {', '.join(templates)}")
     for table in study.tables:
         if cut := baskets(table):
             warned.append(cut)
@@ -66,4 +67,13 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
             say(f"    users: {', '.join(users(found))}")
     if dry_run:
         show_dry_run(study)
-    say(f"recipe {loaded.name} is valid")
+    say(f"recipe {loaded.name} is valid: {_facts(study, cases)}")
+
+
+def _facts(study: Study, cases: Mapping[str, int]) -> str:
+    """Return what a run would read, ask and measure, in one line."""
+    recipe, data = study.recipe, study.data.dataset
+    size = f"{data.interactions['user_id'].n_unique():,} users, {len(data.items):,} items"
+    models = f"{recipe.model.name} {', '.join(recipe.eval.arms)}" if recipe.eval.arms else "no language model"
+    asked = ", ".join(f"{family} {count:,}" for family, count in cases.items())
+    return f"{data.name} ({size}); {models}; {recipe.eval.split} cases: {asked}"

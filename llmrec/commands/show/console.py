@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import typer
-
+from llmrec import progress, terminal
 from llmrec.errors import LlmrecError
 
 if TYPE_CHECKING:
@@ -78,7 +77,8 @@ def _console() -> Console:
     from rich.console import Console
 
     # What is piped has no width of its own.
-    return Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    stream = terminal.out()
+    return Console(file=stream, width=None if stream.isatty() else 80, highlight=False)
 
 
 def show_dry_run(study: Any) -> None:
@@ -195,7 +195,7 @@ def show(
     tell(**({title: rows} if told is None else told))
     width = max((len(name) for name in rows), default=0)
     for line in (title, *(f"  {name:<{width}}  {form(value)}" for name, value in rows.items())):
-        typer.echo(line, file=file)
+        progress.say(line, file or terminal.out())
 
 
 def written(files: Mapping[str, Any]) -> None:
@@ -220,6 +220,12 @@ def readable(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def detail(text: str) -> None:
+    """Print a line that only ``-v`` asks for."""
+    if logging.getLogger("llmrec").isEnabledFor(logging.INFO):
+        say(text)
+
+
 def say(text: str) -> None:
     """Print a line."""
-    typer.echo(text)
+    progress.say(text, terminal.out())

@@ -89,6 +89,24 @@ def lines(study: Study, templates: Sequence[Template]) -> Iterator[str]:
         yield ""
 
 
+def names(study: Study) -> Iterator[str]:
+    """Yield the templates of each family that a recipe uses, a line each, and the names of the others."""
+    for family, known in study.templates.items():
+        chosen = chosen_of(study, family)
+        used = {template.id: _roles(template, chosen) for template in known.values()}
+        width = max((len(name) for name, roles in used.items() if roles), default=0)
+        yield f"{family} templates"
+        yield from (f"  {name:{width}}  {', '.join(roles)}" for name, roles in used.items() if roles)
+        if others := [template.name for template in known.values() if not used[template.id]]:
+            yield from _wrapped("  not used: ", ", ".join(others), hang=4)
+        yield ""
+
+
+def _roles(template: Template, chosen: Chosen) -> list[str]:
+    roles = ["trained on"] if template in chosen.train else []
+    return [*roles, "evaluated with"] if template.name in chosen.evaluate else roles
+
+
 def chosen_of(study: Study, family: str) -> Chosen:
     """Return the templates that a recipe trains a family on and evaluates it with."""
     templates, reviews = study.templates[family], bool(study.task_data(family).dataset.reviews)
@@ -96,15 +114,13 @@ def chosen_of(study: Study, family: str) -> Chosen:
 
 
 def _about(template: Template, chosen: Chosen) -> Iterator[str]:
-    roles = ["trained on"] if template in chosen.train else []
-    roles += ["evaluated with"] if template.name in chosen.evaluate else []
     facts = [
         f"version {template.version}",
         template.use,
         template.shape,
         *(f"set {name} {number}".rstrip() for name, number in template.sets.items()),
         f"needs {template.needs}" if template.needs else "",
-        *roles,
+        *_roles(template, chosen),
     ]
     yield from _wrapped(f"  {template.id}  ", ", ".join(filter(None, facts)), hang=6)
     yield from _wrapped("      shows   ", ", ".join(fields(template, "system", "user", "lead")) or "nothing")

@@ -1,0 +1,156 @@
+"""Keeps two voices apart while a command runs: what llmrec says, and what libraries print, which goes into a log.
+
+Libraries print from Python, from C and from the processes that they start. So the descriptors of the standard streams
+themselves are turned to the log, and llmrec's words have streams of their own: `out` and `err`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+
+LOG = "libraries.log"
+"""In a run folder: what libraries printed while the last command wrote there; absent where they printed nothing."""
+
+# Of the log: lines that an error shows, bytes that they are looked for in, characters of a line.
+_LINES, _BYTES, _CHARACTERS = 15, 64_000, 300
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\xa0-\U0010ffff]")
+
+
+class _Apart:
+    """The streams of a command whose libraries are listened to by the log alone."""
+
+    def __init__(self, out: TextIO, err: TextIO, log: BinaryIO) -> None:
+        self.out, self.err, self.log = out, err, log
+        self.path: Path | None = None
+
+    def turn(self) -> None:
+        """Let the descriptors of the standard streams write to the log."""
+        for number in (1, 2):
+            os.dup2(self.log.fileno(), number)
+
+    def text(self) -> str:
+        """Return the end of the log."""
+        size = os.fstat(self.log.fileno()).st_size
+        return os.pread(self.log.fileno(), _BYTES, max(0, size - _BYTES)).decode("utf-8", "replace")
+
+
+_now: _Apart | None = None
+_folder: Path | None = None
+_last: list[str] = []
+
+
+def out() -> TextIO:
+    """Return the stream of what a command answers."""
+    return sys.stdout if _now is None else _now.out
+
+
+def err() -> TextIO:
+    """Return the stream of notes, progress and errors."""
+    return sys.stderr if _now is None else _now.err
+
+
+def folder() -> Path | None:
+    """Return the folder that the command of this process writes to, as far as it is known."""
+    return _folder
+
+
+def works_in(place: Path) -> None:
+    """Note which folder a command writes to, and keep what libraries print there; call it where the folder is locked.
+
+    From Python libraries print where they like, and no log is written.
+    """
+    global _folder
+    _folder = place
+    if _now is None or _now.path == place / LOG:
+        return
+    before = _now.text()
+    path = place / LOG
+    path.unlink(missing_ok=True)
+    opened = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+    _flush()
+    _close(_now)
+    _now.log, _now.path = cast(BinaryIO, os.fdopen(opened, "w+b", buffering=0)), path
+    _now.log.write(before.encode())
+    _now.turn()
+
+
+def last_words() -> list[str]:
+    """Return what libraries printed last before the command failed, and where all of it stands; empty if nothing."""
+    return _last
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Send what libraries print into a log: a nameless one, until `works_in` names a folder."""
+    global _now, _folder
+    _last.clear()
+    _folder = None
+    with ExitStack() as closing:
+        try:
+            kept = [os.dup(number) for number in (1, 2)]
+        except OSError:  # a daemon without streams
+            yield
+            return
+        for number in kept:
+            closing.callback(os.close, number)
+        _flush()
+        words, notes = _text(kept[0], sys.stdout), _text(kept[1], sys.stderr)
+        for stream in (words, notes):
+            closing.callback(_shut, stream)
+        log = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115  (it may give way to the one of a folder)
+        _now = _Apart(words, notes, cast(BinaryIO, log))
+        _now.turn()
+        try:
+            yield
+        except BaseException:
+            _flush()
+            _last.extend(_told(_now))
+            raise
+        finally:
+            _flush()
+            for number, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, number)
+            ended, _now = _now, None
+            _close(ended)
+
+
+def _text(number: int, like: TextIO) -> TextIO:
+    """Open a stream that writes to a descriptor, in the encoding of the one that it stands for."""
+    encoding = getattr(like, "encoding", None) or "utf-8"
+    return os.fdopen(os.dup(number), "w", encoding=encoding, errors="backslashreplace", buffering=1)
+
+
+def _shut(stream: TextIO) -> None:
+    # Nobody may read any more, as behind `head`.
+    with suppress(OSError):
+        stream.close()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+
+
+def _close(apart: _Apart) -> None:
+    """Close a log; one that nobody wrote to is removed."""
+    empty = os.fstat(apart.log.fileno()).st_size == 0
+    apart.log.close()
+    if empty and apart.path is not None:
+        apart.path.unlink(missing_ok=True)
+
+
+def _told(apart: _Apart) -> list[str]:
+    lines = [_CONTROL.sub("", line)[:_CHARACTERS].rstrip() for line in re.split(r"[\r\n]+", apart.text())]
+    found = [line for line in lines if line]
+    if not found:
+        return []
+    where = f" ({apart.path})" if apart.path else ""
+    return [f"what libraries printed last{where}:", *(f"    {line}" for line in found[-_LINES:])]

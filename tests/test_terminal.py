@@ -1,0 +1,126 @@
+"""What llmrec says goes to the terminal, and what libraries print into a log: from Python, from C, from processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmrec import terminal
+
+NOISE = ("a library's line", "a line of C", "a child's line", "old thing", "another's note")
+PROGRAM = """
+import logging, os, subprocess, sys, warnings
+from pathlib import Path
+from llmrec import terminal
+from llmrec.commands.common import App, main
+from llmrec.commands.show.console import say
+from llmrec.errors import LlmrecError
+app = App()
+@app.command()
+def one(folder: str = "", kind: str = "", silent: bool = False) -> None:
+    if not silent:
+        print("a library's line")
+    if folder:
+        terminal.works_in(Path(folder))
+    if not silent:
+        os.write(1, b"a line of C\\n")
+        subprocess.run(["echo", "a child's line"], check=True)
+        warnings.warn("old thing", FutureWarning)
+        logging.getLogger("another").warning("another's note")
+    logging.getLogger("llmrec.some").warning("own note")
+    say("words")
+    if kind == "defect":
+        raise ValueError("broken")
+    if kind:
+        raise LlmrecError("it broke", kind=kind)
+@app.command()
+def serve() -> None:
+    print("a library's line")
+main(app)
+"""
+
+
+def ended(*args: str, command: str = "one") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, command, *args], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_libraries_print_into_the_log_of_the_folder(tmp_path: Path) -> None:
+    done = ended("--folder", str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "words\n", "own note\n")
+    log = tmp_path / terminal.LOG
+    text = log.read_text(encoding="utf-8")
+    assert all(line in text for line in NOISE) and "own note" not in text and "words" not in text
+    assert log.stat().st_mode & 0o777 == 0o600
+    done = ended("--folder", str(tmp_path), "--silent")
+    assert done.returncode == 0 and not log.exists(), "where they print nothing there is no log"
+
+
+@pytest.mark.parametrize(("kind", "code"), [("failed", 2), ("defect", 1)])
+def test_what_broke_shows_their_last_lines_and_where_all_of_it_stands(tmp_path: Path, kind: str, code: int) -> None:
+    done = ended("--folder", str(tmp_path), "--kind", kind)
+    assert done.returncode == code
+    assert str(tmp_path / terminal.LOG) in done.stderr and all(line in done.stderr for line in NOISE)
+    assert "error: it broke" in done.stderr or "ValueError: broken" in done.stderr
+    nowhere = ended("--kind", kind)
+    assert all(line in nowhere.stderr for line in NOISE)
+
+
+def test_what_a_user_got_wrong_is_one_line() -> None:
+    done = ended("--kind", "unknown-key")
+    assert (done.returncode, done.stderr) == (2, "own note\nerror: it broke\n")
+
+
+def test_a_service_keeps_its_streams() -> None:
+    assert ended(command="serve").stdout == "a library's line\n"
+
+
+def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "own.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "run" / terminal.LOG).symlink_to(tmp_path / "own.txt")
+    assert ended("--folder", str(tmp_path / "run")).returncode == 0
+    assert (tmp_path / "own.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    line = f"{sys.executable} -c '{PROGRAM.replace(chr(39), chr(34))}' one --silent | head -0; echo $?"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_from_python_nothing_is_turned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    terminal.works_in(tmp_path)
+    assert terminal.out() is sys.stdout and terminal.err() is sys.stderr
+    assert terminal.folder() == tmp_path and not list(tmp_path.iterdir())
+
+
+def test_a_bar_on_a_terminal_vanishes_and_lines_stand_above_it() -> None:
+    pty = pytest.importorskip("pty")
+    code = (
+        "import time; from llmrec import progress; progress.FIRST = 0.2\n"
+        "from llmrec.commands import common; common._heed({})\n"
+        "with progress.Bar('baselines', None), progress.Bar('train', 8, unit='steps') as bar:\n"
+        "    bar.advance(2, 'loss 1.0'); progress.say('a line', common.terminal.err()); time.sleep(0.3)\n"
+    )
+    import os
+
+    parent, child = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=child, stdout=child, env={**os.environ, "NO_COLOR": "1"}
+    ):
+        os.close(child)
+        text = b""
+        try:
+            while part := os.read(parent, 4096):
+                text += part
+        except OSError:
+            pass
+    os.close(parent)
+    said = text.decode()
+    assert "2 of 8 steps  loss 1.0" in said and "a line\r\n" in said
+    assert "train: done 2 of 8 steps, 0 s\r\n" in said and "\x1b[3" not in said
