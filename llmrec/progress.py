@@ -160,7 +160,8 @@ class Bar:
         _open.remove(self)
         if self._drawn:
             _screen.show()
-            self._wrote = spent >= FIRST and not self._passing
+            # What is inside of something else is told by that one's line.
+            self._wrote = spent >= FIRST and not _open and not self._passing
         if self._wrote and not failed:
             log.info("%s: done%s, %s", self.name, self._count(), span(spent))
 

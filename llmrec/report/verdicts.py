@@ -40,11 +40,11 @@ def screen(results: Results) -> list[str]:
     """
     found = [verdict(results, task) for task in results.tasks]
     lines = [HEAD] if any(row.arm != "baseline" for row in results.rows) else []
-    lines += [line for each in found for line in _wrapped(_paragraph(results, each), hang=2)]
+    lines += [line for each in found for line in wrapped(_paragraph(results, each))]
     if any(each.tuned for each in found):
-        lines += _wrapped(tuning_tally(found), hang=2)
+        lines += wrapped(tuning_tally(found))
     if warning := caution(results):
-        lines += _wrapped(warning, hang=2)
+        lines += wrapped(warning)
     return lines
 
 
@@ -99,8 +99,12 @@ def _reached(row: Row, metric: str) -> str:
     return number(row.metrics[metric].value)
 
 
-def _wrapped(text: str, *, hang: int) -> list[str]:
+def wrapped(text: str, *, hang: int = 2) -> list[str]:
+    """Return a paragraph in lines of at most `WIDTH` columns, those after the first indented by ``hang``.
+
+    A name that is longer stays whole.
+    """
     # A number stays beside its interval, and an interval in one piece.
     text = re.sub(r"\[(\S+), (\S+)\]", "[\\1,\N{NO-BREAK SPACE}\\2]", text)
-    found = textwrap.wrap(text, WIDTH, subsequent_indent=" " * hang, break_on_hyphens=False, break_long_words=True)
+    found = textwrap.wrap(text, WIDTH, subsequent_indent=" " * hang, break_on_hyphens=False, break_long_words=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in found]

@@ -29,6 +29,7 @@ from llmrec.pipeline import Run, run
 from llmrec.recipe.load import as_recipe, dump, load_recipe
 from llmrec.recipe.schema import FusionSection, Recipe
 from llmrec.report.summary import brought
+from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration
 from llmrec.results import Results
 from llmrec.tasks.family import missing_controls
@@ -153,12 +154,13 @@ def _points(number: int, which: str = "") -> str:
 
 def told(made: Auto) -> str:
     """Return what to print: the sentence, the parts, and what to do next."""
-    lines = [made.sentence, ""]
+    lines = [*wrapped(made.sentence), ""]
     for tried in made.tried:
         best = tried.best
         value = "–" if best is None else f"{best.value:.4f}"
         note = f"; {tried.note}" if tried.note else ""
-        lines.append(f"  {tried.part.label:26} validation NDCG@10 {value}, {_points(len(tried.trials))}{note}")
+        text = f"{tried.part.label:26} validation NDCG@10 {value}, {_points(len(tried.trials))}{note}"
+        lines += wrapped(f"  {text}", hang=4)
     lines += [
         "",
         f"{duration(made.seconds)}. Report: {made.run.report}",

@@ -22,6 +22,7 @@ from llmrec.experiment.resume import key_of, locked
 from llmrec.pipeline import run
 from llmrec.recipe.load import dump, in_words, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
+from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration
 from llmrec.results import lower
 from llmrec.tasks.family import family_of
@@ -101,11 +102,12 @@ def told(found: Found) -> str:
     values = ", ".join(in_words(found.chosen))
     first = "" if found.first is None else f"; the recipe as it is: {found.first:.4f}"
     broken = f", {found.failed} of them broke" if found.failed else ""
-    return (
+    verdict = (
         f"best of {found.trials} trials{broken}: {found.metric} {found.best:.4f} on validation users with {values}"
-        f"{first}\n"
-        f"{duration(found.seconds)}. Its recipe, with the test split again: llmrec run {found.recipe}"
+        f"{first}"
     )
+    last = f"{duration(found.seconds)}. Its recipe, with the test split again: llmrec run {found.recipe}"
+    return "\n".join([*wrapped(verdict), last])
 
 
 def _metric(recipe: Recipe, asked: str | None) -> tuple[str, str]:
