@@ -111,11 +111,16 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
 
     Every tuned and few-shot row is paired with its zero-shot row, that of a rating head with those of every strategy,
     since the base model has no head; the tuned rows of a head, or else of the first strategy that the recipe names,
-    with every baseline; and every other row of a language model with the best baseline.
+    with every baseline; and every other row of a language model with the best baseline. Where no language model
+    answers, each fusion is paired with the best single baseline.
     """
     for family, metric, own in _tables(study, rows):
         controls = [row for row in own if row.figures.arm == "baseline"]
         best = best_of(controls, metric)
+        if len(controls) == len(own):
+            single = best_of([row for row in controls if row.figures.fusion is None], metric)
+            joined = [row for row in controls if row.figures.fusion is not None]
+            yield from (Versus(family, metric, row, single) for row in joined if single is not None)
         for row in own:
             if row.figures.arm in ("tuned", "few-shot"):
                 zero = [each for each in own if each.figures.arm == "zero-shot" and _asked_alike(row, each)]

@@ -6,7 +6,6 @@ template engine; every other form has its function here.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -24,12 +23,6 @@ _MARKED_UP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 # A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms. What may be trimmed
 # before it looks (space, controls, characters without a width) counts as not there.
 _FORMULA = re.compile("[\t\r\n]|[\\s\x00-\x1f\x7f-\x9f\u200b-\u200f\u2060\ufeff]*[=+\\-@＝＋－＠]")
-
-# Plotly reads a little HTML in labels, and JSON in a page must not spell a closing tag or a comment.
-_LABEL = str.maketrans(_MARKED_UP)
-_SCRIPT = str.maketrans(
-    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "'": "\\u0027", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-)
 
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
@@ -94,23 +87,6 @@ def csv_cell(value: object) -> str:
         return repr(value)
     text = str(value).replace("\x00", "")
     return f"'{text}" if _FORMULA.match(text) else text
-
-
-def plain(text: str, longest: int | None = None) -> str:
-    """Return untrusted text as a plot label that shows as it is written, cut to ``longest`` characters."""
-    line = visible(" ".join(text.split()))
-    if longest is not None and len(line) > longest:
-        line = f"{line[: longest - 1]}…"
-    return line.translate(_LABEL)
-
-
-def page_json(content: object) -> str:
-    """Return JSON that ends no script element, whatever its strings hold.
-
-    Raises:
-        ValueError: If a number is NaN or infinite.
-    """
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_SCRIPT)
 
 
 def tex(text: str) -> str:

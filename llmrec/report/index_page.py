@@ -1,7 +1,7 @@
 """Writes the page of an item index: how its codes are used, how they branch, and which items stand together.
 
-It is made like the page of a run (`llmrec.report.page`): titles and codes are escaped, and its policy admits no script
-but its own.
+It is made like the page of a run (`llmrec.report.page`): one file, in which titles and codes are escaped, and whose
+policy admits no script.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, TypedDict
 
 from llmrec.durable import refuse_link, replacing
-from llmrec.index.diagnostics import Depth, Diagnostics, Entry, Group, Level
+from llmrec.index.diagnostics import Diagnostics, Entry, Group
 from llmrec.report import index_summary
-from llmrec.report.escape import flat, page_json, plain
-from llmrec.report.page import put_scripts
+from llmrec.report.drawing import codes
+from llmrec.report.escape import flat
 from llmrec.report.render import environment, style
 
 _LONGEST = 120  # characters of a title or code; the rest says little more
@@ -58,23 +57,21 @@ class IndexPage:
 
 
 def write(content: IndexPage, path: Path) -> Path:
-    """Write the page, with its scripts beside it, and return its path."""
+    """Write the page and return its path."""
     refuse_link(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = html_page(content, inline_styles=put_scripts(path.parent))
+    text = html_page(content)
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return path
 
 
-def html_page(content: IndexPage, *, inline_styles: Sequence[str]) -> str:
-    """Render the page; the ids are those of empty style elements to put in the head."""
+def html_page(content: IndexPage) -> str:
+    """Render the page."""
     found = content.found
-    drawn = plots(found)
     nonce = hashlib.sha256(json.dumps(asdict(content)).encode()).hexdigest()[:32]
     return environment().get_template("index.html.j2").render(
-        page=content, found=found, nonce=nonce, data=page_json(drawn), plotted=frozenset(drawn),
-        style=style(), inline_styles=inline_styles,
+        page=content, found=found, nonce=nonce, plotted=codes.pictures(found), style=style(),
         sentence=index_summary.sentence(found), figures=index_summary.key_figures(found),
         level_title=index_summary.level_title,
         groups={length: tuple(each) for length, each in groupby(content.groups, key=lambda group: group.length)},
@@ -86,69 +83,3 @@ def short(text: str, longest: int = _LONGEST) -> str:
     """Return untrusted text as one line, cut where it would swamp the others."""
     line = flat(text)
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
-
-
-class Usage(TypedDict):
-    """How often each token of a level is used, and how often each would be if all were alike."""
-
-    title: str
-    counts: list[int]
-    available: int
-    even: float
-    items: int
-
-
-class Branching(TypedDict):
-    """What follows a prefix, by its length."""
-
-    title: str
-    x: list[int]
-    mean: list[float]
-    most: list[int]
-
-
-class Plot(TypedDict):
-    """Panels of one kind, side by side."""
-
-    kind: Literal["usage", "branching"]
-    panels: list[Usage] | list[Branching]
-
-
-def plots(found: Diagnostics) -> dict[str, Plot]:
-    """Return every plot's data by the id of the element that holds it."""
-    panels = [_panel(level, found.items) for level in found.levels if level.counts and level.counts[0] > 1]
-    drawn: dict[str, Plot] = {}
-    if panels:
-        drawn["usage"] = {"kind": "usage", "panels": panels}
-    if len(found.depths) > 1:
-        drawn["branching"] = {"kind": "branching", "panels": _branching(found.depths)}
-    return drawn
-
-
-def _panel(level: Level, items: int) -> Usage:
-    return {
-        "title": plain(f"items of each {index_summary.level_title(level)}"),
-        "counts": list(level.counts),
-        "available": level.available,
-        "even": sum(level.counts) / level.available,
-        "items": items,
-    }
-
-
-def _branching(depths: Sequence[Depth]) -> list[Branching]:
-    """Return what follows prefixes and what stands under them, by the length of the prefix."""
-    lengths = [depth.length for depth in depths]
-    return [
-        {
-            "title": "items under a prefix",
-            "x": lengths,
-            "mean": [depth.items for depth in depths],
-            "most": [depth.most_items for depth in depths],
-        },
-        {
-            "title": "tokens that may follow a prefix",
-            "x": lengths,
-            "mean": [depth.fan_out for depth in depths],
-            "most": [depth.most_fan_out for depth in depths],
-        },
-    ]

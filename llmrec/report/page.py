@@ -1,14 +1,12 @@
-"""Writes a run's report folder: one HTML page, its scripts, a Markdown page, a CSV and a LaTeX table.
+"""Writes a run's report folder: one HTML page, a Markdown page, a CSV and a LaTeX table.
 
-The page loads nothing from any network. Its Content-Security-Policy admits only scripts and styles that carry a
-nonce, and the nonce is a hash over the data, so that no title or model output can contain it.
+The HTML page is one file that loads nothing: its plots are inline SVG. Its Content-Security-Policy admits no script,
+and only a style that carries a nonce; the nonce is a hash over the data, so that no title or model output can hold it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from llmrec.durable import refuse_link, replacing
@@ -18,9 +16,10 @@ from llmrec.report.render import html_page, latex, markdown_page, refused_pages
 from llmrec.report.results import Made, content_of, failure_reasons, mend_for, results_of
 from llmrec.report.table import csv_text
 
-_HERE = Path(__file__).resolve().parent
 PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "latex": "table.tex"}
 """The files of a report that hold figures."""
+_EARLIER = ("plotly.min.js", "report.js")
+"""Scripts that earlier versions put beside the page."""
 
 
 def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
@@ -58,11 +57,12 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
     refuse_link(folder)
     folder.mkdir(exist_ok=True)
     pages = {kind: folder / name for kind, name in PAGES.items()}
-    inline_styles = put_scripts(folder)
+    for name in _EARLIER:
+        (folder / name).unlink(missing_ok=True)
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
     _put(pages["markdown"], markdown_page(results, reasons, audit, mend=mend).encode())
-    page = html_page(results, reasons, audit, mend=mend, inline_styles=inline_styles, item_index=told)
+    page = html_page(results, reasons, audit, mend=mend, item_index=told)
     _put(pages["html"], page.encode())
     return pages
 
@@ -78,23 +78,9 @@ def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
         _put(folder / PAGES[kind], text.encode())
 
 
-def put_scripts(folder: Path) -> list[str]:
-    """Write the scripts of a page beside it; return the ids of the empty style elements that its head must hold."""
-    plotly = files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
-    _put(folder / "plotly.min.js", plotly)
-    _put(folder / "report.js", (_HERE / "report.js").read_bytes())
-    return _inline_styles(plotly)
-
-
 def _put(path: Path, content: bytes) -> None:
     """Write a file in one step, unless it is there already."""
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
     with replacing(path) as draft:
         draft.write_bytes(content)
-
-
-def _inline_styles(plotly: bytes) -> list[str]:
-    """Return ids of style elements that plotly.js would add, which the page's policy forbids unless they exist."""
-    marked = re.findall(rb'getElementById\("([0-9a-f]{64})"\)', plotly)
-    return ["plotly.js-style-global", *(name.decode() for name in marked)]

@@ -1,6 +1,6 @@
-"""The numbers behind the plots, as JSON that is safe inside an HTML page.
+"""The numbers and texts behind the plots of a run's report.
 
-Colours, fonts and layout are chosen by report.js, which knows the width and the colour scheme.
+Colours, places and texts that fit are the work of `llmrec.report.drawing`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 from llmrec.records import Judged, Training
+from llmrec.report import headline as headlines
 from llmrec.report.costs import cost_by_row
-from llmrec.report.escape import plain
+from llmrec.report.escape import flat
 from llmrec.report.marks import best_baseline
 from llmrec.report.positions import bands, shown_rows
 from llmrec.report.wording import (
@@ -17,23 +18,22 @@ from llmrec.report.wording import (
     duration,
     interval,
     label,
+    listed,
     number,
+    outcome,
     rough,
     short_template,
+    stated,
     title,
     with_interval,
 )
-from llmrec.results import Better, Results, Row, better
-
-_LONGEST_LABEL = 48  # characters beside or above a mark; hovering shows the rest
-_LONGEST_LINE = 26  # of the two lines above a panel
+from llmrec.results import Better, Results, Row, Verdict, better, lower
 
 
 class Bar(TypedDict):
     """One row with its interval."""
 
     label: str
-    short: str
     arm: str
     value: float
     low: float | None
@@ -49,6 +49,46 @@ class Forest(TypedDict):
     better: Better
     rows: list[Bar]
     reference: float | None
+
+
+class Difference(TypedDict):
+    """The model of one family less its control; above 0 is better."""
+
+    label: str
+    beside: str
+    value: float
+    low: float | None
+    high: float | None
+    detectable: float | None
+    verdict: Verdict | None
+    text: str
+
+
+class Differences(TypedDict):
+    """What models gain over their controls, a row a family, with the unit of the axis and which side is better."""
+
+    kind: Literal["differences"]
+    unit: str
+    sides: str
+    rows: list[Difference]
+
+
+class Weight(TypedDict):
+    """The weight of one part of a fusion, with its limits."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    text: str
+
+
+class Weights(TypedDict):
+    """The parts of a fusion, the heaviest first."""
+
+    kind: Literal["weights"]
+    unit: str
+    parts: list[Weight]
 
 
 class Series(TypedDict):
@@ -72,7 +112,6 @@ class StageBar(TypedDict):
     """Seconds of one stage."""
 
     label: str
-    short: str
     seconds: float
     text: str
 
@@ -122,9 +161,10 @@ class Positions(TypedDict):
 
 
 class Point(Bar):
-    """One row with the tokens that it cost a user."""
+    """One row with the tokens that it cost a user, and both numbers in few characters."""
 
     tokens: float
+    short: str
 
 
 class CostPlot(TypedDict):
@@ -138,14 +178,19 @@ class CostPlot(TypedDict):
     control: str | None
 
 
-Plot = Forest | Lines | BudgetPlot | Positions | CostPlot
+Plot = Differences | Forest | Weights | Lines | BudgetPlot | Positions | CostPlot
 
 
 def plots(results: Results) -> dict[str, Plot]:
     """Return every plot's data by the id of the element that holds it."""
     found: dict[str, Plot] = {}
+    gains = differences(results)
+    if gains["rows"]:
+        found["differences"] = gains
     for place, task in enumerate(results.tasks, 1):
         found[f"forest-{place}"] = forest(results, task)
+        for number_of, row in enumerate((row for row in results.standings(task) if row.fusion), 1):
+            found[f"weights-{place}-{number_of}"] = weights(row)
         positions, cost = by_position(results, task), quality_by_tokens(results, task)
         if positions["panels"]:
             found[f"positions-{place}"] = positions
@@ -173,8 +218,7 @@ def forest(results: Results, task: str) -> Forest:
         text = f"{number(score.value)} {interval(score.low, score.high)}".rstrip()
         rows.append(
             {
-                "label": plain(label(row)),
-                "short": plain(label(row), _LONGEST_LABEL),
+                "label": flat(label(row)),
                 "arm": row.arm,
                 "value": score.value,
                 "low": score.low,
@@ -185,11 +229,66 @@ def forest(results: Results, task: str) -> Forest:
     control = next((row for row in rows if row["arm"] == "baseline"), None)
     return {
         "kind": "forest",
-        "metric": plain(metric),
+        "metric": flat(metric),
         "better": better(metric),
         "rows": rows,
         "reference": control and control["value"],
     }
+
+
+def differences(results: Results) -> Differences:
+    """Return what the model of each family gains over its control.
+
+    Families of one metric are drawn in its units; those of several as shares of the control's figure, in per cent.
+    """
+    found = [headlines.headline(results, task) for task in results.tasks]
+    found = [each for each in found if each.difference is not None and each.difference.value is not None]
+    metrics = {each.metric for each in found}
+    unit = f"difference in {flat(*metrics)}" if len(metrics) == 1 else "difference, % of the control's figure"
+    rows = [_difference(each, share=len(metrics) > 1) for each in found]
+    turned = sorted(flat(metric) for metric in metrics if lower(metric))
+    sides = f"better → ({listed(turned)} turned: lower is better)" if turned else "better →"
+    return {"kind": "differences", "unit": unit, "sides": sides, "rows": [row for row in rows if row]}
+
+
+def _difference(found: headlines.Headline, *, share: bool) -> Difference | None:
+    """Return one family's gain, as a share of the control's figure or as it is; None where that is not defined."""
+    entry, model, control = found.difference, found.model, found.control
+    if entry is None or entry.value is None or model is None or control is None:
+        return None
+    whole = found.relative_to if share else None
+    if share and whole is None:
+        return None
+    scale = 1.0 if whole is None else 100.0 / whole
+    ends = [end for end in (entry.low, entry.high) if end is not None]
+    bounds = sorted(headlines.gain(found.metric, end) * scale for end in ends)
+    return {
+        "label": flat(title(found.task)),
+        "beside": flat(" − ".join(found.names)),
+        "value": headlines.gain(found.metric, entry.value) * scale,
+        "low": bounds[0] if len(bounds) == 2 else None,
+        "high": bounds[1] if len(bounds) == 2 else None,
+        "detectable": None if entry.detectable is None else entry.detectable * scale,
+        "verdict": entry.verdict,
+        "text": flat(f"{stated(entry)}, {outcome(entry.verdict)}"),
+    }
+
+
+def weights(row: Row) -> Weights:
+    """Return the weights of a fusion, the heaviest first."""
+    fusion = row.fusion
+    parts: list[Weight] = [
+        {
+            "label": flat(part.name),
+            "value": part.weight or 0.0,
+            "low": part.low,
+            "high": part.high,
+            "text": with_interval(part.weight or 0.0, part.low, part.high),
+        }
+        for part in (fusion.parts if fusion else ())
+    ]
+    parts.sort(key=lambda part: -abs(part["value"]))
+    return {"kind": "weights", "unit": "weight", "parts": parts}
 
 
 def losses(results: Results) -> Lines:
@@ -223,21 +322,21 @@ def judged(training: Training, judge: Judged) -> Lines:
 def speed(results: Results) -> Lines:
     """Return training tokens a second by optimiser step."""
     log = results.training.log if results.training else ()
-    points = [(line.step, line.tokens_per_second) for line in log]
+    # Before the first step nothing was read.
+    points = [(line.step, line.tokens_per_second or None) for line in log]
     return {"kind": "lines", "unit": "tokens/s", "series": [_series("tokens/s", "speed", points)]}
 
 
 def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Series:
     kept = [(step, value) for step, value in points if value is not None]
-    return {"name": plain(name), "kind": kind, "x": [step for step, _ in kept], "y": [value for _, value in kept]}
+    return {"name": flat(name), "kind": kind, "x": [step for step, _ in kept], "y": [value for _, value in kept]}
 
 
 def budget(results: Results) -> BudgetPlot:
     """Return seconds a stage, in the order in which the stages ran."""
     stages: list[StageBar] = [
         {
-            "label": plain(entry.stage),
-            "short": plain(entry.stage, _LONGEST_LABEL // 2),
+            "label": flat(entry.stage),
             "seconds": entry.seconds,
             "text": duration(entry.seconds),
         }
@@ -262,8 +361,8 @@ def _panel(row: Row) -> Panel:
     own = bands(row)
     lines = (arm_label(row.arm, row.predictor), short_template(row))
     return {
-        "label": plain(label(row)),
-        "title": [plain(line, _LONGEST_LINE) for line in lines if line],
+        "label": flat(label(row)),
+        "title": [flat(line) for line in lines if line],
         "arm": row.arm,
         "x": [(band.first + band.last) / 2 for band in own],
         "names": [band.name for band in own],
@@ -276,7 +375,6 @@ def _panel(row: Row) -> Panel:
 def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
     """Return the headline values of language-model rows against tokens a user; None where no row used a token."""
     metric = results.headline[task]
-    several = len({row.predictor for row in results.rows if row.task == task and row.arm != "baseline"}) > 1
     points: list[Point] = []
     for cost in cost_by_row(results, task):
         score = cost.row.metrics.get(metric)
@@ -284,11 +382,10 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
             continue
         points.append(
             {
-                "label": plain(label(cost.row)),
-                # The arm is told by the mark; the strategy needs saying where there are several.
-                "short": plain(cost.row.predictor, _LONGEST_LABEL // 3) if several else "",
+                "label": flat(label(cost.row)),
                 "arm": cost.row.arm,
                 "tokens": cost.tokens_per_user,
+                "short": f"{number(score.value)}, {rough(cost.tokens_per_user)} tokens",
                 "value": score.value,
                 "low": score.low,
                 "high": score.high,
@@ -300,9 +397,9 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
     control = best_baseline(results, task)
     return {
         "kind": "cost",
-        "metric": plain(metric),
+        "metric": flat(metric),
         "better": better(metric),
         "points": points,
         "reference": control.metrics[metric].value if control else None,
-        "control": plain(label(control), _LONGEST_LABEL // 2) if control else None,
+        "control": flat(label(control)) if control else None,
     }

@@ -16,9 +16,10 @@ from jinja2 import FileSystemLoader, StrictUndefined, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
-from llmrec.report import costs, escape, index_summary, marks, positions, slices, texts, wording
+from llmrec.report import costs, escape, headline, index_summary, marks, positions, slices, texts, wording
 from llmrec.report import results as facts
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
+from llmrec.report.drawing import pictures
 from llmrec.report.plots import plots
 from llmrec.report.summary import summary
 from llmrec.results import Results, lower
@@ -38,7 +39,6 @@ def html_page(
     audit: Sequence[AuditLine] | None,
     *,
     mend: str,
-    inline_styles: Sequence[str],
     item_index: str = "",
 ) -> str:
     """Render the page.
@@ -48,15 +48,13 @@ def html_page(
         reasons: Row id to failure reason to count.
         audit: Lines of the audit; None where there was none.
         mend: The command that makes the audit.
-        inline_styles: Ids of empty style elements to put in the head.
         item_index: A line on the run's index, whose page stands beside this one; empty where there is none.
     """
-    drawn = plots(results)
     parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), mend]
     parts.append(item_index)
     return environment().get_template("page.html.j2").render(
         **_view(results, reasons, audit, mend), nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
-        data=escape.page_json(drawn), plotted=frozenset(drawn), style=style(), inline_styles=inline_styles,
+        plotted={name: pictures(plot) for name, plot in plots(results).items()}, style=style(),
         item_index=item_index, index_page=index_summary.PAGE,
     )  # fmt: skip
 
@@ -93,8 +91,10 @@ def style() -> str:
 def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, mend: str) -> dict[str, object]:
     """Return what the HTML and the Markdown page are made from."""
     verdicts = {task: wording.verdict(results, task) for task in results.tasks}
+    headlines = {task: headline.headline(results, task) for task in results.tasks}
     return {
         "results": results, "reasons": reasons, "verdicts": verdicts, "summary": summary(results),
+        "headlines": headlines, "answers": {task: headline.sentence(found) for task, found in headlines.items()},
         "winner": {task: wording.winner_sentence(found) for task, found in verdicts.items()},
         "tuning": {task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
         "signatures": facts.signatures(results), "arms": costs.cost_by_arm(results), "made": facts.made_data(results),

@@ -147,7 +147,7 @@ def _what_ran(results: Results) -> str:
         how = f"was tuned ({training.method}, {count(training.steps)} steps, {duration(training.seconds)})"
     several = "one task" if len(results.tasks) == 1 else f"{len(results.tasks)} tasks"
     if not _asks(results):
-        return f"Classic recommenders alone were measured{where} in {several}; no language model was asked."
+        return f"Classic recommenders alone were measured{where} in {several}; no language model was run."
     return f"{visible(results.model_name or 'The model')} {how} and measured{where} in {several}."
 
 
@@ -168,7 +168,7 @@ def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
 def _control_tally(verdicts: Sequence[TaskVerdict]) -> str:
     ahead = [found for found in verdicts if found.control and found.best]
     if not ahead:
-        return "No trivial control or classic baseline is ahead of the best language-model row in any task."
-    named = [f"{title(found.task)} ({label(found.best)}, a {found.control})" for found in ahead if found.best]
+        return "No classic baseline is ahead of the best language-model row in any task."
+    named = [f"{title(found.task)} ({label(found.best)})" for found in ahead if found.best]
     several = "the only task" if len(verdicts) == 1 else f"{len(ahead)} of {len(verdicts)} tasks"
     return f"A baseline is ahead of every language-model row in {several}: {listed(named)}."

@@ -10,13 +10,6 @@ from llmrec.report.escape import flat, visible
 from llmrec.results import Comparison, Metric, Reads, Results, Row, Verdict, lower
 from llmrec.tasks.family import family_of
 
-TRIVIAL = frozenset(
-    {
-        *("random", "popularity", "recent-popularity", "markov-1", "markov", "markov-cooccurrence"),
-        *("global-mean", "user-mean", "item-mean", "frequent-text", "like-ratio"),
-    }
-)
-"""Controls that only count: no neighbours, no factors, no weights."""
 USERS, SEEDS = 200, 3
 """The least number of users and of training seeds behind a claim."""
 DASH = "–"
@@ -247,10 +240,8 @@ class TaskVerdict:
 
     @property
     def control(self) -> str:
-        """What kind of baseline is first: ``trivial control``, ``classic baseline`` or nothing."""
-        if self.best is None or self.best.arm != "baseline":
-            return ""
-        return "trivial control" if self.best.method in TRIVIAL else "classic baseline"
+        """What is first where no language model is: ``classic baseline``; else nothing."""
+        return "classic baseline" if self.best is not None and self.best.arm == "baseline" else ""
 
 
 def facing(comparison: Comparison, first: str) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from llmrec.experiment.row_specs import RowSpec, specs_of
 from llmrec.experiment.study import Study, build_study
 from llmrec.metrics.multiple import holm
 from llmrec.recipe.load import load_recipe
-from llmrec.results import Comparison, Metric, Prediction, Row
+from llmrec.results import Comparison, FusionWeights, Metric, PartWeight, Prediction, Row
 from llmrec.tasks.family import family_of
 
 SMALL = (
@@ -98,6 +99,17 @@ def test_planned_comparisons_are_one_family_and_the_others_make_no_claim(made: S
     assert not set(planned) & {(entry.a, entry.b) for entry in others}
     assert set(lines) == {"rating", "sequential"}
     assert all("4 planned comparisons" in line and "an unadjusted 95 %" in line for line in lines.values())
+
+
+def test_without_a_language_model_fusions_meet_the_best_single_baseline(made: Study) -> None:
+    levels = {"sequential/baseline/markov": 0.7, "sequential/baseline/popularity": 0.9}
+    rows = [row for row in rows_of(made, levels) if row.figures.id.startswith("sequential/baseline/")]
+    best, other = (next(row for row in rows if row.figures.id.endswith(name)) for name in ("popularity", "random"))
+    weights = FusionWeights(form="logit", parts=(PartWeight(name="popularity", weight=1.0),))
+    joined = replace(other, figures=other.figures.model_copy(update={"fusion": weights}))
+    found, lines = compare_rows(made, [*(row for row in rows if row is not other), joined])
+    assert [(entry.a, entry.b, entry.verdict) for entry in found] == [(joined.figures.id, best.figures.id, None)]
+    assert "0 planned" not in lines["sequential"]
 
 
 def test_a_recipe_names_other_pairs_and_the_best_control_by_its_name() -> None:

@@ -13,6 +13,8 @@ import pytest
 from llmrec import pipeline
 from llmrec.errors import RecipeError
 from llmrec.experiment.tuning.judging import Judge
+from llmrec.report import plots
+from llmrec.report.results import read
 from tests.experiment.test_pipeline import recipe
 from tests.facts import Facts, raises
 
@@ -61,8 +63,9 @@ def test_reports_draw_the_curve_beside_what_classic_recommenders_reach(llama_fol
     judged = made.results["training"]["judged"]
     page, text = made.report.read_text(encoding="utf-8"), (made.report.parent / "report.md").read_text(encoding="utf-8")
     assert 'id="training-ndcg"' in page and f"The adapter of step {judged['kept_step']} was kept" in page
-    plots = json.loads(page.split('id="plot-data">')[1].split("</script>")[0])["training-ndcg"]
-    drawn = {each["name"]: each["y"] for each in plots["series"]}
+    found = read(made.folder).training
+    assert found is not None and found.judged is not None
+    drawn = {each["name"]: each["y"] for each in plots.judged(found, found.judged)["series"]}
     assert drawn["this model"] == [value for _, value in _looks(made.results["training"])]
     assert drawn["popularity"] == [judged["controls"]["popularity"]] * 2 and "fusion" in drawn
     assert "| Step | This model |" in text and "| markov-1 |" in text

@@ -17,13 +17,14 @@ from llmrec.index.diagnostics import diagnose, examples, neighbours
 from llmrec.index.table import ItemIndex, own_token, token
 from llmrec.registry import INDEXES
 from llmrec.report import index_page, index_summary, page
+from llmrec.report.drawing import codes
 from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, SCRIPTS
 from tests.report.test_report_browser import CHROMIUM, _browse, _without_policy
 from tests.report.test_report_page import Tree
 
 TEXTS = [*SCRIPTS, *FORMULAS]
-LINKS = r"#[\w-]+|plotly\.min\.js|report\.js|index\.html"
+LINKS = r"#[\w-]+|index\.html"
 
 
 def content(index: ItemIndex, titles: dict[str, str], **more: Any) -> index_page.IndexPage:
@@ -91,15 +92,15 @@ def sections(text: str) -> list[str]:
 def test_codes_of_tokens_show_levels_prefixes_neighbours_and_examples(tame: dict[str, Path]) -> None:
     text = tame["tokens"].read_text("utf-8")
     assert sections(text) == ["summary", "levels", "prefixes", "neighbours", "examples"]
-    data = json.loads(re.search(r'id="plot-data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
-    assert set(data) == {"usage", "branching"}
-    assert [panel["available"] for panel in data["usage"]["panels"]] == [5, 4, 7]
-    assert sum(data["usage"]["panels"][0]["counts"]) == len(TEXTS)
-    assert data["branching"]["panels"][0]["most"][0] == len(TEXTS)
+    assert text.count('class="plot"') == 2 and text.count("<svg") == 4
+    found = diagnose(tree_index(len(TEXTS)))
+    assert [panel["available"] for panel in codes.usage_of(found)] == [5, 4, 7]
+    assert sum(codes.usage_of(found)[0]["counts"]) == len(TEXTS)
+    assert codes.branching_of(found.depths)[0]["most"][0] == len(TEXTS)
     for said in ("&lt;a_…&gt;", "12.5 %", "Something else", "made data", "1.5 s", "&lt;a_0&gt;&lt;b_0&gt;", "1.2.3"):
         assert said in text, said
     assert "Perplexity 1" not in text
-    assert {path.name for path in tame["tokens"].parent.iterdir()} == {"index.html", "plotly.min.js", "report.js"}
+    assert {path.name for path in tame["tokens"].parent.iterdir()} == {"index.html"}
 
 
 def test_codes_of_text_have_no_plots(tame: dict[str, Path]) -> None:
@@ -111,14 +112,11 @@ def test_codes_of_text_have_no_plots(tame: dict[str, Path]) -> None:
 
 def test_tokens_of_single_items_are_not_plotted() -> None:
     found = diagnose(tree_index(40, hybrid=True))
-    assert [panel["title"] for panel in index_page.plots(found)["usage"]["panels"]] == [
-        "items of each &lt;a_…&gt;",
-        "items of each &lt;b_…&gt;",
-    ]
+    assert [panel["title"] for panel in codes.usage_of(found)] == ["items of each <a_…>", "items of each <b_…>"]
     assert index_summary.HYBRID in index_summary.sentence(found)
     tokens = tuple(own_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
-    assert index_page.plots(alone) == {}
+    assert codes.pictures(alone) == {}
 
 
 def test_every_scheme_has_its_sentence() -> None:
@@ -142,7 +140,7 @@ def test_hostile_texts_change_no_element(wild: dict[str, Path], tame: dict[str, 
     assert not any(name.startswith("on") for name in attributes) and "style" not in attributes
     assert all(re.fullmatch(LINKS, value) for _, name, value in tree.values if name in {"href", "src"})
     policy = next(value for _, _, value in tree.values if value.startswith("default-src"))
-    nonce = re.search("script-src 'nonce-([0-9a-f]{32})'", policy)
+    nonce = re.search("style-src 'nonce-([0-9a-f]{32})'", policy)
     assert nonce is not None and policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     assert {value for _, name, value in tree.values if name == "nonce"} == {nonce[1]}
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
@@ -179,7 +177,7 @@ def test_pages_in_a_browser(tmp_path: Path) -> None:
     for name in sources:
         found = seen.page(name)
         assert found["pwned"] is None and found["links"] == 0 and found["overflow"] <= 0, name
-        assert found["plots"] == (2 if name.startswith("tokens") else 0) and found["fallbacks"] == 0, name
+        assert found["plots"] == (2 if name.startswith("tokens") else 0) and found["beyond"] == 0, name
 
 
 # --------------------------------------------------------------------------- in a run's report

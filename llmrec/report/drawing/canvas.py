@@ -1,0 +1,159 @@
+"""Shapes of a plot, which the template ``svg.html.j2`` writes as SVG: coordinates are numbers, texts are escaped there.
+
+Colours are classes of the style sheet, so that a plot follows the scheme of the reader; a plot has no script, no id and
+no style of its own.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmrec.report.drawing.scale import Scale, tick_text
+from llmrec.report.escape import flat
+
+Tag = Literal["line", "rect", "path", "text"]
+Anchor = Literal["start", "middle", "end"]
+WIDE, NARROW, HALF = 960, 350, 540
+"""Widths in pixels: of a plot of the page's width, of one on a telephone, and of one beside another."""
+SMALL, NORMAL = 12, 13
+"""Sizes of text in pixels."""
+MARKS = {"zero-shot": "circle", "few-shot": "diamond", "tuned": "triangle", "baseline": "square"}
+"""The form of a mark by setting, so that colour is not needed to tell them apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One element.
+
+    Attributes:
+        tag: Its kind.
+        look: Classes of the style sheet.
+        at: Names and values of its geometry.
+        text: What it writes; untrusted.
+        title: What hovering shows; untrusted.
+    """
+
+    tag: Tag
+    look: str
+    at: tuple[tuple[str, str], ...]
+    text: str = ""
+    title: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Canvas:
+    """Shapes in the order in which they are drawn, within ``width`` and ``height`` pixels."""
+
+    width: float
+    height: float
+    shapes: list[Shape] = field(default_factory=list)
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, look: str) -> None:
+        """Draw a straight line."""
+        self._add("line", look, x1=x1, y1=y1, x2=x2, y2=y2)
+
+    def box(self, x: float, y: float, width: float, height: float, look: str, *, title: str = "") -> None:
+        """Fill a rectangle."""
+        self._add("rect", look, title=title, x=x, y=y, width=max(0.0, width), height=max(0.0, height))
+
+    def path(self, points: Sequence[tuple[float, float]], look: str) -> None:
+        """Draw a line through points."""
+        steps = " ".join(f"{_figure(x)},{_figure(y)}" for x, y in points)
+        self.shapes.append(Shape(tag="path", look=look, at=(("d", f"M{steps}"),)))
+
+    def mark(self, form: str, x: float, y: float, look: str, *, size: float = 5, title: str = "") -> None:
+        """Draw a mark of some form, centred, ``2 * size`` pixels wide."""
+        self.shapes.append(Shape(tag="path", look=look, at=(("d", _outline(form, x, y, size)),), title=title))
+
+    def text(
+        self, x: float, y: float, text: str, look: str = "", *, anchor: Anchor = "start", width: float | None = None
+    ) -> None:
+        """Write one line of text on its base line, cut to ``width`` pixels; hovering then shows the whole."""
+        line = flat(text)
+        shown = line if width is None else cut(line, width)
+        at = (("x", _figure(x)), ("y", _figure(y)), ("text-anchor", anchor))
+        self.shapes.append(Shape(tag="text", look=look, at=at, text=shown, title="" if width is None else line))
+
+    def whisker(self, scale: Scale, low: float | None, high: float | None, across: float, look: str) -> None:
+        """Draw a horizontal interval with its ends."""
+        if low is None or high is None:
+            return
+        start, end = scale(low), scale(high)
+        self.line(start, across, end, across, look)
+        for place in (start, end):
+            self.line(place, across - 4, place, across + 4, look)
+
+    def stem(self, scale: Scale, low: float | None, high: float | None, along: float, look: str) -> None:
+        """Draw a vertical interval with its ends."""
+        if low is None or high is None:
+            return
+        start, end = scale(low), scale(high)
+        self.line(along, start, along, end, look)
+        for place in (start, end):
+            self.line(along - 3, place, along + 3, place, look)
+
+    def below(self, scale: Scale, top: float, bottom: float, title: str = "", *, ticks: int = 6) -> None:
+        """Draw a horizontal axis at ``bottom`` with its grid up to ``top``."""
+        for value in scale.ticks(ticks):
+            place = scale(value)
+            self.line(place, top, place, bottom, "grid")
+            self.text(place, bottom + 16, tick_text(value), "tick", anchor="middle")
+        self.line(scale.start, bottom, scale.end, bottom, "axis")
+        if title:
+            middle = (scale.start + scale.end) / 2
+            room = text_width(title) / 2
+            middle = min(max(middle, room + 2), self.width - room - 2) if 2 * room < self.width else middle
+            self.text(middle, bottom + 36, title, "axis-title", anchor="middle")
+
+    def left(self, scale: Scale, left: float, right: float, *, ticks: int = 5, named: bool = True) -> None:
+        """Draw a vertical axis at ``left`` with its grid up to ``right``."""
+        for value in scale.ticks(ticks):
+            place = scale(value)
+            self.line(left, place, right, place, "grid")
+            if named:
+                self.text(left - 6, place + 4, tick_text(value), "tick", anchor="end")
+
+    def _add(self, tag: Tag, look: str, *, title: str = "", **at: float) -> None:
+        places = tuple((name, _figure(value)) for name, value in at.items())
+        self.shapes.append(Shape(tag=tag, look=look, at=places, title=title))
+
+
+def _figure(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _outline(form: str, x: float, y: float, size: float) -> str:
+    """Return the path of a mark."""
+    if form == "circle":
+        return f"M{_figure(x - size)},{_figure(y)}a{_figure(size)},{_figure(size)} 0 1 0 {_figure(2 * size)},0" + (
+            f"a{_figure(size)},{_figure(size)} 0 1 0 {_figure(-2 * size)},0z"
+        )
+    corners = {
+        "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+        "diamond": ((0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)),
+        "triangle": ((0, -1.15), (1.15, 0.9), (-1.15, 0.9)),
+        "right": ((1.3, 0), (-0.9, -1.15), (-0.9, 1.15)),
+        "left": ((-1.3, 0), (0.9, -1.15), (0.9, 1.15)),
+    }[form]
+    return "M" + " ".join(f"{_figure(x + size * dx)},{_figure(y + size * dy)}" for dx, dy in corners) + "z"
+
+
+def text_width(text: str, size: float = NORMAL) -> float:
+    """Return about how many pixels a line of text takes; a browser's font may differ by a tenth."""
+    wide = sum(1.0 if unicodedata.east_asian_width(each) in "WF" else 0.58 for each in text)
+    return size * wide
+
+
+def cut(text: str, width: float, size: float = NORMAL) -> str:
+    """Return text that fits a width, its end replaced by an ellipsis where it does not."""
+    if text_width(text, size) <= width:
+        return text
+    shown = ""
+    for each in text:
+        if text_width(f"{shown}{each}…", size) > width:
+            break
+        shown += each
+    return f"{shown.rstrip()}…"

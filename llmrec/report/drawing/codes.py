@@ -1,0 +1,146 @@
+"""Plots of an item index: how often tokens are used, and how codes branch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypedDict
+
+from llmrec.index.diagnostics import Depth, Diagnostics, Level
+from llmrec.report import index_summary
+from llmrec.report.drawing.canvas import NARROW, SMALL, WIDE, Canvas, text_width
+from llmrec.report.drawing.scale import Scale, spanning
+from llmrec.report.escape import flat
+
+_LEFT, _RIGHT = 48, 12
+
+
+class Usage(TypedDict):
+    """How often each token of a level is used, and how often each would be if all were alike."""
+
+    title: str
+    counts: list[int]
+    available: int
+    even: float
+    items: int
+
+
+class Branching(TypedDict):
+    """What follows a prefix, by its length."""
+
+    title: str
+    x: list[int]
+    mean: list[float]
+    most: list[int]
+
+
+def pictures(found: Diagnostics) -> dict[str, tuple[Canvas, Canvas]]:
+    """Return every plot, wide and narrow, by the id of the element that holds it."""
+    levels, depths = usage_of(found), branching_of(found.depths)
+    drawn = {}
+    if levels:
+        drawn["usage"] = (usage(levels, WIDE), usage(levels, NARROW))
+    if depths:
+        drawn["branching"] = (branching(depths, WIDE), branching(depths, NARROW))
+    return drawn
+
+
+def usage_of(found: Diagnostics) -> list[Usage]:
+    """Return a panel for each level that has a token of two or more items."""
+    return [_panel(level, found.items) for level in found.levels if level.counts and level.counts[0] > 1]
+
+
+def _panel(level: Level, items: int) -> Usage:
+    return {
+        "title": flat(f"items of each {index_summary.level_title(level)}"),
+        "counts": list(level.counts),
+        "available": level.available,
+        "even": sum(level.counts) / level.available,
+        "items": items,
+    }
+
+
+def branching_of(depths: Sequence[Depth]) -> list[Branching]:
+    """Return what stands under prefixes and what follows them, by length; nothing for codes of one token."""
+    if len(depths) < 2:
+        return []
+    lengths = [depth.length for depth in depths]
+    return [
+        {
+            "title": "items under a prefix",
+            "x": lengths,
+            "mean": [depth.items for depth in depths],
+            "most": [depth.most_items for depth in depths],
+        },
+        {
+            "title": "tokens that may follow a prefix",
+            "x": lengths,
+            "mean": [depth.fan_out for depth in depths],
+            "most": [depth.most_fan_out for depth in depths],
+        },
+    ]
+
+
+def usage(panels: list[Usage], width: float) -> Canvas:
+    """Draw the items of each token, most used first, one panel a level; the dashed line is an even share."""
+    gap, head, body, foot = 44, 30, 132, 34
+    across = width - _LEFT - _RIGHT
+    most = max(1, int((across + gap) // (280 if width <= NARROW else 240)))
+    deep = math.ceil(len(panels) / most)
+    columns = math.ceil(len(panels) / deep)
+    one = (across - gap * (columns - 1)) / columns
+    canvas = Canvas(width=width, height=deep * (head + body + foot) + 18)
+    for place, panel in enumerate(panels):
+        left = _LEFT + (place % columns) * (one + gap)
+        upper = (place // columns) * (head + body + foot) + head
+        # Each token is as wide as one rank; unused ones leave room at the right.
+        along = Scale(low=0.5, high=panel["available"] + 0.5, start=left, end=left + one)
+        rise = Scale(low=0.0, high=1.05 * max(panel["counts"]), start=upper + body, end=upper)
+        canvas.left(rise, left, along.end, ticks=4)
+        canvas.below(along, upper + body, upper + body, ticks=4)
+        canvas.text(left, upper - 8, panel["title"], "tick", width=one)
+        _steps(canvas, panel, along, rise)
+        canvas.line(left, rise(panel["even"]), along.end, rise(panel["even"]), "reference")
+    canvas.text(width / 2, canvas.height - 4, "token, by rank", "axis-title", anchor="middle")
+    return canvas
+
+
+def _steps(canvas: Canvas, panel: Usage, along: Scale, rise: Scale) -> None:
+    """Draw ranks of one count as one box, so that a level of many tokens stays small."""
+    start = 0
+    for place, count in enumerate(panel["counts"], 1):
+        if place == len(panel["counts"]) or panel["counts"][place] != count:
+            ranks = f"rank {start + 1}" if place == start + 1 else f"ranks {start + 1} to {place}"
+            said = f"{ranks}: {count} items each, {100 * count / panel['items']:.2g} %"
+            left, right = along(start + 0.5), along(place + 0.5)
+            canvas.box(left, rise(count), right - left, rise(0.0) - rise(count), "bar", title=said)
+            start = place
+
+
+def branching(panels: list[Branching], width: float) -> Canvas:
+    """Draw mean and most by the length of the prefix, two panels, side by side where there is room."""
+    gap, head, body, foot = 64, 50, 180, 46
+    columns = 1 if width <= NARROW else 2
+    across = width - _LEFT - _RIGHT
+    one = (across - gap * (columns - 1)) / columns
+    canvas = Canvas(width=width, height=math.ceil(len(panels) / columns) * (head + body + foot))
+    for place, panel in enumerate(panels):
+        left = _LEFT + (place % columns) * (one + gap)
+        upper = (place // columns) * (head + body + foot) + head
+        along = Scale(low=-0.25, high=panel["x"][-1] + 0.25, start=left, end=left + one)
+        rise = spanning([*panel["mean"], *panel["most"]], upper + body, upper)
+        canvas.left(rise, left, along.end, ticks=5)
+        canvas.below(along, upper + body, upper + body, ticks=min(8, len(panel["x"])))
+        scale = " (log scale)" if rise.log else ""
+        canvas.text(left, upper - 28, f"{panel['title']}{scale}, by its length", "tick", width=one)
+        x = left + 5
+        for name, form, hue in (("mean", "circle", "zero-shot"), ("most", "square", "tuned")):
+            values = panel["mean"] if name == "mean" else panel["most"]
+            points = [(along(length), rise(value)) for length, value in zip(panel["x"], values, strict=True)]
+            canvas.path(points, f"curve {hue}")
+            for (a, b), length, value in zip(points, panel["x"], values, strict=True):
+                canvas.mark(form, a, b, f"fill {hue}", size=4, title=f"{name} at length {length}: {value:.4g}")
+            canvas.mark(form, x, upper - 13, f"fill {hue}", size=4)
+            canvas.text(x + 9, upper - 9, name, "tick")
+            x += 30 + text_width(name, SMALL)
+    return canvas

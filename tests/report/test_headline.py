@@ -1,0 +1,73 @@
+"""The first question of a report: which two rows are set against each other, and what is said of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from llmrec.report.headline import gain, headline, sentence
+from llmrec.report.plots import differences
+from llmrec.report.results import results_of
+
+
+def test_the_model_is_the_best_language_model_row_and_the_control_the_best_baseline(results: dict[str, Any]) -> None:
+    found = headline(results_of(results), "sequential")
+    assert found.model is not None and found.control is not None and found.difference is not None
+    assert (found.model.id, found.control.predictor) == ("sequential/tuned/likelihood/continue-list", "markov-1")
+    # As the table of comparisons has it, model less control, although the control is ahead.
+    entry = next(e for e in results["comparisons"] if e["a"] == found.model.id and e["b"] == found.control.id)
+    assert (found.difference.value, found.verdict) == (entry["value"], "contradicted") and entry["value"] < 0
+    assert sentence(found) == (
+        "tuned · likelihood · continue-list is significantly worse than markov-1: NDCG@10 −0.060 [−0.085, −0.035], "
+        "200 users."
+    )
+
+
+def test_the_sign_does_not_depend_on_how_a_comparison_was_written(results: dict[str, Any]) -> None:
+    before = {task: headline(results_of(results), task).difference for task in results["headline"]}
+    for entry in results["comparisons"]:
+        entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
+        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(
+            entry.get("verdict"), entry.get("verdict")
+        )
+    assert {task: headline(results_of(results), task).difference for task in results["headline"]} == before
+
+
+def test_a_pair_that_was_not_compared_has_no_verdict(results: dict[str, Any]) -> None:
+    results["comparisons"] = []
+    found = headline(results_of(results), "rating")
+    assert found.difference is None and found.verdict is None
+    assert sentence(found).endswith("user-item-bias 0.930 (lower is better); the difference was not tested.")
+    assert differences(results_of(results))["rows"] == []
+
+
+def test_an_exploratory_difference_makes_no_claim(results: dict[str, Any]) -> None:
+    for entry in results["comparisons"]:
+        for key in ("verdict", "p", "p_raw", "level"):
+            entry.pop(key, None)
+    said = sentence(headline(results_of(results), "direct"))
+    assert said.startswith("tuned · label · pick-one less item-knn, exploratory: NDCG@10 +0.050")
+
+
+def test_without_a_language_model_the_fusion_is_set_against_its_best_part(results: dict[str, Any]) -> None:
+    rows = [row for row in results["rows"] if row["arm"] == "baseline"]
+    part = next(row for row in rows if row["id"] == "direct/baseline/item-knn")
+    part.update(id="direct/baseline/item-knn(k=5)", predictor="item-knn(k=5)")
+    joined = copy.deepcopy(part) | {"id": "direct/baseline/fusion", "predictor": "fusion"}
+    joined["fusion"] = {"form": "logit", "parts": [{"name": "item-knn(k=5)", "weight": 1.0}]}
+    joined["metrics"]["NDCG@10"]["value"] = 0.49
+    numbers = {"value": 0.02, "low": -0.01, "high": 0.05, "detectable": 0.03}
+    compared = {"task": "direct", "metric": "NDCG@10", "a": joined["id"], "b": part["id"], **numbers}
+    results.update(rows=[*rows, joined], comparisons=[compared], training=None)
+    found = results_of(results)
+    told = headline(found, "direct")
+    assert told.model is not None and told.names == ("fusion", "item-knn")
+    assert sentence(told).startswith("fusion less item-knn, exploratory: NDCG@10 +0.020 [−0.010, +0.050]")
+    assert sentence(headline(found, "rating")) == "There is no language-model row or fusion with a figure for RMSE."
+
+
+@pytest.mark.parametrize(("metric", "better"), [("NDCG@10", 0.1), ("RMSE", -0.1), ("LogLoss", -0.1), ("AUC", 0.1)])
+def test_a_gain_is_above_0_whichever_way_the_metric_goes(metric: str, better: float) -> None:
+    assert gain(metric, better) == pytest.approx(0.1)

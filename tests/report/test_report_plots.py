@@ -1,0 +1,223 @@
+"""The plots: what they hold, and that it is drawn where its value says."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.report.drawing import draw, pictures
+from llmrec.report.drawing.canvas import NARROW, WIDE, Canvas, Shape, cut, text_width
+from llmrec.report.drawing.scale import Scale, apart, fitted, spanning
+from llmrec.report.page import write
+from llmrec.report.plots import differences, losses, plots, quality_by_tokens, weights
+from llmrec.report.results import results_of
+from llmrec.results import Results, Row
+from tests.report.test_report_page import Tree, plot_of
+
+
+def marks(canvas: Canvas, look: str) -> list[tuple[float, float, str]]:
+    """Return the left end, the top and the hover text of marks, in the order in which they were drawn."""
+    found = [shape for shape in canvas.shapes if shape.title and shape.look.startswith(look)]
+    return [(*_start(shape), shape.title) for shape in found]
+
+
+def _start(shape: Shape) -> tuple[float, float]:
+    x, y = re.findall(r"-?[\d.]+", dict(shape.at)["d"])[:2]
+    return float(x), float(y)
+
+
+def zero_of(canvas: Canvas) -> float:
+    return next(float(dict(shape.at)["x1"]) for shape in canvas.shapes if shape.look == "zero")
+
+
+# --------------------------------------------------------------------------- differences
+
+
+def test_better_is_to_the_right_for_every_metric(results: dict[str, Any]) -> None:
+    found = results_of(results)
+    plot = differences(found)
+    rows = {row["label"]: row for row in plot["rows"]}
+    # The tuned model has a higher RMSE and a lower NDCG than its control, and is better in the two others.
+    signs = {name: row["value"] > 0 for name, row in rows.items()}
+    assert list(signs.values()) == [False, False, True, True]
+    assert plot["sides"] == "better → (RMSE turned: lower is better)" and "control's figure" in plot["unit"]
+    rating = rows["Rating prediction"]
+    assert rating["value"] == pytest.approx(-100 * 0.03 / 0.93) and "+0.030" in rating["text"]
+    assert rating["low"] is not None and rating["high"] is not None
+    assert rating["low"] < rating["value"] < rating["high"]
+    for width in (WIDE, NARROW):
+        canvas = draw(plot, width)
+        drawn = [(x > zero_of(canvas), said) for x, _, said in marks(canvas, "mark-")]
+        assert [right for right, _ in drawn] == list(signs.values())
+        assert [said.partition(":")[0] for _, said in drawn] == list(rows)
+
+
+def test_verdicts_differ_in_form_and_the_detectable_difference_is_a_band_around_0(results: dict[str, Any]) -> None:
+    for entry, verdict in zip(results["comparisons"][2::3], ("contradicted", "not shown", "shown", None), strict=True):
+        entry["verdict"] = verdict
+    plot = differences(results_of(results))
+    canvas = draw(plot, WIDE)
+    looks = [shape.look for shape in canvas.shapes if shape.look.startswith("mark-") and shape.title]
+    assert looks == ["mark-bad", "mark-even", "mark-good", "mark-open"]
+    assert [row["verdict"] for row in plot["rows"]] == ["contradicted", "not shown", "shown", None]
+    bands = [dict(shape.at) for shape in canvas.shapes if shape.look == "band"]
+    middles = [float(band["x"]) + float(band["width"]) / 2 for band in bands]
+    assert len(bands) == 4 and middles == pytest.approx([zero_of(canvas)] * 4, abs=0.2)
+
+
+def test_families_of_one_metric_are_drawn_in_its_units(results: dict[str, Any]) -> None:
+    for key in ("headline", "detectable"):
+        results[key] = {task: results[key][task] for task in ("sequential", "direct")}
+    for key in ("rows", "comparisons"):
+        results[key] = [entry for entry in results[key] if entry["task"] in results["headline"]]
+    plot = differences(results_of(results))
+    assert plot["unit"] == "difference in NDCG@10" and plot["sides"] == "better →"
+    assert [row["value"] for row in plot["rows"]] == pytest.approx([-0.06, 0.05])
+
+
+def test_the_first_screen_has_the_plot_its_text_and_a_card_a_family(run_dir: Path) -> None:
+    text = write(run_dir)["html"].read_text("utf-8")
+    first = text.split('<section id="summary"')[1].split("</section>")[0]
+    said = first.split('id="differences"')[1].split('">')[0]
+    assert "Next item from history: tuned · likelihood · continue-list is significantly worse than markov-1" in said
+    assert first.count('<article class="card">') == 4
+    # The model's figure is the large one, and the difference has the sign that the table of comparisons has.
+    large = re.findall(r'<span class="figure">([\d.]+)</span>', first)
+    assert large == ["0.960", "0.500", "0.520", "0.270"]
+    assert "best control 0.560" in re.sub(r"<[^>]+>", "", first) and "difference <strong>−0.060</strong>" in first
+    table = text.split('id="comparisons-caption"')[1]
+    assert "NDCG@10</span> −0.060" in table and "trivial" not in text
+
+
+# --------------------------------------------------------------------------- other plots
+
+
+def test_figures_are_drawn_in_order_and_named(results: dict[str, Any]) -> None:
+    found = results_of(results)
+    canvas = draw(plots(found)["forest-1"], WIDE)
+    drawn = [
+        (x, y, said)
+        for look in ("zero-shot", "few-shot", "tuned", "baseline")
+        for x, y, said in marks(canvas, f"fill {look}")
+    ]
+    drawn.sort(key=lambda mark: mark[1])
+    rows = [row for row in found.standings("rating")]
+    assert [said.partition(":")[0].split(" · ")[0] for _, _, said in drawn] == [
+        row.predictor if row.arm == "baseline" else row.arm for row in rows
+    ]
+    assert all(before[0] <= after[0] + 6 for before, after in pairwise(drawn)), "lower RMSE first, so further left"
+
+
+def test_no_loss_flattens_the_others(results: dict[str, Any]) -> None:
+    results["training"]["log"][0]["loss"] = 40.0
+    canvas = draw(losses(results_of(results)), WIDE)
+    curve = next(dict(shape.at)["d"] for shape in canvas.shapes if shape.look == "curve tuned")
+    heights = [float(pair.split(",")[1]) for pair in curve[1:].split()]
+    assert heights[0] == min(heights)
+    # On a linear axis everything after the first step would lie within a fifteenth of the height.
+    assert max(heights) - min(heights[1:]) > 0.15 * (max(heights) - heights[0])
+    assert any("log scale" in shape.text for shape in canvas.shapes)
+
+
+def test_numbers_of_the_cost_plot_do_not_overlap(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        if row["task"] == "direct" and row["arm"] != "baseline":
+            row["cost"] = {"seconds": 1.0, "prompt_tokens": 20_000, "completion_tokens": 0}
+            row["metrics"]["NDCG@10"].update(value=0.5, low=0.45, high=0.55)
+    plot = quality_by_tokens(results_of(results), "direct")
+    assert plot is not None
+    canvas = draw(plot, NARROW)
+    numbers = [shape for shape in canvas.shapes if shape.look == "name halo"]
+    places = [(float(dict(shape.at)["x"]), float(dict(shape.at)["y"])) for shape in numbers]
+    assert [shape.text for shape in numbers] == ["1", "2", "3", "4"]
+    assert all(abs(a - c) > 8 or abs(b - d) > 11 for n, (a, b) in enumerate(places) for c, d in places[:n])
+    listed = [shape.text for shape in canvas.shapes if shape.text.endswith("0.500, 100 tokens")]
+    assert len(listed) == 4
+
+
+def test_weights_are_bars_from_0_the_heaviest_first(results: dict[str, Any]) -> None:
+    parts = [
+        {"name": "markov", "weight": 0.4, "low": 0.2, "high": 0.6},
+        {"name": "<b>popularity</b>", "weight": -0.9, "low": -1.0, "high": -0.8},
+    ]
+    row = next(row for row in results["rows"] if row["arm"] == "baseline")
+    plot = weights(Row.model_validate({**row, "fusion": {"form": "logit", "parts": parts}}))
+    assert [part["label"] for part in plot["parts"]] == ["<b>popularity</b>", "markov"]
+    canvas = draw(plot, WIDE)
+    bars = [dict(shape.at) for shape in canvas.shapes if shape.look == "bar"]
+    ends = [(float(bar["x"]), float(bar["x"]) + float(bar["width"])) for bar in bars]
+    zero = zero_of(canvas)
+    assert ends[0][1] == pytest.approx(zero, abs=0.2) and ends[1][0] == pytest.approx(zero, abs=0.2)
+    assert (ends[0][1] - ends[0][0]) / (ends[1][1] - ends[1][0]) == pytest.approx(0.9 / 0.4, rel=0.02)
+
+
+def test_a_fusion_is_drawn_in_the_page(results: dict[str, Any], save: Any) -> None:
+    evil = "</title><script>window.__pwned=1</script>"
+    row = next(row for row in results["rows"] if row["id"] == "direct/baseline/item-knn")
+    row["fusion"] = {"form": "logit", "parts": [{"name": evil, "weight": 0.4, "low": 0.2, "high": 0.6}]}
+    text = write(save(results))["html"].read_text("utf-8")
+    assert any(evil in each for each in Tree(plot_of(text, "weights-3-1")).texts) and "<script" not in text
+
+
+def test_every_plot_stays_inside_its_picture(results: dict[str, Any]) -> None:
+    for plot in plots(results_of(results)).values():
+        for canvas in pictures(plot):
+            for shape in canvas.shapes:
+                at = dict(shape.at)
+                across = [float(at[key]) for key in ("x", "x1", "x2") if key in at]
+                down = [float(at[key]) for key in ("y", "y1", "y2") if key in at]
+                assert all(-1 <= x <= canvas.width + 1 for x in across), (plot["kind"], shape)
+                assert all(-1 <= y <= canvas.height + 1 for y in down), (plot["kind"], shape)
+
+
+# --------------------------------------------------------------------------- scales
+
+finite = st.floats(-1e6, 1e6)
+
+
+@given(st.lists(finite, min_size=1, max_size=8))
+def test_a_scale_holds_its_values_and_has_ticks_within(values: list[float]) -> None:
+    scale = fitted(values, 10, 200)
+    assert all(10 <= scale(value) <= 200 for value in values)
+    assert [scale(value) for value in sorted(values)] == sorted(scale(value) for value in values)
+    ticks = scale.ticks(6)
+    assert 1 <= len(ticks) <= 9 and all(scale.low - 1e-6 <= tick <= scale.high + 1e-6 for tick in ticks)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8))
+def test_a_logarithmic_scale_does_too(values: list[float]) -> None:
+    scale = spanning(values, 200, 10)
+    assert scale.log is (max(values) / min(values) >= 4)
+    assert all(10 - 1e-6 <= scale(value) <= 200 + 1e-6 for value in values) and len(scale.ticks(6)) >= 1
+
+
+def test_ticks_are_round() -> None:
+    assert Scale(low=0, high=1, start=0, end=1).ticks(5) == (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    assert Scale(low=0.7, high=11, start=0, end=1, log=True).ticks(6) == (1.0, 2.0, 5.0, 10.0)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
+def test_labels_are_moved_apart_in_their_order(places: list[float]) -> None:
+    found = apart(places, 12, 0, 100)
+    assert all(-1e-6 <= place <= 100 + 1e-6 for place in found)
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    assert all(found[b] - found[a] >= 12 - 1e-6 for a, b in pairwise(order))
+
+
+@given(st.text(max_size=60), st.floats(30, 300))
+def test_cut_text_fits(text: str, width: float) -> None:
+    shown = cut(text, width)
+    assert text_width(shown) <= width and (shown == text or shown.endswith("…"))
+
+
+def test_results_without_any_comparison_still_make_a_page(results: dict[str, Any], save: Any) -> None:
+    results["comparisons"] = []
+    text = write(save(results))["html"].read_text("utf-8")
+    assert 'id="differences"' not in text and text.count("not tested") >= 8
+    assert isinstance(results_of(results), Results)
