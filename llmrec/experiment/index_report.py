@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmrec import __version__
@@ -21,14 +21,20 @@ from llmrec.index.diagnostics import Diagnostics, Entry, diagnose, examples, nea
 from llmrec.index.table import ItemIndex
 from llmrec.recipe.schema import Recipe
 from llmrec.report import index_page, index_summary
-from llmrec.report.escape import flat
+from llmrec.report.escape import flat, short
 from llmrec.report.wording import share
 
 _PAGE = "index.html"
-_FILES = {"index.json", "index.safetensors", index_summary.DIAGNOSTICS, _PAGE, "plotly.min.js", "report.js"}
+# The last two stand in folders of earlier versions.
+_FILES = {
+    "index.json", "index.safetensors", index_summary.DIAGNOSTICS, index_summary.NEIGHBOURS, _PAGE, "plotly.min.js",
+    "report.js",
+}  # fmt: skip
 _EXAMPLES = 20
 # Of one length of prefix, and items of each.
 _GROUPS, _MEMBERS = 8, 8
+# Groups in the report of a run.
+_SHOWN = 6
 # Characters of a code or title on the console.
 _LINE = 60
 
@@ -125,7 +131,10 @@ def write_run(study: Study, folder: Path) -> str:
     found = diagnose(study.index, _counts(study.data))
     figures = found.as_json()
     write_json(where / index_summary.DIAGNOSTICS, figures)
-    index_page.write(_content(study.recipe, study.data, study.index, found, run=True), page)
+    content = _content(study.recipe, study.data, study.index, found, run=True)
+    # The report of the run shows a few; titles are no part of a run's other files.
+    write_json(where / index_summary.NEIGHBOURS, [asdict(group) for group in content.groups[:_SHOWN]])
+    index_page.write(content, page)
     return index_summary.line_of(figures)
 
 
@@ -197,7 +206,7 @@ def _rows(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def _cut(text: str) -> str:
-    return index_page.short(text, _LINE)
+    return short(text, _LINE)
 
 
 def _shown(value: str) -> str:

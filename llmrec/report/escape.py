@@ -60,6 +60,12 @@ def flat(text: str) -> str:
     return " ".join(visible(text).split())
 
 
+def short(text: str, longest: int = 120) -> str:
+    """Return untrusted text as one line, cut where it would swamp the others."""
+    line = flat(text)
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
 def cell(text: str) -> str:
     """Return untrusted text as one Markdown table cell: no markup, no HTML, no line breaks."""
     line = "".join(_MARKED_UP.get(character, character) for character in flat(text))

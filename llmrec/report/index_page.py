@@ -17,10 +17,7 @@ from llmrec.durable import refuse_link, replacing
 from llmrec.index.diagnostics import Diagnostics, Entry, Group
 from llmrec.report import index_summary
 from llmrec.report.drawing import codes
-from llmrec.report.escape import flat
 from llmrec.report.render import environment, style
-
-_LONGEST = 120  # characters of a title or code; the rest says little more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +72,4 @@ def html_page(content: IndexPage) -> str:
         sentence=index_summary.sentence(found), figures=index_summary.key_figures(found),
         level_title=index_summary.level_title,
         groups={length: tuple(each) for length, each in groupby(content.groups, key=lambda group: group.length)},
-        short=short,
     )  # fmt: skip
-
-
-def short(text: str, longest: int = _LONGEST) -> str:
-    """Return untrusted text as one line, cut where it would swamp the others."""
-    line = flat(text)
-    return line if len(line) <= longest else f"{line[: longest - 1]}…"

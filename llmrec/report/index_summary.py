@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.errors import DataError
-from llmrec.index.diagnostics import Diagnostics, Level, Spread
+from llmrec.index.diagnostics import Diagnostics, Entry, Group, Level, Spread
 from llmrec.report.escape import flat
 from llmrec.report.wording import count, number, rough, share
 
 PAGE = "item-index.html"
 """The page of a run's index, beside the run's report."""
-FOLDER, DIAGNOSTICS = "index", "diagnostics.json"
-"""Where a run folder keeps its index, and the file in it that holds its figures."""
+FOLDER, DIAGNOSTICS, NEIGHBOURS = "index", "diagnostics.json", "neighbours.json"
+"""Where a run folder keeps its index, and the files in it that hold its figures and the items that stand together."""
 
 SCHEMES: Mapping[str, str] = {
     "title": "An item is written as its title. Of items that share one, each is told apart by a field in brackets, "
@@ -121,11 +121,35 @@ def line(run_dir: Path) -> str:
     try:
         return line_of(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({flat(str(error))}); run the recipe again, which writes it anew",
-            kind="damaged",
-            at=path,
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    said = f"{path}: cannot be read ({flat(str(error))}); run the recipe again, which writes it anew"
+    return DataError(said, kind="damaged", at=path)
+
+
+def neighbours(run_dir: Path) -> tuple[Group, ...]:
+    """Return items of a run's index that stand together; none where the run kept none.
+
+    Raises:
+        DataError: If the file is there and cannot be read.
+    """
+    path = run_dir / FOLDER / NEIGHBOURS
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else []
+        return tuple(
+            Group(
+                length=int(group["length"]), prefix=str(group["prefix"]), said=str(group["said"]),
+                size=int(group["size"]), entries=tuple(
+                    Entry(item=str(entry["item"]), code=str(entry["code"]), title=str(entry["title"]))
+                    for entry in group["entries"]
+                ),
+            )
+            for group in found
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from error
 
 
 def line_of(found: Mapping[str, Any]) -> str:

@@ -62,7 +62,8 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
     _put(pages["markdown"], markdown_page(results, reasons, audit, mend=mend).encode())
-    page = html_page(results, reasons, audit, mend=mend, item_index=told)
+    near = index_summary.neighbours(run_dir) if told else ()
+    page = html_page(results, reasons, audit, mend=mend, item_index=told, neighbours=near)
     _put(pages["html"], page.encode())
     return pages
 

@@ -16,6 +16,7 @@ from jinja2 import FileSystemLoader, StrictUndefined, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
+from llmrec.index.diagnostics import Group
 from llmrec.report import costs, escape, headline, index_summary, marks, positions, slices, texts, wording
 from llmrec.report import results as facts
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
@@ -40,6 +41,7 @@ def html_page(
     *,
     mend: str,
     item_index: str = "",
+    neighbours: Sequence[Group] = (),
 ) -> str:
     """Render the page.
 
@@ -49,13 +51,14 @@ def html_page(
         audit: Lines of the audit; None where there was none.
         mend: The command that makes the audit.
         item_index: A line on the run's index, whose page stands beside this one; empty where there is none.
+        neighbours: Items of that index that stand together.
     """
     parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), mend]
-    parts.append(item_index)
+    parts += [item_index, repr(neighbours)]
     return environment().get_template("page.html.j2").render(
         **_view(results, reasons, audit, mend), nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
         plotted={name: pictures(plot) for name, plot in plots(results).items()}, style=style(),
-        item_index=item_index, index_page=index_summary.PAGE,
+        item_index=item_index, index_page=index_summary.PAGE, neighbours=neighbours,
     )  # fmt: skip
 
 
@@ -170,7 +173,7 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
         trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
         text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
         about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
-        kind_words=wording.KINDS, forms=wording.FORMS,
+        kind_words=wording.KINDS, forms=wording.FORMS, short=escape.short,
     )  # fmt: skip
     found.filters.update(_FIGURES)
     found.filters.update(

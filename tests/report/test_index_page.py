@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmrec.durable import write_json
 from llmrec.errors import DataError
 from llmrec.index.diagnostics import diagnose, examples, neighbours
 from llmrec.index.table import ItemIndex, own_token, token
@@ -197,6 +198,27 @@ def test_a_run_with_an_index_links_to_its_page(run_dir: Path) -> None:
     assert "scheme semantic; 40 items; tokens of a code: 3; 11 new tokens; perplexity by level: 5 of 5, 4 of 4" in text
     assert "before repair: 12.5 %" in text
     assert 'href="index.html"' in (run_dir / "report" / "item-index.html").read_text("utf-8")
+
+
+def test_the_report_shows_items_that_stand_together(run_dir: Path) -> None:
+    with_index(run_dir, tree_index(len(SCRIPTS)))
+    assert 'id="neighbours"' not in page.write(run_dir)["html"].read_text("utf-8")
+    titles = {f"i{n}": text for n, text in enumerate(SCRIPTS)}
+    groups = neighbours(tree_index(len(SCRIPTS)), titles, prefixes=2, members=3)
+    write_json(run_dir / "index" / "neighbours.json", [asdict(group) for group in groups])
+    text = page.write(run_dir)["html"].read_text("utf-8")
+    part = text.split('<section id="neighbours"')[1].split("</section>")[0]
+    assert part.count("<article") == len(groups) > 1 and 'href="#neighbours"' in text
+    assert part.count("<li><bdi>") == sum(len(group.entries) for group in groups)
+    assert not re.search("<(?!/?(h2|p|a|div|article|code|span|bdi|ul|li)[ >])[a-z]", part.partition(">")[2])
+
+
+@pytest.mark.parametrize("content", ["{", '[{"length": 1}]', "3"])
+def test_neighbours_that_cannot_be_read_are_an_error(run_dir: Path, content: str) -> None:
+    with_index(run_dir, tree_index(40))
+    (run_dir / "index" / "neighbours.json").write_text(content, "utf-8")
+    with raises(DataError, Facts("damaged", run_dir / "index" / "neighbours.json", says="run the recipe again")):
+        page.write(run_dir)
 
 
 def test_codes_of_text_have_a_line_too(run_dir: Path) -> None:
