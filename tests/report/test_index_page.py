@@ -98,7 +98,15 @@ def test_codes_of_tokens_show_levels_prefixes_neighbours_and_examples(tame: dict
     assert [panel["available"] for panel in codes.usage_of(found)] == [5, 4, 7]
     assert sum(codes.usage_of(found)[0]["counts"]) == len(TEXTS)
     assert codes.branching_of(found.depths)[0]["most"][0] == len(TEXTS)
-    for said in ("&lt;a_…&gt;", "12.5 %", "Something else", "made data", "1.5 s", "&lt;a_0&gt;&lt;b_0&gt;", "1.2.3"):
+    for said in (
+        "&lt;a_…&gt;",
+        "12.5 %",
+        "Something else",
+        "synthetic data",
+        "1.5 s",
+        "&lt;a_0&gt;&lt;b_0&gt;",
+        "1.2.3",
+    ):
         assert said in text, said
     assert "Perplexity 1" not in text
     assert {path.name for path in tame["tokens"].parent.iterdir()} == {"index.html"}

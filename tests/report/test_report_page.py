@@ -94,7 +94,7 @@ def test_every_section_is_there_in_order(run_dir: Path) -> None:
     ]  # fmt: skip
     for said in (
         "A classic baseline has the best figure: markov-1",
-        "made data",
+        "synthetic data",
         "5f3c1a9b" * 8,
         "a3" * 32,
         "c9" * 32,
@@ -117,6 +117,9 @@ def test_page_is_accessible(run_dir: Path) -> None:
     assert len(ids) == len(set(ids))
     targets = [value for _, name, value in tree.values if name == "aria-labelledby"]
     assert set(targets) <= set(ids)
+    # What a word means is told to those without a mouse too.
+    tips = [set(attributes) for tag, attributes in tree.tags if tag == "abbr"]
+    assert len(tips) > 10 and all({"tabindex", "title"} <= attributes for attributes in tips)
     anchors = [value[1:] for tag, name, value in tree.values if tag == "a" and name == "href" and value.startswith("#")]
     assert set(anchors) <= set(ids)
     levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
