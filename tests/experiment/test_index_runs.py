@@ -24,6 +24,7 @@ from llmrec.index.table import ItemIndex, build
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import IndexSection, Recipe
 from llmrec.registry import INDEXES
+from llmrec.report import index_summary
 from llmrec.tasks import rows, sequential
 from tests.answering import rank_cases
 from tests.facts import Facts, raises
@@ -85,6 +86,12 @@ def test_a_run_asks_and_answers_in_codes(done: tuple[Recipe, pipeline.Run]) -> N
     codes = {study.index.encode(item) for item in study.index.codes}
     listed = run.results["examples"][0]["prompt"].rpartition("assistant\n")[2].splitlines()
     assert listed and set(listed) <= codes
+    # The report shows items of the index that stand together, and where its own page is.
+    near = index_summary.neighbours(run.folder)
+    part = run.report.read_text("utf-8").partition('<section id="neighbours"')[2].partition("</section>")[0]
+    assert (
+        bool(near) is (study.index.scheme in ("collaborative", "semantic")) and part.count("<article") == len(near) <= 6
+    )
 
 
 def test_a_run_over_codes_passes_its_audit(done: tuple[Recipe, pipeline.Run]) -> None:
