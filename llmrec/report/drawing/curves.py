@@ -52,7 +52,7 @@ def _curve(canvas: Canvas, series: Series, along: Scale, rise: Scale, hue: str, 
     points = [(along(x), rise(y)) for x, y in zip(series["x"], series["y"], strict=True)]
     if len(points) > 1:
         canvas.path(points, f"curve {hue}{' dotted' if series['kind'] == 'valid' else ''}")
-    if len(points) > _MARKED or (series["kind"] != "valid" and len(points) > 1 and series["kind"] != "judged"):
+    if len(points) > _MARKED:
         return
     for (x, y), step, value in zip(points, series["x"], series["y"], strict=True):
         canvas.mark(form, x, y, f"fill {hue}", size=4, title=f"{series['name']}, step {step}: {value:.4g}")
