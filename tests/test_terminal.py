@@ -45,9 +45,10 @@ main(app)
 
 
 def ended(*args: str, command: str = "one") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, command, *args], capture_output=True, text=True, timeout=60, check=False
-    )
+    # Other tests run commands with -q in this process, which leaves PYTHONWARNINGS behind.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    line = [sys.executable, "-c", PROGRAM, command, *args]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, env=environment)
 
 
 def test_libraries_print_into_the_log_of_the_folder(tmp_path: Path) -> None:
