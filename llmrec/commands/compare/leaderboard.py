@@ -209,7 +209,7 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
     if many := sum(map(len, tested.values())):
         lines += ["", planned_note(many, earlier=any(pair.earlier for pairs in tested.values() for pair in pairs))]
     for seen in protocol.seen:
-        heading = _HEADINGS[seen]
+        heading = _HEADINGS.get(seen, f"Seen items {seen}")
         lines += ["", f"### {cell(heading)}", "", _ours(found, seen)]
         lines += ["", _RULE] if _less(found, seen) else []
         lines += [part for line in _undefined(found, seen) for part in ("", cell(line))]
