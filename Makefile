@@ -14,11 +14,13 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
+	@echo "make demo         rank MovieLens-100K without training, in under three minutes; lists in runs/demo/lists.csv"
+	@echo "make notebooks    run the notebooks of docs/notebooks, runs/notebooks/"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the tests that make test skips: killed engines, real servers"
 	@echo "make lint         ruff, mypy, import-linter, licences; schemas for docker/, CITATION.cff and workflows, hadolint if there"
@@ -68,6 +70,17 @@ setup:
 
 quickstart: setup
 	@$(BIN)/llmrec run recipes/quickstart.yaml $(ARGS)
+
+demo: setup
+	@$(BIN)/llmrec run recipes/demo.yaml $(ARGS)
+	@$(BIN)/llmrec rank --model runs/demo --all-users --to runs/demo/lists.csv --top 10
+	@head -n 11 runs/demo/lists.csv
+
+# One kernel at a time; executed copies go to runs/notebooks.
+notebooks: setup
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	@mkdir -p runs/notebooks
+	$(BIN)/jupyter execute docs/notebooks/*.ipynb --timeout=-1 --output='../../runs/notebooks/{notebook_name}'
 
 test: setup
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
