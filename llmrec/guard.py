@@ -19,6 +19,10 @@ TEXT_LIMIT = 1000
 
 # Longer texts are cleaned again rather than remembered: a catalogue of long reviews would fill the memory.
 _REMEMBERED = 2000
+# Marks on one letter; behind more of them a text is no longer language, and is cut anywhere.
+_MARKED = 32
+# A flag is two of these.
+_FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 # A token is broken at its start, so the rest of a long one need not be compared.
 _COMPARED = 64
 
@@ -69,7 +73,8 @@ def clean(text: str, limit: int = TITLE_LIMIT) -> str:
     """Return data text as one line.
 
     Line breaks and other white space become single spaces. Control, zero-width, bidirectional, surrogate and
-    private-use characters are dropped. What is longer than ``limit`` characters is cut. Cleaning twice changes nothing.
+    private-use characters are dropped. What is longer than ``limit`` characters is cut, never between a letter and its
+    marks, an emoji and its skin tone, or the halves of a flag. Cleaning twice changes nothing.
     """
     return _remembered(text, limit) if len(text) <= _REMEMBERED else _clean(text, limit)
 
@@ -78,7 +83,26 @@ def _clean(text: str, limit: int) -> str:
     if not text.isprintable():
         text = "".join(character for character in text if character.isspace() or _stays(character))
     line = " ".join(text.split())
-    return line if len(line) <= limit else line[:limit].rstrip()
+    return cut(line, limit)
+
+
+def cut(text: str, limit: int) -> str:
+    """Return the first ``limit`` characters of a text, or a few less, so that what a reader sees as one stays whole."""
+    if len(text) <= limit:
+        return text
+    least = max(limit - _MARKED, 1)
+    return text[: next((at for at in range(limit, least - 1, -1) if not _goes_on(text, at)), limit)].rstrip()
+
+
+def _goes_on(line: str, at: int) -> bool:
+    """Whether the character at a place belongs to the one before: the clusters of UAX 29."""
+    here, before = ord(line[at]), ord(line[at - 1])
+    if unicodedata.category(line[at]).startswith("M") or 0x1F3FB <= here <= 0x1F3FF or 0x200D in (here, before):
+        return True
+    if 0x1160 <= here <= 0x11FF:  # a vowel or an end of a Korean syllable in letters
+        return 0x1100 <= before <= 0x11FF
+    flags = line[:at]
+    return line[at] in _FLAGS and (len(flags) - len(flags.rstrip(_FLAGS))) % 2 == 1
 
 
 _remembered = lru_cache(maxsize=65536)(_clean)

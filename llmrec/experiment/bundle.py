@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -28,7 +28,6 @@ from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, Sequential
 
 FILE = BUNDLE
 _FORMAT = 1
-_TEMPLATE_KEYS = tuple(key.name for key in fields(Template) if key.init)
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def describe(study: Study) -> dict[str, Json]:
         "index": recipe.index.scheme if recipe.index else None,
         "tasks": recipe.tasks.model_dump(mode="json", exclude_none=True),
         "templates": {
-            family: [{key: getattr(template, key) for key in _TEMPLATE_KEYS} for template in known.values()]
-            for family, known in study.templates.items()
+            family: [template.stored() for template in known.values()] for family, known in study.templates.items()
         },
     }
 
@@ -132,7 +130,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
                 column="format",
             )
         templates = {
-            family: {entry["name"]: Template(**entry) for entry in entries}
+            family: {entry["name"]: Template.of_stored(entry) for entry in entries}
             for family, entries in found["templates"].items()
         }
         scale = found["rating_scale"]

@@ -22,7 +22,7 @@ from llmrec.evaluate.slices import slice_figures
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study
-from llmrec.guard import clean
+from llmrec.guard import clean, cut
 from llmrec.metrics import ranking
 from llmrec.metrics.multiple import holm
 from llmrec.metrics.stats import mean_ranks
@@ -328,4 +328,4 @@ def _answer(record: Prediction) -> Written:
 
 def _cut(text: str, limit: int = _INPUT) -> str:
     """Return the beginning of a long text, and how long it is."""
-    return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text)} characters)"
+    return text if len(text) <= limit else f"{cut(text, limit)} … ({len(text)} characters)"

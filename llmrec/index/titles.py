@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +17,10 @@ from llmrec.types import Item
 if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
+# Soft hyphens, joiners, marks of direction, variation selectors and tags.
+UNSEEN = re.compile(
+    "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
+)
 # What tells two items apart must stand beside a title, not replace it.
 _LONGEST_FIELD = 40
 
@@ -42,8 +47,11 @@ class Titles:
 
 @lru_cache(maxsize=65536)
 def title_key(title: str) -> str:
-    """Return what makes two titles the same: letters, marks and digits, case folded, with single spaces."""
-    folded = unicodedata.normalize("NFKC", title).casefold()
+    """Return what makes two titles the same: letters, marks and digits, case folded, with single spaces.
+
+    What cannot be seen, such as a joiner inside a Persian word or the variation selector of an emoji, does not count.
+    """
+    folded = UNSEEN.sub("", unicodedata.normalize("NFKC", title).casefold())
     kept = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in folded)
     return " ".join(kept.split()) or " ".join(folded.split())
 

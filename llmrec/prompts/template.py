@@ -21,6 +21,7 @@ from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.guard import clean, neutralise
 from llmrec.prompts.grammar import FORBIDDEN, Refused, compiled
 from llmrec.prompts.values import Ledger
+from llmrec.prompts.words import ENGLISH, FOLDER, Words, english, words_of
 from llmrec.recipe.pages import read_page
 from llmrec.resources import resource
 from llmrec.types import Message, Role, Segment
@@ -30,8 +31,8 @@ __all__ = ["Template", "clean", "load_templates", "neutralise"]
 SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
-# What is said about a template; it changes no prompt, and so not the hash.
-_NOTES = ("set", "number", "also", "leak", "needs")
+# What is said about a template; it changes no prompt, and so not the hash. Words of a language do, and are hashed.
+_NOTES = ("set", "number", "also", "leak", "needs", "language")
 _ALL_KEYS = (*_KEYS, *_NOTES)
 _USES = ("seen", "named", "unseen")
 _NEEDED = ("family", "name", "version", "use", "shape", "user", "target")
@@ -66,6 +67,8 @@ class Template:
         leak: What its question could give away of the answer, in a few words; empty: nothing.
         needs: ``reviews`` where it shows what only data with reviews have: a headline, a feature, the review itself.
             Without them it is used only where it is named, and then refused.
+        language: Code of the language that it is written in.
+        words: What code writes and reads in that language: yes and no, numbers; see `Words`.
     """
 
     family: str
@@ -83,6 +86,8 @@ class Template:
     also: str = ""
     leak: str = ""
     needs: Literal["", "reviews"] = ""
+    language: str = ENGLISH
+    words: Words = field(default_factory=english, compare=False)
     sha: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,8 +99,27 @@ class Template:
         _check_fields(self)
         for part in _PARTS:
             _check_source(part, getattr(self, part))
-        content = json.dumps({key: getattr(self, key) for key in _KEYS}, sort_keys=True)
+        if self.words.language != self.language:
+            object.__setattr__(self, "words", words_of(self.language))
+        said: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
+        if self.language != ENGLISH:
+            said["words"] = self.words.model_dump(mode="json")
+        content = json.dumps(said, sort_keys=True)
         object.__setattr__(self, "sha", hashlib.sha256(content.encode()).hexdigest()[:12])
+
+    def stored(self) -> dict[str, Any]:
+        """Return what a model folder keeps of it, so that it asks alike elsewhere; `of_stored` reads it."""
+        return {key: getattr(self, key) for key in _ALL_KEYS} | {"words": self.words.model_dump(mode="json")}
+
+    @staticmethod
+    def of_stored(entry: Mapping[str, Any]) -> Template:
+        """Return a template that was `stored`; older ones, without words, are English.
+
+        Raises:
+            RecipeError: As `Template`.
+        """
+        words = entry.get("words")
+        return Template(**{**entry, "words": Words.model_validate(words) if words else english()})
 
     @property
     def id(self) -> str:
@@ -351,7 +375,13 @@ def _read(file: Path) -> Template:
         rest = f": name is {values['name']!r} but the file is {file.stem!r}; make them equal"
         raise RecipeError.at(places[("name",)], "contradiction", rest, "name")
     try:
-        return Template(**values)
+        language = values.get("language", ENGLISH)
+        spoken = (
+            words_of(language, *(at / FOLDER for at in file.parents[:2])) if isinstance(language, str) else english()
+        )
+        return Template(**values, words=spoken)
     except RecipeError as fault:
+        if fault.file is not None:  # the page of words
+            raise
         place = places.get((fault.column or "",), Place(str(file), line=1))
         raise RecipeError(f"{place}: {fault}", kind=fault.kind, at=place, column=fault.column) from None

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from llmrec.errors import DataError, ErrorKind
+from llmrec.guard import cut
 from llmrec.report.audit import AuditLine, audit_lines, refuse_leaks
 from llmrec.report.checks import check
 from llmrec.report.escape import mended
@@ -192,8 +193,8 @@ def made_data(results: Results) -> list[str]:
 
 def clip(text: str) -> str:
     """Return text, cut where it would swamp the page; the cut is said."""
-    more = len(text) - _LONGEST
-    return f"{text[:_LONGEST]}\n[… {count(more)} more characters]" if more > 0 else text
+    kept = cut(text, _LONGEST)
+    return text if kept == text else f"{kept}\n[… {count(len(text) - len(kept))} more characters]"
 
 
 def answer(value: object) -> str:

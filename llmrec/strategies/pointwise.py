@@ -12,9 +12,6 @@ from llmrec.strategies.asking import Prompting, Scored, cost_of, prompt_hash, sc
 from llmrec.strategies.rounds import by_score, joint_hash
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
-# No spelling begins another, so that the probabilities of their texts add up.
-_YES = ("Yes", "yes", "YES", " Yes", " yes")
-_NO = ("No", "no", "NO", " No", " no")
 # Titles after one bare prompt: a forward over a tree of them grows with its square.
 _PRIORS = 64
 _NOBODY = Request(id="prior", user_id="")
@@ -98,8 +95,8 @@ class PriorRanker:
 class YesRanker:
     """Asks of every candidate whether the user would choose it, and ranks by log P(yes) - log P(no).
 
-    Each is the sum of the probabilities of its spellings, as whole texts. A prompt shows one candidate: no label and no
-    position can be favoured.
+    Each is the sum of the probabilities of its spellings in the template's language, as whole texts. A prompt shows one
+    candidate: no label and no position can be favoured.
     """
 
     name = "pointwise-yes"
@@ -127,7 +124,8 @@ class YesRanker:
 
     def _rank(self, part: Sequence[Request]) -> list[Answer]:
         prompts = [self._ask(request, item) for request in part for item in _candidates(request)]
-        texts = [_YES + _NO] * len(prompts)
+        yes, no = self.asker.task.words(self.asker.template).spellings()
+        texts = [yes + no] * len(prompts)
         found = score_in_chunks(self.asker.backend, prompts, texts, closed=False)
         odds = iter([(prompt_hash(prompt), scores) for prompt, scores in zip(prompts, found, strict=True)])
         answers: list[Answer] = []
@@ -136,7 +134,7 @@ class YesRanker:
             hashes, cost = [], Cost()
             for item, (digest, scores) in zip(_candidates(request), odds, strict=False):
                 self.engine = scores.engine
-                said[item] = yes_over_no(scores.logprobs)
+                said[item] = yes_over_no(scores.logprobs, len(yes))
                 hashes.append(digest)
                 cost += cost_of(scores)
             order = by_score(said)
@@ -152,10 +150,10 @@ class YesRanker:
         return answers
 
 
-def yes_over_no(logprobs: Sequence[float]) -> float:
-    """Return log P(yes) - log P(no) from the log-probabilities of the spellings of yes, then of no."""
+def yes_over_no(logprobs: Sequence[float], spelt: int) -> float:
+    """Return log P(yes) - log P(no) from the log-probabilities of so many spellings of yes, then of those of no."""
     logs = np.array(logprobs, dtype=np.float64)
-    return float(np.logaddexp.reduce(logs[: len(_YES)]) - np.logaddexp.reduce(logs[len(_YES) :]))
+    return float(np.logaddexp.reduce(logs[:spelt]) - np.logaddexp.reduce(logs[spelt:]))
 
 
 def ranked(found: Scored) -> Ranking:

@@ -30,6 +30,7 @@ from llmrec.types import (
 )
 
 YES, NO = "Yes", "No"
+"""Names of the two answers; what a prompt writes for them is said by the words of its template's language."""
 
 ABOUT_USER = frozenset({"noun", "user_id", "user_name", "profile"})
 ABOUT_ITEM = frozenset({"item", "item_id", "fields", "item_stats"})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llmrec.data.split import request_id, request_of, scale_of, threshold
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
+from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import CtrSection
 from llmrec.tasks.base import (
     ABOUT_ITEM,
@@ -55,8 +56,6 @@ from llmrec.types import (
 )
 
 _LONGEST = 20_000
-# "The answer is: Yes" says what "Yes" says.
-_LEAD = re.compile(r"(?:(?:the|my|final)\s+)*answer(?:\s+is)?\b[\s:]*")
 _MARKS = " \t\r\n*_`\"'“”‘’«»([<>#-–—:."
 # A "no" that goes on in the same breath ("No idea", "no way to tell") is no answer.
 _ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
@@ -128,7 +127,8 @@ class CtrTask(Task):
     def kind(self, example: Example) -> str:
         """Return the class of a training row: its answer, in a list the last one."""
         yes, _ = self._answers(example.template)
-        return YES if example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail) == yes else NO
+        said = example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail)
+        return YES if said == yes else NO
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out ratings as questions, truth 1 for a yes and 0 for a no.
@@ -169,7 +169,7 @@ class CtrTask(Task):
             values = self._values(request.user_id, drawn.history, item, context)
             return Prompt(messages=with_shots(chosen.turns(values), turns))
         values = self._view.user(request.user_id, context)
-        listed = steps(values, drawn.history, self._answered)
+        listed = steps(values, drawn.history, self._answered(chosen))
         return list_prompt(chosen, values, listed, self._view.pair(request.user_id, item), turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
@@ -190,7 +190,7 @@ class CtrTask(Task):
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Read a leading yes or no; None where there is none, or both stand in the text."""
-        place = read_choice(completion, self.continuations(request, template=template))
+        place = read_choice(completion, self.continuations(request, template=template), self._chosen.words(template))
         return None if place is None else Probability(request_id=request.id, value=1.0 if place == 0 else 0.0)
 
     def reward(self, answer: Answer, case: Case) -> float:
@@ -230,7 +230,7 @@ class CtrTask(Task):
 
     def _answers(self, template: str) -> tuple[str, str]:
         chosen = self._chosen.get(template)
-        yes, no = (chosen.answer({"answer": answer}) for answer in (YES, NO))
+        yes, no = (chosen.answer({"answer": said}) for said in (chosen.words.says_yes, chosen.words.says_no))
         if yes == no:
             raise RecipeError(
                 f"template {chosen.id}: its target is {yes!r} for a yes and for a no; write it with {{{{ answer }}}}",
@@ -258,11 +258,16 @@ class CtrTask(Task):
     def _yes(self, rating: float | None) -> bool:
         return rating is not None and rating >= self.liked
 
-    def _with_answer(self, values: Values, event: Event) -> Values:
-        return values | {"answer": YES if self._yes(event.rating) else NO}
+    def _with_answer(self, template: Template, values: Values, event: Event) -> Values:
+        return values | {"answer": template.words.said(yes=self._yes(event.rating))}
 
-    def _answered(self, values: Values, event: Event) -> Values:
-        return self._with_answer(values | self._view.pair(str(values["user_id"]), event.item_id), event)
+    def _answered(self, template: Template) -> Callable[[Values, Event], Values]:
+        """Return what makes the values of an answered step of a list."""
+
+        def answered(values: Values, event: Event) -> Values:
+            return self._with_answer(template, values | self._view.pair(str(values["user_id"]), event.item_id), event)
+
+        return answered
 
     def _asking(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return a row that asks for one answer, about the event."""
@@ -271,7 +276,7 @@ class CtrTask(Task):
             events = (*shown.events, event)
             return self._listed(template, row, user, events, last_only=True, context=shown.context({}))
         values = self._values(user, shown.events, event.item_id, shown.context({}))
-        answer = self._with_answer(values, event)
+        answer = self._with_answer(template, values, event)
         return chat_example(template, row, user, values, answer, past=shown.events, event=event)
 
     def _listed(
@@ -285,15 +290,15 @@ class CtrTask(Task):
         context: Mapping[str, str] | None = None,
     ) -> Example:
         values, first = self._view.user(user, context), len(events) - 1 if last_only else 0
-        return list_row(template, row, user, values, events, self._answered, first_target=first)
+        return list_row(template, row, user, values, events, self._answered(template), first_target=first)
 
     def _solved(self, template: Template, user: str, events: Sequence[Event]) -> tuple[Message, ...]:
         event = events[-1]
         if template.shape == "list":
             listed = (*_others(events[:-1], event.item_id), event)
-            return solved_list(template, self._view.user(user), listed, self._answered)
+            return solved_list(template, self._view.user(user), listed, self._answered(template))
         values = self._values(user, _others(events[:-1], event.item_id), event.item_id)
-        return solved_chat(template, values, self._with_answer(values, event))
+        return solved_chat(template, values, self._with_answer(template, values, event))
 
 
 def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:
@@ -307,7 +312,7 @@ def _others(events: Sequence[Event], item: str) -> tuple[Event, ...]:
     return tuple(event for event in events if event.item_id != item)
 
 
-def read_choice(text: str, answers: Sequence[str]) -> int | None:
+def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -> int | None:
     """Read which of two answers a text begins with.
 
     The answer must be the first word, but for marks around it and a lead such as "The answer is". A refusal, an answer
@@ -317,13 +322,15 @@ def read_choice(text: str, answers: Sequence[str]) -> int | None:
     Args:
         text: A completion.
         answers: What is written for a yes and for a no.
+        words: Of the language that was asked in, English by default.
 
     Returns:
         The place of the answer in ``answers``, or None.
     """
-    said = _LEAD.sub("", text[:_LONGEST].casefold().strip(_MARKS), count=1).strip(_MARKS)
-    words = [answer.casefold().strip(_MARKS) for answer in answers]
-    named = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", said) for word in words]
+    lead = (words or english()).lead
+    said = lead.sub("", text[:_LONGEST].casefold().strip(_MARKS), count=1).strip(_MARKS)
+    sought = [answer.casefold().strip(_MARKS) for answer in answers]
+    named = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", said) for word in sought]
     found = [place for place, match in enumerate(named) if match is not None]
     if len(found) != 1:
         return None

@@ -12,10 +12,9 @@ from typing import get_args
 from llmrec.data.split import request_id
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
+from llmrec.prompts.words import Words
 from llmrec.recipe.schema import DirectSection
 from llmrec.tasks.base import (
-    NO,
-    YES,
     Pasts,
     Values,
     View,
@@ -233,6 +232,10 @@ class DirectTask(Task):
         """Return the strategies that read what a template asks for."""
         return tuple(name for name in strategies if fits(template, name))
 
+    def words(self, template: str) -> Words:
+        """Return the words of a template's language."""
+        return self._chosen.words(template)
+
     def scored_by(self, template: Template) -> str:
         """Return the strategy that reads what a template asks for; of several the cheapest."""
         return reader_of(template)
@@ -249,7 +252,7 @@ class DirectTask(Task):
         chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
-            return tuple(chosen.answer({"answer": answer}) for answer in (YES, NO))
+            return tuple(chosen.answer({"answer": said}) for said in (chosen.words.says_yes, chosen.words.says_no))
         if asks == "label":
             return candidate_labels(len(pool))
         noun = self._data.dataset.noun
@@ -263,12 +266,14 @@ class DirectTask(Task):
         chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
-            place = read_choice(completion, self.continuations(request, template=template))
+            place = read_choice(completion, self.continuations(request, template=template), chosen.words)
             return None if place is None else Probability(request_id=request.id, value=1.0 if place == 0 else 0.0)
         if asks == "item":
             name = "code" if chosen.answers_with_code else "title"
             return read_item(completion, items_by_text(self._view, name, pool), request)
-        places = read_ranking(completion, candidate_labels(len(pool)), [self._view.title(item) for item in pool])
+        places = read_ranking(
+            completion, candidate_labels(len(pool)), [self._view.title(item) for item in pool], chosen.words
+        )
         if not places:
             return None
         scores = tuple(float(len(places) - rank) for rank in range(len(places)))
@@ -367,7 +372,7 @@ class DirectTask(Task):
         item = event.item_id if yes else self._negatives.draw(user, 1, rng, but=had)[0]
         shown = self._past.show(past, [item])
         values = self._asking(template, user, shown.events, (item,), "yes", shown.context({}))
-        answer = values | {"answer": YES if yes else NO}
+        answer = values | {"answer": template.words.said(yes=yes)}
         made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         # A negative is no interaction of the user's, and the event is not shown.
         return made if yes else replace(made, pairs=made.pairs[:-1], negatives=(item,))
@@ -392,7 +397,7 @@ class DirectTask(Task):
         # A yes and a no leave the same event out: what is counted of the user must not tell them apart.
         values |= self._view.user_stats(user, [chosen])
         name = "answer" if asks_for(template) == "yes" else "label"
-        return solved_chat(template, values, values | {name: NO if place % 2 else YES})
+        return solved_chat(template, values, values | {name: template.words.said(yes=not place % 2)})
 
     def _wanted(self, template: Template, want: str, request: Request) -> str:
         """Return what is wanted of a template, or refuse what it has no words for."""

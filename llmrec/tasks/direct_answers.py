@@ -9,7 +9,7 @@ from typing import Literal
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.prompts.template import Template, load_templates
 from llmrec.registry import STRATEGIES, is_plugin, lookup
-from llmrec.tasks.base import ABOUT_USER, NO, USER_STATS, YES
+from llmrec.tasks.base import ABOUT_USER, USER_STATS
 
 Asks = Literal["label", "item", "yes"]
 
@@ -61,9 +61,11 @@ def check_words(template: Template) -> None:
     asks, asked = asks_for(template), ABOUT_USER | {"history"}
     if asks == "yes":
         template.check(turns=asked | {"item", "item_id", "fields"}, lead=(), target={"answer"})
-        if [template.answer({"answer": answer}).strip().casefold() for answer in (YES, NO)] != ["yes", "no"]:
+        words = (template.words.says_yes, template.words.says_no)
+        if any(template.answer({"answer": word}).strip().casefold() != word.casefold() for word in words):
             raise RecipeError(
-                f"template {template.id}: its target is another word than yes or no; write it with {{{{ answer }}}}",
+                f"template {template.id}: its target is another word than {' or '.join(words)}; write it with "
+                "{{ answer }}",
                 kind="bad-value",
                 at=template.id,
                 column="target",

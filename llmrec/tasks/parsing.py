@@ -8,18 +8,19 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
-from llmrec.index.titles import title_key
+from llmrec.index.titles import UNSEEN, title_key
+from llmrec.prompts.words import Words, english
 
 _LONGEST = 20_000
 _ALNUM = r"[^\W_]"
+# Letters of scripts that set no spaces between words, or hang particles on them, make no word with a label beside them.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_JOINED = rf"[^\W_{_UNSPACED}]"
 _NUMBER = re.compile(r"(?<!\w)[-−+]?(?:\d+(?:[.,]\d+)?|\.\d+)")
-_OUT_OF = re.compile(r"\s*(?:/|out of)\s*(\d+)", re.IGNORECASE)
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ENTRY = re.compile(r"\s*(?:[-•*+]\s+|#?\d{1,3}[.):]\s*|\(\d{1,3}\)\s*)")
 # How alike a misspelt title must be, and how long both must be for that to say anything.
 _FUZZY, _FUZZY_LEAST = 0.9, 6
 _NUMERAL = re.compile(r"\b(?:\d+|[ivx]+)\b")
-_CONNECTED = ("and", "or", "then", "is", "over", "before", "followed", "first")
 
 
 def read_line(text: str) -> Iterator[str]:
@@ -32,19 +33,21 @@ def read_line(text: str) -> Iterator[str]:
             yield title_key(bare)
 
 
-def read_number(text: str, low: float, high: float) -> float | None:
+def read_number(text: str, low: float, high: float, words: Words | None = None) -> float | None:
     """Read the first number of an answer; None where there is none or it lies outside [low, high].
 
-    Digits of any script, ``4.5``, ``4,5``, ``4/5``, ``4 out of 5``, a leading number word and a run of stars count.
+    Digits of any script, ``4.5``, ``4,5``, ``4/5``, ``4 out of 5``, a leading number word and a run of stars count;
+    ``words`` are those of the language that was asked in, English by default.
     """
+    known = words or english()
     text = text[:_LONGEST].replace("½", ".5")
     match = _NUMBER.search(text)
     if match is None:
-        words = re.findall(r"\w+", text.casefold())
-        value = float(_WORDS.index(words[0])) if words and words[0] in _WORDS else float(_star_run(text)) or None
+        said = next(iter(re.findall(r"\w+", text.casefold())), "")
+        value = float(known.numbers.index(said)) if said in known.numbers else float(_star_run(text)) or None
     else:
         value = float(match.group().replace(",", ".").replace("−", "-"))
-        scale = _OUT_OF.match(text, match.end())
+        scale = known.scale.match(text, match.end())
         if scale and float(scale.group(1)) != high:
             return None
     return value if value is not None and low <= value <= high else None
@@ -58,7 +61,7 @@ def _star_run(text: str) -> int:
 # --------------------------------------------------------------------------- rankings
 
 
-def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str]) -> list[int]:
+def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words: Words | None = None) -> list[int]:
     """Read an ordered list of candidates from free text.
 
     Labels and titles count alike, the first mention of a candidate decides, and what is no candidate is passed over.
@@ -67,11 +70,12 @@ def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str]) -> lis
         text: Such as ``B, A, C``, ``1. B) Title``, a JSON list, or a sentence.
         labels: Capital letters, or numbers, one a candidate.
         titles: The candidates' titles, in the same order.
+        words: Of the language that was asked in, English by default.
 
     Returns:
         Places in ``labels``, best first; empty where nothing could be read.
     """
-    reader = _Reader(labels, titles)
+    reader = _Reader(labels, titles, words or english())
     found: dict[int, None] = {}
     text = text[:_LONGEST]
     for lines in (_json_entries(text), text.splitlines()):
@@ -102,7 +106,8 @@ def _json_entries(text: str) -> list[str]:
 class _Reader:
     """The labels and titles of one request, and how they are found in a line."""
 
-    def __init__(self, labels: Sequence[str], titles: Sequence[str]) -> None:
+    def __init__(self, labels: Sequence[str], titles: Sequence[str], words: Words) -> None:
+        self._words = words
         self._numeric = bool(labels) and labels[0].isdecimal()
         self._labels = {self._label_key(label): place for place, label in enumerate(labels)}
         self._titles: dict[str, int] = {}
@@ -112,17 +117,18 @@ class _Reader:
             if len(key) > 1 and not (self._numeric and key.isdecimal()):
                 self._titles.setdefault(key, place)
         one = r"\d{1,4}" if self._numeric else "[A-Za-z]"
-        gap = r"(?:(?:[\s,;>/|→–—&+.):\]\[(\"'`=-]|\*\*|\b(?:and|then)\b)+)"
+        joining = "".join(rf"|\b{re.escape(word)}\b" for word in words.joining)
+        gap = rf"(?:(?:[\s,;>/|→–—&+.):\]\[(\"'`=-]|\*\*{joining})+)"
         self._strict = re.compile(rf"[\s\[(\"'`*#>-]*(?P<list>{one}(?:{gap}{one})*)[\s.,;:)\]\"'`*]*", re.IGNORECASE)
         label = r"\d{1,4}" if self._numeric else "[A-Z]"
         joined = r"[.*'’&/-]"
         self._label = re.compile(
-            rf"(?<!{_ALNUM})(?<!{_ALNUM}{joined})({label})(?!{_ALNUM})(?!{joined}{_ALNUM})(?P<mark>[*\"'`_]*\s*[).:\]-])?"
+            rf"(?<!{_JOINED})(?<!{_JOINED}{joined})({label})(?!{_JOINED})(?!{joined}{_JOINED})(?P<mark>[*\"'`_]*\s*[).:\]-])?"
         )
 
     def line(self, line: str) -> list[int]:
         """Return the places that one line mentions, in order."""
-        line = unicodedata.normalize("NFKC", line)
+        line = UNSEEN.sub("", unicodedata.normalize("NFKC", line))
         whole = title_key(line)
         if whole in self._titles:
             return [self._titles[whole]]
@@ -223,11 +229,11 @@ class _Reader:
         return marks
 
     def _is_word(self, label: str, after: str, mark: str | None) -> bool:
-        """Say whether A or I is the English word: other words follow it."""
-        if label not in ("A", "I") or mark:
+        """Say whether a label such as A or I is the word of the language: other words follow it."""
+        if label not in self._words.words_alone or mark:
             return False
         word = re.match(rf"\s+({_ALNUM}{{2,}})", after)
-        return word is not None and word.group(1).casefold() not in _CONNECTED
+        return word is not None and word.group(1).casefold() not in self._words.linking
 
 
 def _words(line: str) -> list[tuple[str, int, int]]:

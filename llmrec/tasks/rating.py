@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
+from llmrec.prompts.words import Words
 from llmrec.recipe.schema import RatingSection
 from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
-    NO,
     USER_STATS,
-    YES,
     Pasts,
     Values,
     View,
@@ -164,7 +163,7 @@ class RatingTask(Task):
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Read the first number; None if there is none on the scale."""
-        value = read_number(completion, self.scale.low, self.scale.high)
+        value = read_number(completion, self.scale.low, self.scale.high, self._chosen.words(template))
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:
@@ -227,7 +226,7 @@ class RatingTask(Task):
             values = self._one(user, events, context)
             target = self._with_rating(values, events[-1])
             if learned_only(template):
-                values, target = self._with_stars(row, values, events[-1])
+                values, target = self._with_stars(row, values, events[-1], template.words)
             return chat_example(template, row, user, values, target, past=events[:-1], event=events[-1])
         first = len(events) - 1 if last_only else 0
         return list_row(template, row, user, self._about(user, context), events, self._answered, first_target=first)
@@ -255,14 +254,14 @@ class RatingTask(Task):
         assert event.rating is not None
         return values | {"rating": self.scale.label(event.rating)}
 
-    def _with_stars(self, row: str, values: Values, event: Event) -> tuple[Values, Values]:
+    def _with_stars(self, row: str, values: Values, event: Event, words: Words) -> tuple[Values, Values]:
         """Return the question and answer of a row that names a rating: the true one, or as often another one."""
         assert event.rating is not None
         rng, true = keyed("rating stars", self._seed, row), self.scale.label(event.rating)
         others = [label for label in self.scale.labels if label != true]
         yes = rng.random() < 0.5 or not others
         stars = true if yes else rng.choice(others)
-        return values | {"stars": stars}, {"answer": YES if yes else NO}
+        return values | {"stars": stars}, {"answer": words.said(yes=yes)}
 
 
 def learned_only(template: Template) -> bool:

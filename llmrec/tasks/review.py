@@ -174,7 +174,7 @@ class ReviewTask(Task):
         if self._scale is None:
             text = clean(completion, TEXT_LIMIT)
             return Text(request_id=request.id, text=text) if text else None
-        value = read_number(completion, self._scale.low, self._scale.high)
+        value = read_number(completion, self._scale.low, self._scale.high, self._chosen.words(template))
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:

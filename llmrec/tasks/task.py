@@ -13,6 +13,7 @@ from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
+from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import TaskSection
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.history import ItemVectors, Past
@@ -147,6 +148,10 @@ class Task(Protocol):
             kind="unsupported",
             column=f"tasks.{self.family}",
         )
+
+    def words(self, template: str) -> Words:
+        """Return the words of the language that a template is written in, where a strategy writes some itself."""
+        return english()
 
     def writes_alike(self, template: str) -> bool:
         """Whether a template writes an item in the same way for every request, so that a search can."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.prompts.template import Template
+from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import TaskSection
 from llmrec.types import ItemCodes
 
@@ -66,6 +67,11 @@ class Chosen:
                 "amazon-reviews"
             )
         return ""
+
+    def words(self, name: str) -> Words:
+        """Return the words of a template's language; of a template that is none of the family's, those of English."""
+        found = self.every.get(name.rpartition("/")[2])
+        return english() if found is None else found.words
 
     def get(self, name: str) -> Template:
         """Return a template by its name or ``family/name``.

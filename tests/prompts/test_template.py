@@ -93,6 +93,27 @@ def test_clean_cuts_long_text() -> None:
     assert len(clean("word " * 5000, TEXT_LIMIT)) <= TEXT_LIMIT
 
 
+@pytest.mark.parametrize(
+    ("text", "limit", "left"),
+    [
+        ("Ame\u0301lie", 3, "Am"),
+        ("Ame\u0301lie", 4, "Ame\u0301"),
+        ("ab👍🏽", 3, "ab"),
+        ("🇩🇪🇫🇷", 1, "🇩"),
+        ("🇩🇪🇫🇷", 3, "🇩🇪"),
+        ("நி நி", 4, "நி"),
+        (unicodedata.normalize("NFD", "올올"), 4, unicodedata.normalize("NFD", "올")),
+        ("x❤️", 2, "x"),
+        ("霸王别姬", 2, "霸王"),
+        ("a" + "\u0301" * 500, 300, "a" + "\u0301" * 299),
+    ],
+    ids=range(10),
+)
+def test_clean_cuts_between_whole_characters(text: str, limit: int, left: str) -> None:
+    assert clean(text, limit) == left
+    assert clean(left, limit) == left
+
+
 # --------------------------------------------------------------------------- neutralise
 
 KNOWN = (

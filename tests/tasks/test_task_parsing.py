@@ -134,6 +134,26 @@ def test_rankings_of_numbers(text: str, read: list[int]) -> None:
     assert read_ranking(text, labels, titles) == read
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("选B。", "B"),
+        ("答案是B", "B"),
+        ("B가 좋습니다", "B"),
+        ("ตอบB", "B"),
+        ("Bを選びます", "B"),
+        ("我推荐《霸王别姬》。", "A"),
+        ("می‌خواهم زنده بمانم", "C"),
+        ("میخواهم زنده بمانم", "C"),
+        ("👨\u200d👩 FAMILY\u00ad", "D"),
+        ("Ärzte Betrieb", ""),
+    ],
+)
+def test_rankings_in_other_scripts(text: str, read: str) -> None:
+    titles = ["霸王别姬", "Сталкер", "میخواهم زنده بمانم", "👨👩 Family"]
+    assert "".join("ABCD"[place] for place in read_ranking(text, "ABCD", titles)) == read
+
+
 @given(st.permutations(range(len(TITLES))), st.sampled_from([", ", "\n", " > ", "; ", " "]), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_every_order_of_labels_or_titles_is_read_back(order: list[int], between: str, as_title: bool) -> None:

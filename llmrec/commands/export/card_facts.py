@@ -268,7 +268,7 @@ def _tuned(facts: Facts) -> dict[str, TaskSection]:
 
 def _templates(facts: Facts) -> dict[str, dict[str, Template]]:
     return {
-        family: {entry["name"]: Template(**entry) for entry in entries}
+        family: {entry["name"]: Template.of_stored(entry) for entry in entries}
         for family, entries in facts.told["templates"].items()
     }
 

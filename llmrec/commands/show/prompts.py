@@ -258,7 +258,7 @@ def recorded(folder: Path, template: Template) -> Template:
                 kind="missing-key",
                 at=found[0],
             )
-        return Template(**entries[template.name])
+        return Template.of_stored(entries[template.name])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"{found[0]} records no templates of {template.family} that can be read ({type(error).__name__}: {error}); "

@@ -1,0 +1,121 @@
+"""The words of a language that code writes into prompts and looks for in answers: yes and no, numbers, "out of".
+
+One page a language, ``prompts/languages/<code>.yaml``; docs/languages.md says how one is added. All other words of a
+prompt stand in its template.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.recipe.load import load_page
+from llmrec.recipe.schema import Section
+from llmrec.resources import resource
+
+FOLDER = "languages"
+ENGLISH = "en"
+_NUMBERS = 11
+_CODE = r"[a-z]{2,3}(-[a-z0-9]{2,8})*"
+
+
+class Words(Section):
+    """One language. A template names it by its key ``language``; without the key it is English."""
+
+    language: str = Field(pattern=rf"^{_CODE}$", description="its code, as BCP 47 has it, small")
+    says_yes: str = Field(min_length=1, description="what `{{ answer }}` writes for a yes")
+    says_no: str = Field(min_length=1, description="and for a no")
+    numbers: tuple[str, ...] = Field((), description="the words for zero to ten, small letters")
+    out_of: tuple[str, ...] = Field(
+        (), description="what stands between a rating and its scale, beside /: `of` in 4 of 5"
+    )
+    joining: tuple[str, ...] = Field((), description="words between the entries of a list, such as and")
+    linking: tuple[str, ...] = Field(
+        (), description="words that may follow a label, such as is; any other makes it a word"
+    )
+    words_alone: tuple[str, ...] = Field(
+        (), description="capital letters that are words of the language too, such as A"
+    )
+    answer: str = Field("", description="the noun that an answer may begin with, as in: my answer is ...")
+    before_answer: tuple[str, ...] = Field((), description="words that may stand before it, such as my")
+    after_answer: tuple[str, ...] = Field((), description="and after it, such as is")
+
+    @model_validator(mode="after")
+    def _usable(self) -> Words:
+        if self.says_yes.casefold() == self.says_no.casefold():
+            raise ValueError("says_no: it is the same word as says_yes; write two that differ")
+        if self.numbers and len(self.numbers) != _NUMBERS:
+            raise ValueError(f"numbers: write {_NUMBERS} words, from zero to ten, or none")
+        return self
+
+    @cached_property
+    def scale(self) -> re.Pattern[str]:
+        """What follows a rating where its scale is said: ``/5``, ``out of 5``."""
+        return re.compile(rf"\s*(?:{_any('/', *self.out_of)})\s*(\d+)", re.IGNORECASE)
+
+    @cached_property
+    def lead(self) -> re.Pattern[str]:
+        """What may stand before an answer, in small letters: ``the answer is``; nothing without a word for answer."""
+        if not self.answer:
+            return re.compile("(?!)")
+        before = rf"(?:(?:{_any(*self.before_answer)})\s+)*" if self.before_answer else ""
+        after = rf"(?:\s+(?:{_any(*self.after_answer)}))?" if self.after_answer else ""
+        return re.compile(rf"{before}{re.escape(self.answer)}{after}\b[\s:]*")
+
+    def said(self, *, yes: bool) -> str:
+        """Return the word for a yes or a no."""
+        return self.says_yes if yes else self.says_no
+
+    def spellings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return how a yes and a no may be written; none begins another, so that their probabilities add up."""
+        return _cases(self.says_yes), _cases(self.says_no)
+
+
+def words_of(language: str, *folders: Path) -> Words:
+    """Return the words of a language.
+
+    Args:
+        language: Its code.
+        folders: Where its page is looked for before those of the package.
+
+    Raises:
+        RecipeError: If there is no page of it, or a page cannot be used.
+    """
+    for folder in (*folders, resource("prompts", FOLDER)) if re.fullmatch(_CODE, language) else ():
+        if (page := folder / f"{language}.yaml").is_file():
+            return _read(page)
+    known = sorted(page.stem for page in resource("prompts", FOLDER).glob("*.yaml"))
+    raise RecipeError(
+        f"language is {language!r}, which has no page of words{did_you_mean(language, known)}; known: "
+        f"{', '.join(known)}. Write {FOLDER}/{language}.yaml beside the family's folder",
+        kind="unknown-name",
+        column="language",
+    )
+
+
+@lru_cache(maxsize=64)
+def _read(page: Path) -> Words:
+    words = load_page(Words, page, {}, {})
+    if words.language != page.stem:
+        rest = f": language is {words.language!r} but the file is {page.stem!r}; make them equal"
+        raise RecipeError.at(page, "contradiction", rest, "language")
+    return words
+
+
+def english() -> Words:
+    """Return the words of English."""
+    return words_of(ENGLISH)
+
+
+def _any(*words: str) -> str:
+    return "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in words)
+
+
+def _cases(word: str) -> tuple[str, ...]:
+    spelt: Sequence[str] = (word, word.lower(), word.upper(), f" {word}", f" {word.lower()}")
+    return tuple(dict.fromkeys(spelt))

@@ -1,0 +1,130 @@
+"""Languages of prompts: their pages of words, templates that name them, and answers that are read in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmrec.errors import RecipeError
+from llmrec.prompts.template import Template, load_templates
+from llmrec.prompts.words import english, words_of
+from llmrec.resources import resource
+from llmrec.tasks.ctr import read_choice
+from llmrec.tasks.parsing import read_number, read_ranking
+from llmrec.types import Probability, Rating, Request
+from tests.facts import Facts, raises
+from tests.tasks.task_data import make_task
+
+PAGES = sorted(resource("prompts", "languages").glob("*.yaml"))
+GERMAN = words_of("de")
+TEMPLATES = {family: load_templates(family) for family in ("sequential", "direct", "rating", "ctr", "explanation")}
+TASK = """family: ctr
+name: {name}
+version: 1
+use: named
+shape: chat
+language: {language}
+user: "{{{{ item.title }}}}?"
+target: "{{{{ answer }}}}"
+"""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_language_can_be_read_and_asked_in(page: Path) -> None:
+    words = words_of(page.stem)
+    yes, no = words.spellings()
+    assert yes[0] == words.says_yes and no[0] == words.says_no and not set(yes) & set(no)
+    spelt = [*yes, *no]
+    assert not [(a, b) for a in spelt for b in spelt if a != b and b.startswith(a)]
+    for place, number in enumerate(words.numbers):
+        assert read_number(f"{number}.", 0, 10, words) == place
+    for between in words.out_of:
+        assert read_number(f"4 {between} 5", 1, 5, words) == 4 and read_number(f"4 {between} 10", 1, 5, words) is None
+    for joining in words.joining:
+        assert read_ranking(f"B {joining} A", "AB", ["x y", "y z"], words) == [1, 0]
+    assert read_choice(f"{words.answer}: {words.says_no}", (words.says_yes, words.says_no), words) == 1
+
+
+def test_english_is_what_it_was() -> None:
+    assert english().spellings() == (("Yes", "yes", "YES", " Yes", " yes"), ("No", "no", "NO", " No", " no"))
+    assert {
+        template.language for found in TEMPLATES.values() for template in found.values() if template.set != "de"
+    } == {"en"}
+
+
+@pytest.mark.parametrize("family", list(TEMPLATES))
+def test_the_german_set_has_every_family_and_trains_where_it_is_named(family: str) -> None:
+    german = [template for template in TEMPLATES[family].values() if template.language == "de"]
+    assert german and {template.set for template in german} == {"de"} == {t.name[-2:] for t in german}
+    assert {template.use for template in german} == {"named"}
+    row = next(iter(make_task(family, templates=("de",)).examples("train")))
+    assert TEMPLATES[family][row.template.rpartition("/")[2]].language == "de"
+
+
+def test_answers_are_written_and_read_in_the_template_s_language() -> None:
+    request = Request(id="r", user_id="u00", item="i01", candidates=("i01",))
+    task = make_task("ctr", templates=("judge-fit-de",))
+    assert task.continuations(request, template="judge-fit-de") == ("Ja", "Nein")
+    assert task.continuations(request, template="judge-fit") == ("Yes", "No")
+    for said, value in (("Ja.", 1.0), ("Die Antwort lautet: Nein", 0.0), ("Yes", None), ("Keine Ahnung", None)):
+        read = task.parse(said, request, template="judge-fit-de")
+        assert read == (None if value is None else Probability(request_id="r", value=value)), said
+    rating = make_task("rating", templates=("score-one-de",))
+    for said, number in (("4 von 5", 4.0), ("4,5", 4.5), ("vier Sterne", 4.0), ("4 von 10", None), ("four", None)):
+        read_rating = rating.parse(said, request, template="score-one-de")
+        assert (read_rating.value if isinstance(read_rating, Rating) else None) == number, said
+
+
+def test_a_yes_of_each_candidate_is_weighed_in_german() -> None:
+    task = make_task("direct", templates=("after-history-de",))
+    assert task.words("after-history-de") == GERMAN and task.words("direct/after-history") == english()
+    asked = task.prompt(Request(id="r", user_id="u00", candidates=("i01",)), template="after-history-de", want="yes")
+    assert "Ja oder Nein" in asked.messages[-1].text
+
+
+def test_words_change_the_hash_of_a_template_and_travel_with_it() -> None:
+    template = TEMPLATES["ctr"]["judge-fit-de"]
+    other = Template.of_stored(template.stored() | {"words": GERMAN.model_dump() | {"says_yes": "Jawohl"}})
+    assert other.answer({"answer": other.words.said(yes=True)}) == "Jawohl" and other.sha != template.sha
+    assert Template.of_stored(template.stored()).sha == template.sha
+    # What was stored before there were languages is English.
+    old = {
+        key: value for key, value in TEMPLATES["ctr"]["judge-fit"].stored().items() if key not in ("words", "language")
+    }
+    assert Template.of_stored(old) == TEMPLATES["ctr"]["judge-fit"]
+
+
+def _own(folder: Path, language: str, words: str | None = None) -> Path:
+    (folder / "ctr").mkdir()
+    (folder / "ctr" / "mine.yaml").write_text(TASK.format(name="mine", language=language), "utf-8")
+    if words is not None:
+        (folder / "languages").mkdir()
+        (folder / "languages" / f"{language}.yaml").write_text(words, "utf-8")
+    return folder
+
+
+def test_a_language_of_one_s_own(tmp_path: Path) -> None:
+    mine = load_templates("ctr", _own(tmp_path, "zh", "language: zh\nsays_yes: 是\nsays_no: 否\n"))["mine"]
+    assert mine.words.spellings() == (("是", " 是"), ("否", " 否"))
+    assert read_choice("是。", ("是", "否"), mine.words) == 0
+
+
+@pytest.mark.parametrize(
+    ("language", "words", "facts"),
+    [
+        ("dee", None, Facts("unknown-name", "mine.yaml", column="language", line=6, says="did you mean 'de'")),
+        ("../../en", None, Facts("unknown-name", "mine.yaml", column="language")),
+        ("xx", "language: yy\nsays_yes: a\nsays_no: b\n", Facts("contradiction", "xx.yaml", column="language")),
+        ("xx", "language: xx\nsays_yes: a\nsays_no: A\n", Facts("contradiction", "xx.yaml", says="the same word")),
+        ("xx", "language: xx\nsays_yes: a\n", Facts("missing-key", "xx.yaml", column="says_no")),
+        (
+            "xx",
+            "language: xx\nsays_yes: a\nsays_no: b\nnumbers: [one]\n",
+            Facts("contradiction", "xx.yaml", says="11 words"),
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, language: str, words: str | None, facts: Facts) -> None:
+    with raises(RecipeError, facts):
+        load_templates("ctr", _own(tmp_path, language, words))
