@@ -18,6 +18,7 @@ from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 from llmrec.experiment.bundle import FILE
 from llmrec.experiment.study import Study, build_task
 from llmrec.prompts.template import Template
+from llmrec.prompts.words import ENGLISH
 from llmrec.tasks.templates import Chosen, choose
 from llmrec.types import Example
 
@@ -118,6 +119,7 @@ def _about(template: Template, chosen: Chosen) -> Iterator[str]:
         f"version {template.version}",
         template.use,
         template.shape,
+        f"in {template.language}" if template.language != ENGLISH else "",
         *(f"set {name} {number}".rstrip() for name, number in template.sets.items()),
         f"needs {template.needs}" if template.needs else "",
         *_roles(template, chosen),
