@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +18,12 @@ Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json
 """What a JSON file, a request or a page of YAML can hold."""
 
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"
+"""The key that `write_checked` puts at the end."""
+# The end of a file of `write_checked`: one that was written anew by something else has no such end, and is not checked.
+_END = re.compile(rb',\n "checksum": "([0-9a-f]{32})"\n\}\n\Z')
+WRITING = "while writing "
+"""Begins a note of `writing_to`."""
 _CHUNK = 2**20
 
 
@@ -37,7 +45,8 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(draft)
     try:
-        yield draft
+        with writing_to(path):
+            yield draft
         if draft.is_dir() and path.is_dir():
             _remove(path)
         elif path.is_dir():
@@ -47,6 +56,17 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         _remove(draft)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Say on an error of a block which file or folder was written: many libraries that find a disk full do not."""
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(WRITING) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{WRITING}{path}")
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,6 +98,40 @@ def write_json(path: Path, value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def write_checked(path: Path, value: Mapping[str, Any]) -> str:
+    """Write a JSON object in one step with a checksum as its last key, by which `checked` knows it again.
+
+    Args:
+        path: The file.
+        value: The object; it has at least one key.
+
+    Returns:
+        The sha256 of the file.
+    """
+    head = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).removesuffix("\n}")
+    text = f'{head},\n "{CHECKSUM}": "{checksum(head.encode())}"\n}}\n'
+    write_text(path, text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
+    """Parse JSON of `write_checked`, without its checksum; a file of before there were checksums has none.
+
+    Raises:
+        ValueError: If it does not fit its checksum, or is no JSON for ``parse``.
+    """
+    end = _END.search(content)
+    if end is not None and checksum(content[: end.start()]) != end[1].decode():
+        raise ValueError("it does not fit its checksum, so the file was changed")
+    found = parse(content)
+    return {key: each for key, each in found.items() if key != CHECKSUM} if end is not None else found
+
+
+def checksum(content: bytes) -> str:
+    """Return 32 hex digits over some bytes: enough against damage, not against whoever wants to deceive."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def read_json(path: Path, mend: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -89,12 +143,12 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
         LlmrecError: If it cannot be read, or holds something else.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = checked(path.read_bytes())
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
         raise LlmrecError(f"{path} cannot be read ({error.strerror}); {mend}", kind=kind, at=path) from None
     except (ValueError, RecursionError) as error:
-        raise LlmrecError(f"{path} is no JSON ({error}); {mend}", kind="damaged", at=path) from None
+        raise LlmrecError(f"{path} cannot be read ({error}); {mend}", kind="damaged", at=path) from None
     if not isinstance(found, dict):
         raise LlmrecError(
             f"{path} holds a {type(found).__name__} where an object is expected; {mend}", kind="damaged", at=path
@@ -131,6 +185,26 @@ def verifies(folder: Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def unchanged(folder: Path) -> bool:
+    """As `verifies`, but files with the sizes and times of an earlier call in this process are not read again."""
+    try:
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        states = tuple((str(file), *_state(file)) for file in files)
+    except OSError:
+        return False
+    return _verified(folder, states)
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@lru_cache(maxsize=64)
+def _verified(folder: Path, states: tuple[tuple[str, int, int, int], ...]) -> bool:
+    return verifies(folder)
 
 
 def refuse_link(path: Path) -> None:

@@ -386,6 +386,7 @@ class Results(Record):
     texts: tuple[Sample, ...] = ()
     set_aside: tuple[SetAside, ...] = ()
     notes: tuple[str, ...] = ()
+    files: dict[str, str] = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -396,8 +397,7 @@ class Results(Record):
     def model_name(self) -> str | None:
         """The language model that was asked, if any was."""
         section = self.recipe.get("model") if any(row.arm != "baseline" for row in self.rows) else None
-        found = section.get("name") if isinstance(section, dict) else None
-        return str(found) if found else None
+        return (str(section.get("name") or "") or None) if isinstance(section, dict) else None
 
     @property
     def tasks(self) -> tuple[str, ...]:

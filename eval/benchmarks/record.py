@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from llmrec.durable import CHECKSUM
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.report.marks import rule
@@ -39,7 +40,8 @@ def main(run: Path, target: Path, readme: Path | None = None, page: Path | None 
             raise SystemExit(f"{run} was made with another recipe than {page}; run it again")
         results["recipe_page"] = yaml.safe_load(page.read_text(encoding="utf-8"))
     results["examples"] = []
-    results.pop("texts", None)
+    for key in ("texts", "files", CHECKSUM):
+        results.pop(key, None)
     for row in results["rows"]:
         row["failures"] = []
     target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

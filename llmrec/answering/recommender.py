@@ -30,7 +30,7 @@ from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.reading.limits import shortened
 from llmrec.data.requests import LEFT_ASIDE, RankRequest, identity, read_request, unknown_id
 from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
-from llmrec.experiment.bundle import Bundle
+from llmrec.experiment.bundle import Bundle, refuse_changed
 from llmrec.experiment.engines import Engines, refuse_paired
 from llmrec.experiment.resume import Budget
 from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, weights_stamp
@@ -152,6 +152,8 @@ class Recommender:
         engines = Engines(bundle.model, section, encoder, bundle.seed, budget, answers)
         # A server answers with weights of its own; the folder gives the tokenizer alone.
         weights = "" if options.backend == "openai" else weights_stamp(bundle.folder)
+        if weights:
+            refuse_changed(bundle, weights)
         only = not ranks and not ranking_families_of(bundle)
         way = way_about(bundle, next(iter(about_families(bundle)), "rating")) if only else None
         return cls._made(options, bundle, items, retriever, encoder, engines, weights, answers, budget, way)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
+from llmrec.durable import replacing
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 
@@ -122,6 +124,7 @@ class AnswerStore:
         Raises:
             sqlite3.DatabaseError: If it is damaged, or has tables of another version.
         """
+        _own(self._path)
         connection = _connect(self._path)
         self._connection = connection
         run = connection.execute
@@ -208,6 +211,14 @@ class AnswerStore:
 
 
 _Run = Callable[..., sqlite3.Cursor]
+
+
+def _own(path: Path) -> None:
+    """Give a database that has other names too a content of its own: SQLite writes in place, also into a backup."""
+    for part in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
+        if part.is_file() and not part.is_symlink() and part.stat().st_nlink > 1:
+            with replacing(part) as draft:
+                shutil.copy2(part, draft)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from llmrec import terminal
+from llmrec.durable import WRITING
 from llmrec.errors import ErrorKind, LlmrecError
 from llmrec.progress import under_way
 from llmrec.report.escape import visible
@@ -25,7 +26,10 @@ _MENDABLE: Mapping[int, ErrorKind] = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "unreadable"),
 }
 # Libraries that are written in Rust or C++ tell the same in words alone.
-_TOLD = re.compile(r"os error (\d+)|(No space left on device)|(PytorchStreamWriter failed|inline_container\.cc)")
+_TOLD = re.compile(
+    r"os error (\d+)|No space left on device|PytorchStreamWriter failed|inline_container\.cc"
+    r"|database or disk is full|^\d+ requested and \d+ written"
+)
 _MOST_CAUSES = 10
 # Commands that go on where they were.
 _RESUMED = frozenset(
@@ -42,15 +46,28 @@ def mend_of(error: BaseException) -> LlmrecError | None:
     for _ in range(_MOST_CAUSES):
         if seen is None:
             return None
-        number = seen.errno if isinstance(seen, OSError) else _errno_of(str(seen))
+        number = seen.errno if isinstance(seen, OSError) and seen.errno else _errno_of(str(seen))
         if number is not None and number in _MENDABLE:
-            file = seen.filename if isinstance(seen, OSError) else None
+            file = (seen.filename if isinstance(seen, OSError) else None) or _written(error)
             where = f" ({file})" if file else ""
             return LlmrecError(
                 f"{os.strerror(number)}{where}; mend this and run the same command again: it goes on where it stopped",
                 kind=_MENDABLE[number],
                 at=str(file) if file else None,
             )
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _written(error: BaseException) -> str | None:
+    """Return the file or folder that was written when an error came, where somebody noted it."""
+    seen: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if seen is None:
+            return None
+        for note in getattr(seen, "__notes__", ()):
+            if note.startswith(WRITING):
+                return str(note.removeprefix(WRITING))
         seen = seen.__cause__ or seen.__context__
     return None
 

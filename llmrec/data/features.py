@@ -8,6 +8,7 @@ A store is a folder that a service can map and read without llmrec: docs/feature
     VERSION/KIND-vectors.npy    float32 or float16, shape (n, d), a row an id
     VERSION/KIND-fallback.npy   what an unknown id has, shape (d,)
     VERSION/features.sqlite     tables texts (kind, id, text) and seen (kind, id, user, item)
+    VERSION/manifest.json       size and sha256 of each of these files
 
 A new version is written beside the one that counts and published by replacing ``current``: whoever has the old one open
 keeps it.
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llmrec.durable import Json, loads, refuse_link, write_json, write_text
+from llmrec.durable import MANIFEST, Json, loads, refuse_link, seal, unchanged, write_json, write_text, writing_to
 from llmrec.errors import DataError, LlmrecError
 from llmrec.machine import lock
 
@@ -163,12 +164,15 @@ class FeatureStore:
             folder: The store.
             split: `SplitDataset.readable` of the split that is at hand; None: whichever.
 
+        The first call in a process reads every file of the version, and compares it with its checksum; stores of before
+        there were checksums have none.
+
         Raises:
             DataError: If there is no store, it is damaged, or its texts were written from another split.
         """
         place = Path(folder).expanduser()
         try:
-            version = place / (place / _CURRENT).read_text(encoding="utf-8").strip()
+            version = place / _named(place / _CURRENT)
             meta = loads((version / _META).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise DataError.at(
@@ -183,6 +187,8 @@ class FeatureStore:
                 f" is a store of format {meta.get('format')}, and this version reads {_FORMAT}; make it again",
             )
         try:
+            if (version / MANIFEST).is_file() and not unchanged(version):
+                raise ValueError(f"a file in {version.name} does not fit its checksum")
             store = FeatureStore(place, version, meta)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             raise DataError.at(place, "damaged", f" cannot be read ({error}); make it again") from error
@@ -289,6 +295,18 @@ class FeatureStore:
         return sqlite3.connect(f"{(self._version / _TEXTS).resolve().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
+def _named(current: Path) -> str:
+    """Return the name of the version that counts.
+
+    Raises:
+        ValueError: If the file names none.
+    """
+    name = current.read_text(encoding="utf-8").strip()
+    if not _VERSION.fullmatch(name):
+        raise ValueError(f"{current.name} names no version")
+    return name
+
+
 @contextmanager
 def writing(folder: str | Path) -> Iterator[Path]:
     """Hold the lock of a store, so that nobody else writes to it; the folder is made if it is not there.
@@ -313,7 +331,8 @@ def writing(folder: str | Path) -> Iterator[Path]:
             raise LlmrecError(
                 f"{place} is being written by another process; wait until it has ended", kind="busy", at=place
             )
-        yield place
+        with writing_to(place):
+            yield place
 
 
 def _is_own(path: Path) -> bool:
@@ -364,6 +383,7 @@ def write_version(
         kinds = {table.kind: _written(draft, table, dtype) for table in tables}
         _write_texts(draft / _TEXTS, tables)
         write_json(draft / _META, {"format": _FORMAT, "dtype": dtype, "kinds": kinds})
+        seal(draft)
         draft.replace(place / name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

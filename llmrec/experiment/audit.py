@@ -21,7 +21,7 @@ import polars as pl
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import stores_of
-from llmrec.durable import sha256_of, write_json
+from llmrec.durable import sha256_of, write_checked
 from llmrec.errors import LlmrecError
 from llmrec.experiment import probes
 from llmrec.experiment.leaks import alignment as leaks_alignment
@@ -37,7 +37,7 @@ from llmrec.recipe.load import load_stored
 from llmrec.registry import BASELINES, stamps
 from llmrec.report import page
 from llmrec.report.audit import AuditLine, LeakError, lines_of
-from llmrec.report.results import Made, content_of, mend_for, results_of
+from llmrec.report.results import Made, content_of, mend_for, refuse_changed, results_of
 from llmrec.tasks.family import family_of
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
         )
     with locked(folder) if writable else nullcontext():
         results = content_of(folder)
-        results_of(results, source=str(stored), mend=mend_for(folder))
+        refuse_changed(folder, results_of(results, source=str(stored), mend=mend_for(folder)).files)
         predictions = _predictions(folder)
         study = build_study(load_stored(folder))
         checks = list(examine(study, results, predictions))
@@ -91,13 +91,11 @@ def _predictions(folder: Path) -> pl.DataFrame:
     """Read the answers of a run.
 
     Raises:
-        LlmrecError: If they are not there, or damaged.
+        LlmrecError: If they cannot be read.
     """
     path = folder / "predictions.parquet"
     try:
         return pl.read_parquet(path)
-    except FileNotFoundError:
-        raise LlmrecError(f"{path} is missing. {mend_for(folder)}", kind="missing-file", at=path) from None
     except (OSError, pl.exceptions.PolarsError) as error:
         raise LlmrecError(
             f"{path} cannot be read ({' '.join(str(error).split())[:200]}). {mend_for(folder)}", kind="damaged", at=path
@@ -166,7 +164,7 @@ def _baselines(study: Study, kept: Path) -> Check:
     stored = read_stage(kept, key, _check_of)
     if stored is None:
         stored = {"key": key, "check": asdict(leaks.baselines(study))}
-        write_json(kept, stored)
+        write_checked(kept, stored)
     return _check_of(stored)
 
 
@@ -190,7 +188,7 @@ def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine,
     """
     found = [asdict(check) for check in checks]
     leaks = sum(check.verdict == "leak" for check in checks)
-    write_json(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": found})
+    write_checked(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": found})
     return lines_of(found)
 
 

@@ -6,7 +6,6 @@ It holds no data: no item, no user, no path. The codes of a model that was tuned
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,17 +15,19 @@ from pydantic import ValidationError
 
 from llmrec import __version__
 from llmrec.data.split import SplitDataset, scale_of
-from llmrec.durable import Json, write_json
+from llmrec.durable import Json, checked, write_checked
 from llmrec.errors import LlmrecError, ModelError, RecipeError
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
 from llmrec.index.table import ItemIndex
-from llmrec.models.load import BUNDLE, resolve
+from llmrec.models.load import BUNDLE, content_sha256, resolve
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.load import import_stored, load_stored
 from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, SequentialSection, TasksSection
 
 FILE = BUNDLE
+SUMS = "SHA256SUMS"
+"""In an exported folder: the sha256 of every file."""
 _FORMAT = 1
 
 
@@ -88,7 +89,7 @@ def _scale(data: SplitDataset) -> tuple[float, float] | None:
 
 def write(study: Study, folder: Path) -> None:
     """Write ``llmrec.json`` into a model folder."""
-    write_json(folder / FILE, describe(study))
+    write_checked(folder / FILE, describe(study))
 
 
 def read(name: str, model: ModelSection | None = None) -> Bundle:
@@ -120,7 +121,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
     if not stored.is_file():
         return _plain(folder, asked)
     try:
-        found = json.loads(stored.read_text(encoding="utf-8"))
+        found = checked(stored.read_bytes())
         if found["format"] != _FORMAT:
             raise ModelError(
                 f"{stored} is of format {found['format']} and this llmrec reads format {_FORMAT}; "
@@ -159,6 +160,45 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         raise ModelError(
             f"{stored}: {error}; export the run again", kind=error.kind, at=stored, column=error.column
         ) from error
+
+
+def refuse_changed(opened: Bundle, weights: str) -> None:
+    """Refuse a model that is not as training or export left it, since its answers would silently be others.
+
+    Args:
+        opened: A run folder, an export or any model; of the last nothing is known.
+        weights: The `llmrec.models.load.weights_stamp` of its folder.
+
+    Raises:
+        ModelError: If a file was changed, or is gone.
+    """
+    if opened.run is not None:
+        path = opened.run / "train.json"
+        try:
+            told = checked(path.read_bytes())["merged_sha256"] if path.is_file() else weights
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise _changed(path, f"cannot be read ({error})", "run `llmrec train` on its recipe again") from None
+        if told != weights:
+            raise _changed(opened.folder, "is not as training left it", "run `llmrec train` on its recipe again")
+        return
+    folder = Path(opened.folder)
+    if not (folder / SUMS).is_file():
+        return
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise _changed(folder / SUMS, f"cannot be read ({error})", "export the run again") from None
+    for name, digest in listed.items():
+        # Whoever publishes a model may write its card.
+        if name.startswith("LICENSE") or name.endswith(".md"):
+            continue
+        if not (folder / name).is_file() or content_sha256(folder / name) != digest:
+            raise _changed(folder / name, f"is not as {SUMS} says", "export the run again, or put the file back")
+
+
+def _changed(path: Path | str, what: str, mend: str) -> ModelError:
+    return ModelError(f"{path} {what}, so it was changed; {mend}", kind="damaged", at=path)
 
 
 def _classic(run: Path, recipe: Recipe) -> Bundle:

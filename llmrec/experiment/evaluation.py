@@ -18,7 +18,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.rating import UserMean
 from llmrec.data.split import SplitDataset
-from llmrec.durable import Json, write_json
+from llmrec.durable import Json, write_checked
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
@@ -227,7 +227,7 @@ class Evaluation:
                 "examples": [example.as_json() for example in made.examples],
                 "weighing": dict(made.weighing),
             }
-            write_json(path, stored)
+            write_checked(path, stored)
         else:
             log.info("evaluation: reusing row %s", spec.id)
         return row_of(stored)

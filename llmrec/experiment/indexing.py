@@ -15,7 +15,7 @@ import numpy as np
 from llmrec import __version__
 from llmrec.baselines.fits.fitting import fitted
 from llmrec.data.split import SplitDataset
-from llmrec.durable import write_json
+from llmrec.durable import write_checked
 from llmrec.errors import DataError
 from llmrec.experiment.resume import key_of, read_stage
 from llmrec.index import table
@@ -184,7 +184,7 @@ def with_tokens(
         titles = {item: entry.title for item, entry in items.items()}
         vectors = _vectors(section, items, data, seed) if section and start in ("vectors", LEARNED) else None
         extended(base, model, index, titles, target, words=words, seed=seed, vectors=vectors, whitened=start != LEARNED)
-        write_json(record, {"key": key, "stamp": weights_stamp(str(target))})
+        write_checked(record, {"key": key, "stamp": weights_stamp(str(target))})
     return str(target)
 
 

@@ -15,7 +15,7 @@ from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets
-from llmrec.durable import loads, write_json
+from llmrec.durable import checked, sha256_of, write_checked
 from llmrec.experiment.comparing import compare_rows
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.predictions import write_items, write_predictions
@@ -58,6 +58,9 @@ def write_results(
         name: family.headline_at(recipe.eval.cutoffs) for name, family in families().items() if name in study.tasks
     }
     compared, detectable = compare_rows(study, rows)
+    files = (folder / "predictions.parquet", folder / "items.parquet")
+    predictions = write_predictions(study, rows, files[0])
+    write_items(study, files[1])
     record = {key: value for key, value in training.items() if key != "key"} if training else None
     results = Results(
         llmrec=__version__,
@@ -90,16 +93,15 @@ def write_results(
             if (found := study.told(table))
         ),
         notes=tuple(notes(study)),
+        files={file.name: sha256_of(file) for file in files},
     ).as_json()
-    predictions = write_predictions(study, rows, folder / "predictions.parquet")
-    write_items(study, folder / "items.parquet")
-    return Written(results, write_json(folder / "results.json", results), predictions)
+    return Written(results, write_checked(folder / "results.json", results), predictions)
 
 
 def _spent_before(path: Path, hashed: str) -> dict[str, float]:
     """Read the stage costs of an earlier run of the same recipe, if there is one."""
     try:
-        earlier = loads(path.read_text(encoding="utf-8"))
+        earlier = checked(path.read_bytes())
         return {e["stage"]: float(e["seconds"]) for e in earlier["budget"]} if earlier["recipe_hash"] == hashed else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmrec.durable import loads
+from llmrec.durable import checked, writing_to
 from llmrec.errors import LlmrecError
 from llmrec.experiment.claiming import mark, open_lock, refuse_foreign
 from llmrec.machine import lock
@@ -27,7 +27,7 @@ def key_of(**inputs: Any) -> str:
 
 
 def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]) -> dict[str, Any] | None:
-    """Return a stored stage if it was made from the same inputs.
+    """Return a stage that `write_checked` stored if it was made from the same inputs.
 
     Args:
         path: Its file.
@@ -37,8 +37,9 @@ def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]
     if not path.is_file():
         return None
     try:
-        stored = loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stored = checked(path.read_bytes())
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged (%s); it is made again", path, error)
         return None
     if not isinstance(stored, dict) or stored.get("key") != key:
         return None
@@ -111,4 +112,5 @@ def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Ite
             )
         if own:
             mark(file)
-        yield
+        with writing_to(folder):
+            yield

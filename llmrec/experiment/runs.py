@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
-from llmrec.durable import loads
+from llmrec.durable import checked, loads
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
@@ -39,7 +39,7 @@ def open_run(run: Path) -> Source:
     recipe = load_stored(run)
     path = run / "train.json"
     try:
-        record = loads(path.read_text(encoding="utf-8"))
+        record = checked(path.read_bytes())
         recorded, method, steps = str(record["adapter_sha256"]), str(record["method"]), int(record["steps"])
     except FileNotFoundError:
         raise LlmrecError(

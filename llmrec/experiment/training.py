@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder, TokenRow
-from llmrec.durable import replacing, write_json, write_text
+from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
@@ -331,7 +331,7 @@ def train_stage(
         **told,
         "merged_sha256": weights_stamp(str(folder / "merged")),
     }
-    write_json(folder / "train.json", record)
+    write_checked(folder / "train.json", record)
     return record
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.durable import replacing, write_json
+from llmrec.durable import Json, checked, replacing, sha256_of, write_checked
 from llmrec.errors import DataError, did_you_mean, require
 from llmrec.guard import is_item_token
 from llmrec.recipe.schema import IndexSection
@@ -195,7 +195,7 @@ class ItemIndex:
         """Write the index to a folder as JSON and safetensors, in one step."""
         with replacing(folder) as draft:
             draft.mkdir()
-            content = {
+            content: dict[str, Json] = {
                 "format": _FORMAT,
                 "scheme": self.scheme,
                 "settings": dict(self.settings),
@@ -205,10 +205,11 @@ class ItemIndex:
                 "users": dict(self.users),
                 "writes_ids": self.writes_ids,
             }
-            write_json(draft / _CODES, content)
             if self.arrays:
                 arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
                 require("safetensors.numpy", "train").save_file(arrays, draft / _ARRAYS)
+                content["arrays_sha256"] = sha256_of(draft / _ARRAYS)
+            write_checked(draft / _CODES, content)
 
     @staticmethod
     def load(folder: Path) -> ItemIndex:
@@ -223,7 +224,7 @@ class ItemIndex:
                 f"{folder} holds no index ({_CODES}); build it with `llmrec index`", kind="missing-file", at=folder
             )
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = checked(file.read_bytes())
             if found["format"] != _FORMAT:
                 raise DataError(
                     f"{file} is of format {found['format']}, and this llmrec reads {_FORMAT}; build the index again",
@@ -231,6 +232,9 @@ class ItemIndex:
                     at=file,
                     column="format",
                 )
+            # Folders of before say nothing of their arrays.
+            if "arrays_sha256" in found and sha256_of(arrays) != found["arrays_sha256"]:
+                raise DataError(f"{arrays} does not fit its checksum; build the index again", kind="damaged", at=arrays)
             return ItemIndex(
                 scheme=str(found["scheme"]),
                 codes={item: tuple(pieces) for item, pieces in found["codes"].items()},

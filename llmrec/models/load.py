@@ -340,7 +340,7 @@ def weights_stamp(folder: str) -> str:
     try:
         for file in sorted(Path(folder).iterdir()):
             if file.is_file() and file.suffix in _ANSWERING and file.name not in (BUNDLE, MANIFEST):
-                digest.update(f"{file.name}\0{_content(file)}\n".encode())
+                digest.update(f"{file.name}\0{content_sha256(file)}\n".encode())
     except OSError as error:
         raise ModelError(
             f"{error.filename or folder} cannot be read: {error.strerror}; let this user read it (chmod, chown)",
@@ -350,8 +350,8 @@ def weights_stamp(folder: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _content(file: Path) -> str:
-    """Return a file's sha256; hub caches name large files by it."""
+def content_sha256(file: Path) -> str:
+    """Return a file's sha256, read once a process while it does not change; hub caches name large files by it."""
     target = file.resolve()
     if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name

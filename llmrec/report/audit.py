@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from llmrec.durable import sha256_of
+from llmrec.durable import checked, sha256_of
 from llmrec.errors import DataError, LlmrecError
 from llmrec.records import Record
 from llmrec.report.escape import flat, mended
@@ -46,7 +46,7 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = checked(path.read_bytes(), json.loads)
         lines = lines_of(mended(content["checks"]))
         of = str(content["results_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:

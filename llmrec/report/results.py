@@ -14,6 +14,7 @@ import polars as pl
 import yaml
 from pydantic import ValidationError
 
+from llmrec.durable import checked, sha256_of
 from llmrec.errors import DataError, ErrorKind
 from llmrec.guard import cut
 from llmrec.report.audit import AuditLine, audit_lines, refuse_leaks
@@ -107,7 +108,7 @@ def content_of(run_dir: Path) -> Mapping[str, Any]:
     """
     path, mend = run_dir / "results.json", mend_for(run_dir)
     try:
-        content = json.loads(path.read_bytes())
+        content = checked(path.read_bytes(), json.loads)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
         raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}", kind=kind, at=path) from error
@@ -120,6 +121,30 @@ def content_of(run_dir: Path) -> Mapping[str, Any]:
             at=path,
         )
     return content
+
+
+def refuse_changed(run_dir: Path, files: Mapping[str, str]) -> None:
+    """Refuse the answers of a run that are not those that its results were written with.
+
+    Args:
+        run_dir: The run folder.
+        files: Sha256 by name, as ``results.json`` has them; those of earlier versions have none.
+
+    Raises:
+        DataError: If the file is missing, cannot be read or was changed.
+    """
+    path, mend = run_dir / "predictions.parquet", mend_for(run_dir)
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}", kind=kind, at=path) from None
+    if path.name in files and found != files[path.name]:
+        raise DataError(
+            f"{path}: is not the file that results.json was written with, so it was changed. {mend}",
+            kind="damaged",
+            at=path,
+        )
 
 
 def failure_reasons(
@@ -139,8 +164,8 @@ def failure_reasons(
         DataError: If the file is missing, unreadable, or holds other rows or row counts than results.json.
     """
     path, mend = run_dir / "predictions.parquet", mend_for(run_dir)
-    if predictions is None and not path.is_file():
-        raise DataError(f"{path}: no such file. {mend}", kind="missing-file", at=path)
+    if predictions is None:
+        refuse_changed(run_dir, results.files)
     try:
         if predictions is None:
             predictions = pl.read_parquet(path, columns=["row_id", "error"])

@@ -329,3 +329,17 @@ def test_a_killed_writer_leaves_whole_transactions(tmp_path: Path) -> None:
         found = store.get([f"{n}-{k}" for n in range(count // 20) for k in range(20)])
         assert len(found) == count and found["0-19"] == {"n": 0, "k": 19}
         store.close()
+
+
+def test_a_backup_by_hard_links_stays_as_it_was(tmp_path: Path) -> None:
+    path, backup = tmp_path / "answers.sqlite", tmp_path / "backup.sqlite"
+    store = AnswerStore(path)
+    store.put([("a", {"seconds": 0.0, "answer": 1})])
+    store.close()
+    backup.hardlink_to(path)
+    content = backup.read_bytes()
+    store = AnswerStore(path)
+    store.put([("b", {"seconds": 0.0, "answer": 2})])
+    assert set(store.get(["a", "b"])) == {"a", "b"}
+    store.close()
+    assert backup.read_bytes() == content

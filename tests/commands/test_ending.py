@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 
 from llmrec import cli
 from llmrec.commands.ending import mend_of
+from llmrec.durable import writing_to
 from llmrec.errors import LlmrecError
 
 SMALL = (
@@ -46,6 +48,9 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (Exception("Error while serializing: IoError(Os { code: 28 }): (os error 28)"), "No space left on device"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 3776 vs 3668"), "No space left"),
         (caused(ValueError("could not save"), OSError(errno.ENOSPC, "No space")), "No space left on device"),
+        (sqlite3.OperationalError("database or disk is full"), "No space left on device"),
+        # As numpy says it of an array.
+        (OSError("12800 requested and 0 written"), "No space left on device"),
     ],
 )
 def test_what_a_user_can_mend_is_one_paragraph(error: BaseException, says: str) -> None:
@@ -53,6 +58,13 @@ def test_what_a_user_can_mend_is_one_paragraph(error: BaseException, says: str) 
     assert says in found
     assert "\n" not in found
     assert isinstance(error, LlmrecError) or "run the same command again" in found
+
+
+def test_what_names_no_file_is_told_with_what_was_written(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught, writing_to(tmp_path), writing_to(tmp_path / "inner"):
+        raise RuntimeError("No space left on device (os error 28)")
+    found = mend_of(caught.value)
+    assert found is not None and found.file == str(tmp_path / "inner") and str(tmp_path / "inner") in str(found)
 
 
 @pytest.mark.parametrize(

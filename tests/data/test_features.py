@@ -145,7 +145,8 @@ def test_texts_of_another_split_are_refused(tmp_path: Path) -> None:
     ("spoil", "kind"),
     [
         (lambda at: (at / "current").unlink(), "missing-file"),
-        (lambda at: (at / "current").write_text("gone"), "missing-file"),
+        (lambda at: (at / "current").write_text("gone"), "damaged"),
+        (lambda at: (at / "current").write_text("0123456789abcdef"), "missing-file"),
         (lambda at: next(at.glob("*/meta.json")).write_text("{"), "damaged"),
         (lambda at: next(at.glob("*/meta.json")).write_text(json.dumps({"format": 99})), "wrong-format"),
     ],

@@ -16,6 +16,7 @@ from llmrec import pipeline
 from llmrec.backends import fake
 from llmrec.backends.fake import FakeBackend
 from llmrec.cli import app
+from llmrec.durable import checked
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment import study
 from llmrec.recipe.load import load_recipe
@@ -98,7 +99,7 @@ def test_a_report_from_the_files_is_the_one_that_the_run_wrote(done: tuple[Recip
     written = {file.name: file.read_bytes() for file in (folder / "report").iterdir()}
     pipeline.report(folder)
     assert {file.name: file.read_bytes() for file in (folder / "report").iterdir()} == written
-    assert json.loads((folder / "results.json").read_text("utf-8")) == json.loads(json.dumps(done[1].results))
+    assert checked((folder / "results.json").read_bytes()) == json.loads(json.dumps(done[1].results))
 
 
 def test_every_file_is_written(done: tuple[Recipe, pipeline.Run]) -> None:

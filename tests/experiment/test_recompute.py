@@ -224,6 +224,9 @@ def test_a_run_of_before_the_columns_is_still_read(runs: dict[str, pipeline.Run]
     folder = tmp_path / "old"
     shutil.copytree(runs["own"].folder, folder)
     pl.read_parquet(folder / "predictions.parquet").select(old).write_parquet(folder / "predictions.parquet")
+    told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    told.pop("files")
+    (folder / "results.json").write_text(json.dumps(told), encoding="utf-8")
     (folder / "items.parquet").unlink()
     for path in (folder / "rows").glob("*.json"):
         row = json.loads(path.read_text(encoding="utf-8"))

@@ -103,7 +103,7 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
         with safe_open(path, framework="numpy") as file:
             told = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if told.get("key") != key or told.get("sha256") != _digest(state):
+        if told.get("key") != key or told.get("sha256") != _digest(state, told.get("seconds", "")):
             raise ValueError("it is not what was stored")
         model.restore(data, state)
         seconds = float(told["seconds"])
@@ -124,7 +124,7 @@ def keep(model: Storable, key: str, seconds: float) -> None:
     from safetensors.numpy import save_file
 
     path = _path(model, key)
-    told = {"key": key, "seconds": repr(seconds), "sha256": _digest(state)}
+    told = {"key": key, "seconds": repr(seconds), "sha256": _digest(state, repr(seconds))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # A name of its own: several processes may keep the same fit at once.
@@ -174,8 +174,8 @@ def _limit() -> float:
     return size * 2**30
 
 
-def _digest(state: State) -> str:
-    found = hashlib.sha256()
+def _digest(state: State, seconds: str) -> str:
+    found = hashlib.sha256(seconds.encode())
     for name, array in sorted(state.items()):
         found.update(f"{name} {array.dtype} {array.shape}".encode())
         found.update(np.asarray(array, order="C").tobytes())

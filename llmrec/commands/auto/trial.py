@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__
-from llmrec.durable import Json, write_json
+from llmrec.durable import Json, write_checked, write_json
 from llmrec.experiment.resume import key_of, read_stage
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
         for trial in trials[len(known) :]:
             known.append(Done(dict(trial.parameters), trial.values[TABLE], now - before))
         before = now
-        write_json(Path(part.out), {"key": key, "trials": [asdict(each) for each in known]})
+        write_checked(Path(part.out), {"key": key, "trials": [asdict(each) for each in known]})
 
     earlier = [Trial(each.parameters, {TABLE: each.value}) for each in known]
     tune(part.baseline, data, seed=seed, tables=(TABLE,), grid=grid | fixed, known=earlier, kept=keep)

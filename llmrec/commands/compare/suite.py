@@ -34,7 +34,7 @@ from llmrec.commands.compare.suite_row import (
     tables_of,
 )
 from llmrec.data.split import SplitDataset
-from llmrec.durable import write_json, write_text
+from llmrec.durable import write_checked, write_json, write_text
 from llmrec.errors import RecipeError
 from llmrec.evaluate.compare import Standing
 from llmrec.experiment.claiming import SUITE
@@ -166,7 +166,7 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         tried = path.with_name(f"{path.stem}.trials.json")
         done = make_row(suite, row, splits, contenders, Trials(tried, key))
         stored = {"key": key, **done.line.as_json(), "values": done.values}
-        write_json(path, stored)
+        write_checked(path, stored)
     else:
         log.info("suite: reusing %s", path)
     return _done(stored)

@@ -25,7 +25,7 @@ from llmrec.commands.compare.records import SuiteLine, Table, Trial
 from llmrec.commands.compare.rows import SuiteModels, family
 from llmrec.data.features import FeatureStore
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
-from llmrec.durable import write_json
+from llmrec.durable import write_checked
 from llmrec.errors import RecipeError
 from llmrec.evaluate.catalogue import conventions, evaluate_catalogue
 from llmrec.evaluate.compare import over_runs
@@ -77,7 +77,7 @@ class Trials:
     def keep(self, trials: Sequence[Tried]) -> None:
         """Store all points."""
         points = [{"parameters": dict(trial.parameters), "values": dict(trial.values)} for trial in trials]
-        write_json(self.path, {"key": self.key, "trials": points})
+        write_checked(self.path, {"key": self.key, "trials": points})
 
 
 def _tried(stored: Mapping[str, Any]) -> list[Tried]:

@@ -35,7 +35,7 @@ from llmrec.commands.export.files import (
     seal,
     settle_generation,
 )
-from llmrec.durable import read_json, sha256_of, write_text
+from llmrec.durable import read_json, sha256_of, write_text, writing_to
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
 from llmrec.experiment import bundle
 from llmrec.experiment.fusion.carried import carry
@@ -127,7 +127,8 @@ def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda t
         refuse(options.out, force=options.force, ours=ours)
     with locked(run) if os.access(run, os.W_OK) and (run / "train.json").is_file() else nullcontext():
         source = open_run(run)
-        done = _write(source, options, say)
+        with writing_to(options.out):
+            done = _write(source, options, say)
     if not options.push:
         return done
     say(f"uploading to {options.push}")

@@ -12,7 +12,7 @@ from typing import Any
 from llmrec.backends.encode import Encoder
 from llmrec.commands.export import card_facts
 from llmrec.data.assemble import write_items
-from llmrec.durable import loads, read_json, sha256_of, write_json, write_text
+from llmrec.durable import checked, read_json, sha256_of, write_checked, write_json, write_text
 from llmrec.errors import LlmrecError
 from llmrec.experiment import bundle
 from llmrec.experiment.indexing import FOLDER
@@ -22,7 +22,7 @@ from llmrec.machine import alive
 from llmrec.models.rating_head import CONFIG, WEIGHTS, copy_head
 from llmrec.recipe.schema import Recipe
 
-SUMS = "SHA256SUMS"
+SUMS = bundle.SUMS
 
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -111,7 +111,7 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
             kind="missing-file",
             at=stored,
         )
-    write_json(draft / bundle.FILE, {**told, "made_from": made_from})
+    write_checked(draft / bundle.FILE, {**told, "made_from": made_from})
 
 
 def put_index(source: Source, draft: Path, *, titles: bool) -> None:
@@ -135,7 +135,7 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
 def made_from(folder: Path) -> str | None:
     """Return the hash that `put_bundle` left in a folder; None unless that is an export, still as it was written."""
     try:
-        found = loads((folder / bundle.FILE).read_text(encoding="utf-8")).get("made_from")
+        found = checked((folder / bundle.FILE).read_bytes()).get("made_from")
     except (OSError, ValueError, AttributeError):
         return None
     return str(found) if found and verify(folder) else None

@@ -24,7 +24,7 @@ from llmrec.commands.rank.ranker import Ranker, open_ranker
 from llmrec.data.reading.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
 from llmrec.data.reading.request_file import Raw, RequestFile, open_requests
 from llmrec.data.requests import RankRequest, identity
-from llmrec.durable import sha256_of, write_json, write_text
+from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Place
 from llmrec.experiment.claiming import LOCK
 from llmrec.experiment.resume import Budget, key_of, locked, read_stage
@@ -246,7 +246,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
     with budget.stage("write"):
         write_lists(options.target, _stored(options.parts, number), form, options.baseline or "llmrec")
     summary = summary_of(options, source, recommender, key, tally)
-    write_json(options.summary, summary)
+    write_checked(options.summary, summary)
     return summary
 
 

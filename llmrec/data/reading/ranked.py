@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.reading.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
-from llmrec.durable import replacing, write_text
+from llmrec.durable import checksum, replacing, write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.types import Form
 
@@ -132,17 +132,26 @@ def _columns(kind: type[Written]) -> tuple[str, ...]:
 
 
 def write_part(path: Path, records: Sequence[Ranked]) -> None:
-    """Write a part in one step: after a kill it is there in full, or not at all."""
-    write_text(path, "".join(_line(record) for record in records))
+    """Write a part in one step: after a kill it is there in full, or not at all; each line ends in its checksum."""
+    lines = (_line(record).rstrip("\n") for record in records)
+    write_text(path, "".join(f"{line}\t{checksum(line.encode())}\n" for line in lines))
 
 
 def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | None:
-    """Return a part's records; None if it is not there, or is not about ``lines``."""
+    """Return a part's records; None if it is not there, was changed, or is not about ``lines``."""
     try:
-        records = [_record(json.loads(text)) for text in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        records = [_checked(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     return records if lines is None or [record.line for record in records] == list(lines) else None
+
+
+def _checked(line: str) -> Ranked:
+    # JSON has no tab but in its escaped form.
+    text, _, told = line.partition("\t")
+    if checksum(text.encode()) != told:
+        raise ValueError("the line was changed")
+    return _record(json.loads(text))
 
 
 def _record(stored: Mapping[str, Any]) -> Ranked:

@@ -9,7 +9,7 @@ import polars as pl
 from llmrec.data.assemble import read_items
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.split import SplitDataset, halves
-from llmrec.durable import write_json
+from llmrec.durable import write_checked
 from llmrec.errors import ModelError
 from llmrec.experiment.fusion import stored
 
@@ -51,7 +51,7 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     rows.write_parquet(draft / FILE)
     # The users that weigh are not among them.
     settled = [fused.model_copy(update={"reserved": 0.0}).model_dump(mode="json") for fused in fusions]
-    write_json(draft / stored.FILE, {"format": stored.FORMAT, "fusions": settled})
+    write_checked(draft / stored.FILE, {"format": stored.FORMAT, "fusions": settled})
 
 
 def carried(folder: Path, *, seed: int) -> SplitDataset | None:

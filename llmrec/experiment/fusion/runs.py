@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+from llmrec.durable import checked
 from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.claiming import RUN
@@ -98,7 +98,7 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
         if not stored.is_file():
             raise DataError(f"{stored} is missing; run the recipe of {run} again", kind="missing-file", at=stored)
         try:
-            row = row_of(json.loads(stored.read_bytes()))
+            row = row_of(checked(stored.read_bytes()))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{stored} cannot be read ({type(error).__name__}); run the recipe of {run} again",

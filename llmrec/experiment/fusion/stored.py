@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, JsonValue, ValidationError
 
-from llmrec.durable import loads, write_json
+from llmrec.durable import checked, write_checked
 from llmrec.errors import ModelError
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.fusion.parts import kind_of
@@ -94,7 +94,7 @@ def write(study: Study, rows: Sequence[ResultRow], folder: Path) -> None:
     """Write the fusions of rankings among a run's rows; a file of an earlier run does not stay."""
     ranks = [row for row in rows if family_of(row.figures.task).ranks_for_users]
     found = [fused for row in ranks if (fused := fused_of(study, row)) is not None]
-    write_json(folder / FILE, {"format": FORMAT, "fusions": [fused.model_dump(mode="json") for fused in found]})
+    write_checked(folder / FILE, {"format": FORMAT, "fusions": [fused.model_dump(mode="json") for fused in found]})
 
 
 def read(folder: Path) -> list[Fused]:
@@ -107,7 +107,7 @@ def read(folder: Path) -> list[Fused]:
     if not path.is_file():
         return []
     try:
-        return [Fused.model_validate(each) for each in loads(path.read_text(encoding="utf-8"))["fusions"]]
+        return [Fused.model_validate(each) for each in checked(path.read_bytes())["fusions"]]
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); run `llmrec eval` on its recipe again",

@@ -1,0 +1,176 @@
+"""What llmrec stores it knows again: a changed byte is a damaged file, and never another figure."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmrec.data.features import Features, FeatureStore, Provenance, publish
+from llmrec.data.reading.ranked import Ranked, read_part, write_part
+from llmrec.durable import checked, sha256_of, unchanged, write_checked
+from llmrec.errors import DataError, ModelError
+from llmrec.experiment.bundle import SUMS, Bundle, refuse_changed
+from llmrec.experiment.resume import read_stage
+from llmrec.index.table import ItemIndex
+from llmrec.recipe.schema import ModelSection, TasksSection
+from llmrec.report.results import content_of
+from llmrec.report.results import refuse_changed as refuse_changed_answers
+from tests.facts import Facts, raises
+
+STORED: dict[str, Any] = {"key": "k", "values": {"NDCG@10": [0.5, 0.25]}, "said": 'ends in "checksum": "0" é', "n": 12}
+
+
+def changed(content: bytes, seed: int) -> bytes:
+    """Flip a low bit somewhere: digits become other digits."""
+    draw = random.Random(seed)
+    spoilt = bytearray(content)
+    spoilt[draw.randrange(len(content))] ^= 1 << draw.randrange(3)
+    return bytes(spoilt)
+
+
+def test_every_changed_byte_of_a_stage_is_seen_or_says_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "stage.json"
+    assert write_checked(path, STORED) == sha256_of(path)
+    content = path.read_bytes()
+    assert checked(content) == STORED and read_stage(path, "k", lambda _: None) == STORED
+    for place in range(len(content)):
+        for bit in range(3):
+            spoilt = bytearray(content)
+            spoilt[place] ^= 1 << bit
+            try:
+                found = checked(bytes(spoilt))
+            except ValueError:
+                continue
+            # The mark of the checksum itself is damaged: nothing else is.
+            assert STORED.items() <= found.items()
+
+
+def test_what_has_no_checksum_is_of_before_or_of_somebody_else(tmp_path: Path) -> None:
+    path = tmp_path / "stage.json"
+    path.write_text(json.dumps(STORED, indent=1) + "\n", encoding="utf-8")
+    assert read_stage(path, "k", lambda _: None) == STORED
+    write_checked(path, STORED)
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.35"))
+    assert read_stage(path, "k", lambda _: None) is None
+
+
+def test_a_changed_line_of_a_part_is_ranked_again(tmp_path: Path) -> None:
+    path = tmp_path / "part.jsonl"
+    records = [Ranked(request_id=f"r{n}", user_id=None, line=n, items=("a\tb",), scores=(0.25,)) for n in (1, 2)]
+    write_part(path, records)
+    content = path.read_bytes()
+    assert read_part(path) == records
+    path.write_bytes(content.replace(b"0.25", b"0.35", 1))
+    assert read_part(path) is None
+    for seed in range(100):
+        path.write_bytes(changed(content, seed))
+        assert read_part(path) in (None, records)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("features") / "store"
+    ids = [f"u{n}" for n in range(40)]
+    vectors = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    texts = [f"likes number {each}" for each in ids]
+    seen = {each: frozenset({(each, "i1")}) for each in ids}
+    publish(folder, [Features("user", ids, vectors, Provenance(system="test"), texts=texts, seen=seen)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["meta.json", "user-ids.npy", "user-vectors.npy", "user-fallback.npy", "features.sqlite"]
+)
+def test_a_damaged_file_of_a_store_is_refused(store: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    (version,) = (path for path in (tmp_path / "store").iterdir() if path.is_dir())
+    assert unchanged(version) and FeatureStore.open(tmp_path / "store").ids("user")
+    content = (version / name).read_bytes()
+    for seed in range(5):
+        (version / name).write_bytes(changed(content, seed))
+        with raises(DataError, Facts("damaged", tmp_path / "store")):
+            FeatureStore.open(tmp_path / "store")
+    (version / name).write_bytes(content[:-1])
+    with raises(DataError, Facts("damaged", tmp_path / "store")):
+        FeatureStore.open(tmp_path / "store")
+    (version / name).write_bytes(content)
+    assert FeatureStore.open(tmp_path / "store").ids("user")
+
+
+def test_a_store_of_before_there_were_checksums_is_read(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    next((tmp_path / "store").glob("*/manifest.json")).unlink()
+    assert len(FeatureStore.open(tmp_path / "store").ids("user")) == 40
+
+
+def test_answers_of_a_run_are_those_of_its_results(tmp_path: Path) -> None:
+    answers = tmp_path / "predictions.parquet"
+    answers.write_bytes(b"answers")
+    write_checked(tmp_path / "results.json", {"rows": [0.5], "files": {answers.name: sha256_of(answers)}})
+    refuse_changed_answers(tmp_path, content_of(tmp_path)["files"])
+    answers.write_bytes(b"Answers")
+    with raises(DataError, Facts("damaged", answers, says="llmrec eval")):
+        refuse_changed_answers(tmp_path, content_of(tmp_path)["files"])
+    refuse_changed_answers(tmp_path, {})
+    results = tmp_path / "results.json"
+    results.write_bytes(results.read_bytes().replace(b"0.5", b"0.6"))
+    with raises(DataError, Facts("syntax", results, says="checksum")):
+        content_of(tmp_path)
+
+
+def test_an_index_is_what_was_saved(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    index = ItemIndex("x", {"i": ("<a_1>",)}, tokens=("<a_1>",), arrays={"c": np.ones((2, 3), dtype=np.float32)})
+    index.save(tmp_path / "index")
+    assert ItemIndex.load(tmp_path / "index").digest == index.digest
+    for file in (tmp_path / "index").iterdir():
+        content = file.read_bytes()
+        place = content.find(b"<a_1>") + 3 if file.suffix == ".json" else len(content) - 1
+        file.write_bytes(content[:place] + b"2" + content[place + 1 :])
+        with raises(DataError, Facts("damaged", file)):
+            ItemIndex.load(tmp_path / "index")
+        file.write_bytes(content)
+
+
+def opened(folder: Path, run: Path | None) -> Bundle:
+    return Bundle(
+        folder=str(folder),
+        run=run,
+        model=ModelSection(name=str(folder)),
+        tasks=TasksSection(),
+        templates={},
+        noun="items",
+        rating_scale=None,
+        seed=0,
+        tuned=True,
+    )
+
+
+def test_a_model_is_what_was_exported(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "items.parquet", "README.md"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    lines = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(tmp_path.iterdir())]
+    (tmp_path / SUMS).write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "README.md").write_text("a card of one's own", encoding="utf-8")
+    refuse_changed(opened(tmp_path, None), "w")
+    (tmp_path / "items.parquet").write_text("Items.parquet", encoding="utf-8")
+    with raises(ModelError, Facts("damaged", tmp_path / "items.parquet", says="export")):
+        refuse_changed(opened(tmp_path, None), "w")
+
+
+def test_a_model_of_a_run_is_what_was_trained(tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    refuse_changed(opened(merged, tmp_path), "w")
+    write_checked(tmp_path / "train.json", {"key": "k", "merged_sha256": "w"})
+    refuse_changed(opened(merged, tmp_path), "w")
+    with raises(ModelError, Facts("damaged", merged, says="llmrec train")):
+        refuse_changed(opened(merged, tmp_path), "other")
+    (tmp_path / "train.json").write_bytes((tmp_path / "train.json").read_bytes()[:-3])
+    with raises(ModelError, Facts("damaged", tmp_path / "train.json")):
+        refuse_changed(opened(merged, tmp_path), "w")
