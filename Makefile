@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make bench-commands   processor time of small commands, eval/results/small_commands.json"
 	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
 	@echo "make bench-recovery   kill a run, an export and a ranking at named and random points, eval/results/recovery.json"
+	@echo "make bench-faults     kills, full disks, damaged files, links, two processes, read-only folders, eval/results/faults.json"
 	@echo "make bench-metrics    metrics beside other libraries' and calibration of the tests, eval/results/"
 	@echo "make bench-models     EASE and SASRec beside RecTools', eval/results/models_speed.json"
 	@echo "make bench-index      item codes: fit beside RQ-VAE and faiss, eval/results/index_speed.json"
@@ -153,6 +154,9 @@ bench-rank: setup
 
 bench-recovery: setup
 	$(BIN)/python -m tests.recovery.kills eval/results/recovery.json
+
+bench-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m eval.benchmarks.faults eval/results/faults.json $(ARGS)
 
 # RANX_PYTHON and RECTOOLS_PYTHON name interpreters of environments that have these libraries.
 bench-metrics: setup

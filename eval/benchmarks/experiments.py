@@ -134,11 +134,18 @@ def _script(result: Mapping[str, Any]) -> tuple[int, int, float]:
 
 
 def _campaign(result: Mapping[str, Any]) -> tuple[int, int, float]:
-    """Return the number of inputs; nothing in a campaign learns."""
+    """Return the number of inputs or cases; nothing is learned from them."""
     return result["all"]["tried"], 0, result["seconds"]
 
 
-_READERS = {"suite": _suite, "benchmark": _benchmark, "run": _run, "script": _script, "campaign": _campaign}
+_READERS = {
+    "suite": _suite,
+    "benchmark": _benchmark,
+    "run": _run,
+    "script": _script,
+    "campaign": _campaign,
+    "faults": _campaign,
+}
 
 
 def _at(result: Any, pointer: str) -> Any:

@@ -1,8 +1,7 @@
 """Chains of `llmrec run`, `export` and `rank` that are killed with SIGKILL at a named point or after some seconds.
 
 The command that was killed is given again, the others follow, and all that they left is compared with a chain that
-nothing disturbed. A zygote process imports the heavy libraries once and forks a child for each command: a child costs
-seconds, not the half minute of a cold start. The zygote computes nothing itself, so that no thread pool is forked.
+nothing disturbed. The processes are forked by `eval.benchmarks.faults.zygote`.
 
     python -m tests.recovery.kills eval/results/recovery.json
 
@@ -12,16 +11,11 @@ runs every named point and 20 random ones and writes what came out.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +23,9 @@ from typing import Any
 
 import polars as pl
 
+from eval.benchmarks.faults import zygote as zygotes
+from eval.benchmarks.faults.zygote import Child, Ended
+from llmrec.durable import checked
 from tests.recovery import points
 from tests.recovery.points import POINTS, REQUESTS
 
@@ -119,125 +116,29 @@ def request_lines() -> str:
     return "\n".join(rows) + "\n"
 
 
-# --------------------------------------------------------------------------- the child
-
-
-def _child(command: list[str], point: str | None) -> None:
-    import torch
-
-    from llmrec import cli
-
-    torch.set_num_threads(1)
-    if point:
-        points.arm(point)
-    sys.argv = ["llmrec", *command]
-    cli.main()
-
-
-def _serve() -> None:
-    """Read one JSON order a line, fork a child for it, answer with its exit status and seconds."""
-    import peft  # noqa: F401
-    import transformers.trainer  # noqa: F401
-    import trl  # noqa: F401
-
-    import llmrec.commands.export.export
-    import llmrec.commands.rank.run
-    import llmrec.pipeline
-    import llmrec.train.sft  # noqa: F401
-
-    # What is here stays: without this each collection in a child walks over the libraries' objects, and copies them.
-    gc.freeze()
-    for line in sys.stdin:
-        order = json.loads(line)
-        begin = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                _child(order["command"], order["point"])
-                code = 0
-            except SystemExit as error:
-                code = int(error.code or 0)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        sys.stdout.write(json.dumps(_wait(child, begin, order["after"])) + "\n")
-        sys.stdout.flush()
-
-
-def _wait(child: int, begin: float, after: float | None) -> dict[str, float]:
-    """Wait for a child, and kill it when its time has come."""
-    status: int | None = None
-    if after is not None:
-        while time.monotonic() - begin < after:
-            ended, code = os.waitpid(child, os.WNOHANG)
-            if ended:
-                status = code
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(child, signal.SIGKILL)
-    if status is None:
-        status = os.waitpid(child, 0)[1]
-    return {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - begin}
-
-
-# --------------------------------------------------------------------------- the parent
+# --------------------------------------------------------------------------- the processes
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended: its exit status (-9 for a kill) and how long it took."""
-
-    status: int
-    seconds: float
-
-
 class Zygote:
     """Starts the commands of chains, each in a process of its own."""
 
-    def __init__(self, model: Path, log: Path) -> None:
-        self.model, self.log = model, log
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.recovery.kills", "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
+    model: Path
+    log: Path
+    processes: zygotes.Zygote
 
     def do(self, chain: Chain, step: str, point: str | None = None, after: float | None = None) -> Ended:
         """Take one step of a chain, with a kill at a point or after some seconds."""
-        assert self._process.stdin and self._process.stdout
         chain.folder.mkdir(parents=True, exist_ok=True)
-        command = chain.command(step, self.model)
-        order = {"command": command, "log": str(self.log), "point": point, "after": after}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        """End the zygote."""
-        self._process.kill()
-        self._process.wait()
+        words = chain.command(step, self.model)
+        return self.processes.do(Child(words=words, log=str(self.log), point=point, after=after))[0]
 
 
 @contextlib.contextmanager
 def zygote(model: Path, log: Path) -> Iterator[Zygote]:
     """A zygote for the time of a block."""
-    started = Zygote(model, log)
-    try:
-        yield started
-    finally:
-        started.close()
+    with zygotes.zygote() as processes:
+        yield Zygote(model, log, processes)
 
 
 # --------------------------------------------------------------------------- what is compared
@@ -245,7 +146,7 @@ def zygote(model: Path, log: Path) -> Iterator[Zygote]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Return everything that must be equal after a kill: all of a run but its dates, its seconds and its load."""
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    results = checked((run / "results.json").read_bytes())
     for key in ("created", "command", "budget", "seconds"):
         del results[key]
     del results["machine"]["load"]
@@ -272,7 +173,7 @@ def export_outcome(chain: Chain) -> dict[str, Any]:
     """Return the content of an export, and what lies beside it under its name."""
     from llmrec.durable import sha256_of
 
-    told = json.loads((chain.exported / "llmrec.json").read_text(encoding="utf-8"))
+    told = checked((chain.exported / "llmrec.json").read_bytes())
     files = {file.name: sha256_of(file) for file in chain.exported.iterdir()}
     # These hold a hash over results.json, in which seconds stand: equal only for exports of one and the same run.
     del told["made_from"]
@@ -302,12 +203,12 @@ def whole_outcome(chain: Chain) -> dict[str, Any]:
 
 
 def _chain(runs: Zygote, chain: Chain, steps: tuple[str, ...] = STEPS) -> list[float]:
-    """Take steps that nothing disturbs; return their seconds."""
+    """Take steps that nothing disturbs; return their seconds of processor time."""
     seconds = []
     for step in steps:
         ended = runs.do(chain, step)
         assert ended.status == DONE[step], runs.log.read_text(encoding="utf-8", errors="replace")[-3000:]
-        seconds.append(ended.seconds)
+        seconds.append(ended.used)
     return seconds
 
 
@@ -324,8 +225,8 @@ def _kill(
         _chain(runs, chain, later)
     row = {
         "kill": point or f"random, in llmrec {step}",
-        "killed": first.status == -signal.SIGKILL,
-        "after_s": round(first.seconds, 2),
+        "killed": first.killed,
+        "after_s": round(first.used, 2),
         "equal": sound and whole_outcome(chain) == expected,
     }
     sys.stdout.write(f"{json.dumps(row)}\n")
@@ -384,7 +285,4 @@ def main(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        _serve()
-    else:
-        main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

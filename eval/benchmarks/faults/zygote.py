@@ -1,0 +1,204 @@
+"""Forks commands from a process that has imported the heavy libraries, and kills them when their time has come.
+
+A child costs tenths of a second where a cold start takes half a minute. The zygote computes nothing itself, so that no
+thread pool is forked. Each order is a line of JSON: children that run beside each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+_TICK = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child:
+    """A command to be run.
+
+    Attributes:
+        words: After ``llmrec``.
+        log: The file that its output is appended to.
+        delay: Seconds until it begins.
+        after: Seconds of processor time until its SIGKILL, which a busy machine does not move; None: no such kill.
+        point: A named point of ``tests.recovery.points`` at which it kills itself.
+        fsize: Bytes beyond which no file may grow; None: without limit.
+        env: Environment variables of its own.
+        keeps: Fits are kept however little time they took.
+    """
+
+    words: Sequence[str]
+    log: str
+    delay: float = 0.0
+    after: float | None = None
+    point: str | None = None
+    fsize: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    keeps: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit status (-9 for a kill), and its seconds on the clock and of processor time."""
+
+    status: int
+    seconds: float
+    used: float
+
+    @property
+    def killed(self) -> bool:
+        """Whether SIGKILL ended it."""
+        return self.status == -signal.SIGKILL
+
+
+class Zygote:
+    """A process that forks children; see the module."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "eval.benchmarks.faults.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def do(self, *children: Child) -> list[Ended]:
+        """Run children beside each other and return how each ended."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps([asdict(each) for each in children]) + "\n")
+        self._process.stdin.flush()
+        return [Ended(**each) for each in json.loads(self._process.stdout.readline())]
+
+    def close(self) -> None:
+        """End the zygote."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def zygote() -> Iterator[Zygote]:
+    """A zygote for the time of a block."""
+    started = Zygote()
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+# --------------------------------------------------------------------------- in the zygote
+
+
+def _serve() -> None:
+    import peft  # noqa: F401
+    import transformers.trainer  # noqa: F401
+    import trl  # noqa: F401
+
+    import llmrec.commands.compare.suite
+    import llmrec.commands.export.export
+    import llmrec.commands.rank.run
+    import llmrec.experiment.augmenting
+    import llmrec.pipeline
+    import llmrec.train.sft  # noqa: F401
+
+    # What is here stays: without this each collection in a child walks over the libraries' objects, and copies them.
+    gc.freeze()
+    for line in sys.stdin:
+        found = _together([Child(**each) for each in json.loads(line)])
+        sys.stdout.write(json.dumps([asdict(each) for each in found]) + "\n")
+        sys.stdout.flush()
+
+
+def _together(children: Sequence[Child]) -> list[Ended]:
+    """Fork children when their time has come, kill them when theirs is over, and wait for all."""
+    start = time.monotonic()
+    begun: dict[int, tuple[int, float]] = {}
+    ended: dict[int, Ended] = {}
+    while len(ended) < len(children):
+        now = time.monotonic()
+        for place, child in enumerate(children):
+            if place not in begun and now - start >= child.delay:
+                begun[place] = _fork(child), time.monotonic()
+        for place, (process, begin) in begun.items():
+            if place in ended:
+                continue
+            found, status, spent = os.wait4(process, os.WNOHANG)
+            after = children[place].after
+            if not found and after is not None and _used(process) >= after:
+                os.kill(process, signal.SIGKILL)
+                found, status, spent = os.wait4(process, 0)
+            if found:
+                used = spent.ru_utime + spent.ru_stime
+                ended[place] = Ended(os.waitstatus_to_exitcode(status), time.monotonic() - begin, used)
+        time.sleep(_TICK)
+    return [ended[place] for place in range(len(children))]
+
+
+def _used(process: int) -> float:
+    """Return the seconds of processor time that a process has taken."""
+    after = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(after[11]) + int(after[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _fork(child: Child) -> int:
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        log = os.open(child.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        _command(child)
+        code = 0
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _command(child: Child) -> None:
+    import resource
+
+    import torch
+
+    from llmrec import cli
+    from llmrec.baselines.fits import store
+
+    torch.set_num_threads(1)
+    os.environ.update(child.env)
+    if child.point:
+        from tests.recovery import points
+
+        points.arm(child.point)
+    if child.keeps:
+        _set(store, "LEAST", 0.0)
+    if child.fsize is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (child.fsize, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    sys.argv = ["llmrec", *child.words]
+    cli.main()
+
+
+def _set(module: Any, name: str, value: object) -> None:
+    setattr(module, name, value)
+
+
+if __name__ == "__main__":
+    _serve()
