@@ -62,7 +62,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/<name>
 def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
     """Run a recipe end to end: data, training, evaluation, report.
 
-    A second run reuses every stage whose inputs did not change; a killed run goes on where it was.
+    A second run reuses every stage whose inputs did not change; a killed run resumes where it was.
     """
     from llmrec import pipeline
 
@@ -283,7 +283,7 @@ def augment(
 ) -> None:
     """Have a language model write texts of users and items, and store them with their vectors as features.
 
-    A killed call goes on where it was. Texts on users are written from what nothing else learns from, where
+    A killed call resumes where it was. Texts on users are written from what nothing else learns from, where
     data.split.kind=prefix keeps it apart.
     """
     from llmrec.commands.features import augment as command
@@ -362,7 +362,7 @@ def export(
 def predict(options: PredictOptions) -> None:
     """Answer a file of questions about one item each: ratings, yes or no, explanations, reviews.
 
-    A killed call goes on where it was. Exit code 0: every line answered; 1: some failed, and say why; 2: nothing done.
+    A killed call resumes where it was. Exit code 0: every line answered; 1: some failed, and say why; 2: nothing done.
     """
     from llmrec.commands.predict.run import predict_file
 

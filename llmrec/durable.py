@@ -132,12 +132,12 @@ def checksum(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any]:
+def read_json(path: Path, fix: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         path: The file.
-        mend: What to do where it is damaged, for the error.
+        fix: What to do where it is damaged, for the error.
 
     Raises:
         LlmrecError: If it cannot be read, or holds something else.
@@ -146,12 +146,12 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
         found = checked(path.read_bytes())
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise LlmrecError(f"{path} cannot be read ({error.strerror}); {mend}", kind=kind, at=path) from None
+        raise LlmrecError(f"{path} cannot be read ({error.strerror}); {fix}", kind=kind, at=path) from None
     except (ValueError, RecursionError) as error:
-        raise LlmrecError(f"{path} cannot be read ({error}); {mend}", kind="damaged", at=path) from None
+        raise LlmrecError(f"{path} cannot be read ({error}); {fix}", kind="damaged", at=path) from None
     if not isinstance(found, dict):
         raise LlmrecError(
-            f"{path} holds a {type(found).__name__} where an object is expected; {mend}", kind="damaged", at=path
+            f"{path} holds a {type(found).__name__} where an object is expected; {fix}", kind="damaged", at=path
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Expected failures: one paragraph that names the thing and the mend, never a traceback."""
+"""Expected failures: one paragraph that names the thing and the fix, never a traceback."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Place:
 
 
 class LlmrecError(Exception):
-    """Base of every failure that a user can mend; the command line prints it and exits with 2.
+    """Base of every failure that a user can fix; the command line prints it and exits with 2.
 
     The message is for people; programs and tests look at the facts, each None where there is none to tell.
 

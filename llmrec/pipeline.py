@@ -96,7 +96,7 @@ def run(
         before: Called when everything is read and nothing is trained or asked yet.
 
     Raises:
-        RecipeError: If the tuned arm has no adapter and ``may_train`` is off.
+        RecipeError: If the tuned setting has no adapter and ``may_train`` is off.
     """
     if isinstance(out, Mapping):
         overrides, out = out, None
@@ -115,8 +115,8 @@ def run(
             training = session.train() if may_train else session.trained()
             if training is None:
                 raise RecipeError(
-                    f"{folder} holds no adapter made by this recipe, which the tuned arm needs; run "
-                    "`llmrec train` first, or evaluate other arms with 'eval.arms=[zero-shot, few-shot]'",
+                    f"{folder} holds no adapter made by this recipe, which the tuned setting needs; run "
+                    "`llmrec train` first, or evaluate other settings with 'eval.arms=[zero-shot, few-shot]'",
                     kind="missing-file",
                     at=folder,
                     column="eval.arms",
@@ -201,8 +201,8 @@ class OpenedModel:
 
     Attributes:
         encoder: Its tokenizer.
-        base: The folder that answers in the arms that are not tuned.
-        start: The folder that training goes on from; another one only where the recipe names a run (``train.start``).
+        base: The folder that answers in the settings that are not tuned.
+        start: The folder that training continues from; another one only where the recipe names a run (``train.start``).
     """
 
     encoder: Encoder
@@ -231,12 +231,12 @@ class Session:
 
     @property
     def base(self) -> str:
-        """The folder of the model that answers in the arms that are not tuned."""
+        """The folder of the model that answers in the settings that are not tuned."""
         return self._asked.base
 
     @property
     def start(self) -> str:
-        """The folder that training goes on from."""
+        """The folder that training continues from."""
         return self._asked.start
 
     @property
@@ -253,7 +253,7 @@ class Session:
         return train_stage(self.study, self.encoder, self.start, self.folder, self.budget, quiet=self.quiet)
 
     def evaluate(self, training: Trained | None) -> tuple[list[ResultRow], Written]:
-        """Evaluate every arm and write the results; returns the rows and what was written."""
+        """Evaluate every setting and write the results; returns the rows and what was written."""
         encoder = self.model.encoder if self.model else None
         evaluation = Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
         rows: list[ResultRow] = evaluation.baselines()
@@ -300,7 +300,7 @@ class Session:
         return lines
 
     def _weights(self, arm: str, model: OpenedModel, training: Trained | None) -> tuple[str, str]:
-        """Return the model folder of an arm and a hash that stands for its weights."""
+        """Return the model folder of a setting and a hash that stands for its weights."""
         if arm != "tuned" or training is None:
             return model.base, weights_stamp(model.base)
         return str(self.folder / "merged"), training["merged_sha256"]
@@ -360,6 +360,6 @@ def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
 
 
 def _by_model(arms: Sequence[str]) -> list[Arm]:
-    """Order arms so that those of the base model stand together: one engine start serves both."""
+    """Order settings so that those of the base model stand together: one engine start serves both."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
     return [arm for arm in order if arm in arms]

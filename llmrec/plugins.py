@@ -39,13 +39,13 @@ class Kind:
     Attributes:
         what: What errors call it.
         needs: Its attributes; behind a dot those of one.
-        mend: How to get them.
+        fix: How to get them.
         called: Whether it is called, as a class or a function is.
     """
 
     what: str
     needs: tuple[str, ...]
-    mend: str
+    fix: str
     called: bool = True
 
 
@@ -201,7 +201,7 @@ def _loaded(group: str, address: str) -> Any:
     lacking = [missing for each in _needs(group, found) if (missing := _missing(found, each))]
     if lacking or (kind.called and not callable(found)):
         lacks = f"lacks {', '.join(lacking)}" if lacking else "cannot be called"
-        raise RecipeError(f"{address} is no {kind.what}: it {lacks}; {kind.mend}", kind="defect", at=address)
+        raise RecipeError(f"{address} is no {kind.what}: it {lacks}; {kind.fix}", kind="defect", at=address)
     return found
 
 
@@ -246,7 +246,7 @@ def _broken(module: str, error: Exception) -> RecipeError:
     last = traceback.extract_tb(error.__traceback__)[-1]
     said = " ".join(f"{type(error).__name__}: {error}".split())
     return RecipeError(
-        f"importing {module} failed ({said}, at line {last.lineno} of {last.filename}); mend the module",
+        f"importing {module} failed ({said}, at line {last.lineno} of {last.filename}); fix the module",
         kind="failed",
         at=module,
     )

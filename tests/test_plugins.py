@@ -209,7 +209,7 @@ def test_an_installed_name_shadows_nothing(
     with raises(RecipeError, Facts("duplicate", f"llmrec.{group}", column=names[0], says=says)):
         load_recipe(page(tmp_path))
     (found,) = [each for each in check_plugins() if each.name == f"plug-in {names[0]}"]
-    assert found.level == "fault" and says in found.mend + found.found
+    assert found.level == "fault" and says in found.fix + found.found
 
 
 def test_the_doctor_lists_what_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ BETTER = {
     r"counting (alone|and|beside|has|is|of transitions|rows?)|(with|beside|and|than) counting": (
         "Markov and co-occurrence baselines"
     ),
-    r"arms?": "settings (zero-shot, few-shot, tuned)",
-    r"forwards": "forward passes",
+    r"(?<![.=\'])arms?(?![=:\'])(?! BF16)": "settings (zero-shot, few-shot, tuned)",
+    r"forwards(?!:)": "forward passes",
     r"a (row|line) a user": "one training sequence per user",
     r"a (row|line) a position": "one example per target",
     r"made (data|reviews|shop|table|set|texts?)": "synthetic",
-    r"mend(s|ed|ing)?": "fix",
+    r"mend(s|ed|ing)?(?!:)": "fix",
     r"(goes|went) on (where|from)|killed \w+ (goes|go|went) on": "resumes, continues",
     r"(the )?histor(y|ies) (is |are )?(included|excluded)": "seen items filtered / not filtered",
     r"items of the history (are |is |left out|excluded|included)": "seen items",
@@ -51,11 +51,14 @@ BETTER = {
 
 WHERE = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "eval/*.md", "llmrec/**/*.py", "llmrec/**/*.j2")
 """Whose prose is looked at."""
-EXCEPT = ("docs/cli.md", "CHANGELOG.md")
-"""Pages that are made from others, or tell of former words."""
+EXCEPT = ("docs/cli.md", "CHANGELOG.md", "eval/LEADERBOARD.md")
+"""Pages that are made from others, hold names of rows that stored results have, or tell of former words."""
 
 _WORDS = re.compile("|".join(f"(?P<w{place}>\\b(?:{word})\\b)" for place, word in enumerate(BETTER)), re.IGNORECASE)
-_CODE = re.compile(r"```.*?```|~~~.*?~~~|``.+?``|`[^`\n]*`|<!--.*?-->|{%.*?%}|{{.*?}}|{#.*?#}|\]\([^)]*\)", re.DOTALL)
+_CODE = re.compile(
+    r"```.*?```|~~~.*?~~~|``.+?``|`[^`\n]*`|<!--.*?-->|<[a-z/][^<>]*>|--mend\b|{%.*?%}|{{.*?}}|{#.*?#}|\]\([^)]*\)",
+    re.DOTALL,
+)
 
 
 class Hit(NamedTuple):

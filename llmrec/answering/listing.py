@@ -36,7 +36,7 @@ def ruled(
         rules: What a list may hold.
         items: The catalogue.
         allowed: What rules leave of the catalogue; a caller may remember it.
-        exclude_seen: Items of the history are not ranked, where the catalogue is.
+        exclude_seen: Seen items are not ranked, where the catalogue is.
 
     Raises:
         DataError: If nothing is left.

@@ -64,7 +64,7 @@ class Wanted:
         k: Items of a list, at most; None: all candidates, or `WHOLE` items of a catalogue.
         model: One of `Loaded.models`; None: the default.
         strategy: How a language model orders candidates.
-        exclude_seen: Items of the history are left out, where the catalogue is ranked.
+        exclude_seen: Seen items are left out, where the catalogue is ranked.
         rules: What a list may hold.
     """
 
@@ -140,14 +140,14 @@ class Loaded:
             k: Items of a list, at most.
             model: One of `models`.
             strategy: How a language model orders candidates.
-            exclude_seen: Items of the history are left out, where the catalogue is ranked.
+            exclude_seen: Seen items are left out, where the catalogue is ranked.
             rules: Business rules, as docs/serve.md has them.
             profile: What is said about the user.
             id: Decides the order of equal scores.
 
         Returns:
             A list of `Scored`, best first; of a frame, one of the same library with the columns ``id``, ``user_id``,
-            ``rank``, ``item_id``, ``title``, ``score`` and ``error``: a row an item, and one for what failed.
+            ``rank``, ``item_id``, ``title``, ``score`` and ``error``: one row per item, and one for what failed.
 
         Raises:
             LlmrecError: If one question cannot be answered; of a frame, if it cannot be read.

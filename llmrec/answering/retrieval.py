@@ -81,7 +81,7 @@ class Retriever:
     def fill(self, requests: Sequence[RankRequest]) -> list[RankRequest]:
         """Give candidates to the requests that have none, in order; one whose history holds every item stays empty.
 
-        Items of the history are left out, and the order is a shuffle by a hash of the request's id, so that it does not
+        Seen items are left out, and the order is a shuffle by a hash of the request's id, so that it does not
         tell the retriever's.
         """
         known = {n: self._naming.known(request) for n, request in enumerate(requests) if not request.candidates}

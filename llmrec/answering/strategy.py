@@ -163,7 +163,7 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
             )
         if key in ("debias", "debias_questions"):
             raise RecipeError(
-                f"--set eval.{key}: what a position is worth is measured on training questions, and requests bring "
+                f"--set eval.{key}: what a position adds is measured on training questions, and requests bring "
                 "none; average over orders of the candidates instead (--set eval.permutations=4)",
                 kind="unsupported",
                 column=f"eval.{key}",

@@ -160,7 +160,7 @@ class AnswerStore:
         except sqlite3.DatabaseError as error:
             self.close()
             raise BackendError(
-                f"the answer cache {self._path} cannot be used: {error}; mend this and run the same command again, or "
+                f"the answer cache {self._path} cannot be used: {error}; fix this and run the same command again, or "
                 "move it away",
                 kind="unreadable",
                 at=self._path,

@@ -1,4 +1,4 @@
-"""Controls without a model of the user: chance, popularity, and popularity of late."""
+"""Controls without a model of the user: chance, popularity, and recent popularity."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def retrieve(
 ) -> CandidateSets:
     """Return the best items of a retriever for every held-out interaction, in an order that tells nothing.
 
-    The retriever sees the history of the request; items of the history are left out. Whether the held-out item is among
+    The retriever sees the history of the request; seen items are left out. Whether the held-out item is among
     its best is its own doing: where it is not, every ranking misses it. The order is shuffled by a hash of the request,
     so that no ranker can copy the retriever.
 

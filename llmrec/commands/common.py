@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from llmrec import __version__, progress, terminal
-from llmrec.commands.ending import mend_of, told_of_signals
+from llmrec.commands.ending import fix_of, told_of_signals
 from llmrec.commands.show.console import as_json, facts
 from llmrec.errors import ErrorKind
 from llmrec.progress import QUIET
@@ -163,7 +163,7 @@ def main(app: typer.Typer) -> None:
         try:
             app(obj=_MAIN)
         except Exception as error:
-            wrong = mend_of(error)
+            wrong = fix_of(error)
             _last_words(wrong.kind if wrong else "defect")
             if wrong is None:
                 raise
@@ -198,8 +198,8 @@ def _told(app: typer.Typer) -> tuple[Mapping[str, Any], int]:
 
 
 def _problem(error: Exception) -> Mapping[str, Any] | None:
-    """Return the facts of what a user can mend, and None of anything else."""
-    if (wrong := mend_of(error)) is None:
+    """Return the facts of what a user can fix, and None of anything else."""
+    if (wrong := fix_of(error)) is None:
         return None
     return _error(wrong.kind, str(wrong), file=wrong.file, row=wrong.row, line=wrong.line, column=wrong.column)
 

@@ -1,4 +1,4 @@
-"""How the command line ends where it does not end well: a paragraph for what a user can mend, a line at a signal."""
+"""How the command line ends where it does not end well: a paragraph for what a user can fix, a line at a signal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmrec.errors import ErrorKind, LlmrecError
 from llmrec.progress import under_way
 from llmrec.report.escape import visible
 
-# What a user can mend: no space, no permission, a file system that is full or read-only, too many open files.
+# What a user can fix: no space, no permission, a file system that is full or read-only, too many open files.
 _MENDABLE: Mapping[int, ErrorKind] = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE), "exhausted"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "unreadable"),
@@ -38,8 +38,8 @@ _RESUMED = frozenset(
 _CHECKPOINT = "checkpoint-"
 
 
-def mend_of(error: BaseException) -> LlmrecError | None:
-    """Return a failure as what a user can mend; None: it is a defect, and its traceback counts."""
+def fix_of(error: BaseException) -> LlmrecError | None:
+    """Return a failure as what a user can fix; None: it is a defect, and its traceback counts."""
     if isinstance(error, LlmrecError):
         return error
     seen: BaseException | None = error
@@ -51,7 +51,7 @@ def mend_of(error: BaseException) -> LlmrecError | None:
             file = (seen.filename if isinstance(seen, OSError) else None) or _written(error)
             where = f" ({file})" if file else ""
             return LlmrecError(
-                f"{os.strerror(number)}{where}; mend this and run the same command again: it goes on where it stopped",
+                f"{os.strerror(number)}{where}; fix this and run the same command again: it resumes where it stopped",
                 kind=_MENDABLE[number],
                 at=str(file) if file else None,
             )

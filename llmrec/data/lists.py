@@ -1,6 +1,6 @@
 """Ranked lists and what they are judged by, as any system writes them: read into a row a ranked or relevant item.
 
-Lists are llmrec's own records, a table with a row an item (RecBole's too), or a TREC run; what is relevant is such a
+Lists are llmrec's own records, a table with one row per item (RecBole's too), or a TREC run; what is relevant is such a
 table or TREC's qrels. Tables are frames in memory or files that `llmrec.data.reading.table` reads.
 """
 

@@ -3,7 +3,7 @@
 The search is numpy over the catalogue's arrays; log-probabilities come from a `TreeEngine`, under the full softmax.
 The unit of pruning is a branch: of all branches that the kept prefixes open, and of the items that are complete, the
 best ``width`` are kept for each request. The forced tokens behind a branch are scored together in one forward, so a
-search takes as many forwards as its paths have branches, not as they have tokens.
+search takes as many forward passes as its paths have branches, not as they have tokens.
 
 A prefix's log-probability bounds that of everything it begins. So if nothing that was pruned was better than the k-th
 item, no search could have found a better list: the result is *certified*. That holds for the scores that the engine

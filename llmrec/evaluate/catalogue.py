@@ -41,7 +41,7 @@ def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
     """
     found = tuple(each for name in names for each in BOTH if each == name)
     if len(found) != len(names):
-        raise ValueError(f"the history is excluded or included, not {', '.join(names)}")
+        raise ValueError(f"seen items are excluded or included, not {', '.join(names)}")
     return found
 
 

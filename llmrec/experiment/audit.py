@@ -37,7 +37,7 @@ from llmrec.recipe.load import load_stored
 from llmrec.registry import BASELINES, stamps
 from llmrec.report import page
 from llmrec.report.audit import AuditLine, LeakError, lines_of
-from llmrec.report.results import Made, content_of, mend_for, refuse_changed, results_of
+from llmrec.report.results import Made, content_of, fix_for, refuse_changed, results_of
 from llmrec.tasks.family import family_of
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
         )
     with locked(folder) if writable else nullcontext():
         results = content_of(folder)
-        refuse_changed(folder, results_of(results, source=str(stored), mend=mend_for(folder)).files)
+        refuse_changed(folder, results_of(results, source=str(stored), fix=fix_for(folder)).files)
         predictions = _predictions(folder)
         study = build_study(load_stored(folder))
         checks = list(examine(study, results, predictions))
@@ -98,7 +98,7 @@ def _predictions(folder: Path) -> pl.DataFrame:
         return pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise LlmrecError(
-            f"{path} cannot be read ({' '.join(str(error).split())[:200]}). {mend_for(folder)}", kind="damaged", at=path
+            f"{path} cannot be read ({' '.join(str(error).split())[:200]}). {fix_for(folder)}", kind="damaged", at=path
         ) from error
 
 

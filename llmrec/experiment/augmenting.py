@@ -106,7 +106,7 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
 
 
 def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
-    """Write the texts, make vectors of them and publish both; a killed call goes on where it was.
+    """Write the texts, make vectors of them and publish both; a killed call resumes where it was.
 
     A store that was made so already stays as it is, with what was corrected or erased in it since.
 

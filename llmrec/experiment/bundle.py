@@ -197,8 +197,8 @@ def refuse_changed(opened: Bundle, weights: str) -> None:
             raise _changed(folder / name, f"is not as {SUMS} says", "export the run again, or put the file back")
 
 
-def _changed(path: Path | str, what: str, mend: str) -> ModelError:
-    return ModelError(f"{path} {what}, so it was changed; {mend}", kind="damaged", at=path)
+def _changed(path: Path | str, what: str, fix: str) -> ModelError:
+    return ModelError(f"{path} {what}, so it was changed; {fix}", kind="damaged", at=path)
 
 
 def _classic(run: Path, recipe: Recipe) -> Bundle:

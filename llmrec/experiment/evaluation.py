@@ -1,4 +1,4 @@
-"""The evaluation stage: baselines and language-model arms over the same cases, row by row, each row kept."""
+"""The evaluation stage: baselines and language-model settings over the same cases, row by row, each row kept."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ class Evaluation:
     def arms(
         self, weights: Mapping[Arm, tuple[str, str]], engines: Engines, baselines: Sequence[ResultRow] = ()
     ) -> list[ResultRow]:
-        """Evaluate language-model arms; rows of one model and one engine run one after the other.
+        """Evaluate language-model settings; rows of one model and one engine run one after the other.
 
         Args:
             baselines: What `baselines` gave, to be joined with the rows of a language model where that is asked for.
-            weights: For each arm its model folder and the hash that stands for the weights in it.
+            weights: For each setting its model folder and the hash that stands for the weights in it.
             engines: Where backends come from.
         """
         controls = {

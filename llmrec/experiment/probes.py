@@ -32,7 +32,7 @@ _ROUNDS = 20
 def id_arithmetic(data: SplitDataset, split: str) -> Check:
     """HR@5 of a rule that only counts on from the numbers in ids: largest + 1, last + 1, largest + 2, last + 2, ...
 
-    Chance is the same rule over ids dealt out anew. Well above chance means that the numbering itself tells what comes
+    It is compared with the same rule over ids dealt out anew. Well above that, the numbering itself tells what comes
     next: honest where it follows training order, a leak where held-out interactions took part in it (P5's published
     ids reach .0524 on Beauty).
     """
@@ -45,8 +45,8 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
 def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
     """The same rule over an index: its numbers, or the places of its codes when they are sorted piece by piece.
 
-    What it reaches above chance, a model can reach by counting on from the codes of the history. Numbers in training
-    order tell something honestly, as do codes of a tree in which neighbours were chosen together.
+    What it reaches above a random ranking, a model can reach by counting on from the codes of the history. Numbers in
+    training order tell something honestly, as do codes of a tree in which neighbours were chosen together.
     """
     name = "code arithmetic"
     if index.scheme == "title":

@@ -141,7 +141,7 @@ def notes(study: Study) -> list[str]:
             found.append(f"{data.dataset.name}: derived: {made}.")
     if (shape := study.recipe.model.shape) is not None:
         found.append(
-            f"The language model is a new {shape.kind} of width {shape.width} that started from chance: nothing was "
+            f"The language model is a new {shape.kind} of width {shape.width}, trained from scratch: nothing was "
             "pretrained, and all it knows is from the training rows of this run."
         )
     for family in study.tasks:
@@ -206,8 +206,8 @@ def _training_notes(study: Study) -> list[str]:
         )
     if study.recipe.train.start is not None:
         found.append(
-            f"Training went on from the tuned model of another run, {Path(study.recipe.train.start).name}; arms that "
-            "are not tuned ask the base model, which knows nothing of that run."
+            f"Training continued from the tuned model of another run, {Path(study.recipe.train.start).name}; "
+            "settings that are not tuned ask the base model, which knows nothing of that run."
         )
     return found
 

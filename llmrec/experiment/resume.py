@@ -78,7 +78,7 @@ class Budget:
                 self._inner[-1] += spent
 
     def add(self, name: str, seconds: float) -> None:
-        """Book seconds that an earlier, killed invocation spent on work that this one goes on from."""
+        """Book seconds that an earlier, killed invocation spent on work that this one continues from."""
         self.stages[name] = self.stages.get(name, 0.0) + seconds
 
 

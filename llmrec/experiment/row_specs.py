@@ -24,7 +24,7 @@ from llmrec.tasks.pool import NEGATIVES
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row to be: which arm, how it asks, and of which model."""
+    """One row to be: which setting, how it asks, and of which model."""
 
     family: str
     arm: Arm
@@ -58,7 +58,7 @@ class RowSpec:
 
 
 def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
-    """Whether a family is asked in an arm; one without a weight has no tuned rows."""
+    """Whether a family is asked in a setting; one without a weight has no tuned rows."""
     section = recipe.tasks.present()[family]
     if arm == "tuned" and section.weight == 0:
         return False
@@ -66,7 +66,7 @@ def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
 
 
 def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
-    """Yield the rows that a study's arm will have."""
+    """Yield the rows that a study's setting will have."""
     for family, task in study.tasks.items():
         section = study.section(family)
         if arm == "baseline":

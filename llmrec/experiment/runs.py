@@ -159,7 +159,7 @@ def _same_model(first: Recipe, second: Recipe, run: Path) -> None:
         if ours != theirs:
             raise RecipeError(
                 f"train.start: {run} was tuned with model.{key} {theirs!r} and this recipe has {ours!r}; its other "
-                "arms would be of another model; give both the same",
+                "settings would be of another model; give both the same",
                 kind="mismatch",
                 at=run,
                 column="train.start",

@@ -276,7 +276,7 @@ def _check_slices(study: Study) -> None:
             there = f"the attributes are {', '.join(map(shown, known))}" if known else "the data has no attributes"
             raise RecipeError(
                 f"eval.slices: no user has an attribute {shown(name)}{did_you_mean(name, known)}; {there}. A table of "
-                "one's own gets them by data.columns.user_fields",
+                "your own gets them by data.columns.user_fields",
                 kind="unknown-name",
                 column="eval.slices",
             )

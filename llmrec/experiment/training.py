@@ -352,7 +352,7 @@ def _train(
     _clear_foreign(folder, key)
     names = study.index.vocabulary if study.index is not None else ()
     tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
-    # Adapters and heads start from chance.
+    # Adapters and heads start from random weights.
     require("torch", "train").manual_seed(study.training_seed)
     model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
     if study.recipe.model.whole_words:

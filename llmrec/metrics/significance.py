@@ -1,6 +1,6 @@
 """Paired tests by flipping signs, averages over seeds, and how small a difference a comparison could find.
 
-If two arms do equally well, swapping a user's two results changes nothing, so that every pattern of swaps is equally
+If two systems do equally well, swapping a user's two results changes nothing, so that every pattern of swaps is equally
 likely. The test counts how many patterns give a difference at least as large as the observed one (Fisher 1935; for
 retrieval, Smucker, Allan and Carterette, CIKM 2007). The interval holds the differences that the test would not
 reject: it is read off the means over random halves of the users, each user in or out with chance 1/2 (Hartigan,
@@ -40,18 +40,18 @@ def signflip(
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
 ) -> Sampled:
-    """Compare two arms over the same requests, a less b: the difference, the two-sided p, and halves for intervals.
+    """Compare two systems over the same requests, a less b: the difference, the two-sided p, and halves for intervals.
 
     Args:
-        a: Values of the first arm, shape (n,).
-        b: Values of the second arm in the same order of requests, shape (n,).
+        a: Values of the first system, shape (n,).
+        b: Values of the second system in the same order of requests, shape (n,).
         resamples: Number of patterns drawn, for the interval and, where there are too many to count, for p.
         seed: Seeds them.
         statistic: ``root_mean`` for squared errors, whose comparison is one of RMSE.
         users: Whose request each value is; all requests of a user are swapped together. None means one each.
 
     Raises:
-        ValueError: If the arms differ in length, are empty or hold values that are not finite.
+        ValueError: If the systems differ in length, are empty or hold values that are not finite.
     """
     left, right, sizes = _arms(a, b, statistic, users)
     value = float(root_or_not(left.sum() / sizes.sum(), statistic) - root_or_not(right.sum() / sizes.sum(), statistic))
@@ -95,8 +95,8 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
 def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
     """Return the largest p up to alpha that `flip_p` could have given for these absolute differences.
 
-    The test calls equal arms different with just this chance. Where few users differ it is far below alpha, and 0 if no
-    outcome at all could have been significant: of 5 users who differ alike, even 5 of one sign have a p of 0.06.
+    The test calls equal systems different with just this chance. Where few users differ it is far below alpha, and 0 if
+    no outcome at all could have been significant: of 5 users who differ alike, even 5 of one sign have a p of 0.06.
 
     Args:
         differences: One value a user, shape (n,).
@@ -122,10 +122,10 @@ def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
 
 @dataclass(frozen=True, slots=True)
 class OverSeeds:
-    """Several training seeds as one arm.
+    """Several training seeds as one system.
 
     Attributes:
-        values: Mean over seeds of each request's value, shape (n,): what is paired with another arm.
+        values: Mean over seeds of each request's value, shape (n,): what is paired with another system.
         figures: The figure of each seed.
         value: The figure of ``values``.
         sd: Standard deviation of ``figures``, with n - 1; None for a single seed.
@@ -138,7 +138,7 @@ class OverSeeds:
 
 
 def over_seeds(values_by_seed: Sequence[ArrayLike], *, statistic: StatisticName = "mean") -> OverSeeds:
-    """Average seeds per request before arms are paired, so that users stay the unit of chance.
+    """Average seeds per request before systems are paired, so that users stay the unit of chance.
 
     Pooling seeds as if they were further users would count every user several times. The interval over users does not
     cover the choice of seeds; ``sd`` says how large that is.
@@ -177,8 +177,8 @@ def detectable(
     says little.
 
     Args:
-        a: Values of the first arm, shape (n,).
-        b: Values of the second arm, in the same order of requests.
+        a: Values of the first system, shape (n,).
+        b: Values of the second system, in the same order of requests.
         comparisons: How many comparisons are corrected together.
         statistic: See `signflip`; for root means, users' differences are those of the linearised RMSE.
         users: See `signflip`.
@@ -246,7 +246,7 @@ def _arms(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     first, second = finite(a, statistic), finite(b, statistic)
     if first.shape != second.shape:
-        raise ValueError(f"paired arms must have the same requests: {first.size} values against {second.size}")
+        raise ValueError(f"paired systems must have the same requests: {first.size} values against {second.size}")
     (left, sizes), (right, _) = by_user(first, users), by_user(second, users)
     return left, right, sizes
 

@@ -44,7 +44,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A figure of arm a less the same figure of arm b, its interval and the two-sided p for no difference."""
+    """A figure of system a less the same figure of system b, its interval and the two-sided p for no difference."""
 
     value: float
     low: float
@@ -57,7 +57,7 @@ class Sampled:
     """A difference with its resamples, before it is known which level its interval is asked for.
 
     Attributes:
-        value: A figure of arm a less the same figure of arm b.
+        value: A figure of system a less the same figure of system b.
         p: Two-sided, for no difference.
         draws: The resampled differences, whose percentiles are the ends of intervals.
     """
@@ -146,14 +146,14 @@ def paired(
     method: Method = "percentile",
     level: float = 0.95,
 ) -> Difference:
-    """Bootstrap the difference of two arms over the same requests, a less b.
+    """Bootstrap the difference of two systems over the same requests, a less b.
 
-    Each resample draws users once and takes both arms on them, so that what makes a user easy or hard for both
+    Each resample draws users once and takes both systems on them, so that what makes a user easy or hard for both
     cancels out.
 
     Args:
-        a: Values of the first arm, shape (n,).
-        b: Values of the second arm in the same order of requests, shape (n,).
+        a: Values of the first system, shape (n,).
+        b: Values of the second system in the same order of requests, shape (n,).
         resamples: See `interval`.
         seed: See `interval`.
         statistic: See `interval`.
@@ -166,14 +166,14 @@ def paired(
         counting the observed one, so it is below ``1 - level`` (about) when the interval leaves out 0.
 
     Raises:
-        ValueError: If the arms differ in length, are empty or hold values that are not finite.
+        ValueError: If the systems differ in length, are empty or hold values that are not finite.
     """
     first, second = finite(a, statistic), finite(b, statistic)
     if first.shape != second.shape:
-        raise ValueError(f"paired arms must have the same requests: {first.size} values against {second.size}")
+        raise ValueError(f"paired systems must have the same requests: {first.size} values against {second.size}")
     (sums, sizes), (others, _) = by_user(first, users), by_user(second, users)
     if statistic == "mean":
-        # One gather instead of two, and equal arms differ by exactly 0.
+        # One gather instead of two, and equal systems differ by exactly 0.
         difference = _statistic(sums - others, sizes, "mean")
     else:
         left, right = _statistic(sums, sizes, statistic), _statistic(others, sizes, statistic)
@@ -191,10 +191,10 @@ def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sa
 def verdict(
     difference: Difference, better: Better = "higher", *, p: float | None = None, alpha: float = 0.05
 ) -> Verdict:
-    """Say what a difference shows of the claim that arm a beats arm b.
+    """Say what a difference shows of the claim that system a beats system b.
 
     Args:
-        difference: Arm a less arm b.
+        difference: System a less system b.
         better: Whether higher or lower figures are better.
         p: The p-value after correction for several comparisons; None takes the difference's own.
         alpha: Largest p at which a difference is called real.

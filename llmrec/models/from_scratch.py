@@ -1,4 +1,4 @@
-"""Small models that start from chance, for catalogues whose items are codes: no words have to be understood.
+"""Small models that start from random weights, for catalogues whose items are codes: no words have to be understood.
 
 Their folder looks like that of any pretrained model, so training, merging, export and every engine read it as such.
 """
@@ -41,7 +41,7 @@ def made(shape: ShapeSection, seed: int) -> str:
 
 
 def write(shape: ShapeSection, folder: Path, *, seed: int) -> None:
-    """Write a model with weights from chance and a tokenizer of single bytes."""
+    """Write a model with random weights and a tokenizer of single bytes."""
     torch = require("torch", "train")
     tokenizer = byte_tokenizer()
     config = _config(shape, tokenizer)

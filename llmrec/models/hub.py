@@ -116,7 +116,7 @@ def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, 
         free = _free(place)
         return "exhausted", (
             f"the disk is full while it is fetched: {place} has {free:.1f} GiB left. Make room and run the command "
-            "again, which goes on where it broke off, or set HF_HOME to a folder on a larger disk"
+            "again, which resumes where it broke off, or set HF_HOME to a folder on a larger disk"
         )
     if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
         return "unreadable", (
@@ -180,7 +180,7 @@ def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
             "model.name to a folder that holds the model"
         )
     return "failed", (
-        f"fetching it from {_endpoint()} broke off ({said}); run the command again, which goes on where it broke off"
+        f"fetching it from {_endpoint()} broke off ({said}); run the command again, which resumes where it broke off"
     )
 
 

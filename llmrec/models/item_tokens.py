@@ -74,7 +74,7 @@ def extended(
         index: Its ``vocabulary`` is added.
         titles: The words of each item, by id; one that is left out gives none to its tokens.
         target: The folder to write.
-        words: Start each new row from the words of its items; otherwise from chance.
+        words: Start each new row from the words of its items; otherwise at random.
         seed: Of the chance.
         vectors: A vector of each item, by id; where they are given, new rows start from them and not from words.
         whitened: Give each main direction of the vectors the same spread.
@@ -202,7 +202,7 @@ def _rows(
     """Return a starting row for every new token, shape (tokens, d).
 
     Means over items lie close together, so what one differs by from the others of its level is stretched to the spread
-    that the rows of ordinary words have. A token without items starts from chance, with the same mean and spread.
+    that the rows of ordinary words have. A token without items starts at random, with the same mean and spread.
 
     Args:
         table: Rows of the known vocabulary, shape (v, d).

@@ -117,7 +117,7 @@ def _instead(name: str) -> str:
 def available(section: ModelSection) -> str:
     """Say in one line where a model would come from, without loading or fetching anything."""
     if section.shape is not None:
-        return "made from its shape, with weights from chance"
+        return "made from its shape, with random weights"
     wheel = WHEELS.get(section.name.rsplit("/", 1)[-1])
     if Path(section.name).is_dir():
         return f"local folder {section.name}"

@@ -387,7 +387,7 @@ class RatingSection(TaskSection):
     baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias", "svd")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
     per_user: Positive | None = Field(None, description="most questions of one user, by seed; None: all")
-    head: HeadSection | None = Field(None, description="for the strategy head: what the tuned arm is trained to")
+    head: HeadSection | None = Field(None, description="for the strategy head: what the tuned setting is trained to")
     liked: float | None = Field(
         None, description="lowest rating that counts as liked, for AUC; None: three quarters up the scale"
     )
@@ -645,7 +645,7 @@ class TrainSection(Section):
         None, ge=0, description="of training rows, their order, dropout and adapters; None: the recipe's seed"
     )
     start: str | None = Field(
-        None, description="run folder whose tuned model training goes on from; other arms ask model.name as it is"
+        None, description="run folder whose tuned model training continues from; other settings ask model.name as it is"
     )
     only: tuple[str, ...] = Field(
         (), description="families that are trained, the others being asked nonetheless; empty: every one with a weight"
@@ -1005,12 +1005,12 @@ class Recipe(Section):
         asked = [task for task in self.tasks.present().values() if task.arms is None or "tuned" in task.arms]
         if "tuned" in self.eval.arms and not asked:
             raise ValueError(
-                "tasks: no family is asked in the tuned arm, so that training would be for nothing; drop the arm from "
-                "eval.arms, or name it in the arms of a family"
+                "tasks: no family is asked in the tuned setting, so that training would be for nothing; drop tuned "
+                "from eval.arms, or add it to tasks.FAMILY.arms"
             )
         if "tuned" in self.eval.arms and all(task.weight == 0 for task in self.tasks.present().values()):
             raise ValueError(
-                "tasks: every weight is 0, so there is nothing to tune on; drop the tuned arm or set a weight"
+                "tasks: every weight is 0, so there is nothing to tune on; drop the tuned setting or set a weight"
             )
         self._check_trained()
         for family, section in self.tasks.present().items():
@@ -1019,7 +1019,7 @@ class Recipe(Section):
                 if len(set(names)) != len(names):
                     raise ValueError(f"tasks.{family}.{key}: a name stands twice in {names}; keep one")
         if len(set(self.eval.arms)) != len(self.eval.arms):
-            raise ValueError(f"eval.arms: an arm stands twice in {list(self.eval.arms)}; keep one")
+            raise ValueError(f"eval.arms: a setting stands twice in {list(self.eval.arms)}; keep one")
         self._check_candidates()
         self._check_alignment()
         if self.tasks.ctr is not None and self.tasks.ctr.calibrate == "valid" and self.eval.split == "valid":
@@ -1030,7 +1030,7 @@ class Recipe(Section):
         self._check_head()
         if self.model.shape is not None and self.train.method != "full":
             raise ValueError(
-                "train.method: a model from chance has nothing that an adapter could start from; set train.method=full"
+                "train.method: a model from scratch has nothing that an adapter could start from; set train.method=full"
             )
         if self.reviews is not None and self.tasks.explanation is None:
             raise ValueError("reviews: only tasks.explanation reads a second table; add that task or drop the section")

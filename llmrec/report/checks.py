@@ -51,7 +51,7 @@ def check(results: Results, *, source: str = "results.json") -> None:
             )
         if not any(row.arm == "baseline" for row in rows):
             raise LlmrecError(
-                f"{source}: task {task!r} has no row with arm 'baseline', and a result without its controls means "
+                f"{source}: task {task!r} has no row with setting 'baseline', and a result without its controls means "
                 f"nothing; list some under tasks.{task}.baselines in the recipe and evaluate again",
                 kind="missing-value",
                 at=source,
@@ -141,7 +141,7 @@ def _digest(digest: str | None) -> str:
 def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
     """Refuse rows of which neither was measured under all protocols of the other.
 
-    Rows may carry a metric under several protocols, such as items of the history excluded and included; then one row
+    Rows may carry a metric under several protocols, such as seen items filtered and not filtered; then one row
     may lack one of them. A field that a signature leaves out, such as ``users`` or ``slice``, counts as one value.
     """
     parts = {row.id: [_fields(metric.signature) for metric in row.metrics.values()] for row in rows if row.metrics}

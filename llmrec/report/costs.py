@@ -1,4 +1,4 @@
-"""What answering cost: by row and by arm, in tokens and seconds a request."""
+"""What answering cost: by row and by setting, in tokens and seconds a request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RowCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmCost:
-    """The cost of all rows of one arm, added up."""
+    """The cost of all rows of one setting, added up."""
 
     arm: str
     rows: int
@@ -68,7 +68,7 @@ def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
 
 
 def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
-    """Add up rows, requests, tokens and seconds of each arm."""
+    """Add up rows, requests, tokens and seconds of each setting."""
     found = []
     for arm in ARMS:
         costs = [cost_of(row) for row in results.rows if row.arm == arm]

@@ -113,7 +113,7 @@ class Over:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """One arm and strategy over its templates; None where it has none of that kind."""
+    """One setting and strategy over its templates; None where it has none of that kind."""
 
     arm: str
     predictor: str
@@ -132,7 +132,7 @@ class Spread:
 
 
 def spreads(results: Results, task: str) -> tuple[Spread, ...]:
-    """Return the spread of every arm and strategy of a task, in the order in which they were evaluated."""
+    """Return the spread of every setting and strategy of a task, in the order in which they were evaluated."""
     metric = results.headline[task]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
@@ -150,7 +150,7 @@ def spreads(results: Results, task: str) -> tuple[Spread, ...]:
 
 
 def singles(results: Results, task: str) -> frozenset[str]:
-    """Return the ids of rows that are the only template of their arm and strategy."""
+    """Return the ids of rows that are the only template of their setting and strategy."""
     alone = {(spread.arm, spread.predictor) for spread in spreads(results, task) if spread.single}
     return frozenset(
         row.id for row in results.rows if row.task == task and row.template and (row.arm, row.predictor) in alone

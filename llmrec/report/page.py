@@ -13,7 +13,7 @@ from llmrec.durable import refuse_link, replacing
 from llmrec.report import index_summary
 from llmrec.report.audit import AuditLine, LeakError, audit_lines, how_to_audit, refuse_leaks
 from llmrec.report.render import html_page, latex, markdown_page, refused_pages
-from llmrec.report.results import Made, content_of, failure_reasons, mend_for, results_of
+from llmrec.report.results import Made, content_of, failure_reasons, fix_for, results_of
 from llmrec.report.table import csv_text
 
 PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "latex": "table.tex"}
@@ -50,8 +50,8 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
     except LeakError:
         _refuse(run_dir, audit or ())
         raise
-    results = results_of(content, source=str(run_dir / "results.json"), mend=mend_for(run_dir))
-    reasons, mend = failure_reasons(run_dir, results, predictions), how_to_audit(run_dir)
+    results = results_of(content, source=str(run_dir / "results.json"), fix=fix_for(run_dir))
+    reasons, fix = failure_reasons(run_dir, results, predictions), how_to_audit(run_dir)
     told = index_summary.line(run_dir) if made is None or made.item_index is None else made.item_index
     folder = run_dir / "report"
     refuse_link(folder)
@@ -61,9 +61,9 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
         (folder / name).unlink(missing_ok=True)
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
-    _put(pages["markdown"], markdown_page(results, reasons, audit, mend=mend).encode())
+    _put(pages["markdown"], markdown_page(results, reasons, audit, fix=fix).encode())
     near = index_summary.neighbours(run_dir) if told else ()
-    page = html_page(results, reasons, audit, mend=mend, item_index=told, neighbours=near)
+    page = html_page(results, reasons, audit, fix=fix, item_index=told, neighbours=near)
     _put(pages["html"], page.encode())
     return pages
 

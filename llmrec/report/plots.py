@@ -357,7 +357,7 @@ def by_position(results: Results, task: str) -> Positions:
 
 
 def _panel(row: Row) -> Panel:
-    """Return one row's curve, with arm and strategy in one line of its title and the template in the other."""
+    """Return one row's curve, with setting and strategy in one line of its title and the template in the other."""
     own = bands(row)
     lines = (arm_label(row.arm, row.predictor), short_template(row))
     return {

@@ -113,7 +113,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def sentences(results: Results, task: str) -> tuple[str, ...]:
     """Say which rows of language models prefer early or late positions, and of which it is not shown.
 
-    Rows of one arm and strategy, which differ in their template, are named together.
+    Rows of one setting and strategy, which differ in their template, are named together.
     """
     tested = [row for row in results.rows if row.task == task and row.position_trend is not None]
     named = {end: _named([row for row in tested if _end(row) == end], tested) for end in ("early", "late", "")}
@@ -137,7 +137,7 @@ def _end(row: Row) -> str:
 
 
 def _named(rows: Sequence[Row], tested: Sequence[Row]) -> list[str]:
-    """Return one name for the rows of an arm and strategy, with what was found where they prefer an end."""
+    """Return one name for the rows of a setting and strategy, with what was found where they prefer an end."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.predictor), []).append(row)

@@ -39,7 +39,7 @@ def html_page(
     reasons: Reasons,
     audit: Sequence[AuditLine] | None,
     *,
-    mend: str,
+    fix: str,
     item_index: str = "",
     neighbours: Sequence[Group] = (),
 ) -> str:
@@ -49,22 +49,22 @@ def html_page(
         results: Checked results.
         reasons: Row id to failure reason to count.
         audit: Lines of the audit; None where there was none.
-        mend: The command that makes the audit.
+        fix: The command that makes the audit.
         item_index: A line on the run's index, whose page stands beside this one; empty where there is none.
         neighbours: Items of that index that stand together.
     """
-    parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), mend]
+    parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), fix]
     parts += [item_index, repr(neighbours)]
     return environment().get_template("page.html.j2").render(
-        **_view(results, reasons, audit, mend), nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
+        **_view(results, reasons, audit, fix), nonce=hashlib.sha256("".join(parts).encode()).hexdigest()[:32],
         plotted={name: pictures(plot) for name, plot in plots(results).items()}, style=style(),
         item_index=item_index, index_page=index_summary.PAGE, neighbours=neighbours,
     )  # fmt: skip
 
 
-def markdown_page(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, *, mend: str) -> str:
+def markdown_page(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, *, fix: str) -> str:
     """Return what the HTML page says, without plots, example prompts and raw answers; see `html_page`."""
-    return _markdown().get_template("report.md.j2").render(**_view(results, reasons, audit, mend))
+    return _markdown().get_template("report.md.j2").render(**_view(results, reasons, audit, fix))
 
 
 def latex(results: Results) -> str:
@@ -91,7 +91,7 @@ def style() -> str:
     return (_HERE / "style.css").read_text("utf-8")
 
 
-def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, mend: str) -> dict[str, object]:
+def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, fix: str) -> dict[str, object]:
     """Return what the HTML and the Markdown page are made from."""
     verdicts = {task: wording.verdict(results, task) for task in results.tasks}
     headlines = {task: headline.headline(results, task) for task in results.tasks}
@@ -101,7 +101,7 @@ def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None,
         "winner": {task: wording.winner_sentence(found) for task, found in verdicts.items()},
         "tuning": {task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
         "signatures": facts.signatures(results), "arms": costs.cost_by_arm(results), "made": facts.made_data(results),
-        "audit": audit, "audited": audit_sentence(audit) if audit is not None else "", "mend": mend,
+        "audit": audit, "audited": audit_sentence(audit) if audit is not None else "", "mend": fix,
     }  # fmt: skip
 
 

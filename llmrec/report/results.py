@@ -41,13 +41,13 @@ class Made:
     item_index: str | None = None
 
 
-def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", mend: str = "") -> Results:
+def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
     """Turn the content of results.json into checked records.
 
     Args:
         content: The parsed JSON, or records, which are checked again.
         source: What to call it in an error.
-        mend: A sentence for the end of an error that says what to do.
+        fix: A sentence for the end of an error that says what to do.
 
     Raises:
         DataError: If a key is missing or has the wrong type.
@@ -57,22 +57,22 @@ def results_of(content: Results | Mapping[str, Any], *, source: str = "results.j
         try:
             content = Results.model_validate(mended(dict(content)))
         except (ValidationError, RecursionError) as error:
-            raise _unfit(error, source, mend) from error
+            raise _unfit(error, source, fix) from error
     check(content, source=source)
     return content
 
 
-def _unfit(error: ValidationError | RecursionError, source: str, mend: str) -> DataError:
+def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> DataError:
     """Name the first key that is wrong, and what is wrong with it."""
     if isinstance(error, RecursionError):
         deep = "it is nested too deeply to be a results file"
-        return DataError(f"{source}: {deep}. {mend}".strip(), kind="wrong-format", at=source)
+        return DataError(f"{source}: {deep}. {fix}".strip(), kind="wrong-format", at=source)
     problem = error.errors(include_url=False, include_context=False)[0]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = str(problem["msg"])
     return DataError(
-        f"{source}: key {place!r}: {message[:1].lower()}{message[1:]}{more}. {mend}".strip(),
+        f"{source}: key {place!r}: {message[:1].lower()}{message[1:]}{more}. {fix}".strip(),
         kind="missing-key" if problem["type"] == "missing" else "bad-value",
         at=source,
         column=place,
@@ -82,7 +82,7 @@ def _unfit(error: ValidationError | RecursionError, source: str, mend: str) -> D
 # --------------------------------------------------------------------------- files
 
 
-def mend_for(run_dir: Path) -> str:
+def fix_for(run_dir: Path) -> str:
     """Return the sentence that says how to write a run's files anew."""
     return f"Write it again with: llmrec eval RECIPE --out {shlex.quote(str(run_dir))}"
 
@@ -97,7 +97,7 @@ def read(run_dir: Path) -> Results:
     """
     content = content_of(run_dir)
     refuse_leaks(run_dir, audit_lines(run_dir) or ())
-    return results_of(content, source=str(run_dir / "results.json"), mend=mend_for(run_dir))
+    return results_of(content, source=str(run_dir / "results.json"), fix=fix_for(run_dir))
 
 
 def content_of(run_dir: Path) -> Mapping[str, Any]:
@@ -106,17 +106,17 @@ def content_of(run_dir: Path) -> Mapping[str, Any]:
     Raises:
         DataError: If the file is missing, or is no JSON object.
     """
-    path, mend = run_dir / "results.json", mend_for(run_dir)
+    path, fix = run_dir / "results.json", fix_for(run_dir)
     try:
         content = checked(path.read_bytes(), json.loads)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}", kind=kind, at=path) from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {fix}", kind=kind, at=path) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not valid JSON ({error}). {mend}", kind="syntax", at=path) from error
+        raise DataError(f"{path}: is not valid JSON ({error}). {fix}", kind="syntax", at=path) from error
     if not isinstance(content, dict):
         raise DataError(
-            f"{path}: holds a {type(content).__name__} where an object is expected. {mend}",
+            f"{path}: holds a {type(content).__name__} where an object is expected. {fix}",
             kind="wrong-format",
             at=path,
         )
@@ -133,15 +133,15 @@ def refuse_changed(run_dir: Path, files: Mapping[str, str]) -> None:
     Raises:
         DataError: If the file is missing, cannot be read or was changed.
     """
-    path, mend = run_dir / "predictions.parquet", mend_for(run_dir)
+    path, fix = run_dir / "predictions.parquet", fix_for(run_dir)
     try:
         found = sha256_of(path)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise DataError(f"{path}: cannot be read ({error.strerror}). {mend}", kind=kind, at=path) from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {fix}", kind=kind, at=path) from None
     if path.name in files and found != files[path.name]:
         raise DataError(
-            f"{path}: is not the file that results.json was written with, so it was changed. {mend}",
+            f"{path}: is not the file that results.json was written with, so it was changed. {fix}",
             kind="damaged",
             at=path,
         )
@@ -163,7 +163,7 @@ def failure_reasons(
     Raises:
         DataError: If the file is missing, unreadable, or holds other rows or row counts than results.json.
     """
-    path, mend = run_dir / "predictions.parquet", mend_for(run_dir)
+    path, fix = run_dir / "predictions.parquet", fix_for(run_dir)
     if predictions is None:
         refuse_changed(run_dir, results.files)
     try:
@@ -174,7 +174,7 @@ def failure_reasons(
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise DataError(
-            f"{path}: is not a readable predictions file ({reason}). {mend}", kind="damaged", at=path
+            f"{path}: is not a readable predictions file ({reason}). {fix}", kind="damaged", at=path
         ) from error
     total: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
@@ -186,7 +186,7 @@ def failure_reasons(
         if total[row.id] != row.n:
             raise DataError(
                 f"{path}: holds {total[row.id]} predictions of row {row.id!r}, results.json says n = {row.n}; the two "
-                f"files are not of one run. {mend}",
+                f"files are not of one run. {fix}",
                 kind="mismatch",
                 at=path,
             )

@@ -1,4 +1,4 @@
-"""Figures by slice in one compact table a task: the best row of each arm beside the best baseline."""
+"""Figures by slice in one compact table a task: the best row of each setting beside the best baseline."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SliceTable:
 
     Attributes:
         metric: What is shown.
-        rows: The columns: the best row of each arm, then the best baseline.
+        rows: The columns: the best row of each setting, then the best baseline.
         lines: Slices that hold cases.
         empty: Names, in words, of those that hold none.
     """

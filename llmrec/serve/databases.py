@@ -84,7 +84,7 @@ class Database(Protocol):
         ...
 
     def failure(self, error: BaseException) -> LlmrecError:
-        """Return what an error of the library means, with the mend."""
+        """Return what an error of the library means, with the fix."""
         ...
 
     def connect(self) -> Any:
@@ -162,8 +162,8 @@ class SQLite:
             code = sqlite3.SQLITE_FULL if full else sqlite3.SQLITE_CANTOPEN
         elif code == sqlite3.SQLITE_ERROR and "no such" in str(error):
             code = sqlite3.SQLITE_CORRUPT  # a table or column is gone
-        kind, mend = _SQLITE_MENDS.get(code, ("failed", MOVE))
-        return self.error(kind, f" cannot be used ({reason(error)}); {mend}")
+        kind, fix = _SQLITE_MENDS.get(code, ("failed", MOVE))
+        return self.error(kind, f" cannot be used ({reason(error)}); {fix}")
 
     def connect(self) -> sqlite3.Connection:
         """See `Database.connect`."""
@@ -338,13 +338,13 @@ class Postgres:
     def failure(self, error: BaseException) -> LlmrecError:
         """See `Database.failure`."""
         state = getattr(error, "sqlstate", None) or "08"
-        kind, mend = next((_POSTGRES_MENDS[n] for n in _POSTGRES_MENDS if state.startswith(n)), _UNKNOWN)
+        kind, fix = next((_POSTGRES_MENDS[n] for n in _POSTGRES_MENDS if state.startswith(n)), _UNKNOWN)
         # One line of it: the others repeat the query, or values.
         said = re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", str(error))
         said = re.split(r"(?:ERROR|FATAL): +", said, maxsplit=1)[-1].partition("\n")[0]
         for word in reversed(self._secrets):
             said = said.replace(word, "***")
-        return self.error(kind, f" cannot be used ({reason(ValueError(said))}); {mend}")
+        return self.error(kind, f" cannot be used ({reason(ValueError(said))}); {fix}")
 
     def connect(self) -> Any:
         """See `Database.connect`; each statement is a transaction."""

@@ -46,7 +46,7 @@ _KINDS = {
     429: "busy",
     503: "unreadable",
 }
-# Seconds after which what is out of order is worth another question.
+# Seconds after which to ask again what is out of order.
 _RETRY = 5.0
 # Characters of a client's own words that an answer repeats.
 _REPEATED = 200

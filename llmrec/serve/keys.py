@@ -206,7 +206,7 @@ def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
 def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
     if len(raw) > _LARGEST:
         raise LlmrecError(f"{file} is too large for a file of keys; name another", kind="too-large", at=file)
-    mend = "restore a copy, or move it away and make keys anew"
+    fix = "restore a copy, or move it away and make keys anew"
     try:
         found = json.loads(raw)
         if isinstance(found, dict) and type(found.get("format")) is int and found["format"] > FORMAT:
@@ -221,13 +221,13 @@ def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise LlmrecError(
-            f"{file} is no file of keys, or is damaged: {where or 'it'}: {first['msg']}; {mend}",
+            f"{file} is no file of keys, or is damaged: {where or 'it'}: {first['msg']}; {fix}",
             kind="damaged",
             at=file,
             column=where or None,
         ) from None
     except (ValueError, RecursionError) as error:
-        raise LlmrecError(f"{file} is no JSON ({reason(error)}); {mend}", kind="damaged", at=file) from None
+        raise LlmrecError(f"{file} is no JSON ({reason(error)}); {fix}", kind="damaged", at=file) from None
     twice = len({key.name for key in keys}) < len(keys)
     if twice:
         raise LlmrecError(
@@ -277,7 +277,7 @@ class Keys:
 
         Raises:
             LlmrecError: If the file has changed and cannot be used as it is now. Whom it kept out must not come in,
-                so nobody does until it is mended.
+                so nobody does until it is fixed.
         """
         given = _digest(presented)
         found = None

@@ -95,7 +95,7 @@ def _told(tool: Tool) -> protocol.Tool:
 
 
 async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> protocol.CallToolResult:
-    """Call a tool; what an agent can mend is an answer, so that it reads it and asks again."""
+    """Call a tool; what an agent can fix is an answer, so that it reads it and asks again."""
     try:
         asked = tool.asked.model_validate(arguments)
         check_items(service, asked)

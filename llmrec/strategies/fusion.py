@@ -9,7 +9,7 @@ Two forms of one question, how likely is each item to be the next:
 
 Both are fitted by maximum likelihood. Likelihood is not NDCG, so the form is chosen by NDCG on users that the weights
 do not know, cross-fitted over users, and every part alone is a form too: on validation no fusion is below its best
-part. Where items of the history can be ranked, what such an item is worth is one more weight.
+part. Where items of the history can be ranked, such an item has one more weight.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Known:
         had: Whether an item is in the history, shape (n, items).
         truth: Column of the target, shape (n,).
         out: What cannot be ranked, shape (n, items), never the target; None: all can be.
-        repeats: Items of the history can be ranked, so that what one is worth is fitted.
+        repeats: Items of the history can be ranked, so that their weight is fitted.
     """
 
     raw: list[NDArray[np.float32]]

@@ -27,7 +27,7 @@ FOLDS, CUT = 5, 10
 
 # What a share cannot be below, before its logarithm is taken.
 _FLOOR = 1e-6
-# Of the limits of what a part is worth.
+# Of the limits of what a part adds.
 _RESAMPLES = 1000
 CELLS = 1 << 24
 """Cells of a block of scores: 64 MB in single precision."""

@@ -26,7 +26,7 @@ def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[
     Args:
         asker: How to ask.
         permutations: Orders in which the candidates are shown; see `Rounds`.
-        training: Questions that measure what positions are worth; see `Rounds`.
+        training: Questions that measure what positions add; see `Rounds`.
     """
     return Rounds("label", asker, _at_once, permutations=permutations, training=training)
 
@@ -48,7 +48,7 @@ def permutation_ranker(
         asker: How to ask.
         depth: Places that are chosen one by one.
         permutations: Orders in which the candidates are shown; see `Rounds`.
-        training: Questions that measure what positions are worth, before any label is given; see `Rounds`.
+        training: Questions that measure what positions add, before any label is given; see `Rounds`.
     """
     steps = partial(_one_by_one, depth=depth)
     return Rounds("permutation", asker, steps, want="ranking", permutations=permutations, training=training)

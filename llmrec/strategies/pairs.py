@@ -13,7 +13,7 @@ from llmrec.types import Request
 
 
 def pairwise_ranker(asker: Prompting, *, all_pairs: int, depth: int) -> Rounds:
-    """Ask about pairs, each in both orders, and average the two: what a position is worth cancels out.
+    """Ask about pairs, each in both orders, and average the two: what a position adds cancels out.
 
     Up to ``all_pairs`` candidates every pair is asked, and an item's score is the number of others that it beats in
     expectation. More candidates are sorted by passes from the back to the front, in which the better of two neighbours

@@ -44,7 +44,7 @@ class PriorRanker:
     """Ranks candidates by log P(title | prompt) - weight * log P(title | prompt of nobody).
 
     The second term is what the model thinks of a title whoever asks. Its prompt is the same template's for a user
-    without history, profile or name; the arm's solved examples stand before it, one draw for all. With weight 1 the
+    without history, profile or name; the setting's solved examples stand before it, one draw for all. With weight 1 the
     score is the pointwise mutual information of title and history. A title's prior is computed once.
     """
 

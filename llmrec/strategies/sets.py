@@ -23,7 +23,7 @@ def setwise_ranker(
         set_size: Most items in a question, at least 2.
         depth: Places that are decided.
         permutations: Orders in which each set is shown; see `Rounds`.
-        training: Questions that measure what positions are worth; see `Rounds`.
+        training: Questions that measure what positions add; see `Rounds`.
     """
     steps = partial(_heap, children=set_size - 1, depth=depth)
     return Rounds("setwise", asker, steps, permutations=permutations, training=training)

@@ -16,7 +16,7 @@ from llmrec.types import Case
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Cases that say what a part is worth, times items: each part takes the fits of all folds. At least so many cases.
+# Cases that say what a part adds, times items: each part takes the fits of all folds. At least so many cases.
 _DISSECTED, _LEAST = 12_000_000, 500
 
 
@@ -31,7 +31,7 @@ class Weighed:
         name: Of its row.
         weights: None before ``fit``.
         tried: Forms with their cross-fitted figures.
-        without: What each part is worth, where ``fit`` was asked to dissect and the best form has several parts.
+        without: What each part adds, where ``fit`` was asked to dissect and the best form has several parts.
     """
 
     def __init__(self, name: str) -> None:

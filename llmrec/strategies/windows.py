@@ -23,7 +23,7 @@ def window_ranker(
         window: Items in a window.
         window_step: Places that it moves; fewer than ``window``.
         permutations: Orders in which each window is shown; see `Rounds`.
-        training: Questions that measure what positions are worth; see `Rounds`.
+        training: Questions that measure what positions add; see `Rounds`.
     """
     steps = partial(_slide, window=window, step=window_step)
     return Rounds("window", asker, steps, permutations=permutations, training=training)

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from llmrec.durable import refuse_link, verifies
 
-# What the Trainer goes on from beside weights; it has torch load these, and nothing else of a checkpoint.
+# What the Trainer continues from beside weights; it has torch load these, and nothing else of a checkpoint.
 _STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 
 log = logging.getLogger(__name__)

@@ -43,7 +43,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
         self._best = best
         self.records: list[dict[str, Any]] = []
-        # Seconds that killed invocations spent up to the step that this one goes on from.
+        # Seconds that killed invocations spent up to the step that this one continues from.
         self.before = 0.0
         self._begin = time.monotonic()
         self._spent = 0.0

@@ -129,7 +129,7 @@ def train(
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
-    A run that was killed goes on from its newest checkpoint in ``folder/checkpoints`` that verifies, and ends with
+    A run that was killed continues from its newest checkpoint in ``folder/checkpoints`` that verifies, and ends with
     the same weights.
 
     Args:

@@ -90,7 +90,7 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
         except Exception as error:
             raise RecipeError(
                 f"train.report_to: {name} cannot begin a run ({type(error).__name__}: {' '.join(str(error).split())}); "
-                "mend that, or take it out",
+                "fix that, or take it out",
                 kind="failed",
                 column="train.report_to",
             ) from error

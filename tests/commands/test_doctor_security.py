@@ -43,7 +43,7 @@ def test_a_package_with_an_advisory_is_a_fault(package: str, version: str, id_: 
     (found,) = security.check_advisories({package: version}, security.advisories())
     assert found.level == "fault"
     assert version in found.found and id_ in found.found and "https://" in found.found
-    assert found.mend == f"pip install --upgrade {package}"
+    assert found.fix == f"pip install --upgrade {package}"
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_a_folder_with_every_fault(shop: Path) -> None:
     found = list(security.examine(shop))
     pickles = one(found, "pickled weights")
     assert "old.pkl" in pickles.found and "pytorch_model.bin" in pickles.found and pickles.level == "fault"
-    assert one(found, "run folders").mend == f"chmod 700 {shop / 'runs' / 'shop'}"
-    assert one(found, "key files").mend == f"chmod 600 {shop / 'keys.json'}"
+    assert one(found, "run folders").fix == f"chmod 700 {shop / 'runs' / 'shop'}"
+    assert one(found, "key files").fix == f"chmod 600 {shop / 'keys.json'}"
     assert "page.yaml" in one(found, "keys in recipes").found
     assert "1 more" not in one(found, "keys in recipes").found
     remote = one(found, "trust_remote_code")

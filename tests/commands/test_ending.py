@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import cli
-from llmrec.commands.ending import mend_of
+from llmrec.commands.ending import fix_of
 from llmrec.durable import writing_to
 from llmrec.errors import LlmrecError
 
@@ -54,7 +54,7 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
     ],
 )
 def test_what_a_user_can_mend_is_one_paragraph(error: BaseException, says: str) -> None:
-    found = str(mend_of(error))
+    found = str(fix_of(error))
     assert says in found
     assert "\n" not in found
     assert isinstance(error, LlmrecError) or "run the same command again" in found
@@ -63,7 +63,7 @@ def test_what_a_user_can_mend_is_one_paragraph(error: BaseException, says: str) 
 def test_what_names_no_file_is_told_with_what_was_written(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as caught, writing_to(tmp_path), writing_to(tmp_path / "inner"):
         raise RuntimeError("No space left on device (os error 28)")
-    found = mend_of(caught.value)
+    found = fix_of(caught.value)
     assert found is not None and found.file == str(tmp_path / "inner") and str(tmp_path / "inner") in str(found)
 
 
@@ -71,7 +71,7 @@ def test_what_names_no_file_is_told_with_what_was_written(tmp_path: Path) -> Non
     "error", [ValueError("a defect"), KeyError("x"), OSError(errno.ENOENT, "gone"), Exception("os error 2")]
 )
 def test_a_defect_keeps_its_traceback(error: BaseException) -> None:
-    assert mend_of(error) is None
+    assert fix_of(error) is None
 
 
 # --------------------------------------------------------------------------- a full disk

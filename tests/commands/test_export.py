@@ -396,12 +396,12 @@ def test_data_that_is_gone_is_needed_for_the_check_and_the_items_only(tmp_path: 
     columns = own.model_copy(update={"source": "table", "path": str(table)}).model_dump(mode="json")
     run = trained(llama_folder, tmp_path / "run", f"data={json.dumps(columns)}", "tasks.rating=null")
     table.unlink()
-    for options, mend in (
+    for options, fix in (
         ({"users": 3}, "give --no-items and --check-users 0;"),
         ({}, "give --no-items;"),
         ({"users": 3, "with_items": False}, "give --check-users 0;"),
     ):
-        with raises(LlmrecError, Facts("missing-file", table, says=mend)):
+        with raises(LlmrecError, Facts("missing-file", table, says=fix)):
             write(run, tmp_path / "out", **options)
     done = write(run, tmp_path / "out", with_items=False)
     assert done.agreement is None and "could not be read" in done.notes[0]

@@ -31,7 +31,7 @@ Hostile = Callable[[dict[str, Any], Sequence[str]], dict[str, Any]]
 
 
 def _markdown(results: dict[str, Any]) -> str:
-    return markdown_page(results_of(results), {}, None, mend="llmrec audit runs/x")
+    return markdown_page(results_of(results), {}, None, fix="llmrec audit runs/x")
 
 
 def _lines(text: str) -> list[dict[str, str]]:

@@ -37,7 +37,7 @@ def test_each_task_has_its_best_model_its_best_control_and_their_difference(resu
 def test_it_never_contradicts_the_report(results: dict[str, Any]) -> None:
     found = results_of(results)
     text = joined(screen(found))
-    page = markdown_page(found, {}, None, mend="").replace("\\", "")
+    page = markdown_page(found, {}, None, fix="").replace("\\", "")
     tally = tuning_tally([verdict(found, task) for task in found.tasks])
     for sentence in (tally, caution(found)):
         assert sentence and sentence in text and sentence in page

@@ -110,8 +110,8 @@ class PrefixReader:
     def _like(self, ids: list[int]) -> tuple[_Read, int]:
         """Take out what is known of a prompt, and say how many of its tokens need not be read.
 
-        A known prompt is used up by the one that goes on from it. One of which it would use less than half stays: that
-        is another user's, and only the frame of the question is the same.
+        A known prompt is used up by the one that continues from it. One of which it would use less than half stays:
+        that is another user's, and only the frame of the question is the same.
         """
         # The last token is read in any case: its state is what is asked for.
         most = (len(ids) - 1) // BLOCK

@@ -50,7 +50,7 @@ class MaskedTree:
     def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
         """Read prompts, padded on their left; see `TreeEngine`.
 
-        With ``warm`` a prompt that is read alone goes on from the one that was read alone before it, as far as both
+        With ``warm`` a prompt that is read alone continues from the one that was read alone before it, as far as both
         begin alike.
         """
         torch = self._torch

@@ -75,7 +75,7 @@ class Refused(BackendError):
 
 
 class _Again(Exception):
-    """A fault that another attempt may mend; ``wait`` is what the server asks for, in seconds."""
+    """A fault that another attempt may fix; ``wait`` is what the server asks for, in seconds."""
 
     def __init__(self, kind: str, wait: float | None = None) -> None:
         super().__init__(kind)
@@ -103,7 +103,7 @@ class Wire:
         self.attempts: Counter[str] = Counter()
         """Attempts by how they ended: ``ok`` or the kind of fault."""
         for name in ("httpx", "httpcore"):
-            # They write a line a request otherwise.
+            # They write one line per request otherwise.
             logging.getLogger(name).setLevel(logging.WARNING)
         local = urlsplit(self._url).hostname in _LOCAL
         bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -186,10 +186,10 @@ class Wire:
         if status in _TRANSIENT or (status >= 500 and status != 501):
             raise _Again(f"status {status}", retry_after(response.headers.get("retry-after"), time.time()))
         if status != 200:
-            mend = _MENDS.get(status, "see eval.server in the recipe")
+            fix = _MENDS.get(status, "see eval.server in the recipe")
             said = self._words(_message(content.decode("utf-8", "replace")))
             refusal = Refused(
-                f"{self._url}{path} refused {what()} with status {status}: {said}; {mend}",
+                f"{self._url}{path} refused {what()} with status {status}: {said}; {fix}",
                 kind="failed",
                 at=f"{self._url}{path}",
             )

@@ -97,7 +97,7 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
 
     Every part has one trial at its defaults, then they share what is left of the time and search their grids. All
     choices are made by NDCG@10 on validation users; half of these only weigh the fusion. The test users are looked at
-    once, at the end. A killed call goes on where it was; Ctrl-C ends the search and finishes with what was found.
+    once, at the end. A killed call resumes where it was; Ctrl-C ends the search and finishes with what was found.
 
     Args:
         options: What is asked for.
@@ -195,7 +195,7 @@ def _data(options: AutoOptions, name: str, state: Path) -> Recipe:
 
 
 def _looked_at(options: AutoOptions, state: Path) -> Recipe:
-    """Return what `init` makes of a table; where faults can be mended, of a mended copy."""
+    """Return what `init` makes of a table; where faults can be fixed, of a fixed copy."""
     columns = asked(
         user=options.user,
         item=options.item,

@@ -91,7 +91,7 @@ def run_benchmark(
 ) -> dict[str, Path]:
     """Make every run that is not there yet; after each of them write the figures, a page and a picture for each table.
 
-    A killed benchmark goes on with the row that it was at: each run resumes as any run does. What is written before the
+    A killed benchmark resumes with the row that it was at: each run resumes as any run does. What is written before the
     end says how many runs are missing.
 
     Args:
@@ -138,7 +138,7 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line])
         why = "its rows stand in no table together" if unknown is None else f"there is no row {unknown!r}"
         near = "" if unknown is None else did_you_mean(unknown, rows)
         raise RecipeError(
-            f"benchmark {benchmark.benchmark}, pairs: {why}{near}; all runs are done and written, so mend the pair and "
+            f"benchmark {benchmark.benchmark}, pairs: {why}{near}; all runs are done and written, so fix the pair and "
             "run the same command again",
             kind="unknown-name",
             column="pairs",

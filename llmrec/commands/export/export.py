@@ -199,7 +199,9 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
             if base != origin:
                 why = "holds rows of item tokens, for which the published base model has no place"
                 if recipe.train.start is not None:
-                    why = "goes on from the tuned model of another run (train.start), not from the published base model"
+                    why = (
+                        "continues from the tuned model of another run (train.start), not from the published base model"
+                    )
                 raise LlmrecError(
                     f"--adapter-only: this adapter {why}; leave the option out to write the whole model",
                     kind="unsupported",

@@ -272,7 +272,7 @@ def _plain(name: str) -> str:
 def _unwritable(target: Path, error: OSError) -> LlmrecError:
     reason = error.strerror or str(error)
     return LlmrecError(
-        f"the export to {target} cannot be written: {reason}; mend this, or choose another --out",
+        f"the export to {target} cannot be written: {reason}; fix this, or choose another --out",
         kind="unreadable",
         at=target,
     )

@@ -172,8 +172,8 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
     """
     hub = require("huggingface_hub", "train")
     api: Any = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    mend = (
-        f"The folder {folder} is complete; mend the cause and upload it with: "
+    fix = (
+        f"The folder {folder} is complete; fix the cause and upload it with: "
         f"hf upload {name} {folder}{' --private' if private else ''}"
     )
     try:
@@ -201,7 +201,7 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[0] if lines else type(error).__name__).replace(token or "\0", "[token]")
         raise LlmrecError(
-            f"the upload to {name} failed: {reason[:300]}. {mend}", kind="unreachable", column="--push"
+            f"the upload to {name} failed: {reason[:300]}. {fix}", kind="unreachable", column="--push"
         ) from error
     return address
 

@@ -259,7 +259,7 @@ def _capital(text: str) -> str:
 
 
 def mended(table: Table, roles: Roles, items: Table | None, item_column: str) -> tuple[pl.DataFrame, list[str]]:
-    """Return the columns that the recipe uses with their faults mended, and what was done.
+    """Return the columns that the recipe uses with their faults fixed, and what was done.
 
     Args:
         table: The whole table.
@@ -310,7 +310,7 @@ def _kept(frame: pl.DataFrame, keep: pl.Expr, what: str, done: list[str]) -> pl.
 
 
 def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
-    """Write a mended table as CSV or Parquet, by the ending.
+    """Write a fixed table as CSV or Parquet, by the ending.
 
     Raises:
         DataError: If the ending is another one, the file exists, or nothing is left to write.

@@ -37,7 +37,7 @@ class InitOptions:
     fields: Annotated[str | None, About(help="Further item columns, A,B; none: no such.")] = None
     dates: Annotated[str | None, About(help="Order in dates such as 03/04/2024: day-first or month-first.")] = None
     split: Annotated[str | None, About(help="Column of the parts train, valid and test; none: draw a split.")] = None
-    mend: Annotated[Path | None, About(help="Write a copy of the table with its faults mended, and use that.")] = None
+    mend: Annotated[Path | None, About(help="Write a copy of the table with its faults fixed, and use that.")] = None
     force: Annotated[bool, About(help="Write over an existing recipe or copy.")] = False
 
     @property

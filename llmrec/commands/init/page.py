@@ -186,7 +186,8 @@ def _eval(plan: Plan) -> list[str]:
     lines = [
         "eval:",
         _line(
-            f"  arms: [{', '.join(plan.arms)}]", "" if "few-shot" in plan.arms else "few-shot was left out to save time"
+            f"  arms: [{', '.join(plan.arms)}]",
+            "" if "few-shot" in plan.arms else "few-shot was left out to save time",
         ),
         _line(f"  users: {plan.users}", f"{plan.facts.able} could be evaluated" if plan.facts.able else "a task"),
         _line(

@@ -78,14 +78,14 @@ def init(
         out: Where the recipe goes; ``<name>.yaml`` in the working folder by default.
         name: The recipe's name; the table's by default.
         asked: What is known about columns.
-        mend: Where a mended copy of the table may be written, if one is needed.
+        mend: Where a fixed copy of the table may be written, if one is needed.
         force: Write over an existing recipe or copy.
         backend: The engine; vLLM where it is installed, else hf.
         query: What is asked of a database.
         measure: Estimate the time on this machine, which takes seconds, where the model is at hand.
 
     Raises:
-        DataError: If the table cannot be read or judged, or could only be read after it is mended.
+        DataError: If the table cannot be read or judged, or could only be read after it is fixed.
         RecipeError: If the name or the place of the recipe cannot be used.
     """
     asked = asked or Asked()
@@ -235,7 +235,7 @@ def _item_column(roles: Roles, items: Table | None) -> str:
 
 
 def _again(roles: Roles, item_column: str) -> Asked:
-    """Return the roles as something asked for, for a look at the mended copy."""
+    """Return the roles as something asked for, for a look at the fixed copy."""
     return Asked(
         user=roles.user,
         item=item_column,

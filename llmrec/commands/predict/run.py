@@ -25,7 +25,7 @@ from llmrec.types import Answer, Text, Unparsed
 def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
     """Answer a file of questions and return what to print.
 
-    What was asked is remembered beside the output until that is written, so that a killed call goes on where it was.
+    What was asked is remembered beside the output until that is written, so that a killed call resumes where it was.
 
     Raises:
         LlmrecError: If nothing can be answered, because a file, a model or an option cannot be used.

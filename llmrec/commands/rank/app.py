@@ -18,7 +18,7 @@ app = App()
 def rank(options: RankOptions) -> None:
     """Rank a file of requests by a language model or a classic recommender: candidate sets, or the whole catalogue.
 
-    A killed run goes on where it was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
+    A killed run resumes where it was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
     """
     from llmrec.commands.rank.progress import console_rows
     from llmrec.commands.rank.run import STDOUT, rank_file

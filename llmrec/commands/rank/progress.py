@@ -163,13 +163,13 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cost(spent: Mapping[str, Any]) -> str:
-    """Write a cost in words: its sums, and its tokens and forwards a ranked line."""
+    """Write a cost in words: its sums, and its tokens and forward passes a ranked line."""
     prompts, answers, each = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
-    text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forwards"
+    text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forward passes"
     if each is None:
         return text
     tokens = each["prompt_tokens"] + each["completion_tokens"]
-    return f"{text}; {tokens:,.0f} tokens and {each['forwards']:,.1f} forwards a ranked line"
+    return f"{text}; {tokens:,.0f} tokens and {each['forwards']:,.1f} forward passes a ranked line"
 
 
 def summary_of(

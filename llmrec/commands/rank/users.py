@@ -1,6 +1,6 @@
 """Lists for every user of a run's data, into a file or a table of a database: `llmrec rank --all-users --to`.
 
-Users are ranked in parts, each of which is kept until all are there, so that a killed call goes on where it was.
+Users are ranked in parts, each of which is kept until all are there, so that a killed call resumes where it was.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
         )
     if options.train is not None and bundle.run is None:
         raise DataError(
-            f"--train goes on from a run, and {options.model} is none; name the run folder, with --out {out}",
+            f"--train continues from a run, and {options.model} is none; name the run folder, with --out {out}",
             kind="unsupported",
             column="--train",
         )

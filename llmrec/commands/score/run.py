@@ -34,7 +34,7 @@ def score(
 
     Args:
         ranked: A path or a frame: llmrec's own lists, a row a ranked item, or a TREC run; see docs/score.md.
-        truth: A path or a frame: what is relevant, a row an item, or TREC qrels.
+        truth: A path or a frame: what is relevant, one row per item, or TREC qrels.
         against: Other lists over the same truth, whose figures are taken from those of ``ranked``, paired by user.
         k: Ranks at which metrics are cut.
         graded: NDCG takes the truth's relevance for its gain; else every relevant item has a gain of 1.

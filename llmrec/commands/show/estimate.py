@@ -62,7 +62,7 @@ def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | d
 
 
 def eval_tokens(study: Study, encoder: Encoder) -> dict[str, int]:
-    """Estimate each arm's tokens, of prompts and answers, from a sample of its prompts."""
+    """Estimate each setting's tokens, of prompts and answers, from a sample of its prompts."""
     return {arm: work.tokens for arm, work in eval_work(study, encoder).items()}
 
 
@@ -73,9 +73,9 @@ class Estimate:
     Attributes:
         parameters: Weights of the model.
         train_tokens: Tokens of all planned steps.
-        eval_work: What every evaluated row asks, by arm.
+        eval_work: What every evaluated row asks, by setting.
         train_seconds: Estimated, validation losses included.
-        eval_seconds: Estimated, engine starts included, by arm; empty where a server answers.
+        eval_seconds: Estimated, engine starts included, by setting; empty where a server answers.
         memory_gb: Peak of the training process: what it holds now, with data and libraries, and what training adds.
         cost: Of the tokens that a server reads and writes, in the currency of its prices; None without prices.
     """

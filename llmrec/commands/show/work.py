@@ -79,7 +79,7 @@ class Seen:
 
 
 def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
-    """Estimate what each arm asks from a sample of its prompts."""
+    """Estimate what each setting asks from a sample of its prompts."""
     totals: dict[str, Work] = {}
     for arm in study.recipe.eval.arms:
         shots = study.recipe.eval.shots.k if arm == "few-shot" else 0

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _JOURNAL, _BEST, _RECORD, _TABLE, _TRIALS = "study.jsonl", "best.yaml", "tune.json", "trials.csv", "trials"
 _OWN = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, LOCK})
-# Folders of a trial that only a run which goes on from it would need.
+# Folders of a trial that only a run which continues from it would need.
 _HEAVY = ("merged", "checkpoints", "base", "best")
 # Failures at the beginning after which nothing is expected of further trials.
 _HOPELESS = 3
@@ -71,7 +71,7 @@ def tune(options: TuneOptions, say: Callable[[str], None] = log.info) -> Found:
 
     The recipe's own values are the first trial where the space holds them. Lists alone are tried whole, in order;
     where there is a range, Optuna's TPE proposes. The test split is not looked at. Every trial is kept; the same
-    command goes on where a killed one was, inside the trial too.
+    command resumes where a killed one was, inside the trial too.
 
     Raises:
         MissingExtra: If Optuna is not installed.

@@ -116,12 +116,12 @@ def stands(path: Path) -> bool:
     return path.is_symlink() or (path.exists() and not path.is_dir())
 
 
-def require_file(path: Path, mend: str, what: str = "") -> None:
+def require_file(path: Path, fix: str, what: str = "") -> None:
     """Check that a path is a file; a pipe would block for ever, and a device may have no end.
 
     Args:
         path: The path.
-        mend: What to do about it, for the error.
+        fix: What to do about it, for the error.
         what: What the file is, for the error: ``the table of items``.
 
     Raises:
@@ -130,14 +130,14 @@ def require_file(path: Path, mend: str, what: str = "") -> None:
     problem = no_file(path)
     if problem:
         kind: ErrorKind = "missing-file" if problem in _ABSENT else "unreadable"
-        raise DataError(f"{what} {path} {problem}; {mend}".lstrip(), kind=kind, at=path)
+        raise DataError(f"{what} {path} {problem}; {fix}".lstrip(), kind=kind, at=path)
 
 
 def stranger(head: bytes) -> str:
-    """Say what a file is that should be text, as its first bytes show, and the mend; empty if they show nothing."""
-    for start, what, mend in _STRANGERS:
+    """Say what a file is that should be text, as its first bytes show, and the fix; empty if they show nothing."""
+    for start, what, fix in _STRANGERS:
         if head.startswith(start):
-            return f"this is {what}; {mend}"
+            return f"this is {what}; {fix}"
     if head[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
         return "this is a web page; fetch the file again, perhaps after logging in"
     return ""

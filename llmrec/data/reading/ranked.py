@@ -1,6 +1,6 @@
 """Ranked lists as files: one record a request, kept in parts while the work goes on and then written as one table.
 
-A table has a row a request, or in its long form one a ranked item; a TREC run has a line a ranked item.
+A table has one row per request, or in its long form one a ranked item; a TREC run has a line a ranked item.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def form_of(path: Path, asked: str) -> Form:
 
 
 def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "llmrec") -> None:
-    """Write ranked lists in one step; in the forms of a row an item, failed requests have no row.
+    """Write ranked lists in one step; in the forms of one row per item, failed requests have no row.
 
     Args:
         path: The file.

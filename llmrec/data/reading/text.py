@@ -310,7 +310,7 @@ def second_header(frame: pl.DataFrame) -> int | None:
     return None if rows.is_empty() else int(rows["\0"][0])
 
 
-def column_names(name: str, found: Iterable[str], mend: str = "rename one") -> list[str]:
+def column_names(name: str, found: Iterable[str], fix: str = "rename one") -> list[str]:
     """Return the names of columns, without blanks around them.
 
     Raises:
@@ -334,7 +334,7 @@ def column_names(name: str, found: Iterable[str], mend: str = "rename one") -> l
     twice = next((column for column, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise DataError.at(
-            Place(name, 0, 1), "duplicate", f": the column {shown(twice)} stands there twice; {mend}", twice
+            Place(name, 0, 1), "duplicate", f": the column {shown(twice)} stands there twice; {fix}", twice
         )
     return names
 
@@ -418,7 +418,7 @@ def _careful(
 
 
 def csv_problem(error: csv.Error) -> str:
-    """Say what is wrong with a row of CSV, and the mend."""
+    """Say what is wrong with a row of CSV, and the fix."""
     if "new-line character" in str(error):
         return "there is a lone carriage return; end every line with a line feed, or put double quotes around the field"
     return f"{reason(error)}; check the double quotes in this row"

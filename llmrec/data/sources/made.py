@@ -12,7 +12,7 @@ from llmrec.resources import resource
 
 
 def made_reviews(section: DataSection, *, seed: int) -> Dataset:
-    """Load the shipped table of made reviews: 120 made users, 40 made products, about 1,400 reviews with texts.
+    """Load the shipped table of synthetic reviews: 120 users, 40 products, about 1,400 reviews with texts.
 
     Products carry ``category``, ``brand`` and ``price``.
 

@@ -61,7 +61,7 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
 
 
 def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
-    """Whether the rows of a language model in an arm, under a strategy, are joined with the family's baselines."""
+    """Whether the rows of a language model in a setting, under a strategy, are joined with the family's baselines."""
     first, section = ("head", study.section(family).strategies[0]), study.recipe.eval.fusion
     if section.model_users == 0 or (section.arms is not None and arm not in section.arms):
         return False

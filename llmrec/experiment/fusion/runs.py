@@ -18,7 +18,7 @@ from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study, build_study
 from llmrec.recipe.load import load_stored
-from llmrec.report.results import content_of, mend_for, results_of
+from llmrec.report.results import content_of, fix_for, results_of
 from llmrec.results import Reads, Row
 from llmrec.tasks.family import family_of
 from llmrec.types import Case
@@ -81,7 +81,7 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
             kind="missing-file",
             at=run,
         )
-    results = results_of(content_of(run), source=str(path), mend=mend_for(run))
+    results = results_of(content_of(run), source=str(path), fix=fix_for(run))
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:
         raise DataError(

@@ -297,7 +297,7 @@ def shots_drawn_again(study: Study, family: str) -> Check:
 
 
 def positions_drawn_again(study: Study, family: str) -> Check | None:
-    """Questions that measure what a position is worth, and move with held-out interactions; None: none are asked."""
+    """Questions that measure what a position adds, and move with held-out interactions; None: none are asked."""
     section = study.recipe.eval
     if section.debias != "measured" or not any(map(is_positional, study.section(family).strategies)):
         return None
