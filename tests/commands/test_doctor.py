@@ -94,7 +94,7 @@ def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("packages", "name", "found", "mend"),
+    ("packages", "name", "found", "fix"),
     [
         (changed(transformers="5.10.0"), "extra train", "too old for", "'transformers<6,>=5.16'"),
         (changed(transformers="6.1"), "extra train", "too new for", "'transformers<6,>=5.16'"),
@@ -130,7 +130,7 @@ def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
         ),
     ],
 )
-def test_a_conflict_is_one_fault_with_its_mend(packages: Packages, name: str, found: str, fix: str) -> None:
+def test_a_conflict_is_one_fault_with_its_fix(packages: Packages, name: str, found: str, fix: str) -> None:
     (fault,) = [finding for finding in faults(all_of(packages)) if finding.name == name]
     assert found in fault.found
     assert fix in fault.fix
