@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,10 @@ from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion.carried import carried
 from llmrec.experiment.study import load_tables
 from llmrec.recipe.load import load_stored
+from llmrec.report.results import content_of
 from llmrec.types import CatalogueScorer, Item, Request
+
+log = logging.getLogger(__name__)
 
 # What retrieves where nothing in the history is known: it needs no history.
 _FALLBACK = "popularity"
@@ -26,6 +30,8 @@ _NAMED = 3
 
 def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
     """Return a run's data as its training saw it, or the interactions that an exported folder carries.
+
+    A warning says so where the data have changed since the run was measured.
 
     Args:
         bundle: The model.
@@ -46,7 +52,7 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
         )
     recipe = load_stored(bundle.run)
     try:
-        return load_tables(recipe)[0]
+        data = load_tables(recipe)[0]
     except DataError as error:
         raise DataError(
             f"{error}. This is the data of the run {bundle.run}, which {option} learns from",
@@ -54,6 +60,23 @@ def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
             at=error.place,
             column=error.column,
         ) from None
+    _warn_of_change(bundle.run, data)
+    return data
+
+
+def _warn_of_change(run: Path, data: SplitDataset) -> None:
+    if not (run / "results.json").is_file():
+        return
+    measured = content_of(run).get("data", {}).get("main", {})
+    if measured.get("split_fingerprint") not in (None, data.fingerprint):
+        log.warning(
+            "the data of %s have changed since it was measured (%s interactions then, %s now): its figures and "
+            "the weights of its fusion are those of the former; run its recipe again, or add what is new with llmrec "
+            "refresh",
+            run,
+            f"{measured['interactions']:,}",
+            f"{data.dataset.interactions.height:,}",
+        )
 
 
 class Retriever:

@@ -52,9 +52,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
-    table: Path, tmp_path: Path, few: None
+    table: Path, tmp_path: Path, few: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = AutoOptions(table=str(table), budget="40s", out=tmp_path / "run")
+    options = AutoOptions(table=str(table), budget="40s", out=tmp_path / "run", classic=True)
     made = autos.auto(options)
     best = {tried.part.label: tried.best for tried in made.tried}
     assert all(best.values()) and best["markov"].value > best["popularity"].value  # type: ignore[union-attr]
@@ -74,6 +74,7 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
         parts[0]["seconds"] = 0
     assert found["parts"][0] == record["parts"][0]
     assert not [line for line in again if "new point" in line and " 0 new points" not in line]
+    assert "no language model: --classic" in again
 
     models = open_models(RecommenderOptions(model=str(made.folder), backend="hf"))
     assert next(iter(models.opened)) == "fusion"
@@ -84,6 +85,13 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
     (told,) = [json.loads(line) for line in lists.read_text(encoding="utf-8").splitlines()]
     with load(str(made.folder), backend="hf") as rec:
         assert told["items"] == [each.item_id for each in rec.rank(history=["i3", "i4"], k=3)]
+
+    assert "have changed" not in caplog.text
+    table.write_text("".join(table.read_text(encoding="utf-8").splitlines(keepends=True)[:-3]), encoding="utf-8")
+    rank_file(
+        RankOptions(baseline="fusion", recipe=str(made.folder), requests=asked, out=tmp_path / "later.jsonl", top=3)
+    )
+    assert "have changed since it was measured" in caplog.text
 
 
 def search_of(table: Path, tmp_path: Path, parts: list[Part], seconds: float, lines: list[str]) -> autos._Search:

@@ -41,6 +41,10 @@ class Plan:
     told: str
 
 
+NONE = Plan(0, 0.0, "no language model: --classic")
+"""What is planned where none is wanted."""
+
+
 @dataclass(frozen=True)
 class Judged:
     """What validation users say of a fusion with the tuned model: ``kept`` where they lose without it."""

@@ -31,6 +31,7 @@ class AutoOptions:
     out: Annotated[Path | None, About(help="The run folder; runs/<name>-auto by default.")] = None
     name: Annotated[str | None, About(help="What the run is called; the table's name by default.")] = None
     users: Annotated[int, About(help="Test users that the finished recommender is measured on.", least=1)] = 5000
+    classic: Annotated[bool, About(help="Tune no language model, whatever the budget allows.")] = False
     user: Annotated[str | None, About(help="Column of users.")] = None
     item: Annotated[str | None, About(help="Column of items.")] = None
     rating: Annotated[str | None, About(help="Column of ratings; none: leave them out.")] = None

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrec.commands.auto.model import MODEL, judged, plan, with_model
+from llmrec.commands.auto.model import MODEL, NONE, judged, plan, with_model
 from llmrec.commands.auto.options import AutoOptions
 from llmrec.commands.auto.parts import Part, has_texts, parts_for
 from llmrec.commands.auto.trial import Asked, Done, Tuning, data_of, done, trial_key
@@ -120,7 +120,7 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
         texts = has_texts(data.dataset)
         encoder = _encoder() if texts else None
         parts = parts_for(data.dataset, encoder, texts=texts, torch=importlib.util.find_spec("torch") is not None)
-        planned = plan(options.seconds, titles=texts, device=_device())
+        planned = NONE if options.classic else plan(options.seconds, titles=texts, device=_device())
         say(planned.told)
         search = _Search(recipe, state, parts, began + options.seconds - planned.seconds, options.seconds, say)
         try:

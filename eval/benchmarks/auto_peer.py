@@ -1,0 +1,125 @@
+"""RecTools' models under a budget, beside `llmrec auto`: grids judged on validation, the best measured on test users.
+
+It runs in that library's own environment, so it imports nothing of llmrec: ``PYTHON auto_peer.py FOLDER SECONDS``. The
+folder holds ``train.csv``, ``valid.csv`` and ``test.csv`` (user_id, item_id, position), as ``auto_split`` writes them;
+``lists.csv`` (user_id, item_id, rank, score) and ``trials.json`` are written beside them. Models are tried from the
+cheapest to the dearest; none begins when the budget is spent. SASRec is among them where torch is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from implicit.als import AlternatingLeastSquares
+from implicit.nearest_neighbours import CosineRecommender, TFIDFRecommender
+from rectools.dataset import Dataset
+from rectools.models import EASEModel, ImplicitALSWrapperModel, ImplicitItemKNNWrapperModel, PopularModel, PureSVDModel
+
+try:
+    from rectools.models import SASRecModel
+except ImportError:
+    SASRecModel = None
+
+K = 10
+Make = Callable[[], Any]
+
+
+def points() -> Iterator[tuple[str, Make]]:
+    """Yield models with a name each, cheapest first."""
+    yield "popular", PopularModel
+    for neighbours in (20, 50, 100, 200):
+        for kind in (CosineRecommender, TFIDFRecommender):
+            yield (
+                f"{kind.__name__}(K={neighbours})",
+                lambda k=neighbours, kind=kind: ImplicitItemKNNWrapperModel(kind(K=k)),
+            )
+    for factors in (32, 64, 128, 256):
+        yield f"pure-svd({factors})", lambda f=factors: PureSVDModel(factors=f)
+    for regularization in (50.0, 100.0, 200.0, 500.0, 1000.0):
+        yield f"ease({regularization:g})", lambda r=regularization: EASEModel(regularization=r)
+    for factors in (32, 64, 128):
+        for weight in (0.01, 0.1, 1.0):
+            for alpha in (1.0, 10.0, 40.0):
+                yield (
+                    f"als({factors}, {weight:g}, {alpha:g})",
+                    lambda f=factors, w=weight, a=alpha: ImplicitALSWrapperModel(
+                        AlternatingLeastSquares(factors=f, regularization=w, alpha=a, random_state=0)
+                    ),
+                )
+    if SASRecModel is not None:
+        for dropout in (0.2, 0.5):
+            yield (
+                f"sasrec(dropout={dropout:g})",
+                lambda d=dropout: SASRecModel(
+                    n_factors=64, n_blocks=2, session_max_len=50, dropout_rate=d, epochs=20, deterministic=True
+                ),
+            )
+
+
+def dataset(*parts: pd.DataFrame) -> Dataset:
+    frame = pd.concat(parts, ignore_index=True)
+    frame["datetime"] = pd.Timestamp("2020-01-01") + pd.to_timedelta(frame.pop("position"), unit="s")
+    frame["weight"] = 1.0
+    return Dataset.construct(frame)
+
+
+def lists(model: Any, data: Dataset, users: np.ndarray) -> pd.DataFrame:
+    return model.recommend(users=users, dataset=data, k=K, filter_viewed=True)
+
+
+def ndcg(found: pd.DataFrame, truth: pd.DataFrame) -> float:
+    """Mean NDCG@10 with one relevant item a user; who has no list, or not the item in it, counts 0."""
+    hits = found.merge(truth, on=["user_id", "item_id"])
+    return float((1 / np.log2(hits["rank"] + 1)).sum() / truth["user_id"].nunique())
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    folder, budget = Path(sys.argv[1]), float(sys.argv[2])
+    train, valid, test = (
+        pd.read_csv(folder / f"{part}.csv", dtype={"user_id": str, "item_id": str})
+        for part in ("train", "valid", "test")
+    )
+    began, trials = time.monotonic(), []
+    known, asked = dataset(train), valid["user_id"].unique()
+    asked = asked[np.isin(asked, train["user_id"].unique())]
+    best: tuple[float, str, Make] | None = None
+    for name, make in points():
+        if time.monotonic() - began > budget:
+            trials.append({"model": name, "skipped": True})
+            continue
+        begin = time.monotonic()
+        value = ndcg(lists(make().fit(known), known, asked), valid)
+        trials.append({"model": name, "valid": value, "seconds": time.monotonic() - begin})
+        print(f"{name} {value:.4f} {time.monotonic() - begin:.1f} s", flush=True)  # noqa: T201
+        if best is None or value > best[0]:
+            best = value, name, make
+    assert best is not None
+    everything = dataset(train, valid)
+    found = lists(best[2]().fit(everything), everything, test["user_id"].unique())
+    found[["user_id", "item_id", "rank", "score"]].to_csv(folder / "lists.csv", index=False)
+    told = {
+        "library": f"rectools {importlib.metadata.version('rectools')}",
+        "sasrec": SASRecModel is not None,
+        "best": best[1],
+        "valid": best[0],
+        "budget_seconds": budget,
+        "seconds": time.monotonic() - began,
+        "tried": sum("valid" in trial for trial in trials),
+        "skipped": sum("skipped" in trial for trial in trials),
+        "trials": trials,
+    }
+    (folder / "trials.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

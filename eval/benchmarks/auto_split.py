@@ -1,0 +1,32 @@
+"""The split of a finished run as plain files, for other libraries: ``python -m eval.benchmarks.auto_split RUN FOLDER``.
+
+Writes ``train.csv``, ``valid.csv`` and ``test.csv`` (user_id, item_id, position: the place in the user's order), and
+``truth.csv`` (user_id, item_id), which `llmrec score` reads.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import polars as pl
+
+from llmrec.experiment.study import load_tables
+from llmrec.recipe.load import load_stored
+
+
+def main(run: Path, folder: Path) -> None:
+    """Write the parts of the run's data."""
+    data = load_tables(load_stored(run))[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
+        rows = part.select("user_id", "item_id", position=pl.int_range(pl.len()).over("user_id"))
+        # What is held out comes after what is known.
+        rows.with_columns(pl.col("position") + {"train": 0, "valid": 1_000_000, "test": 2_000_000}[name]).write_csv(
+            folder / f"{name}.csv"
+        )
+    data.test.select("user_id", "item_id").write_csv(folder / "truth.csv")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
