@@ -234,7 +234,7 @@ def _imported(module: str) -> Any:
             raise _broken(module, error) from error
         raise RecipeError(
             f"there is no module {error.name!r} on the Python path; install its package, set PYTHONPATH, or name the "
-            "folder that it lies in under the recipe's key plugins",
+            "folder that it lies in under the page's key plugins",
             kind="not-installed",
             at=module,
         ) from None

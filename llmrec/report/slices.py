@@ -11,7 +11,7 @@ from llmrec.report.marks import best_baseline
 from llmrec.results import Metric, Results, Row, SliceOfRow, lower
 
 _NAMES = (
-    (r"item:cold-below-(\d+)", "Cold items: fewer than {0} training interactions"),
+    (r"item:cold-below-(\d+)", "Rare items: fewer than {0} training interactions"),
     (r"item:warm-from-(\d+)", "Warm items: {0} training interactions or more"),
     (r"item:head-(0?\.\d+)", "Head items: the most popular, with {share} of training interactions"),
     (r"item:long-tail-(0?\.\d+)", "Long-tail items: all others"),

@@ -22,7 +22,7 @@ Save = Callable[[dict[str, Any]], Path]
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("item:cold-below-5", "Cold items: fewer than 5 training interactions"),
+        ("item:cold-below-5", "Rare items: fewer than 5 training interactions"),
         ("item:warm-from-5", "Warm items: 5 training interactions or more"),
         ("item:head-0.8", "Head items: the most popular, with 80 % of training interactions"),
         ("item:long-tail-0.8", "Long-tail items: all others"),
@@ -121,5 +121,5 @@ def test_slices_stand_in_the_page_and_in_markdown(results: dict[str, Any], save:
                 and f"[{figure.low:.3f}, {figure.high:.3f}]" in text
             )
     text = pages["markdown"].read_text("utf-8").split("### Pick from candidates")[1].split("#### Slices")[1]
-    assert "| Cold items: fewer than 5 training interactions (few) | 14, 13 users | " in text
+    assert "| Rare items: fewer than 5 training interactions (few) | 14, 13 users | " in text
     assert "No case falls into: History of 0 to 4 events." in text
