@@ -70,7 +70,7 @@ class Hit(NamedTuple):
     better: str
 
 
-def hits(paths: Iterable[Path]) -> Iterator[Hit]:
+def hits(paths: Iterable[Path], root: Path = ROOT) -> Iterator[Hit]:
     """Yield every word of the list that prose of ``paths`` uses."""
     better = list(BETTER.values())
     for path in paths:
@@ -79,7 +79,7 @@ def hits(paths: Iterable[Path]) -> Iterator[Hit]:
             for found in _WORDS.finditer(prose):
                 line = first + prose.count("\n", 0, found.start())
                 kind = int((found.lastgroup or "w0")[1:])
-                yield Hit(str(path.relative_to(ROOT)), line, " ".join(found.group().split()), better[kind])
+                yield Hit(str(path.relative_to(root)), line, " ".join(found.group().split()), better[kind])
 
 
 def pages() -> list[Path]:
