@@ -72,7 +72,7 @@ def _data(page: dict[str, Any]) -> SplitDataset:
 def test_a_tuned_model_and_a_mixture_stand_in_the_table_of_the_baselines(ran: tuple[Path, dict[str, Any]]) -> None:
     rows = {row["name"]: row for row in ran[1]["rows"]}
     assert list(rows) == ["markov-1", "small", "both"]
-    assert rows["small"]["tables"]["excluded"]["parameters"] == {"model": "from chance", "index": "token", "steps": 30}
+    assert rows["small"]["tables"]["excluded"]["parameters"] == {"model": "from scratch", "index": "token", "steps": 30}
     # From scratch, its item rows starting at random or from vectors of texts.
     assert rows["markov-1"]["reads"] == "events" and rows["both"]["reads"] == rows["small"]["reads"]
     for row in rows.values():

@@ -141,7 +141,7 @@ def test_the_words_of_a_held_out_item_are_not_in_its_token(llama_folder: Path, t
 
 
 def test_rows_can_start_from_the_vectors_of_a_recommender(llama_folder: Path, tmp_path: Path) -> None:
-    """Items that the same users chose get rows alike; one without training interactions starts from chance."""
+    """Items that the same users chose get rows alike; one without training interactions starts at random."""
     pytest.importorskip("implicit")
     safetensors = pytest.importorskip("safetensors.numpy")
     found = {}

@@ -225,7 +225,7 @@ def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, 
     )
     assert all(two[name].allclose(one[name], atol=1e-6) for name in one)
     assert any(not two[name].allclose(base[name], atol=1e-5) for name in base)
-    assert any("went on from the tuned model" in note for note in done.results["notes"])
+    assert any("continued from the tuned model" in note for note in done.results["notes"])
     # The other arms ask the base model.
     alone = pipeline.run(recipe(llama_folder, *OWN, "eval.arms=[zero-shot]"), tmp_path / "alone", quiet=True)
     zero = "rating/zero-shot/expected/list-ratings"

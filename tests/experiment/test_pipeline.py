@@ -232,7 +232,10 @@ def test_a_family_can_be_asked_in_some_arms_alone(llama_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [
-        ("tasks={direct: {arms: [zero-shot]}, sequential: {arms: [few-shot]}}", "no family is asked in the tuned arm"),
+        (
+            "tasks={direct: {arms: [zero-shot]}, sequential: {arms: [few-shot]}}",
+            "no family is asked in the tuned setting",
+        ),
         ("tasks={direct: {arms: []}}", "tasks.direct.arms"),
     ],
 )
@@ -260,7 +263,7 @@ def test_a_profile_that_tells_an_answer_does_not_end_the_run(
     assert {row["n"] for row in made.results["rows"]} == {len(users) - 1}
     (aside,) = made.results["set_aside"]
     assert aside["users"] == [told.user_id] and told.item_id in aside["said"]
-    for name, first in (("report.md", "- **"), ("index.html", 'class="lead"')):
+    for name, first in (("report.md", "- **"), ("index.html", 'class="opening"')):
         text = (made.folder / "report" / name).read_text("utf-8")
         assert text.index("1 user is set aside from evaluation") < text.index(first)
     assert json.loads((made.folder / "audit.json").read_text("utf-8"))["leaks"] == 0

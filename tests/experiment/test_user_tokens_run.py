@@ -128,7 +128,7 @@ def test_tokens_of_users_are_trained_saved_and_read_back(ran: Run) -> None:
 
 
 def test_the_report_says_that_nothing_was_pretrained(ran: Run) -> None:
-    told = "The language model is a new encoder-decoder of width 16 that started from chance"
+    told = "The language model is a new encoder-decoder of width 16, trained from scratch"
     assert any(told in note for note in ran.results["notes"])
 
 

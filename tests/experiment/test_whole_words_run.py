@@ -53,8 +53,8 @@ def test_a_second_run_reuses_it(ran: Run) -> None:
     assert again.results["training"] == ran.results["training"]
 
 
-def test_rank_asks_the_model_with_them(ran: Run, tmp_path: Path) -> None:
-    """The same folder without its table answers otherwise."""
+def test_rank_asks_the_model_with_them(ran: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same folder without its table is refused, and would answer otherwise."""
     session = open_session(Recipe(**RECIPE), ran.folder, quiet=True)
     items = sorted(session.study.data.dataset.items)
     (tmp_path / "in.jsonl").write_text(json.dumps({"id": "one", "history": items[:5]}) + "\n")
@@ -71,6 +71,9 @@ def test_rank_asks_the_model_with_them(ran: Run, tmp_path: Path) -> None:
     with_them = scores("with.jsonl")
     away = table.rename(tmp_path / WEIGHTS)
     try:
+        with pytest.raises(AssertionError, match="not as training left it"):
+            scores("refused.jsonl")
+        monkeypatch.setattr("llmrec.answering.recommender.refuse_changed", lambda *told: None)
         without = scores("without.jsonl")
     finally:
         away.rename(table)

@@ -1,4 +1,4 @@
-"""Models from chance: the same seed gives the same weights, any text is read, and no title forges a token."""
+"""Models from scratch: the same seed gives the same weights, any text is read, and no title forges a token."""
 
 from __future__ import annotations
 

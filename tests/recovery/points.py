@@ -28,7 +28,7 @@ RUN: dict[str, Point] = {
     "mid-evaluation, before a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 2, "before"),
     "mid-evaluation, after a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 5, "after"),
     "mid-evaluation, while a row is written": ("llmrec.experiment.evaluation", "write_json", 14, "before"),
-    "mid-report, before the results": ("llmrec.experiment.results", "write_json", 1, "before"),
+    "mid-report, before the results": ("llmrec.experiment.results", "write_checked", 1, "before"),
     "mid-report, between two files": ("llmrec.report.page", "_put", 3, "before"),
 }
 

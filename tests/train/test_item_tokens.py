@@ -115,7 +115,7 @@ def test_a_new_row_starts_near_the_words_of_its_items(base: Path) -> None:
         )
         alike = np.corrcoef(np.vstack([new[:3] - new[:3].mean(axis=0), means - means.mean(axis=0)]))[:3, 3:]
         assert (alike.argmax(axis=1) == np.arange(3)).all() and alike.diagonal().min() > 0.8
-        # Rows that no item has start from chance; all have the spread of ordinary words, and no two are equal.
+        # Rows that no item has start at random; all have the spread of ordinary words, and no two are equal.
         sizes = np.linalg.norm(new - old.mean(axis=0), axis=1)
         usual = np.sqrt(np.square(old - old.mean(axis=0)).sum(axis=1).mean())
         assert 0.3 * usual < sizes.min() and sizes.max() < 3 * usual
