@@ -93,6 +93,7 @@ def test_the_main_module_is_told_again_after_an_error() -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 # An engine takes a minute to start; what differs between the ways is held by the fast tests above.
 @pytest.mark.parametrize("way", ["file", "stdin", "notebook"] if EXHAUSTIVE else ["file"])
 def test_the_lines_of_the_readme_run_as_they_stand(way: str, tmp_path: Path, llama_folder: Path) -> None:

@@ -152,6 +152,7 @@ def test_items_are_put_in_unless_they_are_to_stay_out(run: Path, tmp_path: Path)
     assert "The catalogue is not part of this folder" in (tmp_path / "bare" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_ids_are_ranked_by_their_titles_or_not_at_all(run: Path, tmp_path: Path) -> None:
     """An export with items ranks ids as its run does; one without takes none for a title, and says what it needs."""
     write(run, tmp_path / "films")
@@ -336,6 +337,7 @@ def test_an_adapter_goes_alone(run: Path, tmp_path: Path, llama_folder: Path) ->
     assert float((logits(live) - logits(merged)).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_fully_tuned_weights_are_exported(llama_folder: Path, tmp_path: Path) -> None:
     full = "train={method: full, steps: 1, batch_tokens: 512, valid_rows: 0, learning_rate: 0.001, warmup: 0}"
     run = trained(llama_folder, tmp_path / "run", full, "model.dtype=bfloat16")

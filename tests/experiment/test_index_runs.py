@@ -60,7 +60,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(
     scope="module",
-    params=[TREE, "index={scheme: title}", MEANING, pytest.param("index={scheme: token}", marks=pytest.mark.slow)],
+    params=[
+        "index={scheme: title}",
+        MEANING,
+        *(pytest.param(index, marks=pytest.mark.slow) for index in (TREE, "index={scheme: token}")),
+    ],
 )
 def done(
     request: pytest.FixtureRequest, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory

@@ -230,6 +230,7 @@ def test_a_trained_token_comes_out_of_transformers(merged: tuple[Path, Encoder])
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_a_trained_token_comes_out_of_vllm(merged: tuple[Path, Encoder]) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from llmrec.backends.vllm.backend import VLLMBackend

@@ -24,6 +24,8 @@ from tests.train.test_item_tokens import examples as lists
 from tests.train.test_training import examples as ratings
 
 METHODS = ("lora", "qlora", "full", "rating head", "item tokens")
+# Each has a test of its own that CI runs; these are repeated by `make test-slow`.
+SOME = ("lora", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]))
 FIVE = Scale((1.0, 2.0, 3.0, 4.0, 5.0), tuple("12345"))
 
 
@@ -73,7 +75,7 @@ class Case:
         return TokenRow(row.ids[: place + 1], (*[-100] * place, place % 5))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOME)
 def test_validation_never_changes_what_is_trained(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     found = {valid: Case(method, folders, valid_rows=valid).run(tmp_path / str(valid)) for valid in (0, 32)}
     assert found[0] == found[32]
