@@ -24,7 +24,7 @@ from tests.train.test_item_tokens import examples as lists
 from tests.train.test_training import examples as ratings
 
 METHODS = ("lora", "qlora", "full", "rating head", "item tokens")
-# Each has a test of its own that CI runs; these are repeated by `make test-slow`.
+# For a test of which one method is enough in every run; `make test-slow` has them all.
 SOME = ("lora", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]))
 FIVE = Scale((1.0, 2.0, 3.0, 4.0, 5.0), tuple("12345"))
 
