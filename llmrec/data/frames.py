@@ -106,7 +106,8 @@ def as_arrow(frame: Any, name: str) -> Any:
             # A `datasets.Dataset`: what it selects and shuffles stands beside its table.
             return frame.with_format("arrow")[:]
         if type(frame).__module__.partition(".")[0] == "pandas":
-            return pa.Table.from_pandas(frame)
+            # An index without a name is where rows stood in a frame that was filtered: no column of the data.
+            return pa.Table.from_pandas(frame, preserve_index=None if frame.index.name else False)
         if hasattr(frame, "__arrow_c_stream__") or isinstance(frame, pa.Table | pa.RecordBatch):
             return _spelled(pa.table(frame))
     except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:

@@ -65,6 +65,14 @@ def test_every_kind_is_the_same_table(kind: str) -> None:
     assert pl.DataFrame(pl.from_arrow(table)).with_columns(IDS.cast(pl.String)).equals(ROWS)
 
 
+def test_an_index_is_a_column_only_where_it_has_a_name() -> None:
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"user": ["a", "b", "c"], "item": ["x", "y", "z"]})
+    assert as_arrow(frame[frame["user"] != "b"], "frame").column_names == ["user", "item"]
+    assert as_arrow(frame[1:], "frame").to_pylist() == [{"user": "b", "item": "y"}, {"user": "c", "item": "z"}]
+    assert "user" in as_arrow(frame.set_index("user"), "frame").column_names
+
+
 def test_rows_that_lack_a_column_have_nothing_in_it() -> None:
     rows = ROWS.to_dicts()
     first = {name: value for name, value in rows[0].items() if name not in ("rating", "timestamp")}
