@@ -141,11 +141,15 @@ bench: setup
 	$(BIN)/python -m eval.benchmarks.scoring eval/results/scoring.json
 
 BUDGET ?= 30m
+# PEER: a Python that has rectools[torch], for an opponent with as many seconds.
+PEER_SECONDS ?= 1800
 bench-auto: setup
 	@test -d runs/auto-shop-tables || $(BIN)/python tests/commands/shop.py runs/auto-shop-tables
 	$(BIN)/llmrec auto eval/benchmarks/auto.yaml --budget $(BUDGET) --out runs/auto-movielens-100k
 	$(BIN)/llmrec auto runs/auto-shop-tables/orders.csv --items runs/auto-shop-tables/products.csv --budget $(BUDGET) --out runs/auto-shop
-	$(BIN)/python -m eval.benchmarks.auto runs/auto-movielens-100k runs/auto-shop
+	$(BIN)/python -m eval.benchmarks.auto_split runs/auto-movielens-100k runs/auto-peer
+	@test -z "$(PEER)" || $(PEER) eval/benchmarks/auto_peer.py runs/auto-peer $(PEER_SECONDS)
+	$(BIN)/python -m eval.benchmarks.auto runs/auto-movielens-100k runs/auto-shop $(if $(PEER),--peer runs/auto-peer)
 
 bench-commands: setup
 	$(BIN)/python -m eval.benchmarks.small_commands eval/results/small_commands.json $(ARGS)

@@ -1,6 +1,7 @@
 """What `llmrec auto` reached: figures of finished run folders, as one committed file.
 
 ``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; the runs are made by ``make bench-auto``.
+``--peer FOLDER`` of the same data adds what another library reached (`auto_peer.py`), measured as `llmrec score` does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmrec import score
 from llmrec.durable import write_json
 from llmrec.machine import machine
 
@@ -39,6 +41,13 @@ def measured(run: Path) -> dict[str, Any]:
     }
 
 
+def reached(folder: Path) -> dict[str, Any]:
+    """Return what another library reached on the same test users: its best model on validation, and its trials."""
+    told = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
+    found = score(str(folder / "lists.csv"), str(folder / "truth.csv"), k=(10,)).metrics["NDCG@10"]
+    return told | {"test": {"value": found.value, "low": found.low, "high": found.high}}
+
+
 def _figure(metric: Mapping[str, Any]) -> dict[str, Any]:
     return {key: metric[key] for key in ("value", "low", "high")}
 
@@ -57,14 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read run folders and write the file."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.auto")
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--peer", type=Path, help="of the data of the first run")
+    parser.add_argument("--note", default="")
     parser.add_argument("--target", type=Path, default=Path("eval/results/auto.json"))
     asked = parser.parse_args(arguments)
     found = {run.name: measured(run) for run in asked.runs}
+    if asked.peer:
+        found[asked.runs[0].name]["peer"] = reached(asked.peer)
     write_json(
         asked.target,
         {
             "command": "make bench-auto",
             "what": "llmrec auto within a budget of wall time: NDCG@10 over the whole catalogue on test users",
+            "note": asked.note,
             "machine": machine(),
             "runs": found,
         },

@@ -57,13 +57,14 @@ def points() -> Iterator[tuple[str, Make]]:
                     ),
                 )
     if SASREC:
-        for dropout in (0.2, 0.5):
-            yield (
-                f"sasrec(dropout={dropout:g})",
-                lambda d=dropout: SASRecModel(
-                    n_factors=64, n_blocks=2, session_max_len=50, dropout_rate=d, epochs=20, deterministic=True
-                ),
-            )
+        for epochs in (60, 150):
+            for dropout in (0.2, 0.5):
+                yield (
+                    f"sasrec(epochs={epochs}, dropout={dropout:g})",
+                    lambda e=epochs, d=dropout: SASRecModel(
+                        n_factors=64, n_blocks=2, session_max_len=50, dropout_rate=d, epochs=e, deterministic=True
+                    ),
+                )
 
 
 def dataset(*parts: pd.DataFrame) -> Dataset:
