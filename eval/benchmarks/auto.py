@@ -58,7 +58,7 @@ def _compared(pairs: Sequence[Mapping[str, Any]], a: str, b: str, metric: str) -
         if pair["metric"] == metric and {pair["a"], pair["b"]} == {a, b}:
             sign = 1 if pair["a"] == a else -1
             ends = sorted(sign * pair[key] for key in ("low", "high"))
-            return {"value": sign * pair["value"], "low": ends[0], "high": ends[1], "verdict": pair["verdict"]}
+            return {"value": sign * pair["value"], "low": ends[0], "high": ends[1], "verdict": pair.get("verdict")}
     return None
 
 
