@@ -30,13 +30,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# What a command sets for its process, as it was before any ran; fixtures of modules may run one before a test begins.
+_LEVELS = {logger: logger.level for logger in map(logging.getLogger, (None, "llmrec", "llmrec.progress"))}
+
+
 @pytest.fixture(autouse=True)
 def _levels() -> Iterator[None]:
     """Put back what a command sets for its process: levels of logs, and that there are no bars."""
-    loggers = [logging.getLogger(), logging.getLogger("llmrec")]
-    before = [logger.level for logger in loggers]
+    for logger, level in _LEVELS.items():
+        logger.setLevel(level)
     yield
-    for logger, level in zip(loggers, before, strict=True):
+    for logger, level in _LEVELS.items():
         logger.setLevel(level)
     os.environ.pop(QUIET, None)
 
