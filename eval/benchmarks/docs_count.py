@@ -29,11 +29,12 @@ def pages(root: Path) -> list[Path]:
 
 def counted(root: Path) -> dict[str, int]:
     """Count what stands in a checkout."""
-    texts = [_CODE.sub(" ", path.read_text(encoding="utf-8")) for path in pages(root)]
+    paths = pages(root)
+    texts = [_CODE.sub(" ", path.read_text(encoding="utf-8")) for path in paths]
     return {
         "pages": len(texts),
         "words": sum(len(text.split()) for text in texts),
-        "other_words": sum(1 for _ in hits(pages(root), root)),
+        "other_words": sum(1 for _ in hits(paths, root)),
     }
 
 

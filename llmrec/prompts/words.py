@@ -107,6 +107,7 @@ def _read(page: Path) -> Words:
     return words
 
 
+@lru_cache(maxsize=1)
 def english() -> Words:
     """Return the words of English."""
     return words_of(ENGLISH)

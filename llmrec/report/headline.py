@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmrec.report.escape import flat
-from llmrec.report.wording import count, facing, label, number, outcome, stated
+from llmrec.report.wording import compared, count, label, number, outcome, stated, with_figures
 from llmrec.results import Comparison, Results, Row, Verdict, lower
 
 
@@ -50,23 +50,13 @@ class Headline:
 def headline(results: Results, task: str) -> Headline:
     """Find the model and the control of a family, and the comparison of the two."""
     metric = results.headline[task]
-    rows = [row for row in results.standings(task) if metric in row.metrics and row.metrics[metric].value is not None]
+    rows = with_figures(results, task)
     asks = any(row.arm != "baseline" for row in results.rows if row.task == task)
     models = [row for row in rows if (row.arm != "baseline" if asks else row.fusion is not None)]
     controls = [row for row in rows if row.arm == "baseline" and (asks or row.fusion is None)]
     model, control = next(iter(models), None), next(iter(controls), None)
-    ends = {model.id, control.id} if model and control else None
-    found = [
-        facing(entry, model.id)
-        for entry in results.comparisons
-        if model and (entry.task, entry.metric) == (task, metric) and {entry.a, entry.b} == ends
-    ]
-    # The same pair may be planned and described as well.
-    found.sort(key=lambda entry: entry.verdict is None)
-    names = (_name(model, rows), _name(control, rows))
-    return Headline(
-        task=task, metric=metric, model=model, control=control, difference=next(iter(found), None), names=names
-    )
+    difference, names = compared(results, model, control), (_name(model, rows), _name(control, rows))
+    return Headline(task=task, metric=metric, model=model, control=control, difference=difference, names=names)
 
 
 def _name(row: Row | None, rows: Sequence[Row]) -> str:

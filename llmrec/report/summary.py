@@ -166,7 +166,7 @@ def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
 
 
 def _control_tally(verdicts: Sequence[TaskVerdict]) -> str:
-    ahead = [found for found in verdicts if found.control and found.best]
+    ahead = [found for found in verdicts if found.control_leads]
     if not ahead:
         return "No classic baseline is ahead of the best language-model row in any task."
     named = [f"{title(found.task)} ({label(found.best)})" for found in ahead if found.best]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from llmrec.report.escape import flat
+from llmrec.report.headline import headline
 from llmrec.report.summary import brought, caution, few_users, tuning_tally
 from llmrec.report.wording import (
     TaskVerdict,
     arm_label,
     duration,
-    facing,
     label,
     number,
     outcome,
@@ -66,7 +66,8 @@ def _paragraph(results: Results, found: TaskVerdict) -> str:
     asked = any(row.task == found.task and row.arm != "baseline" for row in results.rows)
     if not asked:
         return brought(results, found.task) or f"{title(found.task)}: {winner_sentence(found)}"
-    model, control = _sides(found)
+    first = headline(results, found.task)
+    model, control, lead = first.model, first.control, first.difference
     if model is None:
         reasons = " ".join(undefined(results, found.task))
         return f"{head}no language-model row has a figure. {reasons}".rstrip()
@@ -74,19 +75,11 @@ def _paragraph(results: Results, found: TaskVerdict) -> str:
     if control is None:
         return f"{told}; no control has a figure."
     told += f" against {label(control)} {_reached(control, found.metric)}; "
-    if found.lead is None:
+    if lead is None:
         return f"{told}their difference was not tested."
-    lead = facing(found.lead, model.id)
     told += f"{with_interval(lead.value, lead.low, lead.high, sign=True)}, {outcome(lead.verdict)}"
     weak = lead.verdict is not None and (model.arm == "tuned" or few_users(results, found.task))
     return f"{told}{' (exploratory)' if weak else ''}."
-
-
-def _sides(found: TaskVerdict) -> tuple[Row | None, Row | None]:
-    """Return the best row of a language model, and the best control."""
-    rows: Sequence[Row | None] = (found.best, found.rival)
-    model = next((row for row in rows if row is not None and row.arm != "baseline"), None)
-    return model, next((row for row in rows if row is not None and row.arm == "baseline"), None)
 
 
 def _named(results: Results, row: Row) -> str:

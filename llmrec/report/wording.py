@@ -239,9 +239,9 @@ class TaskVerdict:
     tuned: Comparison | None
 
     @property
-    def control(self) -> str:
-        """What is first where no language model is: ``classic baseline``; else nothing."""
-        return "classic baseline" if self.best is not None and self.best.arm == "baseline" else ""
+    def control_leads(self) -> bool:
+        """Whether a baseline is first."""
+        return self.best is not None and self.best.arm == "baseline"
 
 
 def facing(comparison: Comparison, first: str) -> Comparison:
@@ -266,15 +266,33 @@ def _numbers(comparison: Comparison) -> dict[str, float | None]:
     return {"value": comparison.value, "low": comparison.low, "high": comparison.high}
 
 
+def with_figures(results: Results, task: str) -> list[Row]:
+    """Return the rows of a task that have a headline figure, best first."""
+    metric = results.headline[task]
+    return [row for row in results.standings(task) if metric in row.metrics and row.metrics[metric].value is not None]
+
+
+def compared(results: Results, first: Row | None, other: Row | None) -> Comparison | None:
+    """Return ``first - other`` on their headline metric, the planned comparison before one that was described."""
+    if first is None or other is None:
+        return None
+    ends, key = {first.id, other.id}, (first.task, results.headline[first.task])
+    found = [
+        facing(entry, first.id)
+        for entry in results.comparisons
+        if (entry.task, entry.metric) == key and {entry.a, entry.b} == ends
+    ]
+    return min(found, key=lambda entry: entry.verdict is None, default=None)
+
+
 def verdict(results: Results, task: str) -> TaskVerdict:
     """Work out who is first on a task, and what tuning did."""
     metric = results.headline[task]
-    rows = [row for row in results.standings(task) if metric in row.metrics and row.metrics[metric].value is not None]
+    rows = with_figures(results, task)
     best = rows[0] if rows else None
     rival = next((row for row in rows if best and (row.arm == "baseline") != (best.arm == "baseline")), None)
     headline = [entry for entry in results.comparisons if entry.task == task and entry.metric == metric]
-    ends = {best.id, rival.id} if best and rival else None
-    lead = next((facing(entry, best.id) for entry in headline if best and {entry.a, entry.b} == ends), None)
+    lead = compared(results, best, rival)
     arms = {row.id: row.arm for row in results.rows}
     pairs = [
         facing(entry, entry.a if arms[entry.a] == "tuned" else entry.b)
@@ -294,7 +312,7 @@ def winner_sentence(found: TaskVerdict) -> str:
     score = found.best.metrics[found.metric]
     what = f"{found.metric} {with_interval(score.value, score.low, score.high)}"
     if found.best.arm == "baseline":
-        start = f"A {found.control} has the best figure: {label(found.best)}, with {what}."
+        start = f"A classic baseline has the best figure: {label(found.best)}, with {what}."
     else:
         start = f"A language-model row has the best figure: {label(found.best)}, with {what}."
     if found.rival is None:

@@ -307,11 +307,7 @@ class _Search:
         made = run(recipe, self._folder(params))
         rows = [row for row in made.results["rows"] if row["task"] == self.family]
         models = [row for row in rows if row["arm"] != "baseline"]
-        known = {
-            float(row["metrics"][self.metric]["value"]): row
-            for row in models or rows
-            if row["metrics"].get(self.metric, {}).get("value") is not None
-        }
+        known = [row for row in models or rows if row["metrics"].get(self.metric, {}).get("value") is not None]
         if not known:
             raise RecipeError(
                 f"--metric: no row of {self.family} has {self.metric}; they have "
@@ -319,13 +315,13 @@ class _Search:
                 kind="unknown-name",
                 column="--metric",
             )
-        best = min(known) if lower(self.metric) else max(known)
+        best = (min if lower(self.metric) else max)(known, key=lambda row: row["metrics"][self.metric]["value"])
         data = made.results["data"][made.results["tables"][self.family]]
-        return best, {
+        return float(best["metrics"][self.metric]["value"]), {
             "split": data["split_fingerprint"],
-            "candidate set": known[best]["candidates"],
-            "number of cases": known[best]["n"],
-            "metric signature": known[best]["metrics"][self.metric]["signature"],
+            "candidate set": best["candidates"],
+            "number of cases": best["n"],
+            "metric signature": best["metrics"][self.metric]["signature"],
         }
 
     def _folder(self, params: Mapping[str, Any]) -> Path:
