@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from llmrec.errors import ErrorKind, LlmrecError
+from llmrec.errors import DataError, ErrorKind, LlmrecError
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 """What a JSON file, a request or a page of YAML can hold."""
@@ -114,15 +114,20 @@ def write_checked(path: Path, value: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class Changed(ValueError):
+    """A file does not fit its checksum."""
+
+
 def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
     """Parse JSON of `write_checked`, without its checksum; a file of before there were checksums has none.
 
     Raises:
-        ValueError: If it does not fit its checksum, or is no JSON for ``parse``.
+        Changed: If it does not fit its checksum.
+        ValueError: If it is no JSON for ``parse``.
     """
     end = _END.search(content)
     if end is not None and checksum(content[: end.start()]) != end[1].decode():
-        raise ValueError("it does not fit its checksum, so the file was changed")
+        raise Changed("it does not fit its checksum, so the file was changed")
     found = parse(content)
     return {key: each for key, each in found.items() if key != CHECKSUM} if end is not None else found
 
@@ -132,26 +137,29 @@ def checksum(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def read_json(path: Path, fix: str) -> dict[str, Any]:
+def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         path: The file.
         fix: What to do where it is damaged, for the error.
+        parse: See `checked`.
 
     Raises:
-        LlmrecError: If it cannot be read, or holds something else.
+        DataError: If it cannot be read, does not fit its checksum, or holds something else.
     """
     try:
-        found = checked(path.read_bytes())
+        found = checked(path.read_bytes(), parse)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise LlmrecError(f"{path} cannot be read ({error.strerror}); {fix}", kind=kind, at=path) from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); {fix}", kind=kind, at=path) from None
+    except Changed as error:
+        raise DataError(f"{path} cannot be read ({error}); {fix}", kind="damaged", at=path) from None
     except (ValueError, RecursionError) as error:
-        raise LlmrecError(f"{path} cannot be read ({error}); {fix}", kind="damaged", at=path) from None
+        raise DataError(f"{path} is not valid JSON ({error}); {fix}", kind="syntax", at=path) from None
     if not isinstance(found, dict):
-        raise LlmrecError(
-            f"{path} holds a {type(found).__name__} where an object is expected; {fix}", kind="damaged", at=path
+        raise DataError(
+            f"{path} holds a {type(found).__name__} where an object is expected; {fix}", kind="wrong-format", at=path
         )
     return found
 

@@ -19,8 +19,7 @@ from llmrec.experiment.bundle import SUMS, Bundle, refuse_changed
 from llmrec.experiment.resume import read_stage
 from llmrec.index.table import ItemIndex
 from llmrec.recipe.schema import ModelSection, TasksSection
-from llmrec.report.results import content_of
-from llmrec.report.results import refuse_changed as refuse_changed_answers
+from llmrec.report.results import content_of, refuse_other_answers
 from tests.facts import Facts, raises
 
 STORED: dict[str, Any] = {"key": "k", "values": {"NDCG@10": [0.5, 0.25]}, "said": 'ends in "checksum": "0" é', "n": 12}
@@ -113,14 +112,14 @@ def test_answers_of_a_run_are_those_of_its_results(tmp_path: Path) -> None:
     answers = tmp_path / "predictions.parquet"
     answers.write_bytes(b"answers")
     write_checked(tmp_path / "results.json", {"rows": [0.5], "files": {answers.name: sha256_of(answers)}})
-    refuse_changed_answers(tmp_path, content_of(tmp_path)["files"])
+    refuse_other_answers(tmp_path, content_of(tmp_path)["files"])
     answers.write_bytes(b"Answers")
     with raises(DataError, Facts("damaged", answers, says="llmrec eval")):
-        refuse_changed_answers(tmp_path, content_of(tmp_path)["files"])
-    refuse_changed_answers(tmp_path, {})
+        refuse_other_answers(tmp_path, content_of(tmp_path)["files"])
+    refuse_other_answers(tmp_path, {})
     results = tmp_path / "results.json"
     results.write_bytes(results.read_bytes().replace(b"0.5", b"0.6"))
-    with raises(DataError, Facts("syntax", results, says="checksum")):
+    with raises(DataError, Facts("damaged", results, says="checksum")):
         content_of(tmp_path)
 
 

@@ -37,7 +37,7 @@ from llmrec.recipe.load import load_stored
 from llmrec.registry import BASELINES, stamps
 from llmrec.report import page
 from llmrec.report.audit import AuditLine, LeakError, lines_of
-from llmrec.report.results import Made, content_of, fix_for, refuse_changed, results_of
+from llmrec.report.results import Made, content_of, fix_for, refuse_other_answers, results_of
 from llmrec.tasks.family import family_of
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
         )
     with locked(folder) if writable else nullcontext():
         results = content_of(folder)
-        refuse_changed(folder, results_of(results, source=str(stored), fix=fix_for(folder)).files)
+        refuse_other_answers(folder, results_of(results, source=str(stored), fix=fix_for(folder)).files)
         predictions = _predictions(folder)
         study = build_study(load_stored(folder))
         checks = list(examine(study, results, predictions))
