@@ -1108,7 +1108,8 @@ class Recipe(Section):
             raise ValueError(
                 "tasks.direct: it shows candidates in the prompt; drop it, or eval.candidates.kind=catalogue"
             )
-        if whole and sequential is not None and sequential.strategies != ("search",):
+        asked = sequential is not None and bool(self.eval.arms)
+        if whole and asked and sequential is not None and sequential.strategies != ("search",):
             raise ValueError(
                 "tasks.sequential.strategies: with eval.candidates.kind=catalogue only 'search' ranks the whole "
                 "catalogue; write strategies: [search]"

@@ -197,6 +197,8 @@ def test_a_run_over_the_whole_catalogue_has_its_own_protocol(llama_folder: Path,
     ):
         with raises(RecipeError, Facts("contradiction", column="tasks.sequential.strategies", says=what)):
             recipe(llama_folder, TREE, *whole, wrong)
+    # Where no language model is asked, no strategy ranks.
+    recipe(llama_folder, TREE, whole[0], "eval.arms=[]")
 
 
 def answers_of(folder: Path, arm: str) -> list[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from llmrec.recipe.load import load_stored
 from llmrec.report.results import content_of, fix_for, results_of
 from llmrec.results import Reads, Row
 from llmrec.tasks.family import family_of
+from llmrec.terminal import works_in
 from llmrec.types import Case
 
 
@@ -48,6 +49,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
     study = build_study(load_stored(runs[0]))
     budget, weighing = Budget(), Weighing(study)
     with locked(out, RUN), budget.stage("fusing"):
+        works_in(out)
         found = [_rows(run, study) for run in runs]
         rows = _distinct(list(zip([run.resolve().name for run in runs], found, strict=True)))
         joined: list[ResultRow] = []
